@@ -1,0 +1,27 @@
+# Each target makes its own environment when there is none. Nothing is needed but Python >= 3.11 and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Real photographs and weights for some tests, where they lie beside the checkout; those tests skip without.
+export CAE2PIPE_REAL ?= $(wildcard $(abspath ../shared/real))
+
+.PHONY: demo test check clean
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## the whole pipeline on photographs that pip brings, into demo/
+	$(BIN)/cae2pipe demo demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,1 @@
+"""What every stored folder shares: manifests, digests, atomic writes, locks."""

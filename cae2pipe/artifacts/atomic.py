@@ -1,0 +1,77 @@
+"""Writes that are whole or absent: a temporary name, fsync, rename, fsync of the folder.
+
+Temporary names start with ``.tmp-`` and lie beside their target, so that the rename never crosses a file system and
+the debris of a killed process can be found and removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"
+
+
+def temporary_path(path: Path) -> Path:
+    return path.with_name(TEMPORARY + path.name)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(temporary: Path, path: Path) -> None:
+    """Move a finished file or folder to its final name, durably. An older folder of that name is replaced."""
+    if temporary.is_dir():
+        for entry in temporary.rglob("*"):
+            fsync_path(entry)
+        fsync_path(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+    else:
+        fsync_path(temporary)
+    temporary.replace(path)
+    fsync_path(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write a file to; it takes its final name when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        commit(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, text.encode("utf-8") + b"\n")
+
+
+def remove_debris(root: Path) -> list[Path]:
+    """Remove what a killed process left half-written below ``root`` and return what was removed."""
+    debris = [path for path in root.rglob(f"{TEMPORARY}*")]
+    for path in debris:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return debris

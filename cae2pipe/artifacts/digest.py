@@ -1,0 +1,38 @@
+"""Digests of files and fingerprints of settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest keeps of one file: its size in bytes and its SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def tree_entries(root: Path, base: Path) -> dict[str, dict[str, Any]]:
+    """``file_entry`` of every file below ``root``, keyed by its POSIX path relative to ``base``, sorted."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(base).as_posix(): file_entry(path) for path in files}
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text. NaN is refused (ValueError)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``."""
+    return sha256_bytes(canonical_json(value).encode("ascii"))

@@ -1,0 +1,31 @@
+"""One writer a folder."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cae2pipe.errors import LockedError
+
+
+@contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Hold the folder's lock. The kernel drops it when the process ends, however it ends.
+
+    Raises:
+        LockedError: another process holds it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / ".lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(
+                "another process is writing this folder",
+                where=root,
+                fix="wait for it to end, or stop it; then run the same command again",
+            ) from None
+        yield

@@ -1,0 +1,250 @@
+"""The command line: parses, calls a stage, prints. It has no logic of its own and imports stages late."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cae2pipe.errors import FAILURE, INTERRUPTED, TERMINATED, Cae2pipeError, Terminated
+from cae2pipe.version import __version__
+
+app = typer.Typer(
+    name="cae2pipe",
+    help="Pretrain vision transformers from cached CLIP targets (CAE v2). Images are sharded, a frozen teacher's patch "
+    "latents of augmented views are stored once, and the student trains from the store.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Show presets and resolved settings.", no_args_is_help=True)
+teachers_app = typer.Typer(help="List teacher presets; bring their weights to this machine.", no_args_is_help=True)
+evaluate_app = typer.Typer(help="Score an encoder.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(teachers_app, name="teachers")
+app.add_typer(config_app, name="config")
+
+console = Console()
+errors = Console(stderr=True)
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting; may be repeated.")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes. Default: one a core.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on with.")]
+
+
+class CodecName(str, Enum):
+    klt = "klt"
+    int8 = "int8"
+    fp16 = "fp16"
+
+
+@contextmanager
+def exits() -> Iterator[None]:
+    """Turn what a command raises into a message and an exit code; a defect of ours keeps its traceback."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    old = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except Cae2pipeError as error:
+        errors.print("[bold red]error:[/]", end=" ")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
+    except Terminated:
+        errors.print("terminated; the same command goes on from here")
+        raise typer.Exit(TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _section(name: str, **values: Any) -> dict[str, Any]:
+    """The options that were given, as raw settings: ``{name: {...}}``, or {} where none was."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return {name: given} if given else {}
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+) -> None:
+    if version:
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+    # Reached without a command only through options that do nothing by themselves.
+    if context.invoked_subcommand is None:
+        console.print(context.get_help())
+
+
+@app.command()
+def shard(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images: class/*.jpg, or *.jpg.")],
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "default",
+    workers: Workers = None,
+    set_: Set = None,
+) -> None:
+    """Pack a folder of images into shuffled WebDataset tars, checking that every image can be decoded."""
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.extract import ShardSettings
+        from cae2pipe.progress import progress
+        from cae2pipe.shards.build import build_shard_set
+
+        settings = load(ShardSettings, "shard", config, set_ or [], _section("speed", workers=workers))
+        with progress("shard") as report:
+            build_shard_set(source, out, settings, report)
+
+
+@app.command("extract-targets")
+def extract_targets(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A shard set, or a folder of images.")],
+    out: Out,
+    config: Annotated[str, typer.Option(help="Teacher preset or YAML file.")] = "clip-b16",
+    views: Annotated[int | None, typer.Option(help="Views an image. Ask for more later to add them.")] = None,
+    codec: Annotated[CodecName | None, typer.Option(help="How latents are compressed.")] = None,
+    fidelity: Annotated[float | None, typer.Option(help="klt: mean cosine to reach on held-out images.")] = None,
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Stage 1: write augmented views and the teacher's per-patch latents of them into a target set."""
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.extract import ExtractSettings
+        from cae2pipe.progress import progress
+
+        values = {
+            **({} if views is None else {"views": views}),
+            **_section("codec", name=codec.value if codec else None, fidelity=fidelity),
+            **_section("speed", workers=workers, device=device),
+        }
+        settings = load(ExtractSettings, "extract", config, set_ or [], values)
+        from cae2pipe.stages.extract_targets import extract_targets as run
+
+        with progress("extract-targets") as report:
+            run(source, out, settings, report)
+
+
+@app.command()
+def pretrain(
+    targets: Annotated[Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.")],
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset (tiny, small, base, large) or YAML file.")] = "base",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Stage 2: train a student from cached targets; ends with encoder.safetensors."""
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.pretrain import PretrainSettings
+        from cae2pipe.progress import progress
+
+        values = {
+            **({} if epochs is None else {"epochs": epochs}),
+            **_section("speed", workers=workers, device=device),
+        }
+        settings = load(PretrainSettings, "pretrain", config, set_ or [], values)
+        from cae2pipe.stages.pretrain import pretrain as run
+
+        with progress("pretrain") as report:
+            run(targets, out, settings, report)
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """The presets of every stage."""
+    with exits():
+        from cae2pipe.config.base import preset_names
+        from cae2pipe.config.stages import STAGES
+
+        for stage in STAGES:
+            console.print(f"{stage}: {', '.join(preset_names(stage))}", highlight=False)
+
+
+@config_app.command("show")
+def config_show(
+    stage: Annotated[str, typer.Argument(help="shard, extract, pretrain or evaluate.")],
+    preset: Annotated[str, typer.Argument(help="Preset or YAML file.")],
+    set_: Set = None,
+) -> None:
+    """The resolved settings of a preset, each with a line of documentation."""
+    with exits():
+        from cae2pipe.config.base import load, show
+        from cae2pipe.config.stages import settings_class
+
+        console.print(show(load(settings_class(stage, preset), stage, preset, set_ or [])), markup=False, soft_wrap=True)
+
+
+@teachers_app.command("list")
+def teachers_list() -> None:
+    """Teacher presets, and whether their weights are at hand."""
+    with exits():
+        from cae2pipe.reporting.terminal import print_table
+        from cae2pipe.teachers.presets import list_presets
+
+        print_table(console, list_presets())
+
+
+@teachers_app.command("fetch")
+def teachers_fetch(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
+    """Bring a preset's weights into the local cache, for use without a network."""
+    with exits():
+        from cae2pipe.teachers.presets import fetch
+
+        for path in fetch(name):
+            console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a folder is, what it was made from, and what it holds."""
+    with exits():
+        from cae2pipe.inspection import describe
+        from cae2pipe.reporting.terminal import print_facts
+
+        facts = describe(path)
+        if as_json:
+            sys.stdout.write(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        else:
+            print_facts(console, facts)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe.")]) -> None:
+    """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
+    with exits():
+        from cae2pipe.inspection import verify as check
+        from cae2pipe.progress import progress
+
+        with progress("verify") as report:
+            result = check(path, report)
+        for problem in result.problems:
+            errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+        console.print(result.summary(), highlight=False, soft_wrap=True)
+        if result.problems:
+            raise typer.Exit(FAILURE)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,1 @@
+"""Settings of every stage: typed, documented, validated before any work starts."""

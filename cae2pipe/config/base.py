@@ -1,0 +1,195 @@
+"""Typed settings: presets in YAML, overrides, validation, documentation, identity.
+
+A settings class documents every field in the docstring below it. Fields that only change speed live in a section called
+``speed``; fields that only say where something lies, or how much of it to make, are declared with ``outside()``.
+Neither enters fingerprints: everything else does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from cae2pipe.errors import SettingsError
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are refused, values are checked, instances do not change."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def outside(default: Any = ..., **options: Any) -> Any:
+    """A field that does not enter fingerprints: a place, or an amount that may grow."""
+    return Field(default, json_schema_extra={"identity": False}, **options)
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """The settings that change the result, as plain JSON values."""
+    result = {}
+    for name, info in type(settings).model_fields.items():
+        extra = info.json_schema_extra
+        if name == "speed" or (isinstance(extra, dict) and extra.get("identity") is False):
+            continue
+        value = getattr(settings, name)
+        result[name] = identity(value) if isinstance(value, Settings) else settings.model_dump(mode="json")[name]
+    return result
+
+
+def preset_folder() -> Path:
+    """The folder of presets: inside the installed package, or at the top of the source tree."""
+    package = Path(str(importlib.resources.files("cae2pipe")))
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def preset_names(stage: str) -> list[str]:
+    return sorted(path.stem for path in (preset_folder() / stage).glob("*.yaml"))
+
+
+def read_preset(stage: str, name: str) -> dict[str, Any]:
+    """The raw values of a preset by name, or of a YAML file by path. ``extends: NAME`` at its top starts from another.
+
+    Raises:
+        SettingsError: unknown preset, unreadable file.
+    """
+    path = Path(name)
+    is_path = path.suffix in (".yaml", ".yml") or "/" in name
+    if not is_path:
+        path = preset_folder() / stage / f"{name}.yaml"
+        if not path.is_file():
+            known = preset_names(stage)
+            raise SettingsError(
+                f"there is no preset {name!r} for {stage}{_nearest(name, known)}",
+                where=f"--config {name}",
+                fix=f"use one of {', '.join(known)}, or the path of a YAML file",
+            )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError("no such settings file", where=path, fix="check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"this is not valid YAML: {error}", where=path, fix="mend the file") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise SettingsError("a settings file holds names and values", where=path, fix="mend the file")
+    parent = values.pop("extends", None)
+    return merge(read_preset(stage, str(parent)), values) if parent else values
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over`` laid on top, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``a.b=c`` as a nested dictionary; the value is read as YAML.
+
+    Raises:
+        SettingsError: no ``=``, no name, or a value that is not YAML.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not all(name.split(".")):
+        raise SettingsError(f"{text!r} is not of the form section.name=value", where="--set", fix="e.g. --set seed=1")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"the value is not valid YAML: {error}", where=f"--set {text}", fix="quote it") from None
+    for part in reversed(name.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def load(
+    kind: type[S], stage: str, preset: str | None, overrides: Sequence[str] = (), values: dict[str, Any] | None = None
+) -> S:
+    """Preset, then ``values`` (from dedicated options), then ``--set`` overrides, validated.
+
+    A preset may hold ``recipes: {NAME: {...}}``: what it changes where the setting ``recipe`` is NAME. Overrides win.
+
+    Raises:
+        SettingsError: anything that does not fit, with the nearest known name for an unknown key.
+    """
+    raw = read_preset(stage, preset) if preset else {}
+    recipes = raw.pop("recipes", {})
+    over = values or {}
+    for override in overrides:
+        over = merge(over, parse_override(override))
+    recipe = str(over.get("recipe", raw.get("recipe", "")))
+    raw = merge(merge(raw, recipes.get(recipe, {})), over)
+    return build(kind, raw, where=f"{stage} settings" + (f", preset {preset}" if preset else ""))
+
+
+def build(kind: type[S], raw: dict[str, Any], where: object) -> S:
+    """Validate raw values into a settings object (SettingsError where they do not fit)."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known_names(kind, first["loc"][:-1])
+            nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            fix = f"did you mean {nearest[0]!r}?" if nearest else f"known names here: {', '.join(known)}"
+            raise SettingsError(f"unknown setting {place!r}{more}", where=where, fix=fix) from None
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, SettingsError):
+            raise cause from None
+        got = "" if isinstance(first["input"], dict) else f"; it is {first['input']!r}"
+        if cause:  # one of our own cross-field checks: it says itself what to change
+            raise SettingsError(f"{cause}{more}", where=where) from None
+        raise SettingsError(f"{place}: {first['msg']}{got}{more}", where=where, fix=f"--set {place}=...") from None
+
+
+def show(settings: Settings, indent: str = "") -> str:
+    """The resolved settings as YAML with each field's documentation above it."""
+    lines = []
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            doc = (type(value).__doc__ or "").strip().splitlines()[0]
+            lines += ["", f"{indent}# {doc}", f"{indent}{name}:", show(value, indent + "  ")]
+        else:
+            plain = settings.model_dump(mode="json")[name]
+            text = yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            lines += [f"{indent}# {_one_line(info)}", f"{indent}{name}: {text}"]
+    return "\n".join(lines).strip("\n") if not indent else "\n".join(lines)
+
+
+def _one_line(info: FieldInfo) -> str:
+    return " ".join((info.description or "").split())
+
+
+def _known_names(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
+    for part in location:
+        annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            kind = annotation
+    return sorted(kind.model_fields)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (nearest: {match[0]!r})" if match else ""

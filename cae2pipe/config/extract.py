@@ -1,0 +1,121 @@
+"""Settings of stage 1: shards, teacher, views, codec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from cae2pipe.config.base import Settings, outside
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class ShardSpeed(Settings):
+    """What changes only the speed."""
+
+    workers: int = Field(default=-1, ge=-1)
+    """Processes that read and check images; -1: one a core."""
+
+
+class ShardSettings(Settings):
+    """How images are packed into tars."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of the shuffle over the whole data set."""
+    samples: int = Field(default=1024, ge=1)
+    """Images a tar. Multiples of 64 fill the blocks of the target set."""
+    speed: ShardSpeed = ShardSpeed()
+
+
+class TeacherSettings(Settings):
+    """The frozen model whose patch latents are the targets."""
+
+    kind: Literal["open_clip", "timm"]
+    """The library that builds the tower."""
+    name: str
+    """The model's name in that library, e.g. ViT-B-16-quickgelu."""
+    pretrained: str | None = None
+    """The pretrained tag, e.g. openai; unused when `weights` names a file."""
+    weights: Path | None = outside(None)
+    """A local weights file (safetensors, or a torch file read with weights_only). Its content enters the fingerprint."""
+    vision_cfg: dict[str, Any] | None = None
+    """open_clip only: the tower's own shape, for weights that no named model fits."""
+    embed_dim: int | None = None
+    """open_clip only, with `vision_cfg`: the projection's width."""
+    quick_gelu: bool | None = None
+    """open_clip only: force QuickGELU on or off. None: as the named model says."""
+    image_size: int = Field(default=224, ge=16)
+    """Side, in pixels, of the teacher's own input; stored views are resized to it."""
+    stage: int | None = None
+    """timm convolutional networks: index of the feature map (as in features_only) that gives the latents."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means of the teacher's input. None: as the model's own configuration says."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations of the teacher's input. None: as the model's own configuration says."""
+    precision: Precision = "auto"
+    """Arithmetic of the teacher. auto: fp16 on CUDA, as published; fp32 elsewhere."""
+
+
+class ViewSettings(Settings):
+    """How views are drawn (paper Table 8; order as in the released code: jitter, flip, crop)."""
+
+    size: int = Field(default=224, ge=16)
+    """Side of a view in pixels."""
+    scale: tuple[float, float] = (0.4, 1.0)
+    """Smallest and largest share of the image's area that a crop covers."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Smallest and largest width / height of a crop."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    jitter: float = Field(default=0.4, ge=0, lt=1)
+    """Strength of brightness, contrast and saturation jitter: factors uniform in 1 -+ jitter."""
+    quality: int = Field(default=90, ge=1, le=100)
+    """JPEG quality of stored views."""
+    subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:2:0"
+    """JPEG chroma subsampling of stored views."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> ViewSettings:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError("view.scale must satisfy 0 < smallest <= largest <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError("view.ratio must satisfy 0 < smallest <= largest")
+        return self
+
+
+class CodecSettings(Settings):
+    """How latents are compressed."""
+
+    name: Literal["klt", "int8", "fp16"] = "klt"
+    """klt: error-bounded transform codec; int8: one scale a token; fp16: the reference."""
+    fidelity: float = Field(default=0.999, gt=0.5, lt=1)
+    """klt only: mean cosine between decoded and true tokens, reached on held-out samples."""
+    level: int = Field(default=1, ge=1, le=9)
+    """klt only: zstd level. Level 1 is within 3% of level 5 in size and encodes about 3 times as fast."""
+    calibration: int = Field(default=512, ge=1)
+    """Images whose tokens give mean, basis and step; a quarter of them are held out to choose the step."""
+
+
+class ExtractSpeed(Settings):
+    """What changes only the speed."""
+
+    workers: int = Field(default=-1, ge=-1)
+    """Processes that decode, crop and encode images; -1: one a core; 0: none, in the main process."""
+    device: str = "auto"
+    """Device of the teacher: auto, cpu, cuda, cuda:1, ..."""
+
+
+class ExtractSettings(Settings):
+    """Everything `cae2pipe extract-targets` can be told."""
+
+    teacher: TeacherSettings
+    views: int = outside(4, ge=1)
+    """Views an image. More can be added later by asking for more."""
+    view: ViewSettings = ViewSettings()
+    codec: CodecSettings = CodecSettings()
+    seed: int = Field(default=0, ge=0)
+    """Seed of the views' draws."""
+    shard: ShardSettings = outside(ShardSettings())
+    speed: ExtractSpeed = ExtractSpeed()

@@ -1,0 +1,190 @@
+"""Settings of stage 2: the student, the masks, the loss, the optimiser, the order of the data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cae2pipe.config.base import Settings, outside
+
+Recipe = Literal["paper", "official"]
+
+
+class ModelSettings(Settings):
+    """The student (paper, section 2.2 and appendix B.1)."""
+
+    width: int = Field(default=768, ge=8)
+    """Width of the encoder's tokens."""
+    depth: int = Field(default=12, ge=1)
+    """Encoder blocks."""
+    heads: int = Field(default=12, ge=1)
+    """Attention heads of the encoder. Small has 6 in the paper, 12 in the released code."""
+    image_size: int = Field(default=224, ge=16)
+    """Side of the student's input in pixels; must equal the stored views'."""
+    patch_size: int = Field(default=16, ge=1)
+    """Side of a patch in pixels."""
+    layer_scale: float = Field(default=0.1, gt=0)
+    """Initial LayerScale of the encoder's blocks (1e-5 for Large)."""
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
+    """Largest drop path rate; rates rise linearly from 0 over the depth, in the encoder and in the regressor."""
+    regressor_depth: int = Field(default=4, ge=0)
+    """Regressor blocks; 0 leaves the visible loss alone (paper Table 4)."""
+    regressor_width: int = Field(default=768, ge=8)
+    """Width of the regressor. Where it differs from the encoder's, a Linear and a LayerNorm lie between."""
+    regressor_heads: int = Field(default=12, ge=1)
+    """Attention heads of the regressor. Large has 16 in the paper, 12 of 85 features in the released code."""
+    regressor_layer_scale: float = Field(default=0.1, gt=0)
+    """Initial LayerScale of the regressor's blocks."""
+    head: Literal["fc-ln", "ln-fc"] = "fc-ln"
+    """Order of the head shared by encoder and regressor: paper fc-ln, released code ln-fc."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSettings:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
+        if self.width % 4 or self.regressor_width % 4:
+            raise ValueError("widths must be multiples of 4: sin-cos positions take a quarter each")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+class MaskSettings(Settings):
+    """Which patches are hidden (paper, section 2.3, Table 5)."""
+
+    strategy: Literal["block", "random"] = "block"
+    """block: BEiT's random blocks; random: independent patches."""
+    ratio: float = Field(default=0.5, gt=0, lt=1)
+    """Share of patches masked."""
+    count: int | None = Field(default=None, ge=1)
+    """Masked patches, exactly. null: ratio x patches, rounded (30 / 49 / 98 / 118 in the released code)."""
+
+
+class LossSettings(Settings):
+    """Visible and masked latent alignment (paper, equations 1 and 2)."""
+
+    kind: Literal["cosine", "mse", "smooth_l1"] = "cosine"
+    """Distance between predicted and target latents (paper Table 3)."""
+    reduction: Literal["two_means", "one_mean"] = "two_means"
+    """two_means: mean over visible plus mean over masked tokens; one_mean: one mean over all of them."""
+    visible: float = Field(default=1.0, ge=0)
+    """Weight of the visible tokens."""
+    masked: float = Field(default=1.0, ge=0)
+    """Weight of the masked tokens."""
+
+    @model_validator(mode="after")
+    def _some(self) -> LossSettings:
+        if self.visible == self.masked == 0:
+            raise ValueError("loss.visible and loss.masked are both 0: nothing would be learnt")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """AdamW and its schedule (paper Table 8)."""
+
+    lr: float = Field(default=1.5e-3, gt=0)
+    """Peak learning rate at a batch of 2048; it scales linearly with the batch."""
+    min_lr: float = Field(default=1e-5, ge=0)
+    """Learning rate at the end of the cosine, scaled like `lr`."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first momentum."""
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    """AdamW's second momentum: paper 0.98, released code 0.999."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decay of weights with two or more dimensions, and of the class and mask tokens."""
+    clip: float = Field(default=3.0, gt=0)
+    """Largest norm of the gradient."""
+    warmup_epochs: float = Field(default=10, ge=0)
+    """Epochs of linear warm-up from 0, by step."""
+
+
+class DataSettings(Settings):
+    """The order of samples."""
+
+    batch: int = Field(default=2048, ge=1)
+    """Images a step, over all devices."""
+    streams: int = Field(default=64, ge=1)
+    """Streams the epoch is cut into. Divides the batch; a multiple of the number of processes."""
+    window: int = Field(default=4, ge=1)
+    """Blocks of 64 samples among which a stream shuffles."""
+    last_batch: Literal["pad", "drop"] = "pad"
+    """pad: the last batch is filled up with samples of weight 0; drop: it is left out (released code)."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> DataSettings:
+        if self.batch % self.streams:
+            raise ValueError(
+                f"data.streams {self.streams} does not divide data.batch {self.batch}: "
+                f"set data.streams to {_divisor(self.batch, self.streams)}, or data.batch to a multiple of it"
+            )
+        return self
+
+
+class TrainSpeed(Settings):
+    """What changes only the speed."""
+
+    device: str = "auto"
+    """Device of the student: auto, cpu, cuda, cuda:1, ..."""
+    workers: int = Field(default=-1, ge=-1)
+    """Processes that read and decode blocks; -1: one a core, at most 8; 0: none, in the main process."""
+    checkpoint_minutes: float = Field(default=10.0, gt=0)
+    """Minutes between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+
+
+class PretrainSettings(Settings):
+    """Everything `cae2pipe pretrain` can be told."""
+
+    recipe: Recipe = "paper"
+    """paper: as the paper says; official: as its authors' released code does. Presets set the fields that differ."""
+    method: Literal["caev2"] = "caev2"
+    """The pretraining method."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of initialisation, order, masks and drop path."""
+    epochs: int = Field(default=300, ge=1)
+    """Passes over the data. One pass shows one view of every image."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the student: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights and loss are always fp32."""
+    model: ModelSettings = ModelSettings()
+    mask: MaskSettings = MaskSettings()
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    data: DataSettings = DataSettings()
+    stop_after: int | None = outside(None, ge=1)
+    """Stop after this many steps, as if interrupted: the same command goes on. For trials."""
+    speed: TrainSpeed = TrainSpeed()
+
+    @model_validator(mode="after")
+    def _counts(self) -> PretrainSettings:
+        patches = self.model.grid**2
+        if not 0 < self.masked_patches < patches:
+            raise ValueError(
+                f"mask.ratio {self.mask.ratio} masks {self.masked_patches} of {patches} patches: "
+                "at least one must be masked and one visible; set mask.ratio between the two"
+            )
+        if self.model.regressor_depth == 0 and self.loss.visible == 0:
+            raise ValueError("model.regressor_depth 0 predicts no masked patches: loss.visible must be above 0")
+        if self.optimizer.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs {self.optimizer.warmup_epochs} leaves nothing of {self.epochs} epochs: "
+                f"set optimizer.warmup_epochs below epochs"
+            )
+        return self
+
+    @property
+    def masked_patches(self) -> int:
+        """Patches masked in every image."""
+        return self.mask.count or round(self.mask.ratio * self.model.grid**2)
+
+
+def _divisor(batch: int, near: int) -> int:
+    return max(d for d in range(1, min(near, batch) + 1) if batch % d == 0)

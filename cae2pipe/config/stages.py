@@ -1,0 +1,35 @@
+"""Which settings class a stage's presets are of."""
+
+from __future__ import annotations
+
+import difflib
+
+from cae2pipe.config.base import Settings
+from cae2pipe.errors import SettingsError
+
+STAGES = ("shard", "extract", "pretrain", "evaluate")
+
+
+def settings_class(stage: str, preset: str) -> type[Settings]:
+    """The class of a stage's settings; evaluations have one each. Raises SettingsError for an unknown stage."""
+    if stage == "shard":
+        from cae2pipe.config.extract import ShardSettings
+
+        return ShardSettings
+    if stage == "extract":
+        from cae2pipe.config.extract import ExtractSettings
+
+        return ExtractSettings
+    if stage == "pretrain":
+        from cae2pipe.config.pretrain import PretrainSettings
+
+        return PretrainSettings
+    if stage == "evaluate":
+        from cae2pipe.config.evaluate import KnnSettings, LinearSettings
+
+        return LinearSettings if preset.startswith("linear") else KnnSettings
+    nearest = difflib.get_close_matches(stage, STAGES, n=1)
+    raise SettingsError(
+        f"there is no stage {stage!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
+        fix=f"use one of {', '.join(STAGES)}",
+    )

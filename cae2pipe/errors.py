@@ -1,0 +1,93 @@
+"""The exceptions a user can meet.
+
+Every message says what was wrong, where it was (file, shard, block, key, setting) and what to do about it.
+The command line prints them without a traceback and ends with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+OK = 0
+FAILURE = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class Cae2pipeError(Exception):
+    """Base of every error meant for a user.
+
+    Args:
+        what: what was wrong, in one sentence.
+        where: the file, shard, block, key or setting it was found in.
+        fix: the command or setting that mends it.
+    """
+
+    exit_code = FAILURE
+
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None):
+        # Exception pickles through self.args: everything is passed on so that errors survive worker processes.
+        super().__init__(what, where, fix)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.what, self.where, self.fix)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+
+def _rebuild(kind: type[Cae2pipeError], what: str, where: str | None, fix: str | None) -> Cae2pipeError:
+    return kind(what, where=where, fix=fix)
+
+
+class BadInputError(Cae2pipeError):
+    """Bad usage or bad input: exit code 2."""
+
+    exit_code = BAD_INPUT
+
+
+class SettingsError(BadInputError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class SourceError(BadInputError):
+    """The images or shards given as a source cannot be used."""
+
+
+class ImageError(BadInputError):
+    """One image cannot be decoded. Stages catch it and write the image into ``rejects.jsonl``."""
+
+
+class TeacherError(BadInputError):
+    """The teacher's weights are missing, do not fit, or give degenerate features."""
+
+
+class ManifestError(BadInputError):
+    """A folder has no manifest, one of another kind, or one of an unknown format."""
+
+
+class MismatchError(BadInputError):
+    """A folder was made under other settings, or from other inputs, than the ones asked for."""
+
+
+class DamageError(BadInputError):
+    """Stored data are missing, truncated or changed."""
+
+
+class LockedError(BadInputError):
+    """Another process is writing the same folder."""
+
+
+class DivergedError(Cae2pipeError):
+    """Training met a loss or a gradient that is not finite."""
+
+
+class Terminated(BaseException):  # noqa: N818 - not an error: it stands beside KeyboardInterrupt
+    """SIGTERM arrived. Raised in the main thread, like KeyboardInterrupt, so that nothing swallows it by accident."""

@@ -1,0 +1,167 @@
+"""What a folder is and whether it is as it was written: the work of ``cae2pipe inspect`` and ``cae2pipe verify``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.artifacts.box import JOURNAL, MANIFEST, Box, check_file, open_box
+from cae2pipe.errors import Cae2pipeError, DamageError
+from cae2pipe.progress import Report
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a folder made by cae2pipe is, what it was made from and what it holds, as JSON values.
+
+    Raises:
+        ManifestError: not a folder of ours, or one of an unknown format.
+    """
+    box = open_box(path)
+    files = [entry for unit in box.units.values() for entry in unit.get("files", {}).values()]
+    facts: dict[str, Any] = {
+        "path": str(path),
+        "kind": box.kind,
+        "complete": box.complete,
+        "fingerprint": box.fingerprint,
+        "files": len(files),
+        "bytes": sum(entry["bytes"] for entry in files),
+    }
+    facts.update(_KINDS.get(box.kind, lambda _: {})(box))
+    facts["made_from"] = box.identity
+    return facts
+
+
+def _shards(box: Box) -> dict[str, Any]:
+    return {
+        "shards": len(box.units),
+        "images": sum(unit["samples"] for unit in box.units.values()),
+        "rejected": box.facts.get("rejected", 0),
+        "classes": len(box.identity.get("classes", [])),
+    }
+
+
+def _targets(box: Box) -> dict[str, Any]:
+    from cae2pipe.targets.target_set import TargetSet
+
+    targets = TargetSet(box.root)
+    shards: dict[int, int] = {}
+    for unit in targets.stores.values():
+        shards[unit["view"]] = shards.get(unit["view"], 0) + 1
+    return {
+        "teacher": box.facts["teacher"],
+        "images": targets.images,
+        "views": targets.views,
+        "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
+        "codec": box.identity["settings"]["codec"]["name"],
+        "fidelity": targets.fidelity(),
+        "bytes_per_view": {name: round(value, 1) for name, value in targets.bytes_per_view().items()},
+    }
+
+
+def _run(box: Box) -> dict[str, Any]:
+    from cae2pipe.training.checkpoint import checkpoints
+    from cae2pipe.training.metrics import read_lines
+
+    lines = read_lines(box.root / "metrics.jsonl")
+    last = lines[-1] if lines else {}
+    return {
+        "teacher": box.facts["teacher"],
+        "stores": len(box.facts["stores"]),
+        "steps": len(lines),
+        "last_step": {name: last[name] for name in ("epoch", "loss", "centred_cosine_masked") if name in last},
+        "checkpoints": [path.name for path in checkpoints(box.root / "checkpoints")],
+    }
+
+
+def _scores(box: Box) -> dict[str, Any]:
+    return dict(box.facts)
+
+
+_KINDS = {"shards": _shards, "targets": _targets, "run": _run, "scores": _scores}
+
+
+@dataclass
+class Verification:
+    """The outcome of ``verify``."""
+
+    path: Path
+    kind: str
+    files: int
+    problems: list[Cae2pipeError]
+
+    def summary(self) -> str:
+        if self.problems:
+            return f"{self.path}: {len(self.problems)} problems in {self.files} files of this {self.kind} folder"
+        return f"{self.path}: all {self.files} files of this {self.kind} folder are as the manifest says"
+
+
+def verify(path: Path, report: Report) -> Verification:
+    """Check a folder: presence, size and SHA-256 of every file, files that the manifest does not know, and for shard
+    and target sets counts and keys. A shard set inside a target set is checked with it.
+
+    Raises:
+        ManifestError: not a folder of ours.
+    """
+    box = open_box(path)
+    entries = {name: entry for unit in box.units.values() for name, entry in unit.get("files", {}).items()}
+    result = Verification(path, box.kind, len(entries), [])
+    report.total(len(entries), "files")
+    for name, entry in sorted(entries.items()):
+        if problem := check_file(path / name, entry):
+            problem.fix = _remedy(box, path / name)
+            result.problems.append(problem)
+        report.advance()
+    result.problems += [
+        DamageError("a file that the manifest does not know", where=path / name, fix="remove it")
+        for name in _strangers(box, set(entries))
+    ]
+    if not result.problems:
+        # Keys and counts are read from the files, so these must be sound first.
+        result.problems += _check_contents(box)
+    if (path / "shards" / MANIFEST).exists():
+        inner = verify(path / "shards", report)
+        result.files += inner.files
+        result.problems += inner.problems
+    return result
+
+
+def _strangers(box: Box, known: set[str]) -> list[str]:
+    """Files below the folders that the box fills, of which the manifest knows nothing."""
+    folders = {"shards": ["tars"], "targets": ["views", "latents", "codec.zarr"]}.get(box.kind, [])
+    found = [p for folder in folders for p in sorted((box.root / folder).rglob("*")) if p.is_file()]
+    names = [path.relative_to(box.root).as_posix() for path in found]
+    return [name for name in names if name not in known and not name.startswith(JOURNAL)]
+
+
+def _check_contents(box: Box) -> list[DamageError]:
+    problems = []
+    if box.kind == "shards":
+        from cae2pipe.shards.shard_set import ShardSet
+
+        shards = ShardSet.open(box.root)
+        for shard in shards.shards:
+            if len(shards.index(shard)) != shard.samples:
+                problems.append(DamageError("the tar's samples are not those of the manifest", where=shard.path))
+    if box.kind == "targets":
+        from cae2pipe.shards.tar import index_tar
+        from cae2pipe.targets.target_set import TargetSet
+
+        targets = TargetSet(box.root)
+        for name in sorted(targets.stores):
+            reader = targets.reader(name)
+            if [sample.key for sample in index_tar(reader.tar)] != reader.keys():
+                problems.append(DamageError("the store's keys are not those of its tar", where=f"{box.root}, {name}"))
+    return problems
+
+
+def _remedy(box: Box, path: Path) -> str:
+    again = {
+        "shards": "delete it, then run `cae2pipe shard` as before: it makes again what is missing",
+        "targets": "delete it, then run `cae2pipe extract-targets` as before: it makes again what is missing",
+        "run": "delete it, then run `cae2pipe pretrain` as before",
+        "scores": "delete it, then run `cae2pipe evaluate` as before",
+    }
+    if path.parent.name == "codec.zarr" or "codec.zarr" in path.parts:
+        return "restore it from a copy, or make the target set again: without its calibration no latent can be decoded"
+    return again[box.kind]

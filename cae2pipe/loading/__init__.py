@@ -1,0 +1,1 @@
+"""From a target set to batches on the device: the order of samples, and its execution."""

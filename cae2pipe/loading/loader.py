@@ -1,0 +1,89 @@
+"""Batches from worker processes, in order.
+
+Every worker serves a contiguous share of the rank's streams and gives its part of every step. torch's DataLoader takes
+items from its workers in turn, so each run of W items makes one step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from cae2pipe.loading.batches import Batch, Plan, batches, join
+from cae2pipe.loading.order import BlockRef, rank_streams, worker_streams
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.target_set import TargetSet
+
+
+def block_refs(targets: TargetSet, stores: list[str] | None = None) -> list[BlockRef]:
+    """The readable blocks of a set, sorted by shard and number, each with the views that exist of it.
+
+    ``stores`` restricts them to those a run began with.
+    """
+    views: dict[str, list[int]] = {}
+    samples: dict[str, int] = {}
+    for name in sorted(targets.stores if stores is None else stores):
+        unit = targets.stores[name]
+        views.setdefault(unit["shard"], []).append(unit["view"])
+        samples[unit["shard"]] = unit["samples"]
+    return [
+        BlockRef(shard, block, min(BLOCK, samples[shard] - block * BLOCK), tuple(sorted(views[shard])))
+        for shard in sorted(views)
+        for block in range(-(-samples[shard] // BLOCK))
+    ]
+
+
+class _Parts(IterableDataset):
+    """The steps' parts of the worker that iterates over it."""
+
+    def __init__(self, plan: Plan, served: range, start: int):
+        self.plan = plan
+        self.served = served
+        self.start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        own = worker_streams(self.served, info.num_workers, info.id) if info else self.served
+        return batches(self.plan, own, self.start)
+
+
+def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """A rank's batches from global step ``start`` to the end of the last epoch, on the CPU.
+
+    Args:
+        plan: what the batches hold.
+        start: the first step, counted over all epochs.
+        workers: processes; 0: none. More than the rank has streams are not started.
+        rank, ranks: which share of the streams.
+    """
+    served = rank_streams(plan.streams, ranks, rank)
+    parts = _Parts(plan, served, start)
+    workers = min(workers, len(served))
+    if workers == 0:
+        yield from parts
+        return
+    options: dict[str, Any] = {"prefetch_factor": 2, "multiprocessing_context": worker_context()}
+    loader = DataLoader(parts, batch_size=None, collate_fn=_as_is, num_workers=workers, **options)
+    iterator = iter(loader)
+    while True:
+        step = [part for _, part in zip(range(workers), iterator, strict=False)]
+        if not step:
+            return
+        assert len(step) == workers
+        assert len({part.step for part in step}) == 1, "workers are out of step"
+        yield join(step, plan.layout)
+
+
+def worker_context() -> Any:
+    """How worker processes are started: from a clean server process, so that neither a CUDA context nor a thread
+    pool is copied into them half-alive, which fork does."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cae2pipe.loading.batches", "cae2pipe.targets.rendering"])
+    return context
+
+
+def _as_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,1 @@
+"""Target sets: views and the teacher's latents, compressed, on disk."""

@@ -1,0 +1,86 @@
+"""The worker's half of extraction: originals of one block in, stored views of it out.
+
+An image is decoded once for all its views. What leaves a worker is the JPEG bytes as they will be stored: the teacher
+sees those, decoded again, so that the student trains on exactly what the teacher saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from cae2pipe.config.extract import ViewSettings
+from cae2pipe.images.decode import decode_rgb
+from cae2pipe.images.views import draw_view, encode_view, render_view
+from cae2pipe.shards.shard_set import Shard, ShardSet
+from cae2pipe.targets.chunks import BLOCK
+
+
+@dataclass(frozen=True)
+class Task:
+    """Render ``views`` of the samples [block * 64, ...) of a shard."""
+
+    shard: Shard
+    block: int
+    views: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RenderedBlock:
+    """A block's views: for each of ``task.views`` the JPEGs (b of them) and the draws, float64 (b, 11)."""
+
+    task: Task
+    keys: list[str]
+    labels: np.ndarray
+    jpegs: list[list[bytes]]
+    draws: list[np.ndarray]
+
+
+class Renderer(Dataset):
+    """Renders task by task; picklable, so that workers of a DataLoader can hold it."""
+
+    def __init__(self, shards: ShardSet, tasks: Sequence[Task], settings: ViewSettings, seed: int):
+        self.shards = shards
+        self.tasks = tasks
+        self.settings = settings
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> RenderedBlock:
+        task = self.tasks[index]
+        low = task.block * BLOCK
+        samples = self.shards.read(task.shard, low, min(low + BLOCK, task.shard.samples))
+        jpegs: list[list[bytes]] = [[] for _ in task.views]
+        draws: list[list[np.ndarray]] = [[] for _ in task.views]
+        for sample in samples:
+            image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
+            for place, view in enumerate(task.views):
+                draw = draw_view(self.settings, self.seed, sample.key, view, image.height, image.width)
+                jpegs[place].append(encode_view(render_view(image, draw, self.settings), self.settings))
+                draws[place].append(draw.to_row())
+        labels = np.array([sample.label for sample in samples], dtype=np.int32)
+        return RenderedBlock(task, [s.key for s in samples], labels, jpegs, [np.stack(rows) for rows in draws])
+
+
+def render(renderer: Renderer, workers: int) -> Iterator[RenderedBlock]:
+    """All tasks' blocks, in order."""
+    if workers == 0 or len(renderer) <= 1:
+        for index in range(len(renderer)):
+            yield renderer[index]
+        return
+    from cae2pipe.loading.loader import worker_context
+
+    options: dict[str, Any] = {"multiprocessing_context": worker_context()}
+    yield from DataLoader(
+        renderer, batch_size=None, collate_fn=_as_is, num_workers=min(workers, len(renderer)), **options
+    )
+
+
+def _as_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,279 @@
+"""One store: the latents of one view of one shard, a Zarr v3 group beside the tar of the view's pixels.
+
+Arrays, n samples, T tokens, D dimensions, P patches:
+
+    symbols (D, n, T) | tokens (n, T, D)   the codec's main array, in chunks of 64 samples (and `scales` for int8)
+    norms        (n, T) float16            token norms before normalisation, in chunks of 64 samples
+    attention    (n, P) uint8              the teacher's class-to-patch attention, largest = 255; ViT teachers only
+    draws        (n, 11) float64           crop box, flip, jitter: columns named in the attribute `draw_columns`
+    labels       (n,) int32                -1: none
+    keys         (n, K) uint8              UTF-8, padded with zeros
+    members      (n, 3) int64              offset, length and CRC-32C of the sample's JPEG in the view's tar
+
+Only this module knows the layout. Reading goes to the files directly; ``zarr.open_group`` reads the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from cae2pipe.artifacts.atomic import commit, temporary_path
+from cae2pipe.errors import DamageError
+from cae2pipe.images.views import DRAW_COLUMNS
+from cae2pipe.targets.chunks import BLOCK, ChunkError, ShardFile, decode_chunk, decode_index, encode_chunk, index_size
+from cae2pipe.targets.codecs import ArraySpec, Codec
+
+REMEDY = (
+    "`cae2pipe verify {root}` lists all damage; delete the files it names, then run `cae2pipe extract-targets` "
+    "as before: it makes again what is missing"
+)
+
+SIDE_LEVEL = 1
+"""zstd level of norms and attention: both are small beside the latents."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape of a store's contents: what every store of a set shares."""
+
+    tokens: int
+    dim: int
+    patches: int
+    attention: bool
+    codec: Codec
+
+    def blocked(self) -> dict[str, ArraySpec]:
+        """The arrays that are chunked by block."""
+        arrays = dict(self.codec.arrays())
+        arrays["norms"] = ArraySpec("<f2", 0, SIDE_LEVEL)
+        if self.attention:
+            arrays["attention"] = ArraySpec("|u1", 0, SIDE_LEVEL)
+        return arrays
+
+    def shape(self, name: str, samples: int) -> tuple[int, ...]:
+        """Shape of a blocked array over ``samples`` samples."""
+        return {
+            "symbols": (self.dim, samples, self.tokens),
+            "tokens": (samples, self.tokens, self.dim),
+            "scales": (samples, self.tokens),
+            "norms": (samples, self.tokens),
+            "attention": (samples, self.patches),
+        }[name]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Up to 64 samples of one view: keys, labels, JPEG bytes, and the codec's arrays over those samples."""
+
+    keys: list[str]
+    labels: np.ndarray
+    jpegs: list[bytes]
+    arrays: dict[str, np.ndarray]
+
+
+class StoreWriter:
+    """Writes one store, block after block, under a temporary name; ``finish`` gives it its own."""
+
+    def __init__(self, path: Path, layout: Layout):
+        self.path = path
+        self.layout = layout
+        self.temporary = temporary_path(path)
+        self.samples = 0
+        self._files = {name: ShardFile(self._shard_path(name)) for name in layout.blocked()}
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Add the blocked arrays of the next up to 64 samples. Only the last block may be shorter."""
+        assert self.samples % BLOCK == 0, "a short block must be the last one"
+        for name, spec in self.layout.blocked().items():
+            array = arrays[name]
+            count = array.shape[spec.sample_axis]
+            # The shard's sample axis is a whole number of chunks: zarr refuses others.
+            chunk = np.zeros(self.layout.shape(name, BLOCK), dtype=spec.dtype)
+            chunk[(slice(None),) * spec.sample_axis + (slice(0, count),)] = array
+            self._files[name].append(encode_chunk(chunk, spec.level))
+        self.samples += count
+
+    def finish(
+        self,
+        keys: Sequence[str],
+        labels: np.ndarray,
+        draws: np.ndarray,
+        members: np.ndarray,
+        attributes: Mapping[str, Any],
+    ) -> None:
+        """Write the small arrays and the metadata, and make the store durable under its own name."""
+        import zarr
+        from zarr.codecs import BloscCodec, Crc32cCodec
+
+        for file in self._files.values():
+            file.close()
+        assert len(keys) == len(labels) == len(draws) == len(members) == self.samples
+        group = zarr.create_group(
+            self.temporary, zarr_format=3, attributes={**attributes, "draw_columns": list(DRAW_COLUMNS)}
+        )
+        for name, spec in self.layout.blocked().items():
+            blosc = BloscCodec(cname="zstd", clevel=spec.level, shuffle="bitshuffle") if spec.level else None
+            group.create_array(
+                name,
+                shape=self.layout.shape(name, self.samples),
+                chunks=self.layout.shape(name, BLOCK),
+                shards=self.layout.shape(name, _round_up(self.samples)),
+                dtype=spec.dtype,
+                compressors=[codec for codec in (blosc, Crc32cCodec()) if codec],
+                filters=None,
+                fill_value=0,
+                # The shard files are there already.
+                overwrite=False,
+            )
+        encoded = [key.encode("utf-8") for key in keys]
+        width = max(len(key) for key in encoded)
+        key_bytes = np.array([list(key.ljust(width, b"\0")) for key in encoded], dtype="u1")
+        small = {"labels": labels.astype("<i4"), "keys": key_bytes, "draws": draws.astype("<f8")}
+        for name, data in {**small, "members": members.astype("<i8")}.items():
+            array = group.create_array(
+                name,
+                shape=data.shape,
+                chunks=data.shape,
+                dtype=data.dtype,
+                compressors=[Crc32cCodec()],
+                filters=None,
+                fill_value=0,
+                # A chunk of zeros (labels of one class) would otherwise be left out, and read back unchecked.
+                config={"write_empty_chunks": True},
+            )
+            array[...] = data
+        commit(self.temporary, self.path)
+
+    def _shard_path(self, name: str) -> Path:
+        axes = len(self.layout.shape(name, BLOCK))
+        return self.temporary / name / "c" / Path(*("0",) * axes)
+
+
+class StoreReader:
+    """Reads blocks of one store and of the tar beside it. Opens nothing until the first read."""
+
+    def __init__(self, root: Path, unit: Mapping[str, Any], layout: Layout):
+        self.root = root
+        self.tar = root / unit["tar"]
+        self.path = root / unit["zarr"]
+        self.samples: int = unit["samples"]
+        self.blocks = -(-self.samples // BLOCK)
+        self.layout = layout
+        self._spans: dict[str, np.ndarray] = {}
+        self._small: dict[str, np.ndarray] = {}
+
+    def keys(self) -> list[str]:
+        """Keys of all samples, in order."""
+        return [bytes(row).rstrip(b"\0").decode("utf-8") for row in self._small_array("keys", "|u1", None)]
+
+    def labels(self) -> np.ndarray:
+        """Labels of all samples, int32 (n,); -1: none."""
+        return self._small_array("labels", "<i4", ())
+
+    def draws(self) -> np.ndarray:
+        """The draws of all samples, float64 (n, 11)."""
+        return self._small_array("draws", "<f8", (len(DRAW_COLUMNS),))
+
+    def members(self) -> np.ndarray:
+        """Offset, length and CRC-32C of each sample's JPEG in the tar, int64 (n, 3)."""
+        return self._small_array("members", "<i8", (3,))
+
+    def arrays(self, block: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """The blocked arrays of one block, without its padding. All of them by default.
+
+        Raises:
+            DamageError: a chunk is missing, cut off or changed; store and block are named.
+        """
+        count = min(BLOCK, self.samples - block * BLOCK)
+        result = {}
+        for name, spec in self.layout.blocked().items():
+            if names is not None and name not in names:
+                continue
+            try:
+                if name not in self._spans:
+                    self._spans[name] = self._read_index(name)
+                offset, length = self._spans[name][block]
+                data = _read(self._shard_path(name), int(offset), int(length))
+                chunk = decode_chunk(data, self.layout.shape(name, BLOCK), spec.dtype, spec.level)
+            except (ChunkError, OSError) as error:
+                raise self._damage(error, f"{self._shard_path(name)}, block {block}") from None
+            result[name] = chunk[(slice(None),) * spec.sample_axis + (slice(0, count),)]
+        return result
+
+    def jpegs(self, block: int) -> list[bytes]:
+        """The JPEG bytes of one block: one ranged read, since a block's members lie side by side.
+
+        Raises:
+            DamageError: the tar is missing or too short, or a JPEG's bytes have changed.
+        """
+        members = self.members()[block * BLOCK : (block + 1) * BLOCK]
+        start, end = int(members[0, 0]), int(members[-1, :2].sum())
+        try:
+            data = _read(self.tar, start, end - start)
+        except (ChunkError, OSError) as error:
+            raise self._damage(error, f"{self.tar}, block {block}") from None
+        jpegs = []
+        for position, (offset, length, checksum) in enumerate(members.tolist()):
+            jpeg = data[offset - start : offset - start + length]
+            if google_crc32c.value(jpeg) != checksum:
+                key = self.keys()[block * BLOCK + position]
+                raise self._damage(ChunkError("a JPEG's checksum does not match"), f"{self.tar}, key {key}")
+            jpegs.append(jpeg)
+        return jpegs
+
+    def block(self, block: int, names: Sequence[str] | None = None) -> Block:
+        """Everything of one block; ``names`` picks blocked arrays as in ``arrays``."""
+        where = slice(block * BLOCK, (block + 1) * BLOCK)
+        return Block(self.keys()[where], self.labels()[where], self.jpegs(block), self.arrays(block, names))
+
+    def _shard_path(self, name: str) -> Path:
+        return self.path / name / "c" / Path(*("0",) * len(self.layout.shape(name, BLOCK)))
+
+    def _read_index(self, name: str) -> np.ndarray:
+        path = self._shard_path(name)
+        size = index_size(self.blocks)
+        total = path.stat().st_size
+        if total < size:
+            raise ChunkError("the shard file is cut off")
+        return decode_index(_read(path, total - size, size), self.blocks)
+
+    def _small_array(self, name: str, dtype: str, tail: tuple[int, ...] | None) -> np.ndarray:
+        if name not in self._small:
+            path = self.path / name / "c" / Path(*("0",) * (1 if tail == () else 2))
+            try:
+                data = path.read_bytes()
+                if tail is None:
+                    tail = ((len(data) - 4) // self.samples,)
+                self._small[name] = decode_chunk(data, (self.samples, *tail), dtype, 0)
+            except (ChunkError, OSError) as error:
+                raise self._damage(error, str(path)) from None
+        return self._small[name]
+
+    def _damage(self, error: Exception, where: str) -> DamageError:
+        what = "a file is missing" if isinstance(error, FileNotFoundError) else str(error)
+        return DamageError(
+            f"stored data are damaged: {what}",
+            where=where,
+            fix=REMEDY.format(root=self.root),
+        )
+
+
+def _read(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        data = file.read(length)
+        while len(data) < length and (more := file.read(length - len(data))):
+            data += more
+    if len(data) != length:
+        raise ChunkError(f"the file ends {length - len(data)} bytes too early")
+    return data
+
+
+def _round_up(samples: int) -> int:
+    return -(-samples // BLOCK) * BLOCK

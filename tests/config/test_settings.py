@@ -1,0 +1,147 @@
+"""Settings: presets, overrides, refusals that help, identity."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from cae2pipe.config.base import Settings, identity, load, merge, parse_override, preset_names, read_preset, show
+from cae2pipe.config.extract import ExtractSettings, ShardSettings
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import SettingsError
+
+CLASSES = {"shard": ShardSettings, "extract": ExtractSettings, "pretrain": PretrainSettings}
+PRESETS = [(stage, name) for stage in CLASSES for name in preset_names(stage)]
+
+
+def pretrain(*overrides: str, preset: str = "base") -> PretrainSettings:
+    return load(PretrainSettings, "pretrain", preset, overrides)
+
+
+@pytest.mark.parametrize(("stage", "name"), PRESETS)
+def test_every_preset_is_valid_and_shown_settings_load_again(stage, name, tmp_path):
+    settings = load(CLASSES[stage], stage, name)
+    text = show(settings)
+    path = tmp_path / "shown.yaml"
+    path.write_text(text)
+    assert load(CLASSES[stage], stage, str(path)) == settings
+
+
+@pytest.mark.parametrize("kind", CLASSES.values())
+def test_every_field_is_documented(kind):
+    def undocumented(model: type[Settings], prefix: str = "") -> list[str]:
+        missing = []
+        for name, info in model.model_fields.items():
+            annotation = info.annotation
+            if isinstance(annotation, type) and issubclass(annotation, Settings):
+                missing += undocumented(annotation, f"{prefix}{name}.")
+            elif not info.description:
+                missing.append(prefix + name)
+        return missing
+
+    assert undocumented(kind) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "fix"),
+    [
+        ("model.widht=3", "unknown setting 'model.widht'", "did you mean 'width'"),
+        ("modle.width=3", "unknown setting 'modle'", "did you mean 'model'"),
+        ("mask.ratio=1", "mask.ratio: Input should be less than 1", "--set mask.ratio"),
+        ("epochs=many", "epochs: Input should be a valid integer", "--set epochs"),
+        ("data.streams=60", "set data.streams to 32", None),
+        ("mask.ratio=0.9999", "masks 196 of 196 patches", None),
+        ("model.patch_size=15", "not a multiple of model.patch_size", None),
+        ("model.heads=7", "not a multiple of model.heads", None),
+        ("optimizer.warmup_epochs=300", "leaves nothing", None),
+        ("optimizer.lr=.nan", "optimizer.lr", "--set"),
+        ("loss={visible: 0, masked: 0}", "nothing would be learnt", None),
+        ("data.batch=", "data.batch", "--set data.batch"),
+        ("seed", "not of the form", "--set seed=1"),
+        ("a..b=1", "not of the form", "--set"),
+        ("seed=[1", "not valid YAML", "quote"),
+    ],
+)
+def test_refusals_name_the_field_and_the_remedy(override, message, fix):
+    with pytest.raises(SettingsError) as caught:
+        pretrain(override)
+    assert message in str(caught.value)
+    if fix:
+        assert fix in str(caught.value.fix)
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_presets_and_files():
+    with pytest.raises(SettingsError, match="nearest: 'base'"):
+        pretrain(preset="bse")
+    with pytest.raises(SettingsError, match="no such settings file"):
+        pretrain(preset="./none.yaml")
+
+
+def test_files_extend_presets_and_overrides_win(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\nmask: {ratio: 0.4}\nepochs: 20\n")
+    settings = pretrain("epochs=30", preset=str(path))
+    assert (settings.model.width, settings.mask.ratio, settings.epochs) == (192, 0.4, 30)
+    path.write_text("- a list\n")
+    with pytest.raises(SettingsError, match="names and values"):
+        pretrain(preset=str(path))
+    path.write_text("a: [1\n")
+    with pytest.raises(SettingsError, match="not valid YAML"):
+        pretrain(preset=str(path))
+
+
+@pytest.mark.parametrize(
+    ("size", "paper", "official"),
+    [
+        ("tiny", (12, 12, 29), (12, 12, 30)),
+        ("small", (6, 12, 49), (12, 12, 49)),
+        ("base", (12, 12, 98), (12, 12, 98)),
+        ("large", (16, 16, 118), (16, 12, 118)),
+    ],
+)
+def test_recipes_differ_where_the_paper_and_the_code_do(size, paper, official):
+    for recipe, expected in (("paper", paper), ("official", official)):
+        settings = pretrain(f"recipe={recipe}", preset=size)
+        assert (settings.model.heads, settings.model.regressor_heads, settings.masked_patches) == expected
+        is_paper = recipe == "paper"
+        assert settings.model.head == ("fc-ln" if is_paper else "ln-fc")
+        assert settings.loss.reduction == ("two_means" if is_paper else "one_mean")
+        assert settings.optimizer.beta2 == (0.98 if is_paper else 0.999)
+        assert settings.data.last_batch == ("pad" if is_paper else "drop")
+    assert pretrain("recipe=official", "optimizer.beta2=0.95", preset=size).optimizer.beta2 == 0.95
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_defaults_are_table_8(size):
+    settings = pretrain(preset=size)
+    o = settings.optimizer
+    assert (o.lr, o.min_lr, o.beta1, o.weight_decay, o.clip, o.warmup_epochs) == (1.5e-3, 1e-5, 0.9, 0.05, 3.0, 10)
+    assert (settings.epochs, settings.data.batch, settings.mask.strategy) == (300, 2048, "block")
+    assert settings.model.drop_path == (0.2 if size == "large" else 0.1)
+    assert settings.model.layer_scale == (1e-5 if size == "large" else 0.1)
+
+
+def test_identity_leaves_out_speed_places_and_amounts():
+    base = load(ExtractSettings, "extract", "clip-b16")
+    same = load(
+        ExtractSettings, "extract", "clip-b16", ["speed.workers=3", "views=9", "teacher.weights=x.safetensors"]
+    )
+    other = load(ExtractSettings, "extract", "clip-b16", ["codec.fidelity=0.99"])
+    assert identity(base) == identity(same)
+    assert identity(base) != identity(other)
+    assert "speed" not in identity(base)
+
+
+def test_overrides_are_yaml():
+    assert parse_override("a.b=1e-3") == {"a": {"b": "1e-3"}}
+    assert pretrain("optimizer.lr=1e-3").optimizer.lr == 1e-3
+    assert parse_override("a={b: [1, 2]}") == {"a": {"b": [1, 2]}}
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+def test_shown_settings_carry_documentation():
+    text = show(pretrain())
+    assert "# Peak learning rate at a batch of 2048" in text
+    assert yaml.safe_load(text)["optimizer"]["lr"] == 1.5e-3
+    assert isinstance(read_preset("pretrain", "base"), dict)

@@ -1,0 +1,143 @@
+"""Codecs: error bounds, layouts, exact inverses of the lossless parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cae2pipe.errors import TeacherError
+from cae2pipe.targets.calibration import calibrate, find_step, principal_axes, summarise, token_cosines
+from cae2pipe.targets.codecs import (
+    Fp16Codec,
+    Int8Codec,
+    KltCodec,
+    as_tensors,
+    unit_tokens,
+    unzigzag,
+    zigzag,
+)
+
+
+def correlated_tokens(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
+    """Unit tokens with a mean and a decaying spectrum, as a teacher's have."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.linspace(0, 4, dim).neg().exp()
+    mix = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+    raw = torch.randn(n, tokens, dim, generator=generator) * spectrum @ mix.T + 0.5 * mix[0]
+    return unit_tokens(raw)[0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-(2**30), 2**30 - 1), min_size=1, max_size=50))
+def test_zigzag_round_trips_and_keeps_small_values_small(values):
+    tensor = torch.tensor(values, dtype=torch.int32)
+    symbols = zigzag(tensor)
+    assert torch.equal(unzigzag(symbols), tensor)
+    assert symbols.tolist() == [2 * v if v >= 0 else -2 * v - 1 for v in values]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(2, 40), st.floats(1e-3, 0.5), st.integers(0, 1000))
+def test_klt_error_is_at_most_half_a_step_in_every_component(n, tokens, dim, step, seed):
+    unit = correlated_tokens(n, tokens, dim, seed)
+    mean, basis = principal_axes(unit)
+    codec = KltCodec(mean.float(), basis.float(), step)
+    arrays = codec.encode(unit)
+    assert arrays["symbols"].shape == (dim, n, tokens)
+    assert arrays["symbols"].dtype == np.uint16
+    decoded = codec.decode(as_tensors(arrays))
+    assert decoded.shape == unit.shape
+    error = (decoded - unit).reshape(-1, dim).double() @ basis
+    assert float(error.abs().max()) <= step / 2 * 1.001 + 1e-5
+
+
+def test_klt_overflow_is_an_error_and_never_a_wrap():
+    codec = KltCodec(torch.zeros(4), torch.eye(4), 1e-5)
+    with pytest.raises(TeacherError, match="65535"):
+        codec.encode(torch.ones(1, 1, 4))
+    # The largest symbol that fits still comes back.
+    edge = KltCodec(torch.zeros(1), torch.eye(1), 1 / 32767)
+    decoded = edge.decode(as_tensors(edge.encode(torch.tensor([[[1.0], [-1.0]]]))))
+    assert torch.allclose(decoded.flatten(), torch.tensor([1.0, -1.0]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 30), st.integers(0, 1000))
+def test_int8_error_is_at_most_half_a_scale(n, tokens, dim, seed):
+    unit = correlated_tokens(n, tokens, max(dim, 2), seed)
+    arrays = Int8Codec().encode(unit)
+    decoded = Int8Codec().decode(as_tensors(arrays))
+    scale = torch.from_numpy(arrays["scales"].astype(np.float32)).unsqueeze(-1)
+    assert bool(((decoded - unit).abs() <= scale / 2 * 1.001 + 1e-7).all())
+    assert int(np.abs(arrays["tokens"].astype(int)).max()) <= 127
+
+
+def test_int8_survives_a_zero_token():
+    decoded = Int8Codec().decode(as_tensors(Int8Codec().encode(torch.zeros(1, 2, 3))))
+    assert torch.equal(decoded, torch.zeros(1, 2, 3))
+
+
+def test_fp16_is_the_rounded_token():
+    unit = correlated_tokens(2, 3, 8)
+    arrays = Fp16Codec().encode(unit)
+    assert torch.equal(Fp16Codec().decode(as_tensors(arrays)), unit.half().float())
+
+
+def test_norms_and_unit_tokens_give_the_tokens_back():
+    tokens = torch.randn(3, 5, 16) * 20
+    unit, norms = unit_tokens(tokens)
+    assert torch.allclose(unit * norms.unsqueeze(-1), tokens, atol=1e-5)
+    with pytest.raises(TeacherError, match="norm"):
+        unit_tokens(torch.full((1, 1, 4), 1e5))
+
+
+@pytest.mark.parametrize("fidelity", [0.99, 0.999, 0.9999])
+def test_calibration_reaches_the_fidelity_on_other_samples_and_not_by_far(fidelity):
+    unit = correlated_tokens(80, 20, 48)
+    calibration, reached = calibrate(unit[:60], "klt", fidelity, 1)
+    codec = KltCodec(calibration.mean, calibration.basis, calibration.step)
+    decoded = codec.decode(as_tensors(codec.encode(unit[60:])))
+    fresh = summarise(*token_cosines(unit[60:], decoded, calibration.mean))
+    assert reached.mean >= fidelity
+    assert fresh.mean >= fidelity
+    assert 1 - fresh.mean > 0.85 * (1 - fidelity), "the step is needlessly small: bytes are wasted"
+    assert fresh.p1 <= fresh.mean
+    assert fresh.centred_mean < fresh.mean
+
+
+def test_calibration_does_not_depend_on_threads():
+    unit = correlated_tokens(40, 20, 48)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(calibrate(unit, "klt", 0.999, 1)[0])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0].basis, results[1].basis)
+    assert results[0].step == results[1].step
+
+
+def test_signs_of_principal_axes_follow_the_rule():
+    _, basis = principal_axes(correlated_tokens(20, 10, 12))
+    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    assert bool((largest > 0).all())
+    assert torch.allclose(basis.T @ basis, torch.eye(12, dtype=torch.float64), atol=1e-10)
+
+
+def test_a_lower_fidelity_gives_a_larger_step():
+    unit = correlated_tokens(20, 10, 12)
+    mean, basis = principal_axes(unit)
+    steps = [find_step(unit, mean, basis, fidelity) for fidelity in (0.9999, 0.999, 0.99, 0.9)]
+    assert steps == sorted(steps)
+
+
+def test_one_sample_is_enough_to_calibrate():
+    calibration, fidelity = calibrate(correlated_tokens(1, 30, 8), "klt", 0.999, 1)
+    assert calibration.basis.shape == (8, 8)
+    assert fidelity.mean >= 0.999
