@@ -190,7 +190,9 @@ def config_show(
         from cae2pipe.config.base import load, show
         from cae2pipe.config.stages import settings_class
 
-        console.print(show(load(settings_class(stage, preset), stage, preset, set_ or [])), markup=False, soft_wrap=True)
+        console.print(
+            show(load(settings_class(stage, preset), stage, preset, set_ or [])), markup=False, soft_wrap=True
+        )
 
 
 @teachers_app.command("list")

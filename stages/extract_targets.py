@@ -72,11 +72,7 @@ def extract_targets(source: Path, out: Path, settings: ExtractSettings, report: 
             make_calibration(box, shards, teacher, settings, workers, report)
         calibration = read_calibration(out / "codec.zarr")
         layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
-        tasks = [
-            Task(shard, block, views)
-            for shard, views in missing
-            for block in range(-(-shard.samples // BLOCK))
-        ]
+        tasks = [Task(shard, block, views) for shard, views in missing for block in range(-(-shard.samples // BLOCK))]
         report.total(sum(shard.samples * len(views) for shard, views in missing), "views")
         rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
         try:
@@ -248,7 +244,9 @@ def finish_pair(
     )
     zarr = pair.writer.path
     files = {tar.relative_to(root).as_posix(): file_entry(tar), **tree_entries(zarr, root)}
-    latents = sum((zarr / name).is_dir() and tree_bytes(zarr / name) for name in (*pair.writer.layout.codec.arrays(), "norms"))
+    latents = sum(
+        (zarr / name).is_dir() and tree_bytes(zarr / name) for name in (*pair.writer.layout.codec.arrays(), "norms")
+    )
     return {
         "view": view,
         "shard": shard.name,

@@ -94,8 +94,7 @@ def train(
     workers = min(8, os.cpu_count() or 1) if settings.speed.workers < 0 else settings.speed.workers
     step_of = Step(model, targets, settings, device)
     metrics = MetricsFile(out / "metrics.jsonl", start)
-    report.total(total, "steps")
-    report.advance(start)
+    report.total(total, "steps", done=start)
     model.train()
 
     def checkpoint(step: int) -> None:

@@ -112,7 +112,9 @@ class StreamSource:
         self.stream = stream
         self._names = [*plan.layout.codec.arrays(), *(["norms"] if plan.norms else [])]
         # A reader keeps its store's index, keys and member offsets: about 0.2 MB.
-        self._reader = functools.lru_cache(maxsize=64)(lambda name: StoreReader(plan.root, plan.units[name], plan.layout))
+        self._reader = functools.lru_cache(maxsize=64)(
+            lambda name: StoreReader(plan.root, plan.units[name], plan.layout)
+        )
 
     def samples(self, epoch: int, skip: int) -> Iterator[tuple[Pool, int]]:
         """The epoch's samples after the first ``skip``, as (pool, position in it). Skipped windows are not read."""
@@ -155,9 +157,7 @@ def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
             yield assemble(plan, epoch, epoch * plan.steps + step, streams, picked)
 
 
-def assemble(
-    plan: Plan, epoch: int, step: int, streams: range, picked: list[list[tuple[Pool, int] | None]]
-) -> Batch:
+def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[list[tuple[Pool, int] | None]]) -> Batch:
     """The batch part made of the samples picked from each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
     count = len(flat)

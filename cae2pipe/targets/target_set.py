@@ -1,10 +1,10 @@
 """A target set: its manifest, codec and stores, opened for reading.
 
-    OUT/manifest.json
-    OUT/codec.zarr                       mean (D,), and for klt basis (D, D) and step (1,)
-    OUT/views/v00/000123.tar             the pixels of view 0 of shard 000123
-    OUT/latents/v00/000123.zarr          the latents of the same samples in the same order
-    OUT/shards/                          the shard set, where extract-targets was given a folder of images
+OUT/manifest.json
+OUT/codec.zarr                       mean (D,), and for klt basis (D, D) and step (1,)
+OUT/views/v00/000123.tar             the pixels of view 0 of shard 000123
+OUT/latents/v00/000123.zarr          the latents of the same samples in the same order
+OUT/shards/                          the shard set, where extract-targets was given a folder of images
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ class TargetSet:
     def __init__(self, root: Path):
         self.root = root
         self.box: Box = open_box(root, KIND)
-        self.stores: dict[str, dict[str, Any]] = {
-            name: unit for name, unit in self.box.units.items() if name != CODEC
-        }
+        self.stores: dict[str, dict[str, Any]] = {name: unit for name, unit in self.box.units.items() if name != CODEC}
         if CODEC not in self.box.units or not self.stores:
             raise ManifestError(
                 "this target set holds no finished store yet",
@@ -109,7 +107,9 @@ class TargetSet:
         weights = np.array([unit["samples"] for unit in self.stores.values()], dtype=float)
         names = next(iter(self.stores.values()))["fidelity"]
         return {
-            name: round(float(np.average([unit["fidelity"][name] for unit in self.stores.values()], weights=weights)), 7)
+            name: round(
+                float(np.average([unit["fidelity"][name] for unit in self.stores.values()], weights=weights)), 7
+            )
             for name in names
         }
 

@@ -18,7 +18,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise SettingsError(f"unknown device {name!r}", where="speed.device", fix="use auto, cpu, cuda or cuda:1") from None
+        raise SettingsError(
+            f"unknown device {name!r}", where="speed.device", fix="use auto, cpu, cuda or cuda:1"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
             f"device {name} is not on this machine ({torch.cuda.device_count()} CUDA devices)",

@@ -124,9 +124,7 @@ def test_defaults_are_table_8(size):
 
 def test_identity_leaves_out_speed_places_and_amounts():
     base = load(ExtractSettings, "extract", "clip-b16")
-    same = load(
-        ExtractSettings, "extract", "clip-b16", ["speed.workers=3", "views=9", "teacher.weights=x.safetensors"]
-    )
+    same = load(ExtractSettings, "extract", "clip-b16", ["speed.workers=3", "views=9", "teacher.weights=x.safetensors"])
     other = load(ExtractSettings, "extract", "clip-b16", ["codec.fidelity=0.99"])
     assert identity(base) == identity(same)
     assert identity(base) != identity(other)

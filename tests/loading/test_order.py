@@ -96,9 +96,7 @@ def test_consecutive_epochs_show_every_view_once(views, seed, cycle):
 
 def test_epochs_and_seeds_differ():
     blocks = [BlockRef("000000", i, 64, (0, 1)) for i in range(40)]
-    orders = {
-        tuple(stream_samples(blocks, seed, epoch, 4, 2, 4)[:50]) for seed in range(3) for epoch in range(3)
-    }
+    orders = {tuple(stream_samples(blocks, seed, epoch, 4, 2, 4)[:50]) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 

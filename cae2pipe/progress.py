@@ -1,0 +1,154 @@
+"""How a long job tells what it does: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class Report(Protocol):
+    """What stages talk to. Fields of ``advance`` are figures to show, such as ``loss`` or ``images_per_s``."""
+
+    def total(self, n: int, unit: str, done: int = 0) -> None:
+        """Work of ``n`` units begins, of which an earlier run did ``done``."""
+
+    def advance(self, n: int = 1, **fields: float) -> None:
+        """``n`` more units are done."""
+
+    def log(self, text: str) -> None:
+        """Something worth a line."""
+
+
+class Silent:
+    """Shows nothing, and keeps what was logged."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def total(self, n: int, unit: str, done: int = 0) -> None:
+        pass
+
+    def advance(self, n: int = 1, **fields: float) -> None:
+        pass
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Lines:
+    """Plain lines, one every ``interval`` seconds at most, for logs and pipes.
+
+    Args:
+        title: what the job is called.
+        file: where lines go.
+        clock: seconds, monotonic.
+        interval: seconds between lines.
+    """
+
+    def __init__(
+        self, title: str, file: TextIO, clock: Callable[[], float] = time.monotonic, interval: float = 10.0
+    ) -> None:
+        self.title = title
+        self.file = file
+        self.clock = clock
+        self.interval = interval
+        self._n = 0
+        self._done = 0
+        self._first = 0  # what an earlier run did says nothing of this one's speed
+        self._unit = ""
+        self._began = self._shown = clock()
+
+    def total(self, n: int, unit: str, done: int = 0) -> None:
+        self._n, self._done, self._first, self._unit = n, done, done, unit
+        self._began = self._shown = self.clock()
+
+    def advance(self, n: int = 1, **fields: float) -> None:
+        self._done += n
+        now = self.clock()
+        if now - self._shown >= self.interval or self._done == self._n:
+            self._shown = now
+            parts = [f"{self._done}/{self._n} {self._unit}", *(f"{k} {show(v)}" for k, v in fields.items())]
+            fresh = self._done - self._first
+            if self._done < self._n:
+                parts.append(f"left {duration((now - self._began) / fresh * (self._n - self._done))}")
+            self._write("  ".join(parts))
+
+    def log(self, text: str) -> None:
+        self._write(text)
+
+    def _write(self, text: str) -> None:
+        self.file.write(f"{self.title}: {text}\n")
+        self.file.flush()
+
+
+def show(value: float) -> str:
+    """A figure with four significant digits."""
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``3675`` as ``1:01:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """A report on stderr: a bar where that is a terminal, lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield Lines(title, sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=False) as bars:
+        yield _Bar(bars, title)
+
+
+class _Bar:
+    """A rich bar behind the protocol."""
+
+    def __init__(self, bars: Progress, title: str) -> None:
+        self.bars = bars
+        self.title = title
+        self.task: TaskID | None = None
+
+    def total(self, n: int, unit: str, done: int = 0) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+        self.task = self.bars.add_task(self.title, total=n, completed=done, unit=unit, figures="")
+
+    def advance(self, n: int = 1, **fields: float) -> None:
+        if self.task is None:
+            return
+        figures = "  ".join(f"{name} {show(value)}" for name, value in fields.items())
+        if figures:
+            self.bars.update(self.task, figures=figures)
+        self.bars.advance(self.task, n)
+
+    def log(self, text: str) -> None:
+        self.bars.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)

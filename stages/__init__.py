@@ -1,0 +1,1 @@
+"""The programs, each read from top to bottom: one stage a file."""

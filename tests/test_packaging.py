@@ -1,0 +1,39 @@
+"""The wheel is described by hand in pyproject.toml: it must not fall behind the tree."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cae2pipe.config.base import preset_folder, preset_names
+from cae2pipe.version import __version__
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def setuptools_table():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_folder_of_modules_is_packaged(setuptools_table):
+    rooms = {"cae2pipe"} | {f"cae2pipe.{path.parent.name}" for path in (ROOT / "cae2pipe").glob("*/__init__.py")}
+    mapped = {"cae2pipe.stages", "cae2pipe.configs", "cae2pipe.data_manifests"}
+    assert set(setuptools_table["packages"]) == rooms | mapped
+
+
+def test_rooms_have_no_rooms_of_their_own():
+    assert not list((ROOT / "cae2pipe").glob("*/*/__init__.py"))
+
+
+def test_every_preset_is_packaged(setuptools_table):
+    patterns = setuptools_table["package-data"]["cae2pipe.configs"]
+    packaged = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
+    assert packaged == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    assert preset_folder() == ROOT / "configs"
+    assert "base" in preset_names("pretrain")
+
+
+def test_version_is_in_the_changelog_and_citation():
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()
