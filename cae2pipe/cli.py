@@ -104,11 +104,11 @@ def shard(
         from cae2pipe.config.base import load
         from cae2pipe.config.extract import ShardSettings
         from cae2pipe.progress import progress
-        from cae2pipe.shards.build import build_shard_set
+        from cae2pipe.shards.build import build_all
 
         settings = load(ShardSettings, "shard", config, set_ or [], _section("speed", workers=workers))
         with progress("shard") as report:
-            build_shard_set(source, out, settings, report)
+            build_all(source, out, settings, report)
 
 
 @app.command("extract-targets")

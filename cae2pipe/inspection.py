@@ -34,7 +34,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _shards(box: Box) -> dict[str, Any]:
     return {
-        "shards": len(box.units),
+        "shards": sum(name != "rejects" for name in box.units),
         "images": sum(unit["samples"] for unit in box.units.values()),
         "rejected": box.facts.get("rejected", 0),
         "classes": len(box.identity.get("classes", [])),

@@ -1,11 +1,22 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several rooms share: a tiny teacher, a few images, and a target set made of them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from cae2pipe.config.base import build, merge
+from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.config.pretrain import PretrainSettings
+
+SIZE, PATCH, DIM = 32, 8, 16
+"""Views of 32 pixels in a 4 x 4 grid, targets of 16 dimensions: enough to test everything that does not learn."""
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +26,126 @@ def real() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("CAE2PIPE_REAL names no folder of real data")
     return Path(folder)
+
+
+def write_photos(folder: Path, classes: int, each: int, seed: int = 0) -> Path:
+    """Small images with some structure, ``classes`` folders of ``each``, of varied sizes."""
+    rng = np.random.default_rng(seed)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(each):
+            coarse = rng.integers(0, 256, size=(4, 5, 3), dtype=np.uint8)
+            size = (int(rng.integers(40, 60)), int(rng.integers(40, 60)))
+            image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+            image.save(folder / f"class{label}" / f"image{number:03d}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 images in 3 classes."""
+    return write_photos(tmp_path_factory.mktemp("photos") / "images", classes=3, each=50)
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a two-layer open_clip tower."""
+    import torch
+    from open_clip.transformer import VisionTransformer
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    tower = VisionTransformer(
+        image_size=SIZE, patch_size=PATCH, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=DIM
+    )
+    # Fresh towers give nearly the same token everywhere; these give each patch its own.
+    with torch.no_grad():
+        tower.conv1.weight.mul_(5)
+    path = tmp_path_factory.mktemp("teacher") / "tower.safetensors"
+    save_file({f"visual.{name}": tensor.contiguous() for name, tensor in tower.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def extract_settings(teacher_file: Path) -> Callable[..., ExtractSettings]:
+    """Settings for the tiny teacher; keyword arguments are laid on top, section by section."""
+
+    def settings(**over: Any) -> ExtractSettings:
+        raw = {
+            "teacher": {
+                "kind": "open_clip",
+                "name": "tiny",
+                "weights": str(teacher_file),
+                "vision_cfg": {
+                    "image_size": SIZE,
+                    "patch_size": PATCH,
+                    "width": 32,
+                    "layers": 2,
+                    "head_width": 16,
+                    "mlp_ratio": 2.0,
+                },
+                "embed_dim": DIM,
+                "quick_gelu": False,
+                "image_size": SIZE,
+            },
+            "views": 2,
+            "view": {"size": SIZE},
+            "codec": {"calibration": 64},
+            "shard": {"samples": 70, "speed": {"workers": 0}},
+            "speed": {"workers": 0, "device": "cpu"},
+        }
+        return build(ExtractSettings, merge(raw, over), "test")
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def pretrain_settings() -> Callable[..., PretrainSettings]:
+    """Settings for a student that trains in a second; keyword arguments are laid on top."""
+
+    def settings(**over: Any) -> PretrainSettings:
+        raw = {
+            "epochs": 2,
+            "model": {
+                "width": 32,
+                "depth": 2,
+                "heads": 2,
+                "image_size": SIZE,
+                "patch_size": PATCH,
+                "drop_path": 0.1,
+                "regressor_depth": 1,
+                "regressor_width": 32,
+                "regressor_heads": 2,
+            },
+            "mask": {"ratio": 0.4},
+            "optimizer": {"warmup_epochs": 1},
+            "data": {"batch": 32, "streams": 4, "window": 2},
+            "speed": {"workers": 0, "device": "cpu"},
+        }
+        return build(PretrainSettings, merge(raw, over), "test")
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def target_root(
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, extract_settings: Callable[..., ExtractSettings]
+) -> Path:
+    """A finished target set of 150 images in two views, klt codec. Not to be written to."""
+    from cae2pipe.progress import Silent
+    from cae2pipe.stages.extract_targets import extract_targets
+
+    out = tmp_path_factory.mktemp("targets") / "set"
+    extract_targets(photos, out, extract_settings(), Silent())
+    return out
+
+
+def snapshot(root: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file below ``root`` with its bytes and the time of its last change."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {path.relative_to(root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below ``root`` with its bytes."""
+    return {name: data for name, (data, _) in snapshot(root).items()}

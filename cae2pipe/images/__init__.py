@@ -1,0 +1,1 @@
+"""Any image to RGB; augmented views."""

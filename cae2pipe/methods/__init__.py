@@ -1,0 +1,1 @@
+"""Pretraining methods: forward, loss and choice of mask, one file each."""

@@ -1,0 +1,1 @@
+"""The student: layers, encoder, regressor, masks, export."""

@@ -1,0 +1,1 @@
+"""Originals: folders of images packed into shuffled WebDataset tars."""

@@ -1,0 +1,1 @@
+"""Frozen models whose patch latents are the targets, behind one small protocol."""

@@ -1,0 +1,54 @@
+"""Any image file to RGB, the same way in every stage."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cae2pipe.errors import ImageError
+
+
+def decode_rgb(data: bytes, where: object) -> Image.Image:
+    """Decode an image of any format that Pillow knows, whatever its name says, into RGB.
+
+    EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; palettes, greyscale and
+    CMYK are converted.
+
+    Args:
+        data: the file's bytes.
+        where: what to call the image in errors.
+
+    Raises:
+        ImageError: nothing else, whatever is wrong with the bytes.
+    """
+    try:
+        # What Pillow warns of (odd EXIF, palettes with transparency, large pictures) either decodes or raises.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's plugins raise many kinds: OSError, SyntaxError, struct.error, ValueError, ...
+        reason = str(error).replace("\n", " ").split("<_io")[0].strip() or type(error).__name__
+        raise ImageError(f"this image cannot be decoded: {reason}", where=where, fix="replace or remove it") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # I;16 and relatives, and I, which is how Pillow opens some 16-bit files
+        # 65535 / 257 is 255: white stays white.
+        levels = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,153 @@
+"""Augmented views: drawn from a key, rendered, stored as JPEG.
+
+As in the released code: colour jitter (brightness, contrast, saturation in a drawn order, no hue), horizontal flip,
+random resized crop with bicubic interpolation, in this order on the full image (paper, Table 8).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from itertools import permutations
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageStat
+
+from cae2pipe.config.extract import ViewSettings
+from cae2pipe.errors import ImageError
+from cae2pipe.keyed import keyed_uniforms
+
+ORDERS = tuple(permutations(("brightness", "contrast", "saturation")))
+"""Orders of the jitter's operations; a draw's ``order`` points into them."""
+
+TRIES = 10
+"""Crop boxes tried before the largest central one is taken, as in torchvision's RandomResizedCrop."""
+
+FLIP, ORDER, FACTORS, BOXES = 0, 1, slice(2, 5), 5
+"""Where in the key's uniforms each draw lies. Part of the format: another place gives other views."""
+
+
+@dataclass(frozen=True)
+class ViewDraw:
+    """One view of one image: crop box in pixels of the flipped image, flip, jitter factors and their order."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    brightness: float
+    contrast: float
+    saturation: float
+    order: int
+    source_height: int
+    source_width: int
+
+    def to_row(self) -> np.ndarray:
+        """float64 (11,), columns as in ``DRAW_COLUMNS``."""
+        return np.array(astuple(self), dtype=np.float64)
+
+    @classmethod
+    def from_row(cls, row: np.ndarray) -> ViewDraw:
+        kinds: dict[str, Callable[[float], int | float]] = {"flip": bool, "brightness": float, "contrast": float}
+        kinds["saturation"] = float
+        return cls(**{name: kinds.get(name, int)(float(x)) for name, x in zip(DRAW_COLUMNS, row, strict=True)})
+
+
+DRAW_COLUMNS = tuple(field.name for field in fields(ViewDraw))
+
+
+def draw_view(settings: ViewSettings, seed: int, key: str, view: int, height: int, width: int) -> ViewDraw:
+    """The draw of view ``view`` of the image with key ``key``, which is ``height`` x ``width`` pixels.
+
+    It depends on the arguments alone. The number of uniforms is fixed, so that no draw shifts another.
+    """
+    uniforms = keyed_uniforms(BOXES + 4 * TRIES, "view", seed, key, view).tolist()
+    low, span = 1 - settings.jitter, 2 * settings.jitter
+    brightness, contrast, saturation = (low + span * u for u in uniforms[FACTORS])
+    top, left, box_height, box_width = draw_box(settings, uniforms[BOXES:], height, width)
+    return ViewDraw(
+        top=top,
+        left=left,
+        height=box_height,
+        width=box_width,
+        flip=uniforms[FLIP] < settings.flip,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        order=int(uniforms[ORDER] * len(ORDERS)),
+        source_height=height,
+        source_width=width,
+    )
+
+
+def draw_box(settings: ViewSettings, uniforms: list[float], height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a random resized crop; four uniforms a try."""
+    (small, large), (narrow, wide) = settings.scale, settings.ratio
+    for area_draw, ratio_draw, top_draw, left_draw in zip(*[iter(uniforms)] * 4, strict=True):
+        area = height * width * (small + (large - small) * area_draw)
+        ratio = math.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * ratio_draw)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1)), h, w
+    ratio = min(max(width / height, narrow), wide)
+    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> Image.Image:
+    """The view of an RGB image: ``settings.size`` pixels square.
+
+    Gives the published order's pixels, bit for bit, without jittering the whole image: every operation but contrast's
+    mean works on each pixel by itself, so only what comes before that mean has to see the pixels outside the box.
+    """
+    left = draw.source_width - draw.left - draw.width if draw.flip else draw.left
+    box = (left, draw.top, left + draw.width, draw.top + draw.height)
+    crop = image.crop(box)
+    order = ORDERS[draw.order]
+    for place, name in enumerate(order):
+        factor = getattr(draw, name)
+        if name == "contrast":
+            whole = image
+            for before in order[:place]:
+                whole = _adjust(whole, before, getattr(draw, before))
+            crop = Image.blend(Image.new("RGB", crop.size, (_grey_mean(whole),) * 3), crop, factor)
+        else:
+            crop = _adjust(crop, name, factor)
+    if draw.flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return crop.resize((settings.size, settings.size), Image.Resampling.BICUBIC)
+
+
+def _adjust(image: Image.Image, name: str, factor: float) -> Image.Image:
+    enhancer = ImageEnhance.Brightness if name == "brightness" else ImageEnhance.Color
+    return enhancer(image).enhance(factor)
+
+
+def _grey_mean(image: Image.Image) -> int:
+    return int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
+
+
+def encode_view(image: Image.Image, settings: ViewSettings) -> bytes:
+    """The view as JPEG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=settings.quality, subsampling=settings.subsampling)
+    return buffer.getvalue()
+
+
+def decode_view(data: bytes) -> np.ndarray:
+    """A stored view's pixels, uint8 (H, W, 3).
+
+    Raises:
+        ImageError: the bytes are not an RGB JPEG.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        pixels = np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"a stored view cannot be decoded: {error}", fix="run `cae2pipe verify`") from None
+    if image.mode != "RGB":
+        raise ImageError(f"a stored view is not RGB but {image.mode}", fix="run `cae2pipe verify`")
+    return pixels

@@ -1,0 +1,115 @@
+"""Latent alignment: how far the student's tokens are from the teacher's (paper, equations 1 and 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cae2pipe.config.pretrain import LossSettings
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted latents: class_token (B, 1, D), visible (B, V, D), masked (B, M, D) or None without a regressor."""
+
+    class_token: Tensor
+    visible: Tensor
+    masked: Tensor | None
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Scalars: the loss, and the mean distance of visible and of masked tokens before weighting."""
+
+    total: Tensor
+    visible: Tensor
+    masked: Tensor
+
+
+def token_distance(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
+    """Distance of every token, (B, L, D) twice to (B, L), in float32 (paper, Table 3).
+
+    ``cosine``: 1 - cos. ``mse`` and ``smooth_l1``: means over the channels.
+    """
+    prediction, target = prediction.float(), target.float()
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(prediction, target, dim=-1)
+    if kind == "mse":
+        return F.mse_loss(prediction, target, reduction="none").mean(dim=-1)
+    return F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=-1)
+
+
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens (B, P, D) at indices (B, L) to (B, L, D)."""
+    return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values (B, L) over the samples that count, weights (B,). What padding holds, NaN too, is left out."""
+    real = values.masked_fill((weights == 0).unsqueeze(1), 0)
+    return (real.mean(dim=1) * weights).sum() / weights.sum().clamp_min(1)
+
+
+def alignment_loss(
+    prediction: Prediction,
+    target: Tensor,
+    visible: Tensor,
+    masked: Tensor,
+    settings: LossSettings,
+    weights: Tensor,
+    has_class_token: bool,
+) -> LossTerms:
+    """Visible plus masked alignment.
+
+    Args:
+        prediction: the student's latents.
+        target: (B, 1 + P, D) with the class token first, or (B, P, D) where the teacher has none.
+        visible, masked: (B, V) and (B, M) patch indices.
+        settings: distance, reduction and weights. ``two_means`` is the paper's sum of two means; ``one_mean`` the
+            released code's mean over all tokens. The class token counts among the visible.
+        weights: (B,), 0 for padding.
+        has_class_token: whether the target's first token is one.
+    """
+    patches = target[:, 1:] if has_class_token else target
+    seen, wanted = prediction.visible, gather_tokens(patches, visible)
+    if has_class_token:
+        seen = torch.cat([prediction.class_token, seen], dim=1)
+        wanted = torch.cat([target[:, :1], wanted], dim=1)
+    visible_loss = weighted_mean(token_distance(settings.kind, seen, wanted), weights)
+    if prediction.masked is None:
+        return LossTerms(settings.visible * visible_loss, visible_loss, torch.zeros_like(visible_loss))
+    hidden = token_distance(settings.kind, prediction.masked, gather_tokens(patches, masked))
+    masked_loss = weighted_mean(hidden, weights)
+    share_visible, share_masked = 1.0, 1.0
+    if settings.reduction == "one_mean":
+        count = seen.shape[1] + masked.shape[1]
+        share_visible, share_masked = seen.shape[1] / count, masked.shape[1] / count
+    total = settings.visible * share_visible * visible_loss + settings.masked * share_masked * masked_loss
+    return LossTerms(total, visible_loss, masked_loss)
+
+
+def centred_cosine(
+    prediction: Prediction,
+    target: Tensor,
+    visible: Tensor,
+    masked: Tensor,
+    mean: Tensor,
+    weights: Tensor,
+    has_class_token: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean cosine of predicted and true unit patch tokens about the set's mean unit token (D,): visible, masked.
+
+    Predicting the mean everywhere scores about 0.5 raw and 0 here.
+    """
+    patches = target[:, 1:] if has_class_token else target
+
+    def score(predicted: Tensor, indices: Tensor) -> Tensor:
+        true = F.normalize(gather_tokens(patches, indices).float(), dim=-1)
+        got = F.normalize(predicted.float(), dim=-1)
+        return weighted_mean(F.cosine_similarity(got - mean, true - mean, dim=-1), weights)
+
+    seen = score(prediction.visible, visible)
+    return seen, torch.zeros_like(seen) if prediction.masked is None else score(prediction.masked, masked)

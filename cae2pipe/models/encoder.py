@@ -1,0 +1,99 @@
+"""The student's encoder: a ViT that sees visible patches alone (paper, section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.models.layers import (
+    EPS,
+    LayerScale,
+    Mlp,
+    SelfAttention,
+    drop_path,
+    drop_rates,
+    initialise,
+    truncated_normal,
+)
+from cae2pipe.models.positions import sincos_positions
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each with LayerScale and drop path. Uses two columns of drop path uniforms."""
+
+    def __init__(self, width: int, heads: int, layer_scale: float, drop: float):
+        super().__init__()
+        self.drop = drop
+        self.norm1 = nn.LayerNorm(width, eps=EPS)
+        self.attn = SelfAttention(width, heads)
+        self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = Mlp(width)
+        self.ls2 = LayerScale(width, layer_scale)
+
+    def forward(self, x: Tensor, drop: Tensor | None) -> Tensor:
+        first, second = (None, None) if drop is None else drop.unbind(1)
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x))), first, self.drop)
+        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second, self.drop)
+
+
+class Encoder(nn.Module):
+    """A ViT with fixed sin-cos positions and a class token, whose own position is zero.
+
+    Args:
+        width, depth, heads: of the blocks.
+        image_size, patch_size: in pixels.
+        layer_scale: initial LayerScale.
+        drop: largest drop path rate.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        image_size: int = 224,
+        patch_size: int = 16,
+        layer_scale: float = 0.1,
+        drop: float = 0.0,
+    ):
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.image_size, self.patch_size = image_size, patch_size
+        self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        grid = image_size // patch_size
+        positions = torch.cat([torch.zeros(1, width), sincos_positions(grid, grid, width)])
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", positions.unsqueeze(0))
+        self.blocks = nn.ModuleList(Block(width, heads, layer_scale, rate) for rate in drop_rates(drop, depth))
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.apply(initialise)
+        truncated_normal(self.patch_embed.weight)
+        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]
+        truncated_normal(self.cls_token)
+
+    @property
+    def drop_columns(self) -> int:
+        """Columns of drop path uniforms that ``forward`` takes."""
+        return 2 * len(self.blocks)
+
+    def forward(self, pixels: Tensor, visible: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+        """Tokens after the final norm.
+
+        Args:
+            pixels: (B, 3, H, W), normalised.
+            visible: (B, V) int64, the patches to see; None: all.
+            drop: (B, drop_columns) uniforms in [0, 1); None: no drop path.
+
+        Returns:
+            (B, 1 + V, W): the class token, then the visible patches in the order given.
+        """
+        x = self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        if visible is not None:
+            x = x.gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if drop is None else drop[:, 2 * number : 2 * number + 2])
+        return self.norm(x)

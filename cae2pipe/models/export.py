@@ -1,0 +1,91 @@
+"""The encoder as a plain timm ViT: ``encoder.safetensors`` and the ``config.json`` that timm's ``local-dir:`` reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cae2pipe.artifacts.atomic import replacing, write_bytes
+from cae2pipe.models.encoder import Block, Encoder
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+"""The student's normalisation, of pixels in [0, 1]: ImageNet's (released code)."""
+
+WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
+
+
+def export_encoder(encoder: Encoder, folder: Path) -> None:
+    """Write the encoder so that ``timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)`` is it."""
+    from safetensors.torch import save_file
+
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(timm_state(encoder), temporary, metadata={"format": "pt"})
+    text = json.dumps(timm_config(encoder), indent=1)
+    write_bytes(folder / CONFIG, text.encode() + b"\n")
+
+
+@torch.no_grad()
+def timm_state(encoder: Encoder) -> dict[str, Tensor]:
+    """Weights under timm's names, float32 on the CPU.
+
+    LayerScale is folded into the layer before it; q's and v's biases become one bias with zeros for k.
+    """
+    state = {
+        "cls_token": encoder.cls_token,
+        "pos_embed": encoder.pos_embed,
+        "patch_embed.proj.weight": encoder.patch_embed.weight,
+        "patch_embed.proj.bias": encoder.patch_embed.bias,
+        "norm.weight": encoder.norm.weight,
+        "norm.bias": encoder.norm.bias,
+    }
+    for number, block in enumerate(encoder.blocks):
+        assert isinstance(block, Block)
+        parts = {
+            "norm1.weight": block.norm1.weight,
+            "norm1.bias": block.norm1.bias,
+            "attn.qkv.weight": block.attn.qkv.weight,
+            "attn.qkv.bias": block.attn.qkv_bias(),
+            "attn.proj.weight": block.ls1.gamma.unsqueeze(1) * block.attn.proj.weight,
+            "attn.proj.bias": block.ls1.gamma * block.attn.proj.bias,
+            "norm2.weight": block.norm2.weight,
+            "norm2.bias": block.norm2.bias,
+            "mlp.fc1.weight": block.mlp.fc1.weight,
+            "mlp.fc1.bias": block.mlp.fc1.bias,
+            "mlp.fc2.weight": block.ls2.gamma.unsqueeze(1) * block.mlp.fc2.weight,
+            "mlp.fc2.bias": block.ls2.gamma * block.mlp.fc2.bias,
+        }
+        state |= {f"blocks.{number}.{name}": tensor for name, tensor in parts.items()}
+    return {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
+
+
+def timm_config(encoder: Encoder) -> dict[str, Any]:
+    """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
+    return {
+        "architecture": "vit_base_patch16_224",
+        "num_classes": 0,
+        "num_features": encoder.width,
+        "model_args": {
+            "img_size": encoder.image_size,
+            "patch_size": encoder.patch_size,
+            "embed_dim": encoder.width,
+            "depth": len(encoder.blocks),
+            "num_heads": encoder.heads,
+        },
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, encoder.image_size, encoder.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+            "mean": list(PIXEL_MEAN),
+            "std": list(PIXEL_STD),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }

@@ -1,0 +1,112 @@
+"""What encoder and regressor share: attention, MLP, LayerScale, drop path, initialisation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6
+"""Epsilon of every LayerNorm (released code)."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Multi-head attention of q (B, Q, C) over k and v (B, K, C), to (B, Q, C). C is a multiple of ``heads``."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def drop_path(x: Tensor, uniforms: Tensor | None, rate: float) -> Tensor:
+    """Drop a residual branch (B, L, C) for the samples whose uniform (B,) is below ``rate``; scale up the others.
+
+    The uniforms are given, not drawn here: they hang on the step and the stream, so that a batch split over any number
+    of devices drops the same branches. None, or a rate of 0: nothing is dropped.
+    """
+    if uniforms is None or rate == 0:
+        return x
+    keep = (uniforms >= rate).to(x.dtype) / (1 - rate)
+    return x * keep.view(-1, 1, 1)
+
+
+def drop_rates(largest: float, depth: int) -> list[float]:
+    """Rates of ``depth`` blocks, linear from 0 to ``largest``."""
+    return [largest * number / max(1, depth - 1) for number in range(depth)]
+
+
+def initialise(module: nn.Module) -> None:
+    """Linears Xavier-uniform with zero bias (released code). For ``Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def truncated_normal(tensor: Tensor) -> Tensor:
+    """Fill with a normal of std 0.02 cut at +-0.02, as the released code does: the std that results is 0.0108."""
+    return nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (B, L, W) to (B, L, W), with biases on q and v only."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def qkv_bias(self) -> Tensor:
+        """The bias of the joint projection (3 W,): k has none, since it would cancel in the softmax."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv_bias()).chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, self.heads))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of q (B, Q, W) over k, v (B, K, W), with biases on q and v only.
+
+    A head has width // heads features: where that leaves a remainder, q, k and v are narrower than the stream.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        inner = width // heads * heads
+        self.q = nn.Linear(width, inner, bias=False)
+        self.k = nn.Linear(width, inner, bias=False)
+        self.v = nn.Linear(width, inner, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(inner))
+        self.v_bias = nn.Parameter(torch.zeros(inner))
+        self.proj = nn.Linear(inner, width)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = F.linear(q, self.q.weight, self.q_bias)
+        v = F.linear(v, self.v.weight, self.v_bias)
+        return self.proj(attend(q, self.k(k), v, self.heads))
+
+
+class Mlp(nn.Module):
+    """Two layers with an exact GELU between, four times as wide inside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel."""
+
+    def __init__(self, width: int, initial: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma

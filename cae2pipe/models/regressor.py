@@ -1,0 +1,88 @@
+"""The latent contextual regressor: masked patches' latents from visible ones (paper, section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.models.layers import (
+    EPS,
+    CrossAttention,
+    LayerScale,
+    Mlp,
+    drop_path,
+    drop_rates,
+    initialise,
+    truncated_normal,
+)
+from cae2pipe.models.positions import sincos_positions
+
+
+class RegressorBlock(nn.Module):
+    """Mask tokens attend to visible latents and to each other. Uses two columns of drop path uniforms.
+
+    As in the released code, the norm before the MLP replaces the stream itself.
+    """
+
+    def __init__(self, width: int, heads: int, layer_scale: float, drop: float):
+        super().__init__()
+        self.drop = drop
+        self.norm_q = nn.LayerNorm(width, eps=EPS)
+        self.norm_k = nn.LayerNorm(width, eps=EPS)
+        self.norm_v = nn.LayerNorm(width, eps=EPS)
+        self.attn = CrossAttention(width, heads)
+        self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = Mlp(width)
+        self.ls2 = LayerScale(width, layer_scale)
+
+    def forward(
+        self, x: Tensor, context: Tensor, x_positions: Tensor, context_positions: Tensor, drop: Tensor | None
+    ) -> Tensor:
+        first, second = (None, None) if drop is None else drop.unbind(1)
+        both = torch.cat([context, x], dim=1)
+        positions = torch.cat([context_positions, x_positions], dim=1)
+        attended = self.attn(self.norm_q(x + x_positions), self.norm_k(both + positions), self.norm_v(both))
+        x = self.norm2(x + drop_path(self.ls1(attended), first, self.drop))
+        return x + drop_path(self.ls2(self.mlp(x)), second, self.drop)
+
+
+class Regressor(nn.Module):
+    """Blocks of cross-attention whose keys and values are the visible latents, never updated, and the mask tokens.
+
+    The released code adds a final norm that it never uses; it is left out here.
+    """
+
+    def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
+        self.blocks = nn.ModuleList(
+            RegressorBlock(width, heads, layer_scale, rate) for rate in drop_rates(drop, depth)
+        )
+        self.apply(initialise)
+        truncated_normal(self.mask_token)
+
+    @property
+    def drop_columns(self) -> int:
+        """Columns of drop path uniforms that ``forward`` takes."""
+        return 2 * len(self.blocks)
+
+    def forward(self, context: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Latents of the masked patches.
+
+        Args:
+            context: (B, V, W), the visible patches' latents, without the class token.
+            visible, masked: (B, V) and (B, M) int64 patch indices.
+            drop: (B, drop_columns) uniforms; None: no drop path.
+
+        Returns:
+            (B, M, W).
+        """
+        x = self.mask_token.to(context.dtype).expand(len(context), masked.shape[1], -1)
+        x_positions, context_positions = self.pos_embed[masked], self.pos_embed[visible]
+        for number, block in enumerate(self.blocks):
+            columns = None if drop is None else drop[:, 2 * number : 2 * number + 2]
+            x = block(x, context, x_positions, context_positions, columns)
+        return x

@@ -1,0 +1,134 @@
+"""One self-contained page: elements whose text is escaped, and a style that reads well by day and by night."""
+
+from __future__ import annotations
+
+import html as _html
+
+_VOID = frozenset({"br", "col", "hr", "img", "meta", "rect", "line", "polyline", "path", "circle"})
+
+
+class Html(str):
+    """Markup that is right already; any other string is text, and is escaped when it goes into an element."""
+
+    __slots__ = ()
+
+
+Child = str | int | float | None
+
+
+def element(tag: str, *children: Child, **attributes: str | int | float | None) -> Html:
+    """``<tag ...>children</tag>``. Attributes that are None are left out; ``class_`` stands for ``class``, and other
+    underscores for hyphens."""
+    given = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{_html.escape(str(value), quote=True)}"'
+        for name, value in attributes.items()
+        if value is not None
+    )
+    if tag in _VOID and not children:
+        return Html(f"<{tag}{given} />")
+    return Html(f"<{tag}{given}>{join(children)}</{tag}>")
+
+
+def join(children: tuple[Child, ...] | list[Html], separator: str = "") -> Html:
+    """Children one after the other, escaped unless they are markup; None is left out."""
+    parts = (child if isinstance(child, Html) else _html.escape(str(child)) for child in children if child is not None)
+    return Html(separator.join(parts))
+
+
+def figure(picture: Html, caption: Child = None, class_: str | None = None) -> Html:
+    return element(
+        "figure", picture, element("figcaption", caption) if caption is not None else None, class_=class_
+    )
+
+
+def image(uri: str, alt: str, pixelated: bool = False) -> Html:
+    """An inline picture; ``pixelated`` keeps the edges of enlarged patches sharp."""
+    return element("img", src=uri, alt=alt, class_="grid" if pixelated else None)
+
+
+def table(headers: list[str], rows: list[list[Child]], class_: str | None = None) -> Html:
+    head = element("tr", *(element("th", header, scope="col") for header in headers))
+    body = join([element("tr", *(element("td", cell) for cell in row)) for row in rows], "\n")
+    return element("div", element("table", element("thead", head), element("tbody", body), class_=class_), class_="wide")
+
+
+def page(title: str, body: Html) -> str:
+    """The whole document. It refers to nothing outside itself."""
+    head = join(
+        [
+            element("meta", charset="utf-8"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("title", title),
+            element("style", Html(STYLE)),
+        ],
+        "\n",
+    )
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n'
+
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #fbfaf8; --card: #ffffff; --text: #22252a; --soft: #6b7077; --line: #e3e0da;
+  --accent: #0072b2; --second: #d55e00; --good: #1a7f4b; --bad: #b3261e; --code: #f2f0ec;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #15171a; --card: #1d2024; --text: #e6e6e3; --soft: #9aa0a8; --line: #32363c;
+    --accent: #56b4e9; --second: #e69f00; --good: #5fc48f; --bad: #f28b82; --code: #24282d;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--page); color: var(--text);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main { max-width: 68rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
+h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 0.5rem; }
+h2 { font-size: 1.3rem; line-height: 1.3; margin: 3.25rem 0 0.5rem; letter-spacing: -0.01em; }
+p { max-width: 44rem; margin: 0.6rem 0 1rem; }
+.lead { font-size: 1.1rem; color: var(--soft); }
+figure { margin: 0; }
+figcaption { color: var(--soft); font-size: 0.85rem; line-height: 1.4; margin-top: 0.4rem; }
+img { display: block; width: 100%; height: auto; border-radius: 4px; }
+img.grid { image-rendering: pixelated; }
+.card {
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 1.1rem 1.2rem; margin: 1.2rem 0;
+}
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.9rem; margin: 1.6rem 0; }
+.figures .card { margin: 0; }
+.figures b { display: block; font-size: 1.7rem; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; }
+.figures span { color: var(--soft); font-size: 0.88rem; }
+.examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); gap: 1.2rem; margin: 1.4rem 0; }
+.examples .card { margin: 0; }
+.examples h3 { margin: 0 0 0.7rem; font-size: 0.98rem; font-weight: 600; }
+.examples h3 small { color: var(--soft); font-weight: 400; }
+.strip { display: grid; gap: 0.6rem; align-items: start; }
+.strip.five { grid-template-columns: repeat(5, 1fr); }
+.strip.four { grid-template-columns: repeat(4, 1fr); }
+.strip figcaption { font-size: 0.76rem; }
+@media (max-width: 34rem) { .strip.five, .strip.four { grid-template-columns: repeat(2, 1fr); } }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 0.94rem; }
+th, td { text-align: left; padding: 0.5rem 1rem 0.5rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 500; font-size: 0.85rem; }
+tr:last-child td { border-bottom: 0; }
+td:nth-child(2) { font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: 600; }
+td:nth-child(3) { white-space: nowrap; }
+code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.88em; }
+td code { white-space: nowrap; }
+pre { background: var(--code); border-radius: 8px; padding: 0.9rem 1.1rem; overflow-x: auto; line-height: 1.6; margin: 1rem 0; }
+pre i { color: var(--soft); font-style: normal; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+svg text.strong { fill: var(--text); }
+svg .axis { stroke: var(--line); stroke-width: 1; fill: none; }
+svg .series { stroke: var(--accent); stroke-width: 2; fill: none; stroke-linejoin: round; }
+svg .level { stroke: var(--second); stroke-width: 1.5; stroke-dasharray: 5 4; fill: none; }
+svg .leveltext { fill: var(--second); }
+svg .bar { fill: var(--accent); }
+svg .bar.pale { fill: var(--soft); opacity: 0.45; }
+footer { margin-top: 4rem; color: var(--soft); font-size: 0.85rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+"""

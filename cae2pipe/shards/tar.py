@@ -1,0 +1,78 @@
+"""WebDataset tars: written so that equal samples give equal bytes, read by ranges.
+
+A sample is two members: ``KEY.cls``, its label in digits, and ``KEY.jpg``, the image's bytes, whatever its format.
+Members' names are compared and never used as paths.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cae2pipe.errors import DamageError
+
+IMAGE, LABEL = "jpg", "cls"
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """One sample of a tar: its key, its label, and where its image's bytes lie."""
+
+    key: str
+    label: int
+    offset: int
+    size: int
+
+
+def write_samples(path: Path, samples: Iterable[tuple[str, int, bytes]]) -> None:
+    """Write (key, label, image bytes) in order. Nothing but these enters the file."""
+    # webdataset brings torch along: seconds that readers of tars need not wait for.
+    from webdataset import TarWriter
+
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+        for key, label, data in samples:
+            writer.write({"__key__": key, LABEL: str(label).encode(), IMAGE: data})
+
+
+def index_tar(path: Path) -> list[TarSample]:
+    """The samples of a tar, from its headers alone.
+
+    Raises:
+        DamageError: no tar, a tar that is cut off, or members that are not pairs of image and label.
+    """
+    samples: dict[str, TarSample] = {}
+    labels: dict[str, int] = {}
+    try:
+        size = path.stat().st_size
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                if member.offset_data + member.size > size:
+                    raise DamageError(f"the tar is cut off inside member {member.name!r}", where=path)
+                if kind == IMAGE and key not in samples:
+                    samples[key] = TarSample(key, labels.get(key, -1), member.offset_data, member.size)
+                elif kind == LABEL and key not in labels:
+                    stream = tar.extractfile(member)
+                    labels[key] = int(stream.read(12)) if stream else -1
+                else:
+                    raise DamageError(f"the tar holds an unexpected member {member.name!r}", where=path)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise DamageError(f"this tar cannot be read: {error}", where=path) from None
+    if unpaired := samples.keys() ^ labels.keys():
+        raise DamageError(f"sample {min(unpaired)!r} lacks its image or its label", where=path)
+    return [TarSample(key, labels[key], sample.offset, sample.size) for key, sample in samples.items()]
+
+
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset`` on. Raises DamageError where the file ends before."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise DamageError(f"this tar cannot be read: {error.strerror}", where=path) from None
+    if len(data) != size:
+        raise DamageError(f"the tar ends {size - len(data)} bytes too early", where=path)
+    return data

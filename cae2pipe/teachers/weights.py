@@ -1,0 +1,156 @@
+"""Weights from files and from the hub, without ever running code that lies in them."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.errors import TeacherError
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a torch file of tensors alone.
+
+    Raises:
+        TeacherError: missing, broken, a TorchScript archive, or a pickle that would have to run code.
+    """
+    if not path.is_file():
+        raise TeacherError("no such weights file", where=path, fix="check teacher.weights")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise TeacherError(f"this is not a whole safetensors file: {error}", where=path, fix=_REPLACE) from None
+    if _is_torchscript(path):
+        raise TeacherError(
+            "this is a TorchScript archive, which holds code, and cae2pipe loads weights alone",
+            where=path,
+            fix="take the safetensors file of these weights from the hub, e.g. `cae2pipe teachers fetch clip-b16`",
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise TeacherError(
+            "this file holds more than tensors, and loading it could run code", where=path, fix=_REPLACE
+        ) from None
+    except Exception as error:  # torch.load raises many kinds for a file that is cut off or of another format
+        raise TeacherError(f"this weights file cannot be read: {error}", where=path, fix=_REPLACE) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise TeacherError("this file does not hold tensors by name", where=path, fix=_REPLACE)
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+_REPLACE = "give a safetensors file of the weights"
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The free metadata of a safetensors file; {} for other files."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: object) -> None:
+    """Load weights of which every name and shape must fit.
+
+    Raises:
+        TeacherError: some are missing, left over, or of another shape.
+    """
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    if missing or unknown or wrong:
+        parts = [
+            f"{len(names)} {what} (first: {names[0]}{_shapes(own, state, names[0])})"
+            for what, names in (("missing", missing), ("left over", unknown), ("of another shape", wrong))
+            if names
+        ]
+        raise TeacherError(
+            f"the weights do not fit the model: {', '.join(parts)}",
+            where=where,
+            fix="check that teacher.name (or teacher.vision_cfg) is the model of these weights",
+        )
+    module.load_state_dict(state)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a module's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached_file(repository: str, names: Sequence[str]) -> Path | None:
+    """The first of ``names`` that lies in the local hub cache. No network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def hub_file(repository: str, names: Sequence[str], preset_hint: str) -> Path:
+    """The first of ``names`` in a hub repository: from the local cache, else fetched.
+
+    Raises:
+        TeacherError: neither there nor to be had.
+    """
+    if cached := cached_file(repository, names):
+        return cached
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    reason: Exception | None = None
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError as error:  # no network: the other names would only wait as long again
+            reason = error
+            break
+        except EntryNotFoundError as error:
+            reason = error
+        except Exception as error:  # the hub's client raises its own, httpx's and OSError
+            reason = error
+            break
+    raise TeacherError(
+        f"the teacher's weights are not on this machine and cannot be fetched ({type(reason).__name__})",
+        where=f"hub repository {repository}",
+        fix=f"run `cae2pipe teachers fetch {preset_hint}` where there is a network and copy the hub cache, "
+        "or --set teacher.weights=FILE",
+    )
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def _shapes(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> str:
+    if name in own and name in state:
+        return f", {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+    return ""

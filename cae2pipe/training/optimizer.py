@@ -1,0 +1,30 @@
+"""AdamW with the paper's groups (Table 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cae2pipe.config.pretrain import OptimizerSettings
+
+REFERENCE_BATCH = 2048
+"""The batch that learning rates are given for."""
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW whose decay spares biases, norms and LayerScale, all of one dimension; class and mask tokens do decay.
+
+    The learning rate is set step by step from outside.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2))
+
+
+def scaled(settings: OptimizerSettings, batch: int) -> tuple[float, float, float]:
+    """Warm-up epochs, peak and final learning rate for a batch: rates scale linearly with it."""
+    factor = batch / REFERENCE_BATCH
+    return settings.warmup_epochs, settings.lr * factor, settings.min_lr * factor

@@ -1,0 +1,23 @@
+"""The learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate(
+    step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float, lr: float, min_lr: float
+) -> float:
+    """Linear from 0 over the warm-up, then a cosine to ``min_lr``, which the last step reaches (paper, Table 8).
+
+    Args:
+        step: from 0, over all epochs.
+        steps_per_epoch, epochs: the run's length.
+        warmup_epochs: may be a fraction.
+        lr, min_lr: peak and end, for the run's batch.
+    """
+    total, warmup = steps_per_epoch * epochs, round(steps_per_epoch * warmup_epochs)
+    if step < warmup:
+        return lr * step / warmup
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

@@ -1,0 +1,135 @@
+import itertools
+
+import pytest
+import torch
+
+from cae2pipe.artifacts.box import open_box
+from cae2pipe.errors import DamageError
+from cae2pipe.loading.batches import Batch, Plan
+from cae2pipe.loading.loader import block_refs, load_batches
+from cae2pipe.stages.pretrain import make_plan
+from cae2pipe.targets.target_set import TargetSet
+
+
+@pytest.fixture(scope="module")
+def targets(target_root):
+    return TargetSet(target_root)
+
+
+@pytest.fixture(scope="module")
+def plan(targets, pretrain_settings) -> Plan:
+    return make_plan(targets, sorted(targets.stores), pretrain_settings(), 4)
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    return (
+        (one.epoch, one.step, one.keys) == (other.epoch, other.step, other.keys)
+        and all(
+            torch.equal(getattr(one, name), getattr(other, name))
+            for name in ("pixels", "weights", "visible", "masked", "drop")
+        )
+        and one.arrays.keys() == other.arrays.keys()
+        and all(torch.equal(one.arrays[name], other.arrays[name]) for name in one.arrays)
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(plan) -> list[Batch]:
+    return list(load_batches(plan, 0, 0))
+
+
+def test_every_image_once_an_epoch_and_padding_without_weight(alone, plan, targets):
+    assert plan.samples == targets.images == 150
+    for epoch, group in itertools.groupby(alone, key=lambda batch: batch.epoch):
+        steps = list(group)
+        assert len(steps) == plan.steps == 5, epoch
+        keys = [key for batch in steps for key in batch.keys]
+        assert len({key for key in keys if key}) == 150
+        assert len(keys) == 160
+        weights = torch.cat([batch.weights for batch in steps])
+        assert weights.tolist() == [float(bool(key)) for key in keys]
+
+
+def test_pixels_and_latents_are_those_of_the_key(alone, targets):
+    truth = {}
+    for name in targets.stores:
+        reader = targets.reader(name)
+        for block in range(reader.blocks):
+            got = reader.block(block)
+            for row, key in enumerate(got.keys):
+                truth.setdefault(key, []).append((got.jpegs[row], got.arrays["symbols"][:, row]))
+    from cae2pipe.images.views import decode_view
+
+    for row, key in enumerate(alone[0].keys):
+        pixels = alone[0].pixels[row].permute(1, 2, 0).numpy()
+        symbols = alone[0].arrays["symbols"][:, row].numpy().view("uint16")
+        assert any((decode_view(jpeg) == pixels).all() and (stored == symbols).all() for jpeg, stored in truth[key])
+
+
+def test_two_epochs_show_two_views(alone, plan):
+    shown = [
+        {
+            key: batch.arrays["symbols"][:, row].numpy().tobytes()
+            for batch in alone
+            if batch.epoch == epoch
+            for row, key in enumerate(batch.keys)
+            if key
+        }
+        for epoch in range(2)
+    ]
+    assert all(shown[0][key] != shown[1][key] for key in shown[0])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(alone, plan, workers):
+    others = list(load_batches(plan, 0, workers))
+    assert len(others) == len(alone)
+    assert all(equal(one, other) for one, other in zip(alone, others, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_together_give_the_global_batch(alone, plan, ranks):
+    parts = [list(load_batches(plan, 0, 0, rank, ranks)) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {len(alone)}
+    for step, whole in enumerate(alone):
+        assert whole.keys == [key for part in parts for key in part[step].keys]
+        assert torch.equal(whole.pixels, torch.cat([part[step].pixels for part in parts]))
+        assert torch.equal(whole.masked, torch.cat([part[step].masked for part in parts]))
+        assert torch.equal(whole.drop, torch.cat([part[step].drop for part in parts]))
+
+
+@pytest.mark.parametrize("start", [3, 5, 8])
+def test_a_step_alone_says_what_comes_next(alone, plan, start):
+    rest = list(load_batches(plan, start, 0))
+    assert len(rest) == len(alone) - start
+    assert all(equal(one, other) for one, other in zip(alone[start:], rest, strict=True))
+
+
+def test_masks_have_the_asked_count_and_differ(alone, plan):
+    assert alone[0].masked.shape == (32, 6)
+    assert alone[0].visible.shape == (32, 10)
+    both = torch.cat([alone[0].visible, alone[0].masked], dim=1).sort(dim=1).values
+    assert torch.equal(both, torch.arange(16).expand(32, 16))
+    assert len({tuple(row) for row in alone[0].masked.tolist()}) > 16
+
+
+def test_a_run_reads_the_stores_it_began_with(targets):
+    first = [name for name in targets.stores if name.startswith("v00")]
+    assert all(ref.views == (0,) for ref in block_refs(targets, first))
+    assert all(ref.views == (0, 1) for ref in block_refs(targets))
+
+
+def test_damage_met_by_a_worker_process_arrives_whole(target_root, tmp_path, pretrain_settings):
+    import shutil
+
+    root = tmp_path / "set"
+    shutil.copytree(target_root, root)
+    targets = TargetSet(root)
+    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(), 4)
+    for unit in open_box(root).units.values():
+        if "tar" in unit:
+            data = bytearray((root / unit["tar"]).read_bytes())
+            data[len(data) // 2] ^= 255
+            (root / unit["tar"]).write_bytes(data)
+    with pytest.raises(DamageError, match="checksum"):
+        list(load_batches(plan, 0, 2))

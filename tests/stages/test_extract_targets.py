@@ -1,0 +1,233 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cae2pipe.artifacts.box import Box, open_box
+from cae2pipe.errors import DamageError, MismatchError, SourceError, TeacherError
+from cae2pipe.images.views import decode_view
+from cae2pipe.progress import Silent
+from cae2pipe.shards.build import build_shard_set
+from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.targets.codecs import as_tensors
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.teachers.load import load_teacher
+from tests.conftest import contents, snapshot
+
+
+@pytest.fixture
+def copy(target_root, tmp_path) -> Path:
+    root = tmp_path / "copy"
+    shutil.copytree(target_root, root)
+    return root
+
+
+def stores(root: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(root).items() if name.startswith(("views/", "latents/", "codec.zarr/"))}
+
+
+def test_the_set_is_complete_and_says_what_it_holds(target_root):
+    targets = TargetSet(target_root)
+    assert targets.box.complete
+    assert sorted(targets.stores) == [f"v{v:02d}/{s:06d}" for v in range(2) for s in range(3)]
+    assert (targets.images, targets.views) == (150, 2)
+    assert targets.classes == ["class0", "class1", "class2"]
+    assert targets.fidelity()["mean"] >= 0.9988
+    assert targets.bytes_per_view()["fp16"] == 2 * 17 * 17
+
+
+def test_a_second_run_does_nothing_and_says_so(copy, photos, extract_settings):
+    before = snapshot(copy)
+    report = Silent()
+    extract_targets(photos, copy, extract_settings(), report)
+    assert snapshot(copy) == before
+    assert any("nothing to do" in line for line in report.lines)
+
+
+def test_workers_and_a_shard_set_as_source_change_nothing(target_root, photos, tmp_path, extract_settings):
+    settings = extract_settings(speed={"workers": 2})
+    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, Silent())
+    extract_targets(shards.root, tmp_path / "set", settings, Silent())
+    assert stores(tmp_path / "set") == stores(target_root)
+    assert (tmp_path / "set" / "manifest.json").read_bytes() == (target_root / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["views/v01/000001.tar", "latents/v01/000001.zarr"])
+def test_only_what_was_deleted_is_made_again_and_alike(copy, photos, extract_settings, lost):
+    before = snapshot(copy)
+    path = copy / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    extract_targets(photos, copy, extract_settings(), Silent())
+    after = snapshot(copy)
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    changed = {name for name in after if after[name][1] != before[name][1]}
+    assert changed
+    assert all("v01/000001" in name for name in changed)
+
+
+def test_views_can_be_added_later(target_root, photos, tmp_path, extract_settings):
+    grown = tmp_path / "grown"
+    extract_targets(photos, grown, extract_settings(views=1), Silent())
+    assert TargetSet(grown).views == 1
+    first = stores(grown)
+    extract_targets(photos, grown, extract_settings(views=2), Silent())
+    assert stores(grown) == stores(target_root)
+    assert first.items() <= stores(grown).items()
+
+
+@pytest.mark.parametrize("crash_at", [1, 3, 5])
+def test_a_broken_off_run_goes_on_to_the_same_bytes(
+    target_root, photos, tmp_path, extract_settings, monkeypatch, crash_at
+):
+    out = tmp_path / "set"
+    real_add, count = Box.add, 0
+
+    def add(self: Box, name: str, unit: dict) -> None:
+        nonlocal count
+        if self.kind == "targets":
+            count += 1
+            if count == crash_at:
+                raise KeyboardInterrupt
+        real_add(self, name, unit)
+
+    monkeypatch.setattr(Box, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        extract_targets(photos, out, extract_settings(), Silent())
+    monkeypatch.undo()
+    extract_targets(photos, out, extract_settings(), Silent())
+    assert contents(out) == contents(target_root)
+
+
+def test_the_journal_of_a_killed_run_counts(target_root, photos, tmp_path, extract_settings, monkeypatch):
+    out, save = tmp_path / "set", Box.save
+    with monkeypatch.context() as patch:
+        # A SIGKILL leaves the journal: the manifest is never written.
+        patch.setattr(Box, "save", lambda self, complete=None: None if self.units else save(self))
+        extract_targets(photos, out, extract_settings(), Silent())
+    assert open_box(out).units.keys() == open_box(target_root).units.keys()
+    assert not open_box(out).complete
+
+
+def test_fp16_targets_are_the_live_teachers(photos, tmp_path, extract_settings):
+    settings = extract_settings(codec={"name": "fp16", "calibration": 64}, views=1)
+    extract_targets(photos, tmp_path / "set", settings, Silent())
+    targets = TargetSet(tmp_path / "set")
+    teacher = load_teacher(settings.teacher, torch.device("cpu"))
+    reader = targets.reader("v00/000001")
+    block = reader.block(1)
+    pixels = torch.from_numpy(np.stack([decode_view(jpeg) for jpeg in block.jpegs])).permute(0, 3, 1, 2)
+    live = teacher(pixels).tokens
+    stored = targets.layout.codec.decode(as_tensors(block.arrays))
+    norms = torch.from_numpy(block.arrays["norms"]).float().unsqueeze(-1)
+    assert torch.equal(stored, torch.nn.functional.normalize(live, dim=-1).half().float())
+    torch.testing.assert_close(stored * norms, live, rtol=2e-3, atol=1e-3)
+
+
+def test_the_draws_kept_recreate_the_stored_view(target_root, photos, extract_settings):
+    from cae2pipe.images.decode import decode_rgb
+    from cae2pipe.images.views import ViewDraw, encode_view, render_view
+    from cae2pipe.shards.shard_set import ShardSet
+
+    shards = ShardSet.open(target_root / "shards")
+    reader = TargetSet(target_root).reader("v01/000000")
+    original = shards.read(shards.shards[0], 5, 6)[0]
+    draw = ViewDraw.from_row(reader.draws()[5])
+    image = decode_rgb(original.data, where="test")
+    settings = extract_settings().view
+    assert reader.keys()[5] == original.key
+    assert encode_view(render_view(image, draw, settings), settings) == reader.jpegs(0)[5]
+    assert (draw.source_height, draw.source_width) == (image.height, image.width)
+
+
+def test_attention_is_kept_for_a_vit(target_root):
+    attention = TargetSet(target_root).reader("v00/000000").arrays(0, ["attention"])["attention"]
+    assert attention.shape == (64, 16)
+    assert (attention.max(axis=1) == 255).all()
+    assert attention.min() < 255
+
+
+@pytest.mark.parametrize(
+    ("over", "field"),
+    [
+        ({"codec": {"fidelity": 0.99}}, "settings.codec.fidelity"),
+        ({"codec": {"name": "int8"}}, "settings.codec.name"),
+        ({"view": {"quality": 80}}, "settings.view.quality"),
+        ({"seed": 1}, "settings.seed"),
+        ({"teacher": {"quick_gelu": True}}, "teacher"),
+    ],
+)
+def test_other_settings_are_refused_by_name(copy, photos, extract_settings, over, field):
+    before = contents(copy)
+    with pytest.raises(MismatchError) as caught:
+        extract_targets(photos, copy, extract_settings(**over), Silent())
+    assert field in caught.value.what
+    assert caught.value.fix
+    assert contents(copy) == before
+
+
+def test_other_weights_are_refused(copy, photos, extract_settings, teacher_file, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(teacher_file)
+    state["visual.class_embedding"] = state["visual.class_embedding"] + 1e-3
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(MismatchError, match="weights"):
+        extract_targets(
+            photos, copy, extract_settings(teacher={"weights": str(tmp_path / "other.safetensors")}), Silent()
+        )
+
+
+def test_a_target_set_as_source_is_refused(target_root, tmp_path, extract_settings):
+    with pytest.raises(SourceError, match="not a shard set"):
+        extract_targets(target_root, tmp_path / "set", extract_settings(), Silent())
+
+
+def test_another_source_is_refused(copy, tmp_path, extract_settings):
+    from tests.conftest import write_photos
+
+    other = write_photos(tmp_path / "other", classes=3, each=50, seed=1)
+    shards = build_shard_set(other, tmp_path / "shards", extract_settings().shard, Silent())
+    with pytest.raises(MismatchError, match="000000"):
+        extract_targets(shards.root, copy, extract_settings(), Silent())
+
+
+def test_degenerate_teachers_stop_the_run(photos, tmp_path, extract_settings, teacher_file):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(teacher_file)
+    state["visual.proj"] = state["visual.proj"] * float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(TeacherError):
+        extract_targets(
+            photos, tmp_path / "set", extract_settings(teacher={"weights": str(tmp_path / "nan.safetensors")}), Silent()
+        )
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
+def test_a_damaged_source_shard_is_named(photos, tmp_path, extract_settings, damage):
+    shards = build_shard_set(photos, tmp_path / "shards", extract_settings().shard, Silent())
+    tar = shards.shards[1].path
+    data = bytearray(tar.read_bytes())
+    if damage == "deleted":
+        tar.unlink()
+    elif damage == "cut":
+        tar.write_bytes(data[: len(data) // 2])
+    else:
+        data[700] ^= 255
+        tar.write_bytes(data)
+    with pytest.raises(DamageError) as caught:
+        extract_targets(shards.root, tmp_path / "set", extract_settings(), Silent())
+    assert "000001.tar" in caught.value.where
+    assert "cae2pipe shard" in caught.value.fix
+
+
+def test_manifests_hold_no_paths_times_or_hosts(target_root):
+    text = (target_root / "manifest.json").read_text()
+    assert str(target_root) not in text
+    assert "/tmp" not in text
+    manifest = json.loads(text)
+    assert manifest["format"] == 1
+    assert manifest["fidelity" if "fidelity" in manifest else "codec"]

@@ -1,0 +1,118 @@
+"""The command line itself: parsing, exit codes, messages. What commands do is tested with the stages."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from cae2pipe.cli import app, exits
+from cae2pipe.errors import DivergedError, Terminated
+from tests.conftest import write_photos
+
+runner = CliRunner()
+
+
+def run(*arguments: object):
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def test_version_and_help():
+    from cae2pipe.version import __version__
+
+    assert run("--version").output.strip() == __version__
+    out = run("--help").output
+    for command in ("shard", "extract-targets", "pretrain", "evaluate", "inspect", "verify", "demo", "config", "teachers"):
+        assert command in out
+
+
+@pytest.mark.parametrize(
+    "command", ["shard", "extract-targets", "pretrain", "inspect", "verify", "demo", "evaluate knn", "evaluate linear"]
+)
+def test_every_command_has_help(command):
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom cae2pipe.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'timm', 'open_clip', 'zarr', 'numpy', 'PIL', 'webdataset'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "cae2pipe", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip()
+
+
+def test_config_show_resolves_presets_recipes_and_overrides():
+    out = run("config", "show", "pretrain", "tiny", "--set", "recipe=official", "--set", "epochs=7").output
+    assert "epochs: 7" in out
+    assert "beta2: 0.999" in out
+    assert "# Passes over the data." in out
+    assert "base" in run("config", "list").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("config", "show", "pretrain", "bse"), "nearest: 'base'"),
+        (("config", "show", "pretrian", "base"), "nearest: 'pretrain'"),
+        (("config", "show", "pretrain", "base", "--set", "mask.ration=0.4"), "did you mean 'ratio'?"),
+        (("config", "show", "pretrain", "base", "--set", "mask.ratio=1"), "mask.ratio"),
+        (("config", "show", "pretrain", "base", "--set", "data.streams=63"), "data.streams"),
+        (("inspect", "nowhere"), "no such folder"),
+        (("shard", "nowhere", "out"), "nowhere"),
+        (("pretrain", "nowhere", "out"), "no such folder"),
+        (("extract-targets", "nowhere", "out", "--config", "clip-b61"), "nearest: 'clip-b16'"),
+    ],
+)
+def test_bad_input_ends_with_2_and_says_why(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_bad_usage_ends_with_2():
+    assert run("pretrain").exit_code == 2
+    assert run("nonsense").exit_code == 2
+    assert run("extract-targets", "a", "b", "--codec", "zip").exit_code == 2
+
+
+def test_a_missing_weights_file(photos, tmp_path):
+    result = run(
+        "extract-targets", photos, tmp_path / "out", "--config", "vit-tiny-in21k",
+        "--set", f"teacher.weights={tmp_path / 'none.safetensors'}", "--workers", 0,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "none.safetensors" in result.stderr
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143), (DivergedError("x"), 1)])
+def test_exit_codes(error, code):
+    import typer
+
+    with pytest.raises(typer.Exit) as caught, exits():
+        raise error
+    assert caught.value.exit_code == code
+
+
+def test_shard_inspect_verify(tmp_path):
+    write_photos(tmp_path / "images", classes=2, each=3)
+    assert run("shard", tmp_path / "images", tmp_path / "out", "--workers", 0).exit_code == 0
+    facts = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert (facts["kind"], facts["images"], facts["classes"]) == ("shards", 6, 2)
+    assert run("verify", tmp_path / "out").exit_code == 0
+    tar = tmp_path / "out" / "tars" / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1])
+    result = run("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "000000.tar" in result.output + result.stderr

@@ -1,0 +1,55 @@
+import shutil
+
+import pytest
+
+from cae2pipe.errors import ManifestError
+from cae2pipe.inspection import describe, verify
+from cae2pipe.progress import Silent
+
+
+@pytest.fixture
+def copy(target_root, tmp_path):
+    shutil.copytree(target_root, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def test_describe_says_what_a_target_set_holds(target_root):
+    facts = describe(target_root)
+    assert (facts["kind"], facts["images"], facts["views"], facts["codec"]) == ("targets", 150, 2, "klt")
+    assert facts["shards_with_view"] == {"0": 3, "1": 3}
+    assert facts["made_from"]["settings"]["codec"]["fidelity"] == 0.999
+    assert describe(target_root / "shards")["images"] == 150
+
+
+def test_a_sound_set_verifies(target_root):
+    result = verify(target_root, Silent())
+    assert result.problems == []
+    assert "all" in result.summary()
+
+
+@pytest.mark.parametrize("name", ["views/v00/000000.tar", "latents/v01/000002.zarr/norms/c/0/0", "shards/tars/000001.tar"])
+@pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
+def test_every_kind_of_damage_is_named_with_its_remedy(copy, name, damage):
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    (problem,) = verify(copy, Silent()).problems
+    assert problem.where.endswith(name)
+    assert "cae2pipe" in problem.fix
+
+
+def test_strangers_are_named(copy):
+    (copy / "views" / "v00" / "extra.tar").write_bytes(b"x")
+    (problem,) = verify(copy, Silent()).problems
+    assert problem.where.endswith("extra.tar")
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(ManifestError, match=r"no manifest\.json"):
+        describe(tmp_path)
