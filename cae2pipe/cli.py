@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -42,7 +42,7 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on with.")]
 
 
-class CodecName(str, Enum):
+class CodecName(StrEnum):
     klt = "klt"
     int8 = "int8"
     fp16 = "fp16"
@@ -72,10 +72,10 @@ def exits() -> Iterator[None]:
         signal.signal(signal.SIGTERM, old)
 
 
-def _section(name: str, **values: Any) -> dict[str, Any]:
-    """The options that were given, as raw settings: ``{name: {...}}``, or {} where none was."""
+def _section(section: str, /, **values: Any) -> dict[str, Any]:
+    """The options that were given, as raw settings: ``{section: {...}}``, or {} where none was."""
     given = {key: value for key, value in values.items() if value is not None}
-    return {name: given} if given else {}
+    return {section: given} if given else {}
 
 
 @app.callback(invoke_without_command=True)

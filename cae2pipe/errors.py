@@ -89,5 +89,5 @@ class DivergedError(Cae2pipeError):
     """Training met a loss or a gradient that is not finite."""
 
 
-class Terminated(BaseException):  # noqa: N818 - not an error: it stands beside KeyboardInterrupt
+class Terminated(BaseException):
     """SIGTERM arrived. Raised in the main thread, like KeyboardInterrupt, so that nothing swallows it by accident."""

@@ -7,7 +7,6 @@ made again; everything else is made so that the same inputs give the same bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.images.views import decode_view
+from cae2pipe.loading.workers import worker_count
 from cae2pipe.progress import Report
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import Shard, ShardSet
@@ -67,7 +67,7 @@ def extract_targets(source: Path, out: Path, settings: ExtractSettings, report: 
         if not missing and CODEC in box.units and box.complete:
             report.log(f"nothing to do: {out} holds all {settings.views} views of all {len(shards.shards)} shards")
             return box
-        workers = (os.cpu_count() or 1) if settings.speed.workers < 0 else settings.speed.workers
+        workers = worker_count(settings.speed.workers)
         if CODEC not in box.units:
             make_calibration(box, shards, teacher, settings, workers, report)
         calibration = read_calibration(out / "codec.zarr")
@@ -128,10 +128,10 @@ def make_calibration(
     codec = settings.codec
     tasks, taken = [], 0
     for shard in shards.shards:
-        for block in range(-(-shard.samples // BLOCK)):
+        for number in range(-(-shard.samples // BLOCK)):
             if taken < codec.calibration:
-                tasks.append(Task(shard, block, (0,)))
-                taken += min(BLOCK, shard.samples - block * BLOCK)
+                tasks.append(Task(shard, number, (0,)))
+                taken += min(BLOCK, shard.samples - number * BLOCK)
     report.log(f"calibrating the {codec.name} codec on {taken} images")
     units, attention = [], False
     for block in render(Renderer(shards, tasks, settings.view, settings.seed), workers):
@@ -186,9 +186,30 @@ def write_shard(
     report: Report,
 ) -> None:
     """Run the teacher over a shard's rendered blocks and write the pair (tar, store) of each of its views."""
+    pairs: dict[int, _View] = {}
+    try:
+        keys, labels = fill_pairs(pairs, box.root, shard, blocks, teacher, layout, calibration, report)
+        for view, pair in sorted(pairs.items()):
+            box.add(store_name(view, shard.name), finish_pair(box.root, shard, view, pair, keys, labels))
+    except BaseException:
+        for pair in pairs.values():
+            pair.writer.abort()
+        raise
+
+
+def fill_pairs(
+    pairs: dict[int, _View],
+    root: Path,
+    shard: Shard,
+    blocks: Iterator[RenderedBlock],
+    teacher: Teacher,
+    layout: Layout,
+    calibration: Calibration,
+    report: Report,
+) -> tuple[list[str], np.ndarray]:
+    """Run the teacher block by block and append to the views' stores, opened in ``pairs``. Returns keys and labels."""
     keys: list[str] = []
     labels: list[np.ndarray] = []
-    pairs: dict[int, _View] = {}
     # Compression and disk run beside the teacher; one block at a time, so that order and memory stay bounded.
     with ThreadPoolExecutor(1) as writer_thread:
         pending: Future[None] | None = None
@@ -197,7 +218,7 @@ def write_shard(
             labels.append(block.labels)
             for place, view in enumerate(block.task.views):
                 if view not in pairs:
-                    path = box.root / "latents" / f"v{view:02d}" / f"{shard.name}.zarr"
+                    path = root / "latents" / f"v{view:02d}" / f"{shard.name}.zarr"
                     pairs[view] = _View(StoreWriter(path, layout), [], [], [], [])
                 pair = pairs[view]
                 output = run_teacher(teacher, block.jpegs[place])
@@ -218,9 +239,7 @@ def write_shard(
                 report.advance(len(block.keys))
         if pending:
             pending.result()
-    for view, pair in sorted(pairs.items()):
-        unit_entry = finish_pair(box.root, shard, view, pair, keys, np.concatenate(labels))
-        box.add(store_name(view, shard.name), unit_entry)
+    return keys, np.concatenate(labels)
 
 
 def finish_pair(

@@ -6,8 +6,8 @@ checkpoint, loop over steps, export the encoder. The teacher is not here: its la
 
 from __future__ import annotations
 
-import os
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from cae2pipe.errors import DivergedError, MismatchError, SettingsError
 from cae2pipe.keyed import keyed_seed
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.loader import block_refs, load_batches
+from cae2pipe.loading.workers import worker_count
 from cae2pipe.methods.losses import LossTerms, alignment_loss, centred_cosine
 from cae2pipe.methods.registry import build_method
-from cae2pipe.models.export import export_encoder
+from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD, export_encoder
 from cae2pipe.progress import Report
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.checkpoint import load_checkpoint, save_checkpoint
@@ -34,9 +35,6 @@ from cae2pipe.training.metrics import MetricsFile
 from cae2pipe.training.optimizer import build_optimizer, scaled
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.signals import deferred_stop
-
-PIXEL_MEAN = (0.485, 0.456, 0.406)
-PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> Box:
@@ -91,7 +89,7 @@ def train(
     """Steps from ``start`` to the end, or to ``stop_after``, with metrics and checkpoints. Returns the steps done."""
     total = plan.steps * settings.epochs
     limit = min(total, settings.stop_after or total)
-    workers = min(8, os.cpu_count() or 1) if settings.speed.workers < 0 else settings.speed.workers
+    workers = worker_count(settings.speed.workers, most=8)
     step_of = Step(model, targets, settings, device)
     metrics = MetricsFile(out / "metrics.jsonl", start)
     report.total(total, "steps", done=start)
@@ -104,7 +102,7 @@ def train(
         save_checkpoint(out / "checkpoints", step, state, settings.speed.keep)
 
     saved_at = time.monotonic()
-    with deferred_stop() as stop:
+    with closing(metrics), deferred_stop() as stop:
         batches = load_batches(plan, start, workers) if start < limit else iter(())
         step = start
         began = time.monotonic()
@@ -141,7 +139,6 @@ def train(
             if step == limit:
                 break
             began = time.monotonic()
-    metrics.close()
     return step
 
 
@@ -197,7 +194,7 @@ def check_fit(targets: TargetSet, settings: PretrainSettings) -> None:
     teacher, grid = targets.teacher, settings.model.grid
     if (teacher.rows, teacher.cols) != (grid, grid):
         raise SettingsError(
-            f"the student's grid of patches is {grid} x {grid}, and the target set's is {teacher.rows} x {teacher.cols}",
+            f"the student's grid is {grid} x {grid} patches, and the target set's is {teacher.rows} x {teacher.cols}",
             where=f"{targets.root}, teacher {teacher.name}",
             fix=f"set model.image_size / model.patch_size so that the grid is {teacher.rows}, "
             "or make targets with a teacher that has the student's grid",

@@ -27,7 +27,9 @@ def test_a_sound_set_verifies(target_root):
     assert "all" in result.summary()
 
 
-@pytest.mark.parametrize("name", ["views/v00/000000.tar", "latents/v01/000002.zarr/norms/c/0/0", "shards/tars/000001.tar"])
+@pytest.mark.parametrize(
+    "name", ["views/v00/000000.tar", "latents/v01/000002.zarr/norms/c/0/0", "shards/tars/000001.tar"]
+)
 @pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
 def test_every_kind_of_damage_is_named_with_its_remedy(copy, name, damage):
     path = copy / name

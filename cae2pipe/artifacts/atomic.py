@@ -68,7 +68,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def remove_debris(root: Path) -> list[Path]:
     """Remove what a killed process left half-written below ``root`` and return what was removed."""
-    debris = [path for path in root.rglob(f"{TEMPORARY}*")]
+    debris = list(root.rglob(f"{TEMPORARY}*"))
     for path in debris:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -63,7 +63,7 @@ class Box:
         self.units[name] = unit
 
     def save(self, *, complete: bool | None = None) -> None:
-        """Write the manifest and clear the journal it now contains. Does nothing to a manifest already as it should be."""
+        """Write the manifest, unless it is as it should be, and clear the journal, which it now contains."""
         if complete is not None:
             self.complete = complete
         path = self.root / MANIFEST
@@ -166,7 +166,7 @@ def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]
 
 
 def check_files(box: Box, units: Iterable[str] | None = None, *, digests: bool = True) -> list[DamageError]:
-    """Compare the files of the given units (all by default) with the manifest: presence, size and, if asked, SHA-256."""
+    """Compare the files of the given units (default: all) with the manifest: presence, size and, if asked, SHA-256."""
     problems = []
     for name in sorted(box.units) if units is None else units:
         for relative, entry in box.units[name].get("files", {}).items():

@@ -39,7 +39,7 @@ class TeacherSettings(Settings):
     pretrained: str | None = None
     """The pretrained tag, e.g. openai; unused when `weights` names a file."""
     weights: Path | None = outside(None)
-    """A local weights file (safetensors, or a torch file read with weights_only). Its content enters the fingerprint."""
+    """A local weights file (safetensors, or a torch file of tensors). Its content enters the fingerprint."""
     vision_cfg: dict[str, Any] | None = None
     """open_clip only: the tower's own shape, for weights that no named model fits."""
     embed_dim: int | None = None

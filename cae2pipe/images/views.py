@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageStat
@@ -51,9 +51,10 @@ class ViewDraw:
 
     @classmethod
     def from_row(cls, row: np.ndarray) -> ViewDraw:
-        kinds: dict[str, Callable[[float], int | float]] = {"flip": bool, "brightness": float, "contrast": float}
-        kinds["saturation"] = float
-        return cls(**{name: kinds.get(name, int)(float(x)) for name, x in zip(DRAW_COLUMNS, row, strict=True)})
+        values: list[Any] = [int(value) for value in row]
+        values[4] = bool(row[4])
+        values[5:8] = [float(value) for value in row[5:8]]
+        return cls(*values)
 
 
 DRAW_COLUMNS = tuple(field.name for field in fields(ViewDraw))

@@ -6,14 +6,13 @@ items from its workers in turn, so each run of W items makes one step.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
-from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from cae2pipe.loading.batches import Batch, Plan, batches, join
 from cae2pipe.loading.order import BlockRef, rank_streams, worker_streams
+from cae2pipe.loading.workers import in_order
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import TargetSet
 
@@ -65,9 +64,7 @@ def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int
     if workers == 0:
         yield from parts
         return
-    options: dict[str, Any] = {"prefetch_factor": 2, "multiprocessing_context": worker_context()}
-    loader = DataLoader(parts, batch_size=None, collate_fn=_as_is, num_workers=workers, **options)
-    iterator = iter(loader)
+    iterator = in_order(parts, workers)
     while True:
         step = [part for _, part in zip(range(workers), iterator, strict=False)]
         if not step:
@@ -75,15 +72,3 @@ def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int
         assert len(step) == workers
         assert len({part.step for part in step}) == 1, "workers are out of step"
         yield join(step, plan.layout)
-
-
-def worker_context() -> Any:
-    """How worker processes are started: from a clean server process, so that neither a CUDA context nor a thread
-    pool is copied into them half-alive, which fork does."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cae2pipe.loading.batches", "cae2pipe.targets.rendering"])
-    return context
-
-
-def _as_is(item: Any) -> Any:
-    return item

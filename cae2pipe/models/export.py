@@ -35,7 +35,8 @@ def timm_state(encoder: Encoder) -> dict[str, Tensor]:
 
     LayerScale is folded into the layer before it; q's and v's biases become one bias with zeros for k.
     """
-    state = {
+    assert encoder.patch_embed.bias is not None
+    state: dict[str, Tensor] = {
         "cls_token": encoder.cls_token,
         "pos_embed": encoder.pos_embed,
         "patch_embed.proj.weight": encoder.patch_embed.weight,

@@ -58,9 +58,7 @@ class Regressor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
-        self.blocks = nn.ModuleList(
-            RegressorBlock(width, heads, layer_scale, rate) for rate in drop_rates(drop, depth)
-        )
+        self.blocks = nn.ModuleList(RegressorBlock(width, heads, layer_scale, rate) for rate in drop_rates(drop, depth))
         self.apply(initialise)
         truncated_normal(self.mask_token)
 

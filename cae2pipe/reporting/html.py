@@ -36,9 +36,7 @@ def join(children: tuple[Child, ...] | list[Html], separator: str = "") -> Html:
 
 
 def figure(picture: Html, caption: Child = None, class_: str | None = None) -> Html:
-    return element(
-        "figure", picture, element("figcaption", caption) if caption is not None else None, class_=class_
-    )
+    return element("figure", picture, element("figcaption", caption) if caption is not None else None, class_=class_)
 
 
 def image(uri: str, alt: str, pixelated: bool = False) -> Html:
@@ -49,7 +47,9 @@ def image(uri: str, alt: str, pixelated: bool = False) -> Html:
 def table(headers: list[str], rows: list[list[Child]], class_: str | None = None) -> Html:
     head = element("tr", *(element("th", header, scope="col") for header in headers))
     body = join([element("tr", *(element("td", cell) for cell in row)) for row in rows], "\n")
-    return element("div", element("table", element("thead", head), element("tbody", body), class_=class_), class_="wide")
+    return element(
+        "div", element("table", element("thead", head), element("tbody", body), class_=class_), class_="wide"
+    )
 
 
 def page(title: str, body: Html) -> str:

@@ -1,8 +1,8 @@
 """A shard set, opened for reading.
 
-    OUT/manifest.json
-    OUT/tars/000000.tar      WebDataset tars of originals, shuffled over the whole source
-    OUT/rejects.jsonl        what could not be decoded: path and reason, a line each
+OUT/manifest.json
+OUT/tars/000000.tar      WebDataset tars of originals, shuffled over the whole source
+OUT/rejects.jsonl        what could not be decoded: path and reason, a line each
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.digest import sha256_file
 from cae2pipe.errors import DamageError
 from cae2pipe.shards.tar import TarSample, index_tar, read_range
 
@@ -67,6 +68,17 @@ class ShardSet:
     @property
     def images(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+    def check(self, shard: Shard) -> None:
+        """Read a whole shard and compare its digest with the manifest's.
+
+        Raises:
+            DamageError: the tar is missing, or has changed.
+        """
+        if not shard.path.is_file():
+            raise DamageError("the tar is missing", where=shard.path, fix=REMEDY)
+        if sha256_file(shard.path) != shard.sha256:
+            raise DamageError("the tar has changed since it was written", where=shard.path, fix=REMEDY)
 
     def index(self, shard: Shard) -> list[TarSample]:
         """Where the shard's samples lie.

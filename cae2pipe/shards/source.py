@@ -35,7 +35,7 @@ class Source:
 
 
 def scan(root: Path) -> Source:
-    """The images of ``root``: ``class/**/*.jpg``, or ``*.jpg`` without classes. Names with a leading dot are passed over.
+    """The images of ``root``: ``class/**/*.jpg``, or ``*.jpg`` without classes. Hidden files are passed over.
 
     Raises:
         SourceError: no such folder, no images, a class without images, images both beside and in folders, two files
@@ -89,7 +89,7 @@ def scan(root: Path) -> Source:
 
 
 def find_splits(root: Path) -> list[str]:
-    """The splits of a folder ``split/class/*.jpg``: [] unless all its sub-folders are named like splits and hold folders."""
+    """The splits of a folder ``split/class/*.jpg``; [] unless all sub-folders are named like splits and hold folders."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     are_splits = folders and all(
         path.name.lower() in SPLITS and any(child.is_dir() for child in path.iterdir()) for path in folders

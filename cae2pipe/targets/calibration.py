@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 def token_cosines(true: Tensor, decoded: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Raw and centred cosine of every token. (n, T, D) twice and (D,) to (n * T,) twice, float64 accuracy in float32."""
+    """Raw and centred cosine of every token. (n, T, D) twice and (D,) to (n * T,) twice, computed in float64."""
     raw = torch.cosine_similarity(true.double(), decoded.double(), dim=-1)
     mean = mean.to(true.device).double()
     centred = torch.cosine_similarity(true.double() - mean, decoded.double() - mean, dim=-1)
@@ -106,7 +106,7 @@ def principal_axes(unit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_step(test: Tensor, mean: Tensor, basis: Tensor, fidelity: float) -> float:
-    """The largest step, to 0.5%, whose mean cosine distance on ``test`` stays within the allowed one with its margin."""
+    """The largest step, to 0.5%, whose mean cosine distance on ``test`` stays within the allowed one."""
     flat = test.reshape(-1, test.shape[-1]).double()
     coefficients = (flat - mean) @ basis
     allowed = (1 - fidelity) * MARGIN
@@ -134,5 +134,6 @@ def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
         return Fp16Codec()
     if name == "int8":
         return Int8Codec()
-    assert calibration.basis is not None and calibration.step is not None
+    assert calibration.basis is not None
+    assert calibration.step is not None
     return KltCodec(calibration.mean, calibration.basis, calibration.step, level)

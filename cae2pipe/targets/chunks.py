@@ -88,6 +88,11 @@ class ShardFile:
         self._spans.append((self._offset, len(chunk)))
         self._offset += len(chunk)
 
+    def abort(self) -> None:
+        self._file.close()
+
     def close(self) -> None:
+        if self._file.closed:
+            return
         self._file.write(encode_index(self._spans))
         self._file.close()

@@ -75,7 +75,7 @@ class Int8Codec:
         return {"tokens": ArraySpec("|i1", 0, 0), "scales": ArraySpec("<f2", 0, 0)}
 
     def encode(self, unit: Tensor) -> dict[str, np.ndarray]:
-        # The scale is rounded to what is stored before it is used, and rounded up: else the largest component overflows.
+        # The scale is rounded to what is stored before it is used, and up: else the largest component overflows.
         scales = unit.abs().amax(dim=-1) / 127
         half = scales.to(torch.float16)
         half = torch.where(half.float() < scales, torch.nextafter(half, torch.full_like(half, torch.inf)), half)
@@ -166,8 +166,12 @@ def unit_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """numpy arrays as tensors without a copy; uint16 travels as the bits of int16, which every device can move."""
-    return {
-        name: torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
-        for name, array in arrays.items()
-    }
+    """numpy arrays as tensors; uint16 travels as the bits of int16, which every device can move.
+
+    Nothing is copied but arrays that lie in read-only memory, which torch cannot hold.
+    """
+    result = {}
+    for name, array in arrays.items():
+        array = array.view(np.int16) if array.dtype == np.uint16 else array
+        result[name] = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return result

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.images.views import draw_view, encode_view, render_view
+from cae2pipe.loading.workers import in_order
 from cae2pipe.shards.shard_set import Shard, ShardSet
 from cae2pipe.targets.chunks import BLOCK
 
@@ -54,6 +54,9 @@ class Renderer(Dataset):
 
     def __getitem__(self, index: int) -> RenderedBlock:
         task = self.tasks[index]
+        if task.block == 0:
+            # Blocks are given out in order, so a changed shard is met here before anything of it is written.
+            self.shards.check(task.shard)
         low = task.block * BLOCK
         samples = self.shards.read(task.shard, low, min(low + BLOCK, task.shard.samples))
         jpegs: list[list[bytes]] = [[] for _ in task.views]
@@ -74,13 +77,4 @@ def render(renderer: Renderer, workers: int) -> Iterator[RenderedBlock]:
         for index in range(len(renderer)):
             yield renderer[index]
         return
-    from cae2pipe.loading.loader import worker_context
-
-    options: dict[str, Any] = {"multiprocessing_context": worker_context()}
-    yield from DataLoader(
-        renderer, batch_size=None, collate_fn=_as_is, num_workers=min(workers, len(renderer)), **options
-    )
-
-
-def _as_is(item: Any) -> Any:
-    return item
+    yield from in_order(renderer, min(workers, len(renderer)))

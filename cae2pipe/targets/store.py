@@ -15,6 +15,7 @@ Only this module knows the layout. Reading goes to the files directly; ``zarr.op
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,12 @@ class StoreWriter:
             )
             array[...] = data
         commit(self.temporary, self.path)
+
+    def abort(self) -> None:
+        """Give up: close and remove what was written."""
+        for file in self._files.values():
+            file.abort()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _shard_path(self, name: str) -> Path:
         axes = len(self.layout.shape(name, BLOCK))

@@ -26,9 +26,9 @@ HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors
 class OpenClipTeacher(Teacher):
     """A CLIP vision transformer. Its latents live in the space shared with text."""
 
-    def __init__(self, tower: nn.Module, info: TeacherInfo, device: torch.device):
+    def __init__(self, tower: Any, info: TeacherInfo, device: torch.device):
         super().__init__(info, device)
-        self.tower: Any = tower.to(device).eval().requires_grad_(False)
+        self.tower = tower.to(device).eval().requires_grad_(False)
         self._attention: Tensor | None = None
         last = self.tower.transformer.resblocks[-1]
         if isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
@@ -190,7 +190,7 @@ def visual_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Positions (1 + P, W) for another grid: bilinear, without antialiasing, the class position kept (released code)."""
+    """Positions (1 + P, W) for another grid: bilinear, no antialiasing, the class position kept (released code)."""
     old = round((len(positions) - 1) ** 0.5)
     if (old, old) == tuple(grid) or old * old != len(positions) - 1:
         return positions

@@ -51,20 +51,23 @@ def find(teacher: TeacherSettings) -> Path | None:
 
 def hub_source(teacher: TeacherSettings) -> tuple[str, list[str]]:
     """The hub repository of a teacher's weights and the file names to try."""
+    files: tuple[str, ...]
     if teacher.kind == "open_clip":
         from open_clip import get_pretrained_cfg
 
-        from cae2pipe.teachers.open_clip import HUB_FILES
+        from cae2pipe.teachers import open_clip
 
+        files = open_clip.HUB_FILES
         config = get_pretrained_cfg(teacher.name, teacher.pretrained or "")
         repository, _, name = str(config.get("hf_hub", "")).rpartition("/")
     else:
         from timm.models import get_pretrained_cfg as timm_config
 
-        from cae2pipe.teachers.timm import HUB_FILES
+        from cae2pipe.teachers import timm
 
+        files = timm.HUB_FILES
         found = timm_config(teacher.name)
         repository, name = (found.hf_hub_id or "", found.hf_hub_filename or "") if found else ("", "")
     if not repository:
         raise TeacherError(f"no weights of {teacher.name} are known on the hub", fix="give teacher.weights=FILE")
-    return repository, [name] if name else list(HUB_FILES)
+    return repository, [name] if name else list(files)

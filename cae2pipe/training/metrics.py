@@ -11,7 +11,7 @@ from cae2pipe.artifacts.atomic import write_bytes
 
 
 class MetricsFile:
-    """Appends lines; opening it at ``step`` first cuts off lines of that step and later, and a half-written last one."""
+    """Appends lines; opening it at ``step`` first cuts off lines from that step on, and a half-written one."""
 
     def __init__(self, path: Path, step: int):
         kept = [line for line in read_lines(path) if line["step"] < step]

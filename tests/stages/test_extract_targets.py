@@ -26,7 +26,9 @@ def copy(target_root, tmp_path) -> Path:
 
 
 def stores(root: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(root).items() if name.startswith(("views/", "latents/", "codec.zarr/"))}
+    return {
+        name: data for name, data in contents(root).items() if name.startswith(("views/", "latents/", "codec.zarr/"))
+    }
 
 
 def test_the_set_is_complete_and_says_what_it_holds(target_root):

@@ -152,9 +152,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(target_root, tmp_path, p
         pretrain(target_root, tmp_path / "run", pretrain_settings(optimizer={"lr": 1e30}, epochs=3), Silent())
 
 
-def test_a_growing_set_does_not_change_a_run_that_began_before(
-    photos, extract_settings, pretrain_settings, tmp_path
-):
+def test_a_growing_set_does_not_change_a_run_that_began_before(photos, extract_settings, pretrain_settings, tmp_path):
     from cae2pipe.stages.extract_targets import extract_targets
 
     root = tmp_path / "set"

@@ -126,3 +126,5 @@ def test_an_unfinished_store_does_not_exist(tmp_path):
     writer = StoreWriter(tmp_path / "000000.zarr", layout)
     writer.append({**layout.codec.encode(unit(64)), "norms": np.ones((64, TOKENS), dtype="<f2")})
     assert not (tmp_path / "000000.zarr").exists()
+    writer.abort()
+    assert not list(tmp_path.iterdir())

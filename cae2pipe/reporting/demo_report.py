@@ -1,0 +1,294 @@
+"""The demo's page and picture, put together from what the demo measured and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cae2pipe.demo.measures import MEASURES
+from cae2pipe.reporting.curves import bar_chart, line_chart
+from cae2pipe.reporting.html import Html, element, figure, image, join, page, table
+from cae2pipe.reporting.pictures import (
+    PALETTE,
+    ColourBasis,
+    Picture,
+    captioned,
+    colour_basis,
+    enlarge,
+    hide_patches,
+    jpeg_uri,
+    latent_colours,
+    outline_boxes,
+    png_uri,
+    resized,
+    tiled,
+)
+
+if TYPE_CHECKING:
+    from cae2pipe.demo.stored import StoredImage
+    from cae2pipe.demo.student import Forecast
+
+PANEL = 132
+"""Side of a panel of the picture in pixels."""
+SHOWN = 200
+"""Side of a view on the page in pixels: a view is 224, and the page is read at about this."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that the demo ran, and one sentence on what it does. ``own`` is the same for a user's own images."""
+
+    text: str
+    command: str
+    own: str | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that the page shows.
+
+    ``losses`` are points (epoch, loss); ``bytes_per_view`` has the keys ``fp16``, ``int8``, ``stored``, ``pixels``.
+    """
+
+    teacher: str
+    codec: str
+    grid: tuple[int, int]
+    result: Mapping[str, float]
+    losses: Sequence[tuple[float, float]]
+    bytes_per_view: Mapping[str, float]
+    stored: Sequence[StoredImage]
+    forecasts: Sequence[Forecast]
+    steps: Sequence[Step]
+
+
+def shared_basis(contents: Contents) -> ColourBasis:
+    """One basis for every picture of latents, from the teacher's."""
+    latents = [*(forecast.teacher for forecast in contents.forecasts), *(one.latents[0] for one in contents.stored)]
+    return colour_basis(np.concatenate(latents))
+
+
+def picture(contents: Contents, pairs: int = 2) -> Picture:
+    """Test tiles in rows, ``pairs`` a row, each as view, masked view, teacher's latents and student's latents."""
+    basis = shared_basis(contents)
+    rows, cols = contents.grid
+    groups = []
+    for forecast in contents.forecasts:
+        view = resized(forecast.view, PANEL, PANEL)
+        maps = [latent_colours(latents, rows, cols, basis) for latents in (forecast.teacher, forecast.student)]
+        groups.append([view, hide_patches(view, forecast.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
+    captions, strips = [], []
+    left = 0
+    for first in range(min(pairs, len(groups))):
+        strip = tiled(groups[first::pairs], gap=6)
+        if strips:
+            strips.append(np.full((strips[0].shape[0], 28, 3), 255, dtype=np.uint8))
+            left += 28
+        short = (strips[0].shape[0] if strips else strip.shape[0]) - strip.shape[0]
+        strips.append(np.pad(strip, ((0, short), (0, 0), (0, 0)), constant_values=255))
+        for column, text in enumerate(("view", "what the student sees", "teacher", "student")):
+            captions.append((left + column * (PANEL + 6) + PANEL // 2, text))
+        left += strip.shape[1]
+    return captioned(np.concatenate(strips, axis=1), captions)
+
+
+def render(contents: Contents) -> str:
+    """The page, one file that refers to nothing outside itself."""
+    basis = shared_basis(contents)
+    result = contents.result
+    grid = " × ".join(str(side) for side in contents.grid)
+    body = [
+        element("h1", "A vision transformer pretrained from cached targets"),
+        element(
+            "p",
+            f"The teacher, {contents.teacher}, saw {result['views']:,.0f} views of each of {result['images']:,.0f} image "
+            "tiles, once. Its latents were compressed and stored beside the pixels; the student was trained from that "
+            "store alone.",
+            class_="lead",
+        ),
+        headline(result),
+        element("h2", "What the student predicts"),
+        element(
+            "p",
+            "Test tiles, cut from a part of each photograph that training never touched. The student sees the visible "
+            "patches and predicts the teacher's latents of all of them, hidden ones included. Colours are the first three "
+            "principal components of the teacher's latents, the same for all pictures on this page: equal colours, like "
+            "latents.",
+        ),
+        element(
+            "div",
+            *(forecast_card(forecast, contents.grid, basis) for forecast in contents.forecasts),
+            class_="examples",
+        ),
+        element("h2", "The figures"),
+        element("div", measures_table(result), class_="card"),
+        element("h2", "What is stored"),
+        element(
+            "p",
+            f"Crop boxes, flips and colour jitter depend on the seed, the image's name and the view's number, and on "
+            f"nothing else. Below each view are the {grid} latents that the teacher gave for it.",
+        ),
+        *(stored_card(one, contents.grid, basis) for one in contents.stored),
+        element(
+            "div",
+            figure(bytes_chart(contents), "Bytes a view. Latents in three codings, and the view's JPEG for scale."),
+            class_="card",
+        ),
+        element("h2", "Training"),
+        element(
+            "div", figure(loss_chart(contents), "The loss at every step: visible plus masked alignment."), class_="card"
+        ),
+        element("h2", "The same on your own images"),
+        element("p", "What ran here, and what to run on a folder of your own. Every command goes on where it was."),
+        own_commands(contents.steps),
+        element("footer", footer_text()),
+    ]
+    return page("cae2pipe demo", join(body, "\n"))
+
+
+def headline(result: Mapping[str, float]) -> Html:
+    share = result["bytes_per_view"] / result["bytes_per_view_fp16"]
+    cards = [
+        (f"{share:.0%}", f"of fp16's bytes for the latents, at a mean cosine of {result['fidelity_mean']:.4f}"),
+        (f"{result['centred_cosine_masked']:.2f}", "centred cosine with the teacher on hidden patches of test tiles"),
+        (
+            f"{result['knn_random']:.0%} → {result['knn_pretrained']:.0%}",
+            f"test tiles recognised by nearest neighbours, before and after; the teacher: {result['knn_teacher']:.0%}",
+        ),
+        (
+            f"{result['loss_last']:.2f}",
+            f"last loss; the mean target everywhere would cost {result['loss_mean_token']:.2f}",
+        ),
+    ]
+    return element(
+        "div",
+        *(element("div", element("b", value), element("span", text), class_="card") for value, text in cards),
+        class_="figures",
+    )
+
+
+def forecast_card(forecast: Forecast, grid: tuple[int, int], basis: ColourBasis) -> Html:
+    view = resized(forecast.view, SHOWN, SHOWN)
+    name = title(forecast.key)
+    panels = [
+        figure(image(jpeg_uri(view), f"A view of {name}"), "view"),
+        figure(
+            image(jpeg_uri(hide_patches(view, forecast.mask)), "The view with its masked patches hidden"),
+            "visible to it",
+        ),
+        figure(latents_image(forecast.teacher, grid, basis, "the teacher"), "teacher"),
+        figure(latents_image(forecast.student, grid, basis, "the student"), "student"),
+    ]
+    heading = element("h3", name, " ", element("small", f"centred cosine where hidden {forecast.cosine:.2f}"))
+    return element("div", heading, element("div", *panels, class_="strip four"), class_="card")
+
+
+def stored_card(one: StoredImage, grid: tuple[int, int], basis: ColourBasis) -> Html:
+    side = max(one.tile.shape[:2])
+    tile = resized(one.tile, *(round(edge * 2 * SHOWN / side) for edge in one.tile.shape[:2]))
+    scale = tile.shape[1] / one.tile.shape[1]
+    boxes = [tuple(edge * scale for edge in box) for box in one.boxes]
+    columns = [
+        figure(image(png_or_jpeg(outline_boxes(tile, boxes)), "The tile with its crop boxes"), "tile and crop boxes")
+    ]
+    for number, (view, latents) in enumerate(zip(one.views, one.latents, strict=True)):
+        colour = "#{:02x}{:02x}{:02x}".format(*PALETTE[number % len(PALETTE)])
+        mark = element("span", "■ ", style=f"color: {colour}")
+        flipped = ", flipped" if one.flipped[number] else ""
+        columns.append(
+            element(
+                "div",
+                figure(
+                    image(jpeg_uri(resized(view, SHOWN, SHOWN)), f"View {number}"),
+                    join((mark, f"view {number}{flipped}")),
+                ),
+                figure(latents_image(latents, grid, basis, f"the teacher, view {number}")),
+            )
+        )
+    heading = element("h3", title(one.key))
+    return element("div", heading, element("div", *columns[:5], class_="strip five"), class_="card")
+
+
+def png_or_jpeg(photograph: Picture) -> str:
+    return jpeg_uri(photograph, quality=90)
+
+
+def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis, whose: str) -> Html:
+    return image(png_uri(latent_colours(latents, *grid, basis)), f"Latents of {whose} as colours", pixelated=True)
+
+
+def measures_table(result: Mapping[str, float]) -> Html:
+    lines: list[list] = []
+    for measure in MEASURES:
+        met = measure.met(result)
+        goal = join((measure.show_goal(result), " ", mark(met))) if met is not None else None
+        lines.append([measure.name, measure.show(result), goal, measure.meaning])
+    return table(["measure", "value", "goal", "meaning"], lines)
+
+
+def mark(met: bool) -> Html:
+    return element("span", "✓ reached" if met else "✗ missed", class_="good" if met else "bad")
+
+
+def loss_chart(contents: Contents) -> Html:
+    xs, ys = zip(*contents.losses, strict=True)
+    level = contents.result["loss_mean_token"]
+    return line_chart(
+        xs, ys, x_label="epoch", y_label="loss", levels=[(level, f"the mean target everywhere: {level:.2f}")]
+    )
+
+
+def bytes_chart(contents: Contents) -> Html:
+    sizes = contents.bytes_per_view
+    names = {"fp16": "latents, fp16", "int8": "latents, int8", "stored": f"latents, {contents.codec} (stored)"}
+    names["pixels"] = "pixels, JPEG"
+    rows = [
+        (
+            text,
+            sizes[name],
+            f"{sizes[name] / 1000:.1f} KB" + ("" if name == "fp16" else f", {sizes[name] / sizes['fp16']:.0%}"),
+        )
+        for name, text in names.items()
+    ]
+    return bar_chart(rows, strong=list(names).index("stored"), label="Bytes a view")
+
+
+def own_commands(steps: Sequence[Step]) -> Html:
+    lines = []
+    for step in steps:
+        lines.append(element("i", f"# {step.text}\n"))
+        lines.append(element("span", f"{step.command}\n\n"))
+    own = [
+        join((element("i", f"# instead of: {step.command}\n"), f"{step.own}\n\n"))
+        for step in steps
+        if step.own is not None
+    ]
+    return join(
+        [
+            element("pre", join(lines)),
+            element("p", "With CLIP as the teacher, and the paper's Base student:"),
+            element("pre", join([part for part in own])),
+        ]
+    )
+
+
+def title(key: str) -> str:
+    """``motorcycle_left+03`` as ``motorcycle left, tile 3``."""
+    name, _, number = key.partition("+")
+    return name.replace("_", " ") + (f", tile {int(number)}" if number.isdigit() else "")
+
+
+def footer_text() -> Html:
+    from cae2pipe.version import __version__
+
+    return join(
+        (
+            f"Made by cae2pipe {__version__}. ",
+            "Photographs: those shipped with scikit-image and scikit-learn; china and flower by danielbuechele and "
+            "vultilion, CC BY 2.0. Method: CAE v2 (",
+            element("a", "openreview.net", href="https://openreview.net/forum?id=f36LaK7MOF"),
+            ").",
+        )
+    )
