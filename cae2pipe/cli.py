@@ -168,6 +168,77 @@ def pretrain(
             run(targets, out, settings, report)
 
 
+Encoder = Annotated[
+    str,
+    typer.Argument(
+        metavar="ENCODER",
+        help="A run folder, an encoder.safetensors, random:RUN or random:PRESET (before training), timm:NAME, "
+        "timm:NAME@FILE, or teacher:PRESET.",
+    ),
+]
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA", help="A folder with train and val: class/*.jpg each, or shard sets.")
+]
+
+
+@evaluate_app.command("knn")
+def evaluate_knn(
+    encoder: Encoder,
+    data: Data,
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "knn",
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Accuracy of weighted nearest neighbours on frozen features."""
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.evaluate import KnnSettings
+        from cae2pipe.progress import progress
+
+        settings = load(KnnSettings, "evaluate", config, set_ or [], _section("speed", workers=workers, device=device))
+        from cae2pipe.stages.evaluate import evaluate_knn as run
+
+        with progress("evaluate knn") as report:
+            result = run(encoder, data, out, settings, report)
+        _print_score(result)
+
+
+@evaluate_app.command("linear")
+def evaluate_linear(
+    encoder: Encoder,
+    data: Data,
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "linear",
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Accuracy of a linear classifier on frozen features of central crops."""
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.evaluate import LinearSettings
+        from cae2pipe.progress import progress
+
+        settings = load(
+            LinearSettings, "evaluate", config, set_ or [], _section("speed", workers=workers, device=device)
+        )
+        from cae2pipe.stages.evaluate import evaluate_linear as run
+
+        with progress("evaluate linear") as report:
+            result = run(encoder, data, out, settings, report)
+        _print_score(result)
+
+
+def _print_score(result: dict[str, Any]) -> None:
+    from cae2pipe.reporting.terminal import print_table
+
+    columns = ("evaluation", "encoder", "feature", "top1", "top5")
+    row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
+    print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
+
+
 @config_app.command("list")
 def config_list() -> None:
     """The presets of every stage."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Tests run in parallel processes on few cores: threads of theirs would only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

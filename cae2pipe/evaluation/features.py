@@ -1,0 +1,138 @@
+"""Features of a split, computed once and kept in parts: a broken-off run goes on, and the next score reuses them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cae2pipe.artifacts.atomic import remove_debris, replacing
+from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.config.evaluate import EvaluateSpeed, FeatureSettings
+from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.evaluation.datasets import CropReader, Crops, Split
+from cae2pipe.evaluation.encoders import FrozenEncoder
+from cae2pipe.loading.workers import in_order, worker_count
+from cae2pipe.progress import Report
+
+PART = 8192
+"""Images a part, about."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features (N, D) float32 and labels (N,) int64 of what could be decoded; ``rejected`` lists the rest."""
+
+    features: Tensor
+    labels: Tensor
+    rejected: list[dict[str, Any]]
+
+
+def resolve_feature(settings: FeatureSettings, encoder: FrozenEncoder) -> str:
+    """``class`` or ``mean``.
+
+    Raises:
+        SettingsError: a class token is asked for and there is none.
+    """
+    if settings.feature == "class" and not encoder.has_class_token:
+        raise SettingsError(
+            "this encoder has no class token", where="features.feature", fix="--set features.feature=mean"
+        )
+    if settings.feature == "auto":
+        return "class" if encoder.trained_class_token else "mean"
+    return settings.feature
+
+
+def extract_features(
+    folder: Path,
+    encoder: FrozenEncoder,
+    split: Split,
+    settings: FeatureSettings,
+    speed: EvaluateSpeed,
+    device: torch.device,
+    report: Report,
+) -> FeatureSet:
+    """The features of a split, from ``folder`` where an earlier run left them.
+
+    Raises:
+        SourceError: not one image can be decoded.
+    """
+    kind = resolve_feature(settings, encoder)
+    size = settings.image_size or encoder.image_size
+    key = fingerprint([encoder.identity, split.identity, kind, size, settings.crop])[:16]
+    per_part = max(1, PART // max(1, speed.batch))
+    parts = [range(low, min(low + per_part, len(split.runs))) for low in range(0, len(split.runs), per_part)]
+    # Runs hang on the batch: parts of another batch are other parts.
+    paths = [folder / f"{key}-{speed.batch}-{number:05d}.safetensors" for number in range(len(parts))]
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_debris(folder)
+    done = sum(len(part) for part, path in zip(parts, paths, strict=True) if path.exists())
+    report.total(len(split.runs), f"batches of {split.root.name}", done=done)
+    for part, path in zip(parts, paths, strict=True):
+        if not path.exists():
+            write_part(path, encoder, split, part, kind, size, round(size / settings.crop), speed, device, report)
+    found = [read_part(path) for path in paths]
+    whole = FeatureSet(
+        torch.cat([part.features for part in found]),
+        torch.cat([part.labels for part in found]),
+        [reject for part in found for reject in part.rejected],
+    )
+    for reject in whole.rejected[:10]:
+        report.log(f"left out: {split.root / reject['path']}: {reject['reason']}")
+    if len(whole.rejected) > 10:
+        report.log(f"left out {len(whole.rejected) - 10} more images that cannot be decoded")
+    if not len(whole.labels):
+        raise SourceError("not one image here can be decoded", where=split.root, fix="check the folder")
+    return whole
+
+
+def write_part(
+    path: Path,
+    encoder: FrozenEncoder,
+    split: Split,
+    runs: range,
+    kind: str,
+    size: int,
+    resize: int,
+    speed: EvaluateSpeed,
+    device: torch.device,
+    report: Report,
+) -> None:
+    from safetensors.torch import save_file
+
+    reader = CropReader(split, runs, size, resize)
+    workers = min(worker_count(speed.workers), len(reader))
+    batches = in_order(reader, workers) if workers else (reader[index] for index in range(len(reader)))
+    features, labels, rejected = [], [], []
+    for crops in batches:
+        assert isinstance(crops, Crops)
+        if len(crops.labels):
+            pixels = torch.from_numpy(crops.pixels).permute(0, 3, 1, 2).to(device)
+            found = encoder(pixels)
+            features.append((found.mean if kind == "mean" else _required(found.class_token)).cpu())
+            labels.append(torch.from_numpy(crops.labels))
+        rejected += crops.rejected
+        report.advance(1)
+    tensors = {
+        "features": torch.cat(features) if features else torch.zeros(0, 1),
+        "labels": torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"rejected": json.dumps(rejected)})
+
+
+def read_part(path: Path) -> FeatureSet:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        rejected = json.loads((file.metadata() or {}).get("rejected", "[]"))
+        return FeatureSet(file.get_tensor("features"), file.get_tensor("labels"), rejected)
+
+
+def _required(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

@@ -1,0 +1,138 @@
+"""Stage 3: score an encoder on labelled images.
+
+Read from top to bottom: open the data, load the encoder, compute features once, score, write ``result.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cae2pipe.artifacts.atomic import write_json
+from cae2pipe.artifacts.box import Box, check_file, open_or_create
+from cae2pipe.artifacts.digest import file_entry
+from cae2pipe.artifacts.lock import writing
+from cae2pipe.config.base import identity
+from cae2pipe.config.evaluate import KnnSettings, LinearSettings
+from cae2pipe.evaluation.datasets import open_data
+from cae2pipe.evaluation.encoders import load_encoder
+from cae2pipe.evaluation.features import FeatureSet, extract_features, resolve_feature
+from cae2pipe.evaluation.knn import knn_accuracy
+from cae2pipe.evaluation.linear import train_probe
+from cae2pipe.progress import Report
+from cae2pipe.training.device import pick_device
+
+RESULT = "result.json"
+
+Score = Callable[[FeatureSet, FeatureSet, int], dict[str, Any]]
+
+
+def evaluate_knn(encoder: str, data: Path, out: Path, settings: KnnSettings, report: Report) -> dict[str, Any]:
+    """Weighted nearest neighbours of ``data``'s val images among its train images, into ``out``/knn.
+
+    Returns:
+        What ``result.json`` holds; ``top1`` is the accuracy at the first k.
+
+    Raises:
+        SourceError, ManifestError, TeacherError, MismatchError: see their messages.
+    """
+
+    def score(train: FeatureSet, val: FeatureSet, classes: int) -> dict[str, Any]:
+        found = knn_accuracy(
+            train.features,
+            train.labels,
+            val.features,
+            val.labels,
+            classes=classes,
+            k=settings.k,
+            temperature=settings.temperature,
+        )
+        return {**found[settings.k[0]], "k": settings.k[0], "by_k": {str(k): value for k, value in found.items()}}
+
+    return evaluate("knn", encoder, data, out, settings, score, report)
+
+
+def evaluate_linear(encoder: str, data: Path, out: Path, settings: LinearSettings, report: Report) -> dict[str, Any]:
+    """A linear classifier trained on ``data``'s train features and scored on its val ones, into ``out``/linear.
+
+    Returns:
+        What ``result.json`` holds; ``top1`` is the accuracy.
+
+    Raises:
+        As ``evaluate_knn``.
+    """
+    device = pick_device(settings.speed.device)
+
+    def score(train: FeatureSet, val: FeatureSet, classes: int) -> dict[str, Any]:
+        tensors = (tensor.to(device) for tensor in (train.features, train.labels, val.features, val.labels))
+        return dict(train_probe(*tensors, classes=classes, settings=settings, report=report))
+
+    return evaluate("linear", encoder, data, out, settings, score, report)
+
+
+def evaluate(
+    kind: str,
+    spec: str,
+    data: Path,
+    out: Path,
+    settings: KnnSettings | LinearSettings,
+    score: Score,
+    report: Report,
+) -> dict[str, Any]:
+    """What all evaluations on frozen features share: features of both splits, a score, a box with the result."""
+    train_split, val_split = open_data(data, settings.speed.batch)
+    device = pick_device(settings.speed.device)
+    encoder = load_encoder(spec, settings.seed, device)
+    feature = resolve_feature(settings.features, encoder)
+    root = out / kind
+    with writing(out):
+        box = open_or_create(
+            root,
+            "scores",
+            {
+                "evaluation": kind,
+                "settings": identity(settings),
+                "encoder": encoder.identity,
+                "data": {"train": train_split.identity, "val": val_split.identity},
+            },
+            facts={},
+            fix="give another output folder",
+        )
+        if result := finished(box):
+            report.log(f"nothing to do: {root} holds this score")
+            return result
+        parts = []
+        for split in (train_split, val_split):
+            parts.append(
+                extract_features(out / "features", encoder, split, settings.features, settings.speed, device, report)
+            )
+        train, val = parts
+        torch.manual_seed(settings.seed)
+        result = {
+            "evaluation": kind,
+            "encoder": spec if ":" in spec else Path(spec).name,
+            "feature": feature,
+            **score(train, val, len(train_split.classes)),
+            "classes": len(train_split.classes),
+            "images": {"train": len(train.labels), "val": len(val.labels)},
+            "rejected": {"train": len(train.rejected), "val": len(val.rejected)},
+        }
+        write_json(root / RESULT, result)
+        box.facts["result"] = result
+        box.add("result", {"files": {RESULT: file_entry(root / RESULT)}})
+        box.save(complete=True)
+        return result
+
+
+def finished(box: Box) -> dict[str, Any] | None:
+    """The result that a box already holds, if its file is as it was written."""
+    if "result" not in box.units:
+        return None
+    entry = box.units["result"]["files"][RESULT]
+    if check_file(box.root / RESULT, entry):
+        return None
+    return json.loads((box.root / RESULT).read_text(encoding="utf-8"))
