@@ -172,12 +172,13 @@ Encoder = Annotated[
     str,
     typer.Argument(
         metavar="ENCODER",
-        help="A run folder, an encoder.safetensors, random:RUN or random:PRESET (before training), timm:NAME, "
-        "timm:NAME@FILE, or teacher:PRESET.",
+        help="A run folder; an encoder.safetensors; random:RUN, random:PRESET or random:NAME, a student or timm model "
+        "before training; timm:NAME, or timm:NAME@FILE with local weights; teacher:PRESET, teacher:FILE.yaml or a "
+        "target set, for its teacher (@FILE as above).",
     ),
 ]
 Data = Annotated[
-    Path, typer.Argument(metavar="DATA", help="A folder with train and val: class/*.jpg each, or shard sets.")
+    Path, typer.Argument(metavar="DATA", help="A folder with train and val (or test): class/*.jpg each, or shard sets.")
 ]
 
 
@@ -317,6 +318,26 @@ def verify(path: Annotated[Path, typer.Argument(help="Any folder made by cae2pip
         console.print(result.summary(), highlight=False, soft_wrap=True)
         if result.problems:
             raise typer.Exit(FAILURE)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The folder to make, or to go on with.")] = Path("demo"),
+    teacher: Annotated[str, typer.Option(help="Teacher preset.")] = "lite0",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """The whole pipeline in minutes, on photographs that pip brings; ends with a table and a report."""
+    with exits():
+        from cae2pipe.demo.measures import rows
+        from cae2pipe.demo.run import run_demo
+        from cae2pipe.reporting.terminal import print_table
+
+        def say(text: str) -> None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        result = run_demo(out, teacher, device, say)
+        print_table(console, rows(result))
+        say(f"\nreport: {out / 'report.html'}")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from cae2pipe.artifacts.atomic import write_json
 from cae2pipe.artifacts.box import Box, check_file, open_or_create
@@ -18,9 +18,9 @@ from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import KnnSettings, LinearSettings
-from cae2pipe.evaluation.datasets import open_data
-from cae2pipe.evaluation.encoders import load_encoder
-from cae2pipe.evaluation.features import FeatureSet, extract_features, resolve_feature
+from cae2pipe.evaluation.datasets import common_labels, open_data
+from cae2pipe.evaluation.encoders import label, load_encoder
+from cae2pipe.evaluation.features import extract_features, resolve_feature, resolve_size
 from cae2pipe.evaluation.knn import knn_accuracy
 from cae2pipe.evaluation.linear import train_probe
 from cae2pipe.progress import Report
@@ -28,7 +28,9 @@ from cae2pipe.training.device import pick_device
 
 RESULT = "result.json"
 
-Score = Callable[[FeatureSet, FeatureSet, int], dict[str, Any]]
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Train features and labels, val features and labels, on the device."""
+Score = Callable[[Tensors, int], dict[str, Any]]
 
 
 def evaluate_knn(encoder: str, data: Path, out: Path, settings: KnnSettings, report: Report) -> dict[str, Any]:
@@ -38,19 +40,11 @@ def evaluate_knn(encoder: str, data: Path, out: Path, settings: KnnSettings, rep
         What ``result.json`` holds; ``top1`` is the accuracy at the first k.
 
     Raises:
-        SourceError, ManifestError, TeacherError, MismatchError: see their messages.
+        SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError: see their messages.
     """
 
-    def score(train: FeatureSet, val: FeatureSet, classes: int) -> dict[str, Any]:
-        found = knn_accuracy(
-            train.features,
-            train.labels,
-            val.features,
-            val.labels,
-            classes=classes,
-            k=settings.k,
-            temperature=settings.temperature,
-        )
+    def score(tensors: Tensors, classes: int) -> dict[str, Any]:
+        found = knn_accuracy(*tensors, classes=classes, k=settings.k, temperature=settings.temperature)
         return {**found[settings.k[0]], "k": settings.k[0], "by_k": {str(k): value for k, value in found.items()}}
 
     return evaluate("knn", encoder, data, out, settings, score, report)
@@ -65,11 +59,9 @@ def evaluate_linear(encoder: str, data: Path, out: Path, settings: LinearSetting
     Raises:
         As ``evaluate_knn``.
     """
-    device = pick_device(settings.speed.device)
 
-    def score(train: FeatureSet, val: FeatureSet, classes: int) -> dict[str, Any]:
-        tensors = (tensor.to(device) for tensor in (train.features, train.labels, val.features, val.labels))
-        return dict(train_probe(*tensors, classes=classes, settings=settings, report=report))
+    def score(tensors: Tensors, classes: int) -> dict[str, Any]:
+        return train_probe(*tensors, classes=classes, settings=settings, report=report)
 
     return evaluate("linear", encoder, data, out, settings, score, report)
 
@@ -87,7 +79,7 @@ def evaluate(
     train_split, val_split = open_data(data, settings.speed.batch)
     device = pick_device(settings.speed.device)
     encoder = load_encoder(spec, settings.seed, device)
-    feature = resolve_feature(settings.features, encoder)
+    feature, size = resolve_feature(settings.features, encoder), resolve_size(settings.features, encoder)
     root = out / kind
     with writing(out):
         box = open_or_create(
@@ -97,13 +89,15 @@ def evaluate(
                 "evaluation": kind,
                 "settings": identity(settings),
                 "encoder": encoder.identity,
+                "feature": feature,
+                "image_size": size,
                 "data": {"train": train_split.identity, "val": val_split.identity},
             },
             facts={},
             fix="give another output folder",
         )
         if result := finished(box):
-            report.log(f"nothing to do: {root} holds this score")
+            report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
             return result
         parts = []
         for split in (train_split, val_split):
@@ -111,18 +105,24 @@ def evaluate(
                 extract_features(out / "features", encoder, split, settings.features, settings.speed, device, report)
             )
         train, val = parts
-        torch.manual_seed(settings.seed)
+        val_labels = common_labels(val.labels, val_split.classes, train_split.classes)
+        tensors = (
+            train.features.to(device),
+            train.labels.to(device),
+            val.features.to(device),
+            val_labels.to(device),
+        )
         result = {
             "evaluation": kind,
-            "encoder": spec if ":" in spec else Path(spec).name,
+            "encoder": label(spec),
             "feature": feature,
-            **score(train, val, len(train_split.classes)),
+            **score(tensors, len(train_split.classes)),
             "classes": len(train_split.classes),
             "images": {"train": len(train.labels), "val": len(val.labels)},
             "rejected": {"train": len(train.rejected), "val": len(val.rejected)},
         }
         write_json(root / RESULT, result)
-        box.facts["result"] = result
+        box.facts["result"] = {name: value for name, value in result.items() if name != "losses"}
         box.add("result", {"files": {RESULT: file_entry(root / RESULT)}})
         box.save(complete=True)
         return result

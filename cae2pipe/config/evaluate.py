@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cae2pipe.config.base import Settings
 
@@ -38,12 +38,17 @@ class KnnSettings(Settings):
 
     features: FeatureSettings = FeatureSettings()
     k: tuple[int, ...] = (20, 10, 100, 200)
-    """Numbers of neighbours. The first one's accuracy is the headline."""
+    """Numbers of neighbours, or one. The first one's accuracy is the headline."""
     temperature: float = Field(default=0.07, gt=0)
     """A neighbour with cosine c weighs exp(c / temperature)."""
     seed: int = Field(default=0, ge=0)
     """Seed of `random:` encoders."""
     speed: EvaluateSpeed = EvaluateSpeed()
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _counts(self) -> KnnSettings:
@@ -60,10 +65,10 @@ class LinearSettings(Settings):
     """Passes over the training features."""
     warmup_epochs: int = Field(default=10, ge=0)
     """Epochs of linear warm-up."""
-    batch: int = Field(default=16384, ge=1)
-    """Features a step. Small sets take at least 16 steps an epoch instead."""
-    lr: float = Field(default=0.1, gt=0)
-    """Peak learning rate of LARS at a batch of 256; it scales linearly with the batch."""
+    batch: int = Field(default=16384, ge=2)
+    """Features a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
+    lr: float = Field(default=0.1, gt=0, le=1e4)
+    """Peak learning rate of LARS at a batch of 256; it scales linearly with `batch`, as set here."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """LARS's momentum."""
     seed: int = Field(default=0, ge=0)

@@ -47,6 +47,11 @@ class ModelSettings(Settings):
             )
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
+        if self.regressor_depth and self.regressor_width < self.regressor_heads:
+            raise ValueError(
+                f"model.regressor_width {self.regressor_width} leaves nothing to each of model.regressor_heads "
+                f"{self.regressor_heads}: set model.regressor_heads to at most {self.regressor_width}"
+            )
         if self.width % 4 or self.regressor_width % 4:
             raise ValueError("widths must be multiples of 4: sin-cos positions take a quarter each")
         return self

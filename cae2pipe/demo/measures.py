@@ -40,7 +40,10 @@ MEASURES = (
     Measure("images", "training images", "Tiles that went through stage 1.", 0),
     Measure("views", "views an image", "Augmented views of each tile, seen once by the teacher and then stored.", 0),
     Measure(
-        "bytes_per_view_fp16", "bytes a view, fp16", "What the teacher's latents and their norms take in half precision.", 0
+        "bytes_per_view_fp16",
+        "bytes a view, fp16",
+        "What the teacher's latents and their norms take in half precision.",
+        0,
     ),
     Measure(
         "bytes_per_view",
@@ -57,7 +60,9 @@ MEASURES = (
         lambda r: ("≥", 0.999),
     ),
     Measure("fidelity_p1", "fidelity, 1st percentile", "The same cosine for the worst hundredth of the tokens.", 5),
-    Measure("loss_first", "loss, first step", "An untrained student's distance from the targets: visible plus masked.", 3),
+    Measure(
+        "loss_first", "loss, first step", "An untrained student's distance from the targets: visible plus masked.", 3
+    ),
     Measure(
         "loss_last",
         "loss, last epoch",
@@ -65,7 +70,9 @@ MEASURES = (
         3,
         lambda r: ("<", r["loss_mean_token"]),
     ),
-    Measure("loss_mean_token", "loss of the mean token", "What answering with the mean target everywhere would cost.", 3),
+    Measure(
+        "loss_mean_token", "loss of the mean token", "What answering with the mean target everywhere would cost.", 3
+    ),
     Measure(
         "centred_cosine_masked",
         "centred cosine, masked",
@@ -74,7 +81,12 @@ MEASURES = (
         3,
         lambda r: ("≥", 0.15),
     ),
-    Measure("knn_random", "kNN, untrained student", "Test tiles whose photograph is recognised, same network before training.", 3),
+    Measure(
+        "knn_random",
+        "kNN, untrained student",
+        "Test tiles whose photograph is recognised, same network before training.",
+        3,
+    ),
     Measure(
         "knn_pretrained",
         "kNN, pretrained student",

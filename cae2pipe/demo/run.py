@@ -36,7 +36,7 @@ SEED = 0
 VIEWS = 4
 STORED = ("astronaut/00", "coffee/00")
 """Training tiles whose stored views the page shows."""
-FORECAST = ("astronaut/00", "chelsea/00", "china/00", "coffee/00", "flower/00", "motorcycle_left/00")
+FORECAST = ("motorcycle_left/05", "ihc/00", "coins/03", "astronaut/06", "retina/03", "camera/02")
 """Test tiles whose predictions the page shows."""
 
 Reports = Callable[[str], AbstractContextManager[Report]]

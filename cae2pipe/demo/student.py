@@ -38,7 +38,9 @@ class MeanStudent(nn.Module):
         batch = len(pixels)
         token = self.mean.to(pixels.device)
         return Prediction(
-            token.expand(batch, 1, -1), token.expand(batch, visible.shape[1], -1), token.expand(batch, masked.shape[1], -1)
+            token.expand(batch, 1, -1),
+            token.expand(batch, visible.shape[1], -1),
+            token.expand(batch, masked.shape[1], -1),
         )
 
 

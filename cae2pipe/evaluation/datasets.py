@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from cae2pipe.artifacts.box import is_box
+from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.artifacts.digest import fingerprint
-from cae2pipe.errors import ImageError, SourceError
+from cae2pipe.errors import Cae2pipeError, ImageError, ManifestError, SourceError
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.images.evaluation_crop import evaluation_crop
 from cae2pipe.shards.shard_set import KIND, ImageSample, ShardSet
@@ -23,7 +25,10 @@ TRAIN, VAL = ("train", "training"), ("val", "validation", "valid", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """One labelled part of the data. ``runs`` are what is read at once; ``identity`` is a digest of the content."""
+    """One labelled part of the data. ``runs`` are what is read at once.
+
+    ``identity`` is what the part is taken to be: a folder's paths and sizes, a shard set's digests and classes.
+    """
 
     root: Path
     classes: list[str]
@@ -36,7 +41,8 @@ def open_data(root: Path, batch: int) -> tuple[Split, Split]:
     """``train`` and ``val`` below ``root``, in runs of up to ``batch`` images.
 
     Raises:
-        SourceError: a part is missing or unlabelled, or ``val`` has classes that ``train`` lacks.
+        SourceError: a part is missing or unlabelled, or ``val`` has classes that ``train`` lacks. ManifestError: a
+            shard set that is not finished.
     """
     train, val = (open_split(find_part(root, names), batch) for names in (TRAIN, VAL))
     for split in (train, val):
@@ -44,14 +50,19 @@ def open_data(root: Path, batch: int) -> tuple[Split, Split]:
             raise SourceError(
                 "these images have no classes", where=split.root, fix="give folders of the form train/class/*.jpg"
             )
-    if train.classes != val.classes:
-        differing = sorted(set(train.classes) ^ set(val.classes))
+    if unknown := sorted(set(val.classes) - set(train.classes)):
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise SourceError(
-            f"train and val have different classes: {differing[0]!r} is in one of them only",
+            f"{val.root.name} has a class that {train.root.name} lacks: {unknown[0]!r}{more}",
             where=root,
-            fix="give both the same class folders",
+            fix="give both the same class folders; those of val must be among those of train",
         )
     return train, val
+
+
+def common_labels(labels: Tensor, own: list[str], common: list[str]) -> Tensor:
+    """Labels int64 (N,) that point into ``own`` as ones that point into ``common``, which holds those classes too."""
+    return torch.tensor([common.index(name) for name in own], dtype=torch.int64)[labels]
 
 
 def find_part(root: Path, names: tuple[str, ...]) -> Path:
@@ -79,13 +90,19 @@ def open_split(root: Path, batch: int) -> Split:
 
 
 def _open_shards(root: Path, batch: int) -> Split:
+    if not open_box(root, KIND).complete:
+        raise ManifestError(
+            "this shard set is not finished: a score would be that of a part",
+            where=root,
+            fix="run `cae2pipe shard` with the same arguments as before",
+        )
     shards = ShardSet.open(root)
     runs = [
         _ShardRun(shards, number, low, min(low + batch, shard.samples))
         for number, shard in enumerate(shards.shards)
         for low in range(0, shard.samples, batch)
     ]
-    content = fingerprint([shard.sha256 for shard in shards.shards])
+    content = fingerprint([shards.classes, [shard.sha256 for shard in shards.shards]])
     return Split(root, shards.classes, shards.images, list(runs), content)
 
 
@@ -95,7 +112,16 @@ class _FolderRun:
     entries: tuple[tuple[str, str, int], ...]
 
     def __call__(self) -> list[ImageSample]:
-        return [ImageSample(path, label, (self.root / path).read_bytes()) for path, _, label in self.entries]
+        return [ImageSample(path, label, self._read(path)) for path, _, label in self.entries]
+
+    def _read(self, path: str) -> bytes:
+        try:
+            return (self.root / path).read_bytes()
+        except OSError as error:
+            # Unlike an image that cannot be decoded, this may pass: left out, it would stay so in the kept features.
+            raise SourceError(
+                f"this file cannot be read: {error.strerror}", where=self.root / path, fix="mend that, then go on"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -106,7 +132,10 @@ class _ShardRun:
     high: int
 
     def __call__(self) -> list[ImageSample]:
-        return self.shards.read(self.shards.shards[self.number], self.low, self.high)
+        shard = self.shards.shards[self.number]
+        if self.low == 0:  # once a shard: features are kept under the manifest's digest
+            self.shards.check(shard)
+        return self.shards.read(shard, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -119,7 +148,10 @@ class Crops:
 
 
 class CropReader(Dataset):
-    """Decodes and crops run by run; picklable, so that workers can hold it."""
+    """Decodes and crops run by run; picklable, so that workers can hold it.
+
+    What is wrong with the data comes back as an item: DataLoader would wrap it in a traceback.
+    """
 
     def __init__(self, split: Split, runs: range, size: int, resize: int):
         self.split, self.runs, self.size, self.resize = split, runs, size, resize
@@ -127,7 +159,14 @@ class CropReader(Dataset):
     def __len__(self) -> int:
         return len(self.runs)
 
-    def __getitem__(self, index: int) -> Crops:
+    def __getitem__(self, index: int) -> Crops | Cae2pipeError:
+        try:
+            return self.read(index)
+        except Cae2pipeError as error:
+            return error
+
+    def read(self, index: int) -> Crops:
+        """One run's crops. Raises SourceError or DamageError where its files cannot be read."""
         pixels, labels, rejected = [], [], []
         for sample in self.split.runs[self.runs[index]]():
             try:

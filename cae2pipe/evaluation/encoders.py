@@ -3,12 +3,15 @@
 runs/base                        a run of `cae2pipe pretrain`, or any folder with encoder.safetensors and config.json
 runs/base/encoder.safetensors    the exported file, config.json beside it
 random:runs/base, random:tiny    the student of a run or of a pretraining preset as it is before training
-timm:NAME, timm:NAME@FILE        a model of timm, with the hub's weights or a local file's
-teacher:clip-b16[@FILE]          a teacher preset
+random:NAME                      a model of timm as it is before training
+timm:NAME, timm:NAME@FILE        a vision transformer of timm, with the hub's weights or a local file's
+teacher:clip-b16[@FILE]          a teacher preset, or a YAML file of extract-targets
+targets, teacher:targets[@FILE]  the teacher of a target set; a local file of weights must be named again
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import is_box, open_box
-from cae2pipe.artifacts.digest import sha256_file
-from cae2pipe.config.base import identity, load
+from cae2pipe.artifacts.box import check_files, is_box, open_box
+from cae2pipe.artifacts.digest import fingerprint, sha256_file
+from cae2pipe.config.base import build, identity, load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
-from cae2pipe.errors import ManifestError, SourceError
+from cae2pipe.errors import ManifestError, MismatchError, SourceError, TeacherError
 from cae2pipe.keyed import keyed_seed
-from cae2pipe.models.export import CONFIG, PIXEL_MEAN, PIXEL_STD, WEIGHTS
+from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.teachers.weights import load_strictly, read_weights
 
-FORMS = "a run folder, an encoder.safetensors, random:RUN, random:PRESET, timm:NAME, timm:NAME@FILE or teacher:PRESET"
+KINDS = ("random", "timm", "teacher")
+FORMS = (
+    "a run folder, an encoder.safetensors, random:RUN, random:PRESET, random:NAME, timm:NAME, timm:NAME@FILE, "
+    "teacher:PRESET, teacher:FILE.yaml or a target set"
+)
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,15 @@ class Features:
 class FrozenEncoder(ABC):
     """An encoder to be scored. ``trained_class_token`` says whether training reached its class token.
 
-    ``identity`` holds plain values that the scores depend on; ``image_size`` is in pixels.
+    ``identity`` holds plain values that the scores depend on; ``image_size`` is in pixels; ``resizes``: it brings
+    images of another size to its own.
     """
 
     identity: dict[str, Any]
     image_size: int
     trained_class_token: bool
     has_class_token: bool
+    resizes: bool
 
     @abstractmethod
     def __call__(self, pixels: Tensor) -> Features:
@@ -55,26 +65,33 @@ class FrozenEncoder(ABC):
 
 
 class Student(FrozenEncoder):
-    """An exported student, or one with timm's architecture."""
+    """An exported student, or another vision transformer of timm. Its own configuration has mean and std."""
 
-    has_class_token = True
+    resizes = False
 
     def __init__(self, model: Any, identity: dict[str, Any], trained_class_token: bool, device: torch.device):
+        if not hasattr(model, "num_prefix_tokens") or not hasattr(model, "patch_embed"):
+            raise SourceError("this is not a vision transformer", where=type(model).__name__, fix=f"give {FORMS}")
         self.model = model.to(device).eval().requires_grad_(False)
         self.identity = identity
-        self.image_size = model.pretrained_cfg["input_size"][-1]
-        self.trained_class_token = trained_class_token
-        self._mean = torch.tensor(PIXEL_MEAN, device=device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(PIXEL_STD, device=device).view(1, 3, 1, 1) * 255
+        config = model.pretrained_cfg
+        self.image_size = (model.patch_embed.img_size or config["input_size"][1:])[-1]
+        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self.trained_class_token = trained_class_token and self.has_class_token
+        self._mean = torch.tensor(config["mean"], device=device).view(1, 3, 1, 1) * 255
+        self._std = torch.tensor(config["std"], device=device).view(1, 3, 1, 1) * 255
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Features:
         tokens = self.model.forward_features((pixels.float() - self._mean) / self._std).float()
-        return Features(tokens[:, 0], tokens[:, 1:].mean(dim=1))
+        class_token = tokens[:, 0] if self.has_class_token else None
+        return Features(class_token, tokens[:, self.model.num_prefix_tokens :].mean(dim=1))
 
 
 class FrozenTeacher(FrozenEncoder):
     """A teacher, or any model that teachers can be: its tokens as they would be targets."""
+
+    resizes = True
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
@@ -89,43 +106,101 @@ class FrozenTeacher(FrozenEncoder):
         return Features(tokens[:, 0], tokens[:, 1:].mean(dim=1))
 
 
+def label(spec: str) -> str:
+    """What results call an encoder: ``spec`` without its folders, so that no manifest holds a path of one machine."""
+    form, colon, rest = spec.partition(":")
+    if colon and form in KINDS:
+        name, at, file = rest.partition("@")
+        return f"{form}:{Path(name).name}{at}{Path(file).name}"
+    path = Path(spec).resolve()
+    return path.parent.name if path.name == WEIGHTS else path.name
+
+
 def load_encoder(spec: str, seed: int, device: torch.device) -> FrozenEncoder:
     """The encoder that ``spec`` names, in one of the forms above. ``seed`` is for ``random:``.
 
     Raises:
-        SourceError: no such thing. ManifestError: a run that is not finished. TeacherError: weights that are missing.
+        SourceError: no such thing. ManifestError: a run that is not finished. DamageError: a run's files have changed.
+        TeacherError: weights that are missing or do not fit. MismatchError: not the weights that made a target set.
     """
     form, colon, rest = spec.partition(":")
-    if colon and form == "random":
-        return random_student(rest, seed, device)
-    if colon and form in ("timm", "teacher"):
-        return frozen_teacher(form, rest, device)
-    return trained_student(Path(spec), device)
+    if not colon or form not in KINDS:
+        if is_box(Path(spec), "targets"):
+            return frozen_teacher("teacher", spec, device)
+        return trained_student(Path(spec), device)
+    if not rest.partition("@")[0]:
+        raise SourceError(f"{form}: is followed by a name", where=spec, fix=f"give {FORMS}")
+    return random_student(rest, seed, device) if form == "random" else frozen_teacher(form, rest, device)
 
 
 def trained_student(path: Path, device: torch.device) -> Student:
     """The encoder of a run folder or of an exported file."""
-    import timm
-
     folder = path.parent if path.name == WEIGHTS else path
     if not folder.is_dir():
         raise SourceError("there is no such encoder", where=path, fix=f"give {FORMS}")
-    is_run = is_box(folder, "run")
+    run = open_box(folder) if is_box(folder, "run") else None
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        if is_run:
+        if run:
             raise ManifestError(
                 "this run is not finished: it has no encoder yet",
                 where=folder,
-                fix="run `cae2pipe pretrain` with the same arguments as before",
+                fix="run `cae2pipe pretrain` with the same arguments as before, to its end",
             )
         raise SourceError(f"this folder holds no {WEIGHTS} with its {CONFIG}", where=folder, fix=f"give {FORMS}")
-    class_token = bool(open_box(folder).facts["teacher"]["class_token"]) if is_run else True
-    model = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True, num_classes=0)
-    return Student(model, {"sha256": sha256_file(folder / WEIGHTS)}, class_token, device)
+    if run:
+        for problem in check_files(run, [name for name in run.units if name == "encoder"]):
+            problem.fix = "delete it, then run `cae2pipe pretrain` as before"
+            raise problem
+    model, config = build_exported(folder / CONFIG)
+    load_exported(model, folder / WEIGHTS)
+    class_token = bool(run.facts["teacher"]["class_token"]) if run else True
+    return Student(model, {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}, class_token, device)
+
+
+def build_exported(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The model that a ``config.json`` describes, and the config.
+
+    timm's own ``local-dir:`` would prefer a ``model.safetensors`` that lies beside, whatever we take the digest of.
+
+    Raises:
+        SourceError: not a description of a model of timm.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return build_vit(config), config
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        raise SourceError(
+            f"this does not describe a model of timm: {error}",
+            where=path,
+            fix="give a folder as `cae2pipe pretrain` or export_encoder writes it",
+        ) from None
+
+
+def build_vit(config: dict[str, Any]) -> Any:
+    """timm's model with the architecture of an exported ``config.json``."""
+    import timm
+
+    if not timm.is_model(config["architecture"]):
+        raise ValueError(f"no architecture {config['architecture']!r}")
+    return timm.create_model(
+        config["architecture"],
+        pretrained=False,
+        num_classes=0,
+        pretrained_cfg_overlay=config["pretrained_cfg"],
+        **config.get("model_args", {}),
+    )
+
+
+def load_exported(model: Any, path: Path) -> None:
+    """Load exported weights, all of which must fit (SourceError)."""
+    try:
+        load_strictly(model, read_weights(path), where=path)
+    except TeacherError as error:
+        raise SourceError(error.what, where=path, fix=f"give the {WEIGHTS} that belongs to the {CONFIG}") from None
 
 
 def random_student(name: str, seed: int, device: torch.device) -> Student:
-    """The student of a run, or of a preset, as it is before training."""
+    """The student of a run or of a preset as it is before training, or a model of timm with timm's initialisation."""
     import timm
 
     from cae2pipe.models.encoder import Encoder
@@ -134,8 +209,14 @@ def random_student(name: str, seed: int, device: torch.device) -> Student:
     class_token = True
     if is_box(Path(name), "run"):
         box = open_box(Path(name))
-        settings = ModelSettings.model_validate(box.identity["settings"]["model"])
+        settings = build(ModelSettings, box.identity["settings"]["model"], where=name)
         class_token = bool(box.facts["teacher"]["class_token"])
+    elif Path(name).is_dir():
+        raise SourceError("this folder is not a run", where=name, fix=f"give {FORMS}")
+    elif name not in preset_names("pretrain") and timm.is_model(name):
+        torch.manual_seed(keyed_seed("random", seed))
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+        return Student(model, {"random": {"timm": name, "seed": seed}}, class_token, device)
     else:
         settings = load(PretrainSettings, "pretrain", name).model
     torch.manual_seed(keyed_seed("random", seed))
@@ -147,27 +228,51 @@ def random_student(name: str, seed: int, device: torch.device) -> Student:
         patch_size=settings.patch_size,
         layer_scale=settings.layer_scale,
     )
-    config = timm_config(encoder)
-    model = timm.create_model(
-        config["architecture"],
-        pretrained=False,
-        num_classes=0,
-        pretrained_cfg_overlay=config["pretrained_cfg"],
-        **config["model_args"],
-    )
+    model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
     return Student(model, {"random": {"model": identity(settings), "seed": seed}}, class_token, device)
 
 
 def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
-    """``timm:NAME`` or ``teacher:PRESET``, each with ``@FILE`` for local weights."""
+    """``timm:NAME`` or ``teacher:PRESET`` or ``teacher:TARGETS``, each with ``@FILE`` for local weights."""
     from cae2pipe.teachers.load import load_teacher
 
     name, _, file = name.partition("@")
+    made_by = None
     if form == "timm":
-        settings = TeacherSettings(kind="timm", name=name)
+        settings = timm_settings(name)
+    elif is_box(Path(name), "targets"):
+        box = open_box(Path(name))
+        settings = build(TeacherSettings, box.identity["settings"]["teacher"], where=name)
+        made_by = box.identity["teacher"]["weights"]
     else:
         settings = load(ExtractSettings, "extract", name).teacher
     if file:
         settings = settings.model_copy(update={"weights": Path(file)})
-    return FrozenTeacher(load_teacher(settings, device))
+    try:
+        teacher = load_teacher(settings, device)
+    except TeacherError as error:
+        # Some remedies speak of settings, which these forms do not have.
+        if form == "timm":
+            fix = "check the name, give timm:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"
+        elif made_by and not file:
+            fix = f"give the file of its weights: teacher:{name}@FILE"
+        else:
+            raise
+        raise TeacherError(error.what, where=error.where, fix=fix) from None
+    if made_by not in (None, teacher.info.weights):
+        raise MismatchError(
+            "these are not the weights that this target set was made with",
+            where=name,
+            fix=f"give their file: teacher:{name}@FILE",
+        )
+    return FrozenTeacher(teacher)
+
+
+def timm_settings(name: str) -> TeacherSettings:
+    """A model of timm at the size of its own input."""
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    size = {"image_size": config.input_size[-1]} if config else {}
+    return TeacherSettings(kind="timm", name=name, **size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import remove_debris, replacing
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.config.evaluate import EvaluateSpeed, FeatureSettings
-from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.errors import Cae2pipeError, SettingsError, SourceError
 from cae2pipe.evaluation.datasets import CropReader, Crops, Split
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.loading.workers import in_order, worker_count
@@ -47,6 +47,22 @@ def resolve_feature(settings: FeatureSettings, encoder: FrozenEncoder) -> str:
     return settings.feature
 
 
+def resolve_size(settings: FeatureSettings, encoder: FrozenEncoder) -> int:
+    """Side of the crop in pixels.
+
+    Raises:
+        SettingsError: the encoder takes images of its own size alone.
+    """
+    size = settings.image_size or encoder.image_size
+    if size != encoder.image_size and not encoder.resizes:
+        raise SettingsError(
+            f"this encoder takes {encoder.image_size} pixels, and crops of {size} are asked for",
+            where="features.image_size",
+            fix=f"leave it away, or --set features.image_size={encoder.image_size}",
+        )
+    return size
+
+
 def extract_features(
     folder: Path,
     encoder: FrozenEncoder,
@@ -59,10 +75,11 @@ def extract_features(
     """The features of a split, from ``folder`` where an earlier run left them.
 
     Raises:
-        SourceError: not one image can be decoded.
+        SourceError: not one image can be decoded, a file cannot be read, or features are not finite.
+        DamageError: a shard has changed.
     """
     kind = resolve_feature(settings, encoder)
-    size = settings.image_size or encoder.image_size
+    size = resolve_size(settings, encoder)
     key = fingerprint([encoder.identity, split.identity, kind, size, settings.crop])[:16]
     per_part = max(1, PART // max(1, speed.batch))
     parts = [range(low, min(low + per_part, len(split.runs))) for low in range(0, len(split.runs), per_part)]
@@ -70,6 +87,10 @@ def extract_features(
     paths = [folder / f"{key}-{speed.batch}-{number:05d}.safetensors" for number in range(len(parts))]
     folder.mkdir(parents=True, exist_ok=True)
     remove_debris(folder)
+    for path in paths:
+        if path.exists() and not is_readable(path):
+            report.log(f"{path} is damaged: made again")
+            path.unlink()
     done = sum(len(part) for part, path in zip(parts, paths, strict=True) if path.exists())
     report.total(len(split.runs), f"batches of {split.root.name}", done=done)
     for part, path in zip(parts, paths, strict=True):
@@ -77,7 +98,8 @@ def extract_features(
             write_part(path, encoder, split, part, kind, size, round(size / settings.crop), speed, device, report)
     found = [read_part(path) for path in paths]
     whole = FeatureSet(
-        torch.cat([part.features for part in found]),
+        # A part without a single image does not know how wide features are.
+        torch.cat([part.features for part in found if len(part.labels)] or [torch.zeros(0, 0)]),
         torch.cat([part.labels for part in found]),
         [reject for part in found for reject in part.rejected],
     )
@@ -109,20 +131,39 @@ def write_part(
     batches = in_order(reader, workers) if workers else (reader[index] for index in range(len(reader)))
     features, labels, rejected = [], [], []
     for crops in batches:
+        if isinstance(crops, Cae2pipeError):
+            raise crops
         assert isinstance(crops, Crops)
         if len(crops.labels):
             pixels = torch.from_numpy(crops.pixels).permute(0, 3, 1, 2).to(device)
             found = encoder(pixels)
             features.append((found.mean if kind == "mean" else _required(found.class_token)).cpu())
+            if not torch.isfinite(features[-1]).all():
+                raise SourceError(
+                    "the encoder's features are not finite: a score would mean nothing",
+                    where=split.root,
+                    fix="check the encoder's weights; on CUDA, try --device cpu, which computes in fp32",
+                )
             labels.append(torch.from_numpy(crops.labels))
         rejected += crops.rejected
         report.advance(1)
     tensors = {
-        "features": torch.cat(features) if features else torch.zeros(0, 1),
+        "features": torch.cat(features) if features else torch.zeros(0, 0),
         "labels": torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"rejected": json.dumps(rejected)})
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a part is a whole file. Its header says how long it must be, so this reads little."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {"features", "labels"} <= set(file.keys())
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_part(path: Path) -> FeatureSet:

@@ -29,6 +29,9 @@ def knn_accuracy(
         k: numbers of neighbours; those above N count as N.
         temperature: a neighbour with cosine c votes with exp(c / temperature).
         chunk: test features at a time.
+
+    A class that no neighbour votes for is no prediction, so top-5 can hold fewer than five classes: ranking them by
+    chance would count hits that depend on the device.
     """
     train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
     most = min(max(k), len(train))
@@ -36,11 +39,13 @@ def knn_accuracy(
     for low in range(0, len(test), chunk):
         similarity, neighbours = (test[low : low + chunk] @ train.T).topk(most, dim=1)
         labels = train_labels[neighbours]
-        weights = (similarity / temperature).exp()
+        # Only ratios matter, and exp(1 / temperature) overflows below 0.012.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
         truth = test_labels[low : low + chunk, None]
         for count in k:
             votes = torch.zeros(len(labels), classes, device=train.device)
             votes.scatter_add_(1, labels[:, :count], weights[:, :count])
-            ranked = votes.topk(min(5, classes), dim=1).indices == truth
+            most_votes = votes.topk(min(5, classes), dim=1)
+            ranked = (most_votes.indices == truth) & (most_votes.values > 0)
             hits[count] += torch.stack([ranked[:, :1].sum(), ranked.sum()]).cpu()
     return {count: {"top1": float(h[0]) / len(test), "top5": float(h[1]) / len(test)} for count, h in hits.items()}

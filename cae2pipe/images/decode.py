@@ -10,12 +10,15 @@ from PIL import Image, ImageOps
 
 from cae2pipe.errors import ImageError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""What is decoded. Pillow knows more, but hands some of it (EPS, say) to other programs."""
+
 
 def decode_rgb(data: bytes, where: object) -> Image.Image:
-    """Decode an image of any format that Pillow knows, whatever its name says, into RGB.
+    """Decode an image of any of ``FORMATS``, whatever its name says, into RGB.
 
     EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; palettes, greyscale and
-    CMYK are converted.
+    CMYK are converted. Of an animation the first frame is taken.
 
     Args:
         data: the file's bytes.
@@ -28,12 +31,18 @@ def decode_rgb(data: bytes, where: object) -> Image.Image:
         # What Pillow warns of (odd EXIF, palettes with transparency, large pictures) either decodes or raises.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # otherwise every upright image would be copied
+            return to_rgb(image)
     except Exception as error:  # Pillow's plugins raise many kinds: OSError, SyntaxError, struct.error, ValueError, ...
-        reason = str(error).replace("\n", " ").split("<_io")[0].strip() or type(error).__name__
+        reason = describe_failure(error)
         raise ImageError(f"this image cannot be decoded: {reason}", where=where, fix="replace or remove it") from None
+
+
+def describe_failure(error: Exception) -> str:
+    """What Pillow said, in one line and without memory addresses: equal bytes give equal reasons."""
+    return str(error).replace("\n", " ").split("<_io")[0].strip() or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -6,10 +6,13 @@ from PIL import Image
 
 
 def evaluation_crop(image: Image.Image, size: int = 224, resize: int = 256) -> Image.Image:
-    """The shorter side to ``resize`` pixels (bicubic), then the central ``size`` x ``size`` pixels."""
-    scale = resize / min(image.size)
-    width, height = (max(resize, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
+    """The shorter side to ``resize`` pixels (bicubic), then the central ``size`` x ``size`` pixels.
+
+    Rounds as torchvision's ``Resize`` and ``CenterCrop`` do. ``resize`` is at least ``size``.
+    """
+    short = min(image.size)
+    if short != resize:
+        width, height = (resize if side == short else resize * side // short for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))

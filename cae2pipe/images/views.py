@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance, ImageStat
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import ImageError
+from cae2pipe.images.decode import describe_failure
 from cae2pipe.keyed import keyed_uniforms
 
 ORDERS = tuple(permutations(("brightness", "contrast", "saturation")))
@@ -103,20 +104,26 @@ def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> I
 
     Gives the published order's pixels, bit for bit, without jittering the whole image: every operation but contrast's
     mean works on each pixel by itself, so only what comes before that mean has to see the pixels outside the box.
+
+    Raises:
+        ImageError: the draw was made for an image of another size.
     """
-    left = draw.source_width - draw.left - draw.width if draw.flip else draw.left
-    box = (left, draw.top, left + draw.width, draw.top + draw.height)
-    crop = image.crop(box)
+    if image.size != (draw.source_width, draw.source_height):
+        raise ImageError(
+            f"the view was drawn for an image of {draw.source_width} x {draw.source_height} pixels, "
+            f"and this one has {image.width} x {image.height}",
+            fix="give the original that the view was drawn from",
+        )
     order = ORDERS[draw.order]
-    for place, name in enumerate(order):
-        factor = getattr(draw, name)
-        if name == "contrast":
-            whole = image
-            for before in order[:place]:
-                whole = _adjust(whole, before, getattr(draw, before))
-            crop = Image.blend(Image.new("RGB", crop.size, (_grey_mean(whole),) * 3), crop, factor)
-        else:
-            crop = _adjust(crop, name, factor)
+    contrast = order.index("contrast")
+    for name in order[:contrast]:
+        image = _adjust(image, name, getattr(draw, name))
+    mean = _grey_mean(image)
+    left = draw.source_width - draw.left - draw.width if draw.flip else draw.left
+    crop = image.crop((left, draw.top, left + draw.width, draw.top + draw.height))
+    crop = Image.blend(Image.new("RGB", crop.size, (mean, mean, mean)), crop, draw.contrast)
+    for name in order[contrast + 1 :]:
+        crop = _adjust(crop, name, getattr(draw, name))
     if draw.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return crop.resize((settings.size, settings.size), Image.Resampling.BICUBIC)
@@ -132,9 +139,10 @@ def _grey_mean(image: Image.Image) -> int:
 
 
 def encode_view(image: Image.Image, settings: ViewSettings) -> bytes:
-    """The view as JPEG bytes."""
+    """The view as JPEG bytes, which depend on its pixels and the settings alone."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=settings.quality, subsampling=settings.subsampling)
+    # Left to itself, Pillow would copy a comment of the original.
+    image.save(buffer, "JPEG", quality=settings.quality, subsampling=settings.subsampling, comment=b"")
     return buffer.getvalue()
 
 
@@ -147,8 +155,9 @@ def decode_view(data: bytes) -> np.ndarray:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
         pixels = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"a stored view cannot be decoded: {error}", fix="run `cae2pipe verify`") from None
+    except Exception as error:  # DecompressionBombError, struct.error and others have no base in common
+        reason = describe_failure(error)
+        raise ImageError(f"a stored view cannot be decoded: {reason}", fix="run `cae2pipe verify`") from None
     if image.mode != "RGB":
         raise ImageError(f"a stored view is not RGB but {image.mode}", fix="run `cae2pipe verify`")
     return pixels

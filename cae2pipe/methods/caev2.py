@@ -73,9 +73,8 @@ class CAEv2(nn.Module):
             drop = None
         split = self.encoder.drop_columns
         tokens = self.bridge(self.encoder(pixels, visible, None if drop is None else drop[:, :split]))
-        context = tokens[:, 1:]
-        hidden = None
+        seen, hidden = self.head(tokens), None
         if self.regressor is not None:
-            latents = self.regressor(context, visible, masked, None if drop is None else drop[:, split:])
+            latents = self.regressor(tokens[:, 1:], visible, masked, None if drop is None else drop[:, split:])
             hidden = self.head(latents)
-        return Prediction(self.head(tokens[:, :1]), self.head(context), hidden)
+        return Prediction(seen[:, :1], seen[:, 1:], hidden)

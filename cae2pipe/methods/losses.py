@@ -48,7 +48,10 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean of values (B, L) over the samples that count, weights (B,). What padding holds, NaN too, is left out."""
+    """Mean of values (B, L) over the samples that count, weights (B,). Padding's values are left out, even NaN.
+
+    Its gradient is zero where its values are finite, as they are for the zeros that the loader pads with.
+    """
     real = values.masked_fill((weights == 0).unsqueeze(1), 0)
     return (real.mean(dim=1) * weights).sum() / weights.sum().clamp_min(1)
 

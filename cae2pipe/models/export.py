@@ -70,6 +70,7 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,
         "num_features": encoder.width,
+        "global_pool": "token",
         "model_args": {
             "img_size": encoder.image_size,
             "patch_size": encoder.patch_size,

@@ -78,7 +78,7 @@ class Regressor(nn.Module):
         Returns:
             (B, M, W).
         """
-        x = self.mask_token.to(context.dtype).expand(len(context), masked.shape[1], -1)
+        x = self.mask_token.expand(len(context), masked.shape[1], -1)
         x_positions, context_positions = self.pos_embed[masked], self.pos_embed[visible]
         for number, block in enumerate(self.blocks):
             columns = None if drop is None else drop[:, 2 * number : 2 * number + 2]

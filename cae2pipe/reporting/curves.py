@@ -29,9 +29,11 @@ def line_chart(
     *,
     x_label: str,
     y_label: str,
+    trend: Sequence[tuple[float, float]] = (),
     levels: Sequence[tuple[float, str]] = (),
 ) -> Html:
-    """One series of points, with dashed horizontal ``levels`` (value, text) to compare it with. Needs one point."""
+    """One series of points, pale where a ``trend`` (x, y) is drawn over it, with dashed horizontal ``levels``
+    (value, text) to compare it with. Needs one point."""
     heights = [*ys, *(value for value, _ in levels)]
     low, high = min(heights), max(heights)
     margin = 0.06 * (high - low) or 0.5
@@ -58,8 +60,12 @@ def line_chart(
         # Above the line, unless that is outside the picture.
         above = height - 6 if height > TOP + 16 else height + 16
         parts.append(element("text", text, class_="leveltext", x=WIDTH - RIGHT, y=above, text_anchor="end"))
-    points = " ".join(f"{x_of(x)},{y_of(y)}" for x, y in zip(xs, ys, strict=True))
-    parts.append(element("polyline", class_="series", points=points))
+    series = list(zip(xs, ys, strict=True))
+    for style, points in (("series pale" if trend else "series", series), ("series", trend)):
+        if points:
+            # `fill` here as well as in the style: readers that apply no style would fill the curve.
+            path = " ".join(f"{x_of(x)},{y_of(y)}" for x, y in points)
+            parts.append(element("polyline", class_=style, fill="none", stroke="currentColor", points=path))
     parts.append(element("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, text_anchor="middle"))
     return _svg(HEIGHT, f"{y_label} over {x_label}", parts)
 

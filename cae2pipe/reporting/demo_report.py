@@ -66,7 +66,9 @@ class Contents:
 
 def shared_basis(contents: Contents) -> ColourBasis:
     """One basis for every picture of latents, from the teacher's."""
-    latents = [*(forecast.teacher for forecast in contents.forecasts), *(one.latents[0] for one in contents.stored)]
+    latents = [forecast.teacher for forecast in contents.forecasts]
+    for one in contents.stored:
+        latents += one.latents
     return colour_basis(np.concatenate(latents))
 
 
@@ -79,7 +81,8 @@ def picture(contents: Contents, pairs: int = 2) -> Picture:
         view = resized(forecast.view, PANEL, PANEL)
         maps = [latent_colours(latents, rows, cols, basis) for latents in (forecast.teacher, forecast.student)]
         groups.append([view, hide_patches(view, forecast.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
-    captions, strips = [], []
+    captions: list[tuple[int, str]] = []
+    strips: list[Picture] = []
     left = 0
     for first in range(min(pairs, len(groups))):
         strip = tiled(groups[first::pairs], gap=6)
@@ -88,7 +91,7 @@ def picture(contents: Contents, pairs: int = 2) -> Picture:
             left += 28
         short = (strips[0].shape[0] if strips else strip.shape[0]) - strip.shape[0]
         strips.append(np.pad(strip, ((0, short), (0, 0), (0, 0)), constant_values=255))
-        for column, text in enumerate(("view", "what the student sees", "teacher", "student")):
+        for column, text in enumerate(("view", "visible to it", "teacher", "student")):
             captions.append((left + column * (PANEL + 6) + PANEL // 2, text))
         left += strip.shape[1]
     return captioned(np.concatenate(strips, axis=1), captions)
@@ -103,7 +106,7 @@ def render(contents: Contents) -> str:
         element("h1", "A vision transformer pretrained from cached targets"),
         element(
             "p",
-            f"The teacher, {contents.teacher}, saw {result['views']:,.0f} views of each of {result['images']:,.0f} image "
+            f"The teacher, {contents.teacher}, saw {result['views']:,.0f} views of each of {result['images']:,.0f} "
             "tiles, once. Its latents were compressed and stored beside the pixels; the student was trained from that "
             "store alone.",
             class_="lead",
@@ -113,9 +116,9 @@ def render(contents: Contents) -> str:
         element(
             "p",
             "Test tiles, cut from a part of each photograph that training never touched. The student sees the visible "
-            "patches and predicts the teacher's latents of all of them, hidden ones included. Colours are the first three "
-            "principal components of the teacher's latents, the same for all pictures on this page: equal colours, like "
-            "latents.",
+            "patches and predicts the teacher's latents of all of them, hidden ones included. Colours are the first "
+            "three principal components of the teacher's latents, the same for all pictures on this page: equal "
+            "colours, like latents. A student trained for a minute gets the kind of surface right, and little detail.",
         ),
         element(
             "div",
@@ -138,7 +141,9 @@ def render(contents: Contents) -> str:
         ),
         element("h2", "Training"),
         element(
-            "div", figure(loss_chart(contents), "The loss at every step: visible plus masked alignment."), class_="card"
+            "div",
+            figure(loss_chart(contents), "Visible plus masked alignment, at every step and as means of epochs."),
+            class_="card",
         ),
         element("h2", "The same on your own images"),
         element("p", "What ran here, and what to run on a folder of your own. Every command goes on where it was."),
@@ -191,7 +196,10 @@ def stored_card(one: StoredImage, grid: tuple[int, int], basis: ColourBasis) -> 
     scale = tile.shape[1] / one.tile.shape[1]
     boxes = [tuple(edge * scale for edge in box) for box in one.boxes]
     columns = [
-        figure(image(png_or_jpeg(outline_boxes(tile, boxes)), "The tile with its crop boxes"), "tile and crop boxes")
+        figure(
+            image(jpeg_uri(outline_boxes(tile, boxes), quality=90), "The tile with its crop boxes"),
+            "tile and crop boxes",
+        )
     ]
     for number, (view, latents) in enumerate(zip(one.views, one.latents, strict=True)):
         colour = "#{:02x}{:02x}{:02x}".format(*PALETTE[number % len(PALETTE)])
@@ -209,10 +217,6 @@ def stored_card(one: StoredImage, grid: tuple[int, int], basis: ColourBasis) -> 
         )
     heading = element("h3", title(one.key))
     return element("div", heading, element("div", *columns[:5], class_="strip five"), class_="card")
-
-
-def png_or_jpeg(photograph: Picture) -> str:
-    return jpeg_uri(photograph, quality=90)
 
 
 def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis, whose: str) -> Html:
@@ -235,8 +239,15 @@ def mark(met: bool) -> Html:
 def loss_chart(contents: Contents) -> Html:
     xs, ys = zip(*contents.losses, strict=True)
     level = contents.result["loss_mean_token"]
+    epochs = sorted({int(x) for x in xs})
+    trend = [(e + 0.5, float(np.mean([y for x, y in contents.losses if int(x) == e]))) for e in epochs]
     return line_chart(
-        xs, ys, x_label="epoch", y_label="loss", levels=[(level, f"the mean target everywhere: {level:.2f}")]
+        xs,
+        ys,
+        trend=trend,
+        x_label="epoch",
+        y_label="loss",
+        levels=[(level, f"the mean target everywhere: {level:.2f}")],
     )
 
 
@@ -269,7 +280,7 @@ def own_commands(steps: Sequence[Step]) -> Html:
         [
             element("pre", join(lines)),
             element("p", "With CLIP as the teacher, and the paper's Base student:"),
-            element("pre", join([part for part in own])),
+            element("pre", join(own)),
         ]
     )
 
@@ -277,7 +288,7 @@ def own_commands(steps: Sequence[Step]) -> Html:
 def title(key: str) -> str:
     """``motorcycle_left+03`` as ``motorcycle left, tile 3``."""
     name, _, number = key.partition("+")
-    return name.replace("_", " ") + (f", tile {int(number)}" if number.isdigit() else "")
+    return f"{name.replace('_', ' ')}, tile {int(number)}" if number.isdigit() else key.replace("+", ", ")
 
 
 def footer_text() -> Html:

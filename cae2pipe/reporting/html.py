@@ -63,7 +63,8 @@ def page(title: str, body: Html) -> str:
         ],
         "\n",
     )
-    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n'
+    open_, close = '<!doctype html>\n<html lang="en">\n<head>\n', "\n</main>\n</body>\n</html>\n"
+    return f"{open_}{head}\n</head>\n<body>\n<main>\n{body}{close}"
 
 
 STYLE = """
@@ -96,18 +97,25 @@ img.grid { image-rendering: pixelated; }
   background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 1.1rem 1.2rem; margin: 1.2rem 0;
 }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.9rem; margin: 1.6rem 0; }
+.figures {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.9rem; margin: 1.6rem 0;
+}
 .figures .card { margin: 0; }
-.figures b { display: block; font-size: 1.7rem; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; }
+.figures b {
+  display: block; font-size: 1.7rem; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums;
+}
 .figures span { color: var(--soft); font-size: 0.88rem; }
-.examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); gap: 1.2rem; margin: 1.4rem 0; }
+.examples {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); gap: 1.2rem; margin: 1.4rem 0;
+}
 .examples .card { margin: 0; }
-.examples h3 { margin: 0 0 0.7rem; font-size: 0.98rem; font-weight: 600; }
-.examples h3 small { color: var(--soft); font-weight: 400; }
+h3 { margin: 0 0 0.7rem; font-size: 0.98rem; font-weight: 600; }
+h3 small { color: var(--soft); font-weight: 400; }
 .strip { display: grid; gap: 0.6rem; align-items: start; }
 .strip.five { grid-template-columns: repeat(5, 1fr); }
 .strip.four { grid-template-columns: repeat(4, 1fr); }
 .strip figcaption { font-size: 0.76rem; }
+.strip figure + figure { margin-top: 0.5rem; }
 @media (max-width: 34rem) { .strip.five, .strip.four { grid-template-columns: repeat(2, 1fr); } }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.94rem; }
@@ -118,7 +126,10 @@ td:nth-child(2) { font-variant-numeric: tabular-nums; white-space: nowrap; font-
 td:nth-child(3) { white-space: nowrap; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.88em; }
 td code { white-space: nowrap; }
-pre { background: var(--code); border-radius: 8px; padding: 0.9rem 1.1rem; overflow-x: auto; line-height: 1.6; margin: 1rem 0; }
+pre {
+  background: var(--code); border-radius: 8px; padding: 0.9rem 1.1rem; overflow-x: auto; line-height: 1.6;
+  margin: 1rem 0;
+}
 pre i { color: var(--soft); font-style: normal; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 svg { display: block; width: 100%; height: auto; }
@@ -126,9 +137,12 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg text.strong { fill: var(--text); }
 svg .axis { stroke: var(--line); stroke-width: 1; fill: none; }
 svg .series { stroke: var(--accent); stroke-width: 2; fill: none; stroke-linejoin: round; }
+svg .series.pale { stroke-width: 1; opacity: 0.4; }
 svg .level { stroke: var(--second); stroke-width: 1.5; stroke-dasharray: 5 4; fill: none; }
 svg .leveltext { fill: var(--second); }
 svg .bar { fill: var(--accent); }
 svg .bar.pale { fill: var(--soft); opacity: 0.45; }
-footer { margin-top: 4rem; color: var(--soft); font-size: 0.85rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+footer {
+  margin-top: 4rem; color: var(--soft); font-size: 0.85rem; border-top: 1px solid var(--line); padding-top: 1rem;
+}
 """

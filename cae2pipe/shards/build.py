@@ -8,12 +8,8 @@ hold fewer. A tar thus depends on the source and the settings alone: not on work
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +19,63 @@ from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ShardSettings
-from cae2pipe.errors import ImageError, SourceError
-from cae2pipe.images.decode import decode_rgb
+from cae2pipe.errors import SourceError
 from cae2pipe.keyed import keyed_permutation
 from cae2pipe.progress import Report
+from cae2pipe.shards.checking import CHUNK, Check, checking, read_file
 from cae2pipe.shards.shard_set import KIND, REJECTS, ShardSet
 from cae2pipe.shards.source import Entry, Source, find_splits, scan
 from cae2pipe.shards.tar import write_samples
 
-Check = Callable[[Sequence[Path]], Iterable[str | None]]
-
 
 def build_all(source: Path, out: Path, settings: ShardSettings, report: Report) -> list[ShardSet]:
-    """One shard set in ``out``, or one in ``out``/SPLIT for each split of a source ``split/class/*.jpg``."""
-    splits = find_splits(source) if source.is_dir() else []
+    """One shard set in ``out``, or one in ``out``/SPLIT for each split of a source ``split/class/*.jpg``.
+
+    Raises:
+        As ``build_shard_set``. Every split is scanned before the first is packed.
+    """
+    splits = find_splits(source)
     if not splits:
         return [build_shard_set(source, out, settings, report)]
-    return [build_shard_set(source / split, out / split, settings, report) for split in splits]
+    _refuse_inside(source, out)
+    found = {split: scan(source / split) for split in splits}
+    return [pack(images, out / split, settings, report) for split, images in found.items()]
 
 
 def build_shard_set(source: Path, out: Path, settings: ShardSettings, report: Report) -> ShardSet:
     """Make, or go on making, the shard set ``out`` from a folder of images.
 
     Raises:
-        SourceError: the source cannot be used. MismatchError: ``out`` was made from other images or settings.
-        LockedError: another process writes ``out``.
+        SourceError: the source cannot be used, or no image of it decoded. MismatchError: ``out`` was made from other
+            images or settings. ManifestError: ``out`` holds something else. LockedError: another process writes it.
     """
     found = scan(source)
+    _refuse_inside(source, out)
+    return pack(found, out, settings, report)
+
+
+def pack(source: Source, out: Path, settings: ShardSettings, report: Report) -> ShardSet:
+    """``build_shard_set`` of a scanned source."""
     with writing(out):
         remove_debris(out)
         box = open_or_create(
             out,
             KIND,
-            {"settings": identity(settings), "classes": found.classes, "source": source_identity(found)},
+            {"settings": identity(settings), "classes": source.classes, "source": source_identity(source)},
             facts={"rejected": 0},
             fix="give another output folder, or the source and settings this one was made from",
         )
-        runs = plan_runs(found, settings)
+        runs = plan_runs(source, settings)
         missing = {name: run for name, run in runs.items() if not is_whole(box, name)}
+        total = len(source.entries)
         if not missing and is_whole(box, REJECTS) and box.complete:
-            report.log(f"nothing to do: {out} holds all {len(found.entries)} images of {source}")
+            refuse_empty(box)
+            report.log(f"nothing to do: {out} holds all {total - box.facts['rejected']} images of {source.root}")
             return ShardSet.open(out)
-        report.total(len(found.entries), "images", done=len(found.entries) - sum(map(len, missing.values())))
+        report.total(total, "images", done=total - sum(map(len, missing.values())))
         with checking(settings.speed.workers) as check:
-            for name, run in missing.items():
-                box.add(name, write_run(box.root, name, found, run, check))
-                report.advance(len(run))
+            for name, run, reasons in checked_ahead(source.root, missing, check):
+                box.add(name, write_run(box.root, name, source.root, run, counted(reasons, report)))
         finish(box, report)
         return ShardSet.open(out)
 
@@ -97,15 +104,37 @@ def is_whole(box: Box, name: str) -> bool:
     )
 
 
-def write_run(root: Path, name: str, source: Source, run: list[Entry], check: Check) -> dict[str, Any]:
-    """Check a run's images and write its tar; return the manifest's entry, with what was rejected."""
-    reasons = check([source.root / entry.path for entry in run])
+def checked_ahead(
+    root: Path, runs: Mapping[str, list[Entry]], check: Check
+) -> Iterator[tuple[str, list[Entry], Iterator[str | None]]]:
+    """Every run with its images' checks, begun one run ahead: workers decode while the main process writes."""
+    begun = ((name, run, check([root / entry.path for entry in run])) for name, run in runs.items())
+    for current, _ in pairwise(chain(begun, [None])):
+        assert current is not None
+        yield current
+
+
+def counted(reasons: Iterator[str | None], report: Report) -> list[str | None]:
+    """All reasons, with progress shown as they come."""
+    done: list[str | None] = []
+    for reason in reasons:
+        done.append(reason)
+        if len(done) % CHUNK == 0:
+            report.advance(CHUNK)
+    if len(done) % CHUNK:
+        report.advance(len(done) % CHUNK)
+    return done
+
+
+def write_run(root: Path, name: str, source: Path, run: list[Entry], reasons: list[str | None]) -> dict[str, Any]:
+    """Write the tar of a run's images that can be decoded; return the manifest's entry, with what was rejected."""
     rejected = [{"path": e.path, "reason": why} for e, why in zip(run, reasons, strict=True) if why is not None]
-    refused = {reject["path"] for reject in rejected}
-    kept = [entry for entry in run if entry.path not in refused]
+    kept = [entry for entry, why in zip(run, reasons, strict=True) if why is None]
+    if not kept:  # WebDataset refuses empty tars
+        return {"files": {}, "samples": 0, "rejected": rejected}
     tar = root / "tars" / f"{name}.tar"
     with replacing(tar) as temporary:
-        write_samples(temporary, ((e.key, e.label, (source.root / e.path).read_bytes()) for e in kept))
+        write_samples(temporary, ((e.key, e.label, _read_unchanged(source, e)) for e in kept))
     files = {tar.relative_to(root).as_posix(): file_entry(tar)}
     return {"files": files, "samples": len(kept), "rejected": rejected}
 
@@ -119,46 +148,44 @@ def finish(box: Box, report: Report) -> None:
     rejects = [reject for name, unit in box.units.items() if name != REJECTS for reject in unit["rejected"]]
     rejects.sort(key=lambda reject: reject["path"])
     path = box.root / "rejects.jsonl"
-    write_bytes(path, "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects).encode())
+    data = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects).encode()
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
     box.facts["rejected"] = len(rejects)
     box.add(REJECTS, {"files": {path.name: file_entry(path)}, "samples": 0})
-    kept = sum(unit["samples"] for unit in box.units.values())
     box.save(complete=True)
-    if not kept:
-        raise SourceError(
-            f"none of the {len(rejects)} files can be decoded; the first: {rejects[0]['reason']}",
-            where=path,
-            fix="check the source: its files bear image names and are not images",
-        )
+    refuse_empty(box)
+    kept = sum(unit["samples"] for unit in box.units.values())
     report.log(f"wrote {kept} images" + (f"; {len(rejects)} could not be decoded: see {path}" if rejects else ""))
 
 
-def check_image(path: Path) -> str | None:
-    """Why an image cannot be decoded, or None."""
-    try:
-        decode_rgb(path.read_bytes(), where=path)
-    except ImageError as error:
-        return error.what
-    except OSError as error:
-        return f"this file cannot be read: {error.strerror}"
-    return None
-
-
-@contextmanager
-def checking(workers: int) -> Iterator[Check]:
-    """``check_image`` over many paths, in worker processes (-1: one a core; 0: none)."""
-    workers = (os.cpu_count() or 1) if workers < 0 else workers
-    if workers == 0:
-        yield lambda paths: list(map(check_image, paths))
+def refuse_empty(box: Box) -> None:
+    """Raise SourceError where every image of the source was rejected."""
+    if any(unit["samples"] for unit in box.units.values()):
         return
-    context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
-    try:
-        yield lambda paths: list(pool.map(check_image, paths, chunksize=16))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    reasons = [reject["reason"] for name, unit in box.units.items() if name != REJECTS for reject in unit["rejected"]]
+    raise SourceError(
+        f"none of the {len(reasons)} files can be decoded; one of them: {reasons[0]}",
+        where=box.root / "rejects.jsonl",
+        fix="check the source: its files bear image names and are not images",
+    )
 
 
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches the whole process group: the main process alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _refuse_inside(source: Path, out: Path) -> None:
+    if out.resolve().is_relative_to(source.resolve()):
+        raise SourceError(
+            "the output folder lies inside the source, and would be taken for a class of it",
+            where=out,
+            fix="give an output folder elsewhere",
+        )
+
+
+def _read_unchanged(source: Path, entry: Entry) -> bytes:
+    data = read_file(source / entry.path)
+    if len(data) != entry.bytes:
+        raise SourceError(
+            f"this file has changed while it was packed: {len(data)} bytes instead of {entry.bytes}",
+            where=source / entry.path,
+            fix="leave the source alone while it is packed, and give a new output folder",
+        )
+    return data

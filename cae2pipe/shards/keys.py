@@ -21,7 +21,7 @@ def sample_key(name: str) -> str:
     name = unicodedata.normalize("NFC", name)
     key = "".join(_escape(character) for character in name)
     if len(key) > LONGEST:
-        digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
         # "=" appears in no escaped name: a cut key equals no whole one.
         key = f"{key[: LONGEST - 1 - len(digest)]}={digest}"
     return key
@@ -32,4 +32,4 @@ def _escape(character: str) -> str:
         return character
     if character == "/":
         return "+"
-    return "".join(f"~{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
+    return "".join(f"~{byte:02x}" for byte in character.encode("utf-8", "surrogatepass"))

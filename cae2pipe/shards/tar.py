@@ -40,17 +40,21 @@ def index_tar(path: Path) -> list[TarSample]:
     """The samples of a tar, from its headers alone.
 
     Raises:
-        DamageError: no tar, a tar that is cut off, or members that are not pairs of image and label.
+        DamageError: no tar, a tar that is cut off or broken, or members that are not pairs of image and label.
     """
     samples: dict[str, TarSample] = {}
     labels: dict[str, int] = {}
+    end = 0
     try:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, _, kind = member.name.partition(".")
-                if member.offset_data + member.size > size:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if end > size:
                     raise DamageError(f"the tar is cut off inside member {member.name!r}", where=path)
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise DamageError(f"member {member.name!r} of the tar is not a plain file", where=path)
                 if kind == IMAGE and key not in samples:
                     samples[key] = TarSample(key, labels.get(key, -1), member.offset_data, member.size)
                 elif kind == LABEL and key not in labels:
@@ -60,6 +64,9 @@ def index_tar(path: Path) -> list[TarSample]:
                     raise DamageError(f"the tar holds an unexpected member {member.name!r}", where=path)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise DamageError(f"this tar cannot be read: {error}", where=path) from None
+    # Where a header is broken, or the file ends between members, tarfile takes that for the end and says nothing.
+    if any(read_range(path, end, 2 * tarfile.BLOCKSIZE)):
+        raise DamageError(f"the tar is broken at byte {end}", where=path)
     if unpaired := samples.keys() ^ labels.keys():
         raise DamageError(f"sample {min(unpaired)!r} lacks its image or its label", where=path)
     return [TarSample(key, labels[key], sample.offset, sample.size) for key, sample in samples.items()]

@@ -33,7 +33,8 @@ def check_features(tokens: Tensor, where: object, constant: bool = False) -> Non
         size = tokens.norm(dim=-1).mean()
         if float(spread) <= SMALLEST_SPREAD * float(size) or float(size) == 0:
             raise TeacherError(
-                f"the teacher's latents hardly differ between {what} (spread {float(spread):.2g}, norm {float(size):.2g})",
+                f"the teacher's latents hardly differ between {what} "
+                f"(spread {float(spread):.2g}, norm {float(size):.2g})",
                 where=where,
                 fix="check that the weights are those of a trained model and belong to this architecture",
             )

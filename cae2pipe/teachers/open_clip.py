@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
-from cae2pipe.teachers.protocol import Teacher, TeacherInfo, TeacherOutput, class_attention, resolve_precision
+from cae2pipe.teachers.protocol import (
+    Teacher,
+    TeacherInfo,
+    TeacherOutput,
+    check_grid,
+    class_attention,
+    resolve_precision,
+)
 from cae2pipe.teachers.weights import hub_file, load_strictly, read_weights, safetensors_metadata, weights_digest
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -66,11 +73,15 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipT
     check_activation(settings, shape["quick_gelu"], pretrained)
     config = {**shape["vision_cfg"], "image_size": settings.image_size}
     check_tower(config, settings)
+    path = settings.weights or pretrained_file(settings, pretrained)
     try:
         tower = _build_vision_tower(shape["embed_dim"], config, quick_gelu=shape["quick_gelu"])
-    except TypeError as error:
-        raise TeacherError(f"open_clip cannot build this tower: {error}", where="teacher.vision_cfg") from None
-    path = settings.weights or pretrained_file(settings, pretrained)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
+        raise TeacherError(
+            f"open_clip cannot build this tower: {error}",
+            where="teacher.vision_cfg",
+            fix="its keys are the fields of open_clip's CLIPVisionCfg; compare one of open_clip's model configurations",
+        ) from None
     state = visual_state(read_weights(path))
     grid = tower.grid_size
     if "positional_embedding" in state:
@@ -79,6 +90,7 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipT
     info = TeacherInfo(
         library="open_clip",
         name=settings.name,
+        architecture={**shape, "vision_cfg": config},
         weights=weights_digest(tower),
         dim=shape["embed_dim"],
         rows=grid[0],
@@ -97,34 +109,42 @@ def tower_shape(settings: TeacherSettings) -> dict[str, Any]:
     from open_clip's model of that name."""
     from open_clip import get_model_config, list_models
 
-    metadata = safetensors_metadata(settings.weights) if settings.weights else {}
     if settings.vision_cfg is not None:
-        known: dict[str, Any] = {"vision_cfg": settings.vision_cfg}
-    elif settings.name not in list_models() and "vision_cfg" in metadata:
-        known = {
-            "vision_cfg": json.loads(metadata["vision_cfg"]),
-            "embed_dim": int(metadata["embed_dim"]),
-            "quick_gelu": metadata.get("quick_gelu") == "true",
-        }
+        known = {**described_shape(settings.weights), "vision_cfg": settings.vision_cfg}
+    elif settings.name in list_models():
+        known = get_model_config(settings.name)
     else:
-        level = logging.root.level
-        try:
-            found = get_model_config(settings.name)
-        finally:
-            logging.root.setLevel(level)
-        if found is None:
-            nearest = difflib.get_close_matches(settings.name, list_models(), n=1)
-            raise TeacherError(
-                f"open_clip has no model {settings.name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
-                where="teacher.name",
-                fix="give one of open_clip.list_models(), or teacher.vision_cfg and teacher.embed_dim",
-            )
-        known = found
+        known = described_shape(settings.weights)
+    if not isinstance(known.get("vision_cfg"), dict):
+        nearest = difflib.get_close_matches(settings.name, list_models(), n=1)
+        raise TeacherError(
+            f"open_clip has no model {settings.name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
+            where="teacher.name",
+            fix="give one of open_clip.list_models(), or teacher.vision_cfg and teacher.embed_dim",
+        )
     embed_dim = settings.embed_dim or known.get("embed_dim")
     if embed_dim is None:
         raise TeacherError("the projection's width is not known", where="teacher.embed_dim", fix="set it")
     quick_gelu = settings.quick_gelu if settings.quick_gelu is not None else bool(known.get("quick_gelu", False))
     return {"vision_cfg": dict(known["vision_cfg"]), "embed_dim": embed_dim, "quick_gelu": quick_gelu}
+
+
+def described_shape(weights: Path | None) -> dict[str, Any]:
+    """What a safetensors file's metadata say of ``vision_cfg`` (JSON), ``embed_dim`` and ``quick_gelu``."""
+    metadata = safetensors_metadata(weights) if weights else {}
+    readers: dict[str, Callable[[str], Any]] = {
+        "vision_cfg": json.loads,
+        "embed_dim": int,
+        "quick_gelu": lambda text: text.lower() == "true",
+    }
+    try:
+        return {name: read(metadata[name]) for name, read in readers.items() if name in metadata}
+    except ValueError as error:
+        raise TeacherError(
+            f"the file's metadata do not describe a tower: {error}",
+            where=weights,
+            fix="give teacher.vision_cfg, teacher.embed_dim and teacher.quick_gelu, and a file without such metadata",
+        ) from None
 
 
 def check_activation(settings: TeacherSettings, quick_gelu: bool, pretrained: dict[str, Any]) -> None:
@@ -143,29 +163,30 @@ def check_activation(settings: TeacherSettings, quick_gelu: bool, pretrained: di
 
 def check_tower(config: dict[str, Any], settings: TeacherSettings) -> None:
     """Refuse towers whose tokens are not those of a plain vision transformer with a class token."""
+    patch = config.get("patch_size", 16)
     reasons = {
         "it is a timm tower": bool(config.get("timm_model_name")),
         "it is a ResNet": isinstance(config.get("layers"), list | tuple),
         "it pools by attention": bool(config.get("attentional_pool")),
         "its final norm comes after pooling": bool(config.get("final_ln_after_pool")),
+        "it pools the mean of its patches, so that its class token means nothing": config.get("pool_type") == "avg",
     }
     if found := next((reason for reason, holds in reasons.items() if holds), None):
         raise TeacherError(
-            f"the tower of {settings.name} gives no token for every patch: {found}",
+            f"the tower of {settings.name} does not give a class token and a token for every patch: {found}",
             where="teacher.name",
             fix="take a ViT tower; a timm tower can be used through teacher.kind=timm",
         )
-    if settings.image_size % int(config.get("patch_size", 16)):
-        raise TeacherError(
-            f"teacher.image_size {settings.image_size} is not a multiple of the tower's patch, {config['patch_size']}",
-            where="teacher.image_size",
-            fix="set it to a multiple",
-        )
+    if not isinstance(patch, int) or patch < 1:
+        raise TeacherError(f"the tower's patch_size is {patch!r}", where="teacher.vision_cfg", fix="give pixels")
+    check_grid(settings.image_size, patch)
 
 
 def pretrained_file(settings: TeacherSettings, pretrained: dict[str, Any]) -> Path:
     """The hub's file of a pretrained tag."""
     from open_clip import list_pretrained_tags_by_model
+
+    from cae2pipe.teachers.presets import preset_of
 
     if not settings.pretrained:
         raise TeacherError(
@@ -179,7 +200,7 @@ def pretrained_file(settings: TeacherSettings, pretrained: dict[str, Any]) -> Pa
             where="teacher.pretrained",
             fix=f"use one of {', '.join(tags)}" if tags else "give teacher.weights=FILE",
         )
-    return hub_file(repository, [name] if name else HUB_FILES, preset_hint="PRESET")
+    return hub_file(repository, [name] if name else HUB_FILES, preset_of(settings))
 
 
 def visual_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

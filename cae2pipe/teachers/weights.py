@@ -20,8 +20,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         TeacherError: missing, broken, a TorchScript archive, or a pickle that would have to run code.
     """
-    if not path.is_file():
-        raise TeacherError("no such weights file", where=path, fix="check teacher.weights")
+    check_present(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -47,12 +46,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise TeacherError("this file does not hold tensors by name", where=path, fix=_REPLACE)
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 _REPLACE = "give a safetensors file of the weights"
+
+
+def check_present(path: Path) -> None:
+    """Raise TeacherError where there is no weights file."""
+    if not path.is_file():
+        raise TeacherError("no such weights file", where=path, fix="check teacher.weights")
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -92,9 +99,11 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: object)
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a module's weights, whatever file they came from."""
+    """SHA-256 over names, types, shapes and values of a module's weights, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if name.endswith("num_batches_tracked"):  # changes no result, and some files leave it out
+            continue
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -112,8 +121,8 @@ def cached_file(repository: str, names: Sequence[str]) -> Path | None:
     return None
 
 
-def hub_file(repository: str, names: Sequence[str], preset_hint: str) -> Path:
-    """The first of ``names`` in a hub repository: from the local cache, else fetched.
+def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
+    """The first of ``names`` in a hub repository: from the local cache, else fetched. ``preset`` is for the message.
 
     Raises:
         TeacherError: neither there nor to be had.
@@ -138,8 +147,8 @@ def hub_file(repository: str, names: Sequence[str], preset_hint: str) -> Path:
     raise TeacherError(
         f"the teacher's weights are not on this machine and cannot be fetched ({type(reason).__name__})",
         where=f"hub repository {repository}",
-        fix=f"run `cae2pipe teachers fetch {preset_hint}` where there is a network and copy the hub cache, "
-        "or --set teacher.weights=FILE",
+        fix=f"run `{f'cae2pipe teachers fetch {preset}' if preset else f'hf download {repository} {names[0]}'}` where "
+        "there is a network and copy the hub cache, or --set teacher.weights=FILE",
     )
 
 

@@ -1,0 +1,183 @@
+"""The demo's parts on the tiny target set, and its order of commands with the long stages replaced."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cae2pipe.demo import run as demo
+from cae2pipe.demo.measures import MEASURES
+from cae2pipe.demo.stored import box_in_image, read_stored
+from cae2pipe.demo.student import MeanStudent, forecasts, load_student, mean_over_views
+from cae2pipe.errors import DamageError
+from cae2pipe.images.views import ViewDraw
+from cae2pipe.progress import Silent
+from cae2pipe.reporting.demo_report import title
+from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.targets.target_set import TargetSet
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(target_root, pretrain_settings, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    pretrain(target_root, out, pretrain_settings(), Silent())
+    return out
+
+
+@pytest.fixture(scope="module")
+def targets(target_root) -> TargetSet:
+    return TargetSet(target_root)
+
+
+def test_the_mean_target_has_the_loss_it_should(targets, pretrain_settings):
+    found = mean_over_views(MeanStudent(targets.mean), targets, pretrain_settings(mask={"strategy": "random"}), CPU)
+    tokens = []
+    for name in targets.stores:
+        reader = targets.reader(name)
+        for block in range(reader.blocks):
+            arrays = {
+                key: torch.from_numpy(value.view(np.int16)) for key, value in reader.arrays(block, ["symbols"]).items()
+            }
+            tokens.append(targets.layout.codec.decode(arrays))
+    distance = 1 - torch.cosine_similarity(torch.cat(tokens), targets.mean, dim=-1).mean()
+    # Visible and masked are random halves of all tokens, so each mean is near the mean over all.
+    assert found["loss"] == pytest.approx(2 * float(distance), rel=0.05)
+    assert abs(found["centred_cosine_masked"]) < 0.2
+
+
+def test_the_student_loaded_is_the_one_trained(run, targets):
+    model, settings = load_student(run, targets, Silent())
+    assert not model.training
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    found = mean_over_views(model, targets, settings, CPU)
+    assert found["loss"] == pytest.approx(last["loss"], rel=0.1)
+    assert found["loss"] == mean_over_views(model, targets, settings, CPU)["loss"]
+
+
+def test_a_run_without_a_checkpoint(run, targets, tmp_path):
+    (tmp_path / "manifest.json").write_bytes((run / "manifest.json").read_bytes())
+    with pytest.raises(DamageError, match="checkpoint"):
+        load_student(tmp_path, targets, Silent())
+
+
+def test_forecasts(run, targets):
+    model, settings = load_student(run, targets, Silent())
+    keys = ["class1+image007", "class0+image003"]
+    found = forecasts(model, targets, settings, keys, CPU)
+    assert [forecast.key for forecast in found] == keys
+    for forecast in found:
+        assert forecast.mask.sum() == settings.masked_patches
+        assert forecast.view.shape == (32, 32, 3)
+        assert forecast.teacher.shape == forecast.student.shape == (16, 16)
+        np.testing.assert_allclose(np.linalg.norm(forecast.student, axis=1), 1, atol=1e-5)
+        mean = targets.mean.numpy()
+        a, b = (tokens[forecast.mask.ravel()] - mean for tokens in (forecast.student, forecast.teacher))
+        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert forecast.cosine == pytest.approx(cosine.mean(), abs=1e-4)
+
+
+def test_boxes_are_those_of_the_unflipped_image():
+    draw = ViewDraw(2, 5, 10, 20, False, 1.0, 1.0, 1.0, 0, 40, 60)
+    assert box_in_image(draw) == (5, 2, 25, 12)
+    flipped = ViewDraw(2, 5, 10, 20, True, 1.0, 1.0, 1.0, 0, 40, 60)
+    assert box_in_image(flipped) == (60 - 25, 2, 60 - 5, 12)
+
+
+def test_what_is_stored_of_an_image(targets, photos):
+    stored = read_stored(targets, photos, "class2+image011")
+    assert len(stored.views) == len(stored.boxes) == len(stored.latents) == 2
+    height, width = stored.tile.shape[:2]
+    for left, top, right, bottom in stored.boxes:
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+    assert stored.latents[0].shape == (16, 16)
+    assert not np.array_equal(stored.views[0], stored.views[1])
+
+
+@pytest.mark.parametrize(("rows", "patch"), [(14, []), (16, ["--set", "model.patch_size=14"])])
+def test_the_student_takes_the_teachers_grid(rows, patch):
+    class Set:
+        view_size = 224
+        teacher = type("Teacher", (), {"rows": rows})
+
+    assert demo.student_options(Set()) == patch
+
+
+def test_titles():
+    assert title("motorcycle_left+03") == "motorcycle left, tile 3"
+
+
+def test_loss_figures():
+    lines = [{"epoch": e, "loss": 4.0 - e - 0.5 * s} for e in range(2) for s in range(2)]
+    assert demo.loss_figures(lines) == {"loss_first": 4.0, "loss_last": 2.75}
+
+
+def test_an_equal_result_keeps_its_seconds(tmp_path):
+    path = tmp_path / "result.json"
+    first = demo.write_result(path, {"images": 3}, 100.0)
+    assert demo.write_result(path, {"images": 3}, 5.0) == first == {"images": 3, "seconds": 100.0}
+    assert demo.write_result(path, {"images": 4}, 5.0)["seconds"] == 5.0
+
+
+def test_the_demo_says_what_it_runs_and_writes_everything(
+    tmp_path, monkeypatch, photos, extract_settings, pretrain_settings
+):
+    """Every stage runs, on the tests' tiny images, teacher and student."""
+    out = tmp_path / "out"
+
+    def cut(folder, seed, report):
+        for split in ("train", "val"):
+            (folder / split).parent.mkdir(exist_ok=True, parents=True)
+            if not (folder / split).exists():
+                (folder / split).symlink_to(photos)
+
+    def settings_of(kind, stage, preset, overrides=(), values=None):
+        if stage == "extract":
+            assert preset == "tiny-teacher"
+            return extract_settings(views=values["views"])
+        return pretrain_settings() if stage == "pretrain" else None
+
+    scores = iter([0.25, 0.5, 0.75] * 2)
+    asked = []
+
+    def knn(encoder, data, folder, settings, report):
+        asked.append(encoder)
+        return {"top1": next(scores)}
+
+    @contextmanager
+    def quiet(title):
+        yield Silent()
+
+    monkeypatch.setattr(demo, "cut_tiles", cut)
+    monkeypatch.setattr(demo, "load", settings_of)
+    monkeypatch.setattr(demo, "evaluate_knn", knn)
+    monkeypatch.setattr(demo, "student_options", lambda targets: [])
+    monkeypatch.setattr(demo, "STORED", ("class0/image001",))
+    monkeypatch.setattr(demo, "FORECAST", ("class0/image001", "class1/image002", "class2/image003"))
+    monkeypatch.setattr(demo, "VIEWS", 2)
+    said: list[str] = []
+    result = demo.run_demo(out, "tiny-teacher", "cpu", said.append, quiet)
+    text = "\n".join(said)
+    assert (
+        f"$ cae2pipe extract-targets {out}/images/train {out}/targets --config tiny-teacher --views 2 --device cpu"
+        in text
+    )
+    assert f"$ cae2pipe pretrain {out}/targets {out}/run --config demo --device cpu" in text
+    assert f"$ cae2pipe evaluate knn random:{out}/run {out}/images {out}/scores/random --device cpu" in text
+    assert asked == [f"random:{out}/run", f"{out}/run", "teacher:tiny-teacher"]
+    assert json.loads((out / "result.json").read_text()) == result
+    assert set(result) == {measure.key for measure in MEASURES}
+    assert (result["images"], result["views"]) == (150, 2)
+    assert (result["knn_random"], result["knn_pretrained"], result["knn_teacher"]) == (0.25, 0.5, 0.75)
+    assert result["loss_last"] < result["loss_first"]
+    page = (out / "report.html").read_text()
+    assert "class1, image002" in page
+    assert "extract-targets imagenet/train" in page
+    assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert demo.run_demo(out, "tiny-teacher", "cpu", said.append, quiet) == result
+    assert (out / "report.html").read_text() == page

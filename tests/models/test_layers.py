@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from cae2pipe.models.layers import CrossAttention, Mlp, SelfAttention, attend, drop_path, drop_rates, truncated_normal
+
+
+def by_hand(q, k, v, heads):
+    """Attention one head at a time, without torch's own."""
+    size = q.shape[-1] // heads
+    results = []
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / size**0.5
+        results.append(scores.softmax(dim=-1) @ v[..., part])
+    return torch.cat(results, dim=-1)
+
+
+def test_attend_is_softmax_attention_head_by_head():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 12), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    torch.testing.assert_close(attend(q, k, v, 3), by_hand(q, k, v, 3))
+
+
+def test_self_attention_has_biases_on_q_and_v_only():
+    torch.manual_seed(0)
+    attention = SelfAttention(8, 2)
+    torch.nn.init.normal_(attention.q_bias)
+    torch.nn.init.normal_(attention.v_bias)
+    x = torch.randn(2, 4, 8)
+    q, k, v = (x @ weight.T for weight in attention.qkv.weight.chunk(3))
+    wanted = attention.proj(by_hand(q + attention.q_bias, k, v + attention.v_bias, 2))
+    torch.testing.assert_close(attention(x), wanted)
+    assert {name for name, _ in attention.named_parameters()} == {
+        "q_bias", "v_bias", "qkv.weight", "proj.weight", "proj.bias"
+    }  # fmt: skip
+
+
+def test_cross_attention_narrows_where_heads_do_not_divide_the_width():
+    torch.manual_seed(0)
+    attention = CrossAttention(20, 3)
+    torch.nn.init.normal_(attention.q_bias)
+    torch.nn.init.normal_(attention.v_bias)
+    assert attention.q.weight.shape == attention.k.weight.shape == attention.v.weight.shape == (18, 20)
+    q, k, v = torch.randn(2, 3, 20), torch.randn(2, 6, 20), torch.randn(2, 6, 20)
+    wanted = by_hand(
+        q @ attention.q.weight.T + attention.q_bias, k @ attention.k.weight.T, v @ attention.v.weight.T
+        + attention.v_bias, 3
+    )  # fmt: skip
+    torch.testing.assert_close(attention(q, k, v), attention.proj(wanted))
+
+
+def test_mlp_has_an_exact_gelu():
+    torch.manual_seed(0)
+    mlp = Mlp(4)
+    x = 3 * torch.randn(5, 4)
+    hidden = mlp.fc1(x)
+    assert hidden.shape == (5, 16)
+    exact = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    torch.testing.assert_close(mlp(x), mlp.fc2(exact), rtol=0, atol=1e-6)
+
+
+def test_drop_path_keeps_a_sample_whose_uniform_reaches_the_rate():
+    x = torch.ones(3, 2, 4)
+    result = drop_path(x, torch.tensor([0.2499, 0.25, 0.9]), 0.25)
+    assert torch.equal(result[0], torch.zeros(2, 4))
+    torch.testing.assert_close(result[1:], torch.full((2, 2, 4), 1 / 0.75))
+
+
+def test_drop_path_keeps_the_mean():
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    assert drop_path(torch.ones(20_000, 1, 1), uniforms, 0.3).mean() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(("uniforms", "rate"), [(None, 0.5), (torch.zeros(2), 0.0)])
+def test_drop_path_without_uniforms_or_rate_changes_nothing(uniforms, rate):
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(drop_path(x, uniforms, rate), x)
+
+
+def test_drop_rates_rise_linearly_over_the_depth():
+    assert drop_rates(0.1, 4) == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
+    assert drop_rates(0.1, 1) == [0]
+    assert drop_rates(0.1, 0) == []
+
+
+def test_truncated_normal_is_cut_at_its_own_std():
+    torch.manual_seed(0)
+    tensor = truncated_normal(torch.empty(100_000))
+    assert tensor.abs().max() <= 0.02
+    assert tensor.std() == pytest.approx(0.0108, abs=1e-4)

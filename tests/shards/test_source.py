@@ -1,0 +1,189 @@
+"""Folders as sources: what is found, and every way in which a folder is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cae2pipe.errors import SourceError
+from cae2pipe.shards.source import find_splits, scan
+
+
+def fill(root: Path, *paths: str) -> Path:
+    """Files with their own path as content; a path that ends in a slash is a folder."""
+    root.mkdir(exist_ok=True)
+    for path in paths:
+        if path.endswith("/"):
+            (root / path).mkdir(parents=True)
+        else:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(path)
+    return root
+
+
+def refused(root: Path) -> SourceError:
+    with pytest.raises(SourceError) as caught:
+        scan(root)
+    assert caught.value.where
+    assert caught.value.fix
+    return caught.value
+
+
+def test_classes_are_sorted_and_images_labelled_by_the_top_folder(tmp_path):
+    source = scan(fill(tmp_path / "s", "dog/1.jpg", "cat/deep/er/2.jpg", "cat/1.jpg"))
+    assert source.classes == ["cat", "dog"]
+    assert [(e.path, e.key, e.label, e.bytes) for e in source.entries] == [
+        ("cat/1.jpg", "cat+1", 0, 9),
+        ("cat/deep/er/2.jpg", "cat+deep+er+2", 0, 17),
+        ("dog/1.jpg", "dog+1", 1, 9),
+    ]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path):
+    source = scan(fill(tmp_path / "s", "b.jpg", "a.PNG"))
+    assert source.classes == []
+    assert [(e.path, e.key, e.label) for e in source.entries] == [("a.PNG", "a", -1), ("b.jpg", "b", -1)]
+
+
+def test_suffixes_in_any_case_and_nothing_hidden(tmp_path):
+    suffixes = ["jpg", "JPEG", "Png", "webp", "BMP", "gif", "tif", "tiff", "ppm"]
+    source = fill(tmp_path / "s", *(f"{n}.{suffix}" for n, suffix in enumerate(suffixes)))
+    fill(source, ".hidden.jpg", ".thumbnails/x.jpg", "labels.txt", "README", "x.jpg.part")
+    assert [entry.path for entry in scan(source).entries] == [f"{n}.{s}" for n, s in enumerate(suffixes)]
+
+
+def test_dots_spaces_and_other_scripts_in_names(tmp_path):
+    source = fill(tmp_path / "s", "a class/v1.2 final.jpg", "a class/Ünïcode 漢字.jpeg")
+    assert [entry.key for entry in scan(source).entries] == [
+        "a~20class+v1~2e2~20final",
+        "a~20class+~c3~9cn~c3~afcode~20~e6~bc~a2~e5~ad~97",
+    ]
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path):
+    real = fill(tmp_path / "real", "cats/1.jpg", "loose.jpg")
+    source = fill(tmp_path / "s", "dog/1.jpg")
+    (source / "dog" / "2.jpg").symlink_to(real / "loose.jpg")
+    (source / "cat").symlink_to(real / "cats")
+    found = scan(source)
+    assert found.classes == ["cat", "dog"]
+    assert [(entry.path, entry.bytes) for entry in found.entries] == [
+        ("cat/1.jpg", 10),
+        ("dog/1.jpg", 9),
+        ("dog/2.jpg", 9),
+    ]
+
+
+def test_no_such_folder_and_a_file(tmp_path):
+    assert "no such folder" in refused(tmp_path / "nothing").what
+    assert "this is a file" in refused(fill(tmp_path / "s", "a.jpg") / "a.jpg").what
+
+
+def test_an_empty_folder(tmp_path):
+    assert "empty" in refused(fill(tmp_path / "s")).what
+
+
+def test_a_folder_of_something_else_says_of_what(tmp_path):
+    source = fill(tmp_path / "s", *(f"{n}.txt" for n in range(12)), "notes", "deep/x.csv")
+    assert refused(source).what == "no images here: 12 .txt files, 1 .csv file, 1 suffixless file"
+
+
+def test_a_class_folder_without_images_is_named(tmp_path):
+    source = fill(tmp_path / "s", "cat/1.jpg", "dog/readme.txt", "elk/")
+    error = refused(source)
+    assert error.where == str(source / "dog")
+    assert "and 1 more" in error.what
+    assert "remove the folder" in error.fix
+
+
+def test_images_beside_class_folders(tmp_path):
+    error = refused(fill(tmp_path / "s", "cat/1.jpg", "stray.jpg"))
+    assert "stray.jpg" in error.what
+    assert "cat/" in error.what
+
+
+def test_a_flat_folder_with_an_empty_folder_names_that(tmp_path):
+    source = fill(tmp_path / "s", "1.jpg", "notes/x.txt")
+    assert refused(source).where == str(source / "notes")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("cat/a.jpg", "cat/a.png"), ("cat/a.JPG", "cat/a.jpg"), ("cat/caf\u00e9.jpg", "cat/cafe\u0301.jpg")],
+)
+def test_two_files_with_one_key_are_both_named(tmp_path, first, second):
+    error = refused(fill(tmp_path / "s", first, second))
+    assert first in error.what
+    assert second in error.what
+    assert "rename" in error.fix
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    source = fill(tmp_path / "s", "cat/1.jpg")
+    for name, goal in (("broken.jpg", source / "gone.jpg"), ("self.jpg", source / "cat" / "self.jpg")):
+        link = source / "cat" / name
+        link.symlink_to(goal)
+        error = refused(source)
+        assert error.where == str(link)
+        assert "leads nowhere" in error.what
+        link.unlink()
+
+
+def test_a_link_to_a_folder_above_it(tmp_path):
+    source = fill(tmp_path / "s", "cat/deep/1.jpg")
+    (source / "cat" / "deep" / "back").symlink_to(source / "cat")
+    error = refused(source)
+    assert "holds it" in error.what
+    assert error.where.startswith(str(source / "cat" / "deep" / "back"))
+
+
+def test_a_folder_linked_twice_is_no_loop(tmp_path):
+    source = fill(tmp_path / "s", "cat/1.jpg")
+    (source / "felis").symlink_to(source / "cat")
+    assert [entry.path for entry in scan(source).entries] == ["cat/1.jpg", "felis/1.jpg"]
+
+
+def test_a_pipe_with_an_image_s_name_is_not_waited_for(tmp_path):
+    source = fill(tmp_path / "s", "cat/1.jpg")
+    os.mkfifo(source / "cat" / "2.jpg")
+    assert refused(source).where == str(source / "cat" / "2.jpg")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    source = fill(tmp_path / "s", "cat/1.jpg")
+    try:
+        (source / "cat" / os.fsdecode(b"caf\xe9.jpg")).write_text("x")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    error = refused(source)
+    assert r"b'cat/caf\xe9.jpg'" in error.what
+    str(error).encode()  # can be printed
+
+
+@pytest.mark.parametrize(
+    ("paths", "splits"),
+    [
+        (["train/a/1.jpg", "val/a/1.jpg"], ["train", "val"]),
+        (["Train/a/1.jpg", "TEST/a/1.jpg"], ["TEST", "Train"]),
+        (["train/a/1.jpg", "validation/a/1.jpg", "test/1.jpg"], ["test", "train", "validation"]),
+        (["train/1.jpg"], ["train"]),
+        (["train/a/1.jpg", "val/a/1.jpg", "annotations/x.json", "list.txt"], ["train", "val"]),
+        (["train/1.jpg", "car/1.jpg", "plane/1.jpg"], []),
+        (["train/a/1.jpg", "val/a/1.jpg", "stray.jpg"], []),
+        (["cat/1.jpg", "dog/1.jpg"], []),
+        (["1.jpg"], []),
+        (["cat/train/1.jpg", "cat/val/1.jpg"], []),
+    ],
+)
+def test_what_is_taken_for_splits(tmp_path, paths, splits):
+    assert find_splits(fill(tmp_path / "s", *paths)) == splits
+
+
+def test_a_folder_of_splits_is_refused_with_the_one_to_give(tmp_path):
+    source = fill(tmp_path / "s", "test/a/1.jpg", "train/a/1.jpg")
+    error = refused(source)
+    assert "test, train" in error.what
+    assert str(source / "train") in error.fix
+    assert scan(source / "train").classes == ["a"]
