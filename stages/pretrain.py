@@ -7,6 +7,7 @@ checkpoint, loop over steps, export the encoder. The teacher is not here: its la
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.box import Box, check_file, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
@@ -34,7 +36,7 @@ from cae2pipe.training.device import pick_device
 from cae2pipe.training.metrics import MetricsFile
 from cae2pipe.training.optimizer import build_optimizer, scaled
 from cae2pipe.training.schedule import learning_rate
-from cae2pipe.training.signals import deferred_stop
+from cae2pipe.training.signals import StopRequest, deferred_stop
 
 
 def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> Box:
@@ -49,6 +51,7 @@ def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: 
     device = pick_device(settings.speed.device)
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, device)})
     with writing(out):
+        remove_debris(out)
         box = open_run(out, targets, settings)
         if box.complete and is_whole(box):
             report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
@@ -106,7 +109,7 @@ def train(
         batches = load_batches(plan, start, workers) if start < limit else iter(())
         step = start
         began = time.monotonic()
-        for batch in batches:
+        for batch in until_stopped(batches, stop):
             waited = time.monotonic() - began
             lr = learning_rate(step, plan.steps, settings.epochs, *scaled(settings.optimizer, plan.batch))
             for group in optimizer.param_groups:
@@ -128,18 +131,41 @@ def train(
             rate, wait = images / seconds, waited / seconds
             line = {"step": step, "epoch": batch.epoch, **values, "lr": lr, "images": images}
             metrics.write({**line, "images_per_s": round(rate, 2), "data_wait": round(wait, 4)})
-            report.advance(1, loss=values["loss"], cos=values["centred_cosine_masked"], images_per_s=rate, wait=wait)
+            report.advance(
+                1,
+                loss=values["loss"],
+                visible=values["loss_visible"],
+                masked=values["loss_masked"],
+                cos=values["centred_cosine_masked"],
+                lr=lr,
+                images_per_s=rate,
+                wait=wait,
+            )
             step += 1
-            if stop.exception or step == limit or time.monotonic() - saved_at > 60 * settings.speed.checkpoint_minutes:
+            if stop.exception or step == limit:
+                break
+            if time.monotonic() - saved_at > 60 * settings.speed.checkpoint_minutes:
                 checkpoint(step)
                 saved_at = time.monotonic()
-            if stop.exception:
-                report.log(f"stopped after step {step - 1}; the same command goes on from there")
-                raise stop.exception
-            if step == limit:
-                break
             began = time.monotonic()
+        if step > start:
+            checkpoint(step)
+        if stop.exception:
+            report.log(f"stopped after {step} steps; the same command goes on from there")
+            raise stop.exception
     return step
+
+
+def until_stopped(batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch]:
+    """The batches; a failure of the workers that comes with a signal is the stop that was asked for.
+
+    A signal to the whole process group ends the server process that workers were started from, and them with it.
+    """
+    try:
+        yield from batches
+    except RuntimeError:
+        if stop.exception is None:
+            raise
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cae2pipe.errors import LockedError
+from cae2pipe.errors import BadInputError, LockedError
 
 
 @contextmanager
@@ -15,9 +15,14 @@ def writing(root: Path) -> Iterator[None]:
     """Hold the folder's lock. The kernel drops it when the process ends, however it ends.
 
     Raises:
-        LockedError: another process holds it.
+        LockedError: another process holds it. BadInputError: the folder cannot be made.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BadInputError("this is a file, and a folder is needed", where=root, fix="give another folder") from None
+    except PermissionError:
+        raise BadInputError("this folder cannot be made or written", where=root, fix="give another folder") from None
     path = root / ".lock"
     with path.open("w") as file:
         try:

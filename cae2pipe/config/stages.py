@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 from cae2pipe.config.base import Settings
 from cae2pipe.errors import SettingsError
@@ -27,7 +28,7 @@ def settings_class(stage: str, preset: str) -> type[Settings]:
     if stage == "evaluate":
         from cae2pipe.config.evaluate import KnnSettings, LinearSettings
 
-        return LinearSettings if preset.startswith("linear") else KnnSettings
+        return LinearSettings if Path(preset).stem.startswith("linear") else KnnSettings
     nearest = difflib.get_close_matches(stage, STAGES, n=1)
     raise SettingsError(
         f"there is no stage {stage!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
