@@ -203,7 +203,7 @@ def random_student(name: str, seed: int, device: torch.device) -> Student:
     """The student of a run or of a preset as it is before training, or a model of timm with timm's initialisation."""
     import timm
 
-    from cae2pipe.models.encoder import Encoder
+    from cae2pipe.models.encoder import build_encoder
     from cae2pipe.models.export import timm_config, timm_state
 
     class_token = True
@@ -220,14 +220,7 @@ def random_student(name: str, seed: int, device: torch.device) -> Student:
     else:
         settings = load(PretrainSettings, "pretrain", name).model
     torch.manual_seed(keyed_seed("random", seed))
-    encoder = Encoder(
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        layer_scale=settings.layer_scale,
-    )
+    encoder = build_encoder(settings)
     model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
     return Student(model, {"random": {"model": identity(settings), "seed": seed}}, class_token, device)

@@ -39,15 +39,15 @@ def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:
             num_workers=workers,
             prefetch_factor=2,
             multiprocessing_context=context,
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
         )
         return iter(loader)
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C, and often SIGTERM, reach the whole process group: a worker that dies of them looks like a failure.
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    # Ctrl-C reaches the whole process group: a worker that dies of it looks like a failure. SIGTERM stays as it is:
+    # it is how an interpreter that exits ends workers that are left.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_is(item: Any) -> Any:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.models.encoder import Encoder
+from cae2pipe.models.encoder import build_encoder
 from cae2pipe.models.layers import EPS, initialise
 from cae2pipe.models.regressor import Regressor
 
@@ -21,15 +21,7 @@ class CAEv2(nn.Module):
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__()
-        self.encoder = Encoder(
-            width=settings.width,
-            depth=settings.depth,
-            heads=settings.heads,
-            image_size=settings.image_size,
-            patch_size=settings.patch_size,
-            layer_scale=settings.layer_scale,
-            drop=settings.drop_path,
-        )
+        self.encoder = build_encoder(settings)
         width = settings.regressor_width
         narrow = settings.width != width
         # Between encoder and both regressor and head, where their widths differ (Tiny).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.models.layers import (
     EPS,
     LayerScale,
@@ -16,6 +17,19 @@ from cae2pipe.models.layers import (
     truncated_normal,
 )
 from cae2pipe.models.positions import sincos_positions
+
+
+def build_encoder(settings: ModelSettings) -> Encoder:
+    """The encoder that the settings describe, freshly initialised."""
+    return Encoder(
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        layer_scale=settings.layer_scale,
+        drop=settings.drop_path,
+    )
 
 
 class Block(nn.Module):
