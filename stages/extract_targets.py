@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.atomic import remove_debris, replacing
-from cae2pipe.artifacts.box import Box, check_file, is_box, open_or_create
+from cae2pipe.artifacts.box import Box, check_file, is_box, open_or_create, refuse_foreign
 from cae2pipe.artifacts.digest import file_entry, tree_entries
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
@@ -53,8 +53,10 @@ def extract_targets(source: Path, out: Path, settings: ExtractSettings, report: 
     with writing(out):
         for folder in ("views", "latents"):
             remove_debris(out / folder)
-        shards = open_source(source, out, settings, report)
+        # Whatever can be wrong is found before hours of sharding.
+        refuse_foreign(out)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
+        shards = open_source(source, out, settings, report)
         box = open_or_create(
             out,
             "targets",

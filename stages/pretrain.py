@@ -231,12 +231,11 @@ def check_fit(targets: TargetSet, settings: PretrainSettings) -> None:
             where=str(targets.root),
             fix=f"--set model.image_size={targets.view_size}",
         )
-    if targets.images < settings.data.batch and settings.data.last_batch == "drop":
+    if targets.images < settings.data.batch:
         raise SettingsError(
-            f"the set has {targets.images} images, fewer than one batch of {settings.data.batch}, "
-            "and data.last_batch drop leaves out partial ones: there would be no step",
+            f"the set has {targets.images} images, fewer than one batch of {settings.data.batch}",
             where=str(targets.root),
-            fix=f"set data.batch to at most {targets.images}, or data.last_batch=pad",
+            fix=f"set data.batch to at most {targets.images}, and data.streams to a divisor of it; lr scales with it",
         )
 
 

@@ -141,6 +141,16 @@ def open_or_create(root: Path, kind: str, identity: dict[str, Any], facts: dict[
                 fix=fix,
             )
         return box
+    refuse_foreign(root)
+    box = Box(root, kind, identity, facts=facts)
+    box.save()
+    return box
+
+
+def refuse_foreign(root: Path) -> None:
+    """Raise ManifestError where ``root`` has no manifest and holds files that are not ours."""
+    if (root / MANIFEST).exists():
+        return
     strangers = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.is_dir() else []
     allowed = {"shards", JOURNAL}
     if foreign := [name for name in strangers if name not in allowed]:
@@ -149,9 +159,6 @@ def open_or_create(root: Path, kind: str, identity: dict[str, Any], facts: dict[
             where=root,
             fix="give a new or an empty folder",
         )
-    box = Box(root, kind, identity, facts=facts)
-    box.save()
-    return box
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cae2pipe.artifacts.box import Box, open_box
-from cae2pipe.errors import DamageError, MismatchError, SourceError, TeacherError
+from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError
 from cae2pipe.images.views import decode_view
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
@@ -185,6 +185,13 @@ def test_other_weights_are_refused(copy, photos, extract_settings, teacher_file,
 def test_a_target_set_as_source_is_refused(target_root, tmp_path, extract_settings):
     with pytest.raises(SourceError, match="not a shard set"):
         extract_targets(target_root, tmp_path / "set", extract_settings(), Silent())
+
+
+def test_a_foreign_folder_is_left_as_it_is(photos, tmp_path, extract_settings):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ManifestError, match=r"thesis\.tex"):
+        extract_targets(photos, tmp_path, extract_settings(), Silent())
+    assert contents(tmp_path) == {"thesis.tex": b"x"}
 
 
 def test_another_source_is_refused(copy, tmp_path, extract_settings):

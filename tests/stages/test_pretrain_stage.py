@@ -114,6 +114,12 @@ def test_a_student_that_does_not_fit_is_refused(target_root, pretrain_settings, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_larger_than_the_set_is_refused(target_root, pretrain_settings, tmp_path):
+    with pytest.raises(SettingsError, match="fewer than one batch") as caught:
+        pretrain(target_root, tmp_path / "run", pretrain_settings(data={"batch": 152, "streams": 4}), Silent())
+    assert "150" in caught.value.fix
+
+
 def test_no_target_set(tmp_path, pretrain_settings):
     with pytest.raises(ManifestError, match="no such folder"):
         pretrain(tmp_path / "nowhere", tmp_path / "run", pretrain_settings(), Silent())
