@@ -27,7 +27,7 @@ from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.images.views import decode_view
-from cae2pipe.loading.workers import worker_count
+from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import Shard, ShardSet

@@ -25,10 +25,10 @@ from cae2pipe.errors import DivergedError, MismatchError, SettingsError
 from cae2pipe.keyed import keyed_seed
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.loader import block_refs, load_batches
-from cae2pipe.loading.workers import worker_count
 from cae2pipe.methods.losses import LossTerms, alignment_loss, centred_cosine
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD, export_encoder
+from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.checkpoint import load_checkpoint, save_checkpoint
@@ -163,7 +163,7 @@ def until_stopped(batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch
     """
     try:
         yield from batches
-    except RuntimeError:
+    except (RuntimeError, OSError, EOFError):
         if stop.exception is None:
             raise
 

@@ -16,7 +16,8 @@ from cae2pipe.config.evaluate import EvaluateSpeed, FeatureSettings
 from cae2pipe.errors import Cae2pipeError, SettingsError, SourceError
 from cae2pipe.evaluation.datasets import CropReader, Crops, Split
 from cae2pipe.evaluation.encoders import FrozenEncoder
-from cae2pipe.loading.workers import in_order, worker_count
+from cae2pipe.loading.workers import in_order
+from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
 
 PART = 8192

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from cae2pipe.processes import prepare_worker
+
 PRELOAD = ["cae2pipe.loading.batches", "cae2pipe.targets.rendering"]
-
-
-def worker_count(setting: int, most: int | None = None) -> int:
-    """Processes for a ``workers`` setting: -1 is one a core, at most ``most``."""
-    if setting >= 0:
-        return setting
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, most or cores)
 
 
 def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:
@@ -39,15 +31,14 @@ def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:
             num_workers=workers,
             prefetch_factor=2,
             multiprocessing_context=context,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=_prepare,
         )
         return iter(loader)
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    # Ctrl-C reaches the whole process group: a worker that dies of it looks like a failure. SIGTERM stays as it is:
-    # it is how an interpreter that exits ends workers that are left.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _prepare(worker: int) -> None:
+    # torch's own watch over the main process sees the server process only, which outlives it.
+    prepare_worker()
 
 
 def _as_is(item: Any) -> Any:

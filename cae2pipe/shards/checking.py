@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import wait
 from pathlib import Path
 
 from cae2pipe.errors import Cae2pipeError, ImageError, SourceError
 from cae2pipe.images.decode import decode_rgb
+from cae2pipe.processes import prepare_worker, worker_count
 
 Check = Callable[[Sequence[Path]], Iterator[str | None]]
 """Paths in, ``check_image`` of each out, in order. Work on all of them begins at once."""
@@ -62,7 +59,7 @@ def checking(workers: int) -> Iterator[Check]:
         return
     # Not forkserver: there is one a process, and extraction starts it with its own modules loaded.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers if workers > 0 else _cores(), mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(worker_count(workers), mp_context=context, initializer=prepare_worker)
     try:
         yield lambda paths: pool.map(check_image, paths, chunksize=CHUNK)
     except BrokenProcessPool:
@@ -72,21 +69,3 @@ def checking(workers: int) -> Iterator[Check]:
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group: the main process alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A pool's workers wait for work for ever if the main process is killed outright.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

@@ -1,0 +1,50 @@
+import subprocess
+import sys
+
+import pytest
+
+from cae2pipe.processes import worker_count
+
+SCRIPTS = {
+    "loader": """
+from torch.utils.data import Dataset
+from cae2pipe.loading.workers import in_order
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 100
+    def __getitem__(self, index):
+        return index
+
+if __name__ == "__main__":
+    import os, signal
+    next(in_order(Numbers(), 1))
+    os.kill(os.getpid(), signal.SIGKILL)
+""",
+    "shard": """
+from pathlib import Path
+from cae2pipe.shards.checking import checking
+
+if __name__ == "__main__":
+    import os, signal
+    with checking(1) as check:
+        list(check([Path(__file__)]))
+        os.kill(os.getpid(), signal.SIGKILL)
+""",
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_workers_end_with_a_main_process_that_is_killed_outright(kind, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPTS[kind])
+    # Workers hold the pipe of stdout: the call returns only once they have ended.
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, timeout=120, check=False)
+    assert done.returncode == -9
+
+
+def test_worker_count():
+    assert worker_count(0) == 0
+    assert worker_count(5, most=2) == 5
+    assert worker_count(-1, most=1) == 1
+    assert worker_count(-1) >= 1
