@@ -193,17 +193,7 @@ def evaluate_knn(
     set_: Set = None,
 ) -> None:
     """Accuracy of weighted nearest neighbours on frozen features."""
-    with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.evaluate import KnnSettings
-        from cae2pipe.progress import progress
-
-        settings = load(KnnSettings, "evaluate", config, set_ or [], _section("speed", workers=workers, device=device))
-        from cae2pipe.stages.evaluate import evaluate_knn as run
-
-        with progress("evaluate knn") as report:
-            result = run(encoder, data, out, settings, report)
-        _print_score(result)
+    _evaluate("knn", encoder, data, out, config, set_, workers=workers, device=device)
 
 
 @evaluate_app.command("linear")
@@ -217,18 +207,22 @@ def evaluate_linear(
     set_: Set = None,
 ) -> None:
     """Accuracy of a linear classifier on frozen features of central crops."""
+    _evaluate("linear", encoder, data, out, config, set_, workers=workers, device=device)
+
+
+def _evaluate(
+    kind: str, encoder: str, data: Path, out: Path, config: str, set_: list[str] | None, **speed: Any
+) -> None:
     with exits():
         from cae2pipe.config.base import load
-        from cae2pipe.config.evaluate import LinearSettings
+        from cae2pipe.config.evaluate import EVALUATIONS
         from cae2pipe.progress import progress
 
-        settings = load(
-            LinearSettings, "evaluate", config, set_ or [], _section("speed", workers=workers, device=device)
-        )
-        from cae2pipe.stages.evaluate import evaluate_linear as run
+        settings = load(EVALUATIONS[kind], "evaluate", config, set_ or [], _section("speed", **speed))
+        from cae2pipe.stages.evaluate import RUNS
 
-        with progress("evaluate linear") as report:
-            result = run(encoder, data, out, settings, report)
+        with progress(f"evaluate {kind}") as report:
+            result = RUNS[kind](encoder, data, out, settings, report)
         _print_score(result)
 
 

@@ -136,3 +136,10 @@ def finished(box: Box) -> dict[str, Any] | None:
     if check_file(box.root / RESULT, entry):
         return None
     return json.loads((box.root / RESULT).read_text(encoding="utf-8"))
+
+
+RUNS: dict[str, Callable[[str, Path, Path, Any, Report], dict[str, Any]]] = {
+    "knn": evaluate_knn,
+    "linear": evaluate_linear,
+}
+"""Evaluations by name."""

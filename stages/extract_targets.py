@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.atomic import remove_debris, replacing
-from cae2pipe.artifacts.box import Box, check_file, is_box, open_or_create, refuse_foreign
+from cae2pipe.artifacts.box import Box, is_box, open_or_create, refuse_foreign
 from cae2pipe.artifacts.digest import file_entry, tree_entries
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
@@ -51,8 +51,6 @@ def extract_targets(source: Path, out: Path, settings: ExtractSettings, report: 
         SourceError, TeacherError, MismatchError, ManifestError, LockedError: see their messages.
     """
     with writing(out):
-        for folder in ("views", "latents"):
-            remove_debris(out / folder)
         # Whatever can be wrong is found before hours of sharding.
         refuse_foreign(out)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
@@ -64,6 +62,8 @@ def extract_targets(source: Path, out: Path, settings: ExtractSettings, report: 
             facts={"classes": shards.classes},
             fix="give another output folder, or the settings this one was made with",
         )
+        for folder in ("views", "latents"):
+            remove_debris(out / folder)
         missing = missing_views(box, shards, settings.views)
         box.facts["classes"] = shards.classes
         if not missing and CODEC in box.units and box.complete:
@@ -104,23 +104,19 @@ def missing_views(box: Box, shards: ShardSet, views: int) -> list[tuple[Shard, t
     """
     result = []
     for shard in shards.shards:
-        units = {view: box.units.get(store_name(view, shard.name)) for view in range(views)}
-        for unit in units.values():
+        names = {view: store_name(view, shard.name) for view in range(views)}
+        for name in names.values():
+            unit = box.units.get(name)
             if unit and unit["source"] != shard.sha256:
                 raise MismatchError(
                     f"shard {shard.name} of the source is not the one that this target set was made from",
                     where=shard.path,
                     fix="give the original source, or a new output folder",
                 )
-        lacking = tuple(view for view, unit in units.items() if unit is None or not is_whole(box.root, unit))
+        lacking = tuple(view for view, name in names.items() if not box.has(name))
         if lacking:
             result.append((shard, lacking))
     return result
-
-
-def is_whole(root: Path, unit: dict[str, Any]) -> bool:
-    """Whether a unit's files are there, with their sizes. Changed bytes are `cae2pipe verify`'s to find."""
-    return not any(check_file(root / name, entry, digests=False) for name, entry in unit["files"].items())
 
 
 def make_calibration(

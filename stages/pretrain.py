@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import Box, check_file, open_or_create
+from cae2pipe.artifacts.box import Box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
@@ -51,9 +51,9 @@ def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: 
     device = pick_device(settings.speed.device)
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, device)})
     with writing(out):
-        remove_debris(out)
         box = open_run(out, targets, settings)
-        if box.complete and is_whole(box):
+        remove_debris(out)
+        if box.complete and box.has("encoder"):
             report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
             return box
         torch.manual_seed(keyed_seed("init", settings.seed))
@@ -258,11 +258,6 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
                 fix="bring the target set back as it was, or start a new run in another folder",
             )
     return box
-
-
-def is_whole(box: Box) -> bool:
-    files = box.units["encoder"]["files"] if "encoder" in box.units else {}
-    return bool(files) and not any(check_file(box.root / name, entry, digests=False) for name, entry in files.items())
 
 
 def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, drop_columns: int) -> Plan:

@@ -62,6 +62,13 @@ class Box:
         write_json(self.root / JOURNAL / f"{name}.json", unit)
         self.units[name] = unit
 
+    def has(self, name: str) -> bool:
+        """Whether a unit is there, its files with their sizes. Changed bytes are `cae2pipe verify`'s to find."""
+        files = self.units[name]["files"] if name in self.units else None
+        return files is not None and not any(
+            check_file(self.root / path, entry, digests=False) for path, entry in files.items()
+        )
+
     def save(self, *, complete: bool | None = None) -> None:
         """Write the manifest, unless it is as it should be, and clear the journal, which it now contains."""
         if complete is not None:

@@ -15,16 +15,18 @@ def writing(root: Path) -> Iterator[None]:
     """Hold the folder's lock. The kernel drops it when the process ends, however it ends.
 
     Raises:
-        LockedError: another process holds it. BadInputError: the folder cannot be made.
+        LockedError: another process holds it. BadInputError: the folder cannot be written.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
+        file = (root / ".lock").open("w")
     except (FileExistsError, NotADirectoryError):
         raise BadInputError("this is a file, and a folder is needed", where=root, fix="give another folder") from None
-    except PermissionError:
-        raise BadInputError("this folder cannot be made or written", where=root, fix="give another folder") from None
-    path = root / ".lock"
-    with path.open("w") as file:
+    except OSError as error:
+        raise BadInputError(
+            f"this folder cannot be written: {error.strerror}", where=root, fix="give another folder"
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -80,3 +80,7 @@ class LinearSettings(Settings):
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: lower it")
         return self
+
+
+EVALUATIONS: dict[str, type[KnnSettings] | type[LinearSettings]] = {"knn": KnnSettings, "linear": LinearSettings}
+"""Evaluations by name, which is also that of their preset."""

@@ -22,7 +22,7 @@ from cae2pipe.demo.stored import read_stored
 from cae2pipe.demo.student import MeanStudent, forecasts, load_student, mean_over_views
 from cae2pipe.demo.tiles import cut_tiles
 from cae2pipe.progress import Report, progress
-from cae2pipe.reporting.demo_report import Contents, Step, picture, render
+from cae2pipe.demo.report import Contents, Step, picture, render
 from cae2pipe.reporting.pictures import png_bytes
 from cae2pipe.shards.keys import sample_key
 from cae2pipe.stages.evaluate import evaluate_knn

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.artifacts.digest import fingerprint
-from cae2pipe.errors import Cae2pipeError, ImageError, ManifestError, SourceError
+from cae2pipe.errors import ImageError, ManifestError, SourceError
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.images.evaluation_crop import evaluation_crop
 from cae2pipe.shards.shard_set import KIND, ImageSample, ShardSet
@@ -82,7 +82,7 @@ def open_split(root: Path, batch: int) -> Split:
     source = scan(root)
     entries = source.entries
     runs = [
-        _FolderRun(root, tuple((entry.path, entry.key, entry.label) for entry in entries[low : low + batch]))
+        _FolderRun(root, tuple((entry.path, entry.label) for entry in entries[low : low + batch]))
         for low in range(0, len(entries), batch)
     ]
     content = fingerprint([[entry.path, entry.bytes] for entry in entries])
@@ -109,10 +109,10 @@ def _open_shards(root: Path, batch: int) -> Split:
 @dataclass(frozen=True)
 class _FolderRun:
     root: Path
-    entries: tuple[tuple[str, str, int], ...]
+    entries: tuple[tuple[str, int], ...]
 
     def __call__(self) -> list[ImageSample]:
-        return [ImageSample(path, label, self._read(path)) for path, _, label in self.entries]
+        return [ImageSample(path, label, self._read(path)) for path, label in self.entries]
 
     def _read(self, path: str) -> bytes:
         try:
@@ -150,7 +150,7 @@ class Crops:
 class CropReader(Dataset):
     """Decodes and crops run by run; picklable, so that workers can hold it.
 
-    What is wrong with the data comes back as an item: DataLoader would wrap it in a traceback.
+    Raises SourceError or DamageError where a run's files cannot be read.
     """
 
     def __init__(self, split: Split, runs: range, size: int, resize: int):
@@ -159,14 +159,7 @@ class CropReader(Dataset):
     def __len__(self) -> int:
         return len(self.runs)
 
-    def __getitem__(self, index: int) -> Crops | Cae2pipeError:
-        try:
-            return self.read(index)
-        except Cae2pipeError as error:
-            return error
-
-    def read(self, index: int) -> Crops:
-        """One run's crops. Raises SourceError or DamageError where its files cannot be read."""
+    def __getitem__(self, index: int) -> Crops:
         pixels, labels, rejected = [], [], []
         for sample in self.split.runs[self.runs[index]]():
             try:

@@ -13,8 +13,8 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import remove_debris, replacing
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.config.evaluate import EvaluateSpeed, FeatureSettings
-from cae2pipe.errors import Cae2pipeError, SettingsError, SourceError
-from cae2pipe.evaluation.datasets import CropReader, Crops, Split
+from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.evaluation.datasets import CropReader, Split
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.loading.workers import in_order
 from cae2pipe.processes import worker_count
@@ -129,12 +129,8 @@ def write_part(
 
     reader = CropReader(split, runs, size, resize)
     workers = min(worker_count(speed.workers), len(reader))
-    batches = in_order(reader, workers) if workers else (reader[index] for index in range(len(reader)))
     features, labels, rejected = [], [], []
-    for crops in batches:
-        if isinstance(crops, Cae2pipeError):
-            raise crops
-        assert isinstance(crops, Crops)
+    for crops in in_order(reader, workers):
         if len(crops.labels):
             pixels = torch.from_numpy(crops.pixels).permute(0, 3, 1, 2).to(device)
             found = encoder(pixels)

@@ -7,25 +7,32 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from cae2pipe.errors import Cae2pipeError
 from cae2pipe.processes import prepare_worker
 
 PRELOAD = ["cae2pipe.loading.batches", "cae2pipe.targets.rendering"]
 
 
 def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:
-    """The items of a dataset, as they are, made by ``workers`` processes and given out in order.
+    """The items of a dataset, as they are, made by ``workers`` processes (0: in this one) and given out in order.
 
     Workers are started from a clean server process: fork would copy a CUDA context or a thread pool half-alive.
+
+    Raises:
+        Cae2pipeError: what the dataset raised, as it was.
     """
+    if workers == 0:
+        yield from _items(dataset)
+        return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with warnings.catch_warnings():
         # More workers than cores is the user's choice, and right where reading waits for a network.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(
-            dataset,
+            _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _Guarded(dataset),
             batch_size=None,
             collate_fn=_as_is,
             num_workers=workers,
@@ -33,7 +40,44 @@ def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:
             multiprocessing_context=context,
             worker_init_fn=_prepare,
         )
-        return iter(loader)
+        iterator = iter(loader)
+    for item in iterator:
+        if isinstance(item, Cae2pipeError):
+            raise item
+        yield item
+
+
+def _items(dataset: Any) -> Iterator[Any]:
+    return iter(dataset) if isinstance(dataset, IterableDataset) else (dataset[i] for i in range(len(dataset)))
+
+
+class _Guarded(Dataset):
+    """A dataset whose errors are items. DataLoader would send a text with a traceback, and lose place and remedy."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Cae2pipeError as error:
+            return error
+
+
+class _GuardedStream(IterableDataset):
+    """The same for a stream, which an error ends."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.dataset
+        except Cae2pipeError as error:
+            yield error
 
 
 def _prepare(worker: int) -> None:

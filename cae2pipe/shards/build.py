@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cae2pipe.artifacts.atomic import remove_debris, replacing, write_bytes
-from cae2pipe.artifacts.box import Box, check_file, open_or_create
+from cae2pipe.artifacts.box import Box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
@@ -57,7 +57,6 @@ def build_shard_set(source: Path, out: Path, settings: ShardSettings, report: Re
 def pack(source: Source, out: Path, settings: ShardSettings, report: Report) -> ShardSet:
     """``build_shard_set`` of a scanned source."""
     with writing(out):
-        remove_debris(out)
         box = open_or_create(
             out,
             KIND,
@@ -65,10 +64,11 @@ def pack(source: Source, out: Path, settings: ShardSettings, report: Report) -> 
             facts={"rejected": 0},
             fix="give another output folder, or the source and settings this one was made from",
         )
+        remove_debris(out)
         runs = plan_runs(source, settings)
-        missing = {name: run for name, run in runs.items() if not is_whole(box, name)}
+        missing = {name: run for name, run in runs.items() if not box.has(name)}
         total = len(source.entries)
-        if not missing and is_whole(box, REJECTS) and box.complete:
+        if not missing and box.has(REJECTS) and box.complete:
             refuse_empty(box)
             report.log(f"nothing to do: {out} holds all {total - box.facts['rejected']} images of {source.root}")
             return ShardSet.open(out)
@@ -94,14 +94,6 @@ def plan_runs(source: Source, settings: ShardSettings) -> dict[str, list[Entry]]
     shuffled = [source.entries[index] for index in order]
     starts = range(0, len(shuffled), settings.samples)
     return {f"{number:06d}": shuffled[low : low + settings.samples] for number, low in enumerate(starts)}
-
-
-def is_whole(box: Box, name: str) -> bool:
-    """Whether a unit is there with its files' sizes. Changed bytes are `cae2pipe verify`'s to find."""
-    unit = box.units.get(name)
-    return unit is not None and not any(
-        check_file(box.root / path, entry, digests=False) for path, entry in unit["files"].items()
-    )
 
 
 def checked_ahead(

@@ -92,7 +92,5 @@ class ShardFile:
         self._file.close()
 
     def close(self) -> None:
-        if self._file.closed:
-            return
         self._file.write(encode_index(self._spans))
         self._file.close()

@@ -73,8 +73,5 @@ class Renderer(Dataset):
 
 def render(renderer: Renderer, workers: int) -> Iterator[RenderedBlock]:
     """All tasks' blocks, in order."""
-    if workers == 0 or len(renderer) <= 1:
-        for index in range(len(renderer)):
-            yield renderer[index]
-        return
-    yield from in_order(renderer, min(workers, len(renderer)))
+    # One block is rendered sooner than a process is started.
+    return in_order(renderer, min(workers, len(renderer)) if len(renderer) > 1 else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
+from cae2pipe.teachers.presets import pretrained_file
 from cae2pipe.teachers.protocol import (
     Teacher,
     TeacherInfo,
@@ -22,7 +23,7 @@ from cae2pipe.teachers.protocol import (
     class_attention,
     resolve_precision,
 )
-from cae2pipe.teachers.weights import hub_file, load_strictly, read_weights, safetensors_metadata, weights_digest
+from cae2pipe.teachers.weights import load_strictly, read_weights, safetensors_metadata, weights_digest
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -73,7 +74,7 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipT
     check_activation(settings, shape["quick_gelu"], pretrained)
     config = {**shape["vision_cfg"], "image_size": settings.image_size}
     check_tower(config, settings)
-    path = settings.weights or pretrained_file(settings, pretrained)
+    path = settings.weights or pretrained_file(settings)
     try:
         tower = _build_vision_tower(shape["embed_dim"], config, quick_gelu=shape["quick_gelu"])
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
@@ -182,17 +183,20 @@ def check_tower(config: dict[str, Any], settings: TeacherSettings) -> None:
     check_grid(settings.image_size, patch)
 
 
-def pretrained_file(settings: TeacherSettings, pretrained: dict[str, Any]) -> Path:
-    """The hub's file of a pretrained tag."""
-    from open_clip import list_pretrained_tags_by_model
+def hub_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
+    """The hub repository of a pretrained tag's weights, and the file names to try.
 
-    from cae2pipe.teachers.presets import preset_of
+    Raises:
+        TeacherError: no tag is set, or none that open_clip knows on the hub.
+    """
+    from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
 
     if not settings.pretrained:
         raise TeacherError(
             "neither teacher.weights nor teacher.pretrained is set", where="teacher", fix="set one of them"
         )
-    repository, _, name = str(pretrained.get("hf_hub", "")).rpartition("/")
+    found = get_pretrained_cfg(settings.name, settings.pretrained)
+    repository, _, name = str(found.get("hf_hub", "")).rpartition("/")
     if not repository:
         tags = list_pretrained_tags_by_model(settings.name)
         raise TeacherError(
@@ -200,7 +204,7 @@ def pretrained_file(settings: TeacherSettings, pretrained: dict[str, Any]) -> Pa
             where="teacher.pretrained",
             fix=f"use one of {', '.join(tags)}" if tags else "give teacher.weights=FILE",
         )
-    return hub_file(repository, [name] if name else HUB_FILES, preset_of(settings))
+    return repository, [name] if name else HUB_FILES
 
 
 def visual_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

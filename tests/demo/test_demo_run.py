@@ -15,7 +15,7 @@ from cae2pipe.demo.student import MeanStudent, forecasts, load_student, mean_ove
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import ViewDraw
 from cae2pipe.progress import Silent
-from cae2pipe.reporting.demo_report import title
+from cae2pipe.demo.report import title
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
 

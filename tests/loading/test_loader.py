@@ -131,5 +131,8 @@ def test_damage_met_by_a_worker_process_arrives_whole(target_root, tmp_path, pre
             data = bytearray((root / unit["tar"]).read_bytes())
             data[len(data) // 2] ^= 255
             (root / unit["tar"]).write_bytes(data)
-    with pytest.raises(DamageError, match="checksum"):
+    with pytest.raises(DamageError, match="checksum") as caught:
         list(load_batches(plan, 0, 2))
+    assert "key class" in caught.value.where
+    assert "cae2pipe verify" in caught.value.fix
+    assert "Traceback" not in str(caught.value)

@@ -188,10 +188,15 @@ def test_a_target_set_as_source_is_refused(target_root, tmp_path, extract_settin
 
 
 def test_a_foreign_folder_is_left_as_it_is(photos, tmp_path, extract_settings):
-    (tmp_path / "thesis.tex").write_text("x")
+    files = {"thesis.tex": b"x", "views/.tmp-draft": b"y"}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
     with pytest.raises(ManifestError, match=r"thesis\.tex"):
         extract_targets(photos, tmp_path, extract_settings(), Silent())
-    assert contents(tmp_path) == {"thesis.tex": b"x"}
+    with pytest.raises(ManifestError, match=r"thesis\.tex"):
+        build_shard_set(photos, tmp_path, extract_settings().shard, Silent())
+    assert contents(tmp_path) == files
 
 
 def test_another_source_is_refused(copy, tmp_path, extract_settings):
@@ -215,8 +220,9 @@ def test_degenerate_teachers_stop_the_run(photos, tmp_path, extract_settings, te
         )
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
-def test_a_damaged_source_shard_is_named(photos, tmp_path, extract_settings, damage):
+def test_a_damaged_source_shard_is_named(photos, tmp_path, extract_settings, damage, workers):
     shards = build_shard_set(photos, tmp_path / "shards", extract_settings().shard, Silent())
     tar = shards.shards[1].path
     data = bytearray(tar.read_bytes())
@@ -228,7 +234,8 @@ def test_a_damaged_source_shard_is_named(photos, tmp_path, extract_settings, dam
         data[700] ^= 255
         tar.write_bytes(data)
     with pytest.raises(DamageError) as caught:
-        extract_targets(shards.root, tmp_path / "set", extract_settings(), Silent())
+        extract_targets(shards.root, tmp_path / "set", extract_settings(speed={"workers": workers}), Silent())
+    assert "Traceback" not in str(caught.value)
     assert "000001.tar" in caught.value.where
     assert "cae2pipe shard" in caught.value.fix
 

@@ -11,7 +11,7 @@ from cae2pipe.errors import DamageError, DivergedError, ManifestError, MismatchE
 from cae2pipe.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
-from tests.conftest import snapshot
+from tests.conftest import contents, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,16 @@ def test_a_student_that_does_not_fit_is_refused(target_root, pretrain_settings, 
         pretrain(target_root, tmp_path / "run", pretrain_settings(model=model), Silent())
     assert caught.value.fix
     assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_folder_is_left_as_it_is(target_root, pretrain_settings, tmp_path):
+    files = {"notes.txt": b"x", "drafts/.tmp-figure": b"y"}
+    (tmp_path / "drafts").mkdir()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ManifestError):
+        pretrain(target_root, tmp_path, pretrain_settings(), Silent())
+    assert contents(tmp_path) == files
 
 
 def test_a_batch_larger_than_the_set_is_refused(target_root, pretrain_settings, tmp_path):
