@@ -85,6 +85,14 @@ class LockedError(BadInputError):
     """Another process is writing the same folder."""
 
 
+class StorageError(Cae2pipeError):
+    """A remote file system failed, or a disk is full; the same command may do better later."""
+
+
+class WorkerError(Cae2pipeError):
+    """A worker process was killed."""
+
+
 class DivergedError(Cae2pipeError):
     """Training met a loss or a gradient that is not finite."""
 

@@ -146,7 +146,7 @@ def target_root(
 
 def snapshot(root: Path) -> dict[str, tuple[bytes, int]]:
     """Every file below ``root`` with its bytes and the time of its last change."""
-    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock")
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.parent.name != ".locks")
     return {path.relative_to(root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 

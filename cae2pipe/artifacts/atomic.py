@@ -1,4 +1,4 @@
-"""Writes that are whole or absent: a temporary name, fsync, rename, fsync of the folder.
+"""Writes that are whole or absent: a temporary name, fsync, rename, fsync of the folder. Object stores write so anyway.
 
 Temporary names start with ``.tmp-`` and lie beside their target, so that the rename never crosses a file system and
 the debris of a killed process can be found and removed.
@@ -10,9 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from cae2pipe.artifacts.places import is_local, put_bytes
 
 TEMPORARY = ".tmp-"
 
@@ -57,6 +59,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    if not is_local(path):
+        put_bytes(path, data)
+        return
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -75,3 +80,10 @@ def remove_debris(root: Path) -> list[Path]:
         else:
             path.unlink(missing_ok=True)
     return debris
+
+
+def remove_empty(root: Path) -> None:
+    """Remove ``root`` and its folders where they hold nothing."""
+    for folder, _, _ in os.walk(root, topdown=False):
+        with suppress(OSError):  # not empty, or another process was faster
+            Path(folder).rmdir()

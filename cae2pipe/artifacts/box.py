@@ -10,20 +10,22 @@ The manifest holds
 
 A unit is written first, then its entry in ``journal/``: the entry's presence is what makes the unit exist. At the end
 of a run the journal is folded into the manifest. A killed run leaves a journal, which is as good as the manifest;
-readers merge both. Neither holds times, host names or absolute paths, so equal inputs give equal bytes.
+readers merge both. Several processes may add units at once; one at a time folds. Neither journal nor manifest holds
+times, host names or absolute paths, so equal inputs give equal bytes.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.atomic import write_json
+from cae2pipe.artifacts.atomic import remove_empty, write_json
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
+from cae2pipe.artifacts.lock import holding
+from cae2pipe.artifacts.places import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
 
 FORMAT = 1
@@ -69,14 +71,42 @@ class Box:
             check_file(self.root / path, entry, digests=False) for path, entry in files.items()
         )
 
-    def save(self, *, complete: bool | None = None) -> None:
-        """Write the manifest, unless it is as it should be, and clear the journal, which it now contains."""
-        if complete is not None:
-            self.complete = complete
-        path = self.root / MANIFEST
-        if not path.exists() or _read_json(path) != json.loads(json.dumps(self.manifest())):
-            write_json(path, self.manifest())
-        shutil.rmtree(self.root / JOURNAL, ignore_errors=True)
+    def whole(self) -> set[str]:
+        """Names of all units for which ``has`` holds, by one listing of the folder."""
+        sizes = file_sizes(self.root)
+        return {
+            name
+            for name, unit in self.units.items()
+            if all(sizes.get(path) == entry["bytes"] for path, entry in unit["files"].items())
+        }
+
+    def save(self, *, complete: bool | Callable[[Box], bool] | None = None) -> None:
+        """Write the manifest with what other processes have added meanwhile, unless it is as it should be.
+
+        Journal entries that it now contains are removed. ``complete`` may be asked of the merged box.
+        """
+        with holding(self.root, "manifest"):
+            folded = []
+            if file_size(self.root / MANIFEST) is not None:
+                folded = journal_entries(self.root)
+                latest = open_box(self.root, self.kind)
+                self.units = {**self.units, **latest.units}
+                self.facts = {**latest.facts, **self.facts}
+            if complete is not None:
+                self.complete = complete(self) if callable(complete) else complete
+            path = self.root / MANIFEST
+            if file_size(path) is None or _read_json(path) != json.loads(json.dumps(self.manifest())):
+                write_json(path, self.manifest())
+            remove(folded)
+        if is_local(self.root):
+            remove_empty(self.root / JOURNAL)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Make units cease to exist; their files stay. To be called by a process that holds the whole folder."""
+        self.save()
+        self.units = {name: unit for name, unit in self.units.items() if name not in set(names)}
+        self.complete = False
+        write_json(self.root / MANIFEST, self.manifest())
 
 
 def is_box(root: Path, kind: str | None = None) -> bool:
@@ -95,10 +125,14 @@ def open_box(root: Path, kind: str | None = None) -> Box:
         ManifestError: no manifest, a broken one, another format, or another kind.
     """
     path = root / MANIFEST
-    if not path.is_file():
+    # The journal first: an entry that has gone by then is in the manifest.
+    journal = read_many(journal_entries(root))
+    if file_size(path) is None:
         made_by = {"shards": "cae2pipe shard", "targets": "cae2pipe extract-targets", "run": "cae2pipe pretrain"}
         raise ManifestError(
-            "this folder has no manifest.json: it is not one that cae2pipe made" if root.is_dir() else "no such folder",
+            "no such folder"
+            if is_local(root) and not root.is_dir()
+            else "this folder has no manifest.json: it is not one that cae2pipe made",
             where=root,
             fix=f"give a folder made by `{made_by[kind]}`" if kind in made_by else "check the path",
         )
@@ -123,10 +157,8 @@ def open_box(root: Path, kind: str | None = None) -> Box:
             "the manifest's identity does not match its fingerprint", where=path, fix="make the folder again"
         )
     units = data["units"]
-    journal = root / JOURNAL
-    for entry in sorted(journal.rglob("*.json")) if journal.is_dir() else []:
-        if not entry.name.startswith("."):
-            units[entry.relative_to(journal).with_suffix("").as_posix()] = _read_json(entry)
+    for entry, text in journal.items():
+        units[entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")] = _parse_json(entry, text)
     facts = {key: value for key, value in data.items() if key not in known}
     return Box(root, data["kind"], data["identity"], units, facts, data["complete"])
 
@@ -138,34 +170,44 @@ def open_or_create(root: Path, kind: str, identity: dict[str, Any], facts: dict[
         MismatchError: the folder was made with another identity; the first field that differs is named.
         ManifestError: the folder holds something else.
     """
-    if (root / MANIFEST).exists():
-        box = open_box(root, kind)
-        if difference := first_difference(box.identity, identity):
-            name, old, new = difference
-            raise MismatchError(
-                f"this folder was made with {name} = {_show(old)}, and {_show(new)} is asked for now",
-                where=root / MANIFEST,
-                fix=fix,
-            )
-        return box
-    refuse_foreign(root)
-    box = Box(root, kind, identity, facts=facts)
-    box.save()
+    make_folder(root)
+    with holding(root, "manifest"):
+        new = file_size(root / MANIFEST) is None
+        if new:
+            refuse_foreign(root)
+            write_json(root / MANIFEST, Box(root, kind, identity, facts=facts).manifest())
+    box = open_box(root, kind)
+    if difference := first_difference(box.identity, identity):
+        name, old, now = difference
+        raise MismatchError(
+            f"this folder was made with {name} = {_show(old)}, and {_show(now)} is asked for now",
+            where=root / MANIFEST,
+            fix=fix,
+        )
     return box
 
 
 def refuse_foreign(root: Path) -> None:
     """Raise ManifestError where ``root`` has no manifest and holds files that are not ours."""
-    if (root / MANIFEST).exists():
+    if file_size(root / MANIFEST) is not None:
         return
-    strangers = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.is_dir() else []
-    allowed = {"shards", JOURNAL}
-    if foreign := [name for name in strangers if name not in allowed]:
+    if is_local(root):
+        names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    else:
+        names = {path.split("/", 1)[0] for path in file_sizes(root)}
+    foreign = sorted(name for name in names if not name.startswith(".") and name not in ("shards", JOURNAL))
+    if foreign:
         raise ManifestError(
             f"the folder is not empty (it holds {foreign[0]!r}) and has no manifest.json",
             where=root,
             fix="give a new or an empty folder",
         )
+
+
+def journal_entries(root: Path) -> list[Path]:
+    """The journal's files, sorted."""
+    names = (path for path in file_sizes(root / JOURNAL) if path.endswith(".json"))
+    return [root / JOURNAL / name for name in sorted(names) if not name.rsplit("/", 1)[-1].startswith(".")]
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
@@ -191,10 +233,11 @@ def check_files(box: Box, units: Iterable[str] | None = None, *, digests: bool =
 
 
 def check_file(path: Path, entry: dict[str, Any], *, digests: bool = True) -> DamageError | None:
-    if not path.is_file():
+    size = file_size(path)
+    if size is None:
         what = "a file of the manifest is missing"
-    elif path.stat().st_size != entry["bytes"]:
-        what = f"the file has {path.stat().st_size} bytes instead of {entry['bytes']}: truncated or replaced"
+    elif size != entry["bytes"]:
+        what = f"the file has {size} bytes instead of {entry['bytes']}: truncated or replaced"
     elif digests and sha256_file(path) != entry["sha256"]:
         what = "the file's content has changed: its SHA-256 is not the manifest's"
     else:
@@ -212,7 +255,11 @@ def _show(value: Any) -> str:
 
 
 def _read_json(path: Path) -> Any:
+    return _parse_json(path, read_bytes(path))
+
+
+def _parse_json(path: Path, data: bytes) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(data.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ManifestError(f"not valid JSON ({error})", where=path, fix="make the folder again") from None

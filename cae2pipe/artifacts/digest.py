@@ -7,14 +7,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.artifacts.places import file_size, is_local, read_range
+
 
 def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+PIECE = 8 * 2**20
+"""Bytes of a remote file that are held at a time."""
+
+
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if is_local(path):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, offset = hashlib.sha256(), 0
+    total = file_size(path)
+    if total is None:
+        raise FileNotFoundError(path)
+    while offset < total:
+        piece = read_range(path, offset, min(PIECE, total - offset))
+        digest.update(piece)
+        offset += len(piece)
+    return digest.hexdigest()
 
 
 def file_entry(path: Path) -> dict[str, Any]:

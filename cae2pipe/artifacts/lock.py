@@ -1,25 +1,127 @@
-"""One writer a folder."""
+"""Who may write what: one writer a part of a folder, one at a time for what all parts share.
+
+On a local or shared file system a lock is the kernel's (``flock`` on a file in ``.locks/``): it goes with its process,
+however that ends. On object stores it is an object, created only if absent and renewed while its owner lives; one that
+has not been renewed for ``STALE`` seconds, or whose owner is known to be dead, is nobody's.
+"""
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from cae2pipe.errors import BadInputError, LockedError
+from cae2pipe.artifacts.parts import WHOLE, Part
+from cae2pipe.artifacts.places import (
+    create_exclusively,
+    file_sizes,
+    is_local,
+    no_conditional_writes,
+    put_bytes,
+    read_bytes,
+    remove,
+)
+from cae2pipe.errors import BadInputError, Cae2pipeError, LockedError, StorageError
+
+FOLDER = ".locks"
+STALE = 120.0
+"""Seconds without a sign of life after which an object's owner is taken for dead."""
+BEAT = 20.0
+"""Seconds between signs of life."""
+POLL = 1.0
+"""Seconds between looks at a lock that is waited for."""
 
 
 @contextmanager
-def writing(root: Path) -> Iterator[None]:
-    """Hold the folder's lock. The kernel drops it when the process ends, however it ends.
+def writing(root: Path, part: Part = WHOLE) -> Iterator[None]:
+    """Hold a part of the folder (default: all of it).
 
     Raises:
-        LockedError: another process holds it. BadInputError: the folder cannot be written.
+        LockedError: another process holds this part or one that overlaps it.
+        BadInputError: the folder cannot be written.
     """
+    with _taken(root, _part_name(part)) as mine:
+        if not mine:
+            raise _locked(root, part, part)
+        # Both of two that start at once may see the other and stop; never do both go on.
+        for other in _other_parts(root, part):
+            with _taken(root, _part_name(other)) as free:
+                if not free:
+                    raise _locked(root, part, other)
+        yield
+
+
+@contextmanager
+def holding(root: Path, name: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold what all parts share, such as the calibration; wait for whoever holds it, calling ``waiting`` once."""
+    told = False
+    while True:
+        with _taken(root, name) as mine:
+            if mine:
+                yield
+                return
+        if waiting and not told:
+            waiting()
+            told = True
+        time.sleep(POLL)
+
+
+def can_lock(root: Path) -> bool:
+    """Whether locks mean anything here: not on object stores that cannot create a file only if absent."""
+    if is_local(root):
+        return True
+    probe = root / FOLDER / f"probe-{uuid.uuid4().hex}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / ".lock").open("w")
+        return create_exclusively(probe, b"1") and not create_exclusively(probe, b"2")
+    except StorageError as error:
+        if error.what == no_conditional_writes(probe).what:
+            return False
+        raise
+    finally:
+        remove([probe])
+
+
+def _part_name(part: Part) -> str:
+    return f"part-{part.number}-of-{part.count}"
+
+
+def _other_parts(root: Path, part: Part) -> list[Part]:
+    """Parts, other than this one, that overlap it and have ever been locked here."""
+    others = []
+    for name in file_sizes(root / FOLDER):
+        words = name.split("-")
+        if words[0] == "part" and len(words) == 4 and words[1].isdigit() and words[3].isdigit():
+            other = Part(int(words[1]), int(words[3]))
+            if other != part and other.overlaps(part):
+                others.append(other)
+    return others
+
+
+def _locked(root: Path, part: Part, other: Part) -> LockedError:
+    what = "another process is writing this folder"
+    if part != WHOLE or other != WHOLE:
+        what += f": part {other}" + (f", which overlaps part {part}" if part != other else "")
+    return LockedError(what, where=root, fix="wait for it to end, or stop it; then run the same command again")
+
+
+def _taken(root: Path, name: str) -> Any:
+    """A context manager that gives True where the lock was free and is now held, else False."""
+    return _flock(root, name) if is_local(root) else _lease(root, name)
+
+
+@contextmanager
+def _flock(root: Path, name: str) -> Iterator[bool]:
+    try:
+        (root / FOLDER).mkdir(parents=True, exist_ok=True)
+        file = (root / FOLDER / name).open("a")  # changes nothing, not even its time
     except (FileExistsError, NotADirectoryError):
         raise BadInputError("this is a file, and a folder is needed", where=root, fix="give another folder") from None
     except OSError as error:
@@ -30,9 +132,73 @@ def writing(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LockedError(
-                "another process is writing this folder",
-                where=root,
-                fix="wait for it to end, or stop it; then run the same command again",
-            ) from None
-        yield
+            yield False
+            return
+        yield True
+
+
+@contextmanager
+def _lease(root: Path, name: str) -> Iterator[bool]:
+    path = root / FOLDER / name
+    owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+    if not _create(path, owner):
+        yield False
+        return
+    stop = threading.Event()
+    beat = threading.Thread(target=_renew, args=(path, owner, stop), daemon=True)
+    beat.start()
+    try:
+        yield True
+    finally:
+        stop.set()
+        beat.join()
+        remove([path])
+
+
+def _create(path: Path, owner: dict[str, Any]) -> bool:
+    data = _sign(owner)
+    try:
+        if create_exclusively(path, data):
+            return True
+        if _alive(path):
+            return False
+        remove([path])
+        return create_exclusively(path, data)
+    except StorageError as error:
+        if error.what != no_conditional_writes(path).what:
+            raise
+        return True  # nothing can be locked here: see can_lock
+
+
+def _sign(owner: dict[str, Any]) -> bytes:
+    return json.dumps({**owner, "time": time.time()}).encode()
+
+
+def _alive(path: Path) -> bool:
+    try:
+        owner = json.loads(read_bytes(path))
+        if owner["host"] == socket.gethostname() and not _process_lives(owner["pid"]):
+            return False
+        return bool(time.time() - owner["time"] < STALE)
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def _process_lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _renew(path: Path, owner: dict[str, Any], stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        try:
+            put_bytes(path, _sign(owner))
+        except Cae2pipeError:
+            continue  # the work itself will meet what is wrong with the storage, and say so

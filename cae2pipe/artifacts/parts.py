@@ -1,0 +1,68 @@
+"""Splitting one job among processes and machines: part 3 of 8 owns every eighth unit, from the third on."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+
+from cae2pipe.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part ``number`` (from 1) of ``count``."""
+
+    number: int = 1
+    count: int = 1
+
+    def owns(self, index: int) -> bool:
+        """Whether the unit at that place of the list is this part's."""
+        return index % self.count == self.number - 1
+
+    def overlaps(self, other: Part) -> bool:
+        """Whether some unit, in a list long enough, is owned by both."""
+        return (self.number - other.number) % math.gcd(self.count, other.count) == 0
+
+    def split(self, rank: int, ranks: int) -> Part:
+        """One rank's share of this part: every ``ranks``-th of its units."""
+        return Part(self.number + self.count * rank, self.count * ranks)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+WHOLE = Part()
+
+
+def parse_part(text: str) -> Part:
+    """``3/8`` as a part.
+
+    Raises:
+        SettingsError: it is not of that form.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise SettingsError(
+            f"{text!r} is no part", where="--part", fix="give K/N with K from 1 to N, e.g. --part 3/8 on the third of 8"
+        )
+    return Part(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that torchrun started: ``rank`` of ``ranks``, ``local`` of ``on_machine`` here."""
+
+    rank: int = 0
+    ranks: int = 1
+    local: int = 0
+    on_machine: int = 1
+
+
+def torchrun_rank() -> Rank:
+    """From the variables that torchrun sets; a lone process where there are none."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if any(name not in os.environ for name in names):
+        return Rank()
+    return Rank(*(int(os.environ[name]) for name in names))

@@ -1,0 +1,255 @@
+"""Where things lie: a local path, or a URL of any file system that fsspec knows (s3://, gs://, hf://, memory://).
+
+A place is a ``pathlib.Path`` or, for a URL, a ``upath.UPath``, which has the same methods; annotations say ``Path`` for
+both. What touches remote bytes goes through the functions here: they read exact ranges, try again what may pass, and
+explain what does not. Credentials and endpoints come from where fsspec looks for them (AWS_PROFILE, AWS_ENDPOINT_URL,
+~/.config/fsspec, ...), never from a manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path, PurePath
+from typing import Any, TypeVar, cast
+
+from cae2pipe.errors import BadInputError, StorageError
+
+T = TypeVar("T")
+
+WAITS = (0.2, 1.0, 3.0, 10.0)
+"""Seconds before each further try of a remote call that may pass."""
+
+PASSING = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.EAGAIN}
+"""What fsspec's file systems make of 500, 503, SlowDown and broken connections."""
+
+
+def place(text: str | os.PathLike[str]) -> Path:
+    """A path or URL as a place.
+
+    Raises:
+        BadInputError: no file system of that protocol is known or installed.
+    """
+    if isinstance(text, os.PathLike) or "://" not in text:
+        return Path(text)
+    # Neither is imported for local work.
+    from upath import UPath
+
+    try:
+        # Listings change under us: other machines write here too.
+        remote = UPath(text, use_listings_cache=False)
+        _ = remote.fs
+    except (ImportError, ValueError) as error:
+        raise BadInputError(
+            f"this URL cannot be opened: {error}",
+            where=text,
+            fix="install the file system's package (s3://: pip install s3fs; gs://: pip install gcsfs), or mend it",
+        ) from None
+    return cast(Path, remote)
+
+
+def is_local(path: Path) -> bool:
+    return isinstance(path, PurePath)
+
+
+def is_shared(path: Path) -> bool:
+    """Whether other processes see what lies here: ``memory://`` is this process's own."""
+    return is_local(path) or cast(Any, path).protocol != "memory"
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file. FileNotFoundError where there is none."""
+    if is_local(path):
+        return path.read_bytes()
+    fs, name = _remote(path)
+    return remotely(path, lambda: fs.cat_file(name))
+
+
+def read_many(paths: list[Path]) -> dict[Path, bytes]:
+    """Whole files, those that have gone left out: one round of concurrent requests where the place is remote."""
+    found = {}
+    if paths and not is_local(paths[0]):
+        fs, _ = _remote(paths[0])
+        names = [_remote(path)[1] for path in paths]
+        contents = remotely(paths[0], lambda: fs.cat(names, on_error="return"))
+        contents = contents if isinstance(contents, dict) else {names[0]: contents}
+        for path, name in zip(paths, names, strict=True):
+            if isinstance(contents[name], bytes):
+                found[path] = contents[name]
+        paths = [path for path in paths if isinstance(contents[_remote(path)[1]], Exception)]
+    for path in paths:
+        try:
+            found[path] = read_bytes(path)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset`` on, fewer where the file ends before. FileNotFoundError where there is none."""
+    if not is_local(path):
+        fs, name = _remote(path)
+        return remotely(path, lambda: fs.cat_file(name, start=offset, end=offset + size)) if size else b""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        data = file.read(size)
+        while len(data) < size and (more := file.read(size - len(data))):
+            data += more
+    return data
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file, None where there is no file."""
+    if is_local(path):
+        return path.stat().st_size if path.is_file() else None
+    fs, name = _remote(path)
+    try:
+        info = remotely(path, lambda: fs.info(name))
+    except FileNotFoundError:
+        return None
+    return int(info["size"]) if info["type"] == "file" else None
+
+
+def file_sizes(root: Path) -> dict[str, int]:
+    """Bytes of every file below ``root`` by its POSIX path relative to it; {} where there is no such folder."""
+    if is_local(root):
+        found = {}
+        for folder, _, names in os.walk(root):
+            base = Path(folder).relative_to(root)
+            for name in names:
+                path = Path(folder, name)
+                if path.is_file():
+                    found[(base / name).as_posix()] = path.stat().st_size
+        return found
+    fs, name = _remote(root)
+    try:
+        listing = remotely(root, lambda: fs.find(name, detail=True))
+    except FileNotFoundError:
+        return {}
+    prefix = name.rstrip("/") + "/"
+    return {path.removeprefix(prefix): int(info["size"]) for path, info in listing.items() if path.startswith(prefix)}
+
+
+def put_bytes(path: Path, data: bytes) -> None:
+    """Write a remote file: whole or not at all, as object stores do."""
+    fs, name = _remote(path)
+    _make_parent(fs, name)
+    remotely(path, lambda: fs.pipe_file(name, data))
+
+
+def put_file(local: Path, path: Path) -> None:
+    """Upload a file."""
+    fs, name = _remote(path)
+    _make_parent(fs, name)
+    remotely(path, lambda: fs.put_file(str(local), name))
+
+
+def create_exclusively(path: Path, data: bytes) -> bool:
+    """Write a remote file unless there is one; whether it was written.
+
+    Raises:
+        StorageError: the file system cannot tell, for lack of conditional writes.
+    """
+    fs, name = _remote(path)
+    _make_parent(fs, name)
+    try:
+        remotely(path, lambda: fs.pipe_file(name, data, mode="create"))
+    except FileExistsError:
+        return False
+    except (NotImplementedError, TypeError, ValueError):
+        raise no_conditional_writes(path) from None
+    return True
+
+
+def no_conditional_writes(path: Path) -> StorageError:
+    return StorageError("this file system has no conditional writes", where=path, fix="do not write it from two places")
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files; those that have gone already are passed over."""
+    for path in paths:
+        if is_local(path):
+            path.unlink(missing_ok=True)
+            continue
+        fs, name = _remote(path)
+        with suppress(FileNotFoundError):
+            remotely(path, functools.partial(fs.rm_file, name))
+
+
+def make_folder(path: Path) -> None:
+    """A local folder; object stores have none."""
+    if is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def free_bytes(path: Path) -> int | None:
+    """Free bytes on the disk that holds ``path`` or will hold it; None for remote places."""
+    if not is_local(path):
+        return None
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def remotely(path: Path, call: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
+    """The call's result, tried again where the error may pass.
+
+    Raises:
+        FileNotFoundError, FileExistsError: as they are; callers know what they mean.
+        BadInputError: wrong or missing credentials. StorageError: everything else.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, ValueError):
+            raise
+        except Exception as error:  # every file system brings kinds of its own
+            if wait is None or not may_pass(error):
+                raise explain(path, error) from None
+            sleep(wait)
+    raise AssertionError
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same call may do better later: timeouts, refused or broken connections, 500, 503."""
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return False
+    if isinstance(error, TimeoutError | ConnectionError) or "Timeout" in type(error).__name__:
+        return True
+    return "Connect" in type(error).__name__ or (isinstance(error, OSError) and error.errno in PASSING)
+
+
+def explain(path: Path, error: Exception) -> StorageError | BadInputError:
+    """What a remote file system's error means to the user."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, PermissionError) or "Credentials" in kind:
+        return BadInputError(
+            f"the storage refuses access: {text or kind}",
+            where=path,
+            fix="check the credentials (for s3://: AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and "
+            "what they allow",
+        )
+    if may_pass(error):
+        return StorageError(
+            f"the storage did not answer in {len(WAITS) + 1} tries: {text or kind}",
+            where=path,
+            fix="run the same command again when it does: what is finished is kept",
+        )
+    return StorageError(f"the storage failed: {kind}: {text}", where=path, fix="check the URL and the storage")
+
+
+def _remote(path: Path) -> tuple[Any, str]:
+    remote = cast(Any, path)
+    return remote.fs, remote.path
+
+
+def _make_parent(fs: Any, name: str) -> None:
+    # Object stores would take the first part for a bucket to be made.
+    if fs.protocol == "memory":
+        fs.makedirs(name.rsplit("/", 1)[0], exist_ok=True)

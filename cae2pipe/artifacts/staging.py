@@ -1,0 +1,93 @@
+"""Units on the way: written file by file beside their goal, then put in place whole.
+
+A local unit's files lie in a folder ``.tmp-NAME`` of the box until they are flushed and renamed. A remote one's lie in
+the machine's folder for temporary files until they are uploaded. Either way the unit exists only from the moment on
+that the box lists it, so what a killed run leaves is debris and never half a unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.artifacts.atomic import TEMPORARY, fsync_path
+from cae2pipe.artifacts.digest import file_entry
+from cae2pipe.artifacts.places import is_local, put_file
+
+
+def stage_path(root: Path, name: str) -> Path:
+    """The local folder in which the unit's files are collected."""
+    flat = TEMPORARY + name.replace("/", "+")
+    if is_local(root):
+        return root / flat
+    # The same for the next run, so that it finds the debris of this one.
+    box = hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"cae2pipe-{os.getuid()}" / box / flat
+
+
+@contextmanager
+def staged(root: Path, name: str) -> Iterator[Stage]:
+    """A stage for the unit's files, removed in the end whatever happens."""
+    stage = Stage(root, name)
+    try:
+        yield stage
+    finally:
+        stage.discard()
+
+
+class Stage:
+    """Files of one unit of the box ``root``."""
+
+    def __init__(self, root: Path, name: str):
+        self.root = root
+        self.folder = stage_path(root, name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, mode=0o700 if not is_local(root) else 0o777)
+
+    def path(self, relative: str) -> Path:
+        """Where to write the file or folder that will be ``root / relative``."""
+        path = self.folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def commit(self, *pieces: str) -> dict[str, dict[str, Any]]:
+        """Put the files and folders at these relative paths in place, durably, instead of what is there.
+
+        Returns:
+            Size and SHA-256 of every file, by its path relative to the root.
+        """
+        files = sorted(path for piece in pieces for path in _files(self.folder / piece))
+        entries = {path.relative_to(self.folder).as_posix(): file_entry(path) for path in files}
+        if not is_local(self.root):
+            for name in entries:
+                put_file(self.folder / name, self.root / name)
+            return entries
+        for piece in pieces:
+            source, goal = self.folder / piece, self.root / piece
+            for path in (source, *source.rglob("*")) if source.is_dir() else (source,):
+                fsync_path(path)
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            if goal.is_dir():
+                shutil.rmtree(goal)
+            source.replace(goal)
+            fsync_path(goal.parent)
+        return entries
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def remove_stages(root: Path, names: list[str]) -> None:
+    """Remove what a killed run left of these units."""
+    for name in names:
+        shutil.rmtree(stage_path(root, name), ignore_errors=True)
+
+
+def _files(path: Path) -> list[Path]:
+    return [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]

@@ -1,0 +1,77 @@
+"""Locks: overlapping parts exclude each other, others do not; on files and on objects."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+import pytest
+
+from cae2pipe.artifacts import lock
+from cae2pipe.artifacts.lock import can_lock, holding, writing
+from cae2pipe.artifacts.parts import Part
+from cae2pipe.artifacts.places import file_sizes, place, put_bytes
+from cae2pipe.errors import LockedError
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "local":
+        return tmp_path
+    return place(f"memory://{uuid.uuid4().hex}")
+
+
+def test_a_part_is_held_once_and_free_again_afterwards(root: Path) -> None:
+    for _ in range(2):
+        with writing(root), pytest.raises(LockedError, match="another process is writing"), writing(root):
+            pass
+
+
+def test_overlapping_parts_exclude_each_other_and_others_do_not(root: Path) -> None:
+    with writing(root, Part(1, 2)):
+        with writing(root, Part(2, 4)), writing(root, Part(4, 4)):
+            pass
+        for other in (Part(1, 1), Part(3, 4), Part(1, 2)):
+            with pytest.raises(LockedError, match="part 1/2"), writing(root, other):
+                pass
+    with writing(root, Part(3, 4)):
+        pass
+
+
+def test_what_is_shared_is_waited_for_and_told_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "POLL", 0.0)
+    told = []
+    first = holding(root, "calibration")
+    first.__enter__()
+
+    def waiting() -> None:
+        told.append("waits")
+        first.__exit__(None, None, None)
+
+    with holding(root, "calibration", waiting):
+        assert told == ["waits"]
+
+
+def test_an_object_whose_owner_is_gone_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = place(f"memory://{uuid.uuid4().hex}")
+    claim = {"id": "x", "host": "elsewhere", "pid": 1}
+    path = root / lock.FOLDER / "part-1-of-1"
+    put_bytes(path, json.dumps({**claim, "time": lock.time.time()}).encode())
+    with pytest.raises(LockedError), writing(root):
+        pass
+    put_bytes(path, json.dumps({**claim, "time": lock.time.time() - lock.STALE - 1}).encode())
+    with writing(root):
+        pass
+    put_bytes(path, json.dumps({**claim, "host": lock.socket.gethostname(), "time": lock.time.time()}).encode())
+    monkeypatch.setattr(lock, "_process_lives", lambda pid: False)
+    with writing(root):
+        pass
+    assert file_sizes(root) == {}, "nothing is left behind"
+
+
+def test_file_systems_say_whether_they_can_lock(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_lock(root)
+    remote = place(f"memory://{uuid.uuid4().hex}")
+    monkeypatch.setattr(lock, "create_exclusively", lambda path, data: True)
+    assert not can_lock(remote), "a store that ignores the condition"

@@ -1,0 +1,50 @@
+"""Parts: every unit has one owner, and overlap is what it says."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cae2pipe.artifacts.parts import WHOLE, Part, Rank, parse_part, torchrun_rank
+from cae2pipe.errors import SettingsError
+
+parts = st.integers(1, 12).flatmap(lambda count: st.builds(Part, st.integers(1, count), st.just(count)))
+
+
+@given(st.integers(1, 9), st.integers(0, 200))
+def test_every_unit_has_one_owner(count: int, index: int) -> None:
+    assert sum(Part(number, count).owns(index) for number in range(1, count + 1)) == 1
+
+
+@given(parts, st.integers(1, 5))
+def test_ranks_share_a_part_without_overlap(part: Part, ranks: int) -> None:
+    shares = [part.split(rank, ranks) for rank in range(ranks)]
+    for index in range(300):
+        assert sum(share.owns(index) for share in shares) == part.owns(index)
+
+
+@given(parts, parts)
+def test_parts_overlap_where_they_share_a_unit(one: Part, other: Part) -> None:
+    shared = any(one.owns(index) and other.owns(index) for index in range(one.count * other.count))
+    assert one.overlaps(other) == shared
+
+
+def test_parts_are_read_as_written() -> None:
+    assert parse_part("3/8") == Part(3, 8)
+    assert str(parse_part("1/1")) == str(WHOLE)
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/8", "9/8", "a/b", "1/0", "-1/2"])
+def test_what_is_no_part_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="is no part"):
+        parse_part(text)
+
+
+def test_ranks_come_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert torchrun_rank() == Rank(0, 1, 0, 1)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert torchrun_rank() == Rank(3, 4, 1, 2)

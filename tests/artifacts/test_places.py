@@ -1,0 +1,94 @@
+"""Remote places: exact ranges, retries, explanations, exclusive creation. On fsspec's memory file system."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from cae2pipe.artifacts import places
+from cae2pipe.artifacts.places import (
+    create_exclusively,
+    file_size,
+    file_sizes,
+    is_local,
+    place,
+    put_bytes,
+    read_many,
+    read_range,
+    remotely,
+    remove,
+)
+from cae2pipe.errors import BadInputError, StorageError
+
+
+@pytest.fixture
+def remote() -> Path:
+    return place(f"memory://{uuid.uuid4().hex}")
+
+
+def test_paths_stay_paths_and_urls_become_places(remote: Path) -> None:
+    assert place("a/b") == Path("a/b")
+    assert is_local(place("a/b"))
+    assert not is_local(remote)
+    assert not is_local(remote / "x")
+
+
+def test_an_unknown_protocol_is_refused() -> None:
+    with pytest.raises(BadInputError, match="cannot be opened"):
+        place("nowhere://x")
+
+
+def test_files_are_written_listed_read_by_range_and_removed(remote: Path) -> None:
+    put_bytes(remote / "a" / "b", b"0123456789")
+    put_bytes(remote / "c", b"x")
+    assert file_sizes(remote) == {"a/b": 10, "c": 1}
+    assert read_range(remote / "a" / "b", 3, 4) == b"3456"
+    assert read_range(remote / "a" / "b", 8, 4) == b"89"
+    assert read_many([remote / "c", remote / "gone"]) == {remote / "c": b"x"}
+    remove([remote / "c", remote / "gone"])
+    assert file_size(remote / "c") is None
+    assert file_size(remote / "a") is None, "a folder is no file"
+    assert file_sizes(remote / "nothing") == {}
+
+
+def test_a_file_is_created_exclusively_once(remote: Path) -> None:
+    assert create_exclusively(remote / "claim", b"1")
+    assert not create_exclusively(remote / "claim", b"2")
+    assert read_range(remote / "claim", 0, 1) == b"1"
+
+
+def test_what_may_pass_is_tried_again_and_then_succeeds() -> None:
+    waits: list[float] = []
+    answers = [TimeoutError("slow"), OSError(places.errno.EBUSY, "SlowDown"), ConnectionResetError()]
+
+    def call() -> str:
+        if answers:
+            raise answers.pop(0)
+        return "done"
+
+    assert remotely(Path("x"), call, waits.append) == "done"
+    assert waits == list(places.WAITS[:3])
+
+
+def test_what_does_not_pass_is_explained_after_all_tries() -> None:
+    waits: list[float] = []
+
+    def call() -> None:
+        raise TimeoutError("no answer")
+
+    with pytest.raises(StorageError, match="did not answer in 5 tries: no answer") as caught:
+        remotely(Path("x"), call, waits.append)
+    assert waits == list(places.WAITS)
+    assert "same command" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("error", [PermissionError("Forbidden"), type("NoCredentialsError", (Exception,), {})("none")])
+def test_refused_access_is_not_tried_again(error: Exception) -> None:
+    def call() -> None:
+        raise error
+
+    with pytest.raises(BadInputError, match="refuses access") as caught:
+        remotely(Path("x"), call, lambda _: pytest.fail("waited"))
+    assert "credentials" in str(caught.value.fix)
