@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -15,7 +16,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cae2pipe.errors import FAILURE, INTERRUPTED, TERMINATED, Cae2pipeError, Terminated
+from cae2pipe.artifacts.places import place as _place
+from cae2pipe.errors import FAILURE, INTERRUPTED, TERMINATED, Cae2pipeError, StorageError, Terminated
 from cae2pipe.version import __version__
 
 app = typer.Typer(
@@ -36,10 +38,19 @@ app.add_typer(config_app, name="config")
 console = Console()
 errors = Console(stderr=True)
 
+
+def place(text: str) -> Path:
+    """A path or URL of the command line."""
+    try:
+        return _place(text)
+    except Cae2pipeError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting; may be repeated.")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes. Default: one a core.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on with.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder or URL to make, or to go on with.", parser=place)]
 
 
 class CodecName(StrEnum):
@@ -62,6 +73,17 @@ def exits() -> Iterator[None]:
         errors.print("[bold red]error:[/]", end=" ")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        errors.print("[bold red]error:[/]", end=" ")
+        what = StorageError(
+            f"the disk is full: {error.strerror}",
+            where=error.filename,
+            fix="free some space, then run the same command again: what is finished is kept",
+        )
+        errors.print(str(what), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(FAILURE) from None
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here")
         raise typer.Exit(INTERRUPTED) from None
@@ -113,7 +135,9 @@ def shard(
 
 @app.command("extract-targets")
 def extract_targets(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A shard set, or a folder of images.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A shard set (folder or URL), or a folder of images.", parser=place)
+    ],
     out: Out,
     config: Annotated[str, typer.Option(help="Teacher preset or YAML file.")] = "clip-b16",
     views: Annotated[int | None, typer.Option(help="Views an image. Ask for more later to add them.")] = None,
@@ -121,10 +145,18 @@ def extract_targets(
     fidelity: Annotated[float | None, typer.Option(help="klt: mean cosine to reach on held-out images.")] = None,
     workers: Workers = None,
     device: Device = None,
+    part: Annotated[str, typer.Option(help="K/N: make the K-th of N shares, e.g. 3/8 on the third of 8 machines.")] = (
+        "1/1"
+    ),
+    calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="Calibrate the codec and stop.")] = False,
     set_: Set = None,
 ) -> None:
-    """Stage 1: write augmented views and the teacher's per-patch latents of them into a target set."""
+    """Stage 1: write augmented views and the teacher's per-patch latents of them into a target set.
+
+    Under torchrun (torchrun --nproc-per-node N -m cae2pipe extract-targets ...) the ranks share the work.
+    """
     with exits():
+        from cae2pipe.artifacts.parts import parse_part
         from cae2pipe.config.base import load
         from cae2pipe.config.extract import ExtractSettings
         from cae2pipe.progress import progress
@@ -138,12 +170,15 @@ def extract_targets(
         from cae2pipe.stages.extract_targets import extract_targets as run
 
         with progress("extract-targets") as report:
-            run(source, out, settings, report)
+            run(source, out, settings, report, parse_part(part), calibrate_only)
 
 
 @app.command()
 def pretrain(
-    targets: Annotated[Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.")],
+    targets: Annotated[
+        Path,
+        typer.Argument(metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=place),
+    ],
     out: Out,
     config: Annotated[str, typer.Option(help="Preset (tiny, small, base, large) or YAML file.")] = "base",
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
@@ -283,7 +318,7 @@ def teachers_fetch(name: Annotated[str, typer.Argument(help="A preset's name.")]
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe.")],
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a folder is, what it was made from, and what it holds."""
@@ -299,7 +334,9 @@ def inspect(
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe.")]) -> None:
+def verify(
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+) -> None:
     """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
     with exits():
         from cae2pipe.inspection import verify as check

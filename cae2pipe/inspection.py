@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import JOURNAL, MANIFEST, Box, check_file, open_box
+from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
+from cae2pipe.artifacts.places import file_size, file_sizes
 from cae2pipe.errors import Cae2pipeError, DamageError
 from cae2pipe.progress import Report
 
@@ -48,8 +49,12 @@ def _targets(box: Box) -> dict[str, Any]:
     shards: dict[int, int] = {}
     for unit in targets.stores.values():
         shards[unit["view"]] = shards.get(unit["view"], 0) + 1
+    asked = box.facts["wanted"]
+    stored = sum(unit["samples"] for unit in targets.stores.values())
     return {
         "teacher": box.facts["teacher"],
+        "asked_for": asked,
+        "share_made": round(stored / max(1, asked["images"] * asked["views"]), 4),
         "images": targets.images,
         "views": targets.views,
         "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
@@ -119,7 +124,7 @@ def verify(path: Path, report: Report) -> Verification:
     if not result.problems:
         # Keys and counts are read from the files, so these must be sound first.
         result.problems += _check_contents(box)
-    if (path / "shards" / MANIFEST).exists():
+    if file_size(path / "shards" / MANIFEST) is not None:
         inner = verify(path / "shards", report)
         result.files += inner.files
         result.problems += inner.problems
@@ -129,9 +134,8 @@ def verify(path: Path, report: Report) -> Verification:
 def _strangers(box: Box, known: set[str]) -> list[str]:
     """Files below the folders that the box fills, of which the manifest knows nothing."""
     folders = {"shards": ["tars"], "targets": ["views", "latents", "codec.zarr"]}.get(box.kind, [])
-    found = [p for folder in folders for p in sorted((box.root / folder).rglob("*")) if p.is_file()]
-    names = [path.relative_to(box.root).as_posix() for path in found]
-    return [name for name in names if name not in known and not name.startswith(JOURNAL)]
+    names = sorted(f"{folder}/{name}" for folder in folders for name in file_sizes(box.root / folder))
+    return [name for name in names if name not in known]
 
 
 def _check_contents(box: Box) -> list[DamageError]:

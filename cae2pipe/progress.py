@@ -92,6 +92,15 @@ def show(value: float) -> str:
     return f"{value:.4g}"
 
 
+def gigabytes(count: float) -> str:
+    """Bytes in the largest unit that leaves at least one before the point: ``1500000000`` as ``1.5 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
 def duration(seconds: float) -> str:
     """``75`` as ``1:15``, ``3675`` as ``1:01:15``."""
     minutes, rest = divmod(round(seconds), 60)

@@ -1,15 +1,17 @@
 """Stage 1: images to views and the teacher's latents.
 
-Read from top to bottom: open the source, load the teacher, calibrate the codec once, then shard by shard render the
-views that are missing, run the teacher on what was stored, encode and write. A finished (view, shard) pair is never
-made again; everything else is made so that the same inputs give the same bytes.
+Read from top to bottom: take this process's part, open the source, load the teacher, calibrate the codec once, then
+shard by shard render the views that are missing, run the teacher on what was stored, encode and write. A finished
+(view, shard) pair is never made again; everything else is made so that the same inputs give the same bytes, however
+the work is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,70 +21,85 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.atomic import remove_debris, replacing
-from cae2pipe.artifacts.box import Box, is_box, open_or_create, refuse_foreign
-from cae2pipe.artifacts.digest import file_entry, tree_entries
-from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.atomic import remove_debris
+from cae2pipe.artifacts.box import Box, is_box, open_box, open_or_create, refuse_foreign
+from cae2pipe.artifacts.lock import can_lock, holding, writing
+from cae2pipe.artifacts.parts import WHOLE, Part, torchrun_rank
+from cae2pipe.artifacts.places import free_bytes, is_local, is_shared
+from cae2pipe.artifacts.staging import Stage, remove_stages, staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import MismatchError, SourceError
-from cae2pipe.images.views import decode_view
+from cae2pipe.errors import BadInputError, MismatchError, SourceError
 from cae2pipe.processes import worker_count
-from cae2pipe.progress import Report
+from cae2pipe.progress import Report, gigabytes
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import Shard, ShardSet
 from cae2pipe.shards.tar import index_tar, write_samples
-from cae2pipe.targets.calibration import Calibration, calibrate, summarise, token_cosines
+from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, summarise
 from cae2pipe.targets.chunks import BLOCK
-from cae2pipe.targets.codecs import as_tensors, unit_tokens
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
-from cae2pipe.targets.store import Layout, StoreWriter
-from cae2pipe.targets.target_set import CODEC, make_layout, read_calibration, store_name, write_calibration
+from cae2pipe.targets.codecs import unit_tokens
+from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens
+from cae2pipe.targets.rendering import Renderer, Task, render
+from cae2pipe.targets.store import Layout, StoreWriter, pack_block
+from cae2pipe.targets.target_set import CODEC, KIND, make_layout, read_calibration, store_name, write_calibration
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.load import load_teacher
-from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 from cae2pipe.training.device import pick_device
 
 
-def extract_targets(source: Path, out: Path, settings: ExtractSettings, report: Report) -> Box:
+def extract_targets(
+    source: Path,
+    out: Path,
+    settings: ExtractSettings,
+    report: Report,
+    part: Part = WHOLE,
+    calibrate_only: bool = False,
+) -> Box:
     """Make, or go on making, the target set ``out`` from a shard set or a folder of images.
+
+    Args:
+        source: a shard set or a folder of images. ``out``: the target set's folder. Either may lie on a remote place.
+        part: which share of the shards is made here; torchrun's ranks share it.
+        calibrate_only: stop once the set has its calibration.
 
     Raises:
         SourceError, TeacherError, MismatchError, ManifestError, LockedError: see their messages.
     """
-    with writing(out):
+    rank = torchrun_rank()
+    part = part.split(rank.rank, rank.ranks)
+    with writing(out, part):
         # Whatever can be wrong is found before hours of sharding.
         refuse_foreign(out)
-        teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
+        teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank.local))
         shards = open_source(source, out, settings, report)
         box = open_or_create(
             out,
-            "targets",
+            KIND,
             {"settings": identity(settings), "teacher": teacher.info.identity()},
             facts={"classes": shards.classes},
             fix="give another output folder, or the settings this one was made with",
         )
-        for folder in ("views", "latents"):
-            remove_debris(out / folder)
-        missing = missing_views(box, shards, settings.views)
-        box.facts["classes"] = shards.classes
-        if not missing and CODEC in box.units and box.complete:
-            report.log(f"nothing to do: {out} holds all {settings.views} views of all {len(shards.shards)} shards")
+        missing = missing_views(box, shards, settings.views, part)
+        remove_leftovers(out, missing, part)
+        box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}
+        if not missing and CODEC in box.units and (box.complete or part != WHOLE):
+            holds = f"all {settings.views} views of " + (f"part {part}" if part != WHOLE else "all shards")
+            report.log(f"nothing to do: {out} holds {holds} ({len(shards.shards)} shards)")
+            finish(box, shards, settings.views)
             return box
-        workers = worker_count(settings.speed.workers)
-        if CODEC not in box.units:
-            make_calibration(box, shards, teacher, settings, workers, report)
-        calibration = read_calibration(out / "codec.zarr")
-        layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
-        tasks = [Task(shard, block, views) for shard, views in missing for block in range(-(-shard.samples // BLOCK))]
-        report.total(sum(shard.samples * len(views) for shard, views in missing), "views")
-        rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
+        workers = -(-worker_count(settings.speed.workers) // rank.on_machine)
+        if not (is_shared(out) and is_shared(source)):
+            workers = 0  # what lies in this process's memory is seen by no other
+        box = with_calibration(box, shards, teacher, settings, workers, part, report)
+        if calibrate_only:
+            report.log("calibrated; nothing else was asked for")
+            return box
+        check_space(box, missing)
         try:
-            # Blocks come in task order, so one shard's blocks are neighbours.
-            for shard, blocks in groupby(rendered, key=lambda block: block.task.shard):
-                write_shard(box, shard, blocks, teacher, layout, calibration, report)
+            make_views(box, shards, missing, teacher, settings, workers, report)
         finally:
-            box.save(complete=not missing_views(box, shards, settings.views))
+            finish(box, shards, settings.views)
         return box
 
 
@@ -92,18 +109,20 @@ def open_source(source: Path, out: Path, settings: ExtractSettings, report: Repo
         return ShardSet.open(source)
     if is_box(source):
         raise SourceError("this folder is not a shard set", where=source, fix="give a shard set or a folder of images")
-    report.log(f"sharding {source} into {out / 'shards'}")
-    return build_shard_set(source, out / "shards", settings.shard, report)
+    with holding(out, "sharding", lambda: report.log("waiting for another process to shard the images")):
+        report.log(f"sharding {source} into {out / 'shards'}")
+        return build_shard_set(source, out / "shards", settings.shard, report)
 
 
-def missing_views(box: Box, shards: ShardSet, views: int) -> list[tuple[Shard, tuple[int, ...]]]:
-    """What is still to be made: shards with the views they lack.
+def missing_views(box: Box, shards: ShardSet, views: int, part: Part = WHOLE) -> list[tuple[Shard, tuple[int, ...]]]:
+    """What this part still has to make: shards with the views they lack.
 
     Raises:
         MismatchError: a stored view was made from a shard of this name with other content.
     """
+    whole = box.whole()
     result = []
-    for shard in shards.shards:
+    for index, shard in enumerate(shards.shards):
         names = {view: store_name(view, shard.name) for view in range(views)}
         for name in names.values():
             unit = box.units.get(name)
@@ -113,10 +132,53 @@ def missing_views(box: Box, shards: ShardSet, views: int) -> list[tuple[Shard, t
                     where=shard.path,
                     fix="give the original source, or a new output folder",
                 )
-        lacking = tuple(view for view, name in names.items() if not box.has(name))
-        if lacking:
+        lacking = tuple(view for view, name in names.items() if name not in whole)
+        if lacking and part.owns(index):
             result.append((shard, lacking))
     return result
+
+
+def remove_leftovers(out: Path, missing: list[tuple[Shard, tuple[int, ...]]], part: Part) -> None:
+    """Remove what a killed run left half-written, and never what another part is writing now."""
+    if part == WHOLE and is_local(out):
+        remove_debris(out)
+    remove_stages(out, [store_name(view, shard.name) for shard, views in missing for view in views])
+
+
+def wanted(box: Box, shards: ShardSet, views: int) -> dict[str, int]:
+    """What the whole set is to hold, for those who ask how complete it is."""
+    most = max(views, box.facts.get("wanted", {}).get("views", 0))
+    return {"views": most, "shards": len(shards.shards), "images": shards.images}
+
+
+def finish(box: Box, shards: ShardSet, views: int) -> None:
+    """Write the manifest; the set is complete once every part has made its share."""
+    box.save(complete=lambda merged: CODEC in merged.units and not missing_views(merged, shards, views))
+
+
+def with_calibration(
+    box: Box, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, part: Part, report: Report
+) -> Box:
+    """The box with its calibration, made by whoever comes first while all others wait.
+
+    Raises:
+        BadInputError: several parts start without it where nobody can be kept from making it twice.
+    """
+    if CODEC in box.units:
+        return box
+    if part != WHOLE and not can_lock(box.root):
+        raise BadInputError(
+            "this storage cannot create a file only if it is absent, so parts cannot agree on who calibrates",
+            where=box.root,
+            fix="run the same command once with --calibrate-only and without --part, then start the parts",
+        )
+    facts = box.facts
+    with holding(box.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
+        box = open_box(box.root, KIND)
+        box.facts |= facts
+        if CODEC not in box.units:
+            make_calibration(box, shards, teacher, settings, workers, report)
+    return box
 
 
 def make_calibration(
@@ -131,13 +193,16 @@ def make_calibration(
                 tasks.append(Task(shard, number, (0,)))
                 taken += min(BLOCK, shard.samples - number * BLOCK)
     report.log(f"calibrating the {codec.name} codec on {taken} images")
-    units, attention = [], False
+    outputs: list[TeacherOutput] = []
+    pixels = 0
     for block in render(Renderer(shards, tasks, settings.view, settings.seed), workers):
-        output = run_teacher(teacher, block.jpegs[0])
+        output = teacher(block.pixels[0].to(teacher.device))
         check_features(output.tokens, where=f"shard {block.task.shard.name}, block {block.task.block}", constant=True)
-        attention = output.attention is not None
-        units.append(unit_tokens(output.tokens)[0].cpu())
-    calibration, fidelity = calibrate(torch.cat(units), codec.name, codec.fidelity, codec.level)
+        attention = None if output.attention is None else output.attention.cpu()
+        outputs.append(TeacherOutput(output.tokens.cpu(), attention))
+        pixels += sum(map(len, block.jpegs[0]))
+    unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
+    calibration, fidelity = calibrate(unit, codec.name, codec.fidelity, codec.level)
     info = teacher.info
     box.facts["teacher"] = {
         "name": info.name,
@@ -145,151 +210,196 @@ def make_calibration(
         "rows": info.rows,
         "cols": info.cols,
         "class_token": info.class_token,
-        "attention": attention,
+        "attention": outputs[0].attention is not None,
     }
-    box.facts["codec"] = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
+    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
+    box.facts["codec"] = codec_facts(outputs, pixels, layout, calibration, fidelity)
     box.facts["versions"] = library_versions()
-    files = write_calibration(box.root / "codec.zarr", calibration)
+    box.facts["processor"] = processor(teacher.device)
     # The facts first: a codec without them would be taken for a finished calibration.
     box.save()
-    box.add(CODEC, {"files": files, "samples": taken})
+    with staged(box.root, CODEC) as stage:
+        write_calibration(stage.path("codec.zarr"), calibration)
+        box.add(CODEC, {"files": stage.commit("codec.zarr"), "samples": taken})
     report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
 
 
-def run_teacher(teacher: Teacher, jpegs: Sequence[bytes]) -> Any:
-    """The teacher's output on stored views."""
-    pixels = np.stack([decode_view(jpeg) for jpeg in jpegs])
-    device = teacher.device
-    return teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device))
+def codec_facts(
+    outputs: list[TeacherOutput], pixels: int, layout: Layout, calibration: Calibration, fidelity: Fidelity
+) -> dict[str, Any]:
+    """What calibration found, and the bytes a view that it lets expect."""
+    samples = sum(len(output.tokens) for output in outputs)
+    latents = 0
+    for output in outputs:
+        arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration)
+        latents += sum(map(len, pack_block(layout, arrays).values()))
+    return {
+        "held_out_fidelity": asdict(fidelity),
+        "step": calibration.step,
+        "expected_bytes": {"latents": latents // samples, "pixels": pixels // samples},
+    }
+
+
+TAR_OVERHEAD = 2048
+"""Bytes a sample that a tar adds to its JPEG, at least: two headers, the label, padding."""
+
+
+def check_space(box: Box, missing: list[tuple[Shard, tuple[int, ...]]]) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        BadInputError: with what is needed and what is free.
+    """
+    free = free_bytes(box.root)
+    expected = sum(box.facts["codec"]["expected_bytes"].values()) + TAR_OVERHEAD
+    needed = expected * sum(shard.samples * len(views) for shard, views in missing)
+    if free is not None and needed > free:
+        raise BadInputError(
+            f"the views that are still to be made need about {gigabytes(needed)}, and {gigabytes(free)} are free",
+            where=box.root,
+            fix="free some space, ask for fewer --views or a lower --fidelity, or give a folder on another disk",
+        )
 
 
 @dataclass
-class _View:
+class _Pair:
     """One (view, shard) pair while it is written."""
 
+    stage: Stage
     writer: StoreWriter
-    jpegs: list[bytes]
-    draws: list[np.ndarray]
-    raw: list[Tensor]
-    centred: list[Tensor]
+    rendered: list[tuple[list[bytes], np.ndarray]] = field(default_factory=list)
+    raw: list[Tensor] = field(default_factory=list)
+    centred: list[Tensor] = field(default_factory=list)
+
+    @property
+    def jpegs(self) -> list[bytes]:
+        return [jpeg for jpegs, _ in self.rendered for jpeg in jpegs]
+
+    def discard(self) -> None:
+        self.writer.close()
+        self.stage.discard()
 
 
-def write_shard(
+@dataclass
+class _Shard:
+    """A shard's pairs by view, and what they share."""
+
+    shard: Shard
+    keys: list[str] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+    pairs: dict[int, _Pair] = field(default_factory=dict)
+
+
+def make_views(
     box: Box,
-    shard: Shard,
-    blocks: Iterator[RenderedBlock],
+    shards: ShardSet,
+    missing: list[tuple[Shard, tuple[int, ...]]],
     teacher: Teacher,
-    layout: Layout,
-    calibration: Calibration,
+    settings: ExtractSettings,
+    workers: int,
     report: Report,
 ) -> None:
-    """Run the teacher over a shard's rendered blocks and write the pair (tar, store) of each of its views."""
-    pairs: dict[int, _View] = {}
-    try:
-        keys, labels = fill_pairs(pairs, box.root, shard, blocks, teacher, layout, calibration, report)
-        for view, pair in sorted(pairs.items()):
-            box.add(store_name(view, shard.name), finish_pair(box.root, shard, view, pair, keys, labels))
-    except BaseException:
-        for pair in pairs.values():
-            pair.writer.abort()
-        raise
+    """Render, encode and write all missing views; workers, device, packing and writing are at work at once."""
+    calibration = read_calibration(box.root / "codec.zarr")
+    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
+    tasks = [Task(shard, block, views) for shard, views in missing for block in range(-(-shard.samples // BLOCK))]
+    report.total(sum(shard.samples * len(views) for shard, views in missing), "views")
+    rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
+    meter = Meter()
+    threads = 4 if teacher.device.type == "cuda" else 1
+    encoded = encode_ahead(rendered, teacher, layout, calibration, threads, meter)
+    open_shards: deque[_Shard] = deque()
+    finishing: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as finisher:
+        try:
+            # Blocks come in task order, so one shard's blocks are neighbours.
+            for shard, blocks in groupby(encoded, key=lambda block: block.rendered.task.shard):
+                current = _Shard(shard)
+                open_shards.append(current)
+                collect(current, box.root, layout, blocks, meter, report)
+                finishing.append(finisher.submit(finish_shard, box, current))
+                while finishing and (len(finishing) > 1 or finishing[0].done()):
+                    finishing.popleft().result()
+                    open_shards.popleft()
+            for future in finishing:
+                future.result()
+                open_shards.popleft()
+        finally:
+            finisher.shutdown(wait=True, cancel_futures=True)
+            for left in open_shards:
+                for pair in left.pairs.values():
+                    pair.discard()
+    report.log(f"{meter.views} views, {meter.rate():.0f} a second; {meter.verdict()} (it waited {meter.waits():.0%})")
 
 
-def fill_pairs(
-    pairs: dict[int, _View],
-    root: Path,
-    shard: Shard,
-    blocks: Iterator[RenderedBlock],
-    teacher: Teacher,
-    layout: Layout,
-    calibration: Calibration,
-    report: Report,
-) -> tuple[list[str], np.ndarray]:
-    """Run the teacher block by block and append to the views' stores, opened in ``pairs``. Returns keys and labels."""
-    keys: list[str] = []
-    labels: list[np.ndarray] = []
-    # Compression and disk run beside the teacher; one block at a time, so that order and memory stay bounded.
-    with ThreadPoolExecutor(1) as writer_thread:
-        pending: Future[None] | None = None
-        for block in blocks:
-            keys += block.keys
-            labels.append(block.labels)
-            for place, view in enumerate(block.task.views):
-                if view not in pairs:
-                    path = root / "latents" / f"v{view:02d}" / f"{shard.name}.zarr"
-                    pairs[view] = _View(StoreWriter(path, layout), [], [], [], [])
-                pair = pairs[view]
-                output = run_teacher(teacher, block.jpegs[place])
-                check_features(output.tokens, where=f"shard {shard.name}, block {block.task.block}, view {view}")
-                unit, norms = unit_tokens(output.tokens)
-                arrays = layout.codec.encode(unit)
-                raw, centred = token_cosines(unit, decode_on(layout, arrays, unit.device), calibration.mean)
-                pair.raw.append(raw.cpu())
-                pair.centred.append(centred.cpu())
-                arrays["norms"] = norms.cpu().numpy().astype("<f2")
-                if layout.attention:
-                    arrays["attention"] = pack_attention(output.attention)
-                pair.jpegs += block.jpegs[place]
-                pair.draws.append(block.draws[place])
-                if pending:
-                    pending.result()
-                pending = writer_thread.submit(pair.writer.append, arrays)
-                report.advance(len(block.keys))
-        if pending:
-            pending.result()
-    return keys, np.concatenate(labels)
+def collect(
+    current: _Shard, root: Path, layout: Layout, blocks: Iterable[EncodedBlock], meter: Meter, report: Report
+) -> None:
+    """Append a shard's encoded blocks to its views' stores, opened in ``current``."""
+    for block in blocks:
+        view, rendered = block.view, block.rendered
+        if block.place == 0:
+            current.keys += rendered.keys
+            current.labels.append(rendered.labels)
+        if view not in current.pairs:
+            stage = Stage(root, store_name(view, current.shard.name))
+            writer = StoreWriter(stage.path(zarr_path(view, current.shard)), layout)
+            current.pairs[view] = _Pair(stage, writer)
+        pair = current.pairs[view]
+        pair.writer.append(block.chunks, len(rendered.keys))
+        pair.rendered.append((rendered.jpegs[block.place], rendered.draws[block.place]))
+        pair.raw.append(block.raw)
+        pair.centred.append(block.centred)
+        report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.waits())
 
 
-def finish_pair(
-    root: Path, shard: Shard, view: int, pair: _View, keys: list[str], labels: np.ndarray
-) -> dict[str, Any]:
+def tar_path(view: int, shard: Shard) -> str:
+    return f"views/v{view:02d}/{shard.name}.tar"
+
+
+def zarr_path(view: int, shard: Shard) -> str:
+    return f"latents/v{view:02d}/{shard.name}.zarr"
+
+
+def finish_shard(box: Box, current: _Shard) -> None:
+    """Write the tars, finish the stores and list the pairs of a shard."""
+    for view, pair in sorted(current.pairs.items()):
+        unit = finish_pair(current, view, pair)
+        box.add(store_name(view, current.shard.name), unit)
+        pair.stage.discard()
+
+
+def finish_pair(current: _Shard, view: int, pair: _Pair) -> dict[str, Any]:
     """Write the tar and finish the store of one view of one shard; return the manifest's entry."""
-    tar = root / "views" / f"v{view:02d}" / f"{shard.name}.tar"
-    with replacing(tar) as temporary:
-        write_samples(temporary, zip(keys, labels.tolist(), pair.jpegs, strict=True))
-    index = index_tar(tar)
+    shard, keys, labels, jpegs = current.shard, current.keys, np.concatenate(current.labels), pair.jpegs
+    tar, zarr = tar_path(view, shard), zarr_path(view, shard)
+    write_samples(pair.stage.path(tar), zip(keys, labels.tolist(), jpegs, strict=True))
+    index = index_tar(pair.stage.path(tar))
     assert [sample.key for sample in index] == keys
-    checksums = [google_crc32c.value(jpeg) for jpeg in pair.jpegs]
+    checksums = [google_crc32c.value(jpeg) for jpeg in jpegs]
     members = np.array([(s.offset, s.size, crc) for s, crc in zip(index, checksums, strict=True)], dtype=np.int64)
     fidelity = asdict(summarise(torch.cat(pair.raw), torch.cat(pair.centred)))
     pair.writer.finish(
         keys,
         labels,
-        np.concatenate(pair.draws),
+        np.concatenate([draws for _, draws in pair.rendered]),
         members,
         {"codec": pair.writer.layout.codec.name, "view": view, "shard": shard.name, "fidelity": fidelity},
     )
-    zarr = pair.writer.path
-    files = {tar.relative_to(root).as_posix(): file_entry(tar), **tree_entries(zarr, root)}
-    latents = sum(
-        (zarr / name).is_dir() and tree_bytes(zarr / name) for name in (*pair.writer.layout.codec.arrays(), "norms")
-    )
+    files = pair.stage.commit(tar, zarr)
+    arrays = [f"{zarr}/{name}/" for name in (*pair.writer.layout.codec.arrays(), "norms")]
+    latents = sum(entry["bytes"] for name, entry in files.items() if name.startswith(tuple(arrays)))
     return {
         "view": view,
         "shard": shard.name,
         "source": shard.sha256,
         "samples": len(keys),
-        "tar": tar.relative_to(root).as_posix(),
-        "zarr": zarr.relative_to(root).as_posix(),
+        "tar": tar,
+        "zarr": zarr,
         "files": files,
         "fidelity": fidelity,
-        "bytes": {"latents": latents, "pixels": sum(len(jpeg) for jpeg in pair.jpegs)},
+        "bytes": {"latents": latents, "pixels": sum(map(len, jpegs))},
     }
-
-
-def decode_on(layout: Layout, arrays: dict[str, np.ndarray], device: torch.device) -> Tensor:
-    """The stored arrays decoded on a device, as training will."""
-    return layout.codec.decode({name: tensor.to(device) for name, tensor in as_tensors(arrays).items()})
-
-
-def pack_attention(attention: Tensor) -> np.ndarray:
-    """Attention (b, P) as uint8, each image's largest value 255: only ratios within an image are used."""
-    scaled = attention / attention.amax(dim=1, keepdim=True).clamp_min(1e-12) * 255
-    return torch.round(scaled).to(torch.uint8).cpu().numpy()
-
-
-def tree_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def library_versions() -> dict[str, str]:
@@ -297,3 +407,12 @@ def library_versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "pillow", "numcodecs", "zarr", "timm", "open_clip_torch")}
+
+
+def processor(device: torch.device) -> str:
+    """The kind of processor that byte identity is promised for."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -21,7 +21,7 @@ from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import DivergedError, MismatchError, SettingsError
+from cae2pipe.errors import DivergedError, MismatchError, SettingsError, WorkerError
 from cae2pipe.keyed import keyed_seed
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.loader import block_refs, load_batches
@@ -163,7 +163,7 @@ def until_stopped(batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch
     """
     try:
         yield from batches
-    except (RuntimeError, OSError, EOFError):
+    except (RuntimeError, OSError, EOFError, WorkerError):
         if stop.exception is None:
             raise
 

@@ -35,7 +35,7 @@ def sha256_file(path: Path) -> str:
 
 def file_entry(path: Path) -> dict[str, Any]:
     """What a manifest keeps of one file: its size in bytes and its SHA-256."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return {"bytes": file_size(path), "sha256": sha256_file(path)}
 
 
 def tree_entries(root: Path, base: Path) -> dict[str, dict[str, Any]]:

@@ -220,9 +220,11 @@ def may_pass(error: Exception) -> bool:
     """Whether the same call may do better later: timeouts, refused or broken connections, 500, 503."""
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return False
-    if isinstance(error, TimeoutError | ConnectionError) or "Timeout" in type(error).__name__:
+    if isinstance(error, TimeoutError | ConnectionError):
         return True
-    return "Connect" in type(error).__name__ or (isinstance(error, OSError) and error.errno in PASSING)
+    if any(word in type(error).__name__ for word in ("Timeout", "Connect", "HTTPClient", "IncompleteRead")):
+        return True
+    return isinstance(error, OSError) and error.errno in PASSING
 
 
 def explain(path: Path, error: Exception) -> StorageError | BadInputError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from cae2pipe.errors import Cae2pipeError
+from cae2pipe.errors import Cae2pipeError, WorkerError
 from cae2pipe.processes import prepare_worker
 
 PRELOAD = ["cae2pipe.loading.batches", "cae2pipe.targets.rendering"]
@@ -21,7 +21,7 @@ def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:
     Workers are started from a clean server process: fork would copy a CUDA context or a thread pool half-alive.
 
     Raises:
-        Cae2pipeError: what the dataset raised, as it was.
+        Cae2pipeError: what the dataset raised, as it was. WorkerError: a worker was killed.
     """
     if workers == 0:
         yield from _items(dataset)
@@ -41,7 +41,19 @@ def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:
             worker_init_fn=_prepare,
         )
         iterator = iter(loader)
-    for item in iterator:
+    while True:
+        try:
+            item = next(iterator, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise WorkerError(
+                "a worker process was killed, perhaps for lack of memory",
+                where=str(error).split(".")[0],
+                fix="run the same command again with fewer --workers: what is finished is kept",
+            ) from None
+        if item is None:
+            return
         if isinstance(item, Cae2pipeError):
             raise item
         yield item

@@ -13,10 +13,12 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.atomic import remove_debris, replacing, write_bytes
+from cae2pipe.artifacts.atomic import remove_debris, write_bytes
 from cae2pipe.artifacts.box import Box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.places import file_size, is_local, read_bytes
+from cae2pipe.artifacts.staging import staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ShardSettings
 from cae2pipe.errors import SourceError
@@ -64,7 +66,8 @@ def pack(source: Source, out: Path, settings: ShardSettings, report: Report) -> 
             facts={"rejected": 0},
             fix="give another output folder, or the source and settings this one was made from",
         )
-        remove_debris(out)
+        if is_local(out):
+            remove_debris(out)
         runs = plan_runs(source, settings)
         missing = {name: run for name, run in runs.items() if not box.has(name)}
         total = len(source.entries)
@@ -124,11 +127,10 @@ def write_run(root: Path, name: str, source: Path, run: list[Entry], reasons: li
     kept = [entry for entry, why in zip(run, reasons, strict=True) if why is None]
     if not kept:  # WebDataset refuses empty tars
         return {"files": {}, "samples": 0, "rejected": rejected}
-    tar = root / "tars" / f"{name}.tar"
-    with replacing(tar) as temporary:
-        write_samples(temporary, ((e.key, e.label, _read_unchanged(source, e)) for e in kept))
-    files = {tar.relative_to(root).as_posix(): file_entry(tar)}
-    return {"files": files, "samples": len(kept), "rejected": rejected}
+    tar = f"tars/{name}.tar"
+    with staged(root, tar) as stage:
+        write_samples(stage.path(tar), ((e.key, e.label, _read_unchanged(source, e)) for e in kept))
+        return {"files": stage.commit(tar), "samples": len(kept), "rejected": rejected}
 
 
 def finish(box: Box, report: Report) -> None:
@@ -141,7 +143,7 @@ def finish(box: Box, report: Report) -> None:
     rejects.sort(key=lambda reject: reject["path"])
     path = box.root / "rejects.jsonl"
     data = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects).encode()
-    if not path.is_file() or path.read_bytes() != data:
+    if file_size(path) is None or read_bytes(path) != data:
         write_bytes(path, data)
     box.facts["rejected"] = len(rejects)
     box.add(REJECTS, {"files": {path.name: file_entry(path)}, "samples": 0})
@@ -164,7 +166,7 @@ def refuse_empty(box: Box) -> None:
 
 
 def _refuse_inside(source: Path, out: Path) -> None:
-    if out.resolve().is_relative_to(source.resolve()):
+    if is_local(out) and out.resolve().is_relative_to(source.resolve()):
         raise SourceError(
             "the output folder lies inside the source, and would be taken for a class of it",
             where=out,

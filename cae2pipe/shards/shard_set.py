@@ -75,9 +75,11 @@ class ShardSet:
         Raises:
             DamageError: the tar is missing, or has changed.
         """
-        if not shard.path.is_file():
-            raise DamageError("the tar is missing", where=shard.path, fix=REMEDY)
-        if sha256_file(shard.path) != shard.sha256:
+        try:
+            digest = sha256_file(shard.path)
+        except FileNotFoundError:
+            raise DamageError("the tar is missing", where=shard.path, fix=REMEDY) from None
+        if digest != shard.sha256:
             raise DamageError("the tar has changed since it was written", where=shard.path, fix=REMEDY)
 
     def index(self, shard: Shard) -> list[TarSample]:

@@ -6,11 +6,15 @@ Members' names are compared and never used as paths.
 
 from __future__ import annotations
 
+import errno
+import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cae2pipe.artifacts import places
+from cae2pipe.artifacts.places import file_size
 from cae2pipe.errors import DamageError
 
 IMAGE, LABEL = "jpg", "cls"
@@ -46,8 +50,10 @@ def index_tar(path: Path) -> list[TarSample]:
     labels: dict[str, int] = {}
     end = 0
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
+        size = file_size(path)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, _, kind = member.name.partition(".")
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -75,9 +81,7 @@ def index_tar(path: Path) -> list[TarSample]:
 def read_range(path: Path, offset: int, size: int) -> bytes:
     """``size`` bytes from ``offset`` on. Raises DamageError where the file ends before."""
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        data = places.read_range(path, offset, size)
     except OSError as error:
         raise DamageError(f"this tar cannot be read: {error.strerror}", where=path) from None
     if len(data) != size:

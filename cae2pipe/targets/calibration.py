@@ -49,11 +49,16 @@ def one_thread() -> Iterator[None]:
 
 
 def token_cosines(true: Tensor, decoded: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Raw and centred cosine of every token. (n, T, D) twice and (D,) to (n * T,) twice, computed in float64."""
-    raw = torch.cosine_similarity(true.double(), decoded.double(), dim=-1)
-    mean = mean.to(true.device).double()
-    centred = torch.cosine_similarity(true.double() - mean, decoded.double() - mean, dim=-1)
-    return raw.flatten().float(), centred.flatten().float()
+    """Raw and centred cosine of every token. (n, T, D) twice and (D,) to (n * T,) twice, float32."""
+    mean = mean.to(true.device)
+    return _cosines(true, decoded), _cosines(true - mean, decoded - mean)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    dot = torch.linalg.vecdot(a, b)
+    return (
+        dot / (torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)).clamp_min(1e-12)
+    ).flatten()
 
 
 def summarise(raw: Tensor, centred: Tensor) -> Fidelity:

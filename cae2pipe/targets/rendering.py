@@ -1,7 +1,7 @@
 """The worker's half of extraction: originals of one block in, stored views of it out.
 
-An image is decoded once for all its views. What leaves a worker is the JPEG bytes as they will be stored: the teacher
-sees those, decoded again, so that the student trains on exactly what the teacher saw.
+An image is decoded once for all its views. What leaves a worker is the JPEG bytes as they will be stored and what they
+decode to: the teacher sees that, so that the student trains on exactly what the teacher saw.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.images.views import draw_view, encode_view, render_view
+from cae2pipe.images.views import decode_view, draw_view, encode_view, render_view
 from cae2pipe.loading.workers import in_order
 from cae2pipe.shards.shard_set import Shard, ShardSet
 from cae2pipe.targets.chunks import BLOCK
@@ -31,12 +33,14 @@ class Task:
 
 @dataclass(frozen=True)
 class RenderedBlock:
-    """A block's views: for each of ``task.views`` the JPEGs (b of them) and the draws, float64 (b, 11)."""
+    """A block's views: for each of ``task.views`` the JPEGs (b of them), their pixels as the teacher will see them,
+    uint8 (b, 3, H, W), and the draws, float64 (b, 11)."""
 
     task: Task
     keys: list[str]
     labels: np.ndarray
     jpegs: list[list[bytes]]
+    pixels: list[Tensor]
     draws: list[np.ndarray]
 
 
@@ -68,7 +72,11 @@ class Renderer(Dataset):
                 jpegs[place].append(encode_view(render_view(image, draw, self.settings), self.settings))
                 draws[place].append(draw.to_row())
         labels = np.array([sample.label for sample in samples], dtype=np.int32)
-        return RenderedBlock(task, [s.key for s in samples], labels, jpegs, [np.stack(rows) for rows in draws])
+        pixels = [
+            torch.from_numpy(np.stack([decode_view(jpeg) for jpeg in view])).permute(0, 3, 1, 2) for view in jpegs
+        ]
+        stacked = [np.stack(rows) for rows in draws]
+        return RenderedBlock(task, [s.key for s in samples], labels, jpegs, pixels, stacked)
 
 
 def render(renderer: Renderer, workers: int) -> Iterator[RenderedBlock]:

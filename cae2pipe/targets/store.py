@@ -15,7 +15,6 @@ Only this module knows the layout. Reading goes to the files directly; ``zarr.op
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from cae2pipe.artifacts.atomic import commit, temporary_path
+from cae2pipe.artifacts.places import file_size, read_bytes, read_range
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.targets.chunks import BLOCK, ChunkError, ShardFile, decode_chunk, decode_index, encode_chunk, index_size
@@ -78,27 +77,36 @@ class Block:
     arrays: dict[str, np.ndarray]
 
 
+def pack_block(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """The chunks of up to 64 samples, by array: padded to a whole block, compressed, with their checksums."""
+    chunks = {}
+    for name, spec in layout.blocked().items():
+        array = arrays[name]
+        count = array.shape[spec.sample_axis]
+        if count < BLOCK:
+            # The shard's sample axis is a whole number of chunks: zarr refuses others.
+            padded = np.zeros(layout.shape(name, BLOCK), dtype=spec.dtype)
+            padded[(slice(None),) * spec.sample_axis + (slice(0, count),)] = array
+            array = padded
+        chunks[name] = encode_chunk(np.asarray(array, dtype=spec.dtype), spec.level)
+    return chunks
+
+
 class StoreWriter:
-    """Writes one store, block after block, under a temporary name; ``finish`` gives it its own."""
+    """Writes one store, block after block, into the folder ``path``; ``finish`` makes it a Zarr group."""
 
     def __init__(self, path: Path, layout: Layout):
         self.path = path
         self.layout = layout
-        self.temporary = temporary_path(path)
         self.samples = 0
         self._files = {name: ShardFile(self._shard_path(name)) for name in layout.blocked()}
 
-    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Add the blocked arrays of the next up to 64 samples. Only the last block may be shorter."""
+    def append(self, chunks: Mapping[str, bytes], samples: int) -> None:
+        """Add the packed block of the next up to 64 samples. Only the last block may be shorter."""
         assert self.samples % BLOCK == 0, "a short block must be the last one"
-        for name, spec in self.layout.blocked().items():
-            array = arrays[name]
-            count = array.shape[spec.sample_axis]
-            # The shard's sample axis is a whole number of chunks: zarr refuses others.
-            chunk = np.zeros(self.layout.shape(name, BLOCK), dtype=spec.dtype)
-            chunk[(slice(None),) * spec.sample_axis + (slice(0, count),)] = array
-            self._files[name].append(encode_chunk(chunk, spec.level))
-        self.samples += count
+        for name, file in self._files.items():
+            file.append(chunks[name])
+        self.samples += samples
 
     def finish(
         self,
@@ -116,7 +124,7 @@ class StoreWriter:
             file.close()
         assert len(keys) == len(labels) == len(draws) == len(members) == self.samples
         group = zarr.create_group(
-            self.temporary, zarr_format=3, attributes={**attributes, "draw_columns": list(DRAW_COLUMNS)}
+            self.path, zarr_format=3, attributes={**attributes, "draw_columns": list(DRAW_COLUMNS)}
         )
         for name, spec in self.layout.blocked().items():
             blosc = BloscCodec(cname="zstd", clevel=spec.level, shuffle="bitshuffle") if spec.level else None
@@ -149,17 +157,15 @@ class StoreWriter:
                 config={"write_empty_chunks": True},
             )
             array[...] = data
-        commit(self.temporary, self.path)
 
-    def abort(self) -> None:
-        """Give up: close and remove what was written."""
+    def close(self) -> None:
+        """Give up: let go of the files."""
         for file in self._files.values():
             file.abort()
-        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _shard_path(self, name: str) -> Path:
         axes = len(self.layout.shape(name, BLOCK))
-        return self.temporary / name / "c" / Path(*("0",) * axes)
+        return self.path / name / "c" / Path(*("0",) * axes)
 
 
 class StoreReader:
@@ -240,21 +246,23 @@ class StoreReader:
         return Block(self.keys()[where], self.labels()[where], self.jpegs(block), self.arrays(block, names))
 
     def _shard_path(self, name: str) -> Path:
-        return self.path / name / "c" / Path(*("0",) * len(self.layout.shape(name, BLOCK)))
+        return self.path.joinpath(name, "c", *("0",) * len(self.layout.shape(name, BLOCK)))
 
     def _read_index(self, name: str) -> np.ndarray:
         path = self._shard_path(name)
         size = index_size(self.blocks)
-        total = path.stat().st_size
+        total = file_size(path)
+        if total is None:
+            raise FileNotFoundError(path)
         if total < size:
             raise ChunkError("the shard file is cut off")
         return decode_index(_read(path, total - size, size), self.blocks)
 
     def _small_array(self, name: str, dtype: str, tail: tuple[int, ...] | None) -> np.ndarray:
         if name not in self._small:
-            path = self.path / name / "c" / Path(*("0",) * (1 if tail == () else 2))
+            path = self.path.joinpath(name, "c", *("0",) * (1 if tail == () else 2))
             try:
-                data = path.read_bytes()
+                data = read_bytes(path)
                 if tail is None:
                     tail = ((len(data) - 4) // self.samples,)
                 self._small[name] = decode_chunk(data, (self.samples, *tail), dtype, 0)
@@ -272,11 +280,7 @@ class StoreReader:
 
 
 def _read(path: Path, offset: int, length: int) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        data = file.read(length)
-        while len(data) < length and (more := file.read(length - len(data))):
-            data += more
+    data = read_range(path, offset, length)
     if len(data) != length:
         raise ChunkError(f"the file ends {length - len(data)} bytes too early")
     return data

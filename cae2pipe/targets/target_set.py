@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.atomic import commit, temporary_path
-from cae2pipe.artifacts.box import Box, check_file, open_box
-from cae2pipe.artifacts.digest import tree_entries
+from cae2pipe.artifacts.box import Box, check_files, open_box
+from cae2pipe.artifacts.places import file_sizes, read_bytes
 from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.store import REMEDY, Layout, StoreReader
@@ -73,10 +72,9 @@ class TargetSet:
                 where=root,
                 fix="run `cae2pipe extract-targets` with the same arguments as before",
             )
-        for unit in self.box.units.values():
-            for relative, entry in unit["files"].items():
-                if problem := check_file(root / relative, entry, digests=False):
-                    raise DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root))
+        for name in sorted(self.box.units.keys() - self.box.whole()):
+            for problem in check_files(self.box, [name], digests=False):
+                raise DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root))
         self.teacher = TeacherFacts(**{name: self.box.facts["teacher"][name] for name in TeacherFacts.__annotations__})
         self.view_size: int = self.box.identity["settings"]["view"]["size"]
         self.classes: list[str] = self.box.facts["classes"]
@@ -134,13 +132,12 @@ def make_layout(teacher: dict[str, Any], codec: dict[str, Any], calibration: Cal
     )
 
 
-def write_calibration(path: Path, calibration: Calibration) -> dict[str, dict[str, Any]]:
-    """Write ``codec.zarr`` and return the manifest's entries of its files."""
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write the local folder ``codec.zarr``."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    temporary = temporary_path(path)
-    group = zarr.create_group(temporary, zarr_format=3, overwrite=True)
+    group = zarr.create_group(path, zarr_format=3, overwrite=True)
     arrays = {"mean": calibration.mean.numpy()}
     if calibration.basis is not None and calibration.step is not None:
         arrays |= {"basis": calibration.basis.numpy(), "step": np.array([calibration.step], dtype="<f4")}
@@ -156,16 +153,20 @@ def write_calibration(path: Path, calibration: Calibration) -> dict[str, dict[st
             config={"write_empty_chunks": True},
         )
         array[...] = data
-    commit(temporary, path)
-    return tree_entries(path, path.parent)
 
 
 def read_calibration(path: Path) -> Calibration:
     """Read ``codec.zarr``. Raises DamageError where it cannot be read."""
     import zarr
+    from zarr.core.buffer import default_buffer_prototype
 
     try:
-        group = zarr.open_group(path, mode="r")
+        # Small: read whole, so that every place is reached in the same way.
+        files = {name: read_bytes(path / name) for name in file_sizes(path)}
+        store = zarr.storage.MemoryStore(
+            {name: default_buffer_prototype().buffer.from_bytes(d) for name, d in files.items()}
+        )
+        group = zarr.open_group(store, mode="r")
         arrays = {name: np.asarray(array[...]) for name, array in group.arrays()}
         mean = torch.from_numpy(arrays["mean"])
         if "basis" not in arrays:

@@ -7,14 +7,16 @@ import torch
 from cae2pipe.errors import SettingsError
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU where there is none.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` is a CUDA device, or the CPU where there is none; ranks of one machine take different ones.
 
     Raises:
         SettingsError: an unknown name, or a device that this machine lacks.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

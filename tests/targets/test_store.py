@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from cae2pipe.errors import DamageError
-from cae2pipe.targets.calibration import Calibration, calibrate, make_codec
-from cae2pipe.targets.store import Layout, StoreReader, StoreWriter
+from cae2pipe.targets.calibration import calibrate, make_codec
+from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
 
 TOKENS, DIM, SAMPLES = 5, 8, 130  # two full blocks and a short one
 
@@ -33,7 +33,8 @@ def written(request, tmp_path):
     for low in range(0, SAMPLES, 64):
         where = slice(low, low + 64)
         arrays = layout.codec.encode(tokens[where])
-        writer.append({**arrays, "norms": norms[where], "attention": attention[where]})
+        chunks = pack_block(layout, {**arrays, "norms": norms[where], "attention": attention[where]})
+        writer.append(chunks, len(norms[where]))
     labels = np.zeros(SAMPLES, dtype=np.int32)
     writer.finish(keys, labels, np.zeros((SAMPLES, 11)), members, {"view": 0})
     entry = {"tar": "views.tar", "zarr": "000000.zarr", "samples": SAMPLES}
@@ -119,12 +120,3 @@ def test_a_cut_tar_is_found(written):
     assert len(reader.jpegs(1)) == 64
     with pytest.raises(DamageError, match="too early"):
         reader.jpegs(2)
-
-
-def test_an_unfinished_store_does_not_exist(tmp_path):
-    layout = Layout(TOKENS, DIM, TOKENS - 1, False, make_codec("fp16", Calibration(torch.zeros(DIM))))
-    writer = StoreWriter(tmp_path / "000000.zarr", layout)
-    writer.append({**layout.codec.encode(unit(64)), "norms": np.ones((64, TOKENS), dtype="<f2")})
-    assert not (tmp_path / "000000.zarr").exists()
-    writer.abort()
-    assert not list(tmp_path.iterdir())

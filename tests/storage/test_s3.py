@@ -1,0 +1,103 @@
+"""The whole pipeline on an object store, with its failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cae2pipe.artifacts import places
+from cae2pipe.artifacts.lock import can_lock, writing
+from cae2pipe.artifacts.parts import Part
+from cae2pipe.artifacts.places import file_sizes, place, put_bytes, read_bytes, remove
+from cae2pipe.errors import BadInputError, DamageError, LockedError, StorageError
+from cae2pipe.inspection import verify
+from cae2pipe.progress import Silent
+from cae2pipe.shards.build import build_shard_set
+from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.stages.pretrain import pretrain
+from tests.conftest import contents
+from tests.storage.conftest import BUSY, FORBIDDEN
+
+
+def remote_contents(root: Path) -> dict[str, bytes]:
+    return {name: read_bytes(root / name) for name in file_sizes(root) if not name.startswith(".locks")}
+
+
+def test_shard_extract_pretrain_and_verify(
+    bucket, photos, target_root, tmp_path, extract_settings, pretrain_settings
+) -> None:
+    settings = extract_settings()
+    shards = build_shard_set(photos, place(f"{bucket}/shards"), settings.shard, Silent())
+    assert remote_contents(shards.root) == contents(target_root / "shards")
+    out = place(f"{bucket}/targets")
+    extract_targets(shards.root, out, settings, Silent())
+    local = {name: data for name, data in contents(target_root).items() if not name.startswith("shards/")}
+    assert remote_contents(out) == local, "the same bytes as on a disk"
+    report = Silent()
+    extract_targets(shards.root, out, settings, report)
+    assert any("nothing to do" in line for line in report.lines)
+    assert not verify(out, Silent()).problems
+    run = pretrain_settings(stop_after=1)
+    pretrain(out, tmp_path / "run", run, Silent())
+    pretrain(target_root, tmp_path / "local", run, Silent())
+    assert [p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_file()] == [
+        p.read_bytes() for p in (tmp_path / "local" / "checkpoints").iterdir() if p.is_file()
+    ]
+
+
+def test_lost_and_changed_objects_are_found_and_made_again(bucket, photos, tmp_path, extract_settings) -> None:
+    settings = extract_settings(views=1)
+    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, Silent())
+    out = place(f"{bucket}/targets")
+    extract_targets(shards.root, out, settings, Silent())
+    before = remote_contents(out)
+    lost, flipped = "views/v00/000001.tar", "latents/v00/000002.zarr/symbols/c/0/0/0"
+    remove([out / lost])
+    put_bytes(out / flipped, bytes([before[flipped][0] ^ 1]) + before[flipped][1:])
+    problems = verify(out, Silent()).problems
+    assert {type(problem) for problem in problems} == {DamageError}
+    assert sorted(problem.where.removeprefix(f"{out}/") for problem in problems) == sorted([lost, flipped])
+    remove([out / flipped])
+    extract_targets(shards.root, out, settings, Silent())
+    assert remote_contents(out) == before
+
+
+def test_parts_exclude_each_other_on_an_object_store(bucket) -> None:
+    root = place(f"{bucket}/set")
+    assert can_lock(root)
+    with writing(root, Part(1, 2)):
+        with writing(root, Part(2, 2)):
+            pass
+        with pytest.raises(LockedError, match="part 1/2"), writing(root, Part(3, 4)):
+            pass
+    assert file_sizes(root) == {}
+
+
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(bucket, moods) -> None:
+    path = place(f"{bucket}/file")
+    put_bytes(path, b"content")
+    moods.append(BUSY)
+    assert read_bytes(path) == b"content"
+    assert moods == [], "the answer was given"
+
+
+def test_a_server_that_stays_busy_is_explained(bucket, moods, monkeypatch) -> None:
+    monkeypatch.setattr(places, "WAITS", ())
+    path = place(f"{bucket}/file")
+    put_bytes(path, b"content")
+    monkeypatch.setattr(path.fs, "retries", 1)
+    moods.extend([BUSY] * 40)
+    with pytest.raises(StorageError, match="did not answer in 1 tries") as caught:
+        read_bytes(path)
+    moods.clear()
+    assert str(path) in str(caught.value)
+    assert "same command" in caught.value.fix
+
+
+def test_wrong_credentials_are_explained(bucket, photos, extract_settings, moods) -> None:
+    moods.extend([FORBIDDEN] * 40)
+    with pytest.raises(BadInputError, match="refuses access") as caught:
+        extract_targets(place(f"{bucket}/shards"), place(f"{bucket}/out"), extract_settings(), Silent())
+    moods.clear()
+    assert "AWS_PROFILE" in caught.value.fix
