@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Real photographs and weights for some tests, where they lie beside the checkout; those tests skip without.
 export CAE2PIPE_REAL ?= $(wildcard $(abspath ../shared/real))
 
-.PHONY: demo test check clean
+.PHONY: demo test faults check clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,10 @@ demo: $(VENV)/.installed  ## the whole pipeline on photographs that pip brings, 
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+N ?= 30
+faults: $(VENV)/.installed  ## N random points of every kind of fault, each ending in the undisturbed run's bytes
+	CAE2PIPE_FAULTS=$(N) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
