@@ -148,6 +148,9 @@ def extract_targets(
     part: Annotated[str, typer.Option(help="K/N: make the K-th of N shares, e.g. 3/8 on the third of 8 machines.")] = (
         "1/1"
     ),
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what it would cost, from a few hundred images; OUT is not touched.")
+    ] = False,
     calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="Calibrate the codec and stop.")] = False,
     set_: Set = None,
 ) -> None:
@@ -167,10 +170,43 @@ def extract_targets(
             **_section("speed", workers=workers, device=device),
         }
         settings = load(ExtractSettings, "extract", config, set_ or [], values)
+        from cae2pipe.stages.extract_targets import estimate_targets
         from cae2pipe.stages.extract_targets import extract_targets as run
 
+        if estimate:
+            with progress("estimate") as report:
+                found = estimate_targets(source, settings, report)
+            _print_estimate(found)
+            return
         with progress("extract-targets") as report:
             run(source, out, settings, report, parse_part(part), calibrate_only)
+
+
+def _print_estimate(found: dict[str, Any]) -> None:
+    from cae2pipe.progress import duration, gigabytes
+    from cae2pipe.reporting.terminal import print_table
+
+    rows = [
+        {
+            "codec": row["codec"],
+            "pixels a view": gigabytes(found["pixels"]),
+            "latents a view": gigabytes(row["latents"]),
+            "in all": gigabytes(row["bytes"]),
+            "mean cosine": f"{row['mean']:.5f}",
+            "1st percentile": f"{row['p1']:.5f}",
+            "time here": duration(row["seconds"]),
+            "paid from epoch": row["paid_from_epoch"],
+        }
+        for row in found["codecs"]
+    ]
+    print_table(console, rows)
+    console.print(
+        f"{found['images']} images in {found['views']} views; here {found['views_per_s']:.1f} views a second, the "
+        f"teacher alone {found['teacher_per_s']:.1f}: {found['verdict']}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -8,8 +8,10 @@ the work is split.
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -32,14 +34,17 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import BadInputError, MismatchError, SourceError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, gigabytes
-from cae2pipe.shards.build import build_shard_set
+from cae2pipe.shards.build import build_shard_set, plan_runs, write_run
+from cae2pipe.shards.checking import check_image
 from cae2pipe.shards.shard_set import Shard, ShardSet
+from cae2pipe.shards.source import scan
 from cae2pipe.shards.tar import index_tar, write_samples
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, summarise
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens
-from cae2pipe.targets.rendering import Renderer, Task, render
+from cae2pipe.targets.estimate import CODECS, price, project, tar_bytes
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
 from cae2pipe.targets.target_set import CODEC, KIND, make_layout, read_calibration, store_name, write_calibration
 from cae2pipe.teachers.check import check_features
@@ -186,34 +191,14 @@ def make_calibration(
 ) -> None:
     """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample."""
     codec = settings.codec
-    tasks, taken = [], 0
-    for shard in shards.shards:
-        for number in range(-(-shard.samples // BLOCK)):
-            if taken < codec.calibration:
-                tasks.append(Task(shard, number, (0,)))
-                taken += min(BLOCK, shard.samples - number * BLOCK)
-    report.log(f"calibrating the {codec.name} codec on {taken} images")
-    outputs: list[TeacherOutput] = []
-    pixels = 0
-    for block in render(Renderer(shards, tasks, settings.view, settings.seed), workers):
-        output = teacher(block.pixels[0].to(teacher.device))
-        check_features(output.tokens, where=f"shard {block.task.shard.name}, block {block.task.block}", constant=True)
-        attention = None if output.attention is None else output.attention.cpu()
-        outputs.append(TeacherOutput(output.tokens.cpu(), attention))
-        pixels += sum(map(len, block.jpegs[0]))
+    report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
+    outputs, jpegs = run_sample(shards, teacher, settings, workers)
+    taken = len(jpegs)
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
     calibration, fidelity = calibrate(unit, codec.name, codec.fidelity, codec.level)
-    info = teacher.info
-    box.facts["teacher"] = {
-        "name": info.name,
-        "dim": info.dim,
-        "rows": info.rows,
-        "cols": info.cols,
-        "class_token": info.class_token,
-        "attention": outputs[0].attention is not None,
-    }
+    box.facts["teacher"] = teacher_facts(teacher, outputs[0])
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
-    box.facts["codec"] = codec_facts(outputs, pixels, layout, calibration, fidelity)
+    box.facts["codec"] = codec_facts(outputs, sum(map(len, jpegs)), layout, calibration, fidelity)
     box.facts["versions"] = library_versions()
     box.facts["processor"] = processor(teacher.device)
     # The facts first: a codec without them would be taken for a finished calibration.
@@ -222,6 +207,39 @@ def make_calibration(
         write_calibration(stage.path("codec.zarr"), calibration)
         box.add(CODEC, {"files": stage.commit("codec.zarr"), "samples": taken})
     report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
+
+
+def run_sample(
+    shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int
+) -> tuple[list[TeacherOutput], list[bytes]]:
+    """The teacher's outputs, on the CPU, block by block, on view 0 of the first images, and those views' JPEGs."""
+    tasks, taken = [], 0
+    for shard in shards.shards:
+        for number in range(-(-shard.samples // BLOCK)):
+            if taken < settings.codec.calibration:
+                tasks.append(Task(shard, number, (0,)))
+                taken += min(BLOCK, shard.samples - number * BLOCK)
+    outputs, jpegs = [], []
+    for block in render(Renderer(shards, tasks, settings.view, settings.seed), workers):
+        output = teacher(block.pixels[0].to(teacher.device))
+        check_features(output.tokens, where=f"shard {block.task.shard.name}, block {block.task.block}", constant=True)
+        attention = None if output.attention is None else output.attention.cpu()
+        outputs.append(TeacherOutput(output.tokens.cpu(), attention))
+        jpegs += block.jpegs[0]
+    return outputs, jpegs
+
+
+def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
+    """What readers of a set must know of its teacher."""
+    info = teacher.info
+    return {
+        "name": info.name,
+        "dim": info.dim,
+        "rows": info.rows,
+        "cols": info.cols,
+        "class_token": info.class_token,
+        "attention": output.attention is not None,
+    }
 
 
 def codec_facts(
@@ -400,6 +418,94 @@ def finish_pair(current: _Shard, view: int, pair: _Pair) -> dict[str, Any]:
         "fidelity": fidelity,
         "bytes": {"latents": latents, "pixels": sum(map(len, jpegs))},
     }
+
+
+def estimate_targets(source: Path, settings: ExtractSettings, report: Report) -> dict[str, Any]:
+    """What the target set of a shard set or a folder of images would cost; nothing is written.
+
+    Returns:
+        ``images``, ``views``, mean bytes of ``pixels`` a view, ``views_per_s`` and ``teacher_per_s`` on this device,
+        and ``codecs``: for each its bytes of ``latents`` a view, ``bytes`` and ``seconds`` in all, the held-out
+        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``.
+    """
+    teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
+    workers = worker_count(settings.speed.workers)
+    with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:
+        if is_box(source, "shards"):
+            shards = ShardSet.open(source)
+            images = shards.images
+        else:
+            shards, images = sample_shards(source, Path(folder), settings)
+        report.log(f"running the teacher on up to {settings.codec.calibration} of {images} images")
+        outputs, jpegs = run_sample(shards, teacher, settings, workers)
+        codec = settings.codec
+        facts = teacher_facts(teacher, outputs[0])
+        shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
+        prices = [price(outputs, name, shape, codec.fidelity, codec.level) for name in CODECS]
+        report.log("extracting from them, to see how fast it goes")
+        chosen = next(found for found in prices if found.codec == codec.name)
+        layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
+        meter = time_extraction(shards, teacher, layout, chosen.calibration, settings, workers)
+    pixels = tar_bytes(jpegs)
+    teacher_per_s = meter.views / meter.teacher
+    rows = []
+    for found in prices:
+        whole = project(images, settings.views, pixels + found.latents, meter.rate(), teacher_per_s)
+        reached = {"mean": found.fidelity.mean, "p1": found.fidelity.p1}
+        rows.append({"codec": found.codec, "latents": round(found.latents), **reached, **asdict(whole)})
+    return {
+        "images": images,
+        "views": settings.views,
+        "pixels": round(pixels),
+        "views_per_s": meter.rate(),
+        "teacher_per_s": teacher_per_s,
+        "verdict": meter.verdict(),
+        "codecs": rows,
+    }
+
+
+def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:
+    """The first images of what would be sharded, as a shard set in ``folder``; and how many there are in all."""
+    found = scan(source)
+    entries = [entry for run in plan_runs(found, settings.shard).values() for entry in run]
+    entries = entries[: settings.codec.calibration]
+    reasons = [check_image(found.root / entry.path) for entry in entries]
+    unit = write_run(folder, "000000", found.root, entries, reasons)
+    if not unit["samples"]:
+        raise SourceError(
+            f"none of the first {len(entries)} images can be decoded", where=source, fix="check the source"
+        )
+    ((path, entry),) = unit["files"].items()
+    shard = Shard("000000", unit["samples"], folder / path, entry["sha256"])
+    return ShardSet(folder, found.classes, [shard]), len(found.entries)
+
+
+def time_extraction(
+    shards: ShardSet,
+    teacher: Teacher,
+    layout: Layout,
+    calibration: Calibration,
+    settings: ExtractSettings,
+    workers: int,
+) -> Meter:
+    """Render, encode and pack all asked views of a few blocks."""
+    views = tuple(range(settings.views))
+    blocks = [(shard, block) for shard in shards.shards for block in range(-(-shard.samples // BLOCK))]
+    tasks = [Task(shard, block, views) for shard, block in blocks[: max(4, 16 // len(views))]]
+    meter = Meter()
+
+    def begun(rendered: Iterator[RenderedBlock]) -> Iterator[RenderedBlock]:
+        # Workers take seconds to start, which a real run does once.
+        first = next(rendered)
+        meter.began = time.perf_counter()
+        yield first
+        yield from rendered
+
+    rendered = begun(render(Renderer(shards, tasks, settings.view, settings.seed), workers))
+    for _ in encode_ahead(rendered, teacher, layout, calibration, 1, meter):
+        pass
+    meter.ended = time.perf_counter()
+    return meter
 
 
 def library_versions() -> dict[str, str]:

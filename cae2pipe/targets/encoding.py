@@ -46,18 +46,23 @@ class Meter:
     """Where an extraction's time goes, in seconds."""
 
     began: float = field(default_factory=time.perf_counter)
+    ended: float | None = None
     teacher: float = 0.0
     rendering: float = 0.0
     packing: float = 0.0
     views: int = 0
 
+    def seconds(self) -> float:
+        """From the beginning to the end, or to now."""
+        return max(1e-9, (self.ended or time.perf_counter()) - self.began)
+
     def waits(self) -> float:
         """Share of the time in which the teacher had nothing to do."""
-        return max(0.0, 1 - self.teacher / max(1e-9, time.perf_counter() - self.began))
+        return max(0.0, 1 - self.teacher / self.seconds())
 
     def rate(self) -> float:
         """Views a second."""
-        return self.views / max(1e-9, time.perf_counter() - self.began)
+        return self.views / self.seconds()
 
     def verdict(self) -> str:
         """What holds extraction up, in a sentence."""

@@ -1,0 +1,78 @@
+"""What a target set will cost, from a sample of it: bytes, time, and when the cache has paid for itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, make_codec
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.codecs import unit_tokens
+from cae2pipe.targets.encoding import encode_tokens
+from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.teachers.protocol import TeacherOutput
+
+CODECS = ("fp16", "int8", "klt")
+
+TAR_BLOCK = 512
+"""A tar's members are padded to whole blocks, and each has a header of one."""
+
+
+@dataclass(frozen=True)
+class CodecPrice:
+    """One codec on the sample: bytes a view on the disk, and the fidelity on images that it was not fitted to."""
+
+    codec: str
+    latents: float
+    fidelity: Fidelity
+    calibration: Calibration
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The whole set: bytes, seconds, and the epoch of pretraining from which on the cache has paid."""
+
+    bytes: int
+    seconds: float
+    paid_from_epoch: int
+
+
+def tar_bytes(jpegs: Sequence[bytes]) -> float:
+    """Mean bytes that a view's pixels take in a tar: the JPEG's member and the label's."""
+    return sum((3 - (-len(jpeg) // TAR_BLOCK)) * TAR_BLOCK for jpeg in jpegs) / len(jpegs)
+
+
+def price(outputs: Sequence[TeacherOutput], name: str, shape: Layout, fidelity: float, level: int) -> CodecPrice:
+    """A codec's price from the teacher's outputs, one a block, on the CPU. ``shape``'s own codec is not looked at."""
+    unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
+    calibration, reached = calibrate(unit, name, fidelity, level)
+    codec = make_codec(name, calibration, level)
+    layout = Layout(shape.tokens, shape.dim, shape.patches, shape.attention, codec)
+    # Whole blocks only: a short one is padded, which says nothing of a large set.
+    whole = [output for output in outputs if len(output.tokens) == BLOCK] or list(outputs)
+    chunks = 0
+    for output in whole:
+        arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration)
+        chunks += sum(map(len, pack_block(layout, arrays).values()))
+    return CodecPrice(name, chunks / sum(len(output.tokens) for output in whole), reached, calibration)
+
+
+def project(images: int, views: int, bytes_per_view: float, extracted_per_s: float, teacher_per_s: float) -> Projection:
+    """The whole set from a sample's figures.
+
+    Args:
+        images: distinct images. views: views of each.
+        bytes_per_view: pixels and latents on the disk.
+        extracted_per_s: views a second of the whole extraction on this machine.
+        teacher_per_s: views a second of the teacher's forward alone. Run online, it would be paid for by every image of
+            every epoch; the cache is paid for once, so it has paid after ``views * teacher_per_s / extracted_per_s``
+            epochs. What the student saves besides, full-size decoding and cropping, is not counted.
+    """
+    return Projection(
+        bytes=round(images * views * bytes_per_view),
+        seconds=images * views / extracted_per_s,
+        paid_from_epoch=math.ceil(round(views * teacher_per_s / extracted_per_s, 6)),
+    )
