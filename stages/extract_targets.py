@@ -316,7 +316,7 @@ def make_views(
     settings: ExtractSettings,
     workers: int,
     report: Report,
-) -> None:
+) -> Meter:
     """Render, encode and write all missing views; workers, device, packing and writing are at work at once."""
     calibration = read_calibration(box.root / "codec.zarr")
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
@@ -347,7 +347,9 @@ def make_views(
             for left in open_shards:
                 for pair in left.pairs.values():
                     pair.discard()
+    meter.ended = time.perf_counter()
     report.log(f"{meter.views} views, {meter.rate():.0f} a second; {meter.verdict()} (it waited {meter.waits():.0%})")
+    return meter
 
 
 def collect(

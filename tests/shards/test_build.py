@@ -233,7 +233,7 @@ def test_a_killed_run_goes_on_and_its_debris_is_removed(source, tmp_path):
     build_shard_set(source, whole, chosen(), Silent())
     result = subprocess.run([sys.executable, "-c", KILLED, str(source), str(killed)], check=False)
     assert result.returncode == -signal.SIGKILL
-    assert (killed / "tars" / ".tmp-000001.tar").exists()
+    assert (killed / ".tmp-tars+000001.tar" / "tars" / "000001.tar").exists()
     assert (killed / "tars" / "000000.tar").read_bytes() == (whole / "tars" / "000000.tar").read_bytes()
     build_shard_set(source, killed, chosen(), Silent())
     assert contents(killed) == contents(whole)

@@ -1,0 +1,86 @@
+"""How much of the teacher's own speed does extraction keep?
+
+Claim: extraction of full-size photographs runs at 0.85 or more of the views/s of the teacher's bare forward on the same
+batches: everything else, from decoding to writing, is done beside it.
+
+    python -m benchmarks.extraction [--quick] [--device cpu] [--out benchmarks/results/extraction-cpu.json]
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options
+from benchmarks.sample import packed, photographs, rendered, settings, teacher_of
+from cae2pipe.artifacts.box import open_box
+from cae2pipe.processes import worker_count
+from cae2pipe.progress import Silent
+from cae2pipe.stages import extract_targets as stage
+from cae2pipe.targets.encoding import Meter
+
+VIEWS = 4
+COPIES = 4
+"""The photographs are few: each is taken several times, as a class of its own."""
+
+
+def main() -> None:
+    options = parse_options(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        source = photographs(scratch, 100)
+        for copy in range(1 if options.quick else COPIES):
+            shutil.copytree(source, scratch / "source" / f"copy{copy}")
+        chosen = settings(options.device, scratch, views=VIEWS)
+        shards = packed(scratch / "source", scratch, chosen)
+        teacher = teacher_of(chosen)
+        batches = [block.pixels[0] for block in rendered(shards, chosen, 4)]
+        stage.extract_targets(shards.root, scratch / "set", chosen, Silent(), calibrate_only=True)
+        meters: list[Meter] = []
+        number = 0
+
+        def bare() -> float:
+            began, done = time.perf_counter(), 0
+            while done < 512:
+                for batch in batches:
+                    teacher(batch.to(teacher.device))
+                    done += len(batch)
+            if teacher.device.type == "cuda":
+                torch.cuda.synchronize()
+            return done / (time.perf_counter() - began)
+
+        def extraction() -> float:
+            nonlocal number
+            number += 1
+            out = scratch / f"set{number}"
+            shutil.copytree(scratch / "set", out)
+            box = open_box(out)
+            missing = stage.missing_views(box, shards, VIEWS)
+            meters.append(stage.make_views(box, shards, missing, teacher, chosen, worker_count(-1), Silent()))
+            shutil.rmtree(out)
+            return meters[-1].rate()
+
+        speeds = in_turns({"teacher": bare, "extraction": extraction}, 2 if options.quick else 5)
+    ratio = median_ratio(speeds["extraction"], speeds["teacher"])
+    last = meters[-1]
+    rows = [
+        {"what": "the teacher's forward", "views/s": figures(speeds["teacher"])},
+        {
+            "what": f"extraction, {VIEWS} views",
+            "views/s": figures(speeds["extraction"]),
+            "of_teacher": round(ratio, 3),
+            "teacher_waits": round(last.waits(), 3),
+            "waited_for_rendering_s": round(last.rendering, 1),
+            "waited_for_packing_s": round(last.packing, 1),
+        },
+    ]
+    checks = [at_least("extraction over the teacher's forward", ratio, 0.85)]
+    finish(options, "extraction", rows, checks, {"views": VIEWS, "images": shards.images}, ("torch", "timm", "pillow"))
+
+
+if __name__ == "__main__":
+    main()

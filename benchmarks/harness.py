@@ -1,0 +1,134 @@
+"""What the benchmark scripts share: options, timing in turns, the table and the JSON file.
+
+Whatever is compared is measured in turns within one run (A B A B), so that a noisy machine troubles all alike. A figure
+is the median of its rounds beside the smallest and largest; a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def parse_options(doc: str, **more: Any) -> argparse.Namespace:
+    """The options that every script takes; ``more`` names further ones by argparse's arguments."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and samples: a minute or two on two cores")
+    parser.add_argument("--device", default="cpu", help="where the model under test runs")
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file")
+    for name, arguments in more.items():
+        parser.add_argument(f"--{name}", **arguments)
+    return parser.parse_args()
+
+
+def rate(work: Callable[[], Any], count: int) -> float:
+    """``count`` things done by one call of ``work``, a second."""
+    began = time.perf_counter()
+    work()
+    return count / (time.perf_counter() - began)
+
+
+def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each measure gives in each of ``rounds`` rounds, after one round that warms up and is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for turn in range(rounds + 1):
+        for name, measure in measures.items():
+            value = measure()
+            if turn:
+                found[name].append(value)
+    return found
+
+
+def figures(values: Sequence[float], digits: int = 1) -> dict[str, Any]:
+    """Median and spread, for a row."""
+    return {
+        "median": round(statistics.median(values), digits),
+        "spread": [round(min(values), digits), round(max(values), digits)],
+    }
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median over rounds of above / below."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def at_least(name: str, value: float, goal: float, digits: int = 3) -> dict[str, Any]:
+    """A check that is met from ``goal`` upwards. It looks at the value itself, not at what is left after rounding."""
+    return {"name": name, "value": round(value, digits), "goal": f">= {goal:g}", "ok": bool(value >= goal)}
+
+
+def at_most(name: str, value: float, goal: float, digits: int = 3) -> dict[str, Any]:
+    """A check that is met up to ``goal``."""
+    return {"name": name, "value": round(value, digits), "goal": f"<= {goal:g}", "ok": bool(value <= goal)}
+
+
+def real_folder() -> Path | None:
+    """The folder of real images and weights that CAE2PIPE_REAL names; None, with a warning, without one."""
+    folder = os.environ.get("CAE2PIPE_REAL")
+    if folder and Path(folder).is_dir():
+        return Path(folder)
+    warnings.warn("CAE2PIPE_REAL names no folder: made-up images and random weights stand in", stacklevel=2)
+    return None
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
+
+
+def finish(
+    options: argparse.Namespace,
+    benchmark: str,
+    rows: Sequence[Mapping[str, Any]],
+    checks: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    libraries: Sequence[str],
+) -> None:
+    """Print rows and checks as tables and, where asked, write the result. A missed goal is shown, not an error."""
+    print_table(benchmark, rows)
+    print_table("checks", checks)
+    if not options.out:
+        return
+    result = {
+        "benchmark": benchmark,
+        "device": device_name(options.device),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {name: version(name) for name in libraries},
+        "settings": {"quick": options.quick, "threads": torch.get_num_threads(), **settings},
+        "rows": list(rows),
+        "checks": list(checks),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns))
+    # Rich would cut cells short where there is no terminal to ask for its width.
+    Console(width=None if os.isatty(1) else 160).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict) and value.keys() == {"median", "spread"}:
+        low, high = value["spread"]
+        return f"{value['median']:,} ({low:,} .. {high:,})"
+    return str(value)

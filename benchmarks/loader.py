@@ -1,0 +1,72 @@
+"""What does training from blocks save over decoding full-size photographs?
+
+Claim: the block loader gives at least 4 times the images/s a core of decoding full-size photographs with a random
+resized crop. The loader's work includes the latents' Blosc and the masks; the other side does nothing but pixels.
+
+    python -m benchmarks.loader [--quick] [--device cpu] [--out benchmarks/results/loader-cpu.json]
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
+
+from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options, rate
+from benchmarks.sample import photographs, settings
+from cae2pipe.config.base import load
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.loading.loader import load_batches
+from cae2pipe.progress import Silent
+from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.stages.pretrain import make_plan
+from cae2pipe.targets.target_set import TargetSet
+
+TRAINING = {"epochs": 2, "optimizer": {"warmup_epochs": 1}, "data": {"batch": 64, "streams": 4}}
+
+
+def main() -> None:
+    options = parse_options(__doc__)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        source = photographs(scratch, 100)
+        extract_targets(source, scratch / "set", settings(options.device, scratch, views=2), Silent())
+        targets = TargetSet(scratch / "set")
+        chosen = load(PretrainSettings, "pretrain", "tiny", (), TRAINING)
+        plan = make_plan(targets, sorted(targets.stores), chosen, 0)
+        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
+        crop = Compose(
+            [
+                RandomResizedCrop(224, scale=(0.4, 1), interpolation=InterpolationMode.BICUBIC, antialias=True),
+                RandomHorizontalFlip(),
+            ]
+        )
+
+        def originals() -> None:
+            for path in files:
+                np.asarray(crop(Image.open(path).convert("RGB")))
+
+        def blocks() -> None:
+            for _ in load_batches(plan, 0, 0):
+                pass
+
+        images = plan.samples * plan.epochs
+        measures = {"originals": lambda: rate(originals, len(files)), "blocks": lambda: rate(blocks, images)}
+        speeds = in_turns(measures, 3 if options.quick else 9)
+    ratio = median_ratio(speeds["blocks"], speeds["originals"])
+    rows = [
+        {"loader": "full-size photographs, random resized crop", "images/s": figures(speeds["originals"], 0)},
+        {"loader": "blocks of a target set", "images/s": figures(speeds["blocks"], 0), "times": round(ratio, 2)},
+    ]
+    checks = [at_least("block loader over full-size photographs, one core", ratio, 4)]
+    finish(options, "loader", rows, checks, {"photographs": len(files)}, ("torch", "torchvision", "pillow"))
+
+
+if __name__ == "__main__":
+    main()

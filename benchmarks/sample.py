@@ -1,0 +1,78 @@
+"""What the benchmarks measure on: real photographs and a trained teacher, or stand-ins where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.harness import real_folder
+from cae2pipe.config.base import load
+from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.progress import Silent
+from cae2pipe.shards.build import build_shard_set
+from cae2pipe.shards.shard_set import ShardSet
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
+from cae2pipe.teachers.load import load_teacher
+from cae2pipe.teachers.protocol import Teacher
+
+
+def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:
+    """Stage 1 with the ViT-Ti teacher: the trained one where there are real data, else random weights."""
+    real = real_folder()
+    if real:
+        weights = real / "teachers" / "vit_tiny_patch16_224.timm.safetensors"
+    else:
+        import timm
+        from safetensors.torch import save_file
+
+        torch.manual_seed(0)
+        weights = scratch / "random.safetensors"
+        save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)
+    values = {"teacher": {"weights": str(weights)}, "speed": {"device": device}, **over}
+    return load(ExtractSettings, "extract", "vit-tiny-in21k", (), values)
+
+
+def photographs(scratch: Path, images: int) -> Path:
+    """A folder of full-size photographs, about 100 of them; noise of their size where there are none."""
+    if real := real_folder():
+        return real / "imagenet-samples"
+    folder = scratch / "photographs" / "noise"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(images):
+        small = generator.integers(0, 256, (47, 63, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
+    return folder.parent
+
+
+def crops(scratch: Path) -> Path:
+    """A folder of many small photographs (imagenette's training images)."""
+    real = real_folder()
+    return real / "imagenette" / "train" if real else photographs(scratch, 400)
+
+
+def rendered(
+    shards: ShardSet, chosen: ExtractSettings, blocks: int, views: tuple[int, ...] = (0,)
+) -> list[RenderedBlock]:
+    """The first whole blocks of a shard set, rendered."""
+    tasks = [Task(shard, block, views) for shard in shards.shards for block in range(shard.samples // BLOCK)][:blocks]
+    return list(render(Renderer(shards, tasks, chosen.view, chosen.seed), 0))
+
+
+def packed(source: Path, scratch: Path, chosen: ExtractSettings, name: str = "shards") -> ShardSet:
+    return build_shard_set(source, scratch / name, chosen.shard, Silent())
+
+
+def teacher_of(chosen: ExtractSettings) -> Teacher:
+    return load_teacher(chosen.teacher, torch.device(chosen.speed.device))
+
+
+def tokens_of(teacher: Teacher, blocks: list[RenderedBlock]) -> Tensor:
+    """Raw tokens (n, T, D) of view 0 of all blocks, on the CPU."""
+    return torch.cat([teacher(block.pixels[0].to(teacher.device)).tokens.cpu() for block in blocks])

@@ -1,0 +1,106 @@
+"""What do checksums and Zarr cost a reader?
+
+Claim: reading 64-sample int8 blocks with their checksums takes at most 1.5 times as long as plainly reading the same
+bytes of the same files; zarr-python's own path stands beside it. All warm.
+
+    python -m benchmarks.store_read [--quick] [--out benchmarks/results/store_read-cpu.json]
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.harness import at_most, figures, finish, in_turns, median_ratio, parse_options, rate
+from cae2pipe.targets.calibration import calibrate, make_codec
+from cae2pipe.targets.chunks import BLOCK, decode_index, index_size
+from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
+
+TOKENS, DIM, BLOCKS = 197, 512, 48
+"""As CLIP's, and more than a processor's cache holds."""
+
+
+def build(root: Path, codec: str) -> tuple[dict, Layout]:
+    """A store of random tokens: what is read does not hang on what they say."""
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.nn.functional.normalize(torch.randn(BLOCK, TOKENS, DIM, generator=generator), dim=-1)
+    calibration, _ = calibrate(unit, codec, 0.999, 1)
+    layout = Layout(TOKENS, DIM, TOKENS - 1, False, make_codec(codec, calibration))
+    chunks = pack_block(layout, {**layout.codec.encode(unit), "norms": np.ones((BLOCK, TOKENS), dtype="<f2")})
+    writer = StoreWriter(root / f"{codec}.zarr", layout)
+    for _ in range(BLOCKS):
+        writer.append(chunks, BLOCK)
+    count = BLOCK * BLOCKS
+    writer.finish(
+        [f"k{i}" for i in range(count)],
+        np.zeros(count, dtype=np.int32),
+        np.zeros((count, 11)),
+        np.zeros((count, 3), dtype=np.int64),
+        {},
+    )
+    return {"tar": "none", "zarr": f"{codec}.zarr", "samples": count}, layout
+
+
+def readers(root: Path, codec: str) -> dict[str, Callable[[], float]]:
+    unit, layout = build(root, codec)
+    main = layout.codec.main
+    axes = len(layout.shape(main, BLOCK))
+    path = root.joinpath(unit["zarr"], main, "c", *("0",) * axes)
+    data = path.read_bytes()
+    spans = decode_index(data[-index_size(BLOCKS) :], BLOCKS).tolist()
+    order = np.random.default_rng(0).permutation(BLOCKS).tolist()
+    reader = StoreReader(root, unit, layout)
+
+    def plain() -> None:
+        for block in order:
+            offset, length = spans[block]
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                file.read(length)
+
+    def ours() -> None:
+        for block in order:
+            reader.arrays(block, [main])
+
+    def zarrs() -> None:
+        import zarr
+
+        array = zarr.open_group(root / unit["zarr"], mode="r")[main]
+        axis = layout.blocked()[main].sample_axis
+        for block in order:
+            array[(slice(None),) * axis + (slice(block * BLOCK, (block + 1) * BLOCK),)]
+
+    megabytes = sum(length for _, length in spans) / 1e6
+    return {
+        f"{codec}/{name}": lambda work=work: rate(work, megabytes)
+        for name, work in {"plain": plain, "StoreReader": ours, "zarr": zarrs}.items()
+    }
+
+
+def main() -> None:
+    options = parse_options(__doc__)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        measures = {}
+        for codec in ("int8", "fp16", "klt"):
+            measures |= readers(Path(scratch), codec)
+        speeds = in_turns(measures, 5 if options.quick else 21)
+    rows = []
+    for codec in ("int8", "fp16", "klt"):
+        plain = speeds[f"{codec}/plain"]
+        for name in ("plain", "StoreReader", "zarr"):
+            mine = speeds[f"{codec}/{name}"]
+            times = round(median_ratio(plain, mine), 2)
+            rows.append({"codec": codec, "reader": name, "MB/s": figures(mine, 0), "times_plain": times})
+    slower = median_ratio(speeds["int8/plain"], speeds["int8/StoreReader"])
+    checks = [at_most("int8: StoreReader's time over plain reading's", slower, 1.5)]
+    sizes = {"tokens": TOKENS, "dim": DIM, "blocks": BLOCKS}
+    finish(options, "store_read", rows, checks, sizes, ("zarr", "numcodecs", "google-crc32c"))
+
+
+if __name__ == "__main__":
+    main()
