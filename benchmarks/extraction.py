@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options
-from benchmarks.sample import packed, photographs, rendered, settings, teacher_of
+from benchmarks.sample import copies, packed, photographs, rendered, settings, teacher_of
 from cae2pipe.artifacts.box import open_box
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Silent
@@ -25,18 +25,16 @@ from cae2pipe.targets.encoding import Meter
 
 VIEWS = 4
 COPIES = 4
-"""The photographs are few: each is taken several times, as a class of its own."""
+"""Of each photograph: there are about 100, and workers take a second to start."""
 
 
 def main() -> None:
     options = parse_options(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        source = photographs(scratch, 100)
-        for copy in range(1 if options.quick else COPIES):
-            shutil.copytree(source, scratch / "source" / f"copy{copy}")
+        source = copies(photographs(scratch, 100), scratch, COPIES)
         chosen = settings(options.device, scratch, views=VIEWS)
-        shards = packed(scratch / "source", scratch, chosen)
+        shards = packed(source, scratch, chosen)
         teacher = teacher_of(chosen)
         batches = [block.pixels[0] for block in rendered(shards, chosen, 4)]
         stage.extract_targets(shards.root, scratch / "set", chosen, Silent(), calibrate_only=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
 
 from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options, rate
-from benchmarks.sample import photographs, settings
+from benchmarks.sample import copies, photographs, settings
 from cae2pipe.config.base import load
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.loader import load_batches
@@ -26,6 +26,8 @@ from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import make_plan
 from cae2pipe.targets.target_set import TargetSet
 
+COPIES = 6
+"""Of each photograph: with about 100 images every block would be cut between streams, and read by two."""
 TRAINING = {"epochs": 2, "optimizer": {"warmup_epochs": 1}, "data": {"batch": 64, "streams": 4}}
 
 
@@ -36,7 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         source = photographs(scratch, 100)
-        extract_targets(source, scratch / "set", settings(options.device, scratch, views=2), Silent())
+        chosen_views = settings(options.device, scratch, views=1)
+        extract_targets(copies(source, scratch, COPIES), scratch / "set", chosen_views, Silent())
         targets = TargetSet(scratch / "set")
         chosen = load(PretrainSettings, "pretrain", "tiny", (), TRAINING)
         plan = make_plan(targets, sorted(targets.stores), chosen, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def photographs(scratch: Path, images: int) -> Path:
         small = generator.integers(0, 256, (47, 63, 3), dtype=np.uint8)
         Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
     return folder.parent
+
+
+def copies(source: Path, scratch: Path, count: int) -> Path:
+    """The photographs several times over, each copy in folders of its own: a set of a hundred is all edges."""
+    for copy in range(count):
+        for folder in source.iterdir():
+            shutil.copytree(folder, scratch / "copies" / f"{folder.name}-{copy}")
+    return scratch / "copies"
 
 
 def crops(scratch: Path) -> Path:

@@ -372,10 +372,18 @@ def inspect(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    live: Annotated[
+        int, typer.Option(min=0, help="Target sets: also run the teacher again on this many stored views.")
+    ] = 0,
+    teacher_weights: Annotated[
+        Path | None, typer.Option(help="With --live: the teacher's weights, if they came from a local file.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --live: auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
     with exits():
         from cae2pipe.inspection import verify as check
+        from cae2pipe.inspection import verify_live
         from cae2pipe.progress import progress
 
         with progress("verify") as report:
@@ -385,6 +393,18 @@ def verify(
         console.print(result.summary(), highlight=False, soft_wrap=True)
         if result.problems:
             raise typer.Exit(FAILURE)
+        if live:
+            found = verify_live(path, live, teacher_weights, device)
+            console.print(
+                f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
+                f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            if not found.sound:
+                errors.print("these are not the teacher's latents of these views", style="bold red")
+                raise typer.Exit(FAILURE)
 
 
 @app.command()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
 from cae2pipe.artifacts.places import file_size, file_sizes
-from cae2pipe.errors import Cae2pipeError, DamageError
+from cae2pipe.errors import Cae2pipeError, DamageError, MismatchError, TeacherError
 from cae2pipe.progress import Report
+
+if TYPE_CHECKING:
+    from cae2pipe.targets.auditing import Audit
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -129,6 +132,41 @@ def verify(path: Path, report: Report) -> Verification:
         result.files += inner.files
         result.problems += inner.problems
     return result
+
+
+def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Audit:
+    """Run a target set's teacher again on ``count`` of its stored views.
+
+    Args:
+        weights: the teacher's weights, where they came from a local file: sets do not say where files lie.
+
+    Raises:
+        ManifestError: not a target set. TeacherError, MismatchError: the teacher cannot be had, or is another one.
+    """
+    from cae2pipe.config.base import build
+    from cae2pipe.config.extract import TeacherSettings
+    from cae2pipe.targets.auditing import audit
+    from cae2pipe.targets.target_set import TargetSet
+    from cae2pipe.teachers.load import load_teacher
+    from cae2pipe.training.device import pick_device
+
+    targets = TargetSet(path)
+    settings = build(TeacherSettings, targets.box.identity["settings"]["teacher"], where=path)
+    if weights is not None:
+        settings = settings.model_copy(update={"weights": weights})
+    try:
+        teacher = load_teacher(settings, pick_device(device))
+    except TeacherError as error:
+        if weights is not None:
+            raise
+        raise TeacherError(error.what, where=error.where, fix="give the file: --teacher-weights FILE") from None
+    if teacher.info.weights != targets.box.identity["teacher"]["weights"]:
+        raise MismatchError(
+            "these are not the weights that this target set was made with",
+            where=weights or path,
+            fix="give the file of the right ones: --teacher-weights FILE",
+        )
+    return audit(targets, teacher, count)
 
 
 def _strangers(box: Box, known: set[str]) -> list[str]:

@@ -39,7 +39,7 @@ from cae2pipe.shards.checking import check_image
 from cae2pipe.shards.shard_set import Shard, ShardSet
 from cae2pipe.shards.source import scan
 from cae2pipe.shards.tar import index_tar, write_samples
-from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, summarise
+from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, one_thread, summarise
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens
@@ -248,9 +248,10 @@ def codec_facts(
     """What calibration found, and the bytes a view that it lets expect."""
     samples = sum(len(output.tokens) for output in outputs)
     latents = 0
-    for output in outputs:
-        arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration)
-        latents += sum(map(len, pack_block(layout, arrays).values()))
+    with one_thread():  # as when blocks are encoded
+        for output in outputs:
+            arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration)
+            latents += sum(map(len, pack_block(layout, arrays).values()))
     return {
         "held_out_fidelity": asdict(fidelity),
         "step": calibration.step,

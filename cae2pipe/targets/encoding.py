@@ -87,7 +87,8 @@ def encode_ahead(
         TeacherError: latents that are not finite, or that the codec cannot hold.
     """
     pending: deque[Future[EncodedBlock]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    # Each thread would bring a team of OpenMP threads along, and they would fight the teacher's for the cores.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
         def oldest() -> EncodedBlock:
             began = time.perf_counter()
