@@ -115,13 +115,36 @@ def _root(
 
 @app.command()
 def shard(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images: class/*.jpg, or *.jpg.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images (class/*.jpg, or *.jpg, or splits of those), ImageNet's archives or their folder, "
+            "a tar of images, a folder of WebDataset tars, or a .txt list of paths; or the URL of one.",
+            parser=place,
+        ),
+    ],
     out: Out,
     config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "default",
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ground truth of images without classes: ImageNet's development kit, a text file with a class a line, "
+            "or Kaggle's LOC_val_solution.csv.",
+            parser=place,
+        ),
+    ] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(help="Stop unless the source is all of this: imagenet1k, imagenet1k/val, or FILE.json[/SPLIT]."),
+    ] = None,
     workers: Workers = None,
     set_: Set = None,
 ) -> None:
-    """Pack a folder of images into shuffled WebDataset tars, checking that every image can be decoded."""
+    """Pack images into shuffled WebDataset tars, checking that each can be decoded.
+
+    Run again with more images in SOURCE, it adds tars for the new ones.
+    """
     with exits():
         from cae2pipe.config.base import load
         from cae2pipe.config.extract import ShardSettings
@@ -130,7 +153,7 @@ def shard(
 
         settings = load(ShardSettings, "shard", config, set_ or [], _section("speed", workers=workers))
         with progress("shard") as report:
-            build_all(source, out, settings, report)
+            build_all(source, out, settings, report, labels, expect)
 
 
 @app.command("extract-targets")

@@ -38,10 +38,11 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _shards(box: Box) -> dict[str, Any]:
     return {
-        "shards": sum(name != "rejects" for name in box.units),
+        "shards": sum(unit["samples"] > 0 for unit in box.units.values()),
         "images": sum(unit["samples"] for unit in box.units.values()),
         "rejected": box.facts.get("rejected", 0),
         "classes": len(box.identity.get("classes", [])),
+        "generations": [unit["images"] for name, unit in sorted(box.units.items()) if "images" in unit],
     }
 
 
@@ -180,11 +181,13 @@ def _check_contents(box: Box) -> list[DamageError]:
     problems = []
     if box.kind == "shards":
         from cae2pipe.shards.shard_set import ShardSet
+        from cae2pipe.shards.tar import index_tar
 
         shards = ShardSet.open(box.root)
         for shard in shards.shards:
-            if len(shards.index(shard)) != shard.samples:
-                problems.append(DamageError("the tar's samples are not those of the manifest", where=shard.path))
+            index = [(sample.key, sample.label, sample.offset, sample.size) for sample in index_tar(shard.path)]
+            if index != [tuple(row[:4]) for row in shards.index(shard)] or len(index) != shard.samples:
+                problems.append(DamageError("the tar's samples are not those of its index", where=shard.path))
     if box.kind == "targets":
         from cae2pipe.shards.tar import index_tar
         from cae2pipe.targets.target_set import TargetSet

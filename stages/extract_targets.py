@@ -36,7 +36,7 @@ from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, gigabytes
 from cae2pipe.shards.build import build_shard_set, plan_runs, write_run
 from cae2pipe.shards.checking import check_image
-from cae2pipe.shards.shard_set import Shard, ShardSet
+from cae2pipe.shards.shard_set import Shard, ShardSet, make_shard
 from cae2pipe.shards.source import scan
 from cae2pipe.shards.tar import index_tar, write_samples
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, one_thread, summarise
@@ -470,17 +470,14 @@ def estimate_targets(source: Path, settings: ExtractSettings, report: Report) ->
 def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:
     """The first images of what would be sharded, as a shard set in ``folder``; and how many there are in all."""
     found = scan(source)
-    entries = [entry for run in plan_runs(found, settings.shard).values() for entry in run]
+    entries = [entry for run in plan_runs([found.entries], settings.shard).values() for entry in run]
     entries = entries[: settings.codec.calibration]
-    reasons = [check_image(found.root / entry.path) for entry in entries]
-    unit = write_run(folder, "000000", found.root, entries, reasons)
+    unit = write_run(folder, "000000", entries, (check_image(found.piece(entry)) for entry in entries))
     if not unit["samples"]:
         raise SourceError(
             f"none of the first {len(entries)} images can be decoded", where=source, fix="check the source"
         )
-    ((path, entry),) = unit["files"].items()
-    shard = Shard("000000", unit["samples"], folder / path, entry["sha256"])
-    return ShardSet(folder, found.classes, [shard]), len(found.entries)
+    return ShardSet(folder, found.classes, [make_shard(folder, "000000", unit)]), len(found.entries)
 
 
 def time_extraction(

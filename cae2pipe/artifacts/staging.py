@@ -56,14 +56,18 @@ class Stage:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def entries(self, *pieces: str) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of every file at these relative paths, by its path relative to the root."""
+        files = sorted(path for piece in pieces for path in _files(self.folder / piece))
+        return {path.relative_to(self.folder).as_posix(): file_entry(path) for path in files}
+
     def commit(self, *pieces: str) -> dict[str, dict[str, Any]]:
         """Put the files and folders at these relative paths in place, durably, instead of what is there.
 
         Returns:
-            Size and SHA-256 of every file, by its path relative to the root.
+            As ``entries``.
         """
-        files = sorted(path for piece in pieces for path in _files(self.folder / piece))
-        entries = {path.relative_to(self.folder).as_posix(): file_entry(path) for path in files}
+        entries = self.entries(*pieces)
         if not is_local(self.root):
             for name in entries:
                 put_file(self.folder / name, self.root / name)

@@ -17,6 +17,7 @@ from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.errors import ImageError, ManifestError, SourceError
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.images.evaluation_crop import evaluation_crop
+from cae2pipe.shards.checking import Piece, read_piece
 from cae2pipe.shards.shard_set import KIND, ImageSample, ShardSet
 from cae2pipe.shards.source import scan
 
@@ -82,7 +83,7 @@ def open_split(root: Path, batch: int) -> Split:
     source = scan(root)
     entries = source.entries
     runs = [
-        _FolderRun(root, tuple((entry.path, entry.label) for entry in entries[low : low + batch]))
+        _SourceRun(tuple((source.piece(entry), entry.path, entry.label) for entry in entries[low : low + batch]))
         for low in range(0, len(entries), batch)
     ]
     content = fingerprint([[entry.path, entry.bytes] for entry in entries])
@@ -107,21 +108,11 @@ def _open_shards(root: Path, batch: int) -> Split:
 
 
 @dataclass(frozen=True)
-class _FolderRun:
-    root: Path
-    entries: tuple[tuple[str, int], ...]
+class _SourceRun:
+    images: tuple[tuple[Piece, str, int], ...]
 
     def __call__(self) -> list[ImageSample]:
-        return [ImageSample(path, label, self._read(path)) for path, label in self.entries]
-
-    def _read(self, path: str) -> bytes:
-        try:
-            return (self.root / path).read_bytes()
-        except OSError as error:
-            # Unlike an image that cannot be decoded, this may pass: left out, it would stay so in the kept features.
-            raise SourceError(
-                f"this file cannot be read: {error.strerror}", where=self.root / path, fix="mend that, then go on"
-            ) from None
+        return [ImageSample(path, label, read_piece(piece)) for piece, path, label in self.images]
 
 
 @dataclass(frozen=True)
@@ -133,8 +124,6 @@ class _ShardRun:
 
     def __call__(self) -> list[ImageSample]:
         shard = self.shards.shards[self.number]
-        if self.low == 0:  # once a shard: features are kept under the manifest's digest
-            self.shards.check(shard)
         return self.shards.read(shard, self.low, self.high)
 
 

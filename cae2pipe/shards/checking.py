@@ -1,67 +1,107 @@
-"""Proof that images can be decoded, by worker processes. Imports little, so that those start at once."""
+"""Images read and proved to decode, by worker processes. Imports little, so that those start at once."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+from cae2pipe.artifacts.places import read_range
 from cae2pipe.errors import Cae2pipeError, ImageError, SourceError
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.processes import prepare_worker, worker_count
 
-Check = Callable[[Sequence[Path]], Iterator[str | None]]
-"""Paths in, ``check_image`` of each out, in order. Work on all of them begins at once."""
 
-CHUNK = 16
+class Piece(NamedTuple):
+    """``size`` bytes of a file from ``offset`` on; ``member``: what they are called inside it, "" for a whole file."""
+
+    file: Path
+    offset: int
+    size: int
+    member: str = ""
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, member {self.member}" if self.member else str(self.file)
+
+
+class Checked(NamedTuple):
+    """An image's bytes, and why they cannot be decoded, or None."""
+
+    data: bytes
+    reason: str | None
+
+
+Check = Callable[[Iterable[Piece]], Iterator[Checked]]
+"""``check_image`` of each piece, in order, some images ahead of the caller."""
+
+CHUNK = 8
 """Images that a worker is handed at a time."""
+AHEAD = 3
+"""Chunks a worker that are read ahead: what bounds memory."""
 
 
-def check_image(path: Path) -> str | None:
-    """Why an image cannot be decoded, or None.
+def check_image(piece: Piece) -> Checked:
+    """Read an image and decode it once.
 
     Raises:
-        SourceError: the file cannot be read.
+        SourceError: it cannot be read, or has another size than when the source was scanned.
     """
+    data = read_piece(piece)
     try:
-        decode_rgb(read_file(path), where=path)
+        decode_rgb(data, where=piece.where)
     except ImageError as error:
-        return error.what
-    return None
+        return Checked(data, error.what)
+    return Checked(data, None)
 
 
-def read_file(path: Path) -> bytes:
-    """A file of the source.
+def read_piece(piece: Piece) -> bytes:
+    """Bytes of the source.
 
     Raises:
-        SourceError: it cannot be read. Unlike an image that cannot be decoded, this may pass: it is no reject.
+        SourceError: they cannot be read. Unlike an image that cannot be decoded, this may pass: it is no reject.
     """
     try:
-        return path.read_bytes()
+        # One byte more than a whole file should hold, so that a longer one is noticed.
+        data = read_range(piece.file, piece.offset, piece.size + (not piece.member))
     except OSError as error:
         raise SourceError(
-            f"this file cannot be read: {error.strerror}", where=path, fix="mend that, then run the same command again"
+            f"this file cannot be read: {error.strerror or error}",
+            where=piece.where,
+            fix="mend that, then run the same command again",
         ) from None
+    if len(data) != piece.size:
+        length = "longer" if len(data) > piece.size else f"{len(data)} bytes"
+        raise SourceError(
+            f"this file has changed since the source was scanned: {length} instead of {piece.size} bytes",
+            where=piece.where,
+            fix="leave the source alone while it is packed, and give a new output folder",
+        )
+    return data
 
 
 @contextmanager
 def checking(workers: int) -> Iterator[Check]:
-    """``check_image`` over many paths, in worker processes (-1: one a core; 0: none).
+    """``check_image`` over many pieces, in worker processes (-1: one a core; 0: none).
 
     Raises:
         Cae2pipeError: a worker was killed.
     """
     if workers == 0:
-        yield lambda paths: map(check_image, paths)
+        yield lambda pieces: map(check_image, pieces)
         return
     # Not forkserver: there is one a process, and extraction starts it with its own modules loaded.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(worker_count(workers), mp_context=context, initializer=prepare_worker)
+    count = worker_count(workers)
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=prepare_worker)
     try:
-        yield lambda paths: pool.map(check_image, paths, chunksize=CHUNK)
+        yield lambda pieces: _ahead(pool, pieces, AHEAD * count)
     except BrokenProcessPool:
         raise Cae2pipeError(
             "a worker process was killed, perhaps for lack of memory",
@@ -69,3 +109,18 @@ def checking(workers: int) -> Iterator[Check]:
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_chunk(pieces: list[Piece]) -> list[Checked]:
+    return [check_image(piece) for piece in pieces]
+
+
+def _ahead(pool: ProcessPoolExecutor, pieces: Iterable[Piece], most: int) -> Iterator[Checked]:
+    remaining = iter(pieces)
+    pending: deque[Future[list[Checked]]] = deque()
+    while True:
+        while len(pending) < most and (chunk := list(islice(remaining, CHUNK))):
+            pending.append(pool.submit(_check_chunk, chunk))
+        if not pending:
+            return
+        yield from pending.popleft().result()

@@ -1,26 +1,44 @@
 """A shard set, opened for reading.
 
 OUT/manifest.json
-OUT/tars/000000.tar      WebDataset tars of originals, shuffled over the whole source
-OUT/rejects.jsonl        what could not be decoded: path and reason, a line each
+OUT/tars/000000.tar          WebDataset tars of originals, shuffled over the whole source
+OUT/tars/000000.json         where each sample lies in the tar, and its checksum
+OUT/listing-000.jsonl.gz     the source's images, path and bytes, as the tars' order is drawn from them
+OUT/rejects.jsonl            what could not be decoded: path and reason, a line each
 """
 
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
 
 from cae2pipe.artifacts.box import open_box
-from cae2pipe.artifacts.digest import sha256_file
+from cae2pipe.artifacts.digest import sha256_bytes
+from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.errors import DamageError
-from cae2pipe.shards.tar import TarSample, index_tar, read_range
+from cae2pipe.shards.tar import index_tar, read_range
 
 KIND = "shards"
 REJECTS = "rejects"
-"""The unit of ``rejects.jsonl``; all others are tars."""
+"""The unit of ``rejects.jsonl``."""
 
-REMEDY = "delete the file, then run `cae2pipe shard` as before: it makes again what is missing"
+REMEDY = "`cae2pipe verify FOLDER --repair --source IMAGES` makes it again"
+
+
+class IndexedSample(NamedTuple):
+    """One sample of a tar: its key, its label (-1: none), and where its image's bytes lie, with their CRC-32C."""
+
+    key: str
+    label: int
+    offset: int
+    size: int
+    crc32c: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,7 @@ class Shard:
     samples: int
     path: Path
     sha256: str
+    index_sha256: str
 
 
 @dataclass(frozen=True)
@@ -58,35 +77,19 @@ class ShardSet:
             ManifestError: not a shard set.
         """
         box = open_box(root, KIND)
-        shards = []
-        for name, unit in sorted(box.units.items()):
-            if name != REJECTS and unit["samples"]:  # a tar may be empty, if all of its images were rejected
-                ((path, entry),) = unit["files"].items()
-                shards.append(Shard(name, unit["samples"], root / path, entry["sha256"]))
+        # A tar may be empty, if all of its images were rejected.
+        shards = [make_shard(root, name, unit) for name, unit in sorted(box.units.items()) if unit["samples"]]
         return cls(root, list(box.identity["classes"]), shards)
 
     @property
     def images(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
-    def check(self, shard: Shard) -> None:
-        """Read a whole shard and compare its digest with the manifest's.
-
-        Raises:
-            DamageError: the tar is missing, or has changed.
-        """
-        try:
-            digest = sha256_file(shard.path)
-        except FileNotFoundError:
-            raise DamageError("the tar is missing", where=shard.path, fix=REMEDY) from None
-        if digest != shard.sha256:
-            raise DamageError("the tar has changed since it was written", where=shard.path, fix=REMEDY)
-
-    def index(self, shard: Shard) -> list[TarSample]:
+    def index(self, shard: Shard) -> list[IndexedSample]:
         """Where the shard's samples lie.
 
         Raises:
-            DamageError: the tar is missing or broken, or holds another number of samples than the manifest says.
+            DamageError: the index is missing, or has changed.
         """
         return _index(shard)
 
@@ -94,7 +97,7 @@ class ShardSet:
         """Samples [low, high) of a shard, in one ranged read.
 
         Raises:
-            DamageError: as ``index``.
+            DamageError: as ``index``; or the tar is missing or too short, or an image's bytes have changed.
         """
         wanted = self.index(shard)[low:high]
         if not wanted:
@@ -103,25 +106,49 @@ class ShardSet:
         try:
             data = read_range(shard.path, start, wanted[-1].offset + wanted[-1].size - start)
         except DamageError as error:
-            raise _with_remedy(error) from None
-        return [
-            ImageSample(sample.key, sample.label, data[sample.offset - start : sample.offset - start + sample.size])
-            for sample in wanted
-        ]
+            raise DamageError(error.what, where=error.where, fix=REMEDY) from None
+        samples = []
+        for key, label, offset, size, checksum in wanted:
+            image = data[offset - start : offset - start + size]
+            if google_crc32c.value(image) != checksum:
+                raise DamageError(
+                    "the tar has changed since it was written", where=f"{shard.path}, key {key}", fix=REMEDY
+                )
+            samples.append(ImageSample(key, label, image))
+        return samples
+
+
+def make_shard(root: Path, name: str, unit: Mapping[str, Any]) -> Shard:
+    """A tar from the manifest's entry."""
+    tar, index = (unit["files"][path]["sha256"] for path in (tar_path(name), index_path(name)))
+    return Shard(name, unit["samples"], root / tar_path(name), tar, index)
+
+
+def tar_path(name: str) -> str:
+    return f"tars/{name}.tar"
+
+
+def index_path(name: str) -> str:
+    return f"tars/{name}.json"
+
+
+def write_index(path: Path, tar: Path, checksums: Sequence[int]) -> None:
+    """Write the index of a local tar, given its images' CRC-32C in order: a line a sample."""
+    rows = [
+        [sample.key, sample.label, sample.offset, sample.size, checksum]
+        for sample, checksum in zip(index_tar(tar), checksums, strict=True)
+    ]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 @functools.lru_cache(maxsize=16)
-def _index(shard: Shard) -> list[TarSample]:
+def _index(shard: Shard) -> list[IndexedSample]:
+    path = shard.path.with_suffix(".json")
     try:
-        index = index_tar(shard.path)
-    except DamageError as error:
-        raise _with_remedy(error) from None
-    if len(index) != shard.samples:
-        raise DamageError(
-            f"the tar holds {len(index)} samples, and the manifest says {shard.samples}", where=shard.path, fix=REMEDY
-        )
-    return index
-
-
-def _with_remedy(error: DamageError) -> DamageError:
-    return DamageError(error.what, where=error.where, fix=REMEDY)
+        data = read_bytes(path)
+    except FileNotFoundError:
+        raise DamageError("the tar's index is missing", where=path, fix=REMEDY) from None
+    if sha256_bytes(data) != shard.index_sha256:
+        raise DamageError("the tar's index has changed since it was written", where=path, fix=REMEDY)
+    return [IndexedSample(*row) for row in json.loads(data)]

@@ -121,7 +121,7 @@ def test_a_changed_shard_is_an_error_and_no_left_out_image(tmp_path):
     out = shard(data / "train", tmp_path / "shards")
     tar = sorted((out / "tars").glob("*.tar"))[0]
     content = bytearray(tar.read_bytes())
-    content[600] ^= 255
+    content[2048] ^= 255  # in the first image
     tar.write_bytes(content)
     with pytest.raises(DamageError) as caught:
         crops(open_split(out, 4))

@@ -20,12 +20,14 @@ from cae2pipe.artifacts.box import check_files, open_box
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.cli import app
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
-from cae2pipe.errors import LockedError, ManifestError, MismatchError, SourceError, Terminated
+from cae2pipe.errors import DamageError, LockedError, ManifestError, MismatchError, SourceError, Terminated
 from cae2pipe.inspection import verify
 from cae2pipe.keyed import keyed_permutation
 from cae2pipe.progress import Silent
-from cae2pipe.shards import build
+from cae2pipe.shards import checking
 from cae2pipe.shards.build import build_all, build_shard_set
+from cae2pipe.shards.checking import Checked, Piece
+from cae2pipe.shards.keys import sample_key
 from cae2pipe.shards.shard_set import ShardSet
 from tests.conftest import contents, snapshot
 
@@ -156,7 +158,7 @@ def test_a_second_run_does_nothing_and_says_so(source, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
-@pytest.mark.parametrize("name", ["tars/000001.tar", "rejects.jsonl"])
+@pytest.mark.parametrize("name", ["tars/000001.tar", "tars/000001.json", "rejects.jsonl", "listing-000.jsonl.gz"])
 def test_only_what_is_missing_is_made_again(source, tmp_path, name, damage):
     out = tmp_path / "out"
     build_shard_set(source, out, chosen(), Silent())
@@ -168,7 +170,9 @@ def test_only_what_is_missing_is_made_again(source, tmp_path, name, damage):
         path.write_bytes(path.read_bytes()[:-1])
     build_shard_set(source, out, chosen(), Silent())
     after = snapshot(out)
-    assert {name for name in before if before[name] != after[name]} == {name}
+    remade = {name, name.replace(".tar", ".json")} if name.endswith((".tar", ".json")) else {name}
+    remade |= {name.replace(".json", ".tar")} if name.endswith(".json") else set()
+    assert {name for name in before if before[name] != after[name]} == remade
     assert after[name][0] == before[name][0]
     assert after.keys() == before.keys()
 
@@ -183,7 +187,7 @@ def test_a_run_that_was_broken_off_goes_on(source, tmp_path, error, after):
     with pytest.raises(type(error)):
         build_shard_set(source, broken, chosen(), Stop(after, error))
     finished = {name for name in contents(broken) if name.startswith("tars/")}
-    assert finished == {f"tars/{n:06d}.tar" for n in range(after // 8)}
+    assert finished == {f"tars/{n:06d}.{kind}" for n in range(after // 8) for kind in ("tar", "json")}
     assert all(contents(whole)[name] == contents(broken)[name] for name in finished)
     times = {name: snapshot(broken)[name][1] for name in finished}
     build_shard_set(source, broken, chosen(), Silent())
@@ -196,16 +200,17 @@ def test_a_run_broken_off_inside_a_tar_leaves_whole_tars_only(source, tmp_path, 
     build_shard_set(source, whole, chosen(), Silent())
     reads = iter(range(100))
 
-    def read_file(path: Path) -> bytes:
+    def check_image(piece: Piece) -> Checked:
         if next(reads) == 12:
             raise Terminated
-        return path.read_bytes()
+        return real_check(piece)
 
+    real_check = checking.check_image
     with monkeypatch.context() as patch:
-        patch.setattr(build, "read_file", read_file)
+        patch.setattr(checking, "check_image", check_image)
         with pytest.raises(Terminated):
             build_shard_set(source, broken, chosen(), Silent())
-    assert [path.name for path in (broken / "tars").iterdir()] == ["000000.tar"]
+    assert sorted(path.name for path in (broken / "tars").iterdir()) == ["000000.json", "000000.tar"]
     build_shard_set(source, broken, chosen(), Silent())
     assert contents(broken) == contents(whole)
 
@@ -214,14 +219,14 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
-from cae2pipe.shards import build
+from cae2pipe.shards import build, checking
 
-def read_file(path, reads=iter(range(100))):
+def check_image(piece, reads=iter(range(100)), real=checking.check_image):
     if next(reads) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
-    return path.read_bytes()
+    return real(piece)
 
-build.read_file = read_file
+checking.check_image = check_image
 settings = ShardSettings(samples=8, speed=ShardSpeed(workers=0))
 from cae2pipe.progress import Silent
 build.build_shard_set(Path(sys.argv[1]), Path(sys.argv[2]), settings, Silent())
@@ -252,28 +257,85 @@ def test_other_settings_and_another_source_are_refused_by_name(source, tmp_path)
 
     assert "settings.samples = 8, and 9" in refused(chosen(samples=9))
     assert "settings.seed = 0, and 1" in refused(chosen(seed=1))
-    (source / "cat/more.jpg").write_bytes(encoded("JPEG", 50))
-    assert "source.images = 27, and 28" in refused()
-    (source / "cat/more.jpg").unlink()
     (source / "cat/00.jpg").rename(source / "cat/zero.jpg")
-    assert "source.listing" in refused()
+    assert "cat/00.jpg is no longer there" in refused()
     (source / "cat/zero.jpg").rename(source / "cat/00.jpg")
+    (source / "cat/00.jpg").write_bytes((source / "cat/00.jpg").read_bytes() + b"!")
+    assert "cat/00.jpg has" in refused()
+    (source / "cat/00.jpg").write_bytes((source / "cat/00.jpg").read_bytes()[:-1])
     (source / "cat").rename(source / "lynx")
     assert "classes" in refused()
     assert snapshot(out) == before
 
 
-def test_a_file_that_changes_while_it_is_packed(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "read_file", lambda path: path.read_bytes() + b"!")
-    with pytest.raises(SourceError, match="changed while it was packed"):
-        build_shard_set(source, tmp_path / "out", chosen(), Silent())
+def test_new_images_go_into_tars_of_their_own(source, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    build_shard_set(source, out, chosen(), Silent())
+    before = snapshot(out)
+    for number in range(11):
+        (source / f"dog/more{number}.jpg").write_bytes(encoded("JPEG", 50 + number))
+    (source / "cat/broken.jpg").write_bytes(b"text")
+    report = Silent()
+    grown = build_shard_set(source, out, chosen(), report)
+    assert any("12 images are new" in line for line in report.lines)
+    assert grown.images == 24 + 11
+    assert {"dog+more0", "dog+more10", "dog+01"} <= samples(grown).keys()
+    assert [shard.name for shard in grown.shards] == [f"{n:06d}" for n in range(6)]
+    after = snapshot(out)
+    assert all(after[name] == before[name] for name in before if name.startswith(("tars/", "listing")))
+    assert open_box(out).facts["rejected"] == 4
+    assert verify(out, Silent()).problems == []
+    build_shard_set(source, out, chosen(), report)
+    assert report.lines[-1].startswith("nothing to do")
+    assert snapshot(out) == after
+    # Whoever lost a tar of either generation has it back; a set made at one go is another set.
+    for name in ("000000", "000005"):
+        (out / f"tars/{name}.tar").unlink()
+    (out / "listing-000.jsonl.gz").unlink()
+    build_shard_set(source, out, chosen(), Silent())
+    assert contents(out) == {name: data for name, (data, _) in after.items()}
+    assert contents(build_shard_set(source, again, chosen(), Silent()).root).keys() != contents(out).keys()
+
+
+def test_a_set_that_was_broken_off_may_grow(source, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    build_shard_set(source, whole, chosen(), Silent())
+    with pytest.raises(KeyboardInterrupt):
+        build_shard_set(source, broken, chosen(), Stop(9, KeyboardInterrupt()))
+    (source / "cat/more.jpg").write_bytes(encoded("JPEG", 50))
+    for out in (whole, broken):
+        build_shard_set(source, out, chosen(), Silent())
+    assert contents(whole) == contents(broken)
+
+
+def test_a_lost_listing_is_not_guessed(source, tmp_path):
+    out = tmp_path / "out"
+    build_shard_set(source, out, chosen(), Silent())
+    (out / "listing-000.jsonl.gz").unlink()
+    (source / "cat/more.jpg").write_bytes(encoded("JPEG", 50))
+    with pytest.raises(DamageError, match="no longer the same"):
+        build_shard_set(source, out, chosen(), Silent())
+
+
+def test_a_tar_is_made_again_only_as_it_was(source, tmp_path):
+    out = tmp_path / "out"
+    shards = build_shard_set(source, out, chosen(), Silent())
+    key = shards.index(shards.shards[1])[0].key
+    (path,) = (p for p in source.rglob("*.*") if sample_key(p.relative_to(source).as_posix().rpartition(".")[0]) == key)
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"!")  # still decodes: only the end marker has changed
+    (out / "tars/000001.tar").unlink()
+    before = snapshot(out)
+    with pytest.raises(MismatchError, match="no longer those"):
+        build_shard_set(source, out, chosen(), Silent())
+    assert snapshot(out) == before
 
 
 def test_a_run_of_rejects_alone_makes_no_tar(source, tmp_path):
     out = tmp_path / "out"
     shards = build_shard_set(source, out, chosen(samples=1), Silent())
     assert len(shards.shards) == shards.images == 24
-    assert len(list((out / "tars").iterdir())) == 24
+    assert len(list((out / "tars").glob("*.tar"))) == 24
     assert verify(out, Silent()).problems == []
     report = Silent()
     build_shard_set(source, out, chosen(samples=1), report)
@@ -315,7 +377,7 @@ def test_folders_that_cannot_be_the_output(source, tmp_path):
         build_shard_set(source, tmp_path / "locked", chosen(), Silent())
 
 
-@pytest.mark.parametrize("name", ["tars/000001.tar", "rejects.jsonl"])
+@pytest.mark.parametrize("name", ["tars/000001.tar", "tars/000001.json", "rejects.jsonl", "listing-000.jsonl.gz"])
 @pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
 def test_damage_is_found_by_the_manifest(source, tmp_path, name, damage):
     out = tmp_path / "out"
@@ -332,7 +394,7 @@ def test_damage_is_found_by_the_manifest(source, tmp_path, name, damage):
     (problem,) = check_files(open_box(out))
     assert problem.where == str(path)
     (problem,) = verify(out, Silent()).problems
-    assert "cae2pipe shard" in problem.fix
+    assert "--repair" in problem.fix
 
 
 def test_splits_make_a_shard_set_each(source, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cae2pipe.errors import Cae2pipeError, SourceError
-from cae2pipe.shards.checking import check_image, checking
+from cae2pipe.shards.checking import Piece, check_image, checking, read_piece
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def files(tmp_path):
     paths = [tmp_path / f"{n:02d}.jpg" for n in range(40)]
     for number, path in enumerate(paths):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path) if number % 7 else path.write_text("text")
-    return paths
+    return [Piece(path, 0, path.stat().st_size) for path in paths]
 
 
 def test_workers_start_without_the_heavy_libraries():
@@ -36,23 +36,38 @@ def test_reasons_come_in_order_and_are_the_same_with_workers(files):
     with checking(2) as check:
         together = list(check(files))
     assert alone == together
-    assert [reason is not None for reason in alone] == [number % 7 == 0 for number in range(40)]
-    assert alone[0].startswith("this image cannot be decoded")
+    assert [image.reason is not None for image in alone] == [number % 7 == 0 for number in range(40)]
+    assert [image.data for image in alone] == [piece.file.read_bytes() for piece in files]
+    assert alone[0].reason.startswith("this image cannot be decoded")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_cannot_be_read_is_no_reject(files, workers):
-    files[20].unlink()
-    files[20].mkdir()
+    files[20].file.unlink()
+    files[20].file.mkdir()
     with pytest.raises(SourceError, match="cannot be read") as caught, checking(workers) as check:
         list(check(files))
-    assert caught.value.where == str(files[20])
+    assert caught.value.where == str(files[20].file)
 
 
 def test_what_cannot_be_decoded_is_told_without_its_place(files):
     # Reasons go into rejects.jsonl, which names no folder of this machine.
-    assert check_image(files[1]) is None
-    assert str(files[0].parent) not in check_image(files[0])
+    assert check_image(files[1]).reason is None
+    assert str(files[0].file.parent) not in check_image(files[0]).reason
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_of_another_size_than_was_scanned(files, change):
+    with pytest.raises(SourceError, match="has changed since the source was scanned"):
+        read_piece(files[1]._replace(size=files[1].size + change))
+
+
+def test_a_piece_of_an_archive_is_read_by_its_range(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"0123456789")
+    assert read_piece(Piece(tmp_path / "a.tar", 3, 4, "b.jpg")) == b"3456"
+    with pytest.raises(SourceError, match="has changed") as caught:
+        read_piece(Piece(tmp_path / "a.tar", 8, 4, "b.jpg"))
+    assert caught.value.where == f"{tmp_path / 'a.tar'}, member b.jpg"
 
 
 def test_a_killed_worker_is_an_error_with_a_remedy():

@@ -14,6 +14,7 @@ from cae2pipe.progress import Silent
 from cae2pipe.shards import shard_set
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import ShardSet
+from cae2pipe.shards.tar import index_tar
 from tests.conftest import write_photos
 
 
@@ -34,8 +35,9 @@ def test_what_a_set_says_of_itself(shards):
     assert again.images == 10
     files = {name: entry for unit in open_box(shards.root).units.values() for name, entry in unit["files"].items()}
     for shard in again.shards:
-        assert shard.sha256 == files[shard.path.relative_to(shards.root).as_posix()]["sha256"]
-        again.check(shard)
+        name = shard.path.relative_to(shards.root).as_posix()
+        assert shard.sha256 == files[name]["sha256"]
+        assert shard.index_sha256 == files[name.replace(".tar", ".json")]["sha256"]
 
 
 def test_a_range_is_that_part_of_the_whole(shards):
@@ -91,31 +93,18 @@ def damaged(shards):
     return shards, shards.shards[1]
 
 
-def assert_damage(shards, shard, *uses):
-    for use in uses:
-        shard_set._index.cache_clear()
-        with pytest.raises(DamageError) as caught:
-            use(shards, shard)
-        assert caught.value.where == str(shard.path)
-        assert "cae2pipe shard" in caught.value.fix
-
-
-def check(shards, shard):
-    shards.check(shard)
-
-
-def index(shards, shard):
-    shards.index(shard)
-
-
-def read(shards, shard):
-    shards.read(shard, 0, 4)
+def assert_damage(shards, shard, where):
+    shard_set._index.cache_clear()
+    with pytest.raises(DamageError) as caught:
+        shards.read(shard, 0, 4)
+    assert caught.value.where.startswith(str(where))
+    assert "--repair" in caught.value.fix
 
 
 def test_a_deleted_tar(damaged):
     shards, shard = damaged
     shard.path.unlink()
-    assert_damage(shards, shard, check, index, read)
+    assert_damage(shards, shard, shard.path)
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.7, 0.99])
@@ -123,27 +112,39 @@ def test_a_truncated_tar(damaged, share):
     shards, shard = damaged
     data = shard.path.read_bytes()
     shard.path.write_bytes(data[: int(len(data.rstrip(b"\0")) * share)])
-    assert_damage(shards, shard, check, index, read)
+    assert_damage(shards, shard, shard.path)
 
 
-def test_a_tar_truncated_after_it_was_indexed(damaged):
-    shards, shard = damaged
-    last = shards.index(shard)[-1]
-    shard.path.write_bytes(shard.path.read_bytes()[: last.offset + last.size - 1])
-    with pytest.raises(DamageError, match="too early") as caught:
-        shards.read(shard, 0, 4)
-    assert "cae2pipe shard" in caught.value.fix
-
-
-def test_a_changed_byte_is_found_by_the_check(damaged):
+def test_a_changed_byte_of_an_image(damaged):
     shards, shard = damaged
     data = bytearray(shard.path.read_bytes())
-    data[shards.index(shard)[2].offset + 30] ^= 1
+    sample = shards.index(shard)[2]
+    data[sample.offset + 30] ^= 1
     shard.path.write_bytes(data)
-    assert_damage(shards, shard, check)
+    assert_damage(shards, shard, f"{shard.path}, key {sample.key}")
+    shards.read(shard, 0, 2)  # its neighbours can be read
 
 
 def test_a_tar_of_another_shard(damaged):
     shards, shard = damaged
     shard.path.write_bytes(shards.shards[2].path.read_bytes())
-    assert_damage(shards, shard, check, index, read)
+    assert_damage(shards, shard, shard.path)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
+def test_a_damaged_index(damaged, damage):
+    shards, shard = damaged
+    path = shard.path.with_suffix(".json")
+    data = bytearray(path.read_bytes())
+    if damage == "deleted":
+        path.unlink()
+    else:
+        data[10] ^= 1
+        path.write_bytes(data[:-1] if damage == "cut" else data)
+    assert_damage(shards, shard, path)
+
+
+def test_the_index_says_what_the_tar_s_headers_say(shards):
+    for shard in shards.shards:
+        rows = [(s.key, s.label, s.offset, s.size) for s in index_tar(shard.path)]
+        assert [row[:4] for row in shards.index(shard)] == rows

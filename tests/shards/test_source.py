@@ -178,7 +178,8 @@ def test_names_that_are_not_utf8(tmp_path):
     ],
 )
 def test_what_is_taken_for_splits(tmp_path, paths, splits):
-    assert find_splits(fill(tmp_path / "s", *paths)) == splits
+    root = fill(tmp_path / "s", *paths)
+    assert find_splits(root) == {name: root / name for name in splits}
 
 
 def test_a_folder_of_splits_is_refused_with_the_one_to_give(tmp_path):

@@ -1,0 +1,97 @@
+"""Is a source what it should be? Compared with a reference manifest: ``data_manifests/imagenet1k.json``, or a file.
+
+{"name": "imagenet1k", "splits": {"train": {"images": 1281167}, ...}, "classes": {"n01440764": "tench, ...", ...}}
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.shards.entries import Source
+
+SHOWN = 12
+"""Classes that an error names; a complete list is one line of Python away."""
+
+
+def check_expected(source: Source, expected: str, split: str | None = None) -> None:
+    """Compare a source's classes and number of images with a reference.
+
+    Args:
+        expected: ``NAME`` or ``NAME/SPLIT``, NAME a manifest of cae2pipe's or a JSON file.
+        split: the source's own split, where it is one of several; for ``NAME`` alone. Otherwise ``train``.
+
+    Raises:
+        SettingsError: there is no such manifest or split. SourceError: the source differs; missing classes are named.
+    """
+    reference, asked = read_reference(expected)
+    split = asked or _canonical(split or "train")
+    if split not in reference["splits"]:
+        raise SettingsError(
+            f"{reference['name']} has no split {split!r}",
+            where="--expect",
+            fix=f"give one of {', '.join(reference['name'] + '/' + name for name in reference['splits'])}",
+        )
+    names: dict[str, str] = reference["classes"]
+    images = reference["splits"][split]["images"]
+    problems = []
+    if missing := [f"{key} ({names[key].split(',')[0]})" for key in sorted(names.keys() - set(source.classes))]:
+        problems.append(f"{len(missing)} of its {len(names)} classes are missing: {_some(missing)}")
+    if foreign := sorted(set(source.classes) - names.keys()):
+        problems.append(f"{len(foreign)} classes are not its own: {_some(foreign)}")
+    if len(source.entries) != images:
+        problems.append(f"there are {len(source.entries)} images instead of {images}")
+    if problems:
+        raise SourceError(
+            f"this is not {reference['name']}/{split}: " + "; ".join(problems),
+            where=source.root,
+            fix="complete the source; or leave out --expect to take it as it is"
+            if source.classes
+            else "give the classes of these images: --labels FILE",
+        )
+
+
+def read_reference(expected: str) -> tuple[dict[str, Any], str | None]:
+    """A reference manifest, and the split that was asked for."""
+    name, split = expected, ""
+    if not Path(name).is_file():
+        name, _, split = expected.rpartition("/") if "/" in expected else (expected, "", "")
+    path = Path(name) if Path(name).is_file() else manifest_folder() / f"{name}.json"
+    if not path.is_file():
+        known = sorted(file.stem for file in manifest_folder().glob("*.json"))
+        raise SettingsError(
+            f"no reference manifest is called {name!r}",
+            where="--expect",
+            fix=f"give {', '.join(known)}, or a JSON file",
+        )
+    try:
+        data = json.loads(path.read_bytes())
+        reference: dict[str, Any] = {"name": str(data["name"]), "classes": dict(data["classes"])}
+        reference["splits"] = {split: {"images": int(data["splits"][split]["images"])} for split in data["splits"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"this is no reference manifest: {type(error).__name__}: {error}",
+            where=path,
+            fix='write {"name": ..., "splits": {"train": {"images": N}}, "classes": {"CLASS": "words"}}',
+        ) from None
+    return reference, split or None
+
+
+def manifest_folder() -> Path:
+    """The folder of reference manifests: inside the installed package, or at the top of the source tree."""
+    package = Path(str(importlib.resources.files("cae2pipe")))
+    installed = package / "data_manifests"
+    return installed if installed.is_dir() else package.parent / "data_manifests"
+
+
+def _canonical(split: str) -> str:
+    name = split.lower()
+    return "train" if name.startswith("train") else "val" if name.startswith("val") else name
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,148 @@
+"""Ground truth for images that lie in no class folders: ImageNet's validation set.
+
+Three forms are read: ImageNet's development kit (``ILSVRC2012_devkit_t12.tar.gz``, or its folder), a text file with a
+class a line in the order of the images' names, and Kaggle's ``LOC_val_solution.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from cae2pipe.artifacts.places import file_size, is_local, read_bytes
+from cae2pipe.errors import SourceError
+from cae2pipe.shards.entries import Found, Source, labelled, make_source
+
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+META, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+
+FIX_LABELS = f"give {DEVKIT}, a text file with one class a line, or Kaggle's LOC_val_solution.csv"
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """All classes, sorted, and the class of each image: by its name without suffix, or in the order of the names."""
+
+    path: Path
+    classes: list[str]
+    by_name: dict[str, str] | None = None
+    in_order: list[str] | None = None
+
+
+def with_ground_truth(source: Source, truth: GroundTruth) -> Source:
+    """The source with its images as if each lay in the folder of its class, so that archives and unpacked folders
+    give the same tars.
+
+    Raises:
+        SourceError: the source has classes already, an image has none, or the file is for another number of images.
+    """
+    if source.classes:
+        raise SourceError(
+            f"these images have classes already, e.g. {source.classes[0]!r}",
+            where=source.root,
+            fix="leave out --labels",
+        )
+    images = sorted(source.entries, key=lambda entry: _name(entry.path))
+    if truth.in_order is not None:
+        if len(truth.in_order) != len(images):
+            raise SourceError(
+                f"this file has {len(truth.in_order)} labels, and the source {len(images)} images",
+                where=truth.path,
+                fix="give all images that it was made for (ImageNet's validation set: 50000)",
+            )
+        names = truth.in_order
+    else:
+        assert truth.by_name is not None
+        if missing := [entry.path for entry in images if _name(entry.path) not in truth.by_name]:
+            raise SourceError(
+                f"{len(missing)} images have no label in this file, e.g. {missing[0]}", where=truth.path, fix=FIX_LABELS
+            )
+        names = [truth.by_name[_name(entry.path)] for entry in images]
+    labels = labelled(truth.classes)
+    found = []
+    for entry, name in zip(images, names, strict=True):
+        path = f"{name}/{entry.path.rpartition('/')[2]}"
+        found.append(Found(path, labels[name], entry.bytes, entry.file or source.root / entry.path, entry.offset))
+    return make_source(source.root, truth.classes, found)
+
+
+def read_ground_truth(path: Path) -> GroundTruth:
+    """Read a ground-truth file of any of the three forms.
+
+    Raises:
+        SourceError: it is missing, or none of them.
+    """
+    if is_local(path) and path.is_dir():
+        folder = path / "data" if (path / "data").is_dir() else path
+        return _devkit(path, {name: _read(folder / name) for name in (META, TRUTH)})
+    data = _read(path)
+    if data[:2] == b"\x1f\x8b" or path.name.endswith(".tar"):
+        return _devkit(path, _members(path, data))
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise SourceError("this is no file of labels", where=path, fix=FIX_LABELS) from None
+    if text.startswith("ImageId,"):
+        rows = [row for row in csv.reader(io.StringIO(text)) if row][1:]
+        if bad := next((row for row in rows if len(row) < 2 or not row[1].split()), None):
+            raise SourceError(f"a line without a class: {bad}", where=path, fix=FIX_LABELS)
+        by_name = {row[0].removesuffix(".JPEG"): row[1].split()[0] for row in rows}
+        return GroundTruth(path, sorted(set(by_name.values())), by_name=by_name)
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if names and all(name.isdigit() for name in names):
+        raise SourceError(
+            "this file holds ImageNet's own numbers, which only its development kit can explain",
+            where=path,
+            fix=f"give {DEVKIT}, which holds this file and the names",
+        )
+    if not names:
+        raise SourceError("this file is empty", where=path, fix=FIX_LABELS)
+    return GroundTruth(path, sorted(set(names)), in_order=names)
+
+
+def _devkit(path: Path, files: dict[str, bytes]) -> GroundTruth:
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise SourceError(
+            "scipy is needed to read ImageNet's development kit",
+            where=path,
+            fix="pip install 'cae2pipe[imagenet]', or give a text file with one synset a line",
+        ) from None
+    try:
+        synsets = loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"]
+        leaves = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
+        truth = [leaves[int(line)] for line in files[TRUTH].split()]
+    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        raise SourceError(f"this development kit cannot be read: {error}", where=path, fix=FIX_LABELS) from None
+    return GroundTruth(path, sorted(leaves.values()), in_order=truth)
+
+
+def _members(path: Path, data: bytes) -> dict[str, bytes]:
+    """The two files of a development kit's archive that are wanted."""
+    found = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for info in tar:
+                name = info.name.rpartition("/")[2]
+                stream = tar.extractfile(info) if name in (META, TRUTH) and info.isreg() else None
+                if stream is not None:
+                    found[name] = stream.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise SourceError(f"this archive cannot be read: {error}", where=path, fix=FIX_LABELS) from None
+    if missing := {META, TRUTH} - found.keys():
+        raise SourceError(f"this archive holds no {min(missing)}", where=path, fix=FIX_LABELS)
+    return found
+
+
+def _read(path: Path) -> bytes:
+    if file_size(path) is None:
+        raise SourceError("no such file", where=path, fix=FIX_LABELS)
+    return read_bytes(path)
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[0]
