@@ -136,7 +136,7 @@ def shard(
     ] = None,
     expect: Annotated[
         str | None,
-        typer.Option(help="Stop unless the source is all of this: imagenet1k, imagenet1k/val, or FILE.json[/SPLIT]."),
+        typer.Option(help="Stop unless the source is all of this: imagenet1k, imagenet1k/val, or FILE.json."),
     ] = None,
     workers: Workers = None,
     set_: Set = None,
@@ -395,39 +395,61 @@ def inspect(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    repair: Annotated[bool, typer.Option("--repair", help="Make again exactly what is damaged, then check.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="With --repair: the images or the shard set that it was made from.", parser=place),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="With --repair: the ground truth that shard was given.", parser=place)
+    ] = None,
     live: Annotated[
         int, typer.Option(min=0, help="Target sets: also run the teacher again on this many stored views.")
     ] = 0,
     teacher_weights: Annotated[
-        Path | None, typer.Option(help="With --live: the teacher's weights, if they came from a local file.")
+        Path | None,
+        typer.Option(help="With --live or --repair: the teacher's weights, if they came from a local file."),
     ] = None,
-    device: Annotated[str, typer.Option(help="With --live: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="With --live or --repair: auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
     with exits():
         from cae2pipe.inspection import verify as check
-        from cae2pipe.inspection import verify_live
         from cae2pipe.progress import progress
 
         with progress("verify") as report:
             result = check(path, report)
         for problem in result.problems:
             errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+        if result.problems and repair:
+            from cae2pipe.stages.repair import repair as mend
+
+            with progress("repair") as report:
+                mend(result, report, source, labels, teacher_weights, device)
+                result = check(path, report)
+            for problem in result.problems:
+                errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
         console.print(result.summary(), highlight=False, soft_wrap=True)
         if result.problems:
             raise typer.Exit(FAILURE)
         if live:
-            found = verify_live(path, live, teacher_weights, device)
-            console.print(
-                f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
-                f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-            if not found.sound:
-                errors.print("these are not the teacher's latents of these views", style="bold red")
-                raise typer.Exit(FAILURE)
+            _verify_live(path, live, teacher_weights, device)
+
+
+def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> None:
+    from cae2pipe.inspection import verify_live
+
+    found = verify_live(path, live, weights, device)
+    console.print(
+        f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
+        f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not found.sound:
+        errors.print("these are not the teacher's latents of these views", style="bold red")
+        raise typer.Exit(FAILURE)
 
 
 @app.command()

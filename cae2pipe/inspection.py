@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,17 +93,25 @@ _KINDS = {"shards": _shards, "targets": _targets, "run": _run, "scores": _scores
 
 @dataclass
 class Verification:
-    """The outcome of ``verify``."""
+    """The outcome of ``verify``: ``problems`` of this folder, the units (``bad``) they are in, and the outcome of the
+    shard set inside, if there is one."""
 
     path: Path
     kind: str
     files: int
-    problems: list[Cae2pipeError]
+    own: list[Cae2pipeError] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)
+    inner: list[Verification] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Cae2pipeError]:
+        return self.own + [problem for inner in self.inner for problem in inner.problems]
 
     def summary(self) -> str:
+        files = self.files + sum(inner.files for inner in self.inner)
         if self.problems:
-            return f"{self.path}: {len(self.problems)} problems in {self.files} files of this {self.kind} folder"
-        return f"{self.path}: all {self.files} files of this {self.kind} folder are as the manifest says"
+            return f"{self.path}: {len(self.problems)} problems in {files} files of this {self.kind} folder"
+        return f"{self.path}: all {files} files of this {self.kind} folder are as the manifest says"
 
 
 def verify(path: Path, report: Report) -> Verification:
@@ -113,25 +122,29 @@ def verify(path: Path, report: Report) -> Verification:
         ManifestError: not a folder of ours.
     """
     box = open_box(path)
-    entries = {name: entry for unit in box.units.values() for name, entry in unit.get("files", {}).items()}
-    result = Verification(path, box.kind, len(entries), [])
+    entries = {
+        name: (unit, entry) for unit, found in box.units.items() for name, entry in found.get("files", {}).items()
+    }
+    result = Verification(path, box.kind, len(entries))
     report.total(len(entries), "files")
-    for name, entry in sorted(entries.items()):
+    for name, (unit, entry) in sorted(entries.items()):
         if problem := check_file(path / name, entry):
-            problem.fix = _remedy(box, path / name)
-            result.problems.append(problem)
+            problem.fix = _remedy(box)
+            result.own.append(problem)
+            result.bad.add(unit)
         report.advance()
-    result.problems += [
+    result.own += [
         DamageError("a file that the manifest does not know", where=path / name, fix="remove it")
         for name in _strangers(box, set(entries))
     ]
-    if not result.problems:
-        # Keys and counts are read from the files, so these must be sound first.
-        result.problems += _check_contents(box)
+    # Keys and counts are read from the files, so these must be sound first.
+    if not result.own:
+        for unit, problem in _check_contents(box):
+            problem.fix = _remedy(box)
+            result.own.append(problem)
+            result.bad.add(unit)
     if file_size(path / "shards" / MANIFEST) is not None:
-        inner = verify(path / "shards", report)
-        result.files += inner.files
-        result.problems += inner.problems
+        result.inner.append(verify(path / "shards", report))
     return result
 
 
@@ -177,36 +190,33 @@ def _strangers(box: Box, known: set[str]) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def _check_contents(box: Box) -> list[DamageError]:
-    problems = []
+def _check_contents(box: Box) -> Iterator[tuple[str, DamageError]]:
+    """Units whose files contradict each other."""
+    from cae2pipe.shards.tar import index_tar
+
     if box.kind == "shards":
         from cae2pipe.shards.shard_set import ShardSet
-        from cae2pipe.shards.tar import index_tar
 
         shards = ShardSet.open(box.root)
         for shard in shards.shards:
             index = [(sample.key, sample.label, sample.offset, sample.size) for sample in index_tar(shard.path)]
-            if index != [tuple(row[:4]) for row in shards.index(shard)] or len(index) != shard.samples:
-                problems.append(DamageError("the tar's samples are not those of its index", where=shard.path))
+            if index != [row[:4] for row in shards.index(shard)] or len(index) != shard.samples:
+                yield shard.name, DamageError("the tar's samples are not those of its index", where=shard.path)
     if box.kind == "targets":
-        from cae2pipe.shards.tar import index_tar
         from cae2pipe.targets.target_set import TargetSet
 
         targets = TargetSet(box.root)
         for name in sorted(targets.stores):
             reader = targets.reader(name)
             if [sample.key for sample in index_tar(reader.tar)] != reader.keys():
-                problems.append(DamageError("the store's keys are not those of its tar", where=f"{box.root}, {name}"))
-    return problems
+                yield name, DamageError("the store's keys are not those of its tar", where=f"{box.root}, {name}")
 
 
-def _remedy(box: Box, path: Path) -> str:
-    again = {
-        "shards": "delete it, then run `cae2pipe shard` as before: it makes again what is missing",
-        "targets": "delete it, then run `cae2pipe extract-targets` as before: it makes again what is missing",
-        "run": "delete it, then run `cae2pipe pretrain` as before",
-        "scores": "delete it, then run `cae2pipe evaluate` as before",
-    }
-    if path.parent.name == "codec.zarr" or "codec.zarr" in path.parts:
-        return "restore it from a copy, or make the target set again: without its calibration no latent can be decoded"
-    return again[box.kind]
+def _remedy(box: Box) -> str:
+    if box.kind == "shards":
+        return f"cae2pipe verify {box.root} --repair --source IMAGES"
+    if box.kind == "targets":
+        shards = "" if file_size(box.root / "shards" / MANIFEST) is not None else " --source SHARDS"
+        return f"cae2pipe verify {box.root} --repair{shards}"
+    again = {"run": "pretrain", "scores": "evaluate"}[box.kind]
+    return f"delete it, then run `cae2pipe {again}` as before"

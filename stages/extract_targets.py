@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -31,7 +31,7 @@ from cae2pipe.artifacts.places import free_bytes, is_local, is_shared
 from cae2pipe.artifacts.staging import Stage, remove_stages, staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import BadInputError, MismatchError, SourceError
+from cae2pipe.errors import BadInputError, DamageError, MismatchError, SourceError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, gigabytes
 from cae2pipe.shards.build import build_shard_set, plan_runs, write_run
@@ -60,6 +60,7 @@ def extract_targets(
     report: Report,
     part: Part = WHOLE,
     calibrate_only: bool = False,
+    remake: Collection[str] | None = None,
 ) -> Box:
     """Make, or go on making, the target set ``out`` from a shard set or a folder of images.
 
@@ -67,6 +68,7 @@ def extract_targets(
         source: a shard set or a folder of images. ``out``: the target set's folder. Either may lie on a remote place.
         part: which share of the shards is made here; torchrun's ranks share it.
         calibrate_only: stop once the set has its calibration.
+        remake: make these units again, whether they look whole or not, and nothing else.
 
     Raises:
         SourceError, TeacherError, MismatchError, ManifestError, LockedError: see their messages.
@@ -85,10 +87,10 @@ def extract_targets(
             facts={"classes": shards.classes},
             fix="give another output folder, or the settings this one was made with",
         )
-        missing = missing_views(box, shards, settings.views, part)
+        missing = missing_views(box, shards, settings.views, part, remake)
         remove_leftovers(out, missing, part)
         box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}
-        if not missing and CODEC in box.units and (box.complete or part != WHOLE):
+        if not missing and CODEC in box.units and (box.complete or part != WHOLE) and remake is None:
             holds = f"all {settings.views} views of " + (f"part {part}" if part != WHOLE else "all shards")
             report.log(f"nothing to do: {out} holds {holds} ({len(shards.shards)} shards)")
             finish(box, shards, settings.views)
@@ -96,6 +98,9 @@ def extract_targets(
         workers = -(-worker_count(settings.speed.workers) // rank.on_machine)
         if not (is_shared(out) and is_shared(source)):
             workers = 0  # what lies in this process's memory is seen by no other
+        tell_changes(box, teacher.device, report)
+        if remake is not None and CODEC in remake:
+            make_calibration(box, shards, teacher, settings, workers, report)
         box = with_calibration(box, shards, teacher, settings, workers, part, report)
         if calibrate_only:
             report.log("calibrated; nothing else was asked for")
@@ -119,8 +124,10 @@ def open_source(source: Path, out: Path, settings: ExtractSettings, report: Repo
         return build_shard_set(source, out / "shards", settings.shard, report)
 
 
-def missing_views(box: Box, shards: ShardSet, views: int, part: Part = WHOLE) -> list[tuple[Shard, tuple[int, ...]]]:
-    """What this part still has to make: shards with the views they lack.
+def missing_views(
+    box: Box, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
+) -> list[tuple[Shard, tuple[int, ...]]]:
+    """What this part still has to make: shards with the views they lack, or those of ``remake``.
 
     Raises:
         MismatchError: a stored view was made from a shard of this name with other content.
@@ -137,7 +144,9 @@ def missing_views(box: Box, shards: ShardSet, views: int, part: Part = WHOLE) ->
                     where=shard.path,
                     fix="give the original source, or a new output folder",
                 )
-        lacking = tuple(view for view, name in names.items() if name not in whole)
+        lacking = tuple(
+            view for view, name in names.items() if (name in remake if remake is not None else name not in whole)
+        )
         if lacking and part.owns(index):
             result.append((shard, lacking))
     return result
@@ -186,16 +195,34 @@ def with_calibration(
     return box
 
 
+def tell_changes(box: Box, device: torch.device, report: Report) -> None:
+    """Say so where a run goes on under other libraries or on another processor than the set was begun with."""
+    now = {**library_versions(), "processor": processor(device)}
+    then = {**box.facts.get("versions", {}), "processor": box.facts.get("processor", now["processor"])}
+    changes = [
+        f"{name} {then[name]} -> {now[name]}" for name in sorted(then) if now.get(name, then[name]) != then[name]
+    ]
+    if changes:
+        report.log(f"since this set was begun: {', '.join(changes)}; equal to rounding, byte for byte perhaps not")
+
+
 def make_calibration(
     box: Box, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, report: Report
 ) -> None:
-    """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample."""
+    """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample.
+
+    Raises:
+        DamageError: the set had a calibration, and it does not come out the same.
+    """
     codec = settings.codec
     report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
     outputs, jpegs = run_sample(shards, teacher, settings, workers)
     taken = len(jpegs)
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
     calibration, fidelity = calibrate(unit, codec.name, codec.fidelity, codec.level)
+    if CODEC in box.units:
+        restore_calibration(box, calibration)
+        return
     box.facts["teacher"] = teacher_facts(teacher, outputs[0])
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
     box.facts["codec"] = codec_facts(outputs, sum(map(len, jpegs)), layout, calibration, fidelity)
@@ -207,6 +234,23 @@ def make_calibration(
         write_calibration(stage.path("codec.zarr"), calibration)
         box.add(CODEC, {"files": stage.commit("codec.zarr"), "samples": taken})
     report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
+
+
+def restore_calibration(box: Box, calibration: Calibration) -> None:
+    """Put a lost calibration back, if it is the one that the stores were written with.
+
+    Raises:
+        DamageError: it is another one.
+    """
+    with staged(box.root, CODEC) as stage:
+        write_calibration(stage.path("codec.zarr"), calibration)
+        if stage.entries("codec.zarr") != box.units[CODEC]["files"]:
+            raise DamageError(
+                "the set's calibration is damaged, and does not come out the same here",
+                where=box.root / "codec.zarr",
+                fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
+            )
+        stage.commit("codec.zarr")
 
 
 def run_sample(

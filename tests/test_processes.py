@@ -23,12 +23,12 @@ if __name__ == "__main__":
 """,
     "shard": """
 from pathlib import Path
-from cae2pipe.shards.checking import checking
+from cae2pipe.shards.checking import Piece, checking
 
 if __name__ == "__main__":
     import os, signal
     with checking(1) as check:
-        list(check([Path(__file__)]))
+        list(check([Piece(Path(__file__), 0, Path(__file__).stat().st_size)]))
         os.kill(os.getpid(), signal.SIGKILL)
 """,
 }

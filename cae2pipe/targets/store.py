@@ -29,10 +29,7 @@ from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.targets.chunks import BLOCK, ChunkError, ShardFile, decode_chunk, decode_index, encode_chunk, index_size
 from cae2pipe.targets.codecs import ArraySpec, Codec
 
-REMEDY = (
-    "`cae2pipe verify {root}` lists all damage; delete the files it names, then run `cae2pipe extract-targets` "
-    "as before: it makes again what is missing"
-)
+REMEDY = "`cae2pipe verify {root} --repair` makes it again, from the shard set (--source, unless it lies inside)"
 
 SIDE_LEVEL = 1
 """zstd level of norms and attention: both are small beside the latents."""

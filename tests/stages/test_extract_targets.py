@@ -231,13 +231,13 @@ def test_a_damaged_source_shard_is_named(photos, tmp_path, extract_settings, dam
     elif damage == "cut":
         tar.write_bytes(data[: len(data) // 2])
     else:
-        data[700] ^= 255
+        data[shards.index(shards.shards[1])[3].offset + 9] ^= 255
         tar.write_bytes(data)
     with pytest.raises(DamageError) as caught:
         extract_targets(shards.root, tmp_path / "set", extract_settings(speed={"workers": workers}), Silent())
     assert "Traceback" not in str(caught.value)
     assert "000001.tar" in caught.value.where
-    assert "cae2pipe shard" in caught.value.fix
+    assert "--repair" in caught.value.fix
 
 
 def test_manifests_hold_no_paths_times_or_hosts(target_root):

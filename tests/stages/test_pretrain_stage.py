@@ -147,7 +147,7 @@ def test_a_set_with_a_damaged_file_is_refused_at_start(target_root, tmp_path, pr
     with pytest.raises(DamageError) as caught:
         pretrain(root, tmp_path / "run", pretrain_settings(), Silent())
     assert "000001.tar" in caught.value.where
-    assert "extract-targets" in caught.value.fix
+    assert "--repair" in caught.value.fix
 
 
 def test_a_changed_byte_of_latents_is_met_and_named(target_root, tmp_path, pretrain_settings):

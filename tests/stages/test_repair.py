@@ -1,0 +1,166 @@
+"""verify --repair: what is damaged is made again from the source as it was, or the source is refused."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cae2pipe.artifacts.parts import parse_part
+from cae2pipe.cli import app
+from cae2pipe.errors import BadInputError, DamageError, MismatchError
+from cae2pipe.inspection import verify
+from cae2pipe.progress import Silent
+from cae2pipe.shards.build import build_shard_set
+from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.stages.repair import repair
+from tests.conftest import contents, snapshot
+
+FILES = [
+    "views/v01/000001.tar",
+    "latents/v00/000002.zarr/symbols/c/0/0/0",
+    "latents/v00/000002.zarr/zarr.json",
+    "codec.zarr/basis/c/0/0",
+    "shards/tars/000001.tar",
+    "shards/tars/000000.json",
+    "shards/rejects.jsonl",
+    "shards/listing-000.jsonl.gz",
+]
+
+
+@pytest.fixture
+def copy(target_root, tmp_path) -> Path:
+    shutil.copytree(target_root, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif not data:
+        path.write_bytes(b"x")
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+def mended(root: Path, photos: Path, teacher: Path) -> None:
+    found = verify(root, Silent())
+    assert found.problems
+    repair(found, Silent(), photos, weights=teacher, device="cpu", workers=0)
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut", "changed"])
+@pytest.mark.parametrize("name", FILES)
+def test_exactly_the_damaged_is_made_again(copy, photos, teacher_file, name, how):
+    before = snapshot(copy)
+    damage(copy / name, how)
+    mended(copy, photos, teacher_file)
+    after = snapshot(copy)
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    assert verify(copy, Silent()).problems == []
+    # Nothing but its unit has been written: the store and the tar of one view of one shard, say.
+    number = next((number for number in ("000000", "000001", "000002") if number in name), name.split("/")[0])
+    touched = {path for path in before if before[path][1] != after[path][1]} - {"manifest.json", "shards/manifest.json"}
+    assert touched
+    assert all(number in path for path in touched)
+
+
+def test_all_of_it_at_once(copy, photos, teacher_file):
+    before = contents(copy)
+    for name in FILES:
+        damage(copy / name, "changed")
+    mended(copy, photos, teacher_file)
+    assert contents(copy) == before
+
+
+def test_a_store_that_contradicts_its_tar(copy, photos, teacher_file):
+    """Both files of another set, with the digests in the manifest made to fit: only the content tells."""
+    before = contents(copy)
+    tar = copy / "views/v00/000000.tar"
+    shutil.copy(copy / "views/v00/000001.tar", tar)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    units = manifest["units"]
+    units["v00/000000"]["files"]["views/v00/000000.tar"] = units["v00/000001"]["files"]["views/v00/000001.tar"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    mended(copy, photos, teacher_file)
+    assert contents(copy)["views/v00/000000.tar"] == before["views/v00/000000.tar"]
+    assert verify(copy, Silent()).problems == []
+
+
+def test_a_source_that_has_changed_is_refused(copy, photos, tmp_path, teacher_file):
+    other = tmp_path / "photos"
+    shutil.copytree(photos, other)
+    victim = other / "class1" / "image007.jpg"
+    good = victim.read_bytes()
+    for number in range(3):
+        damage(copy / f"shards/tars/{number:06d}.tar", "changed")
+    before = snapshot(copy)
+    victim.write_bytes(good + b"!")
+    with pytest.raises(MismatchError, match=r"image007\.jpg has"):
+        mended(copy, other, teacher_file)
+    victim.unlink()
+    with pytest.raises(MismatchError, match="no longer there"):
+        mended(copy, other, teacher_file)
+    assert snapshot(copy) == before
+
+
+def test_a_shard_set_beside_the_targets(photos, tmp_path, extract_settings, teacher_file):
+    settings = extract_settings(views=1)
+    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, Silent())
+    extract_targets(shards.root, tmp_path / "set", settings, Silent())
+    before = contents(tmp_path / "set")
+    damage(tmp_path / "set/views/v00/000001.tar", "changed")
+    with pytest.raises(BadInputError, match="shard set") as caught:
+        repair(verify(tmp_path / "set", Silent()), Silent(), None, weights=teacher_file, device="cpu", workers=0)
+    assert "--source" in caught.value.fix
+    other = build_shard_set(photos, tmp_path / "other", settings.shard.model_copy(update={"seed": 5}), Silent())
+    with pytest.raises(MismatchError, match="not the one"):
+        mended(tmp_path / "set", other.root, teacher_file)
+    mended(tmp_path / "set", shards.root, teacher_file)
+    assert contents(tmp_path / "set") == before
+
+
+def test_only_the_asked_is_made(photos, tmp_path, extract_settings, teacher_file):
+    """A set that was broken off stays partial: repair is no other name for going on."""
+    settings = extract_settings()
+    extract_targets(photos, tmp_path / "set", settings, Silent(), calibrate_only=True)
+    extract_targets(photos, tmp_path / "set", extract_settings(views=1), Silent())
+    extract_targets(photos, tmp_path / "set", settings, Silent(), parse_part("1/2"))
+    before = contents(tmp_path / "set")
+    damage(tmp_path / "set/views/v01/000000.tar", "deleted")
+    mended(tmp_path / "set", photos, teacher_file)
+    assert contents(tmp_path / "set") == before
+
+
+def test_a_calibration_that_comes_out_otherwise_is_refused(copy, photos, teacher_file, monkeypatch):
+    damage(copy / "codec.zarr/mean/c/0", "changed")
+    before = snapshot(copy)
+    stage = importlib.import_module("cae2pipe.stages.extract_targets")
+    real = stage.calibrate
+    monkeypatch.setattr(stage, "calibrate", lambda unit, *rest: real(unit * 0.999, *rest))
+    with pytest.raises(DamageError, match="does not come out the same"):
+        mended(copy, photos, teacher_file)
+    assert snapshot(copy) == before
+
+
+def test_the_command_line(copy, photos, teacher_file):
+    before = contents(copy)
+    damage(copy / "latents/v01/000000.zarr/norms/c/0/0", "changed")
+    run = CliRunner().invoke
+    result = run(app, ["verify", str(copy)])
+    assert result.exit_code == 1
+    assert f"cae2pipe verify {copy} --repair" in result.stderr
+    result = run(app, ["verify", str(copy), "--repair", "--teacher-weights", str(teacher_file), "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    assert contents(copy) == before
+    (copy / "views/v00/stranger.tar").write_bytes(b"x")
+    assert run(app, ["verify", str(copy), "--repair"]).exit_code == 1
+    assert (copy / "views/v00/stranger.tar").exists()
