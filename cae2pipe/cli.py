@@ -205,6 +205,36 @@ def extract_targets(
             run(source, out, settings, report, parse_part(part), calibrate_only)
 
 
+@app.command()
+def recode(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SET", help="A target set, best one of --codec fp16 (folder or URL).", parser=place),
+    ],
+    out: Out,
+    codec: Annotated[CodecName, typer.Option(help="How latents are compressed in OUT.")] = CodecName.klt,
+    fidelity: Annotated[float, typer.Option(help="klt: mean cosine to reach on held-out images.")] = 0.999,
+    lossy_source: Annotated[
+        bool, typer.Option("--lossy-source", help="Allow a set that is not fp16: its error comes on top.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Threads; -1: one a core.")] = -1,
+) -> None:
+    """Make a target set with another codec or fidelity from one there is, without the teacher.
+
+    On one disk the views' pixels are shared, not copied.
+    """
+    with exits():
+        from cae2pipe.config.base import build
+        from cae2pipe.config.extract import CodecSettings
+        from cae2pipe.progress import progress
+
+        settings = build(CodecSettings, {"name": codec.value, "fidelity": fidelity}, "recode")
+        from cae2pipe.stages.recode import recode as run
+
+        with progress("recode") as report:
+            run(source, out, settings, report, lossy_source, workers)
+
+
 def _print_estimate(found: dict[str, Any]) -> None:
     from cae2pipe.progress import duration, gigabytes
     from cae2pipe.reporting.terminal import print_table

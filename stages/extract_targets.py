@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import Box, is_box, open_box, open_or_create, refuse_foreign
+from cae2pipe.artifacts.box import MANIFEST, Box, is_box, open_box, open_or_create, open_same, refuse_foreign
 from cae2pipe.artifacts.lock import can_lock, holding, writing
 from cae2pipe.artifacts.parts import WHOLE, Part, torchrun_rank
-from cae2pipe.artifacts.places import free_bytes, is_local, is_shared
+from cae2pipe.artifacts.places import file_size, free_bytes, is_local, is_shared
 from cae2pipe.artifacts.staging import Stage, remove_stages, staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings
@@ -79,14 +79,12 @@ def extract_targets(
         # Whatever can be wrong is found before hours of sharding.
         refuse_foreign(out)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank.local))
+        content = {"settings": identity(settings), "teacher": teacher.info.identity()}
+        fix = "give another output folder, or the settings this one was made with"
+        if file_size(out / MANIFEST) is not None:
+            open_same(out, KIND, content, fix)
         shards = open_source(source, out, settings, report)
-        box = open_or_create(
-            out,
-            KIND,
-            {"settings": identity(settings), "teacher": teacher.info.identity()},
-            facts={"classes": shards.classes},
-            fix="give another output folder, or the settings this one was made with",
-        )
+        box = open_or_create(out, KIND, content, facts={"classes": shards.classes}, fix=fix)
         missing = missing_views(box, shards, settings.views, part, remake)
         remove_leftovers(out, missing, part)
         box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}

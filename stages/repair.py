@@ -6,13 +6,14 @@ from pathlib import Path
 
 from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.config.base import build
-from cae2pipe.config.extract import ExtractSettings, ShardSettings
+from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import BadInputError
 from cae2pipe.inspection import Verification
 from cae2pipe.progress import Report
 from cae2pipe.shards.build import pack
 from cae2pipe.shards.source import scan
 from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.stages.recode import recode
 
 
 def repair(
@@ -27,7 +28,8 @@ def repair(
     """Make the damaged units of ``found`` again.
 
     Args:
-        source: the images, for a shard set or one inside a target set; the shard set, for any other target set.
+        source: the images, for a shard set or one inside a target set; the shard set, for any other target set; the
+            target set that a recoded one came from.
         labels: ground truth, as it was given to ``cae2pipe shard``.
         weights: the teacher's weights, where they came from a local file.
 
@@ -42,6 +44,10 @@ def repair(
     report.log(f"making again in {found.path}: {', '.join(sorted(found.bad))}")
     if found.kind == "shards":
         repair_shards(found, report, _given(source, found.path, "the images"), labels, workers)
+    elif found.kind == "targets" and "recoded" in open_box(found.path).identity:
+        original = _given(source, found.path, "the target set")
+        codec = build(CodecSettings, open_box(found.path).identity["settings"]["codec"], where=found.path)
+        recode(original, found.path, codec, report, lossy_source=True, workers=workers, remake=found.bad)
     elif found.kind == "targets":
         inside = found.path / "shards"
         shards = inside if is_box(inside, "shards") else _given(source, found.path, "the shard set")

@@ -176,6 +176,11 @@ def open_or_create(root: Path, kind: str, identity: dict[str, Any], facts: dict[
         if new:
             refuse_foreign(root)
             write_json(root / MANIFEST, Box(root, kind, identity, facts=facts).manifest())
+    return open_same(root, kind, identity, fix)
+
+
+def open_same(root: Path, kind: str, identity: dict[str, Any], fix: str) -> Box:
+    """Open a box that was made with this identity. Raises as ``open_or_create``."""
     box = open_box(root, kind)
     if difference := first_difference(box.identity, identity):
         name, old, now = difference

@@ -17,7 +17,13 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
         return [low]
     raw = (high - low) / max(1, about)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    steps = [m * power for m in (1, 2, 5, 10)]
+    place = next(place for place, step in enumerate(steps) if step >= raw * 0.999)
+    # A step wider than the range may pass over it: then the next smaller one has two or three inside.
+    return _multiples(low, high, steps[place]) or _multiples(low, high, steps[place - 1])
+
+
+def _multiples(low: float, high: float, step: float) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     digits = max(0, -math.floor(math.log10(step)))
     return [round(number * step, digits) for number in range(first, last + 1)]

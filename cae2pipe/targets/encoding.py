@@ -152,14 +152,20 @@ def encode_tokens(
 ) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
     """A block's arrays as they are stored, and how near their decoding comes: raw and centred cosines (b * T,)."""
     unit, norms = unit_tokens(tokens)
-    arrays = layout.codec.encode(unit)
-    # Decoded as training will: from what is stored.
-    stored = {name: tensor.to(unit.device) for name, tensor in as_tensors(arrays).items()}
-    raw, centred = token_cosines(unit, layout.codec.decode(stored), calibration.mean)
+    arrays, raw, centred = encode_unit(unit, layout, calibration)
     arrays["norms"] = norms.cpu().numpy().astype("<f2")
     if layout.attention:
         assert attention is not None
         arrays["attention"] = pack_attention(attention)
+    return arrays, raw, centred
+
+
+def encode_unit(unit: Tensor, layout: Layout, calibration: Calibration) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
+    """The codec's arrays of unit tokens (b, T, D), and how near their decoding comes, on the CPU."""
+    arrays = layout.codec.encode(unit)
+    # Decoded as training will: from what is stored.
+    stored = {name: tensor.to(unit.device) for name, tensor in as_tensors(arrays).items()}
+    raw, centred = token_cosines(unit, layout.codec.decode(stored), calibration.mean)
     return arrays, raw.cpu(), centred.cpu()
 
 

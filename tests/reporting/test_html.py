@@ -2,7 +2,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cae2pipe.reporting.curves import bar_chart, line_chart, nice_ticks
@@ -74,6 +74,7 @@ def test_a_page_is_whole_and_stands_alone():
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 10))
+@example(1.0, 400401.0, 2)
 def test_ticks_are_even_and_inside(low, span, about):
     ticks = nice_ticks(low, low + span, about)
     assert 0 < len(ticks) <= about + 1

@@ -88,7 +88,7 @@ def test_damage_names_store_block_and_remedy(written, damage):
         StoreReader(root, entry, layout).arrays(0)
     assert layout.codec.main in caught.value.where
     assert "block 0" in caught.value.where
-    assert "extract-targets" in caught.value.fix
+    assert "--repair" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["keys", "labels", "members", "draws"])

@@ -1,0 +1,242 @@
+"""From one target set to another with a different codec or fidelity, without the teacher.
+
+The views' pixels are the same files (a second name of the same bytes, where both sets lie on one disk); latents are
+decoded, encoded anew and written as extraction writes them. A codec's calibration is made once, on the same images as
+an extraction's, and all arithmetic that ends in bytes runs on the CPU with one thread a block: the same set recodes to
+the same bytes, however many workers do it and wherever it was broken off.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cae2pipe.artifacts.atomic import remove_debris
+from cae2pipe.artifacts.box import Box, open_or_create, refuse_foreign
+from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.places import fetch_file, is_local
+from cae2pipe.artifacts.staging import remove_stages, staged
+from cae2pipe.config.base import identity
+from cae2pipe.config.extract import CodecSettings
+from cae2pipe.errors import BadInputError, DamageError, MismatchError
+from cae2pipe.processes import worker_count
+from cae2pipe.progress import Report
+from cae2pipe.targets.calibration import Calibration, calibrate, summarise
+from cae2pipe.targets.codecs import as_tensors, unit_tokens
+from cae2pipe.targets.encoding import encode_unit
+from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
+from cae2pipe.targets.target_set import CODEC, KIND, TargetSet, make_layout, read_calibration, write_calibration
+
+
+def recode(
+    source: Path,
+    out: Path,
+    codec: CodecSettings,
+    report: Report,
+    lossy_source: bool = False,
+    workers: int = -1,
+    remake: Collection[str] | None = None,
+) -> Box:
+    """Make, or go on making, the target set ``out`` from the target set ``source``.
+
+    Args:
+        codec: what the latents of ``out`` are compressed with.
+        lossy_source: allow a source that is not fp16; its codec's error comes on top of the new one's.
+        remake: make these units again, whether they look whole or not, and nothing else.
+
+    Raises:
+        BadInputError: a lossy source. MismatchError: ``out`` was made from other targets or settings. ManifestError:
+            ``source`` is no target set, or ``out`` something else. DamageError: the source is damaged.
+    """
+    targets = TargetSet(source)
+    old = targets.box.identity["settings"]["codec"]
+    if old["name"] != "fp16" and not lossy_source:
+        raise BadInputError(
+            f"this set's latents are stored with {old['name']}, whose error would come on top of the new one's",
+            where=source,
+            fix="give a set that was extracted with --codec fp16, or allow it with --lossy-source",
+        )
+    with writing(out):
+        refuse_foreign(out)
+        box = open_or_create(
+            out,
+            KIND,
+            {
+                "settings": {**targets.box.identity["settings"], "codec": identity(codec)},
+                "teacher": targets.box.identity["teacher"],
+                "recoded": {"codec": old, "calibration": targets.box.units[CODEC]["files"]},
+            },
+            facts={"classes": targets.classes},
+            fix="give another output folder, or the set and settings this one was made from",
+        )
+        missing = missing_stores(box, targets)
+        if remake is not None:
+            missing = sorted(targets.stores.keys() & set(remake))
+        if is_local(out):
+            remove_debris(out)
+        remove_stages(out, missing)
+        copied = ("classes", "teacher", "versions", "processor", "wanted")
+        box.facts |= {name: targets.box.facts[name] for name in copied}
+        if CODEC not in box.units or not box.has(CODEC) or CODEC in (remake or ()):
+            make_calibration(box, targets, codec, report)
+        elif not missing:
+            report.log(f"nothing to do: {out} holds all {len(targets.stores)} stores of {source}")
+        try:
+            if missing:
+                recode_stores(box, targets, missing, worker_count(workers), report)
+        finally:
+            box.save(complete=lambda merged: targets.box.complete and not missing_stores(merged, targets))
+        return box
+
+
+def missing_stores(box: Box, targets: TargetSet) -> list[str]:
+    """Stores of the source that are not there yet.
+
+    Raises:
+        MismatchError: a store was recoded from another one of that name.
+    """
+    whole = box.whole()
+    for name, unit in targets.stores.items():
+        if name in box.units and box.units[name]["recoded"] != fingerprint(unit["files"]):
+            raise MismatchError(
+                f"store {name} of the source is not the one that this set was recoded from",
+                where=targets.root,
+                fix="give the original source, or a new output folder",
+            )
+    return [name for name in sorted(targets.stores) if name not in whole]
+
+
+def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
+    """Fit the codec on view 0 of the first images, as an extraction does.
+
+    Raises:
+        DamageError: the set had a calibration, and it does not come out the same.
+    """
+    report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
+    sample, taken = [], 0
+    for name in sorted(targets.stores):
+        reader = targets.reader(name)
+        for block in range(reader.blocks if targets.stores[name]["view"] == 0 else 0):
+            if taken < codec.calibration:
+                sample.append(stored_unit(reader, block))
+                taken += len(sample[-1])
+    calibration, fidelity = calibrate(torch.cat(sample), codec.name, codec.fidelity, codec.level)
+    box.facts["codec"] = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
+    box.save()
+    with staged(box.root, CODEC) as stage:
+        write_calibration(stage.path("codec.zarr"), calibration)
+        if CODEC in box.units and stage.entries("codec.zarr") != box.units[CODEC]["files"]:
+            raise DamageError(
+                "the set's calibration is damaged, and does not come out the same here",
+                where=box.root / "codec.zarr",
+                fix="restore it from a copy, or recode into a new folder",
+            )
+        box.add(CODEC, {"files": stage.commit("codec.zarr"), "samples": taken})
+    report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
+
+
+def stored_unit(reader: StoreReader, block: int) -> Tensor:
+    """The unit tokens of a stored block, float32 (b, T, D)."""
+    codec = reader.layout.codec
+    return unit_tokens(codec.decode(as_tensors(reader.arrays(block, list(codec.arrays())))))[0]
+
+
+class Recoded(NamedTuple):
+    """A block of the new store: chunks by array, its samples, raw and centred cosines of its tokens."""
+
+    chunks: dict[str, bytes]
+    samples: int
+    raw: Tensor
+    centred: Tensor
+
+
+def recode_block(reader: StoreReader, block: int, layout: Layout, calibration: Calibration) -> Recoded:
+    """Decode and encode a block; norms and attention stay as they are."""
+    kept = [name for name in ("norms", "attention") if name in layout.blocked()]
+    unit = stored_unit(reader, block)
+    arrays, raw, centred = encode_unit(unit, layout, calibration)
+    return Recoded(pack_block(layout, {**arrays, **reader.arrays(block, kept)}), len(unit), raw, centred)
+
+
+def recode_stores(box: Box, targets: TargetSet, names: list[str], workers: int, report: Report) -> None:
+    """Write the stores of these names; threads work some blocks ahead."""
+    calibration = read_calibration(box.root / "codec.zarr")
+    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
+    report.total(sum(targets.stores[name]["samples"] for name in names), "views")
+    readers = {name: targets.reader(name) for name in names}
+    with ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
+        blocks = _ahead(pool, tasks, 2 * max(1, workers))
+        for name in names:
+            box.add(name, recode_store(box.root, name, targets.stores[name], readers[name], layout, blocks, report))
+
+
+def recode_store(
+    root: Path,
+    name: str,
+    unit: dict[str, Any],
+    reader: StoreReader,
+    layout: Layout,
+    blocks: Iterator[Recoded],
+    report: Report,
+) -> dict[str, Any]:
+    """Write one store and bring its tar along; return the manifest's entry."""
+    with staged(root, name) as stage:
+        fetch_file(reader.tar, stage.path(unit["tar"]))
+        writer = StoreWriter(stage.path(unit["zarr"]), layout)
+        raw, centred = [], []
+        try:
+            for _ in range(reader.blocks):
+                block = next(blocks)
+                writer.append(block.chunks, block.samples)
+                raw.append(block.raw)
+                centred.append(block.centred)
+                report.advance(block.samples)
+            fidelity = asdict(summarise(torch.cat(raw), torch.cat(centred)))
+            writer.finish(
+                reader.keys(),
+                np.asarray(reader.labels()),
+                np.asarray(reader.draws()),
+                np.asarray(reader.members()),
+                {"codec": layout.codec.name, "view": unit["view"], "shard": unit["shard"], "fidelity": fidelity},
+            )
+        finally:
+            writer.close()
+        if stage.entries(unit["tar"])[unit["tar"]] != unit["files"][unit["tar"]]:
+            raise DamageError(
+                "the source's tar is damaged", where=reader.tar, fix=f"cae2pipe verify {reader.root} --repair"
+            )
+        files = stage.commit(unit["tar"], unit["zarr"])
+    arrays = [f"{unit['zarr']}/{array}/" for array in (*layout.codec.arrays(), "norms")]
+    latents = sum(entry["bytes"] for path, entry in files.items() if path.startswith(tuple(arrays)))
+    kept = {key: unit[key] for key in ("view", "shard", "source", "samples", "tar", "zarr")}
+    return {
+        **kept,
+        "files": files,
+        "fidelity": fidelity,
+        "bytes": {"latents": latents, "pixels": unit["bytes"]["pixels"]},
+        "recoded": fingerprint(unit["files"]),
+    }
+
+
+def _ahead(pool: ThreadPoolExecutor, tasks: Iterator[tuple[Any, ...]], most: int) -> Iterator[Recoded]:
+    pending: deque[Future[Recoded]] = deque()
+    try:
+        while True:
+            while len(pending) < most and (task := next(tasks, None)) is not None:
+                pending.append(pool.submit(recode_block, *task))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
