@@ -9,18 +9,22 @@ OUT/shards/                          the shard set, where extract-targets was gi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.box import Box, check_files, open_box
-from cae2pipe.artifacts.places import file_sizes, read_bytes
+from cae2pipe.artifacts.places import file_sizes, place, read_bytes
 from cae2pipe.errors import DamageError, ManifestError
+from cae2pipe.images.views import decode_view
 from cae2pipe.targets.calibration import Calibration, make_codec
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.store import REMEDY, Layout, StoreReader
 
 KIND = "targets"
@@ -51,19 +55,42 @@ class TeacherFacts:
         return self.patches + self.class_token
 
 
-class TargetSet:
-    """An opened target set. ``stores`` maps ``v00/000123`` to its manifest entry.
+class Target(NamedTuple):
+    """One stored view. Arrays are numpy's or torch's, as the set was opened.
+
+    ``tokens`` (T, D) float32: the teacher's latents as stored, of unit length up to the codec's error; the class token
+    first, if the teacher has one. ``norms`` (T,) float32: their lengths before. ``pixels`` (H, W, 3) uint8: the view.
+    ``attention`` (P,) uint8: the teacher's class-to-patch attention, its largest value 255; None without one.
+    ``label`` points into the set's ``classes``, -1: none.
+    """
+
+    key: str
+    view: int
+    label: int
+    tokens: Any
+    norms: Any
+    pixels: Any
+    attention: Any
+
+
+class TargetSet(Sequence[Target]):
+    """An opened target set: a sequence of its stored views, store after store, shards in order within each view.
+
+    A view is decoded with its whole block of 64, which is kept: going through in order is cheap, jumping about is not.
+    ``stores`` maps ``v00/000123`` to its manifest entry.
 
     Args:
-        root: the set's folder.
+        root: the set's folder or URL.
+        arrays: what items hold, ``numpy`` or ``torch``.
 
     Raises:
         ManifestError: not a target set, or one without calibration or stores.
         DamageError: the calibration, or a file of a store, is missing or has another size than the manifest says.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path | str, arrays: Literal["numpy", "torch"] = "numpy"):
+        self.root = root = place(root)
+        self.arrays = arrays
         self.box: Box = open_box(root, KIND)
         self.stores: dict[str, dict[str, Any]] = {name: unit for name, unit in self.box.units.items() if name != CODEC}
         if CODEC not in self.box.units or not self.stores:
@@ -81,6 +108,54 @@ class TargetSet:
         codec = self.box.identity["settings"]["codec"]
         self.calibration = read_calibration(root / "codec.zarr")
         self.layout = make_layout(self.box.facts["teacher"], codec, self.calibration)
+        self._names = sorted(self.stores)
+        self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
+        self._kept: tuple[tuple[str, int], list[Target]] | None = None
+
+    def __len__(self) -> int:
+        """Stored views."""
+        return int(self._ends[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Target: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Target]: ...
+    def __getitem__(self, index: int | slice) -> Target | list[Target]:
+        """A stored view.
+
+        Raises:
+            IndexError: there are fewer. DamageError: its block cannot be read.
+        """
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"view {index} of {len(self)}")
+        store = int(np.searchsorted(self._ends, position, side="right"))
+        name = self._names[store]
+        block, within = divmod(position - (int(self._ends[store - 1]) if store else 0), BLOCK)
+        if self._kept is None or self._kept[0] != (name, block):
+            self._kept = (name, block), self._read(name, block)
+        return self._kept[1][within]
+
+    def _read(self, name: str, block: int) -> list[Target]:
+        stored = self.reader(name).block(block)
+        tokens = self.layout.codec.decode(as_tensors(stored.arrays))
+        columns: dict[str, Any] = {
+            "tokens": tokens,
+            "norms": torch.from_numpy(stored.arrays["norms"].astype(np.float32)),
+            "pixels": torch.from_numpy(np.stack([decode_view(jpeg) for jpeg in stored.jpegs])),
+        }
+        if self.layout.attention:
+            columns["attention"] = torch.from_numpy(stored.arrays["attention"].copy())
+        if self.arrays == "numpy":
+            columns = {column: values.numpy() for column, values in columns.items()}
+        columns.setdefault("attention", [None] * len(tokens))
+        view = self.stores[name]["view"]
+        return [
+            Target(key, view, int(label), *(columns[column][within] for column in Target._fields[3:]))
+            for within, (key, label) in enumerate(zip(stored.keys, stored.labels, strict=True))
+        ]
 
     @property
     def mean(self) -> Tensor:

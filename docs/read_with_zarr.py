@@ -1,0 +1,24 @@
+"""The latents of a target set with zarr and numpy alone: python read_with_zarr.py SET [v00/000000]."""
+
+import sys
+
+import numpy as np
+import zarr
+
+
+def read_latents(root: str, store: str = "v00/000000") -> np.ndarray:
+    """Tokens of one view of one shard, (samples, tokens, dimensions) float32, of unit length up to coding error."""
+    group = zarr.open_group(f"{root}/latents/{store}.zarr", mode="r")
+    if group.attrs["codec"] == "klt":
+        codec = zarr.open_group(f"{root}/codec.zarr", mode="r")
+        symbols = group["symbols"][...].astype(np.int32)  # (dimensions, samples, tokens)
+        bins = (symbols >> 1) ^ -(symbols & 1)
+        return (bins.transpose(1, 2, 0) * codec["step"][0]).astype(np.float32) @ codec["basis"][...].T + codec["mean"][
+            ...
+        ]
+    tokens = group["tokens"][...].astype(np.float32)
+    return tokens * group["scales"][...].astype(np.float32)[..., None] if group.attrs["codec"] == "int8" else tokens
+
+
+if __name__ == "__main__":
+    print(read_latents(*sys.argv[1:]).shape)  # noqa: T201
