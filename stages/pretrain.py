@@ -30,6 +30,7 @@ from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD, export_encoder
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
+from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.checkpoint import load_checkpoint, save_checkpoint
 from cae2pipe.training.device import pick_device
@@ -262,6 +263,7 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
 
 def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, drop_columns: int) -> Plan:
     """What the loader must know, from the set and the settings."""
+    speed = settings.speed
     return Plan(
         root=targets.root,
         units={name: targets.stores[name] for name in stores},
@@ -279,6 +281,7 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
         masked=settings.masked_patches,
         drop_columns=drop_columns,
         norms=settings.loss.kind != "cosine",
+        cache=BlockCache(speed.cache, int(speed.cache_gb * 1e9)) if speed.cache else None,
     )
 
 

@@ -35,7 +35,9 @@ def place(text: str | os.PathLike[str]) -> Path:
     Raises:
         BadInputError: no file system of that protocol is known or installed.
     """
-    if isinstance(text, os.PathLike) or "://" not in text:
+    if not isinstance(text, str):
+        return Path(text) if isinstance(text, os.PathLike) else text  # a remote place already
+    if "://" not in text:
         return Path(text)
     # Neither is imported for local work.
     from upath import UPath

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -140,6 +141,10 @@ class TrainSpeed(Settings):
     """Device of the student: auto, cpu, cuda, cuda:1, ..."""
     workers: int = Field(default=-1, ge=-1)
     """Processes that read and decode blocks; -1: one a core, at most 8; 0: none, in the main process."""
+    cache: Path | None = None
+    """A local folder in which blocks of a remote target set are kept for later epochs. None: nothing is kept."""
+    cache_gb: float = Field(default=100.0, gt=0)
+    """Gigabytes that the cache may hold; what was read first stays."""
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     """Minutes between checkpoints."""
     keep: int = Field(default=2, ge=1)

@@ -21,6 +21,7 @@ from cae2pipe.images.views import decode_view
 from cae2pipe.keyed import keyed_uniforms
 from cae2pipe.loading.order import BlockRef, steps_per_epoch, stream_pieces, windows
 from cae2pipe.models.masks import draw_mask, split_indices
+from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.store import Layout, StoreReader
 from cae2pipe.targets.target_set import store_name
@@ -49,6 +50,7 @@ class Plan:
     masked: int
     drop_columns: int
     norms: bool
+    cache: BlockCache | None = None
 
     @property
     def samples(self) -> int:
@@ -113,7 +115,7 @@ class StreamSource:
         self._names = [*plan.layout.codec.arrays(), *(["norms"] if plan.norms else [])]
         # A reader keeps its store's index, keys and member offsets: about 0.2 MB.
         self._reader = functools.lru_cache(maxsize=64)(
-            lambda name: StoreReader(plan.root, plan.units[name], plan.layout)
+            lambda name: StoreReader(plan.root, plan.units[name], plan.layout, plan.cache)
         )
 
     def samples(self, epoch: int, skip: int) -> Iterator[tuple[Pool, int]]:

@@ -23,9 +23,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from cae2pipe.artifacts.places import file_size, read_bytes, read_range
+from cae2pipe.artifacts.places import file_size, is_local, read_bytes, read_range
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import DRAW_COLUMNS
+from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, ShardFile, decode_chunk, decode_index, encode_chunk, index_size
 from cae2pipe.targets.codecs import ArraySpec, Codec
 
@@ -166,10 +167,17 @@ class StoreWriter:
 
 
 class StoreReader:
-    """Reads blocks of one store and of the tar beside it. Opens nothing until the first read."""
+    """Reads blocks of one store and of the tar beside it. Opens nothing until the first read.
 
-    def __init__(self, root: Path, unit: Mapping[str, Any], layout: Layout):
+    Args:
+        root: the set's folder. unit: the store's manifest entry. layout: the set's.
+        cache: where pieces of remote files are kept.
+    """
+
+    def __init__(self, root: Path, unit: Mapping[str, Any], layout: Layout, cache: BlockCache | None = None):
         self.root = root
+        self._files: Mapping[str, Any] = unit.get("files", {})
+        self._cache = cache
         self.tar = root / unit["tar"]
         self.path = root / unit["zarr"]
         self.samples: int = unit["samples"]
@@ -209,7 +217,7 @@ class StoreReader:
                 if name not in self._spans:
                     self._spans[name] = self._read_index(name)
                 offset, length = self._spans[name][block]
-                data = _read(self._shard_path(name), int(offset), int(length))
+                data = self._read(self._shard_path(name), int(offset), int(length))
                 chunk = decode_chunk(data, self.layout.shape(name, BLOCK), spec.dtype, spec.level)
             except (ChunkError, OSError) as error:
                 raise self._damage(error, f"{self._shard_path(name)}, block {block}") from None
@@ -225,7 +233,7 @@ class StoreReader:
         members = self.members()[block * BLOCK : (block + 1) * BLOCK]
         start, end = int(members[0, 0]), int(members[-1, :2].sum())
         try:
-            data = _read(self.tar, start, end - start)
+            data = self._read(self.tar, start, end - start)
         except (ChunkError, OSError) as error:
             raise self._damage(error, f"{self.tar}, block {block}") from None
         jpegs = []
@@ -248,18 +256,28 @@ class StoreReader:
     def _read_index(self, name: str) -> np.ndarray:
         path = self._shard_path(name)
         size = index_size(self.blocks)
-        total = file_size(path)
+        total = file_size(path) if is_local(path) else self._entry(path)["bytes"]
         if total is None:
             raise FileNotFoundError(path)
         if total < size:
             raise ChunkError("the shard file is cut off")
-        return decode_index(_read(path, total - size, size), self.blocks)
+        return decode_index(self._read(path, total - size, size), self.blocks)
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        """What the manifest says of a file."""
+        entry: dict[str, Any] = self._files[path.relative_to(self.root).as_posix()]
+        return entry
+
+    def _read(self, path: Path, offset: int, length: int) -> bytes:
+        if self._cache is None or is_local(path):
+            return _read(path, offset, length)
+        return self._cache.read(self._entry(path)["sha256"], offset, length, lambda: _read(path, offset, length))
 
     def _small_array(self, name: str, dtype: str, tail: tuple[int, ...] | None) -> np.ndarray:
         if name not in self._small:
             path = self.path.joinpath(name, "c", *("0",) * (1 if tail == () else 2))
             try:
-                data = read_bytes(path)
+                data = read_bytes(path) if is_local(path) else self._read(path, 0, self._entry(path)["bytes"])
                 if tail is None:
                     tail = ((len(data) - 4) // self.samples,)
                 self._small[name] = decode_chunk(data, (self.samples, *tail), dtype, 0)
