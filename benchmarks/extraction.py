@@ -21,7 +21,8 @@ from cae2pipe.artifacts.box import open_box
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Silent
 from cae2pipe.stages import extract_targets as stage
-from cae2pipe.targets.encoding import Meter
+from cae2pipe.targets.encoding import Meter, lanes
+from cae2pipe.threads import in_threads
 
 VIEWS = 4
 COPIES = 4
@@ -51,6 +52,16 @@ def main() -> None:
                 torch.cuda.synchronize()
             return done / (time.perf_counter() - began)
 
+        def bare_in_lanes() -> float:
+            """The forward as extraction runs it: on a CPU one batch a core."""
+            began, count = time.perf_counter(), max(1, 512 // len(batches[0]))
+            width = lanes(teacher.device) if teacher.device.type == "cpu" else 1
+            tasks = ((batches[number % len(batches)].to(teacher.device),) for number in range(count))
+            done = sum(in_threads(lambda batch: len(teacher(batch).tokens), tasks, width, width))
+            if teacher.device.type == "cuda":
+                torch.cuda.synchronize()
+            return done / (time.perf_counter() - began)
+
         def extraction() -> float:
             nonlocal number
             number += 1
@@ -62,11 +73,13 @@ def main() -> None:
             shutil.rmtree(out)
             return meters[-1].rate()
 
-        speeds = in_turns({"teacher": bare, "extraction": extraction}, 2 if options.quick else 5)
+        contenders = {"teacher": bare, "in lanes": bare_in_lanes, "extraction": extraction}
+        speeds = in_turns(contenders, 2 if options.quick else 5)
     ratio = median_ratio(speeds["extraction"], speeds["teacher"])
     last = meters[-1]
     rows = [
         {"what": "the teacher's forward", "views/s": figures(speeds["teacher"])},
+        {"what": "the same, a batch a core", "views/s": figures(speeds["in lanes"])},
         {
             "what": f"extraction, {VIEWS} views",
             "views/s": figures(speeds["extraction"]),

@@ -42,7 +42,7 @@ from cae2pipe.shards.tar import index_tar, write_samples
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, one_thread, summarise
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
-from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens
+from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, run_teacher
 from cae2pipe.targets.estimate import CODECS, price, project, tar_bytes
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
@@ -262,11 +262,10 @@ def run_sample(
                 tasks.append(Task(shard, number, (0,)))
                 taken += min(BLOCK, shard.samples - number * BLOCK)
     outputs, jpegs = [], []
-    for block in render(Renderer(shards, tasks, settings.view, settings.seed), workers):
-        output = teacher(block.pixels[0].to(teacher.device))
+    rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
+    for block, output in run_teacher(rendered, teacher):
         check_features(output.tokens, where=f"shard {block.task.shard.name}, block {block.task.block}", constant=True)
-        attention = None if output.attention is None else output.attention.cpu()
-        outputs.append(TeacherOutput(output.tokens.cpu(), attention))
+        outputs.append(output)
         jpegs += block.jpegs[0]
     return outputs, jpegs
 
@@ -367,8 +366,7 @@ def make_views(
     report.total(sum(shard.samples * len(views) for shard, views in missing), "views")
     rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
     meter = Meter()
-    threads = 4 if teacher.device.type == "cuda" else 1
-    encoded = encode_ahead(rendered, teacher, layout, calibration, threads, meter)
+    encoded = encode_ahead(rendered, teacher, layout, calibration, meter)
     open_shards: deque[_Shard] = deque()
     finishing: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as finisher:
@@ -544,7 +542,7 @@ def time_extraction(
         yield from rendered
 
     rendered = begun(render(Renderer(shards, tasks, settings.view, settings.seed), workers))
-    for _ in encode_ahead(rendered, teacher, layout, calibration, 1, meter):
+    for _ in encode_ahead(rendered, teacher, layout, calibration, meter):
         pass
     meter.ended = time.perf_counter()
     return meter

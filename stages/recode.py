@@ -8,9 +8,8 @@ the same bytes, however many workers do it and wherever it was broken off.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
 from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
 from cae2pipe.targets.target_set import CODEC, KIND, TargetSet, make_layout, read_calibration, write_calibration
+from cae2pipe.threads import in_threads
 
 
 def recode(
@@ -173,9 +173,8 @@ def recode_stores(box: Box, targets: TargetSet, names: list[str], workers: int, 
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
     readers = {name: targets.reader(name) for name in names}
-    with ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
-        blocks = _ahead(pool, tasks, 2 * max(1, workers))
+    tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
+    with closing(in_threads(recode_block, tasks, workers, 2 * max(1, workers))) as blocks:
         for name in names:
             box.add(name, recode_store(box.root, name, targets.stores[name], readers[name], layout, blocks, report))
 
@@ -226,17 +225,3 @@ def recode_store(
         "bytes": {"latents": latents, "pixels": unit["bytes"]["pixels"]},
         "recoded": fingerprint(unit["files"]),
     }
-
-
-def _ahead(pool: ThreadPoolExecutor, tasks: Iterator[tuple[Any, ...]], most: int) -> Iterator[Recoded]:
-    pending: deque[Future[Recoded]] = deque()
-    try:
-        while True:
-            while len(pending) < most and (task := next(tasks, None)) is not None:
-                pending.append(pool.submit(recode_block, *task))
-            if not pending:
-                return
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()

@@ -1,15 +1,15 @@
 """The device's half of extraction: the teacher, the rotation, and what packs the result, all at work at once.
 
-The main thread gives the device one block after the other. A thread takes each result off the device, which is where
-it waits for it, and packs it; zstd and the transfer let other threads run meanwhile. Blocks come out in order.
+The main thread gives a device one block after the other. A thread takes each result off the device, which is where
+it waits for it, and packs it; zstd and the transfer let other threads run meanwhile. On a CPU the threads run the
+teacher too, a block each. Blocks come out in order.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import Layout, pack_block
 from cae2pipe.teachers.check import check_features
-from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.teachers.protocol import Teacher, TeacherOutput
+from cae2pipe.threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class EncodedBlock:
 
 @dataclass
 class Meter:
-    """Where an extraction's time goes, in seconds."""
+    """Where an extraction's time goes, in seconds; ``teacher`` is a mean over ``lanes``, which run at once."""
 
     began: float = field(default_factory=time.perf_counter)
     ended: float | None = None
@@ -51,6 +52,7 @@ class Meter:
     rendering: float = 0.0
     packing: float = 0.0
     views: int = 0
+    lanes: int = 1
 
     def seconds(self) -> float:
         """From the beginning to the end, or to now."""
@@ -73,43 +75,58 @@ class Meter:
         return "packing and writing hold it up: a faster disk, or more cores, would help"
 
 
+def lanes(device: torch.device) -> int:
+    """How many blocks are worked on at once.
+
+    On a CPU that is one a core, each from the teacher to the packed chunks in one thread. All cores on one block would
+    be slower: the threads of one product wait for each other, and for whatever else the machine does
+    (benchmarks/extraction.py).
+    """
+    return torch.get_num_threads() if device.type == "cpu" else 4
+
+
 def encode_ahead(
-    blocks: Iterator[RenderedBlock],
-    teacher: Teacher,
-    layout: Layout,
-    calibration: Calibration,
-    threads: int,
-    meter: Meter,
+    blocks: Iterator[RenderedBlock], teacher: Teacher, layout: Layout, calibration: Calibration, meter: Meter
 ) -> Iterator[EncodedBlock]:
     """Every view of every block, in order.
 
     Raises:
         TeacherError: latents that are not finite, or that the codec cannot hold.
     """
-    pending: deque[Future[EncodedBlock]] = deque()
-    # Each thread would bring a team of OpenMP threads along, and they would fight the teacher's for the cores.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    meter.lanes = lanes(teacher.device) if teacher.device.type == "cpu" else 1
 
-        def oldest() -> EncodedBlock:
-            began = time.perf_counter()
-            encoded = pending.popleft().result()
-            meter.packing += time.perf_counter() - began
-            meter.teacher += encoded.teacher_s
-            meter.views += len(encoded.rendered.keys)
-            return encoded
+    def tasks() -> Iterator[tuple[Any, ...]]:
+        while (block := _timed_next(blocks, meter)) is not None:
+            for place in range(len(block.task.views)):
+                # A device is given its work here, in order; a CPU's teacher runs in the thread.
+                work = None if teacher.device.type == "cpu" else _start(teacher, block.pixels[place])
+                yield block, place, work, teacher, layout, calibration
 
-        try:
-            while (block := _timed_next(blocks, meter)) is not None:
-                for place in range(len(block.task.views)):
-                    work = _start(teacher, block.pixels[place])
-                    pending.append(pool.submit(_finish, block, place, work, layout, calibration))
-                    if len(pending) > threads + 1:
-                        yield oldest()
-            while pending:
-                yield oldest()
-        finally:
-            for future in pending:
-                future.cancel()
+    threads = lanes(teacher.device)
+    with closing(in_threads(_finish, tasks(), threads, threads + 1)) as encoded:
+        while True:
+            began, rendering = time.perf_counter(), meter.rendering
+            result = next(encoded, None)
+            waited = time.perf_counter() - began - (meter.rendering - rendering)
+            if result is None:
+                return
+            teacher_s = result.teacher_s / meter.lanes
+            meter.packing += max(0.0, waited - (teacher_s if teacher.device.type == "cpu" else 0.0))
+            meter.teacher += teacher_s
+            meter.views += len(result.rendered.keys)
+            yield result
+
+
+def run_teacher(blocks: Iterator[RenderedBlock], teacher: Teacher) -> Iterator[tuple[RenderedBlock, TeacherOutput]]:
+    """Every block with the teacher's output, on the CPU, of its first view."""
+
+    def run(block: RenderedBlock) -> tuple[RenderedBlock, TeacherOutput]:
+        output = teacher(block.pixels[0].to(teacher.device))
+        attention = None if output.attention is None else output.attention.cpu()
+        return block, TeacherOutput(output.tokens.cpu(), attention)
+
+    threads = lanes(teacher.device) if teacher.device.type == "cpu" else 1
+    return in_threads(run, ((block,) for block in blocks), threads, threads)
 
 
 @dataclass(frozen=True)
@@ -121,11 +138,15 @@ class _Work:
     events: tuple[Any, Any] | None
 
 
+def _run(teacher: Teacher, pixels: Tensor) -> _Work:
+    began = time.perf_counter()
+    output = teacher(pixels)
+    return _Work(output, time.perf_counter() - began, None)
+
+
 def _start(teacher: Teacher, pixels: Tensor) -> _Work:
     if teacher.device.type != "cuda":
-        began = time.perf_counter()
-        output = teacher(pixels)
-        return _Work(output, time.perf_counter() - began, None)
+        return _run(teacher, pixels.to(teacher.device))
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(teacher.device):
         images = pixels.pin_memory().to(teacher.device, non_blocking=True)
@@ -136,7 +157,10 @@ def _start(teacher: Teacher, pixels: Tensor) -> _Work:
 
 
 @torch.inference_mode()
-def _finish(block: RenderedBlock, place: int, work: _Work, layout: Layout, calibration: Calibration) -> EncodedBlock:
+def _finish(
+    block: RenderedBlock, place: int, work: _Work | None, teacher: Teacher, layout: Layout, calibration: Calibration
+) -> EncodedBlock:
+    work = work or _run(teacher, block.pixels[place])
     task, tokens = block.task, work.output.tokens
     check_features(tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[place]}")
     arrays, raw, centred = encode_tokens(tokens, work.output.attention, layout, calibration)

@@ -37,7 +37,6 @@ class OpenClipTeacher(Teacher):
     def __init__(self, tower: Any, info: TeacherInfo, device: torch.device):
         super().__init__(info, device)
         self.tower = tower.to(device).eval().requires_grad_(False)
-        self._attention: Tensor | None = None
         last = self.tower.transformer.resblocks[-1]
         if isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
             last.register_forward_pre_hook(self._attend)

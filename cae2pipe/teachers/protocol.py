@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,6 +64,17 @@ class Teacher(ABC):
         self.device = device
         self._mean = torch.tensor(info.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(info.std, device=device).view(1, 3, 1, 1) * 255
+        # Several threads may run the model at once.
+        self._seen = threading.local()
+
+    @property
+    def _attention(self) -> Tensor | None:
+        """What a hook has seen during this thread's forward pass."""
+        return getattr(self._seen, "attention", None)
+
+    @_attention.setter
+    def _attention(self, attention: Tensor | None) -> None:
+        self._seen.attention = attention
 
     @abstractmethod
     def tokens(self, pixels: Tensor) -> TeacherOutput:

@@ -33,7 +33,6 @@ class TimmViT(Teacher):
     def __init__(self, model: Any, info: TeacherInfo, device: torch.device):
         super().__init__(info, device)
         self.model = model.to(device).eval().requires_grad_(False)
-        self._attention: Tensor | None = None
         last = model.blocks[-1]
         if info.class_token and _is_plain(last):
             last.register_forward_pre_hook(self._attend)
