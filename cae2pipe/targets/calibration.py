@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cae2pipe.targets.chunks import BLOCK, SHUFFLES, Shuffle, encode_chunk
 from cae2pipe.targets.codecs import Codec, Fp16Codec, Int8Codec, KltCodec, as_tensors
 
 MARGIN = 0.96
@@ -21,11 +22,12 @@ MARGIN = 0.96
 
 @dataclass(frozen=True)
 class Calibration:
-    """What decoding needs: ``mean`` (D,), and for klt ``basis`` (D, D) and ``step``; float32."""
+    """What coding needs: ``mean`` (D,), and for klt ``basis`` (D, D) and ``step``, float32, and Blosc's ``shuffle``."""
 
     mean: Tensor
     basis: Tensor | None = None
     step: float | None = None
+    shuffle: Shuffle = "shuffle"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def calibrate(unit: Tensor, codec: str, fidelity: float, level: int) -> tuple[Ca
         calibration = Calibration(mean.float())
         if codec == "klt":
             step = find_step(test, mean, basis, fidelity)
-            calibration = Calibration(mean.float(), basis.float(), step)
+            calibration = find_shuffle(Calibration(mean.float(), basis.float(), step), test[:BLOCK], level)
         chosen = make_codec(codec, calibration, level)
         decoded = chosen.decode(as_tensors(chosen.encode(test)))
         return calibration, summarise(*token_cosines(test, decoded, calibration.mean))
@@ -133,6 +135,23 @@ def find_step(test: Tensor, mean: Tensor, basis: Tensor, fidelity: float) -> flo
     return float(torch.tensor(low, dtype=torch.float32))
 
 
+def find_shuffle(calibration: Calibration, block: Tensor, level: int) -> Calibration:
+    """The calibration with whichever shuffle packs a block of unit tokens into fewer bytes.
+
+    With fine steps most symbols fill a byte, which zstd's entropy coder packs best whole; with coarse ones most bits
+    are zero, and lie together once bits are shuffled. On a ViT-Ti's tokens bytes take 2.8% less at a fidelity of
+    0.999, bits 5% less at 0.99 (benchmarks/codec_pareto.py).
+    """
+    candidates = [replace(calibration, shuffle=shuffle) for shuffle in SHUFFLES]
+
+    def size(candidate: Calibration) -> int:
+        codec = make_codec("klt", candidate, level)
+        spec = codec.arrays()[codec.main]
+        return len(encode_chunk(codec.encode(block)[codec.main], spec.level, spec.shuffle))
+
+    return min(candidates, key=size)
+
+
 def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
     """The codec of that name. ``klt`` needs a calibration with basis and step."""
     if name == "fp16":
@@ -141,4 +160,4 @@ def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
         return Int8Codec()
     assert calibration.basis is not None
     assert calibration.step is not None
-    return KltCodec(calibration.mean, calibration.basis, calibration.step, level)
+    return KltCodec(calibration.mean, calibration.basis, calibration.step, level, calibration.shuffle)

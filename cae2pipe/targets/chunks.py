@@ -5,13 +5,14 @@ through several layers; a store is written block by block, as the teacher yields
 both directions work on the file itself. What is written stays valid Zarr v3 (tested: byte-identical to zarr's own).
 
 Shard file: chunk after chunk, then the index: offset and length of each chunk (uint64 little-endian), then CRC-32C.
-Chunk: array bytes, through Blosc (zstd, bit shuffle) where the array is compressed, then CRC-32C. Blosc alone returns
+Chunk: array bytes, through Blosc (zstd) where the array is compressed, then CRC-32C. Blosc alone returns
 wrong data silently after a flipped bit; the checksum is what makes damage an error.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -25,14 +26,21 @@ RESIDUE = 0x48674BC7
 """CRC-32C of any bytes followed by their CRC-32C in little-endian order."""
 
 
+Shuffle = Literal["shuffle", "bitshuffle"]
+
+
 class ChunkError(ValueError):
     """A chunk's or an index's bytes are damaged. The store wraps it with the place and the remedy."""
 
 
-def encode_chunk(array: np.ndarray, level: int) -> bytes:
-    """An array's bytes with their checksum, compressed unless ``level`` is 0."""
+SHUFFLES: dict[Shuffle, int] = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+"""What Blosc does before it compresses, by the names that zarr gives it."""
+
+
+def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle") -> bytes:
+    """An array's bytes with their checksum, compressed unless ``level`` is 0; ``shuffle`` is one of ``SHUFFLES``."""
     array = np.ascontiguousarray(array)
-    data = array.tobytes() if level == 0 else blosc.compress(array, b"zstd", level, shuffle=blosc.BITSHUFFLE)
+    data = array.tobytes() if level == 0 else blosc.compress(array, b"zstd", level, shuffle=SHUFFLES[shuffle])
     return data + google_crc32c.value(data).to_bytes(4, "little")
 
 

@@ -2,7 +2,7 @@
 
 All codecs store L2-normalised tokens; norms are kept apart by the store. Measured on a ViT-S's tokens (384 dimensions):
 the transform codec needs 0.37 of int8's bytes at a mean cosine of 0.999 because rotation into principal axes leaves
-most components with a range of a few steps, which Blosc's bit shuffle then packs.
+most components with a range of a few steps, which zstd's entropy coder then packs.
 
 Shapes: n samples, T tokens, D dimensions.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.errors import TeacherError
+from cae2pipe.targets.chunks import Shuffle
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,13 @@ class ArraySpec:
     """How one array of a store is laid out.
 
     ``sample_axis`` is the axis that runs over samples; a chunk holds 64 of them and all of the other axes.
-    ``level`` is the zstd level under Blosc's bit shuffle, or 0 for plain bytes.
+    ``level`` is the zstd level, or 0 for plain bytes without Blosc; ``shuffle`` is Blosc's, of bytes or of bits.
     """
 
     dtype: str
     sample_axis: int
     level: int
+    shuffle: Shuffle = "bitshuffle"
 
 
 class Codec(Protocol):
@@ -94,20 +96,22 @@ class KltCodec:
         basis: (D, D) float32, orthonormal columns: the principal axes, largest variance first.
         step: width of a quantisation bin.
         level: zstd level.
+        shuffle: Blosc's, of bytes or of bits.
     """
 
     name = "klt"
     main = "symbols"
 
-    def __init__(self, mean: Tensor, basis: Tensor, step: float, level: int = 1):
+    def __init__(self, mean: Tensor, basis: Tensor, step: float, level: int = 1, shuffle: Shuffle = "shuffle"):
         self.mean = mean
         self.basis = basis
         self.step = step
         self.level = level
+        self.shuffle: Shuffle = shuffle
         self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def arrays(self) -> dict[str, ArraySpec]:
-        return {"symbols": ArraySpec("<u2", 1, self.level)}
+        return {"symbols": ArraySpec("<u2", 1, self.level, self.shuffle)}
 
     def encode(self, unit: Tensor) -> dict[str, np.ndarray]:
         """Symbols (D, n, T) uint16. Raises TeacherError where a symbol does not fit: it never wraps."""

@@ -86,7 +86,7 @@ def pack_block(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, by
             padded = np.zeros(layout.shape(name, BLOCK), dtype=spec.dtype)
             padded[(slice(None),) * spec.sample_axis + (slice(0, count),)] = array
             array = padded
-        chunks[name] = encode_chunk(np.asarray(array, dtype=spec.dtype), spec.level)
+        chunks[name] = encode_chunk(np.asarray(array, dtype=spec.dtype), spec.level, spec.shuffle)
     return chunks
 
 
@@ -125,7 +125,7 @@ class StoreWriter:
             self.path, zarr_format=3, attributes={**attributes, "draw_columns": list(DRAW_COLUMNS)}
         )
         for name, spec in self.layout.blocked().items():
-            blosc = BloscCodec(cname="zstd", clevel=spec.level, shuffle="bitshuffle") if spec.level else None
+            blosc = BloscCodec(cname="zstd", clevel=spec.level, shuffle=spec.shuffle) if spec.level else None
             group.create_array(
                 name,
                 shape=self.layout.shape(name, self.samples),

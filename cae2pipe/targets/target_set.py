@@ -1,7 +1,7 @@
 """A target set: its manifest, codec and stores, opened for reading.
 
 OUT/manifest.json
-OUT/codec.zarr                       mean (D,), and for klt basis (D, D) and step (1,)
+OUT/codec.zarr                       mean (D,), and for klt basis (D, D) and step (1,); attribute `shuffle`
 OUT/views/v00/000123.tar             the pixels of view 0 of shard 000123
 OUT/latents/v00/000123.zarr          the latents of the same samples in the same order
 OUT/shards/                          the shard set, where extract-targets was given a folder of images
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from cae2pipe.artifacts.places import file_sizes, place, read_bytes
 from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.images.views import decode_view
 from cae2pipe.targets.calibration import Calibration, make_codec
-from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.chunks import BLOCK, Shuffle
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.store import REMEDY, Layout, StoreReader
 
@@ -212,7 +212,8 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    group = zarr.create_group(path, zarr_format=3, overwrite=True)
+    attributes = {} if calibration.basis is None else {"shuffle": calibration.shuffle}
+    group = zarr.create_group(path, zarr_format=3, overwrite=True, attributes=attributes)
     arrays = {"mean": calibration.mean.numpy()}
     if calibration.basis is not None and calibration.step is not None:
         arrays |= {"basis": calibration.basis.numpy(), "step": np.array([calibration.step], dtype="<f4")}
@@ -246,7 +247,8 @@ def read_calibration(path: Path) -> Calibration:
         mean = torch.from_numpy(arrays["mean"])
         if "basis" not in arrays:
             return Calibration(mean)
-        return Calibration(mean, torch.from_numpy(arrays["basis"]), float(arrays["step"][0]))
+        shuffle = cast(Shuffle, group.attrs["shuffle"])
+        return Calibration(mean, torch.from_numpy(arrays["basis"]), float(arrays["step"][0]), shuffle)
     except (OSError, ValueError, KeyError) as error:
         raise DamageError(
             f"the set's calibration cannot be read ({error}): without it no latent can be decoded",

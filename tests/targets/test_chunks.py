@@ -25,11 +25,12 @@ from cae2pipe.targets.chunks import (
     st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from(["<u2", "|i1", "<f2", "|u1"]),
     st.sampled_from([0, 1, 5]),
+    st.sampled_from(["shuffle", "bitshuffle"]),
     st.integers(0, 100),
 )
-def test_chunks_round_trip(shape, dtype, level, seed):
+def test_chunks_round_trip(shape, dtype, level, shuffle, seed):
     array = np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
-    assert np.array_equal(decode_chunk(encode_chunk(array, level), shape, dtype, level), array)
+    assert np.array_equal(decode_chunk(encode_chunk(array, level, shuffle), shape, dtype, level), array)
 
 
 @settings(deadline=None, max_examples=60)
@@ -57,13 +58,13 @@ def test_index_round_trips_and_damage_is_found():
         decode_index(encode_index([(2**64 - 1, 2**64 - 1)]), 1)
 
 
-@pytest.mark.parametrize("level", [0, 1])
-def test_shard_files_are_byte_for_byte_what_zarr_writes(tmp_path, level):
+@pytest.mark.parametrize(("level", "shuffle"), [(0, "shuffle"), (1, "shuffle"), (1, "bitshuffle")])
+def test_shard_files_are_byte_for_byte_what_zarr_writes(tmp_path, level, shuffle):
     values = np.random.default_rng(0).integers(0, 12, (6, 150, 7)).astype("<u2")
     group = zarr.create_group(tmp_path / "store.zarr", zarr_format=3)
     compressors = [Crc32cCodec()]
     if level:
-        compressors.insert(0, BloscCodec(cname="zstd", clevel=level, shuffle="bitshuffle"))
+        compressors.insert(0, BloscCodec(cname="zstd", clevel=level, shuffle=shuffle))
     options = {
         "shape": values.shape,
         "chunks": (6, 64, 7),
@@ -81,7 +82,7 @@ def test_shard_files_are_byte_for_byte_what_zarr_writes(tmp_path, level):
         chunk = np.zeros((6, 64, 7), "<u2")
         part = values[:, start : start + 64]
         chunk[:, : part.shape[1]] = part
-        file.append(encode_chunk(chunk, level))
+        file.append(encode_chunk(chunk, level, shuffle))
     file.close()
     assert ours.read_bytes() == (tmp_path / "store.zarr/theirs/c/0/0/0").read_bytes()
     assert np.array_equal(zarr.open_group(tmp_path / "store.zarr", mode="r")["ours"][...], values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cae2pipe.errors import TeacherError
-from cae2pipe.targets.calibration import calibrate, find_step, principal_axes, summarise, token_cosines
+from cae2pipe.targets.calibration import (
+    calibrate,
+    find_step,
+    make_codec,
+    principal_axes,
+    summarise,
+    token_cosines,
+)
+from cae2pipe.targets.chunks import encode_chunk
 from cae2pipe.targets.codecs import (
     Fp16Codec,
     Int8Codec,
@@ -19,6 +29,7 @@ from cae2pipe.targets.codecs import (
     unzigzag,
     zigzag,
 )
+from cae2pipe.targets.target_set import read_calibration, write_calibration
 
 
 def correlated_tokens(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -135,6 +146,20 @@ def test_a_lower_fidelity_gives_a_larger_step():
     mean, basis = principal_axes(unit)
     steps = [find_step(unit, mean, basis, fidelity) for fidelity in (0.9999, 0.999, 0.99, 0.9)]
     assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("fidelity", [0.9999, 0.97])
+def test_the_shuffle_is_the_one_that_takes_fewer_bytes(fidelity, tmp_path):
+    unit = correlated_tokens(80, 20, 48)
+    calibration, _ = calibrate(unit, "klt", fidelity, 1)
+    sizes = {}
+    for shuffle in ("shuffle", "bitshuffle"):
+        codec = make_codec("klt", replace(calibration, shuffle=shuffle))
+        chunk = encode_chunk(codec.encode(unit[-20:])["symbols"], 1, shuffle)
+        sizes[shuffle] = len(chunk)
+    assert calibration.shuffle == min(sizes, key=sizes.__getitem__)
+    write_calibration(tmp_path / "codec.zarr", calibration)
+    assert read_calibration(tmp_path / "codec.zarr").shuffle == calibration.shuffle
 
 
 def test_one_sample_is_enough_to_calibrate():

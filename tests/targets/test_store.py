@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,9 @@ def test_zarr_alone_reads_the_store(written):
     group = zarr.open_group(root / entry["zarr"], mode="r")
     for name, array in layout.codec.encode(tokens).items():
         np.testing.assert_array_equal(group[name][...], array)
+    if layout.codec.name == "klt":
+        sharding = json.loads((root / entry["zarr"] / "symbols" / "zarr.json").read_text())["codecs"][0]
+        assert sharding["configuration"]["codecs"][1]["configuration"]["shuffle"] == layout.codec.shuffle
     np.testing.assert_array_equal(group["norms"][...], norms)
     assert group["labels"][...].tolist() == [0] * SAMPLES
     assert len(group.attrs["draw_columns"]) == 11
