@@ -97,11 +97,14 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     if not is_local(path):
         fs, name = _remote(path)
         return remotely(path, lambda: fs.cat_file(name, start=offset, end=offset + size)) if size else b""
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        data = file.read(size)
-        while len(data) < size and (more := file.read(size - len(data))):
+    # Not path.open: this is called thousands of times a second.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        data = os.pread(descriptor, size, offset)
+        while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
             data += more
+    finally:
+        os.close(descriptor)
     return data
 
 

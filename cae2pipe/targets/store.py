@@ -183,6 +183,10 @@ class StoreReader:
         self.samples: int = unit["samples"]
         self.blocks = -(-self.samples // BLOCK)
         self.layout = layout
+        # Looked up for every block.
+        self._blocked = layout.blocked()
+        self._shapes = {name: layout.shape(name, BLOCK) for name in self._blocked}
+        self._paths = {name: self._shard_path(name) for name in self._blocked}
         self._spans: dict[str, np.ndarray] = {}
         self._small: dict[str, np.ndarray] = {}
 
@@ -210,17 +214,17 @@ class StoreReader:
         """
         count = min(BLOCK, self.samples - block * BLOCK)
         result = {}
-        for name, spec in self.layout.blocked().items():
+        for name, spec in self._blocked.items():
             if names is not None and name not in names:
                 continue
             try:
                 if name not in self._spans:
-                    self._spans[name] = self._read_index(name)
-                offset, length = self._spans[name][block]
-                data = self._read(self._shard_path(name), int(offset), int(length))
-                chunk = decode_chunk(data, self.layout.shape(name, BLOCK), spec.dtype, spec.level)
+                    self._spans[name] = self._read_index(self._paths[name])
+                offset, length = self._spans[name][block].tolist()
+                data = self._read(self._paths[name], offset, length)
+                chunk = decode_chunk(data, self._shapes[name], spec.dtype, spec.level)
             except (ChunkError, OSError) as error:
-                raise self._damage(error, f"{self._shard_path(name)}, block {block}") from None
+                raise self._damage(error, f"{self._paths[name]}, block {block}") from None
             result[name] = chunk[(slice(None),) * spec.sample_axis + (slice(0, count),)]
         return result
 
@@ -253,8 +257,7 @@ class StoreReader:
     def _shard_path(self, name: str) -> Path:
         return self.path.joinpath(name, "c", *("0",) * len(self.layout.shape(name, BLOCK)))
 
-    def _read_index(self, name: str) -> np.ndarray:
-        path = self._shard_path(name)
+    def _read_index(self, path: Path) -> np.ndarray:
         size = index_size(self.blocks)
         total = file_size(path) if is_local(path) else self._entry(path)["bytes"]
         if total is None:
