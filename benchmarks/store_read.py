@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import torch
 
@@ -62,6 +63,14 @@ def readers(root: Path, codec: str) -> dict[str, Callable[[], float]]:
                 file.seek(offset)
                 file.read(length)
 
+    def checked() -> None:
+        """What checksums cost at least."""
+        for block in order:
+            offset, length = spans[block]
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                google_crc32c.value(file.read(length))
+
     def ours() -> None:
         for block in order:
             reader.arrays(block, [main])
@@ -77,7 +86,7 @@ def readers(root: Path, codec: str) -> dict[str, Callable[[], float]]:
     megabytes = sum(length for _, length in spans) / 1e6
     return {
         f"{codec}/{name}": lambda work=work: rate(work, megabytes)
-        for name, work in {"plain": plain, "StoreReader": ours, "zarr": zarrs}.items()
+        for name, work in {"plain": plain, "plain + CRC-32C": checked, "StoreReader": ours, "zarr": zarrs}.items()
     }
 
 
@@ -92,7 +101,7 @@ def main() -> None:
     rows = []
     for codec in ("int8", "fp16", "klt"):
         plain = speeds[f"{codec}/plain"]
-        for name in ("plain", "StoreReader", "zarr"):
+        for name in ("plain", "plain + CRC-32C", "StoreReader", "zarr"):
             mine = speeds[f"{codec}/{name}"]
             times = round(median_ratio(plain, mine), 2)
             rows.append({"codec": codec, "reader": name, "MB/s": figures(mine, 0), "times_plain": times})
