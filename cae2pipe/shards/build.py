@@ -108,13 +108,14 @@ def pack(
         runs = plan_runs(with_listings(source, box), settings)
         total = len(source.entries)
         if before and total > before:
+            box.save(complete=False)  # until the new ones are there too
             report.log(f"{total - before} images are new in {source.root}: they go into tars of their own")
         whole = box.whole()
         missing = {
             name: run for name, run in runs.items() if (name in remake if remake is not None else name not in whole)
         }
         if not missing and box.has(REJECTS) and box.complete and remake is None:
-            refuse_empty(box)
+            finish(box)  # a run that was killed may have left its last words in the journal
             report.log(f"nothing to do: {out} holds all {total - box.facts['rejected']} images of {source.root}")
             return ShardSet.open(out)
         report.total(total, "images", done=total - sum(map(len, missing.values())))
@@ -124,7 +125,10 @@ def pack(
             for name, run in missing.items():
                 expected = box.units[name]["files"] if name in box.units else None
                 box.add(name, write_run(box.root, name, run, counted(islice(checked, len(run)), report), expected))
-        finish(box, report)
+        finish(box)
+        kept, rejected = sum(unit["samples"] for unit in box.units.values()), box.facts["rejected"]
+        more = f"; {rejected} could not be decoded: see {out / 'rejects.jsonl'}" if rejected else ""
+        report.log(f"wrote {kept} images{more}")
         return ShardSet.open(out)
 
 
@@ -182,8 +186,8 @@ def write_run(
         return {"files": stage.commit(tar, index), "samples": len(checksums), "rejected": rejected, "tar": tar}
 
 
-def finish(box: Box, report: Report) -> None:
-    """Write ``rejects.jsonl`` and the manifest.
+def finish(box: Box) -> None:
+    """Write ``rejects.jsonl`` and the manifest, where they are not as they should be.
 
     Raises:
         SourceError: not one image could be decoded.
@@ -195,11 +199,11 @@ def finish(box: Box, report: Report) -> None:
     if file_size(path) is None or read_bytes(path) != data:
         write_bytes(path, data)
     box.facts["rejected"] = len(rejects)
-    box.add(REJECTS, {"files": {path.name: file_entry(path)}, "samples": 0})
+    unit = {"files": {path.name: file_entry(path)}, "samples": 0}
+    if box.units.get(REJECTS) != unit:
+        box.add(REJECTS, unit)
     box.save(complete=True)
     refuse_empty(box)
-    kept = sum(unit["samples"] for unit in box.units.values())
-    report.log(f"wrote {kept} images" + (f"; {len(rejects)} could not be decoded: see {path}" if rejects else ""))
 
 
 def refuse_empty(box: Box) -> None:

@@ -1,4 +1,4 @@
-"""Whatever stops an extraction, and wherever: the same command then makes the set that an undisturbed run makes.
+"""Whatever stops a command, and wherever: the same command then makes what an undisturbed run makes.
 
 ``make faults N=30`` tries more points than ``make test`` does.
 """
@@ -7,31 +7,41 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cae2pipe.keyed import keyed_uniforms
 from cae2pipe.progress import Silent
+from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from tests.conftest import contents
-from tests.faults.victim import EXITS, FAULTS, run
+from tests.faults.victim import EXITS, FAULTS, Job, do, run
 
-POINTS = int(os.environ.get("CAE2PIPE_FAULTS", "2"))
-"""Points tried of each kind of fault."""
+POINTS = int(os.environ.get("CAE2PIPE_FAULTS", "1"))
+"""Points tried of each kind of fault in each job."""
+
+DAMAGED = (
+    "views/v01/000001.tar",
+    "latents/v00/000002.zarr/symbols/c/0/0/0",
+    "codec.zarr/mean/c/0",
+    "shards/tars/000000.tar",
+)
 
 
 @pytest.fixture(scope="module")
-def victim(photos: Path, extract_settings: Callable) -> Callable[[Path, str, int], tuple[int, int]]:
-    """Runs an extraction with a fault in a process of its own; gives its exit code and the events it counted."""
+def victim() -> Callable[[Job, str, int], tuple[int | None, int]]:
+    """Does a job with a fault in a process of its own; gives its exit code and the events it counted."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cae2pipe.stages.extract_targets", "open_clip", "cae2pipe.cli"])
+    context.set_forkserver_preload(["cae2pipe.stages.repair", "open_clip", "cae2pipe.cli"])
 
-    def start(out: Path, fault: str, at: int) -> tuple[int, int]:
-        counted = out.with_name("events")
+    def start(job: Job, fault: str, at: int) -> tuple[int | None, int]:
+        counted = job.out.with_name("events")
         counted.unlink(missing_ok=True)
-        process = context.Process(target=run, args=(photos, out, extract_settings(), fault, at, counted))
+        process = context.Process(target=run, args=(job, fault, at, counted))
         process.start()
         process.join()
         return process.exitcode, int(counted.read_text()) if counted.exists() else 0
@@ -40,32 +50,77 @@ def victim(photos: Path, extract_settings: Callable) -> Callable[[Path, str, int
 
 
 @pytest.fixture(scope="module")
-def events(victim: Callable, target_root: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """Events of an undisturbed run."""
-    out = tmp_path_factory.mktemp("undisturbed") / "set"
-    code, count = victim(out, "SIGKILL", -1)
-    assert code == 0
-    assert contents(out) == contents(target_root)
-    return count
+def jobs(photos, target_root, extract_settings, tmp_path_factory) -> dict[str, tuple[Job, Callable[[Path], None]]]:
+    """Every job, with what makes its output folder as it is when the job begins."""
+    settings = extract_settings()
+    fp16 = tmp_path_factory.mktemp("fp16") / "set"
+    extract_targets(photos, fp16, extract_settings(codec={"name": "fp16"}), Silent())
+    few = tmp_path_factory.mktemp("few") / "photos"
+    shutil.copytree(photos, few)
+    for path in few.rglob("image00*.jpg"):
+        path.unlink()
+
+    def begun(out: Path) -> None:
+        build_shard_set(few, out, settings.shard, Silent())
+
+    def damaged(out: Path) -> None:
+        shutil.copytree(target_root, out)
+        for name in DAMAGED:
+            data = bytearray((out / name).read_bytes())
+            data[len(data) // 2] ^= 1
+            (out / name).write_bytes(data)
+
+    return {
+        "extract": (Job("extract", photos, Path(), settings), lambda out: None),
+        "shard": (Job("shard", photos, Path(), settings), begun),
+        "recode": (Job("recode", fp16, Path(), settings), lambda out: None),
+        "repair": (Job("repair", photos, Path(), settings), damaged),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(victim, jobs, tmp_path_factory) -> Callable[[str], tuple[int, dict[str, bytes]]]:
+    """The events of a job that meets no fault, and what it leaves."""
+    known: dict[str, tuple[int, dict[str, bytes]]] = {}
+
+    def find(name: str) -> tuple[int, dict[str, bytes]]:
+        if name not in known:
+            job, prepare = jobs[name]
+            job = replace(job, out=tmp_path_factory.mktemp(name) / "set")
+            prepare(job.out)
+            code, events = victim(job, "SIGKILL", -1)
+            assert code == 0
+            known[name] = events, contents(job.out)
+        return known[name]
+
+    return find
 
 
 @pytest.mark.parametrize("point", range(POINTS))
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_same_command_goes_on_to_the_same_bytes(
-    victim, events, photos, target_root, tmp_path, extract_settings, fault, point
-) -> None:
-    at = 1 + int(keyed_uniforms(1, "fault", fault, point)[0] * events)
-    out = tmp_path / "set"
-    code, _ = victim(out, fault, at)
+@pytest.mark.parametrize("name", ["extract", "shard", "recode", "repair"])
+def test_the_same_command_goes_on_to_the_same_bytes(victim, jobs, undisturbed, tmp_path, name, fault, point) -> None:
+    events, expected = undisturbed(name)
+    at = 1 + int(keyed_uniforms(1, "fault", name, fault, point)[0] * events)
+    job, prepare = jobs[name]
+    job = replace(job, out=tmp_path / "set")
+    prepare(job.out)
+    code, _ = victim(job, fault, at)
     assert code == EXITS[fault], f"{fault} at event {at} of {events}"
-    extract_targets(photos, out, extract_settings(), Silent())
-    assert contents(out) == contents(target_root), f"{fault} at event {at} of {events}"
+    do(job)
+    assert contents(job.out) == expected, f"{fault} at event {at} of {events}"
 
 
-def test_killed_again_and_again_it_still_arrives(victim, events, photos, target_root, tmp_path, extract_settings):
-    out = tmp_path / "set"
+def test_undisturbed_runs_are_the_sets_of_other_tests(undisturbed, target_root):
+    for name in ("extract", "repair"):
+        assert undisturbed(name)[1] == contents(target_root)
+
+
+def test_killed_again_and_again_it_still_arrives(victim, jobs, undisturbed, tmp_path):
+    events, expected = undisturbed("extract")
+    job = replace(jobs["extract"][0], out=tmp_path / "set")
     for turn in range(3):
-        code, _ = victim(out, "SIGKILL", events // 5 + turn)
+        code, _ = victim(job, "SIGKILL", events // 5 + turn)
         assert code == EXITS["SIGKILL"]
-    extract_targets(photos, out, extract_settings(), Silent())
-    assert contents(out) == contents(target_root)
+    do(job)
+    assert contents(job.out) == expected

@@ -1,4 +1,4 @@
-"""A process that runs an extraction and meets its fault at a given event.
+"""A process that does a job and meets its fault at a given event.
 
 Events are the calls through which files come into being or get their names: between two of them nothing on the disk
 changes. The n-th is where the process is killed, or told that the disk is full.
@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,44 @@ FAULTS = ("SIGKILL", "SIGTERM", "SIGINT", "ENOSPC")
 EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "ENOSPC": 1}
 
 
-def run(source: Path, out: Path, settings: ExtractSettings, fault: str, at: int, counted: Path) -> None:
-    """Extract; meet the fault at event ``at`` (-1: never). The number of events is left in ``counted``."""
+@dataclass(frozen=True)
+class Job:
+    """A command: what it is, what it reads, what it writes."""
+
+    name: str
+    source: Path
+    out: Path
+    settings: ExtractSettings
+
+
+def do(job: Job) -> None:
+    """What the command line would do."""
+    from cae2pipe.config.extract import CodecSettings
+    from cae2pipe.inspection import verify
+    from cae2pipe.progress import Silent
+    from cae2pipe.shards.build import build_shard_set
+    from cae2pipe.stages.extract_targets import extract_targets
+    from cae2pipe.stages.recode import recode
+    from cae2pipe.stages.repair import repair
+
+    report = Silent()
+    if job.name == "extract":
+        extract_targets(job.source, job.out, job.settings, report)
+    elif job.name == "shard":
+        build_shard_set(job.source, job.out, job.settings.shard, report)
+    elif job.name == "recode":
+        recode(job.source, job.out, CodecSettings(calibration=64), report, workers=1)
+    else:
+        assert job.name == "repair"
+        found = verify(job.out, report)
+        repair(found, report, job.source, weights=job.settings.teacher.weights, device="cpu", workers=0)
+
+
+def run(job: Job, fault: str, at: int, counted: Path) -> None:
+    """Do the job; meet the fault at event ``at`` (-1: never). The number of events is left in ``counted``."""
     import typer
 
     from cae2pipe.cli import exits
-    from cae2pipe.progress import Silent
-    from cae2pipe.stages.extract_targets import extract_targets
 
     count = 0
 
@@ -46,7 +78,7 @@ def run(source: Path, out: Path, settings: ExtractSettings, fault: str, at: int,
     with redirect_stderr(StringIO()):
         try:
             with exits():
-                extract_targets(source, out, settings, Silent())
+                do(job)
         except typer.Exit as exit_:
             code = exit_.exit_code
     counted.write_text(str(count))
@@ -57,8 +89,8 @@ def run(source: Path, out: Path, settings: ExtractSettings, fault: str, at: int,
 def watch(event: Callable[[], None]) -> None:
     """Call ``event`` before everything that changes what is on the disk."""
     from cae2pipe.artifacts import atomic, staging
-    from cae2pipe.shards import build
-    from cae2pipe.stages import extract_targets
+    from cae2pipe.shards import build, listing
+    from cae2pipe.stages import extract_targets, recode
     from cae2pipe.targets import chunks
 
     def before(owner: Any, name: str) -> None:
@@ -75,4 +107,6 @@ def watch(event: Callable[[], None]) -> None:
     before(chunks.ShardFile, "append")
     before(build, "write_samples")
     before(extract_targets, "write_samples")
+    before(listing, "write_bytes")
+    before(recode, "fetch_file")
     before(Path, "replace")
