@@ -451,12 +451,12 @@ def verify(
             result = check(path, report)
         for problem in result.problems:
             errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
-        if result.problems and repair:
+        if repair:
             from cae2pipe.stages.repair import repair as mend
 
             with progress("repair") as report:
                 mend(result, report, source, labels, teacher_weights, device)
-                result = check(path, report)
+                result = check(path, report) if result.problems else result
             for problem in result.problems:
                 errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
         console.print(result.summary(), highlight=False, soft_wrap=True)

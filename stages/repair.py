@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.box import is_box, journal_entries, open_box
+from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import BadInputError
@@ -40,6 +41,9 @@ def repair(
     for inner in found.inner:
         repair(inner, report, source, labels, weights, device, workers)
     if not found.bad:
+        if found.kind in ("shards", "targets") and journal_entries(found.path):
+            with writing(found.path):  # what a run that was killed had finished
+                open_box(found.path).save()
         return
     report.log(f"making again in {found.path}: {', '.join(sorted(found.bad))}")
     if found.kind == "shards":
