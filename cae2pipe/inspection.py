@@ -215,6 +215,8 @@ def _check_contents(box: Box) -> Iterator[tuple[str, DamageError]]:
 def _remedy(box: Box) -> str:
     if box.kind == "shards":
         return f"cae2pipe verify {box.root} --repair --source IMAGES"
+    if "recoded" in box.identity:
+        return f"cae2pipe verify {box.root} --repair --source TARGETS"
     if box.kind == "targets":
         shards = "" if file_size(box.root / "shards" / MANIFEST) is not None else " --source SHARDS"
         return f"cae2pipe verify {box.root} --repair{shards}"

@@ -65,6 +65,10 @@ def recode(
             where=source,
             fix="give a set that was extracted with --codec fp16, or allow it with --lossy-source",
         )
+    if is_local(out) and is_local(source) and source.resolve() in out.resolve().parents:
+        raise BadInputError(
+            "the output folder lies inside the source", where=out, fix="give an output folder elsewhere"
+        )
     with writing(out):
         refuse_foreign(out)
         box = open_or_create(

@@ -87,5 +87,7 @@ def repair_targets(
 
 def _given(source: Path | None, path: Path, what: str) -> Path:
     if source is None:
-        raise BadInputError(f"{what} that this folder was made from are needed", where=path, fix="give: --source PATH")
+        raise BadInputError(
+            f"repairing this folder takes {what} that it was made from", where=path, fix="give it with --source PATH"
+        )
     return source

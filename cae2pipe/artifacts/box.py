@@ -128,6 +128,12 @@ def open_box(root: Path, kind: str | None = None) -> Box:
     # The journal first: an entry that has gone by then is in the manifest.
     journal = read_many(journal_entries(root))
     if file_size(path) is None:
+        if any(name.startswith(("tars/", "views/", "latents/")) for name in file_sizes(root)):
+            raise ManifestError(
+                "this folder has lost its manifest.json, without which nothing says what in it is whole",
+                where=root,
+                fix="restore the file from a copy, or make the folder again in another place",
+            )
         made_by = {"shards": "cae2pipe shard", "targets": "cae2pipe extract-targets", "run": "cae2pipe pretrain"}
         raise ManifestError(
             "no such folder"

@@ -109,7 +109,7 @@ def pack(
         total = len(source.entries)
         if before and total > before:
             box.save(complete=False)  # until the new ones are there too
-            report.log(f"{total - before} images are new in {source.root}: they go into tars of their own")
+            report.log(f"new in {source.root}: {total - before} of {total} images, which go into tars of their own")
         whole = box.whole()
         missing = {
             name: run for name, run in runs.items() if (name in remake if remake is not None else name not in whole)

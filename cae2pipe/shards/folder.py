@@ -12,7 +12,7 @@ from cae2pipe.artifacts.places import file_sizes, is_local
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.entries import SPLITS, SUFFIXES, Found, Source, is_image, is_utf8, labelled, make_source
 
-FIX_FOLDER = "give a folder of images: class/*.jpg, or *.jpg"
+FIX_SOURCE = "give a folder of images (class/*.jpg, or *.jpg), a .tar, a folder of .tar, or a .txt list of paths"
 
 
 def scan_folder(root: Path) -> Source:
@@ -96,7 +96,7 @@ def list_files(root: Path) -> dict[str, int | None]:
 def refuse_no_folder(root: Path) -> None:
     """Raise SourceError where a local folder is not there."""
     if is_local(root) and not root.is_dir():
-        raise SourceError("no such folder", where=root, fix=FIX_FOLDER)
+        raise SourceError("no such file or folder", where=root, fix=FIX_SOURCE)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:

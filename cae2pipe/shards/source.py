@@ -9,14 +9,12 @@ from cae2pipe.artifacts.places import file_size
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.archive import scan_archive, scan_tars
 from cae2pipe.shards.entries import Source, is_image
-from cae2pipe.shards.folder import folder_splits, list_files, refuse_no_folder, scan_folder
+from cae2pipe.shards.folder import FIX_SOURCE, folder_splits, list_files, refuse_no_folder, scan_folder
 from cae2pipe.shards.ground_truth import DEVKIT, read_ground_truth, with_ground_truth
 from cae2pipe.shards.path_list import SUFFIX, scan_list
 
 IMAGENET = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 """The official archives by split."""
-
-FIX_SOURCE = "give a folder of images (class/*.jpg, or *.jpg), a .tar, a folder of .tar, or a .txt list of paths"
 
 
 def scan(root: Path, labels: Path | None = None) -> Source:

@@ -42,6 +42,10 @@ class EncodedBlock:
         return self.rendered.task.views[self.place]
 
 
+ENOUGH = 1000
+"""Views below which starting and ending outweigh all else."""
+
+
 @dataclass
 class Meter:
     """Where an extraction's time goes, in seconds; ``teacher`` is a mean over ``lanes``, which run at once."""
@@ -68,6 +72,8 @@ class Meter:
 
     def verdict(self) -> str:
         """What holds extraction up, in a sentence."""
+        if self.views < ENOUGH:
+            return "too short a run to say what holds it up"
         if self.waits() < 0.15:
             return "the teacher is the bottleneck, as it should be"
         if self.rendering > self.packing:

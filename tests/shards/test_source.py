@@ -77,7 +77,7 @@ def test_links_to_files_and_folders_are_followed(tmp_path):
 
 
 def test_no_such_folder_and_a_file(tmp_path):
-    assert "no such folder" in refused(tmp_path / "nothing").what
+    assert "no such file or folder" in refused(tmp_path / "nothing").what
     assert "this is a file" in refused(fill(tmp_path / "s", "a.jpg") / "a.jpg").what
 
 

@@ -126,6 +126,10 @@ def test_what_does_not_fit_is_refused(fp16, photos, tmp_path, extract_settings):
     with pytest.raises(MismatchError, match="recoded"):
         extract_targets(photos, tmp_path / "set", extract_settings(codec={"calibration": 64}), Silent())
     assert snapshot(tmp_path / "set") == before
+    for inside in (fp16 / "sub", fp16):
+        with pytest.raises((BadInputError, MismatchError)):
+            recode(fp16, inside, KLT, Silent())
+    assert not (fp16 / "sub").exists()
 
 
 def test_a_damaged_source_leaves_nothing_damaged(fp16, tmp_path):
