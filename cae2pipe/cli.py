@@ -193,7 +193,7 @@ def extract_targets(
             **_section("speed", workers=workers, device=device),
         }
         settings = load(ExtractSettings, "extract", config, set_ or [], values)
-        from cae2pipe.stages.extract_targets import estimate_targets
+        from cae2pipe.stages.estimate_targets import estimate_targets
         from cae2pipe.stages.extract_targets import extract_targets as run
 
         if estimate:

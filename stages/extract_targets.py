@@ -8,10 +8,9 @@ the work is split.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -34,17 +33,15 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import BadInputError, DamageError, MismatchError, SourceError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, gigabytes
-from cae2pipe.shards.build import build_shard_set, plan_runs, write_run
-from cae2pipe.shards.checking import check_image
-from cae2pipe.shards.shard_set import Shard, ShardSet, make_shard
-from cae2pipe.shards.source import scan
+from cae2pipe.provenance import provenance, tell_changes
+from cae2pipe.shards.build import build_shard_set
+from cae2pipe.shards.shard_set import Shard, ShardSet
 from cae2pipe.shards.tar import index_tar, write_samples
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, one_thread, summarise
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, run_teacher
-from cae2pipe.targets.estimate import CODECS, price, project, tar_bytes
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
+from cae2pipe.targets.rendering import Renderer, Task, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
 from cae2pipe.targets.target_set import CODEC, KIND, make_layout, read_calibration, store_name, write_calibration
 from cae2pipe.teachers.check import check_features
@@ -96,7 +93,7 @@ def extract_targets(
         workers = -(-worker_count(settings.speed.workers) // rank.on_machine)
         if not (is_shared(out) and is_shared(source)):
             workers = 0  # what lies in this process's memory is seen by no other
-        tell_changes(box, teacher.device, report)
+        tell_changes(box.facts, teacher.device, report)
         if remake is not None and CODEC in remake:
             make_calibration(box, shards, teacher, settings, workers, report)
         box = with_calibration(box, shards, teacher, settings, workers, part, report)
@@ -193,17 +190,6 @@ def with_calibration(
     return box
 
 
-def tell_changes(box: Box, device: torch.device, report: Report) -> None:
-    """Say so where a run goes on under other libraries or on another processor than the set was begun with."""
-    now = {**library_versions(), "processor": processor(device)}
-    then = {**box.facts.get("versions", {}), "processor": box.facts.get("processor", now["processor"])}
-    changes = [
-        f"{name} {then[name]} -> {now[name]}" for name in sorted(then) if now.get(name, then[name]) != then[name]
-    ]
-    if changes:
-        report.log(f"since this set was begun: {', '.join(changes)}; equal to rounding, byte for byte perhaps not")
-
-
 def make_calibration(
     box: Box, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, report: Report
 ) -> None:
@@ -224,8 +210,7 @@ def make_calibration(
     box.facts["teacher"] = teacher_facts(teacher, outputs[0])
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
     box.facts["codec"] = codec_facts(outputs, sum(map(len, jpegs)), layout, calibration, fidelity)
-    box.facts["versions"] = library_versions()
-    box.facts["processor"] = processor(teacher.device)
+    box.facts |= provenance(teacher.device)
     # The facts first: a codec without them would be taken for a finished calibration.
     box.save()
     with staged(box.root, CODEC) as stage:
@@ -461,104 +446,3 @@ def finish_pair(current: _Shard, view: int, pair: _Pair) -> dict[str, Any]:
         "fidelity": fidelity,
         "bytes": {"latents": latents, "pixels": sum(map(len, jpegs))},
     }
-
-
-def estimate_targets(source: Path, settings: ExtractSettings, report: Report) -> dict[str, Any]:
-    """What the target set of a shard set or a folder of images would cost; nothing is written.
-
-    Returns:
-        ``images``, ``views``, mean bytes of ``pixels`` a view, ``views_per_s`` and ``teacher_per_s`` on this device,
-        and ``codecs``: for each its bytes of ``latents`` a view, ``bytes`` and ``seconds`` in all, the held-out
-        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``.
-    """
-    teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
-    workers = worker_count(settings.speed.workers)
-    with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:
-        if is_box(source, "shards"):
-            shards = ShardSet.open(source)
-            images = shards.images
-        else:
-            shards, images = sample_shards(source, Path(folder), settings)
-        report.log(f"running the teacher on up to {settings.codec.calibration} of {images} images")
-        outputs, jpegs = run_sample(shards, teacher, settings, workers)
-        codec = settings.codec
-        facts = teacher_facts(teacher, outputs[0])
-        shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
-        prices = [price(outputs, name, shape, codec.fidelity, codec.level) for name in CODECS]
-        report.log("extracting from them, to see how fast it goes")
-        chosen = next(found for found in prices if found.codec == codec.name)
-        layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
-        meter = time_extraction(shards, teacher, layout, chosen.calibration, settings, workers)
-    pixels = tar_bytes(jpegs)
-    teacher_per_s = meter.views / meter.teacher
-    rows = []
-    for found in prices:
-        whole = project(images, settings.views, pixels + found.latents, meter.rate(), teacher_per_s)
-        reached = {"mean": found.fidelity.mean, "p1": found.fidelity.p1}
-        rows.append({"codec": found.codec, "latents": round(found.latents), **reached, **asdict(whole)})
-    return {
-        "images": images,
-        "views": settings.views,
-        "pixels": round(pixels),
-        "views_per_s": meter.rate(),
-        "teacher_per_s": teacher_per_s,
-        "verdict": meter.verdict(),
-        "codecs": rows,
-    }
-
-
-def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:
-    """The first images of what would be sharded, as a shard set in ``folder``; and how many there are in all."""
-    found = scan(source)
-    entries = [entry for run in plan_runs([found.entries], settings.shard).values() for entry in run]
-    entries = entries[: settings.codec.calibration]
-    unit = write_run(folder, "000000", entries, (check_image(found.piece(entry)) for entry in entries))
-    if not unit["samples"]:
-        raise SourceError(
-            f"none of the first {len(entries)} images can be decoded", where=source, fix="check the source"
-        )
-    return ShardSet(folder, found.classes, [make_shard(folder, "000000", unit)]), len(found.entries)
-
-
-def time_extraction(
-    shards: ShardSet,
-    teacher: Teacher,
-    layout: Layout,
-    calibration: Calibration,
-    settings: ExtractSettings,
-    workers: int,
-) -> Meter:
-    """Render, encode and pack all asked views of a few blocks."""
-    views = tuple(range(settings.views))
-    blocks = [(shard, block) for shard in shards.shards for block in range(-(-shard.samples // BLOCK))]
-    tasks = [Task(shard, block, views) for shard, block in blocks[: max(4, 16 // len(views))]]
-    meter = Meter()
-
-    def begun(rendered: Iterator[RenderedBlock]) -> Iterator[RenderedBlock]:
-        # Workers take seconds to start, which a real run does once.
-        first = next(rendered)
-        meter.began = time.perf_counter()
-        yield first
-        yield from rendered
-
-    rendered = begun(render(Renderer(shards, tasks, settings.view, settings.seed), workers))
-    for _ in encode_ahead(rendered, teacher, layout, calibration, meter):
-        pass
-    meter.ended = time.perf_counter()
-    return meter
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that byte identity is promised for."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "pillow", "numcodecs", "zarr", "timm", "open_clip_torch")}
-
-
-def processor(device: torch.device) -> str:
-    """The kind of processor that byte identity is promised for."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    import platform
-
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -29,6 +29,7 @@ from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
+from cae2pipe.provenance import provenance, tell_changes
 from cae2pipe.targets.calibration import Calibration, calibrate, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
@@ -88,8 +89,9 @@ def recode(
         if is_local(out):
             remove_debris(out)
         remove_stages(out, missing)
-        copied = ("classes", "teacher", "versions", "processor", "wanted")
-        box.facts |= {name: targets.box.facts[name] for name in copied}
+        box.facts |= {name: targets.box.facts[name] for name in ("classes", "teacher", "wanted")}
+        box.facts["extracted"] = {name: targets.box.facts[name] for name in ("versions", "processor")}
+        tell_changes(box.facts, torch.device("cpu"), report)
         if CODEC not in box.units or not box.has(CODEC) or CODEC in (remake or ()):
             make_calibration(box, targets, codec, report)
         elif not missing:
@@ -134,6 +136,8 @@ def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report:
                 sample.append(stored_unit(reader, block))
                 taken += len(sample[-1])
     calibration, fidelity = calibrate(torch.cat(sample), codec.name, codec.fidelity, codec.level)
+    if CODEC not in box.units:
+        box.facts |= provenance(torch.device("cpu"))
     box.facts["codec"] = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
     box.save()
     with staged(box.root, CODEC) as stage:

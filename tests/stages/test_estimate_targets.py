@@ -8,7 +8,7 @@ import pytest
 
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
-from cae2pipe.stages.extract_targets import estimate_targets
+from cae2pipe.stages.estimate_targets import estimate_targets
 from cae2pipe.targets.target_set import TargetSet
 
 

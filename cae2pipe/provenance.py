@@ -1,0 +1,40 @@
+"""What byte identity is promised for: the library versions and the kind of processor that a set was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cae2pipe.progress import Report
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """The manifest's facts ``versions`` and ``processor``, for work on this device."""
+    return {"versions": library_versions(), "processor": processor(device)}
+
+
+def tell_changes(facts: dict[str, Any], device: torch.device, report: Report) -> None:
+    """Say so where a run goes on under other libraries or on another processor than the set was begun with."""
+    now = {**library_versions(), "processor": processor(device)}
+    then = {**facts.get("versions", {}), "processor": facts.get("processor", now["processor"])}
+    changed = [name for name in sorted(then) if now.get(name, then[name]) != then[name]]
+    changes = [f"{name} {then[name]} -> {now[name]}" for name in changed]
+    if changes:
+        report.log(f"since this set was begun: {', '.join(changes)}; equal to rounding, byte for byte perhaps not")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that byte identity is promised for."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "pillow", "numcodecs", "zarr", "timm", "open_clip_torch")}
+
+
+def processor(device: torch.device) -> str:
+    """The kind of processor that byte identity is promised for."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,118 @@
+"""What stage 1 would cost, from a few hundred images: bytes, time and fidelity, for every codec. Nothing is kept."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cae2pipe.artifacts.box import is_box
+from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.errors import SourceError
+from cae2pipe.processes import worker_count
+from cae2pipe.progress import Report
+from cae2pipe.shards.build import plan_runs, write_run
+from cae2pipe.shards.checking import check_image
+from cae2pipe.shards.shard_set import ShardSet, make_shard
+from cae2pipe.shards.source import scan
+from cae2pipe.stages.extract_targets import run_sample, teacher_facts
+from cae2pipe.targets.calibration import Calibration
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.encoding import Meter, encode_ahead
+from cae2pipe.targets.estimate import CODECS, price, project, tar_bytes
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
+from cae2pipe.targets.store import Layout
+from cae2pipe.targets.target_set import make_layout
+from cae2pipe.teachers.load import load_teacher
+from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.training.device import pick_device
+
+
+def estimate_targets(source: Path, settings: ExtractSettings, report: Report) -> dict[str, Any]:
+    """What the target set of a shard set or a folder of images would cost; nothing is written.
+
+    Returns:
+        ``images``, ``views``, mean bytes of ``pixels`` a view, ``views_per_s`` and ``teacher_per_s`` on this device,
+        and ``codecs``: for each its bytes of ``latents`` a view, ``bytes`` and ``seconds`` in all, the held-out
+        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``.
+    """
+    teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
+    workers = worker_count(settings.speed.workers)
+    with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:
+        if is_box(source, "shards"):
+            shards = ShardSet.open(source)
+            images = shards.images
+        else:
+            shards, images = sample_shards(source, Path(folder), settings)
+        report.log(f"running the teacher on up to {settings.codec.calibration} of {images} images")
+        outputs, jpegs = run_sample(shards, teacher, settings, workers)
+        codec = settings.codec
+        facts = teacher_facts(teacher, outputs[0])
+        shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
+        prices = [price(outputs, name, shape, codec.fidelity, codec.level) for name in CODECS]
+        report.log("extracting from them, to see how fast it goes")
+        chosen = next(found for found in prices if found.codec == codec.name)
+        layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
+        meter = time_extraction(shards, teacher, layout, chosen.calibration, settings, workers)
+    pixels = tar_bytes(jpegs)
+    teacher_per_s = meter.views / meter.teacher
+    rows = []
+    for found in prices:
+        whole = project(images, settings.views, pixels + found.latents, meter.rate(), teacher_per_s)
+        reached = {"mean": found.fidelity.mean, "p1": found.fidelity.p1}
+        rows.append({"codec": found.codec, "latents": round(found.latents), **reached, **asdict(whole)})
+    return {
+        "images": images,
+        "views": settings.views,
+        "pixels": round(pixels),
+        "views_per_s": meter.rate(),
+        "teacher_per_s": teacher_per_s,
+        "verdict": meter.verdict(),
+        "codecs": rows,
+    }
+
+
+def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:
+    """The first images of what would be sharded, as a shard set in ``folder``; and how many there are in all."""
+    found = scan(source)
+    entries = [entry for run in plan_runs([found.entries], settings.shard).values() for entry in run]
+    entries = entries[: settings.codec.calibration]
+    unit = write_run(folder, "000000", entries, (check_image(found.piece(entry)) for entry in entries))
+    if not unit["samples"]:
+        raise SourceError(
+            f"none of the first {len(entries)} images can be decoded", where=source, fix="check the source"
+        )
+    return ShardSet(folder, found.classes, [make_shard(folder, "000000", unit)]), len(found.entries)
+
+
+def time_extraction(
+    shards: ShardSet,
+    teacher: Teacher,
+    layout: Layout,
+    calibration: Calibration,
+    settings: ExtractSettings,
+    workers: int,
+) -> Meter:
+    """Render, encode and pack all asked views of a few blocks."""
+    views = tuple(range(settings.views))
+    blocks = [(shard, block) for shard in shards.shards for block in range(-(-shard.samples // BLOCK))]
+    tasks = [Task(shard, block, views) for shard, block in blocks[: max(4, 16 // len(views))]]
+    meter = Meter()
+
+    def begun(rendered: Iterator[RenderedBlock]) -> Iterator[RenderedBlock]:
+        # Workers take seconds to start, which a real run does once.
+        first = next(rendered)
+        meter.began = time.perf_counter()
+        yield first
+        yield from rendered
+
+    rendered = begun(render(Renderer(shards, tasks, settings.view, settings.seed), workers))
+    for _ in encode_ahead(rendered, teacher, layout, calibration, meter):
+        pass
+    meter.ended = time.perf_counter()
+    return meter
