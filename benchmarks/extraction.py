@@ -55,9 +55,9 @@ def main() -> None:
         def bare_in_lanes() -> float:
             """The forward as extraction runs it: on a CPU one batch a core."""
             began, count = time.perf_counter(), max(1, 512 // len(batches[0]))
-            width = lanes(teacher.device) if teacher.device.type == "cpu" else 1
+            width = lanes(teacher.device)
             tasks = ((batches[number % len(batches)].to(teacher.device),) for number in range(count))
-            done = sum(in_threads(lambda batch: len(teacher(batch).tokens), tasks, width, width))
+            done = sum(in_threads(lambda batch: len(teacher(batch).tokens), tasks, width, width + 1))
             if teacher.device.type == "cuda":
                 torch.cuda.synchronize()
             return done / (time.perf_counter() - began)

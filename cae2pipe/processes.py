@@ -1,4 +1,4 @@
-"""What all worker processes share: how many, which signals they heed, when they end."""
+"""What all workers share: how many, how far ahead they work, which signals they heed, when they end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor, Future
 from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def worker_count(setting: int, most: int | None = None) -> int:
@@ -15,6 +21,23 @@ def worker_count(setting: int, most: int | None = None) -> int:
         return setting
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, most or cores)
+
+
+def ahead(
+    pool: Executor, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], most: int
+) -> Generator[T, None, None]:
+    """``function(*task)`` of every task, in order, with up to ``most`` begun and not yet given out: what bounds memory."""
+    pending: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            pending.append(pool.submit(function, *task))
+            if len(pending) >= most:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def prepare_worker() -> None:

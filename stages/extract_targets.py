@@ -30,7 +30,7 @@ from cae2pipe.artifacts.places import file_size, free_bytes, is_local, is_shared
 from cae2pipe.artifacts.staging import Stage, remove_stages, staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import BadInputError, DamageError, MismatchError, SourceError
+from cae2pipe.errors import BadInputError, MismatchError, SourceError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, gigabytes
 from cae2pipe.provenance import provenance, tell_changes
@@ -43,7 +43,15 @@ from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, run_teacher
 from cae2pipe.targets.rendering import Renderer, Task, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
-from cae2pipe.targets.target_set import CODEC, KIND, make_layout, read_calibration, store_name, write_calibration
+from cae2pipe.targets.target_set import (
+    CODEC,
+    KIND,
+    make_layout,
+    read_calibration,
+    restore_calibration,
+    store_name,
+    write_calibration,
+)
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
@@ -217,23 +225,6 @@ def make_calibration(
         write_calibration(stage.path("codec.zarr"), calibration)
         box.add(CODEC, {"files": stage.commit("codec.zarr"), "samples": taken})
     report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
-
-
-def restore_calibration(box: Box, calibration: Calibration) -> None:
-    """Put a lost calibration back, if it is the one that the stores were written with.
-
-    Raises:
-        DamageError: it is another one.
-    """
-    with staged(box.root, CODEC) as stage:
-        write_calibration(stage.path("codec.zarr"), calibration)
-        if stage.entries("codec.zarr") != box.units[CODEC]["files"]:
-            raise DamageError(
-                "the set's calibration is damaged, and does not come out the same here",
-                where=box.root / "codec.zarr",
-                fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
-            )
-        stage.commit("codec.zarr")
 
 
 def run_sample(
@@ -433,8 +424,7 @@ def finish_pair(current: _Shard, view: int, pair: _Pair) -> dict[str, Any]:
         {"codec": pair.writer.layout.codec.name, "view": view, "shard": shard.name, "fidelity": fidelity},
     )
     files = pair.stage.commit(tar, zarr)
-    arrays = [f"{zarr}/{name}/" for name in (*pair.writer.layout.codec.arrays(), "norms")]
-    latents = sum(entry["bytes"] for name, entry in files.items() if name.startswith(tuple(arrays)))
+    latents = pair.writer.layout.latent_bytes(zarr, files)
     return {
         "view": view,
         "shard": shard.name,

@@ -34,7 +34,15 @@ from cae2pipe.targets.calibration import Calibration, calibrate, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
 from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
-from cae2pipe.targets.target_set import CODEC, KIND, TargetSet, make_layout, read_calibration, write_calibration
+from cae2pipe.targets.target_set import (
+    CODEC,
+    KIND,
+    TargetSet,
+    make_layout,
+    read_calibration,
+    restore_calibration,
+    write_calibration,
+)
 from cae2pipe.threads import in_threads
 
 
@@ -136,18 +144,14 @@ def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report:
                 sample.append(stored_unit(reader, block))
                 taken += len(sample[-1])
     calibration, fidelity = calibrate(torch.cat(sample), codec.name, codec.fidelity, codec.level)
-    if CODEC not in box.units:
-        box.facts |= provenance(torch.device("cpu"))
+    if CODEC in box.units:
+        restore_calibration(box, calibration)
+        return
+    box.facts |= provenance(torch.device("cpu"))
     box.facts["codec"] = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
     box.save()
     with staged(box.root, CODEC) as stage:
         write_calibration(stage.path("codec.zarr"), calibration)
-        if CODEC in box.units and stage.entries("codec.zarr") != box.units[CODEC]["files"]:
-            raise DamageError(
-                "the set's calibration is damaged, and does not come out the same here",
-                where=box.root / "codec.zarr",
-                fix="restore it from a copy, or recode into a new folder",
-            )
         box.add(CODEC, {"files": stage.commit("codec.zarr"), "samples": taken})
     report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
 
@@ -223,13 +227,11 @@ def recode_store(
                 "the source's tar is damaged", where=reader.tar, fix=f"cae2pipe verify {reader.root} --repair"
             )
         files = stage.commit(unit["tar"], unit["zarr"])
-    arrays = [f"{unit['zarr']}/{array}/" for array in (*layout.codec.arrays(), "norms")]
-    latents = sum(entry["bytes"] for path, entry in files.items() if path.startswith(tuple(arrays)))
     kept = {key: unit[key] for key in ("view", "shard", "source", "samples", "tar", "zarr")}
     return {
         **kept,
         "files": files,
         "fidelity": fidelity,
-        "bytes": {"latents": latents, "pixels": unit["bytes"]["pixels"]},
+        "bytes": {"latents": layout.latent_bytes(unit["zarr"], files), "pixels": unit["bytes"]["pixels"]},
         "recoded": fingerprint(unit["files"]),
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.config.base import preset_folder, preset_names
+from cae2pipe.config.base import package_folder, preset_names
 from cae2pipe.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,8 @@ def test_every_preset_is_packaged(setuptools_table):
     patterns = setuptools_table["package-data"]["cae2pipe.configs"]
     packaged = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
     assert packaged == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
-    assert preset_folder() == ROOT / "configs"
+    assert package_folder("configs") == ROOT / "configs"
+    assert package_folder("data_manifests") == ROOT / "data_manifests"
     assert "base" in preset_names("pretrain")
 
 

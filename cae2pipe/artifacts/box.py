@@ -101,13 +101,6 @@ class Box:
         if is_local(self.root):
             remove_empty(self.root / JOURNAL)
 
-    def drop(self, names: Iterable[str]) -> None:
-        """Make units cease to exist; their files stay. To be called by a process that holds the whole folder."""
-        self.save()
-        self.units = {name: unit for name, unit in self.units.items() if name not in set(names)}
-        self.complete = False
-        write_json(self.root / MANIFEST, self.manifest())
-
 
 def is_box(root: Path, kind: str | None = None) -> bool:
     """Whether ``root`` holds a readable manifest (of that kind)."""

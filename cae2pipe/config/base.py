@@ -53,15 +53,15 @@ def identity(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def preset_folder() -> Path:
-    """The folder of presets: inside the installed package, or at the top of the source tree."""
+def package_folder(name: str) -> Path:
+    """A folder of data files, ``configs`` say: inside the installed package, or at the top of the source tree."""
     package = Path(str(importlib.resources.files("cae2pipe")))
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name
 
 
 def preset_names(stage: str) -> list[str]:
-    return sorted(path.stem for path in (preset_folder() / stage).glob("*.yaml"))
+    return sorted(path.stem for path in (package_folder("configs") / stage).glob("*.yaml"))
 
 
 def read_preset(stage: str, name: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def read_preset(stage: str, name: str) -> dict[str, Any]:
     path = Path(name)
     is_path = path.suffix in (".yaml", ".yml") or "/" in name
     if not is_path:
-        path = preset_folder() / stage / f"{name}.yaml"
+        path = package_folder("configs") / stage / f"{name}.yaml"
         if not path.is_file():
             known = preset_names(stage)
             raise SettingsError(

@@ -49,7 +49,6 @@ class Contents:
     images: list[Member] = field(default_factory=list)
     tars: list[Member] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
-    others: int = 0
 
 
 def scan_archive(path: Path) -> Source:
@@ -58,16 +57,15 @@ def scan_archive(path: Path) -> Source:
     Raises:
         SourceError: the tar is broken or cut off, or its form is none of those above.
     """
-    with path.open("rb") as file:
-        contents = read_contents(file, path)
-        if contents.tars:
-            if contents.images:
-                raise SourceError(
-                    f"this archive holds tars ({contents.tars[0].name}) beside images ({contents.images[0].name})",
-                    where=path,
-                    fix="give an archive of one kind",
-                )
-            return scan_class_tars(path, [(_stem(tar.name), path, tar) for tar in contents.tars])
+    contents = read_contents(path)
+    if contents.tars:
+        if contents.images:
+            raise SourceError(
+                f"this archive holds tars ({contents.tars[0].name}) beside images ({contents.images[0].name})",
+                where=path,
+                fix="give an archive of one kind",
+            )
+        return scan_class_tars(path, [(_stem(tar.name), path, read_contents(path, tar)) for tar in contents.tars])
     if not contents.images:
         raise SourceError("no images in this archive", where=path, fix="give an archive of images, or of tars of them")
     if contents.labels:
@@ -81,33 +79,26 @@ def scan_tars(root: Path, names: list[str]) -> Source:
     Raises:
         SourceError: as ``scan_archive``.
     """
-    paths = [root / name for name in sorted(names)]
-    with paths[0].open("rb") as file:
-        first = read_contents(file, paths[0])
-    stems = [_stem(path.name) for path in paths]
+    tars = [(_stem(name), root / name, read_contents(root / name)) for name in sorted(names)]
     # Tars of images alone: numbered ones are WebDataset's, without labels; others are named by their class.
-    numbered = all(_NUMBERED.search(stem) and not _SYNSET.fullmatch(stem) for stem in stems)
-    if first.labels or numbered:
-        found = {}
-        for stem, path in zip(stems, paths, strict=True):
-            with path.open("rb") as file:
-                found[stem] = (path, read_contents(file, path))
-        return scan_samples(root, found)
-    return scan_class_tars(root, [(stem, path, None) for stem, path in zip(stems, paths, strict=True)])
+    numbered = all(_NUMBERED.search(stem) and not _SYNSET.fullmatch(stem) for stem, *_ in tars)
+    if numbered or any(contents.labels for *_, contents in tars):
+        return scan_samples(root, {stem: (path, contents) for stem, path, contents in tars})
+    return scan_class_tars(root, tars)
 
 
-def scan_class_tars(root: Path, tars: Sequence[tuple[str, Path, Member | None]]) -> Source:
-    """Images of tars that are named by their class: (class, file, where in it the tar lies; None: it is the file)."""
+def scan_class_tars(root: Path, tars: Sequence[tuple[str, Path, Contents]]) -> Source:
+    """Images of tars that are named by their class: (class, the file they lie in, what the tar holds)."""
     labels = labelled(name for name, *_ in tars)
     if len(labels) < len(tars):
         raise SourceError("two tars have one name, which would be their class", where=root, fix="rename one of them")
     found = []
-    for name, path, tar in tars:
-        with path.open("rb") as file:
-            images = read_contents(file, path, tar).images
-        if not images:
+    for name, path, contents in tars:
+        if not contents.images:
             raise SourceError(f"the tar of class {name!r} holds no images", where=path, fix="remove it, or add images")
-        found += [Found(f"{name}/{image.name}", labels[name], image.bytes, path, image.offset) for image in images]
+        found += [
+            Found(f"{name}/{image.name}", labels[name], image.bytes, path, image.offset) for image in contents.images
+        ]
     return make_source(root, sorted(labels), found)
 
 
@@ -186,20 +177,19 @@ def sample_classes(root: Path, count: int) -> list[str]:
     return names
 
 
-def read_contents(file: BinaryIO, path: Path, inner: Member | None = None) -> Contents:
+def read_contents(path: Path, inner: Member | None = None) -> Contents:
     """What a tar holds, from its headers; ``inner``: of a tar that is a member of ``path``."""
     contents = Contents()
-    for member in walk(file, path, inner):
-        sample, _, kind = _split(member.name)
-        if is_image(member.name):
-            contents.images.append(member)
-        elif kind == "tar":
-            contents.tars.append(member)
-        elif kind == "cls" and member.bytes <= 64:
-            file.seek(member.offset)
-            contents.labels[sample] = file.read(member.bytes).decode("utf-8", "replace").strip()
-        else:
-            contents.others += 1
+    with path.open("rb") as file:
+        for member in walk(file, path, inner):
+            sample, _, kind = _split(member.name)
+            if is_image(member.name):
+                contents.images.append(member)
+            elif kind == "tar":
+                contents.tars.append(member)
+            elif kind == "cls" and member.bytes <= 64:
+                file.seek(member.offset)
+                contents.labels[sample] = file.read(member.bytes).decode("utf-8", "replace").strip()
     return contents
 
 

@@ -108,7 +108,6 @@ def pack(
         runs = plan_runs(with_listings(source, box), settings)
         total = len(source.entries)
         if before and total > before:
-            box.save(complete=False)  # until the new ones are there too
             report.log(f"new in {source.root}: {total - before} of {total} images, which go into tars of their own")
         whole = box.whole()
         missing = {
@@ -174,16 +173,16 @@ def write_run(
     tar, index = tar_path(name), index_path(name)
     with staged(root, tar) as stage:
         write_samples(stage.path(tar), kept())
-        if not checksums:  # WebDataset refuses empty tars
-            return {"files": {}, "samples": 0, "rejected": rejected}
-        write_index(stage.path(index), stage.path(tar), checksums)
-        if expected is not None and stage.entries(tar, index) != expected:
+        pieces = (tar, index) if checksums else ()  # WebDataset refuses empty tars
+        if checksums:
+            write_index(stage.path(index), stage.path(tar), checksums)
+        if expected is not None and stage.entries(*pieces) != expected:
             raise MismatchError(
                 f"the images of tar {name} are no longer those that it was made from",
                 where=root / tar,
                 fix="restore the source as it was, or make the shard set again in a new folder",
             )
-        return {"files": stage.commit(tar, index), "samples": len(checksums), "rejected": rejected, "tar": tar}
+        return {"files": stage.commit(*pieces), "samples": len(checksums), "rejected": rejected}
 
 
 def finish(box: Box) -> None:

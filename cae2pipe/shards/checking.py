@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from cae2pipe.artifacts.places import read_range
+from cae2pipe.artifacts.places import read_bytes, read_range
 from cae2pipe.errors import Cae2pipeError, ImageError, SourceError
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.processes import prepare_worker, worker_count
+from cae2pipe.processes import ahead, prepare_worker, worker_count
 
 
 class Piece(NamedTuple):
@@ -68,8 +67,8 @@ def read_piece(piece: Piece) -> bytes:
         SourceError: they cannot be read. Unlike an image that cannot be decoded, this may pass: it is no reject.
     """
     try:
-        # One byte more than a whole file should hold, so that a longer one is noticed.
-        data = read_range(piece.file, piece.offset, piece.size + (not piece.member))
+        # A whole file is read to its end, so that one that has grown is noticed.
+        data = read_range(piece.file, piece.offset, piece.size) if piece.member else read_bytes(piece.file)
     except OSError as error:
         raise SourceError(
             f"this file cannot be read: {error.strerror or error}",
@@ -77,9 +76,8 @@ def read_piece(piece: Piece) -> bytes:
             fix="mend that, then run the same command again",
         ) from None
     if len(data) != piece.size:
-        length = "longer" if len(data) > piece.size else f"{len(data)} bytes"
         raise SourceError(
-            f"this file has changed since the source was scanned: {length} instead of {piece.size} bytes",
+            f"this file has changed since the source was scanned: {len(data)} bytes instead of {piece.size}",
             where=piece.where,
             fix="leave the source alone while it is packed, and give a new output folder",
         )
@@ -101,7 +99,9 @@ def checking(workers: int) -> Iterator[Check]:
     count = worker_count(workers)
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=prepare_worker)
     try:
-        yield lambda pieces: _ahead(pool, pieces, AHEAD * count)
+        yield lambda pieces: chain.from_iterable(
+            ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), AHEAD * count)
+        )
     except BrokenProcessPool:
         raise Cae2pipeError(
             "a worker process was killed, perhaps for lack of memory",
@@ -111,16 +111,11 @@ def checking(workers: int) -> Iterator[Check]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    remaining = iter(pieces)
+    while chunk := list(islice(remaining, CHUNK)):
+        yield chunk
+
+
 def _check_chunk(pieces: list[Piece]) -> list[Checked]:
     return [check_image(piece) for piece in pieces]
-
-
-def _ahead(pool: ProcessPoolExecutor, pieces: Iterable[Piece], most: int) -> Iterator[Checked]:
-    remaining = iter(pieces)
-    pending: deque[Future[list[Checked]]] = deque()
-    while True:
-        while len(pending) < most and (chunk := list(islice(remaining, CHUNK))):
-            pending.append(pool.submit(_check_chunk, chunk))
-        if not pending:
-            return
-        yield from pending.popleft().result()

@@ -51,7 +51,9 @@ class Source:
 
     def piece(self, entry: Entry) -> Piece:
         """Where the image's bytes are to be read."""
-        return Piece(entry.file or self.root / entry.path, entry.offset, entry.bytes, entry.path if entry.file else "")
+        return Piece(
+            entry.file or self.root / entry.path, entry.offset, entry.bytes, entry.path if entry.offset else ""
+        )
 
 
 def make_source(root: Path, classes: list[str], found: Iterable[Found]) -> Source:

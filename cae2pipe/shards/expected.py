@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.config.base import package_folder
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.shards.entries import Source
 
@@ -59,9 +59,9 @@ def read_reference(expected: str) -> tuple[dict[str, Any], str | None]:
     name, split = expected, ""
     if not Path(name).is_file():
         name, _, split = expected.rpartition("/") if "/" in expected else (expected, "", "")
-    path = Path(name) if Path(name).is_file() else manifest_folder() / f"{name}.json"
+    path = Path(name) if Path(name).is_file() else package_folder("data_manifests") / f"{name}.json"
     if not path.is_file():
-        known = sorted(file.stem for file in manifest_folder().glob("*.json"))
+        known = sorted(file.stem for file in package_folder("data_manifests").glob("*.json"))
         raise SettingsError(
             f"no reference manifest is called {name!r}",
             where="--expect",
@@ -78,13 +78,6 @@ def read_reference(expected: str) -> tuple[dict[str, Any], str | None]:
             fix='write {"name": ..., "splits": {"train": {"images": N}}, "classes": {"CLASS": "words"}}',
         ) from None
     return reference, split or None
-
-
-def manifest_folder() -> Path:
-    """The folder of reference manifests: inside the installed package, or at the top of the source tree."""
-    package = Path(str(importlib.resources.files("cae2pipe")))
-    installed = package / "data_manifests"
-    return installed if installed.is_dir() else package.parent / "data_manifests"
 
 
 def _canonical(split: str) -> str:

@@ -58,6 +58,8 @@ def with_listings(source: Source, box: Box) -> list[list[Entry]]:
             )
         write_bytes(box.root / _file(name), data)
     if left:
+        if box.complete:
+            box.save(complete=False)  # from before the new images are listed until their tars are there
         name = f"{PREFIX}{len(found):03d}"
         found[name] = sorted(left.values(), key=lambda entry: entry.path)
         data = encode_listing(found[name])

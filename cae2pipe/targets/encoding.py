@@ -82,13 +82,17 @@ class Meter:
 
 
 def lanes(device: torch.device) -> int:
-    """How many blocks are worked on at once.
+    """How many blocks a teacher works on at once.
 
     On a CPU that is one a core, each from the teacher to the packed chunks in one thread. All cores on one block would
     be slower: the threads of one product wait for each other, and for whatever else the machine does
     (benchmarks/extraction.py).
     """
-    return torch.get_num_threads() if device.type == "cpu" else 4
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+PACKERS = 4
+"""Threads that pack what a device gives; a CPU's lanes pack their own."""
 
 
 def encode_ahead(
@@ -99,17 +103,18 @@ def encode_ahead(
     Raises:
         TeacherError: latents that are not finite, or that the codec cannot hold.
     """
-    meter.lanes = lanes(teacher.device) if teacher.device.type == "cpu" else 1
+    on_cpu = teacher.device.type == "cpu"
+    meter.lanes = lanes(teacher.device)
 
     def tasks() -> Iterator[tuple[Any, ...]]:
         while (block := _timed_next(blocks, meter)) is not None:
             for place in range(len(block.task.views)):
                 # A device is given its work here, in order; a CPU's teacher runs in the thread.
-                work = None if teacher.device.type == "cpu" else _start(teacher, block.pixels[place])
+                work = None if on_cpu else _start(teacher, block.pixels[place])
                 yield block, place, work, teacher, layout, calibration
 
-    threads = lanes(teacher.device)
-    with closing(in_threads(_finish, tasks(), threads, threads + 1)) as encoded:
+    threads = meter.lanes if on_cpu else PACKERS
+    with closing(in_threads(_finish, tasks(), threads, threads + 2)) as encoded:
         while True:
             began, rendering = time.perf_counter(), meter.rendering
             result = next(encoded, None)
@@ -117,7 +122,7 @@ def encode_ahead(
             if result is None:
                 return
             teacher_s = result.teacher_s / meter.lanes
-            meter.packing += max(0.0, waited - (teacher_s if teacher.device.type == "cpu" else 0.0))
+            meter.packing += max(0.0, waited - (teacher_s if on_cpu else 0.0))
             meter.teacher += teacher_s
             meter.views += len(result.rendered.keys)
             yield result
@@ -131,8 +136,8 @@ def run_teacher(blocks: Iterator[RenderedBlock], teacher: Teacher) -> Iterator[t
         attention = None if output.attention is None else output.attention.cpu()
         return block, TeacherOutput(output.tokens.cpu(), attention)
 
-    threads = lanes(teacher.device) if teacher.device.type == "cpu" else 1
-    return in_threads(run, ((block,) for block in blocks), threads, threads)
+    threads = lanes(teacher.device)
+    return in_threads(run, ((block,) for block in blocks), threads, threads + 1)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ class Layout:
             "attention": (samples, self.patches),
         }[name]
 
+    def latent_bytes(self, zarr: str, files: Mapping[str, Mapping[str, Any]]) -> int:
+        """Bytes of the latents (the codec's arrays and the norms) among the files of the store at ``zarr``."""
+        arrays = tuple(f"{zarr}/{name}/" for name in (*self.codec.arrays(), "norms"))
+        return sum(entry["bytes"] for path, entry in files.items() if path.startswith(arrays))
+
 
 @dataclass(frozen=True)
 class Block:

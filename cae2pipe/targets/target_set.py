@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cae2pipe.artifacts.box import Box, check_files, open_box
 from cae2pipe.artifacts.places import file_sizes, place, read_bytes
+from cae2pipe.artifacts.staging import staged
 from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.images.views import decode_view
 from cae2pipe.targets.calibration import Calibration, make_codec
@@ -229,6 +230,23 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
             config={"write_empty_chunks": True},
         )
         array[...] = data
+
+
+def restore_calibration(box: Box, calibration: Calibration) -> None:
+    """Put a lost calibration back, if it is the one that the stores were written with.
+
+    Raises:
+        DamageError: it is another one.
+    """
+    with staged(box.root, CODEC) as stage:
+        write_calibration(stage.path("codec.zarr"), calibration)
+        if stage.entries("codec.zarr") != box.units[CODEC]["files"]:
+            raise DamageError(
+                "the set's calibration is damaged, and does not come out the same here",
+                where=box.root / "codec.zarr",
+                fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
+            )
+        stage.commit("codec.zarr")
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -317,6 +317,32 @@ def test_a_lost_listing_is_not_guessed(source, tmp_path):
         build_shard_set(source, out, chosen(), Silent())
 
 
+@pytest.mark.parametrize("samples_", [1, 8])
+def test_a_lost_tar_whose_images_no_longer_decode_is_not_replaced_by_less(source, tmp_path, samples_):
+    out = tmp_path / "out"
+    settings = chosen(samples=samples_)
+    shards = build_shard_set(source, out, settings, Silent())
+    key = shards.index(shards.shards[1])[0].key
+    (path,) = (p for p in source.rglob("*.*") if sample_key(p.relative_to(source).as_posix().rpartition(".")[0]) == key)
+    path.write_bytes(b"x" * path.stat().st_size)
+    shards.shards[1].path.unlink()
+    before = snapshot(out)
+    with pytest.raises(MismatchError, match="no longer those"):
+        build_shard_set(source, out, settings, Silent())
+    assert snapshot(out) == before
+
+
+def test_a_set_is_not_complete_from_the_moment_new_images_are_listed(source, tmp_path):
+    out = tmp_path / "out"
+    build_shard_set(source, out, chosen(), Silent())
+    (source / "cat/more.jpg").write_bytes(encoded("JPEG", 50))
+    with pytest.raises(KeyboardInterrupt):
+        build_shard_set(source, out, chosen(), Stop(0, KeyboardInterrupt()))
+    box = open_box(out)
+    assert "listing-001" in box.units
+    assert not box.complete
+
+
 def test_a_tar_is_made_again_only_as_it_was(source, tmp_path):
     out = tmp_path / "out"
     shards = build_shard_set(source, out, chosen(), Silent())

@@ -57,6 +57,16 @@ def test_workers_and_a_shard_set_as_source_change_nothing(target_root, photos, t
     assert (tmp_path / "set" / "manifest.json").read_bytes() == (target_root / "manifest.json").read_bytes()
 
 
+def test_the_number_of_cores_changes_nothing(target_root, photos, tmp_path, extract_settings):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 2)
+    try:
+        extract_targets(photos, tmp_path / "set", extract_settings(), Silent())
+    finally:
+        torch.set_num_threads(threads)
+    assert contents(tmp_path / "set") == contents(target_root)
+
+
 @pytest.mark.parametrize("lost", ["views/v01/000001.tar", "latents/v01/000001.zarr"])
 def test_only_what_was_deleted_is_made_again_and_alike(copy, photos, extract_settings, lost):
     before = snapshot(copy)

@@ -46,6 +46,19 @@ def test_shard_extract_pretrain_and_verify(
     ]
 
 
+def test_a_source_on_an_object_store(bucket, photos, tmp_path, extract_settings) -> None:
+    source = place(f"{bucket}/photos")
+    for name, data in contents(photos).items():
+        put_bytes(source / name, data)
+    settings = extract_settings().shard
+    alone = build_shard_set(photos, tmp_path / "local", settings, Silent())
+    assert contents(build_shard_set(source, tmp_path / "remote", settings, Silent()).root) == contents(alone.root)
+    put_bytes(source / "class0" / "empty.jpg", b"")
+    grown = build_shard_set(source, tmp_path / "remote", settings, Silent())
+    assert grown.images == alone.images
+    assert b"class0/empty.jpg" in (grown.root / "rejects.jsonl").read_bytes()
+
+
 def test_lost_and_changed_objects_are_found_and_made_again(bucket, photos, tmp_path, extract_settings) -> None:
     settings = extract_settings(views=1)
     shards = build_shard_set(photos, tmp_path / "shards", settings.shard, Silent())
