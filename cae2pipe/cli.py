@@ -17,7 +17,16 @@ import typer
 from rich.console import Console
 
 from cae2pipe.artifacts.places import place as _place
-from cae2pipe.errors import FAILURE, INTERRUPTED, TERMINATED, Cae2pipeError, StorageError, Terminated
+from cae2pipe.errors import (
+    FAILURE,
+    INTERRUPTED,
+    REQUEUE,
+    TERMINATED,
+    Cae2pipeError,
+    Requeued,
+    StorageError,
+    Terminated,
+)
 from cae2pipe.version import __version__
 
 app = typer.Typer(
@@ -63,15 +72,18 @@ class CodecName(StrEnum):
 def exits() -> Iterator[None]:
     """Turn what a command raises into a message and an exit code; a defect of ours keeps its traceback."""
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+    kinds = {signal.SIGTERM: Terminated, signal.SIGUSR1: Requeued}
 
-    old = signal.signal(signal.SIGTERM, terminate)
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise kinds[signal.Signals(number)]
+
+    old = {number: signal.signal(number, leave) for number in kinds}
     try:
         yield
     except Cae2pipeError as error:
-        errors.print("[bold red]error:[/]", end=" ")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        if not error.shown_elsewhere:
+            errors.print("[bold red]error:[/]", end=" ")
+            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -90,8 +102,12 @@ def exits() -> Iterator[None]:
     except Terminated:
         errors.print("terminated; the same command goes on from here")
         raise typer.Exit(TERMINATED) from None
+    except Requeued:
+        errors.print("asked to leave; the same command goes on from here")
+        raise typer.Exit(REQUEUE) from None
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _section(section: str, /, **values: Any) -> dict[str, Any]:

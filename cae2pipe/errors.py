@@ -9,6 +9,7 @@ from __future__ import annotations
 OK = 0
 FAILURE = 1
 BAD_INPUT = 2
+REQUEUE = 75
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -23,6 +24,8 @@ class Cae2pipeError(Exception):
     """
 
     exit_code = FAILURE
+    shown_elsewhere = False
+    """Another process of the same job tells the user."""
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None):
         # Exception pickles through self.args: everything is passed on so that errors survive worker processes.
@@ -95,6 +98,14 @@ class WorkerError(Cae2pipeError):
 
 class DivergedError(Cae2pipeError):
     """Training met a loss or a gradient that is not finite."""
+
+
+class OutOfMemoryError(Cae2pipeError):
+    """A step does not fit into the device's memory."""
+
+
+class Requeued(BaseException):
+    """SIGUSR1 arrived, as schedulers send it some time before they take the machine away: leave with code 75."""
 
 
 class Terminated(BaseException):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
 from cae2pipe.artifacts.places import file_size, file_sizes
-from cae2pipe.errors import Cae2pipeError, DamageError, MismatchError, TeacherError
+from cae2pipe.errors import Cae2pipeError, DamageError
 from cae2pipe.progress import Report
 
 if TYPE_CHECKING:
@@ -157,29 +157,13 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
     Raises:
         ManifestError: not a target set. TeacherError, MismatchError: the teacher cannot be had, or is another one.
     """
-    from cae2pipe.config.base import build
-    from cae2pipe.config.extract import TeacherSettings
     from cae2pipe.targets.auditing import audit
     from cae2pipe.targets.target_set import TargetSet
-    from cae2pipe.teachers.load import load_teacher
+    from cae2pipe.teachers.load import set_teacher
     from cae2pipe.training.device import pick_device
 
     targets = TargetSet(path)
-    settings = build(TeacherSettings, targets.box.identity["settings"]["teacher"], where=path)
-    if weights is not None:
-        settings = settings.model_copy(update={"weights": weights})
-    try:
-        teacher = load_teacher(settings, pick_device(device))
-    except TeacherError as error:
-        if weights is not None:
-            raise
-        raise TeacherError(error.what, where=error.where, fix="give the file: --teacher-weights FILE") from None
-    if teacher.info.weights != targets.box.identity["teacher"]["weights"]:
-        raise MismatchError(
-            "these are not the weights that this target set was made with",
-            where=weights or path,
-            fix="give the file of the right ones: --teacher-weights FILE",
-        )
+    teacher = set_teacher(targets.box, weights, pick_device(device), "--teacher-weights FILE")
     return audit(targets, teacher, count)
 
 

@@ -1,160 +1,219 @@
 """Stage 2: train the student from a target set.
 
 Read from top to bottom: open the set and check that student and set fit, build the model, go on from the newest
-checkpoint, loop over steps, export the encoder. The teacher is not here: its latents come from the set.
+checkpoint, loop over steps, export the encoder. Under torchrun every process runs all of this on its share of each
+batch; the leading one writes. The teacher is only here where it is asked for, as the yardstick: ``targets: online``.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import Box, open_or_create
+from cae2pipe.artifacts.box import Box, is_box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import identity
+from cae2pipe.artifacts.parts import torchrun_rank
+from cae2pipe.config.base import build, identity
+from cae2pipe.config.extract import ViewSettings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import DivergedError, MismatchError, SettingsError, WorkerError
+from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated, WorkerError
 from cae2pipe.keyed import keyed_seed
 from cae2pipe.loading.batches import Batch, Plan
-from cae2pipe.loading.loader import block_refs, load_batches
-from cae2pipe.methods.losses import LossTerms, alignment_loss, centred_cosine
+from cae2pipe.loading.device import on_device
+from cae2pipe.loading.fresh import FreshViews
+from cae2pipe.loading.loader import block_refs, load_parts
 from cae2pipe.methods.registry import build_method
-from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD, export_encoder
+from cae2pipe.models.export import export_encoder
 from cae2pipe.processes import worker_count
-from cae2pipe.progress import Report
+from cae2pipe.progress import Report, Silent
+from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.checkpoint import load_checkpoint, save_checkpoint
-from cae2pipe.training.device import pick_device
-from cae2pipe.training.metrics import MetricsFile
+from cae2pipe.teachers.load import set_teacher
+from cae2pipe.training.checkpoint import load_checkpoint, restore_training, save_checkpoint, training_state
+from cae2pipe.training.device import pick_device, set_backends
+from cae2pipe.training.failure import failure_path, save_failure
+from cae2pipe.training.memory import explain_out_of_memory
+from cae2pipe.training.objective import Objective
+from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled
+from cae2pipe.training.parallel import BLOCKS, World, joined, shard_model, wrapped
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.signals import StopRequest, deferred_stop
+from cae2pipe.training.step import Outcome, Step, cached
+from cae2pipe.training.telemetry import Telemetry
 
 
 def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> Box:
     """Train, or go on training, the run ``out`` on a target set; end with ``encoder.safetensors``.
 
     Raises:
-        SettingsError: the student does not fit the set. MismatchError: the run was begun under other settings.
-        DamageError: stored data are damaged. DivergedError: loss or gradient is not finite.
+        SettingsError: the student does not fit the set, or the processes the batch. MismatchError: the run was begun
+        under other settings. DamageError: stored data are damaged. DivergedError: loss or gradient is not finite.
+        OutOfMemoryError: a step does not fit the device. TeacherError: the online teacher cannot be had.
     """
-    targets = TargetSet(targets_root)
-    check_fit(targets, settings)
-    device = pick_device(settings.speed.device)
-    settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, device)})
-    with writing(out):
-        box = open_run(out, targets, settings)
-        remove_debris(out)
-        if box.complete and box.has("encoder"):
-            report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
-            return box
-        torch.manual_seed(keyed_seed("init", settings.seed))
-        model = build_method(settings.method, settings.model, targets.teacher.dim).to(device)
-        optimizer = build_optimizer(model, settings.optimizer)
-        plan = make_plan(targets, sorted(box.facts["stores"]), settings, model.drop_columns)
-        start = 0
-        if state := load_checkpoint(out / "checkpoints", report):
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            start = state["step"]
-            report.log(f"going on from step {start}")
-        done = train(model, optimizer, plan, targets, settings, device, start, out, report)
-        if done < plan.steps * settings.epochs:
-            report.log(f"stopped after {done} of {plan.steps * settings.epochs} steps, as stop_after asks")
-            return box
-        export_encoder(model.encoder, out)
-        files = {name: file_entry(out / name) for name in ("encoder.safetensors", "config.json")}
-        box.add("encoder", {"files": files})
-        box.save(complete=True)
-        report.log(f"wrote {out / 'encoder.safetensors'}")
+    rank = torchrun_rank()
+    device = pick_device(settings.speed.device, rank.local)
+    with joined(rank, device, settings.speed.parallel, settings.data.streams) as world:
+        return _pretrain(targets_root, out, settings, world, report if world.leads else Silent())
+
+
+def _pretrain(targets_root: Path, out: Path, settings: PretrainSettings, world: World, report: Report) -> Box:
+    targets = world.lead_first(lambda: TargetSet(targets_root))
+    world.lead(lambda: check_fit(targets, settings, world.ranks))
+    with ExitStack() as stack:
+        world.lead(lambda: stack.enter_context(writing(out)))
+        return _train_run(targets, out, settings, world, report)
+
+
+def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world: World, report: Report) -> Box:
+    settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, world.device)})
+    bf16 = settings.precision == "bf16"
+    box: Box = world.lead(lambda: begin(out, targets, settings))
+    if box.complete and box.has("encoder"):
+        report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
         return box
+    set_backends(bf16, settings.speed.deterministic)
+    torch.manual_seed(keyed_seed("init", settings.seed))
+    model = build_method(settings.method, settings.model, targets.teacher.dim).to(world.device)
+    model.recompute(settings.speed.recompute)
+    plan = make_plan(targets, sorted(box.facts["stores"]), settings, model.drop_columns)
+    if world.parallel == "fsdp":
+        shard_model(model, world, bf16)
+    optimizer = build_optimizer(model, settings.optimizer)
+    state = load_checkpoint(out / "checkpoints", report) if world.leads else None
+    start: int = world.lead(lambda: state["step"] if state else 0)
+    if start:
+        restore_training(model, optimizer, state, world)
+        report.log(f"going on from step {start}")
+    step = make_step(model, optimizer, targets, settings, world)
+    done = train(step, plan, settings, targets.teacher.dim, start, out, report)
+    if done < plan.steps * settings.epochs:
+        report.log(f"stopped after {done} of {plan.steps * settings.epochs} steps, as stop_after asks")
+        return box
+    weights = training_state(model, optimizer)["model"]
+    if world.leads:
+        finish(box, settings, weights, targets.teacher.dim)
+        report.log(f"wrote {out / 'encoder.safetensors'}")
+    return box
+
+
+def make_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, targets: TargetSet, settings: PretrainSettings, world: World
+) -> Step:
+    """The step that the settings ask for: where targets come from, how it is compiled and spread."""
+    teacher = targets.teacher
+    bf16 = settings.precision == "bf16"
+    objective = Objective(model, settings.loss, targets.layout.codec, targets.mean, teacher.class_token, bf16)
+    objective.to(world.device).train()
+    latents = cached
+    if settings.targets == "online":
+        option = "--set teacher_weights=FILE"
+        latents = OnlineLatents(set_teacher(targets.box, settings.teacher_weights, world.device, option))
+    if settings.speed.compile if settings.speed.compile is not None else world.device.type == "cuda":
+        compile_objective(objective, world)
+    return Step(
+        wrapped(objective, world),
+        objective,
+        optimizer,
+        targets.layout,
+        latents,
+        settings.speed.accumulation,
+        settings.optimizer.clip,
+        world,
+    )
+
+
+def compile_objective(objective: Objective, world: World, backend: str = "inductor") -> None:
+    """Compile in place: all in one graph; where weights are sharded, block by block, as each is gathered by itself."""
+    blocks = [block for block in objective.modules() if isinstance(block, BLOCKS)]
+    for module in blocks if world.parallel == "fsdp" else [objective]:
+        module.compile(backend=backend, dynamic=False)
 
 
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    step: Step,
     plan: Plan,
-    targets: TargetSet,
     settings: PretrainSettings,
-    device: torch.device,
+    target_dim: int,
     start: int,
     out: Path,
     report: Report,
 ) -> int:
-    """Steps from ``start`` to the end, or to ``stop_after``, with metrics and checkpoints. Returns the steps done."""
+    """Steps from ``start`` to the end, or to ``stop_after``, with metrics and checkpoints. Returns the steps done.
+
+    The outcome of a step is read when the next one has been given to the device, which so never waits for the host.
+    What the processes must agree on, to stop or to write a checkpoint, travels with the outcome.
+    """
+    world, speed = step.world, settings.speed
     total = plan.steps * settings.epochs
     limit = min(total, settings.stop_after or total)
-    workers = worker_count(settings.speed.workers, most=8)
-    step_of = Step(model, targets, settings, device)
-    metrics = MetricsFile(out / "metrics.jsonl", start)
-    report.total(total, "steps", done=start)
-    model.train()
+    rates = scaled(settings.optimizer, settings.data.batch)
+    telemetry = Telemetry(out, settings, target_dim, start, total, world, report) if world.leads else None
 
-    def checkpoint(step: int) -> None:
-        # Metrics first: a checkpoint must never be ahead of the lines it promises.
-        metrics.sync()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(out / "checkpoints", step, state, settings.speed.keep)
+    def for_good(done: int) -> bool:
+        return bool(speed.keep_epochs) and done % (speed.keep_epochs * plan.steps) == 0
 
-    saved_at = time.monotonic()
-    with closing(metrics), deferred_stop() as stop:
-        batches = load_batches(plan, start, workers) if start < limit else iter(())
-        step = start
+    def checkpoint(done: int) -> None:
+        state = training_state(step.model, step.optimizer)
+        if telemetry:
+            # Metrics first: a checkpoint must never be ahead of the lines it promises.
+            telemetry.metrics.sync()
+            save_checkpoint(out / "checkpoints", done, state, speed.keep, for_good)
+
+    def settle(outcome: Outcome) -> tuple[bool, bool]:
+        """Read an outcome and tell of it. Gives whether to stop, and whether a checkpoint is due."""
+        values = outcome.values()
+        if not all(value - value == 0 for value in (values["loss"], values["grad_norm"])):
+            raise capture(step, outcome, values, settings, target_dim, out)
+        if telemetry:
+            telemetry.step(outcome, values, values["sent0"] / world.ranks)
+        return values["sent1"] > 0, values["sent2"] > 0
+
+    saved_at, done = time.monotonic(), start
+    pending: Outcome | None = None
+    with closing(telemetry) if telemetry else nullcontext(), deferred_stop() as stop:
+        parts = load_parts(plan, start, worker_count(speed.workers, most=8), world.rank, world.ranks)
+        batches = until_stopped(on_device(parts if start < limit else iter(()), plan.layout, world.device), stop)
         began = time.monotonic()
-        for batch in until_stopped(batches, stop):
-            waited = time.monotonic() - began
-            lr = learning_rate(step, plan.steps, settings.epochs, *scaled(settings.optimizer, plan.batch))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            result = step_of(batch)
-            optimizer.zero_grad(set_to_none=True)
-            result.loss.total.backward()
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.clip))
-            values = result.values() | {"grad_norm": norm}
-            if not all(value == value and abs(value) != float("inf") for value in values.values()):
-                raise DivergedError(
-                    f"loss {values['loss']:.4g}, gradient norm {norm:.4g} at step {step}: not finite",
-                    where=out / "metrics.jsonl",
-                    fix="lower optimizer.lr; the newest checkpoint is from before this step",
-                )
-            optimizer.step()
-            seconds = time.monotonic() - began
-            images = int(batch.weights.sum())
-            rate, wait = images / seconds, waited / seconds
-            line = {"step": step, "epoch": batch.epoch, **values, "lr": lr, "images": images}
-            metrics.write({**line, "images_per_s": round(rate, 2), "data_wait": round(wait, 4)})
-            report.advance(
-                1,
-                loss=values["loss"],
-                visible=values["loss_visible"],
-                masked=values["loss_masked"],
-                cos=values["centred_cosine_masked"],
-                lr=lr,
-                images_per_s=rate,
-                wait=wait,
-            )
-            step += 1
-            if stop.exception or step == limit:
+        for batch in batches:
+            now = time.monotonic()
+            due = world.leads and now - saved_at > 60 * speed.checkpoint_minutes
+            sent = (now - began, float(stop.exception is not None), float(due))
+            lr = learning_rate(batch.step, plan.steps, settings.epochs, *rates)
+            try:
+                outcome = step(batch, lr, sent)
+            except torch.OutOfMemoryError:
+                raise explain_out_of_memory(step, batch, speed.recompute) from None
+            stopping, due = settle(pending) if pending else (False, False)
+            # Alone there is nobody to agree with.
+            stopping |= world.ranks == 1 and stop.exception is not None
+            pending, done = outcome, batch.step + 1
+            if stopping or done == limit:
                 break
-            if time.monotonic() - saved_at > 60 * settings.speed.checkpoint_minutes:
-                checkpoint(step)
+            if due or for_good(done):
+                settle(pending)
+                pending = None
+                checkpoint(done)
                 saved_at = time.monotonic()
             began = time.monotonic()
-        if step > start:
-            checkpoint(step)
-        if stop.exception:
-            report.log(f"stopped after {step} steps; the same command goes on from there")
-            raise stop.exception
-    return step
+        if pending:
+            settle(pending)
+        if done > start:
+            checkpoint(done)
+        if stop.exception or done < limit:
+            report.log(f"stopped after {done} steps; the same command goes on from there")
+            # Another process may have been told, and not this one.
+            raise stop.exception or Terminated
+    return done
 
 
 def until_stopped(batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch]:
@@ -169,55 +228,37 @@ def until_stopped(batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch
             raise
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Loss and its parts (with gradient), centred cosines (without)."""
-
-    loss: LossTerms
-    centred_visible: Tensor
-    centred_masked: Tensor
-
-    def values(self) -> dict[str, float]:
-        names = ("loss", "loss_visible", "loss_masked", "centred_cosine_visible", "centred_cosine_masked")
-        tensors = (self.loss.total, self.loss.visible, self.loss.masked, self.centred_visible, self.centred_masked)
-        # One transfer: each .item() of its own would wait for the device.
-        numbers = torch.stack([tensor.detach().float() for tensor in tensors]).tolist()
-        return dict(zip(names, numbers, strict=True))
-
-
-class Step:
-    """From a batch to the loss: to the device, normalise, decode the targets, forward, align."""
-
-    def __init__(self, model: nn.Module, targets: TargetSet, settings: PretrainSettings, device: torch.device):
-        self.model = model
-        self.codec = targets.layout.codec
-        self.class_token = targets.teacher.class_token
-        self.settings = settings
-        self.device = device
-        self.mean = targets.mean.to(device)
-        self.pixel_mean = torch.tensor(PIXEL_MEAN, device=device).view(1, 3, 1, 1)
-        self.pixel_std = torch.tensor(PIXEL_STD, device=device).view(1, 3, 1, 1)
-
-    def __call__(self, batch: Batch) -> StepResult:
-        batch = batch.to(self.device)
-        pixels = (batch.pixels.float() / 255 - self.pixel_mean) / self.pixel_std
-        target = self.codec.decode(batch.arrays)
-        if "norms" in batch.arrays:
-            target = target * batch.arrays["norms"].float().unsqueeze(-1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            prediction = self.model(pixels, batch.visible, batch.masked, batch.drop)
-        loss = alignment_loss(
-            prediction, target, batch.visible, batch.masked, self.settings.loss, batch.weights, self.class_token
-        )
-        with torch.no_grad():
-            visible, masked = centred_cosine(
-                prediction, target, batch.visible, batch.masked, self.mean, batch.weights, self.class_token
-            )
-        return StepResult(loss, visible, masked)
+def capture(
+    step: Step, outcome: Outcome, values: dict[str, float], settings: PretrainSettings, target_dim: int, out: Path
+) -> DivergedError:
+    """Keep a step whose loss or gradient is not finite, with the weights before it, and give the error to raise."""
+    batch, world = outcome.batch, step.world
+    weights = training_state(step.model, step.optimizer)["model"]
+    path = failure_path(out, batch.step, world.rank)
+    context: dict[str, Any] = {
+        "settings": settings.model_dump_json(),
+        "target_dim": target_dim,
+        "class_token": step.objective.class_token,
+        "mean": step.objective.mean,
+        "values": values,
+    }
+    if world.leads:
+        context["weights"] = weights
+    save_failure(path, batch, {"decoded": step.objective.target(step.latents(batch))}, context)
+    error = DivergedError(
+        f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
+        "weights and optimizer were left as they were before it",
+        where=path,
+        fix=f"`cae2pipe replay {path}` goes through the step again and says where it breaks; where nothing in the data "
+        "is wrong, lower optimizer.lr",
+    )
+    error.shown_elsewhere = not world.leads
+    return error
 
 
-def check_fit(targets: TargetSet, settings: PretrainSettings) -> None:
-    """Refuse a student that the target set does not fit. Raises SettingsError."""
+def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:
+    """Refuse a student that the target set does not fit, or a batch that cannot be shared out. Raises SettingsError."""
+    check_parts(settings, ranks)
     teacher, grid = targets.teacher, settings.model.grid
     if (teacher.rows, teacher.cols) != (grid, grid):
         raise SettingsError(
@@ -232,12 +273,42 @@ def check_fit(targets: TargetSet, settings: PretrainSettings) -> None:
             where=str(targets.root),
             fix=f"--set model.image_size={targets.view_size}",
         )
-    if targets.images < settings.data.batch:
+    if targets.images < settings.loaded_batch:
         raise SettingsError(
-            f"the set has {targets.images} images, fewer than one batch of {settings.data.batch}",
+            f"the set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
             where=str(targets.root),
             fix=f"set data.batch to at most {targets.images}, and data.streams to a divisor of it; lr scales with it",
         )
+
+
+def check_parts(settings: PretrainSettings, ranks: int) -> None:
+    """Refuse a share of the batch that cannot be cut into equal parts. Raises SettingsError."""
+    share = settings.loaded_batch // ranks
+    if share % settings.speed.accumulation:
+        near = max(n for n in range(1, settings.speed.accumulation + 1) if share % n == 0)
+        raise SettingsError(
+            f"each process loads {share} views a step, which speed.accumulation {settings.speed.accumulation} does not "
+            "divide",
+            where="speed.accumulation",
+            fix=f"--set speed.accumulation={near}",
+        )
+
+
+def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
+    """The run's folder, made or found again, without what a killed process left half-written."""
+    box = open_run(out, targets, settings)
+    remove_debris(out)
+    return box
+
+
+def finish(box: Box, settings: PretrainSettings, weights: dict[str, Any], target_dim: int) -> None:
+    """Export the encoder, and call the run complete."""
+    model = build_method(settings.method, settings.model, target_dim)
+    model.load_state_dict(weights)
+    export_encoder(model.encoder, box.root)
+    files = {name: file_entry(box.root / name) for name in ("encoder.safetensors", "config.json")}
+    box.add("encoder", {"files": files})
+    box.save(complete=True)
 
 
 def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
@@ -262,8 +333,13 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
 
 
 def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, drop_columns: int) -> Plan:
-    """What the loader must know, from the set and the settings."""
+    """What the loader must know, from the set and the settings.
+
+    Raises:
+        MismatchError: the originals of fresh views are not those of the set. ManifestError: there are none.
+    """
     speed = settings.speed
+    arrays = tuple(targets.layout.codec.arrays()) if settings.targets == "cached" else ()
     return Plan(
         root=targets.root,
         units={name: targets.stores[name] for name in stores},
@@ -272,17 +348,41 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
         size=targets.view_size,
         seed=settings.seed,
         epochs=settings.epochs,
-        batch=settings.data.batch,
+        batch=settings.loaded_batch,
         streams=settings.data.streams,
         window=settings.data.window,
         last_batch=settings.data.last_batch,
         mask_strategy=settings.mask.strategy,
         grid=settings.model.grid,
         masked=settings.masked_patches,
+        repeat=settings.mask.repeat,
         drop_columns=drop_columns,
-        norms=settings.loss.kind != "cosine",
+        arrays=(*arrays, "norms") if arrays and settings.loss.kind != "cosine" else arrays,
+        decode=settings.data.decode == "workers",
+        fresh=fresh_views(targets, settings) if settings.views == "fresh" else None,
         cache=BlockCache(speed.cache, int(speed.cache_gb * 1e9)) if speed.cache else None,
     )
+
+
+def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
+    """The originals behind a target set. Raises MismatchError where they are others, ManifestError where none are."""
+    root = settings.originals or targets.root / "shards"
+    if not is_box(root, "shards"):
+        raise ManifestError(
+            "fresh views need the shard set that the targets were made from", where=root, fix="--set originals=FOLDER"
+        )
+    originals = ShardSet.open(root)
+    shards = {shard.name: shard for shard in originals.shards}
+    for name, unit in sorted(targets.stores.items()):
+        found = shards.get(unit["shard"])
+        if found is None or found.sha256 != unit["source"]:
+            raise MismatchError(
+                f"store {name} was not made from this shard set",
+                where=root,
+                fix="give the shard set that the targets were made from: --set originals=FOLDER",
+            )
+    view = build(ViewSettings, targets.box.identity["settings"]["view"], where=targets.root)
+    return FreshViews(originals, shards, view, settings.seed)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

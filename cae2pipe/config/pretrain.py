@@ -72,6 +72,9 @@ class MaskSettings(Settings):
     """Share of patches masked."""
     count: int | None = Field(default=None, ge=1)
     """Masked patches, exactly. null: ratio x patches, rounded (30 / 49 / 98 / 118 in the released code)."""
+    repeat: int = Field(default=1, ge=1)
+    """Masks that each loaded view is trained under in one step. A step then loads data.batch / repeat views, for when
+    reading is what limits; an epoch takes as many more steps, so divide epochs by it for the same work."""
 
 
 class LossSettings(Settings):
@@ -97,9 +100,11 @@ class OptimizerSettings(Settings):
     """AdamW and its schedule (paper Table 8)."""
 
     lr: float = Field(default=1.5e-3, gt=0)
-    """Peak learning rate at a batch of 2048; it scales linearly with the batch."""
+    """Peak learning rate at a batch of 2048."""
+    scale_lr: bool = True
+    """Scale lr and min_lr linearly with the batch; false: take them as they are."""
     min_lr: float = Field(default=1e-5, ge=0)
-    """Learning rate at the end of the cosine, scaled like `lr`."""
+    """Learning rate at the end of the cosine, scaled like lr."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first momentum."""
     beta2: float = Field(default=0.98, ge=0, lt=1)
@@ -123,6 +128,9 @@ class DataSettings(Settings):
     """Blocks of 64 samples among which a stream shuffles."""
     last_batch: Literal["pad", "drop"] = "pad"
     """pad: the last batch is filled up with samples of weight 0; drop: it is left out (released code)."""
+    decode: Literal["workers", "device"] = "workers"
+    """Where stored views are decoded: by the workers, as the teacher's were; or on the device (nvJPEG on CUDA, whose
+    pixels differ a little), for when cores are short."""
 
     @model_validator(mode="after")
     def _divides(self) -> DataSettings:
@@ -135,10 +143,20 @@ class DataSettings(Settings):
 
 
 class TrainSpeed(Settings):
-    """What changes only the speed."""
+    """What changes the speed, and nothing of the result but the order in which numbers are added up."""
 
     device: str = "auto"
-    """Device of the student: auto, cpu, cuda, cuda:1, ..."""
+    """Device of the student: auto, cpu, cuda, cuda:1, ... Under torchrun each process takes one of its own."""
+    accumulation: int = Field(default=1, ge=1)
+    """Parts that a process's share of the batch is cut into, one forward and backward pass each: for less memory."""
+    recompute: bool = False
+    """Keep only the inputs of each block and compute the rest again in the backward pass: for much less memory."""
+    compile: bool | None = None
+    """Compile the student (torch.compile). null: on CUDA only."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes train: ddp keeps all weights in each of them, fsdp shards weights and optimizer (FSDP2)."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms, so that a run on CUDA repeats to the bit. The CPU's do so anyway."""
     workers: int = Field(default=-1, ge=-1)
     """Processes that read and decode blocks; -1: one a core, at most 8; 0: none, in the main process."""
     cache: Path | None = None
@@ -148,7 +166,11 @@ class TrainSpeed(Settings):
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     """Minutes between checkpoints."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_epochs: int = Field(default=0, ge=0)
+    """Also keep, for good, a checkpoint after every so many epochs; 0: none."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """The device's peak, in 10^12 operations a second, that MFU is a share of. null: what is known of the device."""
 
 
 class PretrainSettings(Settings):
@@ -160,6 +182,10 @@ class PretrainSettings(Settings):
     """The pretraining method."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order, masks and drop path."""
+    targets: Literal["cached", "online"] = "cached"
+    """cached: latents from the target set; online: the teacher runs in every step, as published."""
+    views: Literal["stored", "fresh"] = "stored"
+    """stored: the target set's views; fresh (with online targets): new crops of the originals in every epoch."""
     epochs: int = Field(default=300, ge=1)
     """Passes over the data. One pass shows one view of every image."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -171,6 +197,12 @@ class PretrainSettings(Settings):
     data: DataSettings = DataSettings()
     stop_after: int | None = outside(None, ge=1)
     """Stop after this many steps, as if interrupted: the same command goes on. For trials."""
+    originals: Path | None = outside(None)
+    """The shard set that fresh views are cut from. null: the one inside the target set."""
+    teacher_weights: Path | None = outside(None)
+    """The online teacher's weights, where they came from a local file: sets do not say where files lie."""
+    track: list[Literal["tensorboard", "wandb"]] = outside([])
+    """Also write the metrics there."""
     speed: TrainSpeed = TrainSpeed()
 
     @model_validator(mode="after")
@@ -181,6 +213,15 @@ class PretrainSettings(Settings):
                 f"mask.ratio {self.mask.ratio} masks {self.masked_patches} of {patches} patches: "
                 "at least one must be masked and one visible; set mask.ratio between the two"
             )
+        if self.data.batch % (self.data.streams * self.mask.repeat):
+            raise ValueError(
+                f"data.batch {self.data.batch} is not a multiple of data.streams {self.data.streams} x mask.repeat "
+                f"{self.mask.repeat}: set data.streams to a divisor of {self.data.batch // self.mask.repeat}"
+            )
+        if self.views == "fresh" and self.targets == "cached":
+            raise ValueError("views: fresh has no cached targets: set targets=online, or views=stored")
+        if self.views == "fresh" and self.data.decode == "device":
+            raise ValueError("fresh views are cut by the workers: set data.decode=workers")
         if self.model.regressor_depth == 0 and self.loss.visible == 0:
             raise ValueError("model.regressor_depth 0 predicts no masked patches: loss.visible must be above 0")
         if self.optimizer.warmup_epochs >= self.epochs:
@@ -194,6 +235,11 @@ class PretrainSettings(Settings):
     def masked_patches(self) -> int:
         """Patches masked in every image."""
         return self.mask.count or round(self.mask.ratio * self.model.grid**2)
+
+    @property
+    def loaded_batch(self) -> int:
+        """Views loaded a step, over all devices: each is trained under `mask.repeat` masks."""
+        return self.data.batch // self.mask.repeat
 
 
 def _divisor(batch: int, near: int) -> int:

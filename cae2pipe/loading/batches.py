@@ -7,8 +7,8 @@ little crosses to the device and normalisation and decoding happen there, in a b
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.views import decode_view
 from cae2pipe.keyed import keyed_uniforms
-from cae2pipe.loading.order import BlockRef, steps_per_epoch, stream_pieces, windows
+from cae2pipe.loading.fresh import FreshViews
+from cae2pipe.loading.order import BlockRef, real_samples, steps_per_epoch, stream_pieces, windows
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
@@ -31,7 +32,9 @@ from cae2pipe.targets.target_set import store_name
 class Plan:
     """Everything the content of batches depends on; the same in every process.
 
-    ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order.
+    ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order. ``batch`` counts views as
+    they are loaded; each is given ``repeat`` masks. ``arrays`` names the blocked arrays to read. ``fresh``: views are
+    cut from the originals instead. ``decode``: False leaves JPEGs to the device.
     """
 
     root: Path
@@ -48,8 +51,11 @@ class Plan:
     mask_strategy: str
     grid: int
     masked: int
+    repeat: int
     drop_columns: int
-    norms: bool
+    arrays: tuple[str, ...]
+    decode: bool = True
+    fresh: FreshViews | None = None
     cache: BlockCache | None = None
 
     @property
@@ -69,40 +75,52 @@ class Plan:
 
 @dataclass
 class Batch:
-    """A batch, or the part of it that some streams give. b samples, in the order of their streams.
+    """A batch, or the part of it that some streams give: b views, in the order of their streams, under r masks each.
 
-    pixels (b, 3, S, S) uint8; arrays: the codec's arrays over b samples, uint16 as int16 bits, and ``norms`` (b, T) if
-    asked; weights (b,) float32, 0 for padding; visible (b, V) and masked (b, M) int64 patch indices, sorted;
-    drop (b, n) float32 uniforms for drop path; keys: b strings, empty for padding.
+    pixels (b, 3, S, S) uint8; arrays: the asked ones of the store over b views, uint16 as int16 bits; weights (b,)
+    float32, 0 for padding; visible (b r, V) and masked (b r, M) int64 patch indices, sorted, a view's masks side by
+    side; drop (b r, n) float32 uniforms for drop path; keys: b strings, empty for padding; views: which of its stored
+    views each shows; real: views of the whole global batch that are not padding. Where the device is to decode,
+    ``jpegs`` holds all JPEGs end to end, uint8, ``sizes`` (b,) their lengths, and ``pixels`` has no samples.
     """
 
     epoch: int
     step: int
+    real: int
     pixels: Tensor
+    jpegs: Tensor
+    sizes: Tensor
     arrays: dict[str, Tensor]
     weights: Tensor
     visible: Tensor
     masked: Tensor
     drop: Tensor
     keys: list[str]
+    views: list[int]
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on ``device``."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with ``function`` applied to its tensors. JPEGs, which are decoded from the host, stay."""
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return function(value)
             return {name: move(item) for name, item in value.items()} if isinstance(value, dict) else value
 
-        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        stays = ("jpegs", "sizes")
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self) if f.name not in stays})
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on ``device``."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one window: keys, JPEGs, and the blocked arrays over all of them."""
+    """The samples of one window: keys, views, images' bytes, and the blocked arrays over all of them."""
 
     keys: list[str]
-    jpegs: list[bytes]
+    views: list[int]
+    images: list[bytes]
     arrays: dict[str, np.ndarray]
 
 
@@ -112,7 +130,6 @@ class StreamSource:
     def __init__(self, plan: Plan, stream: int):
         self.plan = plan
         self.stream = stream
-        self._names = [*plan.layout.codec.arrays(), *(["norms"] if plan.norms else [])]
         # A reader keeps its store's index, keys and member offsets: about 0.2 MB.
         self._reader = functools.lru_cache(maxsize=64)(
             lambda name: StoreReader(plan.root, plan.units[name], plan.layout, plan.cache)
@@ -132,20 +149,25 @@ class StreamSource:
             skip = 0
 
     def _read(self, pieces: tuple) -> Pool:
-        keys: list[str] = []
-        jpegs: list[bytes] = []
-        arrays: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
+        pool = Pool([], [], [], {})
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in self.plan.arrays}
         specs = self.plan.layout.blocked()
         for piece in pieces:
             ref = self.plan.blocks[piece.index]
-            block = self._reader(store_name(piece.view, ref.shard)).block(ref.block, self._names)
-            keys += block.keys[piece.low : piece.high]
-            jpegs += block.jpegs[piece.low : piece.high]
-            for name in self._names:
+            pool.views.extend([piece.view] * (piece.high - piece.low))
+            if self.plan.fresh:
+                originals = self.plan.fresh.read(ref.shard, ref.block)[piece.low : piece.high]
+                pool.keys.extend(sample.key for sample in originals)
+                pool.images.extend(sample.data for sample in originals)
+                continue
+            block = self._reader(store_name(piece.view, ref.shard)).block(ref.block, self.plan.arrays)
+            pool.keys.extend(block.keys[piece.low : piece.high])
+            pool.images.extend(block.jpegs[piece.low : piece.high])
+            for name in self.plan.arrays:
                 where = (slice(None),) * specs[name].sample_axis + (slice(piece.low, piece.high),)
-                arrays[name].append(block.arrays[name][where])
-        joined = {name: np.concatenate(parts, axis=specs[name].sample_axis) for name, parts in arrays.items()}
-        return Pool(keys, jpegs, joined)
+                parts[name].append(block.arrays[name][where])
+        pool.arrays.update((name, np.concatenate(p, axis=specs[name].sample_axis)) for name, p in parts.items())
+        return pool
 
 
 def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
@@ -162,45 +184,56 @@ def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
 def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[list[tuple[Pool, int] | None]]) -> Batch:
     """The batch part made of the samples picked from each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
-    count = len(flat)
-    patches = plan.grid**2
-    pixels = np.zeros((count, plan.size, plan.size, 3), dtype=np.uint8)
-    visible = np.empty((count, patches - plan.masked), dtype=np.int64)
-    masked = np.empty((count, plan.masked), dtype=np.int64)
-    weights = np.zeros(count, dtype=np.float32)
-    keys = []
-    for row, item in enumerate(flat):
-        key = item[0].keys[item[1]] if item else ""
-        keys.append(key)
-        mask = draw_mask(plan.mask_strategy, plan.grid, plan.grid, plan.masked, "mask", plan.seed, epoch, key)
+    count, rows = len(flat), len(flat) * plan.repeat
+    pixels = np.zeros((count if plan.decode else 0, plan.size, plan.size, 3), dtype=np.uint8)
+    visible = np.empty((rows, plan.grid**2 - plan.masked), dtype=np.int64)
+    masked = np.empty((rows, plan.masked), dtype=np.int64)
+    for row in range(rows):
+        item, turn = flat[row // plan.repeat], row % plan.repeat
+        draw = ("mask", plan.seed, epoch, item[0].keys[item[1]] if item else "", *((turn,) if turn else ()))
+        mask = draw_mask(plan.mask_strategy, plan.grid, plan.grid, plan.masked, *draw)
         visible[row], masked[row] = split_indices(mask)
-        if item:
-            weights[row] = 1
-            try:
-                pixels[row] = decode_view(item[0].jpegs[item[1]])
-            except (ImageError, ValueError) as error:
-                raise DamageError(f"a stored view cannot be decoded: {error}", where=f"key {key}") from None
+    images = [item[0].images[item[1]] if item else b"" for item in flat]
+    keys = [item[0].keys[item[1]] if item else "" for item in flat]
+    if plan.decode:
+        for row, item in enumerate(flat):
+            if item:
+                pixels[row] = _decode(plan, images[row], keys[row], epoch)
     drop = np.concatenate(
         [
-            keyed_uniforms(len(items) * plan.drop_columns, "drop", plan.seed, step, stream).reshape(len(items), -1)
+            keyed_uniforms(len(items) * plan.repeat * plan.drop_columns, "drop", plan.seed, step, stream)
             for stream, items in zip(streams, picked, strict=True)
         ]
     ).astype(np.float32)
+    packed = np.frombuffer(b"" if plan.decode else b"".join(images), dtype=np.uint8)
     return Batch(
         epoch=epoch,
         step=step,
+        real=real_samples(plan.samples, plan.streams, plan.per_stream, step % plan.steps),
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
-        arrays=as_tensors(gather(plan.layout, flat)),
-        weights=torch.from_numpy(weights),
+        jpegs=torch.from_numpy(packed.copy()),
+        sizes=torch.tensor([0 if plan.decode else len(image) for image in images]),
+        arrays=as_tensors(gather(plan, flat)),
+        weights=torch.tensor([float(item is not None) for item in flat]),
         visible=torch.from_numpy(visible),
         masked=torch.from_numpy(masked),
-        drop=torch.from_numpy(drop),
+        drop=torch.from_numpy(drop).reshape(rows, plan.drop_columns),
         keys=keys,
+        views=[item[0].views[item[1]] if item else -1 for item in flat],
     )
 
 
-def gather(layout: Layout, items: list[tuple[Pool, int] | None]) -> dict[str, np.ndarray]:
-    """The blocked arrays over the given samples; zeros for padding.
+def _decode(plan: Plan, image: bytes, key: str, epoch: int) -> np.ndarray:
+    if plan.fresh:
+        return plan.fresh.render(image, key, epoch)
+    try:
+        return decode_view(image)
+    except (ImageError, ValueError) as error:
+        raise DamageError(f"a stored view cannot be decoded: {error}", where=f"key {key}") from None
+
+
+def gather(plan: Plan, items: list[tuple[Pool, int] | None]) -> dict[str, np.ndarray]:
+    """The plan's arrays over the given samples; zeros for padding.
 
     Neighbours mostly come from one pool, whose rows are taken in one go.
     """
@@ -213,11 +246,10 @@ def gather(layout: Layout, items: list[tuple[Pool, int] | None]) -> dict[str, np
         runs[-1][1].append(item[1])
         runs[-1][2].append(row)
     result = {}
-    specs = layout.blocked()
-    names = runs[0][0].arrays if runs else layout.codec.arrays()
-    for name in names:
+    specs = plan.layout.blocked()
+    for name in plan.arrays:
         axis = specs[name].sample_axis
-        out = np.zeros(layout.shape(name, len(items)), dtype=specs[name].dtype)
+        out = np.zeros(plan.layout.shape(name, len(items)), dtype=specs[name].dtype)
         for pool, positions, rows in runs:
             out[(slice(None),) * axis + (rows,)] = np.take(pool.arrays[name], positions, axis=axis)
         result[name] = out
@@ -225,28 +257,48 @@ def gather(layout: Layout, items: list[tuple[Pool, int] | None]) -> dict[str, np
 
 
 def join(parts: list[Batch], layout: Layout) -> Batch:
-    """The whole batch from the parts of all workers, in order."""
+    """The whole batch from its parts, in order."""
     if len(parts) == 1:
         return parts[0]
     specs = layout.blocked()
-
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
+    tensors = ("pixels", "jpegs", "sizes", "weights", "visible", "masked", "drop")
     arrays = {
         name: torch.cat([part.arrays[name] for part in parts], dim=specs[name].sample_axis) for name in parts[0].arrays
     }
-    return Batch(
-        epoch=parts[0].epoch,
-        step=parts[0].step,
-        pixels=cat("pixels"),
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
+    return replace(
+        parts[0],
+        **joined,
         arrays=arrays,
-        weights=cat("weights"),
-        visible=cat("visible"),
-        masked=cat("masked"),
-        drop=cat("drop"),
         keys=[key for part in parts for key in part.keys],
+        views=[view for part in parts for view in part.views],
     )
+
+
+def split(batch: Batch, layout: Layout, count: int) -> list[Batch]:
+    """A decoded batch in ``count`` equal parts; a view's masks stay together."""
+    if count == 1:
+        return [batch]
+    specs = layout.blocked()
+    size = len(batch.weights) // count
+    repeat = len(batch.visible) // len(batch.weights)
+    parts = []
+    for low in range(0, len(batch.weights), size):
+        own, rows = slice(low, low + size), slice(low * repeat, (low + size) * repeat)
+        parts.append(
+            replace(
+                batch,
+                pixels=batch.pixels[own],
+                arrays={n: array.narrow(specs[n].sample_axis, low, size) for n, array in batch.arrays.items()},
+                weights=batch.weights[own],
+                visible=batch.visible[rows],
+                masked=batch.masked[rows],
+                drop=batch.drop[rows],
+                keys=batch.keys[own],
+                views=batch.views[own],
+            )
+        )
+    return parts
 
 
 def _take(iterator: Iterator[tuple[Pool, int]], count: int) -> list[tuple[Pool, int] | None]:

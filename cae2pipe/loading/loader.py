@@ -49,8 +49,9 @@ class _Parts(IterableDataset):
         return batches(self.plan, own, self.start)
 
 
-def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """A rank's batches from global step ``start`` to the end of the last epoch, on the CPU.
+def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
+    """A rank's batches from global step ``start`` to the end of the last epoch, on the CPU, each in the parts that the
+    workers give.
 
     Args:
         plan: what the batches hold.
@@ -62,7 +63,7 @@ def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int
     parts = _Parts(plan, served, start)
     workers = min(workers, len(served))
     if workers == 0:
-        yield from parts
+        yield from ([part] for part in parts)
         return
     iterator = in_order(parts, workers)
     while True:
@@ -71,4 +72,9 @@ def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int
             return
         assert len(step) == workers
         assert len({part.step for part in step}) == 1, "workers are out of step"
-        yield join(step, plan.layout)
+        yield step
+
+
+def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """The same, whole."""
+    return (join(parts, plan.layout) for parts in load_parts(plan, start, workers, rank, ranks))

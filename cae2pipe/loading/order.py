@@ -86,6 +86,13 @@ def steps_per_epoch(samples: int, batch: int, last_batch: str) -> int:
     return samples // batch if last_batch == "drop" else -(-samples // batch)
 
 
+def real_samples(samples: int, streams: int, per_stream: int, step: int) -> int:
+    """Samples, over all streams, that are not padding in step ``step`` of an epoch of ``samples``."""
+    ends = [samples * stream // streams for stream in range(streams + 1)]
+    lengths = np.diff(ends)
+    return int(np.clip(lengths - step * per_stream, 0, per_stream).sum())
+
+
 def rank_streams(streams: int, ranks: int, rank: int) -> range:
     """The streams a rank serves: a contiguous run, so that ranks in order give the global batch in order."""
     return range(streams * rank // ranks, streams * (rank + 1) // ranks)

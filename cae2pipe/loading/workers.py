@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from cae2pipe.errors import Cae2pipeError, WorkerError
 from cae2pipe.processes import prepare_worker
 
-PRELOAD = ["cae2pipe.loading.batches", "cae2pipe.targets.rendering"]
+PRELOAD = ["cae2pipe.loading.apart", "cae2pipe.loading.batches", "cae2pipe.targets.rendering"]
 
 
 def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:

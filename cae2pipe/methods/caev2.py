@@ -53,6 +53,12 @@ class CAEv2(nn.Module):
         """Columns of drop path uniforms that ``forward`` takes: the encoder's, then the regressor's."""
         return self.encoder.drop_columns + (self.regressor.drop_columns if self.regressor else 0)
 
+    def recompute(self, on: bool) -> None:
+        """Whether activations inside blocks are computed again in the backward pass rather than kept."""
+        self.encoder.checkpointing = on
+        if self.regressor is not None:
+            self.regressor.checkpointing = on
+
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         """Predicted latents.
 

@@ -47,13 +47,15 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+def weighted_mean(values: Tensor, weights: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean of values (B, L) over the samples that count, weights (B,). Padding's values are left out, even NaN.
 
     Its gradient is zero where its values are finite, as they are for the zeros that the loader pads with.
+    ``real``: how many samples count in the whole batch, where these are a part of it: the parts' means add up to the
+    batch's. Default: those here.
     """
-    real = values.masked_fill((weights == 0).unsqueeze(1), 0)
-    return (real.mean(dim=1) * weights).sum() / weights.sum().clamp_min(1)
+    kept = values.masked_fill((weights == 0).unsqueeze(1), 0)
+    return (kept.mean(dim=1) * weights).sum() / (weights.sum() if real is None else real).clamp_min(1)
 
 
 def alignment_loss(
@@ -64,6 +66,7 @@ def alignment_loss(
     settings: LossSettings,
     weights: Tensor,
     has_class_token: bool,
+    real: Tensor | None = None,
 ) -> LossTerms:
     """Visible plus masked alignment.
 
@@ -75,17 +78,18 @@ def alignment_loss(
             released code's mean over all tokens. The class token counts among the visible.
         weights: (B,), 0 for padding.
         has_class_token: whether the target's first token is one.
+        real: as in ``weighted_mean``.
     """
     patches = target[:, 1:] if has_class_token else target
     seen, wanted = prediction.visible, gather_tokens(patches, visible)
     if has_class_token:
         seen = torch.cat([prediction.class_token, seen], dim=1)
         wanted = torch.cat([target[:, :1], wanted], dim=1)
-    visible_loss = weighted_mean(token_distance(settings.kind, seen, wanted), weights)
+    visible_loss = weighted_mean(token_distance(settings.kind, seen, wanted), weights, real)
     if prediction.masked is None:
         return LossTerms(settings.visible * visible_loss, visible_loss, torch.zeros_like(visible_loss))
     hidden = token_distance(settings.kind, prediction.masked, gather_tokens(patches, masked))
-    masked_loss = weighted_mean(hidden, weights)
+    masked_loss = weighted_mean(hidden, weights, real)
     share_visible, share_masked = 1.0, 1.0
     if settings.reduction == "one_mean":
         count = seen.shape[1] + masked.shape[1]
@@ -102,6 +106,7 @@ def centred_cosine(
     mean: Tensor,
     weights: Tensor,
     has_class_token: bool,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean cosine of predicted and true unit patch tokens about the set's mean unit token (D,): visible, masked.
 
@@ -112,7 +117,7 @@ def centred_cosine(
     def score(predicted: Tensor, indices: Tensor) -> Tensor:
         true = F.normalize(gather_tokens(patches, indices).float(), dim=-1)
         got = F.normalize(predicted.float(), dim=-1)
-        return weighted_mean(F.cosine_similarity(got - mean, true - mean, dim=-1), weights)
+        return weighted_mean(F.cosine_similarity(got - mean, true - mean, dim=-1), weights, real)
 
     seen = score(prediction.visible, visible)
     return seen, torch.zeros_like(seen) if prediction.masked is None else score(prediction.masked, masked)

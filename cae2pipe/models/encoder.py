@@ -11,9 +11,11 @@ from cae2pipe.models.layers import (
     LayerScale,
     Mlp,
     SelfAttention,
+    drop_factors,
     drop_path,
     drop_rates,
     initialise,
+    run_block,
     truncated_normal,
 )
 from cae2pipe.models.positions import sincos_positions
@@ -33,11 +35,10 @@ def build_encoder(settings: ModelSettings) -> Encoder:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with LayerScale and drop path. Uses two columns of drop path uniforms."""
+    """Pre-norm attention and MLP, each with LayerScale and drop path, whose factors are given: (B, 2) or None."""
 
-    def __init__(self, width: int, heads: int, layer_scale: float, drop: float):
+    def __init__(self, width: int, heads: int, layer_scale: float):
         super().__init__()
-        self.drop = drop
         self.norm1 = nn.LayerNorm(width, eps=EPS)
         self.attn = SelfAttention(width, heads)
         self.ls1 = LayerScale(width, layer_scale)
@@ -47,8 +48,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, drop: Tensor | None) -> Tensor:
         first, second = (None, None) if drop is None else drop.unbind(1)
-        x = x + drop_path(self.ls1(self.attn(self.norm1(x))), first, self.drop)
-        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second, self.drop)
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x))), first)
+        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second)
 
 
 class Encoder(nn.Module):
@@ -59,6 +60,8 @@ class Encoder(nn.Module):
         image_size, patch_size: in pixels.
         layer_scale: initial LayerScale.
         drop: largest drop path rate.
+
+    ``checkpointing``: in training, activations inside blocks are computed again in the backward pass, not kept.
     """
 
     def __init__(
@@ -81,7 +84,10 @@ class Encoder(nn.Module):
         positions = torch.cat([torch.zeros(1, width), sincos_positions(grid, grid, width)])
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions.unsqueeze(0))
-        self.blocks = nn.ModuleList(Block(width, heads, layer_scale, rate) for rate in drop_rates(drop, depth))
+        self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
+        self.drop_rates: Tensor
+        self.register_buffer("drop_rates", drop_rates(drop, depth), persistent=False)
+        self.checkpointing = False
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.apply(initialise)
         truncated_normal(self.patch_embed.weight)
@@ -108,6 +114,8 @@ class Encoder(nn.Module):
         if visible is not None:
             x = x.gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        factors = None if drop is None else drop_factors(drop, self.drop_rates)
         for number, block in enumerate(self.blocks):
-            x = block(x, None if drop is None else drop[:, 2 * number : 2 * number + 2])
+            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
+            x = run_block(block, self.checkpointing and self.training, x, own)
         return self.norm(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-6
 """Epsilon of every LayerNorm (released code)."""
@@ -16,21 +17,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def drop_path(x: Tensor, uniforms: Tensor | None, rate: float) -> Tensor:
-    """Drop a residual branch (B, L, C) for the samples whose uniform (B,) is below ``rate``; scale up the others.
+def drop_path(x: Tensor, factor: Tensor | None) -> Tensor:
+    """A residual branch (B, L, C) times each sample's factor (B,), as ``drop_factors`` gives it; None: as it is."""
+    return x if factor is None else x * factor.to(x.dtype).view(-1, 1, 1)
+
+
+def drop_factors(uniforms: Tensor, rates: Tensor) -> Tensor:
+    """What each residual branch is multiplied with, (B, n): 0 where a uniform (B, n) is below its rate (n,), else
+    1 / (1 - rate).
 
     The uniforms are given, not drawn here: they hang on the step and the stream, so that a batch split over any number
-    of devices drops the same branches. None, or a rate of 0: nothing is dropped.
+    of devices drops the same branches.
     """
-    if uniforms is None or rate == 0:
-        return x
-    keep = (uniforms >= rate).to(x.dtype) / (1 - rate)
-    return x * keep.view(-1, 1, 1)
+    return (uniforms >= rates) / (1 - rates)
 
 
-def drop_rates(largest: float, depth: int) -> list[float]:
-    """Rates of ``depth`` blocks, linear from 0 to ``largest``."""
-    return [largest * number / max(1, depth - 1) for number in range(depth)]
+def drop_rates(largest: float, depth: int) -> Tensor:
+    """Rates of the two branches of each of ``depth`` blocks (2 depth,), linear from 0 to ``largest``."""
+    rates = [largest * number / max(1, depth - 1) for number in range(depth)]
+    return torch.tensor(rates).repeat_interleave(2)
+
+
+def run_block(block: nn.Module, again: bool, *inputs: Tensor | None) -> Tensor:
+    """A block's output; ``again``: keep only its inputs, and compute the rest a second time in the backward pass."""
+    if not again:
+        return block(*inputs)
+    # Nothing in a block draws random numbers.
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def initialise(module: nn.Module) -> None:

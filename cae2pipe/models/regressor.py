@@ -10,23 +10,24 @@ from cae2pipe.models.layers import (
     CrossAttention,
     LayerScale,
     Mlp,
+    drop_factors,
     drop_path,
     drop_rates,
     initialise,
+    run_block,
     truncated_normal,
 )
 from cae2pipe.models.positions import sincos_positions
 
 
 class RegressorBlock(nn.Module):
-    """Mask tokens attend to visible latents and to each other. Uses two columns of drop path uniforms.
+    """Mask tokens attend to visible latents and to each other. Drop path's factors are given: (B, 2) or None.
 
     As in the released code, the norm before the MLP replaces the stream itself.
     """
 
-    def __init__(self, width: int, heads: int, layer_scale: float, drop: float):
+    def __init__(self, width: int, heads: int, layer_scale: float):
         super().__init__()
-        self.drop = drop
         self.norm_q = nn.LayerNorm(width, eps=EPS)
         self.norm_k = nn.LayerNorm(width, eps=EPS)
         self.norm_v = nn.LayerNorm(width, eps=EPS)
@@ -43,8 +44,8 @@ class RegressorBlock(nn.Module):
         both = torch.cat([context, x], dim=1)
         positions = torch.cat([context_positions, x_positions], dim=1)
         attended = self.attn(self.norm_q(x + x_positions), self.norm_k(both + positions), self.norm_v(both))
-        x = self.norm2(x + drop_path(self.ls1(attended), first, self.drop))
-        return x + drop_path(self.ls2(self.mlp(x)), second, self.drop)
+        x = self.norm2(x + drop_path(self.ls1(attended), first))
+        return x + drop_path(self.ls2(self.mlp(x)), second)
 
 
 class Regressor(nn.Module):
@@ -58,7 +59,10 @@ class Regressor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
-        self.blocks = nn.ModuleList(RegressorBlock(width, heads, layer_scale, rate) for rate in drop_rates(drop, depth))
+        self.blocks = nn.ModuleList(RegressorBlock(width, heads, layer_scale) for _ in range(depth))
+        self.drop_rates: Tensor
+        self.register_buffer("drop_rates", drop_rates(drop, depth), persistent=False)
+        self.checkpointing = False
         self.apply(initialise)
         truncated_normal(self.mask_token)
 
@@ -80,7 +84,9 @@ class Regressor(nn.Module):
         """
         x = self.mask_token.expand(len(context), masked.shape[1], -1)
         x_positions, context_positions = self.pos_embed[masked], self.pos_embed[visible]
+        factors = None if drop is None else drop_factors(drop, self.drop_rates)
         for number, block in enumerate(self.blocks):
-            columns = None if drop is None else drop[:, 2 * number : 2 * number + 2]
-            x = block(x, context, x_positions, context_positions, columns)
+            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
+            again = self.checkpointing and self.training
+            x = run_block(block, again, x, context, x_positions, context_positions, own)
         return x

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from cae2pipe.artifacts.box import Box
+from cae2pipe.config.base import build
 from cae2pipe.config.extract import TeacherSettings
-from cae2pipe.errors import TeacherError
+from cae2pipe.errors import MismatchError, TeacherError
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.teachers.weights import check_present
 
@@ -33,3 +37,32 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     from cae2pipe.teachers.timm import load_timm
 
     return load_timm(settings, device)
+
+
+def set_teacher(box: Box, weights: Path | None, device: torch.device, option: str) -> Teacher:
+    """The teacher that a target set was made with.
+
+    Args:
+        box: the set's. device: where the teacher runs.
+        weights: its weights' file, where they came from one: sets do not say where files lie.
+        option: how the user gives that file, for the message.
+
+    Raises:
+        TeacherError: it cannot be had. MismatchError: these are other weights.
+    """
+    settings = build(TeacherSettings, box.identity["settings"]["teacher"], where=box.root)
+    if weights is not None:
+        settings = settings.model_copy(update={"weights": weights})
+    try:
+        teacher = load_teacher(settings, device)
+    except TeacherError as error:
+        if weights is not None:
+            raise
+        raise TeacherError(error.what, where=error.where, fix=f"give the file: {option}") from None
+    if teacher.info.weights != box.identity["teacher"]["weights"]:
+        raise MismatchError(
+            "these are not the weights that this target set was made with",
+            where=weights or box.root,
+            fix=f"give the file of the right ones: {option}",
+        )
+    return teacher

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from cae2pipe.errors import SettingsError
@@ -30,3 +32,19 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             fix="use --device auto or --device cpu",
         )
     return device
+
+
+def set_backends(bf16: bool, deterministic: bool) -> None:
+    """Say how matrix products are computed, rather than leave it to torch's defaults.
+
+    Where the student computes in bfloat16, TF32 may compute what is left in float32: the latents' decoding, whose
+    integers fit its 11 bits and whose basis it rounds by 5e-4 of each entry (tests/training/test_objective.py has what
+    that does to a cosine). Otherwise float32 is meant. Shapes never change, so cuDNN may try its algorithms once.
+    """
+    torch.set_float32_matmul_precision("high" if bf16 else "highest")
+    torch.backends.cudnn.allow_tf32 = bf16
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS reads it when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)

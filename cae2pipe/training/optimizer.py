@@ -14,17 +14,18 @@ REFERENCE_BATCH = 2048
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW whose decay spares biases, norms and LayerScale, all of one dimension; class and mask tokens do decay.
 
-    The learning rate is set step by step from outside.
+    The learning rate is set step by step from outside. The update runs fused, in one pass over all weights, which can
+    also be told on the device to leave everything as it is (``found_inf``).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
 
 
 def scaled(settings: OptimizerSettings, batch: int) -> tuple[float, float, float]:
-    """Warm-up epochs, peak and final learning rate for a batch: rates scale linearly with it."""
-    factor = batch / REFERENCE_BATCH
+    """Warm-up epochs, peak and final learning rate for a batch: rates scale linearly with it, unless told otherwise."""
+    factor = batch / REFERENCE_BATCH if settings.scale_lr else 1.0
     return settings.warmup_epochs, settings.lr * factor, settings.min_lr * factor

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: finish the step, write a checkpoint, then leave."""
+"""Ctrl-C, SIGTERM and SIGUSR1 during training: finish the step, write a checkpoint, then leave."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from cae2pipe.errors import Terminated
+from cae2pipe.errors import Requeued, Terminated
 
 
 class StopRequest:
@@ -19,12 +19,16 @@ class StopRequest:
 
 @contextmanager
 def deferred_stop() -> Iterator[StopRequest]:
-    """Within this block a first SIGINT or SIGTERM is only noted; a second one acts at once."""
+    """Within this block a first signal is only noted; a second one acts at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    kinds: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    kinds: dict[int, type[BaseException]] = {
+        signal.SIGINT: KeyboardInterrupt,
+        signal.SIGTERM: Terminated,
+        signal.SIGUSR1: Requeued,
+    }
 
     def note(number: int, frame: FrameType | None) -> None:
         if request.exception is not None:

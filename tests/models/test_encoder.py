@@ -112,7 +112,7 @@ def test_a_dropped_block_is_skipped_for_its_sample_alone(pixels):
     dropped[0, 4:] = 0
     result = encoder(pixels, VISIBLE, dropped)
     torch.testing.assert_close(result[1], whole[1])
-    encoder.blocks = encoder.blocks[:2]
+    encoder.blocks, encoder.drop_rates = encoder.blocks[:2], encoder.drop_rates[:4]
     torch.testing.assert_close(result[0], encoder(pixels, VISIBLE, kept[:, :4])[0])
 
 

@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from cae2pipe.models.layers import CrossAttention, Mlp, SelfAttention, attend, drop_path, drop_rates, truncated_normal
+from cae2pipe.models.layers import (
+    CrossAttention,
+    Mlp,
+    SelfAttention,
+    attend,
+    drop_factors,
+    drop_path,
+    drop_rates,
+    run_block,
+    truncated_normal,
+)
 
 
 def by_hand(q, k, v, heads):
@@ -61,26 +71,39 @@ def test_mlp_has_an_exact_gelu():
 
 def test_drop_path_keeps_a_sample_whose_uniform_reaches_the_rate():
     x = torch.ones(3, 2, 4)
-    result = drop_path(x, torch.tensor([0.2499, 0.25, 0.9]), 0.25)
+    factors = drop_factors(torch.tensor([[0.2499], [0.25], [0.9]]), torch.tensor([0.25]))
+    result = drop_path(x, factors[:, 0])
     assert torch.equal(result[0], torch.zeros(2, 4))
     torch.testing.assert_close(result[1:], torch.full((2, 2, 4), 1 / 0.75))
 
 
 def test_drop_path_keeps_the_mean():
     uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    assert drop_path(torch.ones(20_000, 1, 1), uniforms, 0.3).mean() == pytest.approx(1, abs=0.02)
+    assert drop_factors(uniforms.unsqueeze(1), torch.tensor([0.3])).mean() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize(("uniforms", "rate"), [(None, 0.5), (torch.zeros(2), 0.0)])
-def test_drop_path_without_uniforms_or_rate_changes_nothing(uniforms, rate):
+@pytest.mark.parametrize("factor", [None, drop_factors(torch.zeros(2, 1), torch.zeros(1))[:, 0]])
+def test_drop_path_without_uniforms_or_rate_changes_nothing(factor):
     x = torch.randn(2, 3, 4)
-    assert torch.equal(drop_path(x, uniforms, rate), x)
+    assert torch.equal(drop_path(x, factor), x)
+
+
+def test_a_block_computed_again_gives_the_same_gradients():
+    torch.manual_seed(0)
+    mlp = Mlp(4)
+    gradients = []
+    for again in (False, True):
+        x = torch.ones(2, 4, requires_grad=True)
+        run_block(mlp, again, x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad.clone() for p in mlp.parameters())])
+        mlp.zero_grad()
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
 
 def test_drop_rates_rise_linearly_over_the_depth():
-    assert drop_rates(0.1, 4) == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
-    assert drop_rates(0.1, 1) == [0]
-    assert drop_rates(0.1, 0) == []
+    assert drop_rates(0.1, 4).tolist() == pytest.approx([0, 0, 0.1 / 3, 0.1 / 3, 0.2 / 3, 0.2 / 3, 0.1, 0.1])
+    assert drop_rates(0.1, 1).tolist() == [0, 0]
+    assert drop_rates(0.1, 0).tolist() == []
 
 
 def test_truncated_normal_is_cut_at_its_own_std():

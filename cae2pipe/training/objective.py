@@ -1,0 +1,91 @@
+"""From views and stored latents to the loss, on the device: what is compiled, and what DDP wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cae2pipe.config.pretrain import LossSettings
+from cae2pipe.methods.losses import Prediction, alignment_loss, centred_cosine
+from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
+from cae2pipe.targets.codecs import Codec
+
+TERMS = ("loss", "loss_visible", "loss_masked", "centred_cosine_visible", "centred_cosine_masked")
+"""What an objective gives, in order. Only the first carries a gradient."""
+
+
+class Objective(nn.Module):
+    """A method with its loss.
+
+    Args:
+        model: the method.
+        loss: distance, reduction and weights.
+        codec: of the stored latents.
+        mean: the set's mean unit token (D,).
+        class_token: whether the teacher has one.
+        bf16: compute the model in bfloat16 (autocast); the loss stays in float32.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: LossSettings, codec: Codec, mean: Tensor, class_token: bool, bf16: bool
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.codec = codec
+        self.class_token = class_token
+        self.bf16 = bf16
+        self.mean: Tensor
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        for name, value in (("mean", mean), ("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            tensor = torch.as_tensor(value, dtype=torch.float32)
+            shaped = tensor if name == "mean" else tensor.view(1, 3, 1, 1)
+            self.register_buffer(name, shaped, persistent=False)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        latents: Mapping[str, Tensor],
+        visible: Tensor,
+        masked: Tensor,
+        drop: Tensor,
+        weights: Tensor,
+        real: Tensor,
+    ) -> Tensor:
+        """The terms of ``TERMS``, float32 (5,): this part's share of each mean over the global batch.
+
+        Args:
+            pixels: (B, 3, H, W) uint8.
+            latents: the codec's arrays over B views, with ``norms`` (B, T) if lengths count; or ``raw`` (B, T, D),
+                what a teacher gave; or ``decoded``, what ``target`` gives.
+            visible, masked, drop, weights: as in ``Batch``, r masks a view.
+            real: scalar, images in the global batch, each mask counted, that are not padding.
+        """
+        repeat = len(visible) // len(pixels)
+        with torch.no_grad():
+            target = self.target(latents).repeat_interleave(repeat, dim=0)
+            images = ((pixels.float() / 255 - self.pixel_mean) / self.pixel_std).repeat_interleave(repeat, dim=0)
+            weights = weights.repeat_interleave(repeat)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            prediction = cast(Prediction, self.model(images, visible, masked, drop))
+        loss = alignment_loss(prediction, target, visible, masked, self.loss, weights, self.class_token, real=real)
+        with torch.no_grad():
+            cosines = centred_cosine(
+                prediction, target, visible, masked, self.mean, weights, self.class_token, real=real
+            )
+        return torch.stack([loss.total, loss.visible.detach(), loss.masked.detach(), *cosines])
+
+    def target(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Latents (B, T, D) float32: of unit length, or of their own where ``norms`` come with them."""
+        if "decoded" in latents:
+            return latents["decoded"]
+        if "raw" in latents:
+            raw = latents["raw"]
+            return F.normalize(raw, dim=-1) if self.loss.kind == "cosine" else raw
+        target = self.codec.decode(latents)
+        return target * latents["norms"].float().unsqueeze(-1) if "norms" in latents else target

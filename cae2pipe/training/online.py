@@ -1,0 +1,21 @@
+"""The teacher in the step, as published: the yardstick that cached targets are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from cae2pipe.loading.batches import Batch
+from cae2pipe.teachers.protocol import Teacher
+
+
+class OnlineLatents:
+    """Latents of a batch's views, from the teacher itself."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        # A copy: what inference mode gave cannot take part in a backward pass.
+        return {"raw": self.teacher(batch.pixels).tokens.clone()}

@@ -1,0 +1,109 @@
+"""One step: forward and backward over the parts of a batch, exchange, clip, update. It never waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.loading.batches import Batch, split
+from cae2pipe.targets.store import Layout
+from cae2pipe.training.objective import TERMS, Objective
+from cae2pipe.training.parallel import World, whole, without_exchange
+
+Latents = Callable[[Batch], Mapping[str, Tensor]]
+"""What an objective takes as latents, of a decoded batch on the device."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave, still on the device: loss terms over the global batch, gradient norm, the processes' sums of
+    what they sent along. ``values`` waits for it."""
+
+    batch: Batch
+    lr: float
+    figures: Tensor
+
+    def values(self) -> dict[str, float]:
+        """``TERMS``, ``sent`` 0, 1, ... and ``grad_norm``."""
+        numbers = self.figures.tolist()
+        sent = len(numbers) - len(TERMS) - 1
+        names = (*TERMS, *(f"sent{place}" for place in range(sent)), "grad_norm")
+        return dict(zip(names, numbers, strict=True))
+
+
+class Step:
+    """Trains on a batch.
+
+    A loss or gradient that is not finite leaves weights and optimizer as they are, in this and all later steps: the
+    host learns of it when it reads the outcome, which may be a step later, and nothing has been spoilt meanwhile.
+
+    Args:
+        module: the objective as it is called, bare or wrapped. objective: the bare one. optimizer: fused.
+        layout: of the stored arrays. latents: where targets come from. accumulation: parts of a batch. clip: largest
+        gradient norm. world: the processes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        layout: Layout,
+        latents: Latents,
+        accumulation: int,
+        clip: float,
+        world: World,
+    ):
+        self.module = module
+        self.objective = objective
+        self.model = objective.model
+        self.optimizer = optimizer
+        self.layout = layout
+        self.latents = latents
+        self.accumulation = accumulation
+        self.clip = clip
+        self.world = world
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.spoilt = torch.zeros((), device=world.device)
+
+    def __call__(self, batch: Batch, lr: float, sent: tuple[float, ...] = ()) -> Outcome:
+        """Train on this process's share of a batch at a learning rate; ``sent`` is added up over processes."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        terms = self.backward(batch, self.accumulation)
+        # Numbers are filled in there, one by one: copying them over would wait for the device.
+        own = [torch.full((1,), value, device=terms.device) for value in sent]
+        figures = self.world.sum(torch.cat([terms, *own]))
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        figures = torch.cat([figures, norm.reshape(1).float()])
+        good = figures[0].isfinite() & norm.isfinite()
+        self.spoilt = torch.maximum(self.spoilt, (~good).float())
+        self.optimizer.found_inf = self.spoilt  # type: ignore[attr-defined]
+        self.optimizer.step()
+        return Outcome(batch, lr, figures)
+
+    def backward(self, batch: Batch, accumulation: int) -> Tensor:
+        """This process's share of the loss terms (5,); gradients are made anew."""
+        self.optimizer.zero_grad(set_to_none=True)
+        repeat = len(batch.visible) // len(batch.weights)
+        real = torch.full((), float(batch.real * repeat), device=self.world.device)
+        total = torch.zeros(len(TERMS), device=self.world.device)
+        parts = split(batch, self.layout, accumulation)
+        for number, part in enumerate(parts):
+            latents = self.latents(part)
+            last = number == len(parts) - 1
+            with nullcontext() if last else without_exchange(self.module, self.model, self.world):
+                terms = self.module(part.pixels, latents, part.visible, part.masked, part.drop, part.weights, real)
+                # DDP and FSDP average over processes; the loss is a sum over them.
+                (terms[0] * self.world.ranks).backward()
+            total += terms.detach()
+        return total
+
+
+def cached(batch: Batch) -> Mapping[str, Tensor]:
+    """Latents as they came from the store."""
+    return batch.arrays

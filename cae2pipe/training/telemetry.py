@@ -1,0 +1,162 @@
+"""What a run says of itself: a line a step in ``metrics.jsonl``, the panel, TensorBoard, wandb."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import SettingsError
+from cae2pipe.progress import Report
+from cae2pipe.training.flops import peak_tflops, training_flops
+from cae2pipe.training.metrics import MetricsFile
+from cae2pipe.training.objective import TERMS
+from cae2pipe.training.parallel import World
+from cae2pipe.training.step import Outcome
+
+CLOCKED = ("images_per_s", "data_wait", "mfu", "memory_gb", "left_s")
+"""Figures of a line that hang on the machine; all others a repeated run gives again."""
+
+
+class Telemetry:
+    """Writes down every step, in the leading process.
+
+    Args:
+        out: the run's folder. settings: the run's. target_dim: D. start, total: first step and number of all.
+        world: the processes. report: the panel or the log.
+
+    Raises:
+        SettingsError: a tracker is not installed.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        settings: PretrainSettings,
+        target_dim: int,
+        start: int,
+        total: int,
+        world: World,
+        report: Report,
+    ) -> None:
+        self.world = world
+        self.report = report
+        self.total = total
+        self.repeat = settings.mask.repeat
+        self.flops = training_flops(settings, target_dim)
+        peak = peak_tflops(world.device, settings.speed.peak_tflops)
+        self.peak = peak and peak * 1e12 * world.ranks
+        self.metrics = MetricsFile(out / "metrics.jsonl", start)
+        self.trackers = [make_tracker(name, out, settings, start) for name in settings.track]
+        report.total(total, "steps", done=start)
+        self.began = self.last = time.monotonic()
+        self.start = start
+
+    def step(self, outcome: Outcome, values: dict[str, float], waited: float) -> None:
+        """Tell of a step. ``waited``: seconds that its processes waited for data, on average."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        batch = outcome.batch
+        images = batch.real * self.repeat
+        rate = images / seconds
+        done = batch.step + 1
+        clocked = {
+            "images_per_s": round(rate, 2),
+            "data_wait": round(min(1.0, waited / seconds), 4),
+            "mfu": round(rate * self.flops / self.peak, 4) if self.peak else None,
+            "memory_gb": round(peak_memory(self.world.device) / 1e9, 3),
+            "left_s": round((now - self.began) / (done - self.start) * (self.total - done), 1),
+        }
+        terms = {name: values[name] for name in (*TERMS, "grad_norm")}
+        line = {"step": batch.step, "epoch": batch.epoch, **terms, "lr": outcome.lr, "images": images, **clocked}
+        self.metrics.write(line)
+        for tracker in self.trackers:
+            tracker.write(line)
+        shown = {
+            "loss": values["loss"],
+            "visible": values["loss_visible"],
+            "masked": values["loss_masked"],
+            "cos_visible": values["centred_cosine_visible"],
+            "cos_masked": values["centred_cosine_masked"],
+            "lr": outcome.lr,
+            "grad_norm": values["grad_norm"],
+            "epoch": batch.epoch,
+            "images_per_s": rate,
+            "wait": clocked["data_wait"],
+            "mfu": clocked["mfu"],
+            "memory_gb": clocked["memory_gb"],
+        }
+        self.report.advance(1, **{name: value for name, value in shown.items() if value is not None})
+
+    def close(self) -> None:
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: the device's, or this process's where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class TensorBoard:
+    """Event files in ``tensorboard/``; what a killed run had written beyond its checkpoint is hidden."""
+
+    def __init__(self, out: Path, settings: PretrainSettings, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+
+    def write(self, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, named after the folder; going on, it goes on there."""
+
+    def __init__(self, out: Path, settings: PretrainSettings, start: int):
+        import wandb
+
+        marker = out / "wandb-id.txt"
+        identity = marker.read_text().strip() if marker.exists() else wandb.util.generate_id()
+        marker.write_text(identity + "\n")
+        self._run = wandb.init(
+            project="cae2pipe",
+            name=out.name,
+            id=identity,
+            resume="allow",
+            dir=str(out),
+            config=settings.model_dump(mode="json"),
+        )
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._run.log({name: value for name, value in line.items() if value is not None}, step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, type[TensorBoard | Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def make_tracker(name: str, out: Path, settings: PretrainSettings, start: int) -> TensorBoard | Wandb:
+    """A tracker by name. Raises SettingsError where its package is not installed."""
+    try:
+        return TRACKERS[name](out, settings, start)
+    except ImportError:
+        raise SettingsError(
+            f"{name} is not installed", where="track", fix=f"pip install {name}, or leave it out of track"
+        ) from None
