@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
+    from rich.columns import Columns
     from rich.progress import Progress, TaskID
 
 
@@ -114,7 +115,8 @@ def progress(title: str) -> Iterator[Report]:
     if not sys.stderr.isatty():
         yield Lines(title, sys.stderr)
         return
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -124,7 +126,8 @@ def progress(title: str) -> Iterator[Report]:
         TimeRemainingColumn,
     )
 
-    columns = (
+    console = Console(stderr=True)
+    bars = Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -132,31 +135,37 @@ def progress(title: str) -> Iterator[Report]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        console=console,
     )
-    with Progress(*columns, console=Console(stderr=True), transient=False) as bars:
-        yield _Bar(bars, title)
+    panel = _Panel(bars, title)
+    with Live(get_renderable=lambda: Group(bars, panel.figures()), console=console, refresh_per_second=4):
+        yield panel
 
 
-class _Bar:
-    """A rich bar behind the protocol."""
+class _Panel:
+    """A rich bar with the newest figures below it, behind the protocol."""
 
     def __init__(self, bars: Progress, title: str) -> None:
         self.bars = bars
         self.title = title
         self.task: TaskID | None = None
+        self._fields: dict[str, float] = {}
+
+    def figures(self) -> Columns:
+        from rich.columns import Columns
+
+        cells = [f"[dim]{name}[/] {show(value)}" for name, value in self._fields.items()]
+        return Columns(cells, padding=(0, 3), equal=True)
 
     def total(self, n: int, unit: str, done: int = 0) -> None:
         if self.task is not None:
             self.bars.remove_task(self.task)
-        self.task = self.bars.add_task(self.title, total=n, completed=done, unit=unit, figures="")
+        self.task = self.bars.add_task(self.title, total=n, completed=done, unit=unit)
 
     def advance(self, n: int = 1, **fields: float) -> None:
         if self.task is None:
             return
-        figures = "  ".join(f"{name} {show(value)}" for name, value in fields.items())
-        if figures:
-            self.bars.update(self.task, figures=figures)
+        self._fields = fields or self._fields
         self.bars.advance(self.task, n)
 
     def log(self, text: str) -> None:

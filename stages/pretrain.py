@@ -38,14 +38,20 @@ from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
-from cae2pipe.training.checkpoint import load_checkpoint, restore_training, save_checkpoint, training_state
+from cae2pipe.training.checkpoint import (
+    load_checkpoint,
+    read_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_state,
+)
 from cae2pipe.training.device import pick_device, set_backends
 from cae2pipe.training.failure import failure_path, save_failure
 from cae2pipe.training.memory import explain_out_of_memory
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled
-from cae2pipe.training.parallel import BLOCKS, World, joined, shard_model, wrapped
+from cae2pipe.training.parallel import BLOCKS, World, joined, spread
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.signals import StopRequest, deferred_stop
 from cae2pipe.training.step import Outcome, Step, cached
@@ -86,15 +92,32 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     model = build_method(settings.method, settings.model, targets.teacher.dim).to(world.device)
     model.recompute(settings.speed.recompute)
     plan = make_plan(targets, sorted(box.facts["stores"]), settings, model.drop_columns)
-    if world.parallel == "fsdp":
-        shard_model(model, world, bf16)
+    objective = make_objective(model, targets, settings).to(world.device).train()
+    if settings.speed.compile if settings.speed.compile is not None else world.device.type == "cuda":
+        compile_objective(objective, world)
+    module = spread(objective, world, bf16)
     optimizer = build_optimizer(model, settings.optimizer)
     state = load_checkpoint(out / "checkpoints", report) if world.leads else None
     start: int = world.lead(lambda: state["step"] if state else 0)
     if start:
-        restore_training(model, optimizer, state, world)
+        restore_training(model, optimizer, state or read_checkpoint(out / "checkpoints", start))
+        state = None
         report.log(f"going on from step {start}")
-    step = make_step(model, optimizer, targets, settings, world)
+    latents = cached
+    if settings.targets == "online":
+        option = "--set teacher_weights=FILE"
+        weights = settings.teacher_weights
+        latents = OnlineLatents(world.lead_first(lambda: set_teacher(targets.box, weights, world.device, option)))
+    step = Step(
+        module,
+        objective,
+        optimizer,
+        targets.layout.sample_axes(),
+        latents,
+        settings.speed.accumulation,
+        settings.optimizer.clip,
+        world,
+    )
     done = train(step, plan, settings, targets.teacher.dim, start, out, report)
     if done < plan.steps * settings.epochs:
         report.log(f"stopped after {done} of {plan.steps * settings.epochs} steps, as stop_after asks")
@@ -106,29 +129,15 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     return box
 
 
-def make_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, targets: TargetSet, settings: PretrainSettings, world: World
-) -> Step:
-    """The step that the settings ask for: where targets come from, how it is compiled and spread."""
-    teacher = targets.teacher
-    bf16 = settings.precision == "bf16"
-    objective = Objective(model, settings.loss, targets.layout.codec, targets.mean, teacher.class_token, bf16)
-    objective.to(world.device).train()
-    latents = cached
-    if settings.targets == "online":
-        option = "--set teacher_weights=FILE"
-        latents = OnlineLatents(set_teacher(targets.box, settings.teacher_weights, world.device, option))
-    if settings.speed.compile if settings.speed.compile is not None else world.device.type == "cuda":
-        compile_objective(objective, world)
-    return Step(
-        wrapped(objective, world),
-        objective,
-        optimizer,
-        targets.layout,
-        latents,
-        settings.speed.accumulation,
-        settings.optimizer.clip,
-        world,
+def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSettings) -> Objective:
+    """The method with its loss against a set's latents."""
+    return Objective(
+        model,
+        settings.loss,
+        targets.layout.codec,
+        targets.mean,
+        targets.teacher.class_token,
+        settings.precision == "bf16",
     )
 
 
@@ -150,7 +159,7 @@ def train(
 ) -> int:
     """Steps from ``start`` to the end, or to ``stop_after``, with metrics and checkpoints. Returns the steps done.
 
-    The outcome of a step is read when the next one has been given to the device, which so never waits for the host.
+    On a device the outcome of a step is read when the next one has been begun, so that it never waits for the host.
     What the processes must agree on, to stop or to write a checkpoint, travels with the outcome.
     """
     world, speed = step.world, settings.speed
@@ -182,7 +191,7 @@ def train(
     pending: Outcome | None = None
     with closing(telemetry) if telemetry else nullcontext(), deferred_stop() as stop:
         parts = load_parts(plan, start, worker_count(speed.workers, most=8), world.rank, world.ranks)
-        batches = until_stopped(on_device(parts if start < limit else iter(()), plan.layout, world.device), stop)
+        batches = until_stopped(on_device(parts if start < limit else iter(()), step.axes, world.device), stop)
         began = time.monotonic()
         for batch in batches:
             now = time.monotonic()
@@ -193,15 +202,17 @@ def train(
                 outcome = step(batch, lr, sent)
             except torch.OutOfMemoryError:
                 raise explain_out_of_memory(step, batch, speed.recompute) from None
-            stopping, due = settle(pending) if pending else (False, False)
+            pending, late = (outcome, pending) if runs_ahead(world.device) else (None, outcome)
+            stopping, due = settle(late) if late else (False, False)
             # Alone there is nobody to agree with.
             stopping |= world.ranks == 1 and stop.exception is not None
-            pending, done = outcome, batch.step + 1
+            done = batch.step + 1
             if stopping or done == limit:
                 break
             if due or for_good(done):
-                settle(pending)
-                pending = None
+                if pending:
+                    settle(pending)
+                    pending = None
                 checkpoint(done)
                 saved_at = time.monotonic()
             began = time.monotonic()
@@ -214,6 +225,11 @@ def train(
             # Another process may have been told, and not this one.
             raise stop.exception or Terminated
     return done
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether work is only begun when it is asked for, and done later."""
+    return device.type != "cpu"
 
 
 def until_stopped(batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch]:

@@ -19,10 +19,13 @@ from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import load_batches
 from cae2pipe.methods.losses import Prediction
 from cae2pipe.methods.registry import build_method
+from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.progress import Report
-from cae2pipe.stages.pretrain import PIXEL_MEAN, PIXEL_STD, Step, make_plan
+from cae2pipe.stages.pretrain import make_objective, make_plan
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.checkpoint import load_checkpoint
+from cae2pipe.training.objective import TERMS
+from cae2pipe.training.step import forward
 
 
 class MeanStudent(nn.Module):
@@ -86,14 +89,15 @@ def mean_over_views(
     """Loss and centred cosines of a model, mean over every view of every image of a set."""
     settings = settings.model_copy(update={"epochs": targets.views})
     plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
-    step_of = Step(model.to(device), targets, settings, device)
-    values: list[dict[str, float]] = []
-    images: list[float] = []
+    objective = make_objective(model, targets, settings).to(device)
+    values: list[list[float]] = []
+    images: list[int] = []
     with torch.no_grad():
         for batch in load_batches(plan, 0, 0):
-            values.append(step_of(batch).values())
-            images.append(float(batch.weights.sum()))
-    return {name: float(np.average([line[name] for line in values], weights=images)) for name in values[0]}
+            batch = batch.to(device)
+            values.append(forward(objective, batch, batch.arrays).tolist())
+            images.append(batch.real)
+    return dict(zip(TERMS, np.average(values, axis=0, weights=images).tolist(), strict=True))
 
 
 def forecasts(

@@ -7,7 +7,7 @@ little crosses to the device and normalisation and decoding happen there, in a b
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -256,15 +256,12 @@ def gather(plan: Plan, items: list[tuple[Pool, int] | None]) -> dict[str, np.nda
     return result
 
 
-def join(parts: list[Batch], layout: Layout) -> Batch:
-    """The whole batch from its parts, in order."""
+def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
+    """The whole batch from its parts, in order. ``axes``: which axis of each array runs over samples."""
     if len(parts) == 1:
         return parts[0]
-    specs = layout.blocked()
     tensors = ("pixels", "jpegs", "sizes", "weights", "visible", "masked", "drop")
-    arrays = {
-        name: torch.cat([part.arrays[name] for part in parts], dim=specs[name].sample_axis) for name in parts[0].arrays
-    }
+    arrays = {name: torch.cat([part.arrays[name] for part in parts], dim=axes[name]) for name in parts[0].arrays}
     joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
     return replace(
         parts[0],
@@ -275,11 +272,10 @@ def join(parts: list[Batch], layout: Layout) -> Batch:
     )
 
 
-def split(batch: Batch, layout: Layout, count: int) -> list[Batch]:
-    """A decoded batch in ``count`` equal parts; a view's masks stay together."""
+def split(batch: Batch, axes: Mapping[str, int], count: int) -> list[Batch]:
+    """A decoded batch in ``count`` equal parts; a view's masks stay together. ``axes`` as in ``join``."""
     if count == 1:
         return [batch]
-    specs = layout.blocked()
     size = len(batch.weights) // count
     repeat = len(batch.visible) // len(batch.weights)
     parts = []
@@ -289,7 +285,7 @@ def split(batch: Batch, layout: Layout, count: int) -> list[Batch]:
             replace(
                 batch,
                 pixels=batch.pixels[own],
-                arrays={n: array.narrow(specs[n].sample_axis, low, size) for n, array in batch.arrays.items()},
+                arrays={n: array.narrow(axes[n], low, size) for n, array in batch.arrays.items()},
                 weights=batch.weights[own],
                 visible=batch.visible[rows],
                 masked=batch.masked[rows],

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cae2pipe.errors import DamageError
+from cae2pipe.errors import DamageError, SettingsError
 from cae2pipe.loading.batches import Batch, join
-from cae2pipe.targets.store import Layout
 from cae2pipe.threads import in_threads
 
 
-def on_device(steps: Iterator[list[Batch]], layout: Layout, device: torch.device) -> Iterator[Batch]:
-    """Whole, decoded batches on ``device``.
+def on_device(steps: Iterator[list[Batch]], axes: Mapping[str, int], device: torch.device) -> Iterator[Batch]:
+    """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples.
 
     To a CUDA device parts are copied as they come from the workers and joined there: joining hundreds of megabytes a
     step on the host would hold up the loop. Threads bring them into pinned memory, a stream of its own carries them
@@ -24,13 +24,13 @@ def on_device(steps: Iterator[list[Batch]], layout: Layout, device: torch.device
     """
     if device.type != "cuda":
         for parts in steps:
-            yield decoded(join(parts, layout).to(device), device)
+            yield decoded(join(parts, axes).to(device), device)
         return
     stream = torch.cuda.Stream(device)
 
     def upload(parts: list[Batch]) -> tuple[Batch, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            batch = decoded(join([part.to(device) for part in parts], layout), device)
+            batch = decoded(join([part.to(device) for part in parts], axes), device)
             done = torch.cuda.Event()
             done.record()
         return batch, done
@@ -68,15 +68,14 @@ def decoded(batch: Batch, device: torch.device) -> Batch:
     """
     if len(batch.pixels) == len(batch.weights):
         return batch
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     real = batch.sizes > 0
     whole = batch.pixels.new_zeros(len(real), *batch.pixels.shape[1:])
     if not real.any():
         return replace(batch, pixels=whole)
+    decode_jpeg = torchvision_decoder()
     images = [data for data, some in zip(batch.jpegs.split(batch.sizes.tolist()), real.tolist(), strict=True) if some]
     try:
-        pixels = torch.stack(decode_jpeg(images, mode=ImageReadMode.RGB, device=device))
+        pixels = torch.stack(decode_jpeg(images, device))
     except RuntimeError as error:
         keys = ", ".join(key for key in batch.keys[:3] if key)
         raise DamageError(
@@ -86,3 +85,26 @@ def decoded(batch: Batch, device: torch.device) -> Batch:
         ) from None
     whole[real.to(device)] = pixels
     return replace(batch, pixels=whole)
+
+
+def torchvision_decoder() -> Callable[[list[Tensor], torch.device], list[Tensor]]:
+    """A function from JPEGs, uint8 (n,) on the host, to RGB pixels (3, H, W) on a device.
+
+    Raises:
+        SettingsError: this torchvision has none any more.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        raise SettingsError(
+            "this torchvision does not decode JPEGs", where="data.decode", fix="--set data.decode=workers"
+        ) from None
+
+    def decode(images: list[Tensor], device: torch.device) -> list[Tensor]:
+        with warnings.catch_warnings():
+            # Announced to leave torchvision, from 0.29 on: until then it is the one that everybody has.
+            warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
+            found: list[Tensor] = decode_jpeg(images, mode=ImageReadMode.RGB, device=device)
+        return found
+
+    return decode

@@ -77,4 +77,5 @@ def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int =
 
 def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
     """The same, whole."""
-    return (join(parts, plan.layout) for parts in load_parts(plan, start, workers, rank, ranks))
+    axes = plan.layout.sample_axes()
+    return (join(parts, axes) for parts in load_parts(plan, start, workers, rank, ranks))

@@ -54,6 +54,10 @@ class Layout:
             arrays["attention"] = ArraySpec("|u1", 0, SIDE_LEVEL)
         return arrays
 
+    def sample_axes(self) -> dict[str, int]:
+        """Which axis of each blocked array runs over samples."""
+        return {name: spec.sample_axis for name, spec in self.blocked().items()}
+
     def shape(self, name: str, samples: int) -> tuple[int, ...]:
         """Shape of a blocked array over ``samples`` samples."""
         return {

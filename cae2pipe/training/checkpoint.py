@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from cae2pipe.artifacts.atomic import replacing
+from cae2pipe.errors import DamageError
 from cae2pipe.progress import Report
-from cae2pipe.training.parallel import World
 
 
 def save_checkpoint(
@@ -68,14 +68,28 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return {"model": weights, "optimizer": moments}
 
 
-def restore_training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, world: World
-) -> None:
-    """Put back what ``training_state`` gave: in all processes, from the leading one's ``state``."""
+def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put back what ``training_state`` gave. To be called by all processes, each with the whole state."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    state = state or {"model": {}, "optimizer": {}}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.ranks > 1)
+    options = StateDictOptions(full_state_dict=True)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
     )
+
+
+def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
+    """The checkpoint that the leading process has found to be sound.
+
+    Raises:
+        DamageError: it cannot be read here.
+    """
+    path = folder / f"step-{step:08d}.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DamageError(
+            f"the checkpoint that the leading process goes on from cannot be read here ({type(error).__name__})",
+            where=path,
+            fix="let all machines write the run to the same shared folder",
+        ) from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,12 +75,14 @@ def joined(rank: Rank, device: torch.device, parallel: str, streams: int) -> Ite
         SettingsError: the streams cannot be shared out evenly.
     """
     if streams % rank.ranks:
-        raise SettingsError(
+        error = SettingsError(
             f"data.streams {streams} cannot be shared out among {rank.ranks} processes",
             where="data.streams",
             fix=f"set data.streams to a multiple of {rank.ranks} that divides data.batch, or start another number of "
             "processes",
         )
+        error.shown_elsewhere = rank.rank > 0
+        raise error
     if rank.ranks == 1:
         yield World(0, 1, device)
         return
@@ -92,46 +95,56 @@ def joined(rank: Rank, device: torch.device, parallel: str, streams: int) -> Ite
         dist.destroy_process_group()
 
 
-def shard_model(model: nn.Module, world: World, bf16: bool) -> None:
-    """FSDP2: shard the weights of every block, and of what is left, over all processes, in place."""
+def spread(objective: nn.Module, world: World, bf16: bool) -> nn.Module:
+    """The module to call: the objective itself, in DDP, or with its weights sharded in place (FSDP2).
+
+    To be called before the optimizer is made: sharding replaces the weights.
+    """
+    if world.parallel == "ddp":
+        return _replicated(objective, world)
+    if world.parallel == "fsdp":
+        return _sharded(objective, world, bf16)
+    return objective
+
+
+def _replicated(objective: nn.Module, world: World) -> nn.Module:
+    from torch.nn.parallel import DistributedDataParallel
+
+    # Buffers are constants. torch 2.14 gave the option another name.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, option: False}
+    if world.device.type == "cuda":
+        options["device_ids"] = [world.device]
+    return DistributedDataParallel(objective, **options)
+
+
+def _sharded(objective: nn.Module, world: World, bf16: bool) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # Weights travel in bfloat16; the tokens between blocks stay in float32, as they do without sharding.
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if bf16 else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(world.device.type, (world.ranks,))
-    for module in model.modules():
+    for module in objective.modules():
         if isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
-
-
-def wrapped(objective: nn.Module, world: World) -> nn.Module:
-    """The objective to call: in DDP where that is asked for."""
-    if world.parallel != "ddp":
-        return objective
-    from torch.nn.parallel import DistributedDataParallel
-
-    devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def without_exchange(module: nn.Module, model: nn.Module, world: World) -> Any:
-    """A context in which backward passes only add to this process's gradients: all parts of a batch but the last."""
-    if world.parallel == "ddp":
-        return module.no_sync()  # type: ignore[operator]
-    if world.parallel == "fsdp":
-        return _unsynced(model)
-    return nullcontext()
+    fully_shard(objective, mesh=mesh)
+    return objective
 
 
 @contextmanager
-def _unsynced(model: Any) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
+def without_exchange(module: Any, world: World) -> Iterator[None]:
+    """Within it, backward passes only add to this process's gradients: all parts of a batch but the last."""
+    if world.parallel == "ddp":
+        with module.no_sync():
+            yield
+    elif world.parallel == "fsdp":
+        module.set_requires_gradient_sync(False)
         yield
-    finally:
-        model.set_requires_gradient_sync(True)
+        module.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 def whole(tensor: Tensor) -> Tensor:

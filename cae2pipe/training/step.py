@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.loading.batches import Batch, split
-from cae2pipe.targets.store import Layout
 from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.parallel import World, whole, without_exchange
 
@@ -42,9 +41,13 @@ class Step:
     host learns of it when it reads the outcome, which may be a step later, and nothing has been spoilt meanwhile.
 
     Args:
-        module: the objective as it is called, bare or wrapped. objective: the bare one. optimizer: fused.
-        layout: of the stored arrays. latents: where targets come from. accumulation: parts of a batch. clip: largest
-        gradient norm. world: the processes.
+        module, objective: the objective as it is called, wrapped or not, and the bare one.
+        optimizer: fused.
+        axes: of the stored arrays, as ``split`` takes them.
+        latents: where targets come from.
+        accumulation: parts that a batch is cut into.
+        clip: largest gradient norm.
+        world: the processes.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Step:
         module: nn.Module,
         objective: Objective,
         optimizer: torch.optim.Optimizer,
-        layout: Layout,
+        axes: Mapping[str, int],
         latents: Latents,
         accumulation: int,
         clip: float,
@@ -62,7 +65,7 @@ class Step:
         self.objective = objective
         self.model = objective.model
         self.optimizer = optimizer
-        self.layout = layout
+        self.axes = axes
         self.latents = latents
         self.accumulation = accumulation
         self.clip = clip
@@ -89,19 +92,25 @@ class Step:
     def backward(self, batch: Batch, accumulation: int) -> Tensor:
         """This process's share of the loss terms (5,); gradients are made anew."""
         self.optimizer.zero_grad(set_to_none=True)
-        repeat = len(batch.visible) // len(batch.weights)
-        real = torch.full((), float(batch.real * repeat), device=self.world.device)
         total = torch.zeros(len(TERMS), device=self.world.device)
-        parts = split(batch, self.layout, accumulation)
+        parts = split(batch, self.axes, accumulation)
         for number, part in enumerate(parts):
-            latents = self.latents(part)
             last = number == len(parts) - 1
-            with nullcontext() if last else without_exchange(self.module, self.model, self.world):
-                terms = self.module(part.pixels, latents, part.visible, part.masked, part.drop, part.weights, real)
+            with nullcontext() if last else without_exchange(self.module, self.world):
+                terms = forward(self.module, part, self.latents(part))
                 # DDP and FSDP average over processes; the loss is a sum over them.
                 (terms[0] * self.world.ranks).backward()
             total += terms.detach()
         return total
+
+
+def forward(module: nn.Module, batch: Batch, latents: Mapping[str, Tensor]) -> Tensor:
+    """The share of a decoded batch, or of a part of one, in the terms of an objective."""
+    repeat = len(batch.visible) // len(batch.weights)
+    # Filled in on the device: as a number it would be compiled in.
+    real = torch.full((), float(batch.real * repeat), device=batch.pixels.device)
+    terms: Tensor = module(batch.pixels, latents, batch.visible, batch.masked, batch.drop, batch.weights, real)
+    return terms
 
 
 def cached(batch: Batch) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """A process that does a job and meets its fault at a given event.
 
-Events are the calls through which files come into being or get their names: between two of them nothing on the disk
-changes. The n-th is where the process is killed, or told that the disk is full.
+Events are the calls through which files come into being or get their names, and steps of training: between two of
+them nothing on the disk changes. The n-th is where the process is killed, or told that the disk is full.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.config.pretrain import PretrainSettings
 
-FAULTS = ("SIGKILL", "SIGTERM", "SIGINT", "ENOSPC")
-EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "ENOSPC": 1}
+FAULTS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1", "ENOSPC")
+EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75, "ENOSPC": 1}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Job:
     name: str
     source: Path
     out: Path
-    settings: ExtractSettings
+    settings: ExtractSettings | PretrainSettings
 
 
 def do(job: Job) -> None:
@@ -40,11 +41,14 @@ def do(job: Job) -> None:
     from cae2pipe.progress import Silent
     from cae2pipe.shards.build import build_shard_set
     from cae2pipe.stages.extract_targets import extract_targets
+    from cae2pipe.stages.pretrain import pretrain
     from cae2pipe.stages.recode import recode
     from cae2pipe.stages.repair import repair
 
     report = Silent()
-    if job.name == "extract":
+    if isinstance(job.settings, PretrainSettings):
+        pretrain(job.source, job.out, job.settings, report)
+    elif job.name == "extract":
         extract_targets(job.source, job.out, job.settings, report)
     elif job.name == "shard":
         build_shard_set(job.source, job.out, job.settings.shard, report)
@@ -87,11 +91,12 @@ def run(job: Job, fault: str, at: int, counted: Path) -> None:
 
 
 def watch(event: Callable[[], None]) -> None:
-    """Call ``event`` before everything that changes what is on the disk."""
+    """Call ``event`` before everything that changes what is on the disk, and before every step of training."""
     from cae2pipe.artifacts import atomic, staging
     from cae2pipe.shards import build, listing
     from cae2pipe.stages import extract_targets, recode
     from cae2pipe.targets import chunks
+    from cae2pipe.training import step
 
     def before(owner: Any, name: str) -> None:
         real = getattr(owner, name)
@@ -110,3 +115,4 @@ def watch(event: Callable[[], None]) -> None:
     before(listing, "write_bytes")
     before(recode, "fetch_file")
     before(Path, "replace")
+    before(step.Step, "__call__")

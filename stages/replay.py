@@ -1,0 +1,96 @@
+"""Replay: go again through a step whose loss or gradient was not finite, and say where it breaks."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.config.base import build
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.loading.batches import Batch, split
+from cae2pipe.methods.registry import build_method
+from cae2pipe.targets.codecs import Fp16Codec
+from cae2pipe.training.device import pick_device, set_backends
+from cae2pipe.training.failure import load_failure
+from cae2pipe.training.objective import TERMS, Objective
+from cae2pipe.training.step import forward
+
+
+def replay(path: Path, device: str = "auto", precision: str | None = None) -> dict[str, Any]:
+    """The failed step again, from the record that ``pretrain`` left of it.
+
+    Args:
+        path: ``failures/step-....pt`` of a run. device: where. precision: fp32 or bf16; the run's by default.
+
+    Returns:
+        ``terms`` and ``grad_norm`` as they come out now, ``recorded`` as they did; ``samples``: key, view and loss of
+        the samples whose loss is not finite, else of the five worst; ``inputs``: samples whose latents are not finite;
+        ``module``: the first module, in the order of computation, with an output that is not finite, or None;
+        ``gradients``: weights with such gradients.
+
+    Raises:
+        DamageError: no such record.
+    """
+    batch, latents, context = load_failure(path)
+    if "weights" not in context:
+        _, _, lead = load_failure(path.with_name(path.name.split("-rank")[0] + ".pt"))
+        context["weights"] = lead["weights"]
+    settings = build(PretrainSettings, json.loads(context["settings"]), where=path)
+    place = pick_device(device)
+    bf16 = (precision or settings.precision) == "bf16"
+    set_backends(bf16, deterministic=False)
+    model = build_method(settings.method, settings.model, context["target_dim"])
+    model.load_state_dict(context["weights"])
+    mean, class_token = context["mean"], context["class_token"]
+    objective = Objective(model, settings.loss, Fp16Codec(), mean, class_token, bf16).to(place).train()
+    batch, latents = batch.to(place), {name: tensor.to(place) for name, tensor in latents.items()}
+    broken: list[str] = []
+    hooks = [module.register_forward_hook(_watch(name, broken)) for name, module in model.named_modules() if name]
+    terms = forward(objective, batch, latents)
+    for hook in hooks:
+        hook.remove()
+    terms[0].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return {
+        "step": batch.step,
+        "terms": dict(zip(TERMS, terms.tolist(), strict=True)),
+        "grad_norm": float(norm),
+        "recorded": {name: context["values"][name] for name in (*TERMS, "grad_norm")},
+        "inputs": [batch.keys[row] for row in _bad_rows(latents["decoded"], batch.weights)],
+        "samples": _samples(objective, batch, latents),
+        "module": broken[0] if broken else None,
+        "gradients": [name for name, gradient in gradients.items() if not gradient.isfinite().all()],
+    }
+
+
+def _watch(name: str, broken: list[str]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            broken.append(name)
+
+    return hook
+
+
+def _bad_rows(tensor: Tensor, weights: Tensor) -> list[int]:
+    bad = ~tensor.flatten(1).isfinite().all(dim=1) & (weights > 0)
+    return bad.nonzero().flatten().tolist()
+
+
+@torch.no_grad()
+def _samples(objective: Objective, batch: Batch, latents: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Samples whose loss alone is not finite, at most twenty; if there are none, the five with the largest."""
+    rows: list[tuple[float, str, int]] = []
+    for row, part in enumerate(split(replace(batch, arrays={}), {}, len(batch.weights))):
+        if batch.keys[row]:
+            loss = float(forward(objective, part, {"decoded": latents["decoded"][row : row + 1]})[0]) * batch.real
+            rows.append((loss, batch.keys[row], batch.views[row]))
+    bad = [row for row in rows if not math.isfinite(row[0])][:20]
+    shown = bad or sorted(rows, reverse=True)[:5]
+    return [{"key": key, "view": view, "loss": loss} for loss, key, view in shown]

@@ -1,0 +1,89 @@
+"""A step whose loss is not finite: what is kept of it, and what its replay says."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cae2pipe.cli import app
+from cae2pipe.errors import DamageError, DivergedError
+from cae2pipe.progress import Silent
+from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.replay import replay
+from cae2pipe.training.failure import load_failure
+from cae2pipe.training.metrics import read_lines
+
+
+@pytest.fixture
+def failed(photos, extract_settings, pretrain_settings, tmp_path, monkeypatch):
+    """A run that met one latent that is not a number, in step 6, after a checkpoint at step 4."""
+    from cae2pipe.loading import loader
+
+    root, out = tmp_path / "set", tmp_path / "run"
+    extract_targets(photos, root, extract_settings(codec={"name": "fp16"}), Silent())
+    pretrain(root, out, pretrain_settings(stop_after=4), Silent())
+    real = loader.batches
+
+    def injected(*arguments):
+        for batch in real(*arguments):
+            if batch.step == 6:
+                batch.arrays["tokens"][3, 5, 2] = float("nan")
+            yield batch
+
+    monkeypatch.setattr(loader, "batches", injected)
+    with pytest.raises(DivergedError) as caught:
+        pretrain(root, out, pretrain_settings(), Silent())
+    return root, out, caught.value
+
+
+def test_the_step_is_kept_whole_and_nothing_after_it_happened(failed, pretrain_settings):
+    root, out, error = failed
+    path = out / "failures" / "step-00000006.pt"
+    assert error.where == str(path)
+    assert f"cae2pipe replay {path}" in error.fix
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == list(range(6))
+    batch, latents, context = load_failure(path)
+    assert batch.step == 6
+    assert latents["decoded"].isnan().sum() == 1
+    assert len(batch.keys) == len(batch.views) == 32
+    assert json.loads(context["settings"])["seed"] == 0
+    fit = out.parent / "whole"
+    pretrain(root, fit, pretrain_settings(stop_after=6), Silent())
+    before = torch.load(fit / "checkpoints" / "step-00000006.pt", weights_only=True)["model"]
+    assert all(torch.equal(context["weights"][name], before[name]) for name in before)
+
+
+def test_the_replay_names_the_sample(failed):
+    _, out, _ = failed
+    path = out / "failures" / "step-00000006.pt"
+    batch, _, _ = load_failure(path)
+    found = replay(path, device="cpu")
+    assert found["inputs"] == [batch.keys[3]]
+    assert [row["key"] for row in found["samples"]] == [batch.keys[3]]
+    assert found["module"] is None
+    assert found["gradients"]
+    assert found["terms"]["loss"] != found["terms"]["loss"]
+    result = CliRunner().invoke(app, ["replay", str(path), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert batch.keys[3] in result.output
+
+
+def test_the_replay_names_the_module(failed, tmp_path):
+    _, out, _ = failed
+    state = torch.load(out / "failures" / "step-00000006.pt", weights_only=True)
+    state["latents"]["decoded"] = torch.nan_to_num(state["latents"]["decoded"])
+    state["weights"]["encoder.blocks.1.norm2.weight"][0] = float("inf")
+    path = tmp_path / "step.pt"
+    torch.save(state, path)
+    found = replay(path, device="cpu")
+    assert found["inputs"] == []
+    assert found["module"] == "encoder.blocks.1.norm2"
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"rubbish")
+    with pytest.raises(DamageError, match="not the record"):
+        replay(path)

@@ -1,0 +1,144 @@
+"""The teacher in the step: the same targets, and views that no cache has."""
+
+import pytest
+import torch
+
+from cae2pipe.errors import ManifestError, MismatchError, SettingsError, TeacherError
+from cae2pipe.loading.device import on_device
+from cae2pipe.loading.loader import load_batches, load_parts
+from cae2pipe.progress import Silent
+from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.stages.pretrain import make_plan, pretrain
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.metrics import read_lines
+
+
+@pytest.fixture(scope="module")
+def fp16_root(photos, extract_settings, tmp_path_factory):
+    root = tmp_path_factory.mktemp("fp16") / "set"
+    extract_targets(photos, root, extract_settings(codec={"name": "fp16"}), Silent())
+    return root
+
+
+def losses(root, targets, settings) -> list[float]:
+    pretrain(targets, root, settings, Silent())
+    return [line["loss"] for line in read_lines(root / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_online_on_stored_views_is_the_cached_run_to_the_codecs_error(
+    target_root, fp16_root, teacher_file, pretrain_settings, tmp_path, kind
+):
+    loss = {"kind": kind}
+    online = pretrain_settings(targets="online", teacher_weights=str(teacher_file), loss=loss)
+    live = losses(tmp_path / "online", target_root, online)
+    half = losses(tmp_path / "fp16", fp16_root, pretrain_settings(loss=loss))
+    coded = losses(tmp_path / "klt", target_root, pretrain_settings(loss=loss))
+    assert half == pytest.approx(live, rel=1e-3)
+    assert coded == pytest.approx(live, rel=1e-2)
+    assert max(abs(a - b) for a, b in zip(half, live, strict=True)) < max(
+        abs(a - b) for a, b in zip(coded, live, strict=True)
+    )
+
+
+def test_fresh_views_differ_every_epoch_and_depend_on_the_seed(target_root, teacher_file, pretrain_settings):
+    targets = TargetSet(target_root)
+
+    def shown(**over) -> dict[tuple[int, str], bytes]:
+        settings = pretrain_settings(targets="online", views="fresh", teacher_weights=str(teacher_file), **over)
+        plan = make_plan(targets, sorted(targets.stores), settings, 4)
+        assert plan.arrays == ()
+        return {
+            (batch.epoch, key): batch.pixels[row].numpy().tobytes()
+            for batch in load_batches(plan, 0, 0)
+            for row, key in enumerate(batch.keys)
+            if key
+        }
+
+    first, again, other = shown(), shown(), shown(seed=1)
+    assert first == again
+    assert len(first) == 300
+    assert all(first[0, key] != first[1, key] for epoch, key in first if epoch == 0)
+    assert all(first[place] != other[place] for place in first)
+    stored = TargetSet(target_root)
+    assert not {view.pixels.transpose(2, 0, 1).tobytes() for view in stored} & set(first.values())
+
+
+def test_a_run_on_fresh_views_trains_and_resumes(target_root, teacher_file, pretrain_settings, tmp_path):
+    def settings(**over):
+        return pretrain_settings(targets="online", views="fresh", teacher_weights=str(teacher_file), **over)
+
+    whole = losses(tmp_path / "whole", target_root, settings())
+    losses(tmp_path / "run", target_root, settings(stop_after=3))
+    assert losses(tmp_path / "run", target_root, settings(speed={"workers": 2})) == whole
+    assert whole[-1] < whole[0]
+
+
+def test_a_teacher_that_cannot_be_had_is_named(target_root, pretrain_settings, tmp_path):
+    with pytest.raises(TeacherError) as caught:
+        pretrain(target_root, tmp_path / "run", pretrain_settings(targets="online"), Silent())
+    assert "teacher_weights=FILE" in caught.value.fix
+
+
+def test_other_weights_are_refused(target_root, teacher_file, pretrain_settings, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other.safetensors"
+    save_file({name: tensor + 0.1 for name, tensor in load_file(teacher_file).items()}, other)
+    with pytest.raises(MismatchError, match="not the weights"):
+        pretrain(
+            target_root, tmp_path / "run", pretrain_settings(targets="online", teacher_weights=str(other)), Silent()
+        )
+
+
+def test_originals_that_are_missing_or_others_are_refused(
+    target_root, photos, extract_settings, teacher_file, pretrain_settings, tmp_path
+):
+    from cae2pipe.shards.build import build_shard_set
+
+    def settings(originals):
+        return pretrain_settings(
+            targets="online", views="fresh", teacher_weights=str(teacher_file), originals=str(originals)
+        )
+
+    with pytest.raises(ManifestError, match="fresh views need"):
+        pretrain(target_root, tmp_path / "run", settings(tmp_path / "nowhere"), Silent())
+    shard = extract_settings(shard={"seed": 5}).shard
+    build_shard_set(photos, tmp_path / "others", shard, Silent())
+    with pytest.raises(MismatchError, match="not made from this shard set"):
+        pretrain(target_root, tmp_path / "run2", settings(tmp_path / "others"), Silent())
+
+
+def test_contradictions_are_refused(pretrain_settings):
+    with pytest.raises(SettingsError, match="no cached targets"):
+        pretrain_settings(views="fresh")
+    with pytest.raises(SettingsError, match=r"mask\.repeat"):
+        pretrain_settings(mask={"repeat": 3})
+    with pytest.raises(SettingsError, match="cut by the workers"):
+        pretrain_settings(targets="online", views="fresh", data={"decode": "device"})
+
+
+def test_jpegs_decoded_by_torchvision_are_those_that_pillow_decodes(target_root, pretrain_settings):
+    targets = TargetSet(target_root)
+    plans = [
+        make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": place}), 4)
+        for place in ("workers", "device")
+    ]
+    axes = targets.layout.sample_axes()
+    here, there = (list(on_device(load_parts(plan, 0, 0), axes, torch.device("cpu"))) for plan in plans)
+    assert all(torch.equal(one.pixels, two.pixels) for one, two in zip(here, there, strict=True))
+    assert all(torch.equal(one.weights, two.weights) for one, two in zip(here, there, strict=True))
+    assert next(load_batches(plans[1], 0, 2)).pixels.shape[0] == 0
+
+
+def test_a_step_of_padding_alone_decodes_to_nothing(target_root, pretrain_settings):
+    from dataclasses import replace
+
+    from cae2pipe.loading.device import decoded
+
+    targets = TargetSet(target_root)
+    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": "device"}), 4)
+    batch = next(load_batches(plan, 0, 0))
+    empty = replace(batch, jpegs=batch.jpegs[:0], sizes=batch.sizes * 0)
+    assert not decoded(empty, torch.device("cpu")).pixels.any()
+    assert decoded(empty, torch.device("cpu")).pixels.shape == (32, 3, 32, 32)

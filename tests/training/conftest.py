@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.loading.batches import Batch
+from cae2pipe.loading.loader import load_batches
+from cae2pipe.methods.registry import build_method
+from cae2pipe.stages.pretrain import make_objective, make_plan
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.optimizer import build_optimizer
+from cae2pipe.training.parallel import World
+from cae2pipe.training.step import Step, cached
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def targets(target_root) -> TargetSet:
+    return TargetSet(target_root)
+
+
+@pytest.fixture
+def make(targets):
+    """A step and the batches it would train on, for some settings."""
+
+    def built(settings: PretrainSettings) -> tuple[Step, list[Batch]]:
+        torch.manual_seed(0)
+        model = build_method(settings.method, settings.model, targets.teacher.dim)
+        model.recompute(settings.speed.recompute)
+        objective = make_objective(model, targets, settings).train()
+        step = Step(
+            objective,
+            objective,
+            build_optimizer(model, settings.optimizer),
+            targets.layout.sample_axes(),
+            cached,
+            settings.speed.accumulation,
+            settings.optimizer.clip,
+            World(0, 1, CPU),
+        )
+        plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
+        return step, list(load_batches(plan, 0, 0))
+
+    return built

@@ -1,0 +1,50 @@
+"""What each process of a torchrun launch does in the tests: ``python -m tests.training.rank JOB.json``.
+
+A job trains a run; ``kill`` is the step at which the leading process dies, ``signal`` the one at which the last process
+is sent SIGUSR1. What each process ends with is written beside the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from cae2pipe.config.base import build
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import Requeued, Terminated
+from cae2pipe.progress import Silent
+from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.training.step import Step
+
+
+def main() -> None:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job = json.loads(Path(sys.argv[1]).read_text())
+    meddle(job, rank, ranks)
+    end = "done"
+    out = Path(job["out"])
+    try:
+        pretrain(Path(job["targets"]), out, build(PretrainSettings, job["settings"], "test"), Silent())
+    except (Requeued, Terminated) as error:
+        end = type(error).__name__
+    out.with_name(f"{out.name}-{rank}.end").write_text(end)
+
+
+def meddle(job: dict, rank: int, ranks: int) -> None:
+    real = Step.__call__
+
+    def call(self: Step, batch, lr, sent=()):
+        if batch.step == job.get("kill") and rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if batch.step == job.get("signal") and rank == ranks - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(self, batch, lr, sent)
+
+    Step.__call__ = call  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()
