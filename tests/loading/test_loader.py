@@ -136,3 +136,17 @@ def test_damage_met_by_a_worker_process_arrives_whole(target_root, tmp_path, pre
     assert "key class" in caught.value.where
     assert "cae2pipe verify" in caught.value.fix
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_odd_sizes_are_seen_exactly_once_for_any_number_of_ranks(targets, pretrain_settings, ranks):
+    settings = pretrain_settings(data={"batch": 96, "streams": 48})
+    plan = make_plan(targets, sorted(targets.stores), settings, 4)
+    parts = [list(load_batches(plan, 0, 0, rank, ranks)) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {4}
+    for epoch in range(2):
+        keys = [key for part in parts for batch in part if batch.epoch == epoch for key in batch.keys if key]
+        assert len(keys) == len(set(keys)) == 150
+    for step in range(4):
+        counted = sum(int(part[step].weights.sum()) for part in parts)
+        assert {part[step].real for part in parts} == {counted}

@@ -1,0 +1,114 @@
+import sys
+import types
+
+import pytest
+import torch
+
+from cae2pipe.errors import SettingsError
+from cae2pipe.progress import Silent
+from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.telemetry import CLOCKED, make_tracker
+
+
+class Watching(Silent):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fields: list[dict[str, float]] = []
+
+    def advance(self, n: int = 1, **fields: float) -> None:
+        self.fields.append(fields)
+
+
+def test_a_line_and_a_panel_a_step(target_root, pretrain_settings, tmp_path):
+    report = Watching()
+    pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"peak_tflops": 0.001}), report)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(10))
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss_visible"] + line["loss_masked"], rel=1e-5)
+        assert line["images_per_s"] > 0
+        assert 0 <= line["data_wait"] <= 1
+        assert line["mfu"] > 0
+        assert line["memory_gb"] > 0
+        assert set(CLOCKED) <= line.keys()
+    assert lines[-1]["left_s"] == 0 < lines[0]["left_s"]
+    assert len(report.fields) == 10
+    assert report.fields[3]["loss"] == lines[3]["loss"]
+    assert {"visible", "masked", "cos_masked", "lr", "grad_norm", "images_per_s", "wait", "mfu"} <= report.fields[
+        0
+    ].keys()
+
+
+def test_several_masks_count_as_images(target_root, pretrain_settings, tmp_path):
+    pretrain(target_root, tmp_path / "run", pretrain_settings(mask={"repeat": 4}, epochs=2), Silent())
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 2 * 19  # 150 images, 8 a step
+    assert sum(line["images"] for line in lines) == 2 * 4 * 150
+
+
+def test_tensorboard_holds_every_step_once_after_a_resumption(target_root, pretrain_settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    track = {"track": ["tensorboard"]}
+    pretrain(target_root, out, pretrain_settings(stop_after=4, **track), Silent())
+    pretrain(target_root, out, pretrain_settings(**track), Silent())
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    lines = read_lines(out / "metrics.jsonl")
+    found = events.Scalars("loss")
+    assert [event.step for event in found] == list(range(10))
+    assert [event.value for event in found] == pytest.approx([line["loss"] for line in lines])
+
+
+def test_wandb_goes_on_with_the_same_run(target_root, pretrain_settings, tmp_path, monkeypatch):
+    calls: list[tuple] = []
+
+    class Run:
+        def log(self, line, step):
+            calls.append(("log", step, line["loss"]))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    def init(**options):
+        calls.append(("init", options["id"], options["resume"], options["config"]["epochs"]))
+        return Run()
+
+    fake = types.SimpleNamespace(init=init, util=types.SimpleNamespace(generate_id=lambda: "abc"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = tmp_path / "run"
+    pretrain(target_root, out, pretrain_settings(stop_after=2, track=["wandb"]), Silent())
+    fake.util.generate_id = lambda: "another"
+    pretrain(target_root, out, pretrain_settings(stop_after=3, track=["wandb"]), Silent())
+    assert [call for call in calls if call[0] == "init"] == [("init", "abc", "allow", 2)] * 2
+    assert [call[1] for call in calls if call[0] == "log"] == [0, 1, 2]
+    assert calls[-1] == ("finish",)
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, pretrain_settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SettingsError, match="wandb is not installed") as caught:
+        make_tracker("wandb", tmp_path, pretrain_settings(), 0)
+    assert "pip install wandb" in caught.value.fix
+
+
+def test_a_step_is_told_when_the_next_has_begun_where_work_runs_ahead(
+    target_root, pretrain_settings, tmp_path, monkeypatch
+):
+    """What happens on a device, which is not waited for: the same lines, checkpoints and weights."""
+    from cae2pipe.stages import pretrain as stage
+
+    pretrain(target_root, tmp_path / "plain", pretrain_settings(), Silent())
+    monkeypatch.setattr(stage, "runs_ahead", lambda device: True)
+    settings = pretrain_settings(speed={"keep_epochs": 1})
+    pretrain(target_root, tmp_path / "ahead", pretrain_settings(stop_after=7), Silent())
+    pretrain(target_root, tmp_path / "ahead", settings, Silent())
+    plain, ahead = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("plain", "ahead"))
+    assert [line["loss"] for line in ahead] == [line["loss"] for line in plain]
+    one, two = (
+        torch.load(tmp_path / name / "checkpoints" / "step-00000010.pt", weights_only=True)["model"]
+        for name in ("plain", "ahead")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
