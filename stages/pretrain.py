@@ -141,8 +141,10 @@ def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSetti
     )
 
 
-def compile_objective(objective: Objective, world: World, backend: str = "inductor") -> None:
+def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:
     """Compile in place: all in one graph; where weights are sharded, block by block, as each is gathered by itself."""
+    # Placed within the graph, its constants would make the second step compile again.
+    objective.codec.place(world.device)
     blocks = [block for block in objective.modules() if isinstance(block, BLOCKS)]
     for module in blocks if world.parallel == "fsdp" else [objective]:
         module.compile(backend=backend, dynamic=False)
@@ -199,9 +201,12 @@ def train(
             sent = (now - began, float(stop.exception is not None), float(due))
             lr = learning_rate(batch.step, plan.steps, settings.epochs, *rates)
             try:
-                outcome = step(batch, lr, sent)
+                outcome: Outcome | None = step(batch, lr, sent)
             except torch.OutOfMemoryError:
-                raise explain_out_of_memory(step, batch, speed.recompute) from None
+                outcome = None
+            if outcome is None:
+                # Not where it is caught: there the failed pass still holds its memory.
+                raise explain_out_of_memory(step, batch, speed.recompute)
             pending, late = (outcome, pending) if runs_ahead(world.device) else (None, outcome)
             stopping, due = settle(late) if late else (False, False)
             # Alone there is nobody to agree with.

@@ -50,6 +50,9 @@ class Codec(Protocol):
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Arrays, on any device, to tokens (n, T, D) float32 on that device. Inverse of ``encode`` up to its error."""
 
+    def place(self, device: torch.device) -> None:
+        """Bring what ``decode`` needs to a device, which it otherwise does when it first meets one."""
+
 
 class Fp16Codec:
     """The reference: unit tokens in half precision."""
@@ -65,6 +68,9 @@ class Fp16Codec:
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         return arrays["tokens"].float()
+
+    def place(self, device: torch.device) -> None:
+        pass
 
 
 class Int8Codec:
@@ -86,6 +92,9 @@ class Int8Codec:
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         return arrays["tokens"].float() * arrays["scales"].float().unsqueeze(-1)
+
+    def place(self, device: torch.device) -> None:
+        pass
 
 
 class KltCodec:
@@ -137,6 +146,9 @@ class KltCodec:
         bins = unzigzag(symbols.to(torch.int32) & 0xFFFF).to(torch.float32)
         flat = bins.reshape(dim, n * tokens)
         return torch.addmm(mean, flat.T, basis.T * self.step).reshape(n, tokens, dim)
+
+    def place(self, device: torch.device) -> None:
+        self._on(device)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._placed:

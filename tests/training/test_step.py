@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cae2pipe.loading.batches import split
+from cae2pipe.stages.pretrain import compile_objective
 from cae2pipe.training.memory import explain_out_of_memory, fitting
 from cae2pipe.training.objective import TERMS
 from cae2pipe.training.step import forward
@@ -128,9 +129,24 @@ def test_one_graph_and_no_recompilation(make, pretrain_settings):
     counter = CompileCounterWithBackend("aot_eager")
     eager, batches = make(pretrain_settings())
     step, _ = make(pretrain_settings(speed={"accumulation": 2}))
-    step.objective.compile(backend=counter, dynamic=False, fullgraph=True)
+    compile_objective(step.objective, step.world, counter)
     for batch in batches:  # two epochs, with the padded last batch of each
         found = step(batch, 1e-3).values()
         wanted = eager(batch, 1e-3).values()
         assert found == pytest.approx(wanted, rel=1e-2, abs=1e-3)
     assert counter.frame_count == 1
+
+
+# torch's compiler asks tensors for their gradients, and hides the warning from all but us.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_blocks_compiled_one_by_one_share_their_graphs(make, pretrain_settings):
+    from torch._dynamo import reset
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step, batches = make(pretrain_settings(model={"depth": 4}))
+    compile_objective(step.objective, replace(step.world, parallel="fsdp"), counter)
+    for batch in batches[:2]:
+        step(batch, 1e-3)
+    assert counter.frame_count == 2  # the encoder's and the regressor's
