@@ -349,9 +349,10 @@ Encoder = Annotated[
     str,
     typer.Argument(
         metavar="ENCODER",
-        help="A run folder; an encoder.safetensors; random:RUN, random:PRESET or random:NAME, a student or timm model "
-        "before training; timm:NAME, or timm:NAME@FILE with local weights; teacher:PRESET, teacher:FILE.yaml or a "
-        "target set, for its teacher (@FILE as above).",
+        help="A run folder; an encoder.safetensors; a .pth that CAE's authors released; random:RUN, random:PRESET or "
+        "random:NAME, a student or timm model before training; timm:NAME, or timm:NAME@FILE with local weights; "
+        "open_clip:NAME/TAG or open_clip:NAME@FILE; teacher:PRESET, teacher:FILE.yaml or a target set, for its teacher "
+        "(@FILE as above).",
     ),
 ]
 Data = Annotated[
@@ -409,6 +410,31 @@ def _print_score(result: dict[str, Any]) -> None:
     columns = ("evaluation", "encoder", "feature", "top1", "top5")
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
+    console.print(f"protocol: {result['protocol']}", markup=False, highlight=False, soft_wrap=True)
+
+
+class ResultsFormat(StrEnum):
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+
+
+@app.command()
+def results(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with scores, at any depth.")],
+    format_: Annotated[ResultsFormat, typer.Option("--format", help="How to print.")] = ResultsFormat.table,
+) -> None:
+    """All scores of many evaluations side by side, each with its protocol."""
+    with exits():
+        from cae2pipe.reporting.results import as_markdown, collect, shown
+        from cae2pipe.reporting.terminal import print_table
+
+        rows = collect(folders)
+        if format_ is ResultsFormat.table:
+            print_table(console, [shown(row) for row in rows])
+        else:
+            text = as_markdown(rows) if format_ is ResultsFormat.markdown else json.dumps(rows, indent=1)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @config_app.command("list")

@@ -18,6 +18,7 @@ from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import KnnSettings, LinearSettings
+from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.datasets import common_labels, open_data
 from cae2pipe.evaluation.encoders import label, load_encoder
 from cae2pipe.evaluation.features import extract_features, resolve_feature, resolve_size
@@ -30,22 +31,29 @@ RESULT = "result.json"
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """Train features and labels, val features and labels, on the device."""
-Score = Callable[[Tensors, int], dict[str, Any]]
+Score = Callable[[dict[str, Tensors], str, int], dict[str, Any]]
+"""From the tensors by kind of feature, the kind asked for and the number of classes to what is scored."""
 
 
 def evaluate_knn(encoder: str, data: Path, out: Path, settings: KnnSettings, report: Report) -> dict[str, Any]:
     """Weighted nearest neighbours of ``data``'s val images among its train images, into ``out``/knn.
 
     Returns:
-        What ``result.json`` holds; ``top1`` is the accuracy at the first k.
+        What ``result.json`` holds; ``top1`` is the accuracy at the first k; ``by_feature`` has every k of the class
+        token's and of the mean patch's.
 
     Raises:
         SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError: see their messages.
     """
 
-    def score(tensors: Tensors, classes: int) -> dict[str, Any]:
-        found = knn_accuracy(*tensors, classes=classes, k=settings.k, temperature=settings.temperature)
-        return {**found[settings.k[0]], "k": settings.k[0], "by_k": {str(k): value for k, value in found.items()}}
+    def score(by_kind: dict[str, Tensors], feature: str, classes: int) -> dict[str, Any]:
+        numbers = neighbours(settings, len(by_kind[feature][0]), report)
+        found = {
+            kind: knn_accuracy(*tensors, classes=classes, k=numbers, temperature=settings.temperature)
+            for kind, tensors in by_kind.items()
+        }
+        by_feature = {kind: {str(k): value for k, value in scores.items()} for kind, scores in found.items()}
+        return {**found[feature][settings.k[0]], "k": settings.k[0], "by_feature": by_feature}
 
     return evaluate("knn", encoder, data, out, settings, score, report)
 
@@ -60,8 +68,8 @@ def evaluate_linear(encoder: str, data: Path, out: Path, settings: LinearSetting
         As ``evaluate_knn``.
     """
 
-    def score(tensors: Tensors, classes: int) -> dict[str, Any]:
-        return train_probe(*tensors, classes=classes, settings=settings, report=report)
+    def score(by_kind: dict[str, Tensors], feature: str, classes: int) -> dict[str, Any]:
+        return train_probe(*by_kind[feature], classes=classes, settings=settings, report=report)
 
     return evaluate("linear", encoder, data, out, settings, score, report)
 
@@ -106,17 +114,17 @@ def evaluate(
             )
         train, val = parts
         val_labels = common_labels(val.labels, val_split.classes, train_split.classes)
-        tensors = (
-            train.features.to(device),
-            train.labels.to(device),
-            val.features.to(device),
-            val_labels.to(device),
-        )
+        labels = train.labels.to(device), val_labels.to(device)
+        tensors = {
+            kind: (train.features[kind].to(device), labels[0], val.features[kind].to(device), labels[1])
+            for kind in train.features
+        }
         result = {
             "evaluation": kind,
             "encoder": label(spec),
             "feature": feature,
-            **score(tensors, len(train_split.classes)),
+            **score(tensors, feature, len(train_split.classes)),
+            "protocol": protocol(settings, size),
             "classes": len(train_split.classes),
             "images": {"train": len(train.labels), "val": len(val.labels)},
             "rejected": {"train": len(train.rejected), "val": len(val.rejected)},
@@ -126,6 +134,35 @@ def evaluate(
         box.add("result", {"files": {RESULT: file_entry(root / RESULT)}})
         box.save(complete=True)
         return result
+
+
+def neighbours(settings: KnnSettings, images: int, report: Report) -> tuple[int, ...]:
+    """The numbers of neighbours that a training set has; the others are named in the log.
+
+    Raises:
+        SettingsError: the first one, which gives the headline, is not among them.
+    """
+    fitting = tuple(k for k in settings.k if k <= images)
+    if settings.k[0] > images:
+        raise SettingsError(
+            f"{settings.k[0]} neighbours are asked for, and there are {images} training images",
+            where="k",
+            fix=f"--set 'k={list(fitting) or [max(1, images // 2)]}'",
+        )
+    if len(fitting) < len(settings.k):
+        report.log(f"left out k above the {images} training images: {sorted(set(settings.k) - set(fitting))}")
+    return fitting
+
+
+def protocol(settings: KnnSettings | LinearSettings, size: int) -> str:
+    """How a score was taken, in a line: without it the number says little."""
+    crop = f"crop {size} of {round(size / settings.features.crop)}"
+    if isinstance(settings, KnnSettings):
+        return f"k {settings.k[0]}, temperature {settings.temperature:g}, {crop}"
+    return (
+        f"LARS, lr {settings.lr:g} x batch / 256, batch {settings.batch}, {settings.epochs} epochs, features of one "
+        f"central {crop}"
+    )
 
 
 def finished(box: Box) -> dict[str, Any] | None:

@@ -51,6 +51,12 @@ def open_data(root: Path, batch: int) -> tuple[Split, Split]:
             raise SourceError(
                 "these images have no classes", where=split.root, fix="give folders of the form train/class/*.jpg"
             )
+    if len(train.classes) < 2:
+        raise SourceError(
+            f"there is one class only, {train.classes[0]!r}: every encoder would be right",
+            where=train.root,
+            fix="give a folder per class",
+        )
     if unknown := sorted(set(val.classes) - set(train.classes)):
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise SourceError(

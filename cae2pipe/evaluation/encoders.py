@@ -4,7 +4,9 @@ runs/base                        a run of `cae2pipe pretrain`, or any folder wit
 runs/base/encoder.safetensors    the exported file, config.json beside it
 random:runs/base, random:tiny    the student of a run or of a pretraining preset as it is before training
 random:NAME                      a model of timm as it is before training
+caev2_base.pth                   an encoder that the authors of CAE or CAE v2 released
 timm:NAME, timm:NAME@FILE        a vision transformer of timm, with the hub's weights or a local file's
+open_clip:NAME/TAG, ...@FILE     a vision tower of open_clip, with the hub's weights or a local file's
 teacher:clip-b16[@FILE]          a teacher preset, or a YAML file of extract-targets
 targets, teacher:targets[@FILE]  the teacher of a target set; a local file of weights must be named again
 """
@@ -31,10 +33,10 @@ from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.teachers.weights import load_strictly, read_weights
 
-KINDS = ("random", "timm", "teacher")
+KINDS = ("random", "timm", "open_clip", "teacher")
 FORMS = (
-    "a run folder, an encoder.safetensors, random:RUN, random:PRESET, random:NAME, timm:NAME, timm:NAME@FILE, "
-    "teacher:PRESET, teacher:FILE.yaml or a target set"
+    "a run folder, an encoder.safetensors, a released .pth, random:RUN, random:PRESET, random:NAME, timm:NAME, "
+    "timm:NAME@FILE, open_clip:NAME/TAG, open_clip:NAME@FILE, teacher:PRESET, teacher:FILE.yaml or a target set"
 )
 
 
@@ -134,7 +136,9 @@ def load_encoder(spec: str, seed: int, device: torch.device) -> FrozenEncoder:
 
 
 def trained_student(path: Path, device: torch.device) -> Student:
-    """The encoder of a run folder or of an exported file."""
+    """The encoder of a run folder, of an exported file or of a released checkpoint."""
+    if path.suffix in (".pth", ".pt"):
+        return released_student(path, device)
     folder = path.parent if path.name == WEIGHTS else path
     if not folder.is_dir():
         raise SourceError("there is no such encoder", where=path, fix=f"give {FORMS}")
@@ -155,6 +159,23 @@ def trained_student(path: Path, device: torch.device) -> Student:
     load_exported(model, folder / WEIGHTS)
     class_token = bool(run.facts["teacher"]["class_token"]) if run else True
     return Student(model, {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}, class_token, device)
+
+
+def released_student(path: Path, device: torch.device) -> Student:
+    """The encoder of a checkpoint in the naming of CAE's authors."""
+    from cae2pipe.models.export import timm_config, timm_state
+    from cae2pipe.models.released import load_released
+
+    if not path.is_file():
+        raise SourceError("there is no such encoder", where=path, fix=f"give {FORMS}")
+    try:
+        state = read_weights(path)
+    except TeacherError as error:
+        raise SourceError(error.what, where=path, fix=error.fix) from None
+    encoder = load_released(state, path)
+    model = build_vit(timm_config(encoder))
+    model.load_state_dict(timm_state(encoder))
+    return Student(model, {"sha256": sha256_file(path)}, True, device)
 
 
 def build_exported(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -234,6 +255,8 @@ def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
     made_by = None
     if form == "timm":
         settings = timm_settings(name)
+    elif form == "open_clip":
+        settings = open_clip_settings(name)
     elif is_box(Path(name), "targets"):
         box = open_box(Path(name))
         settings = build(TeacherSettings, box.identity["settings"]["teacher"], where=name)
@@ -248,6 +271,10 @@ def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
         # Some remedies speak of settings, which these forms do not have.
         if form == "timm":
             fix = "check the name, give timm:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"
+        elif form == "open_clip":
+            fix = (
+                "give open_clip:NAME/TAG, open_clip:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"
+            )
         elif made_by and not file:
             fix = f"give the file of its weights: teacher:{name}@FILE"
         else:
@@ -269,3 +296,14 @@ def timm_settings(name: str) -> TeacherSettings:
     config = get_pretrained_cfg(name)
     size = {"image_size": config.input_size[-1]} if config else {}
     return TeacherSettings(kind="timm", name=name, **size)
+
+
+def open_clip_settings(name: str) -> TeacherSettings:
+    """A vision tower of open_clip, ``NAME`` or ``NAME/TAG``, at the size of its own input."""
+    from open_clip import get_model_config
+
+    name, _, tag = name.partition("/")
+    config = get_model_config(name) or {}
+    size = config.get("vision_cfg", {}).get("image_size")
+    sized = {"image_size": size} if isinstance(size, int) else {}
+    return TeacherSettings(kind="open_clip", name=name, pretrained=tag or None, **sized)

@@ -26,9 +26,10 @@ PART = 8192
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features (N, D) float32 and labels (N,) int64 of what could be decoded; ``rejected`` lists the rest."""
+    """Features (N, D) float32 by kind (``class``, where there is a class token, and ``mean``) and labels (N,) int64 of
+    what could be decoded; ``rejected`` lists the rest."""
 
-    features: Tensor
+    features: dict[str, Tensor]
     labels: Tensor
     rejected: list[dict[str, Any]]
 
@@ -79,9 +80,8 @@ def extract_features(
         SourceError: not one image can be decoded, a file cannot be read, or features are not finite.
         DamageError: a shard has changed.
     """
-    kind = resolve_feature(settings, encoder)
     size = resolve_size(settings, encoder)
-    key = fingerprint([encoder.identity, split.identity, kind, size, settings.crop])[:16]
+    key = fingerprint([encoder.identity, split.identity, size, settings.crop])[:16]
     per_part = max(1, PART // max(1, speed.batch))
     parts = [range(low, min(low + per_part, len(split.runs))) for low in range(0, len(split.runs), per_part)]
     # Runs hang on the batch: parts of another batch are other parts.
@@ -96,11 +96,12 @@ def extract_features(
     report.total(len(split.runs), f"batches of {split.root.name}", done=done)
     for part, path in zip(parts, paths, strict=True):
         if not path.exists():
-            write_part(path, encoder, split, part, kind, size, round(size / settings.crop), speed, device, report)
+            write_part(path, encoder, split, part, size, round(size / settings.crop), speed, device, report)
     found = [read_part(path) for path in paths]
+    # A part without a single image does not know how wide features are.
+    filled = [part.features for part in found if len(part.labels)]
     whole = FeatureSet(
-        # A part without a single image does not know how wide features are.
-        torch.cat([part.features for part in found if len(part.labels)] or [torch.zeros(0, 0)]),
+        {kind: torch.cat([features[kind] for features in filled]) for kind in (filled[0] if filled else ())},
         torch.cat([part.labels for part in found]),
         [reject for part in found for reject in part.rejected],
     )
@@ -118,7 +119,6 @@ def write_part(
     encoder: FrozenEncoder,
     split: Split,
     runs: range,
-    kind: str,
     size: int,
     resize: int,
     speed: EvaluateSpeed,
@@ -129,13 +129,16 @@ def write_part(
 
     reader = CropReader(split, runs, size, resize)
     workers = min(worker_count(speed.workers), len(reader))
-    features, labels, rejected = [], [], []
+    features: dict[str, list[Tensor]] = {"class": [], "mean": []}
+    labels, rejected = [], []
     for crops in in_order(reader, workers):
         if len(crops.labels):
             pixels = torch.from_numpy(crops.pixels).permute(0, 3, 1, 2).to(device)
             found = encoder(pixels)
-            features.append((found.mean if kind == "mean" else _required(found.class_token)).cpu())
-            if not torch.isfinite(features[-1]).all():
+            features["mean"].append(found.mean.cpu())
+            if found.class_token is not None:
+                features["class"].append(found.class_token.cpu())
+            if not all(torch.isfinite(parts[-1]).all() for parts in features.values() if parts):
                 raise SourceError(
                     "the encoder's features are not finite: a score would mean nothing",
                     where=split.root,
@@ -145,7 +148,7 @@ def write_part(
         rejected += crops.rejected
         report.advance(1)
     tensors = {
-        "features": torch.cat(features) if features else torch.zeros(0, 0),
+        **{kind: torch.cat(parts) for kind, parts in features.items() if parts},
         "labels": torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
     }
     with replacing(path) as temporary:
@@ -158,7 +161,7 @@ def is_readable(path: Path) -> bool:
 
     try:
         with safe_open(path, "pt") as file:
-            return {"features", "labels"} <= set(file.keys())
+            return "labels" in file.keys()  # noqa: SIM118 (it is no dictionary)
     except (SafetensorError, OSError):
         return False
 
@@ -168,9 +171,5 @@ def read_part(path: Path) -> FeatureSet:
 
     with safe_open(path, "pt") as file:
         rejected = json.loads((file.metadata() or {}).get("rejected", "[]"))
-        return FeatureSet(file.get_tensor("features"), file.get_tensor("labels"), rejected)
-
-
-def _required(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+        features = {name: file.get_tensor(name) for name in sorted(file.keys()) if name != "labels"}
+        return FeatureSet(features, file.get_tensor("labels"), rejected)

@@ -122,6 +122,13 @@ def test_defaults_are_table_8(size):
     assert settings.model.layer_scale == (1e-5 if size == "large" else 0.1)
 
 
+def test_huge_is_the_designs():
+    settings = pretrain(preset="huge")
+    m = settings.model
+    assert (m.width, m.depth, m.heads, m.patch_size, m.drop_path) == (1280, 32, 16, 14, 0.3)
+    assert (m.regressor_depth, m.regressor_width, m.grid, settings.masked_patches) == (4, 1280, 16, 154)
+
+
 def test_identity_leaves_out_speed_places_and_amounts():
     base = load(ExtractSettings, "extract", "clip-b16")
     same = load(ExtractSettings, "extract", "clip-b16", ["speed.workers=3", "views=9", "teacher.weights=x.safetensors"])

@@ -206,3 +206,13 @@ def test_labels_hold_no_folders(tmp_path, monkeypatch):
     assert label("timm:vit_tiny@/home/me/w.safetensors") == "timm:vit_tiny@w.safetensors"
     assert label("teacher:lite0") == "teacher:lite0"
     assert label(".") == Path.cwd().name
+
+
+def test_towers_of_open_clip_by_name_and_tag():
+    from cae2pipe.evaluation.encoders import open_clip_settings
+
+    settings = open_clip_settings("ViT-L-14-336-quickgelu/openai")
+    assert (settings.name, settings.pretrained, settings.image_size) == ("ViT-L-14-336-quickgelu", "openai", 336)
+    with pytest.raises(TeacherError, match="no-such-tower") as caught:
+        load("open_clip:no-such-tower@none.safetensors")
+    assert "open_clip:NAME/TAG" in caught.value.fix

@@ -55,7 +55,11 @@ def test_knn_and_linear_share_features_and_separate_colours(exported, data, tmp_
     result = evaluate_knn(str(exported), data, out, knn(), report)
     assert result["top1"] == 1
     assert {"evaluation": "knn", "encoder": "exported", "feature": "class", "k": 5}.items() <= result.items()
-    assert set(result["by_k"]) == {"1", "5"}
+    assert {kind: set(scores) for kind, scores in result["by_feature"].items()} == {
+        "class": {"1", "5"},
+        "mean": {"1", "5"},
+    }
+    assert result["protocol"] == "k 5, temperature 0.07, crop 32 of 37"
     assert (result["images"], result["rejected"]) == ({"train": 18, "val": 9}, {"train": 0, "val": 1})
     assert any("broken.png" in line for line in report.lines)
     features = snapshot(out / "features")
@@ -224,8 +228,9 @@ def test_rejects_that_fill_a_part(exported, data, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "PART", 1)
     result = evaluate_knn(str(exported), data, tmp_path / "out", knn("speed.batch=1"), Silent())
     assert result["images"]["val"] == 9
-    widths = {load_file(path)["features"].shape[1] for path in (tmp_path / "out" / "features").iterdir()}
-    assert widths == {0, 32}
+    parts = [load_file(path) for path in (tmp_path / "out" / "features").iterdir()]
+    assert {frozenset(part) for part in parts} == {frozenset({"labels"}), frozenset({"class", "mean", "labels"})}
+    assert {part["mean"].shape[1] for part in parts if "mean" in part} == {32}
 
 
 def test_the_command(exported, data, tmp_path):
@@ -234,10 +239,12 @@ def test_the_command(exported, data, tmp_path):
 
     for kind in ("knn", "linear"):
         for _ in range(2):
-            done = run(kind, exported, data, tmp_path / "out")
+            few = ("--set", "k=[5,100]") if kind == "knn" else ()
+            done = run(kind, exported, data, tmp_path / "out", *few)
             assert done.exit_code == 0, done.output
             assert "1.0000" in done.stdout
             assert "exported" in done.stdout
+            assert "protocol: " in done.stdout
         assert json.loads((tmp_path / "out" / kind / "result.json").read_text())["top1"] == 1
     refused = run("knn", tmp_path / "nowhere", data, tmp_path / "out2")
     assert refused.exit_code == 2
@@ -261,3 +268,23 @@ def test_real_photographs_of_three_classes(real, tmp_path):
     untrained = evaluate_knn("random:tiny", tmp_path / "data", tmp_path / "random", knn(), Silent())
     assert untrained["top1"] < trained["top1"]
     assert torch.isfinite(torch.tensor(untrained["top1"]))
+
+
+def test_more_neighbours_than_images(exported, data, tmp_path):
+    with pytest.raises(SettingsError, match="20 neighbours are asked for, and there are 18") as caught:
+        evaluate_knn(str(exported), data, tmp_path / "out", knn("k=[20, 10]"), Silent())
+    assert caught.value.fix == "--set 'k=[10]'"
+    report = Silent()
+    result = evaluate_knn(str(exported), data, tmp_path / "out2", knn("k=[10, 20]"), report)
+    assert set(result["by_feature"]["mean"]) == {"10"}
+    assert any("left out k above the 18" in line for line in report.lines)
+
+
+def test_one_class_alone(exported, data, tmp_path):
+    import shutil
+
+    for part in ("train", "val"):
+        for name in ("dark", "red"):
+            shutil.rmtree(data / part / name)
+    with pytest.raises(SourceError, match="one class only, 'bright'"):
+        evaluate_knn(str(exported), data, tmp_path / "out", knn(), Silent())

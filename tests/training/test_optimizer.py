@@ -57,3 +57,7 @@ def test_rates_scale_with_the_batch():
     settings = OptimizerSettings(lr=1.5e-3, min_lr=1e-5, warmup_epochs=7)
     assert scaled(settings, 2048) == pytest.approx((7, 1.5e-3, 1e-5))
     assert scaled(settings, 512) == pytest.approx((7, 1.5e-3 / 4, 1e-5 / 4))
+
+
+def test_rates_stay_where_that_is_asked():
+    assert scaled(OptimizerSettings(lr=1e-3, scale_lr=False), 512)[1:] == (1e-3, 1e-5)
