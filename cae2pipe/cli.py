@@ -374,18 +374,26 @@ def evaluate_knn(
     _evaluate("knn", encoder, data, out, config, set_, workers=workers, device=device)
 
 
+FAST_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
 @evaluate_app.command("linear")
 def evaluate_linear(
     encoder: Encoder,
     data: Data,
     out: Out,
     config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "linear",
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Try six learning rates at once; the best on held-out training images is taken."),
+    ] = False,
     workers: Workers = None,
     device: Device = None,
     set_: Set = None,
 ) -> None:
     """Accuracy of a linear classifier on frozen features of central crops."""
-    _evaluate("linear", encoder, data, out, config, set_, workers=workers, device=device)
+    over = [f"sweep={list(FAST_RATES)}", *(set_ or [])] if fast else set_
+    _evaluate("linear", encoder, data, out, config, over, workers=workers, device=device)
 
 
 def _evaluate(

@@ -159,8 +159,9 @@ def protocol(settings: KnnSettings | LinearSettings, size: int) -> str:
     crop = f"crop {size} of {round(size / settings.features.crop)}"
     if isinstance(settings, KnnSettings):
         return f"k {settings.k[0]}, temperature {settings.temperature:g}, {crop}"
+    rate = f"the best of {len(settings.sweep)} on held-out training images" if settings.sweep else f"{settings.lr:g}"
     return (
-        f"LARS, lr {settings.lr:g} x batch / 256, batch {settings.batch}, {settings.epochs} epochs, features of one "
+        f"LARS, lr {rate} x batch / 256, batch {settings.batch}, {settings.epochs} epochs, features of one "
         f"central {crop}"
     )
 

@@ -69,6 +69,11 @@ class LinearSettings(Settings):
     """Features a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
     lr: float = Field(default=0.1, gt=0, le=1e4)
     """Peak learning rate of LARS at a batch of 256; it scales linearly with `batch`, as set here."""
+    sweep: tuple[float, ...] = ()
+    """Learning rates to train with at once, as `lr` counts them: the one that is best on held-out training images takes
+    lr's place. Empty: lr it is."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of each training class that a sweep holds out."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """LARS's momentum."""
     seed: int = Field(default=0, ge=0)
@@ -77,6 +82,8 @@ class LinearSettings(Settings):
 
     @model_validator(mode="after")
     def _lengths(self) -> LinearSettings:
+        if any(not 0 < lr <= 1e4 for lr in self.sweep):
+            raise ValueError("sweep holds learning rates above 0, and at most 1e4")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: lower it")
         return self

@@ -213,6 +213,6 @@ def test_towers_of_open_clip_by_name_and_tag():
 
     settings = open_clip_settings("ViT-L-14-336-quickgelu/openai")
     assert (settings.name, settings.pretrained, settings.image_size) == ("ViT-L-14-336-quickgelu", "openai", 336)
-    with pytest.raises(TeacherError, match="no-such-tower") as caught:
+    with pytest.raises(TeacherError, match="no such weights file") as caught:
         load("open_clip:no-such-tower@none.safetensors")
     assert "open_clip:NAME/TAG" in caught.value.fix

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cae2pipe.config.evaluate import LinearSettings
 from cae2pipe.errors import DivergedError, SourceError
-from cae2pipe.evaluation.linear import Probe, batch_and_steps, train_probe
+from cae2pipe.evaluation.linear import Probe, batch_and_steps, fit, held_out, train_probe
 from cae2pipe.progress import Silent
 
 
@@ -104,3 +104,53 @@ def test_a_loss_that_is_not_finite_ends_the_probe():
         train_probe(
             train, shuffled, train, labels, classes=4, settings=LinearSettings(lr=1e4, warmup_epochs=0), report=Silent()
         )
+
+
+def test_rates_trained_side_by_side_are_those_trained_alone():
+    train, labels = clusters(200, 3, seed=1)
+    settings = LinearSettings(epochs=12)
+    together, losses = fit(train, labels, classes=3, settings=settings, rates=[0.01, 0.1, 1.0], report=Silent())
+    for rate, probe, own in zip([0.01, 0.1, 1.0], together, losses, strict=True):
+        (alone,), (wanted,) = fit(train, labels, classes=3, settings=settings, rates=[rate], report=Silent())
+        assert own == wanted
+        assert torch.equal(probe.head.weight, alone.head.weight)
+
+
+def test_a_sweep_takes_the_best_on_held_out_training_images_and_never_looks_at_the_test_set():
+    rates = (1e-5, 0.1)
+    result = probe(600, epochs=12, sweep=rates)
+    assert result["lr"] == 0.1
+    assert result["held_out"].keys() == {"1e-05", "0.1"}
+    assert result["held_out"]["0.1"] > result["held_out"]["1e-05"]
+    plain = probe(600, epochs=12)
+    assert {name: result[name] for name in plain} == plain
+    train, test = clusters(600, 3, seed=1), clusters(90, 3, seed=2)
+    nonsense = train_probe(
+        *train,
+        torch.zeros_like(test[0]),
+        test[1],
+        classes=3,
+        settings=LinearSettings(epochs=12, sweep=rates),
+        report=Silent(),
+    )
+    assert nonsense["held_out"] == result["held_out"]
+
+
+def test_a_rate_that_diverges_is_not_taken():
+    result = probe(epochs=12, sweep=(0.1, 1e4))
+    assert result["lr"] == 0.1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_every_class_keeps_images_to_train_on(share):
+    labels = torch.tensor([0] * 40 + [1] * 3 + [2])
+    held = held_out(labels, share, 0)
+    for label, count in ((0, 40), (1, 3), (2, 1)):
+        taken = int(held[labels == label].sum())
+        assert taken == min(round(share * count), count - 1)
+    assert torch.equal(held, held_out(labels, share, 0))
+
+
+def test_too_few_to_hold_any_out():
+    with pytest.raises(SourceError, match="too few to hold"):
+        probe(3, 3, sweep=(0.1,))
