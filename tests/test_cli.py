@@ -7,7 +7,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from cae2pipe.cli import app, exits
+from cae2pipe.cli import app
+from cae2pipe.commands.shared import exits
 from cae2pipe.errors import DivergedError, Terminated
 from tests.conftest import write_photos
 

@@ -64,7 +64,7 @@ def run(job: Job, fault: str, at: int, counted: Path) -> None:
     """Do the job; meet the fault at event ``at`` (-1: never). The number of events is left in ``counted``."""
     import typer
 
-    from cae2pipe.cli import exits
+    from cae2pipe.commands.shared import exits
 
     count = 0
 

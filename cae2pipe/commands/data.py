@@ -1,0 +1,163 @@
+"""Stage 1: shard, extract-targets, recode."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, place, section
+
+
+class CodecName(StrEnum):
+    klt = "klt"
+    int8 = "int8"
+    fp16 = "fp16"
+
+
+def shard(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images (class/*.jpg, or *.jpg, or splits of those), ImageNet's archives or their folder, "
+            "a tar of images, a folder of WebDataset tars, or a .txt list of paths; or the URL of one.",
+            parser=place,
+        ),
+    ],
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "default",
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ground truth of images without classes: ImageNet's development kit, a text file with a class a line, "
+            "or Kaggle's LOC_val_solution.csv.",
+            parser=place,
+        ),
+    ] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(help="Stop unless the source is all of this: imagenet1k, imagenet1k/val, or FILE.json."),
+    ] = None,
+    workers: Workers = None,
+    set_: Set = None,
+) -> None:
+    """Pack images into shuffled WebDataset tars, checking that each can be decoded.
+
+    Run again with more images in SOURCE, it adds tars for the new ones.
+    """
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.extract import ShardSettings
+        from cae2pipe.progress import progress
+        from cae2pipe.shards.build import build_all
+
+        settings = load(ShardSettings, "shard", config, set_ or [], section("speed", workers=workers))
+        with progress("shard") as report:
+            build_all(source, out, settings, report, labels, expect)
+
+
+def extract_targets(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A shard set (folder or URL), or a folder of images.", parser=place)
+    ],
+    out: Out,
+    config: Annotated[str, typer.Option(help="Teacher preset or YAML file.")] = "clip-b16",
+    views: Annotated[int | None, typer.Option(help="Views an image. Ask for more later to add them.")] = None,
+    codec: Annotated[CodecName | None, typer.Option(help="How latents are compressed.")] = None,
+    fidelity: Annotated[float | None, typer.Option(help="klt: mean cosine to reach on held-out images.")] = None,
+    workers: Workers = None,
+    device: Device = None,
+    part: Annotated[str, typer.Option(help="K/N: make the K-th of N shares, e.g. 3/8 on the third of 8 machines.")] = (
+        "1/1"
+    ),
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what it would cost, from a few hundred images; OUT is not touched.")
+    ] = False,
+    calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="Calibrate the codec and stop.")] = False,
+    set_: Set = None,
+) -> None:
+    """Stage 1: write augmented views and the teacher's per-patch latents of them into a target set.
+
+    Under torchrun (torchrun --nproc-per-node N -m cae2pipe extract-targets ...) the ranks share the work.
+    """
+    with exits():
+        from cae2pipe.artifacts.parts import parse_part
+        from cae2pipe.config.base import load
+        from cae2pipe.config.extract import ExtractSettings
+        from cae2pipe.progress import progress
+
+        values = {
+            **({} if views is None else {"views": views}),
+            **section("codec", name=codec.value if codec else None, fidelity=fidelity),
+            **section("speed", workers=workers, device=device),
+        }
+        settings = load(ExtractSettings, "extract", config, set_ or [], values)
+        from cae2pipe.stages.estimate_targets import estimate_targets
+        from cae2pipe.stages.extract_targets import extract_targets as run
+
+        if estimate:
+            with progress("estimate") as report:
+                found = estimate_targets(source, settings, report)
+            _print_estimate(found)
+            return
+        with progress("extract-targets") as report:
+            run(source, out, settings, report, parse_part(part), calibrate_only)
+
+
+def recode(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SET", help="A target set, best one of --codec fp16 (folder or URL).", parser=place),
+    ],
+    out: Out,
+    codec: Annotated[CodecName, typer.Option(help="How latents are compressed in OUT.")] = CodecName.klt,
+    fidelity: Annotated[float, typer.Option(help="klt: mean cosine to reach on held-out images.")] = 0.999,
+    lossy_source: Annotated[
+        bool, typer.Option("--lossy-source", help="Allow a set that is not fp16: its error comes on top.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Threads; -1: one a core.")] = -1,
+) -> None:
+    """Make a target set with another codec or fidelity from one there is, without the teacher.
+
+    On one disk the views' pixels are shared, not copied.
+    """
+    with exits():
+        from cae2pipe.config.base import build
+        from cae2pipe.config.extract import CodecSettings
+        from cae2pipe.progress import progress
+
+        settings = build(CodecSettings, {"name": codec.value, "fidelity": fidelity}, "recode")
+        from cae2pipe.stages.recode import recode as run
+
+        with progress("recode") as report:
+            run(source, out, settings, report, lossy_source, workers)
+
+
+def _print_estimate(found: dict[str, Any]) -> None:
+    from cae2pipe.progress import duration, gigabytes
+    from cae2pipe.reporting.terminal import print_table
+
+    rows = [
+        {
+            "codec": row["codec"],
+            "pixels a view": gigabytes(found["pixels"]),
+            "latents a view": gigabytes(row["latents"]),
+            "in all": gigabytes(row["bytes"]),
+            "mean cosine": f"{row['mean']:.5f}",
+            "1st percentile": f"{row['p1']:.5f}",
+            "time here": duration(row["seconds"]),
+            "paid from epoch": row["paid_from_epoch"],
+        }
+        for row in found["codecs"]
+    ]
+    print_table(console, rows)
+    console.print(
+        f"{found['images']} images in {found['views']} views; here {found['views_per_s']:.1f} views a second, the "
+        f"teacher alone {found['teacher_per_s']:.1f}: {found['verdict']}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,108 @@
+"""Stage 3: evaluate, results."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, section
+
+Encoder = Annotated[
+    str,
+    typer.Argument(
+        metavar="ENCODER",
+        help="A run folder; an encoder.safetensors; a .pth that CAE's authors released; random:RUN, random:PRESET or "
+        "random:NAME, a student or timm model before training; timm:NAME, or timm:NAME@FILE with local weights; "
+        "open_clip:NAME/TAG or open_clip:NAME@FILE; teacher:PRESET, teacher:FILE.yaml or a target set, for its teacher "
+        "(@FILE as above).",
+    ),
+]
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA", help="A folder with train and val (or test): class/*.jpg each, or shard sets.")
+]
+
+
+def evaluate_knn(
+    encoder: Encoder,
+    data: Data,
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "knn",
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Accuracy of weighted nearest neighbours on frozen features."""
+    _evaluate("knn", encoder, data, out, config, set_, workers=workers, device=device)
+
+
+FAST_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def evaluate_linear(
+    encoder: Encoder,
+    data: Data,
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "linear",
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Try six learning rates at once; the best on held-out training images is taken."),
+    ] = False,
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Accuracy of a linear classifier on frozen features of central crops."""
+    over = [f"sweep={list(FAST_RATES)}", *(set_ or [])] if fast else set_
+    _evaluate("linear", encoder, data, out, config, over, workers=workers, device=device)
+
+
+def _evaluate(
+    kind: str, encoder: str, data: Path, out: Path, config: str, set_: list[str] | None, **speed: Any
+) -> None:
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.evaluate import EVALUATIONS
+        from cae2pipe.progress import progress
+
+        settings = load(EVALUATIONS[kind], "evaluate", config, set_ or [], section("speed", **speed))
+        from cae2pipe.stages.evaluate import RUNS
+
+        with progress(f"evaluate {kind}") as report:
+            result = RUNS[kind](encoder, data, out, settings, report)
+        _print_score(result)
+
+
+def _print_score(result: dict[str, Any]) -> None:
+    from cae2pipe.reporting.terminal import print_table
+
+    columns = ("evaluation", "encoder", "feature", "top1", "top5")
+    row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
+    print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
+    console.print(f"protocol: {result['protocol']}", markup=False, highlight=False, soft_wrap=True)
+
+
+class ResultsFormat(StrEnum):
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+
+
+def results(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with scores, at any depth.")],
+    format_: Annotated[ResultsFormat, typer.Option("--format", help="How to print.")] = ResultsFormat.table,
+) -> None:
+    """All scores of many evaluations side by side, each with its protocol."""
+    with exits():
+        from cae2pipe.reporting.results import as_markdown, collect, shown
+        from cae2pipe.reporting.terminal import print_table
+
+        rows = collect(folders)
+        if format_ is ResultsFormat.table:
+            print_table(console, [shown(row) for row in rows])
+        else:
+            text = as_markdown(rows) if format_ is ResultsFormat.markdown else json.dumps(rows, indent=1)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)

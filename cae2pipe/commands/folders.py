@@ -1,0 +1,88 @@
+"""Any folder that a stage made: inspect, verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cae2pipe.commands.shared import console, errors, exits, place
+from cae2pipe.errors import FAILURE
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a folder is, what it was made from, and what it holds."""
+    with exits():
+        from cae2pipe.inspection import describe
+        from cae2pipe.reporting.terminal import print_facts
+
+        facts = describe(path)
+        if as_json:
+            sys.stdout.write(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        else:
+            print_facts(console, facts)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    repair: Annotated[bool, typer.Option("--repair", help="Make again exactly what is damaged, then check.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="With --repair: the images or the shard set that it was made from.", parser=place),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="With --repair: the ground truth that shard was given.", parser=place)
+    ] = None,
+    live: Annotated[
+        int, typer.Option(min=0, help="Target sets: also run the teacher again on this many stored views.")
+    ] = 0,
+    teacher_weights: Annotated[
+        Path | None,
+        typer.Option(help="With --live or --repair: the teacher's weights, if they came from a local file."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --live or --repair: auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
+    with exits():
+        from cae2pipe.inspection import verify as check
+        from cae2pipe.progress import progress
+
+        with progress("verify") as report:
+            result = check(path, report)
+        for problem in result.problems:
+            errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+        if repair:
+            from cae2pipe.stages.repair import repair as mend
+
+            with progress("repair") as report:
+                mend(result, report, source, labels, teacher_weights, device)
+                result = check(path, report) if result.problems else result
+            for problem in result.problems:
+                errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+        console.print(result.summary(), highlight=False, soft_wrap=True)
+        if result.problems:
+            raise typer.Exit(FAILURE)
+        if live:
+            _verify_live(path, live, teacher_weights, device)
+
+
+def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> None:
+    from cae2pipe.inspection import verify_live
+
+    found = verify_live(path, live, weights, device)
+    console.print(
+        f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
+        f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not found.sound:
+        errors.print("these are not the teacher's latents of these views", style="bold red")
+        raise typer.Exit(FAILURE)

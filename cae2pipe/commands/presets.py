@@ -1,0 +1,52 @@
+"""Presets of settings and of teachers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cae2pipe.commands.shared import Set, console, exits
+
+
+def config_list() -> None:
+    """The presets of every stage."""
+    with exits():
+        from cae2pipe.config.base import preset_names
+        from cae2pipe.config.stages import STAGES
+
+        for stage in STAGES:
+            console.print(f"{stage}: {', '.join(preset_names(stage))}", highlight=False)
+
+
+def config_show(
+    stage: Annotated[str, typer.Argument(help="shard, extract, pretrain or evaluate.")],
+    preset: Annotated[str, typer.Argument(help="Preset or YAML file.")],
+    set_: Set = None,
+) -> None:
+    """The resolved settings of a preset, each with a line of documentation."""
+    with exits():
+        from cae2pipe.config.base import load, show
+        from cae2pipe.config.stages import settings_class
+
+        console.print(
+            show(load(settings_class(stage, preset), stage, preset, set_ or [])), markup=False, soft_wrap=True
+        )
+
+
+def teachers_list() -> None:
+    """Teacher presets, and whether their weights are at hand."""
+    with exits():
+        from cae2pipe.reporting.terminal import print_table
+        from cae2pipe.teachers.presets import list_presets
+
+        print_table(console, list_presets())
+
+
+def teachers_fetch(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
+    """Bring a preset's weights into the local cache, for use without a network."""
+    with exits():
+        from cae2pipe.teachers.presets import fetch
+
+        for path in fetch(name):
+            console.print(str(path), highlight=False, soft_wrap=True)

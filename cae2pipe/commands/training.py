@@ -1,0 +1,75 @@
+"""Stage 2: pretrain, replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, place, section
+
+
+def pretrain(
+    targets: Annotated[
+        Path,
+        typer.Argument(metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=place),
+    ],
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset (tiny, small, base, large, huge) or YAML file.")] = "base",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    repeat_masks: Annotated[
+        int | None, typer.Option(help="Masks that each loaded view is trained under in one step: where reading limits.")
+    ] = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Run the teacher in every step instead of reading its latents.")
+    ] = False,
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Stage 2: train a student from cached targets; ends with encoder.safetensors.
+
+    Under torchrun (torchrun --nproc-per-node N -m cae2pipe pretrain ...) the ranks share every batch. SIGTERM (exit
+    code 143) and SIGUSR1 (75) end the step, write a checkpoint and leave; the same command goes on.
+    """
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.pretrain import PretrainSettings
+        from cae2pipe.progress import progress
+
+        values = {
+            **({} if epochs is None else {"epochs": epochs}),
+            **({"targets": "online"} if online else {}),
+            **section("mask", repeat=repeat_masks),
+            **section("speed", workers=workers, device=device),
+        }
+        settings = load(PretrainSettings, "pretrain", config, set_ or [], values)
+        from cae2pipe.stages.pretrain import pretrain as run
+
+        with progress("pretrain") as report:
+            run(targets, out, settings, report)
+
+
+def replay(
+    record: Annotated[Path, typer.Argument(metavar="FILE", help="A file of a run's folder failures/.")],
+    device: Device = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; the run's own by default.")] = None,
+) -> None:
+    """Go again through a training step that was not finite, and say which sample or module breaks it."""
+    with exits():
+        from cae2pipe.reporting.terminal import print_table
+        from cae2pipe.stages.replay import replay as run
+
+        found = run(record, device or "auto", precision)
+        names = (*found["terms"], "grad_norm")
+        again = {**found["terms"], "grad_norm": found["grad_norm"]}
+        rows = [{"value": n, "recorded": f"{found['recorded'][n]:.6g}", "again": f"{again[n]:.6g}"} for n in names]
+        print_table(console, rows)
+        print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in found["samples"]])
+        for title, values in (
+            ("latents that are not finite", found["inputs"]),
+            ("first module with such an output", [found["module"]] if found["module"] else []),
+            ("weights with such gradients", found["gradients"]),
+        ):
+            console.print(f"{title}: {', '.join(values) or 'none'}", markup=False, highlight=False, soft_wrap=True)
