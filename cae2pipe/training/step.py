@@ -19,15 +19,18 @@ Latents = Callable[[Batch], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave, still on the device: loss terms over the global batch, gradient norm, the processes' sums of
-    what they sent along. ``values`` waits for it."""
+    """What a step gave, on its way to the host: loss terms over the global batch, the processes' sums of what they sent
+    along, gradient norm. ``arrived`` is the device's mark behind it, None where it is there at once."""
 
     batch: Batch
     lr: float
     figures: Tensor
+    arrived: torch.cuda.Event | None
 
     def values(self) -> dict[str, float]:
-        """``TERMS``, ``sent`` 0, 1, ... and ``grad_norm``."""
+        """``TERMS``, ``sent`` 0, 1, ... and ``grad_norm``. Waits for this step, not for what was begun after it."""
+        if self.arrived:
+            self.arrived.synchronize()
         numbers = self.figures.tolist()
         sent = len(numbers) - len(TERMS) - 1
         names = (*TERMS, *(f"sent{place}" for place in range(sent)), "grad_norm")
@@ -87,7 +90,7 @@ class Step:
         self.spoilt = torch.maximum(self.spoilt, (~good).float())
         self.optimizer.found_inf = self.spoilt  # type: ignore[attr-defined]
         self.optimizer.step()
-        return Outcome(batch, lr, figures)
+        return Outcome(batch, lr, *to_host(figures))
 
     def backward(self, batch: Batch, accumulation: int) -> Tensor:
         """This process's share of the loss terms (5,); gradients are made anew."""
@@ -102,6 +105,20 @@ class Step:
                 (terms[0] * self.world.ranks).backward()
             total += terms.detach()
         return total
+
+
+def to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Figures on their way to the host, and the event that says when they are there.
+
+    Copied when they are read, they would come after all that the device has been given since.
+    """
+    if figures.device.type != "cuda":
+        return figures, None
+    host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+    host.copy_(figures, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
 
 
 def forward(module: nn.Module, batch: Batch, latents: Mapping[str, Tensor]) -> Tensor:
