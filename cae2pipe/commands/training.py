@@ -70,6 +70,11 @@ def replay(
         for title, values in (
             ("latents that are not finite", found["inputs"]),
             ("first module with such an output", [found["module"]] if found["module"] else []),
-            ("weights with such gradients", found["gradients"]),
+            ("weights with such gradients", shortened(found["gradients"])),
         ):
             console.print(f"{title}: {', '.join(values) or 'none'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def shortened(names: list[str], most: int = 5) -> list[str]:
+    """The first few of many names, and how many more there are."""
+    return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]

@@ -213,10 +213,16 @@ class PretrainSettings(Settings):
                 f"mask.ratio {self.mask.ratio} masks {self.masked_patches} of {patches} patches: "
                 "at least one must be masked and one visible; set mask.ratio between the two"
             )
-        if self.data.batch % (self.data.streams * self.mask.repeat):
+        if self.data.batch % self.mask.repeat:
             raise ValueError(
-                f"data.batch {self.data.batch} is not a multiple of data.streams {self.data.streams} x mask.repeat "
-                f"{self.mask.repeat}: set data.streams to a divisor of {self.data.batch // self.mask.repeat}"
+                f"mask.repeat {self.mask.repeat} does not divide data.batch {self.data.batch}: "
+                f"set mask.repeat to {_divisor(self.data.batch, self.mask.repeat)}"
+            )
+        if self.loaded_batch % self.data.streams:
+            raise ValueError(
+                f"with mask.repeat {self.mask.repeat} a step loads {self.loaded_batch} views, which data.streams "
+                f"{self.data.streams} does not divide: set data.streams to "
+                f"{_divisor(self.loaded_batch, self.data.streams)}"
             )
         if self.views == "fresh" and self.targets == "cached":
             raise ValueError("views: fresh has no cached targets: set targets=online, or views=stored")

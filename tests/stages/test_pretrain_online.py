@@ -112,8 +112,10 @@ def test_originals_that_are_missing_or_others_are_refused(
 def test_contradictions_are_refused(pretrain_settings):
     with pytest.raises(SettingsError, match="no cached targets"):
         pretrain_settings(views="fresh")
-    with pytest.raises(SettingsError, match=r"mask\.repeat"):
+    with pytest.raises(SettingsError, match=r"mask\.repeat 3 does not divide .* 32: set mask\.repeat to 2"):
         pretrain_settings(mask={"repeat": 3})
+    with pytest.raises(SettingsError, match=r"loads 2 views, .* set data\.streams to 2"):
+        pretrain_settings(mask={"repeat": 16})
     with pytest.raises(SettingsError, match="cut by the workers"):
         pretrain_settings(targets="online", views="fresh", data={"decode": "device"})
 
