@@ -288,3 +288,31 @@ def test_one_class_alone(exported, data, tmp_path):
             shutil.rmtree(data / part / name)
     with pytest.raises(SourceError, match="one class only, 'bright'"):
         evaluate_knn(str(exported), data, tmp_path / "out", knn(), Silent())
+
+
+def test_real_scores_are_those_of_scikit_learn_on_the_same_features(real, tmp_path):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    for part, each in (("train", 30), ("val", 20)):
+        for folder in sorted((real / "imagenette" / part).iterdir()):
+            target = tmp_path / "data" / part / folder.name
+            target.mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:each]:
+                (target / path.name).symlink_to(path)
+    point = 0.01 + 1e-9
+    encoder = f"timm:vit_tiny_patch16_224@{real / 'teachers' / 'vit_tiny_patch16_224.timm.safetensors'}"
+    out = tmp_path / "out"
+    near = evaluate_knn(encoder, tmp_path / "data", out, knn("k=[20]"), Silent())
+    straight = evaluate_linear(encoder, tmp_path / "data", out, linear(), Silent())
+    train, val = sorted((load_file(path) for path in (out / "features").iterdir()), key=lambda p: -len(p["labels"]))
+    assert (len(train["labels"]), len(val["labels"])) == (300, 200)
+    for kind in ("class", "mean"):
+        reference = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+        wanted = reference.fit(train[kind], train["labels"]).score(val[kind], val["labels"])
+        assert near["by_feature"][kind]["20"]["top1"] == pytest.approx(wanted, abs=point)
+    reference = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    wanted = reference.fit(train["class"], train["labels"]).score(val["class"], val["labels"])
+    assert straight["top1"] == pytest.approx(wanted, abs=point)
