@@ -7,6 +7,7 @@ batch; the leading one writes. The teacher is only here where it is asked for, a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -183,7 +184,7 @@ def train(
     def settle(outcome: Outcome) -> tuple[bool, bool]:
         """Read an outcome and tell of it. Gives whether to stop, and whether a checkpoint is due."""
         values = outcome.values()
-        if not all(value - value == 0 for value in (values["loss"], values["grad_norm"])):
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise capture(step, outcome, values, settings, target_dim, out)
         if telemetry:
             telemetry.step(outcome, values, values["sent0"] / world.ranks)
@@ -240,7 +241,7 @@ def runs_ahead(device: torch.device) -> bool:
 def until_stopped(batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch]:
     """The batches; a failure of the workers that comes with a signal is the stop that was asked for.
 
-    A signal to the whole process group ends the server process that workers were started from, and them with it.
+    Workers have left the process group, but a scheduler may signal every process of a job.
     """
     try:
         yield from batches

@@ -180,7 +180,7 @@ def create_exclusively(path: Path, data: bytes) -> bool:
         remotely(path, lambda: fs.pipe_file(name, data, mode="create"))
     except FileExistsError:
         return False
-    except (NotImplementedError, TypeError, ValueError):
+    except (NotImplementedError, TypeError, ValueError):  # what file systems say to a mode that they do not know
         raise no_conditional_writes(path) from None
     return True
 

@@ -39,9 +39,6 @@ def evaluate_knn(
     _evaluate("knn", encoder, data, out, config, set_, workers=workers, device=device)
 
 
-FAST_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-
-
 def evaluate_linear(
     encoder: Encoder,
     data: Data,
@@ -56,6 +53,8 @@ def evaluate_linear(
     set_: Set = None,
 ) -> None:
     """Accuracy of a linear classifier on frozen features of central crops."""
+    from cae2pipe.config.evaluate import FAST_RATES
+
     over = [f"sweep={list(FAST_RATES)}", *(set_ or [])] if fast else set_
     _evaluate("linear", encoder, data, out, config, over, workers=workers, device=device)
 

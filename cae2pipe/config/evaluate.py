@@ -57,6 +57,10 @@ class KnnSettings(Settings):
         return self
 
 
+FAST_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Learning rates that a fast linear evaluation tries, about the paper's 0.1."""
+
+
 class LinearSettings(Settings):
     """A linear classifier on frozen features of central crops (head and optimiser: paper, Table 9)."""
 

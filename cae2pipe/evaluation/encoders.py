@@ -27,7 +27,7 @@ from cae2pipe.artifacts.digest import fingerprint, sha256_file
 from cae2pipe.config.base import build, identity, load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
-from cae2pipe.errors import ManifestError, MismatchError, SourceError, TeacherError
+from cae2pipe.errors import ManifestError, SourceError, TeacherError
 from cae2pipe.keyed import keyed_seed
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.teachers.protocol import Teacher
@@ -248,45 +248,29 @@ def random_student(name: str, seed: int, device: torch.device) -> Student:
 
 
 def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
-    """``timm:NAME`` or ``teacher:PRESET`` or ``teacher:TARGETS``, each with ``@FILE`` for local weights."""
-    from cae2pipe.teachers.load import load_teacher
+    """``timm:NAME``, ``open_clip:NAME/TAG``, ``teacher:PRESET`` or ``teacher:TARGETS``, each with ``@FILE`` for local
+    weights."""
+    from cae2pipe.teachers.load import load_teacher, set_teacher
 
     name, _, file = name.partition("@")
-    made_by = None
+    weights = Path(file) if file else None
+    if form == "teacher" and is_box(Path(name), "targets"):
+        return FrozenTeacher(set_teacher(open_box(Path(name)), weights, device, f"teacher:{name}@FILE"))
     if form == "timm":
         settings = timm_settings(name)
+        fix = "check the name, give timm:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"
     elif form == "open_clip":
         settings = open_clip_settings(name)
-    elif is_box(Path(name), "targets"):
-        box = open_box(Path(name))
-        settings = build(TeacherSettings, box.identity["settings"]["teacher"], where=name)
-        made_by = box.identity["teacher"]["weights"]
+        fix = "give open_clip:NAME/TAG or open_clip:NAME@FILE, or all that a teacher can be told: teacher:FILE.yaml"
     else:
-        settings = load(ExtractSettings, "extract", name).teacher
-    if file:
-        settings = settings.model_copy(update={"weights": Path(file)})
+        settings, fix = load(ExtractSettings, "extract", name).teacher, None
+    if weights:
+        settings = settings.model_copy(update={"weights": weights})
     try:
-        teacher = load_teacher(settings, device)
+        return FrozenTeacher(load_teacher(settings, device))
     except TeacherError as error:
         # Some remedies speak of settings, which these forms do not have.
-        if form == "timm":
-            fix = "check the name, give timm:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"
-        elif form == "open_clip":
-            fix = (
-                "give open_clip:NAME/TAG, open_clip:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"
-            )
-        elif made_by and not file:
-            fix = f"give the file of its weights: teacher:{name}@FILE"
-        else:
-            raise
-        raise TeacherError(error.what, where=error.where, fix=fix) from None
-    if made_by not in (None, teacher.info.weights):
-        raise MismatchError(
-            "these are not the weights that this target set was made with",
-            where=name,
-            fix=f"give their file: teacher:{name}@FILE",
-        )
-    return FrozenTeacher(teacher)
+        raise TeacherError(error.what, where=error.where, fix=fix or error.fix) from None
 
 
 def timm_settings(name: str) -> TeacherSettings:

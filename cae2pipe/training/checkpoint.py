@@ -20,14 +20,17 @@ def save_checkpoint(
 ) -> Path:
     """Write ``step-00001234.pt``; remove all but the ``keep`` newest and those whose step is ``for_good``.
 
-    ``state`` holds tensors and plain values.
+    Those of later steps go too: a damaged one that was passed over would otherwise count as the newest, and push out
+    the one just written. ``state`` holds tensors and plain values.
     """
     path = folder / f"step-{step:08d}.pt"
     with replacing(path) as temporary:
         torch.save({**state, "step": step}, temporary)
-    for old in checkpoints(folder)[:-keep]:
-        if not for_good(step_of(old)):
-            old.unlink()
+    found = checkpoints(folder)
+    later = [other for other in found if step_of(other) > step]
+    earlier = [other for other in found if step_of(other) <= step]
+    for old in later + [other for other in earlier[:-keep] if not for_good(step_of(other))]:
+        old.unlink()
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import torch
 
@@ -17,14 +18,12 @@ def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMem
     With several processes only a guess is made: trials would leave them out of step.
     """
     images = len(batch.visible)
-    fit = None if step.world.ranks > 1 else fitting(step, batch)
+    alone = step.world.ranks == 1
+    fit = fitting(step, batch) if alone else next(finer(step, batch), None)
     again = "" if recompute else ", or --set speed.recompute=true"
     if fit:
-        what = f"{images // fit} images a pass would fit"
+        what = f"{images // fit} images a pass {'would' if alone else 'may'} fit"
         fix = f"--set speed.accumulation={fit}{again}"
-    elif step.world.ranks > 1:
-        what = "fewer images a pass may fit"
-        fix = f"--set speed.accumulation={2 * step.accumulation}{again}"
     else:
         what = "not even one image a pass would fit"
         fix = "use a smaller model" if recompute else "--set speed.recompute=true, or use a smaller model"
@@ -35,10 +34,15 @@ def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMem
     )
 
 
+def finer(step: Step, batch: Batch) -> Iterator[int]:
+    """Numbers of parts, above the step's own, that this process's share of the batch can be cut into."""
+    views = len(batch.weights)
+    return (count for count in range(step.accumulation + 1, views + 1) if views % count == 0)
+
+
 def fitting(step: Step, batch: Batch) -> int | None:
     """The smallest number of parts, of those tried, in which the batch's passes fit; None: not even view by view."""
-    views = len(batch.weights)
-    for parts in (count for count in range(step.accumulation + 1, views + 1) if views % count == 0):
+    for parts in finer(step, batch):
         release(step)
         try:
             step.backward(batch, parts)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -22,6 +23,18 @@ def test_one_changed_byte_is_noticed_and_the_one_before_is_taken(tmp_path):
     report = Silent()
     assert load_checkpoint(tmp_path, report)["x"][0] == 1
     assert any("step-00000002.pt cannot be read" in line for line in report.lines)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_one_that_was_passed_over_pushes_no_sound_one_out(tmp_path, keep):
+    for step in (3, 6):
+        save_checkpoint(tmp_path, step, {"x": torch.tensor(step)}, 2)
+    (tmp_path / "step-00000006.pt").write_bytes(b"cut off")
+    save_checkpoint(tmp_path, 5, {"x": torch.tensor(5)}, keep)
+    assert [path.stem for path in checkpoints(tmp_path)] == ["step-00000003", "step-00000005"][-keep:]
+    report = Silent()
+    assert load_checkpoint(tmp_path, report)["x"] == 5
+    assert report.lines == []
 
 
 def test_no_checkpoint_at_all(tmp_path):

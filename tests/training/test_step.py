@@ -121,6 +121,14 @@ def test_out_of_memory_names_what_fits(make, pretrain_settings, most, parts):
         assert f"{32 // parts} images a pass would fit" in error.what
 
 
+def test_out_of_memory_with_several_processes_names_what_can_be_set(make, pretrain_settings):
+    step, batches = make(pretrain_settings(data={"batch": 48, "streams": 4}))
+    step.accumulation, step.world = 6, replace(step.world, ranks=2)
+    error = explain_out_of_memory(step, batches[0], recompute=True)
+    assert error.fix == "--set speed.accumulation=8"  # 12, twice as many, is not the next that 48 can be cut into
+    assert "6 images a pass may fit" in error.what
+
+
 def test_one_graph_and_no_recompilation(make, pretrain_settings):
     from torch._dynamo import reset
     from torch._dynamo.testing import CompileCounterWithBackend
