@@ -1,139 +1,335 @@
 """Stage 3: score an encoder on labelled images.
 
-Read from top to bottom: open the data, load the encoder, compute features once, score, write ``result.json``.
+Read from top to bottom: open the data, load the encoder, score it, write ``result.json`` with predictions beside it.
+Under torchrun every process runs all of this on its share of the images; the leading one writes. There are two kinds of
+scores: on features that are computed once and kept (knn, linear with cached crops), and by training on new crops of
+every image in every epoch (linear, attentive, finetune).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.atomic import write_json
-from cae2pipe.artifacts.box import Box, check_file, open_or_create
+from cae2pipe.artifacts.atomic import remove_debris, write_json
+from cae2pipe.artifacts.box import MANIFEST, Box, check_file, is_box, open_box, open_or_create
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import identity
-from cae2pipe.config.evaluate import KnnSettings, LinearSettings
+from cae2pipe.config.evaluate import AnySettings, AttentiveSettings, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.errors import SettingsError
-from cae2pipe.evaluation.datasets import common_labels, open_data
-from cae2pipe.evaluation.encoders import label, load_encoder
-from cae2pipe.evaluation.features import extract_features, resolve_feature, resolve_size
-from cae2pipe.evaluation.knn import knn_accuracy
-from cae2pipe.evaluation.linear import train_probe
-from cae2pipe.progress import Report
-from cae2pipe.training.device import pick_device
+from cae2pipe.evaluation.attentive import AttentiveProbe, head_count
+from cae2pipe.evaluation.course import all_images, full_batches
+from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop, seeded
+from cae2pipe.evaluation.datasets import Split, common_labels, open_data
+from cae2pipe.evaluation.encoders import FrozenEncoder, label, load_encoder
+from cae2pipe.evaluation.features import FeatureSet, extract_features, log_rejects, resolve_feature, resolve_size
+from cae2pipe.evaluation.finetune import BEST, LAST, FinetuneLearner, build_classifier
+from cae2pipe.evaluation.knn import knn_predictions
+from cae2pipe.evaluation.linear import Probe, batch_and_steps, lars, lars_groups, logits, train_probe
+from cae2pipe.evaluation.predicting import Found, predict
+from cae2pipe.evaluation.probing import Inputs, ProbeLearner, all_tokens, pooled
+from cae2pipe.evaluation.protocols import protocol
+from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
+from cae2pipe.evaluation.supervised import CHECKPOINTS, METRICS, train
+from cae2pipe.progress import Report, Silent
+from cae2pipe.training.device import pick_device, set_backends
+from cae2pipe.training.parallel import World, joined
 
 RESULT = "result.json"
-
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Train features and labels, val features and labels, on the device."""
-Score = Callable[[dict[str, Tensors], str, int], dict[str, Any]]
-"""From the tensors by kind of feature, the kind asked for and the number of classes to what is scored."""
+BULKY = ("losses", "history", "per_class", "settings")
+"""What ``result.json`` has and the manifest does without."""
 
 
-def evaluate_knn(encoder: str, data: Path, out: Path, settings: KnnSettings, report: Report) -> dict[str, Any]:
-    """Weighted nearest neighbours of ``data``'s val images among its train images, into ``out``/knn.
+@dataclass(frozen=True)
+class Job:
+    """One evaluation: what all kinds of it are given. ``root`` is its own folder, ``shared`` the one above."""
+
+    encoder: FrozenEncoder
+    spec: str
+    train: Split
+    val: Split
+    shared: Path
+    root: Path
+    world: World
+    report: Report
+
+    @property
+    def classes(self) -> list[str]:
+        return self.train.classes
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation found; ``trained`` and ``left_out`` count training images. ``files`` lie in its folder."""
+
+    found: Found
+    figures: dict[str, Any]
+    trained: int
+    left_out: int = 0
+    files: tuple[str, ...] = ()
+
+
+def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings, report: Report) -> dict[str, Any]:
+    """Score the encoder ``spec`` on ``data``, which holds train and val, into ``out``/``kind``.
 
     Returns:
-        What ``result.json`` holds; ``top1`` is the accuracy at the first k; ``by_feature`` has every k of the class
-        token's and of the mean patch's.
+        What ``result.json`` holds; ``top1`` and ``top5`` are the accuracies. {} in all but the leading process.
 
     Raises:
-        SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError: see their messages.
+        SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError, DivergedError,
+        OutOfMemoryError: see their messages.
     """
-
-    def score(by_kind: dict[str, Tensors], feature: str, classes: int) -> dict[str, Any]:
-        numbers = neighbours(settings, len(by_kind[feature][0]), report)
-        found = {
-            kind: knn_accuracy(*tensors, classes=classes, k=numbers, temperature=settings.temperature)
-            for kind, tensors in by_kind.items()
-        }
-        by_feature = {kind: {str(k): value for k, value in scores.items()} for kind, scores in found.items()}
-        return {**found[feature][settings.k[0]], "k": settings.k[0], "by_feature": by_feature}
-
-    return evaluate("knn", encoder, data, out, settings, score, report)
+    rank = torchrun_rank()
+    device = pick_device(settings.speed.device, rank.local)
+    with joined(rank, device, "ddp", rank.ranks) as world, ExitStack() as stack:
+        return _evaluate(kind, spec, data, out, settings, world, stack, report if world.leads else Silent())
 
 
-def evaluate_linear(encoder: str, data: Path, out: Path, settings: LinearSettings, report: Report) -> dict[str, Any]:
-    """A linear classifier trained on ``data``'s train features and scored on its val ones, into ``out``/linear.
-
-    Returns:
-        What ``result.json`` holds; ``top1`` is the accuracy.
-
-    Raises:
-        As ``evaluate_knn``.
-    """
-
-    def score(by_kind: dict[str, Tensors], feature: str, classes: int) -> dict[str, Any]:
-        return train_probe(*by_kind[feature], classes=classes, settings=settings, report=report)
-
-    return evaluate("linear", encoder, data, out, settings, score, report)
-
-
-def evaluate(
+def _evaluate(
     kind: str,
     spec: str,
     data: Path,
     out: Path,
-    settings: KnnSettings | LinearSettings,
-    score: Score,
+    settings: AnySettings,
+    world: World,
+    stack: ExitStack,
     report: Report,
 ) -> dict[str, Any]:
-    """What all evaluations on frozen features share: features of both splits, a score, a box with the result."""
-    train_split, val_split = open_data(data, settings.speed.batch)
-    device = pick_device(settings.speed.device)
-    encoder = load_encoder(spec, settings.seed, device)
-    feature, size = resolve_feature(settings.features, encoder), resolve_size(settings.features, encoder)
+    train_split, val_split = world.lead_first(lambda: open_data(data, settings.speed.batch))
+    precision = resolve_precision(settings, world.device)
+    encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision))
+    if isinstance(settings, FinetuneSettings):
+        size, feature = settings.image_size or encoder.image_size, "mean"
+        resolved = identity(settings) | {"precision": precision}
+    else:
+        size, feature = resolve_size(settings.features, encoder), resolve_feature(settings.features, encoder)
+        resolved = identity(settings)
     root = out / kind
-    with writing(out):
-        box = open_or_create(
-            root,
-            "scores",
-            {
-                "evaluation": kind,
-                "settings": identity(settings),
-                "encoder": encoder.identity,
-                "feature": feature,
-                "image_size": size,
-                "data": {"train": train_split.identity, "val": val_split.identity},
-            },
-            facts={},
-            fix="give another output folder",
+    asked = {
+        "evaluation": kind,
+        "settings": resolved,
+        "encoder": encoder.identity,
+        "feature": "tokens" if kind == "attentive" else feature,
+        "image_size": size,
+        "data": {"train": train_split.identity, "val": val_split.identity},
+    }
+    world.lead(lambda: stack.enter_context(writing(out)))
+    world.lead(lambda: forget_idle(root))
+    box: Box = world.lead(lambda: open_or_create(root, "scores", asked, facts={}, fix="give another output folder"))
+    if result := world.lead(lambda: finished(box)):
+        report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
+        return result if world.leads else {}
+    world.lead(lambda: remove_debris(root))
+    set_backends(precision == "bf16", deterministic=False)
+    job = Job(encoder, spec, train_split, val_split, out, root, world, report)
+    score = SCORES[kind](job, settings, feature, size)
+    if score is None or not world.leads:
+        return {}
+    return finish(box, job, kind, settings, size, score)
+
+
+def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, score: Score) -> dict[str, Any]:
+    """Write down what was found, and call the evaluation complete."""
+    predictions, asked = score.found.predictions, box.identity
+    log_rejects(job.val, score.found.rejected, job.report)
+    result = {
+        "evaluation": kind,
+        "encoder": label(job.spec),
+        "feature": asked["feature"],
+        **accuracy(predictions),
+        **score.figures,
+        "protocol": protocol(settings, size),
+        "classes": len(job.classes),
+        "images": {"train": score.trained, "val": len(predictions.labels)},
+        "rejected": {"train": score.left_out, "val": len(score.found.rejected)},
+        "per_class": per_class(predictions, job.classes),
+        "settings": asked["settings"],
+        "encoder_identity": asked["encoder"],
+        "data": asked["data"],
+        "fingerprint": box.fingerprint,
+    }
+    files = write_predictions(job.root, predictions, job.classes)
+    write_json(job.root / RESULT, result)
+    for name in (RESULT, *score.files):
+        files[name] = file_entry(job.root / name)
+    box.facts["result"] = {name: value for name, value in result.items() if name not in BULKY}
+    box.add("result", {"files": files})
+    box.save(complete=True)
+    # Only now: until here they are what a killed run goes on from.
+    shutil.rmtree(job.root / CHECKPOINTS, ignore_errors=True)
+    return result
+
+
+def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score | None:
+    """Weighted nearest neighbours of the val images among the train images. ``by_feature`` has every k of the class
+    token's and of the mean patch's; the headline is that of the first k."""
+    central = CentralCrop(size, round(size / settings.features.crop))
+    sets = features_of(job, settings, [central])
+    if sets is None:
+        return None
+    (train_set,), val_set = sets
+    numbers = neighbours(settings, len(train_set.labels), job.report)
+    device = job.world.device
+    labels = common_labels(val_set.labels, job.val.classes, job.classes).numpy()
+
+    def predictions(kind: str) -> dict[int, Predictions]:
+        found = knn_predictions(
+            train_set.features[kind].to(device),
+            train_set.labels.to(device),
+            val_set.features[kind].to(device),
+            classes=len(job.classes),
+            k=numbers,
+            temperature=settings.temperature,
         )
-        if result := finished(box):
-            report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
-            return result
-        parts = []
-        for split in (train_split, val_split):
-            parts.append(
-                extract_features(out / "features", encoder, split, settings.features, settings.speed, device, report)
-            )
-        train, val = parts
-        val_labels = common_labels(val.labels, val_split.classes, train_split.classes)
-        labels = train.labels.to(device), val_labels.to(device)
-        tensors = {
-            kind: (train.features[kind].to(device), labels[0], val.features[kind].to(device), labels[1])
-            for kind in train.features
-        }
-        result = {
-            "evaluation": kind,
-            "encoder": label(spec),
-            "feature": feature,
-            **score(tensors, feature, len(train_split.classes)),
-            "protocol": protocol(settings, size),
-            "classes": len(train_split.classes),
-            "images": {"train": len(train.labels), "val": len(val.labels)},
-            "rejected": {"train": len(train.rejected), "val": len(val.rejected)},
-        }
-        write_json(root / RESULT, result)
-        box.facts["result"] = {name: value for name, value in result.items() if name != "losses"}
-        box.add("result", {"files": {RESULT: file_entry(root / RESULT)}})
-        box.save(complete=True)
-        return result
+        return {k: Predictions(best.numpy(), share.numpy(), labels, val_set.keys) for k, (best, share) in found.items()}
+
+    by_feature = {kind: predictions(kind) for kind in train_set.features}
+    figures = {kind: {str(k): accuracy(found) for k, found in each.items()} for kind, each in by_feature.items()}
+    headline = Found(by_feature[feature][numbers[0]], val_set.rejected)
+    more = {"k": numbers[0], "by_feature": figures}
+    return Score(headline, more, len(train_set.labels), len(train_set.rejected))
+
+
+def score_linear(job: Job, settings: LinearSettings, feature: str, size: int) -> Score | None:
+    """A linear classifier (paper, Table 9), on features of cached crops or on new crops in every epoch."""
+    if settings.cached_crops:
+        return score_cached_linear(job, settings, feature, size)
+    dim = measure(job, pooled(feature), size)[-1]
+    with seeded("probe", settings.seed):
+        head = Probe(dim, len(job.classes)).to(job.world.device)
+    batch, _ = batch_and_steps(job.train.images, settings.batch)
+    optimizer = lars(lars_groups(head, settings.lr, settings.batch, batch), settings.momentum)
+    return train_head(job, settings, head, pooled(feature), optimizer, size)
+
+
+def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: int) -> Score | None:
+    central = CentralCrop(size, round(size / settings.features.crop))
+    drawn = [
+        DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed, number)
+        for number in range(1, settings.cached_crops)
+    ]
+    sets = features_of(job, settings, [central, *drawn])
+    if sets is None:
+        return None
+    train_sets, val_set = sets
+    device = job.world.device
+    crops = [found.features[feature].to(device) for found in train_sets]
+    labels = train_sets[0].labels.to(device)
+    probe, figures = train_probe(crops, labels, classes=len(job.classes), settings=settings, report=job.report)
+    val_labels = common_labels(val_set.labels, job.val.classes, job.classes)
+    found = from_scores(logits(probe, val_set.features[feature].to(device)), val_labels, val_set.keys)
+    return Score(Found(found, val_set.rejected), figures, len(labels), len(train_sets[0].rejected))
+
+
+def score_attentive(job: Job, settings: AttentiveSettings, feature: str, size: int) -> Score | None:
+    """One cross-attention block with a learned query, and a linear classifier."""
+    dim = measure(job, all_tokens, size)[-1]
+    heads = head_count(dim, settings.heads)
+    with seeded("probe", settings.seed):
+        head = AttentiveProbe(dim, len(job.classes), heads).to(job.world.device)
+    batch, _ = batch_and_steps(job.train.images, settings.batch)
+    groups = [{"params": list(head.parameters()), "peak": settings.lr * batch / 8192}]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=True)
+    return train_head(job, settings, head, all_tokens, optimizer, size)
+
+
+def train_head(
+    job: Job,
+    settings: LinearSettings | AttentiveSettings,
+    head: Probe | AttentiveProbe,
+    inputs: Inputs,
+    optimizer: torch.optim.Optimizer,
+    size: int,
+) -> Score:
+    """Train a head on new crops of every image in every epoch, and score it."""
+    batch, steps = batch_and_steps(job.train.images, settings.batch)
+    course = all_images(job.train.images, batch, steps, settings.chunk, settings.epochs, settings.seed)
+    learner = ProbeLearner(
+        job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, settings.speed.batch, job.world
+    )
+    crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
+    history = train(learner, course, job.train, crop, job.root, settings.speed, job.world, job.report)
+    central = CentralCrop(size, round(size / settings.features.crop))
+    found = predict(learner.logits, job.val, job.classes, central, settings.speed, job.world)
+    losses = [line["loss"] for line in history]
+    figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
+    return Score(found, figures, job.train.images, files=(METRICS,))
+
+
+def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int) -> Score:
+    """The whole encoder trained as a classifier (paper, Table 10). The headline is the last epoch's score; ``best`` is
+    the best epoch's, which the val images have picked."""
+    world, classes = job.world, job.classes
+    if settings.batch // settings.chunk % world.ranks:
+        raise SettingsError(
+            f"{settings.batch // settings.chunk} chunks a step cannot be shared out among {world.ranks} processes",
+            where="chunk",
+            fix=f"set chunk so that batch / chunk is a multiple of {world.ranks}",
+        )
+    course = full_batches(job.train.images, settings.batch, settings.chunk, settings.epochs, settings.seed)
+    classifier = build_classifier(job.encoder, len(classes), settings, job.spec)
+    central = CentralCrop(size, round(size / settings.crop))
+
+    def predicted(scores: Callable[[Tensor], Tensor]) -> Found:
+        return predict(scores, job.val, classes, central, settings.speed, world)
+
+    bf16 = resolve_precision(settings, world.device) == "bf16"
+    compiled = settings.speed.compile if settings.speed.compile is not None else world.device.type == "cuda"
+    learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
+    pixel_mean = tuple(channel / 255 for channel in classifier.mean.flatten().tolist())
+    crop = DrawnCrop(size, settings.draw, pixel_mean, settings.seed)
+    history = train(learner, course, job.train, crop, job.root, settings.speed, world, job.report)
+    # A run that was killed behind its last step has them still to make.
+    found = learner.found or predicted(learner.logits)
+    scored = [line for line in history if "top1" in line]
+    best = max(scored, key=lambda line: line["top1"])
+    figures = {
+        "best": {name: best[name] for name in ("epoch", "top1", "top5")},
+        "train_loss": history[-1]["loss"],
+        "history": history,
+    }
+    return Score(found, figures, job.train.images, files=(BEST, LAST, METRICS))
+
+
+SCORES: dict[str, Callable[[Job, Any, str, int], Score | None]] = {
+    "knn": score_knn,
+    "linear": score_linear,
+    "attentive": score_attentive,
+    "finetune": score_finetune,
+}
+"""Evaluations by name."""
+
+
+def features_of(
+    job: Job, settings: KnnSettings | LinearSettings, crops: list[Crop]
+) -> tuple[list[FeatureSet], FeatureSet] | None:
+    """Features of the train images' crops and of the val images' first one, on the CPU; None in all but the leading
+    process."""
+
+    def features(split: Split, crop: Crop) -> FeatureSet | None:
+        folder = job.shared / "features"
+        return extract_features(folder, job.encoder, split, crop, settings.speed, job.world, job.report)
+
+    train_sets = [features(job.train, crop) for crop in crops]
+    val_set = features(job.val, crops[0])
+    found = [features for features in train_sets if features is not None]
+    return (found, val_set) if val_set is not None else None
+
+
+def measure(job: Job, inputs: Inputs, size: int) -> tuple[int, ...]:
+    """The shape of what a head takes of one image."""
+    black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=job.world.device)
+    return tuple(inputs(job.encoder, black).shape)
 
 
 def neighbours(settings: KnnSettings, images: int, report: Report) -> tuple[int, ...]:
@@ -154,30 +350,25 @@ def neighbours(settings: KnnSettings, images: int, report: Report) -> tuple[int,
     return fitting
 
 
-def protocol(settings: KnnSettings | LinearSettings, size: int) -> str:
-    """How a score was taken, in a line: without it the number says little."""
-    crop = f"crop {size} of {round(size / settings.features.crop)}"
-    if isinstance(settings, KnnSettings):
-        return f"k {settings.k[0]}, temperature {settings.temperature:g}, {crop}"
-    rate = f"the best of {len(settings.sweep)} on held-out training images" if settings.sweep else f"{settings.lr:g}"
-    return (
-        f"LARS, lr {rate} x batch / 256, batch {settings.batch}, {settings.epochs} epochs, features of one "
-        f"central {crop}"
-    )
+def resolve_precision(settings: AnySettings, device: torch.device) -> str:
+    asked = settings.precision if isinstance(settings, FinetuneSettings) else settings.features.precision
+    if asked == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return asked
+
+
+def forget_idle(root: Path) -> None:
+    """Remove the manifest of an attempt that has nothing to show, refused settings say: others may follow."""
+    if is_box(root, "scores") and not open_box(root).units and not any((root / CHECKPOINTS).glob("*")):
+        (root / MANIFEST).unlink()
+        (root / METRICS).unlink(missing_ok=True)
 
 
 def finished(box: Box) -> dict[str, Any] | None:
-    """The result that a box already holds, if its file is as it was written."""
+    """The result that a box already holds, if its files are as they were written."""
     if "result" not in box.units:
         return None
-    entry = box.units["result"]["files"][RESULT]
-    if check_file(box.root / RESULT, entry):
+    files = box.units["result"]["files"]
+    if any(check_file(box.root / name, entry) for name, entry in files.items()):
         return None
     return json.loads((box.root / RESULT).read_text(encoding="utf-8"))
-
-
-RUNS: dict[str, Callable[[str, Path, Path, Any, Report], dict[str, Any]]] = {
-    "knn": evaluate_knn,
-    "linear": evaluate_linear,
-}
-"""Evaluations by name."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import build, identity
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated, WorkerError
+from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated
 from cae2pipe.keyed import keyed_seed
-from cae2pipe.loading.batches import Batch, Plan
+from cae2pipe.loading.batches import Plan
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.loader import block_refs, load_parts
@@ -54,7 +53,7 @@ from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled
 from cae2pipe.training.parallel import BLOCKS, World, joined, spread
 from cae2pipe.training.schedule import learning_rate
-from cae2pipe.training.signals import StopRequest, deferred_stop
+from cae2pipe.training.signals import deferred_stop, until_stopped
 from cae2pipe.training.step import Outcome, Step, cached
 from cae2pipe.training.telemetry import Telemetry
 
@@ -236,18 +235,6 @@ def train(
 def runs_ahead(device: torch.device) -> bool:
     """Whether work is only begun when it is asked for, and done later."""
     return device.type != "cpu"
-
-
-def until_stopped(batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch]:
-    """The batches; a failure of the workers that comes with a signal is the stop that was asked for.
-
-    Workers have left the process group, but a scheduler may signal every process of a job.
-    """
-    try:
-        yield from batches
-    except (RuntimeError, OSError, EOFError, WorkerError):
-        if stop.exception is None:
-            raise
 
 
 def capture(

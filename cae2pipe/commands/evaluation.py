@@ -46,17 +46,50 @@ def evaluate_linear(
     config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "linear",
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="Try six learning rates at once; the best on held-out training images is taken."),
+        typer.Option(
+            "--fast",
+            help="On features of the central crop, computed once, with six learning rates at once; the best on "
+            "held-out training images is taken.",
+        ),
     ] = False,
     workers: Workers = None,
     device: Device = None,
     set_: Set = None,
 ) -> None:
-    """Accuracy of a linear classifier on frozen features of central crops."""
+    """Accuracy of a linear classifier on frozen features (paper, Table 9)."""
     from cae2pipe.config.evaluate import FAST_RATES
 
-    over = [f"sweep={list(FAST_RATES)}", *(set_ or [])] if fast else set_
+    over = ["cached_crops=1", f"sweep={list(FAST_RATES)}", *(set_ or [])] if fast else set_
     _evaluate("linear", encoder, data, out, config, over, workers=workers, device=device)
+
+
+def evaluate_attentive(
+    encoder: Encoder,
+    data: Data,
+    out: Out,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "attentive",
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Accuracy of one cross-attention block and a linear classifier on frozen tokens."""
+    _evaluate("attentive", encoder, data, out, config, set_, workers=workers, device=device)
+
+
+def evaluate_finetune(
+    encoder: Encoder,
+    data: Data,
+    out: Out,
+    config: Annotated[
+        str,
+        typer.Option(help="Preset (finetune-tiny, -small, -base, -large: the paper's Table 10) or YAML file."),
+    ] = "finetune",
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Accuracy of the whole encoder trained as a classifier (paper, Table 10)."""
+    _evaluate("finetune", encoder, data, out, config, set_, workers=workers, device=device)
 
 
 def _evaluate(
@@ -68,11 +101,13 @@ def _evaluate(
         from cae2pipe.progress import progress
 
         settings = load(EVALUATIONS[kind], "evaluate", config, set_ or [], section("speed", **speed))
-        from cae2pipe.stages.evaluate import RUNS
+        from cae2pipe.stages.evaluate import evaluate
 
         with progress(f"evaluate {kind}") as report:
-            result = RUNS[kind](encoder, data, out, settings, report)
-        _print_score(result)
+            result = evaluate(kind, encoder, data, out, settings, report)
+        # Under torchrun one process has it.
+        if result:
+            _print_score(result)
 
 
 def _print_score(result: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from cae2pipe.config.base import Settings
 
 Feature = Literal["auto", "class", "mean"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class EvaluateSpeed(Settings):
@@ -31,6 +32,40 @@ class FeatureSettings(Settings):
     """Side of the crop in pixels. null: the encoder's own."""
     crop: float = Field(default=0.875, gt=0, le=1)
     """Side of the central crop over the resized image's shorter side: 224 of 256."""
+    precision: Precision = "auto"
+    """Arithmetic of a student: auto is bf16 autocast on CUDA, fp32 elsewhere. Teachers keep their own."""
+
+
+class DrawSettings(Settings):
+    """Crops drawn for training: random resized, bicubic, flipped or not."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area that a crop covers."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Smallest and largest width / height of a crop."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    rand_augment: int = Field(default=0, ge=0, le=10)
+    """Magnitude of RandAugment (two operations, deviation 0.5, increasing severity); 0: none."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> DrawSettings:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"draw.scale {self.scale} is not a range within (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"draw.ratio {self.ratio} is not a range above 0")
+        return self
+
+
+class TrainedSpeed(EvaluateSpeed):
+    """What changes only the speed."""
+
+    compile: bool | None = None
+    """Compile what is fine-tuned (torch.compile). null: on CUDA only."""
+    checkpoint_minutes: float = Field(default=10.0, gt=0)
+    """Minutes between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept until the end."""
 
 
 class KnnSettings(Settings):
@@ -62,36 +97,156 @@ FAST_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 class LinearSettings(Settings):
-    """A linear classifier on frozen features of central crops (head and optimiser: paper, Table 9)."""
+    """A linear classifier on a frozen encoder (paper, Table 9)."""
 
     features: FeatureSettings = FeatureSettings()
+    draw: DrawSettings = DrawSettings()
+    cached_crops: int = Field(default=0, ge=0)
+    """0: new crops of every image in every epoch, as published. n: features of n crops an image are computed once, the
+    central one and n - 1 drawn ones, and epochs take turns with them."""
     epochs: int = Field(default=90, ge=1)
-    """Passes over the training features."""
-    warmup_epochs: int = Field(default=10, ge=0)
-    """Epochs of linear warm-up."""
+    """Passes over the training images."""
+    warmup_epochs: float = Field(default=10, ge=0)
+    """Epochs of linear warm-up, by step."""
     batch: int = Field(default=16384, ge=2)
-    """Features a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
+    """Images a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
+    chunk: int = Field(default=256, ge=2)
+    """Images whose statistics the BatchNorm takes together, as a device does its share (released code). Cached crops
+    are normalised by the whole batch."""
     lr: float = Field(default=0.1, gt=0, le=1e4)
     """Peak learning rate of LARS at a batch of 256; it scales linearly with `batch`, as set here."""
     sweep: tuple[float, ...] = ()
-    """Learning rates to train with at once, as `lr` counts them: the one that is best on held-out training images takes
-    lr's place. Empty: lr it is."""
+    """With cached crops: learning rates to train with at once, as `lr` counts them. The one that is best on held-out
+    training images takes lr's place. Empty: lr it is."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of each training class that a sweep holds out."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """LARS's momentum."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the head, of the order and of `random:` encoders."""
-    speed: EvaluateSpeed = EvaluateSpeed()
+    """Seed of the head, of the order, of crops and of `random:` encoders."""
+    speed: TrainedSpeed = TrainedSpeed()
 
     @model_validator(mode="after")
-    def _lengths(self) -> LinearSettings:
+    def _fits(self) -> LinearSettings:
         if any(not 0 < lr <= 1e4 for lr in self.sweep):
             raise ValueError("sweep holds learning rates above 0, and at most 1e4")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: lower it")
+        if self.sweep and not self.cached_crops:
+            raise ValueError("a sweep needs cached crops: set cached_crops to 1 or more, or give --fast")
+        check_warmup(self.warmup_epochs, self.epochs)
         return self
 
 
-EVALUATIONS: dict[str, type[KnnSettings] | type[LinearSettings]] = {"knn": KnnSettings, "linear": LinearSettings}
-"""Evaluations by name, which is also that of their preset."""
+class AttentiveSettings(Settings):
+    """One cross-attention block and a linear classifier on a frozen encoder's tokens (CAE's attentive probe)."""
+
+    features: FeatureSettings = FeatureSettings()
+    draw: DrawSettings = DrawSettings()
+    heads: int | None = Field(default=None, ge=1)
+    """Heads of the cross-attention. null: one for every 64 dimensions."""
+    epochs: int = Field(default=90, ge=1)
+    """Passes over the training images."""
+    warmup_epochs: float = Field(default=10, ge=0)
+    """Epochs of linear warm-up, by step."""
+    batch: int = Field(default=8192, ge=2)
+    """Images a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
+    chunk: int = Field(default=256, ge=2)
+    """Images whose statistics the BatchNorm takes together, as a device does its share (released code)."""
+    lr: float = Field(default=0.4, gt=0)
+    """Peak learning rate of SGD with Nesterov momentum at a batch of 8192; it scales linearly with the batch taken."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD's momentum."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the head, of the order, of crops and of `random:` encoders."""
+    speed: TrainedSpeed = TrainedSpeed()
+
+    @model_validator(mode="after")
+    def _fits(self) -> AttentiveSettings:
+        check_warmup(self.warmup_epochs, self.epochs)
+        return self
+
+
+class FinetuneSettings(Settings):
+    """The whole encoder trained as a classifier (paper, Table 10)."""
+
+    recipe: Literal["paper", "official"] = "paper"
+    """paper: as the paper says; official: as its authors' scripts do. Presets set the fields that differ."""
+    image_size: int | None = Field(default=None, ge=16)
+    """Side of the input in pixels. null: the encoder's own. Another one resamples its positions."""
+    crop: float = Field(default=0.875, gt=0, le=1)
+    """Side of the central crop over the resized image's shorter side, for scores: 224 of 256."""
+    draw: DrawSettings = DrawSettings(rand_augment=9)
+    erase: float = Field(default=0.25, ge=0, le=1)
+    """Probability of random erasing, with noise (released code; the paper is silent)."""
+    mixup: float = Field(default=0.8, ge=0)
+    """Mixup's alpha; 0: none."""
+    cutmix: float = Field(default=1.0, ge=0)
+    """CutMix's alpha; 0: none. With both, each chunk takes one of them, with equal chances."""
+    smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Label smoothing."""
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
+    """Largest drop path rate; rates rise linearly from 0 over the depth."""
+    relative_positions: bool = True
+    """Add a relative position bias to each block's attention, zero at first (released code)."""
+    layer_scale: float | None = Field(default=0.1, gt=0)
+    """LayerScale that an encoder of ours starts from: exports have it folded into the weights, which are divided by it
+    again. null: train them as they are. Encoders of others stay as they are."""
+    head_scale: float = Field(default=0.001, gt=0)
+    """What the classifier's initial weights are multiplied with (released code)."""
+    epochs: int = Field(default=100, ge=1)
+    """Passes over the training images."""
+    warmup_epochs: float = Field(default=5, ge=0)
+    """Epochs of linear warm-up from 0, by step."""
+    batch: int = Field(default=1024, ge=2)
+    """Images a step, over all devices."""
+    chunk: int = Field(default=128, ge=2)
+    """Images that pass forward and backward together, and that share a draw of Mixup. Divides the batch; the number of
+    chunks is a multiple of the number of processes."""
+    lr: float = Field(default=2e-4, gt=0)
+    """Peak learning rate of the classifier at a batch of 1024; it scales linearly with the batch."""
+    min_lr: float = Field(default=1e-6, ge=0)
+    """Learning rate at the end of the cosine, scaled like lr."""
+    layer_decay: float = Field(default=0.75, gt=0, le=1)
+    """What the learning rate is multiplied with from each block to the one before it."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first momentum."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's second momentum."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decay of weights with two or more dimensions, but not of the class token and of positions."""
+    clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient; null: no clipping (released code)."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights that is scored in their place; 0: none."""
+    validate_epochs: int = Field(default=1, ge=1)
+    """Score on the val images every so many epochs, and at the end."""
+    precision: Precision = "auto"
+    """Arithmetic: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights are always fp32."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the classifier, of the order, of all augmentation and of `random:` encoders."""
+    speed: TrainedSpeed = TrainedSpeed()
+
+    @model_validator(mode="after")
+    def _fits(self) -> FinetuneSettings:
+        if self.batch % self.chunk:
+            near = max(d for d in range(1, min(self.chunk, self.batch) + 1) if self.batch % d == 0)
+            raise ValueError(f"chunk {self.chunk} does not divide batch {self.batch}: set chunk={near}")
+        if self.chunk % 2 and (self.mixup or self.cutmix):
+            raise ValueError(f"Mixup and CutMix need chunks of an even number, not {self.chunk}")
+        check_warmup(self.warmup_epochs, self.epochs)
+        return self
+
+
+def check_warmup(warmup_epochs: float, epochs: int) -> None:
+    """Raise ValueError where a warm-up takes all the time."""
+    if warmup_epochs >= epochs:
+        raise ValueError(f"warmup_epochs {warmup_epochs:g} leaves nothing of {epochs} epochs: lower it")
+
+
+AnySettings = KnnSettings | LinearSettings | AttentiveSettings | FinetuneSettings
+EVALUATIONS: dict[str, type[AnySettings]] = {
+    "knn": KnnSettings,
+    "linear": LinearSettings,
+    "attentive": AttentiveSettings,
+    "finetune": FinetuneSettings,
+}
+"""Evaluations by name, which is also that of their preset, or how their presets' names begin."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,35 +15,50 @@ from torch.utils.data import Dataset
 from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.errors import ImageError, ManifestError, SourceError
+from cae2pipe.evaluation.crops import Crop
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.images.evaluation_crop import evaluation_crop
 from cae2pipe.shards.checking import Piece, read_piece
-from cae2pipe.shards.shard_set import KIND, ImageSample, ShardSet
+from cae2pipe.shards.shard_set import KIND, ImageSample, ShardSet, read_image
 from cae2pipe.shards.source import scan
 
 TRAIN, VAL = ("train", "training"), ("val", "validation", "valid", "test")
 
 
+class Samples(Protocol):
+    """Images that are read one by one, in any order; picklable."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,)."""
+
+    def read(self, index: int) -> ImageSample:
+        """One image. Raises SourceError or DamageError where its bytes cannot be read or have changed."""
+
+
 @dataclass(frozen=True)
 class Split:
-    """One labelled part of the data. ``runs`` are what is read at once.
+    """One labelled part of the data: ``runs`` are what is read at once, ``samples`` the same images one by one.
 
     ``identity`` is what the part is taken to be: a folder's paths and sizes, a shard set's digests and classes.
     """
 
     root: Path
     classes: list[str]
-    images: int
     runs: list[Callable[[], list[ImageSample]]]
+    samples: Samples
     identity: str
+
+    @property
+    def images(self) -> int:
+        return len(self.samples.labels)
 
 
 def open_data(root: Path, batch: int) -> tuple[Split, Split]:
     """``train`` and ``val`` below ``root``, in runs of up to ``batch`` images.
 
     Raises:
-        SourceError: a part is missing or unlabelled, or ``val`` has classes that ``train`` lacks. ManifestError: a
-            shard set that is not finished.
+        SourceError: a part is missing or unlabelled, a class has fewer than two training images, or ``val`` has classes
+            that ``train`` lacks. ManifestError: a shard set that is not finished.
     """
     train, val = (open_split(find_part(root, names), batch) for names in (TRAIN, VAL))
     for split in (train, val):
@@ -56,6 +71,14 @@ def open_data(root: Path, batch: int) -> tuple[Split, Split]:
             f"there is one class only, {train.classes[0]!r}: every encoder would be right",
             where=train.root,
             fix="give a folder per class",
+        )
+    counts = np.bincount(train.samples.labels, minlength=len(train.classes))
+    if few := [f"{name!r} ({count})" for name, count in zip(train.classes, counts.tolist(), strict=True) if count < 2]:
+        more = f" and {len(few) - 3} more" if len(few) > 3 else ""
+        raise SourceError(
+            f"classes with fewer than two training images: {', '.join(few[:3])}{more}",
+            where=train.root,
+            fix="give them more images, or leave the classes out of train and val",
         )
     if unknown := sorted(set(val.classes) - set(train.classes)):
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
@@ -93,7 +116,9 @@ def open_split(root: Path, batch: int) -> Split:
         for low in range(0, len(entries), batch)
     ]
     content = fingerprint([[entry.path, entry.bytes] for entry in entries])
-    return Split(root, source.classes, len(entries), list(runs), content)
+    pieces = [(source.piece(entry), entry.path) for entry in entries]
+    samples = _SourceSamples(pieces, np.array([entry.label for entry in entries], dtype=np.int64))
+    return Split(root, source.classes, list(runs), samples, content)
 
 
 def _open_shards(root: Path, batch: int) -> Split:
@@ -110,7 +135,7 @@ def _open_shards(root: Path, batch: int) -> Split:
         for low in range(0, shard.samples, batch)
     ]
     content = fingerprint([shards.classes, [shard.sha256 for shard in shards.shards]])
-    return Split(root, shards.classes, shards.images, list(runs), content)
+    return Split(root, shards.classes, list(runs), _ShardSamples.of(shards), content)
 
 
 @dataclass(frozen=True)
@@ -134,11 +159,48 @@ class _ShardRun:
 
 
 @dataclass(frozen=True)
+class _SourceSamples:
+    pieces: list[tuple[Piece, str]]
+    labels: np.ndarray
+
+    def read(self, index: int) -> ImageSample:
+        piece, path = self.pieces[index]
+        return ImageSample(path, int(self.labels[index]), read_piece(piece))
+
+
+@dataclass(frozen=True)
+class _ShardSamples:
+    """Keeps a few numbers an image, not the shards' indexes: a shuffled epoch would read those again and again."""
+
+    shards: ShardSet
+    labels: np.ndarray
+    places: np.ndarray
+    """Shard number, offset, size and CRC-32C of each image, int64 (N, 4)."""
+
+    @classmethod
+    def of(cls, shards: ShardSet) -> _ShardSamples:
+        rows = [
+            (sample.label, number, sample.offset, sample.size, sample.crc32c)
+            for number, shard in enumerate(shards.shards)
+            for sample in shards.index(shard)
+        ]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        return cls(shards, table[:, 0], table[:, 1:])
+
+    def read(self, index: int) -> ImageSample:
+        number, offset, size, checksum = self.places[index].tolist()
+        path = self.shards.shards[number].path
+        key = f"{path.name}+{offset}"
+        return ImageSample(key, int(self.labels[index]), read_image(path, offset, size, checksum))
+
+
+@dataclass(frozen=True)
 class Crops:
-    """Central crops of a run: pixels uint8 (b, S, S, 3), labels int64 (b,), and what could not be decoded."""
+    """Crops of a run: pixels uint8 (b, S, S, 3), labels int64 (b,), keys, and what could not be decoded."""
 
     pixels: np.ndarray
     labels: np.ndarray
+    keys: list[str]
     rejected: list[dict[str, Any]]
 
 
@@ -148,22 +210,23 @@ class CropReader(Dataset):
     Raises SourceError or DamageError where a run's files cannot be read.
     """
 
-    def __init__(self, split: Split, runs: range, size: int, resize: int):
-        self.split, self.runs, self.size, self.resize = split, runs, size, resize
+    def __init__(self, split: Split, runs: Sequence[int], crop: Crop):
+        self.split, self.runs, self.crop = split, runs, crop
 
     def __len__(self) -> int:
         return len(self.runs)
 
     def __getitem__(self, index: int) -> Crops:
-        pixels, labels, rejected = [], [], []
+        pixels, labels, keys, rejected = [], [], [], []
         for sample in self.split.runs[self.runs[index]]():
             try:
                 image = decode_rgb(sample.data, where=f"{self.split.root}, {sample.key}")
             except ImageError as error:
                 rejected.append({"path": sample.key, "reason": error.what})
                 continue
-            pixels.append(np.asarray(evaluation_crop(image, self.size, self.resize)))
+            pixels.append(self.crop(image, sample.key))
             labels.append(sample.label)
-        shape = (len(pixels), self.size, self.size, 3)
-        stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
-        return Crops(stacked, np.array(labels, dtype=np.int64), rejected)
+            keys.append(sample.key)
+        side = self.crop.size
+        stacked = np.stack(pixels) if pixels else np.zeros((0, side, side, 3), dtype=np.uint8)
+        return Crops(stacked, np.array(labels, dtype=np.int64), keys, rejected)

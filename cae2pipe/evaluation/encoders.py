@@ -41,6 +41,20 @@ FORMS = (
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Of a batch: class_token (B, D) or None, and the patch tokens (B, P, D), float32."""
+
+    class_token: Tensor | None
+    patches: Tensor
+
+    def together(self) -> Tensor:
+        """All of them in one row, the class token first."""
+        if self.class_token is None:
+            return self.patches
+        return torch.cat([self.class_token.unsqueeze(1), self.patches], dim=1)
+
+
+@dataclass(frozen=True)
 class Features:
     """Of a batch: class_token (B, D) or None, and the mean of the patch tokens (B, D), float32."""
 
@@ -62,32 +76,53 @@ class FrozenEncoder(ABC):
     resizes: bool
 
     @abstractmethod
+    def tokens(self, pixels: Tensor) -> Tokens:
+        """Tokens of pixels, uint8 (B, 3, S, S) on the encoder's device."""
+
     def __call__(self, pixels: Tensor) -> Features:
-        """Features of pixels, uint8 (B, 3, S, S) on the encoder's device."""
+        """Features of pixels, as ``tokens`` takes them."""
+        found = self.tokens(pixels)
+        return Features(found.class_token, found.patches.mean(dim=1))
 
 
 class Student(FrozenEncoder):
-    """An exported student, or another vision transformer of timm. Its own configuration has mean and std."""
+    """An exported student, or another vision transformer of timm. Its own configuration has mean and std.
+
+    ``ours``: this pipeline or CAE's authors trained it, or it is one of theirs before training. On CUDA the forward
+    pass is in bfloat16 autocast unless ``precision`` says fp32.
+    """
 
     resizes = False
 
-    def __init__(self, model: Any, identity: dict[str, Any], trained_class_token: bool, device: torch.device):
+    def __init__(
+        self,
+        model: Any,
+        identity: dict[str, Any],
+        trained_class_token: bool,
+        device: torch.device,
+        precision: str = "fp32",
+        ours: bool = True,
+    ):
         if not hasattr(model, "num_prefix_tokens") or not hasattr(model, "patch_embed"):
             raise SourceError("this is not a vision transformer", where=type(model).__name__, fix=f"give {FORMS}")
         self.model = model.to(device).eval().requires_grad_(False)
-        self.identity = identity
+        self.identity = identity if precision == "fp32" else {**identity, "precision": precision}
+        self.bf16 = precision == "bf16"
+        self.ours = ours
         config = model.pretrained_cfg
         self.image_size = (model.patch_embed.img_size or config["input_size"][1:])[-1]
         self.has_class_token = getattr(model, "cls_token", None) is not None
         self.trained_class_token = trained_class_token and self.has_class_token
-        self._mean = torch.tensor(config["mean"], device=device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(config["std"], device=device).view(1, 3, 1, 1) * 255
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self._mean = torch.tensor(self.mean, device=device).view(1, 3, 1, 1) * 255
+        self._std = torch.tensor(self.std, device=device).view(1, 3, 1, 1) * 255
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> Features:
-        tokens = self.model.forward_features((pixels.float() - self._mean) / self._std).float()
+    def tokens(self, pixels: Tensor) -> Tokens:
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            tokens = self.model.forward_features((pixels.float() - self._mean) / self._std).float()
         class_token = tokens[:, 0] if self.has_class_token else None
-        return Features(class_token, tokens[:, self.model.num_prefix_tokens :].mean(dim=1))
+        return Tokens(class_token, tokens[:, self.model.num_prefix_tokens :])
 
 
 class FrozenTeacher(FrozenEncoder):
@@ -101,11 +136,11 @@ class FrozenTeacher(FrozenEncoder):
         self.image_size = teacher.info.image_size
         self.has_class_token = self.trained_class_token = teacher.info.class_token
 
-    def __call__(self, pixels: Tensor) -> Features:
+    def tokens(self, pixels: Tensor) -> Tokens:
         tokens = self.teacher(pixels).tokens
         if not self.has_class_token:
-            return Features(None, tokens.mean(dim=1))
-        return Features(tokens[:, 0], tokens[:, 1:].mean(dim=1))
+            return Tokens(None, tokens)
+        return Tokens(tokens[:, 0], tokens[:, 1:])
 
 
 def label(spec: str) -> str:
@@ -118,8 +153,9 @@ def label(spec: str) -> str:
     return path.parent.name if path.name == WEIGHTS else path.name
 
 
-def load_encoder(spec: str, seed: int, device: torch.device) -> FrozenEncoder:
-    """The encoder that ``spec`` names, in one of the forms above. ``seed`` is for ``random:``.
+def load_encoder(spec: str, seed: int, device: torch.device, precision: str = "fp32") -> FrozenEncoder:
+    """The encoder that ``spec`` names, in one of the forms above. ``seed`` is for ``random:``, ``precision`` (fp32 or
+    bf16) for students: teachers keep their own.
 
     Raises:
         SourceError: no such thing. ManifestError: a run that is not finished. DamageError: a run's files have changed.
@@ -129,16 +165,18 @@ def load_encoder(spec: str, seed: int, device: torch.device) -> FrozenEncoder:
     if not colon or form not in KINDS:
         if is_box(Path(spec), "targets"):
             return frozen_teacher("teacher", spec, device)
-        return trained_student(Path(spec), device)
+        return trained_student(Path(spec), device, precision)
     if not rest.partition("@")[0]:
         raise SourceError(f"{form}: is followed by a name", where=spec, fix=f"give {FORMS}")
-    return random_student(rest, seed, device) if form == "random" else frozen_teacher(form, rest, device)
+    if form == "random":
+        return random_student(rest, seed, device, precision)
+    return frozen_teacher(form, rest, device)
 
 
-def trained_student(path: Path, device: torch.device) -> Student:
+def trained_student(path: Path, device: torch.device, precision: str) -> Student:
     """The encoder of a run folder, of an exported file or of a released checkpoint."""
     if path.suffix in (".pth", ".pt"):
-        return released_student(path, device)
+        return released_student(path, device, precision)
     folder = path.parent if path.name == WEIGHTS else path
     if not folder.is_dir():
         raise SourceError("there is no such encoder", where=path, fix=f"give {FORMS}")
@@ -158,10 +196,11 @@ def trained_student(path: Path, device: torch.device) -> Student:
     model, config = build_exported(folder / CONFIG)
     load_exported(model, folder / WEIGHTS)
     class_token = bool(run.facts["teacher"]["class_token"]) if run else True
-    return Student(model, {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}, class_token, device)
+    digests = {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}
+    return Student(model, digests, class_token, device, precision)
 
 
-def released_student(path: Path, device: torch.device) -> Student:
+def released_student(path: Path, device: torch.device, precision: str) -> Student:
     """The encoder of a checkpoint in the naming of CAE's authors."""
     from cae2pipe.models.export import timm_config, timm_state
     from cae2pipe.models.released import load_released
@@ -175,7 +214,7 @@ def released_student(path: Path, device: torch.device) -> Student:
     encoder = load_released(state, path)
     model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
-    return Student(model, {"sha256": sha256_file(path)}, True, device)
+    return Student(model, {"sha256": sha256_file(path)}, True, device, precision)
 
 
 def build_exported(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -220,7 +259,7 @@ def load_exported(model: Any, path: Path) -> None:
         raise SourceError(error.what, where=path, fix=f"give the {WEIGHTS} that belongs to the {CONFIG}") from None
 
 
-def random_student(name: str, seed: int, device: torch.device) -> Student:
+def random_student(name: str, seed: int, device: torch.device, precision: str) -> Student:
     """The student of a run or of a preset as it is before training, or a model of timm with timm's initialisation."""
     import timm
 
@@ -237,14 +276,14 @@ def random_student(name: str, seed: int, device: torch.device) -> Student:
     elif name not in preset_names("pretrain") and timm.is_model(name):
         torch.manual_seed(keyed_seed("random", seed))
         model = timm.create_model(name, pretrained=False, num_classes=0)
-        return Student(model, {"random": {"timm": name, "seed": seed}}, class_token, device)
+        return Student(model, {"random": {"timm": name, "seed": seed}}, class_token, device, precision, ours=False)
     else:
         settings = load(PretrainSettings, "pretrain", name).model
     torch.manual_seed(keyed_seed("random", seed))
     encoder = build_encoder(settings)
     model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
-    return Student(model, {"random": {"model": identity(settings), "seed": seed}}, class_token, device)
+    return Student(model, {"random": {"model": identity(settings), "seed": seed}}, class_token, device, precision)
 
 
 def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from cae2pipe.artifacts.atomic import remove_debris, replacing
 from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import EvaluateSpeed, FeatureSettings
 from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
 from cae2pipe.evaluation.datasets import CropReader, Split
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.loading.workers import in_order
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
+from cae2pipe.training.parallel import World
 
 PART = 8192
 """Images a part, about."""
@@ -26,11 +29,12 @@ PART = 8192
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features (N, D) float32 by kind (``class``, where there is a class token, and ``mean``) and labels (N,) int64 of
-    what could be decoded; ``rejected`` lists the rest."""
+    """Features (N, D) float32 by kind (``class``, where there is a class token, and ``mean``), labels (N,) int64 and
+    keys of what could be decoded; ``rejected`` lists the rest."""
 
     features: dict[str, Tensor]
     labels: Tensor
+    keys: list[str]
     rejected: list[dict[str, Any]]
 
 
@@ -69,49 +73,76 @@ def extract_features(
     folder: Path,
     encoder: FrozenEncoder,
     split: Split,
-    settings: FeatureSettings,
+    crop: Crop,
     speed: EvaluateSpeed,
-    device: torch.device,
+    world: World,
     report: Report,
-) -> FeatureSet:
-    """The features of a split, from ``folder`` where an earlier run left them.
+) -> FeatureSet | None:
+    """The features of a split's crops, from ``folder`` where an earlier run left them.
+
+    Several processes share the parts out; all but the leading one get None.
 
     Raises:
         SourceError: not one image can be decoded, a file cannot be read, or features are not finite.
         DamageError: a shard has changed.
     """
-    size = resolve_size(settings, encoder)
-    key = fingerprint([encoder.identity, split.identity, size, settings.crop])[:16]
+    key = fingerprint([encoder.identity, split.identity, description(crop)])[:16]
     per_part = max(1, PART // max(1, speed.batch))
     parts = [range(low, min(low + per_part, len(split.runs))) for low in range(0, len(split.runs), per_part)]
     # Runs hang on the batch: parts of another batch are other parts.
     paths = [folder / f"{key}-{speed.batch}-{number:05d}.safetensors" for number in range(len(parts))]
+    world.lead(lambda: clear(folder, paths, report))
+    own = [(part, path) for part, path in zip(parts, paths, strict=True)][world.rank :: world.ranks]
+    done = sum(len(part) for part, path in own if path.exists())
+    report.total(sum(len(part) for part, _ in own), f"batches of {split.root.name}", done=done)
+    for part, path in own:
+        if not path.exists():
+            write_part(path, encoder, split, part, crop, speed, world.device, report)
+    world.meet()
+    return gathered(split, paths, report) if world.leads else None
+
+
+def description(crop: Crop) -> dict[str, Any]:
+    """What features hang on of a crop, as plain values."""
+    if isinstance(crop, CentralCrop):
+        return {"size": crop.size, "resize": crop.resize}
+    assert isinstance(crop, DrawnCrop)
+    return {"size": crop.size, "draw": identity(crop.settings), "seed": crop.seed, "number": crop.epoch}
+
+
+def clear(folder: Path, paths: list[Path], report: Report) -> None:
+    """Make the folder, and remove from it what a killed run left and what cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_debris(folder)
     for path in paths:
         if path.exists() and not is_readable(path):
             report.log(f"{path} is damaged: made again")
             path.unlink()
-    done = sum(len(part) for part, path in zip(parts, paths, strict=True) if path.exists())
-    report.total(len(split.runs), f"batches of {split.root.name}", done=done)
-    for part, path in zip(parts, paths, strict=True):
-        if not path.exists():
-            write_part(path, encoder, split, part, size, round(size / settings.crop), speed, device, report)
+
+
+def gathered(split: Split, paths: list[Path], report: Report) -> FeatureSet:
+    """The parts as one."""
     found = [read_part(path) for path in paths]
     # A part without a single image does not know how wide features are.
     filled = [part.features for part in found if len(part.labels)]
     whole = FeatureSet(
         {kind: torch.cat([features[kind] for features in filled]) for kind in (filled[0] if filled else ())},
         torch.cat([part.labels for part in found]),
+        [key for part in found for key in part.keys],
         [reject for part in found for reject in part.rejected],
     )
-    for reject in whole.rejected[:10]:
-        report.log(f"left out: {split.root / reject['path']}: {reject['reason']}")
-    if len(whole.rejected) > 10:
-        report.log(f"left out {len(whole.rejected) - 10} more images that cannot be decoded")
+    log_rejects(split, whole.rejected, report)
     if not len(whole.labels):
         raise SourceError("not one image here can be decoded", where=split.root, fix="check the folder")
     return whole
+
+
+def log_rejects(split: Split, rejected: list[dict[str, Any]], report: Report) -> None:
+    """Name what could not be decoded."""
+    for reject in rejected[:10]:
+        report.log(f"left out: {split.root / reject['path']}: {reject['reason']}")
+    if len(rejected) > 10:
+        report.log(f"left out {len(rejected) - 10} more images that cannot be decoded")
 
 
 def write_part(
@@ -119,18 +150,17 @@ def write_part(
     encoder: FrozenEncoder,
     split: Split,
     runs: range,
-    size: int,
-    resize: int,
+    crop: Crop,
     speed: EvaluateSpeed,
     device: torch.device,
     report: Report,
 ) -> None:
     from safetensors.torch import save_file
 
-    reader = CropReader(split, runs, size, resize)
+    reader = CropReader(split, runs, crop)
     workers = min(worker_count(speed.workers), len(reader))
     features: dict[str, list[Tensor]] = {"class": [], "mean": []}
-    labels, rejected = [], []
+    labels, keys, rejected = [], [], []
     for crops in in_order(reader, workers):
         if len(crops.labels):
             pixels = torch.from_numpy(crops.pixels).permute(0, 3, 1, 2).to(device)
@@ -145,14 +175,17 @@ def write_part(
                     fix="check the encoder's weights; on CUDA, try --device cpu, which computes in fp32",
                 )
             labels.append(torch.from_numpy(crops.labels))
+        keys += crops.keys
         rejected += crops.rejected
         report.advance(1)
     tensors = {
         **{kind: torch.cat(parts) for kind, parts in features.items() if parts},
         "labels": torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
     }
+    # In one piece: safetensors writes several in any order.
+    about = {"samples": json.dumps({"keys": keys, "rejected": rejected})}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"rejected": json.dumps(rejected)})
+        save_file(tensors, temporary, metadata=about)
 
 
 def is_readable(path: Path) -> bool:
@@ -161,7 +194,7 @@ def is_readable(path: Path) -> bool:
 
     try:
         with safe_open(path, "pt") as file:
-            return "labels" in file.keys()  # noqa: SIM118 (it is no dictionary)
+            return "samples" in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
@@ -170,6 +203,6 @@ def read_part(path: Path) -> FeatureSet:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        rejected = json.loads((file.metadata() or {}).get("rejected", "[]"))
+        about = json.loads(file.metadata()["samples"])
         features = {name: file.get_tensor(name) for name in sorted(file.keys()) if name != "labels"}
-        return FeatureSet(features, file.get_tensor("labels"), rejected)
+        return FeatureSet(features, file.get_tensor("labels"), about["keys"], about["rejected"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cae2pipe.config.evaluate import LinearSettings
 from cae2pipe.errors import DivergedError, SourceError
+from cae2pipe.evaluation.chunk_norm import ChunkNorm
 from cae2pipe.keyed import keyed_permutation
 from cae2pipe.progress import Report
 from cae2pipe.training.schedule import learning_rate
@@ -26,7 +27,7 @@ class Probe(nn.Module):
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
-        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.norm = ChunkNorm(dim)
         self.head = nn.Linear(dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
@@ -36,46 +37,39 @@ class Probe(nn.Module):
 
 
 def train_probe(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    classes: int,
-    settings: LinearSettings,
-    report: Report,
-) -> dict[str, Any]:
-    """Train on fixed features (N, D), without augmentation, and score on (M, D) ones. Equal seeds give equal results.
+    crops: Sequence[Tensor], labels: Tensor, *, classes: int, settings: LinearSettings, report: Report
+) -> tuple[Probe, dict[str, Any]]:
+    """Train on fixed features, one (N, D) for each cached crop. Equal seeds give equal results.
 
     With ``settings.sweep`` the learning rate is the one of those that is best on held-out training images; the test
     images have no part in it.
 
     Returns:
-        ``top1`` and ``top5``; ``lr``; ``losses``, the mean training loss of every epoch, and ``train_loss``, the last
-        of them; after a sweep ``held_out``, the accuracy there of every rate.
+        The probe, and ``lr``; ``losses``, the mean training loss of every epoch, and ``train_loss``, the last of them;
+        after a sweep ``held_out``, the accuracy there of every rate.
 
     Raises:
         SourceError: a single training image, or too few to hold some out. DivergedError: the loss is not finite.
     """
     rate, more = settings.lr, {}
     if settings.sweep:
-        found = sweep(train, train_labels, classes=classes, settings=settings, report=report)
+        found = sweep(crops, labels, classes=classes, settings=settings, report=report)
         # Of equals the smallest: it is the farthest from diverging.
         rate = min(found, key=lambda lr: (-found[lr], lr))
         more = {"held_out": {f"{lr:g}": score for lr, score in found.items()}}
         report.log(f"lr {rate:g} is the best of {len(found)}: {found[rate]:.4f} on held-out training images")
-    probes, losses = fit(train, train_labels, classes=classes, settings=settings, rates=[rate], report=report)
+    probes, losses = fit(crops, labels, classes=classes, settings=settings, rates=[rate], report=report)
     broken = next((epoch for epoch, loss in enumerate(losses[0]) if not math.isfinite(loss)), None)
     if broken is not None:
         raise DivergedError(f"the probe's loss is not finite in epoch {broken}", where="lr", fix="lower lr")
-    found_scores = score(probes[0], test, test_labels, classes)
-    return {**found_scores, "lr": rate, "train_loss": losses[0][-1], "losses": losses[0], **more}
+    return probes[0].eval(), {"lr": rate, "train_loss": losses[0][-1], "losses": losses[0], **more}
 
 
 def sweep(
-    features: Tensor, labels: Tensor, *, classes: int, settings: LinearSettings, report: Report
+    crops: Sequence[Tensor], labels: Tensor, *, classes: int, settings: LinearSettings, report: Report
 ) -> dict[float, float]:
-    """Top-1 accuracy on held-out training images for every learning rate, all trained at once on the others."""
+    """Top-1 accuracy on the first crops of held-out training images for every learning rate, all trained at once on the
+    other images."""
     held = held_out(labels, settings.held_out, settings.seed)
     if not held.any() or int((~held).sum()) < 2:
         raise SourceError(
@@ -83,9 +77,11 @@ def sweep(
             fix="give more, raise held_out, or leave the sweep out",
         )
     rates = list(dict.fromkeys(settings.sweep))
-    probes, losses = fit(features[~held], labels[~held], classes=classes, settings=settings, rates=rates, report=report)
+    others = [features[~held] for features in crops]
+    probes, losses = fit(others, labels[~held], classes=classes, settings=settings, rates=rates, report=report)
+    tested, truth = crops[0][held], labels[held]
     return {
-        rate: score(probe, features[held], labels[held], classes)["top1"] if math.isfinite(loss[-1]) else 0.0
+        rate: float((logits(probe, tested).argmax(1) == truth).float().mean()) if math.isfinite(loss[-1]) else 0.0
         for rate, probe, loss in zip(rates, probes, losses, strict=True)
     }
 
@@ -101,7 +97,7 @@ def held_out(labels: Tensor, share: float, seed: int) -> Tensor:
 
 
 def fit(
-    features: Tensor,
+    crops: Sequence[Tensor],
     labels: Tensor,
     *,
     classes: int,
@@ -110,44 +106,61 @@ def fit(
     report: Report,
 ) -> tuple[list[Probe], list[list[float]]]:
     """A probe for each learning rate, trained side by side on the same batches, and each one's loss by epoch."""
-    from timm.optim import Lars
-
-    if len(features) < 2:
+    images, dim = crops[0].shape
+    if images < 2:
         raise SourceError("a linear probe needs at least two training images", fix="give more, or use `evaluate knn`")
-    batch, steps = batch_and_steps(len(features), settings.batch)
+    batch, steps = batch_and_steps(images, settings.batch)
     generator = torch.Generator().manual_seed(settings.seed)
-    probes, groups = [], []
+    probes: list[Probe] = []
+    groups: list[dict[str, Any]] = []
     for lr in rates:
         torch.manual_seed(settings.seed)
-        probe = Probe(features.shape[1], classes).to(features.device).train()
-        # Without weight decay timm's Lars is plain SGD unless told to adapt; the bias is not adapted. LARS makes a
-        # step relative to the weights' norm, so a smaller batch calls for no smaller rate: with it, small sets would
-        # not train.
-        weight, bias = lr * settings.batch / 256, lr * batch / 256
-        groups.append({"params": [probe.head.weight], "always_adapt": True, "peak": weight})
-        groups.append({"params": [probe.head.bias], "always_adapt": False, "peak": bias})
-        probes.append(probe)
-    optimizer = Lars(groups, lr=0.0, momentum=settings.momentum, weight_decay=0.0, trust_coeff=0.001)
+        probes.append(Probe(dim, classes).to(labels.device).train())
+        groups += lars_groups(probes[-1], lr, settings.batch, batch)
+    optimizer = lars(groups, settings.momentum)
     report.total(settings.epochs, "epochs")
     losses: list[list[float]] = []
     for epoch in range(settings.epochs):
-        order = torch.randperm(len(features), generator=generator).to(features.device)
-        total = torch.zeros(len(probes), device=features.device)
+        features = crops[epoch % len(crops)]
+        order = torch.randperm(images, generator=generator).to(labels.device)
+        total = torch.zeros(len(probes), device=labels.device)
         for number, chosen in enumerate(order.tensor_split(steps)):
             step = epoch * steps + number
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, settings.epochs, settings.warmup_epochs, group["peak"], 0.0)
-            images, truth = features[chosen], labels[chosen]
-            loss = torch.stack([F.cross_entropy(probe(images), truth) for probe in probes])
+            seen, truth = features[chosen], labels[chosen]
+            loss = torch.stack([F.cross_entropy(probe(seen), truth) for probe in probes])
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
+            for probe in probes:
+                probe.norm.settle()
             total += loss.detach() * len(chosen)
-        losses.append((total / len(features)).tolist())
+        losses.append((total / images).tolist())
         report.advance(1, loss=min(losses[-1]))
         if not any(map(math.isfinite, losses[-1])):
             break
     return probes, [list(own) for own in zip(*losses, strict=True)]
+
+
+def lars_groups(probe: Probe, lr: float, batch: int, taken: int) -> list[dict[str, Any]]:
+    """LARS's groups of a probe whose learning rate ``lr`` is that of a batch of 256, for ``batch`` as set and as taken.
+
+    Without weight decay timm's Lars is plain SGD unless told to adapt; the bias is not adapted. LARS makes a step
+    relative to the weights' norm, so a smaller batch calls for no smaller rate: with it, small sets would not train.
+    """
+    return [
+        {"params": [probe.head.weight], "always_adapt": True, "peak": lr * batch / 256},
+        {"params": [probe.head.bias], "always_adapt": False, "peak": lr * taken / 256},
+    ]
+
+
+def lars(groups: list[dict[str, Any]], momentum: float) -> torch.optim.Optimizer:
+    """timm's LARS without weight decay. Rates are set from outside."""
+    from timm.optim import Lars
+
+    optimizer: torch.optim.Optimizer = Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0, trust_coeff=0.001)
+    return optimizer
 
 
 def batch_and_steps(images: int, batch: int) -> tuple[int, int]:
@@ -157,8 +170,6 @@ def batch_and_steps(images: int, batch: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def score(probe: Probe, features: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of a probe."""
-    ranked = probe.eval()(features).topk(min(5, classes), dim=1).indices == labels[:, None]
-    hits = {"top1": ranked[:, 0].sum(), "top5": ranked.sum()}
-    return {name: int(count) / len(labels) for name, count in hits.items()}
+def logits(probe: Probe, features: Tensor) -> Tensor:
+    """Logits (N, classes) of features (N, D)."""
+    return probe.eval()(features)

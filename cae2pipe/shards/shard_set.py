@@ -118,6 +118,21 @@ class ShardSet:
         return samples
 
 
+def read_image(tar: Path, offset: int, size: int, crc32c: int) -> bytes:
+    """One image's bytes out of a tar.
+
+    Raises:
+        DamageError: the tar is missing or too short, or the bytes have changed.
+    """
+    try:
+        image = read_range(tar, offset, size)
+    except DamageError as error:
+        raise DamageError(error.what, where=error.where, fix=REMEDY) from None
+    if google_crc32c.value(image) != crc32c:
+        raise DamageError("the tar has changed since it was written", where=f"{tar}, byte {offset}", fix=REMEDY)
+    return image
+
+
 def make_shard(root: Path, name: str, unit: Mapping[str, Any]) -> Shard:
     """A tar from the manifest's entry."""
     tar, index = (unit["files"][path]["sha256"] for path in (tar_path(name), index_path(name)))

@@ -43,6 +43,19 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def meet(self) -> None:
+        """Wait until all processes have come here."""
+        if self.ranks > 1:
+            self.sum(torch.zeros(1, device=self.device)).item()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks, in all of them."""
+        if self.ranks == 1:
+            return [value]
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value)
+        return values
+
     def lead(self, work: Callable[[], T]) -> T:
         """What ``work`` gives in the leading process, in all of them. An error there is raised everywhere, and shown
         once."""

@@ -7,8 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
-from cae2pipe.errors import Requeued, Terminated
+from cae2pipe.errors import Requeued, Terminated, WorkerError
+
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -41,3 +44,15 @@ def deferred_stop() -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def until_stopped(items: Iterator[T], stop: StopRequest) -> Iterator[T]:
+    """The items; a failure of the workers that comes with a signal is the stop that was asked for.
+
+    Workers have left the process group, but a scheduler may signal every process of a job.
+    """
+    try:
+        yield from items
+    except (RuntimeError, OSError, EOFError, WorkerError):
+        if stop.exception is None:
+            raise

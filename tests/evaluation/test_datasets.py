@@ -12,6 +12,7 @@ from PIL import Image
 
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import DamageError, ManifestError, SourceError
+from cae2pipe.evaluation.crops import CentralCrop
 from cae2pipe.evaluation.datasets import CropReader, Split, common_labels, open_data, open_split
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
@@ -30,7 +31,7 @@ def shard(source: Path, out: Path) -> Path:
 
 
 def crops(split: Split, size: int = 24):
-    reader = CropReader(split, range(len(split.runs)), size, size)
+    reader = CropReader(split, range(len(split.runs)), CentralCrop(size, size))
     return [reader[index] for index in range(len(reader))]
 
 
@@ -63,7 +64,7 @@ def test_crops_are_central(tmp_path):
     image[:, 30:50] = 255
     (tmp_path / "a").mkdir()
     Image.fromarray(image).save(tmp_path / "a" / "x.png")
-    (run,) = [CropReader(open_split(tmp_path, 1), range(1), 20, 40)[0]]
+    (run,) = [CropReader(open_split(tmp_path, 1), range(1), CentralCrop(20, 40))[0]]
     assert run.pixels.shape == (1, 20, 20, 3)
     assert run.pixels.min() == 255
 

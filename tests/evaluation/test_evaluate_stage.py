@@ -21,7 +21,7 @@ from cae2pipe.evaluation import features as features_module
 from cae2pipe.inspection import describe, verify
 from cae2pipe.progress import Silent
 from cae2pipe.stages import evaluate as stage
-from cae2pipe.stages.evaluate import evaluate_knn, evaluate_linear
+from cae2pipe.stages.evaluate import evaluate
 from tests.conftest import contents, snapshot
 
 CLASSES = {"bright": (230, 220, 40), "dark": (20, 30, 60), "red": (200, 20, 30)}
@@ -47,12 +47,14 @@ def knn(*overrides: str) -> KnnSettings:
 
 
 def linear(*overrides: str) -> LinearSettings:
-    return load(LinearSettings, "evaluate", "linear", ["speed.workers=0", "speed.device=cpu", *overrides])
+    return load(
+        LinearSettings, "evaluate", "linear", ["speed.workers=0", "speed.device=cpu", "cached_crops=1", *overrides]
+    )
 
 
 def test_knn_and_linear_share_features_and_separate_colours(exported, data, tmp_path):
     out, report = tmp_path / "out", Silent()
-    result = evaluate_knn(str(exported), data, out, knn(), report)
+    result = evaluate("knn", str(exported), data, out, knn(), report)
     assert result["top1"] == 1
     assert {"evaluation": "knn", "encoder": "exported", "feature": "class", "k": 5}.items() <= result.items()
     assert {kind: set(scores) for kind, scores in result["by_feature"].items()} == {
@@ -65,7 +67,7 @@ def test_knn_and_linear_share_features_and_separate_colours(exported, data, tmp_
     features = snapshot(out / "features")
     assert len(features) == 2
 
-    result = evaluate_linear(str(exported), data, out, linear(), Silent())
+    result = evaluate("linear", str(exported), data, out, linear(), Silent())
     assert result["top1"] == 1
     assert len(result["losses"]) == 90
     assert snapshot(out / "features") == features
@@ -80,11 +82,11 @@ def test_knn_and_linear_share_features_and_separate_colours(exported, data, tmp_
 
 def test_a_second_run_does_nothing(exported, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    result = evaluate_knn(str(exported), data, out, knn(), Silent())
+    result = evaluate("knn", str(exported), data, out, knn(), Silent())
     before = snapshot(out)
     monkeypatch.setattr(stage, "extract_features", None)
     report = Silent()
-    assert evaluate_knn(str(exported), data, out, knn(), report) == result
+    assert evaluate("knn", str(exported), data, out, knn(), report) == result
     assert snapshot(out) == before
     assert report.lines == [f"nothing to do: {out / 'knn'} holds this score, top1 1.0000"]
 
@@ -92,22 +94,22 @@ def test_a_second_run_does_nothing(exported, data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{}")])
 def test_a_lost_result_is_made_again(exported, data, tmp_path, damage):
     out = tmp_path / "out"
-    result = evaluate_linear(str(exported), data, out, linear(), Silent())
+    result = evaluate("linear", str(exported), data, out, linear(), Silent())
     before = contents(out)
     damage(out / "linear" / "result.json")
-    assert evaluate_linear(str(exported), data, out, linear(), Silent()) == result
+    assert evaluate("linear", str(exported), data, out, linear(), Silent()) == result
     assert contents(out) == before
 
 
 def test_a_damaged_part_is_made_again(exported, data, tmp_path):
     out = tmp_path / "out"
-    evaluate_knn(str(exported), data, out, knn(), Silent())
+    evaluate("knn", str(exported), data, out, knn(), Silent())
     before = contents(out)
     part = sorted((out / "features").iterdir())[0]
     part.write_bytes(part.read_bytes()[:-10])
     (out / "knn" / "result.json").unlink()
     report = Silent()
-    evaluate_knn(str(exported), data, out, knn(), report)
+    evaluate("knn", str(exported), data, out, knn(), report)
     assert contents(out) == before
     assert any("damaged" in line and part.name in line for line in report.lines)
 
@@ -115,7 +117,7 @@ def test_a_damaged_part_is_made_again(exported, data, tmp_path):
 def test_a_broken_off_extraction_goes_on_with_the_next_part(exported, data, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "PART", 4)
     settings = knn("speed.batch=4")
-    whole = evaluate_knn(str(exported), data, tmp_path / "whole", settings, Silent())
+    whole = evaluate("knn", str(exported), data, tmp_path / "whole", settings, Silent())
     write, calls = features_module.write_part, []
 
     def interrupted(path, *arguments):
@@ -127,19 +129,19 @@ def test_a_broken_off_extraction_goes_on_with_the_next_part(exported, data, tmp_
     out = tmp_path / "out"
     monkeypatch.setattr(features_module, "write_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_knn(str(exported), data, out, settings, Silent())
+        evaluate("knn", str(exported), data, out, settings, Silent())
     assert not open_box(out / "knn").complete
     done, parts = list(calls), 5 + 3  # 18 and 10 files in fours
     monkeypatch.setattr(features_module, "write_part", lambda path, *a: (calls.append(path.name), write(path, *a)))
-    assert evaluate_knn(str(exported), data, out, settings, Silent()) == whole
+    assert evaluate("knn", str(exported), data, out, settings, Silent()) == whole
     assert len(calls) == len(set(calls)) == parts
     assert calls[:3] == done
     assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_workers_change_nothing(exported, data, tmp_path):
-    evaluate_knn(str(exported), data, tmp_path / "none", knn(), Silent())
-    evaluate_knn(str(exported), data, tmp_path / "two", knn("speed.workers=2"), Silent())
+    evaluate("knn", str(exported), data, tmp_path / "none", knn(), Silent())
+    evaluate("knn", str(exported), data, tmp_path / "two", knn("speed.workers=2"), Silent())
     assert contents(tmp_path / "none") == contents(tmp_path / "two")
 
 
@@ -148,7 +150,7 @@ def test_errors_in_workers_keep_their_message(exported, data, tmp_path, monkeypa
     (data / "train" / "dark" / "3.png").unlink()
     monkeypatch.setattr(stage, "open_data", lambda *_: opened)
     with pytest.raises(SourceError) as caught:
-        evaluate_knn(str(exported), data, tmp_path / "out", knn("speed.workers=1"), Silent())
+        evaluate("knn", str(exported), data, tmp_path / "out", knn("speed.workers=1"), Silent())
     assert caught.value.where.endswith("3.png")
     assert "Traceback" not in str(caught.value)
 
@@ -158,53 +160,53 @@ def test_errors_in_workers_keep_their_message(exported, data, tmp_path, monkeypa
     [("temperature=0.1", "settings.temperature"), ("features.feature=mean", "feature = "), ("k=[1]", "settings.k")],
 )
 def test_other_settings_are_refused_by_name(exported, data, tmp_path, override, field):
-    evaluate_knn(str(exported), data, tmp_path / "out", knn(), Silent())
+    evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
     with pytest.raises(MismatchError) as caught:
-        evaluate_knn(str(exported), data, tmp_path / "out", knn(override), Silent())
+        evaluate("knn", str(exported), data, tmp_path / "out", knn(override), Silent())
     assert field in caught.value.what
 
 
 def test_another_encoder_and_other_data_are_refused(exported, data, tmp_path, make_run):
     out = tmp_path / "out"
-    evaluate_knn(str(exported), data, out, knn(), Silent())
+    evaluate("knn", str(exported), data, out, knn(), Silent())
     with pytest.raises(MismatchError, match="encoder"):
-        evaluate_knn(f"random:{make_run()}", data, out, knn(), Silent())
+        evaluate("knn", f"random:{make_run()}", data, out, knn(), Silent())
     (data / "train" / "dark" / "5.png").unlink()
     with pytest.raises(MismatchError, match=r"data\.train"):
-        evaluate_knn(str(exported), data, out, knn(), Silent())
+        evaluate("knn", str(exported), data, out, knn(), Silent())
 
 
 def test_a_run_without_trained_class_token_is_scored_by_its_patches(make_run, data, tmp_path):
     run = make_run(class_token=False)
-    assert evaluate_knn(str(run), data, tmp_path / "auto", knn(), Silent())["feature"] == "mean"
-    forced = evaluate_knn(str(run), data, tmp_path / "class", knn("features.feature=class"), Silent())
+    assert evaluate("knn", str(run), data, tmp_path / "auto", knn(), Silent())["feature"] == "mean"
+    forced = evaluate("knn", str(run), data, tmp_path / "class", knn("features.feature=class"), Silent())
     assert forced["feature"] == "class"
 
 
 def test_the_same_weights_scored_by_another_feature_are_another_score(make_run, exported, data, tmp_path):
     """auto is the class token of an exported file, and the patches of a run whose teacher had no class token."""
-    evaluate_knn(str(exported), data, tmp_path / "out", knn(), Silent())
+    evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
     with pytest.raises(MismatchError, match='with feature = "class", and "mean"'):
-        evaluate_knn(str(make_run(class_token=False)), data, tmp_path / "out", knn(), Silent())
+        evaluate("knn", str(make_run(class_token=False)), data, tmp_path / "out", knn(), Silent())
 
 
 def test_val_with_fewer_classes_is_scored_by_names(exported, data, tmp_path):
     for path in (data / "val" / "bright").iterdir():
         path.unlink()
     (data / "val" / "bright").rmdir()
-    for name, run in (("knn", evaluate_knn), ("linear", evaluate_linear)):
-        result = run(str(exported), data, tmp_path / name, {"knn": knn, "linear": linear}[name](), Silent())
+    for name, settings in (("knn", knn()), ("linear", linear())):
+        result = evaluate(name, str(exported), data, tmp_path / name, settings, Silent())
         assert result["top1"] == 1
         assert result["classes"] == 3
 
 
 def test_what_the_encoder_cannot_do_is_refused(exported, data, tmp_path):
     with pytest.raises(SettingsError, match="no class token"):
-        evaluate_knn(
-            "random:vit_base_patch16_siglip_224", data, tmp_path / "out", knn("features.feature=class"), Silent()
+        evaluate(
+            "knn", "random:vit_base_patch16_siglip_224", data, tmp_path / "out", knn("features.feature=class"), Silent()
         )
     with pytest.raises(SettingsError, match="takes 32 pixels"):
-        evaluate_knn(str(exported), data, tmp_path / "out", knn("features.image_size=64"), Silent())
+        evaluate("knn", str(exported), data, tmp_path / "out", knn("features.image_size=64"), Silent())
     assert not (tmp_path / "out").exists()
 
 
@@ -212,7 +214,7 @@ def test_a_part_of_rejects_alone(exported, data, tmp_path):
     for path in (data / "val").rglob("*.png"):
         path.write_bytes(b"nothing")
     with pytest.raises(SourceError, match="not one image"):
-        evaluate_knn(str(exported), data, tmp_path / "out", knn(), Silent())
+        evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
 
 
 def test_weights_that_give_no_numbers(exported, data, tmp_path):
@@ -220,13 +222,13 @@ def test_weights_that_give_no_numbers(exported, data, tmp_path):
     state["norm.weight"][0] = float("nan")
     save_file(state, exported / "encoder.safetensors")
     with pytest.raises(SourceError, match="not finite"):
-        evaluate_knn(str(exported), data, tmp_path / "out", knn(), Silent())
+        evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
     assert not list((tmp_path / "out" / "features").iterdir())
 
 
 def test_rejects_that_fill_a_part(exported, data, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "PART", 1)
-    result = evaluate_knn(str(exported), data, tmp_path / "out", knn("speed.batch=1"), Silent())
+    result = evaluate("knn", str(exported), data, tmp_path / "out", knn("speed.batch=1"), Silent())
     assert result["images"]["val"] == 9
     parts = [load_file(path) for path in (tmp_path / "out" / "features").iterdir()]
     assert {frozenset(part) for part in parts} == {frozenset({"labels"}), frozenset({"class", "mean", "labels"})}
@@ -239,7 +241,7 @@ def test_the_command(exported, data, tmp_path):
 
     for kind in ("knn", "linear"):
         for _ in range(2):
-            few = ("--set", "k=[5,100]") if kind == "knn" else ()
+            few = ("--set", "k=[5,100]") if kind == "knn" else ("--fast",)
             done = run(kind, exported, data, tmp_path / "out", *few)
             assert done.exit_code == 0, done.output
             assert "1.0000" in done.stdout
@@ -260,22 +262,22 @@ def test_real_photographs_of_three_classes(real, tmp_path):
             for path in sorted(folder.iterdir())[:5]:
                 (target / path.name).symlink_to(path)
     weights = real / "teachers" / "vit_tiny_patch16_224.timm.safetensors"
-    trained = evaluate_knn(
-        f"timm:vit_tiny_patch16_224@{weights}", tmp_path / "data", tmp_path / "trained", knn(), Silent()
+    trained = evaluate(
+        "knn", f"timm:vit_tiny_patch16_224@{weights}", tmp_path / "data", tmp_path / "trained", knn(), Silent()
     )
     assert trained["top1"] >= 0.9
     assert trained["images"] == {"train": 15, "val": 15}
-    untrained = evaluate_knn("random:tiny", tmp_path / "data", tmp_path / "random", knn(), Silent())
+    untrained = evaluate("knn", "random:tiny", tmp_path / "data", tmp_path / "random", knn(), Silent())
     assert untrained["top1"] < trained["top1"]
     assert torch.isfinite(torch.tensor(untrained["top1"]))
 
 
 def test_more_neighbours_than_images(exported, data, tmp_path):
     with pytest.raises(SettingsError, match="20 neighbours are asked for, and there are 18") as caught:
-        evaluate_knn(str(exported), data, tmp_path / "out", knn("k=[20, 10]"), Silent())
+        evaluate("knn", str(exported), data, tmp_path / "out", knn("k=[20, 10]"), Silent())
     assert caught.value.fix == "--set 'k=[10]'"
     report = Silent()
-    result = evaluate_knn(str(exported), data, tmp_path / "out2", knn("k=[10, 20]"), report)
+    result = evaluate("knn", str(exported), data, tmp_path / "out2", knn("k=[10, 20]"), report)
     assert set(result["by_feature"]["mean"]) == {"10"}
     assert any("left out k above the 18" in line for line in report.lines)
 
@@ -287,7 +289,7 @@ def test_one_class_alone(exported, data, tmp_path):
         for name in ("dark", "red"):
             shutil.rmtree(data / part / name)
     with pytest.raises(SourceError, match="one class only, 'bright'"):
-        evaluate_knn(str(exported), data, tmp_path / "out", knn(), Silent())
+        evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
 
 
 def test_real_scores_are_those_of_scikit_learn_on_the_same_features(real, tmp_path):
@@ -305,8 +307,8 @@ def test_real_scores_are_those_of_scikit_learn_on_the_same_features(real, tmp_pa
     point = 0.01 + 1e-9
     encoder = f"timm:vit_tiny_patch16_224@{real / 'teachers' / 'vit_tiny_patch16_224.timm.safetensors'}"
     out = tmp_path / "out"
-    near = evaluate_knn(encoder, tmp_path / "data", out, knn("k=[20]"), Silent())
-    straight = evaluate_linear(encoder, tmp_path / "data", out, linear(), Silent())
+    near = evaluate("knn", encoder, tmp_path / "data", out, knn("k=[20]"), Silent())
+    straight = evaluate("linear", encoder, tmp_path / "data", out, linear(), Silent())
     train, val = sorted((load_file(path) for path in (out / "features").iterdir()), key=lambda p: -len(p["labels"]))
     assert (len(train["labels"]), len(val["labels"])) == (300, 200)
     for kind in ("class", "mean"):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from cae2pipe.config.evaluate import LinearSettings
 from cae2pipe.errors import DivergedError, SourceError
-from cae2pipe.evaluation.linear import Probe, batch_and_steps, fit, held_out, train_probe
+from cae2pipe.evaluation.linear import Probe, batch_and_steps, fit, held_out, logits, train_probe
+from cae2pipe.evaluation.scores import accuracy, from_scores
 from cae2pipe.progress import Silent
 
 
@@ -24,7 +25,14 @@ def clusters(images: int, classes: int, dim: int = 64, seed: int = 0) -> tuple[t
 
 def probe(images: int = 120, classes: int = 3, **settings):
     train, test = clusters(images, classes, seed=1), clusters(90, classes, seed=2)
-    return train_probe(*train, *test, classes=classes, settings=LinearSettings(**settings), report=Silent())
+    return scored(train, test, classes, **settings)
+
+
+def scored(train, test, classes: int, **settings) -> dict:
+    """What a probe trained on ``train`` tells of itself, and its accuracy on ``test``."""
+    options = LinearSettings(cached_crops=1, **settings)
+    head, figures = train_probe([train[0]], train[1], classes=classes, settings=options, report=Silent())
+    return {**figures, **accuracy(from_scores(logits(head, test[0]), test[1], []))}
 
 
 @pytest.mark.parametrize(("images", "classes"), [(3, 3), (6, 3), (16, 4), (17, 4), (65, 3), (150, 3), (1500, 10)])
@@ -39,9 +47,7 @@ def test_separable_features_are_separated_whatever_the_size_of_the_set(images, c
 def test_labels_without_meaning_are_not_predicted():
     train, labels = clusters(200, 4)
     shuffled = labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
-    result = train_probe(
-        train, shuffled, *clusters(200, 4, seed=3), classes=4, settings=LinearSettings(), report=Silent()
-    )
+    result = scored((train, shuffled), clusters(200, 4, seed=3), 4)
     assert result["top1"] < 0.6
 
 
@@ -101,17 +107,15 @@ def test_a_loss_that_is_not_finite_ends_the_probe():
     train, labels = clusters(200, 4)
     shuffled = labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
     with pytest.raises(DivergedError, match="not finite"):
-        train_probe(
-            train, shuffled, train, labels, classes=4, settings=LinearSettings(lr=1e4, warmup_epochs=0), report=Silent()
-        )
+        scored((train, shuffled), (train, labels), 4, lr=1e4, warmup_epochs=0)
 
 
 def test_rates_trained_side_by_side_are_those_trained_alone():
     train, labels = clusters(200, 3, seed=1)
     settings = LinearSettings(epochs=12)
-    together, losses = fit(train, labels, classes=3, settings=settings, rates=[0.01, 0.1, 1.0], report=Silent())
+    together, losses = fit([train], labels, classes=3, settings=settings, rates=[0.01, 0.1, 1.0], report=Silent())
     for rate, probe, own in zip([0.01, 0.1, 1.0], together, losses, strict=True):
-        (alone,), (wanted,) = fit(train, labels, classes=3, settings=settings, rates=[rate], report=Silent())
+        (alone,), (wanted,) = fit([train], labels, classes=3, settings=settings, rates=[rate], report=Silent())
         assert own == wanted
         assert torch.equal(probe.head.weight, alone.head.weight)
 
@@ -125,14 +129,7 @@ def test_a_sweep_takes_the_best_on_held_out_training_images_and_never_looks_at_t
     plain = probe(600, epochs=12)
     assert {name: result[name] for name in plain} == plain
     train, test = clusters(600, 3, seed=1), clusters(90, 3, seed=2)
-    nonsense = train_probe(
-        *train,
-        torch.zeros_like(test[0]),
-        test[1],
-        classes=3,
-        settings=LinearSettings(epochs=12, sweep=rates),
-        report=Silent(),
-    )
+    nonsense = scored(train, (torch.zeros_like(test[0]), test[1]), 3, epochs=12, sweep=rates)
     assert nonsense["held_out"] == result["held_out"]
 
 

@@ -1,0 +1,149 @@
+"""The order of supervised training: pure functions of the number of images, the batch, the seed and the epoch.
+
+An epoch is a permutation of all images, cut into steps, and each step into chunks. A chunk is what passes the model
+together, and all that is drawn for it hangs on (seed, step, chunk): so it does not matter which process takes it, or
+where an earlier run was killed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cae2pipe.errors import ImageError, SourceError
+from cae2pipe.evaluation.crops import DrawnCrop
+from cae2pipe.evaluation.datasets import Split
+from cae2pipe.images.decode import decode_rgb
+from cae2pipe.keyed import keyed_permutation
+
+
+@dataclass(frozen=True)
+class Course:
+    """``epochs`` of ``steps`` with ``chunks`` each, over ``used`` of ``images`` images an epoch."""
+
+    images: int
+    used: int
+    steps: int
+    chunks: int
+    epochs: int
+    seed: int
+
+    @property
+    def total(self) -> int:
+        """Steps in all."""
+        return self.steps * self.epochs
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a global step."""
+        return step // self.steps
+
+    def chunk(self, step: int, chunk: int) -> np.ndarray:
+        """The images of one chunk of a global step, int64 (c,)."""
+        epoch, number = divmod(step, self.steps)
+        order = _order(self.images, self.seed, epoch)[: self.used]
+        return _cut(_cut(order, self.steps, number), self.chunks, chunk)
+
+    def size(self, step: int) -> int:
+        """Images of a global step."""
+        return len(_cut(range(self.used), self.steps, step % self.steps))
+
+
+@lru_cache(maxsize=2)
+def _order(images: int, seed: int, epoch: int) -> np.ndarray:
+    return keyed_permutation(images, "course", seed, epoch)
+
+
+def _cut(items: Any, parts: int, number: int) -> Any:
+    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
+
+
+def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int) -> Course:
+    """Batches of one size in chunks of one size; what an epoch leaves over comes in another one.
+
+    Raises:
+        SourceError: there are fewer images than a batch has.
+    """
+    if images < batch:
+        raise SourceError(
+            f"{images} training images are fewer than one batch of {batch}",
+            fix=f"--set batch={max(2, images // 2 * 2)} with a chunk that divides it; lr scales with it",
+        )
+    steps = images // batch
+    return Course(images, steps * batch, steps, batch // chunk, epochs, seed)
+
+
+def all_images(images: int, batch: int, steps: int, chunk: int, epochs: int, seed: int) -> Course:
+    """Every image in every epoch, in steps and chunks of nearly equal size."""
+    return Course(images, images, steps, max(1, math.ceil(min(batch, images) / chunk)), epochs, seed)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Crops of one chunk: pixels uint8 (c, 3, S, S) and labels int64 (c,), on the CPU or a device; ``rejected`` says
+    what could not be decoded."""
+
+    step: int
+    number: int
+    pixels: Tensor
+    labels: Tensor
+    rejected: tuple[dict[str, Any], ...] = ()
+
+    def pinned(self) -> Chunk:
+        return Chunk(self.step, self.number, self.pixels.pin_memory(), self.labels.pin_memory(), self.rejected)
+
+    def to(self, device: torch.device) -> Chunk:
+        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.labels))
+        return Chunk(self.step, self.number, pixels, labels, self.rejected)
+
+
+class ChunkReader(Dataset):
+    """The chunks ``own`` of every step from ``start`` on, in order; picklable.
+
+    An image that cannot be decoded is replaced by the next one of its chunk that can.
+
+    Raises SourceError or DamageError where files cannot be read, SourceError where nothing of a chunk can be decoded.
+    """
+
+    def __init__(self, split: Split, course: Course, own: Sequence[int], start: int, crop: DrawnCrop):
+        # Runs are another way to the same images, and as large.
+        self.root, self.samples = split.root, split.samples
+        self.course, self.own, self.start, self.crop = course, own, start, crop
+
+    def __len__(self) -> int:
+        return (self.course.total - self.start) * len(self.own)
+
+    def __getitem__(self, index: int) -> Chunk:
+        step, place = divmod(index, len(self.own))
+        step, number = step + self.start, self.own[place]
+        chosen = self.course.chunk(step, number)
+        epoch = self.course.epoch(step)
+        crop = DrawnCrop(self.crop.size, self.crop.settings, self.crop.mean, self.crop.seed, epoch)
+        pixels: dict[int, np.ndarray] = {}
+        rejected = []
+        for place, image in enumerate(chosen.tolist()):
+            sample = self.samples.read(image)
+            try:
+                decoded = decode_rgb(sample.data, where=f"{self.root}, {sample.key}")
+            except ImageError as error:
+                rejected.append({"path": sample.key, "reason": error.what})
+                continue
+            pixels[place] = crop(decoded, image).transpose(2, 0, 1)
+        if not pixels:
+            raise SourceError(
+                f"not one of {len(chosen)} images that are trained on together can be decoded: {rejected[0]['reason']}",
+                where=f"{self.root}, {rejected[0]['path']}",
+                fix="`cae2pipe shard` makes a shard set of what can be decoded",
+            )
+        good = sorted(pixels)
+        places = [good[np.searchsorted(good, place) % len(good)] for place in range(len(chosen))]
+        stacked = np.stack([pixels[place] for place in places])
+        labels = self.samples.labels[chosen[places]]
+        return Chunk(step, number, torch.from_numpy(stacked), torch.from_numpy(labels), tuple(rejected))

@@ -1,0 +1,98 @@
+"""What encoders see of an image: the central crop for scores, drawn crops for training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cae2pipe.config.evaluate import DrawSettings
+from cae2pipe.images.evaluation_crop import evaluation_crop
+from cae2pipe.keyed import keyed_seed
+
+
+class Crop(Protocol):
+    """From an RGB image and a key to pixels, uint8 (size, size, 3); picklable."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, image: Image.Image, key: str | int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class CentralCrop:
+    """The central ``size`` pixels of an image whose shorter side becomes ``resize``."""
+
+    size: int
+    resize: int
+
+    def __call__(self, image: Image.Image, key: str | int) -> np.ndarray:
+        return np.asarray(evaluation_crop(image, self.size, self.resize))
+
+
+@dataclass(frozen=True)
+class DrawnCrop:
+    """A random resized crop, flipped or not, with RandAugment or without: the same for equal (seed, epoch, key).
+
+    ``mean`` is the colour, of pixels in [0, 1], that RandAugment fills empty corners with.
+    """
+
+    size: int
+    settings: DrawSettings
+    mean: tuple[float, ...]
+    seed: int
+    epoch: int = 0
+
+    def __call__(self, image: Image.Image, key: str | int) -> np.ndarray:
+        transform = _transform(self.size, self.settings, self.mean)
+        with seeded("crop", self.seed, self.epoch, key):
+            return np.asarray(transform(image))
+
+
+@cache
+def _transform(size: int, settings: DrawSettings, mean: tuple[float, ...]) -> Callable[[Image.Image], Any]:
+    """timm's training transform up to where it becomes a tensor, in timm's order."""
+    from timm.data.auto_augment import rand_augment_transform
+    from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+    from torchvision.transforms import Compose, RandomHorizontalFlip
+
+    steps: list[Any] = [
+        RandomResizedCropAndInterpolation(size, settings.scale, settings.ratio, "bicubic"),
+        RandomHorizontalFlip(settings.flip),
+    ]
+    if settings.rand_augment:
+        hints = {
+            "translate_const": int(size * 0.45),
+            "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
+            "interpolation": str_to_pil_interp("bicubic"),
+        }
+        steps.append(rand_augment_transform(f"rand-m{settings.rand_augment}-mstd0.5-inc1", hints))
+    return Compose(steps)
+
+
+@contextmanager
+def seeded(*key: str | int) -> Iterator[None]:
+    """Within it the generators of random, numpy and torch draw from a key; afterwards those of the CPU go on as before.
+
+    Transforms, Mixup and drop path of libraries draw from these, and would otherwise hang on who has done what before.
+    A device's generator is seeded, but not put back: reading its state would wait for the device.
+    """
+    seed = keyed_seed(*key)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

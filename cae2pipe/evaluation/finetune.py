@@ -1,0 +1,227 @@
+"""Fine-tuning: the whole encoder trained as a classifier (paper, Table 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cae2pipe.config.evaluate import FinetuneSettings
+from cae2pipe.evaluation.course import Chunk, Course
+from cae2pipe.evaluation.crops import seeded
+from cae2pipe.evaluation.encoders import FrozenEncoder, FrozenTeacher, Student
+from cae2pipe.evaluation.predicting import Found
+from cae2pipe.evaluation.scores import accuracy
+from cae2pipe.models.trainable import (
+    add_relative_positions,
+    check_trainable,
+    freeze_fixed_positions,
+    layer_decay_groups,
+    resize_input,
+    set_classifier,
+    set_drop_path,
+    unfold_layer_scale,
+)
+from cae2pipe.training.parallel import World, spread, without_exchange
+from cae2pipe.training.schedule import learning_rate
+
+REFERENCE_BATCH = 1024
+"""The batch that learning rates are given for."""
+
+BEST, LAST = "best.safetensors", "last.safetensors"
+
+
+class Normalised(nn.Module):
+    """A classifier of pixels in [0, 255], uint8 or float."""
+
+    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
+        super().__init__()
+        self.model = model
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", 255 * torch.tensor(mean, device=device).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std, device=device).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of normalised images."""
+        return self.model(images)
+
+
+def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSettings, spec: str) -> Normalised:
+    """The encoder as a classifier that can be trained. ``encoder`` is changed, and of no further use.
+
+    Raises:
+        SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.
+    """
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    if isinstance(encoder, Student):
+        model, mean, std = encoder.model, encoder.mean, encoder.std
+    else:
+        assert isinstance(encoder, FrozenTeacher)
+        info = encoder.teacher.info
+        model, mean, std = getattr(encoder.teacher, "model", encoder.teacher), info.mean, info.std
+    check_trainable(model, spec)
+    device = model.patch_embed.proj.weight.device
+    model.requires_grad_(True)
+    freeze_fixed_positions(model)
+    resize_input(model, settings.image_size or model.patch_embed.img_size[0])
+    if settings.layer_scale and isinstance(encoder, Student) and encoder.ours:
+        unfold_layer_scale(model, settings.layer_scale)
+    with seeded("classifier", settings.seed):
+        set_classifier(model, classes, settings.head_scale)
+    set_drop_path(model, settings.drop_path)
+    if settings.relative_positions:
+        add_relative_positions(model, spec)
+    return Normalised(model, mean, std, device)
+
+
+class FinetuneLearner:
+    """Trains a classifier.
+
+    Args:
+        classifier: from ``build_classifier``. classes: how many. settings: all of them.
+        course: the order. bf16: compute under autocast. compiled: with torch.compile. world: the processes.
+        predict: predictions for the val images of a function from pixels to logits.
+        root: where the best weights go.
+    """
+
+    def __init__(
+        self,
+        classifier: Normalised,
+        classes: int,
+        settings: FinetuneSettings,
+        course: Course,
+        bf16: bool,
+        compiled: bool,
+        world: World,
+        predict: Callable[[Callable[[Tensor], Tensor]], Found],
+        root: Path,
+    ):
+        from timm.data.random_erasing import RandomErasing
+
+        self.classifier, self.settings, self.course, self.world = classifier, settings, course, world
+        self.bf16, self.predict, self.root = bf16, predict, root
+        self.erase = RandomErasing(settings.erase, mode="pixel", device=world.device.type)
+        self.mix = make_mixup(settings, classes)
+        groups = layer_decay_groups(classifier.model, settings.weight_decay, settings.layer_decay)
+        betas = (settings.beta1, settings.beta2)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        self.average = averaged(classifier, settings.ema)
+        if compiled:
+            classifier.compile(dynamic=False)
+        self.module = spread(classifier, world, bf16)
+        self.best = -1.0
+        self.found: Found | None = None
+
+    def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
+        self.classifier.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.world.device)
+        for place, chunk in enumerate(chunks):
+            last = place == len(chunks) - 1
+            with nullcontext() if last else without_exchange(self.module, self.world):
+                loss = self.loss(chunk) * (len(chunk.labels) / size)
+                # DDP averages over processes; the loss is a sum over them.
+                (loss * self.world.ranks).backward()
+            total += loss.detach()
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.classifier.parameters(), self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step) * group["lr_scale"]
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.classifier)
+        return total
+
+    def loss(self, chunk: Chunk) -> Tensor:
+        """The mean loss of a chunk. All that is drawn hangs on the seed, the step and the chunk."""
+        images = self.classifier.normalise(chunk.pixels.to(self.world.device))
+        labels = chunk.labels.to(self.world.device)
+        with seeded("chunk", self.settings.seed, chunk.step, chunk.number):
+            self.erase(images)
+            targets = labels
+            if self.mix:
+                images, targets = self.mix(images, labels)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.module(images)
+        # Mixed targets are smoothed already.
+        smoothing = 0.0 if self.mix else self.settings.smoothing
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+    def rate(self, step: int) -> float:
+        factor = self.settings.batch / REFERENCE_BATCH
+        lr, least = self.settings.lr * factor, self.settings.min_lr * factor
+        return learning_rate(step, self.course.steps, self.course.epochs, self.settings.warmup_epochs, lr, least)
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Logits of a batch for scores."""
+        scored: Any = self.average.module if self.average else self.classifier
+        scored.eval()
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            return scored(scored.normalise(pixels)).float()
+
+    def validate(self, epoch: int) -> dict[str, float] | None:
+        last = epoch + 1 == self.course.epochs
+        if (epoch + 1) % self.settings.validate_epochs and not last:
+            return None
+        self.found = self.predict(self.logits)
+        figures = accuracy(self.found.predictions)
+        if figures["top1"] > self.best:
+            self.best = figures["top1"]
+            self.save(BEST)
+        if last:
+            self.save(LAST)
+        return figures
+
+    def save(self, name: str) -> None:
+        """The weights that are scored, under timm's names."""
+        from safetensors.torch import save_file
+
+        from cae2pipe.artifacts.atomic import replacing
+
+        if self.world.leads:
+            scored: Any = self.average.module if self.average else self.classifier
+            weights = {key: tensor.cpu().contiguous() for key, tensor in scored.model.state_dict().items()}
+            with replacing(self.root / name) as temporary:
+                save_file(weights, temporary, metadata={"format": "pt"})
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.classifier.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.classifier.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.best = state["best"]
+
+
+def make_mixup(settings: FinetuneSettings, classes: int) -> Any:
+    """timm's Mixup and CutMix, which also smooth the labels; None where neither is asked for."""
+    from timm.data import Mixup
+
+    if not settings.mixup and not settings.cutmix:
+        return None
+    return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes)
+
+
+def averaged(classifier: Normalised, decay: float) -> Any:
+    """A moving average of the weights, or None."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None

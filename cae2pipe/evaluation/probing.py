@@ -1,0 +1,110 @@
+"""Training of a head on a frozen encoder that sees new crops of every image in every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cae2pipe.evaluation.attentive import AttentiveProbe
+from cae2pipe.evaluation.course import Chunk, Course
+from cae2pipe.evaluation.encoders import FrozenEncoder
+from cae2pipe.evaluation.linear import Probe
+from cae2pipe.training.parallel import World
+from cae2pipe.training.schedule import learning_rate
+
+Inputs = Callable[[FrozenEncoder, Tensor], Tensor]
+"""From an encoder and pixels to what a head takes."""
+
+
+def pooled(feature: str) -> Inputs:
+    """The class token's or the mean patch's features (B, D)."""
+
+    def inputs(encoder: FrozenEncoder, pixels: Tensor) -> Tensor:
+        found = encoder(pixels)
+        if feature == "mean":
+            return found.mean
+        assert found.class_token is not None
+        return found.class_token
+
+    return inputs
+
+
+def all_tokens(encoder: FrozenEncoder, pixels: Tensor) -> Tensor:
+    """Class token and patches in one row (B, T, D)."""
+    return encoder.tokens(pixels).together()
+
+
+class ProbeLearner:
+    """Trains a head; the encoder stays as it is.
+
+    Args:
+        encoder, head, inputs: pixels go through encoder and inputs to the head.
+        optimizer: of the head; each group has its ``peak`` learning rate.
+        course: the order. warmup_epochs: of it.
+        batch: images that pass the encoder together. world: the processes.
+    """
+
+    def __init__(
+        self,
+        encoder: FrozenEncoder,
+        head: Probe | AttentiveProbe,
+        inputs: Inputs,
+        optimizer: torch.optim.Optimizer,
+        course: Course,
+        warmup_epochs: float,
+        batch: int,
+        world: World,
+    ):
+        self.encoder, self.head, self.inputs, self.optimizer = encoder, head, inputs, optimizer
+        self.course, self.warmup_epochs, self.batch, self.world = course, warmup_epochs, batch, world
+
+    def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
+        self.head.train()
+        self.optimizer.zero_grad(set_to_none=False)
+        total = torch.zeros((), device=self.world.device)
+        for chunk in chunks:
+            logits = self.head(self.features(chunk.pixels))
+            loss = F.cross_entropy(logits, chunk.labels.to(logits.device), reduction="sum") / size
+            loss.backward()
+            total += loss.detach()
+        if self.world.ranks > 1:
+            for parameter in self.head.parameters():
+                # A process may have had no chunk at all.
+                parameter.grad = self.world.sum(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
+        self.head.norm.settle(self.world)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(step, group["peak"])
+        self.optimizer.step()
+        return total
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """The head's input; the encoder's part of it has no gradient."""
+        parts = pixels.to(self.world.device).split(self.batch)
+        return torch.cat([self.inputs(self.encoder, part) for part in parts])
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Logits of a batch for scores."""
+        return self.head.eval()(self.features(pixels))
+
+    def _rate(self, step: int, peak: float) -> float:
+        return learning_rate(step, self.course.steps, self.course.epochs, self.warmup_epochs, peak, 0.0)
+
+    def rate(self, step: int) -> float:
+        return self._rate(step, self.optimizer.param_groups[0]["peak"])
+
+    def validate(self, epoch: int) -> dict[str, float] | None:
+        return None
+
+    def state(self) -> dict[str, Any]:
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,94 @@
+"""From ranked classes to what a result says of them: accuracies, predictions on the disk, a confusion picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cae2pipe.artifacts.atomic import replacing, write_bytes
+from cae2pipe.artifacts.digest import file_entry
+
+MOST = 5
+"""Ranks that are kept."""
+PREDICTIONS, CONFUSION = "predictions.npz", "confusion.png"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of N images: the classes that an encoder ranks first, best first, int64 (N, r); how sure it is of each, float32
+    (N, r); labels int64 (N,); keys. A class of -1 is no prediction."""
+
+    ranked: np.ndarray
+    confidence: np.ndarray
+    labels: np.ndarray
+    keys: list[str]
+
+
+def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes of highest scores (B, classes) and those scores, each (B, r)."""
+    best = scores.topk(min(MOST, scores.shape[1]), dim=1)
+    return best.indices, best.values
+
+
+def joined_predictions(parts: Sequence[Predictions]) -> Predictions:
+    """Parts one after the other."""
+    return Predictions(
+        np.concatenate([part.ranked for part in parts]),
+        np.concatenate([part.confidence for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        [key for part in parts for key in part.keys],
+    )
+
+
+def accuracy(found: Predictions) -> dict[str, float]:
+    """Top-1 and top-5 accuracy."""
+    hits = found.ranked == found.labels[:, None]
+    return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(axis=1).mean())}
+
+
+def per_class(found: Predictions, classes: Sequence[str]) -> dict[str, float]:
+    """Top-1 accuracy by class, of those that have images."""
+    hits = found.ranked[:, 0] == found.labels
+    totals = np.bincount(found.labels, minlength=len(classes))
+    right = np.bincount(found.labels[hits], minlength=len(classes))
+    return {name: float(right[n] / totals[n]) for n, name in enumerate(classes) if totals[n]}
+
+
+def confusion(found: Predictions, classes: int) -> np.ndarray:
+    """How many images of each class (row) were taken for each class (column), int64 (classes, classes)."""
+    first = found.ranked[:, 0]
+    some = first >= 0
+    cells = np.bincount(found.labels[some] * classes + first[some], minlength=classes * classes)
+    return cells.reshape(classes, classes)
+
+
+def write_predictions(root: Path, found: Predictions, classes: Sequence[str]) -> dict[str, Any]:
+    """``predictions.npz`` and ``confusion.png``; gives their entries in the manifest."""
+    from cae2pipe.reporting.confusion import draw_confusion
+    from cae2pipe.reporting.pictures import png_bytes
+
+    names = np.array(found.keys, dtype=np.str_)
+    with replacing(root / PREDICTIONS) as temporary, temporary.open("wb") as file:
+        # numpy stamps no times into its archives: equal predictions give equal bytes.
+        np.savez_compressed(
+            file,
+            ranked=found.ranked,
+            confidence=found.confidence,
+            labels=found.labels,
+            keys=names,
+            classes=np.array(list(classes), dtype=np.str_),
+        )
+    write_bytes(root / CONFUSION, png_bytes(draw_confusion(confusion(found, len(classes)), classes)))
+    return {name: file_entry(root / name) for name in (PREDICTIONS, CONFUSION)}
+
+
+def from_scores(scores: Tensor, labels: Tensor, keys: list[str]) -> Predictions:
+    """Predictions from logits (N, classes): the confidence is the softmax."""
+    best, sure = ranked(torch.softmax(scores.float(), dim=1))
+    return Predictions(best.cpu().numpy(), sure.cpu().numpy(), labels.cpu().numpy(), keys)

@@ -1,0 +1,135 @@
+"""timm's vision transformer made ready to be trained on labels: what BEiT, CAE and their kin change about it.
+
+All of it happens in place and leaves the function of the network as it was, but for the classifier.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cae2pipe.errors import SettingsError
+from cae2pipe.models.positions import sincos_positions
+
+
+def check_trainable(model: Any, where: object) -> None:
+    """Refuse what is not a plain vision transformer of timm. Raises SettingsError."""
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    blocks = getattr(model, "blocks", ())
+    if isinstance(model, VisionTransformer) and len(blocks) and all(type(block) is Block for block in blocks):
+        return
+    raise SettingsError(
+        f"{type(model).__name__} cannot be fine-tuned: only timm's plain vision transformers can",
+        where=where,
+        fix="give a run, an exported or released encoder, or timm:NAME of a vit_ or deit_ model; OpenAI's CLIP is "
+        "timm:vit_base_patch16_clip_224.openai",
+    )
+
+
+def resize_input(model: Any, size: int) -> None:
+    """Take images of another size: positions are resampled. Raises SettingsError where the size is no whole patches."""
+    patch = model.patch_embed.patch_size[0]
+    if size % patch:
+        raise SettingsError(
+            f"image_size {size} is not a multiple of the encoder's patch, {patch}",
+            where="image_size",
+            fix=f"--set image_size={max(1, round(size / patch)) * patch}",
+        )
+    if tuple(model.patch_embed.img_size) != (size, size):
+        model.set_input_size(img_size=(size, size))
+
+
+@torch.no_grad()
+def freeze_fixed_positions(model: Any) -> None:
+    """Leave sin-cos positions as they are; learned ones are trained on."""
+    rows, cols = model.patch_embed.grid_size
+    own = model.pos_embed
+    if own is None or own.shape[-1] % 4:
+        return
+    table = sincos_positions(rows, cols, own.shape[-1]).to(own)
+    if torch.allclose(own[0, -rows * cols :], table, atol=1e-4):
+        own.requires_grad_(False)
+
+
+@torch.no_grad()
+def unfold_layer_scale(model: Any, initial: float) -> None:
+    """Give each branch a LayerScale of ``initial`` and divide the weights before it by that.
+
+    In pretraining these weights stood under a LayerScale, and exports have it folded in. Trained as they are, the same
+    learning rate would move them that much farther.
+    """
+    from timm.layers import LayerScale
+
+    for block in model.blocks:
+        for name, linear in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
+            if not isinstance(getattr(block, name), nn.Identity):
+                continue
+            scale = LayerScale(linear.out_features, init_values=initial).to(linear.weight.device)
+            setattr(block, name, scale)
+            linear.weight.div_(initial)
+            linear.bias.div_(initial)
+
+
+def add_relative_positions(model: Any, where: object) -> None:
+    """Give each block a table of biases by relative position that is added to its attention scores, zero at first
+    (released code). Raises SettingsError for models with more than a class token before the patches."""
+    from timm.layers import RelPosBias
+
+    if model.num_prefix_tokens > 1:
+        raise SettingsError(
+            f"relative positions allow one token before the patches, not {model.num_prefix_tokens}",
+            where=where,
+            fix="--set relative_positions=false",
+        )
+    for block in model.blocks:
+        bias = RelPosBias(model.patch_embed.grid_size, block.attn.num_heads, model.num_prefix_tokens)
+        nn.init.zeros_(bias.relative_position_bias_table)
+        block.attn.relative_positions = bias.to(block.attn.proj.weight.device)
+        block.attn.register_forward_pre_hook(_with_bias, with_kwargs=True)
+
+
+def _with_bias(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**options, "attn_mask": attention.relative_positions.get_bias()}
+
+
+def set_drop_path(model: Any, largest: float) -> None:
+    """Drop path in every block, its rate rising linearly from 0 over the depth."""
+    from timm.layers import DropPath
+
+    depth = len(model.blocks)
+    for number, block in enumerate(model.blocks):
+        rate = largest * number / max(1, depth - 1)
+        block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
+
+
+def set_classifier(model: Any, classes: int, scale: float) -> None:
+    """A classifier on the mean of the patches, which pass the encoder's final norm after that, as ``fc_norm``.
+
+    Weights are drawn with a standard deviation of 0.02 and multiplied with ``scale``.
+    """
+    if isinstance(model.fc_norm, nn.Identity):
+        model.fc_norm, model.norm = model.norm, nn.Identity()
+    model.attn_pool = None
+    model.global_pool = "avg"
+    model.num_classes = classes
+    device = model.patch_embed.proj.weight.device
+    model.head = nn.Linear(model.embed_dim, classes).to(device)
+    nn.init.trunc_normal_(model.head.weight, std=0.02)
+    nn.init.zeros_(model.head.bias)
+    with torch.no_grad():
+        model.head.weight.mul_(scale)
+
+
+def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of a bare timm model, each with ``lr_scale``: layer_decay^(L + 1 - i), where i is 0 for the
+    embeddings, 1 to L for the blocks, L + 1 for what follows. What has one dimension does not decay, nor do class token
+    and positions."""
+    from timm.optim import param_groups_layer_decay
+
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
+    )
+    return groups
