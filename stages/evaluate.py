@@ -263,7 +263,7 @@ def train_head(
     found = predict(learner.logits, job.val, job.classes, central, settings.speed, job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
-    return Score(found, figures, job.train.images, files=(METRICS,))
+    return Score(found, figures, job.train.images)
 
 
 def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int) -> Score:
@@ -298,7 +298,7 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
         "train_loss": history[-1]["loss"],
         "history": history,
     }
-    return Score(found, figures, job.train.images, files=(BEST, LAST, METRICS))
+    return Score(found, figures, job.train.images, files=(BEST, LAST))
 
 
 SCORES: dict[str, Callable[[Job, Any, str, int], Score | None]] = {
