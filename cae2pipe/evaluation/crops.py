@@ -73,6 +73,8 @@ def _transform(size: int, settings: DrawSettings, mean: tuple[float, ...]) -> Ca
             "translate_const": int(size * 0.45),
             "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
             "interpolation": str_to_pil_interp("bicubic"),
+            # At 10 timm asks for images of no bits, which were black once, and which Pillow refuses by now.
+            "magnitude_max": 9.99,
         }
         steps.append(rand_augment_transform(f"rand-m{settings.rand_augment}-mstd0.5-inc1", hints))
     return Compose(steps)

@@ -1,0 +1,243 @@
+"""Scores that are trained for on new crops: what they learn, going on after kills and stops, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cae2pipe.config.base import load
+from cae2pipe.config.evaluate import EVALUATIONS
+from cae2pipe.errors import DivergedError, MismatchError, SettingsError, SourceError, Terminated
+from cae2pipe.evaluation import supervised
+from cae2pipe.evaluation.finetune import FinetuneLearner
+from cae2pipe.evaluation.probing import ProbeLearner
+from cae2pipe.inspection import verify
+from cae2pipe.progress import Silent
+from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.training.metrics import read_lines
+from tests.conftest import contents
+
+ROOT = Path(__file__).parents[2]
+COLOURS = {"bright": (230, 220, 40), "dark": (20, 30, 60), "red": (200, 20, 30)}
+COMMON = ["speed.workers=0", "speed.device=cpu", "speed.batch=4"]
+KINDS = {
+    "linear": ["epochs=60", "warmup_epochs=1", "chunk=12"],
+    "attentive": ["epochs=12", "warmup_epochs=1", "chunk=5", "lr=50"],
+    "finetune": ["epochs=12", "warmup_epochs=1", "batch=8", "chunk=4", "lr=0.2", "head_scale=1", "clip=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Three colours with noise, 8 images each to train on and 3 to score. One val image is none."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for part, each in (("train", 8), ("val", 3)):
+        for name, colour in COLOURS.items():
+            (root / part / name).mkdir(parents=True)
+            for number in range(each):
+                pixels = np.clip(np.array(colour) + rng.integers(-15, 16, size=(40, 44, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{number}.png")
+    (root / "val" / "red" / "broken.png").write_bytes(b"nothing")
+    return root
+
+
+def settings(kind: str, *overrides: str):
+    return load(EVALUATIONS[kind], "evaluate", kind, [*COMMON, *KINDS[kind], *overrides])
+
+
+def outcome(root: Path) -> dict[str, bytes]:
+    """All that an evaluation leaves, but for clocked figures."""
+    return {name: data for name, data in contents(root).items() if not name.endswith("metrics.jsonl")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_colours_are_learnt(kind, exported, data, tmp_path):
+    result = evaluate(kind, str(exported), data, tmp_path / "out", settings(kind), Silent())
+    assert result["top1"] == 1
+    assert result["images"] == {"train": 24, "val": 9}
+    assert result["rejected"] == {"train": 0, "val": 1}
+    assert result["per_class"] == {"bright": 1.0, "dark": 1.0, "red": 1.0}
+    assert verify(tmp_path / "out" / kind, Silent()).problems == []
+    assert not (tmp_path / "out" / kind / "checkpoints").exists()
+    with np.load(tmp_path / "out" / kind / "predictions.npz") as found:
+        assert sorted(found["keys"])[0] == "bright/0.png"
+        assert (found["ranked"][:, 0] == found["labels"]).all()
+    report = Silent()
+    assert evaluate(kind, str(exported), data, tmp_path / "out", settings(kind), report) == result
+    assert any("nothing to do" in line for line in report.lines)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_resumed_it_gives_the_same_bytes(kind, exported, data, tmp_path, monkeypatch):
+    """Killed at a step, with a checkpoint before it, some steps old."""
+    more = ["ema=0.9"] if kind == "finetune" else []
+    whole = evaluate(kind, str(exported), data, tmp_path / "whole", settings(kind, *more), Silent())
+    learner = FinetuneLearner if kind == "finetune" else ProbeLearner
+    real, saved = learner.step, []
+
+    class Killed(BaseException):
+        pass
+
+    def step(self, chunks, number, size):
+        if number == 7 and not saved:
+            saved.append(number)
+            raise Killed
+        return real(self, chunks, number, size)
+
+    def every_third(folder, step, *rest):
+        if step % 3 == 0 or step > 7:
+            save(folder, step, *rest)
+
+    save = supervised.save_checkpoint
+    monkeypatch.setattr(learner, "step", step)
+    monkeypatch.setattr(supervised, "save_checkpoint", every_third)
+    often = settings(kind, *more, "speed.checkpoint_minutes=1e-9")
+    with pytest.raises(Killed):
+        evaluate(kind, str(exported), data, tmp_path / "out", often, Silent())
+    assert sorted(path.stem for path in (tmp_path / "out" / kind / "checkpoints").iterdir())[-1] == "step-00000006"
+    report = Silent()
+    assert evaluate(kind, str(exported), data, tmp_path / "out", often, report) == whole
+    assert any("going on from step 6" in line for line in report.lines)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    steps = [line["step"] for line in read_lines(tmp_path / "out" / kind / "metrics.jsonl")]
+    assert steps == list(range(len(steps)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "finetune"])
+def test_sigterm_ends_the_step_and_keeps_it(kind, exported, data, tmp_path, monkeypatch):
+    learner = FinetuneLearner if kind == "finetune" else ProbeLearner
+    real = learner.step
+
+    def step(self, chunks, number, size):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, chunks, number, size)
+
+    monkeypatch.setattr(learner, "step", step)
+    report = Silent()
+    with pytest.raises(Terminated):
+        evaluate(kind, str(exported), data, tmp_path / "out", settings(kind), report)
+    assert any("stopped after 5 steps" in line for line in report.lines)
+    monkeypatch.setattr(learner, "step", real)
+    evaluate(kind, str(exported), data, tmp_path / "out", settings(kind), report)
+    assert any("going on from step 5" in line for line in report.lines)
+    evaluate(kind, str(exported), data, tmp_path / "whole", settings(kind), Silent())
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_killed_behind_the_last_step_it_is_scored_again(exported, data, tmp_path, monkeypatch):
+    from cae2pipe.stages import evaluate as stage
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_predictions", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("finetune", str(exported), data, tmp_path / "out", settings("finetune"), Silent())
+    evaluate("finetune", str(exported), data, tmp_path / "out", settings("finetune"), Silent())
+    evaluate("finetune", str(exported), data, tmp_path / "whole", settings("finetune"), Silent())
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_best_is_the_best_epoch_and_the_headline_the_last(exported, data, tmp_path, monkeypatch):
+    tops = iter([0.2, 0.7, 0.7, 0.4])
+
+    def accuracy(found):
+        return {"top1": next(tops), "top5": 1.0}
+
+    monkeypatch.setattr("cae2pipe.evaluation.finetune.accuracy", accuracy)
+    result = evaluate(
+        "finetune", str(exported), data, tmp_path / "out", settings("finetune", "validate_epochs=3"), Silent()
+    )
+    assert result["best"] == {"epoch": 5, "top1": 0.7, "top5": 1.0}
+    assert [line["epoch"] for line in result["history"] if "top1" in line] == [2, 5, 8, 11]
+    assert len(result["history"]) == 12
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear", "finetune"])
+def test_two_processes_give_one_process_s_score(kind, exported, data, tmp_path):
+    over = {"knn": ["k=[5, 2]"], **KINDS}[kind]
+    arguments = [kind, str(exported), str(data)]
+    options = [word for override in [*COMMON, *over] for word in ("--set", override)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "cae2pipe", "evaluate", *arguments, str(tmp_path / "two"), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("protocol: ") == 1
+    alone = load(EVALUATIONS[kind], "evaluate", kind, [*COMMON, *over])
+    evaluate(kind, str(exported), data, tmp_path / "one", alone, Silent())
+    one, two = (json.loads((tmp_path / name / kind / "result.json").read_text()) for name in ("one", "two"))
+    assert two["images"] == one["images"]
+    assert (two["top1"], two["top5"], two["per_class"]) == (one["top1"], one["top5"], one["per_class"])
+    assert two.get("train_loss", 0) == pytest.approx(one.get("train_loss", 0), rel=1e-3)
+    predictions = []
+    for name in ("one", "two"):
+        with np.load(tmp_path / name / kind / "predictions.npz") as found:
+            predictions.append({key: found[key] for key in found})
+    assert predictions[0]["keys"].tolist() == predictions[1]["keys"].tolist()
+    assert predictions[0]["labels"].tolist() == predictions[1]["labels"].tolist()
+    np.testing.assert_allclose(predictions[0]["confidence"], predictions[1]["confidence"], atol=2e-2)
+
+
+def test_chunks_that_cannot_be_shared_out(data, tmp_path):
+    from cae2pipe.evaluation.datasets import open_data
+    from cae2pipe.stages import evaluate as stage
+
+    job = stage.Job(None, "x", *open_data(data, 4), tmp_path, tmp_path, stage.World(0, 3, None), Silent())
+    with pytest.raises(SettingsError, match="2 chunks a step cannot be shared out among 3"):
+        stage.score_finetune(job, settings("finetune"), "mean", 32)
+
+
+def test_refused_settings_leave_the_folder_free_for_others(exported, data, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(SettingsError, match="5 heads do not divide") as caught:
+        evaluate("attentive", str(exported), data, out, settings("attentive", "heads=5"), Silent())
+    assert caught.value.fix == "--set heads=4"
+    with pytest.raises(SourceError, match="24 training images are fewer than one batch of 32"):
+        evaluate("finetune", str(exported), data, out, settings("finetune", "batch=32"), Silent())
+    with pytest.raises(SettingsError, match="cannot be fine-tuned"):
+        evaluate("finetune", "random:vit_srelpos_small_patch16_224", data, out, settings("finetune"), Silent())
+    evaluate("finetune", str(exported), data, out, settings("finetune"), Silent())
+    with pytest.raises(MismatchError, match=r"settings\.epochs"):
+        evaluate("finetune", str(exported), data, out, settings("finetune", "epochs=3"), Silent())
+
+
+def test_a_loss_that_is_not_finite(exported, data, tmp_path):
+    with pytest.raises(DivergedError, match="not finite at step"):
+        evaluate(
+            "finetune", str(exported), data, tmp_path / "out", settings("finetune", "lr=1e30", "clip=null"), Silent()
+        )
+
+
+def test_a_class_with_one_image(exported, data, tmp_path):
+    import shutil
+
+    shutil.copytree(data, tmp_path / "data")
+    for number in range(1, 8):
+        (tmp_path / "data" / "train" / "dark" / f"{number}.png").unlink()
+    for kind in ("linear", "finetune"):
+        with pytest.raises(SourceError, match=r"fewer than two training images: 'dark' \(1\)"):
+            evaluate(kind, str(exported), tmp_path / "data", tmp_path / "out", settings(kind), Silent())
+
+
+def test_a_teacher_is_probed_and_fine_tuned_like_a_student(data, tmp_path):
+    """timm:NAME goes through the teachers' code; an open_clip tower has no such blocks."""
+    import timm
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    spec = f"timm:test_vit@{weights}"
+    for kind in ("attentive", "finetune"):
+        short = settings(kind, "epochs=1", "warmup_epochs=0")
+        assert evaluate(kind, spec, data, tmp_path / "out", short, Silent())["images"]["val"] == 9
