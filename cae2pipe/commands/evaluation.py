@@ -116,6 +116,8 @@ def _print_score(result: dict[str, Any]) -> None:
     columns = ("evaluation", "encoder", "feature", "top1", "top5")
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
+    if "best" in result:
+        console.print(f"best: {result['best']['top1']:.4f} after epoch {result['best']['epoch']}", highlight=False)
     console.print(f"protocol: {result['protocol']}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -131,12 +133,14 @@ def results(
 ) -> None:
     """All scores of many evaluations side by side, each with its protocol."""
     with exits():
-        from cae2pipe.reporting.results import as_markdown, collect, shown
+        from cae2pipe.reporting.results import as_markdown, collect, protocols, shown
         from cae2pipe.reporting.terminal import print_table
 
         rows = collect(folders)
         if format_ is ResultsFormat.table:
-            print_table(console, [shown(row) for row in rows])
+            print_table(console, shown(rows))
+            for number, protocol in enumerate(protocols(rows), 1):
+                console.print(f"protocol {number}: {protocol}", markup=False, highlight=False, soft_wrap=True)
         else:
             text = as_markdown(rows) if format_ is ResultsFormat.markdown else json.dumps(rows, indent=1)
             console.print(text, markup=False, highlight=False, soft_wrap=True)

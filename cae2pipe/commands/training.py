@@ -1,7 +1,8 @@
-"""Stage 2: pretrain, replay."""
+"""Stage 2: pretrain, replay, export."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -78,3 +79,32 @@ def replay(
 def shortened(names: list[str], most: int = 5) -> list[str]:
     """The first few of many names, and how many more there are."""
     return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
+
+
+class ExportFormat(StrEnum):
+    timm = "timm"
+    open_clip = "open_clip"
+    hf = "hf"
+
+
+def export(
+    encoder: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run folder, an encoder.safetensors, or a .pth that CAE's authors released."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    format_: Annotated[ExportFormat, typer.Option("--format", help="Whose layout; hf is transformers' ViTModel.")] = (
+        ExportFormat.timm
+    ),
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="A folder with evaluations for the model card; may be repeated.")
+    ] = None,
+) -> None:
+    """Write an encoder as timm, open_clip or transformers read it, with a model card."""
+    with exits():
+        from cae2pipe.stages.export import export as write
+
+        for path in write(encoder, out, format_.value, scores or []):
+            console.print(str(path), markup=False, highlight=False, soft_wrap=True)

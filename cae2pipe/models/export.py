@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cae2pipe.artifacts.atomic import replacing, write_bytes
 from cae2pipe.models.encoder import Block, Encoder
+from cae2pipe.models.formats import Shape, to_timm
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -66,28 +67,8 @@ def timm_state(encoder: Encoder) -> dict[str, Tensor]:
 
 def timm_config(encoder: Encoder) -> dict[str, Any]:
     """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
-    return {
-        "architecture": "vit_base_patch16_224",
-        "num_classes": 0,
-        "num_features": encoder.width,
-        "global_pool": "token",
-        "model_args": {
-            "img_size": encoder.image_size,
-            "patch_size": encoder.patch_size,
-            "embed_dim": encoder.width,
-            "depth": len(encoder.blocks),
-            "num_heads": encoder.heads,
-        },
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [3, encoder.image_size, encoder.image_size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "crop_mode": "center",
-            "mean": list(PIXEL_MEAN),
-            "std": list(PIXEL_STD),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
+    shape = Shape(
+        encoder.image_size, encoder.patch_size, encoder.width, len(encoder.blocks), encoder.heads, PIXEL_MEAN, PIXEL_STD
+    )
+    config: dict[str, Any] = to_timm({}, shape).files[CONFIG]
+    return config

@@ -9,7 +9,7 @@ from typing import Any
 from cae2pipe.artifacts.box import MANIFEST, is_box, open_box
 from cae2pipe.errors import SourceError
 
-COLUMNS = ("encoder", "evaluation", "feature", "top1", "top5", "train", "val", "protocol", "folder")
+COLUMNS = ("encoder", "evaluation", "feature", "top1", "top5", "best", "train", "val", "protocol", "folder")
 
 
 def collect(roots: Iterable[Path]) -> list[dict[str, Any]]:
@@ -37,22 +37,37 @@ def collect(roots: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the table shows of one result."""
+    """What the table shows of one result; ``best`` is the best epoch's top-1 accuracy, where one was looked for."""
     found = {name: result.get(name, "") for name in ("encoder", "evaluation", "feature", "top1", "top5", "protocol")}
     counts = {part: result["images"][part] for part in ("train", "val")}
-    everything = {**found, **counts, "folder": str(folder)}
+    best = result["best"]["top1"] if "best" in result else None
+    everything = {**found, **counts, "best": best, "folder": str(folder)}
     return {name: everything[name] for name in COLUMNS}
 
 
-def shown(found: dict[str, Any]) -> dict[str, Any]:
-    """A row with scores in percent, as papers print them."""
-    return {**found, "top1": f"{100 * found['top1']:.1f}", "top5": f"{100 * found['top5']:.1f}"}
+def protocols(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The protocols of a table in the order in which they first come. Their numbers, from 1, stand in its rows."""
+    return list(dict.fromkeys(found["protocol"] for found in rows))
+
+
+def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Rows as they are printed: scores in percent, protocols by number."""
+    numbers = {text: str(number) for number, text in enumerate(protocols(rows), 1)}
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f}"
+
+    return [
+        {name: str(value) for name, value in found.items()}
+        | {name: percent(found[name]) for name in ("top1", "top5", "best")}
+        | {"protocol": numbers[found["protocol"]]}
+        for found in rows
+    ]
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown, scores in percent."""
+    """The table in Markdown, and the protocols below it."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for found in rows:
-        cells = (str(value).replace("|", "\\|") for value in shown(found).values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    for found in shown(rows):
+        lines.append("| " + " | ".join(value.replace("|", "\\|") for value in found.values()) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {text}" for number, text in enumerate(protocols(rows), 1))])

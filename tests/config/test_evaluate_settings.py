@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import pytest
 
-from cae2pipe.config.base import identity, load, show
-from cae2pipe.config.evaluate import KnnSettings, LinearSettings
+from cae2pipe.config.base import identity, load, preset_names, show
+from cae2pipe.config.evaluate import EVALUATIONS, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.config.stages import settings_class
 from cae2pipe.errors import SettingsError
 
-KINDS = {"knn": KnnSettings, "linear": LinearSettings}
+SIZES = ("tiny", "small", "base", "large")
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*EVALUATIONS, *(f"finetune-{size}" for size in SIZES)])
 def test_presets_are_valid_and_shown_settings_load_again(name, tmp_path):
-    settings = load(KINDS[name], "evaluate", name)
+    kind = EVALUATIONS[name.partition("-")[0]]
+    settings = load(kind, "evaluate", name)
     (tmp_path / "shown.yaml").write_text(show(settings))
-    assert load(KINDS[name], "evaluate", str(tmp_path / "shown.yaml")) == settings
-    assert settings_class("evaluate", name) is KINDS[name]
+    assert load(kind, "evaluate", str(tmp_path / "shown.yaml")) == settings
+    assert settings_class("evaluate", name) is kind
+
+
+def test_every_evaluation_has_its_preset_and_every_preset_its_evaluation():
+    assert {name.partition("-")[0] for name in preset_names("evaluate")} == set(EVALUATIONS)
+
+
+def finetune(size: str, *overrides: str) -> FinetuneSettings:
+    return load(FinetuneSettings, "evaluate", f"finetune-{size}", overrides)
+
+
+def test_fine_tuning_presets_are_the_papers_table_10():
+    """Rates, decays and epochs as its text names them."""
+    for size, lr, decay, epochs, magnitude, smoothing, mixup, cutmix, drop in zip(
+        SIZES,
+        (2e-3, 5e-4, 2e-4, 4e-4),
+        (0.75, 0.8, 0.75, 0.8),
+        (100, 200, 100, 50),
+        (10, 9, 9, 9),
+        (0.0, 0.1, 0.1, 0.1),
+        (0.2, 0.8, 0.8, 0.8),
+        (0.0, 1.0, 1.0, 1.0),
+        (0.0, 0.1, 0.1, 0.2),
+        strict=True,
+    ):
+        settings = finetune(size)
+        assert (settings.lr, settings.layer_decay, settings.epochs) == (lr, decay, epochs)
+        assert settings.draw.rand_augment == magnitude
+        assert (settings.smoothing, settings.mixup, settings.cutmix, settings.drop_path) == (
+            smoothing,
+            mixup,
+            cutmix,
+            drop,
+        )
+        assert (settings.batch, settings.warmup_epochs, settings.min_lr) == (1024, 5, 1e-6)
+        assert (settings.beta1, settings.beta2, settings.weight_decay) == (0.9, 0.999, 0.05)
+
+
+def test_official_fine_tuning_is_what_the_scripts_say():
+    tiny, small, base = (finetune(size, "recipe=official") for size in SIZES[:3])
+    assert (tiny.lr, tiny.layer_decay, tiny.draw.rand_augment, tiny.epochs) == (4e-3, 0.85, 9, 100)
+    assert (small.lr, small.layer_decay, small.warmup_epochs, small.epochs) == (4e-4, 0.75, 20, 200)
+    assert base == finetune("base").model_copy(update={"recipe": "official"})
+    assert {settings.erase for settings in (tiny, small, base)} == {0.25}
+    assert (tiny.ema, tiny.clip) == (0.0, None)
 
 
 def test_presets_are_the_published_protocols():
@@ -50,9 +95,15 @@ def test_speed_changes_no_identity():
         ("linear", "batch=1", "batch"),
         ("linear", "epochs=10", "warmup_epochs 10 leaves nothing of 10 epochs"),
         ("linear", "lr=.inf", "lr"),
+        ("linear", "sweep=[0.1]", "needs cached crops"),
+        ("finetune", "chunk=100", "chunk 100 does not divide batch 1024: set chunk=64"),
+        ("finetune", "chunk=1", "chunk"),
+        ("finetune", "batch=1025", "does not divide"),
+        ("finetune", "draw.scale=[0.5, 0.1]", "not a range"),
+        ("attentive", "warmup_epochs=90", "leaves nothing"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, override, message):
     with pytest.raises(SettingsError) as caught:
-        load(KINDS[name], "evaluate", name, [override])
+        load(EVALUATIONS[name], "evaluate", name, [override])
     assert message in str(caught.value)

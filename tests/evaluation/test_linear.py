@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from cae2pipe.config.evaluate import LinearSettings
 from cae2pipe.errors import DivergedError, SourceError
-from cae2pipe.evaluation.linear import Probe, batch_and_steps, fit, held_out, logits, train_probe
+from cae2pipe.evaluation.linear import (
+    Probe,
+    batch_and_steps,
+    fit,
+    held_out,
+    lars,
+    lars_groups,
+    logits,
+    train_probe,
+)
 from cae2pipe.evaluation.scores import accuracy, from_scores
 from cae2pipe.progress import Silent
 
@@ -151,3 +160,27 @@ def test_every_class_keeps_images_to_train_on(share):
 def test_too_few_to_hold_any_out():
     with pytest.raises(SourceError, match="too few to hold"):
         probe(3, 3, sweep=(0.1,))
+
+
+def test_lars_step_by_step_as_by_hand():
+    """You et al. 2017: momentum of the gradient, which for weights is scaled by 0.001 |w| / |g| first."""
+    torch.manual_seed(0)
+    probe = Probe(6, 3)
+    groups = lars_groups(probe, lr=0.1, batch=16384, taken=512)
+    optimizer = lars(groups, 0.9)
+    wanted = [probe.head.weight.detach().clone(), probe.head.bias.detach().clone()]
+    momentum = [torch.zeros_like(tensor) for tensor in wanted]
+    peaks = [0.1 * 16384 / 256, 0.1 * 512 / 256]
+    for step, factor in enumerate((0.0, 0.5, 1.0, 0.7)):
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        gradients = [torch.randn_like(tensor) for tensor in wanted]
+        probe.head.weight.grad, probe.head.bias.grad = (gradient.clone() for gradient in gradients)
+        optimizer.step()
+        for number, gradient in enumerate(gradients):
+            if number == 0:
+                gradient = gradient * (0.001 * wanted[0].norm() / gradient.norm())
+            momentum[number] = gradient if step == 0 else 0.9 * momentum[number] + gradient
+            wanted[number] = wanted[number] - factor * peaks[number] * momentum[number]
+        torch.testing.assert_close(probe.head.weight.detach(), wanted[0])
+        torch.testing.assert_close(probe.head.bias.detach(), wanted[1])

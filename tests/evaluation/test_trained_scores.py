@@ -241,3 +241,23 @@ def test_a_teacher_is_probed_and_fine_tuned_like_a_student(data, tmp_path):
     for kind in ("attentive", "finetune"):
         short = settings(kind, "epochs=1", "warmup_epochs=0")
         assert evaluate(kind, spec, data, tmp_path / "out", short, Silent())["images"]["val"] == 9
+
+
+def test_every_step_has_the_rates_of_the_schedule_and_of_the_layers(exported, data, tmp_path, monkeypatch):
+    """By hand: 0.2 x 8 / 1024 at the peak, linear over the 3 steps of the first epoch, cosine to 1e-6 x 8 / 1024."""
+    seen = []
+    real = FinetuneLearner.step
+
+    def step(self, chunks, number, size):
+        loss = real(self, chunks, number, size)
+        seen.append({group["lr_scale"]: group["lr"] for group in self.optimizer.param_groups})
+        return loss
+
+    monkeypatch.setattr(FinetuneLearner, "step", step)
+    evaluate("finetune", str(exported), data, tmp_path / "out", settings("finetune"), Silent())
+    peak, least, last = 0.2 * 8 / 1024, 1e-6 * 8 / 1024, 35
+    assert len(seen) == last + 1
+    for number, rates in enumerate(seen):
+        share = (1 + np.cos(np.pi * (number - 3) / (last - 3))) / 2
+        wanted = peak * number / 3 if number < 3 else least + (peak - least) * share
+        assert rates == pytest.approx({0.75**depth: wanted * 0.75**depth for depth in range(4)})

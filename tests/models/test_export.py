@@ -50,7 +50,7 @@ def test_timm_knows_how_to_prepare_its_input(tmp_path):
     data = timm.data.resolve_model_data_config(model)
     assert tuple(data["mean"]) == (0.485, 0.456, 0.406)
     assert tuple(data["std"]) == (0.229, 0.224, 0.225)
-    assert data["input_size"] == (3, 32, 32)
+    assert tuple(data["input_size"]) == (3, 32, 32)
     assert data["interpolation"] == "bicubic"
 
 

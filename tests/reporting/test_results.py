@@ -50,9 +50,10 @@ def test_a_folder_named_twice_counts_once(scores):
 
 def test_markdown_holds_percent_and_no_stray_columns(scores):
     lines = as_markdown(collect([scores / "a"])).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert "| 50.0 | 90.0 |" in lines[2]
-    assert {line.replace("\\|", "").count("|") for line in lines} == {len(COLUMNS) + 1}
+    assert {line.replace("\\|", "").count("|") for line in lines[:4]} == {len(COLUMNS) + 1}
+    assert lines[4:] == ["", "1. k 20 | one crop"]
 
 
 @pytest.mark.parametrize(("folder", "what"), [("nowhere", "no such folder"), ("d", "no finished evaluation")])

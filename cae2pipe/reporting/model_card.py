@@ -1,0 +1,65 @@
+"""A model card: what an exported encoder is, what it was trained from, how to load it, how it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from cae2pipe.artifacts.box import Box
+from cae2pipe.models.formats import Layout, Shape
+from cae2pipe.reporting.results import as_markdown
+from cae2pipe.version import __version__
+
+PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
+
+
+def model_card(name: str, layout: Layout, shape: Shape, run: Box | None, scores: Sequence[dict[str, Any]]) -> str:
+    """The text of ``README.md``, in Markdown with the front matter that model hubs read.
+
+    Args:
+        name: what the encoder is called. run: the box of the run that trained it, if it is known. scores: rows as
+            ``results`` collects them.
+    """
+    matter = yaml.safe_dump(
+        {"library_name": layout.library, "pipeline_tag": "image-feature-extraction", "tags": ["cae2pipe", "vit"]},
+        sort_keys=False,
+    )
+    parts = [
+        f"---\n{matter}---",
+        f"# {name}",
+        f"A vision transformer: {shape.depth} blocks of width {shape.width} with {shape.heads} heads, patches of "
+        f"{shape.patch_size} pixels, images of {shape.image_size}. Written by cae2pipe {__version__}.",
+        f"Images are resized to {shape.resize} pixels along their shorter side (bicubic), cropped to the central "
+        f"{shape.image_size}, and normalised with mean {_channels(shape.mean)} and standard deviation "
+        f"{_channels(shape.std)} of pixels in [0, 1].",
+        f"```python\n{layout.usage}\n```",
+    ]
+    if run:
+        parts += ["## Training", _training(run)]
+    if scores:
+        parts += ["## Scores", as_markdown([{**row, "folder": ""} for row in scores])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _training(run: Box) -> str:
+    settings, teacher = run.identity["settings"], run.facts["teacher"]
+    masked = settings["mask"]["count"] or f"{100 * settings['mask']['ratio']:g}%"
+    rows = {
+        "method": f"{settings['method']} ({PAPER}), recipe {settings['recipe']}",
+        "teacher": f"{teacher['name']} ({teacher['library']}), weights {teacher['weights'][:16]}",
+        "targets": f"{settings['targets']}, target set {run.identity['targets'][:16]}",
+        "epochs": settings["epochs"],
+        "batch": settings["data"]["batch"],
+        "masked patches": f"{masked}, {settings['mask']['strategy']}",
+        "loss": f"{settings['loss']['kind']}, visible {settings['loss']['visible']:g}, "
+        f"masked {settings['loss']['masked']:g}",
+        "seed": settings["seed"],
+        "run": run.fingerprint[:16],
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _channels(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,83 @@
+"""Hand an encoder on: into a folder as another library reads it, with a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from cae2pipe.artifacts.atomic import remove_debris, replacing, write_bytes
+from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.evaluation.encoders import Student, label, load_encoder
+from cae2pipe.models.export import WEIGHTS
+from cae2pipe.models.formats import FORMATS, Layout, Shape
+from cae2pipe.reporting.model_card import model_card
+from cae2pipe.reporting.results import collect
+
+CARD = "README.md"
+
+
+def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
+    """Write an encoder's weights, description and model card into the folder ``out``.
+
+    Args:
+        spec: a run folder, an exported file or a released checkpoint, as ``load_encoder`` takes them.
+        out: the folder to make; files of an earlier export are replaced.
+        kind: one of ``FORMATS``.
+        scores: folders with evaluations that the card is to show.
+
+    Raises:
+        SourceError: no such encoder, or a folder that holds something else. SettingsError: an unknown format, or an
+            encoder that is another library's. ManifestError: a run that is not finished. DamageError: its files have
+            changed.
+    """
+    from safetensors.torch import save_file
+
+    if kind not in FORMATS:
+        raise SettingsError(f"unknown format {kind!r}", where="--format", fix=f"use one of {', '.join(FORMATS)}")
+    encoder = load_encoder(spec, 0, torch.device("cpu"))
+    if not isinstance(encoder, Student) or not encoder.ours:
+        raise SettingsError(
+            "this encoder comes from another library",
+            where=spec,
+            fix="give a run folder, an encoder.safetensors or a released .pth",
+        )
+    model = encoder.model
+    shape = Shape(
+        image_size=model.patch_embed.img_size[0],
+        patch_size=model.patch_embed.patch_size[0],
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        heads=model.blocks[0].attn.num_heads,
+        mean=encoder.mean,
+        std=encoder.std,
+    )
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    layout = FORMATS[kind](state, shape)
+    folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
+    run = open_box(folder) if is_box(folder, "run") else None
+    card = model_card(label(spec), layout, shape, run, collect(scores) if scores else [])
+    refuse_others(out, layout)
+    out.mkdir(parents=True, exist_ok=True)
+    remove_debris(out)
+    with replacing(out / layout.weights) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in layout.state.items()}, temporary, layout.metadata)
+    for name, content in layout.files.items():
+        write_bytes(out / name, (json.dumps(content, indent=1) + "\n").encode())
+    write_bytes(out / CARD, card.encode())
+    return [out / name for name in (layout.weights, *layout.files, CARD)]
+
+
+def refuse_others(out: Path, layout: Layout) -> None:
+    """Raise SourceError where a folder holds anything but an earlier export of the same format."""
+    ours = {layout.weights, *layout.files, CARD}
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    foreign = sorted(name for name in found - ours if not name.startswith("."))
+    if foreign or (found and layout.weights not in found):
+        raise SourceError(
+            f"the folder is not empty (it holds {(foreign or sorted(found))[0]!r})",
+            where=out,
+            fix="give a new or an empty folder",
+        )
