@@ -126,10 +126,11 @@ def _evaluate(
     world.lead(lambda: stack.enter_context(writing(out)))
     world.lead(lambda: forget_idle(root))
     box: Box = world.lead(lambda: open_or_create(root, "scores", asked, facts={}, fix="give another output folder"))
+    world.lead(lambda: remove_debris(root))
     if result := world.lead(lambda: finished(box)):
+        world.lead(lambda: close(box, result))
         report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
         return result if world.leads else {}
-    world.lead(lambda: remove_debris(root))
     set_backends(precision == "bf16", deterministic=False)
     job = Job(encoder, spec, train_split, val_split, out, root, world, report)
     score = SCORES[kind](job, settings, feature, size)
@@ -162,12 +163,16 @@ def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, scor
     write_json(job.root / RESULT, result)
     for name in (RESULT, *score.files):
         files[name] = file_entry(job.root / name)
-    box.facts["result"] = {name: value for name, value in result.items() if name not in BULKY}
     box.add("result", {"files": files})
-    box.save(complete=True)
-    # Only now: until here they are what a killed run goes on from.
-    shutil.rmtree(job.root / CHECKPOINTS, ignore_errors=True)
+    close(box, result)
     return result
+
+
+def close(box: Box, result: dict[str, Any]) -> None:
+    """Call an evaluation complete whose result is there, and do away with what a killed one would go on from."""
+    box.facts["result"] = {name: value for name, value in result.items() if name not in BULKY}
+    box.save(complete=True)
+    shutil.rmtree(box.root / CHECKPOINTS, ignore_errors=True)
 
 
 def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score | None:

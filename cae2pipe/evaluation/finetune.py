@@ -110,7 +110,7 @@ class FinetuneLearner:
 
         self.classifier, self.settings, self.course, self.world = classifier, settings, course, world
         self.bf16, self.predict, self.root = bf16, predict, root
-        self.erase = RandomErasing(settings.erase, mode="pixel", device=world.device.type)
+        self.erase = RandomErasing(settings.erase, mode="pixel", device=world.device)
         self.mix = make_mixup(settings, classes)
         groups = layer_decay_groups(classifier.model, settings.weight_decay, settings.layer_decay)
         betas = (settings.beta1, settings.beta2)

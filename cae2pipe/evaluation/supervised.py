@@ -120,10 +120,13 @@ def train(
             if stopping or due or scored or step + 1 == course.total:
                 checkpoint(step + 1)
                 saved_at = time.monotonic()
-            if stopping and step + 1 < course.total:
+            if stopping:
                 report.log(f"stopped after {step + 1} steps; the same command goes on from there")
                 # Another process may have been told, and not this one.
                 raise stop.exception or Terminated
+        if stop.exception:
+            # It came while the last checkpoint was written.
+            raise stop.exception
     return record.history
 
 

@@ -15,18 +15,22 @@ from pathlib import Path
 
 import pytest
 
+from cae2pipe.config.evaluate import FinetuneSettings
 from cae2pipe.config.pretrain import TrainSpeed
 from cae2pipe.keyed import keyed_uniforms
+from cae2pipe.models.encoder import Encoder
+from cae2pipe.models.export import export_encoder
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.training.telemetry import CLOCKED
-from tests.conftest import contents
+from tests.conftest import contents, write_photos
 from tests.faults.victim import EXITS, FAULTS, Job, do, run
 
 POINTS = int(os.environ.get("CAE2PIPE_FAULTS", "1"))
 """Points tried of each kind of fault in each job."""
 
+EVALUATED = {"device": "cpu", "checkpoint_minutes": 1e-9}
 SPEED = {"device": "cpu", "keep_epochs": 1, "keep": 1}
 
 DAMAGED = (
@@ -77,7 +81,14 @@ def jobs(
             data[len(data) // 2] ^= 1
             (out / name).write_bytes(data)
 
+    data = tmp_path_factory.mktemp("labelled")
+    write_photos(data / "train", 3, each=6)
+    write_photos(data / "val", 3, each=3, seed=1)
+    export_encoder(Encoder(width=32, depth=2, heads=2, image_size=32, patch_size=8), data / "encoder")
+    tuning = {"epochs": 2, "warmup_epochs": 0, "batch": 6, "chunk": 2, "speed": {**EVALUATED, "workers": 0}}
+
     return {
+        "finetune": (Job("finetune", data, Path(), FinetuneSettings(**tuning)), lambda out: None),
         "extract": (Job("extract", photos, Path(), settings), lambda out: None),
         "shard": (Job("shard", photos, Path(), settings), begun),
         "recode": (Job("recode", fp16, Path(), settings), lambda out: None),
@@ -90,6 +101,8 @@ def left_by(job: Job) -> dict[str, bytes]:
     """What a job has made. Of a training run not its checkpoints, which are where it was stopped, nor what the clock
     says."""
     found = contents(job.out)
+    if job.name == "finetune":
+        found.pop("finetune/metrics.jsonl")
     if job.name == "pretrain":
         found = {name: data for name, data in found.items() if not name.startswith("checkpoints/")}
         lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
@@ -118,7 +131,7 @@ def undisturbed(victim, jobs, tmp_path_factory) -> Callable[[str], tuple[int, di
 
 @pytest.mark.parametrize("point", range(POINTS))
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["extract", "shard", "recode", "repair", "pretrain"])
+@pytest.mark.parametrize("name", ["extract", "shard", "recode", "repair", "pretrain", "finetune"])
 def test_the_same_command_goes_on_to_the_same_bytes(victim, jobs, undisturbed, tmp_path, name, fault, point) -> None:
     events, expected = undisturbed(name)
     at = 1 + int(keyed_uniforms(1, "fault", name, fault, point)[0] * events)

@@ -17,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.config.evaluate import FinetuneSettings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 
@@ -31,7 +32,7 @@ class Job:
     name: str
     source: Path
     out: Path
-    settings: ExtractSettings | PretrainSettings
+    settings: ExtractSettings | PretrainSettings | FinetuneSettings
 
 
 def do(job: Job) -> None:
@@ -40,6 +41,7 @@ def do(job: Job) -> None:
     from cae2pipe.inspection import verify
     from cae2pipe.progress import Silent
     from cae2pipe.shards.build import build_shard_set
+    from cae2pipe.stages.evaluate import evaluate
     from cae2pipe.stages.extract_targets import extract_targets
     from cae2pipe.stages.pretrain import pretrain
     from cae2pipe.stages.recode import recode
@@ -48,6 +50,8 @@ def do(job: Job) -> None:
     report = Silent()
     if isinstance(job.settings, PretrainSettings):
         pretrain(job.source, job.out, job.settings, report)
+    elif isinstance(job.settings, FinetuneSettings):
+        evaluate("finetune", str(job.source / "encoder"), job.source, job.out, job.settings, report)
     elif job.name == "extract":
         extract_targets(job.source, job.out, job.settings, report)
     elif job.name == "shard":
@@ -93,6 +97,7 @@ def run(job: Job, fault: str, at: int, counted: Path) -> None:
 def watch(event: Callable[[], None]) -> None:
     """Call ``event`` before everything that changes what is on the disk, and before every step of training."""
     from cae2pipe.artifacts import atomic, staging
+    from cae2pipe.evaluation import finetune
     from cae2pipe.shards import build, listing
     from cae2pipe.stages import extract_targets, recode
     from cae2pipe.targets import chunks
@@ -116,3 +121,4 @@ def watch(event: Callable[[], None]) -> None:
     before(recode, "fetch_file")
     before(Path, "replace")
     before(step.Step, "__call__")
+    before(finetune.FinetuneLearner, "step")
