@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
     """
     rank = torchrun_rank()
     device = pick_device(settings.speed.device, rank.local)
-    with joined(rank, device, "ddp", rank.ranks) as world, ExitStack() as stack:
+    # The leading process scores cached features alone.
+    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
         return _evaluate(kind, spec, data, out, settings, world, stack, report if world.leads else Silent())
 
 

@@ -25,7 +25,7 @@ from cae2pipe.progress import Report, progress
 from cae2pipe.demo.report import Contents, Step, picture, render
 from cae2pipe.reporting.pictures import png_bytes
 from cae2pipe.shards.keys import sample_key
-from cae2pipe.stages.evaluate import evaluate_knn
+from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
@@ -115,7 +115,7 @@ def run_demo(
             own="cae2pipe evaluate knn runs/base imagenet scores/base" if name == "pretrained" else None,
         )  # fmt: skip
         with reports(f"knn, {name}") as report:
-            scores = evaluate_knn(encoder, images, out / "scores" / name, knn_settings(device), report)
+            scores = evaluate("knn", encoder, images, out / "scores" / name, knn_settings(device), report)
         knn[name] = float(scores["top1"])
 
     say("\nWhat came out: figures, report and picture")

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -81,8 +82,14 @@ class World:
 
 
 @contextmanager
-def joined(rank: Rank, device: torch.device, parallel: str, streams: int) -> Iterator[World]:
+def joined(
+    rank: Rank, device: torch.device, parallel: str, streams: int, patience: timedelta | None = None
+) -> Iterator[World]:
     """The world of a training run; its processes meet here, and part at the end.
+
+    Args:
+        streams: what is to be shared out evenly.
+        patience: how long one process may wait for the others; None: torch's default.
 
     Raises:
         SettingsError: the streams cannot be shared out evenly.
@@ -101,9 +108,12 @@ def joined(rank: Rank, device: torch.device, parallel: str, streams: int) -> Ite
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    world = World(rank.rank, rank.ranks, device, parallel)
     try:
-        yield World(rank.rank, rank.ranks, device, parallel)
+        yield world
+        # One that left while others still work could bring them down.
+        world.meet()
     finally:
         dist.destroy_process_group()
 

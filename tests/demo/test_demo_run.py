@@ -145,7 +145,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     scores = iter([0.25, 0.5, 0.75] * 2)
     asked = []
 
-    def knn(encoder, data, folder, settings, report):
+    def knn(kind, encoder, data, folder, settings, report):
         asked.append(encoder)
         return {"top1": next(scores)}
 
@@ -155,7 +155,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
 
     monkeypatch.setattr(demo, "cut_tiles", cut)
     monkeypatch.setattr(demo, "load", settings_of)
-    monkeypatch.setattr(demo, "evaluate_knn", knn)
+    monkeypatch.setattr(demo, "evaluate", knn)
     monkeypatch.setattr(demo, "student_options", lambda targets: [])
     monkeypatch.setattr(demo, "STORED", ("class0/image001",))
     monkeypatch.setattr(demo, "FORECAST", ("class0/image001", "class1/image002", "class2/image003"))
