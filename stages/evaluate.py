@@ -29,7 +29,7 @@ from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import AnySettings, AttentiveSettings, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.attentive import AttentiveProbe, head_count
-from cae2pipe.evaluation.course import all_images, full_batches
+from cae2pipe.evaluation.course import ChunkReader, Course, all_images, full_batches
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop, seeded
 from cae2pipe.evaluation.datasets import Split, common_labels, open_data
 from cae2pipe.evaluation.encoders import FrozenEncoder, label, load_encoder
@@ -265,7 +265,7 @@ def train_head(
         job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, settings.speed.batch, job.world
     )
     crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
-    history = train(learner, course, job.train, crop, job.root, settings.speed, job.world, job.report)
+    history = train(learner, course, reading(job, course, crop), job.root, settings.speed, job.world, job.report)
     central = CentralCrop(size, round(size / settings.features.crop))
     found = predict(learner.logits, job.val, job.classes, central, settings.speed, job.world)
     losses = [line["loss"] for line in history]
@@ -295,7 +295,7 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
     learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
     pixel_mean = tuple(channel / 255 for channel in classifier.mean.flatten().tolist())
     crop = DrawnCrop(size, settings.draw, pixel_mean, settings.seed)
-    history = train(learner, course, job.train, crop, job.root, settings.speed, world, job.report)
+    history = train(learner, course, reading(job, course, crop), job.root, settings.speed, world, job.report)
     # A run that was killed behind its last step has them still to make.
     found = learner.found or predicted(learner.logits)
     scored = [line for line in history if "top1" in line]
@@ -331,6 +331,12 @@ def features_of(
     val_set = features(job.val, crops[0])
     found = [features for features in train_sets if features is not None]
     return (found, val_set) if val_set is not None else None
+
+
+def reading(job: Job, course: Course, crop: DrawnCrop) -> Callable[[int], ChunkReader]:
+    """What makes the reader of this process's training crops from a step on."""
+    own = course.own(job.world.rank, job.world.ranks)
+    return lambda start: ChunkReader(job.train, course, own, start, crop)
 
 
 def measure(job: Job, inputs: Inputs, size: int) -> tuple[int, ...]:

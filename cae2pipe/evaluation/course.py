@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from cae2pipe.keyed import keyed_permutation
 
 @dataclass(frozen=True)
 class Course:
-    """``epochs`` of ``steps`` with ``chunks`` each, over ``used`` of ``images`` images an epoch."""
+    """``epochs`` of ``steps`` with ``chunks`` each, over ``used`` of ``images`` images an epoch; ``limit`` may end it
+    within an epoch."""
 
     images: int
     used: int
@@ -35,11 +37,20 @@ class Course:
     chunks: int
     epochs: int
     seed: int
+    limit: int | None = None
 
     @property
     def total(self) -> int:
         """Steps in all."""
-        return self.steps * self.epochs
+        return min(self.steps * self.epochs, self.limit or self.steps * self.epochs)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch, or the whole, ends with a step."""
+        return (step + 1) % self.steps == 0 or step + 1 == self.total
+
+    def own(self, rank: int, ranks: int) -> range:
+        """The chunks of every step that one of several processes takes."""
+        return range(self.chunks * rank // ranks, self.chunks * (rank + 1) // ranks)
 
     def epoch(self, step: int) -> int:
         """The epoch of a global step."""
@@ -104,8 +115,25 @@ class Chunk:
         return Chunk(self.step, self.number, pixels, labels, self.rejected)
 
 
-class ChunkReader(Dataset):
-    """The chunks ``own`` of every step from ``start`` on, in order; picklable.
+class Reader(Dataset):
+    """Gives the chunks ``own`` of every step from ``start`` on, in order; picklable. ``root`` is where images lie."""
+
+    root: Path
+
+    def __init__(self, course: Course, own: Sequence[int], start: int):
+        self.course, self.own, self.start = course, own, start
+
+    def __len__(self) -> int:
+        return (self.course.total - self.start) * len(self.own)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The global step and the chunk's number of an item."""
+        step, place = divmod(index, len(self.own))
+        return step + self.start, self.own[place]
+
+
+class ChunkReader(Reader):
+    """Chunks of drawn crops for classification.
 
     An image that cannot be decoded is replaced by the next one of its chunk that can.
 
@@ -113,16 +141,12 @@ class ChunkReader(Dataset):
     """
 
     def __init__(self, split: Split, course: Course, own: Sequence[int], start: int, crop: DrawnCrop):
+        super().__init__(course, own, start)
         # Runs are another way to the same images, and as large.
-        self.root, self.samples = split.root, split.samples
-        self.course, self.own, self.start, self.crop = course, own, start, crop
-
-    def __len__(self) -> int:
-        return (self.course.total - self.start) * len(self.own)
+        self.root, self.samples, self.crop = split.root, split.samples, crop
 
     def __getitem__(self, index: int) -> Chunk:
-        step, place = divmod(index, len(self.own))
-        step, number = step + self.start, self.own[place]
+        step, number = self.place(index)
         chosen = self.course.chunk(step, number)
         epoch = self.course.epoch(step)
         crop = DrawnCrop(self.crop.size, self.crop.settings, self.crop.mean, self.crop.seed, epoch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from cae2pipe.config.evaluate import TrainedSpeed
 from cae2pipe.errors import DivergedError, OutOfMemoryError, Terminated
-from cae2pipe.evaluation.course import Chunk, ChunkReader, Course
-from cae2pipe.evaluation.crops import DrawnCrop
-from cae2pipe.evaluation.datasets import Split
+from cae2pipe.evaluation.course import Chunk, Course, Reader
 from cae2pipe.loading.workers import in_order
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
@@ -54,8 +52,7 @@ class Learner(Protocol):
 def train(
     learner: Learner,
     course: Course,
-    split: Split,
-    crop: DrawnCrop,
+    reading: Callable[[int], Reader],
     root: Path,
     speed: TrainedSpeed,
     world: World,
@@ -63,7 +60,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train to the end of the course, from the newest checkpoint below ``root`` if there is one.
 
-    A stop that is asked for (Ctrl-C, SIGTERM, SIGUSR1) comes after the step that is being done, with a checkpoint.
+    ``reading`` makes the reader of this process's chunks from a step on. A stop that is asked for (Ctrl-C, SIGTERM,
+    SIGUSR1) comes after the step that is being done, with a checkpoint.
 
     Returns:
         A line for every epoch: its mean loss, and what ``validate`` gave.
@@ -89,21 +87,20 @@ def train(
     # On a device a step is only begun when it is called: its figures are read when the next one has been begun.
     ahead = world.device.type == "cuda"
     pending: Figures | None = None
-    own = range(course.chunks * world.rank // world.ranks, course.chunks * (world.rank + 1) // world.ranks)
-    reader = ChunkReader(split, course, own, start, crop)
+    reader = reading(start)
     saved_at = time.monotonic()
     with closing(record), deferred_stop() as stop:
         chunks = until_stopped(uploaded(reader, speed, world.device) if start < course.total else iter(()), stop)
         for step in range(start, course.total):
-            taken = list(islice(chunks, len(own)))
-            if len(taken) < len(own):
+            taken = list(islice(chunks, len(reader.own)))
+            if len(taken) < len(reader.own):
                 # The same signal has ended the workers.
                 if pending:
                     record.settle(pending)
                 if step > start:
                     checkpoint(step)
                 raise stop.exception or Terminated
-            record.name_rejects(split, taken)
+            record.name_rejects(reader.root, taken)
             loss = attempt(learner, taken, step, course.size(step))
             overdue = world.leads and time.monotonic() - saved_at > 60 * speed.checkpoint_minutes
             flags = [torch.full((), float(flag), device=loss.device) for flag in (stop.exception is not None, overdue)]
@@ -112,7 +109,7 @@ def train(
             stopping, due = record.settle(late) if late else (False, False)
             # Alone there is nobody to agree with.
             stopping |= world.ranks == 1 and stop.exception is not None
-            ends = (step + 1) % course.steps == 0
+            ends = course.ends_epoch(step)
             if pending and (ends or stopping or due):
                 record.settle(pending)
                 pending = None
@@ -158,11 +155,11 @@ class Record:
     def restore(self, state: dict[str, Any]) -> None:
         self.history, self.losses = state["history"], state["losses"]
 
-    def name_rejects(self, split: Split, chunks: list[Chunk]) -> None:
+    def name_rejects(self, root: Path, chunks: list[Chunk]) -> None:
         """Log images that cannot be decoded, once each."""
         for reject in (reject for chunk in chunks for reject in chunk.rejected if reject["path"] not in self.named):
             self.named.add(reject["path"])
-            self.report.log(f"another image takes the place of {split.root / reject['path']}: {reject['reason']}")
+            self.report.log(f"another image takes the place of {root / reject['path']}: {reject['reason']}")
 
     def settle(self, figures: Figures) -> tuple[bool, bool]:
         """Read a step's figures and tell of them. Gives whether to stop, and whether a checkpoint is due."""
@@ -217,7 +214,7 @@ def attempt(learner: Learner, chunks: list[Chunk], step: int, size: int) -> Tens
         ) from None
 
 
-def uploaded(reader: ChunkReader, speed: TrainedSpeed, device: torch.device) -> Iterator[Chunk]:
+def uploaded(reader: Reader, speed: TrainedSpeed, device: torch.device) -> Iterator[Chunk]:
     """The reader's chunks on the device; to CUDA they come through pinned memory, ahead of their use."""
     items = in_order(reader, min(worker_count(speed.workers), len(reader)))
     if device.type != "cuda":
