@@ -8,8 +8,6 @@ every image in every epoch (linear, attentive, finetune).
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.atomic import remove_debris, write_json
-from cae2pipe.artifacts.box import MANIFEST, Box, check_file, is_box, open_box, open_or_create
+from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.parts import torchrun_rank
@@ -35,20 +32,17 @@ from cae2pipe.evaluation.datasets import Split, common_labels, open_data
 from cae2pipe.evaluation.encoders import FrozenEncoder, label, load_encoder
 from cae2pipe.evaluation.features import FeatureSet, extract_features, log_rejects, resolve_feature, resolve_size
 from cae2pipe.evaluation.finetune import BEST, LAST, FinetuneLearner, build_classifier
+from cae2pipe.evaluation.keeping import begin, keep
 from cae2pipe.evaluation.knn import knn_predictions
 from cae2pipe.evaluation.linear import Probe, batch_and_steps, lars, lars_groups, logits, train_probe
 from cae2pipe.evaluation.predicting import Found, predict
 from cae2pipe.evaluation.probing import Inputs, ProbeLearner, all_tokens, pooled
 from cae2pipe.evaluation.protocols import protocol
 from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
-from cae2pipe.evaluation.supervised import CHECKPOINTS, METRICS, train
+from cae2pipe.evaluation.supervised import train
 from cae2pipe.progress import Report, Silent
-from cae2pipe.training.device import pick_device, set_backends
+from cae2pipe.training.device import pick_device, resolve_precision, set_backends
 from cae2pipe.training.parallel import World, joined
-
-RESULT = "result.json"
-BULKY = ("losses", "history", "per_class", "settings")
-"""What ``result.json`` has and the manifest does without."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ def _evaluate(
     report: Report,
 ) -> dict[str, Any]:
     train_split, val_split = world.lead_first(lambda: open_data(data, settings.speed.batch))
-    precision = resolve_precision(settings, world.device)
+    precision = precision_of(settings, world.device)
     encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision))
     if isinstance(settings, FinetuneSettings):
         size, feature = settings.image_size or encoder.image_size, "mean"
@@ -126,11 +120,8 @@ def _evaluate(
         "data": {"train": train_split.identity, "val": val_split.identity},
     }
     world.lead(lambda: stack.enter_context(writing(out)))
-    world.lead(lambda: forget_idle(root))
-    box: Box = world.lead(lambda: open_or_create(root, "scores", asked, facts={}, fix="give another output folder"))
-    world.lead(lambda: remove_debris(root))
-    if result := world.lead(lambda: finished(box)):
-        world.lead(lambda: close(box, result))
+    box, result = world.lead(lambda: begin(root, asked))
+    if result:
         report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
         return result if world.leads else {}
     set_backends(precision == "bf16", deterministic=False)
@@ -162,19 +153,8 @@ def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, scor
         "fingerprint": box.fingerprint,
     }
     files = write_predictions(job.root, predictions, job.classes)
-    write_json(job.root / RESULT, result)
-    for name in (RESULT, *score.files):
-        files[name] = file_entry(job.root / name)
-    box.add("result", {"files": files})
-    close(box, result)
+    keep(box, result, files | {name: file_entry(job.root / name) for name in score.files})
     return result
-
-
-def close(box: Box, result: dict[str, Any]) -> None:
-    """Call an evaluation complete whose result is there, and do away with what a killed one would go on from."""
-    box.facts["result"] = {name: value for name, value in result.items() if name not in BULKY}
-    box.save(complete=True)
-    shutil.rmtree(box.root / CHECKPOINTS, ignore_errors=True)
 
 
 def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score | None:
@@ -290,7 +270,7 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
     def predicted(scores: Callable[[Tensor], Tensor]) -> Found:
         return predict(scores, job.val, classes, central, settings.speed, world)
 
-    bf16 = resolve_precision(settings, world.device) == "bf16"
+    bf16 = precision_of(settings, world.device) == "bf16"
     compiled = settings.speed.compile if settings.speed.compile is not None else world.device.type == "cuda"
     learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
     pixel_mean = tuple(channel / 255 for channel in classifier.mean.flatten().tolist())
@@ -363,25 +343,6 @@ def neighbours(settings: KnnSettings, images: int, report: Report) -> tuple[int,
     return fitting
 
 
-def resolve_precision(settings: AnySettings, device: torch.device) -> str:
+def precision_of(settings: AnySettings, device: torch.device) -> str:
     asked = settings.precision if isinstance(settings, FinetuneSettings) else settings.features.precision
-    if asked == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return asked
-
-
-def forget_idle(root: Path) -> None:
-    """Remove the manifest of an attempt that has nothing to show, refused settings say: others may follow."""
-    if is_box(root, "scores") and not open_box(root).units and not any((root / CHECKPOINTS).glob("*")):
-        (root / MANIFEST).unlink()
-        (root / METRICS).unlink(missing_ok=True)
-
-
-def finished(box: Box) -> dict[str, Any] | None:
-    """The result that a box already holds, if its files are as they were written."""
-    if "result" not in box.units:
-        return None
-    files = box.units["result"]["files"]
-    if any(check_file(box.root / name, entry) for name, entry in files.items()):
-        return None
-    return json.loads((box.root / RESULT).read_text(encoding="utf-8"))
+    return resolve_precision(asked, device)

@@ -45,7 +45,7 @@ from cae2pipe.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from cae2pipe.training.device import pick_device, set_backends
+from cae2pipe.training.device import pick_device, resolve_precision, set_backends
 from cae2pipe.training.failure import failure_path, save_failure
 from cae2pipe.training.memory import explain_out_of_memory
 from cae2pipe.training.objective import Objective
@@ -392,9 +392,3 @@ def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
             )
     view = build(ViewSettings, targets.box.identity["settings"]["view"], where=targets.root)
     return FreshViews(originals, shards, view, settings.seed)
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return precision

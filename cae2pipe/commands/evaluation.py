@@ -92,6 +92,40 @@ def evaluate_finetune(
     _evaluate("finetune", encoder, data, out, config, set_, workers=workers, device=device)
 
 
+def evaluate_segment(
+    encoder: Encoder,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder with images/train, images/val, annotations/train, annotations/val, and classes.txt (a name "
+            "a line) or ADE20K's objectInfo150.txt.",
+        ),
+    ],
+    out: Out,
+    config: Annotated[
+        str, typer.Option(help="Preset (segment-tiny, -small, -base, -large: the paper's Table 11) or YAML file.")
+    ] = "segment",
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Mean intersection over union of UperNet on the encoder (paper, Table 11). Needs the extra `dense`."""
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.dense import SegmentSettings
+        from cae2pipe.progress import progress
+
+        over = section("speed", workers=workers, device=device)
+        settings = load(SegmentSettings, "evaluate", config, set_ or [], over)
+        from cae2pipe.stages.evaluate_dense import segment
+
+        with progress("evaluate segment") as report:
+            result = segment(encoder, data, out, settings, report)
+        if result:
+            _print_score(result)
+
+
 def _evaluate(
     kind: str, encoder: str, data: Path, out: Path, config: str, set_: list[str] | None, **speed: Any
 ) -> None:
@@ -111,9 +145,10 @@ def _evaluate(
 
 
 def _print_score(result: dict[str, Any]) -> None:
+    from cae2pipe.reporting.results import HEADLINES
     from cae2pipe.reporting.terminal import print_table
 
-    columns = ("evaluation", "encoder", "feature", "top1", "top5")
+    columns = ("evaluation", "encoder", "feature", *HEADLINES.get(result["evaluation"], ("top1", "top5")))
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
     if "best" in result:

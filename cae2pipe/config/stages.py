@@ -26,9 +26,11 @@ def settings_class(stage: str, preset: str) -> type[Settings]:
 
         return PretrainSettings
     if stage == "evaluate":
+        from cae2pipe.config.dense import DENSE
         from cae2pipe.config.evaluate import EVALUATIONS, KnnSettings
 
-        return next((kind for name, kind in EVALUATIONS.items() if Path(preset).stem.startswith(name)), KnnSettings)
+        known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
+        return next((kind for name, kind in known.items() if Path(preset).stem.startswith(name)), KnnSettings)
     nearest = difflib.get_close_matches(stage, STAGES, n=1)
     raise SettingsError(
         f"there is no stage {stage!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),

@@ -76,8 +76,9 @@ def _cut(items: Any, parts: int, number: int) -> Any:
     return items[len(items) * number // parts : len(items) * (number + 1) // parts]
 
 
-def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int) -> Course:
-    """Batches of one size in chunks of one size; what an epoch leaves over comes in another one.
+def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int, length: int | None = None) -> Course:
+    """Batches of one size in chunks of one size; what an epoch leaves over comes in another one. With ``length``, as
+    many epochs as that many steps take.
 
     Raises:
         SourceError: there are fewer images than a batch has.
@@ -88,7 +89,8 @@ def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int) ->
             fix=f"--set batch={max(2, images // 2 * 2)} with a chunk that divides it; lr scales with it",
         )
     steps = images // batch
-    return Course(images, steps * batch, steps, batch // chunk, epochs, seed)
+    epochs = -(-length // steps) if length else epochs
+    return Course(images, steps * batch, steps, batch // chunk, epochs, seed, length)
 
 
 def all_images(images: int, batch: int, steps: int, chunk: int, epochs: int, seed: int) -> Course:

@@ -12,21 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cae2pipe.config.evaluate import FinetuneSettings
+from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
 from cae2pipe.evaluation.course import Chunk, Course
 from cae2pipe.evaluation.crops import seeded
-from cae2pipe.evaluation.encoders import FrozenEncoder, FrozenTeacher, Student
+from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.evaluation.predicting import Found
 from cae2pipe.evaluation.scores import accuracy
-from cae2pipe.models.trainable import (
-    add_relative_positions,
-    check_trainable,
-    freeze_fixed_positions,
-    layer_decay_groups,
-    resize_input,
-    set_classifier,
-    set_drop_path,
-    unfold_layer_scale,
-)
+from cae2pipe.evaluation.weights import save_weights
+from cae2pipe.models.trainable import layer_decay_groups, set_classifier
 from cae2pipe.training.parallel import World, spread, without_exchange
 from cae2pipe.training.schedule import learning_rate
 
@@ -36,52 +29,19 @@ REFERENCE_BATCH = 1024
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
-class Normalised(nn.Module):
-    """A classifier of pixels in [0, 255], uint8 or float."""
-
-    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
-        super().__init__()
-        self.model = model
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", 255 * torch.tensor(mean, device=device).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std, device=device).view(1, 3, 1, 1), persistent=False)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() - self.mean) / self.std
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of normalised images."""
-        return self.model(images)
-
-
 def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSettings, spec: str) -> Normalised:
-    """The encoder as a classifier that can be trained. ``encoder`` is changed, and of no further use.
-
-    Raises:
-        SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.
-    """
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    if isinstance(encoder, Student):
-        model, mean, std = encoder.model, encoder.mean, encoder.std
-    else:
-        assert isinstance(encoder, FrozenTeacher)
-        info = encoder.teacher.info
-        model, mean, std = getattr(encoder.teacher, "model", encoder.teacher), info.mean, info.std
-    check_trainable(model, spec)
-    device = model.patch_embed.proj.weight.device
-    model.requires_grad_(True)
-    freeze_fixed_positions(model)
-    resize_input(model, settings.image_size or model.patch_embed.img_size[0])
-    if settings.layer_scale and isinstance(encoder, Student) and encoder.ours:
-        unfold_layer_scale(model, settings.layer_scale)
+    """The encoder as a classifier that can be trained. Raises SettingsError as ``prepared_encoder``."""
+    found = prepared_encoder(
+        encoder,
+        spec,
+        settings.image_size,
+        settings.layer_scale,
+        settings.drop_path,
+        settings.relative_positions,
+    )
     with seeded("classifier", settings.seed):
-        set_classifier(model, classes, settings.head_scale)
-    set_drop_path(model, settings.drop_path)
-    if settings.relative_positions:
-        add_relative_positions(model, spec)
-    return Normalised(model, mean, std, device)
+        set_classifier(found.model, classes, settings.head_scale)
+    return found
 
 
 class FinetuneLearner:
@@ -185,15 +145,9 @@ class FinetuneLearner:
 
     def save(self, name: str) -> None:
         """The weights that are scored, under timm's names."""
-        from safetensors.torch import save_file
-
-        from cae2pipe.artifacts.atomic import replacing
-
         if self.world.leads:
             scored: Any = self.average.module if self.average else self.classifier
-            weights = {key: tensor.cpu().contiguous() for key, tensor in scored.model.state_dict().items()}
-            with replacing(self.root / name) as temporary:
-                save_file(weights, temporary, metadata={"format": "pt"})
+            save_weights(scored.model, self.root / name)
 
     def state(self) -> dict[str, Any]:
         return {

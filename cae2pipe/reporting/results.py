@@ -9,7 +9,19 @@ from typing import Any
 from cae2pipe.artifacts.box import MANIFEST, is_box, open_box
 from cae2pipe.errors import SourceError
 
-COLUMNS = ("encoder", "evaluation", "feature", "top1", "top5", "best", "train", "val", "protocol", "folder")
+COLUMNS = ("encoder", "evaluation", "feature", "score", "also", "best", "train", "val", "protocol", "folder")
+
+HEADLINES = {"segment": ("miou", "pixel_accuracy"), "detect": ("ap_box", "ap_mask")}
+"""The score of an evaluation and what stands beside it; elsewhere top1 and top5."""
+NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixels",
+    "ap_box": "AP^b",
+    "ap_mask": "AP^m",
+}
+"""What figures are called in print."""
 
 
 def collect(roots: Iterable[Path]) -> list[dict[str, Any]]:
@@ -33,16 +45,19 @@ def collect(roots: Iterable[Path]) -> list[dict[str, Any]]:
             where=", ".join(str(root) for root in roots),
             fix="run `cae2pipe evaluate knn ENCODER DATA OUT`, then give OUT",
         )
-    return sorted(rows.values(), key=lambda found: (found["evaluation"], -found["top1"], str(found["folder"])))
+    return sorted(rows.values(), key=lambda found: (found["evaluation"], -found["score"], str(found["folder"])))
 
 
 def row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the table shows of one result; ``best`` is the best epoch's top-1 accuracy, where one was looked for."""
-    found = {name: result.get(name, "") for name in ("encoder", "evaluation", "feature", "top1", "top5", "protocol")}
+    """What the table shows of one result: ``score`` and ``also`` are pairs of name and value; ``best`` is the best epoch's
+    score, where one was looked for."""
+    first, second = HEADLINES.get(result["evaluation"], ("top1", "top5"))
+    found = {name: result.get(name, "") for name in ("encoder", "evaluation", "feature", "protocol")}
     counts = {part: result["images"][part] for part in ("train", "val")}
-    best = result["best"]["top1"] if "best" in result else None
-    everything = {**found, **counts, "best": best, "folder": str(folder)}
-    return {name: everything[name] for name in COLUMNS}
+    best = result["best"][first] if "best" in result else None
+    scores = {"score": result[first], "metric": first, "also": {second: result[second]}, "best": best}
+    everything = {**found, **counts, **scores, "folder": str(folder)}
+    return {name: everything[name] for name in (*COLUMNS, "metric")}
 
 
 def protocols(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -54,15 +69,20 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Rows as they are printed: scores in percent, protocols by number."""
     numbers = {text: str(number) for number, text in enumerate(protocols(rows), 1)}
 
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f}"
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f}"
 
-    return [
-        {name: str(value) for name, value in found.items()}
-        | {name: percent(found[name]) for name in ("top1", "top5", "best")}
-        | {"protocol": numbers[found["protocol"]]}
-        for found in rows
-    ]
+    rows_shown = []
+    for found in rows:
+        (name, value), *_ = found["also"].items()
+        cells = {
+            "score": f"{NAMES[found['metric']]} {percent(found['score'])}",
+            "also": f"{NAMES[name]} {percent(value)}",
+            "best": "" if found["best"] is None else percent(found["best"]),
+            "protocol": numbers[found["protocol"]],
+        }
+        rows_shown.append({column: cells.get(column, str(found[column])) for column in COLUMNS})
+    return rows_shown
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -34,6 +34,13 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto``: bf16 autocast on CUDA, fp32 elsewhere."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
 def set_backends(bf16: bool, deterministic: bool) -> None:
     """Say how matrix products are computed, rather than leave it to torch's defaults.
 

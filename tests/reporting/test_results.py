@@ -35,13 +35,13 @@ def scores(tmp_path):
 
 def test_every_finished_score_the_best_first(scores):
     rows = collect([scores])
-    assert [(row["evaluation"], row["encoder"], row["top1"]) for row in rows] == [
+    assert [(row["evaluation"], row["encoder"], row["score"]) for row in rows] == [
         ("knn", "teacher:clip-b16", 0.75),
         ("knn", "base", 0.5),
         ("linear", "base", 0.6),
     ]
     assert rows[0]["train"] == 100
-    assert all(tuple(row) == COLUMNS for row in rows)
+    assert all(tuple(row) == (*COLUMNS, "metric") for row in rows)
 
 
 def test_a_folder_named_twice_counts_once(scores):
@@ -51,7 +51,7 @@ def test_a_folder_named_twice_counts_once(scores):
 def test_markdown_holds_percent_and_no_stray_columns(scores):
     lines = as_markdown(collect([scores / "a"])).splitlines()
     assert len(lines) == 6
-    assert "| 50.0 | 90.0 |" in lines[2]
+    assert "| top-1 50.0 | top-5 90.0 |" in lines[2]
     assert {line.replace("\\|", "").count("|") for line in lines[:4]} == {len(COLUMNS) + 1}
     assert lines[4:] == ["", "1. k 20 | one crop"]
 

@@ -1,0 +1,106 @@
+"""Settings of segmentation and detection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from cae2pipe.config.base import Settings
+from cae2pipe.config.evaluate import Precision, TrainedSpeed
+
+
+class SegmentSettings(Settings):
+    """UperNet on the encoder (paper, Table 11; what it leaves open is CAE's own configuration)."""
+
+    classes: int | None = Field(default=None, ge=2)
+    """Number of classes. null: as the data's classes.txt, or ADE20K's objectInfo150.txt, says."""
+    reduce_zero: bool | None = None
+    """Label 0 means nothing, and 1 is the first class, as in ADE20K. null: so where objectInfo150.txt lies."""
+    ignore: tuple[int, ...] = (255,)
+    """Labels, as they are in the files, of pixels that do not count."""
+    image_size: int = Field(default=512, ge=16)
+    """Side of training crops and of the evaluation's sliding window, in pixels."""
+    scale: tuple[int, int] = (2048, 512)
+    """Largest long and short side that images are brought to, keeping their shape."""
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    """What that is multiplied with in training, at random."""
+    category_share: float = Field(default=0.75, gt=0, le=1)
+    """A training crop is drawn again, up to 10 times, while one class takes more of it."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    distort: bool = True
+    """Photometric distortion of training crops: brightness, contrast, saturation, hue."""
+    stride: int = Field(default=341, ge=1)
+    """Stride of the sliding window."""
+    decoder_width: int | None = Field(default=None, ge=8)
+    """Channels of the decoder. null: the encoder's width."""
+    auxiliary: float = Field(default=0.4, ge=0)
+    """Weight of the auxiliary head's loss; 0: no such head."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout before the classifiers."""
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
+    """Largest drop path rate of the encoder."""
+    relative_positions: bool = True
+    """Add a relative position bias to each block's attention, zero at first."""
+    layer_scale: float | None = Field(default=0.1, gt=0)
+    """LayerScale that an encoder of ours starts from, as in fine-tuning. null: train the weights as they are."""
+    steps: int = Field(default=160000, ge=1)
+    """Steps of training."""
+    warmup_steps: int = Field(default=1500, ge=0)
+    """Steps of linear warm-up."""
+    batch: int = Field(default=16, ge=2)
+    """Images a step, over all devices."""
+    chunk: int = Field(default=2, ge=2)
+    """Images that pass forward and backward together. Divides the batch; the number of chunks is a multiple of the
+    number of processes. BatchNorm takes its statistics over a chunk on each device together."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of the decoder at a batch of 16; it scales linearly with the batch."""
+    min_lr: float = Field(default=1e-6, ge=0)
+    """Learning rate at the end, scaled like lr."""
+    power: float = Field(default=1.0, gt=0)
+    """Of the polynomial decay."""
+    layer_decay: float = Field(default=0.65, gt=0, le=1)
+    """What the learning rate is multiplied with from the decoder to the last block, and from each to the one before."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first momentum."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's second momentum."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decay of weights with two or more dimensions."""
+    validate_epochs: int = Field(default=0, ge=0)
+    """Score on the val images every so many epochs too; 0: at the end only."""
+    pictures: int = Field(default=8, ge=0)
+    """Val images whose prediction is drawn beside the truth."""
+    precision: Precision = "auto"
+    """Arithmetic: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights are always fp32."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the decoder, of the order, of all augmentation and of `random:` encoders."""
+    speed: TrainedSpeed = TrainedSpeed()
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> SegmentSettings:
+        check_chunks(self.batch, self.chunk)
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps: lower it")
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise ValueError(f"scale_range {self.scale_range} is not a range above 0")
+        if self.stride > self.image_size:
+            raise ValueError(f"stride {self.stride} leaves gaps between windows of {self.image_size}: lower it")
+        return self
+
+
+def check_chunks(batch: int, chunk: int) -> None:
+    """Raise ValueError where a batch is not whole chunks."""
+    if batch % chunk:
+        near = max(d for d in range(1, min(chunk, batch) + 1) if batch % d == 0)
+        raise ValueError(f"chunk {chunk} does not divide batch {batch}: set chunk={near}")
+
+
+DENSE: dict[str, type[Settings]] = {"segment": SegmentSettings}
+"""Evaluations on pixels and boxes by name, which is also how their presets' names begin."""

@@ -1,0 +1,37 @@
+"""How well predicted label maps agree with the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cae2pipe.dense.upernet import IGNORED
+
+
+def pixel_confusion(found: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Pixels of each class (row) taken for each class (column), int64 (C, C), of label maps of one shape."""
+    counted = labels != IGNORED
+    cells = labels[counted].long() * classes + found[counted].long()
+    return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+
+
+def segmentation_scores(confusion: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """``miou``, ``pixel_accuracy``, ``mean_accuracy`` and ``per_class``, the IoU of every class that is there.
+
+    A class is there that has a pixel in the truth or in the predictions; accuracies are over those in the truth.
+    """
+    counts = confusion.double().cpu()
+    right, truth, found = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    union = truth + found - right
+    present = union > 0
+    iou = right / union.clamp(min=1)
+    known = truth > 0
+    return {
+        "miou": float(iou[present].mean()),
+        "pixel_accuracy": float(right.sum() / truth.sum().clamp(min=1)),
+        "mean_accuracy": float((right[known] / truth[known]).mean()),
+        "per_class": {name: float(iou[n]) for n, name in enumerate(names) if present[n]},
+    }

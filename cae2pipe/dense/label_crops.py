@@ -1,0 +1,101 @@
+"""Training crops of images with label maps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.dense.label_maps import LabelledImages
+from cae2pipe.dense.upernet import IGNORED
+from cae2pipe.evaluation.course import Chunk, Course, Reader
+from cae2pipe.evaluation.crops import seeded
+
+TRIES = 10
+
+
+def fitted_size(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int]:
+    """The largest size of the same shape whose long and short sides are at most ``scale``'s."""
+    long, short = max(scale), min(scale)
+    factor = min(long / max(width, height), short / min(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def draw_crop(
+    image: Image.Image, labels: np.ndarray, settings: SegmentSettings, fill: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop: resized at random, cut, flipped, distorted, filled up; drawn from Python's, numpy's and torch's
+    generators.
+
+    Args:
+        image: RGB. labels: uint8 (H, W). fill: colour of what lies outside.
+
+    Returns:
+        uint8 (S, S, 3) and uint8 (S, S).
+    """
+    factor = random.uniform(*settings.scale_range)
+    size = fitted_size(*image.size, (settings.scale[0] * factor, settings.scale[1] * factor))
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    side = settings.image_size
+    for _ in range(TRIES):
+        top = random.randint(0, max(0, size[1] - side))
+        left = random.randint(0, max(0, size[0] - side))
+        cut = labels[top : top + side, left : left + side]
+        counts = np.bincount(cut[cut != IGNORED])
+        if np.count_nonzero(counts) > 1 and counts.max() < settings.category_share * counts.sum():
+            break
+    image = image.crop((left, top, left + cut.shape[1], top + cut.shape[0]))
+    if random.random() < settings.flip:
+        image, cut = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), cut[:, ::-1]
+    if settings.distort:
+        image = _distortion()(image)
+    pixels = np.empty((side, side, 3), dtype=np.uint8)
+    pixels[:] = fill
+    mask = np.full((side, side), IGNORED, dtype=np.uint8)
+    pixels[: cut.shape[0], : cut.shape[1]] = np.asarray(image)
+    mask[: cut.shape[0], : cut.shape[1]] = cut
+    return pixels, mask
+
+
+@cache
+def _distortion() -> Any:
+    from torchvision.transforms.v2 import RandomPhotometricDistort
+
+    return RandomPhotometricDistort()
+
+
+class LabelCropReader(Reader):
+    """Chunks of drawn crops with label maps: labels are int64 (c, S, S).
+
+    Raises SourceError where a pair of files does not fit together.
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        course: Course,
+        own: Sequence[int],
+        start: int,
+        settings: SegmentSettings,
+        mean: tuple[float, ...],
+    ):
+        super().__init__(course, own, start)
+        self.root, self.data, self.settings = data.root, data, settings
+        self.fill = tuple(round(255 * channel) for channel in mean)
+
+    def __getitem__(self, index: int) -> Chunk:
+        step, number = self.place(index)
+        crops = []
+        for image in self.course.chunk(step, number).tolist():
+            with seeded("labels", self.settings.seed, self.course.epoch(step), image):
+                crops.append(draw_crop(*self.data.read(image), self.settings, self.fill))
+        pixels = np.stack([crop.transpose(2, 0, 1) for crop, _ in crops])
+        labels = np.stack([mask for _, mask in crops])
+        return Chunk(step, number, torch.from_numpy(pixels), torch.from_numpy(labels).long())

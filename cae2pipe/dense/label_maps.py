@@ -1,0 +1,171 @@
+"""Images with a label for every pixel: two folders of files of one name, and a list of classes."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.dense.upernet import IGNORED
+from cae2pipe.errors import ImageError, SettingsError, SourceError
+from cae2pipe.images.decode import decode_rgb, describe_failure
+
+IMAGES, ANNOTATIONS = "images", "annotations"
+TRAIN, VAL = ("train", "training"), ("val", "validation")
+CLASSES, ADE20K = "classes.txt", "objectInfo150.txt"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """One part of the data: pairs of files, and what the labels in them mean. Picklable.
+
+    Labels of classes begin at ``first``; those in ``ignore`` do not count, nor does 0 where ``first`` is 1.
+    """
+
+    root: Path
+    pairs: list[tuple[Path, Path]]
+    classes: list[str]
+    first: int
+    ignore: tuple[int, ...]
+    identity: str
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """An image in RGB and its labels, uint8 (H, W): classes from 0, and ``IGNORED``.
+
+        Raises:
+            SourceError: a file cannot be read or decoded, sizes differ, or a label is none of the classes.
+        """
+        path, annotation = self.pairs[index]
+        try:
+            image = decode_rgb(path.read_bytes(), where=path)
+            labels = read_labels(annotation)
+        except OSError as error:
+            raise SourceError(
+                f"this file cannot be read: {error.strerror or error}", where=error.filename, fix="mend that"
+            ) from None
+        except ImageError as error:
+            raise SourceError(error.what, where=path, fix="replace the image, or remove it with its labels") from None
+        if labels.shape != (image.height, image.width):
+            raise SourceError(
+                f"the labels have {labels.shape[1]} x {labels.shape[0]} pixels, and the image {image.width} x "
+                f"{image.height}",
+                where=annotation,
+                fix="give labels of the image's size",
+            )
+        return image, mapped(labels, len(self.classes), self.first, self.ignore, annotation)
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """A label map as it is in its file, (H, W). Raises SourceError where it is none."""
+    data = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode, labels = image.mode, np.asarray(image)
+    except Exception as error:  # Pillow's plugins raise many kinds
+        raise SourceError(
+            f"this label map cannot be decoded: {describe_failure(error)}", where=path, fix="replace it"
+        ) from None
+    if labels.ndim != 2 or labels.dtype.kind not in "uib":
+        raise SourceError(
+            f"a label map has one whole number a pixel, and this file's mode is {mode}",
+            where=path,
+            fix="give PNGs of mode L or P whose values are the labels, not colours",
+        )
+    return labels
+
+
+def mapped(labels: np.ndarray, classes: int, first: int, ignore: tuple[int, ...], where: Path) -> np.ndarray:
+    """Labels as they are trained on: classes from 0, and ``IGNORED``. Raises SourceError where one is neither."""
+    void = np.isin(labels, [*ignore, *range(first)])
+    own = labels.astype(np.int64) - first
+    wrong = ~void & ((own < 0) | (own >= classes))
+    if wrong.any():
+        values = ", ".join(map(str, np.unique(labels[wrong])[:5].tolist()))
+        raise SourceError(
+            f"labels {values} are none of the {classes} classes, which begin at {first}, nor ignored",
+            where=where,
+            fix=f"set classes, reduce_zero, or ignore: --set 'ignore=[{values}]'",
+        )
+    return np.where(void, IGNORED, own).astype(np.uint8)
+
+
+def open_label_maps(root: Path, settings: SegmentSettings) -> tuple[LabelledImages, LabelledImages]:
+    """Train and val of a folder with images/{train,val} and annotations/{train,val}.
+
+    Raises:
+        SourceError: a folder is missing or empty, or images have no labels. SettingsError: the classes are not known.
+    """
+    names = class_names(root, settings)
+    if len(names) > IGNORED:
+        raise SettingsError(f"{len(names)} classes are more than {IGNORED}", where="classes", fix="give fewer")
+    reduce_zero = settings.reduce_zero if settings.reduce_zero is not None else (root / ADE20K).is_file()
+    train, val = (
+        LabelledImages(root, pairs, names, int(reduce_zero), settings.ignore, identity)
+        for pairs, identity in (_pairs(root, part) for part in (TRAIN, VAL))
+    )
+    return train, val
+
+
+def class_names(root: Path, settings: SegmentSettings) -> list[str]:
+    """What the classes are called: a line each of classes.txt, ADE20K's own table, or their numbers."""
+    if settings.classes is None and (root / CLASSES).is_file():
+        names = [line.strip() for line in (root / CLASSES).read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif settings.classes is None and (root / ADE20K).is_file():
+        rows = (root / ADE20K).read_text(encoding="utf-8").splitlines()[1:]
+        names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
+    elif settings.classes is not None:
+        return [str(number) for number in range(settings.classes)]
+    else:
+        raise SettingsError(
+            f"the classes are not known: there is no {CLASSES} and no {ADE20K}",
+            where=root,
+            fix=f"write {CLASSES}, a name a line in the order of the labels, or --set classes=N",
+        )
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise SettingsError(
+            f"{len(names)} classes are listed, {len(set(names))} of them different: at least two, each once, are "
+            "needed",
+            where=root / (CLASSES if (root / CLASSES).is_file() else ADE20K),
+            fix="mend the list",
+        )
+    return names
+
+
+def _pairs(root: Path, part: tuple[str, ...]) -> tuple[list[tuple[Path, Path]], str]:
+    name = next((name for name in part if (root / IMAGES / name).is_dir()), None)
+    if name is None or not (root / ANNOTATIONS / name).is_dir():
+        missing = root / (IMAGES if name is None else ANNOTATIONS) / (name or part[0])
+        raise SourceError(
+            "there is no such folder",
+            where=missing,
+            fix="give a folder that holds images/train, images/val, annotations/train and annotations/val",
+        )
+    images, annotations = (
+        {
+            path.relative_to(folder).with_suffix("").as_posix(): path
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        }
+        for folder in (root / IMAGES / name, root / ANNOTATIONS / name)
+    )
+    if not images:
+        raise SourceError("there are no images here", where=root / IMAGES / name, fix="check the folder")
+    if lone := sorted(images.keys() - annotations.keys()):
+        more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
+        raise SourceError(
+            f"image {lone[0]!r}{more} has no labels",
+            where=root / ANNOTATIONS / name,
+            fix="add label maps of the same names, or remove the images",
+        )
+    pairs = [(path, annotations[key]) for key, path in images.items()]
+    sizes = [[key, *(file.stat().st_size for file in (images[key], annotations[key]))] for key in images]
+    return pairs, fingerprint(sizes)

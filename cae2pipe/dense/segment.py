@@ -1,0 +1,175 @@
+"""Segmentation: UperNet trained on label maps, scored with a sliding window (paper, Table 11)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.dense.iou import pixel_confusion, segmentation_scores
+from cae2pipe.dense.label_crops import fitted_size
+from cae2pipe.dense.label_maps import LabelledImages
+from cae2pipe.dense.pyramid import Pyramid, decay_groups
+from cae2pipe.dense.sliding import sliding_logits
+from cae2pipe.dense.upernet import UperNet, resized, segmentation_loss, spread_norms
+from cae2pipe.evaluation.backbone import Normalised
+from cae2pipe.evaluation.course import Chunk, Course
+from cae2pipe.evaluation.crops import seeded
+from cae2pipe.loading.workers import in_order
+from cae2pipe.processes import worker_count
+from cae2pipe.training.parallel import World, spread, without_exchange
+from cae2pipe.training.schedule import polynomial_rate
+
+REFERENCE_BATCH = 16
+"""The batch that learning rates are given for."""
+
+
+def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSettings) -> Normalised:
+    """UperNet on an encoder that ``trainable`` has made; both normalise their input alike."""
+    with seeded("decoder", settings.seed):
+        pyramid = Pyramid(backbone.model)
+        width = settings.decoder_width or pyramid.width
+        model = UperNet(pyramid, classes, width, settings.dropout, settings.auxiliary > 0)
+    backbone.model = model.to(backbone.mean.device)
+    return backbone
+
+
+class SegmentLearner:
+    """Trains a segmenter.
+
+    Args:
+        segmenter: from ``build_segmenter``. settings: all of them. course: the order. bf16: compute under autocast.
+        compiled: with torch.compile. world: the processes. val: what to score on.
+    """
+
+    def __init__(
+        self,
+        segmenter: Normalised,
+        settings: SegmentSettings,
+        course: Course,
+        bf16: bool,
+        compiled: bool,
+        world: World,
+        val: LabelledImages,
+    ):
+        self.settings, self.course, self.world, self.bf16, self.val = settings, course, world, bf16, val
+        self.segmenter = spread_norms(segmenter, world.ranks, world.device)
+        model = self.segmenter.model
+        groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
+        betas = (settings.beta1, settings.beta2)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        if compiled:
+            model.pyramid.encoder.compile(dynamic=False)
+        self.module = spread(self.segmenter, world, bf16)
+        self.scores: dict[str, Any] | None = None
+
+    def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
+        self.segmenter.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.world.device)
+        for place, chunk in enumerate(chunks):
+            last = place == len(chunks) - 1
+            with nullcontext() if last else without_exchange(self.module, self.world):
+                loss = self.loss(chunk) * (len(chunk.labels) / size)
+                # DDP averages over processes; the loss is a sum over them.
+                (loss * self.world.ranks).backward()
+            total += loss.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step) * group["lr_scale"]
+        self.optimizer.step()
+        return total
+
+    def loss(self, chunk: Chunk) -> Tensor:
+        images = self.segmenter.normalise(chunk.pixels.to(self.world.device))
+        labels = chunk.labels.to(self.world.device)
+        with (
+            seeded("chunk", self.settings.seed, chunk.step, chunk.number),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            found = self.module(images)
+        return segmentation_loss(found, labels, self.settings.auxiliary)
+
+    def rate(self, step: int) -> float:
+        settings, factor = self.settings, self.settings.batch / REFERENCE_BATCH
+        lr, least = settings.lr * factor, settings.min_lr * factor
+        return polynomial_rate(step, self.course.total, settings.warmup_steps, lr, least, settings.power)
+
+    def validate(self, epoch: int) -> dict[str, float] | None:
+        every, last = self.settings.validate_epochs, (epoch + 1) * self.course.steps >= self.course.total
+        if not last and (not every or (epoch + 1) % every):
+            return None
+        self.scores = self.score()
+        return {name: self.scores[name] for name in ("miou", "pixel_accuracy", "mean_accuracy")}
+
+    def score(self) -> dict[str, Any]:
+        """Scores over all val images, shared out among the processes."""
+        self.settle_norms()
+        classes = len(self.val.classes)
+        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
+        own = range(self.world.rank, len(self.val), self.world.ranks)
+        reader = ScaledReader(self.val, own, self.settings.scale)
+        for pixels, labels in in_order(reader, min(worker_count(self.settings.speed.workers), len(reader))):
+            found = self.predict(pixels, labels.shape)
+            confusion += pixel_confusion(found, torch.from_numpy(labels).to(found.device), classes)
+        return segmentation_scores(self.world.sum(confusion), self.val.classes)
+
+    @torch.no_grad()
+    def predict(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """Labels int64 of ``size`` for an image, uint8 (h, w, 3), that is scaled already."""
+        model = self.segmenter.eval()
+        device = self.world.device
+        # The numpy array may lie in memory that cannot be written to.
+        image = model.normalise(torch.tensor(pixels, device=device).permute(2, 0, 1)[None])[0]
+        side, stride = self.settings.image_size, self.settings.stride
+
+        def logits(windows: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                return model(windows)[0].float()
+
+        found = sliding_logits(logits, image, side, stride, self.settings.chunk, torch.zeros(3, device=device))
+        return resized(found[None], size)[0].argmax(dim=0)
+
+    def settle_norms(self) -> None:
+        """Give all processes the leading one's running statistics."""
+        if self.world.ranks > 1:
+            for buffer in self.segmenter.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.segmenter.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.segmenter.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class ScaledReader(Dataset):
+    """Val images at the size that they are scored at, uint8 (h, w, 3), with labels at their own size; picklable."""
+
+    def __init__(self, data: LabelledImages, own: range, scale: tuple[int, int]):
+        self.data, self.own, self.scale = data, own, scale
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, labels = self.data.read(self.own[index])
+        return np.asarray(image.resize(fitted_size(*image.size, self.scale), Image.Resampling.BILINEAR)), labels
+
+
+def drawn_predictions(
+    learner: SegmentLearner, data: LabelledImages, count: int
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of the first ``count`` images: pixels (H, W, 3), true and predicted labels (H, W)."""
+    found = []
+    for index in range(min(count, len(data))):
+        image, labels = data.read(index)
+        scaled = np.asarray(image.resize(fitted_size(*image.size, learner.settings.scale), Image.Resampling.BILINEAR))
+        found.append((np.asarray(image), labels, learner.predict(scaled, labels.shape).cpu().numpy().astype(np.uint8)))
+    return found

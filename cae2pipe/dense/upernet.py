@@ -1,0 +1,82 @@
+"""UperNet with an auxiliary head on the pyramid of a vision transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cae2pipe.dense.pyramid import Pyramid
+
+IGNORED = 255
+"""The label of pixels that do not count."""
+AUXILIARY_WIDTH = 256
+
+
+class UperNet(nn.Module):
+    """Images, normalised (B, 3, H, W), to logits (B, classes, H, W); in training also those of the auxiliary head.
+
+    The decoder is segmentation-models-pytorch's, which norms its input maps too. Logits are brought to the input's size
+    bilinearly.
+
+    Args:
+        pyramid: the encoder. classes: how many. width: channels of the decoder. dropout: before the classifiers.
+        auxiliary: whether there is a head on the third map.
+    """
+
+    def __init__(self, pyramid: Pyramid, classes: int, width: int, dropout: float, auxiliary: bool):
+        super().__init__()
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
+        self.pyramid = pyramid
+        # Two places stand for maps at strides 1 and 2, which UperNet does not read.
+        self.decoder = UPerNetDecoder([0, 0, *[pyramid.width] * 4], encoder_depth=5, decoder_channels=width)
+        self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, classes, 1))
+        self.auxiliary = auxiliary_head(pyramid.width, classes, dropout) if auxiliary else None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        maps = self.pyramid(images)
+        size = images.shape[-2:]
+        logits = resized(self.head(self.decoder([None, None, *maps])), size)
+        if self.auxiliary is None or not self.training:
+            return logits, None
+        return logits, resized(self.auxiliary(maps[2]), size)
+
+
+def auxiliary_head(width: int, classes: int, dropout: float) -> nn.Sequential:
+    """One convolution and a classifier (FCN)."""
+    return nn.Sequential(
+        nn.Conv2d(width, AUXILIARY_WIDTH, 3, padding=1, bias=False),
+        nn.BatchNorm2d(AUXILIARY_WIDTH),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(dropout),
+        nn.Conv2d(AUXILIARY_WIDTH, classes, 1),
+    )
+
+
+def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def segmentation_loss(found: tuple[Tensor, Tensor | None], labels: Tensor, auxiliary: float) -> Tensor:
+    """Mean cross-entropy over all pixels, to which those that do not count add nothing, with the auxiliary head's times
+    its weight.
+
+    Args:
+        found: logits (B, C, H, W), of both heads. labels: int64 (B, H, W), ``IGNORED`` where they do not count.
+    """
+    losses = [
+        F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+        for logits in found
+        if logits is not None
+    ]
+    return losses[0] + auxiliary * losses[1] if len(losses) > 1 else losses[0]
+
+
+def spread_norms(model: nn.Module, ranks: int, device: torch.device) -> Any:
+    """Let BatchNorm take its statistics over all processes, where the device can (CUDA)."""
+    if ranks > 1 and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model

@@ -1,0 +1,76 @@
+"""An encoder of any form as a network that can be trained on labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.evaluation.encoders import FrozenEncoder, FrozenTeacher, Student
+from cae2pipe.models.trainable import (
+    add_relative_positions,
+    check_trainable,
+    freeze_fixed_positions,
+    resize_input,
+    set_drop_path,
+    unfold_layer_scale,
+)
+
+
+class Normalised(nn.Module):
+    """A network with the normalisation of its input, of pixels in [0, 255], uint8 or float."""
+
+    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
+        super().__init__()
+        self.model = model
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", 255 * torch.tensor(mean, device=device).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std, device=device).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() - self.mean) / self.std
+
+    def forward(self, images: Any) -> Any:
+        """What the network makes of normalised images."""
+        return self.model(images)
+
+
+def prepared_encoder(
+    encoder: FrozenEncoder,
+    spec: str,
+    image_size: int | None,
+    layer_scale: float | None,
+    drop_path: float,
+    relative_positions: bool,
+) -> Normalised:
+    """The encoder, all of it trained but fixed positions. ``encoder`` is changed, and of no further use.
+
+    Args:
+        spec: what the user calls it. image_size: side of the input, None: its own. layer_scale: unfolded from encoders
+            of ours. drop_path: largest rate. relative_positions: whether each block gets a bias by them.
+
+    Raises:
+        SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.
+    """
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    if isinstance(encoder, Student):
+        model, mean, std = encoder.model, encoder.mean, encoder.std
+    else:
+        assert isinstance(encoder, FrozenTeacher)
+        info = encoder.teacher.info
+        model, mean, std = getattr(encoder.teacher, "model", encoder.teacher), info.mean, info.std
+    check_trainable(model, spec)
+    device = model.patch_embed.proj.weight.device
+    model.requires_grad_(True)
+    freeze_fixed_positions(model)
+    if image_size:
+        resize_input(model, image_size)
+    if layer_scale and isinstance(encoder, Student) and encoder.ours:
+        unfold_layer_scale(model, layer_scale)
+    set_drop_path(model, drop_path)
+    if relative_positions:
+        add_relative_positions(model, spec)
+    return Normalised(model, mean, std, device)

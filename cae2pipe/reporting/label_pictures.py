@@ -1,0 +1,48 @@
+"""Label maps as colours: images, the truth and what was predicted side by side."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+
+from cae2pipe.reporting.pictures import Picture, captioned, enlarge, resized, tiled
+
+WIDTH = 320
+"""Pixels across of each picture on a sheet."""
+VOID = (0, 0, 0)
+"""The colour of pixels that do not count."""
+
+
+def class_colours(classes: int) -> np.ndarray:
+    """Colours uint8 (classes, 3), neighbours far apart: hues by the golden ratio, in three shades."""
+    rows = [
+        colorsys.hsv_to_rgb(number * 0.61803398875 % 1, 0.75 - 0.2 * (number % 2), (0.95, 0.7, 0.5)[number % 3])
+        for number in range(classes)
+    ]
+    return np.round(255 * np.array(rows)).astype(np.uint8)
+
+
+def label_picture(labels: np.ndarray, colours: np.ndarray) -> Picture:
+    """Labels (H, W) in their classes' colours; those beyond the classes are void."""
+    table = np.vstack([colours, np.array([VOID], dtype=np.uint8)])
+    return table[np.minimum(labels, len(colours))]
+
+
+def label_sheet(found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int) -> Picture | None:
+    """Rows of image, truth and prediction, each as (pixels, labels, labels); None where there is none."""
+    if not found:
+        return None
+    colours = class_colours(classes)
+    height = round(WIDTH * found[0][0].shape[0] / found[0][0].shape[1])
+    rows = [
+        [
+            resized(image, height, WIDTH),
+            *(enlarge(label_picture(labels, colours), height, WIDTH) for labels in (truth, predicted)),
+        ]
+        for image, truth, predicted in found
+    ]
+    step = WIDTH + 6
+    captions = [(step * n + WIDTH // 2, text) for n, text in enumerate(("image", "truth", "prediction"))]
+    return captioned(tiled(rows), captions)

@@ -1,0 +1,146 @@
+"""Stage 3 on pixels and boxes: train a decoder with the encoder, score it, write ``result.json`` and pictures.
+
+Read from top to bottom. Under torchrun every process runs all of this on its share of the images; the leading one
+writes. Needs the extra ``dense``.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.artifacts.atomic import write_bytes
+from cae2pipe.artifacts.digest import file_entry
+from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.parts import torchrun_rank
+from cae2pipe.config.base import identity
+from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.dense.label_crops import LabelCropReader
+from cae2pipe.dense.label_maps import open_label_maps
+from cae2pipe.dense.segment import SegmentLearner, build_segmenter, drawn_predictions
+from cae2pipe.errors import SettingsError
+from cae2pipe.evaluation.backbone import prepared_encoder
+from cae2pipe.evaluation.course import full_batches
+from cae2pipe.evaluation.encoders import label, load_encoder
+from cae2pipe.evaluation.keeping import begin, keep
+from cae2pipe.evaluation.supervised import train
+from cae2pipe.evaluation.weights import save_weights
+from cae2pipe.progress import Report, Silent
+from cae2pipe.reporting.label_pictures import label_sheet
+from cae2pipe.reporting.pictures import png_bytes
+from cae2pipe.training.device import pick_device, resolve_precision, set_backends
+from cae2pipe.training.parallel import World, joined
+
+LAST, PICTURES = "last.safetensors", "pictures.png"
+
+
+def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report: Report) -> dict[str, Any]:
+    """Train UperNet on the encoder ``spec`` and label maps, and score it, into ``out``/segment.
+
+    Args:
+        data: holds images/{train,val} and annotations/{train,val}, and what its classes are called.
+
+    Returns:
+        What ``result.json`` holds; {} in all but the leading process.
+
+    Raises:
+        SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError, DivergedError,
+        OutOfMemoryError: see their messages.
+    """
+    require_dense()
+    rank = torchrun_rank()
+    device = pick_device(settings.speed.device, rank.local)
+    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
+        report = report if world.leads else Silent()
+        train_part, val_part = world.lead_first(lambda: open_label_maps(data, settings))
+        encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, device))
+        precision = resolve_precision(settings.precision, device)
+        world.lead(lambda: stack.enter_context(writing(out)))
+        root = out / "segment"
+        asked = {
+            "evaluation": "segment",
+            "settings": identity(settings) | {"precision": precision},
+            "encoder": encoder.identity,
+            "data": {"train": train_part.identity, "val": val_part.identity, "classes": train_part.classes},
+        }
+        box, result = world.lead(lambda: begin(root, asked))
+        if result:
+            report.log(f"nothing to do: {root} holds this score, mIoU {result['miou']:.4f}")
+            return result if world.leads else {}
+        set_backends(precision == "bf16", deterministic=False)
+        check_share(settings.batch // settings.chunk, world)
+        course = full_batches(len(train_part), settings.batch, settings.chunk, 1, settings.seed, settings.steps)
+        backbone = prepared_encoder(
+            encoder,
+            spec,
+            settings.image_size,
+            settings.layer_scale,
+            settings.drop_path,
+            settings.relative_positions,
+        )
+        compiled = settings.speed.compile if settings.speed.compile is not None else device.type == "cuda"
+        segmenter = build_segmenter(backbone, len(train_part.classes), settings)
+        learner = SegmentLearner(segmenter, settings, course, precision == "bf16", compiled, world, val_part)
+        mean = tuple(channel / 255 for channel in segmenter.mean.flatten().tolist())
+        own = course.own(world.rank, world.ranks)
+        history = train(
+            learner,
+            course,
+            lambda start: LabelCropReader(train_part, course, own, start, settings, mean),
+            root,
+            settings.speed,
+            world,
+            report,
+        )
+        # A run that was killed behind its last step has them still to make.
+        scores = learner.scores or learner.score()
+        if not world.leads:
+            return {}
+        save_weights(segmenter.model, root / LAST)
+        sheet = label_sheet(drawn_predictions(learner, val_part, settings.pictures), len(val_part.classes))
+        files = {LAST: file_entry(root / LAST)}
+        if sheet is not None:
+            write_bytes(root / PICTURES, png_bytes(sheet))
+            files[PICTURES] = file_entry(root / PICTURES)
+        result = {
+            "evaluation": "segment",
+            "encoder": label(spec),
+            "feature": "tokens",
+            **scores,
+            "protocol": f"UperNet, AdamW, lr {settings.lr:g} x batch / 16, layer decay {settings.layer_decay:g}, batch "
+            f"{settings.batch}, {settings.steps} steps, windows of {settings.image_size} every {settings.stride}, one "
+            "scale",
+            "classes": len(train_part.classes),
+            "images": {"train": len(train_part), "val": len(val_part)},
+            "train_loss": history[-1]["loss"],
+            "history": history,
+            "settings": asked["settings"],
+            "encoder_identity": asked["encoder"],
+            "data": asked["data"],
+            "fingerprint": box.fingerprint,
+        }
+        keep(box, result, files)
+        return result
+
+
+def check_share(chunks: int, world: World) -> None:
+    """Raise SettingsError where the chunks of a step cannot be shared out evenly."""
+    if chunks % world.ranks:
+        raise SettingsError(
+            f"{chunks} chunks a step cannot be shared out among {world.ranks} processes",
+            where="chunk",
+            fix=f"set chunk so that batch / chunk is a multiple of {world.ranks}",
+        )
+
+
+def require_dense() -> None:
+    """Raise SettingsError where the extra is not installed."""
+    try:
+        import faster_coco_eval  # noqa: F401
+        import segmentation_models_pytorch  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            f"segmentation and detection need {error.name}, which is not installed", fix="pip install 'cae2pipe[dense]'"
+        ) from None
