@@ -48,10 +48,13 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        maps = self.encoder.forward_intermediates(
-            pixels, indices=self.taps, norm=False, output_fmt="NCHW", intermediates_only=True
+        # Few blocks have two taps in one place.
+        places = sorted(set(self.taps))
+        found = self.encoder.forward_intermediates(
+            pixels, indices=places, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        return [scale(found) for scale, found in zip(self.scalers, maps, strict=True)]
+        maps = dict(zip(places, found, strict=True))
+        return [scale(maps[tap]) for scale, tap in zip(self.scalers, self.taps, strict=True)]
 
 
 def decay_groups(pyramid: Pyramid, others: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

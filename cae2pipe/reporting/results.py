@@ -49,8 +49,8 @@ def collect(roots: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the table shows of one result: ``score`` and ``also`` are pairs of name and value; ``best`` is the best epoch's
-    score, where one was looked for."""
+    """What the table shows of one result: ``score`` and ``also`` are pairs of name and value; ``best`` is the best
+    epoch's score, where one was looked for."""
     first, second = HEADLINES.get(result["evaluation"], ("top1", "top5"))
     found = {name: result.get(name, "") for name in ("encoder", "evaluation", "feature", "protocol")}
     counts = {part: result["images"][part] for part in ("train", "val")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cae2pipe.config.base import identity, load, preset_names, show
+from cae2pipe.config.dense import DENSE
 from cae2pipe.config.evaluate import EVALUATIONS, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.config.stages import settings_class
 from cae2pipe.errors import SettingsError
@@ -22,7 +23,7 @@ def test_presets_are_valid_and_shown_settings_load_again(name, tmp_path):
 
 
 def test_every_evaluation_has_its_preset_and_every_preset_its_evaluation():
-    assert {name.partition("-")[0] for name in preset_names("evaluate")} == set(EVALUATIONS)
+    assert {name.partition("-")[0] for name in preset_names("evaluate")} == {*EVALUATIONS, *DENSE}
 
 
 def finetune(size: str, *overrides: str) -> FinetuneSettings:
