@@ -11,12 +11,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import identity
-from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.config.dense import DetectSettings, SegmentSettings
+from cae2pipe.dense.box_crops import BoxReader
+from cae2pipe.dense.coco import open_coco
+from cae2pipe.dense.detect import DetectLearner, build_detector, drawn_detections
 from cae2pipe.dense.label_crops import LabelCropReader
 from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner, build_segmenter, drawn_predictions
@@ -28,6 +33,7 @@ from cae2pipe.evaluation.keeping import begin, keep
 from cae2pipe.evaluation.supervised import train
 from cae2pipe.evaluation.weights import save_weights
 from cae2pipe.progress import Report, Silent
+from cae2pipe.reporting.box_pictures import box_sheet
 from cae2pipe.reporting.label_pictures import label_sheet
 from cae2pipe.reporting.pictures import png_bytes
 from cae2pipe.training.device import pick_device, resolve_precision, set_backends
@@ -114,6 +120,87 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
             "scale",
             "classes": len(train_part.classes),
             "images": {"train": len(train_part), "val": len(val_part)},
+            "train_loss": history[-1]["loss"],
+            "history": history,
+            "settings": asked["settings"],
+            "encoder_identity": asked["encoder"],
+            "data": asked["data"],
+            "fingerprint": box.fingerprint,
+        }
+        keep(box, result, files)
+        return result
+
+
+def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: Report) -> dict[str, Any]:
+    """Train Mask R-CNN, or its cascade, on the encoder ``spec`` and COCO's format, and score it, into ``out``/detect.
+
+    Args:
+        data: holds train2017, val2017 and annotations/instances_{train2017,val2017}.json.
+
+    Returns, raises: as ``segment``.
+    """
+    require_dense()
+    rank = torchrun_rank()
+    device = pick_device(settings.speed.device, rank.local)
+    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
+        report = report if world.leads else Silent()
+        train_part, val_part = world.lead_first(lambda: open_coco(data))
+        encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, device))
+        precision = resolve_precision(settings.precision, device)
+        world.lead(lambda: stack.enter_context(writing(out)))
+        root = out / "detect"
+        asked = {
+            "evaluation": "detect",
+            "settings": identity(settings) | {"precision": precision},
+            "encoder": encoder.identity,
+            "data": {"train": train_part.identity, "val": val_part.identity},
+        }
+        box, result = world.lead(lambda: begin(root, asked))
+        if result:
+            report.log(f"nothing to do: {root} holds this score, AP^b {result['ap_box']:.4f}")
+            return result if world.leads else {}
+        if any(train_part.left_out.values()):
+            images, annotations = (train_part.left_out[name] for name in ("images", "annotations"))
+            report.log(f"not trained on: {images} images without objects, {annotations} annotations without extent")
+        set_backends(precision == "bf16", deterministic=False)
+        # Images have many sizes: trying algorithms for each would never end.
+        torch.backends.cudnn.benchmark = False
+        check_share(settings.batch // settings.chunk, world)
+        course = full_batches(len(train_part), settings.batch, settings.chunk, settings.epochs, settings.seed)
+        backbone = prepared_encoder(encoder, spec, None, settings.layer_scale, settings.drop_path, False)
+        detector = build_detector(backbone, len(train_part.classes), settings)
+        learner = DetectLearner(detector, settings, course, precision == "bf16", world, val_part)
+        mean = tuple((detector.mean / 255).flatten().tolist())
+        own = course.own(world.rank, world.ranks)
+        history = train(
+            learner,
+            course,
+            lambda start: BoxReader(train_part, course, own, start, settings, mean),
+            root,
+            settings.speed,
+            world,
+            report,
+        )
+        # A run that was killed behind its last step has them still to make.
+        scores = learner.scores or learner.score()
+        if not world.leads:
+            return {}
+        save_weights(detector.model, root / LAST)
+        files = {LAST: file_entry(root / LAST)}
+        if sheet := box_sheet(drawn_detections(learner, settings.pictures), val_part.classes):
+            write_bytes(root / PICTURES, sheet)
+            files[PICTURES] = file_entry(root / PICTURES)
+        name = "Cascade Mask R-CNN" if settings.cascade else "Mask R-CNN"
+        result = {
+            "evaluation": "detect",
+            "encoder": label(spec),
+            "feature": "tokens",
+            **scores,
+            "protocol": f"{name}, AdamW, lr {settings.lr:g} x batch / 16, layer decay {settings.layer_decay:g}, batch "
+            f"{settings.batch}, {settings.epochs} epochs, short side {max(settings.short_sides)}, one scale",
+            "classes": len(train_part.classes),
+            "images": {"train": len(train_part), "val": len(val_part)},
+            "left_out": train_part.left_out,
             "train_loss": history[-1]["loss"],
             "history": history,
             "settings": asked["settings"],

@@ -126,6 +126,41 @@ def evaluate_segment(
             _print_score(result)
 
 
+def evaluate_detect(
+    encoder: Encoder,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder in COCO's format: train2017, val2017, annotations/instances_train2017.json and "
+            "..._val2017.json (or train and val).",
+        ),
+    ],
+    out: Out,
+    config: Annotated[
+        str, typer.Option(help="Preset (detect-small, -base, -large: the paper's Table 12) or YAML file.")
+    ] = "detect",
+    cascade: Annotated[bool, typer.Option("--cascade", help="Cascade Mask R-CNN: three stages.")] = False,
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Average precision of Mask R-CNN on the encoder (paper, Table 12). Needs the extra `dense`."""
+    with exits():
+        from cae2pipe.config.base import load
+        from cae2pipe.config.dense import DetectSettings
+        from cae2pipe.progress import progress
+
+        over = section("speed", workers=workers, device=device) | ({"cascade": True} if cascade else {})
+        settings = load(DetectSettings, "evaluate", config, set_ or [], over)
+        from cae2pipe.stages.evaluate_dense import detect
+
+        with progress("evaluate detect") as report:
+            result = detect(encoder, data, out, settings, report)
+        if result:
+            _print_score(result)
+
+
 def _evaluate(
     kind: str, encoder: str, data: Path, out: Path, config: str, set_: list[str] | None, **speed: Any
 ) -> None:

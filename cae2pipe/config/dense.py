@@ -95,6 +95,96 @@ class SegmentSettings(Settings):
         return self
 
 
+class DetectSettings(Settings):
+    """Mask R-CNN or Cascade Mask R-CNN on the encoder (paper, Table 12; what it leaves open is CAE's configuration)."""
+
+    cascade: bool = False
+    """Three stages instead of one."""
+    short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """Short sides that training images are brought to, in pixels, one at random; scores are taken at the largest."""
+    long_side: int = Field(default=1333, ge=16)
+    """Longest long side, in pixels."""
+    crop_range: tuple[int, int] = (384, 600)
+    """Smallest and largest side of a crop out of an image whose short side has been brought to 400, 500 or 600 pixels:
+    DETR's augmentation."""
+    crop: float = Field(default=0.5, ge=0, le=1)
+    """Probability of such a crop."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    proposals: int = Field(default=1000, ge=1)
+    """Regions proposed an image, of which twice as many come before suppression in training."""
+    rois: int = Field(default=512, ge=4)
+    """Regions that a stage trains on, an image."""
+    positive: float = Field(default=0.25, gt=0, le=1)
+    """Largest share of them that hold an object."""
+    giou: float = Field(default=10.0, gt=0)
+    """Weight of the GIoU loss of boxes."""
+    score: float = Field(default=0.05, ge=0, lt=1)
+    """Score above which a box is reported."""
+    nms: float = Field(default=0.5, gt=0, le=1)
+    """IoU above which the lesser of two boxes of a class is suppressed."""
+    detections: int = Field(default=100, ge=1)
+    """Boxes reported an image."""
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
+    """Largest drop path rate of the encoder."""
+    layer_scale: float | None = Field(default=0.1, gt=0)
+    """LayerScale that an encoder of ours starts from, as in fine-tuning. null: train the weights as they are."""
+    epochs: int = Field(default=12, ge=1)
+    """Passes over the training images."""
+    drops: tuple[int, ...] = (8, 11)
+    """Epochs after which the learning rate is divided by 10."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """Steps of linear warm-up."""
+    batch: int = Field(default=16, ge=1)
+    """Images a step, over all devices."""
+    chunk: int = Field(default=2, ge=1)
+    """Images that pass forward and backward together. Divides the batch; the number of chunks is a multiple of the
+    number of processes."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Learning rate of all but the encoder at a batch of 16; it scales linearly with the batch."""
+    layer_decay: float = Field(default=0.8, gt=0, le=1)
+    """What the learning rate is multiplied with from the heads to the last block, and from each to the one before."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first momentum."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's second momentum."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decay of weights with two or more dimensions."""
+    validate_epochs: int = Field(default=0, ge=0)
+    """Score on the val images every so many epochs too; 0: at the end only."""
+    pictures: int = Field(default=8, ge=0)
+    """Val images whose detections are drawn beside the truth."""
+    precision: Precision = "auto"
+    """Arithmetic of the encoder: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights are always fp32."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the heads, of the order, of all augmentation and sampling, and of `random:` encoders."""
+    speed: TrainedSpeed = TrainedSpeed()
+
+    @model_validator(mode="after")
+    def _fits(self) -> DetectSettings:
+        check_chunks(self.batch, self.chunk)
+        if not self.short_sides or min(self.short_sides) < 16:
+            raise ValueError("short_sides holds at least one number of pixels, each at least 16")
+        if not 0 < self.crop_range[0] <= self.crop_range[1]:
+            raise ValueError(f"crop_range {self.crop_range} is not a range above 0")
+        return self
+
+    @property
+    def stage_iou(self) -> tuple[float, ...]:
+        """IoU from which each stage's proposals are positive."""
+        return (0.5, 0.6, 0.7) if self.cascade else (0.5,)
+
+    @property
+    def stage_weights(self) -> tuple[float, ...]:
+        """Weights of each stage's box coding: those of shifts, twice those of growths."""
+        return (10.0, 20.0, 30.0) if self.cascade else (10.0,)
+
+    @property
+    def stage_loss(self) -> tuple[float, ...]:
+        """Weights of each stage's losses."""
+        return (1.0, 0.5, 0.25) if self.cascade else (1.0,)
+
+
 def check_chunks(batch: int, chunk: int) -> None:
     """Raise ValueError where a batch is not whole chunks."""
     if batch % chunk:
@@ -102,5 +192,5 @@ def check_chunks(batch: int, chunk: int) -> None:
         raise ValueError(f"chunk {chunk} does not divide batch {batch}: set chunk={near}")
 
 
-DENSE: dict[str, type[Settings]] = {"segment": SegmentSettings}
+DENSE: dict[str, type[Settings]] = {"segment": SegmentSettings, "detect": DetectSettings}
 """Evaluations on pixels and boxes by name, which is also how their presets' names begin."""

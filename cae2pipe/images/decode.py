@@ -14,11 +14,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What is decoded. Pillow knows more, but hands some of it (EPS, say) to other programs."""
 
 
-def decode_rgb(data: bytes, where: object) -> Image.Image:
+def decode_rgb(data: bytes, where: object, upright: bool = True) -> Image.Image:
     """Decode an image of any of ``FORMATS``, whatever its name says, into RGB.
 
-    EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; palettes, greyscale and
-    CMYK are converted. Of an animation the first frame is taken.
+    EXIF orientation is applied (unless ``upright`` is false), transparency laid over white, 16-bit grey scaled to 8
+    bits; palettes, greyscale and CMYK are converted. Of an animation the first frame is taken.
 
     Args:
         data: the file's bytes.
@@ -33,7 +33,8 @@ def decode_rgb(data: bytes, where: object) -> Image.Image:
             warnings.simplefilter("ignore")
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)  # otherwise every upright image would be copied
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)  # otherwise every upright image would be copied
             return to_rgb(image)
     except Exception as error:  # Pillow's plugins raise many kinds: OSError, SyntaxError, struct.error, ValueError, ...
         reason = describe_failure(error)

@@ -133,3 +133,15 @@ def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> l
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )
     return groups
+
+
+def take_any_size(model: Any) -> None:
+    """Take images of any size, whole patches or filled up to them; positions are resampled for each, bicubically."""
+    from timm.layers.format import Format
+
+    model.dynamic_img_size = True
+    model.patch_embed.strict_img_size = False
+    model.patch_embed.dynamic_img_pad = True
+    # Tokens stay a grid until positions are on them.
+    model.patch_embed.flatten = False
+    model.patch_embed.output_fmt = Format.NHWC

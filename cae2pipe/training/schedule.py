@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def learning_rate(
@@ -27,4 +28,10 @@ def polynomial_rate(step: int, total: int, warmup: int, lr: float, min_lr: float
     """Linear over ``warmup`` steps to what a polynomial from ``lr`` to ``min_lr`` over ``total`` steps has come to
     (paper, Table 11; the shape is CAE's configuration)."""
     rate = min_lr + (lr - min_lr) * (1 - step / total) ** power
+    return rate * (step + 1) / warmup if step < warmup else rate
+
+
+def step_rate(step: int, steps_per_epoch: int, warmup: int, lr: float, drops: Sequence[int]) -> float:
+    """Linear over ``warmup`` steps, then a tenth of itself after each of the epochs ``drops`` (paper, Table 12)."""
+    rate = lr * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in drops)
     return rate * (step + 1) / warmup if step < warmup else rate

@@ -1,0 +1,58 @@
+"""Average precision as COCO defines it, by faster-coco-eval."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+
+KINDS = {"bbox": "box", "segm": "mask"}
+SIZES = ("small", "medium", "large")
+
+
+def average_precision(
+    annotations: dict[str, Any], found: list[dict[str, Any]], names: dict[int, str]
+) -> dict[str, Any]:
+    """Scores of detections.
+
+    Args:
+        annotations: COCO's instances. found: detections: ``image_id``, ``category_id``, ``score``, ``bbox`` as x, y,
+            width, height, ``segmentation`` as run lengths. names: of the categories by id.
+
+    Returns:
+        ``ap_box`` and ``ap_mask``, means over IoU 0.5 to 0.95 and categories; under ``box`` and ``mask`` also
+        ``ap50``, ``ap75``, those of small, medium and large objects (None where there are none), and ``per_class``.
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    result: dict[str, Any] = {}
+    for kind, name in KINDS.items():
+        if not found:
+            result[f"ap_{name}"] = 0.0
+            result[name] = {}
+            continue
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(annotations)
+            evaluation = COCOeval_faster(truth, truth.loadRes(found), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+        # IoU thresholds, recalls, categories, sizes, most detections an image; -1 where there is no such object.
+        precision = np.asarray(evaluation.eval["precision"])
+        thresholds = np.asarray(evaluation.params.iouThrs)
+
+        def mean(part: np.ndarray) -> float | None:
+            known = part[part > -1]
+            return float(known.mean()) if known.size else None
+
+        whole = precision[:, :, :, 0, -1]
+        by_class = {names[number]: mean(whole[:, :, place]) for place, number in enumerate(evaluation.params.catIds)}
+        result[f"ap_{name}"] = mean(whole) or 0.0
+        result[name] = {
+            "ap50": mean(whole[np.isclose(thresholds, 0.5)]),
+            "ap75": mean(whole[np.isclose(thresholds, 0.75)]),
+            **{f"ap_{size}": mean(precision[:, :, :, place, -1]) for place, size in enumerate(SIZES, 1)},
+            "per_class": {name: value for name, value in by_class.items() if value is not None},
+        }
+    return result

@@ -1,0 +1,60 @@
+"""Boxes (x1, y1, x2, y2) in pixels: differences coded and decoded, proposals matched to the truth and sampled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+Weights = tuple[float, float, float, float]
+
+LARGEST = math.log(1000 / 16)
+"""Of the logarithm of a width or height that a box may grow by: beyond, exp would overflow."""
+
+
+def encode_boxes(truth: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
+    """What leads from ``boxes`` to ``truth``, both (N, 4): shifts of the centre in widths and heights, logarithms of
+    growth, each times its weight (R-CNN)."""
+    x, y, w, h = _centred(boxes)
+    tx, ty, tw, th = _centred(truth)
+    found = torch.stack([(tx - x) / w, (ty - y) / h, (tw / w).log(), (th / h).log()], dim=1)
+    return found * found.new_tensor(weights)
+
+
+def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
+    """The boxes (N, 4) that ``deltas`` (N, 4), as ``encode_boxes`` gives them, lead to."""
+    x, y, w, h = _centred(boxes)
+    dx, dy, dw, dh = (deltas / deltas.new_tensor(weights)).unbind(1)
+    x, y = x + dx * w, y + dy * h
+    w, h = w * dw.clamp(max=LARGEST).exp(), h * dh.clamp(max=LARGEST).exp()
+    return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=1)
+
+
+def _centred(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
+
+
+def match_boxes(proposals: Tensor, truth: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """For every proposal (P, 4) the true box (T, 4) that it overlaps most, int64 (P,), and whether their IoU is at
+    least ``threshold``, bool (P,). Without true boxes all are background."""
+    if not len(truth):
+        none = torch.zeros(len(proposals), dtype=torch.int64, device=proposals.device)
+        return none, none.bool()
+    best, index = box_iou(truth, proposals).max(dim=0)
+    return index, best >= threshold
+
+
+def sample_proposals(positive: Tensor, count: int, share: float) -> Tensor:
+    """Indices of at most ``count`` proposals, of which at most ``share`` are positive (bool (P,)), drawn at random from
+    torch's generator; positives first."""
+    wanted = min(int(count * share), int(positive.sum()))
+    negative = min(count - wanted, int((~positive).sum()))
+
+    def drawn(which: Tensor, number: int) -> Tensor:
+        places = which.nonzero().flatten()
+        return places[torch.randperm(len(places), device=places.device)[:number]]
+
+    return torch.cat([drawn(positive, wanted), drawn(~positive, negative)])

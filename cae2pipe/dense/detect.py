@@ -1,0 +1,196 @@
+"""Detection: Mask R-CNN or its cascade trained on COCO's format, scored by average precision (paper, Table 12)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cae2pipe.config.dense import DetectSettings
+from cae2pipe.dense.average_precision import average_precision
+from cae2pipe.dense.box_crops import BoxChunk, ScoredReader
+from cae2pipe.dense.coco import CocoImages
+from cae2pipe.dense.pyramid import Pyramid, decay_groups
+from cae2pipe.dense.rcnn import MaskRCNN
+from cae2pipe.dense.upernet import spread_norms
+from cae2pipe.evaluation.backbone import Normalised
+from cae2pipe.evaluation.course import Chunk, Course
+from cae2pipe.evaluation.crops import seeded
+from cae2pipe.loading.workers import in_order
+from cae2pipe.models.trainable import take_any_size
+from cae2pipe.processes import worker_count
+from cae2pipe.training.parallel import World, spread, without_exchange
+from cae2pipe.training.schedule import step_rate
+
+REFERENCE_BATCH = 16
+"""The batch that learning rates are given for."""
+
+
+SHOWN = 0.5
+"""Score from which a detection is drawn."""
+
+Drawn = tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Pixels (H, W, 3), and boxes (n, 4) with labels (n,) from 1, the true and the found ones."""
+
+
+class Detector(Normalised):
+    """A detector with the normalisation of its input."""
+
+    def forward(self, images: Tensor, sizes: Any, targets: Any = None) -> Any:  # type: ignore[override]
+        return self.model(images, sizes, targets)
+
+
+def build_detector(backbone: Normalised, classes: int, settings: DetectSettings) -> Detector:
+    """Heads on an encoder that ``prepared_encoder`` has made, which takes images of any size from then on."""
+    take_any_size(backbone.model)
+    device = backbone.mean.device
+    with seeded("heads", settings.seed):
+        model = MaskRCNN(Pyramid(backbone.model), classes, settings).to(device)
+    mean, std = ((getattr(backbone, name) / 255).flatten().tolist() for name in ("mean", "std"))
+    return Detector(model, tuple(mean), tuple(std), device)
+
+
+class DetectLearner:
+    """Trains a detector.
+
+    Args:
+        detector: from ``build_detector``. settings: all of them. course: the order. bf16: run the encoder under
+            autocast. compiled: with torch.compile. world: the processes. val: what to score on.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        settings: DetectSettings,
+        course: Course,
+        bf16: bool,
+        world: World,
+        val: CocoImages,
+    ):
+        self.settings, self.course, self.world, self.bf16, self.val = settings, course, world, bf16, val
+        self.detector = spread_norms(detector, world.ranks, world.device)
+        model = self.detector.model
+        groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
+        betas = (settings.beta1, settings.beta2)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        self.module = spread(self.detector, world, bf16)
+        self.scores: dict[str, Any] | None = None
+
+    def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
+        self.detector.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.world.device)
+        for place, chunk in enumerate(chunks):
+            last = place == len(chunks) - 1
+            with nullcontext() if last else without_exchange(self.module, self.world):
+                loss = self.loss(chunk) * (len(chunk.labels) / size)
+                # DDP averages over processes; the loss is a sum over them.
+                (loss * self.world.ranks).backward()
+            total += loss.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step) * group["lr_scale"]
+        self.optimizer.step()
+        return total
+
+    def loss(self, chunk: Chunk) -> Tensor:
+        assert isinstance(chunk, BoxChunk)
+        chunk = chunk.to(self.world.device)
+        images = self.detector.normalise(chunk.pixels)
+        with (
+            seeded("chunk", self.settings.seed, chunk.step, chunk.number),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            losses = self.module(images, list(chunk.sizes), list(chunk.targets))
+        return torch.stack([loss.float() for loss in losses.values()]).sum()
+
+    def rate(self, step: int) -> float:
+        settings = self.settings
+        lr = settings.lr * settings.batch / REFERENCE_BATCH
+        return step_rate(step, self.course.steps, settings.warmup_steps, lr, settings.drops)
+
+    def validate(self, epoch: int) -> dict[str, float] | None:
+        every, last = self.settings.validate_epochs, epoch + 1 == self.course.epochs
+        if not last and (not every or (epoch + 1) % every):
+            return None
+        self.scores = self.score()
+        return {name: self.scores[name] for name in ("ap_box", "ap_mask")}
+
+    def score(self) -> dict[str, Any]:
+        """Scores over all val images, shared out among the processes."""
+        if self.world.ranks > 1:
+            for buffer in self.detector.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+        own = range(self.world.rank, len(self.val), self.world.ranks)
+        found = [detection for parts in self.world.gather(self.detections(own)) for detection in parts]
+        names = dict(zip(self.val.ids, self.val.classes, strict=True))
+        return average_precision(self.val.annotations, found, names)
+
+    def detections(self, own: range) -> list[dict[str, Any]]:
+        """Detections on the val images ``own``, in COCO's format."""
+        mean = tuple((self.detector.mean / 255).flatten().tolist())
+        reader = ScoredReader(self.val, own, self.settings, mean)
+        items = in_order(reader, min(worker_count(self.settings.speed.workers), len(reader)))
+        return [
+            detection
+            for index, (pixels, size) in zip(own, items, strict=True)
+            for detection in self.detect(self.val.images[index], pixels, size)
+        ]
+
+    @torch.no_grad()
+    def detect(self, entry: dict[str, Any], pixels: np.ndarray, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """What is found on one image, in pixels of the original."""
+        from faster_coco_eval.core import mask
+        from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+        detector = self.detector.eval()
+        images = detector.normalise(torch.tensor(pixels, device=self.world.device)[None])
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            (found,) = detector(images, [size])
+        height, width = entry["height"], entry["width"]
+        scale = found["boxes"].new_tensor([width / size[1], height / size[0]] * 2)
+        boxes = found["boxes"] * scale
+        if not len(boxes):
+            return []
+        pasted = paste_masks_in_image(found["masks"][:, None], boxes, (height, width))[:, 0] >= 0.5
+        encoded = mask.encode(np.asfortranarray(pasted.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+        corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+        return [
+            {
+                "image_id": entry["id"],
+                "category_id": self.val.ids[label - 1],
+                "score": score,
+                "bbox": box,
+                "segmentation": segmentation,
+            }
+            for label, score, box, segmentation in zip(
+                found["labels"].tolist(), found["scores"].tolist(), corners.tolist(), encoded, strict=True
+            )
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.detector.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def drawn_detections(learner: DetectLearner, count: int) -> list[Drawn]:
+    """Of the first ``count`` val images: pixels, true and found objects."""
+    count = min(count, len(learner.val))
+    found: dict[int, list[dict[str, Any]]] = {}
+    for detection in learner.detections(range(count)):
+        if detection["score"] >= SHOWN:
+            found.setdefault(detection["image_id"], []).append(detection)
+    drawn = []
+    for index in range(count):
+        image, objects = learner.val.read(index)
+        own = found.get(learner.val.images[index]["id"], [])
+        corners = np.array([each["bbox"] for each in own], dtype=np.float32).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        labels = np.array([learner.val.ids.index(each["category_id"]) + 1 for each in own], dtype=np.int64)
+        drawn.append((np.asarray(image), (objects.boxes, objects.labels), (corners, labels)))
+    return drawn

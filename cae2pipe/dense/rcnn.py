@@ -1,0 +1,275 @@
+"""Mask R-CNN and Cascade Mask R-CNN on the pyramid of a vision transformer.
+
+Feature pyramid, region proposals, heads and pooling are torchvision's; what is ours are the stages (CAE's
+configuration: heads of four convolutions and one linear layer, a GIoU loss) and the cascade.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    MultiScaleRoIAlign,
+    batched_nms,
+    clip_boxes_to_image,
+    generalized_box_iou_loss,
+    roi_align,
+)
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from cae2pipe.config.dense import DetectSettings
+from cae2pipe.dense.boxes import Weights, decode_boxes, match_boxes, sample_proposals
+from cae2pipe.dense.pyramid import Pyramid
+
+CHANNELS = 256
+MASK = 28
+"""Side of predicted masks."""
+ANCHORS = ((32,), (64,), (128,), (256,), (512,))
+SMALLEST = 1e-2
+"""Pixels below which a detected box is none."""
+
+
+class L1Proposals(RegionProposalNetwork):
+    """torchvision's region proposals with an L1 loss of boxes (CAE's configuration)."""
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        positive, negative = (torch.cat(found).nonzero().flatten() for found in self.fg_bg_sampler(labels))
+        chosen = torch.cat([positive, negative])
+        truth, deltas = torch.cat(labels), torch.cat(regression_targets)
+        boxes = F.l1_loss(pred_bbox_deltas[positive].float(), deltas[positive], reduction="sum") / max(1, len(chosen))
+        scores = objectness.flatten()[chosen].float()
+        return F.binary_cross_entropy_with_logits(scores, truth[chosen]), boxes
+
+
+class Stage(nn.Module):
+    """One stage of box and mask heads.
+
+    Args:
+        classes: without the background, which is class 0. agnostic: one box for all classes. iou: from which a proposal
+            is positive. weights: of the box coding.
+    """
+
+    def __init__(self, classes: int, agnostic: bool, iou: float, weights: Weights):
+        super().__init__()
+        self.agnostic, self.iou, self.weights = agnostic, iou, weights
+        self.box_head = FastRCNNConvFCHead((CHANNELS, 7, 7), [CHANNELS] * 4, [1024], norm_layer=nn.BatchNorm2d)
+        self.predictor = FastRCNNPredictor(1024, classes + 1)
+        if agnostic:
+            self.predictor.bbox_pred = nn.Linear(1024, 4)
+        nn.init.normal_(self.predictor.cls_score.weight, std=0.01)
+        nn.init.normal_(self.predictor.bbox_pred.weight, std=0.001)
+        for layer in (self.predictor.cls_score, self.predictor.bbox_pred):
+            nn.init.zeros_(layer.bias)
+        self.mask_head = MaskRCNNHeads(CHANNELS, [CHANNELS] * 4, 1)
+        self.mask_predictor = MaskRCNNPredictor(CHANNELS, CHANNELS, classes + 1)
+
+    def boxes_and_scores(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (P, 1 + classes) and deltas (P, boxes, 4)."""
+        logits, deltas = self.predictor(self.box_head(pooled))
+        return logits.float(), deltas.float().unflatten(1, (-1, 4))
+
+    def decode(self, deltas: Tensor, proposals: Tensor) -> Tensor:
+        """The boxes (P, boxes, 4) that deltas (P, boxes, 4) lead to from proposals (P, 4)."""
+        boxes = deltas.shape[1]
+        return decode_boxes(deltas.flatten(0, 1), proposals.repeat_interleave(boxes, dim=0), self.weights).view_as(
+            deltas
+        )
+
+    def masks(self, pooled: Tensor, classes: Tensor) -> Tensor:
+        """Mask logits (P, 28, 28) of the given classes (P,)."""
+        found = self.mask_predictor(self.mask_head(pooled)).float()
+        return found[torch.arange(len(found), device=found.device), classes]
+
+
+class MaskRCNN(nn.Module):
+    """Detector of images of one size, normalised and padded (B, 3, H, W).
+
+    Args:
+        pyramid: the encoder. classes: how many, without the background. settings: all of them.
+    """
+
+    def __init__(self, pyramid: Pyramid, classes: int, settings: DetectSettings):
+        super().__init__()
+        self.settings, self.classes = settings, classes
+        self.pyramid = pyramid
+        self.fpn = FeaturePyramidNetwork([pyramid.width] * 4, CHANNELS, LastLevelMaxPool())
+        keep = settings.proposals
+        self.rpn = L1Proposals(
+            AnchorGenerator(ANCHORS, ((0.5, 1.0, 2.0),) * len(ANCHORS)),
+            RPNHead(CHANNELS, 3),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 2 * keep, "testing": keep},
+            post_nms_top_n={"training": keep, "testing": keep},
+            nms_thresh=0.7,
+        )
+        names = [str(level) for level in range(4)]
+        self.box_pool = MultiScaleRoIAlign(names, 7, 2)
+        self.mask_pool = MultiScaleRoIAlign(names, 14, 2)
+        stages = zip(settings.stage_iou, settings.stage_weights, strict=True)
+        # Class by class in Mask R-CNN; one box for all of them in a cascade, as it was published.
+        self.stages = nn.ModuleList(
+            Stage(classes, settings.cascade, iou, (weight, weight, weight / 2, weight / 2)) for iou, weight in stages
+        )
+
+    def features(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        maps = self.pyramid(images)
+        found: OrderedDict[str, Tensor] = self.fpn(OrderedDict((str(n), level) for n, level in enumerate(maps)))
+        return OrderedDict((name, level.float()) for name, level in found.items())
+
+    def forward(
+        self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None
+    ) -> Any:
+        """Losses by name, given targets: ``boxes`` (T, 4), ``labels`` (T,) from 1, ``masks`` uint8 (T, H, W) each; else
+        a dictionary for each image: ``boxes``, ``labels``, ``scores``, ``masks``, probabilities (D, 28, 28) within
+        their boxes.
+
+        Args:
+            sizes: height and width of each image without what it is padded with.
+        """
+        features = self.features(images)
+        listed = ImageList(images, sizes)
+        proposals, losses = self.rpn(listed, features, targets)
+        if targets is not None:
+            return {**losses, **self.losses(features, [found.detach() for found in proposals], sizes, targets)}
+        return self.detections(features, proposals, sizes)
+
+    def losses(
+        self,
+        features: OrderedDict[str, Tensor],
+        proposals: list[Tensor],
+        sizes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Losses of all stages, each times its stage's weight."""
+        losses: dict[str, Tensor] = {}
+        for number, (stage, weight) in enumerate(zip(self.stages, self.settings.stage_loss, strict=True)):
+            assert isinstance(stage, Stage)
+            sampled = [
+                training_sample(stage, found, target, self.settings)
+                for found, target in zip(proposals, targets, strict=True)
+            ]
+            boxes = [found for found, _, _ in sampled]
+            labels = torch.cat([own for _, own, _ in sampled])
+            matched = torch.cat(
+                [
+                    target["boxes"][index] if len(target["boxes"]) else found.new_zeros(len(found), 4)
+                    for (found, _, index), target in zip(sampled, targets, strict=True)
+                ]
+            )
+            logits, deltas = stage.boxes_and_scores(self.box_pool(features, boxes, sizes))
+            positive = (labels > 0).nonzero().flatten()
+            own = torch.cat(boxes)
+            # Of the background there is no box: the one in its place has no loss.
+            decoded = stage.decode(deltas, own)[torch.arange(len(own)), 0 if stage.agnostic else labels]
+            box_loss = generalized_box_iou_loss(decoded[positive], matched[positive], reduction="sum")
+            losses[f"class{number}"] = weight * F.cross_entropy(logits, labels)
+            losses[f"box{number}"] = weight * self.settings.giou * box_loss / max(1, len(own))
+            losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes, targets)
+            if number + 1 < len(self.stages):
+                with torch.no_grad():
+                    refined = decoded.split([len(found) for found in boxes])
+                    proposals = [clipped(found, size) for found, size in zip(refined, sizes, strict=True)]
+        return losses
+
+    def mask_loss(
+        self,
+        stage: Stage,
+        features: OrderedDict[str, Tensor],
+        sampled: list[tuple[Tensor, Tensor, Tensor]],
+        sizes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+    ) -> Tensor:
+        """Binary cross-entropy of the true class's mask within each positive proposal."""
+        boxes = [found[labels > 0] for found, labels, _ in sampled]
+        labels = torch.cat([labels[labels > 0] for _, labels, _ in sampled])
+        logits = stage.masks(self.mask_pool(features, boxes, sizes), labels)
+        if not len(labels):
+            # All weights take part, so that processes exchange the same gradients.
+            return logits.sum() * 0
+        truth = torch.cat(
+            [
+                masks_within(target["masks"][index[own > 0]], found)
+                for found, (_, own, index), target in zip(boxes, sampled, targets, strict=True)
+                if len(found)
+            ]
+        )
+        return F.binary_cross_entropy_with_logits(logits, truth)
+
+    def detections(
+        self, features: OrderedDict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Boxes of the last stage, with class scores averaged over stages; masks averaged likewise."""
+        counts = [len(found) for found in proposals]
+        scores: list[Tensor] = []
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            logits, deltas = stage.boxes_and_scores(self.box_pool(features, proposals, sizes))
+            scores.append(logits.softmax(dim=1))
+            decoded = stage.decode(deltas, torch.cat(proposals))
+            if stage.agnostic:
+                refined = decoded[:, 0].split(counts)
+                proposals = [clipped(found, size) for found, size in zip(refined, sizes, strict=True)]
+        decoded = decoded.expand(-1, self.classes + 1, -1)
+        mean = torch.stack(scores).mean(dim=0)
+        found = [
+            self.pick(boxes, own, size)
+            for boxes, own, size in zip(decoded.split(counts), mean.split(counts), sizes, strict=True)
+        ]
+        pooled = self.mask_pool(features, [each["boxes"] for each in found], sizes)
+        classes = torch.cat([each["labels"] for each in found])
+        drawn = [stage.masks(pooled, classes).sigmoid() for stage in self.stages if isinstance(stage, Stage)]
+        masks = torch.stack(drawn).mean(dim=0)
+        for each, own in zip(found, masks.split([len(each["boxes"]) for each in found]), strict=True):
+            each["masks"] = own
+        return found
+
+    def pick(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The best of an image's boxes (P, 1 + classes, 4) by class, after non-maximum suppression."""
+        boxes = clip_boxes_to_image(boxes[:, 1:], size)
+        extent = boxes[..., 2:] - boxes[..., :2]
+        good = (scores[:, 1:] > self.settings.score) & (extent > SMALLEST).all(dim=2)
+        place, label = good.nonzero(as_tuple=True)
+        chosen, sure = boxes[place, label], scores[place, label + 1]
+        kept = batched_nms(chosen, sure, label, self.settings.nms)[: self.settings.detections]
+        return {"boxes": chosen[kept], "labels": label[kept] + 1, "scores": sure[kept]}
+
+
+def training_sample(
+    stage: Stage, proposals: Tensor, target: dict[str, Tensor], settings: DetectSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Proposals (S, 4) that a stage trains on, the true ones among them, with labels (S,) and the index of the true box
+    that each is matched to (S,)."""
+    proposals = torch.cat([proposals, target["boxes"]])
+    index, positive = match_boxes(proposals, target["boxes"], stage.iou)
+    chosen = sample_proposals(positive, settings.rois, settings.positive)
+    labels = torch.zeros_like(chosen)
+    own = positive[chosen]
+    labels[own] = target["labels"][index[chosen][own]]
+    return proposals[chosen], labels, index[chosen]
+
+
+def masks_within(masks: Tensor, boxes: Tensor) -> Tensor:
+    """Masks (N, H, W) cut out by a box each (N, 4), as (N, 28, 28)."""
+    places = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype).unsqueeze(1)
+    return roi_align(masks.unsqueeze(1).to(boxes.dtype), torch.cat([places, boxes], dim=1), MASK, aligned=True)[:, 0]
+
+
+def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes within an image, and not without extent: the next stage divides by it."""
+    boxes = clip_boxes_to_image(boxes, size)
+    return torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 1.0)], dim=1)
