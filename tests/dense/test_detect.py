@@ -1,0 +1,225 @@
+"""``evaluate detect`` as a user runs it, on coloured rectangles; the data that it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from cae2pipe.cli import app
+from cae2pipe.config.base import load
+from cae2pipe.config.dense import DetectSettings
+from cae2pipe.dense.coco import open_coco
+from cae2pipe.dense.detect import DetectLearner
+from cae2pipe.errors import SettingsError, SourceError, Terminated
+from cae2pipe.inspection import verify
+from cae2pipe.models.encoder import Encoder
+from cae2pipe.models.export import export_encoder
+from cae2pipe.progress import Silent
+from cae2pipe.stages.evaluate_dense import detect
+from tests.conftest import contents
+
+ROOT = Path(__file__).parents[2]
+SHORT = [
+    "speed.workers=0",
+    "speed.device=cpu",
+    "epochs=2",
+    "drops=[1]",
+    "warmup_steps=2",
+    "batch=2",
+    "chunk=1",
+    "short_sides=[64]",
+    "long_side=96",
+    "proposals=20",
+    "rois=16",
+    "crop=0.3",
+    "score=0.01",
+    "detections=5",
+    "pictures=2",
+]
+
+
+def write_coco(root: Path) -> Path:
+    """Images with one or two rectangles of two colours; one image has none, one annotation is a crowd."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train2017", 5), ("val2017", 3)):
+        images, annotations = [], []
+        (root / part).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(90, 120, (60, 80, 3)).astype(np.uint8)
+            for category in range(0 if number == 4 else 1 + number % 2):
+                x, y = int(rng.integers(2, 40)), int(rng.integers(2, 30))
+                pixels[y : y + 24, x : x + 30] = ((220, 30, 30), (30, 30, 220))[category]
+                corners = [x, y, x + 30, y, x + 30, y + 24, x, y + 24]
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": (7, 3)[category],
+                        "bbox": [x, y, 30, 24],
+                        "area": 720,
+                        "iscrowd": 0,
+                        "segmentation": [corners],
+                    }
+                )
+            images.append({"id": number, "width": 80, "height": 60, "file_name": f"{number}.png"})
+            Image.fromarray(pixels).save(root / part / f"{number}.png")
+        annotations.append({**annotations[0], "id": 99, "iscrowd": 1})
+        categories = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]
+        (root / "annotations").mkdir(exist_ok=True)
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    torch.manual_seed(3)
+    root = tmp_path_factory.mktemp("encoder")
+    export_encoder(Encoder(width=32, depth=4, heads=2, image_size=64, patch_size=16), root)
+    return root
+
+
+def settings(*overrides: str) -> DetectSettings:
+    return load(DetectSettings, "evaluate", "detect", [*SHORT, *overrides])
+
+
+def outcome(root: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(root).items() if not name.endswith("metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def whole(data, encoder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    report = Silent()
+    detect(str(encoder), data, out, settings(), report)
+    assert "not trained on: 1 images without objects, 0 annotations without extent" in report.lines
+    return out
+
+
+def test_what_is_left_behind(whole, data, encoder):
+    result = json.loads((whole / "detect" / "result.json").read_text())
+    assert 0 <= result["ap_box"] <= 1
+    assert set(result["box"]) == {"ap50", "ap75", "ap_small", "ap_medium", "ap_large", "per_class"}
+    assert result["images"] == {"train": 4, "val": 3}
+    assert {path.name for path in (whole / "detect").iterdir()} >= {"pictures.png", "last.safetensors"}
+    assert verify(whole / "detect", Silent()).problems == []
+    report = Silent()
+    assert detect(str(encoder), data, whole, settings(), report) == result
+    assert any("nothing to do" in line for line in report.lines)
+    listed = CliRunner().invoke(app, ["results", str(whole), "--format", "markdown"])
+    assert "| AP^b " in listed.stdout
+
+
+def test_stopped_and_resumed_it_gives_the_same_bytes(whole, data, encoder, tmp_path, monkeypatch):
+    real = DetectLearner.step
+
+    def step(self, chunks, number, size):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, chunks, number, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectLearner, "step", step)
+        with pytest.raises(Terminated):
+            detect(str(encoder), data, tmp_path / "out", settings(), Silent())
+    detect(str(encoder), data, tmp_path / "out", settings("speed.workers=1"), Silent())
+    assert outcome(tmp_path / "out") == outcome(whole)
+
+
+def test_two_processes_and_the_cascade(data, encoder, tmp_path):
+    """Under DDP all parameters must have gradients: it refuses otherwise."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = [word for override in SHORT for word in ("--set", override)]
+    command = ["-m", "cae2pipe", "evaluate", "detect", str(encoder), str(data), str(tmp_path / "out"), "--cascade"]
+    done = subprocess.run(
+        [*launcher, *command, *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("protocol: Cascade Mask R-CNN") == 1
+    assert json.loads((tmp_path / "out" / "detect" / "result.json").read_text())["images"]["val"] == 3
+
+
+def test_objects_are_read_as_they_are(data):
+    train, val = open_coco(data)
+    assert (len(train), len(val), train.classes, train.ids) == (4, 3, ["blue", "red"], [3, 7])
+    image, objects = train.read(1)
+    assert objects.labels.tolist() == [2, 1]
+    for box, label, mask in zip(objects.boxes.astype(int), objects.labels, objects.masks, strict=True):
+        assert mask[box[1] + 1 : box[3] - 1, box[0] + 1 : box[2] - 1].all()
+        assert mask.sum() == pytest.approx(720, abs=60)
+        if label == 1:  # the later one, which nothing covers
+            assert np.asarray(image)[box[1] + 2, box[0] + 2].tolist() == [30, 30, 220]
+
+
+def spoil(root: Path, what: str) -> None:
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    if what == "outside":
+        content["annotations"][0]["bbox"] = [200, 10, 20, 20]
+    elif what == "image":
+        content["annotations"][0]["image_id"] = 1234
+    elif what == "category":
+        content["annotations"][0]["category_id"] = 4321
+    elif what == "empty":
+        content["annotations"] = []
+    elif what == "crowds":
+        content["annotations"] = [{**each, "iscrowd": 1} for each in content["annotations"]]
+    elif what == "keys":
+        del content["categories"]
+    elif what == "others":
+        content["categories"][0]["name"] = "green"
+    elif what == "escape":
+        content["images"][0]["file_name"] = "../secret.png"
+    path.write_text(json.dumps(content))
+    if what == "size":
+        Image.new("RGB", (10, 10)).save(root / "train2017" / "0.png")
+    elif what == "gone":
+        (root / "train2017" / "0.png").unlink()
+    elif what == "folder":
+        (root / "val2017").rename(root / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("outside", "the box .* of annotation 1 lies outside image 0, 80 x 60"),
+        ("image", "annotation 1 is of image 1234"),
+        ("category", "annotation 1 is of category 4321"),
+        ("empty", "not one annotation"),
+        ("crowds", "no crowd"),
+        ("keys", "not COCO's instances format"),
+        ("others", "different categories: 'green'"),
+        ("escape", "leads out of the folder"),
+        ("size", "the image has 10 x 10 pixels"),
+        ("gone", "cannot be read"),
+        ("folder", "this is missing"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_by_name(encoder, tmp_path, what, message):
+    root = write_coco(tmp_path / "coco")
+    spoil(root, what)
+    with pytest.raises(SourceError, match=message) as caught:
+        detect(str(encoder), root, tmp_path / "out", settings(), Silent())
+    assert caught.value.fix
+
+
+def test_without_the_extra_it_says_so(encoder, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(SettingsError, match="need faster_coco_eval") as caught:
+        detect(str(encoder), data, tmp_path / "out", settings(), Silent())
+    assert "cae2pipe[dense]" in caught.value.fix

@@ -1,0 +1,136 @@
+"""The detector: what each stage trains on, which weights learn, what comes out."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from cae2pipe.config.base import load
+from cae2pipe.config.dense import DetectSettings
+from cae2pipe.dense.pyramid import Pyramid
+from cae2pipe.dense.rcnn import MASK, MaskRCNN, Stage, masks_within, training_sample
+from cae2pipe.models.trainable import take_any_size
+
+KINDS = {"mask": False, "cascade": True}
+
+
+def detector(cascade: bool, **over) -> MaskRCNN:
+    torch.manual_seed(0)
+    encoder = timm.create_model("vit_base_patch16_224", num_classes=0, img_size=64, embed_dim=24, depth=4, num_heads=2)
+    take_any_size(encoder)
+    settings = DetectSettings(cascade=cascade, proposals=30, rois=16, batch=2, **over)
+    return MaskRCNN(Pyramid(encoder), classes=3, settings=settings)
+
+
+@pytest.fixture
+def batch():
+    """Two images of unlike sizes, padded to 96 x 128, with two objects and one."""
+    images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    targets = []
+    for boxes, labels in (([[8, 8, 60, 70], [70, 20, 120, 90]], [1, 3]), ([[10, 30, 60, 60]], [2])):
+        masks = torch.zeros(len(boxes), 96, 128, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
+            mask[y1:y2, x1:x2] = 1
+        targets.append({"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels), "masks": masks})
+    return images, [(96, 128), (80, 100)], targets
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_gets_a_gradient(kind, batch):
+    images, sizes, targets = batch
+    model = detector(KINDS[kind]).train()
+    losses = model(images, sizes, targets)
+    stages = 3 if KINDS[kind] else 1
+    assert set(losses) == {"loss_objectness", "loss_rpn_box_reg"} | {
+        f"{name}{number}" for name in ("class", "box", "mask") for number in range(stages)
+    }
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_without_objects_train_too(kind, batch):
+    """After a crop there may be none: the losses are numbers, and all weights take part."""
+    images, sizes, _ = batch
+    none = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 96, 128, dtype=torch.uint8),
+    }
+    model = detector(KINDS[kind]).train()
+    losses = model(images, sizes, [none, none])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_the_cascade_s_stages_are_the_published_ones():
+    stages = detector(True).stages
+    assert [stage.iou for stage in stages] == [0.5, 0.6, 0.7]
+    assert [stage.weights for stage in stages] == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
+    assert [stage.predictor.bbox_pred.out_features for stage in stages] == [4, 4, 4]
+    assert DetectSettings(cascade=True).stage_loss == (1.0, 0.5, 0.25)
+    (stage,) = detector(False).stages
+    assert (stage.iou, stage.predictor.bbox_pred.out_features) == (0.5, 16)
+    convolutions = [m for m in stage.box_head.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 4
+
+
+def test_what_a_stage_trains_on_by_hand():
+    settings = DetectSettings(rois=4, positive=0.5)
+    target = {"boxes": torch.tensor([[0.0, 0, 10, 10]]), "labels": torch.tensor([2])}
+    proposals = torch.tensor([[0.0, 0, 10, 6.5], [40.0, 40, 50, 50]])  # IoU 0.65 and 0; the true box comes along
+    for iou, positives in ((0.5, 2), (0.7, 1)):
+        boxes, labels, index = training_sample(Stage(3, True, iou, (10, 10, 5, 5)), proposals, target, settings)
+        assert sorted(labels.tolist()) == [0] * (3 - positives) + [2] * positives
+        assert labels.tolist() == sorted(labels.tolist(), reverse=True)
+        assert [0.0, 0.0, 10.0, 10.0] in boxes[labels > 0].tolist()
+        assert (index[labels > 0] == 0).all()
+
+
+def test_masks_are_cut_out_by_their_boxes():
+    mask = torch.zeros(1, 60, 60, dtype=torch.uint8)
+    mask[0, :30] = 1
+    upper = masks_within(mask, torch.tensor([[10.0, 10, 50, 50]]))[0]
+    assert upper.shape == (MASK, MASK)
+    assert (upper[: MASK // 2 - 1] == 1).all()
+    assert (upper[MASK // 2 + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_detections_lie_within_their_images(kind, batch):
+    images, sizes, _ = batch
+    model = detector(KINDS[kind], score=0.0, detections=7).eval()
+    for found, (height, width) in zip(model(images, sizes), sizes, strict=True):
+        count = len(found["boxes"])
+        assert 0 < count <= 7
+        assert (found["boxes"] >= 0).all()
+        assert (found["boxes"][:, 2] <= width).all()
+        assert (found["boxes"][:, 3] <= height).all()
+        assert found["masks"].shape == (count, MASK, MASK)
+        assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
+        assert set(found["labels"].tolist()) <= {1, 2, 3}
+    nothing = detector(KINDS[kind], score=0.99).eval()(images, sizes)
+    assert [len(found["boxes"]) for found in nothing] == [0, 0]
+
+
+@torch.no_grad()
+def test_positions_are_resampled_for_every_input():
+    encoder = timm.create_model("vit_base_patch16_224", num_classes=0, img_size=64, embed_dim=24, depth=2, num_heads=2)
+    plain = encoder.eval().forward_features(torch.ones(1, 3, 64, 64))
+    take_any_size(encoder)
+    torch.testing.assert_close(encoder.forward_features(torch.ones(1, 3, 64, 64)), plain)
+    assert encoder.forward_features(torch.ones(1, 3, 96, 160)).shape == (1, 1 + 6 * 10, 24)
+
+
+@pytest.mark.parametrize(("size", "drop"), [("small", 0.1), ("base", 0.1), ("large", 0.2)])
+def test_presets_hold_the_fixed_values_of_table_12_and_one_of_each_grid(size, drop):
+    preset = load(DetectSettings, "evaluate", f"detect-{size}")
+    assert preset.lr in {1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4}
+    assert preset.layer_decay in {0.8, 0.85, 0.95}
+    assert (preset.batch, preset.epochs, preset.drops, preset.weight_decay) == (16, 12, (8, 11), 0.05)
+    assert (preset.beta1, preset.beta2, preset.drop_path) == (0.9, 0.999, drop)
+    assert (min(preset.short_sides), max(preset.short_sides), preset.long_side) == (480, 800, 1333)
