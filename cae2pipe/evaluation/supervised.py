@@ -77,6 +77,7 @@ def train(
         state = state or read_checkpoint(folder, start)
         learner.restore(state["learner"])
         record.restore(state["record"])
+        state = None
         report.log(f"going on from step {start} of {course.total}")
 
     def checkpoint(done: int) -> None:
