@@ -30,7 +30,7 @@ from cae2pipe.loading.batches import Plan
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.loader import block_refs, load_parts
-from cae2pipe.methods.registry import build_method
+from cae2pipe.methods.registry import build_method, check_method
 from cae2pipe.models.export import export_encoder
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, Silent
@@ -267,6 +267,7 @@ def capture(
 
 def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:
     """Refuse a student that the target set does not fit, or a batch that cannot be shared out. Raises SettingsError."""
+    check_method(settings.method)
     check_parts(settings, ranks)
     teacher, grid = targets.teacher, settings.model.grid
     if (teacher.rows, teacher.cols) != (grid, grid):

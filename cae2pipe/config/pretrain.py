@@ -82,6 +82,8 @@ class LossSettings(Settings):
 
     kind: Literal["cosine", "mse", "smooth_l1"] = "cosine"
     """Distance between predicted and target latents (paper Table 3)."""
+    target: Literal["as_is", "layer_norm"] = "as_is"
+    """layer_norm: targets are brought to mean 0 and variance 1 over their channels first (FD, MaskDistill)."""
     reduction: Literal["two_means", "one_mean"] = "two_means"
     """two_means: mean over visible plus mean over masked tokens; one_mean: one mean over all of them."""
     visible: float = Field(default=1.0, ge=0)
@@ -178,8 +180,8 @@ class PretrainSettings(Settings):
 
     recipe: Recipe = "paper"
     """paper: as the paper says; official: as its authors' released code does. Presets set the fields that differ."""
-    method: Literal["caev2"] = "caev2"
-    """The pretraining method."""
+    method: str = "caev2"
+    """The pretraining method: caev2, mvp, mae or fd. Presets of rivals, such as mvp, set the loss that goes with it."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order, masks and drop path."""
     targets: Literal["cached", "online"] = "cached"

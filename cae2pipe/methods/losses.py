@@ -80,6 +80,8 @@ def alignment_loss(
         has_class_token: whether the target's first token is one.
         real: as in ``weighted_mean``.
     """
+    if settings.target == "layer_norm":
+        target = F.layer_norm(target, target.shape[-1:])
     patches = target[:, 1:] if has_class_token else target
     seen, wanted = prediction.visible, gather_tokens(patches, visible)
     if has_class_token:

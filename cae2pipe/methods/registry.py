@@ -1,22 +1,30 @@
-"""Methods by name."""
+"""Methods by name. A method of one's own takes a file with its class and a line: ``register("name", Class)``."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods.caev2 import CAEv2
+from cae2pipe.methods.fd import FeatureDistillation
+from cae2pipe.methods.mae import MAE
+from cae2pipe.methods.method import Method
+from cae2pipe.methods.mvp import MVP
 
-METHODS = {"caev2": CAEv2}
+Builder = Callable[[ModelSettings, int], Method]
+
+METHODS: dict[str, Builder] = {"caev2": CAEv2, "mvp": MVP, "mae": MAE, "fd": FeatureDistillation}
 
 
-def build_method(name: str, settings: ModelSettings, target_dim: int) -> CAEv2:
-    """The module of a method, freshly initialised from torch's global generator.
+def register(name: str, builder: Builder) -> None:
+    """Make a method known by a name."""
+    METHODS[name] = builder
 
-    Raises:
-        SettingsError: unknown method.
-    """
+
+def check_method(name: str) -> None:
+    """Raise SettingsError for a name that is not known."""
     if name not in METHODS:
         nearest = difflib.get_close_matches(name, METHODS, n=1)
         raise SettingsError(
@@ -24,4 +32,13 @@ def build_method(name: str, settings: ModelSettings, target_dim: int) -> CAEv2:
             where="method",
             fix=f"use one of {', '.join(METHODS)}",
         )
+
+
+def build_method(name: str, settings: ModelSettings, target_dim: int) -> Method:
+    """The module of a method, freshly initialised from torch's global generator.
+
+    Raises:
+        SettingsError: unknown method, or settings that do not fit it.
+    """
+    check_method(name)
     return METHODS[name](settings, target_dim)

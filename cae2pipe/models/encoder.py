@@ -110,9 +110,18 @@ class Encoder(nn.Module):
         Returns:
             (B, 1 + V, W): the class token, then the visible patches in the order given.
         """
-        x = self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        x = self.embed(pixels) + self.pos_embed[:, 1:]
         if visible is not None:
             x = x.gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return self.attend(x, drop)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Patches of pixels (B, 3, H, W), without positions, (B, P, W)."""
+        return self.patch_embed(pixels).flatten(2).transpose(1, 2)
+
+    def attend(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
+        """All blocks and the final norm over patches (B, L, W) with their positions, and a class token before them,
+        (B, 1 + L, W). ``drop`` as in ``forward``."""
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         factors = None if drop is None else drop_factors(drop, self.drop_rates)
         for number, block in enumerate(self.blocks):

@@ -1,0 +1,26 @@
+"""Feature distillation: intact images, every token aligned with the teacher's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.methods.losses import Prediction, gather_tokens
+from cae2pipe.methods.method import Method, latent_head
+
+
+class FeatureDistillation(Method):
+    """The encoder sees all patches; nothing is masked.
+
+    Source: FD (Wei et al., 2022): smooth-L1 on layer-normalised targets
+    (``loss: {kind: smooth_l1, target: layer_norm, reduction: one_mean}``). The mask drawn by the loader only says which
+    of the tokens are reported as masked. Simplified: fixed sin-cos positions in place of shared relative ones.
+    """
+
+    def __init__(self, settings: ModelSettings, target_dim: int):
+        super().__init__(settings)
+        self.head = latent_head(settings, settings.width, target_dim)
+
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
+        latents = self.head(self.encoder(pixels, None, drop if self.training else None))
+        return Prediction(latents[:, :1], gather_tokens(latents[:, 1:], visible), gather_tokens(latents[:, 1:], masked))

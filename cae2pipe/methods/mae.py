@@ -1,0 +1,51 @@
+"""MAE's graph with a teacher's latents as targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.errors import SettingsError
+from cae2pipe.methods.losses import Prediction
+from cae2pipe.methods.method import Method, bridge, latent_head
+from cae2pipe.models.decoder import Decoder
+
+
+class MAE(Method):
+    """A decoder with self-attention over visible latents and mask tokens, all of which it updates.
+
+    Source: He et al., 2022, with CLIP's latents in place of pixels; Figure 5 (d) of the paper. Decoder depth, width and
+    heads are ``regressor_*``. Masked tokens alone with ``loss.visible`` 0, as MAE has it; the decoder's visible tokens
+    too with 1.
+    """
+
+    def __init__(self, settings: ModelSettings, target_dim: int):
+        super().__init__(settings)
+        if not settings.regressor_depth:
+            raise SettingsError(
+                "method mae needs a decoder", where="model.regressor_depth", fix="--set model.regressor_depth=1"
+            )
+        self.bridge = bridge(settings.width, settings.regressor_width)
+        self.decoder = Decoder(
+            width=settings.regressor_width,
+            depth=settings.regressor_depth,
+            heads=settings.regressor_heads,
+            grid=settings.grid,
+            layer_scale=settings.regressor_layer_scale,
+            drop=settings.drop_path,
+        )
+        self.head = latent_head(settings, settings.regressor_width, target_dim)
+
+    @property
+    def drop_columns(self) -> int:
+        return self.encoder.drop_columns + self.decoder.drop_columns
+
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
+        first = second = None
+        if drop is not None and self.training:
+            first, second = drop[:, : self.encoder.drop_columns], drop[:, self.encoder.drop_columns :]
+        tokens = self.bridge(self.encoder(pixels, visible, first))
+        latents = self.head(self.decoder(tokens, visible, masked, second))
+        seen, hidden = torch.split(latents[:, 1:], [visible.shape[1], masked.shape[1]], dim=1)
+        return Prediction(latents[:, :1], seen, hidden)

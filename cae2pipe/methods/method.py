@@ -1,0 +1,67 @@
+"""What every pretraining method is: an encoder, and what predicts the teacher's latents from it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.methods.losses import Prediction
+from cae2pipe.models.encoder import build_encoder
+from cae2pipe.models.layers import EPS, initialise
+
+
+class Method(nn.Module, ABC):
+    """A student in training. ``encoder`` is what is exported; the rest is left behind.
+
+    Its losses are those of ``methods.losses``, which the run's settings choose and weigh.
+
+    Args:
+        settings: its shape.
+    """
+
+    def __init__(self, settings: ModelSettings):
+        super().__init__()
+        self.encoder = build_encoder(settings)
+
+    @property
+    def drop_columns(self) -> int:
+        """Columns of drop path uniforms that ``forward`` takes."""
+        return self.encoder.drop_columns
+
+    def recompute(self, on: bool) -> None:
+        """Whether activations inside blocks are computed again in the backward pass rather than kept."""
+        for module in self.modules():
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = on  # type: ignore[assignment]
+
+    @abstractmethod
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
+        """Predicted latents.
+
+        Args:
+            pixels: (B, 3, H, W), normalised.
+            visible, masked: (B, V) and (B, M) int64 patch indices.
+            drop: (B, drop_columns) uniforms in [0, 1). Ignored in eval mode.
+        """
+
+
+def latent_head(settings: ModelSettings, width: int, target_dim: int) -> nn.Sequential:
+    """From tokens to latents: paper a Linear and a LayerNorm, released code the other way round."""
+    linear = nn.Linear(width, target_dim)
+    if settings.head == "fc-ln":
+        head = nn.Sequential(linear, nn.LayerNorm(target_dim, eps=EPS))
+    else:
+        head = nn.Sequential(nn.LayerNorm(width, eps=EPS), linear)
+    head.apply(initialise)
+    return head
+
+
+def bridge(width: int, other: int) -> nn.Module:
+    """Between tokens of two widths, where they differ."""
+    if width == other:
+        return nn.Identity()
+    between = nn.Sequential(nn.Linear(width, other), nn.LayerNorm(other, eps=EPS))
+    between.apply(initialise)
+    return between

@@ -1,0 +1,34 @@
+"""BEiT's graph with a teacher's latents as targets: MVP and MaskDistill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.methods.losses import Prediction, gather_tokens
+from cae2pipe.methods.method import Method, latent_head
+from cae2pipe.models.layers import truncated_normal
+
+
+class MVP(Method):
+    """Mask tokens take the masked patches' places inside the encoder (BEiT), whose output is aligned with CLIP's.
+
+    Source: MVP (Wei et al., 2022), Figure 5 (c) of the paper; MaskDistill (Peng et al., 2022) is the same graph with a
+    smooth-L1 loss on layer-normalised targets (``loss: {kind: smooth_l1, target: layer_norm}``). Masked tokens alone
+    with ``loss.visible`` 0, as published; all tokens with 1. Simplified: fixed sin-cos positions, no relative bias.
+    """
+
+    def __init__(self, settings: ModelSettings, target_dim: int):
+        super().__init__(settings)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width))
+        self.head = latent_head(settings, settings.width, target_dim)
+        truncated_normal(self.mask_token)
+
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
+        patches = self.encoder.embed(pixels)
+        hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, masked, True)
+        patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        tokens = self.encoder.attend(patches + self.encoder.pos_embed[:, 1:], drop if self.training else None)
+        latents = self.head(tokens)
+        return Prediction(latents[:, :1], gather_tokens(latents[:, 1:], visible), gather_tokens(latents[:, 1:], masked))

@@ -1,0 +1,52 @@
+"""A decoder with self-attention over visible latents and mask tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.models.encoder import Block
+from cae2pipe.models.layers import EPS, drop_factors, drop_rates, initialise, run_block, truncated_normal
+from cae2pipe.models.positions import sincos_positions
+
+
+class Decoder(nn.Module):
+    """Pre-norm blocks over class token, visible latents and a mask token in each masked place (MAE)."""
+
+    def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
+        self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
+        self.drop_rates: Tensor
+        self.register_buffer("drop_rates", drop_rates(drop, depth), persistent=False)
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.checkpointing = False
+        self.apply(initialise)
+        truncated_normal(self.mask_token)
+
+    @property
+    def drop_columns(self) -> int:
+        """Columns of drop path uniforms that ``forward`` takes."""
+        return 2 * len(self.blocks)
+
+    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Latents of all tokens.
+
+        Args:
+            tokens: (B, 1 + V, W), the class token and the visible patches.
+            visible, masked: (B, V) and (B, M) int64 patch indices.
+            drop: (B, drop_columns) uniforms; None: no drop path.
+
+        Returns:
+            (B, 1 + V + M, W): class token, visible, masked.
+        """
+        seen = tokens[:, 1:] + self.pos_embed[visible]
+        hidden = self.mask_token.to(tokens.dtype) + self.pos_embed[masked]
+        x = torch.cat([tokens[:, :1].to(seen.dtype), seen, hidden.to(seen.dtype)], dim=1)
+        factors = None if drop is None else drop_factors(drop, self.drop_rates)
+        for number, block in enumerate(self.blocks):
+            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
+            x = run_block(block, self.checkpointing and self.training, x, own)
+        return self.norm(x)

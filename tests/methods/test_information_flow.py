@@ -1,0 +1,120 @@
+"""What each method lets its predictions see: masked pixels are changed, and outputs watched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cae2pipe.config.pretrain import LossSettings, ModelSettings
+from cae2pipe.methods.losses import alignment_loss
+from cae2pipe.methods.method import Method
+from cae2pipe.methods.registry import METHODS, build_method
+
+DIM = 10
+VISIBLE = torch.tensor([[0, 3, 5, 7, 8, 9, 12, 13, 14, 15], [1, 2, 3, 4, 5, 6, 10, 11, 14, 15]])
+MASKED = torch.tensor([[1, 2, 4, 6, 10, 11], [0, 7, 8, 9, 12, 13]])
+PARTS = ("class_token", "visible", "masked")
+SEES_MASKED = {"caev2": False, "mvp": False, "mae": False, "fd": True}
+
+
+def build(name: str, **over) -> Method:
+    torch.manual_seed(0)
+    small = {
+        "width": 24,
+        "depth": 2,
+        "heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "drop_path": 0.5,
+        "regressor_depth": 2,
+        "regressor_width": 12,
+        "regressor_heads": 2,
+        "layer_scale": 1.0,
+        "regressor_layer_scale": 1.0,
+    }
+    return build_method(name, ModelSettings.model_validate(small | over), DIM)
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def changed(pixels: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """Pixels with other values in the given patches."""
+    other = pixels.clone()
+    for sample, own in enumerate(patches.tolist()):
+        for patch in own:
+            other[sample, :, patch // 4 * 8 : patch // 4 * 8 + 8, patch % 4 * 8 : patch % 4 * 8 + 8] = 9
+    return other
+
+
+def test_every_method_is_tested_here():
+    assert SEES_MASKED.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masked_pixels_reach_predictions_only_where_nothing_is_masked(name, pixels):
+    model = build(name).eval()
+    before, after = (model(images, VISIBLE, MASKED) for images in (pixels, changed(pixels, MASKED)))
+    for part in PARTS:
+        assert torch.equal(getattr(before, part), getattr(after, part)) is not SEES_MASKED[name], part
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_visible_pixels_reach_all_predictions(name, pixels):
+    model = build(name).eval()
+    before, after = (model(images, VISIBLE, MASKED) for images in (pixels, changed(pixels, VISIBLE[:, :1])))
+    for part in PARTS:
+        assert not torch.allclose(getattr(before, part), getattr(after, part)), part
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_predicted_of_masked_patches_reaches_the_encoders_own_tokens_only_inside_it(name, pixels):
+    """CAE v2 and MAE: the encoder's tokens do not know of masked places; BEiT's graph updates both together."""
+    model = build(name).eval()
+    other = MASKED.roll(1, dims=0)
+    rest = torch.stack([torch.tensor([p for p in range(16) if p not in own.tolist()]) for own in other])
+    if name in ("caev2", "mae"):
+        seen = model.encoder(pixels, VISIBLE)
+        assert seen.shape[1] == 1 + VISIBLE.shape[1]
+    else:
+        before, after = model(pixels, VISIBLE, MASKED), model(pixels, rest, other)
+        assert torch.allclose(before.class_token, after.class_token) is (name == "fd")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_parameter_is_trained_and_drop_path_is_drawn_from_outside(name, pixels):
+    model = build(name).train()
+    drop = torch.rand(2, model.drop_columns, generator=torch.Generator().manual_seed(2))
+    kept = torch.full_like(drop, 0.99)
+    prediction = model(pixels, VISIBLE, MASKED, kept)
+    assert not torch.allclose(model(pixels, VISIBLE, MASKED, drop * 0).masked, prediction.masked)
+    assert torch.equal(model(pixels, VISIBLE, MASKED, kept).masked, prediction.masked)
+    target = torch.randn(2, 17, DIM, generator=torch.Generator().manual_seed(3))
+    alignment_loss(prediction, target, VISIBLE, MASKED, LossSettings(), torch.ones(2), True).total.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_predictions_stand_in_the_places_of_their_patches(name, pixels):
+    """Listed in another order, the same patches have the same latents."""
+    model = build(name).eval()
+    order_v, order_m = torch.randperm(10), torch.randperm(6)
+    plain, mixed = model(pixels, VISIBLE, MASKED), model(pixels, VISIBLE[:, order_v], MASKED[:, order_m])
+    torch.testing.assert_close(mixed.visible, plain.visible[:, order_v], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed.masked, plain.masked[:, order_m], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recomputed_activations_change_nothing(name, pixels):
+    gradients = []
+    for again in (False, True):
+        model = build(name, drop_path=0.0).train()
+        model.recompute(again)
+        prediction = model(pixels, VISIBLE, MASKED)
+        (prediction.masked.sum() + prediction.visible.square().sum()).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient)
