@@ -175,7 +175,9 @@ class MaskRCNN(nn.Module):
             positive = (labels > 0).nonzero().flatten()
             own = torch.cat(boxes)
             # Of the background there is no box: the one in its place has no loss.
-            decoded = stage.decode(deltas, own)[torch.arange(len(own)), 0 if stage.agnostic else labels]
+            decoded = stage.decode(deltas, own)[
+                torch.arange(len(own), device=own.device), 0 if stage.agnostic else labels
+            ]
             box_loss = generalized_box_iou_loss(decoded[positive], matched[positive], reduction="sum")
             losses[f"class{number}"] = weight * F.cross_entropy(logits, labels)
             losses[f"box{number}"] = weight * self.settings.giou * box_loss / max(1, len(own))

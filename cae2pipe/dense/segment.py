@@ -65,7 +65,7 @@ class SegmentLearner:
         betas = (settings.beta1, settings.beta2)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         if compiled:
-            model.pyramid.encoder.compile(dynamic=False)
+            model.pyramid.compile(dynamic=False)
         self.module = spread(self.segmenter, world, bf16)
         self.scores: dict[str, Any] | None = None
 

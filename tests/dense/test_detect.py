@@ -154,6 +154,12 @@ def test_two_processes_and_the_cascade(data, encoder, tmp_path):
     assert json.loads((tmp_path / "out" / "detect" / "result.json").read_text())["images"]["val"] == 3
 
 
+def test_bfloat16(data, encoder, tmp_path):
+    for cascade in ("false", "true"):
+        short = settings("precision=bf16", "epochs=1", "drops=[]", f"cascade={cascade}")
+        assert detect(str(encoder), data, tmp_path / cascade, short, Silent())["images"]["val"] == 3
+
+
 def test_objects_are_read_as_they_are(data):
     train, val = open_coco(data)
     assert (len(train), len(val), train.classes, train.ids) == (4, 3, ["blue", "red"], [3, 7])

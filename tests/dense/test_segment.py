@@ -144,6 +144,11 @@ def test_two_processes(whole, maps, tmp_path):
     assert two["images"] == one["images"]
 
 
+def test_bfloat16(whole, maps, tmp_path):
+    result = segment(str(whole[0]), maps, tmp_path / "out", settings("precision=bf16"), Silent())
+    assert result["miou"] > 0.5
+
+
 def test_the_command(whole, maps, tmp_path):
     options = [word for override in [*SHORT, "steps=2", "warmup_steps=0"] for word in ("--set", override)]
     done = CliRunner().invoke(

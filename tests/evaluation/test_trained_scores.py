@@ -189,6 +189,13 @@ def test_two_processes_give_one_process_s_score(kind, exported, data, tmp_path):
     np.testing.assert_allclose(predictions[0]["confidence"], predictions[1]["confidence"], atol=2e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(kind, exported, data, tmp_path):
+    precision = "precision=bf16" if kind == "finetune" else "features.precision=bf16"
+    result = evaluate(kind, str(exported), data, tmp_path / "out", settings(kind, precision), Silent())
+    assert result["top1"] > 0.8
+
+
 def test_chunks_that_cannot_be_shared_out(data, tmp_path):
     from cae2pipe.evaluation.datasets import open_data
     from cae2pipe.stages import evaluate as stage
