@@ -108,3 +108,51 @@ def export(
 
         for path in write(encoder, out, format_.value, scores or []):
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def compare(
+    grid: Annotated[
+        str, typer.Argument(metavar="GRID", help="Preset (table2 to table5: the paper's; rivals) or YAML file.")
+    ],
+    targets: Annotated[
+        Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=place)
+    ],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on with.")],
+    small: Annotated[bool, typer.Option("--small", help="The grid's small scale, for few cores.")] = False,
+    part: Annotated[
+        str | None, typer.Option(help="K/N: only the K-th of N shares of the runs, e.g. one share a device.")
+    ] = None,
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Train and score many variants on one target set; ends with report.html and report.md.
+
+    Run again, it goes on: what is trained or scored already stays as it is.
+    """
+    with exits():
+        from cae2pipe.artifacts.parts import parse_part
+        from cae2pipe.config.base import load
+        from cae2pipe.config.compare import GridSettings
+        from cae2pipe.progress import progress
+        from cae2pipe.reporting.comparison import cells
+        from cae2pipe.reporting.terminal import print_table
+
+        settings = load(GridSettings, "compare", grid, set_ or [])
+        from cae2pipe.stages.compare import compare as run
+
+        speed = section("speed", workers=workers, device=device).get("speed", {})
+        with progress("compare") as report:
+            found = run(
+                settings,
+                targets,
+                data,
+                out,
+                report,
+                small=small,
+                part=parse_part(part) if part else None,
+                speed=speed,
+            )
+        headers, rows = cells(found)
+        print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])

@@ -8,7 +8,7 @@ from pathlib import Path
 from cae2pipe.config.base import Settings
 from cae2pipe.errors import SettingsError
 
-STAGES = ("shard", "extract", "pretrain", "evaluate")
+STAGES = ("shard", "extract", "pretrain", "evaluate", "compare")
 
 
 def settings_class(stage: str, preset: str) -> type[Settings]:
@@ -25,6 +25,10 @@ def settings_class(stage: str, preset: str) -> type[Settings]:
         from cae2pipe.config.pretrain import PretrainSettings
 
         return PretrainSettings
+    if stage == "compare":
+        from cae2pipe.config.compare import GridSettings
+
+        return GridSettings
     if stage == "evaluate":
         from cae2pipe.config.dense import DENSE
         from cae2pipe.config.evaluate import EVALUATIONS, KnnSettings
