@@ -7,6 +7,7 @@ configuration: heads of four convolutions and one linear layer, a GIoU loss) and
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,12 +164,12 @@ class MaskRCNN(nn.Module):
                 training_sample(stage, found, target, self.settings)
                 for found, target in zip(proposals, targets, strict=True)
             ]
-            boxes = [found for found, _, _ in sampled]
-            labels = torch.cat([own for _, own, _ in sampled])
+            boxes = [each.boxes for each in sampled]
+            labels = torch.cat([each.labels for each in sampled])
             matched = torch.cat(
                 [
-                    target["boxes"][index] if len(target["boxes"]) else found.new_zeros(len(found), 4)
-                    for (found, _, index), target in zip(sampled, targets, strict=True)
+                    target["boxes"][each.index] if len(target["boxes"]) else torch.zeros_like(each.boxes)
+                    for each, target in zip(sampled, targets, strict=True)
                 ]
             )
             logits, deltas = stage.boxes_and_scores(self.box_pool(features, boxes, sizes))
@@ -183,30 +184,33 @@ class MaskRCNN(nn.Module):
             losses[f"box{number}"] = weight * self.settings.giou * box_loss / max(1, len(own))
             losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes, targets)
             if number + 1 < len(self.stages):
-                with torch.no_grad():
-                    refined = decoded.split([len(found) for found in boxes])
-                    proposals = [clipped(found, size) for found, size in zip(refined, sizes, strict=True)]
+                # True boxes come along with the next stage's sample in any case.
+                refined = decoded.detach().split([len(found) for found in boxes])
+                proposals = [
+                    clipped(found[each.proposed], size)
+                    for found, each, size in zip(refined, sampled, sizes, strict=True)
+                ]
         return losses
 
     def mask_loss(
         self,
         stage: Stage,
         features: OrderedDict[str, Tensor],
-        sampled: list[tuple[Tensor, Tensor, Tensor]],
+        sampled: list[Sample],
         sizes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
         """Binary cross-entropy of the true class's mask within each positive proposal."""
-        boxes = [found[labels > 0] for found, labels, _ in sampled]
-        labels = torch.cat([labels[labels > 0] for _, labels, _ in sampled])
+        boxes = [each.boxes[each.labels > 0] for each in sampled]
+        labels = torch.cat([each.labels[each.labels > 0] for each in sampled])
         logits = stage.masks(self.mask_pool(features, boxes, sizes), labels)
         if not len(labels):
             # All weights take part, so that processes exchange the same gradients.
             return logits.sum() * 0
         truth = torch.cat(
             [
-                masks_within(target["masks"][index[own > 0]], found)
-                for found, (_, own, index), target in zip(boxes, sampled, targets, strict=True)
+                masks_within(target["masks"][each.index[each.labels > 0]], found)
+                for found, each, target in zip(boxes, sampled, targets, strict=True)
                 if len(found)
             ]
         )
@@ -251,18 +255,27 @@ class MaskRCNN(nn.Module):
         return {"boxes": chosen[kept], "labels": label[kept] + 1, "scores": sure[kept]}
 
 
-def training_sample(
-    stage: Stage, proposals: Tensor, target: dict[str, Tensor], settings: DetectSettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Proposals (S, 4) that a stage trains on, the true ones among them, with labels (S,) and the index of the true box
-    that each is matched to (S,)."""
+@dataclass(frozen=True)
+class Sample:
+    """What a stage trains on of an image: boxes (S, 4), labels (S,) with 0 for the background, the index (S,) of the
+    true box that each is matched to, and which were proposed, bool (S,): the others are true boxes themselves."""
+
+    boxes: Tensor
+    labels: Tensor
+    index: Tensor
+    proposed: Tensor
+
+
+def training_sample(stage: Stage, proposals: Tensor, target: dict[str, Tensor], settings: DetectSettings) -> Sample:
+    """Proposals (P, 4) and true boxes, matched and sampled."""
+    count = len(proposals)
     proposals = torch.cat([proposals, target["boxes"]])
     index, positive = match_boxes(proposals, target["boxes"], stage.iou)
     chosen = sample_proposals(positive, settings.rois, settings.positive)
     labels = torch.zeros_like(chosen)
     own = positive[chosen]
     labels[own] = target["labels"][index[chosen][own]]
-    return proposals[chosen], labels, index[chosen]
+    return Sample(proposals[chosen], labels, index[chosen], chosen < count)
 
 
 def masks_within(masks: Tensor, boxes: Tensor) -> Tensor:
