@@ -181,7 +181,8 @@ class PretrainSettings(Settings):
     recipe: Recipe = "paper"
     """paper: as the paper says; official: as its authors' released code does. Presets set the fields that differ."""
     method: str = "caev2"
-    """The pretraining method: caev2, mvp, mae or fd. Presets of rivals, such as mvp, set the loss that goes with it."""
+    """The pretraining method: caev2, cae, mvp, mae or fd. Presets of rivals, such as mvp, set the loss that goes with
+    it."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order, masks and drop path."""
     targets: Literal["cached", "online"] = "cached"

@@ -13,11 +13,15 @@ from cae2pipe.config.pretrain import LossSettings
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted latents: class_token (B, 1, D), visible (B, V, D), masked (B, M, D) or None without a regressor."""
+    """Predicted latents: class_token (B, 1, D), visible (B, V, D), masked (B, M, D) or None without a regressor.
+
+    ``extra`` (B, n): a loss of the method's own for each of some tokens, whose mean is added as it is.
+    """
 
     class_token: Tensor
     visible: Tensor
     masked: Tensor | None
+    extra: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def alignment_loss(
         count = seen.shape[1] + masked.shape[1]
         share_visible, share_masked = seen.shape[1] / count, masked.shape[1] / count
     total = settings.visible * share_visible * visible_loss + settings.masked * share_masked * masked_loss
+    if prediction.extra is not None:
+        total = total + weighted_mean(prediction.extra, weights, real)
     return LossTerms(total, visible_loss, masked_loss)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
+from cae2pipe.methods.cae import CAE
 from cae2pipe.methods.caev2 import CAEv2
 from cae2pipe.methods.fd import FeatureDistillation
 from cae2pipe.methods.mae import MAE
@@ -15,7 +16,7 @@ from cae2pipe.methods.mvp import MVP
 
 Builder = Callable[[ModelSettings, int], Method]
 
-METHODS: dict[str, Builder] = {"caev2": CAEv2, "mvp": MVP, "mae": MAE, "fd": FeatureDistillation}
+METHODS: dict[str, Builder] = {"caev2": CAEv2, "cae": CAE, "mvp": MVP, "mae": MAE, "fd": FeatureDistillation}
 
 
 def register(name: str, builder: Builder) -> None:

@@ -1,4 +1,4 @@
-"""A decoder with self-attention over visible latents and mask tokens."""
+"""Decoders with self-attention: over visible latents and mask tokens (MAE), or over masked latents alone (CAE)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from cae2pipe.models.layers import EPS, drop_factors, drop_rates, initialise, ru
 from cae2pipe.models.positions import sincos_positions
 
 
-class Decoder(nn.Module):
-    """Pre-norm blocks over class token, visible latents and a mask token in each masked place (MAE)."""
+class MaskedDecoder(nn.Module):
+    """Pre-norm blocks and a final norm over latents of masked patches (CAE)."""
 
     def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
         super().__init__()
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
         self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
@@ -24,14 +23,36 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.checkpointing = False
         self.apply(initialise)
-        truncated_normal(self.mask_token)
 
     @property
     def drop_columns(self) -> int:
         """Columns of drop path uniforms that ``forward`` takes."""
         return 2 * len(self.blocks)
 
-    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
+    def forward(self, latents: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Decoded latents (B, M, W) of latents (B, M, W) of the patches ``masked`` (B, M)."""
+        return self.attend(latents + self.pos_embed[masked], drop)
+
+    def attend(self, x: Tensor, drop: Tensor | None) -> Tensor:
+        """All blocks and the final norm. ``drop``: (B, drop_columns) uniforms; None: no drop path."""
+        factors = None if drop is None else drop_factors(drop, self.drop_rates)
+        for number, block in enumerate(self.blocks):
+            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
+            x = run_block(block, self.checkpointing and self.training, x, own)
+        return self.norm(x)
+
+
+class Decoder(MaskedDecoder):
+    """The same over class token, visible latents and a mask token in each masked place (MAE)."""
+
+    def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
+        super().__init__(width=width, depth=depth, heads=heads, grid=grid, layer_scale=layer_scale, drop=drop)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        truncated_normal(self.mask_token)
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None
+    ) -> Tensor:
         """Latents of all tokens.
 
         Args:
@@ -45,8 +66,4 @@ class Decoder(nn.Module):
         seen = tokens[:, 1:] + self.pos_embed[visible]
         hidden = self.mask_token.to(tokens.dtype) + self.pos_embed[masked]
         x = torch.cat([tokens[:, :1].to(seen.dtype), seen, hidden.to(seen.dtype)], dim=1)
-        factors = None if drop is None else drop_factors(drop, self.drop_rates)
-        for number, block in enumerate(self.blocks):
-            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
-            x = run_block(block, self.checkpointing and self.training, x, own)
-        return self.norm(x)
+        return self.attend(x, drop)

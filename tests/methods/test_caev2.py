@@ -82,7 +82,8 @@ def test_the_head_is_linear_then_norm_in_the_paper(pixels):
     model = build(head="fc-ln")
     linear, norm = model.head
     assert (type(linear).__name__, type(norm).__name__, norm.eps) == ("Linear", "LayerNorm", 1e-6)
-    for tokens in vars(model(pixels, VISIBLE, MASKED)).values():
+    prediction = model(pixels, VISIBLE, MASKED)
+    for tokens in (prediction.class_token, prediction.visible, prediction.masked):
         torch.testing.assert_close(tokens.mean(dim=-1), torch.zeros(tokens.shape[:2]), rtol=0, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ DIM = 10
 VISIBLE = torch.tensor([[0, 3, 5, 7, 8, 9, 12, 13, 14, 15], [1, 2, 3, 4, 5, 6, 10, 11, 14, 15]])
 MASKED = torch.tensor([[1, 2, 4, 6, 10, 11], [0, 7, 8, 9, 12, 13]])
 PARTS = ("class_token", "visible", "masked")
-SEES_MASKED = {"caev2": False, "mvp": False, "mae": False, "fd": True}
+SEES_MASKED = {"caev2": False, "cae": False, "mvp": False, "mae": False, "fd": True}
 
 
 def build(name: str, **over) -> Method:
@@ -75,7 +75,7 @@ def test_what_is_predicted_of_masked_patches_reaches_the_encoders_own_tokens_onl
     model = build(name).eval()
     other = MASKED.roll(1, dims=0)
     rest = torch.stack([torch.tensor([p for p in range(16) if p not in own.tolist()]) for own in other])
-    if name in ("caev2", "mae"):
+    if name in ("caev2", "cae", "mae"):
         seen = model.encoder(pixels, VISIBLE)
         assert seen.shape[1] == 1 + VISIBLE.shape[1]
     else:
@@ -95,6 +95,20 @@ def test_every_parameter_is_trained_and_drop_path_is_drawn_from_outside(name, pi
     alignment_loss(prediction, target, VISIBLE, MASKED, LossSettings(), torch.ones(2), True).total.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+def test_caes_alignment_alone_sees_masked_pixels_and_gives_the_encoder_no_gradient_for_them(pixels):
+    model = build("cae", drop_path=0.0).train()
+    before, after = (model(images, VISIBLE, MASKED) for images in (pixels, changed(pixels, MASKED)))
+    assert before.extra.shape == MASKED.shape
+    assert not torch.allclose(before.extra, after.extra)
+    # The target is what the encoder makes of the masked patches, as a constant.
+    own = model.bridge(model.encoder(pixels, MASKED))[:, 1:]
+    latents = model.regressor(model.bridge(model.encoder(pixels, VISIBLE))[:, 1:], VISIBLE, MASKED)
+    torch.testing.assert_close(before.extra, 2 * (latents - own).square().mean(dim=-1))
+    loss = alignment_loss(before, torch.zeros(2, 17, DIM), VISIBLE, MASKED, LossSettings(), torch.ones(2), True)
+    terms = loss.visible + loss.masked + before.extra.mean()
+    torch.testing.assert_close(loss.total, terms)
 
 
 @pytest.mark.parametrize("name", METHODS)

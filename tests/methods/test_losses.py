@@ -12,6 +12,11 @@ from cae2pipe.methods.losses import Prediction, alignment_loss, centred_cosine
 KINDS = ("cosine", "mse", "smooth_l1")
 
 
+def predicted(prediction: Prediction) -> list[torch.Tensor]:
+    """Its latents: class token, visible, masked."""
+    return [prediction.class_token, prediction.visible, prediction.masked]
+
+
 def case(samples: int = 3, patches: int = 6, hidden: int = 2, dim: int = 5, seed: int = 0):
     """A random prediction with class token, its target (samples, 1 + patches, dim), and the split of the patches."""
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +152,7 @@ def test_padding_changes_neither_loss_nor_gradient(real, padding, kind, reductio
     mean_token = torch.full((5,), 0.1)
 
     def run(samples: int):
-        parts = [tokens[:samples].clone().requires_grad_() for tokens in vars(prediction).values()]
+        parts = [tokens[:samples].clone().requires_grad_() for tokens in predicted(prediction)]
         weights = torch.cat([torch.ones(real), torch.zeros(padding)])[:samples]
         inputs = (Prediction(*parts), target[:samples], visible[:samples], masked[:samples])
         terms = alignment_loss(*inputs, loss, weights, class_token)
@@ -184,7 +189,7 @@ def test_a_batch_of_padding_alone_gives_zero(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_target_of_zeros_gives_no_nan(kind):
     prediction, target, visible, masked = case()
-    parts = [tokens.requires_grad_() for tokens in vars(prediction).values()]
+    parts = [tokens.requires_grad_() for tokens in predicted(prediction)]
     terms = alignment_loss(
         Prediction(*parts), 0 * target, visible, masked, LossSettings(kind=kind), torch.ones(3), True
     )
@@ -195,8 +200,8 @@ def test_a_real_target_of_zeros_gives_no_nan(kind):
 
 def test_narrow_predictions_are_compared_in_fp32():
     prediction, target, visible, masked = case(dim=64)
-    narrow = Prediction(*(tokens.bfloat16() for tokens in vars(prediction).values()))
-    wide = Prediction(*(tokens.float() for tokens in vars(narrow).values()))
+    narrow = Prediction(*(tokens.bfloat16() for tokens in predicted(prediction)))
+    wide = Prediction(*(tokens.float() for tokens in predicted(narrow)))
     with torch.autocast("cpu", torch.bfloat16):
         terms = alignment_loss(narrow, target, visible, masked, LossSettings(), torch.ones(3), True)
     assert terms.total.dtype == torch.float32

@@ -60,6 +60,7 @@ def test_trains_goes_on_exports_and_is_scored(name, target_root, pretrain_settin
 
 def test_presets_of_rivals():
     for name, method, kind in (
+        ("cae", "cae", "cosine"),
         ("mvp", "mvp", "cosine"),
         ("maskdistill", "mvp", "smooth_l1"),
         ("mae", "mae", "cosine"),

@@ -1,0 +1,66 @@
+"""CAE with a teacher's latents as the target of its decoder: the baseline of CAE v2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.errors import SettingsError
+from cae2pipe.methods.losses import Prediction
+from cae2pipe.methods.method import Method, bridge, latent_head
+from cae2pipe.models.decoder import MaskedDecoder
+from cae2pipe.models.regressor import Regressor
+
+ALIGNMENT = 2.0
+"""Weight of the alignment loss (CAE's scripts)."""
+
+
+class CAE(Method):
+    """Encoder, regressor, decoder: the regressor's latents of masked patches are aligned with the encoder's own, and a
+    decoder over them predicts the teacher's.
+
+    Source: Chen et al., 2023, with CLIP's latents in place of DALL-E's tokens; Figure 5 (b) and Table 1, row 1, of the
+    paper. Its masked loss is ``loss.masked`` with ``loss.visible`` 0; the mean squared alignment of masked tokens is
+    added with weight 2. Simplified: the decoder is as deep as the regressor, and what the encoder makes of masked
+    patches comes from its present weights, without gradient. Visible tokens are reported as the head sees them.
+    """
+
+    def __init__(self, settings: ModelSettings, target_dim: int):
+        super().__init__(settings)
+        if not settings.regressor_depth:
+            raise SettingsError(
+                "method cae needs a regressor", where="model.regressor_depth", fix="--set model.regressor_depth=4"
+            )
+        width = settings.regressor_width
+        self.bridge = bridge(settings.width, width)
+        shape = {
+            "width": width,
+            "depth": settings.regressor_depth,
+            "heads": settings.regressor_heads,
+            "grid": settings.grid,
+            "layer_scale": settings.regressor_layer_scale,
+            "drop": settings.drop_path,
+        }
+        self.regressor = Regressor(**shape)  # type: ignore[arg-type]
+        self.decoder = MaskedDecoder(**shape)  # type: ignore[arg-type]
+        self.head = latent_head(settings, width, target_dim)
+
+    @property
+    def drop_columns(self) -> int:
+        return self.encoder.drop_columns + self.regressor.drop_columns + self.decoder.drop_columns
+
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
+        first = second = third = None
+        if drop is not None and self.training:
+            columns = [self.encoder.drop_columns, self.regressor.drop_columns, self.decoder.drop_columns]
+            first, second, third = drop.split(columns, dim=1)
+        tokens = self.bridge(self.encoder(pixels, visible, first))
+        latents = self.regressor(tokens[:, 1:], visible, masked, second)
+        with torch.no_grad():
+            own = self.bridge(self.encoder(pixels, masked))[:, 1:]
+        alignment = (latents.float() - own.float()).square().mean(dim=-1)
+        seen = self.head(tokens)
+        return Prediction(
+            seen[:, :1], seen[:, 1:], self.head(self.decoder(latents, masked, third)), ALIGNMENT * alignment
+        )
