@@ -81,6 +81,11 @@ def compare(
             values = merge(scored.set, {"speed": speed} if speed else {})
             settings = load(EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, (), values)
             evaluate(scored.kind, str(folder), data, out / "scores" / run.name, settings, report)
+    return write_report(grid, planned, out, report)
+
+
+def write_report(grid: GridSettings, planned: list[Planned], out: Path, report: Report) -> Comparison:
+    """The report of all that is finished."""
     found = gather_comparison(grid, [(run.variant, run.seed, run.name) for run in planned], out)
     write_bytes(out / MARKDOWN, comparison_markdown(found).encode())
     write_bytes(out / HTML, comparison_html(found).encode())

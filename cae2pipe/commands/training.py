@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from cae2pipe.commands.jobs import run_jobs
 from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, place, section
 
 
@@ -121,8 +124,11 @@ def compare(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on with.")],
     small: Annotated[bool, typer.Option("--small", help="The grid's small scale, for few cores.")] = False,
     part: Annotated[
-        str | None, typer.Option(help="K/N: only the K-th of N shares of the runs, e.g. one share a device.")
+        str | None, typer.Option(help="K/N: only the K-th of N shares of the runs, e.g. one share a machine.")
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at once, each in a process of its own and on a CUDA device of its own.")
+    ] = 1,
     workers: Workers = None,
     device: Device = None,
     set_: Set = None,
@@ -143,7 +149,12 @@ def compare(
         from cae2pipe.stages.compare import compare as run
 
         speed = section("speed", workers=workers, device=device).get("speed", {})
+        if jobs > 1:
+            if part:
+                raise typer.BadParameter("--jobs shares out all runs itself: leave --part away")
+            run_jobs(partial(_compare_part, settings, targets, data, out, small, speed), jobs, device)
         with progress("compare") as report:
+            # After jobs there is nothing left to train: this writes the report of all of them.
             found = run(
                 settings,
                 targets,
@@ -156,3 +167,20 @@ def compare(
             )
         headers, rows = cells(found)
         print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])
+
+
+def _compare_part(
+    settings: Any,
+    targets: Path,
+    data: Path,
+    out: Path,
+    small: bool,
+    speed: dict[str, Any],
+    part: Any,
+    device: str | None,
+) -> None:
+    from cae2pipe.progress import Lines
+    from cae2pipe.stages.compare import compare as run
+
+    own = {**speed, "device": device} if device else speed
+    run(settings, targets, data, out, Lines(f"compare {part}", sys.stderr), small=small, part=part, speed=own)

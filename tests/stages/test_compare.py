@@ -16,7 +16,7 @@ from cae2pipe.progress import Silent
 from cae2pipe.reporting.comparison import Comparison, Row, comparison_html, comparison_markdown, findings
 from cae2pipe.stages import compare as stage
 from cae2pipe.stages.compare import compare, expand
-from tests.conftest import snapshot
+from tests.conftest import contents, snapshot
 
 GRID = {
     "title": "Losses <both>",
@@ -122,6 +122,36 @@ def test_the_command(target_root, data, tmp_path):
     assert "masked alone" in done.stdout
     wrong = CliRunner().invoke(app, [*arguments, "--set", "variants=[]"])
     assert wrong.exit_code == 2
+
+
+def test_jobs_give_what_one_process_gives(target_root, data, tmp_path):
+    import yaml
+
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(GRID))
+    arguments = ["compare", str(path), str(target_root), str(data), "--workers", "0", "--device", "cpu"]
+    done = CliRunner().invoke(app, [*arguments, str(tmp_path / "two"), "--jobs", "2"])
+    assert done.exit_code == 0, done.output
+    compare(grid(), target_root, data, tmp_path / "one", Silent(), speed=SPEED)
+    one, two = (
+        {name: content for name, content in contents(tmp_path / out).items() if name.endswith("encoder.safetensors")}
+        for out in ("one", "two")
+    )
+    assert one == two
+    assert len(one) == 4
+    refused = CliRunner().invoke(app, [*arguments, str(tmp_path / "two"), "--jobs", "2", "--part", "1/2"])
+    assert refused.exit_code == 2
+
+
+def test_a_job_that_fails_says_so(target_root, data, tmp_path):
+    import yaml
+
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({**GRID, "evaluate": [{"kind": "knn", "set": {"k": 5000}}]}))
+    arguments = ["compare", str(path), str(target_root), str(data), str(tmp_path / "out"), "--workers", "0"]
+    done = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--jobs", "2"])
+    assert done.exit_code == 1
+    assert "2 of 2 processes failed: 1, 2" in done.stderr
 
 
 @pytest.mark.parametrize(
