@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -61,7 +62,9 @@ def _run(work: Work, part: Part, device: str | None) -> None:
     from cae2pipe.commands.shared import exits
     from cae2pipe.processes import prepare_worker
 
-    # Its end is the main process's to decide, whether by a signal that it passes on or by its own death.
+    # Its end is the main process's to decide, by a signal that it passes on or by its own death. Ctrl-C reaches a
+    # whole process group: with the signal passed on it would be the second one, which does not wait for a checkpoint.
+    os.setsid()
     prepare_worker()
     try:
         with exits():
