@@ -61,7 +61,7 @@ class TrainedSpeed(EvaluateSpeed):
     """What changes only the speed."""
 
     compile: bool | None = None
-    """Compile what is fine-tuned (torch.compile). null: on CUDA only."""
+    """Compile what is trained with the encoder (torch.compile); not for detection. null: on CUDA only."""
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     """Minutes between checkpoints."""
     keep: int = Field(default=2, ge=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ from cae2pipe.dense.upernet import spread_norms
 from cae2pipe.evaluation.backbone import Normalised
 from cae2pipe.evaluation.course import Chunk, Course
 from cae2pipe.evaluation.crops import seeded
+from cae2pipe.evaluation.tuning import TunedLearner
 from cae2pipe.loading.workers import in_order
 from cae2pipe.models.trainable import take_any_size
 from cae2pipe.processes import worker_count
-from cae2pipe.training.parallel import World, spread, without_exchange
+from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import step_rate
 
 REFERENCE_BATCH = 16
@@ -53,12 +53,14 @@ def build_detector(backbone: Normalised, classes: int, settings: DetectSettings)
     return Detector(model, tuple(mean), tuple(std), device)
 
 
-class DetectLearner:
+class DetectLearner(TunedLearner):
     """Trains a detector.
 
     Args:
         detector: from ``build_detector``. settings: all of them. course: the order. bf16: run the encoder under
-            autocast. compiled: with torch.compile. world: the processes. val: what to score on.
+            autocast. world: the processes. val: what to score on.
+
+    Nothing is compiled: images have too many sizes.
     """
 
     def __init__(
@@ -70,35 +72,17 @@ class DetectLearner:
         world: World,
         val: CocoImages,
     ):
-        self.settings, self.course, self.world, self.bf16, self.val = settings, course, world, bf16, val
-        self.detector = spread_norms(detector, world.ranks, world.device)
-        model = self.detector.model
+        self.settings, self.course, self.val = settings, course, val
+        detector = spread_norms(detector, world.ranks, world.device)
+        model = detector.model
         groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
-        betas = (settings.beta1, settings.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        self.module = spread(self.detector, world, bf16)
+        super().__init__(detector, groups, (settings.beta1, settings.beta2), world, bf16)
         self.scores: dict[str, Any] | None = None
-
-    def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        self.detector.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.world.device)
-        for place, chunk in enumerate(chunks):
-            last = place == len(chunks) - 1
-            with nullcontext() if last else without_exchange(self.module, self.world):
-                loss = self.loss(chunk) * (len(chunk.labels) / size)
-                # DDP averages over processes; the loss is a sum over them.
-                (loss * self.world.ranks).backward()
-            total += loss.detach()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step) * group["lr_scale"]
-        self.optimizer.step()
-        return total
 
     def loss(self, chunk: Chunk) -> Tensor:
         assert isinstance(chunk, BoxChunk)
         chunk = chunk.to(self.world.device)
-        images = self.detector.normalise(chunk.pixels)
+        images = self.network.normalise(chunk.pixels)
         with (
             seeded("chunk", self.settings.seed, chunk.step, chunk.number),
             torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16),
@@ -120,9 +104,7 @@ class DetectLearner:
 
     def score(self) -> dict[str, Any]:
         """Scores over all val images, shared out among the processes."""
-        if self.world.ranks > 1:
-            for buffer in self.detector.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        self.world.share(self.network)
         own = range(self.world.rank, len(self.val), self.world.ranks)
         found = [detection for parts in self.world.gather(self.detections(own)) for detection in parts]
         names = dict(zip(self.val.ids, self.val.classes, strict=True))
@@ -130,7 +112,7 @@ class DetectLearner:
 
     def detections(self, own: range) -> list[dict[str, Any]]:
         """Detections on the val images ``own``, in COCO's format."""
-        mean = tuple((self.detector.mean / 255).flatten().tolist())
+        mean = tuple((self.network.mean / 255).flatten().tolist())
         reader = ScoredReader(self.val, own, self.settings, mean)
         items = in_order(reader, min(worker_count(self.settings.speed.workers), len(reader)))
         return [
@@ -145,7 +127,7 @@ class DetectLearner:
         from faster_coco_eval.core import mask
         from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-        detector = self.detector.eval()
+        detector = self.network.eval()
         images = detector.normalise(torch.tensor(pixels, device=self.world.device)[None])
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             (found,) = detector(images, [size])
@@ -169,13 +151,6 @@ class DetectLearner:
                 found["labels"].tolist(), found["scores"].tolist(), corners.tolist(), encoded, strict=True
             )
         ]
-
-    def state(self) -> dict[str, Any]:
-        return {"model": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.detector.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def drawn_detections(learner: DetectLearner, count: int) -> list[Drawn]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from cae2pipe.dense.upernet import UperNet, resized, segmentation_loss, spread_n
 from cae2pipe.evaluation.backbone import Normalised
 from cae2pipe.evaluation.course import Chunk, Course
 from cae2pipe.evaluation.crops import seeded
+from cae2pipe.evaluation.tuning import TunedLearner
 from cae2pipe.loading.workers import in_order
 from cae2pipe.processes import worker_count
-from cae2pipe.training.parallel import World, spread, without_exchange
+from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import polynomial_rate
 
 REFERENCE_BATCH = 16
@@ -40,7 +40,7 @@ def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSetting
     return backbone
 
 
-class SegmentLearner:
+class SegmentLearner(TunedLearner):
     """Trains a segmenter.
 
     Args:
@@ -58,35 +58,17 @@ class SegmentLearner:
         world: World,
         val: LabelledImages,
     ):
-        self.settings, self.course, self.world, self.bf16, self.val = settings, course, world, bf16, val
-        self.segmenter = spread_norms(segmenter, world.ranks, world.device)
-        model = self.segmenter.model
+        self.settings, self.course, self.val = settings, course, val
+        segmenter = spread_norms(segmenter, world.ranks, world.device)
+        model = segmenter.model
         groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
-        betas = (settings.beta1, settings.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         if compiled:
             model.pyramid.compile(dynamic=False)
-        self.module = spread(self.segmenter, world, bf16)
+        super().__init__(segmenter, groups, (settings.beta1, settings.beta2), world, bf16)
         self.scores: dict[str, Any] | None = None
 
-    def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        self.segmenter.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.world.device)
-        for place, chunk in enumerate(chunks):
-            last = place == len(chunks) - 1
-            with nullcontext() if last else without_exchange(self.module, self.world):
-                loss = self.loss(chunk) * (len(chunk.labels) / size)
-                # DDP averages over processes; the loss is a sum over them.
-                (loss * self.world.ranks).backward()
-            total += loss.detach()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step) * group["lr_scale"]
-        self.optimizer.step()
-        return total
-
     def loss(self, chunk: Chunk) -> Tensor:
-        images = self.segmenter.normalise(chunk.pixels.to(self.world.device))
+        images = self.network.normalise(chunk.pixels.to(self.world.device))
         labels = chunk.labels.to(self.world.device)
         with (
             seeded("chunk", self.settings.seed, chunk.step, chunk.number),
@@ -109,7 +91,7 @@ class SegmentLearner:
 
     def score(self) -> dict[str, Any]:
         """Scores over all val images, shared out among the processes."""
-        self.settle_norms()
+        self.world.share(self.network)
         classes = len(self.val.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
         own = range(self.world.rank, len(self.val), self.world.ranks)
@@ -122,7 +104,7 @@ class SegmentLearner:
     @torch.no_grad()
     def predict(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
         """Labels int64 of ``size`` for an image, uint8 (h, w, 3), that is scaled already."""
-        model = self.segmenter.eval()
+        model = self.network.eval()
         device = self.world.device
         # The numpy array may lie in memory that cannot be written to.
         image = model.normalise(torch.tensor(pixels, device=device).permute(2, 0, 1)[None])[0]
@@ -134,19 +116,6 @@ class SegmentLearner:
 
         found = sliding_logits(logits, image, side, stride, self.settings.chunk, torch.zeros(3, device=device))
         return resized(found[None], size)[0].argmax(dim=0)
-
-    def settle_norms(self) -> None:
-        """Give all processes the leading one's running statistics."""
-        if self.world.ranks > 1:
-            for buffer in self.segmenter.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-
-    def state(self) -> dict[str, Any]:
-        return {"model": self.segmenter.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.segmenter.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class ScaledReader(Dataset):

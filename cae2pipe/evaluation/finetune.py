@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cae2pipe.config.evaluate import FinetuneSettings
 from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
@@ -18,9 +17,10 @@ from cae2pipe.evaluation.crops import seeded
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.evaluation.predicting import Found
 from cae2pipe.evaluation.scores import accuracy
+from cae2pipe.evaluation.tuning import TunedLearner
 from cae2pipe.evaluation.weights import save_weights
 from cae2pipe.models.trainable import layer_decay_groups, set_classifier
-from cae2pipe.training.parallel import World, spread, without_exchange
+from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import learning_rate
 
 REFERENCE_BATCH = 1024
@@ -44,7 +44,7 @@ def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSet
     return found
 
 
-class FinetuneLearner:
+class FinetuneLearner(TunedLearner):
     """Trains a classifier.
 
     Args:
@@ -68,43 +68,25 @@ class FinetuneLearner:
     ):
         from timm.data.random_erasing import RandomErasing
 
-        self.classifier, self.settings, self.course, self.world = classifier, settings, course, world
-        self.bf16, self.predict, self.root = bf16, predict, root
+        self.settings, self.course, self.predict, self.root = settings, course, predict, root
         self.erase = RandomErasing(settings.erase, mode="pixel", device=world.device)
         self.mix = make_mixup(settings, classes)
         groups = layer_decay_groups(classifier.model, settings.weight_decay, settings.layer_decay)
-        betas = (settings.beta1, settings.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self.average = averaged(classifier, settings.ema)
         if compiled:
             classifier.compile(dynamic=False)
-        self.module = spread(classifier, world, bf16)
+        super().__init__(classifier, groups, (settings.beta1, settings.beta2), world, bf16, settings.clip)
         self.best = -1.0
         self.found: Found | None = None
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        self.classifier.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.world.device)
-        for place, chunk in enumerate(chunks):
-            last = place == len(chunks) - 1
-            with nullcontext() if last else without_exchange(self.module, self.world):
-                loss = self.loss(chunk) * (len(chunk.labels) / size)
-                # DDP averages over processes; the loss is a sum over them.
-                (loss * self.world.ranks).backward()
-            total += loss.detach()
-        if self.settings.clip:
-            nn.utils.clip_grad_norm_(self.classifier.parameters(), self.settings.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step) * group["lr_scale"]
-        self.optimizer.step()
+        total = super().step(chunks, step, size)
         if self.average:
-            self.average.update_parameters(self.classifier)
+            self.average.update_parameters(self.network)
         return total
 
     def loss(self, chunk: Chunk) -> Tensor:
-        """The mean loss of a chunk. All that is drawn hangs on the seed, the step and the chunk."""
-        images = self.classifier.normalise(chunk.pixels.to(self.world.device))
+        images = self.network.normalise(chunk.pixels.to(self.world.device))
         labels = chunk.labels.to(self.world.device)
         with seeded("chunk", self.settings.seed, chunk.step, chunk.number):
             self.erase(images)
@@ -125,7 +107,7 @@ class FinetuneLearner:
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits of a batch for scores."""
-        scored: Any = self.average.module if self.average else self.classifier
+        scored: Any = self.average.module if self.average else self.network
         scored.eval()
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             return scored(scored.normalise(pixels)).float()
@@ -146,20 +128,15 @@ class FinetuneLearner:
     def save(self, name: str) -> None:
         """The weights that are scored, under timm's names."""
         if self.world.leads:
-            scored: Any = self.average.module if self.average else self.classifier
+            scored: Any = self.average.module if self.average else self.network
             save_weights(scored.model, self.root / name)
 
     def state(self) -> dict[str, Any]:
-        return {
-            "model": self.classifier.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "best": self.best,
-        }
+        average = self.average.state_dict() if self.average else None
+        return {**super().state(), "average": average, "best": self.best}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.classifier.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().restore(state)
         if self.average:
             self.average.load_state_dict(state["average"])
         self.best = state["best"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,12 +152,3 @@ def comparison_html(found: Comparison) -> str:
         chart = line_chart(list(range(1, len(row.losses) + 1)), row.losses, x_label="epoch", y_label="loss")
         parts += [element("h3", row.name), chart]
     return page(found.title, join([Html(part) for part in parts], "\n"))
-
-
-def as_json(found: Comparison) -> str:
-    """The figures, for other programs."""
-    rows = [
-        {"name": row.name, "scores": row.scores, "paper": row.paper, "losses": row.losses, "seconds": row.seconds}
-        for row in found.rows
-    ]
-    return json.dumps({"title": found.title, "kinds": found.kinds, "rows": rows, "done": found.done}, indent=1)

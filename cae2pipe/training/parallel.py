@@ -49,6 +49,12 @@ class World:
         if self.ranks > 1:
             self.sum(torch.zeros(1, device=self.device)).item()
 
+    def share(self, module: nn.Module) -> None:
+        """Give all processes the leading one's buffers, such as running statistics."""
+        if self.ranks > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, in the order of ranks, in all of them."""
         if self.ranks == 1:

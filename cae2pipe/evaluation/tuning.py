@@ -1,0 +1,70 @@
+"""What all learners share that train a whole network on labels: AdamW with a rate for each layer, chunk by chunk."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.evaluation.backbone import Normalised
+from cae2pipe.evaluation.course import Chunk
+from cae2pipe.training.parallel import World, spread, without_exchange
+
+
+class TunedLearner(ABC):
+    """Trains a network.
+
+    Args:
+        network: what is trained. groups: its parameters, each group with its ``lr_scale``. betas: AdamW's.
+        world: the processes. bf16: compute under autocast. clip: largest gradient norm; None: no clipping.
+    """
+
+    def __init__(
+        self,
+        network: Normalised,
+        groups: list[dict[str, Any]],
+        betas: tuple[float, float],
+        world: World,
+        bf16: bool,
+        clip: float | None = None,
+    ):
+        self.network, self.world, self.bf16, self.clip = network, world, bf16, clip
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        self.module = spread(network, world, bf16)
+
+    @abstractmethod
+    def loss(self, chunk: Chunk) -> Tensor:
+        """The mean loss of a chunk. All that is drawn hangs on the seed, the step and the chunk."""
+
+    @abstractmethod
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, which each group scales."""
+
+    def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
+        """As ``supervised.Learner`` has it."""
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.world.device)
+        for place, chunk in enumerate(chunks):
+            last = place == len(chunks) - 1
+            with nullcontext() if last else without_exchange(self.module, self.world):
+                loss = self.loss(chunk) * (len(chunk.labels) / size)
+                # DDP averages over processes; the loss is a sum over them.
+                (loss * self.world.ranks).backward()
+            total += loss.detach()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step) * group["lr_scale"]
+        self.optimizer.step()
+        return total
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
