@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cae2pipe.artifacts.atomic import write_bytes
+from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.parts import torchrun_rank
@@ -26,7 +27,7 @@ from cae2pipe.dense.label_crops import LabelCropReader
 from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner, build_segmenter, drawn_predictions
 from cae2pipe.errors import SettingsError
-from cae2pipe.evaluation.backbone import prepared_encoder
+from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
 from cae2pipe.evaluation.course import full_batches
 from cae2pipe.evaluation.encoders import label, load_encoder
 from cae2pipe.evaluation.keeping import begin, keep
@@ -104,31 +105,16 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
         scores = learner.scores or learner.score()
         if not world.leads:
             return {}
-        save_weights(segmenter.model, root / LAST)
         sheet = label_sheet(drawn_predictions(learner, val_part, settings.pictures), len(val_part.classes))
-        files = {LAST: file_entry(root / LAST)}
-        if sheet is not None:
-            write_bytes(root / PICTURES, png_bytes(sheet))
-            files[PICTURES] = file_entry(root / PICTURES)
-        result = {
-            "evaluation": "segment",
-            "encoder": label(spec),
-            "feature": "tokens",
-            **scores,
-            "protocol": f"UperNet, AdamW, lr {settings.lr:g} x batch / 16, layer decay {settings.layer_decay:g}, batch "
+        protocol = (
+            f"UperNet, AdamW, lr {settings.lr:g} x batch / 16, layer decay {settings.layer_decay:g}, batch "
             f"{settings.batch}, {settings.steps} steps, windows of {settings.image_size} every {settings.stride}, one "
-            "scale",
-            "classes": len(train_part.classes),
-            "images": {"train": len(train_part), "val": len(val_part)},
-            "train_loss": history[-1]["loss"],
-            "history": history,
-            "settings": asked["settings"],
-            "encoder_identity": asked["encoder"],
-            "data": asked["data"],
-            "fingerprint": box.fingerprint,
-        }
-        keep(box, result, files)
-        return result
+            "scale"
+        )
+        counts = {"train": len(train_part), "val": len(val_part)}
+        picture = None if sheet is None else png_bytes(sheet)
+        found = {**scores, "protocol": protocol, "classes": len(train_part.classes), "images": counts}
+        return finish(box, spec, segmenter, picture, history, found)
 
 
 def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: Report) -> dict[str, Any]:
@@ -185,31 +171,47 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
         scores = learner.scores or learner.score()
         if not world.leads:
             return {}
-        save_weights(detector.model, root / LAST)
-        files = {LAST: file_entry(root / LAST)}
-        if sheet := box_sheet(drawn_detections(learner, settings.pictures), val_part.classes):
-            write_bytes(root / PICTURES, sheet)
-            files[PICTURES] = file_entry(root / PICTURES)
+        picture = box_sheet(drawn_detections(learner, settings.pictures), val_part.classes)
         name = "Cascade Mask R-CNN" if settings.cascade else "Mask R-CNN"
-        result = {
-            "evaluation": "detect",
-            "encoder": label(spec),
-            "feature": "tokens",
-            **scores,
-            "protocol": f"{name}, AdamW, lr {settings.lr:g} x batch / 16, layer decay {settings.layer_decay:g}, batch "
-            f"{settings.batch}, {settings.epochs} epochs, short side {max(settings.short_sides)}, one scale",
-            "classes": len(train_part.classes),
-            "images": {"train": len(train_part), "val": len(val_part)},
-            "left_out": train_part.left_out,
-            "train_loss": history[-1]["loss"],
-            "history": history,
-            "settings": asked["settings"],
-            "encoder_identity": asked["encoder"],
-            "data": asked["data"],
-            "fingerprint": box.fingerprint,
-        }
-        keep(box, result, files)
-        return result
+        protocol = (
+            f"{name}, AdamW, lr {settings.lr:g} x batch / 16, layer decay {settings.layer_decay:g}, batch "
+            f"{settings.batch}, {settings.epochs} epochs, short side {max(settings.short_sides)}, one scale"
+        )
+        counts = {"train": len(train_part), "val": len(val_part)}
+        found = {**scores, "protocol": protocol, "classes": len(train_part.classes), "images": counts}
+        found["left_out"] = train_part.left_out
+        return finish(box, spec, detector, picture, history, found)
+
+
+def finish(
+    box: Box,
+    spec: str,
+    network: Normalised,
+    picture: bytes | None,
+    history: list[dict[str, Any]],
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """Write weights, pictures and result down, and close the box."""
+    asked = box.identity
+    save_weights(network.model, box.root / LAST)
+    files = {LAST: file_entry(box.root / LAST)}
+    if picture is not None:
+        write_bytes(box.root / PICTURES, picture)
+        files[PICTURES] = file_entry(box.root / PICTURES)
+    result = {
+        "evaluation": asked["evaluation"],
+        "encoder": label(spec),
+        "feature": "tokens",
+        **found,
+        "train_loss": history[-1]["loss"],
+        "history": history,
+        "settings": asked["settings"],
+        "encoder_identity": asked["encoder"],
+        "data": asked["data"],
+        "fingerprint": box.fingerprint,
+    }
+    keep(box, result, files)
+    return result
 
 
 def check_share(chunks: int, world: World) -> None:
