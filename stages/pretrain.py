@@ -38,6 +38,7 @@ from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
+from cae2pipe.training.aim import PixelTargets, aim_of
 from cae2pipe.training.checkpoint import (
     load_checkpoint,
     read_checkpoint,
@@ -54,7 +55,7 @@ from cae2pipe.training.optimizer import build_optimizer, scaled
 from cae2pipe.training.parallel import BLOCKS, World, joined, spread
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.signals import deferred_stop, until_stopped
-from cae2pipe.training.step import Outcome, Step, cached
+from cae2pipe.training.step import Latents, Outcome, Step, cached
 from cae2pipe.training.telemetry import Telemetry
 
 
@@ -89,7 +90,8 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         return box
     set_backends(bf16, settings.speed.deterministic)
     torch.manual_seed(keyed_seed("init", settings.seed))
-    model = build_method(settings.method, settings.model, targets.teacher.dim).to(world.device)
+    aim = aim_of(settings, targets)
+    model = build_method(settings.method, settings.model, aim.dim).to(world.device)
     model.recompute(settings.speed.recompute)
     plan = make_plan(targets, sorted(box.facts["stores"]), settings, model.drop_columns)
     objective = make_objective(model, targets, settings).to(world.device).train()
@@ -103,7 +105,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         restore_training(model, optimizer, state or read_checkpoint(out / "checkpoints", start))
         state = None
         report.log(f"going on from step {start}")
-    latents = cached
+    latents: Latents = PixelTargets(settings.model.grid) if settings.loss.target == "pixels" else cached
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
         weights = settings.teacher_weights
@@ -118,27 +120,21 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         settings.optimizer.clip,
         world,
     )
-    done = train(step, plan, settings, targets.teacher.dim, start, out, report)
+    done = train(step, plan, settings, aim.dim, start, out, report)
     if done < plan.steps * settings.epochs:
         report.log(f"stopped after {done} of {plan.steps * settings.epochs} steps, as stop_after asks")
         return box
     weights = training_state(model, optimizer)["model"]
     if world.leads:
-        finish(box, settings, weights, targets.teacher.dim)
+        finish(box, settings, weights, aim.dim)
         report.log(f"wrote {out / 'encoder.safetensors'}")
     return box
 
 
 def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSettings) -> Objective:
-    """The method with its loss against a set's latents."""
-    return Objective(
-        model,
-        settings.loss,
-        targets.layout.codec,
-        targets.mean,
-        targets.teacher.class_token,
-        settings.precision == "bf16",
-    )
+    """The method with its loss against a set's latents, or against the pixels of its views."""
+    aim, bf16 = aim_of(settings, targets), settings.precision == "bf16"
+    return Objective(model, settings.loss, targets.layout.codec, aim.mean, aim.class_token, bf16)
 
 
 def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:
@@ -270,7 +266,14 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
     check_method(settings.method)
     check_parts(settings, ranks)
     teacher, grid = targets.teacher, settings.model.grid
-    if (teacher.rows, teacher.cols) != (grid, grid):
+    guided = settings.mask.strategy == "attention"
+    if guided and not targets.layout.attention:
+        raise SettingsError(
+            f"masks are to follow the teacher's attention, and {teacher.name} has none",
+            where=str(targets.root),
+            fix="--set mask.strategy=block, or make targets with a ViT teacher",
+        )
+    if (guided or settings.loss.target != "pixels") and (teacher.rows, teacher.cols) != (grid, grid):
         raise SettingsError(
             f"the student's grid is {grid} x {grid} patches, and the target set's is {teacher.rows} x {teacher.cols}",
             where=f"{targets.root}, teacher {teacher.name}",
@@ -282,6 +285,12 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
             f"the student takes {settings.model.image_size} pixels, and the stored views have {targets.view_size}",
             where=str(targets.root),
             fix=f"--set model.image_size={targets.view_size}",
+        )
+    if settings.data.views is not None and settings.data.views > targets.views:
+        raise SettingsError(
+            f"{settings.data.views} views of each image are to be trained on, and the set has {targets.views}",
+            where=str(targets.root),
+            fix=f"--set data.views={targets.views}, or extract more: --views {settings.data.views}",
         )
     if targets.images < settings.loaded_batch:
         raise SettingsError(
@@ -323,7 +332,7 @@ def finish(box: Box, settings: PretrainSettings, weights: dict[str, Any], target
 
 def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
     """The run's box; a new one writes down the stores it begins with, an old one must find them unchanged."""
-    stores = {name: fingerprint(unit["files"]) for name, unit in targets.stores.items()}
+    stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
     box = open_or_create(
         out,
         "run",
@@ -342,6 +351,12 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
     return box
 
 
+def chosen_stores(targets: TargetSet, settings: PretrainSettings) -> list[str]:
+    """Names of the stores that are trained on: all, or those of the first views."""
+    views = settings.data.views or targets.views
+    return sorted(name for name, unit in targets.stores.items() if unit["view"] < views)
+
+
 def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, drop_columns: int) -> Plan:
     """What the loader must know, from the set and the settings.
 
@@ -349,7 +364,8 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
         MismatchError: the originals of fresh views are not those of the set. ManifestError: there are none.
     """
     speed = settings.speed
-    arrays = tuple(targets.layout.codec.arrays()) if settings.targets == "cached" else ()
+    latents = settings.targets == "cached" and settings.loss.target != "pixels"
+    arrays = tuple(targets.layout.codec.arrays()) if latents else ()
     return Plan(
         root=targets.root,
         units={name: targets.stores[name] for name in stores},
@@ -368,6 +384,7 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
         repeat=settings.mask.repeat,
         drop_columns=drop_columns,
         arrays=(*arrays, "norms") if arrays and settings.loss.kind != "cosine" else arrays,
+        guides=("attention",) if settings.mask.strategy == "attention" else (),
         decode=settings.data.decode == "workers",
         fresh=fresh_views(targets, settings) if settings.views == "fresh" else None,
         cache=BlockCache(speed.cache, int(speed.cache_gb * 1e9)) if speed.cache else None,

@@ -115,13 +115,20 @@ def export(
 
 def compare(
     grid: Annotated[
-        str, typer.Argument(metavar="GRID", help="Preset (table2 to table5: the paper's; rivals) or YAML file.")
+        str,
+        typer.Argument(
+            metavar="GRID",
+            help="Preset (table1 to table5, figure2, figure3, rivals, views, fidelity; `cae2pipe config list`) or YAML "
+            "file.",
+        ),
     ],
     targets: Annotated[
         Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=place)
     ],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on with.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on with; grids may share one.")
+    ],
     small: Annotated[bool, typer.Option("--small", help="The grid's small scale, for few cores.")] = False,
     part: Annotated[
         str | None, typer.Option(help="K/N: only the K-th of N shares of the runs, e.g. one share a machine.")
@@ -133,30 +140,30 @@ def compare(
     device: Device = None,
     set_: Set = None,
 ) -> None:
-    """Train and score many variants on one target set; ends with report.html and report.md.
+    """Train and score many variants on one target set; ends with OUT/reports/GRID/report.html and report.md.
 
-    Run again, it goes on: what is trained or scored already stays as it is.
+    Run again, it goes on: what is trained or scored already stays as it is, be it for another grid.
     """
     with exits():
         from cae2pipe.artifacts.parts import parse_part
         from cae2pipe.config.base import load
         from cae2pipe.config.compare import GridSettings
         from cae2pipe.progress import progress
-        from cae2pipe.reporting.comparison import cells
-        from cae2pipe.reporting.terminal import print_table
 
         settings = load(GridSettings, "compare", grid, set_ or [])
         from cae2pipe.stages.compare import compare as run
 
+        name = Path(grid).stem
         speed = section("speed", workers=workers, device=device).get("speed", {})
         if jobs > 1:
             if part:
                 raise typer.BadParameter("--jobs shares out all runs itself: leave --part away")
-            run_jobs(partial(_compare_part, settings, targets, data, out, small, speed), jobs, device)
+            run_jobs(partial(_compare_part, settings, name, targets, data, out, small, speed), jobs, device)
         with progress("compare") as report:
             # After jobs there is nothing left to train: this writes the report of all of them.
             found = run(
                 settings,
+                name,
                 targets,
                 data,
                 out,
@@ -165,12 +172,12 @@ def compare(
                 part=parse_part(part) if part else None,
                 speed=speed,
             )
-        headers, rows = cells(found)
-        print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])
+        print_comparison(found, out / "reports" / name)
 
 
 def _compare_part(
     settings: Any,
+    name: str,
     targets: Path,
     data: Path,
     out: Path,
@@ -180,7 +187,39 @@ def _compare_part(
     device: str | None,
 ) -> None:
     from cae2pipe.progress import Lines
-    from cae2pipe.stages.compare import compare as run
+    from cae2pipe.stages.compare import run_part
 
     own = {**speed, "device": device} if device else speed
-    run(settings, targets, data, out, Lines(f"compare {part}", sys.stderr), small=small, part=part, speed=own)
+    run_part(settings, targets, data, out, Lines(f"compare {part}", sys.stderr), small=small, part=part, speed=own)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of pretrain, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The folder to write report.html and report.md into.")] = Path("report"),
+    targets: Annotated[
+        Path | None, typer.Option(help="A target set to make pictures from: masks, latents, neighbours.", parser=place)
+    ] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="A folder with evaluations of the runs, at any depth; may be repeated.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """One page about some runs: scores, losses, cost, pictures. Runs that differ by their seed alone share a row."""
+    with exits():
+        from cae2pipe.progress import progress
+        from cae2pipe.stages.report import report_runs
+
+        with progress("report") as told:
+            found = report_runs(runs, scores or [], targets, out, told, device or "auto")
+        print_comparison(found, out)
+
+
+def print_comparison(found: Any, folder: Path) -> None:
+    """A comparison's table, what it says, and where its page is."""
+    from cae2pipe.reporting.comparison import cells, findings
+    from cae2pipe.reporting.terminal import print_table
+
+    headers, rows = cells(found)
+    print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])
+    for line in (*findings(found), f"report: {folder / 'report.html'}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

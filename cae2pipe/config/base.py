@@ -61,7 +61,9 @@ def package_folder(name: str) -> Path:
 
 
 def preset_names(stage: str) -> list[str]:
-    return sorted(path.stem for path in (package_folder("configs") / stage).glob("*.yaml"))
+    """Presets by name. Files whose names begin with ``_`` are parts of others."""
+    names = sorted(path.stem for path in (package_folder("configs") / stage).glob("*.yaml"))
+    return [name for name in names if not name.startswith("_")]
 
 
 def read_preset(stage: str, name: str) -> dict[str, Any]:

@@ -7,6 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cae2pipe.config.base import Settings
+from cae2pipe.config.extract import CodecSettings
+from cae2pipe.config.pretrain import PretrainSettings
+
+BYTES = "bytes"
 
 Evaluation = Literal["knn", "linear", "attentive", "finetune"]
 
@@ -18,6 +22,12 @@ class Variant(Settings):
     """What the row is called."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Pretraining settings that differ, section by section."""
+    small: dict[str, Any] = Field(default_factory=dict)
+    """Laid over `set` with --small."""
+    codec: CodecSettings | None = None
+    """Train on the target set recoded with this codec. The set itself must hold fp16 latents. null: on it as it is."""
+    line: str = ""
+    """Which curve it belongs to, where scores are drawn along a setting and there are several curves."""
     paper: dict[str, float] = Field(default_factory=dict)
     """The paper's own figures, in percent, by evaluation: for orientation."""
 
@@ -46,6 +56,9 @@ class GridSettings(Settings):
     """Pretraining settings that all variants share."""
     small: dict[str, Any] = Field(default_factory=dict)
     """Laid over `set` with --small: a scale for few cores and small data."""
+    along: str = ""
+    """Draw scores along this pretraining setting, such as mask.ratio, or along bytes, which stored latents take a view.
+    Variants where it is null are levels to compare with. Empty: no such picture."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each variant is trained once with each."""
     variants: tuple[Variant, ...] = Field(min_length=1)
@@ -58,10 +71,17 @@ class GridSettings(Settings):
     def _one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, int) else value
 
+    @field_validator("along")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ("", BYTES):
+            setting(PretrainSettings(), value)
+        return value
+
     @model_validator(mode="after")
     def _distinct(self) -> GridSettings:
-        slugs = [slug(variant.name) for variant in self.variants]
-        if twice := [name for name in slugs if slugs.count(name) > 1]:
+        names = [variant.name for variant in self.variants]
+        if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two variants are called {twice[0]!r}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)}: give at least one, each once")
@@ -71,6 +91,11 @@ class GridSettings(Settings):
         return self
 
 
-def slug(name: str) -> str:
-    """A name as part of a path: letters and digits, everything else a hyphen."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split()) or "variant"
+def setting(settings: Settings, name: str) -> Any:
+    """The value of a setting by its dotted name, such as mask.ratio. Raises ValueError where there is none."""
+    value: Any = settings
+    for part in name.split("."):
+        if not isinstance(value, Settings) or part not in type(value).model_fields:
+            raise ValueError(f"there is no pretraining setting {name!r} to draw scores along")
+        value = getattr(value, part)
+    return value

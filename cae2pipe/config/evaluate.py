@@ -27,7 +27,7 @@ class FeatureSettings(Settings):
     """How images become features."""
 
     feature: Feature = "auto"
-    """class: the class token; mean: the mean of the patches; auto: the class token where training reached it."""
+    """class: the class token; mean: the mean of the patches; auto: the class token where a loss fell on it."""
     image_size: int | None = Field(default=None, ge=16)
     """Side of the crop in pixels. null: the encoder's own."""
     crop: float = Field(default=0.875, gt=0, le=1)

@@ -66,8 +66,9 @@ class ModelSettings(Settings):
 class MaskSettings(Settings):
     """Which patches are hidden (paper, section 2.3, Table 5)."""
 
-    strategy: Literal["block", "random"] = "block"
-    """block: BEiT's random blocks; random: independent patches."""
+    strategy: Literal["block", "random", "attention"] = "block"
+    """block: BEiT's random blocks; random: independent patches; attention: what the teacher's class token attends to is
+    likelier to stay visible (MILAN), for which the target set must hold attention: a ViT teacher's does."""
     ratio: float = Field(default=0.5, gt=0, lt=1)
     """Share of patches masked."""
     count: int | None = Field(default=None, ge=1)
@@ -82,8 +83,9 @@ class LossSettings(Settings):
 
     kind: Literal["cosine", "mse", "smooth_l1"] = "cosine"
     """Distance between predicted and target latents (paper Table 3)."""
-    target: Literal["as_is", "layer_norm"] = "as_is"
-    """layer_norm: targets are brought to mean 0 and variance 1 over their channels first (FD, MaskDistill)."""
+    target: Literal["as_is", "layer_norm", "pixels"] = "as_is"
+    """as_is: the teacher's latents; layer_norm: the same, each token brought to mean 0 and variance 1 over its channels
+    (FD, MaskDistill); pixels: each patch's own pixels, normalised in the same way, and no teacher (MAE)."""
     reduction: Literal["two_means", "one_mean"] = "two_means"
     """two_means: mean over visible plus mean over masked tokens; one_mean: one mean over all of them."""
     visible: float = Field(default=1.0, ge=0)
@@ -124,6 +126,8 @@ class DataSettings(Settings):
 
     batch: int = Field(default=2048, ge=1)
     """Images a step, over all devices."""
+    views: int | None = Field(default=None, ge=1)
+    """Stored views of each image that are trained on: the first so many. null: all."""
     streams: int = Field(default=64, ge=1)
     """Streams the epoch is cut into. Divides the batch; a multiple of the number of processes."""
     window: int = Field(default=4, ge=1)
@@ -181,8 +185,8 @@ class PretrainSettings(Settings):
     recipe: Recipe = "paper"
     """paper: as the paper says; official: as its authors' released code does. Presets set the fields that differ."""
     method: str = "caev2"
-    """The pretraining method: caev2, cae, mvp, mae or fd. Presets of rivals, such as mvp, set the loss that goes with
-    it."""
+    """The pretraining method: caev2, cae, mvp, mae, milan or fd. Presets of rivals, such as mvp, set the loss and the
+    masks that go with it."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order, masks and drop path."""
     targets: Literal["cached", "online"] = "cached"
@@ -231,6 +235,10 @@ class PretrainSettings(Settings):
             raise ValueError("views: fresh has no cached targets: set targets=online, or views=stored")
         if self.views == "fresh" and self.data.decode == "device":
             raise ValueError("fresh views are cut by the workers: set data.decode=workers")
+        if self.views == "fresh" and self.mask.strategy == "attention":
+            raise ValueError("fresh views come without attention: set mask.strategy=block, or views=stored")
+        if self.targets == "online" and self.loss.target == "pixels":
+            raise ValueError("pixels are targets without a teacher: set targets=cached, or loss.target=as_is")
         if self.model.regressor_depth == 0 and self.loss.visible == 0:
             raise ValueError("model.regressor_depth 0 predicts no masked patches: loss.visible must be above 0")
         if self.optimizer.warmup_epochs >= self.epochs:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cae2pipe.demo.measures import MEASURES
-from cae2pipe.reporting.curves import bar_chart, line_chart
 from cae2pipe.reporting.html import Html, element, figure, image, join, page, table
 from cae2pipe.reporting.pictures import (
     PALETTE,
@@ -26,10 +25,11 @@ from cae2pipe.reporting.pictures import (
     resized,
     tiled,
 )
+from cae2pipe.reporting.plots import Points, bars, curves
 
 if TYPE_CHECKING:
     from cae2pipe.demo.stored import StoredImage
-    from cae2pipe.demo.student import Forecast
+    from cae2pipe.training.student import Forecast
 
 PANEL = 132
 """Side of a panel of the picture in pixels."""
@@ -137,13 +137,13 @@ def render(contents: Contents) -> str:
         element(
             "div",
             figure(bytes_chart(contents), "Bytes a view. Latents in three codings, and the view's JPEG for scale."),
-            class_="card",
+            class_="card plot",
         ),
         element("h2", "Training"),
         element(
             "div",
             figure(loss_chart(contents), "Visible plus masked alignment, at every step and as means of epochs."),
-            class_="card",
+            class_="card plot",
         ),
         element("h2", "The same on your own images"),
         element("p", "What ran here, and what to run on a folder of your own. Every command goes on where it was."),
@@ -238,16 +238,13 @@ def mark(met: bool) -> Html:
 
 def loss_chart(contents: Contents) -> Html:
     xs, ys = zip(*contents.losses, strict=True)
-    level = contents.result["loss_mean_token"]
     epochs = sorted({int(x) for x in xs})
-    trend = [(e + 0.5, float(np.mean([y for x, y in contents.losses if int(x) == e]))) for e in epochs]
-    return line_chart(
-        xs,
-        ys,
-        trend=trend,
+    means = [float(np.mean([y for x, y in contents.losses if int(x) == epoch])) for epoch in epochs]
+    return curves(
+        {"every step": Points(xs, ys, pale=True), "means of epochs": Points([e + 0.5 for e in epochs], means)},
         x_label="epoch",
         y_label="loss",
-        levels=[(level, f"the mean target everywhere: {level:.2f}")],
+        levels={"the mean target everywhere": contents.result["loss_mean_token"]},
     )
 
 
@@ -258,12 +255,12 @@ def bytes_chart(contents: Contents) -> Html:
     rows = [
         (
             text,
-            sizes[name],
-            f"{sizes[name] / 1000:.1f} KB" + ("" if name == "fp16" else f", {sizes[name] / sizes['fp16']:.0%}"),
+            sizes[name] / 1000,
+            f"{sizes[name] / 1000:.1f} kB" + ("" if name == "fp16" else f", {sizes[name] / sizes['fp16']:.0%}"),
         )
         for name, text in names.items()
     ]
-    return bar_chart(rows, strong=list(names).index("stored"), label="Bytes a view")
+    return bars(rows, strong=list(names).index("stored"), x_label="kB a view")
 
 
 def own_commands(steps: Sequence[Step]) -> Html:

@@ -19,7 +19,7 @@ from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.demo.stored import read_stored
-from cae2pipe.demo.student import MeanStudent, forecasts, load_student, mean_over_views
+from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
 from cae2pipe.demo.tiles import cut_tiles
 from cae2pipe.progress import Report, progress
 from cae2pipe.demo.report import Contents, Step, picture, render
@@ -31,6 +31,7 @@ from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.device import pick_device
 from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.student import load_student
 
 SEED = 0
 VIEWS = 4
@@ -142,7 +143,7 @@ def run_demo(
             losses=[(line["step"] / per_epoch, line["loss"]) for line in lines],
             bytes_per_view=codec_bytes(stored),
             stored=[read_stored(stored, images / "train", sample_key(name)) for name in STORED],
-            forecasts=forecasts(model, test, run_with, [sample_key(name) for name in FORECAST], chosen),
+            forecasts=forecasts_of(model, test, run_with, [sample_key(name) for name in FORECAST], chosen),
             steps=steps,
         )
         write_bytes(out / "report.html", render(contents).encode("utf-8"))

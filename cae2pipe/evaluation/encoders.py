@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import check_files, is_box, open_box
+from cae2pipe.artifacts.box import Box, check_files, is_box, open_box
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
 from cae2pipe.config.base import build, identity, load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
@@ -63,7 +63,7 @@ class Features:
 
 
 class FrozenEncoder(ABC):
-    """An encoder to be scored. ``trained_class_token`` says whether training reached its class token.
+    """An encoder to be scored. ``trained_class_token`` says whether a loss fell on its class token.
 
     ``identity`` holds plain values that the scores depend on; ``image_size`` is in pixels; ``resizes``: it brings
     images of another size to its own.
@@ -195,9 +195,15 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
             raise problem
     model, config = build_exported(folder / CONFIG)
     load_exported(model, folder / WEIGHTS)
-    class_token = bool(run.facts["teacher"]["class_token"]) if run else True
+    class_token = class_token_trained(run) if run else True
     digests = {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}
     return Student(model, digests, class_token, device, precision)
+
+
+def class_token_trained(run: Box) -> bool:
+    """Whether a run's loss fell on its class token: it counts among the visible, and pixels have none."""
+    loss = run.identity["settings"]["loss"]
+    return bool(run.facts["teacher"]["class_token"] and loss["visible"] and loss.get("target") != "pixels")
 
 
 def released_student(path: Path, device: torch.device, precision: str) -> Student:
@@ -270,7 +276,7 @@ def random_student(name: str, seed: int, device: torch.device, precision: str) -
     if is_box(Path(name), "run"):
         box = open_box(Path(name))
         settings = build(ModelSettings, box.identity["settings"]["model"], where=name)
-        class_token = bool(box.facts["teacher"]["class_token"])
+        class_token = class_token_trained(box)
     elif Path(name).is_dir():
         raise SourceError("this folder is not a run", where=name, fix=f"give {FORMS}")
     elif name not in preset_names("pretrain") and timm.is_model(name):

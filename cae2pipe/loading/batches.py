@@ -33,8 +33,9 @@ class Plan:
     """Everything the content of batches depends on; the same in every process.
 
     ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order. ``batch`` counts views as
-    they are loaded; each is given ``repeat`` masks. ``arrays`` names the blocked arrays to read. ``fresh``: views are
-    cut from the originals instead. ``decode``: False leaves JPEGs to the device.
+    they are loaded; each is given ``repeat`` masks. ``arrays`` names the blocked arrays that go to the device;
+    ``guides`` those that masks are drawn by, which stay in the workers. ``fresh``: views are cut from the originals
+    instead. ``decode``: False leaves JPEGs to the device.
     """
 
     root: Path
@@ -54,6 +55,7 @@ class Plan:
     repeat: int
     drop_columns: int
     arrays: tuple[str, ...]
+    guides: tuple[str, ...] = ()
     decode: bool = True
     fresh: FreshViews | None = None
     cache: BlockCache | None = None
@@ -150,7 +152,8 @@ class StreamSource:
 
     def _read(self, pieces: tuple) -> Pool:
         pool = Pool([], [], [], {})
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in self.plan.arrays}
+        names = (*self.plan.arrays, *self.plan.guides)
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         specs = self.plan.layout.blocked()
         for piece in pieces:
             ref = self.plan.blocks[piece.index]
@@ -160,10 +163,10 @@ class StreamSource:
                 pool.keys.extend(sample.key for sample in originals)
                 pool.images.extend(sample.data for sample in originals)
                 continue
-            block = self._reader(store_name(piece.view, ref.shard)).block(ref.block, self.plan.arrays)
+            block = self._reader(store_name(piece.view, ref.shard)).block(ref.block, names)
             pool.keys.extend(block.keys[piece.low : piece.high])
             pool.images.extend(block.jpegs[piece.low : piece.high])
-            for name in self.plan.arrays:
+            for name in names:
                 where = (slice(None),) * specs[name].sample_axis + (slice(piece.low, piece.high),)
                 parts[name].append(block.arrays[name][where])
         pool.arrays.update((name, np.concatenate(p, axis=specs[name].sample_axis)) for name, p in parts.items())
@@ -191,7 +194,8 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     for row in range(rows):
         item, turn = flat[row // plan.repeat], row % plan.repeat
         draw = ("mask", plan.seed, epoch, item[0].keys[item[1]] if item else "", *((turn,) if turn else ()))
-        mask = draw_mask(plan.mask_strategy, plan.grid, plan.grid, plan.masked, *draw)
+        attention = item[0].arrays["attention"][item[1]] if item and plan.guides else None
+        mask = draw_mask(plan.mask_strategy, plan.grid, plan.grid, plan.masked, *draw, attention=attention)
         visible[row], masked[row] = split_indices(mask)
     images = [item[0].images[item[1]] if item else b"" for item in flat]
     keys = [item[0].keys[item[1]] if item else "" for item in flat]

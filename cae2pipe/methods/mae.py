@@ -1,4 +1,4 @@
-"""MAE's graph with a teacher's latents as targets."""
+"""MAE's graph: a decoder over visible latents and mask tokens predicts the teacher's latents, or pixels."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
 from cae2pipe.methods.method import Method, bridge, latent_head
-from cae2pipe.models.decoder import Decoder
+from cae2pipe.models.decoder import Decoder, PromptingDecoder
 
 
 class MAE(Method):
     """A decoder with self-attention over visible latents and mask tokens, all of which it updates.
 
-    Source: He et al., 2022, with CLIP's latents in place of pixels; Figure 5 (d) of the paper. Decoder depth, width and
-    heads are ``regressor_*``. Masked tokens alone with ``loss.visible`` 0, as MAE has it; the decoder's visible tokens
-    too with 1.
+    Source: He et al., 2022; Figure 5 (d) of the paper. Decoder depth, width and heads are ``regressor_*``. Targets are
+    CLIP's latents, or with ``loss: {target: pixels, kind: mse}`` the patches' own normalised pixels, as published,
+    without a teacher. Masked tokens alone with ``loss.visible`` 0, as MAE has it; the decoder's visible tokens too with
+    1. Simplified: with LayerScale and without k's bias, as all encoders here; the class token has no loss on pixels.
     """
+
+    decoder_class: type[Decoder | PromptingDecoder] = Decoder
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
         if not settings.regressor_depth:
             raise SettingsError(
-                "method mae needs a decoder", where="model.regressor_depth", fix="--set model.regressor_depth=1"
+                "this method needs a decoder", where="model.regressor_depth", fix="--set model.regressor_depth=1"
             )
         self.bridge = bridge(settings.width, settings.regressor_width)
-        self.decoder = Decoder(
+        self.decoder = self.decoder_class(
             width=settings.regressor_width,
             depth=settings.regressor_depth,
             heads=settings.regressor_heads,

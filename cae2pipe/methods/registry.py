@@ -12,11 +12,19 @@ from cae2pipe.methods.caev2 import CAEv2
 from cae2pipe.methods.fd import FeatureDistillation
 from cae2pipe.methods.mae import MAE
 from cae2pipe.methods.method import Method
+from cae2pipe.methods.milan import MILAN
 from cae2pipe.methods.mvp import MVP
 
 Builder = Callable[[ModelSettings, int], Method]
 
-METHODS: dict[str, Builder] = {"caev2": CAEv2, "cae": CAE, "mvp": MVP, "mae": MAE, "fd": FeatureDistillation}
+METHODS: dict[str, Builder] = {
+    "caev2": CAEv2,
+    "cae": CAE,
+    "mvp": MVP,
+    "mae": MAE,
+    "milan": MILAN,
+    "fd": FeatureDistillation,
+}
 
 
 def register(name: str, builder: Builder) -> None:

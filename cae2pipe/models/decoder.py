@@ -1,4 +1,5 @@
-"""Decoders with self-attention: over visible latents and mask tokens (MAE), or over masked latents alone (CAE)."""
+"""Decoders: self-attention over visible latents and mask tokens (MAE) or over masked latents alone (CAE), and attention
+of mask tokens to visible latents that stay as they are (MILAN)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.models.encoder import Block
-from cae2pipe.models.layers import EPS, drop_factors, drop_rates, initialise, run_block, truncated_normal
+from cae2pipe.models.layers import (
+    EPS,
+    CrossAttention,
+    LayerScale,
+    Mlp,
+    drop_factors,
+    drop_path,
+    drop_rates,
+    initialise,
+    run_block,
+    truncated_normal,
+)
 from cae2pipe.models.positions import sincos_positions
 
 
@@ -67,3 +79,57 @@ class Decoder(MaskedDecoder):
         hidden = self.mask_token.to(tokens.dtype) + self.pos_embed[masked]
         x = torch.cat([tokens[:, :1].to(seen.dtype), seen, hidden.to(seen.dtype)], dim=1)
         return self.attend(x, drop)
+
+
+class PromptingBlock(nn.Module):
+    """A pre-norm block whose queries are the mask tokens alone; keys and values are all tokens. Drop path's factors are
+    given: (B, 2) or None."""
+
+    def __init__(self, width: int, heads: int, layer_scale: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=EPS)
+        self.attn = CrossAttention(width, heads)
+        self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = Mlp(width)
+        self.ls2 = LayerScale(width, layer_scale)
+
+    def forward(self, x: Tensor, prompts: Tensor, drop: Tensor | None) -> Tensor:
+        first, second = (None, None) if drop is None else drop.unbind(1)
+        both = self.norm1(torch.cat([prompts, x], dim=1))
+        x = x + drop_path(self.ls1(self.attn(both[:, prompts.shape[1] :], both, both)), first)
+        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second)
+
+
+class PromptingDecoder(nn.Module):
+    """Mask tokens are updated block by block; class token and visible latents prompt them, and are never updated
+    (MILAN)."""
+
+    def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
+        self.blocks = nn.ModuleList(PromptingBlock(width, heads, layer_scale) for _ in range(depth))
+        self.drop_rates: Tensor
+        self.register_buffer("drop_rates", drop_rates(drop, depth), persistent=False)
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.checkpointing = False
+        self.apply(initialise)
+        truncated_normal(self.mask_token)
+
+    @property
+    def drop_columns(self) -> int:
+        """Columns of drop path uniforms that ``forward`` takes."""
+        return 2 * len(self.blocks)
+
+    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Latents of all tokens, (B, 1 + V + M, W): class token, visible, masked. Arguments as ``Decoder`` has them."""
+        seen = tokens[:, 1:] + self.pos_embed[visible]
+        prompts = torch.cat([tokens[:, :1].to(seen.dtype), seen], dim=1)
+        x = (self.mask_token.to(tokens.dtype) + self.pos_embed[masked]).to(seen.dtype)
+        factors = None if drop is None else drop_factors(drop, self.drop_rates)
+        for number, block in enumerate(self.blocks):
+            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
+            x = run_block(block, self.checkpointing and self.training, x, prompts, own)
+        return self.norm(torch.cat([prompts, x], dim=1))

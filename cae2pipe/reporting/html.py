@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html as _html
 
-_VOID = frozenset({"br", "col", "hr", "img", "meta", "rect", "line", "polyline", "path", "circle"})
+_VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
 
 class Html(str):
@@ -71,12 +71,12 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #fbfaf8; --card: #ffffff; --text: #22252a; --soft: #6b7077; --line: #e3e0da;
-  --accent: #0072b2; --second: #d55e00; --good: #1a7f4b; --bad: #b3261e; --code: #f2f0ec;
+  --good: #1a7f4b; --bad: #b3261e; --code: #f2f0ec;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #15171a; --card: #1d2024; --text: #e6e6e3; --soft: #9aa0a8; --line: #32363c;
-    --accent: #56b4e9; --second: #e69f00; --good: #5fc48f; --bad: #f28b82; --code: #24282d;
+    --good: #5fc48f; --bad: #f28b82; --code: #24282d;
   }
 }
 * { box-sizing: border-box; }
@@ -118,6 +118,13 @@ h3 small { color: var(--soft); font-weight: 400; }
 .strip figure + figure { margin-top: 0.5rem; }
 @media (max-width: 34rem) { .strip.five, .strip.four { grid-template-columns: repeat(2, 1fr); } }
 .wide { overflow-x: auto; }
+.small { color: var(--soft); font-size: 0.88rem; }
+.plot img { background: #ffffff; max-width: 42rem; }
+table.pictures { width: auto; font-size: 0.8rem; }
+table.pictures th, table.pictures td {
+  padding: 0.2rem 0.3rem; border: 0; vertical-align: middle; font-weight: 400; white-space: normal; max-width: 7rem;
+}
+table.pictures img { width: 6.2rem; min-width: 6.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.94rem; }
 th, td { text-align: left; padding: 0.5rem 1rem 0.5rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; font-size: 0.85rem; }
@@ -132,16 +139,6 @@ pre {
 }
 pre i { color: var(--soft); font-style: normal; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
-svg text.strong { fill: var(--text); }
-svg .axis { stroke: var(--line); stroke-width: 1; fill: none; }
-svg .series { stroke: var(--accent); stroke-width: 2; fill: none; stroke-linejoin: round; }
-svg .series.pale { stroke-width: 1; opacity: 0.4; }
-svg .level { stroke: var(--second); stroke-width: 1.5; stroke-dasharray: 5 4; fill: none; }
-svg .leveltext { fill: var(--second); }
-svg .bar { fill: var(--accent); }
-svg .bar.pale { fill: var(--soft); opacity: 0.45; }
 footer {
   margin-top: 4rem; color: var(--soft); font-size: 0.85rem; border-top: 1px solid var(--line); padding-top: 1rem;
 }

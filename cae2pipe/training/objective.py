@@ -25,8 +25,8 @@ class Objective(nn.Module):
         model: the method.
         loss: distance, reduction and weights.
         codec: of the stored latents.
-        mean: the set's mean unit token (D,).
-        class_token: whether the teacher has one.
+        mean: the targets' mean unit token (D,).
+        class_token: whether there is a target for it.
         bf16: compute the model in bfloat16 (autocast); the loss stays in float32.
     """
 
@@ -62,7 +62,7 @@ class Objective(nn.Module):
         Args:
             pixels: (B, 3, H, W) uint8.
             latents: the codec's arrays over B views, with ``norms`` (B, T) if lengths count; or ``raw`` (B, T, D),
-                what a teacher gave; or ``decoded``, what ``target`` gives.
+                what a teacher gave; or ``decoded``, targets as they are.
             visible, masked, drop, weights: as in ``Batch``, r masks a view.
             real: scalar, images in the global batch, each mask counted, that are not padding.
         """

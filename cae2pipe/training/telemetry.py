@@ -19,7 +19,7 @@ from cae2pipe.training.objective import TERMS
 from cae2pipe.training.parallel import World
 from cae2pipe.training.step import Outcome
 
-CLOCKED = ("images_per_s", "data_wait", "mfu", "memory_gb", "left_s")
+CLOCKED = ("images_per_s", "devices", "data_wait", "mfu", "memory_gb", "left_s")
 """Figures of a line that hang on the machine; all others a repeated run gives again."""
 
 
@@ -67,6 +67,7 @@ class Telemetry:
         done = batch.step + 1
         clocked = {
             "images_per_s": round(rate, 2),
+            "devices": self.world.ranks,
             "data_wait": round(min(1.0, waited / seconds), 4),
             "mfu": round(rate * self.flops / self.peak, 4) if self.peak else None,
             "memory_gb": round(peak_memory(self.world.device) / 1e9, 3),

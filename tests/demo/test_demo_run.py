@@ -11,13 +11,14 @@ import torch
 from cae2pipe.demo import run as demo
 from cae2pipe.demo.measures import MEASURES
 from cae2pipe.demo.stored import box_in_image, read_stored
-from cae2pipe.demo.student import MeanStudent, forecasts, load_student, mean_over_views
+from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import ViewDraw
 from cae2pipe.progress import Silent
 from cae2pipe.demo.report import title
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.student import load_student
 
 CPU = torch.device("cpu")
 
@@ -68,7 +69,7 @@ def test_a_run_without_a_checkpoint(run, targets, tmp_path):
 def test_forecasts(run, targets):
     model, settings = load_student(run, targets, Silent())
     keys = ["class1+image007", "class0+image003"]
-    found = forecasts(model, targets, settings, keys, CPU)
+    found = forecasts_of(model, targets, settings, keys, CPU)
     assert [forecast.key for forecast in found] == keys
     for forecast in found:
         assert forecast.mask.sum() == settings.masked_patches

@@ -7,7 +7,7 @@ from cae2pipe.artifacts.box import open_box
 from cae2pipe.errors import DamageError
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.loader import block_refs, load_batches
-from cae2pipe.stages.pretrain import make_plan
+from cae2pipe.stages.pretrain import chosen_stores, make_plan
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -64,6 +64,29 @@ def test_pixels_and_latents_are_those_of_the_key(alone, targets):
         pixels = alone[0].pixels[row].permute(1, 2, 0).numpy()
         symbols = alone[0].arrays["symbols"][:, row].numpy().view("uint16")
         assert any((decode_view(jpeg) == pixels).all() and (stored == symbols).all() for jpeg, stored in truth[key])
+
+
+def test_masks_follow_attention_however_many_workers(targets, pretrain_settings):
+    settings = pretrain_settings(mask={"strategy": "attention"})
+    plan = make_plan(targets, sorted(targets.stores), settings, 4)
+    alone, shared = (list(load_batches(plan, 0, workers)) for workers in (0, 2))
+    assert all(equal(one, two) for one, two in zip(alone, shared, strict=True))
+    assert "attention" not in alone[0].arrays
+    attention = {(view.view, view.key): view.attention for view in targets}
+    seen, hidden = [], []
+    for batch in alone:
+        for row, (view, key) in enumerate(zip(batch.views, batch.keys, strict=True)):
+            if key:
+                seen.append(attention[view, key][batch.visible[row]].mean())
+                hidden.append(attention[view, key][batch.masked[row]].mean())
+    assert sum(seen) / len(seen) > sum(hidden) / len(hidden)
+
+
+def test_only_the_views_asked_for(targets, pretrain_settings):
+    settings = pretrain_settings(data={"views": 1})
+    plan = make_plan(targets, chosen_stores(targets, settings), settings, 4)
+    assert plan.samples == 150
+    assert {view for batch in load_batches(plan, 0, 0) for view in batch.views} <= {0, -1}
 
 
 def test_two_epochs_show_two_views(alone, plan):

@@ -14,7 +14,7 @@ DIM = 10
 VISIBLE = torch.tensor([[0, 3, 5, 7, 8, 9, 12, 13, 14, 15], [1, 2, 3, 4, 5, 6, 10, 11, 14, 15]])
 MASKED = torch.tensor([[1, 2, 4, 6, 10, 11], [0, 7, 8, 9, 12, 13]])
 PARTS = ("class_token", "visible", "masked")
-SEES_MASKED = {"caev2": False, "cae": False, "mvp": False, "mae": False, "fd": True}
+SEES_MASKED = {"caev2": False, "cae": False, "mvp": False, "mae": False, "milan": False, "fd": True}
 
 
 def build(name: str, **over) -> Method:
@@ -71,11 +71,11 @@ def test_visible_pixels_reach_all_predictions(name, pixels):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_predicted_of_masked_patches_reaches_the_encoders_own_tokens_only_inside_it(name, pixels):
-    """CAE v2 and MAE: the encoder's tokens do not know of masked places; BEiT's graph updates both together."""
+    """CAE v2, MAE, MILAN: the encoder's tokens do not know of masked places; BEiT's graph updates both together."""
     model = build(name).eval()
     other = MASKED.roll(1, dims=0)
     rest = torch.stack([torch.tensor([p for p in range(16) if p not in own.tolist()]) for own in other])
-    if name in ("caev2", "cae", "mae"):
+    if name in ("caev2", "cae", "mae", "milan"):
         seen = model.encoder(pixels, VISIBLE)
         assert seen.shape[1] == 1 + VISIBLE.shape[1]
     else:
@@ -109,6 +109,19 @@ def test_caes_alignment_alone_sees_masked_pixels_and_gives_the_encoder_no_gradie
     loss = alignment_loss(before, torch.zeros(2, 17, DIM), VISIBLE, MASKED, LossSettings(), torch.ones(2), True)
     terms = loss.visible + loss.masked + before.extra.mean()
     torch.testing.assert_close(loss.total, terms)
+
+
+@pytest.mark.parametrize(("name", "updates"), [("mae", True), ("milan", False)])
+def test_only_maes_decoder_updates_visible_latents(name, updates, pixels):
+    """What is predicted of a visible patch hangs on the mask tokens in MAE; in MILAN it prompts them, and stays."""
+    model = build(name).eval()
+    before = model(pixels, VISIBLE, MASKED)
+    with torch.no_grad():
+        model.decoder.mask_token[..., 0] += 1
+    after = model(pixels, VISIBLE, MASKED)
+    assert torch.equal(before.visible, after.visible) is not updates
+    assert torch.equal(before.class_token, after.class_token) is not updates
+    assert not torch.allclose(before.masked, after.masked)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cae2pipe.errors import SettingsError
-from cae2pipe.models.masks import block_mask, draw_mask, place_blocks, random_mask, split_indices
+from cae2pipe.models.masks import attention_mask, block_mask, draw_mask, place_blocks, random_mask, split_indices
 
 SAMPLES = 600
 
@@ -19,7 +19,7 @@ def grids(draw):
 
 
 @settings(deadline=None)
-@given(grids(), st.sampled_from(["block", "random"]), st.integers(0, 2**32), st.text(max_size=5))
+@given(grids(), st.sampled_from(["block", "random", "attention"]), st.integers(0, 2**32), st.text(max_size=5))
 def test_a_mask_masks_exactly_what_is_asked_and_hangs_on_its_key_alone(grid, strategy, seed, name):
     rows, cols, count = grid
     mask = draw_mask(strategy, rows, cols, count, "mask", seed, name)
@@ -43,7 +43,7 @@ def test_indices_are_sorted_and_share_the_grid(grid, seed):
     assert (np.diff(masked) > 0).all()
 
 
-@pytest.mark.parametrize("strategy", ["block", "random"])
+@pytest.mark.parametrize("strategy", ["block", "random", "attention"])
 def test_every_part_of_the_key_matters(strategy):
     keys = [("mask", 0, 0, "a"), ("mask", 1, 0, "a"), ("mask", 0, 1, "a"), ("mask", 0, 0, "b")]
     masks = {draw_mask(strategy, 14, 14, 98, *key).tobytes() for key in keys}
@@ -65,6 +65,27 @@ def test_block_masks_have_the_released_codes_statistics(count, blocks, corner, c
 
 def test_random_masks_have_no_favourite_patches():
     share = np.mean([random_mask(14, 14, 49, "statistics", number) for number in range(SAMPLES)], axis=0)
+    assert abs(share - 0.25).max() < 5 * (0.25 * 0.75 / SAMPLES) ** 0.5
+
+
+def test_what_the_teacher_looks_at_stays_visible_as_drawn_without_replacement():
+    """Four patches of attention 8, 4, 2, 1 (of which 0 counts as a quarter), two of them seen."""
+    attention = np.array([8, 4, 2, 1, 0], dtype=np.uint8)
+    weights = np.array([8, 4, 2, 1, 0.25])
+    shares = weights / weights.sum()
+    # Seen first, or second after any other.
+    expected = [
+        shares[i] + sum(shares[j] * weights[i] / (weights.sum() - weights[j]) for j in range(5) if j != i)
+        for i in range(5)
+    ]
+    draws = 4000
+    seen = np.mean([~attention_mask(1, 5, 3, attention, "looks", number)[0] for number in range(draws)], axis=0)
+    for got, share in zip(seen, expected, strict=True):
+        assert got == pytest.approx(share, abs=4 * (share * (1 - share) / draws) ** 0.5)
+
+
+def test_attention_masks_without_attention_have_no_favourites():
+    share = np.mean([draw_mask("attention", 14, 14, 49, "even", number) for number in range(SAMPLES)], axis=0)
     assert abs(share - 0.25).max() < 5 * (0.25 * 0.75 / SAMPLES) ** 0.5
 
 

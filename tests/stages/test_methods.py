@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -9,12 +13,16 @@ import torch
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import SettingsError
 from cae2pipe.methods import registry
 from cae2pipe.methods.losses import Prediction, gather_tokens
 from cae2pipe.methods.method import Method, latent_head
+from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.pretrain import check_fit, pretrain
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.aim import PixelTargets
 from cae2pipe.training.metrics import read_lines
 
 
@@ -36,10 +44,20 @@ def toy(monkeypatch):
     registry.register("toy", Toy)
 
 
-@pytest.mark.parametrize("name", [*registry.METHODS, "toy"])
+PIXELS = {"loss": {"target": "pixels", "kind": "mse", "visible": 0.0}, "mask": {"strategy": "random"}}
+VARIANTS = {
+    **{name: {"method": name} for name in [*registry.METHODS, "toy"]},
+    "maskdistill": {"method": "mvp", "loss": {"kind": "smooth_l1", "target": "layer_norm", "visible": 0.0}},
+    "milan": {"method": "milan", "loss": {"reduction": "one_mean"}, "mask": {"strategy": "attention"}},
+    "mae-pixels": {"method": "mae", **PIXELS},
+}
+"""Every method, with the loss and the masks that its preset has where these are its own."""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_trains_goes_on_exports_and_is_scored(name, target_root, pretrain_settings, photos, tmp_path):
     fast = {"scale_lr": False, "lr": 3e-3, "warmup_epochs": 0}
-    over = {"method": name, "model": {"regressor_width": 16}, "optimizer": fast}
+    over = {**VARIANTS[name], "model": {"regressor_width": 16}, "optimizer": fast}
     whole, out = tmp_path / "whole", tmp_path / "out"
     pretrain(target_root, whole, pretrain_settings(**over), Silent())
     pretrain(target_root, out, pretrain_settings(**over, stop_after=4), Silent())
@@ -55,7 +73,58 @@ def test_trains_goes_on_exports_and_is_scored(name, target_root, pretrain_settin
     for part in ("train", "val"):
         (data / part).symlink_to(photos)
     knn = load(KnnSettings, "evaluate", "knn", ["speed.workers=0", "speed.device=cpu"])
-    assert 0 <= evaluate("knn", str(out), data, tmp_path / "scores", knn, Silent())["top1"] <= 1
+    result = evaluate("knn", str(out), data, tmp_path / "scores", knn, Silent())
+    assert 0 <= result["top1"] <= 1
+    # On pixels no loss falls on the class token, nor where visible tokens have none.
+    assert result["feature"] == ("mean" if name in ("maskdistill", "mae-pixels") else "class")
+
+
+def test_milans_preset():
+    settings = load(PretrainSettings, "pretrain", "milan")
+    assert (settings.method, settings.mask.strategy, settings.masked_patches) == ("milan", "attention", 147)
+    assert settings.loss.reduction == "one_mean"
+
+
+def test_pixels_are_learnt_from_views_alone(target_root, pretrain_settings, tmp_path):
+    """Without one byte of latents, and on a grid that is not the teacher's."""
+    pixels = pretrain_settings(method="mae", **PIXELS, model={"patch_size": 4})
+    shutil.copytree(target_root, tmp_path / "set")
+    for path in (tmp_path / "set" / "latents").glob("*/*.zarr/symbols/c/*/*/*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    pretrain(tmp_path / "set", tmp_path / "one", pixels, Silent())
+    pretrain(target_root, tmp_path / "two", pixels, Silent())
+    one, two = ((tmp_path / name / "encoder.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_pixel_targets_are_patches_of_mean_0_and_variance_1_in_the_order_of_patches():
+    pixels = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = PixelTargets(3)(SimpleNamespace(pixels=pixels))["decoded"]
+    assert found.shape == (2, 9, 48)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    patch = ((pixels[1, :, 4:8, 8:12] / 255 - mean) / std).reshape(-1)
+    wanted = (patch - patch.mean()) / (patch.var(correction=0) + 1e-6).sqrt()
+    torch.testing.assert_close(found[1, 1 * 3 + 2], wanted)
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"targets": "online", "loss": {"target": "pixels"}}, "without a teacher"),
+        ({"targets": "online", "views": "fresh", "mask": {"strategy": "attention"}}, "without attention"),
+    ],
+)
+def test_settings_that_contradict_each_other(over, message, pretrain_settings):
+    with pytest.raises(SettingsError, match=message):
+        pretrain_settings(**over)
+
+
+def test_masks_need_a_teacher_with_attention(target_root, pretrain_settings, tmp_path):
+    settings = pretrain_settings(mask={"strategy": "attention"})
+    targets = TargetSet(target_root)
+    targets.layout = replace(targets.layout, attention=False)
+    with pytest.raises(SettingsError, match="has none"):
+        check_fit(targets, settings, 1)
 
 
 def test_presets_of_rivals():
@@ -64,9 +133,11 @@ def test_presets_of_rivals():
         ("mvp", "mvp", "cosine"),
         ("maskdistill", "mvp", "smooth_l1"),
         ("mae", "mae", "cosine"),
+        ("mae-pixels", "mae", "mse"),
         ("fd", "fd", "smooth_l1"),
     ):
         settings = load(PretrainSettings, "pretrain", name)
         assert (settings.method, settings.loss.kind) == (method, kind)
         assert (settings.loss.target == "layer_norm") is (kind == "smooth_l1")
         assert (settings.loss.visible == 0) is (name != "fd")
+        assert (settings.loss.target == "pixels") is (name == "mae-pixels")

@@ -1,0 +1,144 @@
+"""Plots of comparisons with matplotlib: pure functions of numbers, each to one picture as inline SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cae2pipe.reporting.html import Html, image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
+"""Okabe and Ito's, and one more: told apart by all eyes. Further lines take them again, dashed."""
+STYLES = ("-", "--", ":", "-.")
+INK = "#3c3f44"
+
+
+FEW = 12
+"""Points up to which each of a curve's has a marker."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """One curve: x and y values, and how far up and down each y may be off (empty: nothing is drawn). ``pale``: it only
+    stands behind another."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    errors: Sequence[float] = ()
+    pale: bool = False
+
+
+def curves(
+    lines: Mapping[str, Points], *, x_label: str, y_label: str, levels: Mapping[str, float] | None = None
+) -> Html:
+    """Curves over one axis, with markers where they have few points, and dashed horizontal ``levels``."""
+    figure, axes = _figure(6.6, 3.6)
+    for place, (name, points) in enumerate(lines.items()):
+        few = len(points.xs) <= FEW
+        axes.errorbar(
+            points.xs,
+            points.ys,
+            yerr=list(points.errors) or None,
+            label=wrapped(name),
+            color=COLOURS[place % len(COLOURS)],
+            linestyle=STYLES[place // len(COLOURS) % len(STYLES)],
+            linewidth=0.8 if points.pale else 1.6,
+            alpha=0.4 if points.pale else 1,
+            marker="o" if few else "",
+            markersize=4.5,
+            capsize=3,
+        )
+    for place, (name, value) in enumerate((levels or {}).items(), len(lines)):
+        axes.axhline(value, label=wrapped(name), color=COLOURS[place % len(COLOURS)], linestyle="--", linewidth=1.3)
+    positions = sorted({x for points in lines.values() for x in points.xs})
+    if positions and positions[0] > 0 and positions[-1] / positions[0] >= 8 and len(positions) <= FEW:
+        axes.set_xscale("log")
+    if positions and len(positions) <= 8:
+        axes.set_xticks(positions, [f"{x:g}" for x in positions])
+        axes.minorticks_off()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if len(lines) + len(levels or {}) > 1:
+        _legend(figure, axes)
+    return svg(figure, f"{y_label} over {x_label}: {', '.join(lines)}")
+
+
+def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
+    """A line for each name, from top to bottom: every value a dot, their mean a bar across."""
+    names = list(rows)
+    lines = sum(wrapped(name).count("\n") + 1 for name in names)
+    figure, axes = _figure(6.6, 0.9 + 0.16 * len(names) + 0.18 * lines)
+    for place, name in enumerate(names):
+        values = list(rows[name])
+        if not values:
+            continue
+        axes.plot(values, [place] * len(values), "o", color=COLOURS[0], markersize=5, alpha=0.55, markeredgewidth=0)
+        mean = sum(values) / len(values)
+        axes.plot([mean, mean], [place - 0.28, place + 0.28], color=COLOURS[1], linewidth=2.2)
+    axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(x_label)
+    axes.grid(axis="y", visible=False)
+    return svg(figure, f"{x_label} of {', '.join(names)}")
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -> Html:
+    """Horizontal bars: (name, value, text beside the bar). The ``strong`` one is coloured, the others pale."""
+    figure, axes = _figure(6.6, 0.9 + 0.36 * len(rows))
+    colours = [COLOURS[0] if place == strong else "#c9c6bf" for place in range(len(rows))]
+    drawn = axes.barh(range(len(rows)), [value for _, value, _ in rows], color=colours, height=0.62)
+    axes.bar_label(drawn, [text for _, _, text in rows], padding=5, fontsize=9, color=INK)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel(x_label)
+    axes.grid(axis="y", visible=False)
+    return svg(figure, f"{x_label}: {', '.join(f'{name} {text}' for name, _, text in rows)}")
+
+
+def wrapped(name: str, width: int = 26, most: int = 4) -> str:
+    """A name in lines that leave room for the axes."""
+    return textwrap.fill(name, width, max_lines=most, placeholder=" …")
+
+
+def svg(figure: Figure, alt: str) -> Html:
+    """A figure as a picture inside the page. Equal figures give equal bytes: it holds no date and no random name."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "cae2pipe"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return image("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), alt)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    # Not pyplot, which keeps every figure and picks a backend for the screen.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#b9b6b0")
+    axes.grid(visible=True, color="#e8e6e1", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(INK)
+        label.set_fontsize(9.5)
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Beside the axes: it hides nothing, whatever the curves do."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)

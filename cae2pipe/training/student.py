@@ -1,0 +1,110 @@
+"""A trained student looked at again, all of it, and what it makes of stored views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cae2pipe.artifacts.box import open_box
+from cae2pipe.config.base import build
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import DamageError
+from cae2pipe.methods.method import Method
+from cae2pipe.methods.registry import build_method
+from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
+from cae2pipe.models.masks import draw_mask, split_indices
+from cae2pipe.progress import Report
+from cae2pipe.targets.target_set import Target, TargetSet
+from cae2pipe.training.aim import aim_of
+from cae2pipe.training.checkpoint import load_checkpoint
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One stored view: its pixels, what was hidden, the teacher's unit latents and the student's.
+
+    view (S, S, 3) uint8; mask bool (rows, cols), True is masked; teacher and student (P, D), the student's zero where
+    it predicts nothing; cosine: the mean centred cosine over the masked patches.
+    """
+
+    key: str
+    view: np.ndarray
+    mask: np.ndarray
+    teacher: np.ndarray
+    student: np.ndarray
+    cosine: float
+
+
+def run_settings(run: Path) -> PretrainSettings:
+    """The settings that a run was made with."""
+    return build(PretrainSettings, open_box(run, "run").identity["settings"], where=run)
+
+
+def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method, PretrainSettings]:
+    """The student of a run's newest checkpoint, regressor and head included, in eval mode on the CPU.
+
+    Raises:
+        DamageError: the run has no readable checkpoint.
+    """
+    settings = run_settings(run)
+    model = build_method(settings.method, settings.model, aim_of(settings, targets).dim)
+    state = load_checkpoint(run / "checkpoints", report)
+    if state is None:
+        raise DamageError("the run has no readable checkpoint", where=run, fix="delete the run and train it again")
+    model.load_state_dict(state["model"])
+    return model.eval(), settings
+
+
+def mask_of(settings: PretrainSettings, view: Target, epoch: int = 0) -> np.ndarray:
+    """The mask, bool (rows, cols), that a run gives a stored view in an epoch."""
+    grid, key = settings.model.grid, ("mask", settings.seed, epoch, view.key)
+    attention = None if view.attention is None else np.asarray(view.attention)
+    return draw_mask(settings.mask.strategy, grid, grid, settings.masked_patches, *key, attention=attention)
+
+
+@torch.no_grad()
+def forecasts(
+    model: Method, settings: PretrainSettings, targets: TargetSet, views: Sequence[Target], device: torch.device
+) -> list[Forecast]:
+    """What a student that learns latents predicts of some stored views, under the masks of its first epoch."""
+    model = model.to(device)
+    masks = [mask_of(settings, view) for view in views]
+    visible, masked = (torch.from_numpy(np.stack(part)) for part in zip(*map(split_indices, masks), strict=True))
+    visible, masked = visible.to(device), masked.to(device)
+    prediction = model(as_pixels(views, device), visible, masked)
+    tokens = torch.from_numpy(np.stack([view.tokens for view in views])).to(device)
+    target = F.normalize(tokens, dim=-1)[:, targets.teacher.class_token :]
+    student = torch.zeros_like(target)
+    for indices, found in ((visible, prediction.visible), (masked, prediction.masked)):
+        if found is not None:
+            student.scatter_(1, indices.unsqueeze(-1).expand_as(found), F.normalize(found.float(), dim=-1))
+    centre = targets.mean.to(device)
+    cosines = F.cosine_similarity(student - centre, target - centre, dim=-1).gather(1, masked).mean(dim=1)
+    teacher, student = target.cpu(), student.cpu()
+    return [
+        Forecast(view.key, view.pixels, mask, teacher[place].numpy(), student[place].numpy(), float(cosines[place]))
+        for place, (view, mask) in enumerate(zip(views, masks, strict=True))
+    ]
+
+
+@torch.no_grad()
+def image_features(model: Method, views: Sequence[Target], device: torch.device, batch: int = 64) -> Tensor:
+    """The encoder's mean patch of each whole view, of unit length, (N, W) on the CPU."""
+    encoder = model.to(device).encoder
+    parts = [
+        encoder(as_pixels(views[low : low + batch], device))[:, 1:].mean(dim=1) for low in range(0, len(views), batch)
+    ]
+    return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
+
+
+def as_pixels(views: Sequence[Target], device: torch.device) -> Tensor:
+    """Views as students take them, (B, 3, S, S), normalised."""
+    pixels = torch.from_numpy(np.stack([view.pixels for view in views])).permute(0, 3, 1, 2).to(device)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    return (pixels.float() / 255 - mean) / std

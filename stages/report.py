@@ -1,0 +1,128 @@
+"""The report of some runs: read what they left behind, look at their students again, write one page.
+
+Nothing is trained here. Pictures are made from stored views, with the students' newest checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cae2pipe.artifacts.atomic import write_bytes
+from cae2pipe.artifacts.box import open_box
+from cae2pipe.errors import Cae2pipeError, SettingsError
+from cae2pipe.progress import Report
+from cae2pipe.reporting.comparison import Comparison, comparison_markdown, gather_runs, read_scores
+from cae2pipe.reporting.comparison_page import comparison_html
+from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_views
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.target_set import Target, TargetSet
+from cae2pipe.training.device import pick_device
+from cae2pipe.training.student import forecasts, image_features, load_student, mask_of
+
+MARKDOWN, HTML = "report.md", "report.html"
+
+SHOWN = 4
+"""Stored views whose masks and latents are shown."""
+QUERIES, NEAREST = 3, 6
+"""Views whose neighbours are shown, and how many of them."""
+BLOCKS = 8
+"""Blocks of 64 views that neighbours are looked for in."""
+
+
+def report_runs(
+    runs: Sequence[Path],
+    scores: Sequence[Path],
+    targets: Path | None,
+    out: Path,
+    report: Report,
+    device: str = "auto",
+) -> Comparison:
+    """Write ``report.html`` and ``report.md`` of some runs into ``out``.
+
+    Args:
+        scores: folders that hold evaluations of them, at any depth. targets: the target set that pictures are made
+            from; None: no pictures.
+
+    Raises:
+        ManifestError: a folder is no run, or ``targets`` no target set. SettingsError: a run is named twice.
+    """
+    resolved = [run.resolve() for run in runs]
+    if len(set(resolved)) < len(resolved):
+        raise SettingsError("a run is named twice", where=", ".join(map(str, runs)), fix="name each once")
+    found = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
+    write_report(found, targets, out, report, device)
+    return found
+
+
+def write_report(found: Comparison, targets: Path | None, out: Path, report: Report, device: str = "auto") -> None:
+    """Write the report of a comparison."""
+    gallery = Gallery() if targets is None else make_gallery(found, TargetSet(targets), report, pick_device(device))
+    write_bytes(out / MARKDOWN, comparison_markdown(found).encode())
+    write_bytes(out / HTML, comparison_html(found, gallery).encode())
+    report.log(f"wrote {out / HTML}: {found.done} of {found.wanted} scores")
+
+
+def make_gallery(found: Comparison, targets: TargetSet, report: Report, device: torch.device) -> Gallery:
+    """Pictures of the first seed of every variant. What none can be made of is named, with the reason."""
+    views = sample_views(targets)
+    shown, queries = views[:SHOWN], [len(views) * place // QUERIES for place in range(QUERIES)]
+    teacher = F.normalize(patches(targets, views).mean(dim=1), dim=-1)
+    gallery = Gallery(views=[view.pixels for view in views], queries=queries)
+    gallery.neighbours.append(NeighbourRow("teacher", nearest_views(teacher, queries, NEAREST)))
+    for row in found.rows:
+        if row.runs:
+            report.log(f"pictures of {row.name}")
+            try:
+                add_pictures(gallery, row.name, row.runs[0], targets, views, shown, report, device)
+            except Cae2pipeError as error:
+                gallery.left_out.append(f"{row.name} ({error.what})")
+    return gallery
+
+
+def add_pictures(
+    gallery: Gallery,
+    name: str,
+    run: Path,
+    targets: TargetSet,
+    views: Sequence[Target],
+    shown: Sequence[Target],
+    report: Report,
+    device: torch.device,
+) -> None:
+    """A run's masks, what its student predicts, and what its encoder finds alike."""
+    if open_box(run, "run").facts["teacher"] != targets.box.facts["teacher"]:
+        raise SettingsError(f"it learnt from another teacher than {targets.teacher.name}")
+    model, settings = load_student(run, targets, report)
+    if settings.model.image_size != targets.view_size:
+        raise SettingsError(f"it takes {settings.model.image_size} pixels, and the views have {targets.view_size}")
+    patches_hidden = f"{settings.masked_patches} of {settings.model.grid**2} hidden"
+    masks = MaskRow(
+        f"{settings.mask.strategy}, {patches_hidden}",
+        [view.pixels for view in shown],
+        [mask_of(settings, view) for view in shown],
+    )
+    if settings.method != "fd" and masks.name not in [row.name for row in gallery.masks]:
+        gallery.masks.append(masks)
+    if settings.loss.target != "pixels":
+        gallery.forecasts[name] = forecasts(model, settings, targets, shown, device)
+    gallery.neighbours.append(
+        NeighbourRow(name, nearest_views(image_features(model, views, device), gallery.queries, NEAREST))
+    )
+
+
+def sample_views(targets: TargetSet) -> list[Target]:
+    """First views of some hundred images, taken block by block from all over the set."""
+    blocks = -(-targets.images // BLOCK)
+    chosen = sorted({place * blocks // BLOCKS for place in range(BLOCKS)})
+    return [targets[i] for block in chosen for i in range(block * BLOCK, min(targets.images, (block + 1) * BLOCK))]
+
+
+def patches(targets: TargetSet, views: Sequence[Target]) -> Tensor:
+    """The teacher's patch latents of some views, (N, P, D)."""
+    return torch.from_numpy(np.stack([view.tokens for view in views]))[:, targets.teacher.class_token :]

@@ -1,0 +1,102 @@
+"""``cae2pipe report``: some runs, their scores found by what encoder they are of, pictures from stored views."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cae2pipe.cli import app
+from cae2pipe.config.base import load
+from cae2pipe.config.evaluate import KnnSettings
+from cae2pipe.errors import ManifestError, SettingsError
+from cae2pipe.progress import Silent
+from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.report import report_runs
+from tests.conftest import contents
+
+PIXELS = {"loss": {"target": "pixels", "kind": "mse", "visible": 0.0}, "mask": {"strategy": "random"}}
+
+
+@pytest.fixture(scope="module")
+def made(target_root, pretrain_settings, photos, tmp_path_factory) -> Path:
+    """Two seeds of one run, a masked autoencoder and an unfinished run; the first and the third are scored."""
+    root = tmp_path_factory.mktemp("report")
+    for part in ("train", "val"):
+        (root / "data").mkdir(exist_ok=True)
+        (root / "data" / part).symlink_to(photos)
+    settings = {
+        "seed0": pretrain_settings(epochs=1, optimizer={"warmup_epochs": 0}),
+        "seed1": pretrain_settings(epochs=1, seed=1, optimizer={"warmup_epochs": 0}),
+        "mae": pretrain_settings(epochs=1, method="mae", optimizer={"warmup_epochs": 0}, **PIXELS),
+        "half": pretrain_settings(epochs=1, data={"window": 1}, optimizer={"warmup_epochs": 0}, stop_after=2),
+    }
+    for name, own in settings.items():
+        pretrain(target_root, root / "runs" / name, own, Silent())
+    knn = load(KnnSettings, "evaluate", "knn", ["speed.workers=0", "speed.device=cpu", "k=5"])
+    for name in ("seed0", "mae"):
+        evaluate("knn", str(root / "runs" / name), root / "data", root / "scores" / "deep" / name, knn, Silent())
+    return root
+
+
+def runs(made: Path) -> list[Path]:
+    return [made / "runs" / name for name in ("seed0", "seed1", "mae", "half")]
+
+
+def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_path):
+    found = report_runs(runs(made), [made / "scores"], target_root, tmp_path / "out", Silent(), "cpu")
+    assert [row.name for row in found.rows] == [
+        "seed0",
+        "loss.kind=mse, loss.target=pixels, loss.visible=0.0, mask.strategy=random, method=mae",
+        "data.window=1",
+    ]
+    assert [len(row.runs) for row in found.rows] == [2, 1, 0]
+    assert [len(row.scores.get("knn", [])) for row in found.rows] == [1, 1, 0]
+    assert [row.latents is None for row in found.rows] == [False, True, False]
+    assert found.rows[0].hours[0] > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "http" not in page
+    # Of pixels there are no latents to show; its masks and neighbours are there.
+    assert page.count("Latents of seed0 as colours") == 4
+    assert "Latents of loss.kind" not in page
+    assert "random, 6 of 16 hidden" in page
+    assert "block, 6 of 16 hidden" in page
+    before = contents(tmp_path / "out")
+    report_runs(runs(made), [made / "scores"], target_root, tmp_path / "out", Silent(), "cpu")
+    assert contents(tmp_path / "out") == before
+
+
+def test_without_targets_and_scores_there_are_losses(made, tmp_path):
+    found = report_runs(runs(made)[:2], [], None, tmp_path / "out", Silent())
+    assert found.kinds == []
+    assert "Nearest neighbours" not in (tmp_path / "out" / "report.html").read_text()
+    assert "| seed0 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
+    shutil.copytree(made / "runs" / "seed0", tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare" / "checkpoints")
+    report_runs([tmp_path / "bare"], [], target_root, tmp_path / "out", Silent(), "cpu")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No pictures of: bare (the run has no readable checkpoint)" in page
+
+
+def test_what_is_no_run_is_refused(made, target_root, tmp_path):
+    with pytest.raises(ManifestError, match="'run' is needed"):
+        report_runs([target_root], [], None, tmp_path / "out", Silent())
+    with pytest.raises(SettingsError, match="twice"):
+        report_runs([made / "runs" / "seed0", made / "runs" / ".." / "runs" / "seed0"], [], None, tmp_path, Silent())
+
+
+def test_the_command(made, target_root, tmp_path):
+    arguments = ["report", *map(str, runs(made)[:2]), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    arguments += ["--scores", str(made / "scores"), "--targets", str(target_root)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "seed0" in done.stdout
+    assert (tmp_path / "out" / "report.html").is_file()
+    missing = CliRunner().invoke(app, ["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
+    assert missing.exit_code == 2
