@@ -13,24 +13,29 @@ OUT/reports/table2/report.html    what came out of one grid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cae2pipe.artifacts.box import MANIFEST, open_box
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
-from cae2pipe.artifacts.parts import Part
+from cae2pipe.artifacts.parts import Part, torchrun_rank
 from cae2pipe.config.base import identity, load, merge
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.progress import Report
+from cae2pipe.progress import Report, Silent
 from cae2pipe.reporting.comparison import Comparison, gather_grid
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report import write_report
+from cae2pipe.training.device import pick_device
+from cae2pipe.training.parallel import joined
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,10 @@ def compare(
     small: bool = False,
     part: Part | None = None,
     speed: dict[str, Any] | None = None,
-) -> Comparison:
+) -> Comparison | None:
     """Train and score every run of a grid, or a part of them, and write the report of what is there.
+
+    Under torchrun its processes share every run; all but the leading one get None.
 
     Args:
         name: the grid's, which its report's folder bears. targets: the target set. data: labelled images, as
@@ -89,11 +96,28 @@ def compare(
     Raises:
         As ``recode``, ``pretrain`` and ``evaluate``.
     """
-    speed = speed or {}
-    planned = run_part(grid, targets, data, out, report, small=small, part=part, speed=speed)
+    speed, rank = speed or {}, torchrun_rank()
+    device = pick_device(speed.get("device", "auto"), rank.local)
+    # The leading process makes pages while the others wait.
+    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world:
+        told = report if world.leads else Silent()
+        planned = run_part(grid, targets, data, out, told, small=small, part=part, speed=speed)
+        return write_grid(grid, name, planned, targets, out, report, device) if world.leads else None
+
+
+def write_grid(
+    grid: GridSettings,
+    name: str,
+    planned: list[Planned],
+    targets: Path,
+    out: Path,
+    report: Report,
+    device: torch.device,
+) -> Comparison:
+    """The report of what is there of a grid."""
     sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
     found = gather_grid(grid, [(run.variant, run.name) for run in planned], out, sets)
-    write_report(found, targets, out / "reports" / name, report, speed.get("device", "auto"))
+    write_report(found, targets, out / "reports" / name, report, device)
     return found
 
 

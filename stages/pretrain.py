@@ -52,7 +52,7 @@ from cae2pipe.training.memory import explain_out_of_memory
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled
-from cae2pipe.training.parallel import BLOCKS, World, joined, spread
+from cae2pipe.training.parallel import World, blocks_of, joined, spread
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.signals import deferred_stop, until_stopped
 from cae2pipe.training.step import Latents, Outcome, Step, cached
@@ -141,8 +141,7 @@ def compile_objective(objective: Objective, world: World, backend: Any = "induct
     """Compile in place: all in one graph; where weights are sharded, block by block, as each is gathered by itself."""
     # Placed within the graph, its constants would make the second step compile again.
     objective.codec.place(world.device)
-    blocks = [block for block in objective.modules() if isinstance(block, BLOCKS)]
-    for module in blocks if world.parallel == "fsdp" else [objective]:
+    for module in blocks_of(objective) if world.parallel == "fsdp" else [objective]:
         module.compile(backend=backend, dynamic=False)
 
 

@@ -56,13 +56,13 @@ def report_runs(
     if len(set(resolved)) < len(resolved):
         raise SettingsError("a run is named twice", where=", ".join(map(str, runs)), fix="name each once")
     found = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
-    write_report(found, targets, out, report, device)
+    write_report(found, targets, out, report, pick_device(device))
     return found
 
 
-def write_report(found: Comparison, targets: Path | None, out: Path, report: Report, device: str = "auto") -> None:
+def write_report(found: Comparison, targets: Path | None, out: Path, report: Report, device: torch.device) -> None:
     """Write the report of a comparison."""
-    gallery = Gallery() if targets is None else make_gallery(found, TargetSet(targets), report, pick_device(device))
+    gallery = Gallery() if targets is None else make_gallery(found, TargetSet(targets), report, device)
     write_bytes(out / MARKDOWN, comparison_markdown(found).encode())
     write_bytes(out / HTML, comparison_html(found, gallery).encode())
     report.log(f"wrote {out / HTML}: {found.done} of {found.wanted} scores")

@@ -66,8 +66,11 @@ def _run(work: Work, part: Part, device: str | None) -> None:
     # whole process group: with the signal passed on it would be the second one, which does not wait for a checkpoint.
     os.setsid()
     prepare_worker()
+    code = 0
     try:
         with exits():
             work(part, device)
     except typer.Exit as error:
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    # Not from within: the error's traceback holds the loader, whose workers end in good order only when it goes.
+    sys.exit(code)

@@ -156,8 +156,10 @@ def compare(
         name = Path(grid).stem
         speed = section("speed", workers=workers, device=device).get("speed", {})
         if jobs > 1:
-            if part:
-                raise typer.BadParameter("--jobs shares out all runs itself: leave --part away")
+            from cae2pipe.artifacts.parts import torchrun_rank
+
+            if part or torchrun_rank().ranks > 1:
+                raise typer.BadParameter("--jobs shares out all runs itself: leave --part and torchrun away")
             run_jobs(partial(_compare_part, settings, name, targets, data, out, small, speed), jobs, device)
         with progress("compare") as report:
             # After jobs there is nothing left to train: this writes the report of all of them.
@@ -172,7 +174,8 @@ def compare(
                 part=parse_part(part) if part else None,
                 speed=speed,
             )
-        print_comparison(found, out / "reports" / name)
+        if found:
+            print_comparison(found, out / "reports" / name)
 
 
 def _compare_part(

@@ -12,46 +12,28 @@ from cae2pipe.models.layers import (
     CrossAttention,
     LayerScale,
     Mlp,
-    drop_factors,
+    Stack,
     drop_path,
-    drop_rates,
     initialise,
-    run_block,
     truncated_normal,
 )
 from cae2pipe.models.positions import sincos_positions
 
 
-class MaskedDecoder(nn.Module):
+class MaskedDecoder(Stack):
     """Pre-norm blocks and a final norm over latents of masked patches (CAE)."""
 
     def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
         super().__init__()
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
-        self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
-        self.drop_rates: Tensor
-        self.register_buffer("drop_rates", drop_rates(drop, depth), persistent=False)
+        self.stack((Block(width, heads, layer_scale) for _ in range(depth)), drop)
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.checkpointing = False
         self.apply(initialise)
-
-    @property
-    def drop_columns(self) -> int:
-        """Columns of drop path uniforms that ``forward`` takes."""
-        return 2 * len(self.blocks)
 
     def forward(self, latents: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
         """Decoded latents (B, M, W) of latents (B, M, W) of the patches ``masked`` (B, M)."""
-        return self.attend(latents + self.pos_embed[masked], drop)
-
-    def attend(self, x: Tensor, drop: Tensor | None) -> Tensor:
-        """All blocks and the final norm. ``drop``: (B, drop_columns) uniforms; None: no drop path."""
-        factors = None if drop is None else drop_factors(drop, self.drop_rates)
-        for number, block in enumerate(self.blocks):
-            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
-            x = run_block(block, self.checkpointing and self.training, x, own)
-        return self.norm(x)
+        return self.norm(self.run(latents + self.pos_embed[masked], drop))
 
 
 class Decoder(MaskedDecoder):
@@ -78,7 +60,7 @@ class Decoder(MaskedDecoder):
         seen = tokens[:, 1:] + self.pos_embed[visible]
         hidden = self.mask_token.to(tokens.dtype) + self.pos_embed[masked]
         x = torch.cat([tokens[:, :1].to(seen.dtype), seen, hidden.to(seen.dtype)], dim=1)
-        return self.attend(x, drop)
+        return self.norm(self.run(x, drop))
 
 
 class PromptingBlock(nn.Module):
@@ -101,7 +83,7 @@ class PromptingBlock(nn.Module):
         return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second)
 
 
-class PromptingDecoder(nn.Module):
+class PromptingDecoder(Stack):
     """Mask tokens are updated block by block; class token and visible latents prompt them, and are never updated
     (MILAN)."""
 
@@ -110,26 +92,14 @@ class PromptingDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
-        self.blocks = nn.ModuleList(PromptingBlock(width, heads, layer_scale) for _ in range(depth))
-        self.drop_rates: Tensor
-        self.register_buffer("drop_rates", drop_rates(drop, depth), persistent=False)
+        self.stack((PromptingBlock(width, heads, layer_scale) for _ in range(depth)), drop)
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.checkpointing = False
         self.apply(initialise)
         truncated_normal(self.mask_token)
-
-    @property
-    def drop_columns(self) -> int:
-        """Columns of drop path uniforms that ``forward`` takes."""
-        return 2 * len(self.blocks)
 
     def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
         """Latents of all tokens, (B, 1 + V + M, W): class token, visible, masked. Arguments as ``Decoder`` has them."""
         seen = tokens[:, 1:] + self.pos_embed[visible]
         prompts = torch.cat([tokens[:, :1].to(seen.dtype), seen], dim=1)
         x = (self.mask_token.to(tokens.dtype) + self.pos_embed[masked]).to(seen.dtype)
-        factors = None if drop is None else drop_factors(drop, self.drop_rates)
-        for number, block in enumerate(self.blocks):
-            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
-            x = run_block(block, self.checkpointing and self.training, x, prompts, own)
-        return self.norm(torch.cat([prompts, x], dim=1))
+        return self.norm(torch.cat([prompts, self.run(x, drop, prompts)], dim=1))

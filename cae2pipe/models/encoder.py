@@ -11,11 +11,9 @@ from cae2pipe.models.layers import (
     LayerScale,
     Mlp,
     SelfAttention,
-    drop_factors,
+    Stack,
     drop_path,
-    drop_rates,
     initialise,
-    run_block,
     truncated_normal,
 )
 from cae2pipe.models.positions import sincos_positions
@@ -52,7 +50,7 @@ class Block(nn.Module):
         return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second)
 
 
-class Encoder(nn.Module):
+class Encoder(Stack):
     """A ViT with fixed sin-cos positions and a class token, whose own position is zero.
 
     Args:
@@ -60,8 +58,6 @@ class Encoder(nn.Module):
         image_size, patch_size: in pixels.
         layer_scale: initial LayerScale.
         drop: largest drop path rate.
-
-    ``checkpointing``: in training, activations inside blocks are computed again in the backward pass, not kept.
     """
 
     def __init__(
@@ -84,20 +80,12 @@ class Encoder(nn.Module):
         positions = torch.cat([torch.zeros(1, width), sincos_positions(grid, grid, width)])
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions.unsqueeze(0))
-        self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
-        self.drop_rates: Tensor
-        self.register_buffer("drop_rates", drop_rates(drop, depth), persistent=False)
-        self.checkpointing = False
+        self.stack((Block(width, heads, layer_scale) for _ in range(depth)), drop)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.apply(initialise)
         truncated_normal(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]
         truncated_normal(self.cls_token)
-
-    @property
-    def drop_columns(self) -> int:
-        """Columns of drop path uniforms that ``forward`` takes."""
-        return 2 * len(self.blocks)
 
     def forward(self, pixels: Tensor, visible: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
         """Tokens after the final norm.
@@ -123,8 +111,4 @@ class Encoder(nn.Module):
         """All blocks and the final norm over patches (B, L, W) with their positions, and a class token before them,
         (B, 1 + L, W). ``drop`` as in ``forward``."""
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        factors = None if drop is None else drop_factors(drop, self.drop_rates)
-        for number, block in enumerate(self.blocks):
-            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
-            x = run_block(block, self.checkpointing and self.training, x, own)
-        return self.norm(x)
+        return self.norm(self.run(x, drop))

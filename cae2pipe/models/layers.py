@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +46,37 @@ def run_block(block: nn.Module, again: bool, *inputs: Tensor | None) -> Tensor:
         return block(*inputs)
     # Nothing in a block draws random numbers.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class Stack(nn.Module):
+    """A module with blocks that run one after the other, each with two residual branches, whose drop path rates rise
+    linearly.
+
+    ``checkpointing``: in training, activations inside blocks are computed again in the backward pass, not kept.
+    """
+
+    blocks: nn.ModuleList
+    drop_rates: Tensor
+    checkpointing = False
+
+    def stack(self, blocks: Iterable[nn.Module], drop: float) -> None:
+        """Take the blocks on; ``drop`` is the last one's rate."""
+        self.blocks = nn.ModuleList(blocks)
+        self.register_buffer("drop_rates", drop_rates(drop, len(self.blocks)), persistent=False)
+
+    @property
+    def drop_columns(self) -> int:
+        """Columns of drop path uniforms that ``forward`` takes."""
+        return 2 * len(self.blocks)
+
+    def run(self, x: Tensor, drop: Tensor | None, *context: Tensor) -> Tensor:
+        """All blocks over a stream (B, L, W). ``drop``: (B, drop_columns) uniforms, None: no drop path; ``context``:
+        what every block is given besides."""
+        factors = None if drop is None else drop_factors(drop, self.drop_rates)
+        for number, block in enumerate(self.blocks):
+            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
+            x = run_block(block, self.checkpointing and self.training, x, *context, own)
+        return x
 
 
 def initialise(module: nn.Module) -> None:

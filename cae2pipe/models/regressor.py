@@ -10,11 +10,9 @@ from cae2pipe.models.layers import (
     CrossAttention,
     LayerScale,
     Mlp,
-    drop_factors,
+    Stack,
     drop_path,
-    drop_rates,
     initialise,
-    run_block,
     truncated_normal,
 )
 from cae2pipe.models.positions import sincos_positions
@@ -48,7 +46,7 @@ class RegressorBlock(nn.Module):
         return x + drop_path(self.ls2(self.mlp(x)), second)
 
 
-class Regressor(nn.Module):
+class Regressor(Stack):
     """Blocks of cross-attention whose keys and values are the visible latents, never updated, and the mask tokens.
 
     The released code adds a final norm that it never uses; it is left out here.
@@ -59,17 +57,9 @@ class Regressor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
-        self.blocks = nn.ModuleList(RegressorBlock(width, heads, layer_scale) for _ in range(depth))
-        self.drop_rates: Tensor
-        self.register_buffer("drop_rates", drop_rates(drop, depth), persistent=False)
-        self.checkpointing = False
+        self.stack((RegressorBlock(width, heads, layer_scale) for _ in range(depth)), drop)
         self.apply(initialise)
         truncated_normal(self.mask_token)
-
-    @property
-    def drop_columns(self) -> int:
-        """Columns of drop path uniforms that ``forward`` takes."""
-        return 2 * len(self.blocks)
 
     def forward(self, context: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
         """Latents of the masked patches.
@@ -84,9 +74,4 @@ class Regressor(nn.Module):
         """
         x = self.mask_token.expand(len(context), masked.shape[1], -1)
         x_positions, context_positions = self.pos_embed[masked], self.pos_embed[visible]
-        factors = None if drop is None else drop_factors(drop, self.drop_rates)
-        for number, block in enumerate(self.blocks):
-            own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
-            again = self.checkpointing and self.training
-            x = run_block(block, again, x, context, x_positions, context_positions, own)
-        return x
+        return self.run(x, drop, context, x_positions, context_positions)

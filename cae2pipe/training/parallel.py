@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from cae2pipe.artifacts.parts import Rank
 from cae2pipe.errors import Cae2pipeError, SettingsError
-from cae2pipe.models.encoder import Block
-from cae2pipe.models.regressor import RegressorBlock
+from cae2pipe.models.layers import Stack
 
 T = TypeVar("T")
-
-BLOCKS = (Block, RegressorBlock)
-"""What is sharded, gathered and compiled by itself."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,8 @@ class World:
 def joined(
     rank: Rank, device: torch.device, parallel: str, streams: int, patience: timedelta | None = None
 ) -> Iterator[World]:
-    """The world of a training run; its processes meet here, and part at the end.
+    """The world of a training run; its processes meet here, and part at the end. Within another world, as where several
+    trainings follow each other, they stay together: a second meeting of the same processes would not come about.
 
     Args:
         streams: what is to be shared out evenly.
@@ -114,14 +111,21 @@ def joined(
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    world = World(rank.rank, rank.ranks, device, parallel)
+    world, inner = World(rank.rank, rank.ranks, device, parallel), dist.is_initialized()
+    if not inner:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield world
         # One that left while others still work could bring them down.
         world.meet()
     finally:
-        dist.destroy_process_group()
+        if not inner:
+            dist.destroy_process_group()
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """All blocks of all stacks in a module: what is sharded, gathered and compiled by itself."""
+    return [block for part in module.modules() if isinstance(part, Stack) for block in part.blocks]
 
 
 def spread(objective: nn.Module, world: World, bf16: bool) -> nn.Module:
@@ -155,9 +159,8 @@ def _sharded(objective: nn.Module, world: World, bf16: bool) -> nn.Module:
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if bf16 else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(world.device.type, (world.ranks,))
-    for module in objective.modules():
-        if isinstance(module, BLOCKS):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    for block in blocks_of(objective):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh)
     return objective
 

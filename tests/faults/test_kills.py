@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from cae2pipe.config.base import build
+from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import FinetuneSettings
 from cae2pipe.config.pretrain import TrainSpeed
 from cae2pipe.keyed import keyed_uniforms
@@ -87,7 +89,21 @@ def jobs(
     export_encoder(Encoder(width=32, depth=2, heads=2, image_size=32, patch_size=8), data / "encoder")
     tuning = {"epochs": 2, "warmup_epochs": 0, "batch": 6, "chunk": 2, "speed": {**EVALUATED, "workers": 0}}
 
+    compared = tmp_path_factory.mktemp("compared")
+    for name, folder in (("fp16", fp16), ("data", data)):
+        (compared / name).symlink_to(folder)
+    student = pretrain_settings(epochs=1, optimizer={"warmup_epochs": 0}).model_dump(mode="json", exclude={"speed"})
+    grid = {
+        "title": "Codecs",
+        "config": "default",
+        "set": student,
+        "seeds": 0,
+        "variants": [{"name": "klt", "codec": {"name": "klt", "fidelity": 0.9, "calibration": 64}}, {"name": "fp16"}],
+        "evaluate": [{"kind": "knn", "set": {"k": 3}}],
+    }
+
     return {
+        "compare": (Job("compare", compared, Path(), build(GridSettings, grid, "test")), lambda out: None),
         "finetune": (Job("finetune", data, Path(), FinetuneSettings(**tuning)), lambda out: None),
         "extract": (Job("extract", photos, Path(), settings), lambda out: None),
         "shard": (Job("shard", photos, Path(), settings), begun),
@@ -103,6 +119,10 @@ def left_by(job: Job) -> dict[str, bytes]:
     found = contents(job.out)
     if job.name == "finetune":
         found.pop("finetune/metrics.jsonl")
+    if job.name == "compare":
+        # Pages tell of hours, and so do the metrics.
+        clocked = ("reports/", "metrics.jsonl", "/checkpoints/")
+        found = {name: data for name, data in found.items() if not any(part in name for part in clocked)}
     if job.name == "pretrain":
         found = {name: data for name, data in found.items() if not name.startswith("checkpoints/")}
         lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
@@ -131,7 +151,7 @@ def undisturbed(victim, jobs, tmp_path_factory) -> Callable[[str], tuple[int, di
 
 @pytest.mark.parametrize("point", range(POINTS))
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["extract", "shard", "recode", "repair", "pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["extract", "shard", "recode", "repair", "pretrain", "finetune", "compare"])
 def test_the_same_command_goes_on_to_the_same_bytes(victim, jobs, undisturbed, tmp_path, name, fault, point) -> None:
     events, expected = undisturbed(name)
     at = 1 + int(keyed_uniforms(1, "fault", name, fault, point)[0] * events)

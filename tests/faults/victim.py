@@ -17,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import FinetuneSettings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
@@ -32,7 +33,7 @@ class Job:
     name: str
     source: Path
     out: Path
-    settings: ExtractSettings | PretrainSettings | FinetuneSettings
+    settings: ExtractSettings | PretrainSettings | FinetuneSettings | GridSettings
 
 
 def do(job: Job) -> None:
@@ -41,6 +42,7 @@ def do(job: Job) -> None:
     from cae2pipe.inspection import verify
     from cae2pipe.progress import Silent
     from cae2pipe.shards.build import build_shard_set
+    from cae2pipe.stages.compare import compare
     from cae2pipe.stages.evaluate import evaluate
     from cae2pipe.stages.extract_targets import extract_targets
     from cae2pipe.stages.pretrain import pretrain
@@ -50,6 +52,9 @@ def do(job: Job) -> None:
     report = Silent()
     if isinstance(job.settings, PretrainSettings):
         pretrain(job.source, job.out, job.settings, report)
+    elif isinstance(job.settings, GridSettings):
+        speed = {"workers": 0, "device": "cpu"}
+        compare(job.settings, "codecs", job.source / "fp16", job.source / "data", job.out, report, speed=speed)
     elif isinstance(job.settings, FinetuneSettings):
         evaluate("finetune", str(job.source / "encoder"), job.source, job.out, job.settings, report)
     elif job.name == "extract":
@@ -97,7 +102,7 @@ def run(job: Job, fault: str, at: int, counted: Path) -> None:
 def watch(event: Callable[[], None]) -> None:
     """Call ``event`` before everything that changes what is on the disk, and before every step of training."""
     from cae2pipe.artifacts import atomic, staging
-    from cae2pipe.evaluation import finetune
+    from cae2pipe.evaluation import features, finetune
     from cae2pipe.shards import build, listing
     from cae2pipe.stages import extract_targets, recode
     from cae2pipe.targets import chunks
@@ -122,3 +127,4 @@ def watch(event: Callable[[], None]) -> None:
     before(Path, "replace")
     before(step.Step, "__call__")
     before(finetune.FinetuneLearner, "step")
+    before(features, "write_part")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,6 +210,28 @@ def test_jobs_give_what_one_process_gives(target_root, data, tmp_path):
     assert len(one) == 4
     refused = CliRunner().invoke(app, [*arguments, str(tmp_path / "two"), "--jobs", "2", "--part", "1/2"])
     assert refused.exit_code == 2
+
+
+def test_processes_of_torchrun_share_every_run(target_root, data, tmp_path):
+    import yaml
+
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({**GRID, "seeds": 0}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "cae2pipe", "compare", path, target_root, data, tmp_path / "two", "--workers", "0"]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    # Told once, by the leading process.
+    assert done.stdout.count("report.html") == 1
+    one = compare(grid(seeds=0), "grid", target_root, data, tmp_path / "one", Silent(), speed=SPEED)
+    assert f"{one.done} of {one.wanted} scores" in done.stderr
+    for run in (tmp_path / "one" / "runs").iterdir():
+        lines = [
+            json.loads((tmp_path / n / "runs" / run.name / "metrics.jsonl").read_text().splitlines()[-1])
+            for n in ("one", "two")
+        ]
+        assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], rel=1e-4)
+        assert [line["devices"] for line in lines] == [1, 2]
 
 
 def test_a_job_that_fails_says_so(target_root, data, tmp_path):
