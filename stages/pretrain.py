@@ -105,7 +105,9 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         restore_training(model, optimizer, state or read_checkpoint(out / "checkpoints", start))
         state = None
         report.log(f"going on from step {start}")
-    latents: Latents = PixelTargets(settings.model.grid) if settings.loss.target == "pixels" else cached
+    latents: Latents = cached
+    if settings.loss.target == "pixels":
+        latents = PixelTargets(settings.model.grid, world.device)
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
         weights = settings.teacher_weights

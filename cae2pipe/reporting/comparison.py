@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,10 +220,12 @@ def order_of(rows: Sequence[Row], kind: str) -> str:
     """Names from the best to the worst; ``≈`` between neighbours that are nearer than a standard error of their
     difference."""
     ranked = sorted(rows, key=lambda row: -(row.mean(kind) or 0.0))
-    text = ranked[0].name
-    for before, after in itertools.pairwise(ranked):
-        text += (" > " if better(before, after, kind) else " ≈ ") + after.name
-    return text
+    return chained(ranked, lambda before, after: " > " if better(before, after, kind) else " ≈ ")
+
+
+def chained(rows: Sequence[Row], sign: Callable[[Row, Row], str]) -> str:
+    """Names of rows with a sign between each and the next."""
+    return rows[0].name + "".join(sign(before, after) + after.name for before, after in itertools.pairwise(rows))
 
 
 def better(first: Row, second: Row, kind: str) -> bool:
@@ -239,22 +241,27 @@ def findings(found: Comparison) -> list[str]:
     lines = []
     for kind in found.kinds:
         rows = [row for row in found.rows if kind in row.paper and row.mean(kind) is not None]
-        if len(rows) < 2:
-            continue
-        pairs = [(a, b) for a in rows for b in rows if a.paper[kind] > b.paper[kind]]
-        against = [(a, b) for a, b in pairs if better(b, a, kind)]
-        unsure = [(a, b) for a, b in pairs if not better(a, b, kind)]
-        paper = " > ".join(row.name for row in sorted(rows, key=lambda row: -row.paper[kind]))
-        if against:
-            verdict = "does not hold: " + "; ".join(f"{b.name} is above {a.name}" for a, b in against)
-        elif unsure:
-            verdict = "holds, but for what is too near to tell: " + "; ".join(f"{a.name}, {b.name}" for a, b in unsure)
-        else:
-            verdict = "holds"
-        seeds = min(len(row.scores[kind]) for row in rows)
-        doubt = " (one seed: of their spread this says nothing)" if seeds == 1 else ""
-        lines.append(f"{kind}: the paper's order, {paper}, {verdict}{doubt}. Here {order_of(rows, kind)}.")
+        if len(rows) > 1:
+            lines.append(finding(rows, kind))
     return lines
+
+
+def finding(rows: Sequence[Row], kind: str) -> str:
+    """Whether the paper's order of some variants, all of which have its figure and one here, holds."""
+    ranked = sorted(rows, key=lambda row: -row.paper[kind])
+    paper = chained(ranked, lambda before, after: " > " if before.paper[kind] > after.paper[kind] else " = ")
+    pairs = [(a, b) for a in rows for b in rows if a.paper[kind] > b.paper[kind]]
+    against = [f"{b.name} is above {a.name}" for a, b in pairs if better(b, a, kind)]
+    unsure = [f"{a.name}, {b.name}" for a, b in pairs if not better(a, b, kind)]
+    if against:
+        verdict = "does not hold: " + "; ".join(against)
+    elif unsure:
+        verdict = "holds, but for what is too near to tell: " + "; ".join(unsure)
+    else:
+        verdict = "holds"
+    seeds = min(len(row.scores[kind]) for row in rows)
+    doubt = " (one seed: of their spread this says nothing)" if seeds == 1 else ""
+    return f"{kind}: the paper's order, {paper}, {verdict}{doubt}. Here {order_of(rows, kind)}."
 
 
 def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:

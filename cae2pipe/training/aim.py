@@ -32,21 +32,22 @@ def aim_of(settings: PretrainSettings, targets: TargetSet) -> Aim:
     return Aim(targets.teacher.dim, targets.teacher.class_token, targets.mean)
 
 
-def normalised_patches(pixels: Tensor, grid: int) -> Tensor:
-    """Patches of pixels, uint8 (B, 3, S, S), as MAE's targets, float32 (B, grid * grid, 3 (S / grid)^2): normalised as
-    the student's input is, then each brought to mean 0 and variance 1 over its own values."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-    side = pixels.shape[-1] // grid
-    patches = F.unfold((pixels.float() / 255 - mean) / std, side, stride=side).transpose(1, 2)
-    return F.layer_norm(patches, patches.shape[-1:], eps=1e-6)
-
-
 class PixelTargets:
-    """Where a step's targets come from if they are pixels."""
+    """A step's targets if they are pixels, as MAE has them: every patch of the student's input, brought to mean 0 and
+    variance 1 over its own values.
 
-    def __init__(self, grid: int):
+    Args:
+        grid: patches along one side. device: of the batches.
+    """
+
+    def __init__(self, grid: int, device: torch.device):
         self.grid = grid
+        # Brought there once: in every step the copy would wait for the device.
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """As an objective takes them."""
-        return {"decoded": normalised_patches(batch.pixels, self.grid)}
+        """``decoded`` (B, grid * grid, 3 (S / grid)^2) float32, of pixels (B, 3, S, S) uint8."""
+        side = batch.pixels.shape[-1] // self.grid
+        images = (batch.pixels.float() / 255 - self.mean) / self.std
+        patches = F.unfold(images, side, stride=side).transpose(1, 2)
+        return {"decoded": F.layer_norm(patches, patches.shape[-1:], eps=1e-6)}

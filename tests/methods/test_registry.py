@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
+from cae2pipe.methods import registry
 from cae2pipe.methods.registry import build_method
 
 SETTINGS = ModelSettings(width=16, depth=1, heads=2, image_size=32, regressor_depth=1, regressor_width=16)
@@ -16,6 +19,16 @@ def test_a_method_is_built_from_the_global_generator():
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert not torch.equal(models[0]["head.0.weight"], models[2]["head.0.weight"])
     assert models[0]["head.0.weight"].shape == (8, 16)
+
+
+def test_the_method_in_the_documentation_is_one(monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "comparisons.md").read_text()
+    lines = text[text.index("    # mine.py") : text.index("    python mine.py")].splitlines()
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    exec("\n".join(line[4:] for line in lines), {"__name__": "mine"})
+    model = registry.build_method("distilled", SETTINGS, 8)
+    found = model(torch.zeros(1, 3, 32, 32), torch.tensor([[0, 2]]), torch.tensor([[1, 3]]))
+    assert found.visible.shape == found.masked.shape == (1, 2, 8)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():

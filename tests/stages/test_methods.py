@@ -99,7 +99,7 @@ def test_pixels_are_learnt_from_views_alone(target_root, pretrain_settings, tmp_
 
 def test_pixel_targets_are_patches_of_mean_0_and_variance_1_in_the_order_of_patches():
     pixels = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = PixelTargets(3)(SimpleNamespace(pixels=pixels))["decoded"]
+    found = PixelTargets(3, torch.device("cpu"))(SimpleNamespace(pixels=pixels))["decoded"]
     assert found.shape == (2, 9, 48)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     patch = ((pixels[1, :, 4:8, 8:12] / 255 - mean) / std).reshape(-1)
