@@ -21,6 +21,7 @@ from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.metrics import read_lines
 
 BLANK = "–"
+READ = {"mean": "the mean patch", "class": "the class token"}
 CURVES = {"loss": "loss", "centred_cosine_masked": "centred cosine, masked patches"}
 """Figures of ``metrics.jsonl`` that are drawn over epochs, with what they are called."""
 
@@ -181,7 +182,9 @@ def add_run(
     lines = read_lines(run / "metrics.jsonl")
     row.hours.append(device_hours(lines))
     if not row.curves:
-        row.curves = {name: by_epoch(lines, name) for name in CURVES}
+        # Cosines with pixels say nothing beside those with latents.
+        pixels = box.identity["settings"]["loss"].get("target") == "pixels"
+        row.curves = {name: by_epoch(lines, name) for name in CURVES if name == "loss" or not pixels}
     for kind, result in scores.get(box.units["encoder"]["files"][WEIGHTS]["sha256"], {}).items():
         row.scores.setdefault(kind, []).append(result[HEADLINES.get(kind, ("top1", ""))[0]])
         row.features[kind] = result["feature"]
@@ -267,15 +270,17 @@ def finding(rows: Sequence[Row], kind: str) -> str:
 def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the table."""
     papers = [kind for kind in found.kinds if any(kind in row.paper for row in found.rows)]
-    headers = ["variant", *found.kinds, *(f"{kind}, paper" for kind in papers), "loss", "kB a view", "device h a run"]
+    long = any(hours >= 1 for row in found.rows for hours in row.hours)
+    time = "device h a run" if long else "device min a run"
+    headers = ["variant", *found.kinds, *(f"{kind}, paper" for kind in papers), "loss", "kB a view", time]
     rows = []
     for row in found.rows:
         paper = [f"{row.paper[kind]:.1f}" if kind in row.paper else BLANK for kind in papers]
         losses = row.curves.get("loss")
         loss = f"{losses[-1]:.3f}" if losses else BLANK
         size = BLANK if row.latents is None else f"{row.latents / 1000:.1f}"
-        hours = f"{statistics.fmean(row.hours):.3g}" if row.hours else BLANK
-        rows.append([row.name, *(spread(row.scores.get(kind, [])) for kind in found.kinds), *paper, loss, size, hours])
+        took = f"{statistics.fmean(row.hours) * (1 if long else 60):.3g}" if row.hours else BLANK
+        rows.append([row.name, *(spread(row.scores.get(kind, [])) for kind in found.kinds), *paper, loss, size, took])
     return headers, rows
 
 
@@ -284,11 +289,11 @@ def notes(found: Comparison) -> list[str]:
     lines = [
         f"{found.done} of {found.wanted} scores, {found.seeds} seed{'s' if found.seeds != 1 else ''}; percent, mean ± "
         "standard deviation over seeds. loss: mean of the last epoch of the first seed, each variant's own; kB a view: "
-        "stored latents; device h a run: training alone."
+        "stored latents; the time is that of training alone, over all devices."
     ]
     for kind, protocol in found.protocols.items():
         features = sorted({row.features[kind] for row in found.rows if kind in row.features})
-        lines.append(f"{kind}: {protocol}; reads: {', '.join(features)}.")
+        lines.append(f"{kind}: {protocol}; on {', '.join(READ.get(name, name) for name in features)}.")
     return lines
 
 

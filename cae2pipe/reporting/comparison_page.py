@@ -75,7 +75,7 @@ def curve_plots(found: Comparison) -> list[Html]:
     captions = {
         "loss": "Loss by epoch, first seed. Variants with other losses have other scales.",
         "centred_cosine_masked": "How near predictions of masked patches come to their targets, about the mean token: "
-        "0 for a student that has learnt the mean alone. It means the same for all that learn latents.",
+        "0 for a student that has learnt the mean alone. Methods that mask nothing see these patches.",
     }
     for name, label in CURVES.items():
         drawn = {

@@ -40,6 +40,8 @@ def curves(
     lines: Mapping[str, Points], *, x_label: str, y_label: str, levels: Mapping[str, float] | None = None
 ) -> Html:
     """Curves over one axis, with markers where they have few points, and dashed horizontal ``levels``."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(6.6, 3.6)
     for place, (name, points) in enumerate(lines.items()):
         few = len(points.xs) <= FEW
@@ -64,6 +66,8 @@ def curves(
     if positions and len(positions) <= 8:
         axes.set_xticks(positions, [f"{x:g}" for x in positions])
         axes.minorticks_off()
+    elif all(float(x).is_integer() for x in positions):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if len(lines) + len(levels or {}) > 1:

@@ -72,6 +72,11 @@ def test_the_table():
     assert "2 of 6 scores" in text
 
 
+def test_short_runs_are_told_in_minutes():
+    headers, rows = cells(comparison(row("a", 0.5, hours=[0.25, 0.75])))
+    assert (headers[-1], rows[0][-1]) == ("device min a run", "30")
+
+
 def test_device_hours_count_every_device():
     lines = [
         {"images": 3600, "images_per_s": 2.0, "devices": 8},
