@@ -1,17 +1,19 @@
 """Many pretrainings side by side on one target set: train what is not trained yet, score it, write one report.
 
 Every run is one that `pretrain` makes and every score one that `evaluate` makes, in folders of their own: both go on
-where they were, and do nothing where they are finished. So does this. A run's folder is named after what it was made
-from, so that grids in one folder share the runs that they have in common:
+where they were, and do nothing where they are finished. So does this. A folder is named after what it was made from, so
+that grids in one OUT share what they have in common:
 
-OUT/runs/caev2-s0-1a2b3c4d/       a run: method, seed, fingerprint of settings and targets
-OUT/scores/caev2-s0-1a2b3c4d/     its scores
-OUT/targets/klt-0.99/             the target set recoded, where a grid compares codecs
-OUT/reports/table2/report.html    what came out of one grid
+OUT/runs/caev2-s0-1a2b3c4d/             a run: method, seed, fingerprint of settings and stores
+OUT/scores/caev2-s0-1a2b3c4d-5e6f7a8b/  its scores: fingerprint of evaluations and data
+OUT/targets/klt-0.99-9c0d1e2f/          the target set recoded, where a grid compares codecs
+OUT/reports/table2/report.html          what came out of one grid
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,53 +25,47 @@ from cae2pipe.artifacts.box import MANIFEST, open_box
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
 from cae2pipe.artifacts.parts import Part, torchrun_rank
+from cae2pipe.artifacts.places import is_local
 from cae2pipe.config.base import identity, load, merge
 from cae2pipe.config.compare import GridSettings
-from cae2pipe.config.evaluate import EVALUATIONS
+from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
+from cae2pipe.evaluation.datasets import open_data
+from cae2pipe.methods.registry import build_method
 from cae2pipe.progress import Report, Silent
 from cae2pipe.reporting.comparison import Comparison, gather_grid
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.pretrain import check_fit, chosen_stores, pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report import write_report
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.aim import aim_of
 from cae2pipe.training.device import pick_device
 from cae2pipe.training.parallel import joined
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a grid: its variant's place, its seed, its folder's name, its settings, and the codec that the target
-    set is recoded with for it, if it is."""
+    """One run of a grid: its variant's place, its seed, its folder's name below runs and that of its scores, its
+    settings, and the codec that the target set is recoded with for it, if it is."""
 
     variant: int
     seed: int
     name: str
+    scored: str
     settings: PretrainSettings
     codec: CodecSettings | None
 
 
-def expand(grid: GridSettings, targets: str, small: bool, speed: dict[str, Any]) -> list[Planned]:
-    """All runs of a grid, seed by seed, so that a grid that is broken off has whole comparisons.
+@dataclass(frozen=True)
+class GridPlan:
+    """All that a grid is to do: its runs, seed by seed, so that one that is broken off has whole comparisons; and what
+    each is scored by."""
 
-    Args:
-        targets: the target set's fingerprint. speed: ``device`` and ``workers`` for all.
-
-    Raises:
-        SettingsError: a variant's settings do not fit; all are looked at before anything is trained.
-    """
-    common = merge(grid.set, grid.small) if small else grid.set
-    planned = []
-    for seed in grid.seeds:
-        for place, variant in enumerate(grid.variants):
-            own = merge(variant.set, variant.small) if small else variant.set
-            values = merge(merge(merge(common, own), {"seed": seed}), {"speed": speed} if speed else {})
-            settings = load(PretrainSettings, "pretrain", grid.config, (), values)
-            made_from = [identity(settings), targets, variant.codec and identity(variant.codec)]
-            name = f"{settings.method}-s{seed}-{fingerprint(made_from)[:8]}"
-            planned.append(Planned(place, seed, name, settings, variant.codec))
-    return planned
+    runs: list[Planned]
+    evaluations: dict[str, AnySettings]
 
 
 def compare(
@@ -94,65 +90,152 @@ def compare(
         speed: ``device`` and ``workers`` for all.
 
     Raises:
-        As ``recode``, ``pretrain`` and ``evaluate``.
+        As ``plan_grid``, ``recode``, ``pretrain`` and ``evaluate``. A run that diverges or does not fit the device does
+        not keep others from being made: what it raised is raised at the end.
     """
     speed, rank = speed or {}, torchrun_rank()
     device = pick_device(speed.get("device", "auto"), rank.local)
     # The leading process makes pages while the others wait.
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world:
-        told = report if world.leads else Silent()
-        planned = run_part(grid, targets, data, out, told, small=small, part=part, speed=speed)
-        return write_grid(grid, name, planned, targets, out, report, device) if world.leads else None
+        plan = world.lead_first(lambda: plan_grid(grid, targets, data, out, small, speed))
+        failed = run_part(grid, plan, targets, data, out, report if world.leads else Silent(), part)
+        found = write_grid(grid, name, plan, targets, out, report, device, failed) if world.leads else None
+    if failed:
+        raise next(iter(failed.values()))
+    return found
+
+
+def plan_grid(
+    grid: GridSettings, targets: Path, data: Path, out: Path, small: bool = False, speed: dict[str, Any] | None = None
+) -> GridPlan:
+    """Everything that a grid is to do, looked at before anything is trained.
+
+    Raises:
+        SettingsError: settings of a variant or of an evaluation do not fit, each other or the target set.
+        ManifestError, DamageError: not a target set that can be read. SourceError: not labelled images.
+        BadInputError: codecs are compared, and the target set does not hold fp16 latents.
+    """
+    if small and not grid.small and not any(variant.small for variant in grid.variants):
+        raise SettingsError("this grid has no small scale", where=grid.title, fix="leave --small away")
+    evaluations: dict[str, AnySettings] = {}
+    for scored in grid.evaluate:
+        values = merge(scored.set, {"speed": speed} if speed else {})
+        evaluations[scored.kind] = load(EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, (), values)
+    found = TargetSet(targets)
+    if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):
+        raise BadInputError("the output folder lies inside the target set", where=out, fix="give another folder")
+    splits = open_data(data, batch=1)
+    measured = [[split.identity for split in splits], {kind: identity(own) for kind, own in evaluations.items()}]
+    runs = []
+    for place, settings in expand(grid, small, speed or {}):
+        variant = grid.variants[place]
+        with variant_named(variant.name):
+            check_run(found, settings, variant.codec)
+        stores = {name: fingerprint(found.stores[name]["files"]) for name in chosen_stores(found, settings)}
+        name = run_name(settings, [found.box.fingerprint, stores], variant.codec)
+        scored_as = f"{name}-{fingerprint(measured)[:8]}"
+        runs.append(Planned(place, settings.seed, name, scored_as, settings, variant.codec))
+    return GridPlan(runs, evaluations)
+
+
+def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple[int, PretrainSettings]]:
+    """The settings of every run, seed by seed, each with its variant's place. Raises SettingsError."""
+    common = merge(grid.set, grid.small) if small else grid.set
+    found = []
+    for seed in grid.seeds:
+        for place, variant in enumerate(grid.variants):
+            own = merge(variant.set, variant.small) if small else variant.set
+            values = merge(merge(merge(common, own), {"seed": seed}), {"speed": speed} if speed else {})
+            with variant_named(variant.name):
+                found.append((place, load(PretrainSettings, "pretrain", grid.config, (), values)))
+    return found
+
+
+def run_name(settings: PretrainSettings, targets: Any, codec: CodecSettings | None) -> str:
+    """The folder of a run on ``targets``, plain values that say what they are: what changes the result changes it."""
+    made_from = [identity(settings), targets, codec and identity(codec)]
+    return f"{settings.method}-s{settings.seed}-{fingerprint(made_from)[:8]}"
+
+
+def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettings | None) -> None:
+    """Refuse a run that the target set, its method or its codec does not fit."""
+    check_fit(targets, settings, torchrun_rank().ranks)
+    with torch.device("meta"):
+        build_method(settings.method, settings.model, aim_of(settings, targets).dim)
+    stored = targets.box.identity["settings"]["codec"]["name"]
+    if codec and stored != "fp16":
+        raise BadInputError(
+            f"codecs are compared on recoded latents, and this set's are stored with {stored}, whose error would come "
+            "on top of theirs",
+            where=targets.root,
+            fix="give a set that was extracted with --codec fp16",
+        )
+
+
+@contextmanager
+def variant_named(name: str) -> Iterator[None]:
+    """Errors within name the variant, and settings as a grid is told them."""
+    try:
+        yield
+    except BadInputError as error:
+        error.where = f"variant {name!r}" + (f", {error.where}" if error.where else "")
+        error.fix = error.fix and error.fix.replace("--set ", "--set set.")
+        raise
+
+
+def run_part(
+    grid: GridSettings, plan: GridPlan, targets: Path, data: Path, out: Path, report: Report, part: Part | None = None
+) -> dict[str, Cae2pipeError]:
+    """Train and score a part of a grid's runs. Gives what runs were raised that could not be finished.
+
+    A loss that is not finite meets all processes of a run alike. A device's memory may end in one of several: there the
+    others could not go on.
+    """
+    forgiven = (DivergedError, OutOfMemoryError) if torchrun_rank().ranks == 1 else (DivergedError,)
+    # Variants that come to the same are one run.
+    distinct = list({run.name: run for run in plan.runs}.values())
+    own = [run for place, run in enumerate(distinct) if part is None or part.owns(place)]
+    failed: dict[str, Cae2pipeError] = {}
+    for number, run in enumerate(own, 1):
+        variant = f"{grid.variants[run.variant].name}, seed {run.seed}"
+        report.log(f"run {number} of {len(own)}: {variant} ({run.name})")
+        folder = out / "runs" / run.name
+        try:
+            with variant_named(grid.variants[run.variant].name):
+                pretrain(recoded(targets, run.codec, out, report), folder, run.settings, report)
+            for kind, settings in plan.evaluations.items():
+                evaluate(kind, str(folder), data, out / "scores" / run.scored, settings, report)
+        except forgiven as error:
+            failed[f"{variant} ({error.what})"] = error
+            report.log(f"{variant} cannot be finished: {error.what}; going on with the others")
+    return failed
 
 
 def write_grid(
     grid: GridSettings,
     name: str,
-    planned: list[Planned],
+    plan: GridPlan,
     targets: Path,
     out: Path,
     report: Report,
     device: torch.device,
+    failed: dict[str, Cae2pipeError] | None = None,
 ) -> Comparison:
-    """The report of what is there of a grid."""
-    sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
-    found = gather_grid(grid, [(run.variant, run.name) for run in planned], out, sets)
-    write_report(found, targets, out / "reports" / name, report, device)
+    """The report of what is there of a grid. Parts that end at the same time write one after the other."""
+    with holding(out / "reports", name):
+        sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
+        runs = [(run.variant, run.name, run.scored) for run in plan.runs]
+        found = gather_grid(grid, runs, out, sets, list(failed or {}))
+        write_report(found, targets, out / "reports" / name, report, device)
     return found
-
-
-def run_part(
-    grid: GridSettings,
-    targets: Path,
-    data: Path,
-    out: Path,
-    report: Report,
-    *,
-    small: bool,
-    part: Part | None,
-    speed: dict[str, Any],
-) -> list[Planned]:
-    """Train and score a part of a grid's runs. Gives all that are planned."""
-    planned = expand(grid, open_box(targets, "targets").fingerprint, small, speed)
-    # Variants that come to the same are one run.
-    distinct = list({run.name: run for run in planned}.values())
-    own = [run for place, run in enumerate(distinct) if part is None or part.owns(place)]
-    for number, run in enumerate(own, 1):
-        report.log(f"run {number} of {len(own)}: {grid.variants[run.variant].name}, seed {run.seed} ({run.name})")
-        folder = out / "runs" / run.name
-        pretrain(recoded(targets, run.codec, out, report), folder, run.settings, report)
-        for scored in grid.evaluate:
-            values = merge(scored.set, {"speed": speed} if speed else {})
-            settings = load(EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, (), values)
-            evaluate(scored.kind, str(folder), data, out / "scores" / run.name, settings, report)
-    return planned
 
 
 def recoded(targets: Path, codec: CodecSettings | None, out: Path, report: Report) -> Path:
     """The target set that a run reads. Another process that makes the same one is waited for."""
     if codec is None:
         return targets
-    name = f"klt-{codec.fidelity:g}" if codec.name == "klt" else codec.name
+    of = fingerprint([open_box(targets, "targets").fingerprint, identity(codec)])[:8]
+    name = f"{codec.name}-{codec.fidelity:g}-{of}" if codec.name == "klt" else f"{codec.name}-{of}"
     folder = out / "targets" / name
     with holding(out / "targets", name, lambda: report.log(f"waiting for {folder}, which another process makes")):
         recode(targets, folder, codec, report)

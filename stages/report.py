@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.box import open_box
-from cae2pipe.errors import Cae2pipeError, SettingsError
+from cae2pipe.errors import BadInputError, Cae2pipeError, SettingsError
 from cae2pipe.progress import Report
 from cae2pipe.reporting.comparison import Comparison, comparison_markdown, gather_runs, read_scores
 from cae2pipe.reporting.comparison_page import comparison_html
@@ -51,10 +51,15 @@ def report_runs(
 
     Raises:
         ManifestError: a folder is no run, or ``targets`` no target set. SettingsError: a run is named twice.
+        SourceError: a folder of scores does not exist. BadInputError: ``out`` is a file.
     """
     resolved = [run.resolve() for run in runs]
     if len(set(resolved)) < len(resolved):
         raise SettingsError("a run is named twice", where=", ".join(map(str, runs)), fix="name each once")
+    if out.is_file():
+        raise BadInputError(
+            "this is a file, and a folder is needed", where=out, fix="give another folder: --out FOLDER"
+        )
     found = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     write_report(found, targets, out, report, pick_device(device))
     return found
@@ -107,10 +112,11 @@ def add_pictures(
         [view.pixels for view in shown],
         [mask_of(settings, view) for view in shown],
     )
-    if settings.method != "fd" and masks.name not in [row.name for row in gallery.masks]:
+    if model.masks and masks.name not in [row.name for row in gallery.masks]:
         gallery.masks.append(masks)
     if settings.loss.target != "pixels":
-        gallery.forecasts[name] = forecasts(model, settings, targets, shown, device)
+        whose = name if model.masks else f"{name} (sees all patches)"
+        gallery.forecasts[whose] = forecasts(model, settings, targets, shown, device)
     gallery.neighbours.append(
         NeighbourRow(name, nearest_views(image_features(model, views, device), gallery.queries, NEAREST))
     )

@@ -111,6 +111,15 @@ def is_box(root: Path, kind: str | None = None) -> bool:
     return kind is None or box.kind == kind
 
 
+def is_foreign(root: Path) -> bool:
+    """Whether the manifest of ``root`` is a whole JSON file that something else wrote."""
+    try:
+        data = json.loads(read_bytes(root / MANIFEST).decode("utf-8"))
+    except ValueError:
+        return False
+    return not isinstance(data, dict) or "format" not in data or "kind" not in data
+
+
 def open_box(root: Path, kind: str | None = None) -> Box:
     """Read a folder's manifest and journal.
 

@@ -180,10 +180,10 @@ def _evaluate(
 
 
 def _print_score(result: dict[str, Any]) -> None:
-    from cae2pipe.reporting.results import HEADLINES
+    from cae2pipe.reporting.results import headlines
     from cae2pipe.reporting.terminal import print_table
 
-    columns = ("evaluation", "encoder", "feature", *HEADLINES.get(result["evaluation"], ("top1", "top5")))
+    columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"]))
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
     if "best" in result:

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cae2pipe.artifacts.parts import Part
-from cae2pipe.errors import Cae2pipeError
+from cae2pipe.errors import BAD_INPUT, BadInputError, Cae2pipeError
 
 Work = Callable[[Part, str | None], Any]
 """Does a part on a device (None: the command's own); picklable."""
@@ -42,7 +42,9 @@ def run_jobs(work: Work, jobs: int, device: str | None) -> None:
         raise
     failed = [str(number) for number, process in enumerate(processes, 1) if process.exitcode]
     if failed:
-        raise Cae2pipeError(
+        codes = {process.exitcode for process in processes if process.exitcode}
+        kind = BadInputError if codes == {BAD_INPUT} else Cae2pipeError
+        raise kind(
             f"{len(failed)} of {jobs} processes failed: {', '.join(failed)}",
             fix="mend what they said above; the same command goes on",
         )

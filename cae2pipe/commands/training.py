@@ -148,39 +148,50 @@ def compare(
         from cae2pipe.artifacts.parts import parse_part
         from cae2pipe.config.base import load
         from cae2pipe.config.compare import GridSettings
+        from cae2pipe.errors import Cae2pipeError
         from cae2pipe.progress import progress
 
         settings = load(GridSettings, "compare", grid, set_ or [])
-        from cae2pipe.stages.compare import compare as run
+        from cae2pipe.stages import compare as stage
 
-        name = Path(grid).stem
+        name = report_name(grid, small)
         speed = section("speed", workers=workers, device=device).get("speed", {})
+        shown = parse_part(part) if part else None
+        jobs_failed: Cae2pipeError | None = None
         if jobs > 1:
             from cae2pipe.artifacts.parts import torchrun_rank
 
             if part or torchrun_rank().ranks > 1:
                 raise typer.BadParameter("--jobs shares out all runs itself: leave --part and torchrun away")
-            run_jobs(partial(_compare_part, settings, name, targets, data, out, small, speed), jobs, device)
+            # What is wrong with the grid is told once, not by every job.
+            stage.plan_grid(settings, targets, data, out, small, speed)
+            work = partial(_compare_part, settings, targets, data, out, small, speed)
+            try:
+                run_jobs(work, jobs, device)
+            except Cae2pipeError as error:
+                jobs_failed = error
         with progress("compare") as report:
-            # After jobs there is nothing left to train: this writes the report of all of them.
-            found = run(
-                settings,
-                name,
-                targets,
-                data,
-                out,
-                report,
-                small=small,
-                part=parse_part(part) if part else None,
-                speed=speed,
-            )
+            if jobs > 1:
+                from cae2pipe.training.device import pick_device
+
+                plan = stage.plan_grid(settings, targets, data, out, small, speed)
+                found = stage.write_grid(settings, name, plan, targets, out, report, pick_device(device or "auto"))
+            else:
+                found = stage.compare(settings, name, targets, data, out, report, small=small, part=shown, speed=speed)
         if found:
             print_comparison(found, out / "reports" / name)
+        if jobs_failed:
+            raise jobs_failed
+
+
+def report_name(grid: str, small: bool) -> str:
+    """What a grid's report is called: the preset, or the file without its folders and ending."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(grid).stem).strip("-") or "grid"
+    return plain + ("-small" if small else "")
 
 
 def _compare_part(
     settings: Any,
-    name: str,
     targets: Path,
     data: Path,
     out: Path,
@@ -190,10 +201,13 @@ def _compare_part(
     device: str | None,
 ) -> None:
     from cae2pipe.progress import Lines
-    from cae2pipe.stages.compare import run_part
+    from cae2pipe.stages.compare import plan_grid, run_part
 
     own = {**speed, "device": device} if device else speed
-    run_part(settings, targets, data, out, Lines(f"compare {part}", sys.stderr), small=small, part=part, speed=own)
+    plan = plan_grid(settings, targets, data, out, small, own)
+    failed = run_part(settings, plan, targets, data, out, Lines(f"compare {part}", sys.stderr), part)
+    if failed:
+        raise next(iter(failed.values()))
 
 
 def report(

@@ -66,12 +66,17 @@ def preset_names(stage: str) -> list[str]:
     return [name for name in names if not name.startswith("_")]
 
 
-def read_preset(stage: str, name: str) -> dict[str, Any]:
+def read_preset(stage: str, name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     """The raw values of a preset by name, or of a YAML file by path. ``extends: NAME`` at its top starts from another.
 
+    ``below``: those that extend this one.
+
     Raises:
-        SettingsError: unknown preset, unreadable file.
+        SettingsError: unknown preset, unreadable file, presets that extend each other in a circle.
     """
+    if name in below:
+        chain = " -> ".join((*below, name))
+        raise SettingsError(f"settings extend each other in a circle: {chain}", where=name, fix="mend `extends`")
     path = Path(name)
     is_path = path.suffix in (".yaml", ".yml") or "/" in name
     if not is_path:
@@ -80,20 +85,22 @@ def read_preset(stage: str, name: str) -> dict[str, Any]:
             known = preset_names(stage)
             raise SettingsError(
                 f"there is no preset {name!r} for {stage}{_nearest(name, known)}",
-                where=f"--config {name}",
+                where=f"{stage} preset {name}",
                 fix=f"use one of {', '.join(known)}, or the path of a YAML file",
             )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError("no such settings file", where=path, fix="check the path") from None
+    except IsADirectoryError:
+        raise SettingsError("this is a folder, and a YAML file is needed", where=path, fix="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"this is not valid YAML: {error}", where=path, fix="mend the file") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise SettingsError("a settings file holds names and values", where=path, fix="mend the file")
     parent = values.pop("extends", None)
-    return merge(read_preset(stage, str(parent)), values) if parent else values
+    return merge(read_preset(stage, str(parent), (*below, name)), values) if parent else values
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,19 @@ from cae2pipe.config.pretrain import PretrainSettings
 
 BYTES = "bytes"
 
+NOT_HERE = {
+    "seed": "which `seeds` gives to every variant",
+    "stop_after": "and a run that is stopped short cannot be scored",
+}
+"""Pretraining settings that a grid does not take, and why."""
+
 Evaluation = Literal["knn", "linear", "attentive", "finetune"]
 
 
 class Variant(Settings):
     """One row of a comparison."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, pattern=r"^[^\x00-\x1f]+$")
     """What the row is called."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Pretraining settings that differ, section by section."""
@@ -28,7 +34,7 @@ class Variant(Settings):
     """Train on the target set recoded with this codec. The set itself must hold fp16 latents. null: on it as it is."""
     line: str = ""
     """Which curve it belongs to, where scores are drawn along a setting and there are several curves."""
-    paper: dict[str, float] = Field(default_factory=dict)
+    paper: dict[Evaluation, float] = Field(default_factory=dict)
     """The paper's own figures, in percent, by evaluation: for orientation."""
 
 
@@ -63,7 +69,7 @@ class GridSettings(Settings):
     """Each variant is trained once with each."""
     variants: tuple[Variant, ...] = Field(min_length=1)
     """The rows."""
-    evaluate: tuple[Scored, ...] = (Scored(kind="knn"), Scored(kind="linear"))
+    evaluate: tuple[Scored, ...] = Field(default=(Scored(kind="knn"), Scored(kind="linear")), min_length=1)
     """The columns."""
 
     @field_validator("seeds", mode="before")
@@ -74,8 +80,11 @@ class GridSettings(Settings):
     @field_validator("along")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in ("", BYTES):
-            setting(PretrainSettings(), value)
+        if value in ("", BYTES):
+            return value
+        found = setting(PretrainSettings(), value)
+        if isinstance(found, bool) or not isinstance(found, int | float | None):
+            raise ValueError(f"{value} is no number: scores cannot be drawn along it")
         return value
 
     @model_validator(mode="after")
@@ -85,6 +94,9 @@ class GridSettings(Settings):
             raise ValueError(f"two variants are called {twice[0]!r}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)}: give at least one, each once")
+        for values in (self.set, self.small, *(part for v in self.variants for part in (v.set, v.small))):
+            if name := next((name for name in NOT_HERE if name in values), None):
+                raise ValueError(f"a grid's settings say {name}, {NOT_HERE[name]}")
         kinds = [scored.kind for scored in self.evaluate]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"evaluate names {', '.join(kinds)}: each once")

@@ -14,8 +14,11 @@ class FeatureDistillation(Method):
 
     Source: FD (Wei et al., 2022): smooth-L1 on layer-normalised targets
     (``loss: {kind: smooth_l1, target: layer_norm, reduction: one_mean}``). The mask drawn by the loader only says which
-    of the tokens are reported as masked. Simplified: fixed sin-cos positions in place of shared relative ones.
+    of the tokens are reported as masked. Simplified: fixed sin-cos positions in place of shared relative ones, and
+    smooth-L1 that turns linear at 1.
     """
+
+    masks = False
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)

@@ -27,7 +27,9 @@ class MAE(Method):
         super().__init__(settings)
         if not settings.regressor_depth:
             raise SettingsError(
-                "this method needs a decoder", where="model.regressor_depth", fix="--set model.regressor_depth=1"
+                "a decoder of 0 blocks predicts nothing",
+                where="model.regressor_depth",
+                fix="--set model.regressor_depth=1",
             )
         self.bridge = bridge(settings.width, settings.regressor_width)
         self.decoder = self.decoder_class(

@@ -19,7 +19,11 @@ class Method(nn.Module, ABC):
 
     Args:
         settings: its shape.
+
+    ``masks``: masked patches are hidden from it.
     """
+
+    masks = True
 
     def __init__(self, settings: ModelSettings):
         super().__init__()

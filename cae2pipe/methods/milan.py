@@ -7,7 +7,7 @@ from cae2pipe.models.decoder import PromptingDecoder
 
 
 class MILAN(MAE):
-    """MAE with a decoder that updates mask tokens alone: visible latents reach the head as the encoder left them.
+    """MAE with a decoder that updates mask tokens alone: no mask token has a part in what is predicted of visible ones.
 
     Source: Hou et al., 2022. As published it goes with ``mask: {strategy: attention, ratio: 0.75}`` and
     ``loss: {reduction: one_mean}``: a mean over all tokens of the distance of unit latents, which is the cosine's up to

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import MANIFEST, Box, is_box, open_box
-from cae2pipe.artifacts.digest import canonical_json
-from cae2pipe.config.base import build
+from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.config.compare import BYTES, GridSettings, setting
-from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
-from cae2pipe.reporting.results import HEADLINES
+from cae2pipe.reporting.results import headlines, score_boxes
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.student import run_settings
 
 BLANK = "–"
 READ = {"mean": "the mean patch", "class": "the class token"}
@@ -26,49 +26,69 @@ CURVES = {"loss": "loss", "centred_cosine_masked": "centred cosine, masked patch
 """Figures of ``metrics.jsonl`` that are drawn over epochs, with what they are called."""
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A finished evaluation of an encoder: what it is called, its headline as a share of 1, how and on which data it
+    was taken, and what of the encoder it read."""
+
+    evaluation: str
+    score: float
+    protocol: str
+    data: str
+    feature: str
+
+
 @dataclass
 class Row:
     """One variant, over its seeds.
 
-    ``scores`` by evaluation, one a seed, as shares of 1; ``paper``: the paper's own, in percent; ``runs``: folders of
-    what is finished; ``curves``: means by epoch of the first of them, by name as in ``CURVES``; ``hours``: device hours
-    of each; ``latents``: bytes that stored latents take a view, where the target set is known; ``features``: what of
-    the encoder each evaluation read; ``along``: where on the comparison's axis, ``line`` on which curve.
+    ``scores`` by column, one a seed, as shares of 1; ``paper``: the paper's own, in percent; ``runs``: folders of what
+    is finished; ``unfinished``: other folders, with how far they are; ``curves``: means by epoch of the first run, by
+    name as in ``CURVES``; ``hours``: device hours of each finished run; ``latents``: bytes that stored latents take a
+    view, where the target set is known; ``features``: what of the encoder each column's scores read; ``along``: where
+    on the comparison's axis, ``line`` on which curve; ``results``: finished evaluations, run by run.
     """
 
     name: str
     scores: dict[str, list[float]] = field(default_factory=dict)
-    paper: Mapping[str, float] = field(default_factory=dict)
+    paper: Mapping[Any, float] = field(default_factory=dict)
     runs: list[Path] = field(default_factory=list)
+    unfinished: list[tuple[Path, str]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     hours: list[float] = field(default_factory=list)
     latents: float | None = None
     features: dict[str, str] = field(default_factory=dict)
     along: float | None = None
     line: str = ""
+    results: list[list[Finished]] = field(default_factory=list)
 
-    def mean(self, kind: str) -> float | None:
+    def mean(self, column: str) -> float | None:
         """The mean score over seeds, None without one."""
-        return statistics.fmean(self.scores[kind]) if self.scores.get(kind) else None
+        return statistics.fmean(self.scores[column]) if self.scores.get(column) else None
 
-    def error(self, kind: str) -> float:
+    def error(self, column: str) -> float:
         """The standard error of that mean; 0 for a single seed, which says nothing of it."""
-        found = self.scores[kind]
+        found = self.scores[column]
         return statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
 
 
 @dataclass
 class Comparison:
-    """What is there of a grid, or of some runs. ``protocols``: how each evaluation's scores were taken; ``along``:
-    what the axis measures, or empty; ``wanted``: scores that there are to be, in all."""
+    """What is there of a grid, or of some runs.
+
+    ``columns``: of scores, an evaluation each; ``protocols``: how each column's scores were taken; ``wanted``: scores
+    that there are to be, in all; ``along``: what the axis measures, or empty; ``failed``: what could not be finished,
+    and why.
+    """
 
     title: str
     about: str
-    kinds: list[str]
+    columns: list[str]
     rows: list[Row]
     protocols: dict[str, str]
     wanted: int
     along: str = ""
+    failed: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> int:
@@ -80,65 +100,113 @@ class Comparison:
         return max((len(row.runs) for row in self.rows), default=0)
 
 
-Scores = dict[str, dict[str, dict[str, Any]]]
-"""Results by the encoder's SHA-256, then by evaluation."""
+def read_scores(roots: Iterable[Path]) -> dict[str, list[Finished]]:
+    """All finished evaluations of exported encoders in or below some folders, by the encoder's SHA-256.
 
-
-def read_scores(roots: Iterable[Path]) -> Scores:
-    """All finished evaluations of exported encoders in or below some folders."""
-    found: Scores = {}
-    for root in roots:
-        for manifest in sorted(root.rglob(MANIFEST)):
-            if not is_box(manifest.parent, "scores"):
-                continue
-            box = open_box(manifest.parent)
-            digest, result = box.identity["encoder"].get("sha256"), box.facts.get("result")
-            if digest and result:
-                found.setdefault(digest, {}).setdefault(result["evaluation"], result)
+    Raises:
+        SourceError: a folder does not exist. ManifestError, DamageError: a manifest below it cannot be read.
+    """
+    found: dict[str, list[Finished]] = {}
+    for _, box in score_boxes(roots):
+        result = box.facts["result"]
+        digest = box.identity["encoder"].get("sha256")
+        if digest:
+            headline = headlines(result["evaluation"])[0]
+            data = canonical_json(box.identity["data"])
+            one = Finished(result["evaluation"], result[headline], result["protocol"], data, result.get("feature", ""))
+            if one not in found.setdefault(digest, []):
+                found[digest].append(one)
     return found
 
 
-def gather_grid(grid: GridSettings, planned: Sequence[tuple[int, str]], out: Path, sets: Sequence[Path]) -> Comparison:
-    """All that is finished of a grid below ``out``.
+def gather_grid(
+    grid: GridSettings,
+    planned: Sequence[tuple[int, str, str]],
+    out: Path,
+    sets: Sequence[Path],
+    failed: Sequence[str] = (),
+) -> Comparison:
+    """All that is there of a grid below ``out``.
 
     Args:
-        planned: variant's place and folder's name of each run. sets: the target sets that were trained on.
+        planned: of each run the variant's place, the folder's name below runs, and that below scores.
+        sets: the target sets that were trained on. failed: what could not be finished.
     """
-    kinds = [scored.kind for scored in grid.evaluate]
-    rows = [Row(v.name, {kind: [] for kind in kinds}, v.paper, line=v.line) for v in grid.variants]
-    protocols: dict[str, str] = {}
-    known, scores = {open_box(path).fingerprint: path for path in sets}, read_scores([out / "scores"])
-    for place, name in planned:
-        add_run(rows[place], out / "runs" / name, scores, protocols, known, grid.along)
+    rows = [Row(variant.name, paper=variant.paper, line=variant.line) for variant in grid.variants]
+    known = {open_box(path).fingerprint: path for path in sets}
+    for place, name, scored in planned:
+        folders = [out / "scores" / scored / scored_by.kind for scored_by in grid.evaluate]
+        scores = read_scores([folder for folder in folders if is_box(folder, "scores")])
+        add_run(rows[place], out / "runs" / name, scores, known, grid.along)
+    kinds = [scored_by.kind for scored_by in grid.evaluate]
+    columns, protocols = fill_columns(rows, kinds)
     wanted = len(planned) * len(kinds)
-    return Comparison(grid.title, grid.about.strip(), list(kinds), rows, protocols, wanted, grid.along)
+    return Comparison(grid.title, grid.about.strip(), columns, rows, protocols, wanted, grid.along, list(failed))
 
 
-def gather_runs(runs: Sequence[Path], scores: Scores, sets: Sequence[Path]) -> Comparison:
+def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets: Sequence[Path]) -> Comparison:
     """Some runs, those that differ by their seed alone in one row, named by the settings that set it apart, or else by
-    its first folder.
+    its folders.
 
     Raises:
-        ManifestError: a folder is no run.
+        ManifestError: a folder is no run. SettingsError: two folders hold the same run.
     """
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, dict[int, Path]] = {}
     differing: dict[str, dict[str, Any]] = {}
     for run in runs:
         box = open_box(run, "run")
-        values = {**flat(box.identity["settings"]), "targets": box.identity["targets"][:8]}
-        values.pop("seed")
-        key = canonical_json(values)
-        groups.setdefault(key, []).append(run)
-        differing[key] = values
+        settings = flat(box.identity["settings"])
+        seed = settings.pop("seed")
+        # Not the set's own fingerprint, which is the same for other images and other numbers of views.
+        settings["target set"] = fingerprint([box.identity["targets"], box.facts["stores"]])[:8]
+        key = canonical_json(settings)
+        other = groups.setdefault(key, {}).setdefault(seed, run)
+        if other != run:
+            raise SettingsError(
+                f"two of the runs are the same one, of seed {seed}: it would count twice",
+                where=f"{other}, {run}",
+                fix="name one of them",
+            )
+        differing[key] = settings
     names = row_names(list(differing.values()))
-    rows = [Row(name or group[0].name) for name, group in zip(names, groups.values(), strict=True)]
-    protocols: dict[str, str] = {}
+    rows = []
     known = {open_box(path).fingerprint: path for path in sets}
-    for row, group in zip(rows, groups.values(), strict=True):
-        for run in group:
-            add_run(row, run, scores, protocols, known, "")
-    kinds = list(protocols)
-    return Comparison("Pretraining runs", "", kinds, rows, protocols, len(runs) * len(kinds))
+    for name, group in zip(names, groups.values(), strict=True):
+        first, *more = group.values()
+        rows.append(Row(name or first.name + (f" and {len(more)} more" if more else "")))
+        for run in group.values():
+            add_run(rows[-1], run, scores, known, "")
+    columns, protocols = fill_columns(rows, [])
+    return Comparison("Pretraining runs", "", columns, rows, protocols, len(runs) * len(columns))
+
+
+def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Bring evaluations into columns: one for each way and each data that an evaluation was taken on. Fills ``scores``
+    and ``features`` of the rows; gives the columns, ``kinds`` first, and the protocol of each."""
+    taken: dict[str, list[tuple[str, str]]] = {kind: [] for kind in kinds}
+    for one in (one for row in rows for found in row.results for one in found):
+        ways = taken.setdefault(one.evaluation, [])
+        if (one.protocol, one.data) not in ways:
+            ways.append((one.protocol, one.data))
+    columns, protocols = [], {}
+    for kind, ways in taken.items():
+        several_data = len({data for _, data in ways}) > 1
+        for number, (protocol, data) in enumerate(ways or [("", "")], 1):
+            column = kind if len(ways) < 2 else f"{kind} ({number})"
+            columns.append(column)
+            if protocol:
+                protocols[column] = protocol + (f", data {fingerprint(data)[:8]}" if several_data else "")
+            for row in rows:
+                own = [
+                    o
+                    for found in row.results
+                    for o in found
+                    if (o.evaluation, o.protocol, o.data) == (kind, protocol, data)
+                ]
+                row.scores[column] = [one.score for one in own]
+                if own:
+                    row.features[column] = own[0].feature
+    return columns, protocols
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,9 +218,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def row_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each row the settings in which it is not as most rows are (of two as common, as the first); empty where there
-    are none."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    """For each row the settings in which it is not as most rows are (of two as common, as the first), the method before
+    all; empty where there are none."""
+    names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name != "method")
     values = {name: [canonical_json(row.get(name)) for row in rows] for name in names}
     usual = {name: max(found, key=found.count) for name, found in values.items()}
     return [
@@ -161,40 +229,29 @@ def row_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def add_run(
-    row: Row, run: Path, scores: Scores, protocols: dict[str, str], sets: Mapping[str, Path], along: str
-) -> None:
-    """Add a run to its variant, if it is finished. ``sets``: target sets by fingerprint."""
+def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Mapping[str, Path], along: str) -> None:
+    """Add a run to its variant. ``sets``: target sets by fingerprint."""
     if not is_box(run, "run"):
         return
     box = open_box(run)
+    settings = run_settings(run)
     targets = sets.get(box.identity["targets"])
-    if targets and row.latents is None and reads_latents(box):
+    if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":
         row.latents = TargetSet(targets).bytes_per_view()["latents"]
-    if along == BYTES:
-        row.along = row.latents
-    elif along:
-        value = setting(build(PretrainSettings, box.identity["settings"], where=run), along)
-        row.along = value if isinstance(value, int | float) else None
-    if not box.complete:
-        return
-    row.runs.append(run)
+    row.along = row.latents if along == BYTES else setting(settings, along) if along else None
     lines = read_lines(run / "metrics.jsonl")
-    row.hours.append(device_hours(lines))
     if not row.curves:
         # Cosines with pixels say nothing beside those with latents.
-        pixels = box.identity["settings"]["loss"].get("target") == "pixels"
-        row.curves = {name: by_epoch(lines, name) for name in CURVES if name == "loss" or not pixels}
-    for kind, result in scores.get(box.units["encoder"]["files"][WEIGHTS]["sha256"], {}).items():
-        row.scores.setdefault(kind, []).append(result[HEADLINES.get(kind, ("top1", ""))[0]])
-        row.features[kind] = result["feature"]
-        protocols.setdefault(kind, result["protocol"])
-
-
-def reads_latents(run: Box) -> bool:
-    """Whether a run trains on stored latents."""
-    settings = run.identity["settings"]
-    return bool(settings["targets"] == "cached" and settings["loss"].get("target") != "pixels")
+        names = [name for name in CURVES if name == "loss" or settings.loss.target != "pixels"]
+        row.curves = {name: by_epoch(lines, name) for name in names}
+    if not box.complete:
+        epoch = lines[-1]["epoch"] + 1 if lines else 0
+        row.unfinished.append((run, f"unfinished, epoch {epoch} of {settings.epochs}"))
+        return
+    row.runs.append(run)
+    if lines:
+        row.hours.append(device_hours(lines))
+    row.results.append(scores.get(box.units["encoder"]["files"][WEIGHTS]["sha256"], []))
 
 
 def device_hours(lines: Sequence[dict[str, Any]]) -> float:
@@ -219,11 +276,16 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def order_of(rows: Sequence[Row], kind: str) -> str:
-    """Names from the best to the worst; ``≈`` between neighbours that are nearer than a standard error of their
-    difference."""
-    ranked = sorted(rows, key=lambda row: -(row.mean(kind) or 0.0))
-    return chained(ranked, lambda before, after: " > " if better(before, after, kind) else " ≈ ")
+SURE = 2.0
+"""Standard errors of a difference from which on it counts: with one, two equal variants would be told apart one time in
+three."""
+
+
+def order_of(rows: Sequence[Row], column: str) -> str:
+    """Names from the best to the worst; ``≈`` between neighbours that cannot be told apart, ``>`` also where a single
+    seed says nothing of that."""
+    ranked = sorted(rows, key=lambda row: -(row.mean(column) or 0.0))
+    return chained(ranked, lambda before, after: " > " if better(before, after, column) else " ≈ ")
 
 
 def chained(rows: Sequence[Row], sign: Callable[[Row, Row], str]) -> str:
@@ -231,79 +293,102 @@ def chained(rows: Sequence[Row], sign: Callable[[Row, Row], str]) -> str:
     return rows[0].name + "".join(sign(before, after) + after.name for before, after in itertools.pairwise(rows))
 
 
-def better(first: Row, second: Row, kind: str) -> bool:
-    """Whether the first one's mean is above the second one's by more than the standard error of the difference."""
-    a, b = first.mean(kind), second.mean(kind)
+def better(first: Row, second: Row, column: str) -> bool:
+    """Whether the first mean is above the second by more than ``SURE`` standard errors of the difference."""
+    a, b = first.mean(column), second.mean(column)
     assert a is not None
     assert b is not None
-    return a - b > math.hypot(first.error(kind), second.error(kind))
+    return a - b > SURE * math.hypot(first.error(column), second.error(column))
 
 
 def findings(found: Comparison) -> list[str]:
-    """For each evaluation that the paper has too: whether its order of the variants holds here."""
+    """For each column that the paper has too: whether its order of the variants holds here."""
     lines = []
-    for kind in found.kinds:
-        rows = [row for row in found.rows if kind in row.paper and row.mean(kind) is not None]
+    for column in found.columns:
+        rows = [row for row in found.rows if column in row.paper and row.mean(column) is not None]
         if len(rows) > 1:
-            lines.append(finding(rows, kind))
+            lines.append(finding(rows, column))
     return lines
 
 
-def finding(rows: Sequence[Row], kind: str) -> str:
+def finding(rows: Sequence[Row], column: str) -> str:
     """Whether the paper's order of some variants, all of which have its figure and one here, holds."""
-    ranked = sorted(rows, key=lambda row: -row.paper[kind])
-    paper = chained(ranked, lambda before, after: " > " if before.paper[kind] > after.paper[kind] else " = ")
-    pairs = [(a, b) for a in rows for b in rows if a.paper[kind] > b.paper[kind]]
-    against = [f"{b.name} is above {a.name}" for a, b in pairs if better(b, a, kind)]
-    unsure = [f"{a.name}, {b.name}" for a, b in pairs if not better(a, b, kind)]
+    ranked = sorted(rows, key=lambda row: -row.paper[column])
+    paper = chained(ranked, lambda before, after: " > " if before.paper[column] > after.paper[column] else " = ")
+    here = order_of(rows, column)
+    if min(len(row.scores[column]) for row in rows) == 1:
+        return f"{column}: the paper's order is {paper}; here, with one seed, which says nothing of chance, {here}."
+    pairs = [(a, b) for a in rows for b in rows if a.paper[column] > b.paper[column]]
+    against = [f"{b.name} is above {a.name}" for a, b in pairs if better(b, a, column)]
+    unsure = [f"{a.name}, {b.name}" for a, b in pairs if not better(a, b, column)]
     if against:
         verdict = "does not hold: " + "; ".join(against)
+    elif pairs and len(unsure) == len(pairs):
+        verdict = "cannot be told here: all are too near each other"
     elif unsure:
         verdict = "holds, but for what is too near to tell: " + "; ".join(unsure)
     else:
         verdict = "holds"
-    seeds = min(len(row.scores[kind]) for row in rows)
-    doubt = " (one seed: of their spread this says nothing)" if seeds == 1 else ""
-    return f"{kind}: the paper's order, {paper}, {verdict}{doubt}. Here {order_of(rows, kind)}."
+    return f"{column}: the paper's order, {paper}, {verdict}. Here {here}."
 
 
 def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the table."""
-    papers = [kind for kind in found.kinds if any(kind in row.paper for row in found.rows)]
+    papers = [column for column in found.columns if any(column in row.paper for row in found.rows)]
     long = any(hours >= 1 for row in found.rows for hours in row.hours)
     time = "device h a run" if long else "device min a run"
-    headers = ["variant", *found.kinds, *(f"{kind}, paper" for kind in papers), "loss", "kB a view", time]
+    headers = ["variant", *found.columns, *(f"{column}, paper" for column in papers), "loss", "kB a view", time]
     rows = []
     for row in found.rows:
-        paper = [f"{row.paper[kind]:.1f}" if kind in row.paper else BLANK for kind in papers]
+        scores = [score_cell(found, row, column) for column in found.columns]
+        paper = [f"{row.paper[column]:.1f}" if column in row.paper else BLANK for column in papers]
         losses = row.curves.get("loss")
         loss = f"{losses[-1]:.3f}" if losses else BLANK
         size = BLANK if row.latents is None else f"{row.latents / 1000:.1f}"
         took = f"{statistics.fmean(row.hours) * (1 if long else 60):.3g}" if row.hours else BLANK
-        rows.append([row.name, *(spread(row.scores.get(kind, [])) for kind in found.kinds), *paper, loss, size, took])
+        rows.append([row.name, *scores, *paper, loss, size, took])
     return headers, rows
+
+
+def score_cell(found: Comparison, row: Row, column: str) -> str:
+    """A score with its spread; where not all rows of the column read the same of the encoder, also what was read."""
+    text = spread(row.scores.get(column, []))
+    several = len({other.features[column] for other in found.rows if column in other.features}) > 1
+    return f"{text} ({row.features[column]})" if several and column in row.features else text
 
 
 def notes(found: Comparison) -> list[str]:
     """What must be known to read the table."""
-    lines = [
+    lines = [f"Not finished: {text}" for text in found.failed]
+    lines.append(
         f"{found.done} of {found.wanted} scores, {found.seeds} seed{'s' if found.seeds != 1 else ''}; percent, mean ± "
-        "standard deviation over seeds. loss: mean of the last epoch of the first seed, each variant's own; kB a view: "
-        "stored latents; the time is that of training alone, over all devices."
-    ]
-    for kind, protocol in found.protocols.items():
-        features = sorted({row.features[kind] for row in found.rows if kind in row.features})
-        lines.append(f"{kind}: {protocol}; on {', '.join(READ.get(name, name) for name in features)}.")
+        f"standard deviation over seeds. One variant is above another (>) where their means are more than {SURE:g} "
+        "standard errors of the difference apart. loss: mean of the last epoch of the first seed, each variant's own; "
+        "kB a view: stored latents; the time is that of training alone, over all devices."
+    )
+    for column, protocol in found.protocols.items():
+        features = sorted({row.features[column] for row in found.rows if column in row.features} - {""})
+        on = f"; on {', '.join(READ.get(name, name) for name in features)}" if features else ""
+        lines.append(f"{column}: {protocol}{on}.")
     return lines
+
+
+def folders(row: Row) -> str:
+    """The folders of a row's runs, with how far those are that are not finished."""
+    names = [run.name for run in row.runs] + [f"{run.name} ({how})" for run, how in row.unfinished]
+    return ", ".join(names) or BLANK
 
 
 def comparison_markdown(found: Comparison) -> str:
     """The report in Markdown."""
     headers, rows = cells(found)
     lines = [f"# {found.title}", "", *([found.about, ""] if found.about else [])]
-    lines += ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    lines += ["", *(f"- {line}" for line in (*findings(found), *notes(found)))]
-    lines += ["", "| variant | runs |", "|---|---|"]
-    lines += [f"| {row.name} | {', '.join(run.name for run in row.runs) or BLANK} |" for row in found.rows]
+    lines += [*markdown_table(headers, rows), "", *(f"- {line}" for line in (*findings(found), *notes(found))), ""]
+    lines += markdown_table(["variant", "runs"], [[row.name, folders(row)] for row in found.rows])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

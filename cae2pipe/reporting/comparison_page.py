@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from cae2pipe.config.compare import BYTES
-from cae2pipe.reporting.comparison import CURVES, Comparison, Row, cells, findings, notes
+from cae2pipe.reporting.comparison import CURVES, Comparison, Row, cells, findings, folders, notes
 from cae2pipe.reporting.gallery import Gallery, gallery_html
 from cae2pipe.reporting.html import Child, Html, element, figure, join, page, table
 from cae2pipe.reporting.plots import Points, curves, dots
 
-AXES = {BYTES: "stored latents, bytes a view", "mask.ratio": "mask ratio", "data.views": "stored views of an image"}
+AXES = {BYTES: "stored latents, kB a view", "mask.ratio": "mask ratio", "data.views": "stored views of an image"}
 """What settings are called below an axis, where their own names do not do."""
 
 
@@ -19,14 +19,14 @@ def comparison_html(found: Comparison, gallery: Gallery) -> str:
     body = [
         element("h1", found.title),
         *([element("p", found.about, class_="lead")] if found.about else []),
-        element("div", table(headers, children), class_="card"),
+        element("div", table(headers, children, class_="scores"), class_="card"),
         *(element("p", line) for line in findings(found)),
         *(element("p", line, class_="small") for line in notes(found)),
         *score_plots(found),
         *curve_plots(found),
         *gallery_html(gallery),
         element("h2", "Runs"),
-        table(["variant", "folders"], [[row.name, ", ".join(run.name for run in row.runs)] for row in found.rows]),
+        table(["variant", "folders"], [[row.name, folders(row)] for row in found.rows]),
     ]
     return page(found.title, join([Html(part) for part in body], "\n"))
 
@@ -38,12 +38,12 @@ def card(plot: Html, caption: str) -> Html:
 def score_plots(found: Comparison) -> list[Html]:
     """Scores of every evaluation: along the comparison's axis where it has one, else a line a variant."""
     parts: list[Html] = []
-    for kind in found.kinds:
+    for kind in found.columns:
         scored = [row for row in found.rows if row.scores.get(kind)]
         if len(scored) < 2:
             continue
         if found.along and any(row.along is not None for row in scored):
-            plot = along_axis(scored, kind, AXES.get(found.along, found.along))
+            plot = along_axis(scored, kind, found.along)
             caption = f"{kind}: means over seeds; bars are standard deviations."
         else:
             plot = dots({row.name: [100 * value for value in row.scores[kind]] for row in scored}, x_label=f"{kind}, %")
@@ -52,8 +52,9 @@ def score_plots(found: Comparison) -> list[Html]:
     return [element("h2", "Scores"), *parts] if parts else []
 
 
-def along_axis(rows: list[Row], kind: str, label: str) -> Html:
+def along_axis(rows: list[Row], kind: str, along: str) -> Html:
     """Scores over where variants stand; those that stand nowhere are levels."""
+    unit = 1000 if along == BYTES else 1
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row.along is not None:
@@ -64,9 +65,9 @@ def along_axis(rows: list[Row], kind: str, label: str) -> Html:
         means = [100 * (row.mean(kind) or 0.0) for row in members]
         several = any(len(row.scores[kind]) > 1 for row in members)
         spreads = [100 * row.error(kind) * len(row.scores[kind]) ** 0.5 for row in members] if several else []
-        drawn[name] = Points([row.along or 0.0 for row in members], means, spreads)
+        drawn[name] = Points([(row.along or 0.0) / unit for row in members], means, spreads)
     levels = {row.name: 100 * (row.mean(kind) or 0.0) for row in rows if row.along is None}
-    return curves(drawn, x_label=label, y_label=f"{kind}, %", levels=levels)
+    return curves(drawn, x_label=AXES.get(along, along), y_label=f"{kind}, %", levels=levels)
 
 
 def curve_plots(found: Comparison) -> list[Html]:
@@ -78,11 +79,9 @@ def curve_plots(found: Comparison) -> list[Html]:
         "0 for a student that has learnt the mean alone. Methods that mask nothing see these patches.",
     }
     for name, label in CURVES.items():
-        drawn = {
-            row.name: Points(range(1, len(row.curves[name]) + 1), row.curves[name])
-            for row in found.rows
-            if any(row.curves.get(name, []))
-        }
-        if drawn:
+        # Those without such a curve keep their place, so that colours mean the same in both plots.
+        values = {row.name: row.curves.get(name, []) for row in found.rows}
+        drawn = {who: Points(range(1, len(v) + 1), v) if any(v) else Points([], []) for who, v in values.items()}
+        if any(points.xs for points in drawn.values()):
             parts.append(card(curves(drawn, x_label="epoch", y_label=label), captions[name]))
     return [element("h2", "Training"), *parts] if parts else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.reporting.comparison import BLANK
 from cae2pipe.reporting.html import Child, Html, element, image
 from cae2pipe.reporting.pictures import (
     ColourBasis,
@@ -79,8 +81,9 @@ def gallery_html(gallery: Gallery) -> list[Html]:
             element(
                 "p",
                 "Colours are the first three principal components of the teacher's latents, the same in all pictures: "
-                "equal colours, like latents. Students see the visible patches alone, and predict the latents of all "
-                "of them (black: of none there). Below, the centred cosine with the teacher where hidden.",
+                "equal colours, like latents. Students see the visible patches alone (under the masks above), and "
+                "predict the latents of all patches, or of visible ones alone (black: none). Below, the centred cosine "
+                "with the teacher on masked patches.",
             ),
             latent_table(gallery.forecasts),
         ]
@@ -91,7 +94,11 @@ def gallery_html(gallery: Gallery) -> list[Html]:
                 "p",
                 f"Of {len(gallery.views)} stored views, those whose mean patch is nearest to the first one's.",
             ),
-            *(neighbour_table(gallery, place) for place in range(len(gallery.queries))),
+            *(
+                part
+                for place in range(len(gallery.queries))
+                for part in (element("h3", f"View {place + 1}"), neighbour_table(gallery, place))
+            ),
         ]
     if gallery.left_out:
         parts.append(element("p", "No pictures of: " + "; ".join(gallery.left_out), class_="small"))
@@ -110,7 +117,7 @@ def mask_table(rows: Sequence[MaskRow]) -> Html:
 
 
 def latent_table(found: dict[str, list[Forecast]]) -> Html:
-    """A line a view: the view, the teacher's latents, then for every student what it sees and what it predicts."""
+    """A line a view: the view, the teacher's latents, then for every student what it predicts."""
     some = next(iter(found.values()))
     basis = colour_basis(np.concatenate([forecast.teacher for forecast in some]))
     cells: list[list[Child]] = []
@@ -122,7 +129,9 @@ def latent_table(found: dict[str, list[Forecast]]) -> Html:
         for name, forecasts in found.items():
             own = forecasts[place]
             shown = latents(own.student, own.mask.shape, basis, name)
-            line.append(element("div", shown, element("figcaption", f"{own.cosine:.2f}")))
+            line.append(
+                element("div", shown, element("figcaption", BLANK if math.isnan(own.cosine) else f"{own.cosine:.2f}"))
+            )
         cells.append(line)
     return grid(["view", "teacher", *found], cells)
 

@@ -119,10 +119,12 @@ h3 small { color: var(--soft); font-weight: 400; }
 @media (max-width: 34rem) { .strip.five, .strip.four { grid-template-columns: repeat(2, 1fr); } }
 .wide { overflow-x: auto; }
 .small { color: var(--soft); font-size: 0.88rem; }
-.plot img { background: #ffffff; max-width: 42rem; }
+.plot img { background: #ffffff; max-width: 48rem; }
+table.scores td { font-weight: 400; font-variant-numeric: tabular-nums; }
 table.pictures { width: auto; font-size: 0.8rem; }
 table.pictures th, table.pictures td {
   padding: 0.2rem 0.3rem; border: 0; vertical-align: middle; font-weight: 400; white-space: normal; max-width: 7rem;
+  overflow-wrap: anywhere;
 }
 table.pictures img { width: 6.2rem; min-width: 6.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.94rem; }

@@ -39,11 +39,14 @@ class Points:
 def curves(
     lines: Mapping[str, Points], *, x_label: str, y_label: str, levels: Mapping[str, float] | None = None
 ) -> Html:
-    """Curves over one axis, with markers where they have few points, and dashed horizontal ``levels``."""
+    """Curves over one axis, with markers where they have few points, and dashed horizontal ``levels``. A curve without
+    points keeps its colour for itself; an axis whose values are far apart is logarithmic."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(6.6, 3.6)
     for place, (name, points) in enumerate(lines.items()):
+        if not points.xs:
+            continue
         few = len(points.xs) <= FEW
         axes.errorbar(
             points.xs,
@@ -64,10 +67,13 @@ def curves(
     if positions and positions[0] > 0 and positions[-1] / positions[0] >= 8 and len(positions) <= FEW:
         axes.set_xscale("log")
     if positions and len(positions) <= 8:
-        axes.set_xticks(positions, [f"{x:g}" for x in positions])
+        axes.set_xticks(positions, [f"{x:.3g}" for x in positions])
         axes.minorticks_off()
     elif all(float(x).is_integer() for x in positions):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    heights = [y for points in lines.values() for y in points.ys if y == y]
+    if heights and min(heights) > 0 and max(heights) / min(heights) >= 20:
+        axes.set_yscale("log")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if len(lines) + len(levels or {}) > 1:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import MANIFEST, is_box, open_box
+from cae2pipe.artifacts.box import MANIFEST, Box, is_foreign, open_box
 from cae2pipe.errors import SourceError
 
 COLUMNS = ("encoder", "evaluation", "feature", "score", "also", "best", "train", "val", "protocol", "folder")
@@ -24,6 +24,28 @@ NAMES = {
 """What figures are called in print."""
 
 
+def headlines(evaluation: str) -> tuple[str, str]:
+    """The figure that an evaluation's score is, and the one that stands beside it."""
+    return HEADLINES.get(evaluation, ("top1", "top5"))
+
+
+def score_boxes(roots: Iterable[Path]) -> Iterator[tuple[Path, Box]]:
+    """Every finished evaluation in or below some folders, with its box.
+
+    Raises:
+        SourceError: a folder does not exist. ManifestError, DamageError: a manifest cannot be read.
+    """
+    for root in roots:
+        if not root.is_dir():
+            raise SourceError("no such folder", where=root, fix="give folders that `cae2pipe evaluate` wrote")
+        for folder in sorted(path.parent for path in root.rglob(MANIFEST)):
+            if is_foreign(folder):
+                continue
+            box = open_box(folder)
+            if box.kind == "scores" and box.facts.get("result"):
+                yield folder, box
+
+
 def collect(roots: Iterable[Path]) -> list[dict[str, Any]]:
     """A row for every finished evaluation in or below the given folders, the best of each kind of evaluation first.
 
@@ -32,13 +54,8 @@ def collect(roots: Iterable[Path]) -> list[dict[str, Any]]:
     """
     rows: dict[Path, dict[str, Any]] = {}
     roots = list(roots)
-    for root in roots:
-        if not root.is_dir():
-            raise SourceError("no such folder", where=root, fix="give folders that `cae2pipe evaluate` wrote")
-        for manifest in sorted(root.rglob(MANIFEST)):
-            folder = manifest.parent
-            if is_box(folder, "scores") and (result := open_box(folder).facts.get("result")):
-                rows[folder.resolve()] = row(result, folder)
+    for folder, box in score_boxes(roots):
+        rows[folder.resolve()] = row(box.facts["result"], folder)
     if not rows:
         raise SourceError(
             "there is no finished evaluation here",
@@ -51,7 +68,7 @@ def collect(roots: Iterable[Path]) -> list[dict[str, Any]]:
 def row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the table shows of one result: ``score`` and ``also`` are pairs of name and value; ``best`` is the best
     epoch's score, where one was looked for."""
-    first, second = HEADLINES.get(result["evaluation"], ("top1", "top5"))
+    first, second = headlines(result["evaluation"])
     found = {name: result.get(name, "") for name in ("encoder", "evaluation", "feature", "protocol")}
     counts = {part: result["images"][part] for part in ("train", "val")}
     best = result["best"][first] if "best" in result else None

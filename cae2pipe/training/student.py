@@ -30,7 +30,7 @@ class Forecast:
     """One stored view: its pixels, what was hidden, the teacher's unit latents and the student's.
 
     view (S, S, 3) uint8; mask bool (rows, cols), True is masked; teacher and student (P, D), the student's zero where
-    it predicts nothing; cosine: the mean centred cosine over the masked patches.
+    it predicts nothing; cosine: the mean centred cosine over the masked patches, NaN if it predicts none of them.
     """
 
     key: str
@@ -86,6 +86,8 @@ def forecasts(
             student.scatter_(1, indices.unsqueeze(-1).expand_as(found), F.normalize(found.float(), dim=-1))
     centre = targets.mean.to(device)
     cosines = F.cosine_similarity(student - centre, target - centre, dim=-1).gather(1, masked).mean(dim=1)
+    if prediction.masked is None:
+        cosines = torch.full_like(cosines, torch.nan)
     teacher, student = target.cpu(), student.cpu()
     return [
         Forecast(view.key, view.pixels, mask, teacher[place].numpy(), student[place].numpy(), float(cosines[place]))

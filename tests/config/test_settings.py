@@ -150,3 +150,13 @@ def test_shown_settings_carry_documentation():
     assert "# Peak learning rate at a batch of 2048" in text
     assert yaml.safe_load(text)["optimizer"]["lr"] == 1.5e-3
     assert isinstance(read_preset("pretrain", "base"), dict)
+
+
+def test_settings_that_extend_themselves_and_folders_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"extends: {tmp_path}/b.yaml")
+    (tmp_path / "b.yaml").write_text(f"extends: {tmp_path}/a.yaml")
+    with pytest.raises(SettingsError, match="in a circle"):
+        read_preset("pretrain", str(tmp_path / "a.yaml"))
+    (tmp_path / "c.yaml").mkdir()
+    with pytest.raises(SettingsError, match="this is a folder"):
+        read_preset("pretrain", str(tmp_path / "c.yaml"))

@@ -15,6 +15,7 @@ VISIBLE = torch.tensor([[0, 3, 5, 7, 8, 9, 12, 13, 14, 15], [1, 2, 3, 4, 5, 6, 1
 MASKED = torch.tensor([[1, 2, 4, 6, 10, 11], [0, 7, 8, 9, 12, 13]])
 PARTS = ("class_token", "visible", "masked")
 SEES_MASKED = {"caev2": False, "cae": False, "mvp": False, "mae": False, "milan": False, "fd": True}
+"""Methods from which masked patches are not hidden; ``masks`` must say so."""
 
 
 def build(name: str, **over) -> Method:
@@ -59,6 +60,7 @@ def test_masked_pixels_reach_predictions_only_where_nothing_is_masked(name, pixe
     before, after = (model(images, VISIBLE, MASKED) for images in (pixels, changed(pixels, MASKED)))
     for part in PARTS:
         assert torch.equal(getattr(before, part), getattr(after, part)) is not SEES_MASKED[name], part
+    assert model.masks is not SEES_MASKED[name]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,12 +8,14 @@ import pytest
 
 from cae2pipe.reporting.comparison import (
     Comparison,
+    Finished,
     Row,
     better,
     by_epoch,
     cells,
     comparison_markdown,
     device_hours,
+    fill_columns,
     findings,
     flat,
     order_of,
@@ -44,16 +46,27 @@ def test_what_is_too_near_to_tell_is_said():
     assert "holds, but for what is too near to tell: a, b. Here a ≈ b > c." in line
     assert better(rows[0], rows[2], "linear")
     assert not better(rows[0], rows[1], "linear")
+    (line,) = findings(comparison(*rows[:2]))
+    assert "a > b, cannot be told here" in line
 
 
-def test_one_seed_says_nothing_of_its_spread():
+def test_a_difference_counts_from_two_standard_errors_on():
+    """Means 0.1 apart; standard errors of 0.03 and 0.04 give the difference one of 0.05."""
+    first, second = row("a", 0.6 - 0.03, 0.6 + 0.03), row("b", 0.5 - 0.04, 0.5 + 0.04)
+    assert (first.error("linear"), second.error("linear")) == pytest.approx((0.03, 0.04))
+    assert better(row("a", 0.601 - 0.03, 0.601 + 0.03), second, "linear")
+    assert not better(row("a", 0.599 - 0.03, 0.599 + 0.03), second, "linear")
+
+
+def test_of_one_seed_there_is_no_verdict():
     (line,) = findings(comparison(row("a", 0.5, paper=2.0), row("b", 0.4, paper=1.0)))
-    assert line.startswith("linear: the paper's order, a > b, holds (one seed:")
+    assert line == ("linear: the paper's order is a > b; here, with one seed, which says nothing of chance, a > b.")
 
 
 def test_equal_figures_of_the_paper_have_no_order():
-    (line,) = findings(comparison(row("a", 0.5, 0.51, paper=2.0), row("b", 0.4, 0.41, paper=2.0)))
-    assert "the paper's order, a = b, holds." in line
+    rows = row("a", 0.5, 0.51, paper=2.0), row("b", 0.4, 0.41, paper=2.0)
+    (line,) = findings(comparison(*rows, row("c", 0.1, 0.11, paper=1.0)))
+    assert "the paper's order, a = b > c, holds." in line
 
 
 def test_no_order_without_two_rows_that_have_both():
@@ -94,6 +107,8 @@ def test_means_by_epoch():
 def test_rows_are_named_by_what_sets_them_apart():
     rows = [flat({"a": {"b": v, "c": 1}, "d": w}) for v, w in ((1, "x"), (1, "y"), (2, "x"))]
     assert row_names(rows) == ["", "d=y", "a.b=2"]
+    methods = [{"a": 1, "method": "mae"}, {"a": 2, "method": "fd"}, {"a": 2, "method": "fd"}]
+    assert row_names(methods)[0] == "method=mae, a=1"
     assert row_names(rows[:1]) == [""]
 
 
@@ -103,13 +118,48 @@ def test_scores_are_drawn_along_the_axis_and_the_rest_as_levels(monkeypatch):
     seen = {}
     monkeypatch.setattr(comparison_page, "curves", lambda lines, **options: seen.update(lines=lines, **options))
     rows = [row("2", 0.5, 0.7, along=2.0), row("1", 0.4, along=1.0), row("fresh", 0.9)]
-    along_axis(rows, "linear", "views")
-    assert (seen["x_label"], seen["y_label"]) == ("views", "linear, %")
+    along_axis(rows, "linear", "data.views")
+    assert (seen["x_label"], seen["y_label"]) == ("stored views of an image", "linear, %")
     points = seen["lines"]["linear"]
     assert list(points.xs) == [1, 2]
     assert list(points.ys) == pytest.approx([40, 60])
     assert list(points.errors) == pytest.approx([0, 14.142], abs=1e-2)
     assert seen["levels"] == {"fresh": pytest.approx(90)}
+
+
+def finished(score: float, protocol: str = "p", data: str = "d", feature: str = "mean") -> Finished:
+    return Finished("linear", score, protocol, data, feature)
+
+
+def test_other_ways_and_other_data_are_other_columns():
+    rows = [
+        Row("a", results=[[finished(0.5)], [finished(0.6), finished(0.7, protocol="q")]]),
+        Row("b", results=[[finished(0.8, data="e")]]),
+    ]
+    columns, protocols = fill_columns(rows, ["linear", "knn"])
+    assert columns == ["linear (1)", "linear (2)", "linear (3)", "knn"]
+    assert [[row.scores[column] for column in columns] for row in rows] == [
+        [[0.5, 0.6], [0.7], [], []],
+        [[], [], [0.8], []],
+    ]
+    assert len(set(protocols.values())) == 3
+    assert protocols["linear (2)"].startswith("q, data ")
+
+
+def test_cells_say_what_was_read_where_rows_differ():
+    rows = [Row("a", results=[[finished(0.5)]]), Row("b", results=[[finished(0.6, feature="class")]])]
+    columns, protocols = fill_columns(rows, [])
+    found = Comparison("T", "", columns, rows, protocols, 2)
+    assert [line[1] for line in cells(found)[1]] == ["50.0 (mean)", "60.0 (class)"]
+    assert "on the class token, the mean patch." in comparison_markdown(found)
+
+
+def test_what_failed_and_what_is_unfinished_is_told():
+    rows = [Row("a", unfinished=[(Path("runs/x"), "unfinished, epoch 3 of 20")])]
+    found = Comparison("T", "", ["knn"], rows, {}, 1, failed=["a, seed 0 (loss nan)"])
+    text = comparison_markdown(found)
+    assert "- Not finished: a, seed 0 (loss nan)" in text
+    assert "| a | x (unfinished, epoch 3 of 20) |" in text
 
 
 def test_the_page_names_runs_and_escapes_what_is_given(tmp_path):

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from cae2pipe.artifacts.box import Box
 from cae2pipe.cli import app
-from cae2pipe.errors import SourceError
+from cae2pipe.errors import ManifestError, SourceError
 from cae2pipe.reporting.results import COLUMNS, as_markdown, collect
 
 
@@ -42,6 +42,15 @@ def test_every_finished_score_the_best_first(scores):
     ]
     assert rows[0]["train"] == 100
     assert all(tuple(row) == (*COLUMNS, "metric") for row in rows)
+
+
+def test_manifests_of_others_are_passed_over_and_broken_ones_are_not(scores):
+    (scores / "web").mkdir()
+    (scores / "web" / "manifest.json").write_text('{"name": "app"}')
+    assert len(collect([scores])) == 3
+    (scores / "web" / "manifest.json").write_text('{"name": ')
+    with pytest.raises(ManifestError, match="not valid JSON"):
+        collect([scores])
 
 
 def test_a_folder_named_twice_counts_once(scores):

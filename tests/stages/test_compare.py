@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 from cae2pipe.artifacts.parts import Part
 from cae2pipe.cli import app
+from cae2pipe.commands.training import report_name
 from cae2pipe.config.base import build, load, preset_names
 from cae2pipe.config.compare import GridSettings
-from cae2pipe.errors import BadInputError, SettingsError
+from cae2pipe.errors import BadInputError, DivergedError, SettingsError
 from cae2pipe.progress import Silent
 from cae2pipe.stages import compare as stage
-from cae2pipe.stages.compare import compare, expand
+from cae2pipe.stages.compare import compare, expand, plan_grid, run_name
 from cae2pipe.stages.extract_targets import extract_targets
 from tests.conftest import contents, snapshot
 
@@ -56,50 +57,53 @@ def grid(**over) -> GridSettings:
     return build(GridSettings, {**GRID, **over}, "test")
 
 
+def names(found: GridSettings, targets: str = "targets", small: bool = False) -> list[str]:
+    runs = expand(found, small, {})
+    return [run_name(settings, targets, found.variants[place].codec) for place, settings in runs]
+
+
 def test_every_preset_is_valid_at_both_scales():
-    for name in preset_names("compare"):
-        settings = load(GridSettings, "compare", name)
+    for preset in preset_names("compare"):
+        settings = load(GridSettings, "compare", preset)
         for small in (False, True):
-            runs = expand(settings, "targets", small, {})
-            assert len({run.name for run in runs}) == len(runs) == len(settings.variants) * len(settings.seeds)
-            assert all((run.settings.model.width == 96) is small for run in runs)
+            found = names(settings, small=small)
+            assert len(set(found)) == len(found) == len(settings.variants) * len(settings.seeds)
+            assert all((run.model.width == 96) is small for _, run in expand(settings, small, {}))
 
 
 def test_the_papers_grids_share_runs():
-    def names(preset: str, targets: str = "targets") -> set[str]:
-        return {run.name for run in expand(load(GridSettings, "compare", preset), targets, False, {})}
-
-    default = set.intersection(*(names(f"table{number}") for number in range(1, 6)), names("figure3"))
+    presets = {preset: set(names(load(GridSettings, "compare", preset))) for preset in preset_names("compare")}
+    default = set.intersection(*(presets[f"table{number}"] for number in range(1, 6)), presets["figure3"])
     assert len(default) == 3
-    assert default <= names("rivals") & names("figure2") & names("fidelity")
-    assert not names("table2") & names("table2", "other targets")
+    assert default <= presets["rivals"] & presets["figure2"] & presets["fidelity"]
+    assert not presets["table2"] & set(names(load(GridSettings, "compare", "table2"), "other targets"))
 
 
 def test_all_of_a_seed_come_before_the_next():
-    runs = expand(grid(), "targets", False, SPEED)
-    assert [(run.variant, run.seed) for run in runs] == [(0, 0), (1, 0), (0, 1), (1, 1)]
-    assert [run.settings.loss.visible for run in runs] == [0, 1, 0, 1]
-    assert {run.settings.speed.workers for run in runs} == {0}
-    assert [run.name[:9] for run in runs] == ["caev2-s0-", "caev2-s0-", "caev2-s1-", "caev2-s1-"]
+    runs = expand(grid(), False, SPEED)
+    assert [(place, run.seed) for place, run in runs] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [run.loss.visible for _, run in runs] == [0, 1, 0, 1]
+    assert {run.speed.workers for _, run in runs} == {0}
+    assert [name[:9] for name in names(grid())] == ["caev2-s0-", "caev2-s0-", "caev2-s1-", "caev2-s1-"]
 
 
 def test_a_variants_own_small_scale_is_laid_over_its_settings():
     variants = [{"name": "a", "set": {"epochs": 9}}, {"name": "b", "set": {"epochs": 9}, "small": {"epochs": 3}}]
     small = grid(variants=variants, small={"epochs": 7, "mask": {"ratio": 0.6}}, seeds=[0])
-    assert [run.settings.epochs for run in expand(small, "t", False, {})] == [9, 9]
-    runs = expand(small, "t", True, {})
-    assert [run.settings.epochs for run in runs] == [9, 3]
-    assert {run.settings.mask.ratio for run in runs} == {0.6}
+    assert [run.epochs for _, run in expand(small, False, {})] == [9, 9]
+    runs = [run for _, run in expand(small, True, {})]
+    assert [run.epochs for run in runs] == [9, 3]
+    assert {run.mask.ratio for run in runs} == {0.6}
 
 
 def test_what_only_changes_speed_leaves_names_as_they_are():
-    one, two = (expand(grid(), "targets", False, speed) for speed in ({}, SPEED))
-    assert [run.name for run in one] == [run.name for run in two]
+    slow, fast = (run_name(expand(grid(), False, speed)[0][1], "targets", None) for speed in ({}, SPEED))
+    assert slow == fast
 
 
 def test_another_codec_is_another_run():
     variants = [{"name": "a"}, {"name": "b", "codec": {"name": "klt"}}, {"name": "c", "codec": {"name": "int8"}}]
-    assert len({run.name for run in expand(grid(variants=variants, seeds=0), "targets", False, {})}) == 3
+    assert len(set(names(grid(variants=variants, seeds=0)))) == 3
 
 
 def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(target_root, data, tmp_path, monkeypatch):
@@ -149,7 +153,7 @@ def test_two_grids_in_one_folder_train_what_they_share_once(target_root, data, t
     assert len(trained) == 4
     assert len(set(trained)) == len(list((out / "runs").iterdir())) == 3
     assert found.rows[0].scores == found.rows[1].scores
-    assert {path.name for path in (out / "reports").iterdir()} == {"one", "two"}
+    assert {path.name for path in (out / "reports").iterdir()} == {"one", "two", ".locks"}
 
 
 def test_parts_share_the_runs_and_the_last_one_reports_all(target_root, data, tmp_path):
@@ -167,15 +171,16 @@ def test_codecs_are_compared_on_recoded_sets(photos, extract_settings, data, tmp
     out = tmp_path / "out"
     codecs = grid(variants=variants, seeds=0, along="bytes")
     found = compare(codecs, "codecs", tmp_path / "fp16", data, out, Silent(), speed=SPEED)
-    assert [path.name for path in (out / "targets").iterdir() if path.name != ".locks"] == ["klt-0.9"]
+    (recoded,) = (path for path in (out / "targets").iterdir() if path.name != ".locks")
+    assert recoded.name.startswith("klt-0.9-")
     small, whole = found.rows
     assert small.latents < whole.latents
     assert (small.along, whole.along) == (small.latents, whole.latents)
-    assert "stored latents, bytes a view" in (out / "reports" / "codecs" / "report.html").read_text()
+    assert "stored latents, kB a view" in (out / "reports" / "codecs" / "report.html").read_text()
     again = compare(codecs, "codecs", tmp_path / "fp16", data, out, Silent(), speed=SPEED)
     assert again == found
     with pytest.raises(BadInputError, match="error would come on top"):
-        compare(codecs, "again", out / "targets" / "klt-0.9", data, tmp_path / "other", Silent(), speed=SPEED)
+        compare(codecs, "again", recoded, data, tmp_path / "other", Silent(), speed=SPEED)
 
 
 def test_the_command(target_root, data, tmp_path):
@@ -238,11 +243,13 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
     import yaml
 
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump({**GRID, "evaluate": [{"kind": "knn", "set": {"k": 5000}}]}))
+    path.write_text(yaml.safe_dump({**GRID, "evaluate": [{"kind": "knn", "set": {"k": 5000}}], "seeds": 0}))
     arguments = ["compare", str(path), str(target_root), str(data), str(tmp_path / "out"), "--workers", "0"]
     done = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--jobs", "2"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "2 of 2 processes failed: 1, 2" in done.stderr
+    # What is there is told all the same.
+    assert "0 of 2 scores" in (tmp_path / "out" / "reports" / "grid" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -254,6 +261,12 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
         ({"variants": [{"name": "x", "sett": {}}]}, "unknown setting"),
         ({"along": "mask.ration"}, "no pretraining setting 'mask.ration'"),
         ({"along": "mask.ratio.x"}, "no pretraining setting"),
+        ({"along": "method"}, "method is no number"),
+        ({"evaluate": []}, "evaluate"),
+        ({"set": {"seed": 3}}, "say seed, which `seeds` gives"),
+        ({"variants": [{"name": "x", "set": {"stop_after": 1}}]}, "cannot be scored"),
+        ({"variants": [{"name": "x\ny"}]}, "name"),
+        ({"variants": [{"name": "x", "paper": {"liner": 80.0}}]}, "liner"),
     ],
 )
 def test_grids_that_cannot_be_meant(over, message):
@@ -261,8 +274,65 @@ def test_grids_that_cannot_be_meant(over, message):
         grid(**over)
 
 
-def test_a_variant_whose_settings_do_not_fit_is_refused_before_anything_runs(target_root, data, tmp_path):
-    odd = [*GRID["variants"], {"name": "odd", "set": {"loss": {"kin": "mse"}}}]
-    with pytest.raises(SettingsError, match=r"loss\.kin"):
-        compare(grid(variants=odd), "odd", target_root, data, tmp_path / "out", Silent(), speed=SPEED)
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"variants": [{"name": "odd", "set": {"loss": {"kin": "mse"}}}]}, r"(?s)loss\.kin.*variant 'odd'"),
+        ({"variants": [{"name": "odd", "set": {"method": "cae2"}}]}, "no method 'cae2'"),
+        (
+            {"variants": [{"name": "odd", "set": {"method": "cae", "model": {"regressor_depth": 0}}}]},
+            "needs a regressor",
+        ),
+        ({"variants": [{"name": "odd", "set": {"data": {"views": 9}}}]}, r"(?s)9 views.*--set set\.data\.views=2"),
+        ({"evaluate": [{"kind": "knn", "set": {"kk": 3}}]}, "unknown setting 'kk'"),
+        ({"evaluate": [{"kind": "linear", "set": {"epochs": 3}}]}, "epochs"),
+        ({"variants": [{"name": "odd", "codec": {"name": "int8"}}]}, "error would come on top"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_trained(over, message, target_root, data, tmp_path):
+    first = [GRID["variants"][0], *over.pop("variants", [])]
+    with pytest.raises(BadInputError, match=message):
+        compare(grid(variants=first, **over), "odd", target_root, data, tmp_path / "out", Silent(), speed=SPEED)
     assert not (tmp_path / "out").exists()
+
+
+def test_data_and_places_are_looked_at_first(target_root, data, tmp_path):
+    for where, message in ((tmp_path / "nothing", "no such folder|does not exist|missing"),):
+        with pytest.raises(BadInputError, match=message):
+            plan_grid(grid(), target_root, where, tmp_path / "out")
+    with pytest.raises(BadInputError, match="inside the target set"):
+        plan_grid(grid(), target_root, data, target_root / "out")
+    with pytest.raises(SettingsError, match="no small scale"):
+        plan_grid(grid(), target_root, data, tmp_path / "out", small=True)
+
+
+def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, data, tmp_path):
+    wild = {"name": "wild", "set": {"optimizer": {"lr": 1e30, "scale_lr": False, "clip": 1e30}, "epochs": 3}}
+    out = tmp_path / "out"
+    with pytest.raises(DivergedError):
+        compare(grid(variants=[wild, {"name": "good"}], seeds=0), "odd", target_root, data, out, Silent(), speed=SPEED)
+    text = (out / "reports" / "odd" / "report.md").read_text()
+    assert "1 of 2 scores" in text
+    assert "Not finished: wild, seed 0 (loss" in text
+    assert "unfinished, epoch" in text
+
+
+def test_other_scores_and_grown_targets_are_other_folders(photos, extract_settings, pretrain_settings, data, tmp_path):
+    """One OUT for other evaluations, and for the same set with more views: nothing is mixed up."""
+    extract_targets(photos, tmp_path / "set", extract_settings(views=1), Silent())
+    out = tmp_path / "out"
+    compare(grid(seeds=0), "one", tmp_path / "set", data, out, Silent(), speed=SPEED)
+    runs = snapshot(out / "runs")
+    other = grid(seeds=0, evaluate=[{"kind": "knn", "set": {"k": 7}}])
+    assert compare(other, "two", tmp_path / "set", data, out, Silent(), speed=SPEED).done == 2
+    assert snapshot(out / "runs") == runs
+    extract_targets(photos, tmp_path / "set", extract_settings(views=2), Silent())
+    compare(grid(seeds=0), "one", tmp_path / "set", data, out, Silent(), speed=SPEED)
+    assert len(list((out / "runs").iterdir())) == 4
+
+
+def test_names_of_reports():
+    assert [report_name(text, False) for text in ("table2", "a/b c.yaml", "..yaml", "../x.yml")] == [
+        "table2", "b-c", "grid", "x",
+    ]  # fmt: skip
+    assert report_name("table2", True) == "table2-small"

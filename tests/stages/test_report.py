@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cae2pipe.cli import app
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import KnnSettings
-from cae2pipe.errors import ManifestError, SettingsError
+from cae2pipe.errors import BadInputError, ManifestError, SettingsError, SourceError
 from cae2pipe.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
@@ -49,8 +49,8 @@ def runs(made: Path) -> list[Path]:
 def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_path):
     found = report_runs(runs(made), [made / "scores"], target_root, tmp_path / "out", Silent(), "cpu")
     assert [row.name for row in found.rows] == [
-        "seed0",
-        "loss.kind=mse, loss.target=pixels, loss.visible=0.0, mask.strategy=random, method=mae",
+        "seed0 and 1 more",
+        "method=mae, loss.kind=mse, loss.target=pixels, loss.visible=0.0, mask.strategy=random",
         "data.window=1",
     ]
     assert [len(row.runs) for row in found.rows] == [2, 1, 0]
@@ -60,8 +60,9 @@ def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_pat
     page = (tmp_path / "out" / "report.html").read_text()
     assert "http" not in page
     # Of pixels there are no latents to show; its masks and neighbours are there.
-    assert page.count("Latents of seed0 as colours") == 4
-    assert "Latents of loss.kind" not in page
+    assert page.count("Latents of seed0 and 1 more as colours") == 4
+    assert "Latents of method=mae" not in page
+    assert "half (unfinished, epoch 1 of 1)" in page
     assert "random, 6 of 16 hidden" in page
     assert "block, 6 of 16 hidden" in page
     before = contents(tmp_path / "out")
@@ -71,9 +72,9 @@ def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_pat
 
 def test_without_targets_and_scores_there_are_losses(made, tmp_path):
     found = report_runs(runs(made)[:2], [], None, tmp_path / "out", Silent())
-    assert found.kinds == []
+    assert found.columns == []
     assert "Nearest neighbours" not in (tmp_path / "out" / "report.html").read_text()
-    assert "| seed0 |" in (tmp_path / "out" / "report.md").read_text()
+    assert "| seed0 and 1 more |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
@@ -91,12 +92,47 @@ def test_what_is_no_run_is_refused(made, target_root, tmp_path):
         report_runs([made / "runs" / "seed0", made / "runs" / ".." / "runs" / "seed0"], [], None, tmp_path, Silent())
 
 
+def test_cached_and_online_runs_and_runs_on_fewer_views_are_other_rows(
+    made, target_root, pretrain_settings, teacher_file, tmp_path
+):
+    once = {"epochs": 1, "optimizer": {"warmup_epochs": 0}}
+    pretrain(target_root, tmp_path / "view", pretrain_settings(**once, data={"views": 1}), Silent())
+    online = pretrain_settings(**once, targets="online", teacher_weights=str(teacher_file))
+    pretrain(target_root, tmp_path / "online", online, Silent())
+    three = [made / "runs" / "seed0", tmp_path / "online", tmp_path / "view"]
+    found = report_runs(three, [], None, tmp_path / "out", Silent())
+    assert [row.name for row in found.rows[:2]] == ["seed0", "targets=online"]
+    assert "data.views=1" in found.rows[2].name
+
+
+def test_a_copy_of_a_run_is_no_second_seed(made, tmp_path):
+    shutil.copytree(made / "runs" / "seed0", tmp_path / "copy")
+    with pytest.raises(SettingsError, match="same one, of seed 0"):
+        report_runs([made / "runs" / "seed0", tmp_path / "copy"], [], None, tmp_path / "out", Silent())
+
+
+def test_scores_that_cannot_be_read_are_not_passed_over(made, tmp_path):
+    shutil.copytree(made / "scores", tmp_path / "scores")
+    manifest = tmp_path / "scores" / "deep" / "seed0" / "knn" / "manifest.json"
+    manifest.write_text("{")
+    with pytest.raises(ManifestError, match="not valid JSON"):
+        report_runs(runs(made), [tmp_path / "scores"], None, tmp_path / "out", Silent())
+    with pytest.raises(SourceError, match="no such folder"):
+        report_runs(runs(made), [tmp_path / "typo"], None, tmp_path / "out", Silent())
+
+
+def test_out_may_not_be_a_file(made, tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(BadInputError, match="this is a file"):
+        report_runs(runs(made), [], None, tmp_path / "out", Silent())
+
+
 def test_the_command(made, target_root, tmp_path):
     arguments = ["report", *map(str, runs(made)[:2]), "--out", str(tmp_path / "out"), "--device", "cpu"]
     arguments += ["--scores", str(made / "scores"), "--targets", str(target_root)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "seed0" in done.stdout
+    assert "seed0 and 1 more" in done.stdout
     assert (tmp_path / "out" / "report.html").is_file()
     missing = CliRunner().invoke(app, ["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
     assert missing.exit_code == 2
