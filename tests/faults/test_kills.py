@@ -92,7 +92,9 @@ def jobs(
     compared = tmp_path_factory.mktemp("compared")
     for name, folder in (("fp16", fp16), ("data", data)):
         (compared / name).symlink_to(folder)
-    student = pretrain_settings(epochs=1, optimizer={"warmup_epochs": 0}).model_dump(mode="json", exclude={"speed"})
+    student = pretrain_settings(epochs=1, optimizer={"warmup_epochs": 0}).model_dump(
+        mode="json", exclude={"speed", "seed", "stop_after"}
+    )
     grid = {
         "title": "Codecs",
         "config": "default",
