@@ -233,7 +233,7 @@ def report(
 
 def print_comparison(found: Any, folder: Path) -> None:
     """A comparison's table, what it says, and where its page is."""
-    from cae2pipe.reporting.comparison import cells, findings
+    from cae2pipe.reporting.comparison_text import cells, findings
     from cae2pipe.reporting.terminal import print_table
 
     headers, rows = cells(found)

@@ -1,11 +1,10 @@
-"""Runs side by side: what is finished of them, means and spreads over seeds, the paper's figures, cost."""
+"""Runs side by side: what is there of them, brought into rows and columns."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.student import run_settings
 
-BLANK = "–"
-READ = {"mean": "the mean patch", "class": "the class token"}
 CURVES = {"loss": "loss", "centred_cosine_masked": "centred cosine, masked patches"}
 """Figures of ``metrics.jsonl`` that are drawn over epochs, with what they are called."""
 
@@ -266,129 +263,3 @@ def by_epoch(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
     for line in lines:
         found.setdefault(line["epoch"], []).append(line[name])
     return [statistics.fmean(found[epoch]) for epoch in sorted(found)]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Percent: the mean, with the standard deviation over seeds where there are several."""
-    if not values:
-        return BLANK
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-SURE = 2.0
-"""Standard errors of a difference from which on it counts: with one, two equal variants would be told apart one time in
-three."""
-
-
-def order_of(rows: Sequence[Row], column: str) -> str:
-    """Names from the best to the worst; ``≈`` between neighbours that cannot be told apart, ``>`` also where a single
-    seed says nothing of that."""
-    ranked = sorted(rows, key=lambda row: -(row.mean(column) or 0.0))
-    return chained(ranked, lambda before, after: " > " if better(before, after, column) else " ≈ ")
-
-
-def chained(rows: Sequence[Row], sign: Callable[[Row, Row], str]) -> str:
-    """Names of rows with a sign between each and the next."""
-    return rows[0].name + "".join(sign(before, after) + after.name for before, after in itertools.pairwise(rows))
-
-
-def better(first: Row, second: Row, column: str) -> bool:
-    """Whether the first mean is above the second by more than ``SURE`` standard errors of the difference."""
-    a, b = first.mean(column), second.mean(column)
-    assert a is not None
-    assert b is not None
-    return a - b > SURE * math.hypot(first.error(column), second.error(column))
-
-
-def findings(found: Comparison) -> list[str]:
-    """For each column that the paper has too: whether its order of the variants holds here."""
-    lines = []
-    for column in found.columns:
-        rows = [row for row in found.rows if column in row.paper and row.mean(column) is not None]
-        if len(rows) > 1:
-            lines.append(finding(rows, column))
-    return lines
-
-
-def finding(rows: Sequence[Row], column: str) -> str:
-    """Whether the paper's order of some variants, all of which have its figure and one here, holds."""
-    ranked = sorted(rows, key=lambda row: -row.paper[column])
-    paper = chained(ranked, lambda before, after: " > " if before.paper[column] > after.paper[column] else " = ")
-    here = order_of(rows, column)
-    if min(len(row.scores[column]) for row in rows) == 1:
-        return f"{column}: the paper's order is {paper}; here, with one seed, which says nothing of chance, {here}."
-    pairs = [(a, b) for a in rows for b in rows if a.paper[column] > b.paper[column]]
-    against = [f"{b.name} is above {a.name}" for a, b in pairs if better(b, a, column)]
-    unsure = [f"{a.name}, {b.name}" for a, b in pairs if not better(a, b, column)]
-    if against:
-        verdict = "does not hold: " + "; ".join(against)
-    elif pairs and len(unsure) == len(pairs):
-        verdict = "cannot be told here: all are too near each other"
-    elif unsure:
-        verdict = "holds, but for what is too near to tell: " + "; ".join(unsure)
-    else:
-        verdict = "holds"
-    return f"{column}: the paper's order, {paper}, {verdict}. Here {here}."
-
-
-def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the table."""
-    papers = [column for column in found.columns if any(column in row.paper for row in found.rows)]
-    long = any(hours >= 1 for row in found.rows for hours in row.hours)
-    time = "device h a run" if long else "device min a run"
-    headers = ["variant", *found.columns, *(f"{column}, paper" for column in papers), "loss", "kB a view", time]
-    rows = []
-    for row in found.rows:
-        scores = [score_cell(found, row, column) for column in found.columns]
-        paper = [f"{row.paper[column]:.1f}" if column in row.paper else BLANK for column in papers]
-        losses = row.curves.get("loss")
-        loss = f"{losses[-1]:.3f}" if losses else BLANK
-        size = BLANK if row.latents is None else f"{row.latents / 1000:.1f}"
-        took = f"{statistics.fmean(row.hours) * (1 if long else 60):.3g}" if row.hours else BLANK
-        rows.append([row.name, *scores, *paper, loss, size, took])
-    return headers, rows
-
-
-def score_cell(found: Comparison, row: Row, column: str) -> str:
-    """A score with its spread; where not all rows of the column read the same of the encoder, also what was read."""
-    text = spread(row.scores.get(column, []))
-    several = len({other.features[column] for other in found.rows if column in other.features}) > 1
-    return f"{text} ({row.features[column]})" if several and column in row.features else text
-
-
-def notes(found: Comparison) -> list[str]:
-    """What must be known to read the table."""
-    lines = [f"Not finished: {text}" for text in found.failed]
-    lines.append(
-        f"{found.done} of {found.wanted} scores, {found.seeds} seed{'s' if found.seeds != 1 else ''}; percent, mean ± "
-        f"standard deviation over seeds. One variant is above another (>) where their means are more than {SURE:g} "
-        "standard errors of the difference apart. loss: mean of the last epoch of the first seed, each variant's own; "
-        "kB a view: stored latents; the time is that of training alone, over all devices."
-    )
-    for column, protocol in found.protocols.items():
-        features = sorted({row.features[column] for row in found.rows if column in row.features} - {""})
-        on = f"; on {', '.join(READ.get(name, name) for name in features)}" if features else ""
-        lines.append(f"{column}: {protocol}{on}.")
-    return lines
-
-
-def folders(row: Row) -> str:
-    """The folders of a row's runs, with how far those are that are not finished."""
-    names = [run.name for run in row.runs] + [f"{run.name} ({how})" for run, how in row.unfinished]
-    return ", ".join(names) or BLANK
-
-
-def comparison_markdown(found: Comparison) -> str:
-    """The report in Markdown."""
-    headers, rows = cells(found)
-    lines = [f"# {found.title}", "", *([found.about, ""] if found.about else [])]
-    lines += [*markdown_table(headers, rows), "", *(f"- {line}" for line in (*findings(found), *notes(found))), ""]
-    lines += markdown_table(["variant", "runs"], [[row.name, folders(row)] for row in found.rows])
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.reporting.comparison import BLANK
+from cae2pipe.reporting.comparison_text import BLANK
 from cae2pipe.reporting.html import Child, Html, element, image
 from cae2pipe.reporting.pictures import (
     ColourBasis,

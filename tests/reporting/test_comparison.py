@@ -10,18 +10,14 @@ from cae2pipe.reporting.comparison import (
     Comparison,
     Finished,
     Row,
-    better,
     by_epoch,
-    cells,
-    comparison_markdown,
     device_hours,
     fill_columns,
-    findings,
     flat,
-    order_of,
     row_names,
 )
 from cae2pipe.reporting.comparison_page import along_axis, comparison_html
+from cae2pipe.reporting.comparison_text import better, cells, comparison_markdown, findings, order_of
 from cae2pipe.reporting.gallery import Gallery
 
 
