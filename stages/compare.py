@@ -37,10 +37,11 @@ from cae2pipe.methods.registry import build_method
 from cae2pipe.progress import Report, Silent
 from cae2pipe.reporting.comparison import Comparison, gather_grid
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.stages.pretrain import check_fit, chosen_stores, pretrain
+from cae2pipe.stages.pretrain import check_fit, chosen_stores, fresh_views, pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report import write_report
 from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.aim import aim_of
 from cae2pipe.training.device import pick_device
 from cae2pipe.training.parallel import joined
@@ -158,10 +159,15 @@ def run_name(settings: PretrainSettings, targets: Any, codec: CodecSettings | No
 
 
 def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettings | None) -> None:
-    """Refuse a run that the target set, its method or its codec does not fit."""
+    """Refuse a run that the target set, its method or its codec does not fit, or whose teacher or originals are not
+    there. An online teacher is loaded for that: seconds beside the hours that it saves."""
     check_fit(targets, settings, torchrun_rank().ranks)
     with torch.device("meta"):
         build_method(settings.method, settings.model, aim_of(settings, targets).dim)
+    if settings.views == "fresh":
+        fresh_views(targets, settings)
+    if settings.targets == "online":
+        set_teacher(targets.box, settings.teacher_weights, torch.device("cpu"), "--set teacher_weights=FILE")
     stored = targets.box.identity["settings"]["codec"]["name"]
     if codec and stored != "fp16":
         raise BadInputError(
