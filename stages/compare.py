@@ -106,6 +106,22 @@ def compare(
     return found
 
 
+def report_grid(
+    grid: GridSettings,
+    name: str,
+    targets: Path,
+    data: Path,
+    out: Path,
+    report: Report,
+    *,
+    small: bool = False,
+    speed: dict[str, Any] | None = None,
+) -> Comparison:
+    """The report of what is there of a grid, without making any of it. Arguments as ``compare`` has them."""
+    plan, device = plan_grid(grid, targets, data, out, small, speed), pick_device((speed or {}).get("device", "auto"))
+    return write_grid(grid, name, plan, targets, out, report, device)
+
+
 def plan_grid(
     grid: GridSettings, targets: Path, data: Path, out: Path, small: bool = False, speed: dict[str, Any] | None = None
 ) -> GridPlan:

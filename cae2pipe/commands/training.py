@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,7 @@ def compare(
     Run again, it goes on: what is trained or scored already stays as it is, be it for another grid.
     """
     with exits():
-        from cae2pipe.artifacts.parts import parse_part
+        from cae2pipe.artifacts.parts import parse_part, torchrun_rank
         from cae2pipe.config.base import load
         from cae2pipe.config.compare import GridSettings
         from cae2pipe.errors import Cae2pipeError
@@ -156,11 +157,9 @@ def compare(
 
         name = report_name(grid, small)
         speed = section("speed", workers=workers, device=device).get("speed", {})
-        shown = parse_part(part) if part else None
+        run: Callable[..., Any] = partial(stage.compare, part=parse_part(part) if part else None)
         jobs_failed: Cae2pipeError | None = None
         if jobs > 1:
-            from cae2pipe.artifacts.parts import torchrun_rank
-
             if part or torchrun_rank().ranks > 1:
                 raise typer.BadParameter("--jobs shares out all runs itself: leave --part and torchrun away")
             # What is wrong with the grid is told once, not by every job.
@@ -170,14 +169,9 @@ def compare(
                 run_jobs(work, jobs, device)
             except Cae2pipeError as error:
                 jobs_failed = error
+            run = stage.report_grid
         with progress("compare") as report:
-            if jobs > 1:
-                from cae2pipe.training.device import pick_device
-
-                plan = stage.plan_grid(settings, targets, data, out, small, speed)
-                found = stage.write_grid(settings, name, plan, targets, out, report, pick_device(device or "auto"))
-            else:
-                found = stage.compare(settings, name, targets, data, out, report, small=small, part=shown, speed=speed)
+            found = run(settings, name, targets, data, out, report, small=small, speed=speed)
         if found:
             print_comparison(found, out / "reports" / name)
         if jobs_failed:
