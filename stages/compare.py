@@ -208,7 +208,7 @@ def variant_named(name: str) -> Iterator[None]:
 def run_part(
     grid: GridSettings, plan: GridPlan, targets: Path, data: Path, out: Path, report: Report, part: Part | None = None
 ) -> dict[str, Cae2pipeError]:
-    """Train and score a part of a grid's runs. Gives what runs were raised that could not be finished.
+    """Train and score a part of a grid's runs. Gives what was raised by those that could not be finished.
 
     A loss that is not finite meets all processes of a run alike. A device's memory may end in one of several: there the
     others could not go on.

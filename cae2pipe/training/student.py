@@ -61,9 +61,9 @@ def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method,
     return model.eval(), settings
 
 
-def mask_of(settings: PretrainSettings, view: Target, epoch: int = 0) -> np.ndarray:
-    """The mask, bool (rows, cols), that a run gives a stored view in an epoch."""
-    grid, key = settings.model.grid, ("mask", settings.seed, epoch, view.key)
+def mask_of(settings: PretrainSettings, view: Target) -> np.ndarray:
+    """The mask, bool (rows, cols), that a run gives a stored view in its first epoch."""
+    grid, key = settings.model.grid, ("mask", settings.seed, 0, view.key)
     attention = None if view.attention is None else np.asarray(view.attention)
     return draw_mask(settings.mask.strategy, grid, grid, settings.masked_patches, *key, attention=attention)
 
