@@ -101,7 +101,11 @@ class DivergedError(Cae2pipeError):
 
 
 class OutOfMemoryError(Cae2pipeError):
-    """A step does not fit into the device's memory."""
+    """A step, or other work, does not fit into the device's memory."""
+
+
+class CompileError(Cae2pipeError):
+    """torch.compile could not compile a model on this machine."""
 
 
 class Requeued(BaseException):

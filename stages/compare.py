@@ -95,7 +95,7 @@ def compare(
         not keep others from being made: what it raised is raised at the end.
     """
     speed, rank = speed or {}, torchrun_rank()
-    device = pick_device(speed.get("device", "auto"), rank.local)
+    device = pick_device(speed.get("device", "auto"), rank)
     # The leading process makes pages while the others wait.
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world:
         plan = world.lead_first(lambda: plan_grid(grid, targets, data, out, small, speed))

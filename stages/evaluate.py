@@ -85,7 +85,7 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
         OutOfMemoryError: see their messages.
     """
     rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank.local)
+    device = pick_device(settings.speed.device, rank)
     # The leading process scores cached features alone.
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
         return _evaluate(kind, spec, data, out, settings, world, stack, report if world.leads else Silent())

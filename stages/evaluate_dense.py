@@ -58,7 +58,7 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
     """
     require_dense()
     rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank.local)
+    device = pick_device(settings.speed.device, rank)
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
         report = report if world.leads else Silent()
         train_part, val_part = world.lead_first(lambda: open_label_maps(data, settings))
@@ -127,7 +127,7 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
     """
     require_dense()
     rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank.local)
+    device = pick_device(settings.speed.device, rank)
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
         report = report if world.leads else Silent()
         train_part, val_part = world.lead_first(lambda: open_coco(data))

@@ -83,7 +83,7 @@ def extract_targets(
     with writing(out, part):
         # Whatever can be wrong is found before hours of sharding.
         refuse_foreign(out)
-        teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank.local))
+        teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
         content = {"settings": identity(settings), "teacher": teacher.info.identity()}
         fix = "give another output folder, or the settings this one was made with"
         if file_size(out / MANIFEST) is not None:

@@ -46,6 +46,7 @@ from cae2pipe.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
+from cae2pipe.training.compilation import compile_in_place, compiles
 from cae2pipe.training.device import pick_device, resolve_precision, set_backends
 from cae2pipe.training.failure import failure_path, save_failure
 from cae2pipe.training.memory import explain_out_of_memory
@@ -68,7 +69,7 @@ def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: 
         OutOfMemoryError: a step does not fit the device. TeacherError: the online teacher cannot be had.
     """
     rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank.local)
+    device = pick_device(settings.speed.device, rank)
     with joined(rank, device, settings.speed.parallel, settings.data.streams) as world:
         return _pretrain(targets_root, out, settings, world, report if world.leads else Silent())
 
@@ -95,7 +96,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     model.recompute(settings.speed.recompute)
     plan = make_plan(targets, sorted(box.facts["stores"]), settings, model.drop_columns)
     objective = make_objective(model, targets, settings).to(world.device).train()
-    if settings.speed.compile if settings.speed.compile is not None else world.device.type == "cuda":
+    if compiles(settings.speed.compile, world.device):
         compile_objective(objective, world)
     module = spread(objective, world, bf16)
     optimizer = build_optimizer(model, settings.optimizer)
@@ -143,8 +144,7 @@ def compile_objective(objective: Objective, world: World, backend: Any = "induct
     """Compile in place: all in one graph; where weights are sharded, block by block, as each is gathered by itself."""
     # Placed within the graph, its constants would make the second step compile again.
     objective.codec.place(world.device)
-    for module in blocks_of(objective) if world.parallel == "fsdp" else [objective]:
-        module.compile(backend=backend, dynamic=False)
+    compile_in_place(blocks_of(objective) if world.parallel == "fsdp" else [objective], backend)
 
 
 def train(

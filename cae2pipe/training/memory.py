@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from cae2pipe.errors import OutOfMemoryError
 from cae2pipe.loading.batches import Batch
 from cae2pipe.training.step import Step
+
+
+@contextmanager
+def memory_advice(what: str, fix: str, where: object = None) -> Iterator[None]:
+    """Around work on a device: the end of its memory becomes an error that says what to change.
+
+    Raises:
+        OutOfMemoryError: ``what`` (a noun and its number, as "a chunk of 64 images") did not fit.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).splitlines()[0]
+        raise OutOfMemoryError(f"{what} does not fit into the device's memory: {said}", where=where, fix=fix) from None
 
 
 def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMemoryError:
