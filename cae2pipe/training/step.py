@@ -92,6 +92,14 @@ class Step:
         self.optimizer.step()
         return Outcome(batch, lr, *to_host(figures))
 
+    def make_moments(self) -> None:
+        """Make the optimizer's state, as the first update does; weights, and state that is there, do not change."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.found_inf = torch.ones_like(self.spoilt)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def backward(self, batch: Batch, accumulation: int) -> Tensor:
         """This process's share of the loss terms (5,); gradients are made anew."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -110,14 +118,15 @@ class Step:
 def to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """Figures on their way to the host, and the event that says when they are there.
 
-    Copied when they are read, they would come after all that the device has been given since.
+    Copied when they are read, they would come after all that the device has been given since. The event is one of the
+    figures' own device, whichever is current; who waits for it sleeps, since cores are for the loader.
     """
     if figures.device.type != "cuda":
         return figures, None
     host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
     host.copy_(figures, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record(torch.cuda.current_stream(figures.device))
     return host, arrived
 
 
