@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,19 +11,35 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.methods.registry import build_method
 
 PEAKS = {
+    "GB200": 2500.0,
+    "GB300": 2500.0,
+    "B300": 2250.0,
     "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "GH200": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
-    "RTX 4090": 165.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 150.0,
+    "A30": 165.0,
     "A10G": 70.0,
     "A10": 125.0,
-    "L4": 121.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX A6000": 155.0,
+    "RTX 5090": 209.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
 }
-"""Dense bfloat16, 10^12 operations a second, from the makers' data sheets, by what the device's name holds."""
+"""Dense bfloat16 with float32 sums, 10^12 operations a second, from the makers' data sheets, by the whole words that a
+device's name holds; the first that fits counts."""
+
+OTHERS = {"Laptop", "Max-Q", "MIG", "D", "Ti", "SUPER"}
+"""Words behind which another device of nearly the same name, or a part of one, hides."""
 
 
 def forward_flops(settings: PretrainSettings, target_dim: int) -> int:
@@ -47,5 +65,12 @@ def peak_tflops(device: torch.device, setting: float | None) -> float | None:
     """The setting, or what is known of the device in bfloat16; None where that is nothing."""
     if setting is not None or device.type != "cuda":
         return setting
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """A device's peak by the name that its driver gives, as "NVIDIA H100 80GB HBM3"."""
+    for known, peak in PEAKS.items():
+        if found := re.search(rf"\b{re.escape(known)}\b", name):
+            return None if OTHERS & set(name[found.end() :].split()) else peak
+    return None
