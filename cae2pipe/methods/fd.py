@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from cae2pipe.config.pretrain import ModelSettings
-from cae2pipe.methods.losses import Prediction, gather_tokens
+from cae2pipe.methods.losses import Prediction
 from cae2pipe.methods.method import Method, latent_head
+from cae2pipe.models.layers import gather_tokens
 
 
 class FeatureDistillation(Method):

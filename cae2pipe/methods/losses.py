@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae2pipe.config.pretrain import LossSettings
+from cae2pipe.models.layers import gather_tokens
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,6 @@ def token_distance(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
     if kind == "mse":
         return F.mse_loss(prediction, target, reduction="none").mean(dim=-1)
     return F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=-1)
-
-
-def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Tokens (B, P, D) at indices (B, L) to (B, L, D)."""
-    return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def weighted_mean(values: Tensor, weights: Tensor, real: Tensor | None = None) -> Tensor:

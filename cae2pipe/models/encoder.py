@@ -13,6 +13,7 @@ from cae2pipe.models.layers import (
     SelfAttention,
     Stack,
     drop_path,
+    gather_tokens,
     initialise,
     truncated_normal,
 )
@@ -100,7 +101,7 @@ class Encoder(Stack):
         """
         x = self.embed(pixels) + self.pos_embed[:, 1:]
         if visible is not None:
-            x = x.gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            x = gather_tokens(x, visible)
         return self.attend(x, drop)
 
     def embed(self, pixels: Tensor) -> Tensor:

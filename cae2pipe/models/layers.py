@@ -19,6 +19,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens (B, P, D) at indices (B, L), those of one row all different, to (B, L, D).
+
+    Rows of one long list are selected, not elements gathered: 3 times as fast on a CPU, backward pass included; on CUDA
+    the deterministic backward pass then sorts B x L indices instead of B x L x D.
+    """
+    rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * tokens.shape[1]
+    return tokens.flatten(0, 1).index_select(0, (indices + rows).flatten()).unflatten(0, indices.shape)
+
+
 def drop_path(x: Tensor, factor: Tensor | None) -> Tensor:
     """A residual branch (B, L, C) times each sample's factor (B,), as ``drop_factors`` gives it; None: as it is."""
     return x if factor is None else x * factor.to(x.dtype).view(-1, 1, 1)
