@@ -33,7 +33,7 @@ class TunedLearner(ABC):
     ):
         self.network, self.world, self.bf16, self.clip = network, world, bf16, clip
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        self.module = spread(network, world, bf16)
+        self.module = spread(network, world)
 
     @abstractmethod
     def loss(self, chunk: Chunk) -> Tensor:

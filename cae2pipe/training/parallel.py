@@ -109,8 +109,6 @@ def joined(
     if rank.ranks == 1:
         yield World(0, 1, device)
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     world, inner = World(rank.rank, rank.ranks, device, parallel), dist.is_initialized()
     if not inner:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
@@ -128,7 +126,7 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return [block for part in module.modules() if isinstance(part, Stack) for block in part.blocks]
 
 
-def spread(objective: nn.Module, world: World, bf16: bool) -> nn.Module:
+def spread(objective: nn.Module, world: World) -> nn.Module:
     """The module to call: the objective itself, in DDP, or with its weights sharded in place (FSDP2).
 
     To be called before the optimizer is made: sharding replaces the weights.
@@ -136,7 +134,7 @@ def spread(objective: nn.Module, world: World, bf16: bool) -> nn.Module:
     if world.parallel == "ddp":
         return _replicated(objective, world)
     if world.parallel == "fsdp":
-        return _sharded(objective, world, bf16)
+        return _sharded(objective, world)
     return objective
 
 
@@ -152,15 +150,14 @@ def _replicated(objective: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(objective, **options)
 
 
-def _sharded(objective: nn.Module, world: World, bf16: bool) -> nn.Module:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def _sharded(objective: nn.Module, world: World) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
 
-    # Weights travel in bfloat16; the tokens between blocks stay in float32, as they do without sharding.
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = half if bf16 else MixedPrecisionPolicy()
+    # Weights travel in float32, and autocast rounds what it rounds without sharding: norms and LayerScale stay in
+    # float32, which FSDP's own mixed precision would not leave them.
     mesh = dist.init_device_mesh(world.device.type, (world.ranks,))
     for block in blocks_of(objective):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     return objective
 
