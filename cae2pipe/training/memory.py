@@ -34,8 +34,16 @@ def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMem
     """
     images = len(batch.visible)
     alone = step.world.ranks == 1
-    fit = fitting(step, batch) if alone else next(finer(step, batch), None)
     again = "" if recompute else ", or --set speed.recompute=true"
+    try:
+        fit = fitting(step, batch) if alone else next(finer(step, batch), None)
+    except torch.OutOfMemoryError:
+        return OutOfMemoryError(
+            f"weights, gradients and the optimizer's moments alone do not fit into the memory of {step.world.device}",
+            where=f"step {batch.step}",
+            fix="use a smaller model or a device with more memory, or shard the model: torchrun with --set "
+            "speed.parallel=fsdp",
+        )
     if fit:
         what = f"{images // fit} images a pass {'would' if alone else 'may'} fit"
         fix = f"--set speed.accumulation={fit}{again}"
@@ -50,17 +58,31 @@ def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMem
 
 
 def finer(step: Step, batch: Batch) -> Iterator[int]:
-    """Numbers of parts, above the step's own, that this process's share of the batch can be cut into."""
-    views = len(batch.weights)
-    return (count for count in range(step.accumulation + 1, views + 1) if views % count == 0)
+    """Numbers of parts that this process's share of the batch can be cut into, each at least twice the one before, from
+    twice the step's own."""
+    views, least = len(batch.weights), 2 * step.accumulation
+    while least <= views:
+        count = next(count for count in range(least, views + 1) if views % count == 0)
+        yield count
+        least = 2 * count
 
 
 def fitting(step: Step, batch: Batch) -> int | None:
-    """The smallest number of parts, of those tried, in which the batch's passes fit; None: not even view by view."""
+    """The first number of parts, of those tried, in which the batch's passes fit; None: not even the finest.
+
+    The optimizer's moments, which come to be in the first update, are made before: what is advised has to hold them
+    too. Nothing is compiled for a trial: it would take minutes, and need less memory than what it stands for at most.
+
+    Raises:
+        torch.OutOfMemoryError: the moments do not fit.
+    """
+    release(step)
+    step.make_moments()
     for parts in finer(step, batch):
         release(step)
         try:
-            step.backward(batch, parts)
+            with torch.compiler.set_stance("force_eager"):
+                step.backward(batch, parts)
         except torch.OutOfMemoryError:
             continue
         finally:
@@ -72,6 +94,11 @@ def fitting(step: Step, batch: Batch) -> int | None:
 def release(step: Step) -> None:
     """Give back what a failed pass still holds."""
     step.optimizer.zero_grad(set_to_none=True)
+    free_unused()
+
+
+def free_unused() -> None:
+    """Give back to the device what nothing refers to any more, cycles included."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ import torch
 
 from cae2pipe.loading.batches import split
 from cae2pipe.stages.pretrain import compile_objective
-from cae2pipe.training.memory import explain_out_of_memory, fitting
+from cae2pipe.training.memory import explain_out_of_memory, finer, fitting
 from cae2pipe.training.objective import TERMS
 from cae2pipe.training.step import forward
 
@@ -125,8 +125,45 @@ def test_out_of_memory_with_several_processes_names_what_can_be_set(make, pretra
     step, batches = make(pretrain_settings(data={"batch": 48, "streams": 4}))
     step.accumulation, step.world = 6, replace(step.world, ranks=2)
     error = explain_out_of_memory(step, batches[0], recompute=True)
-    assert error.fix == "--set speed.accumulation=8"  # 12, twice as many, is not the next that 48 can be cut into
-    assert "6 images a pass may fit" in error.what
+    assert error.fix == "--set speed.accumulation=12"
+    assert "4 images a pass may fit" in error.what
+
+
+def test_advice_is_legal_where_halves_are_not(make, pretrain_settings):
+    step, batches = make(pretrain_settings(data={"batch": 36, "streams": 4}))
+    step.accumulation = 4
+    assert list(finer(step, batches[0])) == [9, 18, 36]
+
+
+def test_trials_compile_nothing_and_hold_the_moments(make, pretrain_settings):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    step, batches = make(pretrain_settings())
+    before = [p.detach().clone() for p in step.parameters]
+    compile_objective(step.objective, step.world, counter)
+    step.module = Small(step.module, 4)
+    assert fitting(step, batches[0]) == 8
+    assert counter.frame_count == 0
+    assert all("exp_avg" in step.optimizer.state[p] for p in step.parameters)
+    assert all(torch.equal(now, then) for now, then in zip(step.parameters, before, strict=True))
+    step.module = step.objective
+    trained, _ = make(pretrain_settings())
+    for turn in (0, 1):
+        assert step(batches[turn], 1e-3).values() == pytest.approx(trained(batches[turn], 1e-3).values(), rel=1e-4)
+    assert counter.frame_count == 1
+
+
+def test_moments_that_do_not_fit_are_named(make, pretrain_settings, monkeypatch):
+    step, batches = make(pretrain_settings())
+
+    def ended():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step.optimizer, "step", ended)
+    error = explain_out_of_memory(step, batches[0], recompute=False)
+    assert "moments alone do not fit" in error.what
+    assert "speed.parallel=fsdp" in error.fix
 
 
 def test_one_graph_and_no_recompilation(make, pretrain_settings):
