@@ -43,7 +43,8 @@ from cae2pipe.stages.report import write_report
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.aim import aim_of
-from cae2pipe.training.device import pick_device
+from cae2pipe.training.device import pick_device, set_backends
+from cae2pipe.training.memory import free_unused
 from cae2pipe.training.parallel import joined
 
 
@@ -228,9 +229,17 @@ def run_part(
             for kind, settings in plan.evaluations.items():
                 evaluate(kind, str(folder), data, out / "scores" / run.scored, settings, report)
         except forgiven as error:
-            failed[f"{variant} ({error.what})"] = error
+            failed[f"{variant} ({error.what})"] = without_frames(error)
             report.log(f"{variant} cannot be finished: {error.what}; going on with the others")
+        # The next one may need all of the device.
+        free_unused()
     return failed
+
+
+def without_frames(error: Cae2pipeError) -> Cae2pipeError:
+    """An error that is kept without what its traceback holds: the frames of a run, and with them its whole model."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def write_grid(
@@ -244,6 +253,7 @@ def write_grid(
     failed: dict[str, Cae2pipeError] | None = None,
 ) -> Comparison:
     """The report of what is there of a grid. Parts that end at the same time write one after the other."""
+    set_backends()
     with holding(out / "reports", name):
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
         runs = [(run.variant, run.name, run.scored) for run in plan.runs]
