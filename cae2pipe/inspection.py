@@ -160,8 +160,9 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
     from cae2pipe.targets.auditing import audit
     from cae2pipe.targets.target_set import TargetSet
     from cae2pipe.teachers.load import set_teacher
-    from cae2pipe.training.device import pick_device
+    from cae2pipe.training.device import pick_device, set_backends
 
+    set_backends()
     targets = TargetSet(path)
     teacher = set_teacher(targets.box, weights, pick_device(device), "--teacher-weights FILE")
     return audit(targets, teacher, count)

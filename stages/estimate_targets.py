@@ -30,7 +30,7 @@ from cae2pipe.targets.store import Layout
 from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
-from cae2pipe.training.device import pick_device
+from cae2pipe.training.device import pick_device, set_backends
 
 
 def estimate_targets(source: Path, settings: ExtractSettings, report: Report) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def estimate_targets(source: Path, settings: ExtractSettings, report: Report) ->
         and ``codecs``: for each its bytes of ``latents`` a view, ``bytes`` and ``seconds`` in all, the held-out
         ``mean`` and ``p1`` cosine, and ``paid_from_epoch``.
     """
+    set_backends()
     teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
     workers = worker_count(settings.speed.workers)
     with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:

@@ -55,7 +55,7 @@ from cae2pipe.targets.target_set import (
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
-from cae2pipe.training.device import pick_device
+from cae2pipe.training.device import pick_device, set_backends
 
 
 def extract_targets(
@@ -80,6 +80,7 @@ def extract_targets(
     """
     rank = torchrun_rank()
     part = part.split(rank.rank, rank.ranks)
+    set_backends()
     with writing(out, part):
         # Whatever can be wrong is found before hours of sharding.
         refuse_foreign(out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import build, identity
 from cae2pipe.config.extract import ViewSettings
-from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
 from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated
 from cae2pipe.keyed import keyed_seed
-from cae2pipe.loading.batches import Plan
+from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.loader import block_refs, load_parts
@@ -46,10 +47,10 @@ from cae2pipe.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from cae2pipe.training.compilation import compile_in_place, compiles
+from cae2pipe.training.compilation import compile_in_place, compiler_advice, compiles
 from cae2pipe.training.device import pick_device, resolve_precision, set_backends
 from cae2pipe.training.failure import failure_path, save_failure
-from cae2pipe.training.memory import explain_out_of_memory
+from cae2pipe.training.memory import explain_out_of_memory, memory_advice
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled
@@ -89,7 +90,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     if box.complete and box.has("encoder"):
         report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
         return box
-    set_backends(bf16, settings.speed.deterministic)
+    set_backends(bf16, settings.speed.deterministic, fixed_shapes=True)
     torch.manual_seed(keyed_seed("init", settings.seed))
     aim = aim_of(settings, targets)
     model = build_method(settings.method, settings.model, aim.dim).to(world.device)
@@ -98,7 +99,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     objective = make_objective(model, targets, settings).to(world.device).train()
     if compiles(settings.speed.compile, world.device):
         compile_objective(objective, world)
-    module = spread(objective, world, bf16)
+    module = spread(objective, world)
     optimizer = build_optimizer(model, settings.optimizer)
     state = load_checkpoint(out / "checkpoints", report) if world.leads else None
     start: int = world.lead(lambda: state["step"] if state else 0)
@@ -190,7 +191,8 @@ def train(
     pending: Outcome | None = None
     with closing(telemetry) if telemetry else nullcontext(), deferred_stop() as stop:
         parts = load_parts(plan, start, worker_count(speed.workers, most=8), world.rank, world.ranks)
-        batches = until_stopped(on_device(parts if start < limit else iter(()), step.axes, world.device), stop)
+        uploaded = on_device(parts if start < limit else iter(()), step.axes, world.device)
+        batches = until_stopped(with_room(uploaded, speed), stop)
         began = time.monotonic()
         for batch in batches:
             now = time.monotonic()
@@ -198,7 +200,8 @@ def train(
             sent = (now - began, float(stop.exception is not None), float(due))
             lr = learning_rate(batch.step, plan.steps, settings.epochs, *rates)
             try:
-                outcome: Outcome | None = step(batch, lr, sent)
+                with compiler_advice():
+                    outcome: Outcome | None = step(batch, lr, sent)
             except torch.OutOfMemoryError:
                 outcome = None
             if outcome is None:
@@ -227,6 +230,18 @@ def train(
             # Another process may have been told, and not this one.
             raise stop.exception or Terminated
     return done
+
+
+def with_room(batches: Iterator[Batch], speed: TrainSpeed) -> Iterator[Batch]:
+    """The batches. Raises OutOfMemoryError where the device has no room for the next one beside what a step needs."""
+    advice = memory_advice(
+        "the next batch",
+        f"--set speed.accumulation={2 * speed.accumulation} leaves it more room"
+        + ("" if speed.recompute else ", as --set speed.recompute=true does"),
+        "upload",
+    )
+    with advice:
+        yield from batches
 
 
 def runs_ahead(device: torch.device) -> bool:

@@ -44,6 +44,7 @@ from cae2pipe.targets.target_set import (
     write_calibration,
 )
 from cae2pipe.threads import in_threads
+from cae2pipe.training.device import set_backends
 
 
 def recode(
@@ -66,6 +67,7 @@ def recode(
         BadInputError: a lossy source. MismatchError: ``out`` was made from other targets or settings. ManifestError:
             ``source`` is no target set, or ``out`` something else. DamageError: the source is damaged.
     """
+    set_backends()
     targets = TargetSet(source)
     old = targets.box.identity["settings"]["codec"]
     if old["name"] != "fp16" and not lossy_source:

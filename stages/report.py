@@ -23,7 +23,7 @@ from cae2pipe.reporting.comparison_text import comparison_markdown
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_views
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import Target, TargetSet
-from cae2pipe.training.device import pick_device
+from cae2pipe.training.device import pick_device, set_backends
 from cae2pipe.training.student import forecasts, image_features, load_student, mask_of
 
 MARKDOWN, HTML = "report.md", "report.html"
@@ -62,6 +62,7 @@ def report_runs(
             "this is a file, and a folder is needed", where=out, fix="give another folder: --out FOLDER"
         )
     found = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
+    set_backends()
     write_report(found, targets, out, report, pick_device(device))
     return found
 

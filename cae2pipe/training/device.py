@@ -62,17 +62,18 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-def set_backends(bf16: bool = False, deterministic: bool = False) -> None:
+def set_backends(bf16: bool = False, deterministic: bool = False, fixed_shapes: bool = False) -> None:
     """Say how float32 is computed, rather than leave it to torch's defaults or to what ran before in this process.
 
     Every stage calls this first. Where a network is trained in bfloat16, TF32 may compute what is left in float32: the
     latents' decoding, whose integers fit its 11 bits and whose basis it rounds by 5e-4 of each entry
-    (tests/training/test_objective.py has what that does to a cosine). Otherwise float32 is meant. Shapes never change,
-    so cuDNN may try its algorithms once.
+    (tests/training/test_objective.py has what that does to a cosine). Otherwise float32 is meant. Where shapes never
+    change, cuDNN may try its algorithms once; which one is fastest, and with it the last bits, may then differ from
+    run to run, so extraction does without.
     """
     torch.set_float32_matmul_precision("high" if bf16 else "highest")
     torch.backends.cudnn.allow_tf32 = bf16
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark = fixed_shapes and not deterministic
     if deterministic:
         # cuBLAS reads it when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -8,14 +8,18 @@ from torch import Tensor
 
 from cae2pipe.loading.batches import Batch
 from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.training.device import exact_float32
 
 
 class OnlineLatents:
-    """Latents of a batch's views, from the teacher itself."""
+    """Latents of a batch's views, from the teacher itself, computed as extraction does whatever the student's
+    precision."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        with exact_float32(self.teacher.device):
+            tokens = self.teacher(batch.pixels).tokens
         # A copy: what inference mode gave cannot take part in a backward pass.
-        return {"raw": self.teacher(batch.pixels).tokens.clone()}
+        return {"raw": tokens.clone()}
