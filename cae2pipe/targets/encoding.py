@@ -1,15 +1,16 @@
 """The device's half of extraction: the teacher, the rotation, and what packs the result, all at work at once.
 
-The main thread gives a device one block after the other. A thread takes each result off the device, which is where
-it waits for it, and packs it; zstd and the transfer let other threads run meanwhile. On a CPU the threads run the
-teacher too, a block each. Blocks come out in order.
+Each of some threads takes one view of a block from the teacher to the packed chunks. On a CUDA device each has a
+stream of its own: while one thread waits for its block, or packs it, the device works on those of the others. What a
+batch consists of never changes, so neither do the latents' bits. Blocks come out in order.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,17 +26,21 @@ from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 from cae2pipe.threads import in_threads
 
+Ran = tuple[float, float]
+"""When something began and ended, in seconds."""
+
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """One view of a block, packed: chunks by array, and raw and centred cosines of its tokens, float32 (b * T,)."""
+    """One view of a block, packed: chunks by array, and raw and centred cosines of its tokens, float32 (b * T,).
+    ``ran``: when the teacher's forward pass began and ended, in seconds."""
 
     rendered: RenderedBlock
     place: int
     chunks: dict[str, bytes]
     raw: Tensor
     centred: Tensor
-    teacher_s: float
+    ran: Ran
 
     @property
     def view(self) -> int:
@@ -48,7 +53,8 @@ ENOUGH = 1000
 
 @dataclass
 class Meter:
-    """Where an extraction's time goes, in seconds; ``teacher`` is a mean over ``lanes``, which run at once."""
+    """Where an extraction's time goes, in seconds. ``teacher``: a CUDA device's time with at least one forward pass on
+    it; on a CPU, whose lanes each have a core, the mean over ``lanes``."""
 
     began: float = field(default_factory=time.perf_counter)
     ended: float | None = None
@@ -57,6 +63,15 @@ class Meter:
     packing: float = 0.0
     views: int = 0
     lanes: int = 1
+    _until: float = -float("inf")
+
+    def ran(self, began: float, ended: float) -> float:
+        """Count a forward pass. Gives what it adds to ``teacher``."""
+        if self.lanes == 1:
+            began, self._until = max(began, self._until), max(ended, self._until)
+        more = max(0.0, ended - began) / self.lanes
+        self.teacher += more
+        return more
 
     def seconds(self) -> float:
         """From the beginning to the end, or to now."""
@@ -81,18 +96,17 @@ class Meter:
         return "packing and writing hold it up: a faster disk, or more cores, would help"
 
 
+DEVICE_LANES = 4
+"""Blocks that a CUDA device is given at once (benchmarks/gpu measures 1, 2 and 4)."""
+
+
 def lanes(device: torch.device) -> int:
-    """How many blocks a teacher works on at once.
+    """How many blocks are worked on at once, each in a thread.
 
-    On a CPU that is one a core, each from the teacher to the packed chunks in one thread. All cores on one block would
-    be slower: the threads of one product wait for each other, and for whatever else the machine does
-    (benchmarks/extraction.py).
+    On a CPU that is one for each core. All cores on one block would be slower: the threads of one product wait for each
+    other, and for whatever else the machine does (benchmarks/extraction.py).
     """
-    return torch.get_num_threads() if device.type == "cpu" else 1
-
-
-PACKERS = 4
-"""Threads that pack what a device gives; a CPU's lanes pack their own."""
+    return {"cpu": torch.get_num_threads(), "cuda": DEVICE_LANES}.get(device.type, 1)
 
 
 def encode_ahead(
@@ -103,27 +117,25 @@ def encode_ahead(
     Raises:
         TeacherError: latents that are not finite, or that the codec cannot hold.
     """
-    on_cpu = teacher.device.type == "cpu"
-    meter.lanes = lanes(teacher.device)
+    device = teacher.device
+    on_cuda = device.type == "cuda"
+    meter.lanes = 1 if on_cuda else lanes(device)
+    lane = Lane(device, _timed_event(torch.cuda.default_stream(device))) if on_cuda else None
 
     def tasks() -> Iterator[tuple[Any, ...]]:
         while (block := _timed_next(blocks, meter)) is not None:
             for place in range(len(block.task.views)):
-                # A device is given its work here, in order; a CPU's teacher runs in the thread.
-                work = None if on_cpu else _start(teacher, block.pixels[place])
-                yield block, place, work, teacher, layout, calibration
+                yield block, place, lane, teacher, layout, calibration
 
-    threads = meter.lanes if on_cpu else PACKERS
-    with closing(in_threads(_finish, tasks(), threads, threads + 2)) as encoded:
+    threads = lanes(device)
+    with closing(in_threads(_encode, tasks(), threads, threads + 2)) as encoded:
         while True:
             began, rendering = time.perf_counter(), meter.rendering
             result = next(encoded, None)
             waited = time.perf_counter() - began - (meter.rendering - rendering)
             if result is None:
                 return
-            teacher_s = result.teacher_s / meter.lanes
-            meter.packing += max(0.0, waited - (teacher_s if on_cpu else 0.0))
-            meter.teacher += teacher_s
+            meter.packing += max(0.0, waited - meter.ran(*result.ran))
             meter.views += len(result.rendered.keys)
             yield result
 
@@ -140,46 +152,51 @@ def run_teacher(blocks: Iterator[RenderedBlock], teacher: Teacher) -> Iterator[t
     return in_threads(run, ((block,) for block in blocks), threads, threads + 1)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A teacher's output that a CUDA device may still be at work on, and how to learn the time that it took."""
+class Lane(threading.local):
+    """A stream of a CUDA device for each thread that looks at it. ``began``: from which all of them count time."""
 
-    output: Any
-    seconds: float
-    events: tuple[Any, Any] | None
+    def __init__(self, device: torch.device, began: torch.cuda.Event):
+        self.stream, self.began = torch.cuda.Stream(device), began
+        # The teacher's constants may still be computed there.
+        self.stream.wait_stream(torch.cuda.default_stream(device))
 
-
-def _run(teacher: Teacher, pixels: Tensor) -> _Work:
-    began = time.perf_counter()
-    output = teacher(pixels)
-    return _Work(output, time.perf_counter() - began, None)
+    def seconds(self, event: torch.cuda.Event) -> float:
+        """When an event came about, which it must have."""
+        return self.began.elapsed_time(event) / 1000
 
 
-def _start(teacher: Teacher, pixels: Tensor) -> _Work:
-    if teacher.device.type != "cuda":
-        return _run(teacher, pixels.to(teacher.device))
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.cuda.device(teacher.device):
-        images = pixels.pin_memory().to(teacher.device, non_blocking=True)
-        first.record()
-        output = teacher(images)
-        last.record()
-    return _Work(output, 0.0, (first, last))
+def _timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
+def _forward(teacher: Teacher, pixels: Tensor, lane: Lane | None) -> tuple[TeacherOutput, Callable[[], Ran]]:
+    """The teacher's output, and what says when the pass ran, once the device is done."""
+    if lane is None:
+        began = time.perf_counter()
+        output = teacher(pixels.to(teacher.device))
+        ran = began, time.perf_counter()
+        return output, lambda: ran
+    images = pixels.pin_memory().to(teacher.device, non_blocking=True)
+    first = _timed_event(lane.stream)
+    output = teacher(images)
+    last = _timed_event(lane.stream)
+    return output, lambda: (lane.seconds(first), lane.seconds(last))
 
 
 @torch.inference_mode()
-def _finish(
-    block: RenderedBlock, place: int, work: _Work | None, teacher: Teacher, layout: Layout, calibration: Calibration
+def _encode(
+    block: RenderedBlock, place: int, lane: Lane | None, teacher: Teacher, layout: Layout, calibration: Calibration
 ) -> EncodedBlock:
-    work = work or _run(teacher, block.pixels[place])
-    task, tokens = block.task, work.output.tokens
-    check_features(tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[place]}")
-    arrays, raw, centred = encode_tokens(tokens, work.output.attention, layout, calibration)
-    seconds = work.seconds
-    if work.events:
-        work.events[1].synchronize()
-        seconds = work.events[0].elapsed_time(work.events[1]) / 1000
-    return EncodedBlock(block, place, pack_block(layout, arrays), raw, centred, seconds)
+    task = block.task
+    # A thread's current device is the first one, whatever the main thread's is; a stream brings its own.
+    within: AbstractContextManager[Any] = torch.cuda.stream(lane.stream) if lane else nullcontext()
+    with within:
+        output, ran = _forward(teacher, block.pixels[place], lane)
+        check_features(output.tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[place]}")
+        arrays, raw, centred = encode_tokens(output.tokens, output.attention, layout, calibration)
+    return EncodedBlock(block, place, pack_block(layout, arrays), raw, centred, ran())
 
 
 def encode_tokens(
