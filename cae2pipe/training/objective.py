@@ -68,9 +68,10 @@ class Objective(nn.Module):
         """
         repeat = len(visible) // len(pixels)
         with torch.no_grad():
-            target = self.target(latents).repeat_interleave(repeat, dim=0)
-            images = ((pixels.float() / 255 - self.pixel_mean) / self.pixel_std).repeat_interleave(repeat, dim=0)
-            weights = weights.repeat_interleave(repeat)
+            target = self.target(latents)
+            images = (pixels.float() / 255 - self.pixel_mean) / self.pixel_std
+            if repeat > 1:  # repeating once copies, too: over a gigabyte of pixels at batch 2048
+                target, images, weights = (x.repeat_interleave(repeat, dim=0) for x in (target, images, weights))
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             prediction = cast(Prediction, self.model(images, visible, masked, drop))
         loss = alignment_loss(prediction, target, visible, masked, self.loss, weights, self.class_token, real=real)

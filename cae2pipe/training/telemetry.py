@@ -56,6 +56,9 @@ class Telemetry:
         report.total(total, "steps", done=start)
         self.began = self.last = time.monotonic()
         self.start = start
+        if world.device.type == "cuda":
+            # An earlier run of this process may have needed more.
+            torch.cuda.reset_peak_memory_stats(world.device)
 
     def step(self, outcome: Outcome, values: dict[str, float], waited: float) -> None:
         """Tell of a step. ``waited``: seconds that its processes waited for data, on average."""
@@ -101,7 +104,7 @@ class Telemetry:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most so far: the device's, or this process's where that is the CPU."""
+    """Bytes at most: the device's since its statistics were reset, or this process's so far where that is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
