@@ -21,7 +21,7 @@ from cae2pipe.artifacts.box import open_box
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Silent
 from cae2pipe.stages import extract_targets as stage
-from cae2pipe.targets.encoding import Meter, lanes
+from cae2pipe.targets.encoding import Meter, lane_count
 from cae2pipe.threads import in_threads
 
 VIEWS = 4
@@ -55,7 +55,7 @@ def main() -> None:
         def bare_in_lanes() -> float:
             """The forward as extraction runs it: on a CPU one batch a core."""
             began, count = time.perf_counter(), max(1, 512 // len(batches[0]))
-            width = lanes(teacher.device)
+            width = lane_count(None, teacher.device)
             tasks = ((batches[number % len(batches)].to(teacher.device),) for number in range(count))
             done = sum(in_threads(lambda batch: len(teacher(batch).tokens), tasks, width, width + 1))
             if teacher.device.type == "cuda":

@@ -31,6 +31,7 @@ from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.device_memory import free_unused
 from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.evaluation.datasets import open_data
 from cae2pipe.methods.registry import build_method
@@ -44,7 +45,6 @@ from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.aim import aim_of
 from cae2pipe.training.device import pick_device, set_backends
-from cae2pipe.training.memory import free_unused
 from cae2pipe.training.parallel import joined
 
 

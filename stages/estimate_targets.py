@@ -23,7 +23,7 @@ from cae2pipe.shards.source import scan
 from cae2pipe.stages.extract_targets import run_sample, teacher_facts
 from cae2pipe.targets.calibration import Calibration
 from cae2pipe.targets.chunks import BLOCK
-from cae2pipe.targets.encoding import Meter, encode_ahead
+from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, tar_bytes
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
 from cae2pipe.targets.store import Layout
@@ -103,7 +103,7 @@ def time_extraction(
     views = tuple(range(settings.views))
     blocks = [(shard, block) for shard in shards.shards for block in range(-(-shard.samples // BLOCK))]
     tasks = [Task(shard, block, views) for shard, block in blocks[: max(4, 16 // len(views))]]
-    meter = Meter()
+    meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
 
     def begun(rendered: Iterator[RenderedBlock]) -> Iterator[RenderedBlock]:
         # Workers take seconds to start, which a real run does once.
@@ -113,7 +113,7 @@ def time_extraction(
         yield from rendered
 
     rendered = begun(render(Renderer(shards, tasks, settings.view, settings.seed), workers))
-    for _ in encode_ahead(rendered, teacher, layout, calibration, meter):
+    for _ in encode_ahead(rendered, teacher, layout, calibration, meter, lanes):
         pass
     meter.ended = time.perf_counter()
     return meter

@@ -40,7 +40,7 @@ from cae2pipe.shards.tar import index_tar, write_samples
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, one_thread, summarise
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
-from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, run_teacher
+from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, lane_count, run_teacher
 from cae2pipe.targets.rendering import Renderer, Task, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
 from cae2pipe.targets.target_set import (
@@ -240,7 +240,7 @@ def run_sample(
                 taken += min(BLOCK, shard.samples - number * BLOCK)
     outputs, jpegs = [], []
     rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
-    for block, output in run_teacher(rendered, teacher):
+    for block, output in run_teacher(rendered, teacher, lane_count(settings.speed.lanes, teacher.device)):
         check_features(output.tokens, where=f"shard {block.task.shard.name}, block {block.task.block}", constant=True)
         outputs.append(output)
         jpegs += block.jpegs[0]
@@ -342,8 +342,8 @@ def make_views(
     tasks = [Task(shard, block, views) for shard, views in missing for block in range(-(-shard.samples // BLOCK))]
     report.total(sum(shard.samples * len(views) for shard, views in missing), "views")
     rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
-    meter = Meter()
-    encoded = encode_ahead(rendered, teacher, layout, calibration, meter)
+    meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
+    encoded = encode_ahead(rendered, teacher, layout, calibration, meter, lanes)
     open_shards: deque[_Shard] = deque()
     finishing: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as finisher:

@@ -25,6 +25,7 @@ from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import build, identity
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
+from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated
 from cae2pipe.keyed import keyed_seed
 from cae2pipe.loading.batches import Batch, Plan
@@ -50,7 +51,7 @@ from cae2pipe.training.checkpoint import (
 from cae2pipe.training.compilation import compile_in_place, compiler_advice, compiles
 from cae2pipe.training.device import pick_device, resolve_precision, set_backends
 from cae2pipe.training.failure import failure_path, save_failure
-from cae2pipe.training.memory import explain_out_of_memory, memory_advice
+from cae2pipe.training.memory import explain_out_of_memory
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled

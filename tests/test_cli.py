@@ -57,6 +57,20 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
 
 
+def test_memory_that_ends_anywhere_is_no_traceback(capsys):
+    import torch
+    import typer
+
+    with pytest.raises(typer.Exit) as caught, exits():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    assert caught.value.exit_code == 1
+    said = capsys.readouterr().err
+    assert "the device's memory has ended: CUDA out of memory. Tried to allocate 2.00 GiB." in said
+    assert "--device" in said
+    with pytest.raises(RuntimeError, match="a defect"), exits():
+        raise RuntimeError("a defect")
+
+
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "cae2pipe", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip()

@@ -20,6 +20,7 @@ from cae2pipe.errors import (
     REQUEUE,
     TERMINATED,
     Cae2pipeError,
+    OutOfMemoryError,
     Requeued,
     StorageError,
     Terminated,
@@ -43,6 +44,12 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder or URL to make, or to go on with.", parser=place)]
 
 
+def show(error: Cae2pipeError) -> None:
+    """Print an error as users see it."""
+    errors.print("[bold red]error:[/]", end=" ")
+    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def exits() -> Iterator[None]:
     """Turn what a command raises into a message and an exit code; a defect of ours keeps its traceback."""
@@ -57,19 +64,29 @@ def exits() -> Iterator[None]:
         yield
     except Cae2pipeError as error:
         if not error.shown_elsewhere:
-            errors.print("[bold red]error:[/]", end=" ")
-            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            show(error)
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        errors.print("[bold red]error:[/]", end=" ")
         what = StorageError(
             f"the disk is full: {error.strerror}",
             where=error.filename,
             fix="free some space, then run the same command again: what is finished is kept",
         )
-        errors.print(str(what), markup=False, highlight=False, soft_wrap=True)
+        show(what)
+        raise typer.Exit(FAILURE) from None
+    except RuntimeError as error:
+        # By its name: commands that need no torch do not wait for its import.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        show(
+            OutOfMemoryError(
+                f"the device's memory has ended: {str(error).splitlines()[0]}",
+                fix="end what else uses the device (nvidia-smi lists it), lower the batch settings of this command "
+                "(`cae2pipe config show`), or choose another device with --device",
+            )
+        )
         raise typer.Exit(FAILURE) from None
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here")

@@ -105,6 +105,9 @@ class ExtractSpeed(Settings):
     """Processes that decode, crop and encode images; -1: one a core; 0: none, in the main process."""
     device: str = "auto"
     """Device of the teacher: auto, cpu, cuda, cuda:1, ..."""
+    lanes: int | None = Field(default=None, ge=1)
+    """Blocks of 64 views that the teacher is given at once, each in a thread: fewer need less memory. null: 4
+    on a CUDA device; one for each core on a CPU, where a thread computes alone."""
 
 
 class ExtractSettings(Settings):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.device_memory import memory_advice
 from cae2pipe.targets.calibration import Calibration, token_cosines
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.rendering import RenderedBlock
@@ -100,26 +101,41 @@ DEVICE_LANES = 4
 """Blocks that a CUDA device is given at once (benchmarks/gpu measures 1, 2 and 4)."""
 
 
-def lanes(device: torch.device) -> int:
-    """How many blocks are worked on at once, each in a thread.
+def lane_count(setting: int | None, device: torch.device) -> int:
+    """How many blocks are worked on at once, each in a thread; None: what suits the device.
 
     On a CPU that is one for each core. All cores on one block would be slower: the threads of one product wait for each
     other, and for whatever else the machine does (benchmarks/extraction.py).
     """
-    return {"cpu": torch.get_num_threads(), "cuda": DEVICE_LANES}.get(device.type, 1)
+    return setting or {"cpu": torch.get_num_threads(), "cuda": DEVICE_LANES}.get(device.type, 1)
+
+
+def extraction_memory(lanes: int) -> AbstractContextManager[None]:
+    """Around the teacher's work: OutOfMemoryError with what needs less."""
+    less = "--set speed.lanes=1, " if lanes > 1 else ""
+    return memory_advice(
+        f"the teacher's work on {lanes} {'block' if lanes == 1 else 'blocks'} of 64 views",
+        f"{less}--set teacher.precision=fp16 (for a new set), or end what else uses the device",
+        "extraction",
+    )
 
 
 def encode_ahead(
-    blocks: Iterator[RenderedBlock], teacher: Teacher, layout: Layout, calibration: Calibration, meter: Meter
+    blocks: Iterator[RenderedBlock],
+    teacher: Teacher,
+    layout: Layout,
+    calibration: Calibration,
+    meter: Meter,
+    lanes: int,
 ) -> Iterator[EncodedBlock]:
-    """Every view of every block, in order.
+    """Every view of every block, in order; ``lanes`` at once.
 
     Raises:
-        TeacherError: latents that are not finite, or that the codec cannot hold.
+        TeacherError: latents that are not finite, or that the codec cannot hold. OutOfMemoryError: see its message.
     """
     device = teacher.device
     on_cuda = device.type == "cuda"
-    meter.lanes = 1 if on_cuda else lanes(device)
+    meter.lanes = 1 if on_cuda else lanes
     lane = Lane(device, _timed_event(torch.cuda.default_stream(device))) if on_cuda else None
 
     def tasks() -> Iterator[tuple[Any, ...]]:
@@ -127,8 +143,7 @@ def encode_ahead(
             for place in range(len(block.task.views)):
                 yield block, place, lane, teacher, layout, calibration
 
-    threads = lanes(device)
-    with closing(in_threads(_encode, tasks(), threads, threads + 2)) as encoded:
+    with extraction_memory(lanes), closing(in_threads(_encode, tasks(), lanes, lanes + 2)) as encoded:
         while True:
             began, rendering = time.perf_counter(), meter.rendering
             result = next(encoded, None)
@@ -140,16 +155,18 @@ def encode_ahead(
             yield result
 
 
-def run_teacher(blocks: Iterator[RenderedBlock], teacher: Teacher) -> Iterator[tuple[RenderedBlock, TeacherOutput]]:
-    """Every block with the teacher's output, on the CPU, of its first view."""
+def run_teacher(
+    blocks: Iterator[RenderedBlock], teacher: Teacher, lanes: int
+) -> Iterator[tuple[RenderedBlock, TeacherOutput]]:
+    """Every block with the teacher's output, on the CPU, of its first view. Raises OutOfMemoryError."""
 
     def run(block: RenderedBlock) -> tuple[RenderedBlock, TeacherOutput]:
         output = teacher(block.pixels[0].to(teacher.device))
         attention = None if output.attention is None else output.attention.cpu()
         return block, TeacherOutput(output.tokens.cpu(), attention)
 
-    threads = lanes(teacher.device)
-    return in_threads(run, ((block,) for block in blocks), threads, threads + 1)
+    with extraction_memory(lanes):
+        yield from in_threads(run, ((block,) for block in blocks), lanes, lanes + 1)
 
 
 class Lane(threading.local):

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
+from cae2pipe.device_memory import free_unused
 from cae2pipe.errors import OutOfMemoryError
 from cae2pipe.loading.batches import Batch
 from cae2pipe.training.step import Step
-
-
-@contextmanager
-def memory_advice(what: str, fix: str, where: object = None) -> Iterator[None]:
-    """Around work on a device: the end of its memory becomes an error that says what to change.
-
-    Raises:
-        OutOfMemoryError: ``what`` (a noun and its number, as "a chunk of 64 images") did not fit.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        said = str(error).splitlines()[0]
-        raise OutOfMemoryError(f"{what} does not fit into the device's memory: {said}", where=where, fix=fix) from None
 
 
 def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMemoryError:
@@ -95,10 +80,3 @@ def release(step: Step) -> None:
     """Give back what a failed pass still holds."""
     step.optimizer.zero_grad(set_to_none=True)
     free_unused()
-
-
-def free_unused() -> None:
-    """Give back to the device what nothing refers to any more, cycles included."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ from cae2pipe.models.layers import (
     drop_factors,
     drop_path,
     drop_rates,
+    gather_tokens,
     run_block,
     truncated_normal,
 )
@@ -111,3 +112,15 @@ def test_truncated_normal_is_cut_at_its_own_std():
     tensor = truncated_normal(torch.empty(100_000))
     assert tensor.abs().max() <= 0.02
     assert tensor.std() == pytest.approx(0.0108, abs=1e-4)
+
+
+def test_selected_tokens_and_their_gradients_are_the_gathered_ones():
+    tokens = torch.randn(3, 7, 5, requires_grad=True)
+    indices = torch.stack([torch.randperm(7)[:4] for _ in range(3)])
+    wanted = tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, 5))
+    found = gather_tokens(tokens, indices)
+    assert torch.equal(found, wanted)
+    ahead = torch.randn_like(found)
+    (one,), (two,) = (torch.autograd.grad(out, tokens, ahead) for out in (found, wanted))
+    assert torch.equal(one, two)
+    assert gather_tokens(tokens, indices[:, :0]).shape == (3, 0, 5)

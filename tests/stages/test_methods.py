@@ -23,7 +23,7 @@ from cae2pipe.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import check_fit, pretrain
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.aim import PixelTargets
+from cae2pipe.training.aim import PixelTargets, unfolded
 from cae2pipe.training.metrics import read_lines
 
 
@@ -106,6 +106,11 @@ def test_pixel_targets_are_patches_of_mean_0_and_variance_1_in_the_order_of_patc
     patch = ((pixels[1, :, 4:8, 8:12] / 255 - mean) / std).reshape(-1)
     wanted = (patch - patch.mean()) / (patch.var(correction=0) + 1e-6).sqrt()
     torch.testing.assert_close(found[1, 1 * 3 + 2], wanted)
+
+
+def test_patches_are_those_of_unfold():
+    images = torch.randn(2, 3, 12, 12)
+    assert torch.equal(unfolded(images, 3), torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """A step whose loss is not finite: what is kept of it, and what its replay says."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
-from cae2pipe.errors import DamageError, DivergedError
+from cae2pipe.errors import CompileError, DamageError, DivergedError, OutOfMemoryError
 from cae2pipe.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
@@ -87,3 +88,44 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path.write_bytes(b"rubbish")
     with pytest.raises(DamageError, match="not the record"):
         replay(path)
+
+
+def test_a_batch_that_finds_no_room_is_advised_upon(target_root, pretrain_settings, tmp_path, monkeypatch):
+    from cae2pipe.stages import pretrain as stage
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.15 GiB.\nGPU 0 has ...")
+        yield
+
+    monkeypatch.setattr(stage, "on_device", full)
+    with pytest.raises(OutOfMemoryError, match="the next batch does not fit") as caught:
+        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"accumulation": 2}), Silent())
+    assert "--set speed.accumulation=4" in caught.value.fix
+    assert "GPU 0" not in caught.value.what
+
+
+def test_a_compiler_that_fails_says_how_to_do_without(target_root, pretrain_settings, tmp_path, monkeypatch):
+    """As where there is no C compiler, which inductor asks for at run time."""
+    from cae2pipe.stages import pretrain as stage
+
+    def lacking(graph, inputs):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr(stage, "compile_objective", partial(stage.compile_objective, backend=lacking))
+    with pytest.raises(CompileError, match=r"RuntimeError: Please specify via CC") as caught:
+        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"compile": True}), Silent())
+    assert "--set speed.compile=false" in caught.value.fix
+    assert caught.value.exit_code == 1
+
+
+def test_memory_that_ends_in_the_compiler_is_no_compilers_failure(
+    target_root, pretrain_settings, tmp_path, monkeypatch
+):
+    from cae2pipe.stages import pretrain as stage
+
+    def full(graph, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stage, "compile_objective", partial(stage.compile_objective, backend=full))
+    with pytest.raises(OutOfMemoryError, match="16 images a pass would fit"):
+        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"compile": True}), Silent())

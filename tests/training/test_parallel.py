@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from cae2pipe.artifacts.parts import Rank
 from cae2pipe.errors import SettingsError
 from cae2pipe.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
-from cae2pipe.training.parallel import joined
+from cae2pipe.training.optimizer import build_optimizer
+from cae2pipe.training.parallel import joined, spread, whole
 from cae2pipe.training.telemetry import CLOCKED
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +76,6 @@ def test_two_processes_train_as_one_does(launched, alone, name):
 
 
 def test_sharded_weights_export_like_whole_ones(launched, alone):
-    import torch
     from safetensors.torch import load_file
 
     wanted = load_file(alone / "encoder.safetensors")
@@ -106,9 +109,28 @@ def test_killed_and_resumed_two_processes_give_the_same_bytes(launched, job, tmp
     assert ours == theirs
 
 
-def test_streams_that_cannot_be_shared_out_are_refused():
-    import torch
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
+
+def test_sharding_changes_nothing_of_bfloat16(make, pretrain_settings, group_of_one):
+    """Norms and LayerScale stay in float32, as autocast leaves them."""
+    plain, batches = make(pretrain_settings(precision="bf16", speed={"accumulation": 2}))
+    step, _ = make(pretrain_settings(precision="bf16", speed={"accumulation": 2}))
+    step.world = replace(step.world, parallel="fsdp")
+    step.module = spread(step.objective, step.world)
+    step.parameters = list(step.model.parameters())
+    step.optimizer = build_optimizer(step.model, pretrain_settings().optimizer)
+    for batch in batches[:3]:
+        assert step(batch, 1e-3).values() == plain(batch, 1e-3).values()
+    for ours, theirs in zip(step.parameters, plain.parameters, strict=True):
+        assert torch.equal(whole(ours), theirs)
+
+
+def test_streams_that_cannot_be_shared_out_are_refused():
     with (
         pytest.raises(SettingsError, match="among 3 processes"),
         joined(Rank(0, 3, 0, 3), torch.device("cpu"), "ddp", 64),
