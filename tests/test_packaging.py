@@ -1,5 +1,6 @@
 """The wheel is described by hand in pyproject.toml: it must not fall behind the tree."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def test_every_preset_is_packaged(setuptools_table):
     assert package_folder("configs") == ROOT / "configs"
     assert package_folder("data_manifests") == ROOT / "data_manifests"
     assert "base" in preset_names("pretrain")
+
+
+def test_every_extra_that_an_error_or_a_page_names_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [ROOT / "README.md"]
+    for folder, suffix in {"cae2pipe": "py", "stages": "py", "docs": "md"}.items():
+        sources += (ROOT / folder).rglob(f"*.{suffix}")
+    named = {name for path in sources for name in re.findall(r"'(?:cae2pipe|\.)\[(\w+)\]", path.read_text())}
+    assert {"dense", "nvjpeg", "s3"} <= named <= extras.keys()
 
 
 def test_version_is_in_the_changelog_and_citation():

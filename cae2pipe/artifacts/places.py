@@ -226,7 +226,7 @@ def remotely(path: Path, call: Callable[[], T], sleep: Callable[[float], None] =
     for wait in (*WAITS, None):
         try:
             return call()
-        except (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, ValueError):
+        except (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, ValueError, MemoryError):
             raise
         except Exception as error:  # every file system brings kinds of its own
             if wait is None or not may_pass(error):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cae2pipe.images.views import ViewDraw, decode_view
+from cae2pipe.images.jpeg import decode_view
+from cae2pipe.images.views import ViewDraw
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.target_set import TargetSet

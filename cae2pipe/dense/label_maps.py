@@ -13,6 +13,7 @@ from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.config.dense import SegmentSettings
 from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.errors import ImageError, SettingsError, SourceError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.decode import decode_rgb, describe_failure
 
 IMAGES, ANNOTATIONS = "images", "annotations"
@@ -71,6 +72,7 @@ def read_labels(path: Path) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             mode, labels = image.mode, np.asarray(image)
     except Exception as error:  # Pillow's plugins raise many kinds
+        reraise_exhaustion(error)
         raise SourceError(
             f"this label map cannot be decoded: {describe_failure(error)}", where=path, fix="replace it"
         ) from None

@@ -28,6 +28,7 @@ from cae2pipe.config.base import build, identity, load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.keyed import keyed_seed
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.teachers.protocol import Teacher
@@ -235,6 +236,7 @@ def build_exported(path: Path) -> tuple[Any, dict[str, Any]]:
         config = json.loads(path.read_text(encoding="utf-8"))
         return build_vit(config), config
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        reraise_exhaustion(error)
         raise SourceError(
             f"this does not describe a model of timm: {error}",
             where=path,

@@ -9,9 +9,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cae2pipe.errors import ImageError
+from cae2pipe.exhaustion import reraise_exhaustion
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What is decoded. Pillow knows more, but hands some of it (EPS, say) to other programs."""
+
+ROOM = 2**28
+"""Bytes that must be free for a failure to be the image's. A progressive JPEG of 32 megapixels takes 8 a pixel."""
 
 
 def decode_rgb(data: bytes, where: object, upright: bool = True) -> Image.Image:
@@ -25,7 +29,7 @@ def decode_rgb(data: bytes, where: object, upright: bool = True) -> Image.Image:
         where: what to call the image in errors.
 
     Raises:
-        ImageError: nothing else, whatever is wrong with the bytes.
+        ImageError: whatever is wrong with the bytes. MemoryError: memory has ended, which says nothing about them.
     """
     try:
         # What Pillow warns of (odd EXIF, palettes with transparency, large pictures) either decodes or raises.
@@ -36,7 +40,14 @@ def decode_rgb(data: bytes, where: object, upright: bool = True) -> Image.Image:
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)  # otherwise every upright image would be copied
             return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"this image is too large: {describe_failure(error)}", where=where, fix="scale it down, or remove it"
+        ) from None
     except Exception as error:  # Pillow's plugins raise many kinds: OSError, SyntaxError, struct.error, ValueError, ...
+        reraise_exhaustion(error)
+        # libjpeg (of progressive files) and libwebp report the end of memory as broken data: MemoryError, if so.
+        bytes(ROOM)  # reserved and never touched, which takes no time
         reason = describe_failure(error)
         raise ImageError(f"this image cannot be decoded: {reason}", where=where, fix="replace or remove it") from None
 

@@ -17,7 +17,6 @@ from PIL import Image, ImageEnhance, ImageStat
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import ImageError
-from cae2pipe.images.decode import describe_failure
 from cae2pipe.keyed import keyed_uniforms
 
 ORDERS = tuple(permutations(("brightness", "contrast", "saturation")))
@@ -144,20 +143,3 @@ def encode_view(image: Image.Image, settings: ViewSettings) -> bytes:
     # Left to itself, Pillow would copy a comment of the original.
     image.save(buffer, "JPEG", quality=settings.quality, subsampling=settings.subsampling, comment=b"")
     return buffer.getvalue()
-
-
-def decode_view(data: bytes) -> np.ndarray:
-    """A stored view's pixels, uint8 (H, W, 3).
-
-    Raises:
-        ImageError: the bytes are not an RGB JPEG.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG",))
-        pixels = np.asarray(image)
-    except Exception as error:  # DecompressionBombError, struct.error and others have no base in common
-        reason = describe_failure(error)
-        raise ImageError(f"a stored view cannot be decoded: {reason}", fix="run `cae2pipe verify`") from None
-    if image.mode != "RGB":
-        raise ImageError(f"a stored view is not RGB but {image.mode}", fix="run `cae2pipe verify`")
-    return pixels

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.errors import DamageError, ImageError
-from cae2pipe.images.views import decode_view
+from cae2pipe.images.jpeg import decode_view
 from cae2pipe.keyed import keyed_uniforms
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.order import BlockRef, real_samples, steps_per_epoch, stream_pieces, windows
@@ -231,9 +231,9 @@ def _decode(plan: Plan, image: bytes, key: str, epoch: int) -> np.ndarray:
     if plan.fresh:
         return plan.fresh.render(image, key, epoch)
     try:
-        return decode_view(image)
-    except (ImageError, ValueError) as error:
-        raise DamageError(f"a stored view cannot be decoded: {error}", where=f"key {key}") from None
+        return decode_view(image, plan.size)
+    except ImageError as error:
+        raise DamageError(error.what, where=f"key {key}", fix=error.fix) from None
 
 
 def gather(plan: Plan, items: list[tuple[Pool, int] | None]) -> dict[str, np.ndarray]:

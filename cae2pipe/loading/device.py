@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cae2pipe.errors import DamageError, SettingsError
+from cae2pipe.errors import DamageError, ImageError
+from cae2pipe.images.jpeg import decode_views
 from cae2pipe.loading.batches import Batch, join
 from cae2pipe.threads import in_threads
 
@@ -31,8 +31,8 @@ def on_device(steps: Iterator[list[Batch]], axes: Mapping[str, int], device: tor
     def upload(parts: list[Batch]) -> tuple[Batch, torch.cuda.Event]:
         with torch.cuda.stream(stream):
             batch = decoded(join([part.to(device) for part in parts], axes), device)
-            done = torch.cuda.Event()
-            done.record()
+        done = torch.cuda.Event()
+        done.record(stream)
         return batch, done
 
     def ready(batch: Batch, done: torch.cuda.Event) -> Batch:
@@ -64,47 +64,19 @@ def decoded(batch: Batch, device: torch.device) -> Batch:
     """The batch with its JPEGs decoded on the device, where they have come this far.
 
     Raises:
-        DamageError: one is not a JPEG.
+        DamageError: one is not a JPEG of a view. Else as ``decode_views``.
     """
     if len(batch.pixels) == len(batch.weights):
         return batch
-    real = batch.sizes > 0
-    whole = batch.pixels.new_zeros(len(real), *batch.pixels.shape[1:])
-    if not real.any():
+    sizes = batch.sizes.tolist()
+    jpegs = {row: jpeg for row, jpeg in enumerate(batch.jpegs.split(sizes)) if len(jpeg)}
+    whole = batch.pixels.new_zeros(len(sizes), *batch.pixels.shape[1:])
+    if not jpegs:
         return replace(batch, pixels=whole)
-    decode_jpeg = torchvision_decoder()
-    images = [data for data, some in zip(batch.jpegs.split(batch.sizes.tolist()), real.tolist(), strict=True) if some]
     try:
-        pixels = torch.stack(decode_jpeg(images, device))
-    except RuntimeError as error:
-        keys = ", ".join(key for key in batch.keys[:3] if key)
-        raise DamageError(
-            f"a stored view cannot be decoded on {device}: {error}",
-            where=f"step {batch.step}, keys {keys}, ...",
-            fix="`cae2pipe verify` checks the set; data.decode=workers names the view",
-        ) from None
-    whole[real.to(device)] = pixels
-    return replace(batch, pixels=whole)
-
-
-def torchvision_decoder() -> Callable[[list[Tensor], torch.device], list[Tensor]]:
-    """A function from JPEGs, uint8 (n,) on the host, to RGB pixels (3, H, W) on a device.
-
-    Raises:
-        SettingsError: this torchvision has none any more.
-    """
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError:
-        raise SettingsError(
-            "this torchvision does not decode JPEGs", where="data.decode", fix="--set data.decode=workers"
-        ) from None
-
-    def decode(images: list[Tensor], device: torch.device) -> list[Tensor]:
-        with warnings.catch_warnings():
-            # Announced to leave torchvision, from 0.29 on: until then it is the one that everybody has.
-            warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
-            found: list[Tensor] = decode_jpeg(images, mode=ImageReadMode.RGB, device=device)
-        return found
-
-    return decode
+        pixels = decode_views(list(jpegs.values()), [batch.keys[row] for row in jpegs], whole.shape[-1], device)
+    except ImageError as error:
+        raise DamageError(error.what, where=f"step {batch.step}, {error.where}", fix=error.fix) from None
+    if len(jpegs) == len(whole):
+        return replace(batch, pixels=pixels)
+    return replace(batch, pixels=whole.index_copy_(0, torch.tensor(list(jpegs), device=device), pixels))

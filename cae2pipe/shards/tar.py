@@ -16,6 +16,7 @@ from pathlib import Path
 from cae2pipe.artifacts import places
 from cae2pipe.artifacts.places import file_size
 from cae2pipe.errors import DamageError
+from cae2pipe.exhaustion import reraise_exhaustion
 
 IMAGE, LABEL = "jpg", "cls"
 
@@ -69,6 +70,7 @@ def index_tar(path: Path) -> list[TarSample]:
                 else:
                     raise DamageError(f"the tar holds an unexpected member {member.name!r}", where=path)
     except (OSError, tarfile.TarError, ValueError) as error:
+        reraise_exhaustion(error)
         raise DamageError(f"this tar cannot be read: {error}", where=path) from None
     # Where a header is broken, or the file ends between members, tarfile takes that for the end and says nothing.
     if any(read_range(path, end, 2 * tarfile.BLOCKSIZE)):
@@ -83,6 +85,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     try:
         data = places.read_range(path, offset, size)
     except OSError as error:
+        reraise_exhaustion(error)
         raise DamageError(f"this tar cannot be read: {error.strerror}", where=path) from None
     if len(data) != size:
         raise DamageError(f"the tar ends {size - len(data)} bytes too early", where=path)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.images.views import decode_view
+from cae2pipe.images.jpeg import decode_view
 from cae2pipe.keyed import keyed_permutation
 from cae2pipe.targets.calibration import token_cosines
 from cae2pipe.targets.chunks import BLOCK

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.images.views import decode_view, draw_view, encode_view, render_view
+from cae2pipe.images.jpeg import decode_view
+from cae2pipe.images.views import draw_view, encode_view, render_view
 from cae2pipe.loading.workers import in_order
 from cae2pipe.shards.shard_set import Shard, ShardSet
 from cae2pipe.targets.chunks import BLOCK

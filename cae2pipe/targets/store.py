@@ -25,6 +25,7 @@ import numpy as np
 
 from cae2pipe.artifacts.places import file_size, is_local, read_bytes, read_range
 from cae2pipe.errors import DamageError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, ShardFile, decode_chunk, decode_index, encode_chunk, index_size
@@ -298,6 +299,7 @@ class StoreReader:
         return self._small[name]
 
     def _damage(self, error: Exception, where: str) -> DamageError:
+        reraise_exhaustion(error)
         what = "a file is missing" if isinstance(error, FileNotFoundError) else str(error)
         return DamageError(
             f"stored data are damaged: {what}",

@@ -22,7 +22,8 @@ from cae2pipe.artifacts.box import Box, check_files, open_box
 from cae2pipe.artifacts.places import file_sizes, place, read_bytes
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.errors import DamageError, ManifestError
-from cae2pipe.images.views import decode_view
+from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.images.jpeg import decode_view
 from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK, Shuffle
 from cae2pipe.targets.codecs import as_tensors
@@ -268,6 +269,7 @@ def read_calibration(path: Path) -> Calibration:
         shuffle = cast(Shuffle, group.attrs["shuffle"])
         return Calibration(mean, torch.from_numpy(arrays["basis"]), float(arrays["step"][0]), shuffle)
     except (OSError, ValueError, KeyError) as error:
+        reraise_exhaustion(error)
         raise DamageError(
             f"the set's calibration cannot be read ({error}): without it no latent can be decoded",
             where=path,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.presets import pretrained_file
 from cae2pipe.teachers.protocol import (
     Teacher,
@@ -77,6 +78,7 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipT
     try:
         tower = _build_vision_tower(shape["embed_dim"], config, quick_gelu=shape["quick_gelu"])
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
+        reraise_exhaustion(error)
         raise TeacherError(
             f"open_clip cannot build this tower: {error}",
             where="teacher.vision_cfg",

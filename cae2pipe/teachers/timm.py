@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.lite0 import LITE0, lite0_state
 from cae2pipe.teachers.presets import pretrained_file
 from cae2pipe.teachers.protocol import (
@@ -132,6 +133,7 @@ def build_model(settings: TeacherSettings) -> Any:
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        reraise_exhaustion(error)
         raise TeacherError(
             f"timm cannot build {name} for patch tokens: {error}",
             where="teacher",
@@ -197,6 +199,7 @@ def timm_layout(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, T
     try:
         return checkpoint_filter_fn(state, model)
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        reraise_exhaustion(error)
         raise TeacherError(
             f"the weights do not fit the model: {error}",
             where=path,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.errors import TeacherError
+from cae2pipe.exhaustion import reraise_exhaustion
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -28,6 +29,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
+            reraise_exhaustion(error)
             raise TeacherError(f"this is not a whole safetensors file: {error}", where=path, fix=_REPLACE) from None
     if _is_torchscript(path):
         raise TeacherError(
@@ -42,6 +44,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "this file holds more than tensors, and loading it could run code", where=path, fix=_REPLACE
         ) from None
     except Exception as error:  # torch.load raises many kinds for a file that is cut off or of another format
+        reraise_exhaustion(error)
         raise TeacherError(f"this weights file cannot be read: {error}", where=path, fix=_REPLACE) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), Mapping):

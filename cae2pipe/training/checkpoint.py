@@ -12,6 +12,7 @@ from torch import nn
 
 from cae2pipe.artifacts.atomic import replacing
 from cae2pipe.errors import DamageError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.progress import Report
 
 
@@ -54,6 +55,7 @@ def load_checkpoint(folder: Path, report: Report) -> dict[str, Any] | None:
                     raise zipfile.BadZipFile(f"{damaged} has changed")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds for a file that is cut off or changed
+            reraise_exhaustion(error)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             report.log(f"{path.name} cannot be read ({reason}): going back to the checkpoint before it")
     return None
@@ -91,6 +93,7 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        reraise_exhaustion(error)
         raise DamageError(
             f"the checkpoint that the leading process goes on from cannot be read here ({type(error).__name__})",
             where=path,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cae2pipe.artifacts.atomic import replacing
 from cae2pipe.errors import DamageError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.loading.batches import Batch
 
 FOLDER = "failures"
@@ -45,6 +46,7 @@ def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return Batch(**state.pop("batch")), state.pop("latents"), state
     except Exception as error:  # torch.load raises many kinds
+        reraise_exhaustion(error)
         raise DamageError(
             f"this is not the record of a failed step ({type(error).__name__})",
             where=path,

@@ -58,7 +58,7 @@ def test_pixels_and_latents_are_those_of_the_key(alone, targets):
             got = reader.block(block)
             for row, key in enumerate(got.keys):
                 truth.setdefault(key, []).append((got.jpegs[row], got.arrays["symbols"][:, row]))
-    from cae2pipe.images.views import decode_view
+    from cae2pipe.images.jpeg import decode_view
 
     for row, key in enumerate(alone[0].keys):
         pixels = alone[0].pixels[row].permute(1, 2, 0).numpy()

@@ -8,7 +8,7 @@ import torch
 
 from cae2pipe.artifacts.box import Box, open_box
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError
-from cae2pipe.images.views import decode_view
+from cae2pipe.images.jpeg import decode_view
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets

@@ -1,11 +1,9 @@
 """The teacher in the step: the same targets, and views that no cache has."""
 
 import pytest
-import torch
 
 from cae2pipe.errors import ManifestError, MismatchError, SettingsError, TeacherError
-from cae2pipe.loading.device import on_device
-from cae2pipe.loading.loader import load_batches, load_parts
+from cae2pipe.loading.loader import load_batches
 from cae2pipe.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import make_plan, pretrain
@@ -118,29 +116,3 @@ def test_contradictions_are_refused(pretrain_settings):
         pretrain_settings(mask={"repeat": 16})
     with pytest.raises(SettingsError, match="cut by the workers"):
         pretrain_settings(targets="online", views="fresh", data={"decode": "device"})
-
-
-def test_jpegs_decoded_by_torchvision_are_those_that_pillow_decodes(target_root, pretrain_settings):
-    targets = TargetSet(target_root)
-    plans = [
-        make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": place}), 4)
-        for place in ("workers", "device")
-    ]
-    axes = targets.layout.sample_axes()
-    here, there = (list(on_device(load_parts(plan, 0, 0), axes, torch.device("cpu"))) for plan in plans)
-    assert all(torch.equal(one.pixels, two.pixels) for one, two in zip(here, there, strict=True))
-    assert all(torch.equal(one.weights, two.weights) for one, two in zip(here, there, strict=True))
-    assert next(load_batches(plans[1], 0, 2)).pixels.shape[0] == 0
-
-
-def test_a_step_of_padding_alone_decodes_to_nothing(target_root, pretrain_settings):
-    from dataclasses import replace
-
-    from cae2pipe.loading.device import decoded
-
-    targets = TargetSet(target_root)
-    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": "device"}), 4)
-    batch = next(load_batches(plan, 0, 0))
-    empty = replace(batch, jpegs=batch.jpegs[:0], sizes=batch.sizes * 0)
-    assert not decoded(empty, torch.device("cpu")).pixels.any()
-    assert decoded(empty, torch.device("cpu")).pixels.shape == (32, 3, 32, 32)

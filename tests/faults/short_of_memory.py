@@ -1,0 +1,167 @@
+"""Reads all kinds of files with too little memory, and says what came of it. A process of its own, since one that has
+been short of memory is not to be trusted afterwards."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+SPARE = 16 * 2**20
+"""Bytes that may still be allocated: enough for Python, too few for what is read here."""
+
+LARGE = 2 * SPARE
+PIECE = SPARE // 4
+
+
+@contextmanager
+def limited(kind: int, most: int) -> Iterator[None]:
+    old = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, old)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Within it ``SPARE`` bytes can be had, whatever has been given back to the allocator before."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + SPARE):
+        taken = []
+        with suppress(MemoryError):
+            while True:
+                taken.append(np.empty(PIECE, dtype=np.uint8))
+        del taken[-SPARE // PIECE :]
+        yield
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def an_image(kind: str, side: int, **options) -> Callable[[Path], Callable[[], object]]:
+    def prepare(folder: Path) -> Callable[[], object]:
+        from cae2pipe.images.decode import decode_rgb
+
+        gradient = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+        data = saved(gradient, kind, **options)
+        return lambda: decode_rgb(data, where="x")
+
+    return prepare
+
+
+def a_view(folder: Path) -> Callable[[], object]:
+    from cae2pipe.images.jpeg import decode_view
+
+    data = saved(Image.new("RGB", (2500, 2500)), "JPEG")
+    return lambda: decode_view(data)
+
+
+def a_label_map(folder: Path) -> Callable[[], object]:
+    from cae2pipe.dense.label_maps import read_labels
+
+    Image.new("L", (5000, 5000)).save(folder / "labels.png")
+    return lambda: read_labels(folder / "labels.png")
+
+
+def weights(suffix: str) -> Callable[[Path], Callable[[], object]]:
+    def prepare(folder: Path) -> Callable[[], object]:
+        from safetensors.torch import save_file
+
+        from cae2pipe.teachers.weights import read_weights
+
+        path = folder / f"weights{suffix}"
+        (save_file if suffix == ".safetensors" else torch.save)({"a": torch.zeros(LARGE, dtype=torch.uint8)}, path)
+        return lambda: read_weights(path)
+
+    return prepare
+
+
+def a_checkpoint(folder: Path) -> Callable[[], object]:
+    from cae2pipe.progress import Silent
+    from cae2pipe.training.checkpoint import load_checkpoint
+
+    torch.save({"a": torch.zeros(8)}, folder / "step-00000001.pt")
+    torch.save({"a": torch.zeros(LARGE, dtype=torch.uint8)}, folder / "step-00000002.pt")
+    return lambda: load_checkpoint(folder, Silent())
+
+
+def another_ranks_checkpoint(folder: Path) -> Callable[[], object]:
+    from cae2pipe.training.checkpoint import read_checkpoint
+
+    torch.save({"a": torch.zeros(LARGE, dtype=torch.uint8)}, folder / "step-00000002.pt")
+    return lambda: read_checkpoint(folder, 2)
+
+
+def a_failure(folder: Path) -> Callable[[], object]:
+    from cae2pipe.training.failure import load_failure
+
+    torch.save({"batch": torch.zeros(LARGE, dtype=torch.uint8)}, folder / "step.pt")
+    return lambda: load_failure(folder / "step.pt")
+
+
+def an_exported_model(folder: Path) -> Callable[[], object]:
+    import timm  # noqa: F401
+
+    from cae2pipe.evaluation.encoders import build_exported
+
+    model = {"embed_dim": 3072, "depth": 1, "num_heads": 8}
+    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "model_args": model}
+    (folder / "config.json").write_text(json.dumps(config))
+    return lambda: build_exported(folder / "config.json")
+
+
+READERS = {
+    "an image": an_image("PNG", 2500),
+    # Pillow says "broken data stream" of the one and "could not create decoder object" of the other.
+    "a progressive JPEG": an_image("JPEG", 2500, progressive=True),
+    "a WebP": an_image("WEBP", 2500, quality=5),
+    "a view": a_view,
+    "a label map": a_label_map,
+    "weights of torch": weights(".pt"),
+    "safetensors": weights(".safetensors"),
+    "a checkpoint": a_checkpoint,
+    "another rank's checkpoint": another_ranks_checkpoint,
+    "the record of a failed step": a_failure,
+    "an exported model": an_exported_model,
+}
+
+
+def main(folder: Path) -> None:
+    """Write what came of each to the standard output, and whether it could be read with enough memory, as JSON."""
+    reads = {}
+    for number, (name, prepare) in enumerate(READERS.items()):
+        own = folder / str(number)
+        own.mkdir()
+        reads[name] = prepare(own)
+    found = {}
+    for name, read in reads.items():
+        try:
+            with little_memory():
+                read()
+            found[name] = "nothing"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        with suppress(Exception):
+            read()
+            found[name] += ", then read"
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
