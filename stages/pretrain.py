@@ -27,6 +27,7 @@ from cae2pipe.config.extract import ViewSettings
 from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
 from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated
+from cae2pipe.images.jpeg import device_decoder
 from cae2pipe.keyed import keyed_seed
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.device import on_device
@@ -279,9 +280,12 @@ def capture(
 
 
 def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:
-    """Refuse a student that the target set does not fit, or a batch that cannot be shared out. Raises SettingsError."""
+    """Refuse a student that the target set does not fit, a batch that cannot be shared out, or a decoder that is not
+    installed. Raises SettingsError."""
     check_method(settings.method)
     check_parts(settings, ranks)
+    if settings.data.decode == "device":
+        device_decoder()
     teacher, grid = targets.teacher, settings.model.grid
     guided = settings.mask.strategy == "attention"
     if guided and not targets.layout.attention:

@@ -67,6 +67,10 @@ def test_memory_that_ends_anywhere_is_no_traceback(capsys):
     said = capsys.readouterr().err
     assert "the device's memory has ended: CUDA out of memory. Tried to allocate 2.00 GiB." in said
     assert "--device" in said
+    with pytest.raises(typer.Exit) as caught, exits():
+        raise MemoryError
+    assert caught.value.exit_code == 1
+    assert "fewer --workers" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a defect"), exits():
         raise RuntimeError("a defect")
 

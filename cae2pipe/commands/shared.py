@@ -88,6 +88,14 @@ def exits() -> Iterator[None]:
             )
         )
         raise typer.Exit(FAILURE) from None
+    except MemoryError:
+        show(
+            OutOfMemoryError(
+                "the machine's memory has ended",
+                fix="use fewer --workers, or lower the batch settings of this command (`cae2pipe config show`)",
+            )
+        )
+        raise typer.Exit(FAILURE) from None
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here")
         raise typer.Exit(INTERRUPTED) from None
