@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from cae2pipe.evaluation.backbone import Normalised
 from cae2pipe.evaluation.course import Chunk
+from cae2pipe.evaluation.remedies import SMALLER, cpu_remedy
+from cae2pipe.evaluation.uploading import uploaded
+from cae2pipe.training.memory import memory_advice
 from cae2pipe.training.parallel import World, spread, without_exchange
 
 
@@ -33,6 +36,8 @@ class TunedLearner(ABC):
     ):
         self.network, self.world, self.bf16, self.clip = network, world, bf16, clip
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        with memory_advice("AdamW's moments of all weights", SMALLER):
+            make_moments(self.optimizer)
         self.module = spread(network, world, bf16)
 
     @abstractmethod
@@ -48,7 +53,7 @@ class TunedLearner(ABC):
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
-        for place, chunk in enumerate(chunks):
+        for place, chunk in enumerate(uploaded(chunks, self.world.device)):
             last = place == len(chunks) - 1
             with nullcontext() if last else without_exchange(self.module, self.world):
                 loss = self.loss(chunk) * (len(chunk.labels) / size)
@@ -62,9 +67,28 @@ class TunedLearner(ABC):
         self.optimizer.step()
         return total
 
+    def scoring_advice(self) -> AbstractContextManager[None]:
+        """Around the scoring of one image, whose size no setting changes: where it does not fit, the CPU can score."""
+        fix = cpu_remedy(f"precision={'bf16' if self.bf16 else 'fp32'}")
+        return memory_advice("one image to be scored", f"{fix} resumes from the last checkpoint")
+
     def state(self) -> dict[str, Any]:
         return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make the moments that a first step would: what fits beside them in that step fits in all later ones.
+
+    A learning rate of 0 and gradients of 0 leave the weights and the moments as they are.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        state["step"].zero_()
