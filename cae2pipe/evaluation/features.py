@@ -87,7 +87,8 @@ def extract_features(
         SourceError: not one image can be decoded, a file cannot be read, or features are not finite.
         DamageError: a shard has changed. OutOfMemoryError: a batch does not fit the device.
     """
-    key = fingerprint([encoder.identity, split.identity, description(crop)])[:16]
+    # A folder's identity is made of names and sizes, which may be the same in train and val.
+    key = fingerprint([encoder.identity, split.root.name, split.identity, description(crop)])[:16]
     per_part = max(1, PART // split.batch)
     parts = [range(low, min(low + per_part, len(split.runs))) for low in range(0, len(split.runs), per_part)]
     # Runs hang on the batch: parts of another batch are other parts.
