@@ -322,7 +322,7 @@ def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) 
     """Around work on ``count`` features at once: where they do not fit the device, the CPU can take them."""
     precision = precision_of(settings, job.world.device)
     fix = cpu_remedy(f"features.precision={precision}", f"speed.batch={job.train.batch}")
-    return memory_advice(f"{count} features at once", f"{fix} takes the same features", job.train.root)
+    return memory_advice(f"a set of {count} features", f"{fix} takes the same features", job.train.root)
 
 
 def reading(job: Job, course: Course, crop: DrawnCrop) -> Callable[[int], ChunkReader]:

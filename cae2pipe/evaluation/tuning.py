@@ -36,7 +36,7 @@ class TunedLearner(ABC):
     ):
         self.network, self.world, self.bf16, self.clip = network, world, bf16, clip
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        with memory_advice("AdamW's moments of all weights", SMALLER):
+        with memory_advice("AdamW's state for all weights", SMALLER):
             make_moments(self.optimizer)
         self.module = spread(network, world, bf16)
 

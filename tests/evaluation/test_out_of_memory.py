@@ -79,10 +79,10 @@ def full_at(calls: int, function):
     ("kind", "where", "name", "calls", "what", "fix"),
     [
         ("knn", Student, "tokens", 0, "a pass over 4 images", "--set speed.batch=2"),
-        ("knn", stage, "knn_predictions", 0, "12 features at once", "--device cpu" + WITH_THEM),
+        ("knn", stage, "knn_predictions", 0, "a set of 12 features", "--device cpu" + WITH_THEM),
         ("cached", Student, "tokens", 4, "a pass over 4 images", "--set speed.batch=2"),
-        ("cached", stage, "train_probe", 0, "12 features at once", "--device cpu" + WITH_THEM),
-        ("cached", stage, "logits", 0, "12 features at once", "--device cpu" + WITH_THEM),
+        ("cached", stage, "train_probe", 0, "a set of 12 features", "--device cpu" + WITH_THEM),
+        ("cached", stage, "logits", 0, "a set of 12 features", "--device cpu" + WITH_THEM),
         # The first call measures.
         ("linear", Student, "tokens", 1, "a pass over 4 images", "--set speed.batch=2"),
         ("attentive", Student, "tokens", 1, "a pass over 4 images", "--set speed.batch=2"),
@@ -93,7 +93,7 @@ def full_at(calls: int, function):
         ("finetune", FinetuneLearner, "loss", 0, "a chunk of 6 images", "--set chunk=2"),
         ("finetune", torch.Tensor, "backward", 0, "a chunk of 6 images", "--set chunk=2"),
         ("finetune", FinetuneLearner, "logits", 0, "a pass over 4 images", "--set speed.batch=2"),
-        ("finetune", torch.optim.AdamW, "step", 0, "AdamW's moments of all weights", SMALLER),
+        ("finetune", torch.optim.AdamW, "step", 0, "AdamW's state for all weights", SMALLER),
         ("finetune", torch.optim.AdamW, "step", 1, "a chunk of 6 images", "--set chunk=2"),
     ],
 )
