@@ -310,7 +310,7 @@ def features_of(
 
     def features(split: Split, crop: Crop) -> FeatureSet | None:
         folder = job.shared / "features"
-        return extract_features(folder, job.encoder, split, crop, settings.speed, job.world, job.report)
+        return extract_features(folder, job.encoder, split, crop, settings.speed.workers, job.world, job.report)
 
     train_sets = [features(job.train, crop) for crop in crops]
     val_set = features(job.val, crops[0])

@@ -80,7 +80,12 @@ def segmentation_loss(found: tuple[Tensor, Tensor | None], labels: Tensor, auxil
 
 
 def spread_norms(model: nn.Module, ranks: int, device: torch.device) -> Any:
-    """Let BatchNorm take its statistics over all processes, where the device can (CUDA)."""
-    if ranks > 1 and device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    """Let BatchNorm take its statistics over all processes, where the device can (CUDA). That exchange is not compiled:
+    torch.compile cannot follow it (pytorch#161302)."""
+    if ranks == 1 or device.type != "cuda":
+        return model
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     return model

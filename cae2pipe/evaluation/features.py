@@ -13,7 +13,7 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import remove_debris, replacing
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.config.base import identity
-from cae2pipe.config.evaluate import EvaluateSpeed, FeatureSettings
+from cae2pipe.config.evaluate import FeatureSettings
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.evaluation.crop_batches import crop_batches
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
@@ -75,7 +75,7 @@ def extract_features(
     encoder: FrozenEncoder,
     split: Split,
     crop: Crop,
-    speed: EvaluateSpeed,
+    workers: int,
     world: World,
     report: Report,
 ) -> FeatureSet | None:
@@ -100,7 +100,7 @@ def extract_features(
     for part, path in own:
         if not path.exists():
             with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
-                write_part(path, encoder, split, part, crop, speed.workers, world.device, report)
+                write_part(path, encoder, split, part, crop, workers, world.device, report)
     world.meet()
     return gathered(split, paths, report) if world.leads else None
 

@@ -7,7 +7,8 @@ import torch
 
 from cae2pipe.dense.pyramid import Pyramid
 from cae2pipe.dense.sliding import sliding_logits
-from cae2pipe.dense.upernet import UperNet
+from cae2pipe.dense.upernet import UperNet, spread_norms
+from cae2pipe.training.compilation import compile_in_place
 
 
 def segmenter() -> UperNet:
@@ -32,6 +33,25 @@ def test_logits_are_float32_under_autocast(backends):
         assert logits.dtype == torch.float32
         assert (logits != logits.bfloat16()).float().mean() > 0.9
     assert precisions == ["highest"]
+
+
+def test_norms_over_processes_are_not_compiled(graphs, monkeypatch):
+    seen, forward = [], torch.nn.SyncBatchNorm.forward
+
+    def watched(self, images):
+        seen.append(torch.compiler.is_compiling())
+        return forward(self, images)
+
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", watched)
+    model = segmenter().train()
+    names = list(model.state_dict())
+    model = spread_norms(model, 2, torch.device("cuda", 0))
+    assert list(model.state_dict()) == names
+    compile_in_place([model.pyramid])
+    model(torch.randn(2, 3, 64, 64))[0].sum().backward()
+    assert graphs.frame_count > 0
+    assert seen
+    assert not any(seen)
 
 
 def test_both_heads_are_trained_on_float32(backends):

@@ -165,10 +165,8 @@ def test_features_leave_the_device_once_a_part(exported, data, tmp_path, monkeyp
     monkeypatch.setattr(features_module.torch, "cat", cat)
     split, _ = stage.open_data(data, 2)
     encoder = stage.load_encoder(str(exported), 0, torch.device("cpu"))
-    world, speed = stage.World(0, 1, torch.device("cpu")), knn().speed
-    found = features_module.extract_features(
-        tmp_path, encoder, split, stage.CentralCrop(32, 37), speed, world, Silent()
-    )
+    world = stage.World(0, 1, torch.device("cpu"))
+    found = features_module.extract_features(tmp_path, encoder, split, stage.CentralCrop(32, 37), 0, world, Silent())
     assert len(found.labels) == 18
     assert [len(tensor) for tensor in calls] == [18, 18]
     assert all(part.untyped_storage().nbytes() == part.nbytes for part in kept if part.ndim == 2)
