@@ -9,7 +9,7 @@ every image in every epoch (linear, attentive, finetune).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,9 +24,11 @@ from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import AnySettings, AttentiveSettings, FinetuneSettings, KnnSettings, LinearSettings
+from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.attentive import AttentiveProbe, head_count
-from cae2pipe.evaluation.course import ChunkReader, Course, all_images, full_batches
+from cae2pipe.evaluation.course import ChunkReader, Course, all_images, check_share, full_batches
+from cae2pipe.evaluation.crop_batches import batch_for
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop, seeded
 from cae2pipe.evaluation.datasets import Split, common_labels, open_data
 from cae2pipe.evaluation.encoders import FrozenEncoder, label, load_encoder
@@ -38,9 +40,11 @@ from cae2pipe.evaluation.linear import Probe, batch_and_steps, lars, lars_groups
 from cae2pipe.evaluation.predicting import Found, predict
 from cae2pipe.evaluation.probing import Inputs, ProbeLearner, all_tokens, pooled
 from cae2pipe.evaluation.protocols import protocol
+from cae2pipe.evaluation.remedies import cpu_remedy
 from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
 from cae2pipe.evaluation.supervised import train
 from cae2pipe.progress import Report, Silent
+from cae2pipe.training.compilation import compiles
 from cae2pipe.training.device import pick_device, resolve_precision, set_backends
 from cae2pipe.training.parallel import World, joined
 
@@ -86,6 +90,9 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
     """
     rank = torchrun_rank()
     device = pick_device(settings.speed.device, rank)
+    # TF32 is for networks that are trained: neighbours and frozen features are compared in float32.
+    tuned = isinstance(settings, FinetuneSettings)
+    set_backends(tuned and precision_of(settings, device) == "bf16", fixed_shapes=tuned)
     # The leading process scores cached features alone.
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
         return _evaluate(kind, spec, data, out, settings, world, stack, report if world.leads else Silent())
@@ -101,7 +108,8 @@ def _evaluate(
     stack: ExitStack,
     report: Report,
 ) -> dict[str, Any]:
-    train_split, val_split = world.lead_first(lambda: open_data(data, settings.speed.batch))
+    batch = batch_for(settings.speed.batch, world.device)
+    train_split, val_split = world.lead_first(lambda: open_data(data, batch))
     precision = precision_of(settings, world.device)
     encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision))
     if isinstance(settings, FinetuneSettings):
@@ -124,7 +132,6 @@ def _evaluate(
     if result:
         report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
         return result if world.leads else {}
-    set_backends(precision == "bf16", deterministic=False)
     job = Job(encoder, spec, train_split, val_split, out, root, world, report)
     score = SCORES[kind](job, settings, feature, size)
     if score is None or not world.leads:
@@ -180,7 +187,8 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
         )
         return {k: Predictions(best.numpy(), share.numpy(), labels, val_set.keys) for k, (best, share) in found.items()}
 
-    by_feature = {kind: predictions(kind) for kind in train_set.features}
+    with frozen_advice(job, settings, len(train_set.labels)):
+        by_feature = {kind: predictions(kind) for kind in train_set.features}
     figures = {kind: {str(k): accuracy(found) for k, found in each.items()} for kind, each in by_feature.items()}
     headline = Found(by_feature[feature][numbers[0]], val_set.rejected)
     more = {"k": numbers[0], "by_feature": figures}
@@ -210,11 +218,14 @@ def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: 
         return None
     train_sets, val_set = sets
     device = job.world.device
-    crops = [found.features[feature].to(device) for found in train_sets]
-    labels = train_sets[0].labels.to(device)
-    probe, figures = train_probe(crops, labels, classes=len(job.classes), settings=settings, report=job.report)
     val_labels = common_labels(val_set.labels, job.val.classes, job.classes)
-    found = from_scores(logits(probe, val_set.features[feature].to(device)), val_labels, val_set.keys)
+    labels = train_sets[0].labels
+    with frozen_advice(job, settings, len(labels) * len(train_sets)):
+        crops = [found.features[feature].to(device) for found in train_sets]
+        probe, figures = train_probe(
+            crops, labels.to(device), classes=len(job.classes), settings=settings, report=job.report
+        )
+        found = from_scores(logits(probe, val_set.features[feature].to(device)), val_labels, val_set.keys)
     return Score(Found(found, val_set.rejected), figures, len(labels), len(train_sets[0].rejected))
 
 
@@ -242,12 +253,12 @@ def train_head(
     batch, steps = batch_and_steps(job.train.images, settings.batch)
     course = all_images(job.train.images, batch, steps, settings.chunk, settings.epochs, settings.seed)
     learner = ProbeLearner(
-        job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, settings.speed.batch, job.world
+        job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, job.train.batch, job.world
     )
     crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
-    history = train(learner, course, reading(job, course, crop), job.root, settings.speed, job.world, job.report)
+    history = train(learner, course, reading(job, course, crop), job.root, settings, job.world, job.report)
     central = CentralCrop(size, round(size / settings.features.crop))
-    found = predict(learner.logits, job.val, job.classes, central, settings.speed, job.world)
+    found = predict(learner.logits, job.val, job.classes, central, settings.speed.workers, job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
     return Score(found, figures, job.train.images)
@@ -257,25 +268,20 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
     """The whole encoder trained as a classifier (paper, Table 10). The headline is the last epoch's score; ``best`` is
     the best epoch's, which the val images have picked."""
     world, classes = job.world, job.classes
-    if settings.batch // settings.chunk % world.ranks:
-        raise SettingsError(
-            f"{settings.batch // settings.chunk} chunks a step cannot be shared out among {world.ranks} processes",
-            where="chunk",
-            fix=f"set chunk so that batch / chunk is a multiple of {world.ranks}",
-        )
+    check_share(settings.batch // settings.chunk, world.ranks)
     course = full_batches(job.train.images, settings.batch, settings.chunk, settings.epochs, settings.seed)
     classifier = build_classifier(job.encoder, len(classes), settings, job.spec)
     central = CentralCrop(size, round(size / settings.crop))
 
     def predicted(scores: Callable[[Tensor], Tensor]) -> Found:
-        return predict(scores, job.val, classes, central, settings.speed, world)
+        return predict(scores, job.val, classes, central, settings.speed.workers, world)
 
     bf16 = precision_of(settings, world.device) == "bf16"
-    compiled = settings.speed.compile if settings.speed.compile is not None else world.device.type == "cuda"
+    compiled = compiles(settings.speed.compile, world.device)
     learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
     pixel_mean = tuple(channel / 255 for channel in classifier.mean.flatten().tolist())
     crop = DrawnCrop(size, settings.draw, pixel_mean, settings.seed)
-    history = train(learner, course, reading(job, course, crop), job.root, settings.speed, world, job.report)
+    history = train(learner, course, reading(job, course, crop), job.root, settings, world, job.report)
     # A run that was killed behind its last step has them still to make.
     found = learner.found or predicted(learner.logits)
     scored = [line for line in history if "top1" in line]
@@ -305,12 +311,19 @@ def features_of(
 
     def features(split: Split, crop: Crop) -> FeatureSet | None:
         folder = job.shared / "features"
-        return extract_features(folder, job.encoder, split, crop, settings.speed, job.world, job.report)
+        return extract_features(folder, job.encoder, split, crop, settings.speed.workers, job.world, job.report)
 
     train_sets = [features(job.train, crop) for crop in crops]
     val_set = features(job.val, crops[0])
     found = [features for features in train_sets if features is not None]
     return (found, val_set) if val_set is not None else None
+
+
+def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) -> AbstractContextManager[None]:
+    """Around work on ``count`` features at once: where they do not fit the device, the CPU can take them."""
+    precision = precision_of(settings, job.world.device)
+    fix = cpu_remedy(f"features.precision={precision}", f"speed.batch={job.train.batch}")
+    return memory_advice(f"a set of {count} features", f"{fix} takes the same features", job.train.root)
 
 
 def reading(job: Job, course: Course, crop: DrawnCrop) -> Callable[[int], ChunkReader]:

@@ -11,8 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import file_entry
@@ -28,7 +26,7 @@ from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner, build_segmenter, drawn_predictions
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
-from cae2pipe.evaluation.course import full_batches
+from cae2pipe.evaluation.course import check_share, full_batches
 from cae2pipe.evaluation.encoders import label, load_encoder
 from cae2pipe.evaluation.keeping import begin, keep
 from cae2pipe.evaluation.supervised import train
@@ -37,8 +35,9 @@ from cae2pipe.progress import Report, Silent
 from cae2pipe.reporting.box_pictures import box_sheet
 from cae2pipe.reporting.label_pictures import label_sheet
 from cae2pipe.reporting.pictures import png_bytes
+from cae2pipe.training.compilation import compiles
 from cae2pipe.training.device import pick_device, resolve_precision, set_backends
-from cae2pipe.training.parallel import World, joined
+from cae2pipe.training.parallel import joined
 
 LAST, PICTURES = "last.safetensors", "pictures.png"
 
@@ -59,11 +58,12 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
     require_dense()
     rank = torchrun_rank()
     device = pick_device(settings.speed.device, rank)
+    precision = resolve_precision(settings.precision, device)
+    set_backends(precision == "bf16", fixed_shapes=True)
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
         report = report if world.leads else Silent()
         train_part, val_part = world.lead_first(lambda: open_label_maps(data, settings))
         encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, device))
-        precision = resolve_precision(settings.precision, device)
         world.lead(lambda: stack.enter_context(writing(out)))
         root = out / "segment"
         asked = {
@@ -76,8 +76,7 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
         if result:
             report.log(f"nothing to do: {root} holds this score, mIoU {result['miou']:.4f}")
             return result if world.leads else {}
-        set_backends(precision == "bf16", deterministic=False)
-        check_share(settings.batch // settings.chunk, world)
+        check_share(settings.batch // settings.chunk, world.ranks)
         course = full_batches(len(train_part), settings.batch, settings.chunk, 1, settings.seed, settings.steps)
         backbone = prepared_encoder(
             encoder,
@@ -87,7 +86,7 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
             settings.drop_path,
             settings.relative_positions,
         )
-        compiled = settings.speed.compile if settings.speed.compile is not None else device.type == "cuda"
+        compiled = compiles(settings.speed.compile, device)
         segmenter = build_segmenter(backbone, len(train_part.classes), settings)
         learner = SegmentLearner(segmenter, settings, course, precision == "bf16", compiled, world, val_part)
         mean = tuple(channel / 255 for channel in segmenter.mean.flatten().tolist())
@@ -97,7 +96,7 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
             course,
             lambda start: LabelCropReader(train_part, course, own, start, settings, mean),
             root,
-            settings.speed,
+            settings,
             world,
             report,
         )
@@ -128,11 +127,12 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
     require_dense()
     rank = torchrun_rank()
     device = pick_device(settings.speed.device, rank)
+    precision = resolve_precision(settings.precision, device)
+    set_backends(precision == "bf16")  # images have many sizes: trying algorithms for each would never end
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
         report = report if world.leads else Silent()
         train_part, val_part = world.lead_first(lambda: open_coco(data))
         encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, device))
-        precision = resolve_precision(settings.precision, device)
         world.lead(lambda: stack.enter_context(writing(out)))
         root = out / "detect"
         asked = {
@@ -148,10 +148,7 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
         if any(train_part.left_out.values()):
             images, annotations = (train_part.left_out[name] for name in ("images", "annotations"))
             report.log(f"not trained on: {images} images without objects, {annotations} annotations without extent")
-        set_backends(precision == "bf16", deterministic=False)
-        # Images have many sizes: trying algorithms for each would never end.
-        torch.backends.cudnn.benchmark = False
-        check_share(settings.batch // settings.chunk, world)
+        check_share(settings.batch // settings.chunk, world.ranks)
         course = full_batches(len(train_part), settings.batch, settings.chunk, settings.epochs, settings.seed)
         backbone = prepared_encoder(encoder, spec, None, settings.layer_scale, settings.drop_path, False)
         detector = build_detector(backbone, len(train_part.classes), settings)
@@ -163,7 +160,7 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
             course,
             lambda start: BoxReader(train_part, course, own, start, settings, mean),
             root,
-            settings.speed,
+            settings,
             world,
             report,
         )
@@ -212,16 +209,6 @@ def finish(
     }
     keep(box, result, files)
     return result
-
-
-def check_share(chunks: int, world: World) -> None:
-    """Raise SettingsError where the chunks of a step cannot be shared out evenly."""
-    if chunks % world.ranks:
-        raise SettingsError(
-            f"{chunks} chunks a step cannot be shared out among {world.ranks} processes",
-            where="chunk",
-            fix=f"set chunk so that batch / chunk is a multiple of {world.ranks}",
-        )
 
 
 def require_dense() -> None:

@@ -183,6 +183,34 @@ def make_run(exported: Path, tmp_path: Path, pretrain_settings):
     return make
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compiles with a backend that only counts: ``frame_count`` graphs so far."""
+    import torch
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_module = CompileCounter(), torch.nn.Module.compile
+
+    def compiled(module, **options):
+        compile_module(module, **{**options, "backend": counter})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    yield counter
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def backends():
+    """Puts back how float32 is computed."""
+    import torch
+
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    yield
+    torch.set_float32_matmul_precision(precision)
+    cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
+
+
 def snapshot(root: Path) -> dict[str, tuple[bytes, int]]:
     """Every file below ``root`` with its bytes and the time of its last change."""
     files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.parent.name != ".locks")

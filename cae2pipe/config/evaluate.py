@@ -19,8 +19,8 @@ class EvaluateSpeed(Settings):
     """Device of the encoder: auto, cpu, cuda, cuda:1, ..."""
     workers: int = Field(default=-1, ge=-1)
     """Processes that decode images; -1: one a core; 0: none, in the main process."""
-    batch: int = Field(default=64, ge=1)
-    """Images that pass the encoder together."""
+    batch: int | None = Field(default=None, ge=1)
+    """Images that pass the encoder together. null: 256 on CUDA, 64 elsewhere."""
 
 
 class FeatureSettings(Settings):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -32,18 +33,9 @@ class BoxChunk(Chunk):
     sizes: tuple[tuple[int, int], ...] = ()
     targets: tuple[dict[str, Tensor], ...] = ()
 
-    def pinned(self) -> BoxChunk:
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def to(self, device: torch.device) -> BoxChunk:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _each(self, change: object) -> BoxChunk:
-        assert callable(change)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         targets = tuple({name: change(tensor) for name, tensor in target.items()} for target in self.targets)
-        return BoxChunk(
-            self.step, self.number, change(self.pixels), change(self.labels), self.rejected, self.sizes, targets
-        )
+        return replace(super().map(change), targets=targets)
 
 
 def resized_objects(image: Image.Image, objects: Objects, size: tuple[int, int]) -> tuple[Image.Image, Objects]:

@@ -57,8 +57,8 @@ class DetectLearner(TunedLearner):
     """Trains a detector.
 
     Args:
-        detector: from ``build_detector``. settings: all of them. course: the order. bf16: run the encoder under
-            autocast. world: the processes. val: what to score on.
+        detector: from ``build_detector``. settings: all of them. course: the order. bf16: compute under autocast.
+            world: the processes. val: what to score on.
 
     Nothing is compiled: images have too many sizes.
     """
@@ -123,20 +123,21 @@ class DetectLearner(TunedLearner):
 
     @torch.no_grad()
     def detect(self, entry: dict[str, Any], pixels: np.ndarray, size: tuple[int, int]) -> list[dict[str, Any]]:
-        """What is found on one image, in pixels of the original."""
+        """What is found on one image, in pixels of the original. Raises OutOfMemoryError."""
         from faster_coco_eval.core import mask
         from torchvision.models.detection.roi_heads import paste_masks_in_image
 
         detector = self.network.eval()
-        images = detector.normalise(torch.tensor(pixels, device=self.world.device)[None])
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            (found,) = detector(images, [size])
         height, width = entry["height"], entry["width"]
-        scale = found["boxes"].new_tensor([width / size[1], height / size[0]] * 2)
-        boxes = found["boxes"] * scale
-        if not len(boxes):
-            return []
-        pasted = paste_masks_in_image(found["masks"][:, None], boxes, (height, width))[:, 0] >= 0.5
+        with self.scoring_advice():
+            images = detector.normalise(torch.tensor(pixels, device=self.world.device)[None])
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                (found,) = detector(images, [size])
+            scale = found["boxes"].new_tensor([width / size[1], height / size[0]] * 2)
+            boxes = found["boxes"] * scale
+            if not len(boxes):
+                return []
+            pasted = paste_masks_in_image(found["masks"][:, None], boxes, (height, width))[:, 0] >= 0.5
         encoded = mask.encode(np.asfortranarray(pasted.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
         corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
         return [

@@ -31,6 +31,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.boxes import Weights, decode_boxes, match_boxes, sample_proposals
 from cae2pipe.dense.pyramid import Pyramid
+from cae2pipe.training.device import exact_float32
 
 CHANNELS = 256
 MASK = 28
@@ -52,6 +53,18 @@ class L1Proposals(RegionProposalNetwork):
         boxes = F.l1_loss(pred_bbox_deltas[positive].float(), deltas[positive], reduction="sum") / max(1, len(chosen))
         scores = objectness.flatten()[chosen].float()
         return F.binary_cross_entropy_with_logits(scores, truth[chosen]), boxes
+
+
+class ExactHead(RPNHead):
+    """torchvision's head of region proposals, whose objectness and deltas are float32 under autocast too.
+
+    In bfloat16 a coordinate above 512 pixels is a multiple of 4, and proposals would be suppressed on that grid.
+    """
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        hidden = [self.conv(level) for level in x]
+        with exact_float32(hidden[0].device):
+            return [self.cls_logits(h.float()) for h in hidden], [self.bbox_pred(h.float()) for h in hidden]
 
 
 class Stage(nn.Module):
@@ -77,9 +90,11 @@ class Stage(nn.Module):
         self.mask_predictor = MaskRCNNPredictor(CHANNELS, CHANNELS, classes + 1)
 
     def boxes_and_scores(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (P, 1 + classes) and deltas (P, boxes, 4)."""
-        logits, deltas = self.predictor(self.box_head(pooled))
-        return logits.float(), deltas.float().unflatten(1, (-1, 4))
+        """Logits (P, 1 + classes) and deltas (P, boxes, 4), float32."""
+        hidden = self.box_head(pooled)
+        with exact_float32(hidden.device):
+            logits, deltas = self.predictor(hidden.float())
+        return logits, deltas.unflatten(1, (-1, 4))
 
     def decode(self, deltas: Tensor, proposals: Tensor) -> Tensor:
         """The boxes (P, boxes, 4) that deltas (P, boxes, 4) lead to from proposals (P, 4)."""
@@ -97,6 +112,8 @@ class Stage(nn.Module):
 class MaskRCNN(nn.Module):
     """Detector of images of one size, normalised and padded (B, 3, H, W).
 
+    Under autocast convolutions are computed in its type; boxes, scores and what is pooled stay float32.
+
     Args:
         pyramid: the encoder. classes: how many, without the background. settings: all of them.
     """
@@ -109,7 +126,7 @@ class MaskRCNN(nn.Module):
         keep = settings.proposals
         self.rpn = L1Proposals(
             AnchorGenerator(ANCHORS, ((0.5, 1.0, 2.0),) * len(ANCHORS)),
-            RPNHead(CHANNELS, 3),
+            ExactHead(CHANNELS, 3),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,

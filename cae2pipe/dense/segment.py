@@ -23,6 +23,7 @@ from cae2pipe.evaluation.crops import seeded
 from cae2pipe.evaluation.tuning import TunedLearner
 from cae2pipe.loading.workers import in_order
 from cae2pipe.processes import worker_count
+from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import polynomial_rate
 
@@ -63,7 +64,7 @@ class SegmentLearner(TunedLearner):
         model = segmenter.model
         groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
         if compiled:
-            model.pyramid.compile(dynamic=False)
+            compile_in_place([model.pyramid])
         super().__init__(segmenter, groups, (settings.beta1, settings.beta2), world, bf16)
         self.scores: dict[str, Any] | None = None
 
@@ -103,19 +104,22 @@ class SegmentLearner(TunedLearner):
 
     @torch.no_grad()
     def predict(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """Labels int64 of ``size`` for an image, uint8 (h, w, 3), that is scaled already."""
+        """Labels int64 of ``size`` for an image, uint8 (h, w, 3), that is scaled already. Raises OutOfMemoryError."""
         model = self.network.eval()
         device = self.world.device
-        # The numpy array may lie in memory that cannot be written to.
-        image = model.normalise(torch.tensor(pixels, device=device).permute(2, 0, 1)[None])[0]
         side, stride = self.settings.image_size, self.settings.stride
 
         def logits(windows: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                return model(windows)[0].float()
+                found: Tensor = model(windows)[0]
+            return found
 
-        found = sliding_logits(logits, image, side, stride, self.settings.chunk, torch.zeros(3, device=device))
-        return resized(found[None], size)[0].argmax(dim=0)
+        with self.scoring_advice():
+            # The numpy array may lie in memory that cannot be written to.
+            image = model.normalise(torch.tensor(pixels, device=device).permute(2, 0, 1)[None])[0]
+            fill = torch.zeros(3, device=device)
+            found = sliding_logits(logits, image, side, stride, self.settings.chunk, fill)
+            return resized(found[None], size)[0].argmax(dim=0)
 
 
 class ScaledReader(Dataset):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cae2pipe.dense.pyramid import Pyramid
+from cae2pipe.training.device import exact_float32
 
 IGNORED = 255
 """The label of pixels that do not count."""
@@ -16,7 +17,7 @@ AUXILIARY_WIDTH = 256
 
 
 class UperNet(nn.Module):
-    """Images, normalised (B, 3, H, W), to logits (B, classes, H, W); in training also those of the auxiliary head.
+    """Images, normalised (B, 3, H, W), to float32 logits (B, classes, H, W); in training also the auxiliary head's.
 
     The decoder is segmentation-models-pytorch's, which norms its input maps too. Logits are brought to the input's size
     bilinearly.
@@ -37,9 +38,12 @@ class UperNet(nn.Module):
         self.auxiliary = auxiliary_head(pyramid.width, classes, dropout) if auxiliary else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        maps = self.pyramid(images)
+        # What may be compiled is the pyramid's call in training: in scoring the last windows are fewer.
+        maps = self.pyramid(images) if self.training else self.pyramid.forward(images)
         size = images.shape[-2:]
-        logits = resized(self.head(self.decoder([None, None, *maps])), size)
+        decoded = self.decoder([None, None, *maps])
+        with exact_float32(images.device):
+            logits = resized(self.head(decoded.float()), size)
         if self.auxiliary is None or not self.training:
             return logits, None
         return logits, resized(self.auxiliary(maps[2]), size)
@@ -57,7 +61,7 @@ def auxiliary_head(width: int, classes: int, dropout: float) -> nn.Sequential:
 
 
 def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
 
 def segmentation_loss(found: tuple[Tensor, Tensor | None], labels: Tensor, auxiliary: float) -> Tensor:
@@ -68,7 +72,7 @@ def segmentation_loss(found: tuple[Tensor, Tensor | None], labels: Tensor, auxil
         found: logits (B, C, H, W), of both heads. labels: int64 (B, H, W), ``IGNORED`` where they do not count.
     """
     losses = [
-        F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+        F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
         for logits in found
         if logits is not None
     ]
@@ -76,7 +80,12 @@ def segmentation_loss(found: tuple[Tensor, Tensor | None], labels: Tensor, auxil
 
 
 def spread_norms(model: nn.Module, ranks: int, device: torch.device) -> Any:
-    """Let BatchNorm take its statistics over all processes, where the device can (CUDA)."""
-    if ranks > 1 and device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    """Let BatchNorm take its statistics over all processes, where the device can (CUDA). That exchange is not compiled:
+    torch.compile cannot follow it (pytorch#161302)."""
+    if ranks == 1 or device.type != "cuda":
+        return model
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     return model

@@ -8,18 +8,18 @@ where an earlier run was killed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cae2pipe.errors import ImageError, SourceError
+from cae2pipe.errors import ImageError, SettingsError, SourceError
 from cae2pipe.evaluation.crops import DrawnCrop
 from cae2pipe.evaluation.datasets import Split
 from cae2pipe.images.decode import decode_rgb
@@ -98,6 +98,16 @@ def all_images(images: int, batch: int, steps: int, chunk: int, epochs: int, see
     return Course(images, images, steps, max(1, math.ceil(min(batch, images) / chunk)), epochs, seed)
 
 
+def check_share(chunks: int, ranks: int) -> None:
+    """Raise SettingsError where the chunks of a step cannot be shared out evenly among processes."""
+    if chunks % ranks:
+        raise SettingsError(
+            f"{chunks} chunks a step cannot be shared out among {ranks} processes",
+            where="chunk",
+            fix=f"set chunk so that batch / chunk is a multiple of {ranks}",
+        )
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Crops of one chunk: pixels uint8 (c, 3, S, S) and labels int64 (c,), on the CPU or a device; ``rejected`` says
@@ -109,12 +119,12 @@ class Chunk:
     labels: Tensor
     rejected: tuple[dict[str, Any], ...] = ()
 
-    def pinned(self) -> Chunk:
-        return Chunk(self.step, self.number, self.pixels.pin_memory(), self.labels.pin_memory(), self.rejected)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed; to be overridden by chunks that hold more of them."""
+        return replace(self, pixels=change(self.pixels), labels=change(self.labels))
 
-    def to(self, device: torch.device) -> Chunk:
-        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.labels))
-        return Chunk(self.step, self.number, pixels, labels, self.rejected)
+    def to(self, device: torch.device) -> Self:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class Reader(Dataset):

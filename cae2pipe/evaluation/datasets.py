@@ -37,7 +37,8 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """One labelled part of the data: ``runs`` are what is read at once, ``samples`` the same images one by one.
+    """One labelled part of the data: ``runs`` of up to ``batch`` images are what is read at once, ``samples`` the same
+    images one by one.
 
     ``identity`` is what the part is taken to be: a folder's paths and sizes, a shard set's digests and classes.
     """
@@ -47,6 +48,7 @@ class Split:
     runs: list[Callable[[], list[ImageSample]]]
     samples: Samples
     identity: str
+    batch: int
 
     @property
     def images(self) -> int:
@@ -118,7 +120,7 @@ def open_split(root: Path, batch: int) -> Split:
     content = fingerprint([[entry.path, entry.bytes] for entry in entries])
     pieces = [(source.piece(entry), entry.path) for entry in entries]
     samples = _SourceSamples(pieces, np.array([entry.label for entry in entries], dtype=np.int64))
-    return Split(root, source.classes, list(runs), samples, content)
+    return Split(root, source.classes, list(runs), samples, content, batch)
 
 
 def _open_shards(root: Path, batch: int) -> Split:
@@ -135,7 +137,7 @@ def _open_shards(root: Path, batch: int) -> Split:
         for low in range(0, shard.samples, batch)
     ]
     content = fingerprint([shards.classes, [shard.sha256 for shard in shards.shards]])
-    return Split(root, shards.classes, list(runs), _ShardSamples.of(shards), content)
+    return Split(root, shards.classes, list(runs), _ShardSamples.of(shards), content, batch)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import remove_debris, replacing
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.config.base import identity
-from cae2pipe.config.evaluate import EvaluateSpeed, FeatureSettings
+from cae2pipe.config.evaluate import FeatureSettings
+from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.evaluation.crop_batches import crop_batches
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
-from cae2pipe.evaluation.datasets import CropReader, Split
+from cae2pipe.evaluation.datasets import Split
 from cae2pipe.evaluation.encoders import FrozenEncoder
-from cae2pipe.loading.workers import in_order
-from cae2pipe.processes import worker_count
+from cae2pipe.evaluation.remedies import batch_remedy
 from cae2pipe.progress import Report
 from cae2pipe.training.parallel import World
 
@@ -74,7 +75,7 @@ def extract_features(
     encoder: FrozenEncoder,
     split: Split,
     crop: Crop,
-    speed: EvaluateSpeed,
+    workers: int,
     world: World,
     report: Report,
 ) -> FeatureSet | None:
@@ -84,20 +85,22 @@ def extract_features(
 
     Raises:
         SourceError: not one image can be decoded, a file cannot be read, or features are not finite.
-        DamageError: a shard has changed.
+        DamageError: a shard has changed. OutOfMemoryError: a batch does not fit the device.
     """
-    key = fingerprint([encoder.identity, split.identity, description(crop)])[:16]
-    per_part = max(1, PART // max(1, speed.batch))
+    # A folder's identity is made of names and sizes, which may be the same in train and val.
+    key = fingerprint([encoder.identity, split.root.name, split.identity, description(crop)])[:16]
+    per_part = max(1, PART // split.batch)
     parts = [range(low, min(low + per_part, len(split.runs))) for low in range(0, len(split.runs), per_part)]
     # Runs hang on the batch: parts of another batch are other parts.
-    paths = [folder / f"{key}-{speed.batch}-{number:05d}.safetensors" for number in range(len(parts))]
+    paths = [folder / f"{key}-{split.batch}-{number:05d}.safetensors" for number in range(len(parts))]
     world.lead(lambda: clear(folder, paths, report))
     own = [(part, path) for part, path in zip(parts, paths, strict=True)][world.rank :: world.ranks]
     done = sum(len(part) for part, path in own if path.exists())
     report.total(sum(len(part) for part, _ in own), f"batches of {split.root.name}", done=done)
     for part, path in own:
         if not path.exists():
-            write_part(path, encoder, split, part, crop, speed, world.device, report)
+            with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
+                write_part(path, encoder, split, part, crop, workers, world.device, report)
     world.meet()
     return gathered(split, paths, report) if world.leads else None
 
@@ -151,37 +154,35 @@ def write_part(
     split: Split,
     runs: range,
     crop: Crop,
-    speed: EvaluateSpeed,
+    workers: int,
     device: torch.device,
     report: Report,
 ) -> None:
+    """Features are taken off the device when the part is done: the device never waits for the host."""
     from safetensors.torch import save_file
 
-    reader = CropReader(split, runs, crop)
-    workers = min(worker_count(speed.workers), len(reader))
     features: dict[str, list[Tensor]] = {"class": [], "mean": []}
     labels, keys, rejected = [], [], []
-    for crops in in_order(reader, workers):
+    for batch in crop_batches(split, runs, crop, workers, device):
+        crops = batch.crops
         if len(crops.labels):
-            pixels = torch.from_numpy(crops.pixels).permute(0, 3, 1, 2).to(device)
-            found = encoder(pixels)
-            features["mean"].append(found.mean.cpu())
+            found = encoder(batch.pixels)
+            features["mean"].append(found.mean)
             if found.class_token is not None:
-                features["class"].append(found.class_token.cpu())
-            if not all(torch.isfinite(parts[-1]).all() for parts in features.values() if parts):
-                raise SourceError(
-                    "the encoder's features are not finite: a score would mean nothing",
-                    where=split.root,
-                    fix="check the encoder's weights; on CUDA, try --device cpu, which computes in fp32",
-                )
+                # Not a view, which would keep all tokens.
+                features["class"].append(found.class_token.clone())
             labels.append(torch.from_numpy(crops.labels))
         keys += crops.keys
         rejected += crops.rejected
         report.advance(1)
-    tensors = {
-        **{kind: torch.cat(parts) for kind, parts in features.items() if parts},
-        "labels": torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
-    }
+    tensors = {kind: torch.cat(parts).cpu() for kind, parts in features.items() if parts}
+    if not all(torch.isfinite(found).all() for found in tensors.values()):
+        raise SourceError(
+            "the encoder's features are not finite: a score would mean nothing",
+            where=split.root,
+            fix="check the encoder's weights; on CUDA, try --device cpu, which computes in fp32",
+        )
+    tensors["labels"] = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
     # In one piece: safetensors writes several in any order.
     about = {"samples": json.dumps({"keys": keys, "rejected": rejected})}
     with replacing(path) as temporary:

@@ -20,6 +20,8 @@ from cae2pipe.evaluation.scores import accuracy
 from cae2pipe.evaluation.tuning import TunedLearner
 from cae2pipe.evaluation.weights import save_weights
 from cae2pipe.models.trainable import layer_decay_groups, set_classifier
+from cae2pipe.training.compilation import compile_in_place
+from cae2pipe.training.device import exact_float32
 from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import learning_rate
 
@@ -74,7 +76,7 @@ class FinetuneLearner(TunedLearner):
         groups = layer_decay_groups(classifier.model, settings.weight_decay, settings.layer_decay)
         self.average = averaged(classifier, settings.ema)
         if compiled:
-            classifier.compile(dynamic=False)
+            compile_in_place([classifier])
         super().__init__(classifier, groups, (settings.beta1, settings.beta2), world, bf16, settings.clip)
         self.best = -1.0
         self.found: Found | None = None
@@ -106,11 +108,14 @@ class FinetuneLearner(TunedLearner):
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """Logits of a batch for scores."""
+        """Logits of a batch for scores. What was compiled is the call in training: here batches have other sizes."""
         scored: Any = self.average.module if self.average else self.network
         scored.eval()
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            return scored(scored.normalise(pixels)).float()
+            tokens = scored.model.forward_features(scored.normalise(pixels))
+        with exact_float32(pixels.device):
+            logits: Tensor = scored.model.forward_head(tokens.float())
+        return logits
 
     def validate(self, epoch: int) -> dict[str, float] | None:
         last = epoch + 1 == self.course.epochs

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae2pipe.evaluation.scores import ranked
+from cae2pipe.training.device import exact_float32
 
 
 def knn_predictions(
@@ -23,6 +24,8 @@ def knn_predictions(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """For every number of neighbours the classes with most votes, best first, and their shares of the votes.
 
+    Cosines are float32, whatever autocast and TF32 say.
+
     Args:
         train, test: features (N, D) and (M, D); normalised here.
         train_labels: int64 (N,).
@@ -35,19 +38,20 @@ def knn_predictions(
         int64 and float32 (M, up to 5), on the CPU. A class that no neighbour votes for is no prediction, and stands as
         -1: ranking those by chance would count hits that depend on the device.
     """
-    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
     most = min(max(k), len(train))
     found: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in k}
-    for low in range(0, len(test), chunk):
-        similarity, neighbours = (test[low : low + chunk] @ train.T).topk(most, dim=1)
-        labels = train_labels[neighbours]
-        # Only ratios matter, and exp(1 / temperature) overflows below 0.012.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        for count in k:
-            votes = torch.zeros(len(labels), classes, device=train.device)
-            votes.scatter_add_(1, labels[:, :count], weights[:, :count])
-            best, share = ranked(votes / votes.sum(dim=1, keepdim=True))
-            found[count].append((best.masked_fill(share <= 0, -1).cpu(), share.cpu()))
+    with exact_float32(train.device):
+        train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+        for low in range(0, len(test), chunk):
+            similarity, neighbours = (test[low : low + chunk] @ train.T).topk(most, dim=1)
+            labels = train_labels[neighbours]
+            # Only ratios matter, and exp(1 / temperature) overflows below 0.012.
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
+            for count in k:
+                votes = torch.zeros(len(labels), classes, device=train.device)
+                votes.scatter_add_(1, labels[:, :count], weights[:, :count])
+                best, share = ranked(votes / votes.sum(dim=1, keepdim=True))
+                found[count].append((best.masked_fill(share <= 0, -1).cpu(), share.cpu()))
     return {
         count: (torch.cat([best for best, _ in parts]), torch.cat([share for _, share in parts]))
         for count, parts in found.items()

@@ -15,6 +15,7 @@ from cae2pipe.errors import DivergedError, SourceError
 from cae2pipe.evaluation.chunk_norm import ChunkNorm
 from cae2pipe.keyed import keyed_permutation
 from cae2pipe.progress import Report
+from cae2pipe.training.device import exact_float32
 from cae2pipe.training.schedule import learning_rate
 
 SMALL_SET_STEPS, SMALL_SET_BATCH = 16, 64
@@ -39,7 +40,7 @@ class Probe(nn.Module):
 def train_probe(
     crops: Sequence[Tensor], labels: Tensor, *, classes: int, settings: LinearSettings, report: Report
 ) -> tuple[Probe, dict[str, Any]]:
-    """Train on fixed features, one (N, D) for each cached crop. Equal seeds give equal results.
+    """Train on fixed features, one (N, D) for each cached crop, in float32. Equal seeds give equal results.
 
     With ``settings.sweep`` the learning rate is the one of those that is best on held-out training images; the test
     images have no part in it.
@@ -52,13 +53,14 @@ def train_probe(
         SourceError: a single training image, or too few to hold some out. DivergedError: the loss is not finite.
     """
     rate, more = settings.lr, {}
-    if settings.sweep:
-        found = sweep(crops, labels, classes=classes, settings=settings, report=report)
-        # Of equals the smallest: it is the farthest from diverging.
-        rate = min(found, key=lambda lr: (-found[lr], lr))
-        more = {"held_out": {f"{lr:g}": score for lr, score in found.items()}}
-        report.log(f"lr {rate:g} is the best of {len(found)}: {found[rate]:.4f} on held-out training images")
-    probes, losses = fit(crops, labels, classes=classes, settings=settings, rates=[rate], report=report)
+    with exact_float32(labels.device):
+        if settings.sweep:
+            found = sweep(crops, labels, classes=classes, settings=settings, report=report)
+            # Of equals the smallest: it is the farthest from diverging.
+            rate = min(found, key=lambda lr: (-found[lr], lr))
+            more = {"held_out": {f"{lr:g}": score for lr, score in found.items()}}
+            report.log(f"lr {rate:g} is the best of {len(found)}: {found[rate]:.4f} on held-out training images")
+        probes, losses = fit(crops, labels, classes=classes, settings=settings, rates=[rate], report=report)
     broken = next((epoch for epoch, loss in enumerate(losses[0]) if not math.isfinite(loss)), None)
     if broken is not None:
         raise DivergedError(f"the probe's loss is not finite in epoch {broken}", where="lr", fix="lower lr")
@@ -171,5 +173,6 @@ def batch_and_steps(images: int, batch: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def logits(probe: Probe, features: Tensor) -> Tensor:
-    """Logits (N, classes) of features (N, D)."""
-    return probe.eval()(features)
+    """Logits (N, classes) of features (N, D), in float32."""
+    with exact_float32(features.device):
+        return probe.eval()(features)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.config.evaluate import EvaluateSpeed
+from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import SourceError
+from cae2pipe.evaluation.crop_batches import crop_batches
 from cae2pipe.evaluation.crops import CentralCrop
-from cae2pipe.evaluation.datasets import CropReader, Split, common_labels
-from cae2pipe.evaluation.scores import Predictions, from_scores, joined_predictions
-from cae2pipe.loading.workers import in_order
-from cae2pipe.processes import worker_count
+from cae2pipe.evaluation.datasets import Split, common_labels
+from cae2pipe.evaluation.remedies import batch_remedy
+from cae2pipe.evaluation.scores import Predictions, joined_predictions, most_likely, predictions
 from cae2pipe.training.parallel import World
 
 
@@ -32,7 +32,7 @@ def predict(
     split: Split,
     classes: list[str],
     crop: CentralCrop,
-    speed: EvaluateSpeed,
+    workers: int,
     world: World,
 ) -> Found:
     """Predictions of ``logits``, which takes pixels uint8 (B, 3, S, S) on the device and knows ``classes``; the same in
@@ -40,21 +40,24 @@ def predict(
 
     Raises:
         SourceError: not one image can be decoded, or a file cannot be read. DamageError: a shard has changed.
+        OutOfMemoryError: a batch does not fit the device.
     """
     own = range(world.rank, len(split.runs), world.ranks)
-    reader = CropReader(split, own, crop)
-    parts: dict[int, Predictions] = {}
+    found: dict[int, tuple[tuple[Tensor, Tensor], Tensor, list[str]]] = {}
     rejected: dict[int, list[dict[str, Any]]] = {}
-    for run, crops in zip(own, in_order(reader, min(worker_count(speed.workers), len(reader))), strict=True):
-        rejected[run] = crops.rejected
-        if len(crops.labels):
-            pixels = torch.from_numpy(crops.pixels).permute(0, 3, 1, 2).to(world.device)
-            labels = common_labels(torch.from_numpy(crops.labels), split.classes, classes)
-            parts[run] = from_scores(logits(pixels), labels, crops.keys)
+    with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
+        for run, batch in zip(own, crop_batches(split, own, crop, workers, world.device), strict=True):
+            crops = batch.crops
+            rejected[run] = crops.rejected
+            if len(crops.labels):
+                labels = common_labels(torch.from_numpy(crops.labels), split.classes, classes)
+                found[run] = most_likely(logits(batch.pixels)), labels, crops.keys
+    # Each of them would have waited for the device.
+    parts = {run: predictions(*each) for run, each in found.items()}
     for theirs, rejects in world.gather((parts, rejected)):
         parts |= theirs
         rejected |= rejects
     if not parts:
         raise SourceError("not one image here can be decoded", where=split.root, fix="check the folder")
-    predictions = joined_predictions([parts[run] for run in sorted(parts)])
-    return Found(predictions, [reject for run in sorted(rejected) for reject in rejected[run]])
+    whole = joined_predictions([parts[run] for run in sorted(parts)])
+    return Found(whole, [reject for run in sorted(rejected) for reject in rejected[run]])

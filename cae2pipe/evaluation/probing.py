@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cae2pipe.device_memory import memory_advice
 from cae2pipe.evaluation.attentive import AttentiveProbe
 from cae2pipe.evaluation.course import Chunk, Course
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.evaluation.linear import Probe
+from cae2pipe.evaluation.remedies import batch_remedy
+from cae2pipe.evaluation.uploading import uploaded
+from cae2pipe.training.device import exact_float32
 from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import learning_rate
 
@@ -39,7 +43,7 @@ def all_tokens(encoder: FrozenEncoder, pixels: Tensor) -> Tensor:
 
 
 class ProbeLearner:
-    """Trains a head; the encoder stays as it is.
+    """Trains a head, in float32; the encoder stays as it is.
 
     Args:
         encoder, head, inputs: pixels go through encoder and inputs to the head.
@@ -66,10 +70,12 @@ class ProbeLearner:
         self.head.train()
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), device=self.world.device)
-        for chunk in chunks:
-            logits = self.head(self.features(chunk.pixels))
-            loss = F.cross_entropy(logits, chunk.labels.to(logits.device), reduction="sum") / size
-            loss.backward()
+        for chunk in uploaded(chunks, self.world.device):
+            features = self.features(chunk.pixels)
+            with exact_float32(features.device):
+                logits = self.head(features)
+                loss = F.cross_entropy(logits, chunk.labels.to(logits.device), reduction="sum") / size
+                loss.backward()
             total += loss.detach()
         if self.world.ranks > 1:
             for parameter in self.head.parameters():
@@ -86,12 +92,16 @@ class ProbeLearner:
     def features(self, pixels: Tensor) -> Tensor:
         """The head's input; the encoder's part of it has no gradient."""
         parts = pixels.to(self.world.device).split(self.batch)
-        return torch.cat([self.inputs(self.encoder, part) for part in parts])
+        together = len(parts[0])
+        with memory_advice(f"a pass over {together} images", batch_remedy(together)):
+            return torch.cat([self.inputs(self.encoder, part) for part in parts])
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits of a batch for scores."""
-        return self.head.eval()(self.features(pixels))
+        features = self.features(pixels)
+        with exact_float32(features.device):
+            return self.head.eval()(features)
 
     def _rate(self, step: int, peak: float) -> float:
         return learning_rate(step, self.course.steps, self.course.epochs, self.warmup_epochs, peak, 0.0)

@@ -88,7 +88,17 @@ def write_predictions(root: Path, found: Predictions, classes: Sequence[str]) ->
     return {name: file_entry(root / name) for name in (PREDICTIONS, CONFUSION)}
 
 
+def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``ranked`` of the softmax of logits (B, classes), where they are."""
+    return ranked(torch.softmax(logits.float(), dim=1))
+
+
+def predictions(found: tuple[Tensor, Tensor], labels: Tensor, keys: list[str]) -> Predictions:
+    """What ``ranked`` or ``most_likely`` has found, off the device."""
+    best, sure = found
+    return Predictions(best.cpu().numpy(), sure.cpu().numpy(), labels.cpu().numpy(), keys)
+
+
 def from_scores(scores: Tensor, labels: Tensor, keys: list[str]) -> Predictions:
     """Predictions from logits (N, classes): the confidence is the softmax."""
-    best, sure = ranked(torch.softmax(scores.float(), dim=1))
-    return Predictions(best.cpu().numpy(), sure.cpu().numpy(), labels.cpu().numpy(), keys)
+    return predictions(most_likely(scores), labels, keys)

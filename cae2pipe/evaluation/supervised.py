@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -14,14 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cae2pipe.config.evaluate import TrainedSpeed
-from cae2pipe.errors import DivergedError, OutOfMemoryError, Terminated
+from cae2pipe.device_memory import memory_advice
+from cae2pipe.errors import DivergedError, Terminated
 from cae2pipe.evaluation.course import Chunk, Course, Reader
+from cae2pipe.evaluation.remedies import Trained, chunk_remedy
+from cae2pipe.evaluation.uploading import pinned
 from cae2pipe.loading.workers import in_order
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
-from cae2pipe.threads import in_threads
 from cae2pipe.training.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from cae2pipe.training.compilation import compiler_advice
 from cae2pipe.training.metrics import MetricsFile
 from cae2pipe.training.parallel import World
 from cae2pipe.training.signals import deferred_stop, until_stopped
@@ -34,8 +36,8 @@ class Learner(Protocol):
     """What is trained."""
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        """Train on this process's chunks of a step of ``size`` images; gives the sum of their losses over ``size``, on
-        the device. Gradients are exchanged within."""
+        """Train on this process's chunks of a step of ``size`` images, which lie on the host, pinned where they are to
+        go to CUDA; gives the sum of their losses over ``size``, on the device. Gradients are exchanged within."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -54,7 +56,7 @@ def train(
     course: Course,
     reading: Callable[[int], Reader],
     root: Path,
-    speed: TrainedSpeed,
+    settings: Trained,
     world: World,
     report: Report,
 ) -> list[dict[str, Any]]:
@@ -67,9 +69,10 @@ def train(
         A line for every epoch: its mean loss, and what ``validate`` gave.
 
     Raises:
-        DivergedError: a loss is not finite. SourceError, DamageError: as ``ChunkReader``.
+        DivergedError: a loss is not finite. OutOfMemoryError: a chunk does not fit the device. CompileError: it cannot
+        be compiled. SourceError, DamageError: as ``ChunkReader``.
     """
-    folder = root / CHECKPOINTS
+    folder, speed = root / CHECKPOINTS, settings.speed
     state = load_checkpoint(folder, report) if world.leads else None
     start: int = world.lead(lambda: state["step"] if state else 0)
     record = Record(course, learner, root, start, world, report)
@@ -91,7 +94,9 @@ def train(
     reader = reading(start)
     saved_at = time.monotonic()
     with closing(record), deferred_stop() as stop:
-        chunks = until_stopped(uploaded(reader, speed, world.device) if start < course.total else iter(()), stop)
+        workers = min(worker_count(speed.workers), len(reader))
+        items = pinned(in_order(reader, workers), world.device) if start < course.total else iter(())
+        chunks = until_stopped(items, stop)
         for step in range(start, course.total):
             taken = list(islice(chunks, len(reader.own)))
             if len(taken) < len(reader.own):
@@ -102,7 +107,14 @@ def train(
                     checkpoint(step)
                 raise stop.exception or Terminated
             record.name_rejects(reader.root, taken)
-            loss = attempt(learner, taken, step, course.size(step))
+            try:
+                with compiler_advice():
+                    loss = learner.step(taken, step, course.size(step)).detach().float()
+            except torch.OutOfMemoryError:
+                most = max((len(chunk.labels) for chunk in taken), default=0)
+                remedy = chunk_remedy(settings, most, world.ranks, begun=any(folder.glob("*")))
+                with memory_advice(f"a chunk of {most} images", remedy, f"step {step}"):
+                    raise
             overdue = world.leads and time.monotonic() - saved_at > 60 * speed.checkpoint_minutes
             flags = [torch.full((), float(flag), device=loss.device) for flag in (stop.exception is not None, overdue)]
             figures = Figures(step, *to_host(world.sum(torch.stack([loss, *flags]))), time.monotonic())
@@ -200,27 +212,3 @@ class Record:
     def close(self) -> None:
         if self.metrics:
             self.metrics.close()
-
-
-def attempt(learner: Learner, chunks: list[Chunk], step: int, size: int) -> Tensor:
-    """A step's loss. Raises OutOfMemoryError where it does not fit the device."""
-    try:
-        return learner.step(chunks, step, size).detach().float()
-    except torch.OutOfMemoryError as error:
-        largest = max((len(chunk.labels) for chunk in chunks), default=0)
-        raise OutOfMemoryError(
-            f"a chunk of {largest} images does not fit the device: {str(error).splitlines()[0]}",
-            where=f"step {step}",
-            fix=f"--set chunk={max(2, largest // 2)}",
-        ) from None
-
-
-def uploaded(reader: Reader, speed: TrainedSpeed, device: torch.device) -> Iterator[Chunk]:
-    """The reader's chunks on the device; to CUDA they come through pinned memory, ahead of their use."""
-    items = in_order(reader, min(worker_count(speed.workers), len(reader)))
-    if device.type != "cuda":
-        yield from items
-        return
-    with closing(in_threads(Chunk.pinned, ((chunk,) for chunk in items), 2, 3)) as pinned:
-        for chunk in pinned:
-            yield chunk.to(device)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cae2pipe.device_memory import memory_advice
 from cae2pipe.evaluation.backbone import Normalised
 from cae2pipe.evaluation.course import Chunk
+from cae2pipe.evaluation.remedies import SMALLER, cpu_remedy
+from cae2pipe.evaluation.uploading import uploaded
+from cae2pipe.training.optimizer import make_moments
 from cae2pipe.training.parallel import World, spread, without_exchange
 
 
@@ -33,6 +37,8 @@ class TunedLearner(ABC):
     ):
         self.network, self.world, self.bf16, self.clip = network, world, bf16, clip
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        with memory_advice("AdamW's state for all weights", SMALLER):
+            make_moments(self.optimizer)
         self.module = spread(network, world)
 
     @abstractmethod
@@ -48,7 +54,7 @@ class TunedLearner(ABC):
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
-        for place, chunk in enumerate(chunks):
+        for place, chunk in enumerate(uploaded(chunks, self.world.device)):
             last = place == len(chunks) - 1
             with nullcontext() if last else without_exchange(self.module, self.world):
                 loss = self.loss(chunk) * (len(chunk.labels) / size)
@@ -61,6 +67,11 @@ class TunedLearner(ABC):
             group["lr"] = self.rate(step) * group["lr_scale"]
         self.optimizer.step()
         return total
+
+    def scoring_advice(self) -> AbstractContextManager[None]:
+        """Around the scoring of one image, whose size no setting changes: where it does not fit, the CPU can score."""
+        fix = cpu_remedy(f"precision={'bf16' if self.bf16 else 'fp32'}")
+        return memory_advice("one image to be scored", f"{fix} resumes from the last checkpoint")
 
     def state(self) -> dict[str, Any]:
         return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}

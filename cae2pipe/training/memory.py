@@ -9,6 +9,7 @@ import torch
 from cae2pipe.device_memory import free_unused
 from cae2pipe.errors import OutOfMemoryError
 from cae2pipe.loading.batches import Batch
+from cae2pipe.training.optimizer import make_moments
 from cae2pipe.training.step import Step
 
 
@@ -62,7 +63,7 @@ def fitting(step: Step, batch: Batch) -> int | None:
         torch.OutOfMemoryError: the moments do not fit.
     """
     release(step)
-    step.make_moments()
+    make_moments(step.optimizer)
     for parts in finer(step, batch):
         release(step)
         try:

@@ -25,6 +25,25 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
 
 
+def make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make a fused AdamW's state, as its first update does: what fits beside it fits in all later steps. Weights, and
+    state that is there already, do not change; gradients are gone.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    # What the device is told of a gradient that is not finite, after which an update leaves all as it is.
+    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        optimizer.zero_grad(set_to_none=True)
+
+
 def scaled(settings: OptimizerSettings, batch: int) -> tuple[float, float, float]:
     """Warm-up epochs, peak and final learning rate for a batch: rates scale linearly with it, unless told otherwise."""
     factor = batch / REFERENCE_BATCH if settings.scale_lr else 1.0

@@ -92,14 +92,6 @@ class Step:
         self.optimizer.step()
         return Outcome(batch, lr, *to_host(figures))
 
-    def make_moments(self) -> None:
-        """Make the optimizer's state, as the first update does; weights, and state that is there, do not change."""
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.found_inf = torch.ones_like(self.spoilt)  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def backward(self, batch: Batch, accumulation: int) -> Tensor:
         """This process's share of the loss terms (5,); gradients are made anew."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -20,7 +20,8 @@ from cae2pipe.config.base import load
 from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.coco import open_coco
 from cae2pipe.dense.detect import DetectLearner
-from cae2pipe.errors import SettingsError, SourceError, Terminated
+from cae2pipe.dense.rcnn import MaskRCNN
+from cae2pipe.errors import OutOfMemoryError, SettingsError, SourceError, Terminated
 from cae2pipe.inspection import verify
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
@@ -152,6 +153,23 @@ def test_two_processes_and_the_cascade(data, encoder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("protocol: Cascade Mask R-CNN") == 1
     assert json.loads((tmp_path / "out" / "detect" / "result.json").read_text())["images"]["val"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "fix"),
+    [
+        ("losses", "a chunk of 2 images", "--set chunk=1"),
+        ("detections", "one image to be scored", "--device cpu --set precision=fp32 resumes from the last checkpoint"),
+    ],
+)
+def test_the_end_of_the_memory(name, what, fix, data, encoder, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MaskRCNN, name, full)
+    with pytest.raises(OutOfMemoryError, match=f"^{what} does not fit") as caught:
+        detect(str(encoder), data, tmp_path / "out", settings("chunk=2", "epochs=1", "drops=[]"), Silent())
+    assert caught.value.fix == fix
 
 
 def test_bfloat16(data, encoder, tmp_path):

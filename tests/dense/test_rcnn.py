@@ -117,6 +117,45 @@ def test_detections_lie_within_their_images(kind, batch):
     assert [len(found["boxes"]) for found in nothing] == [0, 0]
 
 
+def is_exact(tensor: torch.Tensor) -> bool:
+    """Whether it is float32, and was never bfloat16: rounded to that, it would be another."""
+    return tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_decides_is_float32_under_autocast(kind, training, batch, backends):
+    """Proposals and what each stage makes of them, scores, masks; and no TF32 where these are computed."""
+    images, sizes, targets = batch
+    model = detector(KINDS[kind], score=0.0, detections=7).train(training)
+    proposed: list[torch.Tensor] = []
+    pooled: list[torch.Tensor] = []
+    precisions = []
+    model.rpn.register_forward_hook(lambda _, args, found: proposed.extend(found[0]))
+    for pool in (model.box_pool, model.mask_pool):
+        pool.register_forward_pre_hook(lambda _, args: pooled.extend([*args[0].values(), *args[1]]))
+    for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred, *(stage.predictor for stage in model.stages)):
+        layer.register_forward_pre_hook(lambda *_: precisions.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images, sizes, targets if training else None)
+    assert all(is_exact(boxes) for boxes in proposed)
+    stages = 3 if KINDS[kind] else 1
+    # Five maps each time, and the boxes of two images.
+    assert len(pooled) == 7 * (2 * stages if training else stages + 1)
+    assert {tensor.dtype for tensor in pooled} == {torch.float32}
+    assert all(is_exact(boxes) for boxes in pooled if boxes.ndim == 2 and len(boxes) > 4)
+    assert set(precisions) == {"highest"}
+    assert torch.get_float32_matmul_precision() == "high"
+    if training:
+        assert {loss.dtype for loss in found.values()} == {torch.float32}
+        return
+    for each in found:
+        assert is_exact(each["boxes"])
+        assert is_exact(each["scores"])
+        assert each["masks"].dtype == torch.float32
+
+
 @torch.no_grad()
 def test_positions_are_resampled_for_every_input():
     encoder = timm.create_model("vit_base_patch16_224", num_classes=0, img_size=64, embed_dim=24, depth=2, num_heads=2)

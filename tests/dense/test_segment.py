@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,7 +20,7 @@ from cae2pipe.config.dense import SegmentSettings
 from cae2pipe.dense.label_crops import draw_crop, fitted_size
 from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner
-from cae2pipe.errors import MismatchError, SettingsError, SourceError, Terminated
+from cae2pipe.errors import MismatchError, OutOfMemoryError, SettingsError, SourceError, Terminated
 from cae2pipe.inspection import verify
 from cae2pipe.progress import Silent
 from cae2pipe.stages.evaluate_dense import segment
@@ -81,8 +82,6 @@ def outcome(root: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(maps, tmp_path_factory) -> tuple[Path, Path]:
     """An encoder and an undisturbed evaluation of it."""
-    import torch
-
     from cae2pipe.models.encoder import Encoder
     from cae2pipe.models.export import export_encoder
 
@@ -142,6 +141,31 @@ def test_two_processes(whole, maps, tmp_path):
     two, one = (json.loads((root / "segment" / "result.json").read_text()) for root in (tmp_path / "out", out))
     assert two["miou"] == pytest.approx(one["miou"], abs=0.25)
     assert two["images"] == one["images"]
+
+
+def test_every_run_compiles_its_training_once_and_nothing_else(whole, maps, tmp_path, graphs):
+    """Images have numbers of windows that are no multiples of a chunk."""
+    short = settings("steps=2", "warmup_steps=0", "stride=16", "speed.compile=true")
+    segment(str(whole[0]), maps, tmp_path / "first", short, Silent())
+    assert graphs.frame_count == 1
+    with torch._dynamo.config.patch(recompile_limit=1):
+        segment(str(whole[0]), maps, tmp_path / "second", short, Silent())
+    assert graphs.frame_count == 2
+
+
+def test_an_image_too_large_for_the_device_is_scored_on_the_cpu(whole, maps, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    short = ["steps=2", "warmup_steps=0", "speed.checkpoint_minutes=1e-9"]
+    with monkeypatch.context() as patch:
+        patch.setattr("cae2pipe.dense.segment.sliding_logits", full)
+        with pytest.raises(OutOfMemoryError, match="one image to be scored does not fit") as caught:
+            segment(str(whole[0]), maps, tmp_path / "out", settings(*short), Silent())
+    assert caught.value.fix == "--device cpu --set precision=fp32 resumes from the last checkpoint"
+    report = Silent()
+    segment(str(whole[0]), maps, tmp_path / "out", settings(*short, "precision=fp32"), report)
+    assert any("from step 1" in line for line in report.lines)
 
 
 def test_bfloat16(whole, maps, tmp_path):

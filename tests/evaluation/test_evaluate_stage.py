@@ -18,6 +18,7 @@ from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import KnnSettings, LinearSettings
 from cae2pipe.errors import MismatchError, SettingsError, SourceError
 from cae2pipe.evaluation import features as features_module
+from cae2pipe.evaluation.crop_batches import batch_for
 from cae2pipe.inspection import describe, verify
 from cae2pipe.progress import Silent
 from cae2pipe.stages import evaluate as stage
@@ -137,6 +138,53 @@ def test_a_broken_off_extraction_goes_on_with_the_next_part(exported, data, tmp_
     assert len(calls) == len(set(calls)) == parts
     assert calls[:3] == done
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_files_of_equal_names_and_sizes_are_other_images(exported, data, tmp_path):
+    for path in list(data.rglob("*.png")):
+        if path.name == "broken.png" or int(path.stem) > 2:
+            path.unlink()
+        else:
+            pixels = np.asarray(Image.open(path))
+            Image.fromarray(pixels if "train" in path.parts else pixels[::-1]).save(path.with_suffix(".bmp"))
+            path.unlink()
+    evaluate("knn", str(exported), data, tmp_path / "out", knn("k=[5]"), Silent())
+    train, val = (load_file(path)["mean"] for path in (tmp_path / "out" / "features").iterdir())
+    assert not torch.equal(train, val)
+
+
+def test_features_leave_the_device_once_a_part(exported, data, tmp_path, monkeypatch):
+    """To take each batch off would wait for it. What is kept until then are features, not the tokens they are of."""
+    calls, kept, to_cpu, join = [], [], torch.Tensor.cpu, torch.cat
+
+    def cat(parts, *rest, **options):
+        kept.extend(parts)
+        return join(parts, *rest, **options)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: calls.append(self) or to_cpu(self))
+    monkeypatch.setattr(features_module.torch, "cat", cat)
+    split, _ = stage.open_data(data, 2)
+    encoder = stage.load_encoder(str(exported), 0, torch.device("cpu"))
+    world = stage.World(0, 1, torch.device("cpu"))
+    found = features_module.extract_features(tmp_path, encoder, split, stage.CentralCrop(32, 37), 0, world, Silent())
+    assert len(found.labels) == 18
+    assert [len(tensor) for tensor in calls] == [18, 18]
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in kept if part.ndim == 2)
+
+
+@pytest.mark.parametrize(("device", "batch"), [("cpu", 64), ("cuda", 256)])
+def test_the_batch_suits_the_device(device, batch):
+    assert batch_for(None, torch.device(device)) == batch
+    assert batch_for(7, torch.device(device)) == 7
+
+
+def test_the_batch_changes_no_identity(exported, data, tmp_path):
+    evaluate("knn", str(exported), data, tmp_path / "out", knn("speed.batch=5"), Silent())
+    report = Silent()
+    result = evaluate("knn", str(exported), data, tmp_path / "out", knn(), report)
+    assert any("nothing to do" in line for line in report.lines)
+    again = evaluate("knn", str(exported), data, tmp_path / "again", knn(), Silent())
+    assert (again["fingerprint"], again["top1"]) == (result["fingerprint"], result["top1"])
 
 
 def test_workers_change_nothing(exported, data, tmp_path):

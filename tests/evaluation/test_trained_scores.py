@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
-from cae2pipe.errors import DivergedError, MismatchError, SettingsError, SourceError, Terminated
+from cae2pipe.errors import CompileError, DivergedError, MismatchError, SettingsError, SourceError, Terminated
 from cae2pipe.evaluation import supervised
 from cae2pipe.evaluation.finetune import FinetuneLearner
 from cae2pipe.evaluation.probing import ProbeLearner
@@ -187,6 +188,30 @@ def test_two_processes_give_one_process_s_score(kind, exported, data, tmp_path):
     assert predictions[0]["keys"].tolist() == predictions[1]["keys"].tolist()
     assert predictions[0]["labels"].tolist() == predictions[1]["labels"].tolist()
     np.testing.assert_allclose(predictions[0]["confidence"], predictions[1]["confidence"], atol=2e-2)
+
+
+def test_every_run_compiles_its_training_once_and_nothing_else(exported, data, tmp_path, graphs):
+    """Val images pass in batches of another size, the last of which is smaller. Where a process may have one graph, as
+    it has eight of all runs together, a second run has its own."""
+    short = settings("finetune", "epochs=2", "warmup_epochs=0", "speed.compile=true")
+    evaluate("finetune", str(exported), data, tmp_path / "first", short, Silent())
+    assert graphs.frame_count == 1
+    with torch._dynamo.config.patch(recompile_limit=1):
+        evaluate("finetune", str(exported), data, tmp_path / "second", short, Silent())
+    assert graphs.frame_count == 2
+
+
+def test_a_compiler_that_fails_is_said_to_be_dispensable(exported, data, tmp_path, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("no C compiler found")
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend=backend))
+    with pytest.raises(CompileError, match="no C compiler found") as caught:
+        evaluate(
+            "finetune", str(exported), data, tmp_path / "out", settings("finetune", "speed.compile=true"), Silent()
+        )
+    assert caught.value.fix.startswith("--set speed.compile=false")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,49 @@
+"""A split's crops on the device, run by run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cae2pipe.evaluation.crops import Crop
+from cae2pipe.evaluation.datasets import CropReader, Crops, Split
+from cae2pipe.evaluation.uploading import pinned, uploaded
+from cae2pipe.loading.workers import in_order
+from cae2pipe.processes import worker_count
+
+CPU_BATCH, CUDA_BATCH = 64, 256
+"""Images that pass an encoder together where nothing else is asked for: a CUDA device is idle with fewer."""
+
+
+def batch_for(setting: int | None, device: torch.device) -> int:
+    """Images that pass an encoder together, of ``speed.batch``."""
+    return setting or (CUDA_BATCH if device.type == "cuda" else CPU_BATCH)
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """A run's crops: ``pixels`` uint8 (b, 3, S, S) on the device; ``crops`` as they were read."""
+
+    pixels: Tensor
+    crops: Crops
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, pixels=change(self.pixels))
+
+
+def crop_batches(
+    split: Split, runs: Sequence[int], crop: Crop, workers: int, device: torch.device
+) -> Iterator[CropBatch]:
+    """Crops of the split's ``runs``, in order, by ``workers`` processes as ``speed.workers`` has it.
+
+    Raises:
+        SourceError, DamageError: as ``CropReader``. torch.OutOfMemoryError: two batches do not fit the device.
+    """
+    reader = CropReader(split, runs, crop)
+    read = in_order(reader, min(worker_count(workers), len(reader)))
+    batches = (CropBatch(torch.from_numpy(crops.pixels).permute(0, 3, 1, 2), crops) for crops in read)
+    return uploaded(pinned(batches, device), device)

@@ -1,0 +1,73 @@
+"""Items with tensors on their way to a device: pinned by threads, carried over while the one before is worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from typing import Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from cae2pipe.threads import in_threads
+
+
+class Tensors(Protocol):
+    """What holds tensors."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed."""
+
+
+T = TypeVar("T", bound=Tensors)
+
+
+def pinned(items: Iterable[T], device: torch.device) -> Iterator[T]:
+    """The items; those that are to go to CUDA in pinned memory, where threads bring some of them ahead of their use."""
+    if device.type != "cuda":
+        yield from items
+        return
+
+    def pin(item: T) -> T:
+        return item.map(lambda tensor: tensor.pin_memory())
+
+    with closing(in_threads(pin, ((item,) for item in items), 2, 3)) as ready:
+        yield from ready
+
+
+def uploaded(items: Iterable[T], device: torch.device) -> Iterator[T]:
+    """The items on the device. To CUDA a stream of its own carries each, on its way before the last one is given out.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for two of them.
+    """
+    if device.type != "cuda":
+        yield from items
+        return
+    stream = torch.cuda.Stream(device)
+
+    def upload(item: T) -> tuple[T, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            moved = item.map(lambda tensor: tensor.to(device, non_blocking=True))
+            done = torch.cuda.Event()
+            done.record(stream)
+        return moved, done
+
+    def ready(moved: T, done: torch.cuda.Event) -> T:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(done)
+
+        def used_here(tensor: Tensor) -> Tensor:
+            tensor.record_stream(current)
+            return tensor
+
+        return moved.map(used_here)
+
+    waiting: tuple[T, torch.cuda.Event] | None = None
+    for item in items:
+        following = upload(item)
+        if waiting:
+            yield ready(*waiting)
+        waiting = following
+    if waiting:
+        yield ready(*waiting)

@@ -1,0 +1,60 @@
+"""The segmenter: what its labels are decided by."""
+
+from __future__ import annotations
+
+import timm
+import torch
+
+from cae2pipe.dense.pyramid import Pyramid
+from cae2pipe.dense.sliding import sliding_logits
+from cae2pipe.dense.upernet import UperNet, spread_norms
+from cae2pipe.training.compilation import compile_in_place
+
+
+def segmenter() -> UperNet:
+    torch.manual_seed(0)
+    encoder = timm.create_model("vit_base_patch16_224", num_classes=0, img_size=64, embed_dim=24, depth=4, num_heads=2)
+    return UperNet(Pyramid(encoder), classes=3, width=16, dropout=0.0, auxiliary=True)
+
+
+@torch.no_grad()
+def test_logits_are_float32_under_autocast(backends):
+    """Also before they are brought to the size of the image, and summed over windows: rounded to bfloat16, many classes
+    would be equal."""
+    model = segmenter().eval()
+    precisions, given = [], []
+    model.head[-1].register_forward_pre_hook(lambda _, args: precisions.append(torch.get_float32_matmul_precision()))
+    model.head[-1].register_forward_hook(lambda _, args, found: given.append(found))
+    image = torch.randn(3, 80, 64, generator=torch.Generator().manual_seed(1))
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sliding_logits(lambda windows: model(windows)[0], image, 64, 16, 2, torch.zeros(3))
+    for logits in (found, *given):
+        assert logits.dtype == torch.float32
+        assert (logits != logits.bfloat16()).float().mean() > 0.9
+    assert precisions == ["highest"]
+
+
+def test_norms_over_processes_are_not_compiled(graphs, monkeypatch):
+    seen, forward = [], torch.nn.SyncBatchNorm.forward
+
+    def watched(self, images):
+        seen.append(torch.compiler.is_compiling())
+        return forward(self, images)
+
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", watched)
+    model = segmenter().train()
+    names = list(model.state_dict())
+    model = spread_norms(model, 2, torch.device("cuda", 0))
+    assert list(model.state_dict()) == names
+    compile_in_place([model.pyramid])
+    model(torch.randn(2, 3, 64, 64))[0].sum().backward()
+    assert graphs.frame_count > 0
+    assert seen
+    assert not any(seen)
+
+
+def test_both_heads_are_trained_on_float32(backends):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = segmenter().train()(torch.randn(2, 3, 64, 64))
+    assert [logits.dtype for logits in found] == [torch.float32] * 2
