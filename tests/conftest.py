@@ -19,6 +19,7 @@ from PIL import Image
 from cae2pipe.config.base import build, merge
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
+from tests.seconds import pytest_terminal_summary  # noqa: F401 - a hook
 
 # How long an example takes says nothing on a machine that does other work too.
 hypothesis.settings.register_profile("untimed", parent=hypothesis.settings.default, deadline=None)
