@@ -4,15 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Real photographs and weights for some tests, where they lie beside the checkout; those tests skip without.
 export CAE2PIPE_REAL ?= $(wildcard $(abspath ../shared/real))
+export PYTHON
 
-.PHONY: demo test faults oldest check clean
+.PHONY: demo test faults versions check clean
 
-$(VENV)/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.demo: pyproject.toml
+	.ci/install $(VENV) demo
 	touch $@
 
-demo: $(VENV)/.installed  ## the whole pipeline on photographs that pip brings, into demo/
+$(VENV)/.installed: pyproject.toml
+	.ci/install $(VENV) dev
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## the whole pipeline on photographs that pip brings, into demo/
 	$(BIN)/cae2pipe demo demo
 
 test: $(VENV)/.installed
@@ -22,12 +26,8 @@ N ?= 30
 faults: $(VENV)/.installed  ## N random points of every kind of fault, each ending in the undisturbed run's bytes
 	CAE2PIPE_FAULTS=$(N) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
 
-# What pyproject.toml allows at least; the other tests run with the newest.
-OLDEST := timm==1.0.20
-oldest: $(VENV)/.installed  ## what hangs on timm's own code, with the oldest timm that is supported
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 --dist worksteal -o filterwarnings=ignore \
-		tests/models tests/evaluation tests/teachers
+versions:  ## the tests under each Python at hand, with the oldest and the newest packages that are supported
+	.ci/versions
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,4 +35,4 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) .versions demo build dist *.egg-info

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +19,11 @@ from PIL import Image
 from cae2pipe.config.base import build, merge
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
+from tests.seconds import pytest_terminal_summary  # noqa: F401 - a hook
+
+# How long an example takes says nothing on a machine that does other work too.
+hypothesis.settings.register_profile("untimed", parent=hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 SIZE, PATCH, DIM = 32, 8, 16
 """Views of 32 pixels in a 4 x 4 grid, targets of 16 dimensions: enough to test everything that does not learn."""

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.chunk_norm import ChunkNorm
-from cae2pipe.models.layers import EPS, CrossAttention, truncated_normal
+from cae2pipe.models.layers import EPS, CrossAttention
+from cae2pipe.models.truncated_normal import truncated_normal
 
 
 class AttentiveProbe(nn.Module):
@@ -26,7 +27,7 @@ class AttentiveProbe(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(self.attention.proj.bias)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        truncated_normal(self.head.weight, std=0.01, cut=2)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from cae2pipe.config.evaluate import LinearSettings
 from cae2pipe.errors import DivergedError, SourceError
 from cae2pipe.evaluation.chunk_norm import ChunkNorm
 from cae2pipe.keyed import keyed_permutation
+from cae2pipe.models.truncated_normal import truncated_normal
 from cae2pipe.progress import Report
 from cae2pipe.training.device import exact_float32
 from cae2pipe.training.schedule import learning_rate
@@ -30,7 +31,7 @@ class Probe(nn.Module):
         super().__init__()
         self.norm = ChunkNorm(dim)
         self.head = nn.Linear(dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        truncated_normal(self.head.weight, std=0.01, cut=2)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:

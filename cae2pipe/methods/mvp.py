@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.methods.losses import Prediction
 from cae2pipe.methods.method import Method, latent_head
-from cae2pipe.models.layers import gather_tokens, truncated_normal
+from cae2pipe.models.layers import gather_tokens
+from cae2pipe.models.truncated_normal import truncated_normal
 
 
 class MVP(Method):

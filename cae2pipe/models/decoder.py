@@ -15,9 +15,9 @@ from cae2pipe.models.layers import (
     Stack,
     drop_path,
     initialise,
-    truncated_normal,
 )
 from cae2pipe.models.positions import sincos_positions
+from cae2pipe.models.truncated_normal import truncated_normal
 
 
 class MaskedDecoder(Stack):

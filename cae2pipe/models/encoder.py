@@ -15,9 +15,9 @@ from cae2pipe.models.layers import (
     drop_path,
     gather_tokens,
     initialise,
-    truncated_normal,
 )
 from cae2pipe.models.positions import sincos_positions
+from cae2pipe.models.truncated_normal import truncated_normal
 
 
 def build_encoder(settings: ModelSettings) -> Encoder:

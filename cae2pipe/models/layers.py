@@ -97,11 +97,6 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def truncated_normal(tensor: Tensor) -> Tensor:
-    """Fill with a normal of std 0.02 cut at +-0.02, as the released code does: the std that results is 0.0108."""
-    return nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention (B, L, W) to (B, L, W), with biases on q and v only."""
 

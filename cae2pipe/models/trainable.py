@@ -12,6 +12,7 @@ from torch import nn
 
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.positions import sincos_positions
+from cae2pipe.models.truncated_normal import truncated_normal
 
 
 def check_trainable(model: Any, where: object) -> None:
@@ -117,7 +118,7 @@ def set_classifier(model: Any, classes: int, scale: float) -> None:
     model.num_classes = classes
     device = model.patch_embed.proj.weight.device
     model.head = nn.Linear(model.embed_dim, classes).to(device)
-    nn.init.trunc_normal_(model.head.weight, std=0.02)
+    truncated_normal(model.head.weight, std=0.02, cut=2)
     nn.init.zeros_(model.head.bias)
     with torch.no_grad():
         model.head.weight.mul_(scale)

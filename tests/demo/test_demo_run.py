@@ -141,7 +141,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
         if stage == "extract":
             assert preset == "tiny-teacher"
             return extract_settings(views=values["views"])
-        return pretrain_settings() if stage == "pretrain" else None
+        return pretrain_settings(optimizer={"lr": 0.1}) if stage == "pretrain" else None
 
     scores = iter([0.25, 0.5, 0.75] * 2)
     asked = []
@@ -175,7 +175,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     assert set(result) == {measure.key for measure in MEASURES}
     assert (result["images"], result["views"]) == (150, 2)
     assert (result["knn_random"], result["knn_pretrained"], result["knn_teacher"]) == (0.25, 0.5, 0.75)
-    assert result["loss_last"] < result["loss_first"]
+    assert result["loss_last"] < 0.8 * result["loss_first"]
     page = (out / "report.html").read_text()
     assert "class1, image002" in page
     assert "extract-targets imagenet/train" in page

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from cae2pipe.models.export import export_encoder
 from cae2pipe.progress import Silent
 from cae2pipe.stages.evaluate_dense import detect
 from tests.conftest import contents
+from tests.ranks import command
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -144,13 +144,9 @@ def test_stopped_and_resumed_it_gives_the_same_bytes(whole, data, encoder, tmp_p
 
 def test_two_processes_and_the_cascade(data, encoder, tmp_path):
     """Under DDP all parameters must have gradients: it refuses otherwise."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = [word for override in SHORT for word in ("--set", override)]
-    command = ["-m", "cae2pipe", "evaluate", "detect", str(encoder), str(data), str(tmp_path / "out"), "--cascade"]
-    done = subprocess.run(
-        [*launcher, *command, *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    done = command("evaluate", "detect", encoder, data, tmp_path / "out", "--cascade", *options)
+    assert done.codes == [0, 0], done.stderr
     assert done.stdout.count("protocol: Cascade Mask R-CNN") == 1
     assert json.loads((tmp_path / "out" / "detect" / "result.json").read_text())["images"]["val"] == 3
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from cae2pipe.inspection import verify
 from cae2pipe.progress import Silent
 from cae2pipe.stages.evaluate_dense import segment
 from tests.conftest import contents
+from tests.ranks import command
 
 ROOT = Path(__file__).parents[2]
 COLOURS = np.array([(230, 220, 40), (20, 30, 60), (200, 20, 30), (90, 90, 90)], dtype=np.uint8)
@@ -132,11 +131,9 @@ def test_stopped_and_resumed_it_gives_the_same_bytes(whole, maps, tmp_path, monk
 def test_two_processes(whole, maps, tmp_path):
     """BatchNorm sees other statistics on each, so scores agree only about; every image counts once."""
     encoder, out = whole
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = [word for override in SHORT for word in ("--set", override)]
-    command = ["-m", "cae2pipe", "evaluate", "segment", str(encoder), str(maps), str(tmp_path / "out"), *options]
-    done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
+    done = command("evaluate", "segment", encoder, maps, tmp_path / "out", *options)
+    assert done.codes == [0, 0], done.stderr
     assert done.stdout.count("protocol: ") == 1
     two, one = (json.loads((root / "segment" / "result.json").read_text()) for root in (tmp_path / "out", out))
     assert two["miou"] == pytest.approx(one["miou"], abs=0.25)

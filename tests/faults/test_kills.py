@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.training.telemetry import CLOCKED
 from tests.conftest import contents, write_photos
 from tests.faults.victim import EXITS, FAULTS, Job, do, run
+from tests.ranks import imported
 
 POINTS = int(os.environ.get("CAE2PIPE_FAULTS", "1"))
 """Points tried of each kind of fault in each job."""
@@ -46,13 +46,11 @@ DAMAGED = (
 @pytest.fixture(scope="module")
 def victim() -> Callable[[Job, str, int], tuple[int | None, int]]:
     """Does a job with a fault in a process of its own; gives its exit code and the events it counted."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cae2pipe.stages.repair", "open_clip", "cae2pipe.cli"])
 
     def start(job: Job, fault: str, at: int) -> tuple[int | None, int]:
         counted = job.out.with_name("events")
         counted.unlink(missing_ok=True)
-        process = context.Process(target=run, args=(job, fault, at, counted))
+        process = imported().Process(target=run, args=(job, fault, at, counted))
         process.start()
         process.join()
         return process.exitcode, int(counted.read_text()) if counted.exists() else 0

@@ -11,7 +11,6 @@ from cae2pipe.models.layers import (
     drop_rates,
     gather_tokens,
     run_block,
-    truncated_normal,
 )
 
 
@@ -105,13 +104,6 @@ def test_drop_rates_rise_linearly_over_the_depth():
     assert drop_rates(0.1, 4).tolist() == pytest.approx([0, 0, 0.1 / 3, 0.1 / 3, 0.2 / 3, 0.2 / 3, 0.1, 0.1])
     assert drop_rates(0.1, 1).tolist() == [0, 0]
     assert drop_rates(0.1, 0).tolist() == []
-
-
-def test_truncated_normal_is_cut_at_its_own_std():
-    torch.manual_seed(0)
-    tensor = truncated_normal(torch.empty(100_000))
-    assert tensor.abs().max() <= 0.02
-    assert tensor.std() == pytest.approx(0.0108, abs=1e-4)
 
 
 def test_selected_tokens_and_their_gradients_are_the_gathered_ones():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from cae2pipe.stages import extract_targets as stage
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.target_set import CODEC, TargetSet
 from tests.conftest import contents
+from tests.ranks import command
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
@@ -74,15 +72,11 @@ def test_what_does_not_fit_the_disk_is_not_begun(photos, tmp_path, extract_setti
     assert list(open_box(out).units) == [CODEC], "nothing but the calibration was made"
 
 
-def test_torchruns_ranks_make_what_one_process_makes(target_root, photos, tmp_path, extract_settings) -> None:
+def test_ranks_make_what_one_process_makes(target_root, photos, tmp_path, extract_settings) -> None:
     config = tmp_path / "settings.yaml"
     config.write_text(yaml.safe_dump(extract_settings().model_dump(mode="json")))
     out = tmp_path / "set"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "cae2pipe", "extract-targets", str(photos), str(out), "--config", str(config)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONWARNINGS": "ignore"}
-    )
-    assert done.returncode == 0, done.stderr
+    done = command("extract-targets", photos, out, "--config", config)
+    assert done.codes == [0, 0], done.stderr
     assert contents(out) == contents(target_root)
     assert Path(out / "manifest.json").read_bytes() == (target_root / "manifest.json").read_bytes()

@@ -64,12 +64,13 @@ def test_fresh_views_differ_every_epoch_and_depend_on_the_seed(target_root, teac
 
 def test_a_run_on_fresh_views_trains_and_resumes(target_root, teacher_file, pretrain_settings, tmp_path):
     def settings(**over):
-        return pretrain_settings(targets="online", views="fresh", teacher_weights=str(teacher_file), **over)
+        over |= {"targets": "online", "views": "fresh", "teacher_weights": str(teacher_file), "optimizer": {"lr": 0.1}}
+        return pretrain_settings(**over)
 
     whole = losses(tmp_path / "whole", target_root, settings())
     losses(tmp_path / "run", target_root, settings(stop_after=3))
     assert losses(tmp_path / "run", target_root, settings(speed={"workers": 2})) == whole
-    assert whole[-1] < whole[0]
+    assert whole[-1] < 0.8 * whole[0]
 
 
 def test_a_teacher_that_cannot_be_had_is_named(target_root, pretrain_settings, tmp_path):

@@ -36,7 +36,6 @@ def test_a_run_leaves_metrics_checkpoint_and_encoder(run):
     assert [line["step"] for line in lines] == list(range(10))
     assert sum(line["images"] for line in lines) == 300
     assert lines[0]["lr"] == 0
-    assert lines[-1]["loss"] < lines[0]["loss"]
     assert json.loads((run / "manifest.json").read_text())["complete"]
     assert (run / "encoder.safetensors").is_file()
 
@@ -181,11 +180,11 @@ def test_a_growing_set_does_not_change_a_run_that_began_before(photos, extract_s
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
-def test_other_losses_train_on_true_norms(target_root, tmp_path, pretrain_settings, kind):
-    pretrain(target_root, tmp_path / "run", pretrain_settings(loss={"kind": kind}), Silent())
+@pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
+def test_every_kind_of_loss_falls(target_root, tmp_path, pretrain_settings, kind):
+    pretrain(target_root, tmp_path / "run", pretrain_settings(loss={"kind": kind}, optimizer={"lr": 0.1}), Silent())
     lines = figures(tmp_path / "run")
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
 def test_no_regressor_leaves_the_visible_loss_alone(target_root, tmp_path, pretrain_settings):

@@ -1,4 +1,4 @@
-"""What each process of a torchrun launch does in the tests: ``python -m tests.training.rank JOB.json``.
+"""What each of several processes does in the tests: ``train``, or ``python -m tests.training.rank JOB.json``.
 
 A job trains a run; ``kill`` is the step at which the leading process dies, ``signal`` the one at which the last process
 is sent SIGUSR1. What each process ends with is written beside the run.
@@ -20,9 +20,8 @@ from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.step import Step
 
 
-def main() -> None:
+def train(job: dict) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    job = json.loads(Path(sys.argv[1]).read_text())
     meddle(job, rank, ranks)
     end = "done"
     out = Path(job["out"])
@@ -47,4 +46,4 @@ def meddle(job: dict, rank: int, ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train(json.loads(Path(sys.argv[1]).read_text()))

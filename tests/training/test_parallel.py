@@ -1,4 +1,4 @@
-"""Real processes under torchrun, on the CPU."""
+"""Several real processes, on the CPU."""
 
 import json
 import subprocess
@@ -18,17 +18,24 @@ from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.parallel import joined, spread, whole
 from cae2pipe.training.telemetry import CLOCKED
+from tests.ranks import launch
+from tests.training.rank import train
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(job: dict, ranks: int = 2) -> int:
+def torchrun(job: dict) -> int:
     path = Path(job["out"] + ".json")
     path.write_text(json.dumps(job))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "tests.training.rank", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
     return done.returncode
+
+
+def trained(job: dict) -> None:
+    done = launch(train, job)
+    assert done.codes == [0, 0], done.stderr
 
 
 def figures(out: Path) -> list[dict]:
@@ -57,8 +64,8 @@ def job(target_root, pretrain_settings):
 def launched(job, tmp_path_factory) -> Path:
     """Runs of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    assert launch(job(folder / "ddp", {"speed": {"workers": 1}})) == 0
-    assert launch(job(folder / "fsdp", {"speed": {"parallel": "fsdp", "accumulation": 2}})) == 0
+    trained(job(folder / "ddp", {"speed": {"workers": 1}}))
+    trained(job(folder / "fsdp", {"speed": {"parallel": "fsdp", "accumulation": 2}}))
     return folder
 
 
@@ -88,7 +95,7 @@ def test_sharded_weights_export_like_whole_ones(launched, alone):
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(job, target_root, pretrain_settings, alone, tmp_path):
     out = tmp_path / "run"
-    assert launch(job(out, {"speed": {"accumulation": 4}}, signal=6)) == 0
+    trained(job(out, {"speed": {"accumulation": 4}}, signal=6))
     assert [(tmp_path / f"run-{rank}.end").read_text() for rank in range(2)] == ["Terminated", "Requeued"]
     stopped = len(figures(out))
     assert 7 <= stopped < 10
@@ -101,9 +108,9 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(job, target_root
 def test_killed_and_resumed_two_processes_give_the_same_bytes(launched, job, tmp_path):
     out = tmp_path / "run"
     over = {"speed": {"keep_epochs": 1}}
-    assert launch(job(out, over, kill=7)) != 0
+    assert torchrun(job(out, over, kill=7)) != 0
     assert [path.stem for path in (out / "checkpoints").glob("*.pt")] == ["step-00000005"]
-    assert launch(job(out, over)) == 0
+    trained(job(out, over))
     assert figures(out) == figures(launched / "ddp")
     ours, theirs = ((root / "encoder.safetensors").read_bytes() for root in (out, launched / "ddp"))
     assert ours == theirs
