@@ -1,0 +1,122 @@
+"""Segmentation and detection on a device: steps, and what is predicted."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cae2pipe.config.dense import DetectSettings, SegmentSettings
+from cae2pipe.dense import rcnn
+from cae2pipe.dense.box_crops import BoxChunk
+from cae2pipe.dense.detect import DetectLearner, build_detector
+from cae2pipe.dense.segment import SegmentLearner, build_segmenter
+from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
+from cae2pipe.evaluation.course import Chunk, full_batches
+from cae2pipe.evaluation.encoders import load_encoder
+from cae2pipe.models.encoder import Encoder
+from cae2pipe.models.export import export_encoder
+from cae2pipe.training.parallel import World
+from tests.cuda.simulated import on_cpu
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+BF16, FP32 = torch.bfloat16, torch.float32
+PRECISIONS = {"fp32": False, "bf16": True}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    torch.manual_seed(3)
+    root = tmp_path_factory.mktemp("encoder")
+    export_encoder(Encoder(width=32, depth=4, heads=2, image_size=32, patch_size=8), root)
+    return str(root)
+
+
+def backbone(encoder: str, device: torch.device, size: int | None, relative_positions: bool) -> Normalised:
+    return prepared_encoder(load_encoder(encoder, 0, device), encoder, size, 0.1, 0.1, relative_positions)
+
+
+def check_on_device(learner: SegmentLearner | DetectLearner) -> None:
+    """All weights have been trained, on the device and in float32."""
+    for parameter in learner.network.parameters():
+        tensors = [parameter]
+        if parameter.requires_grad:
+            tensors += [parameter.grad, *learner.optimizer.state[parameter].values()]
+        assert {(tensor.device, tensor.dtype) for tensor in tensors} == {(CUDA, FP32)}
+    assert {buffer.device for buffer in learner.network.buffers()} == {CUDA}
+
+
+def segment_learner(encoder: str, device: torch.device, bf16: bool) -> SegmentLearner:
+    settings = SegmentSettings(image_size=48, decoder_width=16, batch=4, chunk=2, steps=2, warmup_steps=0, stride=20)
+    segmenter = build_segmenter(backbone(encoder, device, 48, True), 3, settings)
+    course = full_batches(4, 4, 2, 1, 0, 2)
+    return SegmentLearner(segmenter, settings, course, bf16, False, World(0, 1, device), SimpleNamespace())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_of_segmentation(precision, encoder, cuda):
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 2, 3, 48, 48), dtype=torch.uint8, generator=draw)
+    labels = torch.randint(0, 3, (2, 2, 48, 48), generator=draw)
+    labels[:, :, :4] = 255
+    chunks = [Chunk(0, number, pixels[number], labels[number]) for number in range(2)]
+    wanted = segment_learner(encoder, CPU, PRECISIONS[precision]).step(chunks, 0, 4)
+    image = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    with cuda:
+        learner = segment_learner(encoder, CUDA, PRECISIONS[precision])
+        chunks = [chunk.to(CUDA) for chunk in chunks]
+        cuda.waits.clear()
+        loss = learner.step(chunks, 0, 4)
+        assert cuda.waits == []
+        check_on_device(learner)
+        found = learner.predict(image, (80, 140))
+        assert (found.device, found.dtype, found.shape) == (CUDA, torch.int64, (80, 140))
+    assert on_cpu(loss).item() == pytest.approx(wanted.item(), rel=0.05)
+    assert set(cuda.products) == {BF16 if PRECISIONS[precision] else FP32}
+
+
+def detect_learner(encoder: str, device: torch.device, bf16: bool, cascade: bool) -> DetectLearner:
+    settings = DetectSettings(
+        cascade=cascade, batch=4, chunk=2, proposals=20, rois=16, detections=5, score=0.01, epochs=12, warmup_steps=0
+    )
+    detector = build_detector(backbone(encoder, device, None, False), 2, settings)
+    val = SimpleNamespace(ids=[7, 3], classes=["red", "blue"])
+    return DetectLearner(detector, settings, full_batches(4, 4, 2, 12, 0), bf16, World(0, 1, device), val)
+
+
+def box_chunk(number: int) -> BoxChunk:
+    """Two images of unlike sizes; two objects on the first, and one or none on the second."""
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+
+    def objects(boxes: list[list[int]], labels: list[int]) -> dict[str, Tensor]:
+        masks = torch.zeros(len(boxes), 64, 64, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
+            mask[y1:y2, x1:x2] = 1
+        return {"boxes": torch.tensor(boxes).float().view(-1, 4), "labels": torch.tensor(labels).long(), "masks": masks}
+
+    second = objects([[10, 12, 40, 44]], [2]) if number else objects([], [])
+    targets = (objects([[8, 8, 40, 44], [30, 20, 60, 60]], [1, 2]), second)
+    return BoxChunk(0, number, pixels, torch.tensor([0, 1]), (), ((64, 64), (56, 48)), targets)
+
+
+# How torchvision says of fake boxes that it cannot know how many are left.
+@pytest.mark.filterwarnings("ignore:.*create_unbacked_symint:FutureWarning")
+@pytest.mark.parametrize(("cascade", "precision"), [(False, "fp32"), (True, "bf16")])
+def test_a_step_of_detection(cascade, precision, encoder, cuda, monkeypatch):
+    monkeypatch.setattr(rcnn, "CHANNELS", 16)
+    bf16 = PRECISIONS[precision]
+    chunks = [box_chunk(0), box_chunk(1)]
+    wanted = detect_learner(encoder, CPU, bf16, cascade).step(chunks, 0, 4)
+    image = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    entry = {"id": 1, "height": 120, "width": 124}
+    with cuda:
+        learner = detect_learner(encoder, CUDA, bf16, cascade)
+        loss = learner.step([chunk.to(CUDA) for chunk in chunks], 0, 4)
+        assert (loss.device, loss.dtype) == (CUDA, FP32)
+        check_on_device(learner)
+        found = learner.detect(entry, image, (60, 62))
+    assert on_cpu(loss).item() == pytest.approx(wanted.item(), rel=0.1)
+    assert all(each["category_id"] in (7, 3) for each in found)

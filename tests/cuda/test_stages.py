@@ -1,0 +1,106 @@
+"""Whole stages on a device: what a user's command goes through, but for workers, threads and the compiler."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from cae2pipe.config.base import load
+from cae2pipe.config.evaluate import EVALUATIONS
+from cae2pipe.evaluation import supervised
+from cae2pipe.loading import device as uploading
+from cae2pipe.progress import Silent
+from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.training.metrics import read_lines
+
+BF16, FP32 = torch.bfloat16, torch.float32
+COLOURS = {"bright": (230, 220, 40), "dark": (20, 30, 60)}
+COMMON = ["speed.workers=0", "speed.batch=4"]
+TRAINED = ["epochs=2", "warmup_epochs=1", "speed.compile=false"]
+KINDS = {
+    "linear": ("linear", ["chunk=4"]),
+    "cached": ("linear", ["cached_crops=2"]),
+    "sweep": ("linear", ["cached_crops=1", "sweep=[0.1, 1.0]", "held_out=0.3"]),
+    "attentive": ("attentive", ["chunk=4"]),
+    "finetune": ("finetune", ["batch=4", "chunk=2", "erase=1", "clip=1", "ema=0.9"]),
+    "unmixed": ("finetune", ["batch=4", "chunk=2", "mixup=0", "cutmix=0", "precision=fp32", "image_size=40"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Other threads do not know of what is simulated in this one."""
+    for module in (uploading, supervised):
+        monkeypatch.setattr(module, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two colours with noise, four images each to train on and two to score."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for part, each in (("train", 4), ("val", 2)):
+        for name, colour in COLOURS.items():
+            (root / part / name).mkdir(parents=True)
+            for number in range(each):
+                pixels = np.clip(np.array(colour) + rng.integers(-15, 16, size=(40, 44, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{number}.png")
+    return root
+
+
+def test_a_run_stops_goes_on_and_ends(target_root, pretrain_settings, cuda, machine, tmp_path):
+    speed = {"device": "cuda:1", "compile": False, "accumulation": 2}
+    fast = {"epochs": 1, "optimizer": {"warmup_epochs": 0}, "data": {"batch": 64}}
+    with cuda:
+        pretrain(target_root, tmp_path, pretrain_settings(**fast, speed=speed, stop_after=1), Silent())
+        assert not (tmp_path / "encoder.safetensors").exists()
+        pretrain(target_root, tmp_path, pretrain_settings(**fast, speed=speed), Silent())
+    assert machine.current == 1
+    lines = list(read_lines(tmp_path / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(math.isfinite(line[name]) for line in lines for name in ("loss", "grad_norm"))
+    assert json.loads((tmp_path / "manifest.json").read_text())["identity"]["settings"]["precision"] == "bf16"
+    assert set(cuda.products) == {BF16, FP32}
+    assert all(weight.isfinite().all() for weight in load_file(tmp_path / "encoder.safetensors").values())
+
+
+def test_neighbours_are_the_same(exported, data, cuda, tmp_path):
+    def score(device: str) -> dict[str, np.ndarray]:
+        over = [*COMMON, f"speed.device={device}", "features.precision=fp32", "k=[3]"]
+        settings = load(EVALUATIONS["knn"], "evaluate", "knn", over)
+        evaluate("knn", str(exported), data, tmp_path / device, settings, Silent())
+        with np.load(tmp_path / device / "knn" / "predictions.npz") as found:
+            return dict(found)
+
+    wanted = score("cpu")
+    with cuda:
+        found = score("cuda:1")
+    assert set(cuda.products) == {FP32}
+    for name in wanted:
+        if name == "confidence":
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4)
+        else:
+            assert np.array_equal(found[name], wanted[name])
+
+
+# A copy of fake tensors, as the average of weights begins with, asks for their address.
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_scores(kind, exported, data, cuda, machine, tmp_path):
+    name, over = KINDS[kind]
+    settings = load(EVALUATIONS[name], "evaluate", name, [*COMMON, "speed.device=cuda:1", *TRAINED, *over])
+    with cuda:
+        result = evaluate(name, str(exported), data, tmp_path, settings, Silent())
+    assert 0 <= result["top1"] <= 1
+    assert result["images"] == {"train": 8, "val": 4}
+    assert machine.current == 1
+    # Encoders that stay as they are run in bfloat16 and heads on them in float32; what is fine-tuned is in one type.
+    assert set(cuda.products) == {"finetune": {BF16}, "unmixed": {FP32}}.get(kind, {BF16, FP32})
