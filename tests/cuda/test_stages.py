@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
-from cae2pipe.evaluation import supervised
-from cae2pipe.loading import device as uploading
+from cae2pipe.evaluation import uploading
+from cae2pipe.loading import device
 from cae2pipe.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
@@ -38,7 +38,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Other threads do not know of what is simulated in this one."""
-    for module in (uploading, supervised):
+    for module in (uploading, device):
         monkeypatch.setattr(module, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
 
 
@@ -102,5 +102,5 @@ def test_trained_scores(kind, exported, data, cuda, machine, tmp_path):
     assert 0 <= result["top1"] <= 1
     assert result["images"] == {"train": 8, "val": 4}
     assert machine.current == 1
-    # Encoders that stay as they are run in bfloat16 and heads on them in float32; what is fine-tuned is in one type.
-    assert set(cuda.products) == {"finetune": {BF16}, "unmixed": {FP32}}.get(kind, {BF16, FP32})
+    # Encoders run in bfloat16; heads on frozen ones, and what is scored by, in float32.
+    assert set(cuda.products) == {"unmixed": {FP32}}.get(kind, {BF16, FP32})

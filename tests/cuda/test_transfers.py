@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cae2pipe.config.evaluate import TrainedSpeed
 from cae2pipe.evaluation.course import Chunk, Course, Reader
-from cae2pipe.evaluation.supervised import uploaded
+from cae2pipe.evaluation.uploading import pinned as pinned_items
+from cae2pipe.evaluation.uploading import uploaded
 from cae2pipe.loading.batches import Batch, join
 from cae2pipe.loading.device import on_device
 from cae2pipe.training.step import Outcome, to_host
@@ -113,7 +113,8 @@ def test_chunks_come_pinned_and_in_order(device, cuda, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     course = Course(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
     with cuda:
-        found = list(uploaded(Chunks(course, range(2), 0), TrainedSpeed(workers=0), device))
+        chunks = Chunks(course, range(2), 0)
+        found = list(uploaded(pinned_items((chunks[n] for n in range(4)), device), device))
         assert [(chunk.step, chunk.number) for chunk in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
         for chunk in found:
             assert (chunk.pixels.device, chunk.labels.device) == (device, device)
