@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from cae2pipe.cli import app
 from cae2pipe.config.base import load
 from cae2pipe.config.dense import DetectSettings
+from cae2pipe.dense import rcnn
 from cae2pipe.dense.coco import open_coco
 from cae2pipe.dense.detect import DetectLearner
 from cae2pipe.dense.rcnn import MaskRCNN
@@ -27,7 +28,7 @@ from cae2pipe.models.export import export_encoder
 from cae2pipe.progress import Silent
 from cae2pipe.stages.evaluate_dense import detect
 from tests.conftest import contents
-from tests.ranks import command
+from tests.ranks import launch
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -47,6 +48,19 @@ SHORT = [
     "detections=5",
     "pictures=2",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """Heads of 32 channels instead of 256: a checkpoint of the cascade has half a gigabyte otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rcnn, "CHANNELS", 32)
+        yield
+
+
+def narrow_command(*arguments: str) -> None:
+    rcnn.CHANNELS = 32
+    app(arguments)
 
 
 def write_coco(root: Path) -> Path:
@@ -145,7 +159,8 @@ def test_stopped_and_resumed_it_gives_the_same_bytes(whole, data, encoder, tmp_p
 def test_two_processes_and_the_cascade(data, encoder, tmp_path):
     """Under DDP all parameters must have gradients: it refuses otherwise."""
     options = [word for override in SHORT for word in ("--set", override)]
-    done = command("evaluate", "detect", encoder, data, tmp_path / "out", "--cascade", *options)
+    places = (str(path) for path in (encoder, data, tmp_path / "out"))
+    done = launch(narrow_command, "evaluate", "detect", *places, "--cascade", *options)
     assert done.codes == [0, 0], done.stderr
     assert done.stdout.count("protocol: Cascade Mask R-CNN") == 1
     assert json.loads((tmp_path / "out" / "detect" / "result.json").read_text())["images"]["val"] == 3
