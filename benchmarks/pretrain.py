@@ -22,8 +22,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options, print_table
-from benchmarks.sample import copies, packed, photographs
-from cae2pipe.config.base import load
+from benchmarks.sample import copies, packed, photographs, random_weights
+from cae2pipe.config.base import load, merge
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
@@ -38,7 +38,7 @@ from cae2pipe.stages.pretrain import compile_objective, make_objective, make_pla
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.teachers.protocol import Teacher
-from cae2pipe.training.device import set_backends
+from cae2pipe.training.device import pick_device, set_backends
 from cae2pipe.training.flops import forward_flops, peak_tflops, training_flops
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer
@@ -46,7 +46,6 @@ from cae2pipe.training.parallel import World
 from cae2pipe.training.step import Latents, Step, cached
 from cae2pipe.training.telemetry import peak_memory
 
-TEACHERS = {"clip-b16": "ViT-B-16-quickgelu", "clip-l14-196": "ViT-L-14-quickgelu"}
 SIZES = {"tiny": "clip-b16", "small": "clip-b16", "base": "clip-b16", "large": "clip-l14-196"}
 IMAGENET, EPOCHS = 1_281_167, 300
 
@@ -58,7 +57,7 @@ def main() -> None:
         batch={"type": int, "default": 8, "help": "images a step"},
         steps={"type": int, "default": 0, "help": "steps a turn; 0: 2 on a CPU, 50 on a device"},
     )
-    device = torch.device(options.device)
+    device = pick_device(options.device)
     rows, checks, costs = [], [], []
     details: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -83,16 +82,7 @@ def main() -> None:
 
 def make_targets(shards: ShardSet, scratch: Path, preset: str, device: str) -> tuple[TargetSet, Path]:
     """A target set of one view from a CLIP tower with random weights, and the file of those."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    size = 196 if preset == "clip-l14-196" else 224
-    tower = open_clip.create_model(TEACHERS[preset], pretrained=None, force_image_size=size).visual
-    with torch.no_grad():
-        tower.conv1.weight.mul_(5)  # fresh towers give nearly the same token everywhere
-    weights = scratch / f"{preset}.safetensors"
-    save_file({f"visual.{name}": tensor.contiguous() for name, tensor in tower.state_dict().items()}, weights)
+    weights = random_weights(preset, scratch)
     values = {"teacher": {"weights": str(weights), "pretrained": None}, "speed": {"device": device}, "views": 1}
     settings = load(ExtractSettings, "extract", preset, (), values)
     extract_targets(shards.root, scratch / preset, settings, Silent())
@@ -161,12 +151,12 @@ def measure(
     return {"rows": [row], "checks": checks, "costs": cost_rows(size, rates), "details": details}
 
 
-def settings_of(size: str, batch: int, device: torch.device) -> PretrainSettings:
-    """A size's preset at a batch, without end."""
+def settings_of(size: str, batch: int, device: torch.device, over: dict[str, Any] | None = None) -> PretrainSettings:
+    """A size's preset at a batch, without end, with ``over`` laid on top."""
     values = {"epochs": 100_000, "data": {"batch": batch, "streams": min(8, batch)}}
-    settings = load(PretrainSettings, "pretrain", size, (), values)
+    settings = load(PretrainSettings, "pretrain", size, (), merge(values, over or {}))
     settings = settings.model_copy(update={"precision": resolve_precision("auto", device)})
-    set_backends(settings.precision == "bf16", deterministic=False)
+    set_backends(settings.precision == "bf16", fixed_shapes=True)
     return settings
 
 
@@ -223,19 +213,30 @@ def teacher_flops(teacher: Teacher, batch: Batch) -> int:
 
 def top_operations(step: Step, batch: Batch, device: torch.device, most: int = 6) -> dict[str, float]:
     """Where a step's time goes: the operations with the largest share of it."""
+
+    def work() -> None:
+        step(batch, 1e-6)
+        wait_for(device)
+
+    work()
+    return shares(work, device, most)
+
+
+def shares(work: Callable[[], None], device: torch.device, most: int) -> dict[str, float]:
+    """The kernels (on a CPU: operations) that take most of the time of ``work``, which waits for the device, each with
+    its share of the time of all of them."""
     from torch.profiler import ProfilerActivity, profile
 
     on_cuda = device.type == "cuda"
-    step(batch, 1e-6)
-    wait_for(device)
-    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiler:
-        step(batch, 1e-6)
-        wait_for(device)
+    activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
+    # Torch 2.11 warns where events are not accumulated, of which there is one cycle alone.
+    with profile(activities=[activity], acc_events=True) as profiler:
+        work()
     times = {
         event.key: event.self_device_time_total if on_cuda else event.self_cpu_time_total
         for event in profiler.key_averages()
     }
-    total = sum(times.values())
+    total = sum(times.values()) or 1.0
     largest = sorted(times.items(), key=lambda item: -item[1])[:most]
     return {name[:60]: round(value / total, 3) for name, value in largest}
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.harness import real_folder
-from cae2pipe.config.base import load
-from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.config.base import build, load
+from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import ShardSet
@@ -21,6 +21,7 @@ from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.training.device import pick_device
 
 
 def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:
@@ -39,17 +40,41 @@ def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:
     return load(ExtractSettings, "extract", "vit-tiny-in21k", (), values)
 
 
+def random_weights(preset: str, scratch: Path, values: dict[str, Any] | None = None) -> Path:
+    """A file of random weights for the open_clip teacher of a preset, or of one that ``values`` describe."""
+    from open_clip.model import _build_vision_tower
+    from safetensors.torch import save_file
+
+    from cae2pipe.teachers.open_clip import tower_shape
+
+    teacher = build(TeacherSettings, values, preset) if values else load(ExtractSettings, "extract", preset).teacher
+    shape = tower_shape(teacher)
+    config = {**shape["vision_cfg"], "image_size": teacher.image_size}
+    torch.manual_seed(0)
+    tower = _build_vision_tower(shape["embed_dim"], config, quick_gelu=shape["quick_gelu"])
+    with torch.no_grad():
+        tower.conv1.weight.mul_(5)  # fresh towers give nearly the same token everywhere
+    path = scratch / f"{preset}.safetensors"
+    save_file({f"visual.{name}": tensor.contiguous() for name, tensor in tower.state_dict().items()}, path)
+    return path
+
+
 def photographs(scratch: Path, images: int) -> Path:
     """A folder of full-size photographs, about 100 of them; noise of their size where there are none."""
     if real := real_folder():
         return real / "imagenet-samples"
-    folder = scratch / "photographs" / "noise"
+    write_noise(scratch / "photographs" / "noise", images, (500, 375))
+    return scratch / "photographs"
+
+
+def write_noise(folder: Path, images: int, size: tuple[int, int]) -> None:
+    """JPEGs of coloured noise with some structure, width and height as given."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
+    coarse = (max(1, size[1] // 8), max(1, size[0] // 8), 3)
     for number in range(images):
-        small = generator.integers(0, 256, (47, 63, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
-    return folder.parent
+        small = generator.integers(0, 256, coarse, dtype=np.uint8)
+        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
 
 
 def copies(source: Path, scratch: Path, count: int) -> Path:
@@ -79,7 +104,7 @@ def packed(source: Path, scratch: Path, chosen: ExtractSettings, name: str = "sh
 
 
 def teacher_of(chosen: ExtractSettings) -> Teacher:
-    return load_teacher(chosen.teacher, torch.device(chosen.speed.device))
+    return load_teacher(chosen.teacher, pick_device(chosen.speed.device))
 
 
 def tokens_of(teacher: Teacher, blocks: list[RenderedBlock]) -> Tensor:

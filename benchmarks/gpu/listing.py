@@ -1,0 +1,65 @@
+"""All parts, in order of their value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.gpu.parts import Part
+
+SIZES = ("tiny", "small", "base", "large")
+
+# Estimates are seconds on one H100. What runs beside others costs the suite little more than the longest of them.
+PARTS = (
+    Part("A", "benchmarks.gpu.machine:describe", 5),
+    # Is a step right?
+    Part("B1", "benchmarks.gpu.steps:against_cpu", 25),
+    Part("B2", "benchmarks.gpu.steps:bf16_against_fp32", 8),
+    Part("B3", "benchmarks.gpu.compiled:against_eager", 20, arguments=("base",)),
+    Part("B4", "benchmarks.gpu.compiled:without_waiting", 10, needs_cuda="only CUDA can tell of a host that waits"),
+    Part("B5", "benchmarks.gpu.divergence:nothing_spoilt", 8),
+    Part("G-knn", "benchmarks.gpu.scores:nearest_neighbours", 25, "beside"),
+    Part("G-detect", "benchmarks.gpu.dense:detection", 35, "beside"),
+    Part("B7", "benchmarks.gpu.repeats:bit_for_bit", 35, "beside"),
+    Part("B8", "benchmarks.gpu.ranks:one_process", 30, "beside"),
+    Part("F", "benchmarks.gpu.exhaustion:out_of_memory", 60, "beside"),
+    Part("G-train", "benchmarks.gpu.scores:trained", 60, "beside"),
+    Part("G-segment", "benchmarks.gpu.dense:segmentation", 35, "beside"),
+    Part("B3-rivals", "benchmarks.gpu.compiled:against_eager", 45, "beside", ("cae", "milan")),
+    Part("E1", "benchmarks.gpu.latents:teacher", 20),
+    Part("E2", "benchmarks.gpu.latents:codecs", 6),
+    # How fast is it?
+    Part("C-tiny", "benchmarks.gpu.speed:size", 25, "alone", ("tiny",)),
+    Part("C-small", "benchmarks.gpu.speed:size", 30, "alone", ("small",)),
+    Part("C-base", "benchmarks.gpu.speed:size", 45, "alone", ("base",)),
+    Part("E3", "benchmarks.gpu.extracting:rates", 40, "alone"),
+    Part("D", "benchmarks.gpu.feeding:loader", 80, "apart"),
+    Part("C-large", "benchmarks.gpu.speed:size", 65, "alone", ("large",)),
+    Part("M5", "benchmarks.gpu.repeats:cost", 20, "apart"),
+    Part("C-base-eager", "benchmarks.gpu.speed:size", 15, "alone", ("base", "eager")),
+    Part("C-base-flash", "benchmarks.gpu.speed:size", 40, "alone", ("base", "flash")),
+    Part("C-base-recompute", "benchmarks.gpu.speed:size", 40, "alone", ("base", "recompute")),
+    Part("C-base-accumulation", "benchmarks.gpu.speed:size", 40, "alone", ("base", "accumulation")),
+    Part("C-small-official", "benchmarks.gpu.speed:size", 30, "alone", ("small", "official")),
+    Part("C-large-official", "benchmarks.gpu.speed:size", 65, "alone", ("large", "official")),
+)
+
+
+def select(names: str | None, sizes: Sequence[str]) -> list[Part]:
+    """Parts by name, in their own order: all where ``names`` is None; a name stands for all that begin with it too
+    (``B`` for B1, B2, ..., ``C-base`` for its variants). Of speeds only those of ``sizes``.
+
+    Raises:
+        ValueError: an unknown name or size.
+    """
+    if unknown := sorted(set(sizes) - set(SIZES)):
+        raise ValueError(f"unknown size {unknown[0]}: use {', '.join(SIZES)}")
+    asked = names.split(",") if names else [""]
+    for name in asked:
+        if not any(part.name.startswith(name) for part in PARTS):
+            raise ValueError(f"unknown part {name}: use {', '.join(part.name for part in PARTS)}")
+    return [
+        part
+        for part in PARTS
+        if any(part.name.startswith(name) for name in asked)
+        and (not part.run.endswith("speed:size") or part.arguments[0] in sizes)
+    ]

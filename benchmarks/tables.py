@@ -1,0 +1,187 @@
+"""Tables of figures in README.md and docs/, made from the JSON files in benchmarks/results/.
+
+A table stands between two comments, ``<!-- figures: NAME -->`` and ``<!-- figures end -->``.
+
+    python -m benchmarks.tables            # print them
+    python -m benchmarks.tables --write    # put them where the comments are
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(\n<!-- figures end -->)", re.DOTALL)
+SIGNS = {">=": "≥", "<=": "≤"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/")
+    if parser.parse_args().write:
+        for path in pages():
+            path.write_text(filled(path.read_text(), RESULTS))
+        return
+    for name, make in TABLES.items():
+        print(f"{name}\n\n{make(RESULTS)}\n")
+
+
+def pages() -> list[Path]:
+    """Where tables may stand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str, results: Path) -> str:
+    """A page with its tables as the results give them."""
+    return MARKED.sub(lambda found: found[1] + TABLES[found[2]](results) + found[4], text)
+
+
+def performance(results: Path) -> str:
+    """Ratios and rates that have a goal, on a CPU."""
+    pareto, loader, extraction = (read(results, name) for name in ("codec_pareto", "loader", "extraction"))
+    store = read(results, "store_read")
+    klt = next(row for row in pareto["rows"] if row["codec"] == "klt 0.999")
+    checked = next((row for row in store["rows"] if row["reader"] == "plain + CRC-32C"), None)
+    alone = f": reading and CRC-32C alone take {checked['times_plain']:.2f}" if checked else ""
+    rows = [
+        (f"klt at 0.999: bytes against int8 (1st percentile {klt['p1']:.4f})", check(pareto, "of int8's"), 3, ""),
+        ("klt: unpacking, views/s a core", check(pareto, "unpacking"), 3, ""),
+        ("int8 blocks with checksums: time against plain reading", check(store, "StoreReader"), 3, alone),
+        ("block loader against full-size photographs, one core", check(loader, "block loader"), 2, ""),
+        ("extraction against the teacher's forward, two cores", check(extraction, "extraction"), 2, ""),
+    ]
+    return table(
+        ("what", "figure", "goal"),
+        [(what, significant(found["value"], digits), goal(found, why)) for what, found, digits, why in rows],
+    )
+
+
+def training(results: Path) -> str:
+    """Images a second of every size on a CPU, from memory, cached and online."""
+    found = read(results, "pretrain")
+    heads = ("size", "memory", "cached", "online, stored views", "online, fresh crops")
+    rows = [
+        (
+            row["size"].capitalize(),
+            *(rate(row[name]) for name in ("memory", "cached", "online", "fresh")),
+            f"{row['/memory']:.2f}",
+            significant(row["/online"], 2),
+            significant(row["ceiling"], 2),
+        )
+        for row in found["rows"]
+    ]
+    return table((*heads, "cached / memory (goal 0.95)", "cached / online", "ceiling"), rows)
+
+
+def hours(results: Path) -> str:
+    """Hours of 300 epochs of ImageNet-1K, computed from the rates."""
+    found = read(results, "pretrain")["settings"]["computed_hours"]
+    names = [name for name in found[0] if name != "size"]
+    rows = [(row["size"].capitalize(), *(f"{row[name]:,}" for name in names)) for row in found]
+    return table(("size", *(name.replace("V=", "V = ") for name in names)), rows)
+
+
+def gpu(results: Path) -> str:
+    """What was measured on GPUs, a table for each."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
+    return "\n\n".join(gpu_table(each) for each in found) or "Nothing has been measured on a GPU."
+
+
+def gpu_table(found: dict[str, Any]) -> str:
+    """Training, loading and extraction on one device."""
+    versions, parts = found["versions"], found["parts"]
+    said = (
+        f"{found['device']}, {found['started'][:10]}, PyTorch {versions['torch']}, Python {versions['python']} "
+        f"(`python -m benchmarks.gpu`; {', '.join(sorted(set(found['stand_ins'].values())))}):"
+    )
+    rows = [
+        (f"{row['size'].capitalize()}, {row['variant']}, batch {row['batch']}", rate(row["images/s"]), share(row))
+        for name, part in parts.items()
+        if name.startswith("C-")
+        for row in part["found"].get("rows", [])
+    ]
+    rows += [
+        (
+            f"Base fed {row['fed']}, batch {row['batch']}",
+            rate(row["images/s"]),
+            of(row, "/memory", "of that from memory"),
+        )
+        for row in measured(parts, "D")
+    ]
+    rows += [
+        (row["what"], rate(row["views/s"]), of(row, "teacher_waits", "of the time the teacher waits"))
+        for row in measured(parts, "E3")
+    ]
+    return f"{said}\n\n" + table(("what", "images or views/s", "beside"), rows)
+
+
+def measured(parts: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A part's rows; none where it did not run."""
+    rows: list[dict[str, Any]] = parts.get(name, {}).get("found", {}).get("rows", [])
+    return rows
+
+
+def rate(found: dict[str, Any]) -> str:
+    """A rate's median. Files have two places."""
+    return significant(found["median"], 3, most=2)
+
+
+def share(row: dict[str, Any]) -> str:
+    """MFU and peak memory of a training row."""
+    mfu = "" if row["mfu"] is None else f"MFU {row['mfu']:.2f}, "
+    return f"{mfu}{row['memory_gb']:.0f} GB"
+
+
+def of(row: dict[str, Any], name: str, what: str) -> str:
+    return f"{row[name]:.2f} {what}" if name in row else ""
+
+
+def read(results: Path, name: str) -> dict[str, Any]:
+    """A benchmark's result on a CPU."""
+    found: dict[str, Any] = json.loads((results / f"{name}-cpu.json").read_text())
+    return found
+
+
+def check(found: dict[str, Any], part: str) -> dict[str, Any]:
+    """The check whose name holds ``part``."""
+    row: dict[str, Any] = next(row for row in found["checks"] if part in row["name"])
+    return row
+
+
+def goal(found: dict[str, Any], why: str) -> str:
+    """A check's goal, and whether it was missed."""
+    sign, number = found["goal"].split()
+    return f"{SIGNS[sign]} {float(number):,g}" + ("" if found["ok"] else f", missed{why}")
+
+
+def significant(value: float, digits: int, most: int = 3) -> str:
+    """So many significant digits, but at most so many behind the point; with commas, and never a power of ten."""
+    if not value:
+        return "0"
+    places = min(most, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{round(value, places):,.{max(0, places)}f}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "performance": performance,
+    "training": training,
+    "hours": hours,
+    "gpu": gpu,
+}
+"""By the names that the comments have."""
+
+if __name__ == "__main__":
+    main()
