@@ -67,6 +67,7 @@ def detection(state: State, found: Found) -> None:
         "score": 0.01,
         "detections": 5,
         "pictures": 1,
+        "precision": "bf16",
         "speed": {"device": state.device, "workers": 0 if state.quick else 4},
     }
     data = state.once("boxes", lambda folder: write_boxes(folder, 5 if state.quick else 10, side))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.parts import Found
-from benchmarks.gpu.speed import TURN_S, in_memory, timed
+from benchmarks.gpu.speed import TURN_S, first_batch, in_memory, timed
 from benchmarks.gpu.state import State
 from benchmarks.harness import at_least, at_most, figures
 from benchmarks.pretrain import turn
@@ -36,7 +36,7 @@ def loader(state: State, found: Found) -> None:
     """Base fed by 8 and 16 workers, views decoded by them or by the device, against the same step from memory."""
     targets = state.clip_targets()
     views = len(targets)
-    batch = 8 if state.quick else min(state.recall("batch-base", 1024), views // 2)
+    batch = 8 if state.quick else min(state.recall("batch-base", None) or first_batch(state, "base") // 2, views // 2)
     step, one, settings = in_memory(state, "base", batch, compiles(None, state.place))
     timed(lambda: step(one, 1e-6), state.place)
     took = timed(lambda: step(one, 1e-6), state.place)
@@ -60,7 +60,7 @@ def loader(state: State, found: Found) -> None:
                     step(next(batches), 1e-6).values()
                 rate = turn(step, batches, steps, state.place, waits)()
                 used = shared_memory() - used
-            name = f"by {workers} workers, " + ("decoded by the device" if decode == "device" else "who decode")
+            name = f"by {workers} workers, " + ("decoded by the device" if decode == "device" else "which decode")
             row: dict[str, Any] = {"fed": name, "batch": batch}
             row |= {"images/s": figures([rate]), "/memory": round(rate / max(memory), 3)}
             found.rows.append(row | {"data_wait": round(waits[0], 4), "shared_memory_gb": round(used / 1e9, 2)})
@@ -110,9 +110,9 @@ def decoded_by_device(state: State, found: Found, targets: TargetSet, settings: 
     found.checks.append(at_most("device's pixels against Pillow's, mean difference", float(apart.float().mean()), 2.0))
     different = torch.zeros((), dtype=torch.int64, device=state.place)
     load = Load(state)
-    for batch, before in zip(pixels("device"), first, strict=True):
+    for again, before in zip(pixels("device"), first, strict=True):
         load()
-        different += (batch.pixels != before).sum()
+        different += (again.pixels != before).sum()
     found.checks.append(
         at_most(f"pixels of {count} batches that differ while the device is busy", different.item(), 0, 0)
     )

@@ -125,7 +125,7 @@ def test_a_suite_that_hangs_ends_itself(state, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(runner.os, "_exit", leave)
     out = tmp_path / "found.json"
     record = runner.Record(out, {}, 0.0)
-    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
     with pytest.raises(EndedError):
         runner._give_up(record, [Part("stuck", f"{HERE}:hangs", 1)], {process}, state)
     assert process.returncode == -9

@@ -34,7 +34,11 @@ def test_a_gpu_with_a_file_has_a_table(tmp_path):
         "batch": 2048,
         "images/s": {"median": 4321.0, "spread": [4300, 4330]},
     }
-    fed = {"fed": "by 8 workers, who decode", "batch": 2048, "images/s": {"median": 4200.5, "spread": [4200.5, 4200.5]}}
+    fed = {
+        "fed": "by 8 workers, which decode",
+        "batch": 2048,
+        "images/s": {"median": 4200.5, "spread": [4200.5, 4200.5]},
+    }
     content = {
         "device": "Some Card",
         "started": "2027-01-31T12:00:00+00:00",
@@ -52,7 +56,7 @@ def test_a_gpu_with_a_file_has_a_table(tmp_path):
     assert "noise, random weights" in lines[0]
     assert lines[4:] == [
         "| Base, compiled, batch 2048 | 4,320 | MFU 0.41, 61 GB |",
-        "| Base fed by 8 workers, who decode, batch 2048 | 4,200 | 0.97 of that from memory |",
+        "| Base fed by 8 workers, which decode, batch 2048 | 4,200 | 0.97 of that from memory |",
     ]
 
 
