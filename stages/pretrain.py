@@ -52,7 +52,7 @@ from cae2pipe.training.checkpoint import (
 from cae2pipe.training.compilation import compile_in_place, compiler_advice, compiles
 from cae2pipe.training.device import pick_device, resolve_precision, set_backends
 from cae2pipe.training.failure import failure_path, save_failure
-from cae2pipe.training.memory import explain_out_of_memory
+from cae2pipe.training.memory import explain_out_of_memory, upload_advice
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled
@@ -194,7 +194,7 @@ def train(
     with closing(telemetry) if telemetry else nullcontext(), deferred_stop() as stop:
         parts = load_parts(plan, start, worker_count(speed.workers, most=8), world.rank, world.ranks)
         uploaded = on_device(parts if start < limit else iter(()), step.axes, world.device)
-        batches = until_stopped(with_room(uploaded, speed), stop)
+        batches = until_stopped(with_room(uploaded, settings.loaded_batch // world.ranks, speed), stop)
         began = time.monotonic()
         for batch in batches:
             now = time.monotonic()
@@ -234,15 +234,10 @@ def train(
     return done
 
 
-def with_room(batches: Iterator[Batch], speed: TrainSpeed) -> Iterator[Batch]:
-    """The batches. Raises OutOfMemoryError where the device has no room for the next one beside what a step needs."""
-    advice = memory_advice(
-        "the next batch",
-        f"--set speed.accumulation={2 * speed.accumulation} leaves it more room"
-        + ("" if speed.recompute else ", as --set speed.recompute=true does"),
-        "upload",
-    )
-    with advice:
+def with_room(batches: Iterator[Batch], views: int, speed: TrainSpeed) -> Iterator[Batch]:
+    """The batches, of which ``views`` are this process's. Raises OutOfMemoryError where the device has no room for the
+    next one beside what a step needs."""
+    with memory_advice("the next batch", upload_advice(views, speed.accumulation, speed.recompute), "upload"):
         yield from batches
 
 

@@ -1,5 +1,6 @@
 """The command line itself: parsing, exit codes, messages. What commands do is tested with the stages."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -65,12 +66,16 @@ def test_memory_that_ends_anywhere_is_no_traceback(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
     assert caught.value.exit_code == 1
     said = capsys.readouterr().err
-    assert "the device's memory has ended: CUDA out of memory. Tried to allocate 2.00 GiB." in said
+    assert "the device has run out of memory: CUDA out of memory. Tried to allocate 2.00 GiB." in said
     assert "--device" in said
+    for error in (MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")):
+        with pytest.raises(typer.Exit) as caught, exits():
+            raise error
+        assert caught.value.exit_code == 1
+        assert "fewer --workers" in capsys.readouterr().err
     with pytest.raises(typer.Exit) as caught, exits():
-        raise MemoryError
-    assert caught.value.exit_code == 1
-    assert "fewer --workers" in capsys.readouterr().err
+        torch.empty(10**15)
+    assert "this machine has run out of memory" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a defect"), exits():
         raise RuntimeError("a defect")
 

@@ -50,6 +50,14 @@ def show(error: Cae2pipeError) -> None:
     errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
 
 
+def host_memory() -> OutOfMemoryError:
+    """The error to show where the machine's memory, not a device's, has run out."""
+    return OutOfMemoryError(
+        "this machine has run out of memory",
+        fix="end what else uses it, use fewer --workers, where the command has them, or a smaller batch",
+    )
+
+
 @contextmanager
 def exits() -> Iterator[None]:
     """Turn what a command raises into a message and an exit code; a defect of ours keeps its traceback."""
@@ -67,6 +75,9 @@ def exits() -> Iterator[None]:
             show(error)
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            show(host_memory())
+            raise typer.Exit(FAILURE) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         what = StorageError(
@@ -77,24 +88,22 @@ def exits() -> Iterator[None]:
         show(what)
         raise typer.Exit(FAILURE) from None
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):  # torch's MemoryError
+            show(host_memory())
+            raise typer.Exit(FAILURE) from None
         # By its name: commands that need no torch do not wait for its import.
         if type(error).__name__ != "OutOfMemoryError":
             raise
         show(
             OutOfMemoryError(
-                f"the device's memory has ended: {str(error).splitlines()[0]}",
-                fix="end what else uses the device (nvidia-smi lists it), lower the batch settings of this command "
-                "(`cae2pipe config show`), or choose another device with --device",
+                f"the device has run out of memory: {str(error).splitlines()[0]}",
+                fix="end what else uses the device (nvidia-smi lists it), or choose another one: --device, where the "
+                "command has it, or CUDA_VISIBLE_DEVICES",
             )
         )
         raise typer.Exit(FAILURE) from None
     except MemoryError:
-        show(
-            OutOfMemoryError(
-                "the machine's memory has ended",
-                fix="use fewer --workers, or lower the batch settings of this command (`cae2pipe config show`)",
-            )
-        )
+        show(host_memory())
         raise typer.Exit(FAILURE) from None
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here")

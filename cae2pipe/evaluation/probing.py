@@ -15,7 +15,7 @@ from cae2pipe.evaluation.course import Chunk, Course
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.evaluation.linear import Probe
 from cae2pipe.evaluation.remedies import batch_remedy
-from cae2pipe.evaluation.uploading import uploaded
+from cae2pipe.evaluation.uploading import upload_stream, uploaded
 from cae2pipe.training.device import exact_float32
 from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import learning_rate
@@ -65,12 +65,13 @@ class ProbeLearner:
     ):
         self.encoder, self.head, self.inputs, self.optimizer = encoder, head, inputs, optimizer
         self.course, self.warmup_epochs, self.batch, self.world = course, warmup_epochs, batch, world
+        self.stream = upload_stream(world.device)
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
         self.head.train()
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), device=self.world.device)
-        for chunk in uploaded(chunks, self.world.device):
+        for chunk in uploaded(chunks, self.world.device, self.stream):
             features = self.features(chunk.pixels)
             with exact_float32(features.device):
                 logits = self.head(features)

@@ -13,7 +13,7 @@ from cae2pipe.device_memory import memory_advice
 from cae2pipe.evaluation.backbone import Normalised
 from cae2pipe.evaluation.course import Chunk
 from cae2pipe.evaluation.remedies import SMALLER, cpu_remedy
-from cae2pipe.evaluation.uploading import uploaded
+from cae2pipe.evaluation.uploading import upload_stream, uploaded
 from cae2pipe.training.optimizer import make_moments
 from cae2pipe.training.parallel import World, spread, without_exchange
 
@@ -36,6 +36,7 @@ class TunedLearner(ABC):
         clip: float | None = None,
     ):
         self.network, self.world, self.bf16, self.clip = network, world, bf16, clip
+        self.stream = upload_stream(world.device)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         with memory_advice("AdamW's state for all weights", SMALLER):
             make_moments(self.optimizer)
@@ -54,7 +55,7 @@ class TunedLearner(ABC):
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
-        for place, chunk in enumerate(uploaded(chunks, self.world.device)):
+        for place, chunk in enumerate(uploaded(chunks, self.world.device, self.stream)):
             last = place == len(chunks) - 1
             with nullcontext() if last else without_exchange(self.module, self.world):
                 loss = self.loss(chunk) * (len(chunk.labels) / size)

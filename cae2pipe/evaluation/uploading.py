@@ -35,16 +35,25 @@ def pinned(items: Iterable[T], device: torch.device) -> Iterator[T]:
         yield from ready
 
 
-def uploaded(items: Iterable[T], device: torch.device) -> Iterator[T]:
-    """The items on the device. To CUDA a stream of its own carries each, on its way before the last one is given out.
+def upload_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream to upload on; None where it needs none. One that uploads often keeps its own: the allocator keeps memory
+    for each stream that it has seen."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def uploaded(items: Iterable[T], device: torch.device, stream: torch.cuda.Stream | None = None) -> Iterator[T]:
+    """The items on the device. To CUDA a stream carries each, on its way before the last one is given out.
+
+    Args:
+        stream: from ``upload_stream``; None: one is made.
 
     Raises:
         torch.OutOfMemoryError: the device has no room for two of them.
     """
-    if device.type != "cuda":
+    stream = stream or upload_stream(device)
+    if stream is None:
         yield from items
         return
-    stream = torch.cuda.Stream(device)
 
     def upload(item: T) -> tuple[T, torch.cuda.Event]:
         with torch.cuda.stream(stream):

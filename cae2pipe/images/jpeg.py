@@ -20,7 +20,7 @@ from cae2pipe.images.decode import describe_failure
 
 VERIFY = "run `cae2pipe verify`"
 
-MEMORY_ENDED = re.compile(r"out of memory|aten::empty|: 5$", re.MULTILINE)
+MEMORY_ENDED = re.compile(r"out of memory|aten::empty|failed.*: 5$", re.MULTILINE | re.IGNORECASE)
 """How a device's decoder says that memory has ended. Neither library lets torch.OutOfMemoryError through: torchvision
 quotes it, torchcodec has only its text or, before torch 2.13, the call's name; nvJPEG's own allocations end with its
 status 5 (NVJPEG_STATUS_ALLOCATOR_FAILURE)."""

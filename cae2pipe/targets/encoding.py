@@ -110,12 +110,13 @@ def lane_count(setting: int | None, device: torch.device) -> int:
     return setting or {"cpu": torch.get_num_threads(), "cuda": DEVICE_LANES}.get(device.type, 1)
 
 
-def extraction_memory(lanes: int) -> AbstractContextManager[None]:
+def extraction_memory(lanes: int, precision: str) -> AbstractContextManager[None]:
     """Around the teacher's work: OutOfMemoryError with what needs less."""
-    less = "--set speed.lanes=1, " if lanes > 1 else ""
+    ways = ["--set speed.lanes=1"] if lanes > 1 else []
+    ways += ["--set teacher.precision=fp16 (for a new set)"] if precision == "fp32" else []
     return memory_advice(
         f"the teacher's work on {lanes} {'block' if lanes == 1 else 'blocks'} of 64 views",
-        f"{less}--set teacher.precision=fp16 (for a new set), or end what else uses the device",
+        ", ".join([*ways, "or end what else uses the device"]),
         "extraction",
     )
 
@@ -136,6 +137,8 @@ def encode_ahead(
     device = teacher.device
     on_cuda = device.type == "cuda"
     meter.lanes = 1 if on_cuda else lanes
+    # Once, before lanes could each put their own constants in the place of those that another still reads.
+    layout.codec.place(device)
     lane = Lane(device, _timed_event(torch.cuda.default_stream(device))) if on_cuda else None
 
     def tasks() -> Iterator[tuple[Any, ...]]:
@@ -143,7 +146,10 @@ def encode_ahead(
             for place in range(len(block.task.views)):
                 yield block, place, lane, teacher, layout, calibration
 
-    with extraction_memory(lanes), closing(in_threads(_encode, tasks(), lanes, lanes + 2)) as encoded:
+    with (
+        extraction_memory(lanes, teacher.info.precision),
+        closing(in_threads(_encode, tasks(), lanes, lanes + 2)) as encoded,
+    ):
         while True:
             began, rendering = time.perf_counter(), meter.rendering
             result = next(encoded, None)
@@ -165,7 +171,7 @@ def run_teacher(
         attention = None if output.attention is None else output.attention.cpu()
         return block, TeacherOutput(output.tokens.cpu(), attention)
 
-    with extraction_memory(lanes):
+    with extraction_memory(lanes, teacher.info.precision):
         yield from in_threads(run, ((block,) for block in blocks), lanes, lanes + 1)
 
 

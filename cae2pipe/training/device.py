@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,31 +26,28 @@ def pick_device(name: str, rank: Rank = ALONE) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SettingsError(
-            f"unknown device {name!r}", where="speed.device", fix="use auto, cpu, cuda or cuda:1"
-        ) from None
-    if device.type != "cuda":
-        return device
-    if device.index is None:
-        device = torch.device("cuda", rank.local)
-    elif rank.on_machine > 1:
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if not found:
+        raise SettingsError(f"unknown device {name!r}", where="speed.device", fix="use auto, cpu, cuda or cuda:1")
+    if name == "cpu":
+        return torch.device("cpu")
+    index = int(found[1]) if found[1] else rank.local
+    if found[1] and rank.on_machine > 1:
         raise SettingsError(
             f"device {name} names one device for the {rank.on_machine} processes on this machine",
             where="speed.device",
             fix="use --device cuda, and CUDA_VISIBLE_DEVICES to say which devices the processes share",
         )
     count = torch.cuda.device_count()
-    if device.index >= count:
+    if index >= count:
         raise SettingsError(
-            f"device {device} is not on this machine ({count} CUDA devices)",
+            f"device cuda:{index} is not on this machine ({count} CUDA devices)",
             where="speed.device",
             fix=f"start at most {count} processes on this machine"
             if count and rank.on_machine > 1
             else "use --device auto or --device cpu",
         )
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
@@ -84,7 +82,7 @@ def set_backends(bf16: bool = False, deterministic: bool = False, fixed_shapes: 
 def exact_float32(device: torch.device) -> Iterator[None]:
     """Within it float32 stays float32: neither autocast nor TF32. For what decides: cosines, neighbours, boxes.
 
-    The setting is the process's, so this belongs into its main thread.
+    The setting is the process's, so this belongs in its main thread.
     """
     precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")

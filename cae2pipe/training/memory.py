@@ -13,6 +13,14 @@ from cae2pipe.training.optimizer import make_moments
 from cae2pipe.training.step import Step
 
 
+def upload_advice(views: int, parts: int, recompute: bool) -> str:
+    """What leaves more room for the next batch beside a step on ``views`` in ``parts``."""
+    more = next(finer(views, parts), None)
+    ways = [f"--set speed.accumulation={more}"] if more else []
+    ways += [] if recompute else ["--set speed.recompute=true"]
+    return " or ".join(ways or ["lower data.batch (a new run), or use a smaller model"])
+
+
 def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMemoryError:
     """The error to raise after torch's: it names what fits, found by trying.
 
@@ -22,7 +30,7 @@ def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMem
     alone = step.world.ranks == 1
     again = "" if recompute else ", or --set speed.recompute=true"
     try:
-        fit = fitting(step, batch) if alone else next(finer(step, batch), None)
+        fit = fitting(step, batch) if alone else next(finer(len(batch.weights), step.accumulation), None)
     except torch.OutOfMemoryError:
         return OutOfMemoryError(
             f"weights, gradients and the optimizer's moments alone do not fit into the memory of {step.world.device}",
@@ -43,10 +51,10 @@ def explain_out_of_memory(step: Step, batch: Batch, recompute: bool) -> OutOfMem
     )
 
 
-def finer(step: Step, batch: Batch) -> Iterator[int]:
-    """Numbers of parts that this process's share of the batch can be cut into, each at least twice the one before, from
-    twice the step's own."""
-    views, least = len(batch.weights), 2 * step.accumulation
+def finer(views: int, parts: int) -> Iterator[int]:
+    """Numbers of parts that a process's ``views`` of a batch can be cut into, each at least twice the one before, from
+    twice ``parts``."""
+    least = 2 * parts
     while least <= views:
         count = next(count for count in range(least, views + 1) if views % count == 0)
         yield count
@@ -57,14 +65,14 @@ def fitting(step: Step, batch: Batch) -> int | None:
     """The first number of parts, of those tried, in which the batch's passes fit; None: not even the finest.
 
     The optimizer's moments, which come to be in the first update, are made before: what is advised has to hold them
-    too. Nothing is compiled for a trial: it would take minutes, and need less memory than what it stands for at most.
+    too. Nothing is compiled for a trial, which would take minutes; run eagerly it needs at least as much memory.
 
     Raises:
         torch.OutOfMemoryError: the moments do not fit.
     """
     release(step)
     make_moments(step.optimizer)
-    for parts in finer(step, batch):
+    for parts in finer(len(batch.weights), step.accumulation):
         release(step)
         try:
             with torch.compiler.set_stance("force_eager"):

@@ -99,7 +99,10 @@ def streams(monkeypatch) -> SimpleNamespace:
 def test_every_thread_has_its_stream_and_the_bytes_are_the_same(
     photos, target_root, extract_settings, tmp_path, monkeypatch, streams
 ) -> None:
-    real, move, fake = encoding.encode_ahead, torch.Tensor.to, SimpleNamespace(type="cuda")
+    class Device:
+        type = "cuda"
+
+    real, move, fake = encoding.encode_ahead, torch.Tensor.to, Device()
 
     def moved(self, *arguments, **options):
         return self if arguments[0] is fake else move(self, *arguments, **options)

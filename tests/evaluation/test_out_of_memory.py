@@ -113,7 +113,7 @@ def test_the_error(kind, where, name, calls, what, fix, exported, data, tmp_path
 
 
 def test_an_upload_counts_as_its_chunk(exported, data, tmp_path, monkeypatch):
-    def uploaded(items, device):
+    def uploaded(items, device, stream=None):
         yield next(iter(items))
         full()
 

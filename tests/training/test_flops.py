@@ -40,6 +40,7 @@ def test_arithmetic_of_the_papers_sizes(preset, dim, gmacs):
         ("NVIDIA RTX 6000 Ada Generation", 364.0),
         ("Quadro RTX 6000", None),
         ("Tesla T4", None),
+        ("GRID A100-10C", None),
     ],
 )
 def test_a_peak_belongs_to_a_whole_name(name, peak):

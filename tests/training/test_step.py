@@ -5,7 +5,7 @@ import torch
 
 from cae2pipe.loading.batches import split
 from cae2pipe.stages.pretrain import compile_objective
-from cae2pipe.training.memory import explain_out_of_memory, finer, fitting
+from cae2pipe.training.memory import explain_out_of_memory, finer, fitting, upload_advice
 from cae2pipe.training.objective import TERMS
 from cae2pipe.training.step import forward
 
@@ -132,7 +132,10 @@ def test_out_of_memory_with_several_processes_names_what_can_be_set(make, pretra
 def test_advice_is_legal_where_halves_are_not(make, pretrain_settings):
     step, batches = make(pretrain_settings(data={"batch": 36, "streams": 4}))
     step.accumulation = 4
-    assert list(finer(step, batches[0])) == [9, 18, 36]
+    assert list(finer(len(batches[0].weights), step.accumulation)) == [9, 18, 36]
+    assert upload_advice(36, 4, False) == "--set speed.accumulation=9 or --set speed.recompute=true"
+    assert upload_advice(36, 24, False) == "--set speed.recompute=true"
+    assert "data.batch" in upload_advice(36, 36, True)
 
 
 def test_trials_compile_nothing_and_hold_the_moments(make, pretrain_settings):
