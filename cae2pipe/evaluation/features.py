@@ -65,7 +65,7 @@ def resolve_size(settings: FeatureSettings, encoder: FrozenEncoder) -> int:
         raise SettingsError(
             f"this encoder takes {encoder.image_size} pixels, and crops of {size} are asked for",
             where="features.image_size",
-            fix=f"leave it away, or --set features.image_size={encoder.image_size}",
+            fix=f"omit it, or --set features.image_size={encoder.image_size}",
         )
     return size
 

@@ -43,7 +43,7 @@ def pick_device(name: str, rank: Rank = ALONE) -> torch.device:
         raise SettingsError(
             f"device cuda:{index} is not on this machine ({count} CUDA devices)",
             where="speed.device",
-            fix=f"start at most {count} processes on this machine"
+            fix=f"start at most {count} processes on this machine, each of which sees all of its devices"
             if count and rank.on_machine > 1
             else "use --device auto or --device cpu",
         )
