@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from typing import Protocol, Self, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
+from cae2pipe.loading.upload import Tensors, upload_ahead
 from cae2pipe.threads import in_threads
-
-
-class Tensors(Protocol):
-    """What holds tensors."""
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with every tensor changed."""
-
 
 T = TypeVar("T", bound=Tensors)
 
@@ -55,28 +47,7 @@ def uploaded(items: Iterable[T], device: torch.device, stream: torch.cuda.Stream
         yield from items
         return
 
-    def upload(item: T) -> tuple[T, torch.cuda.Event]:
-        with torch.cuda.stream(stream):
-            moved = item.map(lambda tensor: tensor.to(device, non_blocking=True))
-            done = torch.cuda.Event()
-            done.record(stream)
-        return moved, done
+    def move(item: T) -> T:
+        return item.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def ready(moved: T, done: torch.cuda.Event) -> T:
-        current = torch.cuda.current_stream(device)
-        current.wait_event(done)
-
-        def used_here(tensor: Tensor) -> Tensor:
-            tensor.record_stream(current)
-            return tensor
-
-        return moved.map(used_here)
-
-    waiting: tuple[T, torch.cuda.Event] | None = None
-    for item in items:
-        following = upload(item)
-        if waiting:
-            yield ready(*waiting)
-        waiting = following
-    if waiting:
-        yield ready(*waiting)
+    yield from upload_ahead(items, move, device, stream)

@@ -7,11 +7,11 @@ from contextlib import closing
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.jpeg import decode_views
 from cae2pipe.loading.batches import Batch, join
+from cae2pipe.loading.upload import upload_ahead
 from cae2pipe.threads import in_threads
 
 
@@ -28,32 +28,11 @@ def on_device(steps: Iterator[list[Batch]], axes: Mapping[str, int], device: tor
         return
     stream = torch.cuda.Stream(device)
 
-    def upload(parts: list[Batch]) -> tuple[Batch, torch.cuda.Event]:
-        with torch.cuda.stream(stream):
-            batch = decoded(join([part.to(device) for part in parts], axes), device)
-        done = torch.cuda.Event()
-        done.record(stream)
-        return batch, done
-
-    def ready(batch: Batch, done: torch.cuda.Event) -> Batch:
-        current = torch.cuda.current_stream(device)
-        current.wait_event(done)
-
-        def used_here(tensor: Tensor) -> Tensor:
-            tensor.record_stream(current)
-            return tensor
-
-        return batch.map(used_here)
+    def move(parts: list[Batch]) -> Batch:
+        return decoded(join([part.to(device) for part in parts], axes), device)
 
     with closing(in_threads(_pin, ((parts,) for parts in steps), 2, 3)) as pinned:
-        waiting: tuple[Batch, torch.cuda.Event] | None = None
-        for parts in pinned:
-            following = upload(parts)
-            if waiting:
-                yield ready(*waiting)
-            waiting = following
-        if waiting:
-            yield ready(*waiting)
+        yield from upload_ahead(pinned, move, device, stream)
 
 
 def _pin(parts: list[Batch]) -> list[Batch]:
