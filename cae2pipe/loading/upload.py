@@ -23,8 +23,8 @@ T = TypeVar("T", bound=Tensors)
 def upload_ahead(
     items: Iterable[S], move: Callable[[S], T], device: torch.device, stream: torch.cuda.Stream
 ) -> Iterator[T]:
-    """``move(item)`` of every item, done on ``stream`` of ``device``. Each is begun before the last one is given out, to be
-    used on the stream that is current then.
+    """``move(item)`` of every item, done on ``stream`` of ``device``. Each is begun before the last one is given
+    out, to be used on the stream that is current then.
 
     Raises:
         torch.OutOfMemoryError: the device has no room for two of them.
