@@ -22,8 +22,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     """Tokens (B, P, D) at indices (B, L), those of one row all different, to (B, L, D).
 
-    Rows of one long list are selected, not elements gathered: 3 times as fast on a CPU, backward pass included; on CUDA
-    the deterministic backward pass then sorts B x L indices instead of B x L x D.
+    Rows of one long list are selected, not elements gathered: on a CPU 3 times as fast, backward pass included
+    (64 x 196 tokens of 384, half of them selected, two x86-64 cores); on CUDA the deterministic backward pass then
+    sorts B x L indices instead of B x L x D.
     """
     rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * tokens.shape[1]
     return tokens.flatten(0, 1).index_select(0, (indices + rows).flatten()).unflatten(0, indices.shape)

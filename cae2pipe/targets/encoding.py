@@ -116,7 +116,7 @@ def extraction_memory(lanes: int, precision: str) -> AbstractContextManager[None
     ways += ["--set teacher.precision=fp16 (for a new set)"] if precision == "fp32" else []
     return memory_advice(
         f"the teacher's work on {lanes} {'block' if lanes == 1 else 'blocks'} of 64 views",
-        ", ".join([*ways, "or end what else uses the device"]),
+        ", or ".join([*ways, "end what else uses the device"]),
         "extraction",
     )
 

@@ -137,3 +137,14 @@ def test_memory_that_ends_is_named_with_what_needs_less(photos, extract_settings
         extract_targets(photos, tmp_path / "set", extract_settings(speed={"lanes": 3}), Silent())
     assert "--set speed.lanes=1" in caught.value.fix
     assert "GPU 0 has" not in caught.value.what
+
+
+def test_advice_names_only_what_would_help() -> None:
+    def fix(lanes: int, precision: str) -> str | None:
+        with pytest.raises(OutOfMemoryError) as caught, encoding.extraction_memory(lanes, precision):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return caught.value.fix
+
+    assert fix(1, "fp16") == "end what else uses the device"
+    assert fix(4, "fp16") == "--set speed.lanes=1, or end what else uses the device"
+    assert "teacher.precision=fp16" in (fix(1, "fp32") or "")
