@@ -12,6 +12,7 @@ from torch import nn
 
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.positions import sincos_positions
+from cae2pipe.models.relative_positions import relative_bias
 from cae2pipe.models.truncated_normal import truncated_normal
 
 
@@ -93,7 +94,11 @@ def add_relative_positions(model: Any, where: object) -> None:
 
 
 def _with_bias(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**options, "attn_mask": attention.relative_positions.get_bias()}
+    positions = attention.relative_positions
+    bias = relative_bias(
+        positions.relative_position_bias_table, positions.relative_position_index, positions.bias_shape[0]
+    )
+    return args, {**options, "attn_mask": bias}
 
 
 def set_drop_path(model: Any, largest: float) -> None:
