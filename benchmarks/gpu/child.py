@@ -18,12 +18,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 
 from benchmarks.gpu.parts import Found, Part, Result, plain, run_here
 from benchmarks.gpu.state import State
+from cae2pipe.processes import worker_count
 from cae2pipe.training.device import pick_device
 
 ROOT = Path(__file__).parents[2]
+
+SIDE_BY_SIDE = 4
+"""Processes that the machine's cores are shared by, about: the suite's own and those of parts beside it."""
 
 
 def run_apart(part: Part, state: State, limit: float, running: set[subprocess.Popen[bytes]]) -> Result:
@@ -98,10 +103,12 @@ def main() -> None:
 
 
 def prepare(state: State) -> None:
-    """Take the device, and as many threads as the models are large: several parts run at once."""
+    """Take the device, and a share of the cores: several parts run at once, and threads that wait for each other's
+    cores are far slower than fewer threads."""
     pick_device(state.device)
-    if state.quick and not state.on_cuda:
-        torch.set_num_threads(1)
+    share = max(1, worker_count(-1) // SIDE_BY_SIDE)
+    torch.set_num_threads(1 if state.quick and not state.on_cuda else share)
+    torch._inductor.config.compile_threads = share
 
 
 def _end_with_suite() -> None:

@@ -60,7 +60,9 @@ def diverge(state: State, found: Found, name: str, settings: PretrainSettings, w
     assert before, "the step was not reached"
     after = training_state(step.model, step.optimizer)
     found.check(f"{name}: weights as before, to the bit", same(before[0]["model"], after["model"]))
-    found.check(f"{name}: moments and step counters too", same(before[0]["optimizer"], after["optimizer"]))
+    # Not the groups' learning rate: on a device the next step has begun before the host learns of this one.
+    moments = [values["optimizer"]["state"] for values in (before[0], after)]
+    found.check(f"{name}: moments and step counters too", same(*moments))
     if raised is None:
         return
     record = Path(str(raised.where))

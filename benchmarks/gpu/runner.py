@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.child import end, run_apart
+from benchmarks.gpu.child import SIDE_BY_SIDE, end, run_apart
 from benchmarks.gpu.parts import Part, Result, run_here
 from benchmarks.gpu.state import State
 from benchmarks.harness import print_table
@@ -88,7 +88,7 @@ def run_suite(
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = Record(out, {**head, "started": started, "budget_s": budget}, began)
     running: set[subprocess.Popen[bytes]] = set()
-    pool = ThreadPoolExecutor(max(2, min(4, worker_count(-1) // 4)))
+    pool = ThreadPoolExecutor(max(2, min(SIDE_BY_SIDE, worker_count(-1) // SIDE_BY_SIDE)))
     # What the main thread is at, for the watch.
     at: list[Part] = []
 
