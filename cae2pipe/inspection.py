@@ -63,6 +63,7 @@ def _targets(box: Box) -> dict[str, Any]:
         "images": targets.images,
         "views": targets.views,
         "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
+        "pixels": targets.view.pixels,
         "codec": box.identity["settings"]["codec"]["name"],
         "fidelity": targets.fidelity(),
         "bytes_per_view": {name: round(value, 1) for name, value in targets.bytes_per_view().items()},
@@ -170,7 +171,7 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
 
 def _strangers(box: Box, known: set[str]) -> list[str]:
     """Files below the folders that the box fills, of which the manifest knows nothing."""
-    folders = {"shards": ["tars"], "targets": ["views", "latents", "codec.zarr"]}.get(box.kind, [])
+    folders = {"shards": ["tars"], "targets": ["images", "views", "latents", "codec.zarr"]}.get(box.kind, [])
     names = sorted(f"{folder}/{name}" for folder in folders for name in file_sizes(box.root / folder))
     return [name for name in names if name not in known]
 

@@ -60,7 +60,8 @@ def estimate_targets(source: Path, settings: ExtractSettings, report: Report) ->
         chosen = next(found for found in prices if found.codec == codec.name)
         layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
         meter = time_extraction(shards, teacher, layout, chosen.calibration, settings, workers)
-    pixels = tar_bytes(jpegs)
+    # Of a view, or of an image whose views share it.
+    pixels = tar_bytes(jpegs) / (settings.views if settings.view.pixels == "replayed" else 1)
     teacher_per_s = meter.views / meter.teacher
     rows = []
     for found in prices:

@@ -1,9 +1,9 @@
 """Stage 1: images to views and the teacher's latents.
 
 Read from top to bottom: take this process's part, open the source, load the teacher, calibrate the codec once, then
-shard by shard render the views that are missing, run the teacher on what was stored, encode and write. A finished
-(view, shard) pair is never made again; everything else is made so that the same inputs give the same bytes, however
-the work is split.
+shard by shard render the views that are missing, run the teacher on what loaders of the set will see, encode and write.
+A finished (view, shard) pair is never made again; everything else is made so that the same inputs give the same bytes,
+however the work is split.
 """
 
 from __future__ import annotations
@@ -30,24 +30,30 @@ from cae2pipe.artifacts.places import file_size, free_bytes, is_local, is_shared
 from cae2pipe.artifacts.staging import Stage, remove_stages, staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import BadInputError, MismatchError, SourceError
+from cae2pipe.errors import BadInputError, DamageError, MismatchError, SourceError
+from cae2pipe.loading.workers import in_order
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, gigabytes
 from cae2pipe.provenance import provenance, tell_changes
 from cae2pipe.shards.build import build_shard_set
-from cae2pipe.shards.shard_set import Shard, ShardSet
-from cae2pipe.shards.tar import index_tar, write_samples
+from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet, index_samples, write_index
+from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, one_thread, summarise
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, lane_count, run_teacher
-from cae2pipe.targets.rendering import Renderer, Task, render
+from cae2pipe.targets.rendering import Reducer, Renderer, Task, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
 from cae2pipe.targets.target_set import (
     CODEC,
     KIND,
+    images_index,
+    images_name,
+    images_path,
+    kept_images,
     make_layout,
     read_calibration,
+    recorded_view,
     restore_calibration,
     store_name,
     write_calibration,
@@ -111,6 +117,7 @@ def extract_targets(
             return box
         check_space(box, missing)
         try:
+            make_images(box, shards, missing, settings, workers, report)
             make_views(box, shards, missing, teacher, settings, workers, report)
         finally:
             finish(box, shards, settings.views)
@@ -128,19 +135,35 @@ def open_source(source: Path, out: Path, settings: ExtractSettings, report: Repo
         return build_shard_set(source, out / "shards", settings.shard, report)
 
 
+@dataclass(frozen=True)
+class Lack:
+    """What a shard lacks: views, and the images that replayed ones are cut from."""
+
+    shard: Shard
+    views: tuple[int, ...]
+    images: bool
+
+    @property
+    def units(self) -> list[str]:
+        images = [images_name(self.shard.name)] if self.images else []
+        return images + [store_name(view, self.shard.name) for view in self.views]
+
+
 def missing_views(
     box: Box, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
-) -> list[tuple[Shard, tuple[int, ...]]]:
-    """What this part still has to make: shards with the views they lack, or those of ``remake``.
+) -> list[Lack]:
+    """What this part still has to make, or what of it is among ``remake``.
 
     Raises:
         MismatchError: a stored view was made from a shard of this name with other content.
     """
     whole = box.whole()
+    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
     result = []
     for index, shard in enumerate(shards.shards):
         names = {view: store_name(view, shard.name) for view in range(views)}
-        for name in names.values():
+        images = images_name(shard.name)
+        for name in (*names.values(), images):
             unit = box.units.get(name)
             if unit and unit["source"] != shard.sha256:
                 raise MismatchError(
@@ -148,19 +171,21 @@ def missing_views(
                     where=shard.path,
                     fix="give the original source, or a new output folder",
                 )
-        lacking = tuple(
-            view for view, name in names.items() if (name in remake if remake is not None else name not in whole)
-        )
-        if lacking and part.owns(index):
-            result.append((shard, lacking))
+
+        def lacks(name: str) -> bool:
+            return name in remake if remake is not None else name not in whole
+
+        lack = Lack(shard, tuple(view for view, name in names.items() if lacks(name)), replayed and lacks(images))
+        if lack.units and part.owns(index):
+            result.append(lack)
     return result
 
 
-def remove_leftovers(out: Path, missing: list[tuple[Shard, tuple[int, ...]]], part: Part) -> None:
+def remove_leftovers(out: Path, missing: list[Lack], part: Part) -> None:
     """Remove what a killed run left half-written, and never what another part is writing now."""
     if part == WHOLE and is_local(out):
         remove_debris(out)
-    remove_stages(out, [store_name(view, shard.name) for shard, views in missing for view in views])
+    remove_stages(out, [name for lack in missing for name in lack.units])
 
 
 def wanted(box: Box, shards: ShardSet, views: int) -> dict[str, int]:
@@ -231,7 +256,8 @@ def make_calibration(
 def run_sample(
     shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int
 ) -> tuple[list[TeacherOutput], list[bytes]]:
-    """The teacher's outputs, on the CPU, block by block, on view 0 of the first images, and those views' JPEGs."""
+    """The teacher's outputs, on the CPU, block by block, on view 0 of the first images; and what is kept of these
+    pixels, the views' JPEGs or those of the images that they are replayed from."""
     tasks, taken = [], 0
     for shard in shards.shards:
         for number in range(-(-shard.samples // BLOCK)):
@@ -243,7 +269,7 @@ def run_sample(
     for block, output in run_teacher(rendered, teacher, lane_count(settings.speed.lanes, teacher.device)):
         check_features(output.tokens, where=f"shard {block.task.shard.name}, block {block.task.block}", constant=True)
         outputs.append(output)
-        jpegs += block.jpegs[0]
+        jpegs += block.kept or block.jpegs[0]
     return outputs, jpegs
 
 
@@ -263,7 +289,8 @@ def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
 def codec_facts(
     outputs: list[TeacherOutput], pixels: int, layout: Layout, calibration: Calibration, fidelity: Fidelity
 ) -> dict[str, Any]:
-    """What calibration found, and the bytes a view that it lets expect."""
+    """What calibration found, and the bytes that it lets expect: of a view's latents, and of the pixels of a view, or
+    of an image where views are replayed."""
     samples = sum(len(output.tokens) for output in outputs)
     latents = 0
     with one_thread():  # as when blocks are encoded
@@ -281,15 +308,23 @@ TAR_OVERHEAD = 2048
 """Bytes a sample that a tar adds to its JPEG, at least: two headers, the label, padding."""
 
 
-def check_space(box: Box, missing: list[tuple[Shard, tuple[int, ...]]]) -> None:
+def check_space(box: Box, missing: list[Lack]) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
         BadInputError: with what is needed and what is free.
     """
     free = free_bytes(box.root)
-    expected = sum(box.facts["codec"]["expected_bytes"].values()) + TAR_OVERHEAD
-    needed = expected * sum(shard.samples * len(views) for shard, views in missing)
+    expected = box.facts["codec"]["expected_bytes"]
+    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    needed = sum(
+        lack.shard.samples
+        * (
+            len(lack.views) * expected["latents"]
+            + (lack.images if replayed else len(lack.views)) * (expected["pixels"] + TAR_OVERHEAD)
+        )
+        for lack in missing
+    )
     if free is not None and needed > free:
         raise BadInputError(
             f"the views that are still to be made need about {gigabytes(needed)}, and {gigabytes(free)} are free",
@@ -327,10 +362,59 @@ class _Shard:
     pairs: dict[int, _Pair] = field(default_factory=dict)
 
 
+def make_images(
+    box: Box, shards: ShardSet, missing: list[Lack], settings: ExtractSettings, workers: int, report: Report
+) -> None:
+    """Reduce the originals of shards whose replayed views have no images yet, and keep them.
+
+    Raises:
+        DamageError: they were there once, views were cut from them, and they do not come out the same.
+    """
+    lacking = [lack.shard for lack in missing if lack.images]
+    if not lacking:
+        return
+    report.log("reducing the images that views are replayed from")
+    report.total(sum(shard.samples for shard in lacking), "images")
+    blocks = [(shard, block) for shard in lacking for block in range(-(-shard.samples // BLOCK))]
+    reduced = in_order(Reducer(shards, blocks, settings.view), min(workers, len(blocks)) if len(blocks) > 1 else 0)
+    for shard, found in groupby(reduced, key=lambda item: item[0]):
+        samples = []
+        for _, block in found:
+            samples += block
+            report.advance(len(block))
+        keep_images(box, shard, samples)
+
+
+def keep_images(box: Box, shard: Shard, samples: list[ImageSample]) -> None:
+    """Write the reduced images of a shard, and list them."""
+    name, tar, index = images_name(shard.name), images_path(shard.name), images_index(shard.name)
+    with staged(box.root, name) as stage:
+        write_samples(stage.path(tar), ((sample.key, sample.label, sample.data) for sample in samples))
+        write_index(stage.path(index), stage.path(tar), [google_crc32c.value(sample.data) for sample in samples])
+        if name in box.units and stage.entries(tar, index) != box.units[name]["files"]:
+            raise DamageError(
+                f"the images of shard {shard.name} do not come out as they were when views were cut from them",
+                where=box.root / tar,
+                fix="repair the set where it was made, restore the file from a copy, or make the set again",
+            )
+        files = stage.commit(tar, index)
+    box.add(
+        name,
+        {
+            "shard": shard.name,
+            "source": shard.sha256,
+            "samples": len(samples),
+            "tar": tar,
+            "files": files,
+            "bytes": {"pixels": sum(len(sample.data) for sample in samples)},
+        },
+    )
+
+
 def make_views(
     box: Box,
     shards: ShardSet,
-    missing: list[tuple[Shard, tuple[int, ...]]],
+    missing: list[Lack],
     teacher: Teacher,
     settings: ExtractSettings,
     workers: int,
@@ -339,9 +423,18 @@ def make_views(
     """Render, encode and write all missing views; workers, device, packing and writing are at work at once."""
     calibration = read_calibration(box.root / "codec.zarr")
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
-    tasks = [Task(shard, block, views) for shard, views in missing for block in range(-(-shard.samples // BLOCK))]
-    report.total(sum(shard.samples * len(views) for shard, views in missing), "views")
-    rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
+    replayed = settings.view.pixels == "replayed"
+    if replayed:
+        # From here on, what the set keeps are its images.
+        shards = kept_images(box)
+    ours = {shard.name: shard for shard in shards.shards}
+    tasks = [
+        Task(ours[lack.shard.name], block, lack.views)
+        for lack in missing
+        for block in range(-(-lack.shard.samples // BLOCK) if lack.views else 0)
+    ]
+    report.total(sum(lack.shard.samples * len(lack.views) for lack in missing), "views")
+    rendered = render(Renderer(shards, tasks, settings.view, settings.seed, kept=replayed), workers)
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
     encoded = encode_ahead(rendered, teacher, layout, calibration, meter, lanes)
     open_shards: deque[_Shard] = deque()
@@ -353,7 +446,7 @@ def make_views(
                 current = _Shard(shard)
                 open_shards.append(current)
                 collect(current, box.root, layout, blocks, meter, report)
-                finishing.append(finisher.submit(finish_shard, box, current))
+                finishing.append(finisher.submit(finish_shard, box, current, shards if replayed else None))
                 while finishing and (len(finishing) > 1 or finishing[0].done()):
                     finishing.popleft().result()
                     open_shards.popleft()
@@ -399,41 +492,48 @@ def zarr_path(view: int, shard: Shard) -> str:
     return f"latents/v{view:02d}/{shard.name}.zarr"
 
 
-def finish_shard(box: Box, current: _Shard) -> None:
-    """Write the tars, finish the stores and list the pairs of a shard."""
+def finish_shard(box: Box, current: _Shard, kept: ShardSet | None) -> None:
+    """Write the tars of stored views, finish the stores and list the pairs of a shard. ``kept``: the images that
+    replayed views are cut from."""
     for view, pair in sorted(current.pairs.items()):
-        unit = finish_pair(current, view, pair)
+        unit = finish_pair(box, current, view, pair, kept)
         box.add(store_name(view, current.shard.name), unit)
         pair.stage.discard()
 
 
-def finish_pair(current: _Shard, view: int, pair: _Pair) -> dict[str, Any]:
-    """Write the tar and finish the store of one view of one shard; return the manifest's entry."""
-    shard, keys, labels, jpegs = current.shard, current.keys, np.concatenate(current.labels), pair.jpegs
-    tar, zarr = tar_path(view, shard), zarr_path(view, shard)
-    write_samples(pair.stage.path(tar), zip(keys, labels.tolist(), jpegs, strict=True))
-    index = index_tar(pair.stage.path(tar))
+def finish_pair(box: Box, current: _Shard, view: int, pair: _Pair, kept: ShardSet | None) -> dict[str, Any]:
+    """Finish the store of one view of one shard, and its tar where views are stored; return the manifest's entry."""
+    keys, labels, jpegs = current.keys, np.concatenate(current.labels), pair.jpegs
+    name, zarr = current.shard.name, zarr_path(view, current.shard)
+    if kept:
+        tar, index = images_path(name), kept.index(current.shard)
+    else:
+        tar = tar_path(view, current.shard)
+        write_samples(pair.stage.path(tar), zip(keys, labels.tolist(), jpegs, strict=True))
+        index = index_samples(pair.stage.path(tar), [google_crc32c.value(jpeg) for jpeg in jpegs])
     assert [sample.key for sample in index] == keys
-    checksums = [google_crc32c.value(jpeg) for jpeg in jpegs]
-    members = np.array([(s.offset, s.size, crc) for s, crc in zip(index, checksums, strict=True)], dtype=np.int64)
+    members = np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64)
     fidelity = asdict(summarise(torch.cat(pair.raw), torch.cat(pair.centred)))
     pair.writer.finish(
         keys,
         labels,
         np.concatenate([draws for _, draws in pair.rendered]),
         members,
-        {"codec": pair.writer.layout.codec.name, "view": view, "shard": shard.name, "fidelity": fidelity},
+        {"codec": pair.writer.layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
     )
-    files = pair.stage.commit(tar, zarr)
-    latents = pair.writer.layout.latent_bytes(zarr, files)
+    files = pair.stage.commit(zarr) if kept else pair.stage.commit(tar, zarr)
+    source = box.units[images_name(name)]["source"] if kept else current.shard.sha256
     return {
         "view": view,
-        "shard": shard.name,
-        "source": shard.sha256,
+        "shard": name,
+        "source": source,
         "samples": len(keys),
         "tar": tar,
         "zarr": zarr,
         "files": files,
         "fidelity": fidelity,
-        "bytes": {"latents": latents, "pixels": sum(map(len, jpegs))},
+        "bytes": {
+            "latents": pair.writer.layout.latent_bytes(zarr, files),
+            "pixels": 0 if kept else sum(map(len, jpegs)),
+        },
     }

@@ -22,8 +22,7 @@ from cae2pipe.artifacts.box import Box, is_box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.parts import torchrun_rank
-from cae2pipe.config.base import build, identity
-from cae2pipe.config.extract import ViewSettings
+from cae2pipe.config.base import identity
 from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
 from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated
@@ -402,6 +401,7 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
         arrays=(*arrays, "norms") if arrays and settings.loss.kind != "cosine" else arrays,
         guides=("attention",) if settings.mask.strategy == "attention" else (),
         decode=settings.data.decode == "workers",
+        replayed=targets.replayed,
         fresh=fresh_views(targets, settings) if settings.views == "fresh" else None,
         cache=BlockCache(speed.cache, int(speed.cache_gb * 1e9)) if speed.cache else None,
     )
@@ -424,5 +424,4 @@ def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
                 where=root,
                 fix="give the shard set that the targets were made from: --set originals=FOLDER",
             )
-    view = build(ViewSettings, targets.box.identity["settings"]["view"], where=targets.root)
-    return FreshViews(originals, shards, view, settings.seed)
+    return FreshViews(originals, shards, targets.view, settings.seed)

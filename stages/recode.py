@@ -94,23 +94,30 @@ def recode(
             fix="give another output folder, or the set and settings this one was made from",
         )
         missing = missing_stores(box, targets)
+        images = missing_images(box, targets)
         if remake is not None:
             missing = sorted(targets.stores.keys() & set(remake))
+            images = sorted(set(images) | (targets.images_units.keys() & set(remake)))
         if is_local(out):
             remove_debris(out)
-        remove_stages(out, missing)
+        remove_stages(out, [*missing, *images])
         box.facts |= {name: targets.box.facts[name] for name in ("classes", "teacher", "wanted")}
         box.facts["extracted"] = {name: targets.box.facts[name] for name in ("versions", "processor")}
         tell_changes(box.facts, torch.device("cpu"), report)
         if CODEC not in box.units or not box.has(CODEC) or CODEC in (remake or ()):
             make_calibration(box, targets, codec, report)
-        elif not missing:
+        elif not missing and not images:
             report.log(f"nothing to do: {out} holds all {len(targets.stores)} stores of {source}")
         try:
+            copy_images(box, targets, images)
             if missing:
                 recode_stores(box, targets, missing, worker_count(workers), report)
         finally:
-            box.save(complete=lambda merged: targets.box.complete and not missing_stores(merged, targets))
+            box.save(
+                complete=lambda merged: (
+                    targets.box.complete and not missing_stores(merged, targets) and not missing_images(merged, targets)
+                )
+            )
         return box
 
 
@@ -129,6 +136,37 @@ def missing_stores(box: Box, targets: TargetSet) -> list[str]:
                 fix="give the original source, or a new output folder",
             )
     return [name for name in sorted(targets.stores) if name not in whole]
+
+
+def missing_images(box: Box, targets: TargetSet) -> list[str]:
+    """Units of the source's images, which views are cut from, that are not there as the source has them."""
+    whole = box.whole()
+    return [
+        name
+        for name, unit in sorted(targets.images_units.items())
+        if name not in whole or box.units[name]["files"] != unit["files"]
+    ]
+
+
+def copy_images(box: Box, targets: TargetSet, names: list[str]) -> None:
+    """Bring units of images along.
+
+    Raises:
+        DamageError: the source's are damaged.
+    """
+    for name in names:
+        unit = targets.images_units[name]
+        with staged(box.root, name) as stage:
+            for path in unit["files"]:
+                fetch_file(targets.root / path, stage.path(path))
+            if stage.entries(*unit["files"]) != unit["files"]:
+                raise DamageError(
+                    "the source's images are damaged",
+                    where=f"{targets.root}, {name}",
+                    fix=f"cae2pipe verify {targets.root} --repair",
+                )
+            stage.commit(*unit["files"])
+        box.add(name, unit)
 
 
 def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
@@ -202,9 +240,11 @@ def recode_store(
     blocks: Iterator[Recoded],
     report: Report,
 ) -> dict[str, Any]:
-    """Write one store and bring its tar along; return the manifest's entry."""
+    """Write one store and bring its tar along, where its views are stored; return the manifest's entry."""
+    own = [unit["tar"]] if unit["bytes"]["pixels"] else []
     with staged(root, name) as stage:
-        fetch_file(reader.tar, stage.path(unit["tar"]))
+        for tar in own:
+            fetch_file(reader.root / tar, stage.path(tar))
         writer = StoreWriter(stage.path(unit["zarr"]), layout)
         raw, centred = [], []
         try:
@@ -224,11 +264,11 @@ def recode_store(
             )
         finally:
             writer.close()
-        if stage.entries(unit["tar"])[unit["tar"]] != unit["files"][unit["tar"]]:
+        if any(stage.entries(tar)[tar] != unit["files"][tar] for tar in own):
             raise DamageError(
                 "the source's tar is damaged", where=reader.tar, fix=f"cae2pipe verify {reader.root} --repair"
             )
-        files = stage.commit(unit["tar"], unit["zarr"])
+        files = stage.commit(*own, unit["zarr"])
     kept = {key: unit[key] for key in ("view", "shard", "source", "samples", "tar", "zarr")}
     return {
         **kept,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cae2pipe.artifacts.box import is_box, journal_entries, open_box
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import build
+from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import BadInputError
 from cae2pipe.inspection import Verification
@@ -78,7 +78,7 @@ def repair_targets(
             "this is not the shard set that the targets were made from", where=source, fix="give it: --source FOLDER"
         )
     box = open_box(found.path)
-    raw = dict(box.identity["settings"])
+    raw = recorded(ExtractSettings, box.identity["settings"])
     raw["teacher"] = {**raw["teacher"], **({} if weights is None else {"weights": str(weights)})}
     more = {"views": box.facts["wanted"]["views"], "speed": {"workers": workers, "device": device}}
     settings = build(ExtractSettings, {**raw, **more}, where=found.path)

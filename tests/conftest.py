@@ -141,12 +141,25 @@ def pretrain_settings() -> Callable[..., PretrainSettings]:
 def target_root(
     tmp_path_factory: pytest.TempPathFactory, photos: Path, extract_settings: Callable[..., ExtractSettings]
 ) -> Path:
-    """A finished target set of 150 images in two views, klt codec. Not to be written to."""
+    """A finished target set of 150 images in two replayed views, klt codec. Not to be written to."""
     from cae2pipe.progress import Silent
     from cae2pipe.stages.extract_targets import extract_targets
 
     out = tmp_path_factory.mktemp("targets") / "set"
     extract_targets(photos, out, extract_settings(), Silent())
+    return out
+
+
+@pytest.fixture(scope="session")
+def stored_root(
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, extract_settings: Callable[..., ExtractSettings]
+) -> Path:
+    """The same with stored views."""
+    from cae2pipe.progress import Silent
+    from cae2pipe.stages.extract_targets import extract_targets
+
+    out = tmp_path_factory.mktemp("targets") / "stored"
+    extract_targets(photos, out, extract_settings(view={"pixels": "stored"}), Silent())
     return out
 
 

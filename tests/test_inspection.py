@@ -28,7 +28,7 @@ def test_a_sound_set_verifies(target_root):
 
 
 @pytest.mark.parametrize(
-    "name", ["views/v00/000000.tar", "latents/v01/000002.zarr/norms/c/0/0", "shards/tars/000001.tar"]
+    "name", ["images/000000.tar", "images/000001.json", "latents/v01/000002.zarr/norms/c/0/0", "shards/tars/000001.tar"]
 )
 @pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
 def test_every_kind_of_damage_is_named_with_its_remedy(copy, name, damage):
@@ -47,7 +47,7 @@ def test_every_kind_of_damage_is_named_with_its_remedy(copy, name, damage):
 
 
 def test_strangers_are_named(copy):
-    (copy / "views" / "v00" / "extra.tar").write_bytes(b"x")
+    (copy / "images" / "extra.tar").write_bytes(b"x")
     (problem,) = verify(copy, Silent()).problems
     assert problem.where.endswith("extra.tar")
 

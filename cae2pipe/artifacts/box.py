@@ -130,7 +130,7 @@ def open_box(root: Path, kind: str | None = None) -> Box:
     # The journal first: an entry that has gone by then is in the manifest.
     journal = read_many(journal_entries(root))
     if file_size(path) is None:
-        if any(name.startswith(("tars/", "views/", "latents/")) for name in file_sizes(root)):
+        if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in file_sizes(root)):
             raise ManifestError(
                 "this folder has lost its manifest.json, without which nothing says what in it is whole",
                 where=root,

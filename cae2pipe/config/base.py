@@ -41,15 +41,37 @@ def outside(default: Any = ..., **options: Any) -> Any:
     return Field(default, json_schema_extra={"identity": False}, **options)
 
 
+def added(default: Any, before: Any, **options: Any) -> Any:
+    """A field that folders made by older versions do not mention; what they were made with is ``before``.
+
+    It enters fingerprints only where it has another value, so that those of older folders stay.
+    """
+    return Field(default, json_schema_extra={"before": before}, **options)
+
+
 def identity(settings: Settings) -> dict[str, Any]:
     """The settings that change the result, as plain JSON values."""
     result = {}
     for name, info in type(settings).model_fields.items():
-        extra = info.json_schema_extra
-        if name == "speed" or (isinstance(extra, dict) and extra.get("identity") is False):
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        if name == "speed" or extra.get("identity") is False:
             continue
         value = getattr(settings, name)
+        if "before" in extra and value == extra["before"]:
+            continue
         result[name] = identity(value) if isinstance(value, Settings) else settings.model_dump(mode="json")[name]
+    return result
+
+
+def recorded(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest holds of settings, completed by what was true before a field was ``added``."""
+    result = dict(values)
+    for name, info in kind.model_fields.items():
+        extra, inner = info.json_schema_extra, info.annotation
+        if isinstance(extra, dict) and "before" in extra:
+            result.setdefault(name, extra["before"])
+        elif isinstance(inner, type) and issubclass(inner, Settings) and isinstance(result.get(name), dict):
+            result[name] = recorded(inner, result[name])
     return result
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cae2pipe.config.base import Settings, outside
+from cae2pipe.config.base import Settings, added, outside
+
+ENLARGED = 1.28
+"""How many times a crop of a kept image is enlarged, at most: what short side 320 means for views of 224 pixels."""
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -71,10 +75,16 @@ class ViewSettings(Settings):
     """Probability of a horizontal flip."""
     jitter: float = Field(default=0.4, ge=0, lt=1)
     """Strength of brightness, contrast and saturation jitter: factors uniform in 1 -+ jitter."""
+    pixels: Literal["replayed", "stored"] = added("replayed", before="stored")
+    """replayed: each image is kept once, and its views are cut from it again whenever they are loaded, which takes
+    fewer bytes from three views on. stored: each view is kept, which loads faster and suits few views."""
+    short_side: int | None = added(None, before=None, ge=16)
+    """Short side of the images that are kept for replayed views, in pixels; larger ones are reduced to it. null: as
+    long as it takes for no crop to be enlarged more than 1.28 times (320 for views of 224 pixels)."""
     quality: int = Field(default=90, ge=1, le=100)
-    """JPEG quality of stored views."""
+    """JPEG quality of what is kept, views or images."""
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:2:0"
-    """JPEG chroma subsampling of stored views."""
+    """JPEG chroma subsampling of what is kept."""
 
     @model_validator(mode="after")
     def _ranges(self) -> ViewSettings:
@@ -82,7 +92,16 @@ class ViewSettings(Settings):
             raise ValueError("view.scale must satisfy 0 < smallest <= largest <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError("view.ratio must satisfy 0 < smallest <= largest")
+        if self.short_side is not None and self.pixels == "stored":
+            raise ValueError("view.short_side is of images kept for replayed views: set view.pixels=replayed")
         return self
+
+    @property
+    def kept_side(self) -> int:
+        """Short side of the images that are kept for replayed views, in pixels, at most."""
+        # The smallest crop's short side, as a share of the image's: of a square one, others have more.
+        smallest = math.sqrt(self.scale[0] * min(self.ratio[0], 1 / self.ratio[1]))
+        return self.short_side or math.ceil(self.size / smallest / ENLARGED)
 
 
 class CodecSettings(Settings):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cae2pipe.images.jpeg import decode_view
 from cae2pipe.images.views import ViewDraw
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
@@ -50,8 +49,11 @@ def read_stored(targets: TargetSet, images: Path, key: str) -> StoredImage:
         arrays = as_tensors(reader.arrays(block, list(targets.layout.codec.arrays())))
         with torch.no_grad():
             tokens = F.normalize(targets.layout.codec.decode(arrays)[place], dim=-1)
-        stored.views.append(decode_view(reader.jpegs(block)[place]))
-        stored.boxes.append(box_in_image(draw))
+        stored.views.append(targets.pixels(reader.block(block, ()))[place])
+        # Draws of replayed views are made for the image as it is kept.
+        scale = stored.tile.shape[1] / draw.source_width
+        left, top, right, bottom = (round(edge * scale) for edge in box_in_image(draw))
+        stored.boxes.append((left, top, right, bottom))
         stored.flipped.append(draw.flip)
         stored.latents.append(tokens[targets.teacher.class_token :].numpy())
     return stored

@@ -26,6 +26,23 @@ quotes it, torchcodec has only its text or, before torch 2.13, the call's name; 
 status 5 (NVJPEG_STATUS_ALLOCATOR_FAILURE)."""
 
 
+def open_jpeg(data: bytes) -> Image.Image:
+    """A JPEG that a target set holds, decoded on the CPU: a stored view, or an image that views are cut from.
+
+    Raises:
+        ImageError: the bytes are not an RGB JPEG.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        image.load()
+    except Exception as error:  # DecompressionBombError, struct.error and others have no base in common
+        reraise_exhaustion(error)
+        raise ImageError(f"a stored view cannot be decoded: {describe_failure(error)}", fix=VERIFY) from None
+    if image.mode != "RGB":
+        raise ImageError(f"a stored view is not RGB but {image.mode}", fix=VERIFY)
+    return image
+
+
 def decode_view(data: bytes, size: int | None = None) -> np.ndarray:
     """A stored view's pixels, uint8 (H, W, 3), decoded on the CPU.
 
@@ -36,19 +53,12 @@ def decode_view(data: bytes, size: int | None = None) -> np.ndarray:
     Raises:
         ImageError: the bytes are not an RGB JPEG, or not of this size.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG",))
-        pixels = np.asarray(image)
-    except Exception as error:  # DecompressionBombError, struct.error and others have no base in common
-        reraise_exhaustion(error)
-        raise ImageError(f"a stored view cannot be decoded: {describe_failure(error)}", fix=VERIFY) from None
-    if image.mode != "RGB":
-        raise ImageError(f"a stored view is not RGB but {image.mode}", fix=VERIFY)
+    image = open_jpeg(data)
     if size is not None and image.size != (size, size):
         raise ImageError(
             f"a stored view has {image.width} x {image.height} pixels instead of {size} x {size}", fix=VERIFY
         )
-    return pixels
+    return np.asarray(image)
 
 
 def decode_views(images: list[Tensor], keys: Sequence[str], size: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Augmented views: drawn from a key, rendered, stored as JPEG.
+"""Augmented views: drawn from a key, rendered.
 
 As in the released code: colour jitter (brightness, contrast, saturation in a drawn order, no hue), horizontal flip,
 random resized crop with bicubic interpolation, in this order on the full image (paper, Table 8).
@@ -137,8 +137,8 @@ def _grey_mean(image: Image.Image) -> int:
     return int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
 
 
-def encode_view(image: Image.Image, settings: ViewSettings) -> bytes:
-    """The view as JPEG bytes, which depend on its pixels and the settings alone."""
+def encode_jpeg(image: Image.Image, settings: ViewSettings) -> bytes:
+    """An RGB image as JPEG bytes, which depend on its pixels and the settings alone."""
     buffer = io.BytesIO()
     # Left to itself, Pillow would copy a comment of the original.
     image.save(buffer, "JPEG", quality=settings.quality, subsampling=settings.subsampling, comment=b"")

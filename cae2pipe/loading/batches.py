@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ImageError
-from cae2pipe.images.jpeg import decode_view
+from cae2pipe.images.kept import view_pixels
+from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.keyed import keyed_uniforms
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.order import BlockRef, real_samples, steps_per_epoch, stream_pieces, windows
@@ -34,8 +36,9 @@ class Plan:
 
     ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order. ``batch`` counts views as
     they are loaded; each is given ``repeat`` masks. ``arrays`` names the blocked arrays that go to the device;
-    ``guides`` those that masks are drawn by, which stay in the workers. ``fresh``: views are cut from the originals
-    instead. ``decode``: False leaves JPEGs to the device.
+    ``guides`` those that masks are drawn by, which stay in the workers. ``replayed``: how views are cut from the images
+    that the set keeps; None where it keeps the views. ``fresh``: views are cut from the originals instead. ``decode``:
+    False leaves JPEGs, and the cutting of views, to the device.
     """
 
     root: Path
@@ -57,6 +60,7 @@ class Plan:
     arrays: tuple[str, ...]
     guides: tuple[str, ...] = ()
     decode: bool = True
+    replayed: ViewSettings | None = None
     fresh: FreshViews | None = None
     cache: BlockCache | None = None
 
@@ -83,7 +87,8 @@ class Batch:
     float32, 0 for padding; visible (b r, V) and masked (b r, M) int64 patch indices, sorted, a view's masks side by
     side; drop (b r, n) float32 uniforms for drop path; keys: b strings, empty for padding; views: which of its stored
     views each shows; real: views of the whole global batch that are not padding. Where the device is to decode,
-    ``jpegs`` holds all JPEGs end to end, uint8, ``sizes`` (b,) their lengths, and ``pixels`` has no samples.
+    ``jpegs`` holds all JPEGs end to end, uint8, ``sizes`` (b,) their lengths, and ``pixels`` has no samples; ``draws``,
+    float64 (b, 11), says how replayed views are cut from them.
     """
 
     epoch: int
@@ -99,6 +104,7 @@ class Batch:
     drop: Tensor
     keys: list[str]
     views: list[int]
+    draws: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``function`` applied to its tensors. JPEGs, which are decoded from the host, stay."""
@@ -108,7 +114,7 @@ class Batch:
                 return function(value)
             return {name: move(item) for name, item in value.items()} if isinstance(value, dict) else value
 
-        stays = ("jpegs", "sizes")
+        stays = ("jpegs", "sizes", "draws")
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self) if f.name not in stays})
 
     def to(self, device: torch.device) -> Batch:
@@ -118,11 +124,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one window: keys, views, images' bytes, and the blocked arrays over all of them."""
+    """The samples of one window: keys, views, images' bytes, draws (none of fresh views), and the blocked arrays over
+    all of them."""
 
     keys: list[str]
     views: list[int]
     images: list[bytes]
+    draws: list[np.ndarray]
     arrays: dict[str, np.ndarray]
 
 
@@ -151,7 +159,7 @@ class StreamSource:
             skip = 0
 
     def _read(self, pieces: tuple) -> Pool:
-        pool = Pool([], [], [], {})
+        pool = Pool([], [], [], [], {})
         names = (*self.plan.arrays, *self.plan.guides)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         specs = self.plan.layout.blocked()
@@ -166,6 +174,7 @@ class StreamSource:
             block = self._reader(store_name(piece.view, ref.shard)).block(ref.block, names)
             pool.keys.extend(block.keys[piece.low : piece.high])
             pool.images.extend(block.jpegs[piece.low : piece.high])
+            pool.draws.extend(block.draws[piece.low : piece.high])
             for name in names:
                 where = (slice(None),) * specs[name].sample_axis + (slice(piece.low, piece.high),)
                 parts[name].append(block.arrays[name][where])
@@ -202,7 +211,7 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     if plan.decode:
         for row, item in enumerate(flat):
             if item:
-                pixels[row] = _decode(plan, images[row], keys[row], epoch)
+                pixels[row] = _decode(plan, *item, epoch)
     drop = np.concatenate(
         [
             keyed_uniforms(len(items) * plan.repeat * plan.drop_columns, "drop", plan.seed, step, stream)
@@ -217,6 +226,7 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
         jpegs=torch.from_numpy(packed.copy()),
         sizes=torch.tensor([0 if plan.decode else len(image) for image in images]),
+        draws=_draws(plan, flat),
         arrays=as_tensors(gather(plan, flat)),
         weights=torch.tensor([float(item is not None) for item in flat]),
         visible=torch.from_numpy(visible),
@@ -227,13 +237,22 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     )
 
 
-def _decode(plan: Plan, image: bytes, key: str, epoch: int) -> np.ndarray:
+def _decode(plan: Plan, pool: Pool, position: int, epoch: int) -> np.ndarray:
+    image, key = pool.images[position], pool.keys[position]
     if plan.fresh:
         return plan.fresh.render(image, key, epoch)
     try:
-        return decode_view(image, plan.size)
+        return view_pixels(image, pool.draws[position], plan.replayed, plan.size)
     except ImageError as error:
         raise DamageError(error.what, where=f"key {key}", fix=error.fix) from None
+
+
+def _draws(plan: Plan, items: list[tuple[Pool, int] | None]) -> Tensor:
+    """The draws by which the device cuts replayed views; zeros for padding."""
+    if plan.decode or plan.replayed is None:
+        return torch.zeros(len(items), 0, dtype=torch.float64)
+    rows = [item[0].draws[item[1]] if item else np.zeros(len(DRAW_COLUMNS)) for item in items]
+    return torch.from_numpy(np.stack(rows))
 
 
 def gather(plan: Plan, items: list[tuple[Pool, int] | None]) -> dict[str, np.ndarray]:
@@ -264,7 +283,7 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
     """The whole batch from its parts, in order. ``axes``: which axis of each array runs over samples."""
     if len(parts) == 1:
         return parts[0]
-    tensors = ("pixels", "jpegs", "sizes", "weights", "visible", "masked", "drop")
+    tensors = ("pixels", "jpegs", "sizes", "draws", "weights", "visible", "masked", "drop")
     arrays = {name: torch.cat([part.arrays[name] for part in parts], dim=axes[name]) for name in parts[0].arrays}
     joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
     return replace(

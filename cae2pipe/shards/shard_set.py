@@ -147,13 +147,17 @@ def index_path(name: str) -> str:
     return f"tars/{name}.json"
 
 
-def write_index(path: Path, tar: Path, checksums: Sequence[int]) -> None:
-    """Write the index of a local tar, given its images' CRC-32C in order: a line a sample."""
-    rows = [
-        [sample.key, sample.label, sample.offset, sample.size, checksum]
+def index_samples(tar: Path, checksums: Sequence[int]) -> list[IndexedSample]:
+    """Where the samples of a tar lie, given their images' CRC-32C in order."""
+    return [
+        IndexedSample(sample.key, sample.label, sample.offset, sample.size, checksum)
         for sample, checksum in zip(index_tar(tar), checksums, strict=True)
     ]
-    lines = ",\n".join(json.dumps(row) for row in rows)
+
+
+def write_index(path: Path, tar: Path, checksums: Sequence[int]) -> None:
+    """Write the index of a local tar, given its images' CRC-32C in order: a line a sample."""
+    lines = ",\n".join(json.dumps(row) for row in index_samples(tar, checksums))
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.images.jpeg import decode_view
 from cae2pipe.keyed import keyed_permutation
 from cae2pipe.targets.calibration import token_cosines
 from cae2pipe.targets.chunks import BLOCK
@@ -63,7 +62,7 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, seed: int = 0) -> Au
     labels: list[str] = []
     for (name, block), positions in choose(targets, count, seed).items():
         stored = targets.reader(name).block(block)
-        pixels = np.stack([decode_view(stored.jpegs[position]) for position in positions])
+        pixels = targets.pixels(stored, positions)
         live, _ = unit_tokens(teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(teacher.device)).tokens.cpu())
         decoded = targets.layout.codec.decode(as_tensors(stored.arrays))[positions]
         raw, centred = token_cosines(live, decoded, targets.mean)

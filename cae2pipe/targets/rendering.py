@@ -1,13 +1,14 @@
-"""The worker's half of extraction: originals of one block in, stored views of it out.
+"""The worker's half of extraction: originals of one block in, its views out, with what the set keeps of them.
 
-An image is decoded once for all its views. What leaves a worker is the JPEG bytes as they will be stored and what they
-decode to: the teacher sees that, so that the student trains on exactly what the teacher saw.
+An image is decoded once for all its views. What leaves a worker is the JPEG of each stored view, or of the reduced
+image that replayed views are cut from, and the pixels that loaders of the set will make of it: the teacher sees those,
+so that the student trains on exactly what the teacher saw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from torch.utils.data import Dataset
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.images.jpeg import decode_view
-from cae2pipe.images.views import draw_view, encode_view, render_view
+from cae2pipe.images.jpeg import decode_view, open_jpeg
+from cae2pipe.images.kept import keep_image
+from cae2pipe.images.views import draw_view, encode_jpeg, render_view
 from cae2pipe.loading.workers import in_order
-from cae2pipe.shards.shard_set import Shard, ShardSet
+from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet
 from cae2pipe.targets.chunks import BLOCK
 
 
@@ -34,8 +36,11 @@ class Task:
 
 @dataclass(frozen=True)
 class RenderedBlock:
-    """A block's views: for each of ``task.views`` the JPEGs (b of them), their pixels as the teacher will see them,
-    uint8 (b, 3, H, W), and the draws, float64 (b, 11)."""
+    """A block's views, and what is kept of them.
+
+    For each of ``task.views``: the JPEGs (b of them; none where views are replayed), the pixels that the teacher will
+    see, uint8 (b, 3, H, W), and the draws, float64 (b, 11). ``kept``: the images that replayed views are cut from.
+    """
 
     task: Task
     keys: list[str]
@@ -43,38 +48,79 @@ class RenderedBlock:
     jpegs: list[list[bytes]]
     pixels: list[Tensor]
     draws: list[np.ndarray]
+    kept: list[bytes]
 
 
 class Renderer(Dataset):
-    """Renders task by task; picklable, so that workers of a DataLoader can hold it."""
+    """Renders task by task; picklable, so that workers of a DataLoader can hold it.
 
-    def __init__(self, shards: ShardSet, tasks: Sequence[Task], settings: ViewSettings, seed: int):
+    ``kept``: the shards hold the images that replayed views are cut from; else originals, which are reduced first.
+    """
+
+    def __init__(
+        self, shards: ShardSet, tasks: Sequence[Task], settings: ViewSettings, seed: int, *, kept: bool = False
+    ):
         self.shards = shards
         self.tasks = tasks
         self.settings = settings
         self.seed = seed
+        self.kept = kept
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def __getitem__(self, index: int) -> RenderedBlock:
-        task = self.tasks[index]
-        low = task.block * BLOCK
-        samples = self.shards.read(task.shard, low, min(low + BLOCK, task.shard.samples))
+        task, settings = self.tasks[index], self.settings
+        samples = read_block(self.shards, task.shard, task.block)
+        replayed = settings.pixels == "replayed"
+        kept: list[bytes] = []
         jpegs: list[list[bytes]] = [[] for _ in task.views]
+        pixels: list[list[np.ndarray]] = [[] for _ in task.views]
         draws: list[list[np.ndarray]] = [[] for _ in task.views]
         for sample in samples:
-            image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
+            if replayed:
+                kept.append(sample.data if self.kept else keep_original(sample, task.shard, settings))
+                image = open_jpeg(kept[-1])
+            else:
+                image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
             for place, view in enumerate(task.views):
-                draw = draw_view(self.settings, self.seed, sample.key, view, image.height, image.width)
-                jpegs[place].append(encode_view(render_view(image, draw, self.settings), self.settings))
+                draw = draw_view(settings, self.seed, sample.key, view, image.height, image.width)
+                rendered = render_view(image, draw, settings)
+                if not replayed:
+                    jpegs[place].append(encode_jpeg(rendered, settings))
+                pixels[place].append(np.asarray(rendered) if replayed else decode_view(jpegs[place][-1]))
                 draws[place].append(draw.to_row())
         labels = np.array([sample.label for sample in samples], dtype=np.int32)
-        pixels = [
-            torch.from_numpy(np.stack([decode_view(jpeg) for jpeg in view])).permute(0, 3, 1, 2) for view in jpegs
-        ]
-        stacked = [np.stack(rows) for rows in draws]
-        return RenderedBlock(task, [s.key for s in samples], labels, jpegs, pixels, stacked)
+        stacked = [torch.from_numpy(np.stack(view)).permute(0, 3, 1, 2) for view in pixels]
+        keys = [sample.key for sample in samples]
+        return RenderedBlock(task, keys, labels, jpegs, stacked, [np.stack(rows) for rows in draws], kept)
+
+
+class Reducer(Dataset):
+    """Blocks of the images that replayed views are cut from, made of the originals; picklable as ``Renderer``."""
+
+    def __init__(self, shards: ShardSet, blocks: Sequence[tuple[Shard, int]], settings: ViewSettings):
+        self.shards = shards
+        self.blocks = blocks
+        self.settings = settings
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> tuple[Shard, list[ImageSample]]:
+        shard, block = self.blocks[index]
+        samples = read_block(self.shards, shard, block)
+        return shard, [replace(sample, data=keep_original(sample, shard, self.settings)) for sample in samples]
+
+
+def read_block(shards: ShardSet, shard: Shard, block: int) -> list[ImageSample]:
+    low = block * BLOCK
+    return shards.read(shard, low, min(low + BLOCK, shard.samples))
+
+
+def keep_original(sample: ImageSample, shard: Shard, settings: ViewSettings) -> bytes:
+    """The JPEG that is kept of an original."""
+    return keep_image(decode_rgb(sample.data, where=f"{shard.path}, key {sample.key}"), settings)
 
 
 def render(renderer: Renderer, workers: int) -> Iterator[RenderedBlock]:

@@ -1,4 +1,4 @@
-"""One store: the latents of one view of one shard, a Zarr v3 group beside the tar of the view's pixels.
+"""One store: the latents of one view of one shard, a Zarr v3 group, and the tar that its pixels come from.
 
 Arrays, n samples, T tokens, D dimensions, P patches:
 
@@ -8,7 +8,8 @@ Arrays, n samples, T tokens, D dimensions, P patches:
     draws        (n, 11) float64           crop box, flip, jitter: columns named in the attribute `draw_columns`
     labels       (n,) int32                -1: none
     keys         (n, K) uint8              UTF-8, padded with zeros
-    members      (n, 3) int64              offset, length and CRC-32C of the sample's JPEG in the view's tar
+    members      (n, 3) int64              offset, length and CRC-32C of the sample's JPEG in the tar: of the view, or
+                                           of the image that the view is cut from again by its draw
 
 Only this module knows the layout. Reading goes to the files directly; ``zarr.open_group`` reads the same.
 """
@@ -77,11 +78,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Block:
-    """Up to 64 samples of one view: keys, labels, JPEG bytes, and the codec's arrays over those samples."""
+    """Up to 64 samples of one view: keys, labels, JPEG bytes (of the view, or of the image that it is cut from), draws
+    (b, 11), and the codec's arrays over those samples."""
 
     keys: list[str]
     labels: np.ndarray
     jpegs: list[bytes]
+    draws: np.ndarray
     arrays: dict[str, np.ndarray]
 
 
@@ -262,7 +265,8 @@ class StoreReader:
     def block(self, block: int, names: Sequence[str] | None = None) -> Block:
         """Everything of one block; ``names`` picks blocked arrays as in ``arrays``."""
         where = slice(block * BLOCK, (block + 1) * BLOCK)
-        return Block(self.keys()[where], self.labels()[where], self.jpegs(block), self.arrays(block, names))
+        draws = self.draws()[where]
+        return Block(self.keys()[where], self.labels()[where], self.jpegs(block), draws, self.arrays(block, names))
 
     def _shard_path(self, name: str) -> Path:
         return self.path.joinpath(name, "c", *("0",) * len(self.layout.shape(name, BLOCK)))

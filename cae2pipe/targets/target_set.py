@@ -2,7 +2,9 @@
 
 OUT/manifest.json
 OUT/codec.zarr                       mean (D,), and for klt basis (D, D) and step (1,); attribute `shuffle`
-OUT/views/v00/000123.tar             the pixels of view 0 of shard 000123
+OUT/images/000123.tar                the images of shard 000123, reduced, where views are replayed from them,
+OUT/images/000123.json               and where each lies in it
+OUT/views/v00/000123.tar             else the pixels of its view 0
 OUT/latents/v00/000123.zarr          the latents of the same samples in the same order
 OUT/shards/                          the shard set, where extract-targets was given a folder of images
 """
@@ -21,13 +23,16 @@ from torch import Tensor
 from cae2pipe.artifacts.box import Box, check_files, open_box
 from cae2pipe.artifacts.places import file_sizes, place, read_bytes
 from cae2pipe.artifacts.staging import staged
+from cae2pipe.config.base import build, recorded
+from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.exhaustion import reraise_exhaustion
-from cae2pipe.images.jpeg import decode_view
+from cae2pipe.images.kept import view_pixels
+from cae2pipe.shards.shard_set import Shard, ShardSet
 from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK, Shuffle
 from cae2pipe.targets.codecs import as_tensors
-from cae2pipe.targets.store import REMEDY, Layout, StoreReader
+from cae2pipe.targets.store import REMEDY, Block, Layout, StoreReader
 
 KIND = "targets"
 CODEC = "codec"
@@ -36,6 +41,37 @@ CODEC = "codec"
 def store_name(view: int, shard: str) -> str:
     """The unit's name: ``v00/000123``."""
     return f"v{view:02d}/{shard}"
+
+
+def images_name(shard: str) -> str:
+    """The name of the unit that holds the images of a shard's replayed views."""
+    return f"images/{shard}"
+
+
+def images_path(shard: str) -> str:
+    """Where their tar lies."""
+    return f"images/{shard}.tar"
+
+
+def images_index(shard: str) -> str:
+    """Where it says where each image lies in the tar."""
+    return f"images/{shard}.json"
+
+
+def kept_images(box: Box) -> ShardSet:
+    """The images that a set's replayed views are cut from, to be read as a shard set's are."""
+    shards = []
+    for name, unit in sorted(box.units.items()):
+        if name == images_name(unit.get("shard", "")):
+            tar, index = images_path(unit["shard"]), images_index(unit["shard"])
+            digests = (unit["files"][path]["sha256"] for path in (tar, index))
+            shards.append(Shard(unit["shard"], unit["samples"], box.root / tar, *digests))
+    return ShardSet(box.root, box.facts["classes"], shards)
+
+
+def recorded_view(settings: dict[str, Any]) -> ViewSettings:
+    """How views are drawn and kept, from the settings of a set's manifest."""
+    return build(ViewSettings, recorded(ViewSettings, settings["view"]), where="the set's manifest")
 
 
 @dataclass(frozen=True)
@@ -94,7 +130,7 @@ class TargetSet(Sequence[Target]):
         self.root = root = place(root)
         self.arrays = arrays
         self.box: Box = open_box(root, KIND)
-        self.stores: dict[str, dict[str, Any]] = {name: unit for name, unit in self.box.units.items() if name != CODEC}
+        self.stores = stores_of(self.box)
         if CODEC not in self.box.units or not self.stores:
             raise ManifestError(
                 "this target set holds no finished store yet",
@@ -105,7 +141,8 @@ class TargetSet(Sequence[Target]):
             for problem in check_files(self.box, [name], digests=False):
                 raise DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root))
         self.teacher = TeacherFacts(**{name: self.box.facts["teacher"][name] for name in TeacherFacts.__annotations__})
-        self.view_size: int = self.box.identity["settings"]["view"]["size"]
+        self.view = recorded_view(self.box.identity["settings"])
+        self.view_size = self.view.size
         self.classes: list[str] = self.box.facts["classes"]
         codec = self.box.identity["settings"]["codec"]
         self.calibration = read_calibration(root / "codec.zarr")
@@ -146,7 +183,7 @@ class TargetSet(Sequence[Target]):
         columns: dict[str, Any] = {
             "tokens": tokens,
             "norms": torch.from_numpy(stored.arrays["norms"].astype(np.float32)),
-            "pixels": torch.from_numpy(np.stack([decode_view(jpeg) for jpeg in stored.jpegs])),
+            "pixels": torch.from_numpy(self.pixels(stored)),
         }
         if self.layout.attention:
             columns["attention"] = torch.from_numpy(stored.arrays["attention"].copy())
@@ -158,6 +195,29 @@ class TargetSet(Sequence[Target]):
             Target(key, view, int(label), *(columns[column][within] for column in Target._fields[3:]))
             for within, (key, label) in enumerate(zip(stored.keys, stored.labels, strict=True))
         ]
+
+    @property
+    def images_units(self) -> dict[str, dict[str, Any]]:
+        """The manifest's entries of the images that replayed views are cut from, by unit."""
+        return {name: unit for name, unit in self.box.units.items() if name == images_name(unit.get("shard", ""))}
+
+    @property
+    def replayed(self) -> ViewSettings | None:
+        """How views are cut from the images that the set keeps; None where it keeps the views themselves."""
+        return self.view if self.view.pixels == "replayed" else None
+
+    def pixels(self, block: Block, positions: Sequence[int] | None = None) -> np.ndarray:
+        """The views of a block, or those at some positions in it, uint8 (b, H, W, 3).
+
+        Raises:
+            ImageError: one cannot be decoded, or is not what its draw was made for.
+        """
+        return np.stack(
+            [
+                view_pixels(block.jpegs[position], block.draws[position], self.replayed, self.view_size)
+                for position in (range(len(block.jpegs)) if positions is None else positions)
+            ]
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -189,12 +249,36 @@ class TargetSet(Sequence[Target]):
         }
 
     def bytes_per_view(self) -> dict[str, float]:
-        """Mean bytes a view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs), ``fp16`` (latents uncoded)."""
+        """Mean bytes a view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs, where views are replayed each
+        one's share of its image), ``fp16`` (latents uncoded)."""
         samples = sum(unit["samples"] for unit in self.stores.values())
-        mean = {
-            name: sum(unit["bytes"][name] for unit in self.stores.values()) / samples for name in ("latents", "pixels")
-        }
+        units = [unit for name, unit in self.box.units.items() if name != CODEC]
+        mean = {name: sum(unit["bytes"].get(name, 0) for unit in units) / samples for name in ("latents", "pixels")}
         return {**mean, "fp16": float(2 * self.teacher.tokens * (self.teacher.dim + 1))}
+
+
+def stores_of(box: Box) -> dict[str, dict[str, Any]]:
+    """The stores of a set by name. A replayed view's files are its latents and the images that it is cut from.
+
+    Raises:
+        ManifestError: the manifest knows a view and not its images.
+    """
+    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    stores = {}
+    for name, unit in box.units.items():
+        if "view" not in unit:
+            continue
+        if replayed:
+            images = box.units.get(images_name(unit["shard"]))
+            if images is None:
+                raise ManifestError(
+                    f"the manifest lists view {name}, and not the images that it is cut from",
+                    where=box.root,
+                    fix="restore manifest.json from a copy, or make the set again",
+                )
+            unit = {**unit, "files": {**unit["files"], **images["files"]}}
+        stores[name] = unit
+    return stores
 
 
 def make_layout(teacher: dict[str, Any], codec: dict[str, Any], calibration: Calibration) -> Layout:

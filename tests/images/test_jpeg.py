@@ -18,7 +18,7 @@ from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import Cae2pipeError, ImageError, SettingsError
 from cae2pipe.images import jpeg
 from cae2pipe.images.jpeg import decode_view, decode_views, device_decoder
-from cae2pipe.images.views import encode_view
+from cae2pipe.images.views import encode_jpeg
 
 CPU = torch.device("cpu")
 LIBRARIES = {"torchcodec": "torchcodec.decoders", "torchvision": "torchvision.io"}
@@ -128,7 +128,7 @@ def test_a_torchcodec_that_cannot_be_loaded_is_passed_over_and_named_where_nothi
 
 
 def broken_views() -> dict[str, bytes]:
-    data = encode_view(noise(32), ViewSettings())
+    data = encode_jpeg(noise(32), ViewSettings())
     frame = data.index(b"\xff\xc0")
     png = io.BytesIO()
     noise(32).save(png, "PNG")
@@ -164,7 +164,7 @@ def test_a_view_of_another_size_is_an_image_error_where_the_size_is_known(name):
 # A grey JPEG becomes RGB on a device. Before it is stored, a view's bytes are RGB, and a checksum guards them.
 @pytest.mark.parametrize("name", [name for name in broken_views() if name not in ("empty", "grey", "cmyk")])
 def test_a_broken_view_is_named_where_a_device_decodes(library, name):
-    good = encode_view(noise(32), ViewSettings(size=32))
+    good = encode_jpeg(noise(32), ViewSettings(size=32))
     with pytest.raises(ImageError) as caught:
         decode_views(tensors(good, broken_views()[name], good), ["one", "two", "three"], 32, CPU)
     with pytest.raises(ImageError) as alone:

@@ -21,7 +21,7 @@ from cae2pipe.images.views import (
     ORDERS,
     ViewDraw,
     draw_view,
-    encode_view,
+    encode_jpeg,
     render_view,
 )
 
@@ -215,7 +215,7 @@ def test_rows_keep_draws_whole():
 @pytest.mark.parametrize(("subsampling", "sampling"), [("4:4:4", 0), ("4:2:2", 1), ("4:2:0", 2)])
 def test_stored_views_are_jpegs_as_set(subsampling, sampling):
     view = noise(32, 32)
-    data = encode_view(view, ViewSettings(size=32, quality=77, subsampling=subsampling))
+    data = encode_jpeg(view, ViewSettings(size=32, quality=77, subsampling=subsampling))
     stored = Image.open(io.BytesIO(data))
     assert JpegImagePlugin.get_sampling(stored) == sampling
     buffer = io.BytesIO()
@@ -232,4 +232,4 @@ def test_what_an_image_carries_beside_its_pixels_is_not_stored():
         "exif": b"Exif\0\0",
         "xmp": b"y",
     }
-    assert encode_view(laden, PUBLISHED) == encode_view(plain, PUBLISHED)
+    assert encode_jpeg(laden, PUBLISHED) == encode_jpeg(plain, PUBLISHED)

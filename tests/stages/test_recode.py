@@ -134,20 +134,20 @@ def test_what_does_not_fit_is_refused(fp16, photos, tmp_path, extract_settings):
 
 def test_a_damaged_source_leaves_nothing_damaged(fp16, tmp_path):
     shutil.copytree(fp16, tmp_path / "fp16")
-    tar = tmp_path / "fp16/views/v00/000001.tar"
+    tar = tmp_path / "fp16/images/000001.tar"
     data = bytearray(tar.read_bytes())
     data[3000] ^= 1
     tar.write_bytes(data)
     with pytest.raises(DamageError) as caught:
         recode(tmp_path / "fp16", tmp_path / "set", KLT, Silent())
-    assert "v00/000001.tar" in caught.value.where
-    assert not (tmp_path / "set/views/v00/000001.tar").exists()
+    assert "images/000001" in caught.value.where
+    assert not (tmp_path / "set/images/000001.tar").exists()
 
 
 def test_repair_goes_by_the_set_it_came_from(fp16, tmp_path):
     recode(fp16, tmp_path / "set", KLT, Silent())
     before = contents(tmp_path / "set")
-    for name in ("latents/v01/000001.zarr/symbols/c/0/0/0", "views/v00/000000.tar", "codec.zarr/mean/c/0"):
+    for name in ("latents/v01/000001.zarr/symbols/c/0/0/0", "images/000000.tar", "codec.zarr/mean/c/0"):
         # A new file: the tar has a second name in the source.
         data = bytearray((tmp_path / "set" / name).read_bytes())
         data[len(data) // 2] ^= 1

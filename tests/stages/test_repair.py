@@ -21,7 +21,8 @@ from cae2pipe.stages.repair import repair
 from tests.conftest import contents, snapshot
 
 FILES = [
-    "views/v01/000001.tar",
+    "images/000001.tar",
+    "images/000002.json",
     "latents/v00/000002.zarr/symbols/c/0/0/0",
     "latents/v00/000002.zarr/zarr.json",
     "codec.zarr/basis/c/0/0",
@@ -57,6 +58,13 @@ def mended(root: Path, photos: Path, teacher: Path) -> None:
     repair(found, Silent(), photos, weights=teacher, device="cpu", workers=0)
 
 
+@pytest.fixture
+def stored(stored_root, tmp_path) -> Path:
+    """A set of stored views."""
+    shutil.copytree(stored_root, tmp_path / "stored")
+    return tmp_path / "stored"
+
+
 @pytest.mark.parametrize("how", ["deleted", "cut", "changed"])
 @pytest.mark.parametrize("name", FILES)
 def test_exactly_the_damaged_is_made_again(copy, photos, teacher_file, name, how):
@@ -73,6 +81,31 @@ def test_exactly_the_damaged_is_made_again(copy, photos, teacher_file, name, how
     assert all(number in path for path in touched)
 
 
+def test_a_stored_view_is_made_again(stored, photos, teacher_file):
+    before = snapshot(stored)
+    damage(stored / "views/v01/000001.tar", "changed")
+    mended(stored, photos, teacher_file)
+    after = snapshot(stored)
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    touched = {path for path in before if before[path][1] != after[path][1]} - {"manifest.json"}
+    assert touched
+    assert all("v01/000001" in path for path in touched)
+
+
+def test_images_that_come_out_otherwise_are_refused(copy, photos, teacher_file, monkeypatch):
+    """Views have been cut from them, and the teacher has seen those."""
+    damage(copy / "images/000001.tar", "deleted")
+    before = contents(copy)
+    rendering = importlib.import_module("cae2pipe.targets.rendering")
+    real = rendering.keep_image
+    monkeypatch.setattr(rendering, "keep_image", lambda image, settings: real(image.rotate(180), settings))
+    with pytest.raises(DamageError, match="do not come out as they were"):
+        mended(copy, photos, teacher_file)
+    after = contents(copy)
+    assert not json.loads(after.pop("manifest.json"))["complete"]
+    assert after == {name: data for name, data in before.items() if name != "manifest.json"}
+
+
 def test_all_of_it_at_once(copy, photos, teacher_file):
     before = contents(copy)
     for name in FILES:
@@ -81,8 +114,9 @@ def test_all_of_it_at_once(copy, photos, teacher_file):
     assert contents(copy) == before
 
 
-def test_a_store_that_contradicts_its_tar(copy, photos, teacher_file):
+def test_a_store_that_contradicts_its_tar(stored, photos, teacher_file):
     """Both files of another set, with the digests in the manifest made to fit: only the content tells."""
+    copy = stored
     before = contents(copy)
     tar = copy / "views/v00/000000.tar"
     shutil.copy(copy / "views/v00/000001.tar", tar)
@@ -117,7 +151,7 @@ def test_a_shard_set_beside_the_targets(photos, tmp_path, extract_settings, teac
     shards = build_shard_set(photos, tmp_path / "shards", settings.shard, Silent())
     extract_targets(shards.root, tmp_path / "set", settings, Silent())
     before = contents(tmp_path / "set")
-    damage(tmp_path / "set/views/v00/000001.tar", "changed")
+    damage(tmp_path / "set/images/000001.tar", "changed")
     with pytest.raises(BadInputError, match="shard set") as caught:
         repair(verify(tmp_path / "set", Silent()), Silent(), None, weights=teacher_file, device="cpu", workers=0)
     assert "--source" in caught.value.fix
@@ -135,7 +169,7 @@ def test_only_the_asked_is_made(photos, tmp_path, extract_settings, teacher_file
     extract_targets(photos, tmp_path / "set", extract_settings(views=1), Silent())
     extract_targets(photos, tmp_path / "set", settings, Silent(), parse_part("1/2"))
     before = contents(tmp_path / "set")
-    damage(tmp_path / "set/views/v01/000000.tar", "deleted")
+    damage(tmp_path / "set/latents/v01/000000.zarr/norms/c/0/0", "deleted")
     mended(tmp_path / "set", photos, teacher_file)
     assert contents(tmp_path / "set") == before
 
@@ -161,6 +195,6 @@ def test_the_command_line(copy, photos, teacher_file):
     result = run(app, ["verify", str(copy), "--repair", "--teacher-weights", str(teacher_file), "--device", "cpu"])
     assert result.exit_code == 0, result.stderr
     assert contents(copy) == before
-    (copy / "views/v00/stranger.tar").write_bytes(b"x")
+    (copy / "images/stranger.tar").write_bytes(b"x")
     assert run(app, ["verify", str(copy), "--repair"]).exit_code == 1
-    assert (copy / "views/v00/stranger.tar").exists()
+    assert (copy / "images/stranger.tar").exists()

@@ -1,0 +1,56 @@
+"""Images as a target set keeps them: once each, reduced; their views are cut from them again whenever they are loaded.
+
+A view is a known crop, flip and jitter of one image. What a set of replayed views calls its images are those kept here:
+draws are made for their sizes, and the teacher sees what is cut from their JPEGs, as all who load the set do later.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from cae2pipe.config.extract import ViewSettings
+from cae2pipe.errors import ImageError
+from cae2pipe.images.jpeg import VERIFY, decode_view, open_jpeg
+from cae2pipe.images.views import ViewDraw, encode_jpeg, render_view
+
+
+def reduce_image(image: Image.Image, side: int) -> Image.Image:
+    """An RGB image whose short side is ``side`` pixels; smaller ones stay as they are."""
+    factor = side / min(image.size)
+    if factor >= 1:
+        return image
+    width, height = (max(1, round(length * factor)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def keep_image(image: Image.Image, settings: ViewSettings) -> bytes:
+    """The JPEG that is kept of an RGB image. Its bytes depend on the image's pixels and the settings alone."""
+    return encode_jpeg(reduce_image(image, settings.kept_side), settings)
+
+
+def replay_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> np.ndarray:
+    """The pixels, uint8 (S, S, 3), of a view of a kept image as ``open_jpeg`` gives it.
+
+    Raises:
+        ImageError: the draw was made for an image of another size.
+    """
+    return np.asarray(render_view(image, draw, settings))
+
+
+def view_pixels(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, size: int) -> np.ndarray:
+    """A view's pixels, uint8 (S, S, 3), from what is kept of it.
+
+    Args:
+        jpeg: the view, or the image that it is cut from. draw: its row of draws (11,). replayed: how views are cut,
+            None where they are stored. size: their side in pixels.
+
+    Raises:
+        ImageError: no RGB JPEG, or not one of the size that is known.
+    """
+    if replayed is None:
+        return decode_view(jpeg, size)
+    try:
+        return replay_view(open_jpeg(jpeg), ViewDraw.from_row(draw), replayed)
+    except ImageError as error:
+        raise ImageError(error.what, fix=VERIFY) from None
