@@ -38,8 +38,9 @@ itself is a group of its own. Fused by a compiler they take far less."""
 JITTER_BYTES, RESAMPLE_BYTES = 64, 64
 """Temporaries without a compiler, at most: per pixel of the images, and per pixel of what a resampling pass gives."""
 
-TAPS_STEP = 4
-"""Compiled code is specialised to a number of taps: they are rounded up to multiples of this."""
+TAPS_STEP = 8
+"""Compiled code is specialised to a number of taps: they are rounded up to multiples of this. Boxes of up to twice the
+size of a view have 8 at most."""
 
 
 def render_views(
