@@ -125,6 +125,8 @@ def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> I
         crop = _adjust(crop, name, getattr(draw, name))
     if draw.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    # First across, then down. In one call Pillow 13 chooses the order itself, and other versions give other pixels.
+    crop = crop.resize((settings.size, crop.height), Image.Resampling.BICUBIC)
     return crop.resize((settings.size, settings.size), Image.Resampling.BICUBIC)
 
 
