@@ -44,7 +44,11 @@ size of a view have 8 at most."""
 
 
 def render_views(
-    images: Sequence[Tensor], draws: np.ndarray | Tensor, size: int, backend: str | Callable[..., Any] | None = None
+    images: Sequence[Tensor],
+    draws: np.ndarray | Tensor,
+    size: int,
+    backend: str | Callable[..., Any] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Tensor:
     """The views of RGB images, uint8 (n, 3, size, size), on the images' device. The host never waits for it.
 
@@ -52,6 +56,7 @@ def render_views(
         images: n > 0 images, uint8 (3, h, w), of any sizes, all on one device.
         draws: float64 (n, 11) on the host, columns as in ``DRAW_COLUMNS``; a row for each image.
         backend: of ``torch.compile``, for the inner functions; None runs them as they are.
+        names: what to call the images in errors.
 
     Raises:
         ImageError: a draw was made for an image of another size, or its box leaves the image.
@@ -59,7 +64,7 @@ def render_views(
     rows = np.asarray(draws, dtype=np.float64)
     if rows.shape != (len(images), len(DRAW_COLUMNS)) or not images:
         raise ValueError(f"{len(images)} images and draws of shape {rows.shape}: give one row for each image")
-    _check(images, rows)
+    _check(images, rows, names or [f"image {row} of the batch" for row in range(len(images))])
     plan = Plan.of(rows, size, compiled=backend is not None)
     device = images[0].device
     numbers, view_of_block = _upload(plan.numbers, device), _upload(plan.view_of_block, device)
@@ -295,21 +300,21 @@ def _planes(images: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=1).view(3, -1, LANES)
 
 
-def _check(images: Sequence[Tensor], draws: np.ndarray) -> None:
+def _check(images: Sequence[Tensor], draws: np.ndarray, names: Sequence[str]) -> None:
     top, left, height, width, *_, tall, wide = draws.T
     found = np.array([tuple(image.shape[1:]) for image in images])
     for row in np.flatnonzero((found != np.stack((tall, wide), 1)).any(1))[:1]:
         raise ImageError(
             f"the view was drawn for an image of {int(wide[row])} x {int(tall[row])} pixels, "
             f"and this one has {found[row, 1]} x {found[row, 0]}",
-            where=f"image {row} of the batch",
+            where=names[row],
             fix="give the image that the view was drawn from",
         )
     inside = (top >= 0) & (left >= 0) & (height >= 1) & (width >= 1) & (top + height <= tall) & (left + width <= wide)
     for row in np.flatnonzero(~inside)[:1]:
         raise ImageError(
             f"the view's box leaves its image of {int(wide[row])} x {int(tall[row])} pixels",
-            where=f"image {row} of the batch",
+            where=names[row],
             fix="give the draw as it was made",
         )
 

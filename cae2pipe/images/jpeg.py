@@ -61,17 +61,20 @@ def decode_view(data: bytes, size: int | None = None) -> np.ndarray:
     return np.asarray(image)
 
 
-def decode_views(images: list[Tensor], keys: Sequence[str], size: int, device: torch.device) -> Tensor:
-    """Stored views' pixels, uint8 (n, 3, size, size) on ``device``, decoded there: by nvJPEG on a CUDA device, whose
-    pixels differ a little from ``decode_view``'s; by libjpeg on the CPU, with the same pixels.
+def decode_jpegs(
+    images: list[Tensor], keys: Sequence[str], device: torch.device, size: int | None = None
+) -> list[Tensor]:
+    """The pixels of JPEGs, uint8 (3, H, W) each on ``device``, decoded there: by nvJPEG on a CUDA device, whose pixels
+    differ a little from ``open_jpeg``'s; by libjpeg on the CPU, with the same pixels.
 
     Waits for the current stream, and for the decoder.
 
     Args:
-        images: n > 0 JPEGs, uint8 (bytes,) on the host. keys: what to call them in errors.
+        images: n > 0 JPEGs, uint8 (bytes,) on the host. keys: what to call them in errors. size: pixels a side that
+            stored views must have.
 
     Raises:
-        ImageError: ``decode_view`` refuses one of them, which is named. SettingsError: nothing decodes on a device.
+        ImageError: the CPU's decoder refuses one of them, which is named. SettingsError: nothing decodes on a device.
         torch.OutOfMemoryError: memory has ended. torch.AcceleratorError, Cae2pipeError: the device or its decoder
             failed.
     """
@@ -85,10 +88,11 @@ def decode_views(images: list[Tensor], keys: Sequence[str], size: int, device: t
         with warnings.catch_warnings():
             # torchvision's, from 0.29 on.
             warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
-            pixels = torch.stack(decode(images, mode="RGB", device=device))
-        if pixels.shape[1:] == (3, size, size):
+            pixels: list[Tensor] = list(decode(images, mode="RGB", device=device))
+        others = [view.shape for view in pixels if size is not None and view.shape != (3, size, size)]
+        if not others:
             return pixels
-        said = f"the views have {pixels.shape[3]} x {pixels.shape[2]} pixels"
+        said = f"a view has {others[0][2]} x {others[0][1]} pixels"
     except RuntimeError as error:
         reraise_exhaustion(error)
         said = str(error)

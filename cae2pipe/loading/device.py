@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from cae2pipe.errors import DamageError, ImageError
-from cae2pipe.images.jpeg import decode_views
+from cae2pipe.images.device_views import render_views
+from cae2pipe.images.jpeg import VERIFY, decode_jpegs
 from cae2pipe.loading.batches import Batch, join
 from cae2pipe.loading.upload import upload_ahead
 from cae2pipe.threads import in_threads
@@ -40,10 +41,11 @@ def _pin(parts: list[Batch]) -> list[Batch]:
 
 
 def decoded(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its JPEGs decoded on the device, where they have come this far.
+    """The batch with its JPEGs decoded on the device, and replayed views cut from them, where they have come this far.
 
     Raises:
-        DamageError: one is not a JPEG of a view. Else as ``decode_views``.
+        DamageError: one is not a JPEG of a view, or not of the image that a view was drawn for. Else as
+            ``decode_jpegs``.
     """
     if len(batch.pixels) == len(batch.weights):
         return batch
@@ -52,10 +54,16 @@ def decoded(batch: Batch, device: torch.device) -> Batch:
     whole = batch.pixels.new_zeros(len(sizes), *batch.pixels.shape[1:])
     if not jpegs:
         return replace(batch, pixels=whole)
+    keys, size, replayed = [batch.keys[row] for row in jpegs], whole.shape[-1], batch.draws.shape[1] > 0
     try:
-        pixels = decode_views(list(jpegs.values()), [batch.keys[row] for row in jpegs], whole.shape[-1], device)
+        images = decode_jpegs(list(jpegs.values()), keys, device, None if replayed else size)
+        if replayed:
+            names = [f"key {key}" for key in keys]
+            pixels = render_views(images, batch.draws[list(jpegs)], size, names=names)
+        else:
+            pixels = torch.stack(images)
     except ImageError as error:
-        raise DamageError(error.what, where=f"step {batch.step}, {error.where}", fix=error.fix) from None
+        raise DamageError(error.what, where=f"step {batch.step}, {error.where}", fix=VERIFY) from None
     if len(jpegs) == len(whole):
         return replace(batch, pixels=pixels)
     return replace(batch, pixels=whole.index_copy_(0, torch.tensor(list(jpegs), device=device), pixels))

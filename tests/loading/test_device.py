@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,15 +14,16 @@ from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.device import decoded, on_device
 from cae2pipe.loading.loader import load_batches, load_parts
 from cae2pipe.stages.pretrain import make_plan
+from cae2pipe.targets.store import StoreReader
 from cae2pipe.targets.target_set import TargetSet
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def plans(target_root, pretrain_settings) -> dict[str, Plan]:
+@pytest.fixture(scope="module", params=["replayed", "stored"])
+def plans(request, target_root, stored_root, pretrain_settings) -> dict[str, Plan]:
     """The same batches, decoded by the workers and on the device."""
-    targets = TargetSet(target_root)
+    targets = TargetSet({"replayed": target_root, "stored": stored_root}[request.param])
     settings = {place: pretrain_settings(data={"decode": place}) for place in ("workers", "device")}
     return {place: make_plan(targets, sorted(targets.stores), settings[place], 4) for place in settings}
 
@@ -46,10 +48,22 @@ def test_a_step_of_padding_alone_decodes_to_nothing(plans):
     assert not pixels.any()
 
 
+@pytest.mark.parametrize("plans", ["stored"], indirect=True)
 @pytest.mark.parametrize("place", ["workers", "device"])
 def test_a_view_of_another_size_is_damage_and_named(plans, place):
     with pytest.raises(DamageError, match="32 x 32 pixels instead of 64 x 64") as caught:
         given(replace(plans[place], size=64))
+    assert "key class" in caught.value.where
+    assert caught.value.fix == "run `cae2pipe verify`"
+
+
+@pytest.mark.parametrize("plans", ["replayed"], indirect=True)
+@pytest.mark.parametrize("place", ["workers", "device"])
+def test_an_image_of_another_size_than_its_draws_is_damage_and_named(plans, place, monkeypatch):
+    real = StoreReader.draws
+    monkeypatch.setattr(StoreReader, "draws", lambda reader: real(reader) + np.eye(11)[10])
+    with pytest.raises(DamageError, match="the view was drawn for an image of") as caught:
+        given(plans[place])
     assert "key class" in caught.value.where
     assert caught.value.fix == "run `cae2pipe verify`"
 
