@@ -28,6 +28,7 @@ PARTS = (
     Part("E1", "benchmarks.gpu.latents:teacher", 20),
     Part("E2", "benchmarks.gpu.latents:codecs", 6),
     # How fast is it?
+    Part("V", "benchmarks.gpu.views:rendering", 35, "alone"),
     Part("C-tiny", "benchmarks.gpu.speed:size", 25, "alone", ("tiny",)),
     Part("C-small", "benchmarks.gpu.speed:size", 30, "alone", ("small",)),
     Part("C-base", "benchmarks.gpu.speed:size", 45, "alone", ("base",)),
