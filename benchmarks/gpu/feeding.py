@@ -32,9 +32,10 @@ SHARED = Path("/dev/shm")
 BUSY_BATCHES = 50
 
 
-def loader(state: State, found: Found) -> None:
-    """Base fed by 8 and 16 workers, views decoded by them or by the device, against the same step from memory."""
-    targets = state.clip_targets()
+def loader(state: State, found: Found, pixels: str) -> None:
+    """Base fed by 8 and 16 workers, stored or replayed views made ready by them or by the device, against the same step
+    from memory."""
+    targets = state.clip_targets(pixels)
     views = len(targets)
     batch = 8 if state.quick else min(state.recall("batch-base", None) or first_batch(state, "base") // 2, views // 2)
     step, one, settings = in_memory(state, "base", batch, compiles(None, state.place))
@@ -44,7 +45,7 @@ def loader(state: State, found: Found) -> None:
     steps = 2 if state.quick else max(8, min(30, round(TURN_S / took)))
     from_memory = turn(step, repeat(one), steps, state.place)
     memory = [from_memory() for _ in range(2)]
-    found.rows.append({"fed": "from memory", "batch": batch, "images/s": figures(memory)})
+    found.rows.append({"fed": "from memory", "views": pixels, "batch": batch, "images/s": figures(memory)})
     decoders = ["workers"]
     try:
         found.facts["the device's decoder"] = device_decoder().__module__
@@ -61,7 +62,7 @@ def loader(state: State, found: Found) -> None:
                 rate = turn(step, batches, steps, state.place, waits)()
                 used = shared_memory() - used
             name = f"by {workers} workers, " + ("decoded by the device" if decode == "device" else "which decode")
-            row: dict[str, Any] = {"fed": name, "batch": batch}
+            row: dict[str, Any] = {"fed": name, "views": pixels, "batch": batch}
             row |= {"images/s": figures([rate]), "/memory": round(rate / max(memory), 3)}
             found.rows.append(row | {"data_wait": round(waits[0], 4), "shared_memory_gb": round(used / 1e9, 2)})
             found.goals.append(at_least(f"{name}: over the same step from memory", rate / max(memory), 0.95))

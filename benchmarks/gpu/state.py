@@ -197,13 +197,14 @@ class State:
 
         return ShardSet.open(self.once("shards", make))
 
-    def clip_targets(self) -> TargetSet:
-        """One view of all photographs, extracted on the device."""
+    def clip_targets(self, pixels: str = "replayed") -> TargetSet:
+        """One view of all photographs, extracted on the device; ``pixels`` as in the settings of views."""
 
         def make(folder: Path) -> None:
-            extract_targets(self.shards().root, folder, self.clip_settings(), Silent())
+            settings = self.clip_settings(view={"pixels": pixels})
+            extract_targets(self.shards().root, folder, settings, Silent())
 
-        return TargetSet(self.once("clip-targets", make))
+        return TargetSet(self.once(f"clip-targets-{pixels}", make))
 
     def labelled(self) -> Path:
         """Images of four colours with noise, to train and to score on: even an untrained encoder tells them apart."""

@@ -12,7 +12,7 @@ from PIL import Image
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import ImageError
 from cae2pipe.images.jpeg import VERIFY, decode_view, open_jpeg
-from cae2pipe.images.views import ViewDraw, encode_jpeg, render_view
+from cae2pipe.images.views import ViewDraw, encode_jpeg, render_view, resize
 
 
 def reduce_image(image: Image.Image, side: int) -> Image.Image:
@@ -21,7 +21,7 @@ def reduce_image(image: Image.Image, side: int) -> Image.Image:
     if factor >= 1:
         return image
     width, height = (max(1, round(length * factor)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return resize(image, width, height)
 
 
 def keep_image(image: Image.Image, settings: ViewSettings) -> bytes:

@@ -125,9 +125,16 @@ def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> I
         crop = _adjust(crop, name, getattr(draw, name))
     if draw.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # First across, then down. In one call Pillow 13 chooses the order itself, and other versions give other pixels.
-    crop = crop.resize((settings.size, crop.height), Image.Resampling.BICUBIC)
-    return crop.resize((settings.size, settings.size), Image.Resampling.BICUBIC)
+    return resize(crop, settings.size, settings.size)
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bicubic and antialiased, first across, then down: the same pixels whatever Pillow's version.
+
+    In one call Pillow 13 chooses the order itself, and each pass rounds to whole levels.
+    """
+    across = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return across.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _adjust(image: Image.Image, name: str, factor: float) -> Image.Image:
