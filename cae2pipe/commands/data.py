@@ -183,8 +183,8 @@ def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
             else f"of the {found['views']} asked for, each would be shown {advice['showings_asked']:.3g} times"
         )
         console.print(
-            f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} with "
-            f"{name}, {duration(advice['seconds'])} here, each view shown {advice['showings']:.3g} times; {asked}",
+            f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "
+            f"with {name}, {duration(advice['seconds'])} here, each view shown {advice['showings']:.3g} times; {asked}",
             markup=False,
             highlight=False,
             soft_wrap=True,

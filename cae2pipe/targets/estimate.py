@@ -83,6 +83,6 @@ def project(images: int, views: int, bytes_per_view: float, extracted_per_s: flo
 
 
 def recommend_views(epochs: int) -> int:
-    """Views of each image to store for pretraining of so many epochs, at least 1: an epoch shows one view of each image,
-    and each view may be shown ``SHOWINGS`` times."""
+    """Views of each image to store for pretraining of so many epochs, at least 1: an epoch shows one view of each
+    image, and each view may be shown ``SHOWINGS`` times."""
     return max(1, math.ceil(epochs / SHOWINGS))
