@@ -6,6 +6,7 @@ Images are decoded once and held in memory for all checkpoints of all runs, as c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,10 +83,6 @@ class Scorer:
             found.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
         return found[0], found[1]
 
-    @property
-    def test_images(self) -> int:
-        return self.splits[1].images
-
     def score(self, run: Box, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
         """``knn`` and, where asked, ``linear`` top-1 accuracy in percent, on the class token; and ``held_out_loss``."""
         model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
@@ -136,12 +133,17 @@ class Scorer:
 @torch.no_grad()
 def class_tokens(encoder: Student, pixels: Tensor) -> Tensor:
     """Class tokens (N, D) float32 of crops (N, 3, S, S) uint8."""
-    return torch.cat([encoder.tokens(part).class_token for part in pixels.split(CPU_BATCH)])
+    return torch.cat([encoder.tokens(part).together()[:, 0] for part in pixels.split(CPU_BATCH)])
 
 
 def percent(found: Tensor, labels: Tensor) -> float:
     """How many of N classes, int64 (N,), are right."""
     return 100 * float((found == labels).float().mean())
+
+
+def standard_error(score: float, images: int) -> float:
+    """Of an accuracy in percent on so many test images, in points."""
+    return math.sqrt(score * (100 - score) / images)
 
 
 def kept_epochs(run: Path, steps: int, every: int) -> list[int]:
