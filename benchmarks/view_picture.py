@@ -12,6 +12,7 @@ from benchmarks.view_scores import standard_error
 def draw(rows: Sequence[dict[str, Any]], images: int, path: Path) -> None:
     """kNN over epochs for every V at 0.999; and the last epoch's scores against bytes, fresh crops as a level."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
     plain = [row for row in rows if row["fidelity"] == 0.999]
@@ -58,6 +59,9 @@ def draw(rows: Sequence[dict[str, Any]], images: int, path: Path) -> None:
             name = row["arm"].removesuffix("-s0")
             right.annotate(name, (row["kb_per_image"], row[score]), xytext=(4, -10), textcoords="offset points", size=7)
     right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("")
     right.set_xlabel("kB an image on the disk, latents and pixels")
     right.set_ylabel("top-1, %")
     right.set_title(f"after {end} epochs (bars: one standard error, {images} images)")
