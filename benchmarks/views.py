@@ -183,9 +183,10 @@ def arm_rows(bench: Bench, arm: Arm, run: Box, pixels_once: float | None) -> lis
         row = {"arm": arm.name, "views": arm.views, "fidelity": arm.fidelity, "seed": arm.seed, "epoch": epoch}
         row |= {name: None if found[name] is None else round(found[name], 2) for name in ("knn", "linear")}
         row |= {"train_loss": round(losses[epoch], 4), "held_out_loss": round(found["held_out_loss"], 4)}
-        row["kb_per_image"] = round(arm.views * sum(stored.values()) / 1000, 1)
+        latents, pixels = (arm.views * stored[name] / 1000 for name in ("latents", "pixels"))
+        row |= {"kb_per_image": round(latents + pixels, 1), "kb_latents": round(latents, 1)}
         if pixels_once is not None:
-            row["kb_pixels_once"] = round(arm.views * stored["latents"] / 1000 + pixels_once, 1)
+            row["kb_pixels_once"] = round(latents + pixels_once, 1)
         rows.append(row)
     return rows
 

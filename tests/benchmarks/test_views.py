@@ -59,7 +59,8 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
     one, two = rows["v1-s0", 2], rows["v2-k90-s0", 2]
     assert (two["views"], two["fidelity"], two["seed"]) == (2, 0.9, 0)
     assert one["kb_per_image"] < two["kb_per_image"] < 2 * one["kb_per_image"]
-    assert one["kb_pixels_once"] > 3
+    assert 0 < one["kb_latents"] < one["kb_per_image"]
+    assert one["kb_pixels_once"] == pytest.approx(one["kb_latents"] + 3)
     assert one["held_out_loss"] < rows["v1-s0", 1]["held_out_loss"]
     # As the library itself scores the run that is finished.
     linear = load(LinearSettings, "evaluate", "linear", ["cached_crops=1", f"sweep={list(FAST_RATES)}"])
