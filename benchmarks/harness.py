@@ -98,8 +98,19 @@ def finish(
     """Print rows and checks as tables and, where asked, write the result. A missed goal is shown, not an error."""
     print_table(benchmark, rows)
     print_table("checks", checks)
-    if not options.out:
-        return
+    if options.out:
+        write_result(options, benchmark, rows, checks, settings, libraries)
+
+
+def write_result(
+    options: argparse.Namespace,
+    benchmark: str,
+    rows: Sequence[Mapping[str, Any]],
+    checks: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    libraries: Sequence[str],
+) -> None:
+    """Write the result to the file of ``--out``."""
     result = {
         "benchmark": benchmark,
         "device": device_name(options.device),

@@ -13,7 +13,7 @@ import torch
 
 from cae2pipe.artifacts.box import is_box
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import SourceError
+from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
 from cae2pipe.shards.build import plan_runs, write_run
@@ -24,7 +24,7 @@ from cae2pipe.stages.extract_targets import run_sample, teacher_facts
 from cae2pipe.targets.calibration import Calibration
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
-from cae2pipe.targets.estimate import CODECS, price, project, tar_bytes
+from cae2pipe.targets.estimate import CODECS, price, project, recommend_views, tar_bytes
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
 from cae2pipe.targets.store import Layout
 from cae2pipe.targets.target_set import make_layout
@@ -33,14 +33,26 @@ from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.training.device import pick_device, set_backends
 
 
-def estimate_targets(source: Path, settings: ExtractSettings, report: Report) -> dict[str, Any]:
+def estimate_targets(
+    source: Path, settings: ExtractSettings, report: Report, epochs: int | None = None
+) -> dict[str, Any]:
     """What the target set of a shard set or a folder of images would cost; nothing is written.
+
+    Args:
+        epochs: of the pretraining that the set is for; with it, the number of views is recommended.
 
     Returns:
         ``images``, ``views``, mean bytes of ``pixels`` a view, ``views_per_s`` and ``teacher_per_s`` on this device,
         and ``codecs``: for each its bytes of ``latents`` a view, ``bytes`` and ``seconds`` in all, the held-out
-        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``.
+        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``. With ``epochs`` also ``recommended``: the ``views`` for so
+        many ``epochs``, their ``bytes`` and ``seconds`` in all with the codec of ``settings``, how often each is shown
+        (``showings``), and how often each of the ``views`` of ``settings`` would be (``showings_asked``).
+
+    Raises:
+        SettingsError: less than one epoch.
     """
+    if epochs is not None and epochs < 1:
+        raise SettingsError(f"{epochs} epochs show no view", where="--epochs", fix="give at least 1")
     set_backends()
     teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
     workers = worker_count(settings.speed.workers)
@@ -68,7 +80,7 @@ def estimate_targets(source: Path, settings: ExtractSettings, report: Report) ->
         whole = project(images, settings.views, pixels + found.latents, meter.rate(), teacher_per_s)
         reached = {"mean": found.fidelity.mean, "p1": found.fidelity.p1}
         rows.append({"codec": found.codec, "latents": round(found.latents), **reached, **asdict(whole)})
-    return {
+    result = {
         "images": images,
         "views": settings.views,
         "pixels": round(pixels),
@@ -77,6 +89,18 @@ def estimate_targets(source: Path, settings: ExtractSettings, report: Report) ->
         "verdict": meter.verdict(),
         "codecs": rows,
     }
+    if epochs is not None:
+        views = recommend_views(epochs)
+        whole = project(images, views, pixels + chosen.latents, meter.rate(), teacher_per_s)
+        result["recommended"] = {
+            "epochs": epochs,
+            "views": views,
+            "bytes": whole.bytes,
+            "seconds": whole.seconds,
+            "showings": epochs / views,
+            "showings_asked": epochs / settings.views,
+        }
+    return result
 
 
 def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:

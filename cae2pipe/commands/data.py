@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, place, section
+
+if TYPE_CHECKING:
+    from cae2pipe.config.extract import CodecSettings
 
 
 class CodecName(StrEnum):
@@ -76,6 +79,9 @@ def extract_targets(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Say what it would cost, from a few hundred images; OUT is not touched.")
     ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(help="With --estimate: epochs of the pretraining, to recommend a number of views for.")
+    ] = None,
     calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="Calibrate the codec and stop.")] = False,
     set_: Set = None,
 ) -> None:
@@ -87,8 +93,15 @@ def extract_targets(
         from cae2pipe.artifacts.parts import parse_part
         from cae2pipe.config.base import load
         from cae2pipe.config.extract import ExtractSettings
+        from cae2pipe.errors import SettingsError
         from cae2pipe.progress import progress
 
+        if epochs is not None and not estimate:
+            raise SettingsError(
+                "a target set does not depend on how many epochs are trained on it",
+                where="--epochs",
+                fix="add --estimate to have views recommended for so many epochs, or omit --epochs",
+            )
         values = {
             **({} if views is None else {"views": views}),
             **section("codec", name=codec.value if codec else None, fidelity=fidelity),
@@ -100,8 +113,8 @@ def extract_targets(
 
         if estimate:
             with progress("estimate") as report:
-                found = estimate_targets(source, settings, report)
-            _print_estimate(found)
+                found = estimate_targets(source, settings, report, epochs)
+            _print_estimate(found, settings.codec)
             return
         with progress("extract-targets") as report:
             run(source, out, settings, report, parse_part(part), calibrate_only)
@@ -136,7 +149,7 @@ def recode(
             run(source, out, settings, report, lossy_source, workers)
 
 
-def _print_estimate(found: dict[str, Any]) -> None:
+def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
     from cae2pipe.progress import duration, gigabytes
     from cae2pipe.reporting.terminal import print_table
 
@@ -161,3 +174,18 @@ def _print_estimate(found: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if "recommended" in found:
+        advice = found["recommended"]
+        name = f"klt at {codec.fidelity:g}" if codec.name == "klt" else codec.name
+        asked = (
+            "as asked for"
+            if advice["views"] == found["views"]
+            else f"of the {found['views']} asked for, each would be shown {advice['showings_asked']:.3g} times"
+        )
+        console.print(
+            f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "
+            f"with {name}, {duration(advice['seconds'])} here, each view shown {advice['showings']:.3g} times; {asked}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

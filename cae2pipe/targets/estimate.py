@@ -17,6 +17,10 @@ from cae2pipe.teachers.protocol import TeacherOutput
 
 CODECS = ("fp16", "int8", "klt")
 
+SHOWINGS = 10
+"""Epochs that may show one stored view of an image before it has little left to teach: measured by
+benchmarks/views.py, which trains on 1 to 32 views and on a fresh crop in every epoch."""
+
 TAR_BLOCK = 512
 """A tar's members are padded to whole blocks, and each has a header of one."""
 
@@ -76,3 +80,9 @@ def project(images: int, views: int, bytes_per_view: float, extracted_per_s: flo
         seconds=images * views / extracted_per_s,
         paid_from_epoch=math.ceil(round(views * teacher_per_s / extracted_per_s, 6)),
     )
+
+
+def recommend_views(epochs: int) -> int:
+    """Views of each image to store for pretraining of so many epochs, at least 1: an epoch shows one view of each
+    image, and each view may be shown ``SHOWINGS`` times."""
+    return max(1, math.ceil(epochs / SHOWINGS))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from cae2pipe.cli import app
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.estimate_targets import estimate_targets
+from cae2pipe.targets.estimate import recommend_views
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -22,6 +26,7 @@ def test_it_is_near_the_set_and_writes_nothing(target_root, photos, tmp_path, ex
         shutil.copytree(photos, source)
     before = sorted(path for path in tmp_path.rglob("*"))
     found = estimate_targets(source, settings, Silent())
+    assert "recommended" not in found
     assert sorted(path for path in tmp_path.rglob("*")) == before
     assert (found["images"], found["views"]) == (150 if packed else found["images"], 2)
     rows = {row["codec"]: row for row in found["codecs"]}
@@ -35,3 +40,50 @@ def test_it_is_near_the_set_and_writes_nothing(target_root, photos, tmp_path, ex
     )
     assert rows["klt"]["seconds"] > 0
     assert rows["klt"]["paid_from_epoch"] >= 2
+
+
+def extract_command(source, out, settings, tmp_path, *more: str):
+    """`cae2pipe extract-targets` on the tiny teacher."""
+    config = tmp_path / "teacher.yaml"
+    config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    return CliRunner().invoke(app, ["extract-targets", str(source), str(out), "--config", str(config), *more])
+
+
+def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_settings, monkeypatch) -> None:
+    found = {}
+
+    def kept(*arguments):
+        found.update(estimate_targets(*arguments))
+        return found
+
+    monkeypatch.setattr("cae2pipe.stages.estimate_targets.estimate_targets", kept)
+    result = extract_command(
+        photos, tmp_path / "set", extract_settings(), tmp_path, "--estimate", "--epochs", "45", "--fidelity", "0.99"
+    )
+    assert result.exit_code == 0, result.output
+    advice, klt = found["recommended"], next(row for row in found["codecs"] if row["codec"] == "klt")
+    assert advice["epochs"] == 45
+    assert advice["views"] == recommend_views(45) > found["views"] == 2
+    # The asked codec at the asked fidelity, for other views than asked.
+    assert advice["bytes"] == pytest.approx(klt["bytes"] * advice["views"] / 2, abs=advice["views"])
+    assert advice["seconds"] == pytest.approx(klt["seconds"] * advice["views"] / 2)
+    assert (advice["showings"], advice["showings_asked"]) == (45 / advice["views"], 22.5)
+    said = " ".join(result.output.split())
+    assert f"for 45 epochs, --views {advice['views']} is recommended" in said
+    assert "with klt at 0.99," in said
+    assert "of the 2 asked for, each would be shown 22.5 times" in said
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [(("--epochs", "300"), "add --estimate"), (("--estimate", "--epochs", "0"), "0 epochs show no view")],
+)
+def test_epochs_that_nothing_can_be_recommended_for_are_refused(
+    photos, tmp_path, extract_settings, options, what
+) -> None:
+    result = extract_command(photos, tmp_path / "set", extract_settings(), tmp_path, *options)
+    assert result.exit_code == 2
+    assert what in result.output
+    assert "--epochs" in result.output
+    assert not (tmp_path / "set").exists()

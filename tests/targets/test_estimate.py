@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cae2pipe.shards.tar import write_samples
-from cae2pipe.targets.estimate import project, tar_bytes
+from cae2pipe.targets.estimate import SHOWINGS, project, recommend_views, tar_bytes
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,11 @@ def test_tar_bytes_are_those_of_the_tar(jpegs: list[bytes]) -> None:
             members = tar.getmembers()
             end = members[-1].offset_data + -(-members[-1].size // 512) * 512
     assert tar_bytes(jpegs) * len(jpegs) == end
+
+
+@given(st.integers(1, 5000))
+def test_no_recommended_view_is_shown_too_often_and_none_is_too_many(epochs: int) -> None:
+    views = recommend_views(epochs)
+    assert views >= 1
+    assert epochs / views <= SHOWINGS
+    assert views == 1 or epochs / (views - 1) > SHOWINGS

@@ -1,0 +1,174 @@
+"""Scores of the checkpoints that a run has kept, for benchmarks/views.py.
+
+Images are decoded once and held in memory for all checkpoints of all runs, as crops: about 150 MB for 3,800 images at
+112 pixels. What evaluation itself computes from them is the library's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cae2pipe.artifacts.box import Box
+from cae2pipe.config.base import load
+from cae2pipe.config.evaluate import FAST_RATES, KnnSettings, LinearSettings
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.evaluation.crop_batches import CPU_BATCH, crop_batches
+from cae2pipe.evaluation.crops import CentralCrop
+from cae2pipe.evaluation.datasets import Split, common_labels, open_data
+from cae2pipe.evaluation.encoders import Student, build_vit, class_token_trained
+from cae2pipe.evaluation.knn import knn_predictions
+from cae2pipe.evaluation.linear import logits, train_probe
+from cae2pipe.loading.batches import Batch
+from cae2pipe.loading.loader import load_batches
+from cae2pipe.methods.method import Method
+from cae2pipe.methods.registry import build_method
+from cae2pipe.models.export import timm_config, timm_state
+from cae2pipe.progress import Silent
+from cae2pipe.stages.pretrain import make_objective, make_plan
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.checkpoint import checkpoints, read_checkpoint, step_of
+from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.step import cached, forward
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Central crops (N, 3, S, S) uint8 with their labels int64 (N,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class Scorer:
+    """Scores students on labelled images and on held-out target views.
+
+    Args:
+        data: a folder with train and val. held_out: fp16 targets of the val images' views.
+        size: side of a student's input in pixels.
+        neighbours: of kNN.
+    """
+
+    def __init__(self, data: Path, held_out: TargetSet, size: int, neighbours: int = 20):
+        self.data = data
+        self.held_out = held_out
+        self.size = size
+        self.knn = load(KnnSettings, "evaluate", "knn", [f"k={neighbours}"])
+        # What `cae2pipe evaluate linear --fast` sets.
+        self.linear = load(LinearSettings, "evaluate", "linear", ["cached_crops=1", f"sweep={list(FAST_RATES)}"])
+
+    @cached_property
+    def splits(self) -> tuple[Split, Split]:
+        return open_data(self.data, CPU_BATCH)
+
+    @cached_property
+    def crops(self) -> tuple[Crops, Crops]:
+        """Of train and val, labels of both pointing into train's classes."""
+        crop = CentralCrop(self.size, round(self.size / self.knn.features.crop))
+        train, val = self.splits
+        found = []
+        for split in (train, val):
+            batches = list(crop_batches(split, range(len(split.runs)), crop, 0, CPU))
+            labels = torch.cat([torch.from_numpy(batch.crops.labels) for batch in batches])
+            labels = common_labels(labels, split.classes, train.classes)
+            found.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
+        return found[0], found[1]
+
+    def score(self, run: Box, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
+        """``knn`` and, where asked, ``linear`` top-1 accuracy in percent, on the class token; and ``held_out_loss``."""
+        model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
+        model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])
+        vit = build_vit(timm_config(model.encoder))
+        vit.load_state_dict(timm_state(model.encoder))
+        encoder = Student(vit, {}, class_token_trained(run), CPU)
+        train, val = ((class_tokens(encoder, crops.pixels), crops.labels) for crops in self.crops)
+        return {
+            "knn": self.knn_accuracy(train, val),
+            "linear": self.linear_accuracy(train, val) if linear else None,
+            "held_out_loss": self.held_out_loss(model, settings),
+        }
+
+    def knn_accuracy(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
+        k = self.knn.k[0]
+        found = knn_predictions(
+            *train, val[0], classes=len(self.splits[0].classes), k=[k], temperature=self.knn.temperature
+        )
+        return percent(found[k][0][:, 0], val[1])
+
+    def linear_accuracy(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
+        classes = len(self.splits[0].classes)
+        probe, _ = train_probe([train[0]], train[1], classes=classes, settings=self.linear, report=Silent())
+        return percent(logits(probe, val[0]).argmax(dim=1), val[1])
+
+    @torch.no_grad()
+    def held_out_loss(self, model: Method, settings: PretrainSettings) -> float:
+        """The run's own objective on views of images that it was not trained on, under masks that are the same for all
+        runs: mean over all views."""
+        objective = make_objective(model, self.held_out, settings).eval()
+        total, views = 0.0, 0
+        for batch in self.held_out_batches(settings, model.drop_columns):
+            total += float(forward(objective, batch, cached(batch))[0]) * batch.real
+            views += batch.real
+        return total / views
+
+    def held_out_batches(self, settings: PretrainSettings, drop_columns: int) -> Sequence[Batch]:
+        """All held-out views, each once, under masks of seed 0. Kept, for the runs differ in nothing else of a plan."""
+        if not hasattr(self, "_batches"):
+            # As many epochs as views show each view once.
+            fixed = settings.model_copy(update={"seed": 0, "epochs": self.held_out.views})
+            plan = make_plan(self.held_out, sorted(self.held_out.stores), fixed, drop_columns)
+            self._batches = list(load_batches(plan, 0, 0))
+        return self._batches
+
+
+@torch.no_grad()
+def class_tokens(encoder: Student, pixels: Tensor) -> Tensor:
+    """Class tokens (N, D) float32 of crops (N, 3, S, S) uint8."""
+    return torch.cat([encoder.tokens(part).together()[:, 0] for part in pixels.split(CPU_BATCH)])
+
+
+def percent(found: Tensor, labels: Tensor) -> float:
+    """How many of N classes, int64 (N,), are right."""
+    return 100 * float((found == labels).float().mean())
+
+
+def standard_error(score: float, images: int) -> float:
+    """Of an accuracy in percent on so many test images, in points."""
+    return math.sqrt(score * (100 - score) / images)
+
+
+def kept_epochs(run: Path, steps: int, every: int) -> list[int]:
+    """Epochs, of ``steps`` steps, after which a run has kept a checkpoint for good: one in ``every``."""
+    found = (step_of(path) for path in checkpoints(run / "checkpoints"))
+    return [step // steps for step in found if step % (steps * every) == 0]
+
+
+def training_losses(run: Path) -> dict[int, float]:
+    """The mean loss of every epoch that has begun, over its images, by the epochs done at its end."""
+    sums: dict[int, list[float]] = {}
+    for line in read_lines(run / "metrics.jsonl"):
+        entry = sums.setdefault(line["epoch"] + 1, [0.0, 0.0])
+        entry[0] += line["loss"] * line["images"]
+        entry[1] += line["images"]
+    return {epoch: loss / images for epoch, (loss, images) in sums.items()}
+
+
+def bytes_per_view(targets: TargetSet, views: int) -> dict[str, float]:
+    """Mean bytes on the disk, of a set's first ``views`` views: ``latents`` with their index, ``pixels`` with the tar
+    around them."""
+    units: list[dict[str, Any]] = [unit for unit in targets.stores.values() if unit["view"] < views]
+    samples = sum(unit["samples"] for unit in units)
+    return {
+        name: sum(entry["bytes"] for unit in units for path, entry in unit["files"].items() if path.startswith(folder))
+        / samples
+        for name, folder in (("latents", "latents/"), ("pixels", "views/"))
+    }
