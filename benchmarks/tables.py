@@ -109,12 +109,14 @@ def gpu_table(found: dict[str, Any]) -> str:
     ]
     rows += [
         (
-            f"Base fed {row['fed']}, batch {row['batch']}",
+            f"Base fed {row['fed']}, {row['views']} views, batch {row['batch']}",
             rate(row["images/s"]),
             of(row, "/memory", "of that from memory"),
         )
-        for row in measured(parts, "D")
+        for name in ("D-stored", "D-replayed")
+        for row in measured(parts, name)
     ]
+    rows += [(row["what"], rate(row["views/s"]), "") for row in measured(parts, "V")]
     rows += [
         (row["what"], rate(row["views/s"]), of(row, "teacher_waits", "of the time the teacher waits"))
         for row in measured(parts, "E3")

@@ -192,7 +192,8 @@ def train(
     pending: Outcome | None = None
     with closing(telemetry) if telemetry else nullcontext(), deferred_stop() as stop:
         parts = load_parts(plan, start, worker_count(speed.workers, most=8), world.rank, world.ranks)
-        uploaded = on_device(parts if start < limit else iter(()), step.axes, world.device)
+        backend = "inductor" if compiles(settings.speed.compile, world.device) else None
+        uploaded = on_device(parts if start < limit else iter(()), step.axes, world.device, backend)
         batches = until_stopped(with_room(uploaded, settings.loaded_batch // world.ranks, speed), stop)
         began = time.monotonic()
         for batch in batches:

@@ -77,7 +77,7 @@ def stream(
     values = settings.model_dump(mode="json")
     values["data"]["decode"] = decode
     plan = make_plan(targets, sorted(targets.stores), build(PretrainSettings, values, "the loader"), columns)
-    return on_device(load_parts(plan, 0, workers), targets.layout.sample_axes(), state.place)
+    return on_device(load_parts(plan, 0, workers), targets.layout.sample_axes(), state.place, state.backend)
 
 
 def shared_memory() -> int:

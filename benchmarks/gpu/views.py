@@ -19,7 +19,7 @@ from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.images.device_views import render_views
 from cae2pipe.images.jpeg import decode_view, device_decoder
-from cae2pipe.images.views import draw_view, encode_view, render_view
+from cae2pipe.images.views import draw_view, encode_jpeg, render_view
 
 RATIOS = (4 / 3, 3 / 4, 3 / 2, 1.0, 16 / 9)
 """Width / height of the photographs, in turn."""
@@ -36,8 +36,8 @@ def rendering(state: State, found: Found) -> None:
     equality(state, found, settings)
     side, different = (state.scale.image * 10 // 7, 8) if state.quick else (SHORT_SIDE, DIFFERENT)
     originals = [photograph(side, RATIOS[n % len(RATIOS)], n) for n in range(different)]
-    jpegs = [encode_view(image, settings) for image in originals]
-    views = [encode_view(image.resize((settings.size,) * 2), settings) for image in originals]
+    jpegs = [encode_jpeg(image, settings) for image in originals]
+    views = [encode_jpeg(image.resize((settings.size,) * 2), settings) for image in originals]
     try:
         decode = decoding(state)
         found.facts["the device's decoder"] = device_decoder().__module__
@@ -147,7 +147,7 @@ def decoding(state: State) -> Callable[[list[bytes]], list[Tensor]]:
 
     def decode(jpegs: list[bytes]) -> list[Tensor]:
         data = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
-        wait_for(state.place)  # see decode_views
+        wait_for(state.place)  # see decode_jpegs
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
             return list(decoder(data, mode="RGB", device=state.place))

@@ -16,8 +16,11 @@ from cae2pipe.loading.upload import upload_ahead
 from cae2pipe.threads import in_threads
 
 
-def on_device(steps: Iterator[list[Batch]], axes: Mapping[str, int], device: torch.device) -> Iterator[Batch]:
-    """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples.
+def on_device(
+    steps: Iterator[list[Batch]], axes: Mapping[str, int], device: torch.device, backend: str | None = None
+) -> Iterator[Batch]:
+    """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples. ``backend``: what
+    compiles the cutting of replayed views, where the device does that; None: nothing.
 
     To a CUDA device parts are copied as they come from the workers and joined there: joining hundreds of megabytes a
     step on the host would hold up the loop. Threads bring them into pinned memory, a stream of its own carries them
@@ -25,12 +28,12 @@ def on_device(steps: Iterator[list[Batch]], axes: Mapping[str, int], device: tor
     """
     if device.type != "cuda":
         for parts in steps:
-            yield decoded(join(parts, axes).to(device), device)
+            yield decoded(join(parts, axes).to(device), device, backend)
         return
     stream = torch.cuda.Stream(device)
 
     def move(parts: list[Batch]) -> Batch:
-        return decoded(join([part.to(device) for part in parts], axes), device)
+        return decoded(join([part.to(device) for part in parts], axes), device, backend)
 
     with closing(in_threads(_pin, ((parts,) for parts in steps), 2, 3)) as pinned:
         yield from upload_ahead(pinned, move, device, stream)
@@ -40,7 +43,7 @@ def _pin(parts: list[Batch]) -> list[Batch]:
     return [part.map(lambda tensor: tensor.pin_memory()) for part in parts]
 
 
-def decoded(batch: Batch, device: torch.device) -> Batch:
+def decoded(batch: Batch, device: torch.device, backend: str | None = None) -> Batch:
     """The batch with its JPEGs decoded on the device, and replayed views cut from them, where they have come this far.
 
     Raises:
@@ -59,7 +62,7 @@ def decoded(batch: Batch, device: torch.device) -> Batch:
         images = decode_jpegs(list(jpegs.values()), keys, device, None if replayed else size)
         if replayed:
             names = [f"key {key}" for key in keys]
-            pixels = render_views(images, batch.draws[list(jpegs)], size, names=names)
+            pixels = render_views(images, batch.draws[list(jpegs)], size, backend, names)
         else:
             pixels = torch.stack(images)
     except ImageError as error:

@@ -36,6 +36,7 @@ def test_a_gpu_with_a_file_has_a_table(tmp_path):
     }
     fed = {
         "fed": "by 8 workers, which decode",
+        "views": "stored",
         "batch": 2048,
         "images/s": {"median": 4200.5, "spread": [4200.5, 4200.5]},
     }
@@ -47,7 +48,7 @@ def test_a_gpu_with_a_file_has_a_table(tmp_path):
         "parts": {
             "A": {"found": {}},
             "C-base": {"found": {"rows": [{**size, "mfu": 0.412, "memory_gb": 61.4}]}},
-            "D": {"found": {"rows": [{**fed, "/memory": 0.972, "data_wait": 0.01}]}},
+            "D-stored": {"found": {"rows": [{**fed, "/memory": 0.972, "data_wait": 0.01}]}},
         },
     }
     (tmp_path / "gpu-card.json").write_text(json.dumps(content))
@@ -56,7 +57,7 @@ def test_a_gpu_with_a_file_has_a_table(tmp_path):
     assert "noise, random weights" in lines[0]
     assert lines[4:] == [
         "| Base, compiled, batch 2048 | 4,320 | MFU 0.41, 61 GB |",
-        "| Base fed by 8 workers, which decode, batch 2048 | 4,200 | 0.97 of that from memory |",
+        "| Base fed by 8 workers, which decode, stored views, batch 2048 | 4,200 | 0.97 of that from memory |",
     ]
 
 
