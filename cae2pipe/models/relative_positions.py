@@ -13,18 +13,18 @@ from torch import Tensor
 
 @torch.library.custom_op("cae2pipe::relative_bias", mutates_args=())
 def relative_bias(table: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """The bias (1, H, N, N), contiguous, of a table (R, H) and the rows (N * N,) of it that the pairs of tokens take.
+    """The bias (H, N, N), contiguous, of a table (R, H) and the rows (N * N,) of it that the pairs of tokens take.
 
-    An operator of its own, so that a compiler leaves its strides alone: inductor lays out what it computes as it likes,
-    and where the backward pass computes the bias again, the attention kernels on CUDA refuse what it chose ("last
-    dimension must be contiguous"; torch 2.11).
+    An operator of its own, and of three dimensions, so that a compiler leaves its strides alone: what inductor computes
+    it lays out as it likes, and what has four dimensions and a convolution downstream as channels-last. The attention
+    kernels on CUDA then refuse it in the backward pass ("last dimension must be contiguous"; torch 2.11).
     """
-    return table.t()[:, index].reshape(1, -1, tokens, tokens).contiguous()
+    return table.t()[:, index].reshape(-1, tokens, tokens).contiguous()
 
 
 @relative_bias.register_fake
 def _(table: Tensor, index: Tensor, tokens: int) -> Tensor:
-    return table.new_empty(1, table.shape[1], tokens, tokens)
+    return table.new_empty(table.shape[1], tokens, tokens)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -35,7 +35,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     (index,) = ctx.saved_tensors
-    by_pair = gradient.flatten(0, 1).flatten(1).t()
+    by_pair = gradient.flatten(1).t()
     table = gradient.new_zeros(ctx.rows, by_pair.shape[1])
     return table.index_put((index,), by_pair, accumulate=True), None, None
 
