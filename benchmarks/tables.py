@@ -116,7 +116,12 @@ def gpu_table(found: dict[str, Any]) -> str:
         for name in ("D-stored", "D-replayed")
         for row in measured(parts, name)
     ]
-    rows += [(f"{row['what']}, batch {row['batch']}", rate(row["views/s"]), "") for row in measured(parts, "V")]
+    views = measured(parts, "V")
+    rows += [
+        (f"views: {row['what']}, batch {row['batch']}", rate(row["views/s"]), "")
+        for row in views
+        if row["batch"] == max(row["batch"] for row in views)
+    ]
     rows += [
         (row["what"], rate(row["views/s"]), of(row, "teacher_waits", "of the time the teacher waits"))
         for row in measured(parts, "E3")
