@@ -263,7 +263,8 @@ def unzigzag(symbols: Tensor) -> Tensor:
 
 def unzigzag16(symbols: Tensor) -> Tensor:
     """Inverse of ``zigzag`` for symbols of 16 bits. int16, as which they travel, to int16."""
-    return ((symbols >> 1) & 0x7FFF) ^ -(symbols & 1)
+    # In place, for each new tensor of this size costs as much as the arithmetic.
+    return (symbols >> 1).bitwise_and_(0x7FFF).bitwise_xor_((symbols & 1).neg_())
 
 
 def unit_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
