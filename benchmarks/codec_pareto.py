@@ -30,6 +30,8 @@ CODECS = (
     ("klt", 0.999),
     ("klt", 0.998),
     ("klt", 0.99),
+    ("klt", 0.97),
+    ("klt", 0.9),
 )
 FIT, TEST = 8, 4
 """Blocks that calibration sees, and blocks that are measured on."""

@@ -63,6 +63,21 @@ def performance(results: Path) -> str:
     )
 
 
+def low_rate(results: Path) -> str:
+    """Bytes a view of the latent codec and of what else is known for it, at equal cosines."""
+    found = read(results, "codec_low_rate")
+    fidelities = ("0.999", "0.99", "0.97", "0.95", "0.9")
+    rows = [
+        (
+            row["method"],
+            *(f"{row[fidelity]:,}" if fidelity in row else "" for fidelity in fidelities),
+        )
+        for row in found["rows"]
+        if row["pixels"] == 224
+    ]
+    return table(("mean cosine", *fidelities), rows)
+
+
 def training(results: Path) -> str:
     """Images a second of every size on a CPU, from memory, cached and online."""
     found = read(results, "pretrain")
@@ -184,6 +199,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "performance": performance,
+    "low_rate": low_rate,
     "training": training,
     "hours": hours,
     "gpu": gpu,

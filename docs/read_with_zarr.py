@@ -12,10 +12,14 @@ def read_latents(root: str, store: str = "v00/000000") -> np.ndarray:
     if group.attrs["codec"] == "klt":
         codec = zarr.open_group(f"{root}/codec.zarr", mode="r")
         symbols = group["symbols"][...].astype(np.int32)  # (dimensions, samples, tokens)
-        bins = (symbols >> 1) ^ -(symbols & 1)
-        return (bins.transpose(1, 2, 0) * codec["step"][0]).astype(np.float32) @ codec["basis"][...].T + codec["mean"][
-            ...
-        ]
+        bins = ((symbols >> 1) ^ -(symbols & 1)).transpose(1, 0, 2)
+        if "token_basis" in codec:
+            rank = np.argsort(np.argsort(-codec["spread"][...].ravel(), kind="stable"))
+            ranked = bins.reshape(len(bins), -1)[:, rank].reshape(len(bins), *codec["spread"].shape)
+            rows = codec["token_basis"][...] @ ranked.astype(np.float32)
+        else:  # a set of an older version
+            rows = bins.transpose(0, 2, 1).astype(np.float32)
+        return rows * codec["step"][0] @ codec["basis"][...].T + codec["mean"][...]
     tokens = group["tokens"][...].astype(np.float32)
     return tokens * group["scales"][...].astype(np.float32)[..., None] if group.attrs["codec"] == "int8" else tokens
 

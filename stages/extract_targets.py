@@ -55,6 +55,7 @@ from cae2pipe.targets.target_set import (
     read_calibration,
     recorded_view,
     restore_calibration,
+    rotates_tokens,
     store_name,
     write_calibration,
 )
@@ -237,7 +238,7 @@ def make_calibration(
     outputs, jpegs = run_sample(shards, teacher, settings, workers)
     taken = len(jpegs)
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    calibration, fidelity = calibrate(unit, codec.name, codec.fidelity, codec.level)
+    calibration, fidelity = calibrate(unit, codec.name, codec.fidelity, codec.level, rotates_tokens(box))
     if CODEC in box.units:
         restore_calibration(box, calibration)
         return

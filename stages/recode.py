@@ -41,6 +41,7 @@ from cae2pipe.targets.target_set import (
     make_layout,
     read_calibration,
     restore_calibration,
+    rotates_tokens,
     write_calibration,
 )
 from cae2pipe.threads import in_threads
@@ -183,7 +184,7 @@ def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report:
             if taken < codec.calibration:
                 sample.append(stored_unit(reader, block))
                 taken += len(sample[-1])
-    calibration, fidelity = calibrate(torch.cat(sample), codec.name, codec.fidelity, codec.level)
+    calibration, fidelity = calibrate(torch.cat(sample), codec.name, codec.fidelity, codec.level, rotates_tokens(box))
     if CODEC in box.units:
         restore_calibration(box, calibration)
         return

@@ -22,7 +22,7 @@ from cae2pipe.loading.batches import Batch
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.stages.pretrain import compile_objective
-from cae2pipe.targets.codecs import KltCodec
+from cae2pipe.targets.codecs import TokenKltCodec
 from cae2pipe.training.compilation import compiler_advice, compiles
 from cae2pipe.training.flops import peak_tflops, training_flops
 from cae2pipe.training.objective import Objective
@@ -147,7 +147,9 @@ def in_memory(
     torch.manual_seed(0)
     model = build_method(settings.method, settings.model, dim).to(state.place)
     model.recompute(settings.speed.recompute)
-    codec = KltCodec(torch.zeros(dim), torch.linalg.qr(torch.randn(dim, dim)).Q, 0.02)
+    tokens = settings.model.grid**2 + 1
+    bases = (torch.linalg.qr(torch.randn(size, size)).Q for size in (dim, tokens))
+    codec = TokenKltCodec(torch.zeros(dim), *bases, torch.rand(tokens, dim), 0.02)
     bf16 = settings.precision == "bf16"
     mean = torch.nn.functional.normalize(torch.randn(dim), dim=0) / 2
     objective = Objective(model, settings.loss, codec, mean, True, bf16).to(state.place).train()

@@ -1,4 +1,4 @@
-"""Calibration of the ``klt`` codec: mean, principal axes, and the step that reaches the asked fidelity.
+"""Calibration of the ``klt`` codec: mean, principal axes, spreads, and the step that reaches the asked fidelity.
 
 Made once, in float64 on the CPU with one thread, because ``eigh`` differs in its last bits between thread counts; then
 written as part of the set and never computed again, so that resumed, grown and repaired sets agree to the bit.
@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from cae2pipe.targets.chunks import BLOCK, SHUFFLES, Shuffle, encode_chunk
-from cae2pipe.targets.codecs import Codec, Fp16Codec, Int8Codec, KltCodec, as_tensors
+from cae2pipe.targets.codecs import (
+    Codec,
+    Fp16Codec,
+    Int8Codec,
+    KltCodec,
+    TokenKltCodec,
+    as_tensors,
+    round_biased,
+    rounding_bias,
+)
 
 MARGIN = 0.96
 """The step is chosen for this share of the allowed cosine distance: other images differ from the held-out ones."""
@@ -22,12 +31,15 @@ MARGIN = 0.96
 
 @dataclass(frozen=True)
 class Calibration:
-    """What coding needs: ``mean`` (D,), and for klt ``basis`` (D, D) and ``step``, float32, and Blosc's ``shuffle``."""
+    """What coding needs: ``mean`` (D,), and for klt ``basis`` (D, D) and ``step``, float32, Blosc's ``shuffle``, and
+    ``token_basis`` (T, T) and ``spread`` (T, D), float32; without these it is the klt of sets of older versions."""
 
     mean: Tensor
     basis: Tensor | None = None
     step: float | None = None
     shuffle: Shuffle = "shuffle"
+    token_basis: Tensor | None = None
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,9 @@ def summarise(raw: Tensor, centred: Tensor) -> Fidelity:
     return Fidelity(*mean_and_p1(raw), *mean_and_p1(centred))
 
 
-def calibrate(unit: Tensor, codec: str, fidelity: float, level: int) -> tuple[Calibration, Fidelity]:
+def calibrate(
+    unit: Tensor, codec: str, fidelity: float, level: int, rotate_tokens: bool = True
+) -> tuple[Calibration, Fidelity]:
     """Fit on three quarters of the samples, choose the step on the held-out quarter.
 
     Args:
@@ -80,6 +94,7 @@ def calibrate(unit: Tensor, codec: str, fidelity: float, level: int) -> tuple[Ca
         codec: ``klt``, ``int8`` or ``fp16``; the last two only need the mean.
         fidelity: mean cosine to reach on held-out samples.
         level: zstd level, passed on.
+        rotate_tokens: False gives the klt of sets of older versions, to restore the calibration of one.
 
     Returns:
         The calibration, and the fidelity it reaches on the held-out samples.
@@ -90,37 +105,70 @@ def calibrate(unit: Tensor, codec: str, fidelity: float, level: int) -> tuple[Ca
         mean, basis = principal_axes(fit)
         calibration = Calibration(mean.float())
         if codec == "klt":
-            step = find_step(test, mean, basis, fidelity)
-            calibration = find_shuffle(Calibration(mean.float(), basis.float(), step), test[:BLOCK], level)
+            token_basis, spread = token_axes(fit, mean, basis) if rotate_tokens else (None, None)
+            step = find_step(test, mean, basis, fidelity, token_basis, spread)
+            calibration = Calibration(mean.float(), basis.float(), step)
+            if token_basis is not None and spread is not None:
+                calibration = replace(calibration, token_basis=token_basis.float(), spread=spread.float())
+            calibration = find_shuffle(calibration, test[:BLOCK], level)
         chosen = make_codec(codec, calibration, level)
         decoded = chosen.decode(as_tensors(chosen.encode(test)))
         return calibration, summarise(*token_cosines(test, decoded, calibration.mean))
 
 
 def principal_axes(unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and principal axes (D, D), float64, largest variance first.
-
-    An eigenvector's sign is arbitrary: the component of largest magnitude is made positive.
-    """
+    """Mean (D,) and principal axes (D, D), float64, largest variance first."""
     flat = unit.reshape(-1, unit.shape[-1]).double()
     mean = flat.mean(dim=0)
     centred = flat - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred / max(1, len(flat) - 1))
+    return mean, _axes(centred.T @ centred / max(1, len(flat) - 1))
+
+
+def token_axes(unit: Tensor, mean: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal axes along the tokens (T, T), largest variance first, and the root mean square (T, D) of every
+    coefficient along both axes; float64."""
+    tokens, dim = unit.shape[1:]
+    second, squares = torch.zeros(tokens, tokens, dtype=torch.float64), torch.zeros(tokens, dim, dtype=torch.float64)
+    blocks = [((block.double() - mean) @ basis) for block in unit.split(BLOCK)]
+    for block in blocks:
+        rows = block.transpose(0, 1).reshape(tokens, -1)
+        second += rows @ rows.T
+    token_basis = _axes(second / (len(unit) * dim))
+    for block in blocks:
+        squares += (token_basis.T @ block).square().sum(dim=0)
+    return token_basis, (squares / len(unit)).sqrt()
+
+
+def _axes(covariance: Tensor) -> Tensor:
+    """Eigenvectors in columns, largest eigenvalue first. Their signs are arbitrary: the component of largest magnitude
+    is made positive."""
+    _, vectors = torch.linalg.eigh(covariance)
     basis = vectors.flip(1)
     largest = basis.abs().argmax(dim=0)
-    signs = torch.sign(basis.gather(0, largest.unsqueeze(0)))
-    return mean, basis * signs
+    return basis * torch.sign(basis.gather(0, largest.unsqueeze(0)))
 
 
-def find_step(test: Tensor, mean: Tensor, basis: Tensor, fidelity: float) -> float:
+def find_step(
+    test: Tensor,
+    mean: Tensor,
+    basis: Tensor,
+    fidelity: float,
+    token_basis: Tensor | None = None,
+    spread: Tensor | None = None,
+) -> float:
     """The largest step, to 0.5%, whose mean cosine distance on ``test`` stays within the allowed one."""
     flat = test.reshape(-1, test.shape[-1]).double()
     coefficients = (flat - mean) @ basis
+    if token_basis is not None:
+        coefficients = token_basis.T @ coefficients.reshape(test.shape)
     allowed = (1 - fidelity) * MARGIN
 
     def distance(step: float) -> float:
-        decoded = torch.round(coefficients / step) * step @ basis.T + mean
-        return 1 - float(torch.cosine_similarity(flat, decoded, dim=-1).mean())
+        if token_basis is None or spread is None:
+            bins = torch.round(coefficients / step)
+        else:
+            bins = (token_basis @ round_biased(coefficients / step, rounding_bias(spread, step))).reshape(flat.shape)
+        return 1 - float(torch.cosine_similarity(flat, bins * step @ basis.T + mean, dim=-1).mean())
 
     # Rounding errors are uniform, variance step^2 / 12 a component: a start that is right for small steps.
     low = high = (24 * allowed / flat.shape[1]) ** 0.5
@@ -139,15 +187,15 @@ def find_shuffle(calibration: Calibration, block: Tensor, level: int) -> Calibra
     """The calibration with whichever shuffle packs a block of unit tokens into fewer bytes.
 
     With fine steps most symbols fill a byte, which zstd's entropy coder packs best whole; with coarse ones most bits
-    are zero, and lie together once bits are shuffled. On a ViT-Ti's tokens bytes take 2.8% less at a fidelity of
-    0.999, bits 5% less at 0.99 (benchmarks/codec_pareto.py).
+    are zero, and lie together once bits are shuffled. On a ViT-Ti's tokens bytes take less at a fidelity of 0.999,
+    bits at 0.99 and below (benchmarks/codec_low_rate.py).
     """
     candidates = [replace(calibration, shuffle=shuffle) for shuffle in SHUFFLES]
 
     def size(candidate: Calibration) -> int:
         codec = make_codec("klt", candidate, level)
         spec = codec.arrays()[codec.main]
-        return len(encode_chunk(codec.encode(block)[codec.main], spec.level, spec.shuffle))
+        return len(encode_chunk(codec.encode(block)[codec.main], spec.level, spec.shuffle, spec.one_block))
 
     return min(candidates, key=size)
 
@@ -160,4 +208,7 @@ def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
         return Int8Codec()
     assert calibration.basis is not None
     assert calibration.step is not None
-    return KltCodec(calibration.mean, calibration.basis, calibration.step, level, calibration.shuffle)
+    common = calibration.step, level, calibration.shuffle
+    if calibration.token_basis is None or calibration.spread is None:
+        return KltCodec(calibration.mean, calibration.basis, *common)
+    return TokenKltCodec(calibration.mean, calibration.basis, calibration.token_basis, calibration.spread, *common)

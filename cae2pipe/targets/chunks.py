@@ -37,10 +37,17 @@ SHUFFLES: dict[Shuffle, int] = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BI
 """What Blosc does before it compresses, by the names that zarr gives it."""
 
 
-def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle") -> bytes:
-    """An array's bytes with their checksum, compressed unless ``level`` is 0; ``shuffle`` is one of ``SHUFFLES``."""
+def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle", one_block: bool = False) -> bytes:
+    """An array's bytes with their checksum, compressed unless ``level`` is 0; ``shuffle`` is one of ``SHUFFLES``.
+
+    ``one_block``: in one piece, instead of in pieces as large as Blosc finds right for the level.
+    """
     array = np.ascontiguousarray(array)
-    data = array.tobytes() if level == 0 else blosc.compress(array, b"zstd", level, shuffle=SHUFFLES[shuffle])
+    if level == 0:
+        data = array.tobytes()
+    else:
+        size = array.nbytes if one_block else blosc.AUTOBLOCKS
+        data = blosc.compress(array, b"zstd", level, shuffle=SHUFFLES[shuffle], blocksize=size)
     return data + google_crc32c.value(data).to_bytes(4, "little")
 
 

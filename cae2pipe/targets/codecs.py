@@ -1,14 +1,15 @@
 """Latent codecs: unit tokens to integers and back. Pure functions of tensors; no files.
 
-All codecs store L2-normalised tokens; norms are kept apart by the store. Measured on a ViT-S's tokens (384 dimensions):
-the transform codec needs 0.37 of int8's bytes at a mean cosine of 0.999 because rotation into principal axes leaves
-most components with a range of a few steps, which zstd's entropy coder then packs.
+All codecs store L2-normalised tokens; norms are kept apart by the store. The transform codec rotates into principal
+axes, which leaves most coefficients with a range of a few steps, or none at all, and zstd's entropy coder packs them
+(benchmarks/codec_pareto.py, benchmarks/codec_low_rate.py).
 
 Shapes: n samples, T tokens, D dimensions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,12 +28,14 @@ class ArraySpec:
 
     ``sample_axis`` is the axis that runs over samples; a chunk holds 64 of them and all of the other axes.
     ``level`` is the zstd level, or 0 for plain bytes without Blosc; ``shuffle`` is Blosc's, of bytes or of bits.
+    ``one_block``: Blosc compresses a chunk in one piece, instead of in pieces that fit a processor's cache.
     """
 
     dtype: str
     sample_axis: int
     level: int
     shuffle: Shuffle = "bitshuffle"
+    one_block: bool = False
 
 
 class Codec(Protocol):
@@ -98,7 +101,9 @@ class Int8Codec:
 
 
 class KltCodec:
-    """Error-bounded transform codec: mean removed, principal axes, one uniform step, zig-zag, uint16.
+    """Transform codec of single tokens: mean removed, principal axes, one uniform step, zig-zag, uint16.
+
+    The form of sets that have no ``token_basis``, as all had before ``TokenKltCodec``.
 
     Args:
         mean: (D,) float32.
@@ -117,7 +122,7 @@ class KltCodec:
         self.step = step
         self.level = level
         self.shuffle: Shuffle = shuffle
-        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._placed: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def arrays(self) -> dict[str, ArraySpec]:
         return {"symbols": ArraySpec("<u2", 1, self.level, self.shuffle)}
@@ -127,16 +132,8 @@ class KltCodec:
         n, tokens, dim = unit.shape
         mean, basis = self._on(unit.device)
         coefficients = (unit.reshape(-1, dim) - mean) @ basis
-        bins = torch.round(coefficients / self.step).to(torch.int32)
-        symbols = zigzag(bins)
-        if symbols.numel() and int(symbols.max()) > 0xFFFF:
-            raise TeacherError(
-                f"a latent needs symbol {int(symbols.max())}, and the klt codec holds at most 65535",
-                where=f"codec step {self.step:.3g}",
-                fix="lower --fidelity, or use --codec int8 or fp16",
-            )
-        layout = symbols.T.reshape(dim, n, tokens).contiguous()
-        return {"symbols": layout.cpu().numpy().astype("<u2")}
+        symbols = self._symbols(torch.round(coefficients / self.step))
+        return {"symbols": _as_stored(symbols.T.reshape(dim, n, tokens))}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Symbols (D, n, T), uint16 or its bits in an int16 tensor, to tokens: one multiply, one D x D product."""
@@ -150,10 +147,108 @@ class KltCodec:
     def place(self, device: torch.device) -> None:
         self._on(device)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _symbols(self, bins: Tensor) -> Tensor:
+        """Whole numbers as symbols, int32. Raises TeacherError where one does not fit into uint16."""
+        symbols = zigzag(bins.to(torch.int32))
+        if symbols.numel() and int(symbols.max()) > 0xFFFF:
+            raise TeacherError(
+                f"a latent needs symbol {int(symbols.max())}, and the klt codec holds at most 65535",
+                where=f"codec step {self.step:.3g}",
+                fix="lower --fidelity, or use --codec int8 or fp16",
+            )
+        return symbols
+
+    def _constants(self) -> tuple[Tensor, ...]:
+        """What coding needs on a device."""
+        return self.mean, self.basis
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
         if device not in self._placed:
-            self._placed[device] = (self.mean.to(device), self.basis.to(device))
+            self._placed[device] = tuple(constant.to(device) for constant in self._constants())
         return self._placed[device]
+
+
+class TokenKltCodec(KltCodec):
+    """Transform codec of whole images: ``KltCodec``, rotated along the tokens too, and rounded by rate and distortion.
+
+    Neighbouring tokens are alike, so a few axes along the tokens hold most of what a component varies by. Symbols lie
+    in the order of their coefficients' spreads, largest first: what lies together has one distribution, and what is
+    nearly always zero lies at the end.
+
+    Args:
+        token_basis: (T, T) float32, orthonormal columns: the principal axes along the tokens, largest variance first.
+        spread: (T, D) float32: root mean squares of the coefficients, on the calibration's images.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        basis: Tensor,
+        token_basis: Tensor,
+        spread: Tensor,
+        step: float,
+        level: int = 1,
+        shuffle: Shuffle = "shuffle",
+    ):
+        super().__init__(mean, basis, step, level, shuffle)
+        self.token_basis = token_basis
+        self.spread = spread
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        return {"symbols": ArraySpec("<u2", 1, self.level, self.shuffle, one_block=True)}
+
+    def encode(self, unit: Tensor) -> dict[str, np.ndarray]:
+        """Symbols (D, n, T) uint16, of which (i, sample, j) is the one of rank i * T + j.
+
+        Raises:
+            TeacherError: a symbol does not fit. It never wraps.
+        """
+        n, tokens, dim = unit.shape
+        mean, basis, token_basis, bias, order, _ = self._on(unit.device)
+        coefficients = token_basis.T @ ((unit.reshape(-1, dim) - mean) @ basis).reshape(n, tokens, dim)
+        symbols = self._symbols(round_biased(coefficients / self.step, bias))
+        ranked = symbols.reshape(n, tokens * dim).index_select(1, order)
+        return {"symbols": _as_stored(ranked.reshape(n, dim, tokens).transpose(0, 1))}
+
+    def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Symbols (D, n, T), uint16 or its bits in an int16 tensor, to tokens: a T x T and a D x D product."""
+        symbols = arrays["symbols"].view(torch.int16)
+        dim, n, tokens = symbols.shape
+        mean, basis, token_basis, _, _, rank = self._on(symbols.device)
+        # Rows of samples are gathered, and still as int16: a third of the time that single float32 values take.
+        bins = unzigzag16(symbols).transpose(1, 2).reshape(dim * tokens, n).index_select(0, rank)
+        rows = (token_basis @ bins.to(torch.float32).reshape(tokens, dim * n)).reshape(tokens, dim, n)
+        scaled = (basis.T * self.step).expand(tokens, dim, dim)
+        return torch.baddbmm(mean, rows.transpose(1, 2), scaled).transpose(0, 1)
+
+    def _constants(self) -> tuple[Tensor, ...]:
+        """Also the rounding's biases, and both ways between a coefficient's place among (T, D) and its rank."""
+        order = torch.argsort(self.spread.flatten(), descending=True, stable=True)
+        bias = rounding_bias(self.spread, self.step)
+        return self.mean, self.basis, self.token_basis, bias, order, torch.argsort(order)
+
+
+def rounding_bias(spread: Tensor, step: float) -> Tensor:
+    """How far, in steps, the border between two bins is moved away from zero: 0 to 0.93.
+
+    A bin is worth its bits while it takes more squared error away than lambda a bit, with lambda = ln 2 / 6 steps^2,
+    at which uniform quantisation itself trades them; bits are those of a Laplace distribution of the given spread.
+    The more often a coefficient is zero, the more bits another value of it takes.
+    """
+    scale = (spread.double() / (step * math.sqrt(2))).clamp_min(1e-3)
+    zero = -torch.expm1(-0.5 / scale)
+    one = torch.exp(-0.5 / scale) * -torch.expm1(-1 / scale) / 2
+    bits = (torch.log2(zero) - torch.log2(one.clamp_min(1e-30))).clamp(0, 16)
+    return (bits * (math.log(2) / 12)).to(spread.dtype)
+
+
+def round_biased(values: Tensor, bias: Tensor) -> Tensor:
+    """To whole numbers, towards zero by ``bias``: the border between k and k + 1 lies at k + 0.5 + bias."""
+    return torch.copysign(torch.floor(values.abs() + (0.5 - bias)).clamp_min(0), values)
+
+
+def _as_stored(symbols: Tensor) -> np.ndarray:
+    return symbols.contiguous().cpu().numpy().astype("<u2")
 
 
 def zigzag(values: Tensor) -> Tensor:
@@ -164,6 +259,12 @@ def zigzag(values: Tensor) -> Tensor:
 def unzigzag(symbols: Tensor) -> Tensor:
     """Inverse of ``zigzag``."""
     return (symbols >> 1) ^ -(symbols & 1)
+
+
+def unzigzag16(symbols: Tensor) -> Tensor:
+    """Inverse of ``zigzag`` for symbols of 16 bits. int16, as which they travel, to int16."""
+    # In place, for each new tensor of this size costs as much as the arithmetic.
+    return (symbols >> 1).bitwise_and_(0x7FFF).bitwise_xor_((symbols & 1).neg_())
 
 
 def unit_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:

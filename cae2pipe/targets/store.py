@@ -16,6 +16,7 @@ Only this module knows the layout. Reading goes to the files directly; ``zarr.op
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,10 @@ class Layout:
             "attention": (samples, self.patches),
         }[name]
 
+    def chunk_bytes(self, name: str) -> int:
+        """Bytes of a whole chunk of a blocked array before compression."""
+        return math.prod(self.shape(name, BLOCK)) * np.dtype(self.blocked()[name].dtype).itemsize
+
     def latent_bytes(self, zarr: str, files: Mapping[str, Mapping[str, Any]]) -> int:
         """Bytes of the latents (the codec's arrays and the norms) among the files of the store at ``zarr``."""
         arrays = tuple(f"{zarr}/{name}/" for name in (*self.codec.arrays(), "norms"))
@@ -99,7 +104,7 @@ def pack_block(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, by
             padded = np.zeros(layout.shape(name, BLOCK), dtype=spec.dtype)
             padded[(slice(None),) * spec.sample_axis + (slice(0, count),)] = array
             array = padded
-        chunks[name] = encode_chunk(np.asarray(array, dtype=spec.dtype), spec.level, spec.shuffle)
+        chunks[name] = encode_chunk(np.asarray(array, dtype=spec.dtype), spec.level, spec.shuffle, spec.one_block)
     return chunks
 
 
@@ -138,7 +143,12 @@ class StoreWriter:
             self.path, zarr_format=3, attributes={**attributes, "draw_columns": list(DRAW_COLUMNS)}
         )
         for name, spec in self.layout.blocked().items():
-            blosc = BloscCodec(cname="zstd", clevel=spec.level, shuffle=spec.shuffle) if spec.level else None
+            size = self.layout.chunk_bytes(name) if spec.one_block else 0
+            blosc = (
+                BloscCodec(cname="zstd", clevel=spec.level, shuffle=spec.shuffle, blocksize=size)
+                if spec.level
+                else None
+            )
             group.create_array(
                 name,
                 shape=self.layout.shape(name, self.samples),

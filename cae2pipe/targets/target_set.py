@@ -1,7 +1,8 @@
 """A target set: its manifest, codec and stores, opened for reading.
 
 OUT/manifest.json
-OUT/codec.zarr                       mean (D,), and for klt basis (D, D) and step (1,); attribute `shuffle`
+OUT/codec.zarr                       mean (D,), and for klt basis (D, D), step (1,), token_basis (T, T) and
+                                     spread (T, D), without the last two in sets of older versions; attribute `shuffle`
 OUT/images/000123.tar                the images of shard 000123, reduced, where views are replayed from them,
 OUT/images/000123.json               and where each lies in it
 OUT/views/v00/000123.tar             else the pixels of its view 0
@@ -36,6 +37,7 @@ from cae2pipe.targets.store import REMEDY, Block, Layout, StoreReader
 
 KIND = "targets"
 CODEC = "codec"
+TOKEN_BASIS = "token_basis"
 
 
 def store_name(view: int, shard: str) -> str:
@@ -303,6 +305,8 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     arrays = {"mean": calibration.mean.numpy()}
     if calibration.basis is not None and calibration.step is not None:
         arrays |= {"basis": calibration.basis.numpy(), "step": np.array([calibration.step], dtype="<f4")}
+    if calibration.token_basis is not None and calibration.spread is not None:
+        arrays |= {TOKEN_BASIS: calibration.token_basis.numpy(), "spread": calibration.spread.numpy()}
     for name, data in arrays.items():
         array = group.create_array(
             name,
@@ -315,6 +319,12 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
             config={"write_empty_chunks": True},
         )
         array[...] = data
+
+
+def rotates_tokens(box: Box) -> bool:
+    """Whether the set's klt codec rotates along the tokens too. Sets that older versions calibrated never do."""
+    files = box.units[CODEC]["files"] if CODEC in box.units else {}
+    return not any("/basis/" in path for path in files) or any(f"/{TOKEN_BASIS}/" in path for path in files)
 
 
 def restore_calibration(box: Box, calibration: Calibration) -> None:
@@ -351,7 +361,10 @@ def read_calibration(path: Path) -> Calibration:
         if "basis" not in arrays:
             return Calibration(mean)
         shuffle = cast(Shuffle, group.attrs["shuffle"])
-        return Calibration(mean, torch.from_numpy(arrays["basis"]), float(arrays["step"][0]), shuffle)
+        along_tokens = (
+            (torch.from_numpy(arrays[TOKEN_BASIS]), torch.from_numpy(arrays["spread"])) if TOKEN_BASIS in arrays else ()
+        )
+        return Calibration(mean, torch.from_numpy(arrays["basis"]), float(arrays["step"][0]), shuffle, *along_tokens)
     except (OSError, ValueError, KeyError) as error:
         reraise_exhaustion(error)
         raise DamageError(

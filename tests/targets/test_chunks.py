@@ -26,11 +26,13 @@ from cae2pipe.targets.chunks import (
     st.sampled_from(["<u2", "|i1", "<f2", "|u1"]),
     st.sampled_from([0, 1, 5]),
     st.sampled_from(["shuffle", "bitshuffle"]),
+    st.booleans(),
     st.integers(0, 100),
 )
-def test_chunks_round_trip(shape, dtype, level, shuffle, seed):
+def test_chunks_round_trip(shape, dtype, level, shuffle, one_block, seed):
     array = np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
-    assert np.array_equal(decode_chunk(encode_chunk(array, level, shuffle), shape, dtype, level), array)
+    data = encode_chunk(array, level, shuffle, one_block)
+    assert np.array_equal(decode_chunk(data, shape, dtype, level), array)
 
 
 @settings(deadline=None, max_examples=60)
@@ -58,17 +60,22 @@ def test_index_round_trips_and_damage_is_found():
         decode_index(encode_index([(2**64 - 1, 2**64 - 1)]), 1)
 
 
-@pytest.mark.parametrize(("level", "shuffle"), [(0, "shuffle"), (1, "shuffle"), (1, "bitshuffle")])
-def test_shard_files_are_byte_for_byte_what_zarr_writes(tmp_path, level, shuffle):
-    values = np.random.default_rng(0).integers(0, 12, (6, 150, 7)).astype("<u2")
+@pytest.mark.parametrize(
+    ("level", "shuffle", "one_block"),
+    [(0, "shuffle", False), (1, "shuffle", False), (1, "bitshuffle", False), (1, "bitshuffle", True)],
+)
+def test_shard_files_are_byte_for_byte_what_zarr_writes(tmp_path, level, shuffle, one_block):
+    # More than Blosc would take at once.
+    values = np.random.default_rng(0).integers(0, 12, (6, 150, 107)).astype("<u2")
     group = zarr.create_group(tmp_path / "store.zarr", zarr_format=3)
     compressors = [Crc32cCodec()]
+    size = 6 * 64 * 107 * 2 if one_block else 0
     if level:
-        compressors.insert(0, BloscCodec(cname="zstd", clevel=level, shuffle=shuffle))
+        compressors.insert(0, BloscCodec(cname="zstd", clevel=level, shuffle=shuffle, blocksize=size))
     options = {
         "shape": values.shape,
-        "chunks": (6, 64, 7),
-        "shards": (6, 192, 7),
+        "chunks": (6, 64, 107),
+        "shards": (6, 192, 107),
         "dtype": "<u2",
         "compressors": compressors,
         "filters": None,
@@ -79,10 +86,10 @@ def test_shard_files_are_byte_for_byte_what_zarr_writes(tmp_path, level, shuffle
     ours = tmp_path / "store.zarr/ours/c/0/0/0"
     file = ShardFile(ours)
     for start in range(0, 150, 64):
-        chunk = np.zeros((6, 64, 7), "<u2")
+        chunk = np.zeros((6, 64, 107), "<u2")
         part = values[:, start : start + 64]
         chunk[:, : part.shape[1]] = part
-        file.append(encode_chunk(chunk, level, shuffle))
+        file.append(encode_chunk(chunk, level, shuffle, one_block))
     file.close()
     assert ours.read_bytes() == (tmp_path / "store.zarr/theirs/c/0/0/0").read_bytes()
     assert np.array_equal(zarr.open_group(tmp_path / "store.zarr", mode="r")["ours"][...], values)

@@ -17,6 +17,7 @@ from cae2pipe.targets.calibration import (
     make_codec,
     principal_axes,
     summarise,
+    token_axes,
     token_cosines,
 )
 from cae2pipe.targets.chunks import encode_chunk
@@ -24,9 +25,13 @@ from cae2pipe.targets.codecs import (
     Fp16Codec,
     Int8Codec,
     KltCodec,
+    TokenKltCodec,
     as_tensors,
+    round_biased,
+    rounding_bias,
     unit_tokens,
     unzigzag,
+    unzigzag16,
     zigzag,
 )
 from cae2pipe.targets.target_set import read_calibration, write_calibration
@@ -39,6 +44,29 @@ def correlated_tokens(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Ten
     mix = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
     raw = torch.randn(n, tokens, dim, generator=generator) * spectrum @ mix.T + 0.5 * mix[0]
     return unit_tokens(raw)[0]
+
+
+def images(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
+    """Unit tokens whose neighbours are alike, as those of an image are."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.linspace(0, 4, dim).neg().exp()
+    mix = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+    walk = torch.randn(n, tokens, dim, generator=generator)
+    for token in range(1, tokens):
+        walk[:, token] = 0.8 * walk[:, token - 1] + 0.6 * walk[:, token]
+    return unit_tokens(walk * spectrum @ mix.T + 0.5 * mix[0])[0]
+
+
+def fitted(unit: torch.Tensor, step: float) -> TokenKltCodec:
+    mean, basis = principal_axes(unit)
+    token_basis, spread = token_axes(unit, mean, basis)
+    return TokenKltCodec(mean.float(), basis.float(), token_basis.float(), spread.float(), step)
+
+
+def size(codec, unit: torch.Tensor) -> int:
+    """Bytes of a block's chunk."""
+    spec = codec.arrays()["symbols"]
+    return len(encode_chunk(codec.encode(unit)["symbols"], spec.level, spec.shuffle, spec.one_block))
 
 
 @settings(deadline=None)
@@ -65,10 +93,48 @@ def test_klt_error_is_at_most_half_a_step_in_every_component(n, tokens, dim, ste
     assert float(error.abs().max()) <= step / 2 * 1.001 + 1e-5
 
 
-def test_klt_overflow_is_an_error_and_never_a_wrap():
-    codec = KltCodec(torch.zeros(4), torch.eye(4), 1e-5)
+@settings(deadline=None)
+@given(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1, max_size=50))
+def test_zigzag_of_16_bits_is_undone_in_16_bits(values):
+    tensor = torch.tensor(values, dtype=torch.int32)
+    assert unzigzag16(zigzag(tensor).to(torch.uint16).view(torch.int16)).tolist() == values
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(2, 40), st.floats(1e-3, 0.5), st.integers(0, 1000))
+def test_klt_of_images_errs_by_half_a_step_and_the_bias_at_most(n, tokens, dim, step, seed):
+    unit = images(n, tokens, dim, seed)
+    codec = fitted(unit, step)
+    arrays = codec.encode(unit)
+    assert arrays["symbols"].shape == (dim, n, tokens)
+    assert arrays["symbols"].dtype == np.uint16
+    decoded = codec.decode(as_tensors(arrays))
+    assert decoded.shape == unit.shape
+    error = codec.token_basis.double().T @ (decoded - unit).double() @ codec.basis.double()
+    assert bool((error.abs() <= step * (0.5 + rounding_bias(codec.spread, step)) * 1.001 + 1e-5).all())
+
+
+@settings(deadline=None)
+@given(st.floats(-50, 50), st.floats(1e-6, 10), st.floats(1e-3, 1))
+def test_rounding_goes_towards_zero_and_more_so_the_rarer_a_value_is(value, spread, step):
+    bias = rounding_bias(torch.tensor([spread, 2 * spread], dtype=torch.float64), step)
+    assert 0 <= bias[1] <= bias[0] < 0.93
+    rounded = round_biased(torch.tensor([value], dtype=torch.float64), bias)
+    assert bool((rounded == rounded.round()).all())
+    assert bool((rounded.abs() <= abs(value) + 0.5).all())
+    assert bool((rounded * value >= 0).all())
+    assert bool(((rounded - value).abs() <= 0.5 + bias + 1e-9).all())
+
+
+@pytest.mark.parametrize("make", [lambda step: KltCodec(torch.zeros(4), torch.eye(4), step), None])
+def test_klt_overflow_is_an_error_and_never_a_wrap(make):
+    make = make or (lambda step: TokenKltCodec(torch.zeros(4), torch.eye(4), torch.eye(1), torch.ones(1, 4), step))
     with pytest.raises(TeacherError, match="65535"):
-        codec.encode(torch.ones(1, 1, 4))
+        make(1e-5).encode(torch.ones(1, 1, 4))
+    # A symbol of all 16 bits still comes back.
+    assert torch.allclose(
+        make(1 / 32760).decode(as_tensors(make(1 / 32760).encode(-torch.ones(1, 1, 4)))), -torch.ones(4)
+    )
     # The largest symbol that fits still comes back.
     edge = KltCodec(torch.zeros(1), torch.eye(1), 1 / 32767)
     decoded = edge.decode(as_tensors(edge.encode(torch.tensor([[[1.0], [-1.0]]]))))
@@ -105,11 +171,13 @@ def test_norms_and_unit_tokens_give_the_tokens_back():
         unit_tokens(torch.full((1, 1, 4), 1e5))
 
 
-@pytest.mark.parametrize("fidelity", [0.99, 0.999, 0.9999])
-def test_calibration_reaches_the_fidelity_on_other_samples_and_not_by_far(fidelity):
-    unit = correlated_tokens(80, 20, 48)
-    calibration, reached = calibrate(unit[:60], "klt", fidelity, 1)
-    codec = KltCodec(calibration.mean, calibration.basis, calibration.step)
+@pytest.mark.parametrize("make", [correlated_tokens, images])
+@pytest.mark.parametrize("fidelity", [0.9, 0.97, 0.99, 0.999, 0.9999])
+def test_calibration_reaches_the_fidelity_on_other_samples_and_not_by_far(fidelity, make):
+    unit = make(320, 20, 48)
+    calibration, reached = calibrate(unit[:240], "klt", fidelity, 1)
+    unit = unit[180:]
+    codec = make_codec("klt", calibration)
     decoded = codec.decode(as_tensors(codec.encode(unit[60:])))
     fresh = summarise(*token_cosines(unit[60:], decoded, calibration.mean))
     assert reached.mean >= fidelity
@@ -131,6 +199,8 @@ def test_calibration_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0].basis, results[1].basis)
+    assert torch.equal(results[0].token_basis, results[1].token_basis)
+    assert torch.equal(results[0].spread, results[1].spread)
     assert results[0].step == results[1].step
 
 
@@ -144,19 +214,61 @@ def test_signs_of_principal_axes_follow_the_rule():
 def test_a_lower_fidelity_gives_a_larger_step():
     unit = correlated_tokens(20, 10, 12)
     mean, basis = principal_axes(unit)
-    steps = [find_step(unit, mean, basis, fidelity) for fidelity in (0.9999, 0.999, 0.99, 0.9)]
-    assert steps == sorted(steps)
+    for along_tokens in ((), token_axes(unit, mean, basis)):
+        steps = [find_step(unit, mean, basis, fidelity, *along_tokens) for fidelity in (0.9999, 0.999, 0.99, 0.97, 0.9)]
+        assert steps == sorted(steps)
+
+
+def test_a_lower_fidelity_gives_fewer_bytes_and_a_larger_distance():
+    unit = images(80, 20, 48)
+    found = []
+    for fidelity in (0.9999, 0.999, 0.99, 0.97, 0.9):
+        calibration, reached = calibrate(unit, "klt", fidelity, 1)
+        found.append((size(make_codec("klt", calibration), unit[:64]), reached.mean))
+    assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize(("fidelity", "share"), [(0.999, 0.95), (0.97, 0.85), (0.9, 0.75)])
+def test_rotating_the_tokens_saves_bytes(fidelity, share):
+    unit = images(120, 20, 48)
+    sizes = [
+        size(make_codec("klt", calibrate(unit, "klt", fidelity, 1, rotate_tokens=rotated)[0]), unit[:64])
+        for rotated in (True, False)
+    ]
+    assert sizes[0] <= share * sizes[1]
+
+
+def test_coding_does_not_depend_on_what_else_is_in_the_block_nor_on_where_constants_lie():
+    unit = images(20, 10, 12)
+    calibration, _ = calibrate(unit, "klt", 0.97, 1)
+    codec, again = make_codec("klt", calibration), make_codec("klt", calibration)
+    again.place(torch.device("cpu"))
+    symbols = codec.encode(unit)["symbols"]
+    assert np.array_equal(symbols, again.encode(unit)["symbols"])
+    assert np.array_equal(symbols[:, 3:5], codec.encode(unit[3:5])["symbols"])
+    decoded = codec.decode(as_tensors({"symbols": symbols}))
+    torch.testing.assert_close(codec.decode(as_tensors({"symbols": symbols[:, 3:5]})), decoded[3:5])
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_calibrations_of_both_forms_are_kept(rotated, tmp_path):
+    unit = images(20, 10, 12)
+    calibration, _ = calibrate(unit, "klt", 0.97, 1, rotate_tokens=rotated)
+    write_calibration(tmp_path / "codec.zarr", calibration)
+    again = read_calibration(tmp_path / "codec.zarr")
+    assert (tmp_path / "codec.zarr" / "token_basis").exists() == rotated
+    codecs = [make_codec("klt", each) for each in (calibration, again)]
+    assert type(codecs[0]) is type(codecs[1]) is (TokenKltCodec if rotated else KltCodec)
+    assert np.array_equal(*(codec.encode(unit)["symbols"] for codec in codecs))
 
 
 @pytest.mark.parametrize("fidelity", [0.9999, 0.97])
 def test_the_shuffle_is_the_one_that_takes_fewer_bytes(fidelity, tmp_path):
     unit = correlated_tokens(80, 20, 48)
     calibration, _ = calibrate(unit, "klt", fidelity, 1)
-    sizes = {}
+    sizes: dict[str, int] = {}
     for shuffle in ("shuffle", "bitshuffle"):
-        codec = make_codec("klt", replace(calibration, shuffle=shuffle))
-        chunk = encode_chunk(codec.encode(unit[-20:])["symbols"], 1, shuffle)
-        sizes[shuffle] = len(chunk)
+        sizes[shuffle] = size(make_codec("klt", replace(calibration, shuffle=shuffle)), unit[-20:])
     assert calibration.shuffle == min(sizes, key=sizes.__getitem__)
     write_calibration(tmp_path / "codec.zarr", calibration)
     assert read_calibration(tmp_path / "codec.zarr").shuffle == calibration.shuffle

@@ -17,7 +17,7 @@ from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.repair import repair
 from cae2pipe.stages.report import report_runs
-from cae2pipe.targets.codecs import Fp16Codec, KltCodec
+from cae2pipe.targets.codecs import Fp16Codec, TokenKltCodec
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.training.device import exact_float32, set_backends
 from cae2pipe.training.student import load_student
@@ -58,7 +58,7 @@ def seen(monkeypatch) -> list[tuple[str, bool, bool, bool]]:
         return call
 
     monkeypatch.setattr(Teacher, "__call__", watched(Teacher.__call__))
-    for codec in (KltCodec, Fp16Codec):
+    for codec in (TokenKltCodec, Fp16Codec):
         monkeypatch.setattr(codec, "encode", watched(codec.encode))
     return found
 
