@@ -63,7 +63,11 @@ class Bench:
 
     def stage_1(self, views: int, codec: dict[str, Any]) -> ExtractSettings:
         workers = {"workers": 0 if self.quick else -1}
-        over = {"view": {"size": self.size}, "shard": {"speed": workers}, "speed": {"device": self.device, **workers}}
+        over = {
+            "view": {"size": self.size, "pixels": "stored"},
+            "shard": {"speed": workers},
+            "speed": {"device": self.device, **workers},
+        }
         chosen = stage_1(self.device, self.work, views=views, codec=codec, **over)
         return chosen.model_copy(update={"teacher": chosen.teacher.model_copy(update={"image_size": self.size})})
 

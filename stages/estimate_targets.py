@@ -72,18 +72,21 @@ def estimate_targets(
         chosen = next(found for found in prices if found.codec == codec.name)
         layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
         meter = time_extraction(shards, teacher, layout, chosen.calibration, settings, workers)
-    # Of a view, or of an image whose views share it.
-    pixels = tar_bytes(jpegs) / (settings.views if settings.view.pixels == "replayed" else 1)
+
+    def pixels(views: int) -> float:
+        """Bytes a view: its own, or its share of the image that so many views are cut from."""
+        return tar_bytes(jpegs) / (views if settings.view.pixels == "replayed" else 1)
+
     teacher_per_s = meter.views / meter.teacher
     rows = []
     for found in prices:
-        whole = project(images, settings.views, pixels + found.latents, meter.rate(), teacher_per_s)
+        whole = project(images, settings.views, pixels(settings.views) + found.latents, meter.rate(), teacher_per_s)
         reached = {"mean": found.fidelity.mean, "p1": found.fidelity.p1}
         rows.append({"codec": found.codec, "latents": round(found.latents), **reached, **asdict(whole)})
     result = {
         "images": images,
         "views": settings.views,
-        "pixels": round(pixels),
+        "pixels": round(pixels(settings.views)),
         "views_per_s": meter.rate(),
         "teacher_per_s": teacher_per_s,
         "verdict": meter.verdict(),
@@ -91,7 +94,7 @@ def estimate_targets(
     }
     if epochs is not None:
         views = recommend_views(epochs)
-        whole = project(images, views, pixels + chosen.latents, meter.rate(), teacher_per_s)
+        whole = project(images, views, pixels(views) + chosen.latents, meter.rate(), teacher_per_s)
         result["recommended"] = {
             "epochs": epochs,
             "views": views,

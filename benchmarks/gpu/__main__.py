@@ -4,7 +4,7 @@ Checks the training step, extraction, evaluations and what happens where memory 
 is promised, and measures speeds. It needs no network and no data: noise and random weights stand in. FILE is rewritten
 after every part. The exit status is 0 if every part that ran is ok.
 
-    python -m benchmarks.gpu --out FILE [--parts A,B1,...] [--budget 460] [--sizes tiny,small,base,large]
+    python -m benchmarks.gpu --out FILE [--parts A,B1,...] [--budget 900] [--sizes tiny,small,base,large]
     python -m benchmarks.gpu --device cpu --quick      # the same code with tiny models: does the suite itself work?
 """
 
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument(
         "--parts", help=f"only these, of {', '.join(part.name for part in PARTS)}; B stands for all B1, ..."
     )
-    parser.add_argument("--budget", type=float, default=460, help="seconds; parts that do not fit are skipped")
+    parser.add_argument("--budget", type=float, default=900, help="seconds; parts that do not fit are skipped")
     parser.add_argument("--sizes", default=",".join(SIZES), help="sizes of students to measure")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quick", action="store_true", help="tiny models: to try the suite itself")

@@ -8,7 +8,7 @@ so that the student trains on exactly what the teacher saw.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class RenderedBlock:
     jpegs: list[list[bytes]]
     pixels: list[Tensor]
     draws: list[np.ndarray]
-    kept: list[bytes]
+    kept: list[bytes] = field(default_factory=list)
 
 
 class Renderer(Dataset):

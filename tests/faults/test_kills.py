@@ -36,7 +36,7 @@ EVALUATED = {"device": "cpu", "checkpoint_minutes": 1e-9}
 SPEED = {"device": "cpu", "keep_epochs": 1, "keep": 1}
 
 DAMAGED = (
-    "views/v01/000001.tar",
+    "images/000001.tar",
     "latents/v00/000002.zarr/symbols/c/0/0/0",
     "codec.zarr/mean/c/0",
     "shards/tars/000000.tar",

@@ -34,7 +34,8 @@ def test_it_is_near_the_set_and_writes_nothing(target_root, photos, tmp_path, ex
     assert rows["fp16"]["mean"] > rows["int8"]["mean"] > rows["klt"]["mean"] > 0.998
     stored = TargetSet(target_root).bytes_per_view()
     assert rows["klt"]["latents"] == pytest.approx(stored["latents"], rel=0.25)
-    assert found["pixels"] == pytest.approx(stored["pixels"] + 2048, rel=0.25)
+    # Of two views that share an image, and its headers in the tar.
+    assert found["pixels"] == pytest.approx(stored["pixels"] + 2048 / 2, rel=0.25)
     assert rows["klt"]["bytes"] == pytest.approx(
         found["images"] * 2 * (found["pixels"] + rows["klt"]["latents"]), rel=0.01
     )
@@ -64,8 +65,9 @@ def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_sett
     advice, klt = found["recommended"], next(row for row in found["codecs"] if row["codec"] == "klt")
     assert advice["epochs"] == 45
     assert advice["views"] == recommend_views(45) > found["views"] == 2
-    # The asked codec at the asked fidelity, for other views than asked.
-    assert advice["bytes"] == pytest.approx(klt["bytes"] * advice["views"] / 2, abs=advice["views"])
+    # The asked codec at the asked fidelity, for other views than asked, which share the same images.
+    latents = klt["latents"] * (advice["views"] - found["views"])
+    assert advice["bytes"] == pytest.approx(klt["bytes"] + found["images"] * latents, rel=0.001)
     assert advice["seconds"] == pytest.approx(klt["seconds"] * advice["views"] / 2)
     assert (advice["showings"], advice["showings_asked"]) == (45 / advice["views"], 22.5)
     said = " ".join(result.output.split())

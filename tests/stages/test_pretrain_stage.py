@@ -139,7 +139,7 @@ def test_no_target_set(tmp_path, pretrain_settings):
 def test_a_set_with_a_damaged_file_is_refused_at_start(target_root, tmp_path, pretrain_settings, damage):
     root = tmp_path / "set"
     shutil.copytree(target_root, root)
-    tar = root / "views" / "v00" / "000001.tar"
+    tar = root / "images" / "000001.tar"
     if damage == "deleted":
         tar.unlink()
     else:

@@ -80,7 +80,7 @@ def test_estimates(photos, extract_settings, left_over, seen):
 def test_repair_and_the_live_audit(photos, target_root, teacher_file, tmp_path, left_over, seen):
     root = tmp_path / "set"
     shutil.copytree(target_root, root)
-    next((root / "views").rglob("*.tar")).unlink()
+    next((root / "latents").rglob("*.json")).unlink()
     repair(verify(root, Silent()), Silent(), weights=teacher_file, device="cpu", workers=0)
     assert set(seen) == {EXACT}
     seen.clear()
