@@ -133,7 +133,7 @@ class ExtractSettings(Settings):
     """Everything `cae2pipe extract-targets` can be told."""
 
     teacher: TeacherSettings
-    views: int = outside(4, ge=1)
+    views: int = outside(8, ge=1)
     """Views an image. More can be added later by asking for more."""
     view: ViewSettings = ViewSettings()
     codec: CodecSettings = CodecSettings()

@@ -17,9 +17,9 @@ from cae2pipe.teachers.protocol import TeacherOutput
 
 CODECS = ("fp16", "int8", "klt")
 
-SHOWINGS = 10
-"""Epochs that may show one stored view of an image before it has little left to teach: measured by
-benchmarks/views.py, which trains on 1 to 32 views and on a fresh crop in every epoch."""
+SHOWINGS = 20
+"""Epochs that may show one view of an image. Measured by benchmarks/views.py: over 200 epochs 8 views, shown 25 times
+each, stand within half a standard error of 32, and one view is 13 points below."""
 
 TAR_BLOCK = 512
 """A tar's members are padded to whole blocks, and each has a header of one."""
