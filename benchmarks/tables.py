@@ -54,7 +54,8 @@ def performance(results: Path) -> str:
         (f"klt at 0.999: bytes against int8 (1st percentile {klt['p1']:.4f})", check(pareto, "of int8's"), 3, ""),
         ("klt: unpacking, views/s a core", check(pareto, "unpacking"), 3, ""),
         ("int8 blocks with checksums: time against plain reading", check(store, "StoreReader"), 3, alone),
-        ("block loader against full-size photographs, one core", check(loader, "block loader"), 2, ""),
+        ("block loader, stored views, against full-size photographs, one core", check(loader, "stored"), 2, ""),
+        ("block loader, replayed views, against the same", check(loader, "replayed"), 2, ""),
         ("extraction against the teacher's forward, two cores", check(extraction, "extraction"), 2, ""),
     ]
     return table(
