@@ -95,6 +95,7 @@ def extract_targets(
         content = {"settings": identity(settings), "teacher": teacher.info.identity()}
         fix = "give another output folder, or the settings this one was made with"
         if file_size(out / MANIFEST) is not None:
+            refuse_other_pixels(out, settings)
             open_same(out, KIND, content, fix)
         shards = open_source(source, out, settings, report)
         box = open_or_create(out, KIND, content, facts={"classes": shards.classes}, fix=fix)
@@ -119,10 +120,22 @@ def extract_targets(
         check_space(box, missing)
         try:
             make_images(box, shards, missing, settings, workers, report)
-            make_views(box, shards, missing, teacher, settings, workers, report)
+            if any(lacking.views for lacking in missing):
+                make_views(box, shards, missing, teacher, settings, workers, report)
         finally:
             finish(box, shards, settings.views)
         return box
+
+
+def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
+    """Raise MismatchError where a set's views are replayed and stored ones are asked for, or the reverse."""
+    there = recorded_view(open_box(out, KIND).identity["settings"]).pixels
+    if there != settings.view.pixels:
+        raise MismatchError(
+            f"this set's views are {there}, and {settings.view.pixels} ones are asked for",
+            where=out / MANIFEST,
+            fix=f"--set view.pixels={there}, or give another output folder",
+        )
 
 
 def open_source(source: Path, out: Path, settings: ExtractSettings, report: Report) -> ShardSet:
@@ -137,7 +150,7 @@ def open_source(source: Path, out: Path, settings: ExtractSettings, report: Repo
 
 
 @dataclass(frozen=True)
-class Lack:
+class MissingUnits:
     """What a shard lacks: views, and the images that replayed ones are cut from."""
 
     shard: Shard
@@ -152,7 +165,7 @@ class Lack:
 
 def missing_views(
     box: Box, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
-) -> list[Lack]:
+) -> list[MissingUnits]:
     """What this part still has to make, or what of it is among ``remake``.
 
     Raises:
@@ -173,20 +186,22 @@ def missing_views(
                     fix="give the original source, or a new output folder",
                 )
 
-        def lacks(name: str) -> bool:
+        def is_missing(name: str) -> bool:
             return name in remake if remake is not None else name not in whole
 
-        lack = Lack(shard, tuple(view for view, name in names.items() if lacks(name)), replayed and lacks(images))
-        if lack.units and part.owns(index):
-            result.append(lack)
+        lacking = MissingUnits(
+            shard, tuple(view for view, name in names.items() if is_missing(name)), replayed and is_missing(images)
+        )
+        if lacking.units and part.owns(index):
+            result.append(lacking)
     return result
 
 
-def remove_leftovers(out: Path, missing: list[Lack], part: Part) -> None:
+def remove_leftovers(out: Path, missing: list[MissingUnits], part: Part) -> None:
     """Remove what a killed run left half-written, and never what another part is writing now."""
     if part == WHOLE and is_local(out):
         remove_debris(out)
-    remove_stages(out, [name for lack in missing for name in lack.units])
+    remove_stages(out, [name for lacking in missing for name in lacking.units])
 
 
 def wanted(box: Box, shards: ShardSet, views: int) -> dict[str, int]:
@@ -309,7 +324,7 @@ TAR_OVERHEAD = 2048
 """Bytes a sample that a tar adds to its JPEG, at least: two headers, the label, padding."""
 
 
-def check_space(box: Box, missing: list[Lack]) -> None:
+def check_space(box: Box, missing: list[MissingUnits]) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
@@ -319,12 +334,12 @@ def check_space(box: Box, missing: list[Lack]) -> None:
     expected = box.facts["codec"]["expected_bytes"]
     replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
     needed = sum(
-        lack.shard.samples
+        lacking.shard.samples
         * (
-            len(lack.views) * expected["latents"]
-            + (lack.images if replayed else len(lack.views)) * (expected["pixels"] + TAR_OVERHEAD)
+            len(lacking.views) * expected["latents"]
+            + (lacking.images if replayed else len(lacking.views)) * (expected["pixels"] + TAR_OVERHEAD)
         )
-        for lack in missing
+        for lacking in missing
     )
     if free is not None and needed > free:
         raise BadInputError(
@@ -364,19 +379,19 @@ class _Shard:
 
 
 def make_images(
-    box: Box, shards: ShardSet, missing: list[Lack], settings: ExtractSettings, workers: int, report: Report
+    box: Box, shards: ShardSet, missing: list[MissingUnits], settings: ExtractSettings, workers: int, report: Report
 ) -> None:
     """Reduce the originals of shards whose replayed views have no images yet, and keep them.
 
     Raises:
         DamageError: they were there once, views were cut from them, and they do not come out the same.
     """
-    lacking = [lack.shard for lack in missing if lack.images]
-    if not lacking:
+    reducing = [lacking.shard for lacking in missing if lacking.images]
+    if not reducing:
         return
     report.log("reducing the images that views are replayed from")
-    report.total(sum(shard.samples for shard in lacking), "images")
-    blocks = [(shard, block) for shard in lacking for block in range(-(-shard.samples // BLOCK))]
+    report.total(sum(shard.samples for shard in reducing), "images")
+    blocks = [(shard, block) for shard in reducing for block in range(-(-shard.samples // BLOCK))]
     reduced = in_order(Reducer(shards, blocks, settings.view), min(workers, len(blocks)) if len(blocks) > 1 else 0)
     for shard, found in groupby(reduced, key=lambda item: item[0]):
         samples = []
@@ -415,7 +430,7 @@ def keep_images(box: Box, shard: Shard, samples: list[ImageSample]) -> None:
 def make_views(
     box: Box,
     shards: ShardSet,
-    missing: list[Lack],
+    missing: list[MissingUnits],
     teacher: Teacher,
     settings: ExtractSettings,
     workers: int,
@@ -426,15 +441,15 @@ def make_views(
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
     replayed = settings.view.pixels == "replayed"
     if replayed:
-        # From here on, what the set keeps are its images.
+        # Views are cut from the images that the set keeps, not from the originals.
         shards = kept_images(box)
-    ours = {shard.name: shard for shard in shards.shards}
+    by_name = {shard.name: shard for shard in shards.shards}
     tasks = [
-        Task(ours[lack.shard.name], block, lack.views)
-        for lack in missing
-        for block in range(-(-lack.shard.samples // BLOCK) if lack.views else 0)
+        Task(by_name[lacking.shard.name], block, lacking.views)
+        for lacking in missing
+        for block in range(-(-lacking.shard.samples // BLOCK) if lacking.views else 0)
     ]
-    report.total(sum(lack.shard.samples * len(lack.views) for lack in missing), "views")
+    report.total(sum(lacking.shard.samples * len(lacking.views) for lacking in missing), "views")
     rendered = render(Renderer(shards, tasks, settings.view, settings.seed, kept=replayed), workers)
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
     encoded = encode_ahead(rendered, teacher, layout, calibration, meter, lanes)
@@ -447,7 +462,7 @@ def make_views(
                 current = _Shard(shard)
                 open_shards.append(current)
                 collect(current, box.root, layout, blocks, meter, report)
-                finishing.append(finisher.submit(finish_shard, box, current, shards if replayed else None))
+                finishing.append(finisher.submit(finish_shard, box, current, shards if replayed else None, report))
                 while finishing and (len(finishing) > 1 or finishing[0].done()):
                     finishing.popleft().result()
                     open_shards.popleft()
@@ -493,11 +508,14 @@ def zarr_path(view: int, shard: Shard) -> str:
     return f"latents/v{view:02d}/{shard.name}.zarr"
 
 
-def finish_shard(box: Box, current: _Shard, kept: ShardSet | None) -> None:
+def finish_shard(box: Box, current: _Shard, kept: ShardSet | None, report: Report) -> None:
     """Write the tars of stored views, finish the stores and list the pairs of a shard. ``kept``: the images that
     replayed views are cut from."""
     for view, pair in sorted(current.pairs.items()):
+        name = store_name(view, current.shard.name)
         unit = finish_pair(box, current, view, pair, kept)
+        if name in box.units and box.units[name]["files"] != unit["files"]:
+            report.log(f"{name} does not come out as it was: runs that began with it cannot be resumed")
         box.add(store_name(view, current.shard.name), unit)
         pair.stage.discard()
 

@@ -229,7 +229,9 @@ def recode_stores(box: Box, targets: TargetSet, names: list[str], workers: int, 
     tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
     with closing(in_threads(recode_block, tasks, workers, 2 * max(1, workers))) as blocks:
         for name in names:
-            box.add(name, recode_store(box.root, name, targets.stores[name], readers[name], layout, blocks, report))
+            replayed = targets.replayed is not None
+            unit = recode_store(box.root, name, targets.stores[name], readers[name], layout, blocks, replayed, report)
+            box.add(name, unit)
 
 
 def recode_store(
@@ -239,10 +241,11 @@ def recode_store(
     reader: StoreReader,
     layout: Layout,
     blocks: Iterator[Recoded],
+    replayed: bool,
     report: Report,
 ) -> dict[str, Any]:
     """Write one store and bring its tar along, where its views are stored; return the manifest's entry."""
-    own = [unit["tar"]] if unit["bytes"]["pixels"] else []
+    own = [] if replayed else [unit["tar"]]
     with staged(root, name) as stage:
         for tar in own:
             fetch_file(reader.root / tar, stage.path(tar))

@@ -2,7 +2,7 @@
 
 The manifest holds
 
-- ``format``: the version of the layout, 1;
+- ``format``: the version of the layout;
 - ``kind``: ``shards``, ``targets``, ``run`` or ``scores``;
 - ``identity``: what the content depends on (settings, digests of inputs), and ``fingerprint``, its SHA-256;
 - ``units``: the independent pieces of the content by name, each with ``files``: path -> bytes and SHA-256;
@@ -28,7 +28,9 @@ from cae2pipe.artifacts.lock import holding
 from cae2pipe.artifacts.places import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
 
-FORMAT = 1
+FORMATS = {"targets": 2}
+"""The format that new folders of a kind are written in; 1 where none is named. Older ones are read, and stay so.
+Target sets of format 2 may have replayed views, and a klt that rotates along the tokens."""
 MANIFEST = "manifest.json"
 JOURNAL = "journal"
 
@@ -43,6 +45,7 @@ class Box:
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
+    format: int = 1
 
     @property
     def fingerprint(self) -> str:
@@ -51,7 +54,7 @@ class Box:
     def manifest(self) -> dict[str, Any]:
         return {
             **self.facts,
-            "format": FORMAT,
+            "format": self.format,
             "kind": self.kind,
             "identity": self.identity,
             "fingerprint": self.fingerprint,
@@ -147,9 +150,10 @@ def open_box(root: Path, kind: str | None = None) -> Box:
     data = _read_json(path)
     if not isinstance(data, dict) or "format" not in data or "kind" not in data:
         raise ManifestError("this manifest.json was not written by cae2pipe", where=path, fix="check the path")
-    if data["format"] != FORMAT:
+    newest = FORMATS.get(str(data["kind"]), 1)
+    if data["format"] not in range(1, newest + 1):
         raise ManifestError(
-            f"the manifest has format {data['format']}, and this version of cae2pipe reads format {FORMAT}",
+            f"the manifest has format {data['format']}, and this version of cae2pipe reads format {newest}",
             where=path,
             fix="use the version of cae2pipe that wrote it (newer formats need a newer version)",
         )
@@ -168,7 +172,7 @@ def open_box(root: Path, kind: str | None = None) -> Box:
     for entry, text in journal.items():
         units[entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")] = _parse_json(entry, text)
     facts = {key: value for key, value in data.items() if key not in known}
-    return Box(root, data["kind"], data["identity"], units, facts, data["complete"])
+    return Box(root, data["kind"], data["identity"], units, facts, data["complete"], data["format"])
 
 
 def open_or_create(root: Path, kind: str, identity: dict[str, Any], facts: dict[str, Any], fix: str) -> Box:
@@ -183,7 +187,8 @@ def open_or_create(root: Path, kind: str, identity: dict[str, Any], facts: dict[
         new = file_size(root / MANIFEST) is None
         if new:
             refuse_foreign(root)
-            write_json(root / MANIFEST, Box(root, kind, identity, facts=facts).manifest())
+            box = Box(root, kind, identity, facts=facts, format=FORMATS.get(kind, 1))
+            write_json(root / MANIFEST, box.manifest())
     return open_same(root, kind, identity, fix)
 
 

@@ -80,7 +80,8 @@ class ViewSettings(Settings):
     fewer bytes from three views on. stored: each view is kept, which loads faster and suits few views."""
     short_side: int | None = added(None, before=None, ge=16)
     """Short side of the images that are kept for replayed views, in pixels; larger ones are reduced to it. null: as
-    long as it takes for no crop to be enlarged more than 1.28 times (320 for views of 224 pixels)."""
+    long as it takes for no crop to be enlarged more than 1.28 times (320 for views of 224 pixels), where the original
+    has the pixels."""
     quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of what is kept, views or images."""
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:2:0"

@@ -135,8 +135,8 @@ class DataSettings(Settings):
     last_batch: Literal["pad", "drop"] = "pad"
     """pad: the last batch is filled up with samples of weight 0; drop: it is left out (released code)."""
     decode: Literal["workers", "device"] = "workers"
-    """Where stored views are decoded: by the workers, as the teacher's were; or on the device (torchcodec; on CUDA by
-    nvJPEG, whose pixels differ a little), for when cores are short."""
+    """Where JPEGs are decoded, and replayed views cut from them: by the workers, as for the teacher; or on the device
+    (torchcodec; on CUDA by nvJPEG, whose pixels differ a little), for when cores are short."""
 
     @model_validator(mode="after")
     def _divides(self) -> DataSettings:

@@ -49,7 +49,7 @@ def read_stored(targets: TargetSet, images: Path, key: str) -> StoredImage:
         arrays = as_tensors(reader.arrays(block, list(targets.layout.codec.arrays())))
         with torch.no_grad():
             tokens = F.normalize(targets.layout.codec.decode(arrays)[place], dim=-1)
-        stored.views.append(targets.pixels(reader.block(block, ()))[place])
+        stored.views.append(targets.pixels(reader.block(block, ()), [place])[0])
         # Draws of replayed views are made for the image as it is kept.
         scale = stored.tile.shape[1] / draw.source_width
         left, top, right, bottom = (round(edge * scale) for edge in box_in_image(draw))

@@ -37,9 +37,9 @@ def open_jpeg(data: bytes) -> Image.Image:
         image.load()
     except Exception as error:  # DecompressionBombError, struct.error and others have no base in common
         reraise_exhaustion(error)
-        raise ImageError(f"a stored view cannot be decoded: {describe_failure(error)}", fix=VERIFY) from None
+        raise ImageError(f"a stored JPEG cannot be decoded: {describe_failure(error)}", fix=VERIFY) from None
     if image.mode != "RGB":
-        raise ImageError(f"a stored view is not RGB but {image.mode}", fix=VERIFY)
+        raise ImageError(f"a stored JPEG is not RGB but {image.mode}", fix=VERIFY)
     return image
 
 

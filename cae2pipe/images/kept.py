@@ -14,10 +14,13 @@ from cae2pipe.errors import ImageError
 from cae2pipe.images.jpeg import VERIFY, decode_view, open_jpeg
 from cae2pipe.images.views import ViewDraw, encode_jpeg, render_view, resize
 
+LONGEST = 65500
+"""Pixels that a side of a JPEG may have, in libjpeg."""
+
 
 def reduce_image(image: Image.Image, side: int) -> Image.Image:
-    """An RGB image whose short side is ``side`` pixels; smaller ones stay as they are."""
-    factor = side / min(image.size)
+    """An RGB image reduced to a short side of ``side`` pixels and a long side that a JPEG holds; smaller ones stay."""
+    factor = min(side / min(image.size), LONGEST / max(image.size))
     if factor >= 1:
         return image
     width, height = (max(1, round(length * factor)) for length in image.size)

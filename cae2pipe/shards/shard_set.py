@@ -63,11 +63,12 @@ class ImageSample:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards in order and the names of their labels."""
+    """The shards in order and the names of their labels. ``remedy``: what to do about damage."""
 
     root: Path
     classes: list[str]
     shards: list[Shard]
+    remedy: str = REMEDY
 
     @classmethod
     def open(cls, root: Path) -> ShardSet:
@@ -91,7 +92,10 @@ class ShardSet:
         Raises:
             DamageError: the index is missing, or has changed.
         """
-        return _index(shard)
+        try:
+            return _index(shard)
+        except DamageError as error:
+            raise DamageError(error.what, where=error.where, fix=self.remedy) from None
 
     def read(self, shard: Shard, low: int, high: int) -> list[ImageSample]:
         """Samples [low, high) of a shard, in one ranged read.
@@ -106,13 +110,13 @@ class ShardSet:
         try:
             data = read_range(shard.path, start, wanted[-1].offset + wanted[-1].size - start)
         except DamageError as error:
-            raise DamageError(error.what, where=error.where, fix=REMEDY) from None
+            raise DamageError(error.what, where=error.where, fix=self.remedy) from None
         samples = []
         for key, label, offset, size, checksum in wanted:
             image = data[offset - start : offset - start + size]
             if google_crc32c.value(image) != checksum:
                 raise DamageError(
-                    "the tar has changed since it was written", where=f"{shard.path}, key {key}", fix=REMEDY
+                    "the tar has changed since it was written", where=f"{shard.path}, key {key}", fix=self.remedy
                 )
             samples.append(ImageSample(key, label, image))
         return samples
@@ -167,7 +171,7 @@ def _index(shard: Shard) -> list[IndexedSample]:
     try:
         data = read_bytes(path)
     except FileNotFoundError:
-        raise DamageError("the tar's index is missing", where=path, fix=REMEDY) from None
+        raise DamageError("the tar's index is missing", where=path) from None
     if sha256_bytes(data) != shard.index_sha256:
-        raise DamageError("the tar's index has changed since it was written", where=path, fix=REMEDY)
+        raise DamageError("the tar's index has changed since it was written", where=path)
     return [IndexedSample(*row) for row in json.loads(data)]

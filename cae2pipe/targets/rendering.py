@@ -39,7 +39,8 @@ class RenderedBlock:
     """A block's views, and what is kept of them.
 
     For each of ``task.views``: the JPEGs (b of them; none where views are replayed), the pixels that the teacher will
-    see, uint8 (b, 3, H, W), and the draws, float64 (b, 11). ``kept``: the images that replayed views are cut from.
+    see, uint8 (b, 3, H, W), and the draws, float64 (b, 11). ``kept``: the images that replayed views are cut from,
+    where they were made here.
     """
 
     task: Task
@@ -79,8 +80,10 @@ class Renderer(Dataset):
         draws: list[list[np.ndarray]] = [[] for _ in task.views]
         for sample in samples:
             if replayed:
-                kept.append(sample.data if self.kept else keep_original(sample, task.shard, settings))
-                image = open_jpeg(kept[-1])
+                jpeg = sample.data if self.kept else keep_original(sample, task.shard, settings)
+                image = open_jpeg(jpeg)
+                if not self.kept:
+                    kept.append(jpeg)
             else:
                 image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
             for place, view in enumerate(task.views):

@@ -68,7 +68,7 @@ def kept_images(box: Box) -> ShardSet:
             tar, index = images_path(unit["shard"]), images_index(unit["shard"])
             digests = (unit["files"][path]["sha256"] for path in (tar, index))
             shards.append(Shard(unit["shard"], unit["samples"], box.root / tar, *digests))
-    return ShardSet(box.root, box.facts["classes"], shards)
+    return ShardSet(box.root, box.facts["classes"], shards, REMEDY.format(root=box.root))
 
 
 def recorded_view(settings: dict[str, Any]) -> ViewSettings:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from cae2pipe.artifacts.box import Box, open_box
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError
@@ -178,8 +179,10 @@ def test_stored_and_replayed_views_are_not_mistaken_for_each_other(
 ):
     for root, asked in ((target_root, "stored"), (stored_root, "replayed")):
         before = contents(root)
-        with pytest.raises(MismatchError, match=r"view\.pixels"):
+        there = {"stored": "replayed", "replayed": "stored"}[asked]
+        with pytest.raises(MismatchError, match=f"views are {there}, and {asked} ones") as caught:
             extract_targets(photos, root, extract_settings(view={"pixels": asked}), Silent())
+        assert f"--set view.pixels={there}" in caught.value.fix
         assert contents(root) == before
     # Sets from before views were replayed do not say so, and are those of stored views.
     assert "pixels" not in open_box(stored_root).identity["settings"]["view"]
@@ -194,6 +197,53 @@ def test_views_are_added_from_the_images_kept(photos, tmp_path, extract_settings
     monkeypatch.setattr(rendering, "decode_rgb", None)
     extract_targets(photos, tmp_path / "set", extract_settings(views=3), Silent())
     assert TargetSet(tmp_path / "set").views == 3
+
+
+def test_images_longer_than_a_jpeg_can_be_are_reduced(tmp_path, extract_settings):
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    for name, size in (("wide", (65501, 2)), ("tall", (2, 65501)), ("dot", (1, 1))):
+        Image.new("RGB", size, "red").save(tmp_path / "images" / "class" / f"{name}.png")
+    settings = extract_settings(views=1, codec={"name": "int8", "calibration": 4})
+    extract_targets(tmp_path / "images", tmp_path / "set", settings, Silent())
+    assert len(TargetSet(tmp_path / "set")) == 3
+
+
+def test_damaged_images_name_their_own_remedy(copy, photos, extract_settings):
+    path = copy / "images/000001.tar"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamageError) as caught:
+        extract_targets(photos, copy, extract_settings(views=3), Silent())
+    assert f"cae2pipe verify {copy} --repair" in caught.value.fix
+
+
+def test_a_view_that_comes_out_otherwise_is_told(stored_root, photos, tmp_path, extract_settings, monkeypatch):
+    root = tmp_path / "set"
+    shutil.copytree(stored_root, root)
+    (root / "views/v01/000001.tar").unlink()
+    rendering = importlib.import_module("cae2pipe.targets.rendering")
+    real = rendering.encode_jpeg
+    monkeypatch.setattr(rendering, "encode_jpeg", lambda image, settings: real(image.rotate(180), settings))
+    said: list[str] = []
+    report = Silent()
+    monkeypatch.setattr(report, "log", said.append)
+    extract_targets(photos, root, extract_settings(view={"pixels": "stored"}), report)
+    assert [text for text in said if "does not come out as it was" in text and "v01/000001" in text]
+
+
+def test_the_format_is_that_of_the_version_that_began_the_set(target_root, photos, tmp_path, extract_settings):
+    """Older versions refuse what they would misread; sets that they began stay readable for them."""
+    assert open_box(target_root).format == 2
+    old = tmp_path / "old"
+    extract_targets(photos, old, extract_settings(views=1), Silent())
+    manifest = json.loads((old / "manifest.json").read_text())
+    (old / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    extract_targets(photos, old, extract_settings(views=2), Silent())
+    assert json.loads((old / "manifest.json").read_text())["format"] == 1
+    (old / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+    with pytest.raises(ManifestError, match="format 3, and this version of cae2pipe reads format 2"):
+        TargetSet(old)
 
 
 def test_attention_is_kept_for_a_vit(target_root):
@@ -297,5 +347,5 @@ def test_manifests_hold_no_paths_times_or_hosts(target_root):
     assert str(target_root) not in text
     assert "/tmp" not in text
     manifest = json.loads(text)
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["fidelity" if "fidelity" in manifest else "codec"]
