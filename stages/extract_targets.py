@@ -30,27 +30,23 @@ from cae2pipe.artifacts.places import file_size, free_bytes, is_local, is_shared
 from cae2pipe.artifacts.staging import Stage, remove_stages, staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import BadInputError, DamageError, MismatchError, SourceError
-from cae2pipe.loading.workers import in_order
+from cae2pipe.errors import BadInputError, MismatchError, SourceError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, gigabytes
 from cae2pipe.provenance import provenance, tell_changes
 from cae2pipe.shards.build import build_shard_set
-from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet, index_samples, write_index
+from cae2pipe.shards.shard_set import Shard, ShardSet, index_samples
 from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, one_thread, summarise
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, lane_count, run_teacher
-from cae2pipe.targets.rendering import Reducer, Renderer, Task, render
+from cae2pipe.targets.images import images_name, images_path, kept_images, make_images
+from cae2pipe.targets.rendering import Renderer, Task, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
 from cae2pipe.targets.target_set import (
     CODEC,
     KIND,
-    images_index,
-    images_name,
-    images_path,
-    kept_images,
     make_layout,
     read_calibration,
     recorded_view,
@@ -119,7 +115,8 @@ def extract_targets(
             return box
         check_space(box, missing)
         try:
-            make_images(box, shards, missing, settings, workers, report)
+            reducing = [lacking.shard for lacking in missing if lacking.images]
+            make_images(box, shards, reducing, settings.view, workers, report)
             if any(lacking.views for lacking in missing):
                 make_views(box, shards, missing, teacher, settings, workers, report)
         finally:
@@ -376,55 +373,6 @@ class _Shard:
     keys: list[str] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     pairs: dict[int, _Pair] = field(default_factory=dict)
-
-
-def make_images(
-    box: Box, shards: ShardSet, missing: list[MissingUnits], settings: ExtractSettings, workers: int, report: Report
-) -> None:
-    """Reduce the originals of shards whose replayed views have no images yet, and keep them.
-
-    Raises:
-        DamageError: they were there once, views were cut from them, and they do not come out the same.
-    """
-    reducing = [lacking.shard for lacking in missing if lacking.images]
-    if not reducing:
-        return
-    report.log("reducing the images that views are replayed from")
-    report.total(sum(shard.samples for shard in reducing), "images")
-    blocks = [(shard, block) for shard in reducing for block in range(-(-shard.samples // BLOCK))]
-    reduced = in_order(Reducer(shards, blocks, settings.view), min(workers, len(blocks)) if len(blocks) > 1 else 0)
-    for shard, found in groupby(reduced, key=lambda item: item[0]):
-        samples = []
-        for _, block in found:
-            samples += block
-            report.advance(len(block))
-        keep_images(box, shard, samples)
-
-
-def keep_images(box: Box, shard: Shard, samples: list[ImageSample]) -> None:
-    """Write the reduced images of a shard, and list them."""
-    name, tar, index = images_name(shard.name), images_path(shard.name), images_index(shard.name)
-    with staged(box.root, name) as stage:
-        write_samples(stage.path(tar), ((sample.key, sample.label, sample.data) for sample in samples))
-        write_index(stage.path(index), stage.path(tar), [google_crc32c.value(sample.data) for sample in samples])
-        if name in box.units and stage.entries(tar, index) != box.units[name]["files"]:
-            raise DamageError(
-                f"the images of shard {shard.name} do not come out as they were when views were cut from them",
-                where=box.root / tar,
-                fix="repair the set where it was made, restore the file from a copy, or make the set again",
-            )
-        files = stage.commit(tar, index)
-    box.add(
-        name,
-        {
-            "shard": shard.name,
-            "source": shard.sha256,
-            "samples": len(samples),
-            "tar": tar,
-            "files": files,
-            "bytes": {"pixels": sum(len(sample.data) for sample in samples)},
-        },
-    )
 
 
 def make_views(

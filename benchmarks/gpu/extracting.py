@@ -20,6 +20,7 @@ from cae2pipe.progress import Silent
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets.encoding import Meter, encode_ahead, encode_tokens
+from cae2pipe.targets.images import make_images
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import pack_block
 from cae2pipe.targets.target_set import TargetSet
@@ -129,7 +130,7 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     box = Box(out, targets.box.kind, targets.box.identity, facts=targets.box.facts)
     missing, workers = stage.missing_views(box, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
-    stage.make_images(box, shards, missing, settings, workers, Silent())
+    make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
     found.facts["images reduced a second"] = round(shards.images / (time.perf_counter() - began), 1)
     meter = stage.make_views(box, shards, missing, teacher, settings, workers, Silent())
     shutil.rmtree(out)

@@ -29,10 +29,10 @@ from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.kept import view_pixels
-from cae2pipe.shards.shard_set import Shard, ShardSet
 from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK, Shuffle
 from cae2pipe.targets.codecs import as_tensors
+from cae2pipe.targets.images import images_name
 from cae2pipe.targets.store import REMEDY, Block, Layout, StoreReader
 
 KIND = "targets"
@@ -43,32 +43,6 @@ TOKEN_BASIS = "token_basis"
 def store_name(view: int, shard: str) -> str:
     """The unit's name: ``v00/000123``."""
     return f"v{view:02d}/{shard}"
-
-
-def images_name(shard: str) -> str:
-    """The name of the unit that holds the images of a shard's replayed views."""
-    return f"images/{shard}"
-
-
-def images_path(shard: str) -> str:
-    """Where their tar lies."""
-    return f"images/{shard}.tar"
-
-
-def images_index(shard: str) -> str:
-    """Where it says where each image lies in the tar."""
-    return f"images/{shard}.json"
-
-
-def kept_images(box: Box) -> ShardSet:
-    """The images that a set's replayed views are cut from, to be read as a shard set's are."""
-    shards = []
-    for name, unit in sorted(box.units.items()):
-        if name == images_name(unit.get("shard", "")):
-            tar, index = images_path(unit["shard"]), images_index(unit["shard"])
-            digests = (unit["files"][path]["sha256"] for path in (tar, index))
-            shards.append(Shard(unit["shard"], unit["samples"], box.root / tar, *digests))
-    return ShardSet(box.root, box.facts["classes"], shards, REMEDY.format(root=box.root))
 
 
 def recorded_view(settings: dict[str, Any]) -> ViewSettings:

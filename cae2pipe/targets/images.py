@@ -1,0 +1,97 @@
+"""The images of a target set whose views are replayed: each kept once, reduced, in a tar a shard, with an index.
+
+A shard's images are a unit of the set, ``images/000123``, written before the first view is cut from them. They are read
+as a shard set's originals are.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import google_crc32c
+
+from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.staging import staged
+from cae2pipe.config.extract import ViewSettings
+from cae2pipe.errors import DamageError
+from cae2pipe.loading.workers import in_order
+from cae2pipe.progress import Report
+from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet, write_index
+from cae2pipe.shards.tar import write_samples
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.rendering import Reducer
+from cae2pipe.targets.store import REMEDY
+
+
+def images_name(shard: str) -> str:
+    """The name of the unit that holds the images of a shard's replayed views."""
+    return f"images/{shard}"
+
+
+def images_path(shard: str) -> str:
+    """Where their tar lies."""
+    return f"images/{shard}.tar"
+
+
+def images_index(shard: str) -> str:
+    """Where it says where each image lies in the tar."""
+    return f"images/{shard}.json"
+
+
+def kept_images(box: Box) -> ShardSet:
+    """The images that a set's replayed views are cut from, to be read as a shard set's are."""
+    shards = []
+    for name, unit in sorted(box.units.items()):
+        if name == images_name(unit.get("shard", "")):
+            tar, index = images_path(unit["shard"]), images_index(unit["shard"])
+            digests = (unit["files"][path]["sha256"] for path in (tar, index))
+            shards.append(Shard(unit["shard"], unit["samples"], box.root / tar, *digests))
+    return ShardSet(box.root, box.facts["classes"], shards, REMEDY.format(root=box.root))
+
+
+def make_images(
+    box: Box, originals: ShardSet, shards: list[Shard], settings: ViewSettings, workers: int, report: Report
+) -> None:
+    """Reduce the originals of some shards, and keep them.
+
+    Raises:
+        DamageError: they were there once, views were cut from them, and they do not come out the same.
+    """
+    if not shards:
+        return
+    report.log("reducing the images that views are replayed from")
+    report.total(sum(shard.samples for shard in shards), "images")
+    blocks = [(shard, block) for shard in shards for block in range(-(-shard.samples // BLOCK))]
+    reduced = in_order(Reducer(originals, blocks, settings), min(workers, len(blocks)) if len(blocks) > 1 else 0)
+    for shard, found in groupby(reduced, key=lambda item: item[0]):
+        samples = []
+        for _, block in found:
+            samples += block
+            report.advance(len(block))
+        keep_images(box, shard, samples)
+
+
+def keep_images(box: Box, shard: Shard, samples: list[ImageSample]) -> None:
+    """Write the reduced images of a shard, and list them."""
+    name, tar, index = images_name(shard.name), images_path(shard.name), images_index(shard.name)
+    with staged(box.root, name) as stage:
+        write_samples(stage.path(tar), ((sample.key, sample.label, sample.data) for sample in samples))
+        write_index(stage.path(index), stage.path(tar), [google_crc32c.value(sample.data) for sample in samples])
+        if name in box.units and stage.entries(tar, index) != box.units[name]["files"]:
+            raise DamageError(
+                f"the images of shard {shard.name} do not come out as they were when views were cut from them",
+                where=box.root / tar,
+                fix="repair the set where it was made, restore the file from a copy, or make the set again",
+            )
+        files = stage.commit(tar, index)
+    box.add(
+        name,
+        {
+            "shard": shard.name,
+            "source": shard.sha256,
+            "samples": len(samples),
+            "tar": tar,
+            "files": files,
+            "bytes": {"pixels": sum(len(sample.data) for sample in samples)},
+        },
+    )
