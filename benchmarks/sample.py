@@ -25,7 +25,8 @@ from cae2pipe.training.device import pick_device
 
 
 def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:
-    """Stage 1 with the ViT-Ti teacher: the trained one where there are real data, else random weights."""
+    """Stage 1 with the ViT-Ti teacher: the trained one where there are real data, else random weights. Views are stored
+    unless ``over`` says otherwise."""
     real = real_folder()
     if real:
         weights = real / "teachers" / "vit_tiny_patch16_224.timm.safetensors"
@@ -36,7 +37,7 @@ def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:
         torch.manual_seed(0)
         weights = scratch / "random.safetensors"
         save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)
-    values = {"teacher": {"weights": str(weights)}, "speed": {"device": device}, **over}
+    values = {"teacher": {"weights": str(weights)}, "view": {"pixels": "stored"}, "speed": {"device": device}, **over}
     return load(ExtractSettings, "extract", "vit-tiny-in21k", (), values)
 
 
