@@ -33,6 +33,7 @@ from cae2pipe.provenance import provenance, tell_changes
 from cae2pipe.targets.calibration import Calibration, calibrate, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
+from cae2pipe.targets.images import images_units
 from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
 from cae2pipe.targets.target_set import (
     CODEC,
@@ -98,7 +99,7 @@ def recode(
         images = missing_images(box, targets)
         if remake is not None:
             missing = sorted(targets.stores.keys() & set(remake))
-            images = sorted(set(images) | (targets.images_units.keys() & set(remake)))
+            images = sorted(set(images) | (images_units(targets.box).keys() & set(remake)))
         if is_local(out):
             remove_debris(out)
         remove_stages(out, [*missing, *images])
@@ -144,7 +145,7 @@ def missing_images(box: Box, targets: TargetSet) -> list[str]:
     whole = box.whole()
     return [
         name
-        for name, unit in sorted(targets.images_units.items())
+        for name, unit in images_units(targets.box).items()
         if name not in whole or box.units[name]["files"] != unit["files"]
     ]
 
@@ -156,7 +157,7 @@ def copy_images(box: Box, targets: TargetSet, names: list[str]) -> None:
         DamageError: the source's are damaged.
     """
     for name in names:
-        unit = targets.images_units[name]
+        unit = images_units(targets.box)[name]
         with staged(box.root, name) as stage:
             for path in unit["files"]:
                 fetch_file(targets.root / path, stage.path(path))

@@ -32,15 +32,6 @@ def keep_image(image: Image.Image, settings: ViewSettings) -> bytes:
     return encode_jpeg(reduce_image(image, settings.kept_side), settings)
 
 
-def replay_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> np.ndarray:
-    """The pixels, uint8 (S, S, 3), of a view of a kept image as ``open_jpeg`` gives it.
-
-    Raises:
-        ImageError: the draw was made for an image of another size.
-    """
-    return np.asarray(render_view(image, draw, settings))
-
-
 def view_pixels(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, size: int) -> np.ndarray:
     """A view's pixels, uint8 (S, S, 3), from what is kept of it.
 
@@ -54,6 +45,6 @@ def view_pixels(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, si
     if replayed is None:
         return decode_view(jpeg, size)
     try:
-        return replay_view(open_jpeg(jpeg), ViewDraw.from_row(draw), replayed)
+        return np.asarray(render_view(open_jpeg(jpeg), ViewDraw.from_row(draw), replayed))
     except ImageError as error:
         raise ImageError(error.what, fix=VERIFY) from None

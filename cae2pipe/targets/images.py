@@ -7,6 +7,7 @@ as a shard set's originals are.
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 import google_crc32c
 
@@ -38,14 +39,18 @@ def images_index(shard: str) -> str:
     return f"images/{shard}.json"
 
 
+def images_units(box: Box) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of the images that a set's replayed views are cut from, by unit."""
+    return {name: unit for name, unit in sorted(box.units.items()) if name == images_name(unit.get("shard", ""))}
+
+
 def kept_images(box: Box) -> ShardSet:
-    """The images that a set's replayed views are cut from, to be read as a shard set's are."""
+    """Those images, to be read as a shard set's are."""
     shards = []
-    for name, unit in sorted(box.units.items()):
-        if name == images_name(unit.get("shard", "")):
-            tar, index = images_path(unit["shard"]), images_index(unit["shard"])
-            digests = (unit["files"][path]["sha256"] for path in (tar, index))
-            shards.append(Shard(unit["shard"], unit["samples"], box.root / tar, *digests))
+    for unit in images_units(box).values():
+        tar, index = images_path(unit["shard"]), images_index(unit["shard"])
+        digests = (unit["files"][path]["sha256"] for path in (tar, index))
+        shards.append(Shard(unit["shard"], unit["samples"], box.root / tar, *digests))
     return ShardSet(box.root, box.facts["classes"], shards, REMEDY.format(root=box.root))
 
 

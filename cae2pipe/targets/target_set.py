@@ -173,11 +173,6 @@ class TargetSet(Sequence[Target]):
         ]
 
     @property
-    def images_units(self) -> dict[str, dict[str, Any]]:
-        """The manifest's entries of the images that replayed views are cut from, by unit."""
-        return {name: unit for name, unit in self.box.units.items() if name == images_name(unit.get("shard", ""))}
-
-    @property
     def replayed(self) -> ViewSettings | None:
         """How views are cut from the images that the set keeps; None where it keeps the views themselves."""
         return self.view if self.view.pixels == "replayed" else None
