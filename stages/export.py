@@ -53,6 +53,7 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
         heads=model.blocks[0].attn.num_heads,
         mean=encoder.mean,
         std=encoder.std,
+        layer_scale="blocks.0.ls1.gamma" in model.state_dict(),
     )
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     layout = FORMATS[kind](state, shape)

@@ -59,6 +59,7 @@ from cae2pipe.training.parallel import World, blocks_of, joined, spread
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.signals import deferred_stop, until_stopped
 from cae2pipe.training.step import Latents, Outcome, Step, cached
+from cae2pipe.training.student import teacher_of
 from cae2pipe.training.telemetry import Telemetry
 
 
@@ -353,7 +354,7 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
         out,
         "run",
         {"settings": identity(settings), "targets": targets.box.fingerprint},
-        facts={"stores": stores, "teacher": targets.box.facts["teacher"]},
+        facts={"stores": stores, "teacher": teacher_of(targets)},
         fix="give another output folder, or the settings and target set that this run was begun with",
     )
     for name, digest in box.facts["stores"].items():

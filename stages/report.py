@@ -24,7 +24,7 @@ from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_v
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import Target, TargetSet
 from cae2pipe.training.device import pick_device, set_backends
-from cae2pipe.training.student import forecasts, image_features, load_student, mask_of
+from cae2pipe.training.student import forecasts, image_features, load_student, mask_of, same_teacher
 
 MARKDOWN, HTML = "report.md", "report.html"
 
@@ -103,7 +103,7 @@ def add_pictures(
     device: torch.device,
 ) -> None:
     """A run's masks, what its student predicts, and what its encoder finds alike."""
-    if open_box(run, "run").facts["teacher"] != targets.box.facts["teacher"]:
+    if not same_teacher(open_box(run, "run"), targets):
         raise SettingsError(f"it learnt from another teacher than {targets.teacher.name}")
     model, settings = load_student(run, targets, report)
     if settings.model.image_size != targets.view_size:

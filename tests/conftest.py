@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 
 # Tests run in parallel processes on few cores: threads of theirs would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -178,26 +180,38 @@ def exported(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained_run(
+    tmp_path_factory: pytest.TempPathFactory, target_root: Path, pretrain_settings: Callable[..., PretrainSettings]
+) -> Callable[..., Path]:
+    """A run that pretrain has made of ``target_root`` under given settings, once for each. Not to be written to."""
+    import torch
+
+    from cae2pipe.progress import Silent
+    from cae2pipe.stages.pretrain import pretrain
+
+    made: dict[str, Path] = {}
+
+    def run(**over: Any) -> Path:
+        key = json.dumps(over, sort_keys=True)
+        if key not in made:
+            out = tmp_path_factory.mktemp("runs") / f"run{len(made)}"
+            # A test that asks for it may compute without gradients.
+            with torch.enable_grad():
+                pretrain(target_root, out, pretrain_settings(**over), Silent())
+            made[key] = out
+        return made[key]
+
+    return run
+
+
 @pytest.fixture
-def make_run(exported: Path, tmp_path: Path, pretrain_settings):
-    """A folder as ``cae2pipe pretrain`` leaves it, finished or not."""
+def make_run(trained_run: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """The same, as a copy that may be changed."""
 
-    from cae2pipe.artifacts.box import Box
-    from cae2pipe.artifacts.digest import file_entry
-    from cae2pipe.config.base import identity
-    from cae2pipe.models.export import CONFIG, WEIGHTS
-
-    def make(class_token: bool = True, finished: bool = True) -> Path:
-        root = tmp_path / f"run-{class_token}-{finished}"
-        facts = {"stores": {}, "teacher": {"class_token": class_token}}
-        box = Box(root, "run", {"settings": identity(pretrain_settings()), "targets": "none"}, facts=facts)
-        box.save()
-        if finished:
-            for name in (WEIGHTS, CONFIG):
-                (root / name).write_bytes((exported / name).read_bytes())
-            box.add("encoder", {"files": {name: file_entry(root / name) for name in (WEIGHTS, CONFIG)}})
-            box.save(complete=True)
-        return root
+    def make(**over: Any) -> Path:
+        made = trained_run(**over)
+        return Path(shutil.copytree(made, tmp_path / made.name))
 
     return make
 

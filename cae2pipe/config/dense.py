@@ -44,7 +44,7 @@ class SegmentSettings(Settings):
     relative_positions: bool = True
     """Add a relative position bias to each block's attention, zero at first."""
     layer_scale: float | None = Field(default=0.1, gt=0)
-    """LayerScale that an encoder of ours starts from, as in fine-tuning. null: train the weights as they are."""
+    """As in fine-tuning."""
     steps: int = Field(default=160000, ge=1)
     """Steps of training."""
     warmup_steps: int = Field(default=1500, ge=0)
@@ -128,7 +128,7 @@ class DetectSettings(Settings):
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Largest drop path rate of the encoder."""
     layer_scale: float | None = Field(default=0.1, gt=0)
-    """LayerScale that an encoder of ours starts from, as in fine-tuning. null: train the weights as they are."""
+    """As in fine-tuning."""
     epochs: int = Field(default=12, ge=1)
     """Passes over the training images."""
     drops: tuple[int, ...] = (8, 11)

@@ -188,8 +188,8 @@ class FinetuneSettings(Settings):
     relative_positions: bool = True
     """Add a relative position bias to each block's attention, zero at first (released code)."""
     layer_scale: float | None = Field(default=0.1, gt=0)
-    """LayerScale that an encoder of ours starts from: exports have it folded into the weights, which are divided by it
-    again. null: train them as they are. Encoders of others stay as they are."""
+    """LayerScale for an encoder of ours that has none, as older versions wrote them: the weights before it are divided
+    by it. null: they are trained as they are. An encoder with LayerScale starts from what it has learnt."""
     head_scale: float = Field(default=0.001, gt=0)
     """What the classifier's initial weights are multiplied with (released code)."""
     epochs: int = Field(default=100, ge=1)

@@ -48,8 +48,8 @@ def prepared_encoder(
     """The encoder, all of it trained but fixed positions. ``encoder`` is changed, and of no further use.
 
     Args:
-        spec: what the user calls it. image_size: side of the input, None: its own. layer_scale: unfolded from encoders
-            of ours. drop_path: largest rate. relative_positions: whether each block gets a bias by them.
+        spec: what the user calls it. image_size: side of the input, None: its own. layer_scale: what an encoder of ours
+            gets that has none. drop_path: largest rate. relative_positions: whether each block gets a bias by them.
 
     Raises:
         SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.

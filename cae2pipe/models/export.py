@@ -34,7 +34,7 @@ def export_encoder(encoder: Encoder, folder: Path) -> None:
 def timm_state(encoder: Encoder) -> dict[str, Tensor]:
     """Weights under timm's names, float32 on the CPU.
 
-    LayerScale is folded into the layer before it; q's and v's biases become one bias with zeros for k.
+    q's and v's biases become one bias with zeros for k.
     """
     assert encoder.patch_embed.bias is not None
     state: dict[str, Tensor] = {
@@ -52,14 +52,16 @@ def timm_state(encoder: Encoder) -> dict[str, Tensor]:
             "norm1.bias": block.norm1.bias,
             "attn.qkv.weight": block.attn.qkv.weight,
             "attn.qkv.bias": block.attn.qkv_bias(),
-            "attn.proj.weight": block.ls1.gamma.unsqueeze(1) * block.attn.proj.weight,
-            "attn.proj.bias": block.ls1.gamma * block.attn.proj.bias,
+            "attn.proj.weight": block.attn.proj.weight,
+            "attn.proj.bias": block.attn.proj.bias,
+            "ls1.gamma": block.ls1.gamma,
             "norm2.weight": block.norm2.weight,
             "norm2.bias": block.norm2.bias,
             "mlp.fc1.weight": block.mlp.fc1.weight,
             "mlp.fc1.bias": block.mlp.fc1.bias,
-            "mlp.fc2.weight": block.ls2.gamma.unsqueeze(1) * block.mlp.fc2.weight,
-            "mlp.fc2.bias": block.ls2.gamma * block.mlp.fc2.bias,
+            "mlp.fc2.weight": block.mlp.fc2.weight,
+            "mlp.fc2.bias": block.mlp.fc2.bias,
+            "ls2.gamma": block.ls2.gamma,
         }
         state |= {f"blocks.{number}.{name}": tensor for name, tensor in parts.items()}
     return {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
@@ -68,7 +70,14 @@ def timm_state(encoder: Encoder) -> dict[str, Tensor]:
 def timm_config(encoder: Encoder) -> dict[str, Any]:
     """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
     shape = Shape(
-        encoder.image_size, encoder.patch_size, encoder.width, len(encoder.blocks), encoder.heads, PIXEL_MEAN, PIXEL_STD
+        image_size=encoder.image_size,
+        patch_size=encoder.patch_size,
+        width=encoder.width,
+        depth=len(encoder.blocks),
+        heads=encoder.heads,
+        mean=PIXEL_MEAN,
+        std=PIXEL_STD,
+        layer_scale=True,
     )
     config: dict[str, Any] = to_timm({}, shape).files[CONFIG]
     return config

@@ -1,7 +1,8 @@
 """An encoder in the layouts of other libraries: the names of its weights there, and the files that describe it.
 
-What comes in is a state of timm's plain vision transformer, LayerScale folded in. All three layouts compute the same
-function; tests/models/test_formats.py holds them to it.
+What comes in is a state of timm's plain vision transformer, with LayerScale or without. timm keeps LayerScale, the other
+two have it folded into the layers before it. All three layouts compute the same function; tests/models/test_formats.py
+holds them to it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from cae2pipe.models.layers import EPS
 
 @dataclass(frozen=True)
 class Shape:
-    """What describes an encoder: pixels, blocks, and how its input is normalised."""
+    """What describes an encoder: pixels, blocks, and how its input is normalised. ``layer_scale``: whether its
+    blocks have LayerScale."""
 
     image_size: int
     patch_size: int
@@ -28,6 +30,7 @@ class Shape:
     heads: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    layer_scale: bool
 
     @property
     def patches(self) -> int:
@@ -64,6 +67,8 @@ def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
             "embed_dim": shape.width,
             "depth": shape.depth,
             "num_heads": shape.heads,
+            # Says that LayerScale is there; its values are in the weights.
+            **({"init_values": 1e-5} if shape.layer_scale else {}),
         },
         "pretrained_cfg": {
             "num_classes": 0,
@@ -85,11 +90,23 @@ def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
     return Layout("model.safetensors", dict(state), {"format": "pt"}, {"config.json": config}, "timm", usage)
 
 
+def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same function without LayerScale: each gamma is multiplied into the layer before it."""
+    result = {name: tensor for name, tensor in state.items() if not name.endswith(".gamma")}
+    for name in state.keys() - result.keys():
+        block, branch, _ = name.rsplit(".", 2)
+        layer = f"{block}.{'attn.proj' if branch == 'ls1' else 'mlp.fc2'}"
+        result[f"{layer}.weight"] = state[name].unsqueeze(1) * state[f"{layer}.weight"]
+        result[f"{layer}.bias"] = state[name] * state[f"{layer}.bias"]
+    return result
+
+
 def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> Layout:
     """As open_clip's native vision tower, for a model whose text tower is yet to be trained.
 
     Its patch embedding has no bias: that goes into the patches' positions. Its projection is the identity.
     """
+    state = folded(state)
     own: dict[str, Tensor] = {
         "class_embedding": state["cls_token"].flatten(),
         "positional_embedding": state["pos_embed"][0]
@@ -140,6 +157,7 @@ def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> Layout:
 
 def to_hf(state: Mapping[str, Tensor], shape: Shape) -> Layout:
     """As ``ViTModel`` of transformers."""
+    state = folded(state)
     own = {
         "embeddings.cls_token": state["cls_token"],
         "embeddings.position_embeddings": state["pos_embed"],

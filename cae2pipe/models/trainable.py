@@ -27,7 +27,7 @@ def check_trainable(model: Any, where: object) -> None:
         f"{type(model).__name__} cannot be fine-tuned: only timm's plain vision transformers can",
         where=where,
         fix="give a run, an exported or released encoder, or timm:NAME of a vit_ or deit_ model; OpenAI's CLIP is "
-        "timm:vit_base_patch16_clip_224.openai",
+        "timm:vit_base_patch16_clip_quickgelu_224.openai",
     )
 
 
@@ -58,10 +58,10 @@ def freeze_fixed_positions(model: Any) -> None:
 
 @torch.no_grad()
 def unfold_layer_scale(model: Any, initial: float) -> None:
-    """Give each branch a LayerScale of ``initial`` and divide the weights before it by that.
+    """Give each branch that has no LayerScale one of ``initial``, and divide the weights before it by that.
 
-    In pretraining these weights stood under a LayerScale, and exports have it folded in. Trained as they are, the same
-    learning rate would move them that much farther.
+    In pretraining these weights stood under a LayerScale, which older versions multiplied into them on export. Trained
+    as they are, the same learning rate would move them that much farther.
     """
     from timm.layers import LayerScale
 

@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from cae2pipe.artifacts.box import Box
+from cae2pipe.config.base import build
+from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.models.formats import Layout, Shape
-from cae2pipe.reporting.results import as_markdown
+from cae2pipe.reporting.results import as_markdown, escaped
 from cae2pipe.version import __version__
 
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
@@ -28,7 +30,7 @@ def model_card(name: str, layout: Layout, shape: Shape, run: Box | None, scores:
     )
     parts = [
         f"---\n{matter}---",
-        f"# {name}",
+        f"# {escaped(name)}",
         f"A vision transformer: {shape.depth} blocks of width {shape.width} with {shape.heads} heads, patches of "
         f"{shape.patch_size} pixels, images of {shape.image_size}. Written by cae2pipe {__version__}.",
         f"Images are resized to {shape.resize} pixels along their shorter side (bicubic), cropped to the central "
@@ -44,21 +46,28 @@ def model_card(name: str, layout: Layout, shape: Shape, run: Box | None, scores:
 
 
 def _training(run: Box) -> str:
-    settings, teacher = run.identity["settings"], run.facts["teacher"]
-    masked = settings["mask"]["count"] or f"{100 * settings['mask']['ratio']:g}%"
+    settings = build(PretrainSettings, run.identity["settings"], where=run.root)
+    loss, masks = settings.loss, settings.mask
     rows = {
-        "method": f"{settings['method']} ({PAPER}), recipe {settings['recipe']}",
-        "teacher": f"{teacher['name']} ({teacher['library']}), weights {teacher['weights'][:16]}",
-        "targets": f"{settings['targets']}, target set {run.identity['targets'][:16]}",
-        "epochs": settings["epochs"],
-        "batch": settings["data"]["batch"],
-        "masked patches": f"{masked}, {settings['mask']['strategy']}",
-        "loss": f"{settings['loss']['kind']}, visible {settings['loss']['visible']:g}, "
-        f"masked {settings['loss']['masked']:g}",
-        "seed": settings["seed"],
+        "method": f"{escaped(settings.method)} ({PAPER}), recipe {settings.recipe}",
+        "teacher": _teacher(run.facts["teacher"]),
+        "targets": f"{settings.targets}, target set {run.identity['targets'][:16]}",
+        "epochs": settings.epochs,
+        "batch": settings.data.batch,
+        "masked patches": f"{masks.count or f'{100 * masks.ratio:g}%'}, {masks.strategy}",
+        "loss": f"{loss.kind}, visible {loss.visible:g}, masked {loss.masked:g}",
+        "seed": settings.seed,
         "run": run.fingerprint[:16],
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _teacher(facts: dict[str, Any]) -> str:
+    """Older runs do not name its library and weights."""
+    name = str(facts["name"])
+    if "library" in facts:
+        name += f" ({facts['library']}), weights {facts['weights'][:16]}"
+    return escaped(name)
 
 
 def _channels(values: Sequence[float]) -> str:

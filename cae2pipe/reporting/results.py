@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,5 +107,11 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, and the protocols below it."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for found in shown(rows):
-        lines.append("| " + " | ".join(value.replace("|", "\\|") for value in found.values()) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {text}" for number, text in enumerate(protocols(rows), 1))])
+        lines.append("| " + " | ".join(map(escaped, found.values())) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {escaped(text)}" for number, text in enumerate(protocols(rows), 1))])
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is, in one line: no markup, no HTML, no end of a table's cell."""
+    printable = "".join(char if char.isprintable() else " " for char in text)
+    return re.sub(r"([\\`*_\[\]<>&|~])", r"\\\1", printable)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.box import Box, open_box
 from cae2pipe.config.base import build
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError
@@ -44,6 +45,19 @@ class Forecast:
 def run_settings(run: Path) -> PretrainSettings:
     """The settings that a run was made with."""
     return build(PretrainSettings, open_box(run, "run").identity["settings"], where=run)
+
+
+def teacher_of(targets: TargetSet) -> dict[str, Any]:
+    """What a run's manifest holds of the teacher of its target set."""
+    made_by = targets.box.identity["teacher"]
+    return {**targets.box.facts["teacher"], "library": made_by["library"], "weights": made_by["weights"]}
+
+
+def same_teacher(run: Box, targets: TargetSet) -> bool:
+    """Whether a run learnt from the teacher of a target set, as far as is known: older runs do not name its library and
+    weights."""
+    known = run.facts["teacher"]
+    return all(known.get(name, value) == value for name, value in teacher_of(targets).items())
 
 
 def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method, PretrainSettings]:

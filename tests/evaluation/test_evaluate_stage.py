@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from cae2pipe.errors import MismatchError, SettingsError, SourceError
 from cae2pipe.evaluation import features as features_module
 from cae2pipe.evaluation.crop_batches import batch_for
 from cae2pipe.inspection import describe, verify
+from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
@@ -214,28 +216,32 @@ def test_other_settings_are_refused_by_name(exported, data, tmp_path, override, 
     assert field in caught.value.what
 
 
-def test_another_encoder_and_other_data_are_refused(exported, data, tmp_path, make_run):
+def test_another_encoder_and_other_data_are_refused(exported, data, tmp_path, trained_run):
     out = tmp_path / "out"
     evaluate("knn", str(exported), data, out, knn(), Silent())
     with pytest.raises(MismatchError, match="encoder"):
-        evaluate("knn", f"random:{make_run()}", data, out, knn(), Silent())
+        evaluate("knn", f"random:{trained_run()}", data, out, knn(), Silent())
     (data / "train" / "dark" / "5.png").unlink()
     with pytest.raises(MismatchError, match=r"data\.train"):
         evaluate("knn", str(exported), data, out, knn(), Silent())
 
 
 def test_a_run_without_trained_class_token_is_scored_by_its_patches(make_run, data, tmp_path):
-    run = make_run(class_token=False)
+    run = make_run(loss={"visible": 0.0})
     assert evaluate("knn", str(run), data, tmp_path / "auto", knn(), Silent())["feature"] == "mean"
     forced = evaluate("knn", str(run), data, tmp_path / "class", knn("features.feature=class"), Silent())
     assert forced["feature"] == "class"
 
 
-def test_the_same_weights_scored_by_another_feature_are_another_score(make_run, exported, data, tmp_path):
-    """auto is the class token of an exported file, and the patches of a run whose teacher had no class token."""
-    evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
+def test_the_same_weights_scored_by_another_feature_are_another_score(make_run, data, tmp_path):
+    """auto is the class token of an exported file, and the patches of a run that did not train its class token."""
+    run, bare = make_run(loss={"visible": 0.0}), tmp_path / "bare"
+    bare.mkdir()
+    for name in (WEIGHTS, CONFIG):
+        shutil.copy(run / name, bare)
+    evaluate("knn", str(bare), data, tmp_path / "out", knn(), Silent())
     with pytest.raises(MismatchError, match='with feature = "class", and "mean"'):
-        evaluate("knn", str(make_run(class_token=False)), data, tmp_path / "out", knn(), Silent())
+        evaluate("knn", str(run), data, tmp_path / "out", knn(), Silent())
 
 
 def test_val_with_fewer_classes_is_scored_by_names(exported, data, tmp_path):
@@ -331,8 +337,6 @@ def test_more_neighbours_than_images(exported, data, tmp_path):
 
 
 def test_one_class_alone(exported, data, tmp_path):
-    import shutil
-
     for part in ("train", "val"):
         for name in ("dark", "red"):
             shutil.rmtree(data / part / name)

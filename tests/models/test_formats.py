@@ -1,8 +1,9 @@
-"""Exports to other libraries: each loads them with its own code and computes what we do."""
+"""Exports to other libraries: each loads them with its own code and computes what the run's encoder does."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,16 +11,20 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.evaluation.encoders import load_encoder
 from cae2pipe.models.encoder import Encoder
-from cae2pipe.models.export import export_encoder
-from cae2pipe.models.formats import FORMATS
+from cae2pipe.models.export import CONFIG, WEIGHTS, export_encoder
+from cae2pipe.models.formats import FORMATS, folded
+from cae2pipe.progress import Silent
 from cae2pipe.stages.export import export
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.student import load_student
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -42,63 +47,102 @@ def source(encoder, tmp_path) -> Path:
     return tmp_path / "source"
 
 
-@torch.no_grad()
-def test_timm(encoder, source, tmp_path):
-    export(str(source), tmp_path / "out", "timm", [])
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0).eval()
-    torch.testing.assert_close(model.forward_features(PIXELS), encoder(PIXELS), rtol=0, atol=1e-5)
-    # What was exported can be scored and exported again.
-    again = load_encoder(str(source), 0, torch.device("cpu"))
-    assert load_file(tmp_path / "out" / "model.safetensors").keys() == again.model.state_dict().keys()
+def fold(folder: Path) -> None:
+    """Make an encoder's folder what older versions wrote: LayerScale multiplied into the weights."""
+    save_file(folded(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    del config["model_args"]["init_values"]
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+@pytest.fixture
+def older(source) -> Path:
+    fold(source)
+    return source
 
 
 @torch.no_grad()
-def test_open_clip(encoder, source, tmp_path):
-    import open_clip
+def tokens(kind: str, out: Path) -> Tensor:
+    """What another library, with its own code, makes of PIXELS: all tokens, of open_clip the class token alone."""
+    if kind == "timm":
+        return timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval().forward_features(PIXELS)
+    if kind == "open_clip":
+        import open_clip
 
-    out = tmp_path / "out"
-    export(str(source), out, "open_clip", [])
-    model, _, prepare = open_clip.create_model_and_transforms(
-        f"local-dir:{out}", load_weights=False, pretrained_image_path=str(out / "visual.safetensors")
-    )
-    torch.testing.assert_close(model.eval().visual(PIXELS), encoder(PIXELS)[:, 0], rtol=0, atol=1e-5)
-    assert tuple(prepare.transforms[-1].mean) == (0.485, 0.456, 0.406)
-    # The file says enough of itself to be a teacher, with CLIP's normalisation of pixels.
-    ours = load_encoder(f"open_clip:any@{out / 'visual.safetensors'}", 0, torch.device("cpu"))
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    straight = load_encoder(str(source), 0, torch.device("cpu"))
-    assert ours(pixels).class_token.shape == straight(pixels).class_token.shape
-
-
-@torch.no_grad()
-def test_hf(encoder, source, tmp_path):
+        model, _, prepare = open_clip.create_model_and_transforms(
+            f"local-dir:{out}", load_weights=False, pretrained_image_path=str(out / "visual.safetensors")
+        )
+        assert tuple(prepare.transforms[-1].mean) == (0.485, 0.456, 0.406)
+        return model.eval().visual(PIXELS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers = pytest.importorskip("transformers")
-        export(str(source), tmp_path / "out", "hf", [])
-        model, report = transformers.ViTModel.from_pretrained(
-            tmp_path / "out", add_pooling_layer=False, output_loading_info=True
-        )
+        model, report = transformers.ViTModel.from_pretrained(out, add_pooling_layer=False, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    found = model.eval()(PIXELS).last_hidden_state
-    torch.testing.assert_close(found, encoder(PIXELS), rtol=0, atol=1e-5)
+    return model.eval()(PIXELS).last_hidden_state
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_card_says_what_it_is_and_its_front_matter_is_yaml(kind, make_run, tmp_path):
-    run = make_run()
-    teacher = {"class_token": True, "name": "ViT-B-16", "library": "open_clip", "weights": "0" * 64}
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps({**manifest, "teacher": teacher}))
-    files = export(str(run), tmp_path / "out", kind, [])
-    card = (tmp_path / "out" / "README.md").read_text()
+@pytest.mark.parametrize("written", ["source", "older"])
+@torch.no_grad()
+def test_another_library_computes_the_same(written, kind, encoder, request, tmp_path):
+    export(str(request.getfixturevalue(written)), tmp_path / "out", kind, [])
+    found, wanted = tokens(kind, tmp_path / "out"), encoder(PIXELS)
+    torch.testing.assert_close(found, wanted[:, 0] if found.ndim == 2 else wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@torch.no_grad()
+def test_a_run_of_pretrain_is_exported_as_it_is(kind, trained_run, target_root, tmp_path):
+    """The card says what it is; the weights compute what the student of the last checkpoint does."""
+    run, out = trained_run(), tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", str(run), str(out), "--format", kind])
+    assert done.exit_code == 0, done.output
+    assert sorted(Path(line).name for line in done.stdout.split()) == sorted(path.name for path in out.iterdir())
+    found, student = tokens(kind, out), load_student(run, TargetSet(target_root), Silent())[0]
+    wanted = student.encoder(PIXELS)
+    torch.testing.assert_close(found, wanted[:, 0] if found.ndim == 2 else wanted, rtol=0, atol=1e-5)
+    card = (out / "README.md").read_text()
     _, matter, text = card.split("---\n", 2)
     assert yaml.safe_load(matter)["library_name"] in ("timm", "open_clip", "transformers")
-    assert "ViT-B-16 (open_clip)" in text
+    teacher = json.loads((target_root / "manifest.json").read_text())["identity"]["teacher"]
+    assert f"| teacher | tiny (open\\_clip), weights {teacher['weights'][:16]} |" in text
     assert "| epochs | 2 |" in text
     assert str(tmp_path) not in card
-    assert sorted(path.name for path in files) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    # The file of weights alone, which lies in the run.
+    assert export(str(run / WEIGHTS), out, kind, [])
+    assert (out / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@torch.no_grad()
+def test_a_run_of_an_older_version_is_exported(kind, trained_run, tmp_path):
+    """Its manifest names neither the teacher's library nor its weights; LayerScale is in the encoder's weights."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (WEIGHTS, CONFIG):
+        shutil.copy(trained_run() / name, run)
+    wanted = tokens("timm", export(str(run), tmp_path / "wanted", "timm", [])[0].parent)
+    fold(run)
+    manifest = json.loads((trained_run() / "manifest.json").read_text())
+    del manifest["teacher"]["library"], manifest["teacher"]["weights"], manifest["units"]["encoder"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    export(str(run), tmp_path / "out", kind, [])
+    found = tokens(kind, tmp_path / "out")
+    torch.testing.assert_close(found, wanted[:, 0] if found.ndim == 2 else wanted, rtol=0, atol=1e-5)
+    assert "| teacher | tiny |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_was_exported_can_be_scored_and_exported_again(source, tmp_path):
+    again = load_encoder(str(source), 0, torch.device("cpu"))
+    export(str(source), tmp_path / "out", "timm", [])
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == again.model.state_dict().keys()
+    # open_clip's file says enough of itself to be a teacher, with CLIP's normalisation of pixels.
+    export(str(source), tmp_path / "clip", "open_clip", [])
+    teacher = load_encoder(f"open_clip:any@{tmp_path / 'clip' / 'visual.safetensors'}", 0, torch.device("cpu"))
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert teacher(pixels).class_token.shape == again(pixels).class_token.shape
 
 
 def test_the_command_twice_and_over_something_else(source, tmp_path):

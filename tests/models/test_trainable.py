@@ -9,6 +9,7 @@ import torch
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import timm_config, timm_state
+from cae2pipe.models.formats import folded
 from cae2pipe.models.trainable import (
     add_relative_positions,
     check_trainable,
@@ -22,12 +23,32 @@ from cae2pipe.models.trainable import (
 
 
 @pytest.fixture
-def model():
+def encoder() -> Encoder:
     torch.manual_seed(0)
     encoder = Encoder(width=32, depth=3, heads=2, image_size=32, patch_size=8)
+    with torch.no_grad():
+        for block in encoder.blocks:
+            for scale in (block.ls1, block.ls2):
+                scale.gamma.uniform_(0.05, 0.5)
+    return encoder
+
+
+@pytest.fixture
+def model(encoder):
+    return build_vit(timm_config(encoder), timm_state(encoder))
+
+
+@pytest.fixture
+def older(encoder):
+    """The model of an encoder that an older version wrote."""
     config = timm_config(encoder)
+    del config["model_args"]["init_values"]
+    return build_vit(config, folded(timm_state(encoder)))
+
+
+def build_vit(config, state):
     built = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
-    built.load_state_dict(timm_state(encoder))
+    built.load_state_dict(state)
     return built.eval()
 
 
@@ -35,13 +56,20 @@ PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def test_layer_scale_unfolds_into_the_same_function(model):
+def test_learnt_layer_scale_is_what_training_starts_from(model, encoder):
+    unfold_layer_scale(model, 0.5)
+    for block, ours in zip(model.blocks, encoder.blocks, strict=True):
+        assert torch.equal(block.ls1.gamma, ours.ls1.gamma)
+        assert torch.equal(block.mlp.fc2.weight, ours.mlp.fc2.weight)
+
+
+@torch.no_grad()
+def test_folded_layer_scale_unfolds_into_the_same_function(model, older):
     wanted = model.forward_features(PIXELS)
-    unfold_layer_scale(model, 0.1)
-    torch.testing.assert_close(model.forward_features(PIXELS), wanted, rtol=1e-4, atol=1e-5)
-    assert all(float(block.ls2.gamma.mean()) == pytest.approx(0.1) for block in model.blocks)
-    unfold_layer_scale(model, 0.5)  # what has LayerScale already is left alone
-    torch.testing.assert_close(model.forward_features(PIXELS), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(older.forward_features(PIXELS), wanted, rtol=1e-4, atol=1e-5)
+    unfold_layer_scale(older, 0.1)
+    torch.testing.assert_close(older.forward_features(PIXELS), wanted, rtol=1e-4, atol=1e-5)
+    assert all(float(block.ls2.gamma.mean()) == pytest.approx(0.1) for block in older.blocks)
 
 
 @torch.no_grad()
