@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.places import file_size, is_local, read_range
+from cae2pipe.artifacts.places import file_size, is_local, open_file, read_range
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -20,7 +20,7 @@ PIECE = 8 * 2**20
 
 def sha256_file(path: Path) -> str:
     if is_local(path):
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest, offset = hashlib.sha256(), 0
     total = file_size(path)

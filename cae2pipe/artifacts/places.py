@@ -12,11 +12,12 @@ import errno
 import functools
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from cae2pipe.errors import BadInputError, StorageError
 
@@ -65,11 +66,34 @@ def is_shared(path: Path) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file. FileNotFoundError where there is none."""
+    """A whole file. FileNotFoundError where there is none; another OSError where it is no regular file."""
     if is_local(path):
-        return path.read_bytes()
+        with open_file(path) as file:
+            return file.read()
     fs, name = _remote(path)
     return remotely(path, lambda: fs.cat_file(name))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A local file, opened for reading. Raises as ``open_descriptor``."""
+    return open(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: Path) -> int:
+    """A local regular file's descriptor, to be closed by the caller.
+
+    Raises:
+        OSError: FileNotFoundError where there is none; IsADirectoryError; EINVAL for FIFOs, sockets and devices, which
+            are never waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "This is not a regular file", str(path))
+    return descriptor
 
 
 def read_many(paths: list[Path]) -> dict[Path, bytes]:
@@ -93,12 +117,12 @@ def read_many(paths: list[Path]) -> dict[Path, bytes]:
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """``size`` bytes from ``offset`` on, fewer where the file ends before. FileNotFoundError where there is none."""
+    """``size`` bytes from ``offset`` on, fewer where the file ends before. Raises as ``read_bytes``."""
     if not is_local(path):
         fs, name = _remote(path)
         return remotely(path, lambda: fs.cat_file(name, start=offset, end=offset + size)) if size else b""
     # Not path.open: this is called thousands of times a second.
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_descriptor(path)
     try:
         data = os.pread(descriptor, size, offset)
         while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):

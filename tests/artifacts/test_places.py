@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 
 import pytest
 
 from cae2pipe.artifacts import places
+from cae2pipe.artifacts.digest import sha256_file
 from cae2pipe.artifacts.places import (
     create_exclusively,
     file_size,
@@ -15,6 +17,7 @@ from cae2pipe.artifacts.places import (
     is_local,
     place,
     put_bytes,
+    read_bytes,
     read_many,
     read_range,
     remotely,
@@ -92,3 +95,15 @@ def test_refused_access_is_not_tried_again(error: Exception) -> None:
     with pytest.raises(BadInputError, match="refuses access") as caught:
         remotely(Path("x"), call, lambda _: pytest.fail("waited"))
     assert "credentials" in str(caught.value.fix)
+
+
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("fifo", "link"):
+        for read in (read_bytes, sha256_file, lambda path: read_range(path, 0, 1)):
+            with pytest.raises(OSError, match="not a regular file"):
+                read(tmp_path / name)
+    for read in (read_bytes, sha256_file, lambda path: read_range(path, 0, 1)):
+        with pytest.raises(IsADirectoryError):
+            read(tmp_path)
