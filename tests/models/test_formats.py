@@ -20,6 +20,7 @@ from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
 from cae2pipe.models.formats import FORMATS
 from cae2pipe.stages.export import export
+from tests.conftest import edit_manifest
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -88,9 +89,9 @@ def test_hf(encoder, source, tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_card_says_what_it_is_and_its_front_matter_is_yaml(kind, make_run, tmp_path):
     run = make_run()
-    teacher = {"class_token": True, "name": "ViT-B-16", "library": "open_clip", "weights": "0" * 64}
     manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps({**manifest, "teacher": teacher}))
+    teacher = {"name": "ViT-B-16", "library": "open_clip", "weights": "0" * 64}
+    edit_manifest(run, teacher={**manifest["teacher"], **teacher})
     files = export(str(run), tmp_path / "out", kind, [])
     card = (tmp_path / "out" / "README.md").read_text()
     _, matter, text = card.split("---\n", 2)
