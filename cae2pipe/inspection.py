@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
-from cae2pipe.artifacts.places import file_size, file_sizes
+from cae2pipe.artifacts.places import entry_names, file_size
 from cae2pipe.errors import Cae2pipeError, DamageError
 from cae2pipe.progress import Report
 
@@ -55,7 +55,8 @@ def _targets(box: Box) -> dict[str, Any]:
     shards: dict[int, int] = {}
     for unit in targets.stores.values():
         shards[unit["view"]] = shards.get(unit["view"], 0) + 1
-    asked = box.facts["wanted"]
+    # Early sets do not say what they were to hold.
+    asked = box.facts.get("wanted", {"views": targets.views, "images": targets.images})
     stored = sum(unit["samples"] for unit in targets.stores.values())
     return {
         "teacher": box.facts["teacher"],
@@ -171,9 +172,9 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
 
 
 def _strangers(box: Box, known: set[str]) -> list[str]:
-    """Files below the folders that the box fills, of which the manifest knows nothing."""
+    """Files, links and the like below the folders that the box fills, of which the manifest knows nothing."""
     folders = {"shards": ["tars"], "targets": ["images", "views", "latents", "codec.zarr"]}.get(box.kind, [])
-    names = sorted(f"{folder}/{name}" for folder in folders for name in file_sizes(box.root / folder))
+    names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(box.root / folder))
     return [name for name in names if name not in known]
 
 

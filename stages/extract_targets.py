@@ -44,16 +44,19 @@ from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_
 from cae2pipe.targets.images import images_name, images_path, kept_images, make_images
 from cae2pipe.targets.rendering import Renderer, Task, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
-from cae2pipe.targets.target_set import (
+from cae2pipe.targets.stored_calibration import (
     CODEC,
-    KIND,
-    make_layout,
+    is_calibrated,
     read_calibration,
-    recorded_view,
     restore_calibration,
     rotates_tokens,
-    store_name,
     write_calibration,
+)
+from cae2pipe.targets.target_set import (
+    KIND,
+    make_layout,
+    recorded_view,
+    store_name,
 )
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.load import load_teacher
@@ -98,7 +101,7 @@ def extract_targets(
         missing = missing_views(box, shards, settings.views, part, remake)
         remove_leftovers(out, missing, part)
         box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}
-        if not missing and CODEC in box.units and (box.complete or part != WHOLE) and remake is None:
+        if not missing and is_calibrated(box) and (box.complete or part != WHOLE) and remake is None:
             holds = f"all {settings.views} views of " + (f"part {part}" if part != WHOLE else "all shards")
             report.log(f"nothing to do: {out} holds {holds} ({len(shards.shards)} shards)")
             finish(box, shards, settings.views)
@@ -215,12 +218,13 @@ def finish(box: Box, shards: ShardSet, views: int) -> None:
 def with_calibration(
     box: Box, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, part: Part, report: Report
 ) -> Box:
-    """The box with its calibration, made by whoever comes first while all others wait.
+    """The box with its calibration, made or restored by whoever comes first while all others wait.
 
     Raises:
-        BadInputError: several parts start without it where nobody can be kept from making it twice.
+        BadInputError: several parts start without it where nobody can be kept from making it twice. DamageError: it was
+            there, and does not come out the same.
     """
-    if CODEC in box.units:
+    if is_calibrated(box):
         return box
     if part != WHOLE and not can_lock(box.root):
         raise BadInputError(
@@ -232,7 +236,7 @@ def with_calibration(
     with holding(box.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
         box = open_box(box.root, KIND)
         box.facts |= facts
-        if CODEC not in box.units:
+        if not is_calibrated(box):
             make_calibration(box, shards, teacher, settings, workers, report)
     return box
 
@@ -385,7 +389,7 @@ def make_views(
     report: Report,
 ) -> Meter:
     """Render, encode and write all missing views; workers, device, packing and writing are at work at once."""
-    calibration = read_calibration(box.root / "codec.zarr")
+    calibration = read_calibration(box)
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
     replayed = settings.view.pixels == "replayed"
     if replayed:

@@ -35,15 +35,18 @@ from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
 from cae2pipe.targets.images import images_units
 from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
-from cae2pipe.targets.target_set import (
+from cae2pipe.targets.stored_calibration import (
     CODEC,
-    KIND,
-    TargetSet,
-    make_layout,
+    is_calibrated,
     read_calibration,
     restore_calibration,
     rotates_tokens,
     write_calibration,
+)
+from cae2pipe.targets.target_set import (
+    KIND,
+    TargetSet,
+    make_layout,
 )
 from cae2pipe.threads import in_threads
 from cae2pipe.training.device import set_backends
@@ -103,10 +106,12 @@ def recode(
         if is_local(out):
             remove_debris(out)
         remove_stages(out, [*missing, *images])
-        box.facts |= {name: targets.box.facts[name] for name in ("classes", "teacher", "wanted")}
-        box.facts["extracted"] = {name: targets.box.facts[name] for name in ("versions", "processor")}
+        # Early sets do not say all of this.
+        facts = targets.box.facts
+        box.facts |= {name: facts[name] for name in ("classes", "teacher", "wanted") if name in facts}
+        box.facts["extracted"] = {name: facts[name] for name in ("versions", "processor") if name in facts}
         tell_changes(box.facts, torch.device("cpu"), report)
-        if CODEC not in box.units or not box.has(CODEC) or CODEC in (remake or ()):
+        if not is_calibrated(box) or CODEC in (remake or ()):
             make_calibration(box, targets, codec, report)
         elif not missing and not images:
             report.log(f"nothing to do: {out} holds all {len(targets.stores)} stores of {source}")
@@ -223,7 +228,7 @@ def recode_block(reader: StoreReader, block: int, layout: Layout, calibration: C
 
 def recode_stores(box: Box, targets: TargetSet, names: list[str], workers: int, report: Report) -> None:
     """Write the stores of these names; threads work some blocks ahead."""
-    calibration = read_calibration(box.root / "codec.zarr")
+    calibration = read_calibration(box)
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
     readers = {name: targets.reader(name) for name in names}

@@ -80,7 +80,8 @@ def repair_targets(
     box = open_box(found.path)
     raw = recorded(ExtractSettings, box.identity["settings"])
     raw["teacher"] = {**raw["teacher"], **({} if weights is None else {"weights": str(weights)})}
-    more = {"views": box.facts["wanted"]["views"], "speed": {"workers": workers, "device": device}}
+    views = max((unit["view"] + 1 for unit in box.units.values() if "view" in unit), default=1)
+    more = {"views": box.facts.get("wanted", {}).get("views", views), "speed": {"workers": workers, "device": device}}
     settings = build(ExtractSettings, {**raw, **more}, where=found.path)
     extract_targets(source, found.path, settings, report, remake=found.bad)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cae2pipe.artifacts.box import open_box
 from cae2pipe.artifacts.places import remotely
 from cae2pipe.errors import StorageError
 from cae2pipe.exhaustion import reraise_exhaustion
@@ -51,14 +52,14 @@ def test_too_many_open_files_are_not_blamed_on_what_is_opened(target_root):
 
 
 def test_too_many_open_files_are_not_blamed_on_the_calibration(target_root, monkeypatch):
-    from cae2pipe.targets import target_set
+    from cae2pipe.targets import stored_calibration
 
     def read_bytes(path: Path) -> bytes:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
-    monkeypatch.setattr(target_set, "read_bytes", read_bytes)
+    monkeypatch.setattr(stored_calibration, "read_bytes", read_bytes)
     with pytest.raises(StorageError, match="too many files"):
-        target_set.read_calibration(target_root / "codec.zarr")
+        stored_calibration.read_calibration(open_box(target_root))
 
 
 def test_a_remote_storage_is_not_blamed_for_the_memory_here():

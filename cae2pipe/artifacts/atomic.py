@@ -17,6 +17,8 @@ from typing import Any
 from cae2pipe.artifacts.places import is_local, put_bytes
 
 TEMPORARY = ".tmp-"
+FILLED = ("journal", "tars", "images", "views", "latents", "codec.zarr", "checkpoints", "features")
+"""The folders that commands fill in the folder that they are given."""
 
 
 def temporary_path(path: Path) -> Path:
@@ -51,6 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write a file to; it takes its final name when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
+    # A link would be written through.
+    remove_any(temporary)
     try:
         yield temporary
         commit(temporary, path)
@@ -72,14 +76,32 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove_debris(root: Path) -> list[Path]:
-    """Remove what a killed process left half-written below ``root`` and return what was removed."""
-    debris = list(root.rglob(f"{TEMPORARY}*"))
+    """Remove what a killed process left half-written in ``root`` and return what was removed.
+
+    Only folders of ``FILLED`` are entered, and of these none that another command writes, by its manifest or locks.
+    """
+    debris = []
+    for folder, names, files in os.walk(root):
+        base = Path(folder)
+        debris += [base / name for name in (*names, *files) if name.startswith(TEMPORARY)]
+        names[:] = [
+            name
+            for name in names
+            if (base != root or name in FILLED)
+            and not name.startswith(TEMPORARY)
+            and not any((base / name / mark).exists() for mark in ("manifest.json", ".locks"))
+        ]
     for path in debris:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove_any(path)
     return debris
+
+
+def remove_any(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_empty(root: Path) -> None:

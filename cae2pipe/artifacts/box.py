@@ -6,7 +6,11 @@ The manifest holds
 - ``kind``: ``shards``, ``targets``, ``run`` or ``scores``;
 - ``identity``: what the content depends on (settings, digests of inputs), and ``fingerprint``, its SHA-256;
 - ``units``: the independent pieces of the content by name, each with ``files``: path -> bytes and SHA-256;
-- facts of the kind (class names, teacher, codec, ...), and ``complete``.
+- facts of the kind (class names, teacher, codec, ...), and ``complete``;
+- ``digest``: of the manifest itself.
+
+``manifests`` says what each kind may hold. What is written and what is read passes the same models, so no name, path,
+type or number reaches the code that they do not allow.
 
 A unit is written first, then its entry in ``journal/``: the entry's presence is what makes the unit exist. At the end
 of a run the journal is folded into the manifest. A killed run leaves a journal, which is as good as the manifest;
@@ -22,15 +26,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.atomic import remove_empty, write_json
+from cae2pipe.artifacts.atomic import remove_empty, write_bytes
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
+from cae2pipe.artifacts.inside import inside
+from cae2pipe.artifacts.json_files import read_document
 from cae2pipe.artifacts.lock import holding
+from cae2pipe.artifacts.manifests.door import (
+    AGAIN,
+    FORMATS,
+    LIMIT,
+    decode_manifest,
+    decode_unit,
+    encode_manifest,
+    encode_unit,
+    is_ours,
+)
 from cae2pipe.artifacts.places import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
 
-FORMATS = {"targets": 2}
-"""The format that new folders of a kind are written in; 1 where none is named. Older ones are read, and stay so.
-Target sets of format 2 may have replayed views, and a klt that rotates along the tokens."""
 MANIFEST = "manifest.json"
 JOURNAL = "journal"
 
@@ -45,7 +58,11 @@ class Box:
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
-    format: int = 1
+    format: int = 0
+    """That of new folders of its kind, unless it is given."""
+
+    def __post_init__(self) -> None:
+        self.format = self.format or FORMATS[self.kind]
 
     @property
     def fingerprint(self) -> str:
@@ -64,7 +81,8 @@ class Box:
 
     def add(self, name: str, unit: dict[str, Any]) -> None:
         """Make a finished unit exist: its files must already bear their final names."""
-        write_json(self.root / JOURNAL / f"{name}.json", unit)
+        path = inside(self.root, f"{JOURNAL}/{name}.json")
+        write_bytes(path, encode_unit(self.kind, self.format, name, unit, path))
         self.units[name] = unit
 
     def has(self, name: str) -> bool:
@@ -97,30 +115,28 @@ class Box:
                 self.facts = {**latest.facts, **self.facts}
             if complete is not None:
                 self.complete = complete(self) if callable(complete) else complete
-            path = self.root / MANIFEST
-            if file_size(path) is None or _read_json(path) != json.loads(json.dumps(self.manifest())):
-                write_json(path, self.manifest())
+            _write_manifest(self)
             remove(folded)
         if is_local(self.root):
             remove_empty(self.root / JOURNAL)
 
 
 def is_box(root: Path, kind: str | None = None) -> bool:
-    """Whether ``root`` holds a readable manifest (of that kind)."""
+    """Whether ``root`` holds a manifest of ours (of that kind). Raises as ``open_box`` where that is damaged."""
+    if file_size(root / MANIFEST) is None:
+        return False
     try:
         box = open_box(root)
     except ManifestError:
-        return False
+        if is_foreign(root):
+            return False
+        raise
     return kind is None or box.kind == kind
 
 
 def is_foreign(root: Path) -> bool:
     """Whether the manifest of ``root`` is a whole JSON file that something else wrote."""
-    try:
-        data = json.loads(read_bytes(root / MANIFEST).decode("utf-8"))
-    except ValueError:
-        return False
-    return not isinstance(data, dict) or "format" not in data or "kind" not in data
+    return is_ours(_manifest_bytes(root)) is False
 
 
 def open_box(root: Path, kind: str | None = None) -> Box:
@@ -147,30 +163,16 @@ def open_box(root: Path, kind: str | None = None) -> Box:
             where=root,
             fix=f"give a folder made by `{made_by[kind]}`" if kind in made_by else "check the path",
         )
-    data = _read_json(path)
-    if not isinstance(data, dict) or "format" not in data or "kind" not in data:
-        raise ManifestError("this manifest.json was not written by cae2pipe", where=path, fix="check the path")
-    newest = FORMATS.get(str(data["kind"]), 1)
-    if data["format"] not in range(1, newest + 1):
-        raise ManifestError(
-            f"the manifest has format {data['format']}, and this version of cae2pipe reads format {newest}",
-            where=path,
-            fix="use the version of cae2pipe that wrote it (newer formats need a newer version)",
-        )
+    data = decode_manifest(_manifest_bytes(root), path)
     if kind is not None and data["kind"] != kind:
         raise ManifestError(
             f"this folder holds {data['kind']!r}, and {kind!r} is needed here", where=root, fix="check the path"
         )
-    known = {"format", "kind", "identity", "fingerprint", "units", "complete"}
-    if missing := known - data.keys():
-        raise ManifestError(f"the manifest lacks {', '.join(sorted(missing))}", where=path, fix="make the folder again")
-    if fingerprint(data["identity"]) != data["fingerprint"]:
-        raise DamageError(
-            "the manifest's identity does not match its fingerprint", where=path, fix="make the folder again"
-        )
     units = data["units"]
     for entry, text in journal.items():
-        units[entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")] = _parse_json(entry, text)
+        name = entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")
+        units[name] = decode_unit(data["kind"], data["format"], name, text, entry)
+    known = {"format", "kind", "identity", "fingerprint", "units", "complete"}
     facts = {key: value for key, value in data.items() if key not in known}
     return Box(root, data["kind"], data["identity"], units, facts, data["complete"], data["format"])
 
@@ -187,8 +189,7 @@ def open_or_create(root: Path, kind: str, identity: dict[str, Any], facts: dict[
         new = file_size(root / MANIFEST) is None
         if new:
             refuse_foreign(root)
-            box = Box(root, kind, identity, facts=facts, format=FORMATS.get(kind, 1))
-            write_json(root / MANIFEST, box.manifest())
+            _write_manifest(Box(root, kind, identity, facts=facts))
     return open_same(root, kind, identity, fix)
 
 
@@ -272,12 +273,12 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _read_json(path: Path) -> Any:
-    return _parse_json(path, read_bytes(path))
+def _manifest_bytes(root: Path) -> bytes:
+    return read_document(root / MANIFEST, fix=AGAIN, limit=LIMIT)
 
 
-def _parse_json(path: Path, data: bytes) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ManifestError(f"not valid JSON ({error})", where=path, fix="make the folder again") from None
+def _write_manifest(box: Box) -> None:
+    path = box.root / MANIFEST
+    data = encode_manifest(box.manifest(), path)
+    if file_size(path) != len(data) or read_bytes(path) != data:
+        write_bytes(path, data)

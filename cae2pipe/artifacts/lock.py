@@ -19,6 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.artifacts.atomic import FILLED
+from cae2pipe.artifacts.inside import refuse_link
+from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.places import (
     create_exclusively,
@@ -29,7 +32,7 @@ from cae2pipe.artifacts.places import (
     read_bytes,
     remove,
 )
-from cae2pipe.errors import BadInputError, Cae2pipeError, LockedError, StorageError
+from cae2pipe.errors import BadInputError, Cae2pipeError, LockedError, ManifestError, StorageError
 
 FOLDER = ".locks"
 STALE = 120.0
@@ -46,8 +49,11 @@ def writing(root: Path, part: Part = WHOLE) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds this part or one that overlaps it.
-        BadInputError: the folder cannot be written.
+        BadInputError: the folder cannot be written, or what is written to it would go elsewhere by a symbolic link.
     """
+    if is_local(root):
+        for name in (*FILLED, FOLDER, "shards", "metrics.jsonl"):
+            refuse_link(root / name)
     with _taken(root, _part_name(part)) as mine:
         if not mine:
             raise _locked(root, part, part)
@@ -121,7 +127,9 @@ def _taken(root: Path, name: str) -> Any:
 def _flock(root: Path, name: str) -> Iterator[bool]:
     try:
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
-        file = (root / FOLDER / name).open("a")  # changes nothing, not even its time
+        # Changes nothing, not even its time.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.fdopen(os.open(root / FOLDER / name, flags, 0o666), "ab")
     except (FileExistsError, NotADirectoryError):
         raise BadInputError("this is a file, and a folder is needed", where=root, fix="give another folder") from None
     except OSError as error:
@@ -176,13 +184,13 @@ def _sign(owner: dict[str, Any]) -> bytes:
 
 def _alive(path: Path) -> bool:
     try:
-        owner = json.loads(read_bytes(path))
+        owner = parse_json(read_bytes(path), path, fix="remove it")
         if owner["host"] == socket.gethostname() and not _process_lives(owner["pid"]):
             return False
         return bool(time.time() - owner["time"] < STALE)
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError):
+    except (ManifestError, KeyError, TypeError):
         return True
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import shutil
 import stat
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from cae2pipe.errors import BadInputError, StorageError
 
@@ -74,26 +75,25 @@ def read_bytes(path: Path) -> bytes:
     return remotely(path, lambda: fs.cat_file(name))
 
 
-def open_file(path: Path) -> BinaryIO:
-    """A local file, opened for reading. Raises as ``open_descriptor``."""
-    return open(open_descriptor(path), "rb")
-
-
-def open_descriptor(path: Path) -> int:
-    """A local regular file's descriptor, to be closed by the caller.
+def open_file(path: Path) -> io.BufferedReader:
+    """A local regular file, opened for reading.
 
     Raises:
         OSError: FileNotFoundError where there is none; IsADirectoryError; EINVAL for FIFOs, sockets and devices, which
             are never waited for.
     """
+    return os.fdopen(_open(path)[0], "rb")
+
+
+def _open(path: Path) -> tuple[int, int]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         raise OSError(errno.EINVAL, "This is not a regular file", str(path))
-    return descriptor
+    return descriptor, status.st_size
 
 
 def read_many(paths: list[Path]) -> dict[Path, bytes]:
@@ -122,8 +122,10 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
         fs, name = _remote(path)
         return remotely(path, lambda: fs.cat_file(name, start=offset, end=offset + size)) if size else b""
     # Not path.open: this is called thousands of times a second.
-    descriptor = open_descriptor(path)
+    descriptor, length = _open(path)
     try:
+        # A buffer of the asked size is made first, however short the file is.
+        size = min(size, max(0, length - offset))
         data = os.pread(descriptor, size, offset)
         while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
             data += more
@@ -164,6 +166,18 @@ def file_sizes(root: Path) -> dict[str, int]:
     return {path.removeprefix(prefix): int(info["size"]) for path, info in listing.items() if path.startswith(prefix)}
 
 
+def entry_names(root: Path) -> list[str]:
+    """POSIX paths of everything below ``root`` but folders: files, links to anything, FIFOs."""
+    if not is_local(root):
+        return list(file_sizes(root))
+    found = []
+    for folder, folders, names in os.walk(root):
+        base = Path(folder)
+        links = [name for name in folders if (base / name).is_symlink()]
+        found += [(base / name).relative_to(root).as_posix() for name in (*names, *links)]
+    return found
+
+
 def put_bytes(path: Path, data: bytes) -> None:
     """Write a remote file: whole or not at all, as object stores do."""
     fs, name = _remote(path)
@@ -179,14 +193,18 @@ def put_file(local: Path, path: Path) -> None:
 
 
 def fetch_file(path: Path, local: Path) -> None:
-    """Bring a file to a local path; where both lie on one disk, as a second name of the same bytes."""
+    """Bring a file to a local path; where both lie on one disk, as a second name of the same bytes.
+
+    Raises as ``read_bytes``.
+    """
     if is_local(path):
-        try:
-            local.hardlink_to(path)
-        except FileNotFoundError:
-            raise
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(path, local)
+        with open_file(path) as file:
+            if not path.is_symlink():
+                with suppress(OSError):  # another disk, or one without links
+                    local.hardlink_to(path)
+                    return
+            with local.open("wb") as copy:
+                shutil.copyfileobj(file, copy, 2**20)
         return
     fs, name = _remote(path)
     remotely(path, lambda: fs.get_file(name, str(local)))

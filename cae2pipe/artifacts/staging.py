@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.atomic import TEMPORARY, fsync_path
+from cae2pipe.artifacts.atomic import TEMPORARY, fsync_path, remove_any
 from cae2pipe.artifacts.digest import file_entry
+from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.places import is_local, put_file
 
 
 def stage_path(root: Path, name: str) -> Path:
-    """The local folder in which the unit's files are collected."""
+    """The local folder in which the unit's files are collected. Raises BadInputError where the name is no unit's."""
+    inside(root, name)
     flat = TEMPORARY + name.replace("/", "+")
     if is_local(root):
         return root / flat
@@ -47,11 +49,12 @@ class Stage:
     def __init__(self, root: Path, name: str):
         self.root = root
         self.folder = stage_path(root, name)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_any(self.folder)
         self.folder.mkdir(parents=True, mode=0o700 if not is_local(root) else 0o777)
 
     def path(self, relative: str) -> Path:
-        """Where to write the file or folder that will be ``root / relative``."""
+        """Where to write the file or folder that will be ``root / relative``. Raises as ``inside``."""
+        inside(self.root, relative)
         path = self.folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -66,18 +69,22 @@ class Stage:
 
         Returns:
             As ``entries``.
+
+        Raises:
+            BadInputError: as ``inside``.
         """
+        goals = [inside(self.root, piece) for piece in pieces]
         entries = self.entries(*pieces)
         if not is_local(self.root):
             for name in entries:
                 put_file(self.folder / name, self.root / name)
             return entries
-        for piece in pieces:
-            source, goal = self.folder / piece, self.root / piece
+        for piece, goal in zip(pieces, goals, strict=True):
+            source = self.folder / piece
             for path in (source, *source.rglob("*")) if source.is_dir() else (source,):
                 fsync_path(path)
             goal.parent.mkdir(parents=True, exist_ok=True)
-            if goal.is_dir():
+            if goal.is_dir() and not goal.is_symlink():
                 shutil.rmtree(goal)
             source.replace(goal)
             fsync_path(goal.parent)
@@ -90,7 +97,7 @@ class Stage:
 def remove_stages(root: Path, names: list[str]) -> None:
     """Remove what a killed run left of these units."""
     for name in names:
-        shutil.rmtree(stage_path(root, name), ignore_errors=True)
+        remove_any(stage_path(root, name))
 
 
 def _files(path: Path) -> list[Path]:

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.config.base import package_folder
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.shards.entries import Source
 
+SHAPE = 'write {"name": ..., "splits": {"train": {"images": N}}, "classes": {"CLASS": "words"}}'
 SHOWN = 12
 """Classes that an error names; a complete list is one line of Python away."""
 
@@ -67,15 +68,18 @@ def read_reference(expected: str) -> tuple[dict[str, Any], str | None]:
             where="--expect",
             fix=f"give {', '.join(known)}, or a JSON file",
         )
+    data = read_json(path, fix=SHAPE, error=SettingsError)
     try:
-        data = json.loads(path.read_bytes())
-        reference: dict[str, Any] = {"name": str(data["name"]), "classes": dict(data["classes"])}
+        reference: dict[str, Any] = {
+            "name": str(data["name"]),
+            "classes": {str(key): str(words) for key, words in data["classes"].items()},
+        }
         reference["splits"] = {split: {"images": int(data["splits"][split]["images"])} for split in data["splits"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(
             f"this is no reference manifest: {type(error).__name__}: {error}",
             where=path,
-            fix='write {"name": ..., "splits": {"train": {"images": N}}, "classes": {"CLASS": "words"}}',
+            fix=SHAPE,
         ) from None
     return reference, split or None
 

@@ -14,14 +14,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import google_crc32c
+from pydantic import Field, TypeAdapter, ValidationError
 
 from cae2pipe.artifacts.box import open_box
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.errors import DamageError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.shards.tar import index_tar, read_range
 
 KIND = "shards"
@@ -32,13 +34,16 @@ REMEDY = "`cae2pipe verify FOLDER --repair --source IMAGES` makes it again"
 
 
 class IndexedSample(NamedTuple):
-    """One sample of a tar: its key, its label (-1: none), and where its image's bytes lie, with their CRC-32C."""
+    """One sample of a tar: its key, its label (-1: none), and where its image's bytes lie, with their CRC-32C.
+
+    The limits are those of an index that is read.
+    """
 
     key: str
-    label: int
-    offset: int
-    size: int
-    crc32c: int
+    label: Annotated[int, Field(ge=-1, lt=2**31)]
+    offset: Annotated[int, Field(ge=0, lt=2**53)]
+    size: Annotated[int, Field(ge=0, lt=2**53)]
+    crc32c: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class ShardSet:
         """Where the shard's samples lie.
 
         Raises:
-            DamageError: the index is missing, or has changed.
+            DamageError: the index is missing, has changed, or is no index of so many samples.
         """
         try:
             return _index(shard)
@@ -172,6 +177,22 @@ def _index(shard: Shard) -> list[IndexedSample]:
         data = read_bytes(path)
     except FileNotFoundError:
         raise DamageError("the tar's index is missing", where=path) from None
+    except OSError as error:
+        reraise_exhaustion(error)
+        raise DamageError(f"the tar's index cannot be read: {error.strerror}", where=path) from None
     if sha256_bytes(data) != shard.index_sha256:
         raise DamageError("the tar's index has changed since it was written", where=path)
-    return [IndexedSample(*row) for row in json.loads(data)]
+    try:
+        rows: list[IndexedSample] = _rows().validate_json(data, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        place = ".".join(map(str, found["loc"]))
+        raise DamageError(f"the tar's index is not as it is written: {place}: {found['msg']}", where=path) from None
+    if len(rows) != shard.samples:
+        raise DamageError(f"the tar's index has {len(rows)} samples, and the manifest {shard.samples}", where=path)
+    return rows
+
+
+@functools.cache
+def _rows() -> TypeAdapter[list[IndexedSample]]:
+    return TypeAdapter(list[IndexedSample])

@@ -215,7 +215,11 @@ class StoreReader:
 
     def keys(self) -> list[str]:
         """Keys of all samples, in order."""
-        return [bytes(row).rstrip(b"\0").decode("utf-8") for row in self._small_array("keys", "|u1", None)]
+        rows = self._small_array("keys", "|u1", None)
+        try:
+            return [bytes(row).rstrip(b"\0").decode("utf-8") for row in rows]
+        except UnicodeDecodeError as error:
+            raise self._damage(error, f"{self.path}, keys") from None
 
     def labels(self) -> np.ndarray:
         """Labels of all samples, int32 (n,); -1: none."""
@@ -291,8 +295,10 @@ class StoreReader:
         return decode_index(self._read(path, total - size, size), self.blocks)
 
     def _entry(self, path: Path) -> dict[str, Any]:
-        """What the manifest says of a file."""
-        entry: dict[str, Any] = self._files[path.relative_to(self.root).as_posix()]
+        """What the manifest says of a file. Raises ChunkError where it says nothing."""
+        entry: dict[str, Any] | None = self._files.get(path.relative_to(self.root).as_posix())
+        if entry is None:
+            raise ChunkError("the manifest does not list this file")
         return entry
 
     def _read(self, path: Path, offset: int, length: int) -> bytes:

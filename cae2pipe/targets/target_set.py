@@ -15,29 +15,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.box import Box, check_files, open_box
-from cae2pipe.artifacts.places import file_sizes, place, read_bytes
-from cae2pipe.artifacts.staging import staged
+from cae2pipe.artifacts.manifests.door import AGAIN
+from cae2pipe.artifacts.places import place
 from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import ViewSettings
-from cae2pipe.errors import DamageError, ManifestError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.errors import DamageError, ManifestError, SettingsError
 from cae2pipe.images.kept import view_pixels
 from cae2pipe.targets.calibration import Calibration, make_codec
-from cae2pipe.targets.chunks import BLOCK, Shuffle
+from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.images import images_name
 from cae2pipe.targets.store import REMEDY, Block, Layout, StoreReader
+from cae2pipe.targets.stored_calibration import CODEC, read_calibration
 
 KIND = "targets"
-CODEC = "codec"
-TOKEN_BASIS = "token_basis"
 
 
 def store_name(view: int, shard: str) -> str:
@@ -46,8 +44,19 @@ def store_name(view: int, shard: str) -> str:
 
 
 def recorded_view(settings: dict[str, Any]) -> ViewSettings:
-    """How views are drawn and kept, from the settings of a set's manifest."""
-    return build(ViewSettings, recorded(ViewSettings, settings["view"]), where="the set's manifest")
+    """How views are drawn and kept, from the settings of a set's manifest.
+
+    Raises:
+        ManifestError: no cae2pipe has written these.
+    """
+    try:
+        return build(ViewSettings, recorded(ViewSettings, settings["view"]), where="view")
+    except SettingsError as error:
+        raise ManifestError(
+            f"a field is not as cae2pipe writes it: identity.settings.view.{error.what}",
+            where="manifest.json of the target set",
+            fix=AGAIN,
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ class TargetSet(Sequence[Target]):
                 where=root,
                 fix="run `cae2pipe extract-targets` with the same arguments as before",
             )
+        self.calibration = read_calibration(self.box)
         for name in sorted(self.box.units.keys() - self.box.whole()):
             for problem in check_files(self.box, [name], digests=False):
                 raise DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root))
@@ -121,7 +131,6 @@ class TargetSet(Sequence[Target]):
         self.view_size = self.view.size
         self.classes: list[str] = self.box.facts["classes"]
         codec = self.box.identity["settings"]["codec"]
-        self.calibration = read_calibration(root / "codec.zarr")
         self.layout = make_layout(self.box.facts["teacher"], codec, self.calibration)
         self._names = sorted(self.stores)
         self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
@@ -262,82 +271,3 @@ def make_layout(teacher: dict[str, Any], codec: dict[str, Any], calibration: Cal
         attention=teacher["attention"],
         codec=make_codec(codec["name"], calibration, codec["level"]),
     )
-
-
-def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Write the local folder ``codec.zarr``."""
-    import zarr
-    from zarr.codecs import Crc32cCodec
-
-    attributes = {} if calibration.basis is None else {"shuffle": calibration.shuffle}
-    group = zarr.create_group(path, zarr_format=3, overwrite=True, attributes=attributes)
-    arrays = {"mean": calibration.mean.numpy()}
-    if calibration.basis is not None and calibration.step is not None:
-        arrays |= {"basis": calibration.basis.numpy(), "step": np.array([calibration.step], dtype="<f4")}
-    if calibration.token_basis is not None and calibration.spread is not None:
-        arrays |= {TOKEN_BASIS: calibration.token_basis.numpy(), "spread": calibration.spread.numpy()}
-    for name, data in arrays.items():
-        array = group.create_array(
-            name,
-            shape=data.shape,
-            chunks=data.shape,
-            dtype="<f4",
-            compressors=[Crc32cCodec()],
-            filters=None,
-            fill_value=0,
-            config={"write_empty_chunks": True},
-        )
-        array[...] = data
-
-
-def rotates_tokens(box: Box) -> bool:
-    """Whether the set's klt codec rotates along the tokens too. Sets that older versions calibrated never do."""
-    files = box.units[CODEC]["files"] if CODEC in box.units else {}
-    return not any("/basis/" in path for path in files) or any(f"/{TOKEN_BASIS}/" in path for path in files)
-
-
-def restore_calibration(box: Box, calibration: Calibration) -> None:
-    """Put a lost calibration back, if it is the one that the stores were written with.
-
-    Raises:
-        DamageError: it is another one.
-    """
-    with staged(box.root, CODEC) as stage:
-        write_calibration(stage.path("codec.zarr"), calibration)
-        if stage.entries("codec.zarr") != box.units[CODEC]["files"]:
-            raise DamageError(
-                "the set's calibration is damaged, and does not come out the same here",
-                where=box.root / "codec.zarr",
-                fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
-            )
-        stage.commit("codec.zarr")
-
-
-def read_calibration(path: Path) -> Calibration:
-    """Read ``codec.zarr``. Raises DamageError where it cannot be read."""
-    import zarr
-    from zarr.core.buffer import default_buffer_prototype
-
-    try:
-        # Small: read whole, so that every place is reached in the same way.
-        files = {name: read_bytes(path / name) for name in file_sizes(path)}
-        store = zarr.storage.MemoryStore(
-            {name: default_buffer_prototype().buffer.from_bytes(d) for name, d in files.items()}
-        )
-        group = zarr.open_group(store, mode="r")
-        arrays = {name: np.asarray(array[...]) for name, array in group.arrays()}
-        mean = torch.from_numpy(arrays["mean"])
-        if "basis" not in arrays:
-            return Calibration(mean)
-        shuffle = cast(Shuffle, group.attrs["shuffle"])
-        along_tokens = (
-            (torch.from_numpy(arrays[TOKEN_BASIS]), torch.from_numpy(arrays["spread"])) if TOKEN_BASIS in arrays else ()
-        )
-        return Calibration(mean, torch.from_numpy(arrays["basis"]), float(arrays["step"][0]), shuffle, *along_tokens)
-    except (OSError, ValueError, KeyError) as error:
-        reraise_exhaustion(error)
-        raise DamageError(
-            f"the set's calibration cannot be read ({error}): without it no latent can be decoded",
-            where=path,
-            fix="restore this folder from a copy, or make the target set again",
-        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 
 import pytest
 
@@ -11,16 +12,23 @@ from cae2pipe.artifacts.atomic import remove_debris, replacing, temporary_path, 
 from cae2pipe.artifacts.box import MANIFEST, check_files, first_difference, is_box, open_box, open_or_create
 from cae2pipe.artifacts.digest import canonical_json, file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.errors import DamageError, LockedError, ManifestError, MismatchError
+from cae2pipe.artifacts.manifests.door import encode_manifest
+from cae2pipe.errors import BadInputError, DamageError, LockedError, ManifestError, MismatchError
+from tests.conftest import snapshot
 
 
-def make(root, **identity):
-    return open_or_create(root, "shards", identity, {"classes": []}, fix="elsewhere")
+def make(root, **settings):
+    identity = {"settings": settings, "classes": ["a"]}
+    return open_or_create(root, "shards", identity, {"rejected": 0}, fix="elsewhere")
 
 
-def add(box, name, content=b"data"):
-    (box.root / f"{name}.bin").write_bytes(content)
-    box.add(name, {"files": {f"{name}.bin": file_entry(box.root / f"{name}.bin")}, "samples": 1})
+def add(box, name, content=b"x" * 2048):
+    (box.root / "tars").mkdir(exist_ok=True)
+    files = [f"tars/{name}.tar", f"tars/{name}.json"]
+    for path in files:
+        (box.root / path).write_bytes(content)
+    entries = {path: file_entry(box.root / path) for path in files}
+    box.add(name, {"files": entries, "samples": 1, "rejected": []})
 
 
 def test_units_are_the_same_from_journal_and_from_manifest(tmp_path):
@@ -34,7 +42,7 @@ def test_units_are_the_same_from_journal_and_from_manifest(tmp_path):
     from_manifest = open_box(box.root, "shards")
     assert from_manifest.units == from_journal.units
     assert from_manifest.complete
-    assert from_manifest.facts == {"classes": []}
+    assert from_manifest.facts == {"rejected": 0}
 
 
 def test_saving_twice_writes_once(tmp_path):
@@ -46,9 +54,9 @@ def test_saving_twice_writes_once(tmp_path):
 
 
 def test_another_identity_is_refused_and_the_field_named(tmp_path):
-    make(tmp_path / "box", settings={"seed": 1, "samples": 3})
+    make(tmp_path / "box", seed=1, samples=3)
     with pytest.raises(MismatchError, match=r"settings\.seed = 1, and 2") as caught:
-        make(tmp_path / "box", settings={"seed": 2, "samples": 3})
+        make(tmp_path / "box", seed=2, samples=3)
     assert caught.value.fix == "elsewhere"
 
 
@@ -66,17 +74,84 @@ def test_foreign_folders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": 2}, ManifestError, "has format 2, and this version of cae2pipe reads format 1"),
-        ({"kind": "run"}, ManifestError, "holds 'run', and 'shards' is needed"),
-        ({"identity": {"seed": 5}}, DamageError, "does not match its fingerprint"),
+        ({"format": 3}, ManifestError, "has format 3, and this version of cae2pipe reads format 2"),
+        ({"format": "2"}, ManifestError, "has format '2', and this version"),
+        ({"kind": "shard"}, ManifestError, "kind: 'shard' is none that this version"),
+        ({"kind": ["shards"]}, ManifestError, "kind: .'shards'. is none"),
+        ({"identity": {"settings": {"seed": 5}, "classes": []}}, DamageError, "does not match its fingerprint"),
+        ({"complete": 1}, ManifestError, "complete: Input should be a valid boolean; it is 1"),
+        ({"rejected": 1}, DamageError, "has changed since it was written"),
+        ({"digest": "0" * 64}, DamageError, "has changed since it was written"),
     ],
 )
 def test_manifests_that_cannot_be_used(tmp_path, change, error, message):
     make(tmp_path / "box", seed=1)
     path = tmp_path / "box" / MANIFEST
     write_json(path, json.loads(path.read_text()) | change)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         open_box(tmp_path / "box", "shards")
+    assert caught.value.where == str(path)
+
+
+def test_a_folder_of_another_kind(make_run):
+    with pytest.raises(ManifestError, match="holds 'run', and 'shards' is needed"):
+        open_box(make_run(), "shards")
+    assert not is_box(make_run(), "shards")
+
+
+def test_a_manifest_is_damaged_and_no_other_folder(tmp_path):
+    """Whoever asks what a folder is must not take a damaged shard set for images."""
+    make(tmp_path / "box", seed=1)
+    (tmp_path / "box" / MANIFEST).write_text("{")
+    with pytest.raises(ManifestError, match="not valid JSON"):
+        is_box(tmp_path / "box")
+    (tmp_path / "box" / MANIFEST).write_text('{"name": "app"}')
+    assert not is_box(tmp_path / "box")
+
+
+@pytest.mark.parametrize("how", ["a bit", "a line", "the digest", "a name", "another unit's"])
+def test_what_a_journal_says_is_checked_like_a_manifest(tmp_path, how):
+    box = make(tmp_path / "box", seed=1)
+    add(box, "000000")
+    path = box.root / "journal" / "000000.json"
+    text = path.read_text()
+    if how == "a bit":
+        path.write_text(text.replace('"samples": 1', '"samples": 0'))
+    elif how == "a line":
+        path.write_text(text.replace('"samples": 1', '"samplex": 1'))
+    elif how == "the digest":
+        path.write_text("".join(line for line in text.splitlines(keepends=True) if "digest" not in line))
+    elif how == "a name":
+        path.rename(path.with_name("..000000.json")).rename(path.with_name("a000000.json"))
+    else:
+        path.rename(path.with_name("000001.json"))
+    with pytest.raises((ManifestError, DamageError)) as caught:
+        open_box(box.root)
+    assert str(box.root / "journal") in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("../../x", {}),
+        ("000000", {"files": {"../victim.tar": {"bytes": 1, "sha256": "0" * 64}}}),
+        ("000000", {"files": {"tars/000001.tar": {"bytes": 1, "sha256": "0" * 64}}}),
+        ("000000", {"samples": -1}),
+        ("000000", {"samples": 1.5}),
+        ("000000", {"more": 1}),
+    ],
+)
+def test_nothing_is_written_that_would_not_be_read(tmp_path, name, change):
+    box = make(tmp_path / "box", seed=1)
+    add(box, "000000")
+    unit = {**box.units["000000"], **change}
+    before = snapshot(tmp_path)
+    with pytest.raises((ManifestError, BadInputError)):
+        box.add(name, unit)
+    box.units[name] = unit
+    with pytest.raises(ManifestError):
+        encode_manifest(box.manifest(), box.root)
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", '{"some": "json"}'])
@@ -89,16 +164,16 @@ def test_broken_manifests(tmp_path, text):
 
 def test_damage_is_found(tmp_path):
     box = make(tmp_path / "box", seed=1)
-    for name in ("a", "b", "c", "d"):
+    for name in ("000000", "000001", "000002", "000003"):
         add(box, name)
-    (box.root / "a.bin").unlink()
-    (box.root / "b.bin").write_bytes(b"dat")
-    (box.root / "c.bin").write_bytes(b"dxta")
+    (box.root / "tars/000000.tar").unlink()
+    (box.root / "tars/000001.tar").write_bytes(b"dat")
+    (box.root / "tars/000002.tar").write_bytes(b"x" * 2047 + b"y")
     problems = {problem.where.rsplit("/", 1)[1]: problem.what for problem in check_files(box)}
-    assert "missing" in problems["a.bin"]
-    assert "3 bytes instead of 4" in problems["b.bin"]
-    assert "SHA-256" in problems["c.bin"]
-    assert "d.bin" not in problems
+    assert "missing" in problems["000000.tar"]
+    assert "3 bytes instead of 2048" in problems["000001.tar"]
+    assert "SHA-256" in problems["000002.tar"]
+    assert len(problems) == 3
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -116,13 +191,49 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_debris_of_a_killed_process_is_removed(tmp_path):
-    debris = [temporary_path(tmp_path / "a.tar"), temporary_path(tmp_path / "sub/b.zarr")]
+def test_debris_of_a_killed_process_is_removed_and_nothing_of_others(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_bytes(b"")
+    others = [root / "run", root / "latents" / "run"]
+    for other in others:
+        make(other, seed=1)
+    others.append(root / "holiday")
+    debris = [temporary_path(root / name) for name in ("a.tar", "latents/v00/b.zarr", "tars/link")]
+    kept = [temporary_path(folder / "checkpoints" / "step.pt") for folder in others]
+    for path in (*debris, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
     debris[0].write_bytes(b"half")
-    debris[1].mkdir(parents=True)
-    (tmp_path / "kept.tar").write_bytes(b"")
-    assert sorted(remove_debris(tmp_path)) == sorted(debris)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["kept.tar", "sub"]
+    (debris[1] / ".tmp-inner").mkdir(parents=True)
+    debris[2].symlink_to(outside)
+    for path in kept:
+        path.write_bytes(b"half")
+    assert sorted(remove_debris(root)) == sorted(debris)
+    assert not any(path.exists() or path.is_symlink() for path in debris)
+    assert all(path.exists() for path in (*kept, outside / "kept"))
+
+
+def test_a_planted_temporary_file_is_not_written_through(tmp_path):
+    (tmp_path / "victim").write_bytes(b"precious")
+    temporary_path(tmp_path / "file").symlink_to(tmp_path / "victim")
+    write_json(tmp_path / "file", 1)
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+    assert (tmp_path / "file").read_bytes() == b"1\n"
+    assert not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["journal", "tars", ".locks", "shards", ".locks/part-1-of-1"])
+def test_links_lead_no_writer_out_of_the_folder(tmp_path, name):
+    box = make(tmp_path / "box", seed=1)
+    link, outside = box.root / name, tmp_path / "outside"
+    if link.is_dir():
+        shutil.rmtree(link)
+    outside.mkdir()
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside if "/" not in name else outside / "new")
+    with pytest.raises(BadInputError, match=r"symbolic link"), writing(box.root):
+        pass
+    assert list(outside.iterdir()) == []
 
 
 def hold(root, held, release):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cae2pipe.artifacts.json_files import parse_json, read_json
@@ -25,6 +25,7 @@ values = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(values)
 def test_what_json_wrote_is_read_as_it_was(value: object) -> None:
     assert parse_json(json.dumps(value), "here", fix="none") == value

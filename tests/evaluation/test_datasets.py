@@ -16,7 +16,7 @@ from cae2pipe.evaluation.crops import CentralCrop
 from cae2pipe.evaluation.datasets import CropReader, Split, common_labels, open_data, open_split
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
-from tests.conftest import write_photos
+from tests.conftest import edit_manifest, write_photos
 
 
 def write_data(root: Path, classes: int = 2) -> Path:
@@ -111,8 +111,7 @@ def test_what_is_no_data_is_refused(tmp_path):
 def test_an_unfinished_shard_set_is_refused(tmp_path):
     data = write_data(tmp_path / "data")
     out = shard(data / "train", tmp_path / "shards")
-    text = (out / "manifest.json").read_text()
-    (out / "manifest.json").write_text(text.replace('"complete": true', '"complete": false'))
+    edit_manifest(out, complete=False)
     with pytest.raises(ManifestError, match="not finished"):
         open_split(out, 4)
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +11,7 @@ from cae2pipe.reporting.results import COLUMNS, as_markdown, collect
 
 
 @pytest.fixture
-def scores(tmp_path):
+def scores(tmp_path, make_run):
     """Three finished evaluations at different depths, one that is not, and a folder of another kind."""
 
     def score(folder, encoder, kind, top1):
@@ -29,7 +30,7 @@ def scores(tmp_path):
     score("b/deep/knn", "teacher:clip-b16", "knn", 0.75)
     score("a/linear", "base", "linear", 0.6)
     Box(tmp_path / "c" / "knn", "scores", {"x": "c"}, facts={}).save()
-    Box(tmp_path / "d", "run", {"x": "d"}, facts={}).save(complete=True)
+    shutil.copytree(make_run(), tmp_path / "d")
     return tmp_path
 
 

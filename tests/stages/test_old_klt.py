@@ -13,7 +13,7 @@ from cae2pipe.progress import Silent
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets import TargetSet
 from cae2pipe.targets.codecs import KltCodec, TokenKltCodec
-from cae2pipe.targets.target_set import CODEC
+from cae2pipe.targets.stored_calibration import CODEC
 
 SNIPPET = Path(__file__).parents[2] / "docs" / "read_with_zarr.py"
 

@@ -18,7 +18,7 @@ from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.repair import repair
-from tests.conftest import contents, snapshot
+from tests.conftest import contents, edit_manifest, snapshot
 
 FILES = [
     "images/000001.tar",
@@ -120,10 +120,9 @@ def test_a_store_that_contradicts_its_tar(stored, photos, teacher_file):
     before = contents(copy)
     tar = copy / "views/v00/000000.tar"
     shutil.copy(copy / "views/v00/000001.tar", tar)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    units = manifest["units"]
+    units = json.loads((copy / "manifest.json").read_text())["units"]
     units["v00/000000"]["files"]["views/v00/000000.tar"] = units["v00/000001"]["files"]["views/v00/000001.tar"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(copy, units=units)
     mended(copy, photos, teacher_file)
     assert contents(copy)["views/v00/000000.tar"] == before["views/v00/000000.tar"]
     assert verify(copy, Silent()).problems == []

@@ -1,0 +1,58 @@
+"""The values that every kind of manifest is made of, and their limits. Types are strict and numbers finite."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, JsonValue
+from typing_extensions import TypedDict
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""Of what no other version may add to."""
+OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+"""Of what other versions may know more of."""
+
+SHARD = r"[0-9]{6,9}"
+"""A shard's name: its number."""
+VIEW = r"v[0-9]{2,6}"
+"""A view's name."""
+INSIDE_ZARR = r"(/[a-z_]{1,32})?(/zarr\.json|(/c(/[0-9]{1,9}){1,4}))"
+"""The path of a file in a Zarr group of arrays."""
+
+ShardName = Annotated[str, Field(pattern=f"^{SHARD}$")]
+StoreName = Annotated[str, Field(pattern=f"^{VIEW}/{SHARD}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Format = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+"""A number of bytes, samples, images, ..."""
+Size = Annotated[int, Field(ge=1, le=2**20)]
+"""A dimension."""
+Side = Annotated[int, Field(ge=1, le=1024)]
+"""Rows or columns of patches."""
+Names = list[str]
+Values = dict[str, JsonValue]
+
+SAMPLE_BYTES = 1024
+"""Bytes that a sample takes in a tar, at least: two headers."""
+
+
+class FileEntry(TypedDict):
+    """A file of a unit, under its path relative to the folder."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Teacher(TypedDict):
+    """What readers must know of a teacher."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    name: str
+    dim: Size
+    rows: Side
+    cols: Side
+    class_token: bool
+    attention: bool

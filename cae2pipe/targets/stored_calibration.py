@@ -1,0 +1,161 @@
+"""A set's calibration on disk: ``codec.zarr``, written as a Zarr group, read and restored by the manifest's digests.
+
+Every array is one chunk, which is read directly: nothing in a set's metadata chooses how its bytes are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cae2pipe.artifacts.box import Box, check_files
+from cae2pipe.artifacts.digest import sha256_bytes
+from cae2pipe.artifacts.json_files import parse_json
+from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.staging import staged
+from cae2pipe.errors import DamageError
+from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.targets.calibration import Calibration
+from cae2pipe.targets.chunks import SHUFFLES, ChunkError, decode_chunk
+from cae2pipe.targets.store import REMEDY
+
+CODEC = "codec"
+"""The unit of the calibration."""
+FOLDER = "codec.zarr"
+TOKEN_BASIS = "token_basis"
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write the local folder ``codec.zarr``."""
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    attributes = {} if calibration.basis is None else {"shuffle": calibration.shuffle}
+    group = zarr.create_group(path, zarr_format=3, overwrite=True, attributes=attributes)
+    arrays = {"mean": calibration.mean.numpy()}
+    if calibration.basis is not None and calibration.step is not None:
+        arrays |= {"basis": calibration.basis.numpy(), "step": np.array([calibration.step], dtype="<f4")}
+    if calibration.token_basis is not None and calibration.spread is not None:
+        arrays |= {TOKEN_BASIS: calibration.token_basis.numpy(), "spread": calibration.spread.numpy()}
+    for name, data in arrays.items():
+        array = group.create_array(
+            name,
+            shape=data.shape,
+            chunks=data.shape,
+            dtype="<f4",
+            compressors=[Crc32cCodec()],
+            filters=None,
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )
+        array[...] = data
+
+
+def rotates_tokens(box: Box) -> bool:
+    """Whether the set's klt codec rotates along the tokens too. Sets that older versions calibrated never do."""
+    files = box.units[CODEC]["files"] if CODEC in box.units else {}
+    return not any("/basis/" in path for path in files) or any(f"/{TOKEN_BASIS}/" in path for path in files)
+
+
+def is_calibrated(box: Box) -> bool:
+    """Whether the set's calibration is there, byte for byte."""
+    return CODEC in box.units and not check_files(box, [CODEC])
+
+
+def restore_calibration(box: Box, calibration: Calibration) -> None:
+    """Put a lost calibration back, if it is the one that the stores were written with.
+
+    Raises:
+        DamageError: it is another one.
+    """
+    with staged(box.root, CODEC) as stage:
+        write_calibration(stage.path(FOLDER), calibration)
+        if stage.entries(FOLDER) != box.units[CODEC]["files"]:
+            raise DamageError(
+                "the set's calibration is damaged, and does not come out the same here",
+                where=box.root / FOLDER,
+                fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
+            )
+        stage.commit(FOLDER)
+
+
+def read_calibration(box: Box) -> Calibration:
+    """The calibration of a set.
+
+    Raises:
+        DamageError: a file of it is missing or has changed since it was written, or is none of a calibration of this
+            set's codec and teacher.
+    """
+    path = box.root / FOLDER
+    contents = {}
+    for name, entry in box.units[CODEC]["files"].items():
+        try:
+            data = read_bytes(box.root / name)
+        except OSError as error:
+            reraise_exhaustion(error)
+            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise _damage(f"a file of it {what}", box.root / name, box.root) from None
+        if sha256_bytes(data) != entry["sha256"]:
+            raise _damage("a file of it has changed since it was written", box.root / name, box.root)
+        contents[name.removeprefix(f"{FOLDER}/")] = data
+    teacher = box.facts["teacher"]
+    tokens = teacher["rows"] * teacher["cols"] + teacher["class_token"]
+    rotated = box.identity["settings"]["codec"]["name"] == "klt"
+    try:
+        calibration = decode_calibration(contents, tokens, teacher["dim"], path)
+        if rotated and calibration.basis is None:
+            raise ChunkError("it has no basis, which the klt codec needs")
+    except (ChunkError, DamageError) as error:
+        raise _damage(str(getattr(error, "what", error)), path, box.root) from None
+    return calibration
+
+
+def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, where: object) -> Calibration:
+    """A calibration from the bytes of the files of ``codec.zarr``, by their paths in it.
+
+    Args:
+        tokens: T, tokens of a view. dim: D, their dimensions.
+
+    Raises:
+        ChunkError: an array is missing, or does not have these dimensions. DamageError: the attributes are no JSON.
+    """
+
+    def array(name: str, *shape: int) -> Tensor:
+        chunk = f"{name}/c/" + "/".join("0" for _ in shape)
+        if chunk not in contents:
+            raise ChunkError(f"{name} is missing")
+        if len(contents[chunk]) != 4 * int(np.prod(shape)) + 4:
+            raise ChunkError(f"{name} does not have the shape {shape}")
+        found = decode_chunk(contents[chunk], shape, "<f4", 0)
+        if not np.isfinite(found).all():
+            raise ChunkError(f"{name} has values that are not finite")
+        return torch.from_numpy(found.copy())
+
+    mean = array("mean", dim)
+    if "basis/c/0/0" not in contents:
+        return Calibration(mean)
+    step = float(array("step", 1)[0])
+    if step <= 0:
+        raise ChunkError("the step is not positive")
+    more: dict[str, Any] = {}
+    if f"{TOKEN_BASIS}/c/0/0" in contents:
+        more = {"token_basis": array(TOKEN_BASIS, tokens, tokens), "spread": array("spread", tokens, dim)}
+    group = parse_json(contents.get("zarr.json", b""), where, fix="", error=DamageError)
+    attributes = group.get("attributes") if isinstance(group, dict) else None
+    shuffle = attributes.get("shuffle") if isinstance(attributes, dict) else None
+    if shuffle not in tuple(SHUFFLES):
+        raise ChunkError(f"the attribute shuffle is not one of {', '.join(SHUFFLES)}")
+    return Calibration(mean, array("basis", dim, dim), step, shuffle, **more)
+
+
+def _damage(what: str, where: object, root: Path) -> DamageError:
+    return DamageError(
+        f"the set's calibration, without which no latent can be decoded, is damaged: {what}",
+        where=where,
+        fix=REMEDY.format(root=root),
+    )
