@@ -1,14 +1,13 @@
 """Batches from worker processes, in order.
 
-Every worker serves a contiguous share of the rank's streams and gives its part of every step. torch's DataLoader takes
-items from its workers in turn, so each run of W items makes one step.
+Every worker serves a contiguous share of the rank's streams and gives its part of every step. Items are taken from
+workers in turn, so each run of W items makes one step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from torch.utils.data import IterableDataset, get_worker_info
+from dataclasses import dataclass
 
 from cae2pipe.loading.batches import Batch, Plan, batches, join
 from cae2pipe.loading.order import BlockRef, rank_streams, worker_streams
@@ -35,18 +34,16 @@ def block_refs(targets: TargetSet, stores: list[str] | None = None) -> list[Bloc
     ]
 
 
-class _Parts(IterableDataset):
-    """The steps' parts of the worker that iterates over it."""
+@dataclass(frozen=True)
+class _Parts:
+    """The steps' parts, stream by stream."""
 
-    def __init__(self, plan: Plan, served: range, start: int):
-        self.plan = plan
-        self.served = served
-        self.start = start
+    plan: Plan
+    served: range
+    start: int
 
-    def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        own = worker_streams(self.served, info.num_workers, info.id) if info else self.served
-        return batches(self.plan, own, self.start)
+    def share(self, worker: int, workers: int) -> Iterator[Batch]:
+        return batches(self.plan, worker_streams(self.served, workers, worker), self.start)
 
 
 def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
@@ -62,15 +59,12 @@ def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int =
     served = rank_streams(plan.streams, ranks, rank)
     parts = _Parts(plan, served, start)
     workers = min(workers, len(served))
-    if workers == 0:
-        yield from ([part] for part in parts)
-        return
     iterator = in_order(parts, workers)
     while True:
-        step = [part for _, part in zip(range(workers), iterator, strict=False)]
+        step = [part for _, part in zip(range(max(1, workers)), iterator, strict=False)]
         if not step:
             return
-        assert len(step) == workers
+        assert len(step) == max(1, workers)
         assert len({part.step for part in step}) == 1, "workers are out of step"
         yield step
 

@@ -1,101 +1,250 @@
-"""Worker processes that give out items in order."""
+"""Worker processes that give out items in order.
+
+Each worker has a connection of its own to the main process and makes every so-manieth item. No item can be lost: it is
+put into shared memory by the thread that made it, where a failure takes the item's place, and a worker that dies closes
+its connection, whatever it was doing. (torch's DataLoader pickles in a thread whose errors are printed and forgotten,
+and its workers write to one pipe, which stays locked when one of them is killed at it.)
+"""
 
 from __future__ import annotations
 
+import io
 import multiprocessing
-import warnings
-from collections.abc import Iterator
-from typing import Any
+import os
+import pickle
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sized
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Protocol
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+import torch
 
 from cae2pipe.errors import Cae2pipeError, WorkerError
-from cae2pipe.processes import prepare_worker
+from cae2pipe.loading.shared_memory import PREFETCH, check_room, explain_sharing
+from cae2pipe.processes import prepare_worker, refuse_import_of_main, shielded, shorten_sockets, worker_died
+from cae2pipe.training.signals import StoppedWaitingError, stop_asked
 
 PRELOAD = ["cae2pipe.loading.apart", "cae2pipe.loading.batches", "cae2pipe.targets.rendering"]
+POLL = 0.5
+"""Seconds between looks at whether to stop, while the next item is not there."""
+PATIENCE = 3.0
+"""Seconds that the next item is waited for where a stop has been asked for."""
+GRACE = 2.0
+"""Seconds that workers are given to end by themselves."""
 
 
-def in_order(dataset: Dataset, workers: int) -> Iterator[Any]:
-    """The items of a dataset, as they are, made by ``workers`` processes (0: in this one) and given out in order.
+class Listed(Protocol):
+    """Items by number; picklable, as a torch ``Dataset`` is."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Streamed(Protocol):
+    """Items that each worker makes its own stream of; picklable."""
+
+    def share(self, worker: int, workers: int) -> Iterator[Any]:
+        """The items of worker number ``worker``. They are given out in turn, one of each worker."""
+
+
+def in_order(source: Listed | Streamed, workers: int) -> Iterator[Any]:
+    """The items of a source, as they are, made by ``workers`` processes (0: in this one) and given out in order.
 
     Workers are started from a clean server process: fork would copy a CUDA context or a thread pool half-alive.
 
     Raises:
-        Cae2pipeError: what the dataset raised, as it was. WorkerError: a worker was killed.
+        Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is said
+        before the first item is given out; or a stop was asked for while no item came.
     """
     if workers == 0:
-        yield from _items(dataset)
+        yield from _share(source, 0, 1)
         return
+    started: list[_Worker] = []
+    grace = 0.0
+    try:
+        _start(source, workers, started)
+        # A list that ends in the middle of a round leaves some workers without an item in it, and so does a stream.
+        turns, first = list(started), True
+        while turns:
+            for worker in list(turns):
+                kind, value, shared = _receive(worker)
+                if kind == "end":
+                    turns.remove(worker)
+                    continue
+                if kind == "error":
+                    raise value
+                if first:
+                    check_room(shared, workers, len(source) if isinstance(source, Sized) else None)
+                    first = False
+                try:
+                    yield value
+                except GeneratorExit:
+                    grace = GRACE
+                    raise
+                # Else it would share the memory of the next one.
+                del value
+        grace = GRACE
+    finally:
+        _end(started, grace)
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    gave: bool = False
+
+
+def _share(source: Any, worker: int, workers: int) -> Iterator[Any]:
+    if hasattr(source, "share"):
+        return iter(source.share(worker, workers))
+    return (source[index] for index in range(worker, len(source), workers))
+
+
+def _start(source: Any, workers: int, started: list[_Worker]) -> None:
+    refuse_import_of_main()
+    shorten_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with warnings.catch_warnings():
-        # More workers than cores is the user's choice, and right where reading waits for a network.
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        loader = DataLoader(
-            _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _Guarded(dataset),
-            batch_size=None,
-            collate_fn=_as_is,
-            num_workers=workers,
-            prefetch_factor=2,
-            multiprocessing_context=context,
-            worker_init_fn=_prepare,
-        )
-        iterator = iter(loader)
-    while True:
-        try:
-            item = next(iterator, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise WorkerError(
-                "a worker process was killed, perhaps for lack of memory",
-                where=str(error).split(".")[0],
-                fix="run the same command again with fewer --workers: what is finished is kept",
-            ) from None
-        if item is None:
-            return
-        if isinstance(item, Cae2pipeError):
-            raise item
-        yield item
+    with shielded():
+        for number in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, source, number, workers), daemon=True)
+            try:
+                process.start()
+            except (EOFError, ConnectionError) as error:
+                # It, or the server, died before it had read what it is to do.
+                raise worker_died(process.exitcode if process.pid else None, gave=False) from error
+            finally:
+                there.close()
+            started.append(_Worker(process, here))
 
 
-def _items(dataset: Any) -> Iterator[Any]:
-    return iter(dataset) if isinstance(dataset, IterableDataset) else (dataset[i] for i in range(len(dataset)))
+def _receive(worker: _Worker) -> tuple[str, Any, int]:
+    """A worker's next message: kind, value, and the bytes of shared memory that the value takes."""
+    began = time.monotonic()
+    while not wait([worker.connection], POLL):
+        if stop_asked() and time.monotonic() - began > PATIENCE:
+            raise StoppedWaitingError("asked to stop while waiting for a worker", fix="run the same command again")
+    try:
+        message = worker.connection.recv_bytes()
+    except (EOFError, OSError):
+        raise _died(worker) from None
+    try:
+        kind, value = pickle.loads(message)
+    except (EOFError, ConnectionError, FileNotFoundError):  # shared memory is fetched from the worker
+        raise _died(worker) from None
+    worker.gave = True
+    with suppress(OSError):  # it has ended, or died: its connection will say so
+        worker.connection.send_bytes(b"")
+    return kind, value, int.from_bytes(message[-8:], "little")
 
 
-class _Guarded(Dataset):
-    """A dataset whose errors are items. DataLoader would send a text with a traceback, and lose place and remedy."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except Cae2pipeError as error:
-            return error
+def _died(worker: _Worker) -> WorkerError:
+    worker.process.join(GRACE)
+    return worker_died(worker.process.exitcode, worker.gave)
 
 
-class _GuardedStream(IterableDataset):
-    """The same for a stream, which an error ends."""
+def _end(started: list[_Worker], grace: float) -> None:
+    for worker in started:
+        worker.connection.close()
+    deadline = time.monotonic() + grace
+    for worker in started:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+    for worker in started:
+        if worker.process.is_alive():
+            worker.process.terminate()
+    for worker in started:
+        worker.process.join(GRACE)
+        if worker.process.is_alive():
+            worker.process.kill()
 
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
 
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self.dataset
-        except Cae2pipeError as error:
-            yield error
-
-
-def _prepare(worker: int) -> None:
-    # torch's own watch over the main process sees the server process only, which outlives it.
+def _work(connection: Connection, source: Any, number: int, workers: int) -> None:
     prepare_worker()
+    torch.set_num_threads(1)
+    ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_send, args=(connection, ready), daemon=True).start()
+    items = _share(source, number, workers)
+    try:
+        for made in count():
+            if made >= PREFETCH:
+                connection.recv_bytes()
+            message, last = _next_message(items)
+            ready.put(message)
+            if last:
+                break
+        # The main process fetches shared memory from this one: it must not end before it is told to.
+        while True:
+            connection.recv_bytes()
+    except (EOFError, OSError):
+        return  # the main process needs no more
 
 
-def _as_is(item: Any) -> Any:
-    return item
+def _send(connection: Connection, ready: queue.SimpleQueue[bytes]) -> None:
+    try:
+        while True:
+            connection.send_bytes(ready.get())
+    except BaseException:  # the main process is gone, or else has to learn that this one has failed
+        os._exit(1)
+
+
+def _next_message(items: Iterator[Any]) -> tuple[bytes, bool]:
+    """The next item, the end, or an error in its place; and whether that is the last message."""
+    try:
+        try:
+            item = next(items)
+        except StopIteration:
+            return _pack("end", None), True
+        return _pack("item", item), False
+    except Exception as error:
+        return _pack("error", _portable(error)), True
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that comes out of pickling as it was, with the worker's traceback where it is a defect."""
+    if not isinstance(error, (Cae2pipeError, OSError, MemoryError)):
+        error.add_note(f"in a worker process: {traceback.format_exc()}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"in a worker process: {traceback.format_exc()}")
+    return error
+
+
+class _Pickler(ForkingPickler):
+    """Puts tensors into shared memory, and counts its bytes."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.storages: dict[int, int] = {}
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.UntypedStorage):
+            self.storages[value.data_ptr()] = value.nbytes()
+        return NotImplemented
+
+
+def _pack(kind: str, value: Any) -> bytes:
+    """A message, with the bytes of shared memory that it takes at its end, where pickle does not look.
+
+    Raises:
+        WorkerError, OSError, MemoryError: its tensors cannot be put into shared memory.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    try:
+        pickler.dump((kind, value))
+    except (RuntimeError, OSError) as error:
+        raise explain_sharing(error, sum(pickler.storages.values())) from error
+    file.write(sum(pickler.storages.values()).to_bytes(8, "little"))
+    return file.getvalue()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cae2pipe.artifacts.places import read_bytes, read_range
-from cae2pipe.errors import Cae2pipeError, ImageError, SourceError
+from cae2pipe.errors import ImageError, SourceError
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.processes import ahead, prepare_worker, worker_count
+from cae2pipe.processes import ahead, prepare_worker, refuse_import_of_main, shielded, worker_count, worker_died
 
 
 class Piece(NamedTuple):
@@ -89,7 +89,7 @@ def checking(workers: int) -> Iterator[Check]:
     """``check_image`` over many pieces, in worker processes (-1: one a core; 0: none).
 
     Raises:
-        Cae2pipeError: a worker was killed.
+        WorkerError: a worker was killed.
     """
     if workers == 0:
         yield lambda pieces: map(check_image, pieces)
@@ -97,16 +97,16 @@ def checking(workers: int) -> Iterator[Check]:
     # Not forkserver: there is one a process, and extraction starts it with its own modules loaded.
     context = multiprocessing.get_context("spawn")
     count = worker_count(workers)
+    refuse_import_of_main()
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=prepare_worker)
     try:
+        with shielded():
+            pool.submit(int)  # which starts all of them
         yield lambda pieces: chain.from_iterable(
             ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), AHEAD * count)
         )
     except BrokenProcessPool:
-        raise Cae2pipeError(
-            "a worker process was killed, perhaps for lack of memory",
-            fix="run the same command again with fewer --workers: what is finished is kept",
-        ) from None
+        raise worker_died(None, gave=True) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -53,7 +53,7 @@ class RenderedBlock:
 
 
 class Renderer(Dataset):
-    """Renders task by task; picklable, so that workers of a DataLoader can hold it.
+    """Renders task by task; picklable, so that workers can hold it.
 
     ``kept``: the shards hold the images that replayed views are cut from; else originals, which are reduced first.
     """

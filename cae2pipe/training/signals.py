@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cae2pipe.errors import Requeued, Terminated, WorkerError
 
@@ -20,9 +21,25 @@ class StopRequest:
     exception: type[BaseException] | None = None
 
 
+class StoppedWaitingError(WorkerError):
+    """A stop was asked for while no item came."""
+
+
+_current: list[StopRequest] = []
+
+
+def stop_asked() -> bool:
+    """Whether a signal has been noted. For what waits: it has nothing to finish."""
+    return any(request.exception is not None for request in _current)
+
+
 @contextmanager
 def deferred_stop() -> Iterator[StopRequest]:
-    """Within this block a first signal is only noted; a second one acts at once."""
+    """Within this block a first signal is only noted; a second one acts at once.
+
+    A failure of the workers that comes with a signal is the stop that was asked for: workers have left the process
+    group, but a scheduler may signal every process of a job; and where no item comes, waiting for it ends so.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -38,21 +55,32 @@ def deferred_stop() -> Iterator[StopRequest]:
             raise kinds[number]
         request.exception = kinds[number]
 
+    _current.append(request)
     old = {number: signal.signal(number, note) for number in kinds}
     try:
         yield request
+    except WorkerError:
+        if request.exception is None:
+            raise
+        raise request.exception from None
     finally:
+        _current.remove(request)
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
 def until_stopped(items: Iterator[T], stop: StopRequest) -> Iterator[T]:
-    """The items; a failure of the workers that comes with a signal is the stop that was asked for.
+    """The items; they end where the workers fail, or no item comes, after a signal.
 
-    Workers have left the process group, but a scheduler may signal every process of a job.
+    Raises:
+        What was asked for, where no item comes to one of several processes: the others may be in the middle of a step,
+        and could not write a checkpoint with it.
     """
     try:
         yield from items
-    except (RuntimeError, OSError, EOFError, WorkerError):
+    except (RuntimeError, OSError, EOFError, WorkerError) as error:
         if stop.exception is None:
             raise
+        distributed: Any = sys.modules.get("torch.distributed")
+        if isinstance(error, StoppedWaitingError) and distributed and distributed.is_initialized():
+            raise stop.exception from None
