@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from contextlib import suppress
 
 from PIL import ExifTags, Image
 
@@ -26,20 +27,37 @@ KEPT_CHUNKS = (b"tRNS", b"eXIf")
 """Ancillary PNG chunks that matter here. Critical ones begin with a capital letter."""
 
 TIFF_STRUCTURE = frozenset(
-    [*range(254, 260), 262, 266, 273, *range(277, 283), 284, 288, 289, 292, 293, 297, 317, *range(320, 326), 332, 334]
-    + [*range(336, 344), 347, *range(512, 522), *range(529, 533), 274]
+    {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289, 292, 293, 297, 317}
+    | {*range(320, 326), 332, 334, *range(336, 344), 347, *range(512, 522), *range(529, 533)}
 )
 """Tags of a TIFF that say how its pixels are stored, and their orientation."""
 
 
 def read_orientation(image: Image.Image) -> int:
     """An image's EXIF orientation, 1 to 8; 1 where none can be read."""
+    orientation: object = None
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # Pillow raises many kinds: ValueError, SyntaxError, struct.error, ...
         reraise_exhaustion(error)
-        return 1
+    if orientation is None and isinstance(exif := image.info.get("exif"), bytes):
+        # Pillow gives up at the first broken tag.
+        orientation = _orientation_tag(exif)
     return orientation if isinstance(orientation, int) and orientation in TRANSPOSITIONS else 1
+
+
+def _orientation_tag(exif: bytes) -> int | None:
+    """The orientation in the first directory of an EXIF block, whatever the other tags are."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = "<" if exif[:2] == b"II" else ">"
+    with suppress(struct.error):
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack_from(order + "HHI", exif, entry)
+            if tag == ExifTags.Base.Orientation and kind == 3 and number == 1:
+                return int(struct.unpack_from(order + "H", exif, entry + 8)[0])
+    return None
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

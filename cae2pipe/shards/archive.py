@@ -5,8 +5,7 @@ Four forms are told apart by what they hold:
 - a tar of tars, one a class, named by it: ImageNet's ``ILSVRC2012_img_train.tar``, or a folder of such tars;
 - a tar of class folders, ``class/*.jpg``, as ``tar`` makes of an image folder;
 - a tar of images alone: ImageNet's ``ILSVRC2012_img_val.tar``, whose classes a ground-truth file tells;
-- WebDataset tars, one or a folder of them: members that share their name up to the first dot are a sample, ``.cls`` is
-  its label, and ``classes.txt`` beside the tars may name the labels.
+- WebDataset tars, one, a folder or a tar of them: ``.cls`` members are labels (``samples.py``).
 
 Members' names are compared and become keys; they are never used as paths.
 """
@@ -14,41 +13,35 @@ Members' names are compared and become keys; they are never used as paths.
 from __future__ import annotations
 
 import re
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
-from cae2pipe.artifacts.places import file_size, read_bytes
+from cae2pipe.artifacts.places import file_size, is_local
 from cae2pipe.errors import SourceError
-from cae2pipe.shards.entries import SPLITS, Found, Source, is_image, is_utf8, labelled, make_source
-
-CLASSES = "classes.txt"
-"""Names of the labels of WebDataset tars, a line each."""
+from cae2pipe.shards.entries import SPLITS, Found, Source, is_utf8, labelled, make_source
+from cae2pipe.shards.folder import file_bytes
+from cae2pipe.shards.kinds import (
+    HEAD,
+    begins_as_image,
+    describe_kinds,
+    is_image,
+    is_tar,
+    kind,
+    may_be_image,
+)
+from cae2pipe.shards.samples import CLASSES, Contents, Member, Tar, scan_samples
+from cae2pipe.shards.tar_members import BLOCK, TarFormatError, TarMember, blocks, read_members
 
 FIX_ARCHIVE = "bring the archive again (compare its checksum with the one published), then run the same command"
 
+ARCHIVES = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z", ".rar")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+"""How gzip, bzip2, xz, Zstandard and zip begin."""
+
 _SYNSET = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"\d{3}$")
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A file in a tar: its name, and where its bytes lie in the tar's file."""
-
-    name: str
-    offset: int
-    bytes: int
-
-
-@dataclass
-class Contents:
-    """What one tar holds: images, tars, and the ``.cls`` texts by sample name."""
-
-    images: list[Member] = field(default_factory=list)
-    tars: list[Member] = field(default_factory=list)
-    labels: dict[str, str] = field(default_factory=dict)
 
 
 def scan_archive(path: Path) -> Source:
@@ -58,58 +51,94 @@ def scan_archive(path: Path) -> Source:
         SourceError: the tar is broken or cut off, or its form is none of those above.
     """
     contents = read_contents(path)
-    if contents.tars:
-        if contents.images:
-            raise SourceError(
-                f"this archive holds tars ({contents.tars[0].name}) beside images ({contents.images[0].name})",
-                where=path,
-                fix="give an archive of one kind",
-            )
-        return scan_class_tars(path, [(_stem(tar.name), path, read_contents(path, tar)) for tar in contents.tars])
-    if not contents.images:
-        raise SourceError("no images in this archive", where=path, fix="give an archive of images, or of tars of them")
+    if not contents.tars:
+        return scan_tar(path, contents)
+    if contents.images or contents.labels:
+        other = contents.images[0].name if contents.images else min(contents.labels.values()).name
+        raise SourceError(
+            f"this archive holds tars ({contents.tars[0].name}) beside images or labels ({other})",
+            where=path,
+            fix="give an archive of one kind",
+        )
+    tars = [Tar(_stem(tar.name), path, read_contents(path, tar)) for tar in contents.tars]
+    if any(tar.contents.labels for tar in tars):
+        return scan_samples(path, tars, contents.passed_over)
+    return scan_class_tars(path, tars, contents.passed_over)
+
+
+def scan_tar(path: Path, contents: Contents) -> Source:
+    """The images of one tar that holds no tars."""
     if contents.labels:
-        return scan_samples(path, {_stem(path.name): (path, contents)})
-    return scan_tree(path, contents.images)
+        return scan_samples(path, [Tar(_stem(path.name), path, contents)])
+    if not contents.images:
+        kinds = f": {describe_kinds(contents.passed_over)}" if contents.passed_over else ""
+        raise SourceError(
+            f"no images in this archive{kinds}", where=path, fix="give an archive of images, or of tars of them"
+        )
+    return scan_tree(path, contents)
 
 
-def scan_tars(root: Path, names: list[str]) -> Source:
+def scan_tars(root: Path, names: list[str], others: Sequence[str]) -> Source:
     """The images of a folder of tars: WebDataset's, or one tar a class.
+
+    Args:
+        names: of the tars in the folder. others: files beside them.
 
     Raises:
         SourceError: as ``scan_archive``.
     """
-    tars = [(_stem(name), root / name, read_contents(root / name)) for name in sorted(names)]
+    if archives := sorted(name for name in others if kind(name) in ARCHIVES):
+        raise SourceError(
+            f"archives that are not read lie beside the tars: {describe_kinds(map(kind, archives))}",
+            where=root / archives[0],
+            fix="decompress or unpack them, or move them elsewhere",
+        )
+    tars = [Tar(_stem(name), root / name, read_contents(root / name)) for name in sorted(names)]
+    passed_over = Counter(kind(name) for name in others if name != CLASSES)
     # Tars of images alone: numbered ones are WebDataset's, without labels; others are named by their class.
-    numbered = all(_NUMBERED.search(stem) and not _SYNSET.fullmatch(stem) for stem, *_ in tars)
-    if numbered or any(contents.labels for *_, contents in tars):
-        return scan_samples(root, {stem: (path, contents) for stem, path, contents in tars})
-    return scan_class_tars(root, tars)
+    numbered = all(_NUMBERED.search(tar.name) and not _SYNSET.fullmatch(tar.name) for tar in tars)
+    if numbered or any(tar.contents.labels for tar in tars):
+        return scan_samples(root, tars, passed_over)
+    if len(tars) == 1 and len(_top_folders(tars[0].contents)) > 1:
+        source = scan_archive(tars[0].path)
+        return replace(source, passed_over=source.passed_over + passed_over)
+    return scan_class_tars(root, tars, passed_over)
 
 
-def scan_class_tars(root: Path, tars: Sequence[tuple[str, Path, Contents]]) -> Source:
-    """Images of tars that are named by their class: (class, the file they lie in, what the tar holds)."""
-    labels = labelled(name for name, *_ in tars)
+def scan_class_tars(root: Path, tars: Sequence[Tar], passed_over: Counter[str] | None = None) -> Source:
+    """Images of tars that are named by their class."""
+    labels = labelled(tar.name for tar in tars)
     if len(labels) < len(tars):
         raise SourceError("two tars have one name, which would be their class", where=root, fix="rename one of them")
-    found = []
+    found, notes, passed_over = [], list[str](), Counter(passed_over or {})
     for name, path, contents in tars:
+        contents.refuse_tars(path)
         if not contents.images:
             raise SourceError(f"the tar of class {name!r} holds no images", where=path, fix="remove it, or add images")
+        if len(folders := _top_folders(contents)) > 1:
+            raise SourceError(
+                f"this tar would be the class {name!r}, and holds the folders {folders[0]} and {folders[1]}",
+                where=path,
+                fix="unpack these tars into one folder, or make one tar of them",
+            )
         found += [
             Found(f"{name}/{image.name}", labels[name], image.bytes, path, image.offset) for image in contents.images
         ]
-    return make_source(root, sorted(labels), found)
+        passed_over += contents.passed_over
+        notes += contents.notes
+    return make_source(root, sorted(labels), found, passed_over, notes)
 
 
-def scan_tree(path: Path, images: list[Member]) -> Source:
+def scan_tree(path: Path, contents: Contents) -> Source:
     """Images in the folders of one tar, as if it were unpacked."""
-    parts = [image.name.split("/") for image in images]
+    parts = [image.name.split("/") for image in contents.images]
     # `tar` is often given the folder above: train/class/1.jpg, data/train/class/1.jpg.
-    while len({names[0] for names in parts}) == 1 and min(map(len, parts)) > 1:
-        if min(map(len, parts)) < 3 and parts[0][0].lower() not in SPLITS:
+    top, depth = 0, min(map(len, parts))
+    while len({names[top] for names in parts}) == 1 and depth - top > 1:
+        if depth - top < 3 and parts[0][top].lower() not in SPLITS:
             break
-        parts = [names[1:] for names in parts]
+        top += 1
+    parts = [names[top:] for names in parts]
     tops = {names[0] for names in parts if len(names) > 1}
     if len(tops) > 1 and tops <= {name for name in tops if name.lower() in SPLITS}:
         raise SourceError(
@@ -126,127 +155,94 @@ def scan_tree(path: Path, images: list[Member]) -> Source:
     labels = labelled(tops)
     found = [
         Found("/".join(names), labels.get(names[0], -1), image.bytes, path, image.offset)
-        for names, image in zip(parts, images, strict=True)
+        for names, image in zip(parts, contents.images, strict=True)
     ]
-    return make_source(path, sorted(tops), found)
-
-
-def scan_samples(root: Path, tars: dict[str, tuple[Path, Contents]]) -> Source:
-    """Images of WebDataset tars: keys are the tar's name and the sample's, since samples of two tars may share one."""
-    found = []
-    for stem, (path, contents) in tars.items():
-        for image in contents.images:
-            text = contents.labels.get(_sample(image.name))
-            if text is None and contents.labels:
-                raise SourceError(
-                    f"sample {_sample(image.name)!r} has no .cls", where=path, fix="give all samples a label, or none"
-                )
-            if text is not None and not re.fullmatch(r"\d{1,9}", text):
-                raise SourceError(
-                    f"the .cls of sample {_sample(image.name)!r} is no label: {text[:20]!r}",
-                    where=path,
-                    fix="labels are numbers from 0 on; name them in a classes.txt beside the tars",
-                )
-            label = -1 if text is None else int(text)
-            found.append(Found(f"{stem}/{image.name}", label, image.bytes, path, image.offset))
-    kinds = {image.label >= 0 for image in found}
-    if len(kinds) > 1:
-        raise SourceError("some of these tars have labels, and some have none", where=root, fix="give tars of one kind")
-    if not found:
-        raise SourceError("no images in these tars", where=root, fix="give WebDataset tars of images")
-    most = max(image.label for image in found) + 1
-    return make_source(root, sample_classes(root, most), found)
-
-
-def sample_classes(root: Path, count: int) -> list[str]:
-    """The names of ``count`` labels from ``classes.txt`` beside the tars, or else their numbers.
-
-    Raises:
-        SourceError: it names fewer, or one twice.
-    """
-    path = (root.parent if root.name.endswith(".tar") else root) / CLASSES
-    if not count or file_size(path) is None:
-        return [str(label) for label in range(count)]
-    names = [line.strip() for line in read_bytes(path).decode("utf-8", "replace").splitlines() if line.strip()]
-    if len(names) < count or len(set(names)) < len(names):
-        raise SourceError(
-            f"this file names {len(set(names))} different labels in {len(names)} lines, and the tars use {count}",
-            where=path,
-            fix="one line a label, all different (ImageNet: synsets, since two classes are called crane)",
-        )
-    return names
+    return make_source(path, sorted(tops), found, contents.passed_over, contents.notes)
 
 
 def read_contents(path: Path, inner: Member | None = None) -> Contents:
-    """What a tar holds, from its headers; ``inner``: of a tar that is a member of ``path``."""
-    contents = Contents()
-    with path.open("rb") as file:
-        for member in walk(file, path, inner):
-            sample, _, kind = _split(member.name)
-            if is_image(member.name):
-                contents.images.append(member)
-            elif kind == "tar":
-                contents.tars.append(member)
-            elif kind == "cls" and member.bytes <= 64:
-                file.seek(member.offset)
-                contents.labels[sample] = file.read(member.bytes).decode("utf-8", "replace").strip()
-    return contents
-
-
-def walk(file: BinaryIO, path: Path, inner: Member | None = None) -> Iterator[Member]:
-    """The plain files of a tar that are not hidden.
+    """What a tar holds, from its headers; ``inner``: of a tar that is a member of ``path``.
 
     Raises:
         SourceError: no tar, a compressed one, one that is cut off or broken, or links instead of files.
     """
     where = f"{path}, member {inner.name}" if inner else str(path)
     start = inner.offset if inner else 0
-    end = start + inner.bytes if inner else (file_size(path) or 0)
-    position = start
-    file.seek(start)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # a million of them would weigh a gigabyte
-                position = info.offset_data + (-(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE) * info.isreg()
-                if info.offset_data + info.size * info.isreg() > end:
-                    raise SourceError(f"the archive is cut off inside {info.name!r}", where=where, fix=FIX_ARCHIVE)
-                if info.issym() or info.islnk():
-                    raise SourceError(
-                        f"{info.name!r} is a link, not a file", where=where, fix="pack the files: tar --dereference"
-                    )
-                name = PurePosixPath(info.name).as_posix()
-                if not info.isreg() or any(part.startswith(".") and part != ".." for part in name.split("/")):
+    size = inner.bytes if inner else (file_bytes(path) if is_local(path) else file_size(path) or 0)
+    contents = Contents()
+    archives, end = 0, start
+    with path.open("rb") as file:
+        try:
+            for member in read_members(file, start, size):
+                archives, end = member.archive + 1, member.offset + blocks(member.info.size * member.info.isreg())
+                name = _checked_name(member, where)
+                if name is None:
+                    if not member.info.isdir():
+                        contents.passed_over["hidden" if member.info.isreg() else "special"] += 1
                     continue
-                if info.issparse():
-                    raise SourceError(f"{info.name!r} is stored as a sparse file", where=where, fix="pack it plainly")
-                if not is_utf8(name):
-                    raise SourceError(f"a name is not valid UTF-8: {name!r}", where=where, fix="rename it")
-                yield Member(name, info.offset_data, info.size)
-    except (tarfile.TarError, EOFError) as error:
-        file.seek(start)
-        packed = file.read(2) == b"\x1f\x8b"
+                placed = Member(name, member.offset, member.info.size)
+                if may_be_image(name):
+                    file.seek(member.offset)
+                    image = begins_as_image(file.read(min(HEAD, placed.bytes)))
+                else:
+                    image = is_image(name)
+                if image:
+                    contents.images.append(placed)
+                elif is_tar(name):
+                    contents.tars.append(placed)
+                elif kind(name) == ".cls":
+                    contents.add_label(placed, file, where)
+                else:
+                    contents.passed_over[kind(name)] += 1
+        except TarFormatError as error:
+            file.seek(start)
+            packed = file.read(6)
+            compressed = any(packed.startswith(magic) for magic in COMPRESSED)
+            raise SourceError(
+                "this archive is compressed" if compressed else error.what,
+                where=where,
+                fix="decompress it (e.g. gunzip): images are read from it by position"
+                if compressed
+                else error.fix or FIX_ARCHIVE,
+            ) from None
+    if archives > 1:
+        contents.notes.append(f"{where} is {archives} archives, one behind the other: all are read")
+    if start + size - end < 2 * BLOCK:
+        contents.notes.append(f"{where} has no end mark: it may have been cut off between two files")
+    return contents
+
+
+def _checked_name(member: TarMember, where: str) -> str | None:
+    """A plain file's name, relative and POSIX; None for folders, hidden files, and what is no file and no image."""
+    info = member.info
+    if info.isdir():
+        return None
+    if info.issym() or info.islnk():
+        raise SourceError(f"{info.name!r} is a link, not a file", where=where, fix="pack the files: tar --dereference")
+    if info.type == b"M":
         raise SourceError(
-            "this archive is compressed" if packed else f"this archive cannot be read: {error}",
-            where=where,
-            fix="decompress it (gunzip): images are read from it by position" if packed else FIX_ARCHIVE,
-        ) from None
-    # Where a header is broken, tarfile takes that for the end and says nothing.
-    file.seek(position)
-    if any(file.read(min(2 * tarfile.BLOCKSIZE, max(0, end - position)))):
-        raise SourceError(f"the archive is broken at byte {position}", where=where, fix=FIX_ARCHIVE)
+            f"{info.name!r} continues a file of another volume", where=where, fix="join the volumes, or pack them anew"
+        )
+    # As `tar` does where it unpacks: a leading slash does not count.
+    name = PurePosixPath(info.name.lstrip("/")).as_posix()
+    parts = name.split("/")
+    if any(part.startswith(".") and part != ".." for part in parts):
+        return None
+    if not info.isreg():
+        if is_image(name):
+            raise SourceError(f"{name!r} bears an image's name and is no file", where=where, fix="pack without it")
+        return None
+    if ".." in parts:
+        raise SourceError(f"the name {name!r} leads out of the archive", where=where, fix="pack files below one folder")
+    if not is_utf8(name):
+        raise SourceError(f"a name is not valid UTF-8: {name!r}", where=where, fix="rename it")
+    return name
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """A member's name at the first dot of its last part, as WebDataset splits it."""
-    folder, slash, last = name.rpartition("/")
-    stem, dot, kind = last.partition(".")
-    return folder + slash + stem, dot, kind.lower()
-
-
-def _sample(name: str) -> str:
-    return _split(name)[0]
+def _top_folders(contents: Contents) -> list[str]:
+    return sorted({image.name.split("/")[0] for image in contents.images if "/" in image.name})
 
 
 def _stem(name: str) -> str:
-    return name.rpartition("/")[2].removesuffix(".tar")
+    last = name.rpartition("/")[2]
+    return last[: -len(".tar")] if is_tar(last) else last

@@ -94,6 +94,9 @@ def pack(
     Raises:
         MismatchError: also where a tar that is made again comes out otherwise than the manifest says.
     """
+    if remake is None:
+        for remark in source.remarks():
+            report.log(remark)
     with writing(out):
         box = open_or_create(
             out,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.checking import Piece
 from cae2pipe.shards.keys import sample_key
+from cae2pipe.shards.kinds import describe_kinds, stem
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLITS = ("train", "training", "val", "valid", "validation", "test")
 """Names of sub-folders that are taken for splits, in any case."""
 
@@ -43,11 +43,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A scanned source: the names of its labels, and its images, sorted by path."""
+    """A scanned source: the names of its labels, and its images, sorted by path.
+
+    ``passed_over`` counts files that are no images by their kind; ``notes`` are lines to tell the user.
+    """
 
     root: Path
     classes: list[str]
     entries: list[Entry]
+    passed_over: Counter[str] = field(default_factory=Counter)
+    notes: tuple[str, ...] = ()
 
     def piece(self, entry: Entry) -> Piece:
         """Where the image's bytes are to be read."""
@@ -55,8 +60,22 @@ class Source:
             entry.file or self.root / entry.path, entry.offset, entry.bytes, entry.path if entry.offset else ""
         )
 
+    def remarks(self) -> list[str]:
+        """Lines to log: what of the source is not taken, and what is worth knowing of it."""
+        count = self.passed_over.total()
+        if not count:
+            return list(self.notes)
+        kinds = describe_kinds(self.passed_over, most=12)
+        return [*self.notes, f"passed over {count} file{'s' * (count > 1)} that are no images: {kinds}"]
 
-def make_source(root: Path, classes: list[str], found: Iterable[Found]) -> Source:
+
+def make_source(
+    root: Path,
+    classes: list[str],
+    found: Iterable[Found],
+    passed_over: Counter[str] | None = None,
+    notes: Iterable[str] = (),
+) -> Source:
     """Sort by path, and give every image its key: its path without the suffix.
 
     Raises:
@@ -64,21 +83,20 @@ def make_source(root: Path, classes: list[str], found: Iterable[Found]) -> Sourc
     """
     entries, owners = [], dict[str, str]()
     for path, label, size, file, offset in sorted(found, key=lambda image: image.path):
-        key = sample_key(path.rpartition(".")[0])
+        key = sample_key(stem(path))
         if key in owners:
             raise SourceError(
-                f"two files would have the key {key!r}: {owners[key]} and {path}",
+                f"this source holds {path} twice"
+                if owners[key] == path
+                else f"two files would have the key {key!r}: {owners[key]} and {path}",
                 where=root,
-                fix="rename one of them; a key is the path without its suffix",
+                fix="remove one of them"
+                if owners[key] == path
+                else "rename or remove one of them; a key is the path without its suffix",
             )
         owners[key] = path
         entries.append(Entry(path, key, label, size, file, offset))
-    return Source(root, classes, entries)
-
-
-def is_image(path: str) -> bool:
-    """Whether a file's suffix is that of an image, in any case."""
-    return os.path.splitext(path)[1].lower() in SUFFIXES  # noqa: PTH122 - a Path for each of a million names is slow
+    return Source(root, classes, entries, passed_over or Counter(), tuple(notes))
 
 
 def is_utf8(name: str) -> bool:

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from cae2pipe.artifacts.places import file_sizes, is_local
+from cae2pipe.artifacts.places import file_sizes, is_local, read_range
 from cae2pipe.errors import SourceError
-from cae2pipe.shards.entries import SPLITS, SUFFIXES, Found, Source, is_image, is_utf8, labelled, make_source
+from cae2pipe.shards.entries import SPLITS, Found, Source, is_utf8, labelled, make_source
+from cae2pipe.shards.kinds import (
+    HEAD,
+    SUFFIXES,
+    begins_as_image,
+    describe_kinds,
+    is_image,
+    is_tar,
+    kind,
+    may_be_image,
+)
 
 FIX_SOURCE = "give a folder of images (class/*.jpg, or *.jpg), a .tar, a folder of .tar, or a .txt list of paths"
 
 
-def scan_folder(root: Path) -> Source:
-    """The images of ``root``: ``class/**/*.jpg``, or ``*.jpg`` without classes. Hidden files are passed over.
+def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str], hidden: int = 0) -> Source:
+    """The images of ``root``: ``class/**/*.jpg``, or ``*.jpg`` without classes.
+
+    Args:
+        root: the folder. files: ``list_files`` of it. images: those of them that are images (``find_images``).
+            hidden: files and folders that were passed over for their names.
 
     Raises:
-        SourceError: no such folder, no images, a class without images, images both beside and in folders, two files
-            with one key, several splits, a name that is not UTF-8, or something that cannot be read.
+        SourceError: no images, a class without images, images both beside and in folders, two files with one key,
+            several splits, labels that only tars may hold, or something that cannot be read.
     """
-    refuse_no_folder(root)
-    files = list_files(root)
     if splits := folder_splits(root, files):
         example = next((name for name in splits if name.lower().startswith("train")), splits[0])
         raise SourceError(
@@ -31,12 +44,17 @@ def scan_folder(root: Path) -> Source:
             where=root,
             fix=f"give one of them, e.g. {root / example}",
         )
-    images = [path for path in files if is_image(path)]
     if not images:
         raise SourceError(
-            f"no images here: {_kinds(sorted(files))}" if files else "this folder is empty",
+            f"no images here: {describe_kinds(map(kind, sorted(files)))}" if files else "this folder is empty",
             where=root,
             fix=f"give a folder of images ({', '.join(sorted(s[1:] for s in SUFFIXES))})",
+        )
+    if tars := sorted(filter(is_tar, files)):
+        raise SourceError(
+            f"this folder holds tars ({tars[0]}) beside images ({min(images)})",
+            where=root,
+            fix="move one of them elsewhere",
         )
     folders = subfolders(root, files)
     counts = Counter(path.split("/", 1)[0] for path in images if "/" in path)
@@ -49,16 +67,51 @@ def scan_folder(root: Path) -> Source:
         )
     if empty := [name for name in folders if not counts[name]]:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
+        held = sorted(path for path in files if path.startswith(f"{empty[0]}/"))
         raise SourceError(
-            f"a class folder holds no images{more}", where=root / empty[0], fix="remove the folder, or add images"
+            f"a class folder holds no images{more}{': ' if held else ''}{describe_kinds(map(kind, held))}",
+            where=root / empty[0],
+            fix="remove the folder, or add images",
+        )
+    if not folders and (texts := sorted(path for path in files if kind(path) == ".cls")):
+        raise SourceError(
+            f"labels lie beside these images ({texts[0]}), which are read from WebDataset tars alone",
+            where=root,
+            fix="pack the folder: tar -cf images.tar --sort=name FOLDER; or move the labels elsewhere",
         )
     labels = labelled(folders)
-    found = (
-        Found(path, labels[path.split("/", 1)[0]] if labels else -1, file_bytes(root / path) if size is None else size)
-        for path, size in sorted(files.items())
-        if is_image(path)
+    found = []
+    passed_over = Counter({"hidden": hidden} if hidden else {})
+    for path, size in sorted(files.items()):
+        if path in images:
+            label = labels[path.split("/", 1)[0]] if labels else -1
+            found.append(Found(path, label, file_bytes(root / path) if size is None else size))
+        else:
+            passed_over[kind(path)] += 1
+    return make_source(root, folders, found, passed_over)
+
+
+def find_images(root: Path, files: Collection[str]) -> frozenset[str]:
+    """Those of the files that are images, by their suffix or, where that says nothing, by how they begin."""
+    return frozenset(
+        path for path in files if is_image(path) or (may_be_image(path) and begins_as_image(_read_head(root / path)))
     )
-    return make_source(root, folders, found)
+
+
+def _read_head(path: Path) -> bytes:
+    if not is_local(path):
+        return read_range(path, 0, HEAD)
+    try:
+        # A pipe is not waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    try:
+        return os.read(descriptor, HEAD) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 def folder_splits(root: Path, files: dict[str, int | None]) -> list[str]:
@@ -67,7 +120,7 @@ def folder_splits(root: Path, files: dict[str, int | None]) -> list[str]:
     Splits bear one of the names ``SPLITS``, and nothing beside them holds images: ``train``, ``car`` and ``plane``
     are classes.
     """
-    usable = [path for path in files if is_image(path) or path.endswith(".tar")]
+    usable = [path for path in files if is_image(path) or is_tar(path)]
     holding = {path.split("/", 1)[0] for path in usable if "/" in path}
     splits = [
         name
@@ -85,12 +138,22 @@ def subfolders(root: Path, files: dict[str, int | None]) -> list[str]:
     return sorted({path.split("/", 1)[0] for path in files if "/" in path})
 
 
-def list_files(root: Path) -> dict[str, int | None]:
-    """All files below ``root`` that are not hidden, by POSIX path; with their bytes where the listing says them."""
+def list_files(root: Path) -> tuple[dict[str, int | None], int]:
+    """All files below ``root`` that are not hidden, by POSIX path; with their bytes where the listing says them.
+
+    Also how many files and folders are hidden.
+    """
     if is_local(root):
-        return dict.fromkeys(_walk(root))
+        paths = list(_walk(root))
+        files: dict[str, int | None] = {path: None for path in paths if not _is_hidden(path)}
+        return files, len(paths) - len(files)
     sizes = file_sizes(root)
-    return {path: size for path, size in sizes.items() if not any(part.startswith(".") for part in path.split("/"))}
+    files = {path: size for path, size in sizes.items() if not any(map(_is_hidden, path.split("/")))}
+    return files, len(sizes) - len(files)
+
+
+def _is_hidden(path: str) -> bool:
+    return path.rpartition("/")[2].startswith(".")
 
 
 def refuse_no_folder(root: Path) -> None:
@@ -101,9 +164,13 @@ def refuse_no_folder(root: Path) -> None:
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder holds, but for hidden files and folders."""
+    return [entry for entry in _listed(folder) if not _is_hidden(entry.name)]
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            return list(entries)
     except OSError as error:
         raise SourceError(
             f"this folder cannot be read: {error.strerror}", where=folder, fix="mend that, or remove the folder"
@@ -118,7 +185,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """POSIX paths, relative to ``root``, of all files below it that are not hidden. Links are followed."""
+    """POSIX paths, relative to ``root``, of all files below it, and of hidden folders. Links are followed."""
     # Each folder with those that lead to it, as (device, inode): a link to one of them would never end.
     pending = [("", frozenset[tuple[int, int]]())]
     while pending:
@@ -129,16 +196,28 @@ def _walk(root: Path) -> Iterator[str]:
                 "this link leads to a folder that holds it", where=root / base, fix="remove the link, then run again"
             )
         above |= {(status.st_dev, status.st_ino)}
-        for entry in _visible(root / base):
+        for entry in _listed(root / base):
             path = base + entry.name
             if not is_utf8(path):
-                raise SourceError(
-                    f"a name is not valid UTF-8: {os.fsencode(path)!r}", where=root, fix="rename it, e.g. with convmv"
-                )
-            if _is_folder(entry):
+                raise name_error(path, root)
+            if _is_folder(entry) and not _is_hidden(path):
                 pending.append((path + "/", above))
             else:
                 yield path
+
+
+def name_error(path: str, where: Path) -> SourceError:
+    """The error for a name that is not UTF-8, or that this locale does not read as such."""
+    name = os.fsencode(path)
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        return SourceError(f"a name is not valid UTF-8: {name!r}", where=where, fix="rename it, e.g. with convmv")
+    return SourceError(
+        f"this locale, whose encoding is {sys.getfilesystemencoding()}, cannot read the name {name!r}",
+        where=where,
+        fix="use a UTF-8 locale: export LC_ALL=C.UTF-8, or PYTHONUTF8=1",
+    )
 
 
 def file_bytes(path: Path) -> int:
@@ -149,10 +228,5 @@ def file_bytes(path: Path) -> int:
         what = "this link leads nowhere" if path.is_symlink() else f"this file cannot be read: {error.strerror}"
         raise SourceError(what, where=path, fix="mend or remove it") from None
     if not stat.S_ISREG(status.st_mode):
-        raise SourceError("this bears an image's name and is not a file", where=path, fix="remove it")
+        raise SourceError("this bears the name of an image or archive and is not a file", where=path, fix="remove it")
     return status.st_size
-
-
-def _kinds(files: list[str]) -> str:
-    kinds = Counter(Path(path).suffix.lower() or "suffixless" for path in files)
-    return ", ".join(f"{count} {kind} file{'s' * (count > 1)}" for kind, count in kinds.most_common(3))

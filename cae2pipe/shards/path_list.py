@@ -20,7 +20,7 @@ def scan_list(path: Path) -> Source:
         SourceError: a line's file is missing, a path stands twice, or some lines have a class and some have none.
     """
     try:
-        lines = read_bytes(path).decode("utf-8").splitlines()
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise SourceError(f"this list is not UTF-8: {error}", where=path, fix="save it as UTF-8") from None
     rows = [(number, line.rstrip()) for number, line in enumerate(lines, 1) if line.strip()]

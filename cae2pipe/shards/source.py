@@ -8,9 +8,10 @@ from cae2pipe.artifacts.box import is_box
 from cae2pipe.artifacts.places import file_size
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.archive import scan_archive, scan_tars
-from cae2pipe.shards.entries import Source, is_image
-from cae2pipe.shards.folder import FIX_SOURCE, folder_splits, list_files, refuse_no_folder, scan_folder
+from cae2pipe.shards.entries import Source
+from cae2pipe.shards.folder import FIX_SOURCE, find_images, folder_splits, list_files, refuse_no_folder, scan_folder
 from cae2pipe.shards.ground_truth import DEVKIT, read_ground_truth, with_ground_truth
+from cae2pipe.shards.kinds import is_image, is_tar
 from cae2pipe.shards.path_list import SUFFIX, scan_list
 
 IMAGENET = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
@@ -49,17 +50,24 @@ def scan(root: Path, labels: Path | None = None) -> Source:
 def _scan(root: Path) -> Source:
     try:
         if file_size(root) is not None:
-            if root.name.lower().endswith(".tar"):
+            if is_tar(root.name):
                 return scan_archive(root)
             if root.name.lower().endswith(SUFFIX):
                 return scan_list(root)
             raise SourceError("this is a file, and neither a .tar nor a .txt list", where=root, fix=FIX_SOURCE)
         refuse_no_folder(root)
-        files = list_files(root)
-        tars = [name for name in files if name.endswith(".tar") and "/" not in name]
-        if tars and not any(map(is_image, files)):
-            return scan_tars(root, tars)
-        return scan_folder(root)
+        files, hidden = list_files(root)
+        images = find_images(root, files)
+        tars = [name for name in files if is_tar(name)]
+        if not tars or images or folder_splits(root, files):
+            return scan_folder(root, files, images, hidden)
+        if deeper := sorted(name for name in tars if "/" in name):
+            raise SourceError(
+                f"there are tars in folders of this folder: {deeper[0]}",
+                where=root,
+                fix="give a folder that holds them itself",
+            )
+        return scan_tars(root, tars, sorted(files.keys() - set(tars)))
     except OSError as error:
         raise SourceError(
             f"this source cannot be read: {error.strerror or error}", where=error.filename or root, fix="mend that"
@@ -75,7 +83,7 @@ def find_splits(root: Path) -> dict[str, Path]:
     if file_size(root) is not None:
         return {}
     refuse_no_folder(root)
-    files = list_files(root)
+    files, _ = list_files(root)
     archives = {split: name for split, name in IMAGENET.items() if name in files}
     if archives and not any(map(is_image, files)):
         return {split: root / name for split, name in archives.items()}

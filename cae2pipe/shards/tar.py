@@ -17,6 +17,7 @@ from cae2pipe.artifacts import places
 from cae2pipe.artifacts.places import file_size
 from cae2pipe.errors import DamageError
 from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.shards.tar_members import TarFormatError, blocks, read_members
 
 IMAGE, LABEL = "jpg", "cls"
 
@@ -54,27 +55,26 @@ def index_tar(path: Path) -> list[TarSample]:
         size = file_size(path)
         if size is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+        with path.open("rb") as file:
+            for member, offset, archive in read_members(file, 0, size):
                 key, _, kind = member.name.partition(".")
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if end > size:
-                    raise DamageError(f"the tar is cut off inside member {member.name!r}", where=path)
+                end = offset + blocks(member.size)
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     raise DamageError(f"member {member.name!r} of the tar is not a plain file", where=path)
+                if archive:
+                    raise DamageError(f"another archive follows in the tar, with {member.name!r}", where=path)
                 if kind == IMAGE and key not in samples:
-                    samples[key] = TarSample(key, labels.get(key, -1), member.offset_data, member.size)
-                elif kind == LABEL and key not in labels:
-                    stream = tar.extractfile(member)
-                    labels[key] = int(stream.read(12)) if stream else -1
+                    samples[key] = TarSample(key, labels.get(key, -1), offset, member.size)
+                elif kind == LABEL and key not in labels and member.size <= 12:
+                    labels[key] = int(read_range(path, offset, member.size))
                 else:
                     raise DamageError(f"the tar holds an unexpected member {member.name!r}", where=path)
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except TarFormatError as error:
+        raise DamageError(error.what, where=path) from None
+    except (OSError, ValueError) as error:
         reraise_exhaustion(error)
         raise DamageError(f"this tar cannot be read: {error}", where=path) from None
-    # Where a header is broken, or the file ends between members, tarfile takes that for the end and says nothing.
-    if any(read_range(path, end, 2 * tarfile.BLOCKSIZE)):
-        raise DamageError(f"the tar is broken at byte {end}", where=path)
+    read_range(path, end, 2 * tarfile.BLOCKSIZE)  # a tar may be cut off between two members
     if unpaired := samples.keys() ^ labels.keys():
         raise DamageError(f"sample {min(unpaired)!r} lacks its image or its label", where=path)
     return [TarSample(key, labels[key], sample.offset, sample.size) for key, sample in samples.items()]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cae2pipe.artifacts.places import place
@@ -130,12 +133,17 @@ def test_an_archive_on_another_place(photos, tmp_path):
 def test_member_names_are_no_paths(tmp_path, photos):
     image = next(iter(photos.values()))
     path = tmp_path / "evil.tar"
-    path.write_bytes(tar_bytes({"a/../../../evil.jpg": image, "/etc/passwd.jpg": image}))
+    path.write_bytes(tar_bytes({"/etc/passwd.jpg": image, "/etc/\x1b[31m\n.jpg": image}))
     before = tree(tmp_path)
     shards = build_shard_set(path, tmp_path / "out", ALONE, Silent())
     assert shards.images == 2
+    assert shards.classes == ["etc"]
     assert {name for name in tree(tmp_path) if not name.startswith("out/")} == set(before)
-    assert all("/" not in sample.key for shard in shards.shards for sample in shards.index(shard))
+    keys = {sample.key for shard in shards.shards for sample in shards.index(shard)}
+    assert keys == {"etc+passwd", "etc+~1b~5b31m~0a"}
+    for name in ("a/../../../evil.jpg", "../evil.jpg", "a/../b.txt"):
+        path.write_bytes(tar_bytes({"a/1.jpg": image, name: image}))
+        assert "leads out of the archive" in refused(path).what
 
 
 class TestBroken:
@@ -187,6 +195,149 @@ class TestBroken:
         assert "no images" in refused(path).what
 
 
+def joined(*tars: dict[str, bytes], between: int = 0) -> bytes:
+    return bytes(between).join(map(tar_bytes, tars))
+
+
+class TestJoined:
+    """``cat a.tar b.tar``: an archive behind the first one's end."""
+
+    def test_all_images_are_taken_and_the_user_is_told(self, photos, tmp_path):
+        halves = dict(list(photos.items())[:5]), dict(list(photos.items())[5:])
+        path = tmp_path / "a.tar"
+        for between in (0, 512, 10 * 2**20):
+            path.write_bytes(joined(*halves, between=between))
+            source = scan(path)
+            assert {entry.path: read_piece(source.piece(entry)) for entry in source.entries} == photos
+            assert source.remarks() == [f"{path} is 2 archives, one behind the other: all are read"]
+
+    def test_inside_another_archive(self, photos, tmp_path):
+        tars = class_tars(photos)
+        more = tar_bytes({"more.jpg": photos["class0/image000.jpg"]})
+        (tmp_path / "a.tar").write_bytes(tar_bytes({name: data + more for name, data in tars.items()}))
+        assert len(scan(tmp_path / "a.tar").entries) == 15
+
+    def test_what_follows_the_end_and_is_no_archive(self, photos, tmp_path):
+        path = tmp_path / "a.tar"
+        whole = tar_bytes(photos)
+        for rest in (b"x" * 512, bytes(100) + b"x", bytes(2**20) + b"\1"):
+            path.write_bytes(whole + rest)
+            assert "is no tar" in refused(path).what
+        images = list(photos.items())
+        path.write_bytes(tar_bytes(dict(images[:5])).rstrip(b"\0") + bytes(512) + tar_bytes(dict(images[5:])))
+        with pytest.raises(SourceError, match=r"broken|cut off|no tar"):
+            scan(path)
+
+    def test_a_tar_without_an_end(self, photos, tmp_path):
+        whole = tar_bytes(photos)
+        with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+            last = tar.getmembers()[-1]
+        end = last.offset_data + -(-last.size // 512) * 512
+        (tmp_path / "a.tar").write_bytes(whole[:end])
+        source = scan(tmp_path / "a.tar")
+        assert len(source.entries) == 12
+        assert "no end mark" in source.remarks()[0]
+
+    def test_an_inner_tar_without_an_end_does_not_read_the_next(self, photos, tmp_path):
+        bare = {name: data[: len(data.rstrip(b"\0")) // 512 * 512 + 512] for name, data in class_tars(photos).items()}
+        (tmp_path / "a.tar").write_bytes(tar_bytes(bare))
+        assert [entry.label for entry in scan(tmp_path / "a.tar").entries] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+class TestHostile:
+    """Headers that lie: one clear error, or the images as they are; never a loop, a long list or a traceback."""
+
+    def tar(self, path: Path, image: bytes, **fields) -> Path:
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, own in (("a/0.jpg", {}), ("b/1.jpg", fields), ("b/2.jpg", {})):
+                info = tarfile.TarInfo(name)
+                info.size = len(image)
+                for field, value in own.items():
+                    setattr(info, field, value)
+                tar.addfile(info, io.BytesIO(image))
+        return path
+
+    @pytest.mark.parametrize("size", ["-1536", "-1", str(-(10**30)), str(10**18), "0", "zebra", "9" * 5000])
+    def test_sizes(self, photos, tmp_path, size):
+        image = photos["class0/image000.jpg"]
+        refused(self.tar(tmp_path / "a.tar", image, pax_headers={"size": size}))
+
+    def test_extended_headers_that_take_long(self, photos, tmp_path):
+        image = photos["class0/image000.jpg"]
+        error = refused(self.tar(tmp_path / "a.tar", image, pax_headers={"comment": "1" * 2**19}))
+        assert "255 digits" in error.what
+        error = refused(self.tar(tmp_path / "a.tar", image, pax_headers={"comment": "a" * 2**21}))
+        assert "a header of" in error.what
+
+    def test_a_chain_of_extended_headers(self, photos, tmp_path):
+        header = tarfile.TarInfo("x")
+        header.type = tarfile.XHDTYPE
+        data = header.tobuf(tarfile.USTAR_FORMAT) * 5000 + tar_bytes(photos)
+        (tmp_path / "a.tar").write_bytes(data)
+        assert "cannot be read" in refused(tmp_path / "a.tar").what
+
+    def test_sizes_for_all_members(self, photos, tmp_path):
+        data = tar_bytes(photos, format=tarfile.PAX_FORMAT, pax_headers={"size": "10"})
+        (tmp_path / "a.tar").write_bytes(data)
+        assert "contradict" in refused(tmp_path / "a.tar").what
+
+    def test_what_bears_an_image_s_name_and_is_no_file(self, photos, tmp_path):
+        image = photos["class0/image000.jpg"]
+        for kind in (tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            error = refused(self.tar(tmp_path / "a.tar", b"", type=kind))
+            assert "is no file" in error.what
+        self.tar(tmp_path / "a.tar", image, type=b"M")
+        assert "another volume" in refused(tmp_path / "a.tar").what
+
+    def test_very_deep_names(self, photos, tmp_path):
+        (tmp_path / "a.tar").write_bytes(tar_bytes({"d/" * 100_000 + "0.jpg": photos["class0/image000.jpg"]}))
+        assert len(scan(tmp_path / "a.tar").entries) == 1
+
+    def test_pipes_instead_of_archives(self, photos, tmp_path):
+        (tmp_path / "tars").mkdir()
+        os.mkfifo(tmp_path / "tars" / "a.tar")
+        assert "is not a file" in refused(tmp_path / "tars").what
+        (tmp_path / "tars" / "a.tar").unlink()
+        (tmp_path / "tars" / "a.tar").write_bytes(tar_bytes({"1.jpg": photos["class0/image000.jpg"], "1.cls": b"0"}))
+        os.mkfifo(tmp_path / "tars" / "classes.txt")
+        assert "not a file" in refused(tmp_path / "tars").what
+
+    @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        pax=st.booleans(),
+        member=st.integers(0, 11),
+        field=st.sampled_from([(100, 24), (124, 12), (156, 1), (157, 100), (257, 8), (345, 155)]),
+        value=st.one_of(
+            st.binary(min_size=1, max_size=12),
+            st.sampled_from([b"x", b"g", b"L", b"S", b"M", b"5", b"\xff" * 12, b"\x80" + b"\xff" * 11, b"7" * 11]),
+        ),
+    )
+    def test_damaged_headers_give_the_images_or_an_error(self, tmp_path, pax, member, field, value):
+        """Whatever one header of a real tar claims: its checksum is made to fit."""
+        photos = {f"class{number % 3}/{number}.jpg": b"%d" % number * 400 for number in range(12)}
+        whole = bytearray(tar_bytes(photos, format=tarfile.PAX_FORMAT if pax else tarfile.USTAR_FORMAT))
+        with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+            offset = tar.getmembers()[member].offset
+        value = value[: field[1]]
+        whole[offset + field[0] : offset + field[0] + len(value)] = value
+        header = whole[offset : offset + 512]
+        header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+        whole[offset : offset + 512] = header
+        (tmp_path / "a.tar").write_bytes(whole)
+        try:
+            source = scan(tmp_path / "a.tar")
+        except SourceError as caught:
+            error = caught
+        else:
+            found = [read_piece(source.piece(entry)) for entry in source.entries]
+            assert set(found) <= set(photos.values())
+            # A member whose type is a folder's, or an extended header's, is one: no reader can tell.
+            assert len(found) + source.passed_over.total() >= len(photos) - (field == (156, 1))
+            return
+        assert error.where
+        assert error.fix
+
+
 class TestWebDataset:
     def write(self, root: Path, photos: dict[str, bytes], labels: bool = True) -> Path:
         root.mkdir()
@@ -235,9 +386,53 @@ class TestWebDataset:
         image = photos["class0/image000.jpg"]
         path = tmp_path / "a.tar"
         path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": b"0", "2.jpg": image}))
-        assert "'2' has no .cls" in refused(path).what
+        assert "'2.jpg' has no .cls" in refused(path).what
         path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": b"cat"}))
         assert "no label: 'cat'" in refused(path).what
+        for text in ("\u0663", "\u00b2", "-1", "1 2", "__import__('os')"):
+            path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": text.encode()}))
+            assert "no label" in refused(path).what
+        path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": b"0" * 1000}))
+        assert "1000 bytes" in refused(path).what
+
+    def test_labels_of_names_with_dots(self, photos, tmp_path):
+        image = photos["class0/image000.jpg"]
+        names = ["22.05.0", "22.05.1", "a.b/img.v1", "c", "d.left", "d.right"]
+        labels = {"22.05.0.cls": b"1", "22.05.1.cls": b"2", "a.b/img.v1.CLS": b"3", "c.cls": b"4", "d.cls": b"5"}
+        (tmp_path / "a.tar").write_bytes(tar_bytes({**{f"{name}.jpg": image for name in names}, **labels}))
+        source = scan(tmp_path / "a.tar")
+        assert {entry.path: entry.label for entry in source.entries} == {
+            f"a/{name}.jpg": label for name, label in zip(names, [1, 2, 3, 4, 5, 5], strict=True)
+        }
+
+    @pytest.mark.parametrize("name", ["2.cls", "1.target.cls", "1", "b/1.cls"])
+    def test_a_label_without_an_image_is_an_error(self, photos, tmp_path, name):
+        image = photos["class0/image000.jpg"]
+        name = name if name.endswith(".cls") else "1.jpg.cls"
+        (tmp_path / "a.tar").write_bytes(tar_bytes({"1.jpg": image, "1.cls": b"0", name: b"1"}))
+        assert f"{name!r} belongs to no image" in refused(tmp_path / "a.tar").what
+
+    def test_a_label_is_never_lost_with_its_tar(self, photos, tmp_path):
+        image = photos["class0/image000.jpg"]
+        inner = tar_bytes({"1.jpg": image, "1.cls": b"7"})
+        path = tmp_path / "outer.tar"
+        path.write_bytes(tar_bytes({"a-000.tar": inner, "v1.2.tar": inner}))
+        assert [entry.label for entry in scan(path).entries] == [7, 7]
+        path.write_bytes(tar_bytes({"a-000.tar": inner, "1.cls": b"7"}))
+        assert "beside images or labels (1.cls)" in refused(path).what
+        path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": b"0", "1.CLS": b"1"}))
+        assert "twice" in refused(path).what
+
+    def test_labels_far_beyond_any_list(self, photos, tmp_path):
+        image = photos["class0/image000.jpg"]
+        path = tmp_path / "a.tar"
+        path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": b"999999999"}))
+        assert "the label 999999999" in refused(path).what
+        (tmp_path / "classes.txt").write_text("one\n")
+        assert "the tars use 1000000000" in refused(path).what
+        (tmp_path / "classes.txt").unlink()
+        path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": b"99999"}))
+        assert len(scan(path).classes) == 100_000
 
     def test_two_images_of_one_sample(self, photos, tmp_path):
         image = photos["class0/image000.jpg"]

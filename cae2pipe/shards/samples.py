@@ -1,0 +1,175 @@
+"""WebDataset's tars: ``NAME.cls`` is the label of the image ``NAME.jpg``, and of ``NAME.ANYTHING.jpg`` that has none of
+its own. Names may hold dots. ``classes.txt`` beside the tars may name the labels, a line each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from cae2pipe.artifacts.places import file_size, is_local, read_bytes
+from cae2pipe.errors import SourceError
+from cae2pipe.shards.entries import Found, Source, make_source
+from cae2pipe.shards.kinds import is_tar, stem
+
+CLASSES = "classes.txt"
+"""Names of the labels of WebDataset tars, a line each."""
+
+MOST_LABELS = 100_000
+"""Labels that need no ``classes.txt``. Each becomes a class of the manifest, whether it has images or not."""
+
+LONGEST_LABEL = 64
+
+
+class Member(NamedTuple):
+    """A file in a tar: its name, and where its bytes lie in the tar's file."""
+
+    name: str
+    offset: int
+    bytes: int
+
+
+class Label(NamedTuple):
+    """A ``.cls`` member and its text."""
+
+    name: str
+    text: str
+
+
+@dataclass
+class Contents:
+    """What one tar holds: images, tars, labels by name without ``.cls``; other files by kind, and lines to log."""
+
+    images: list[Member] = field(default_factory=list)
+    tars: list[Member] = field(default_factory=list)
+    labels: dict[str, Label] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def add_label(self, member: Member, file: BinaryIO, where: str) -> None:
+        """Read a ``.cls``. Raises SourceError where it is too long for a label, or the second of its name."""
+        name = member.name[: -len(".cls")]
+        if name in self.labels:
+            raise SourceError(
+                f"this archive holds the label {member.name!r} twice",
+                where=where,
+                fix="pack the files anew (tar -r adds a second copy)",
+            )
+        if member.bytes > LONGEST_LABEL:
+            raise SourceError(
+                f"{member.name} is no label: it has {member.bytes} bytes",
+                where=where,
+                fix="labels are numbers from 0 on",
+            )
+        file.seek(member.offset)
+        self.labels[name] = Label(member.name, file.read(member.bytes).decode("utf-8", "replace").strip())
+
+    def refuse_tars(self, where: Path) -> None:
+        """Raise SourceError where tars lie in this one, which is inside another or beside others."""
+        if self.tars:
+            raise SourceError(
+                f"there is a tar in this tar: {self.tars[0].name}", where=where, fix="give tars of images"
+            )
+
+
+class Tar(NamedTuple):
+    """A tar of a source: its name without ``.tar``, the file it lies in, and what it holds."""
+
+    name: str
+    path: Path
+    contents: Contents
+
+
+def scan_samples(root: Path, tars: Sequence[Tar], passed_over: Counter[str] | None = None) -> Source:
+    """Images of WebDataset tars: keys are the tar's name and the sample's, since samples of two tars may share one.
+
+    Raises:
+        SourceError: a label without an image, an image without a label beside others that have one, no number, or
+            labels far beyond those that are named or plausible.
+    """
+    if len({tar.name for tar in tars}) < len(tars):
+        raise SourceError("two tars have one name", where=root, fix="rename one of them")
+    found, notes, passed_over = [], list[str](), Counter(passed_over or {})
+    for name, path, contents in tars:
+        contents.refuse_tars(path)
+        for image, label in zip(contents.images, paired(contents, path), strict=True):
+            found.append(Found(f"{name}/{image.name}", label, image.bytes, path, image.offset))
+        passed_over += contents.passed_over
+        notes += contents.notes
+    kinds = {image.label >= 0 for image in found}
+    if len(kinds) > 1:
+        raise SourceError("some of these tars have labels, and some have none", where=root, fix="give tars of one kind")
+    if not found:
+        raise SourceError("no images in these tars", where=root, fix="give WebDataset tars of images")
+    if kinds == {False} and any("/" in image.name for tar in tars for image in tar.contents.images):
+        notes.append("these tars hold no labels (.cls); the folders in them are not taken for classes")
+    most = max(image.label for image in found) + 1
+    return make_source(root, sample_classes(root, most), found, passed_over, notes)
+
+
+def paired(contents: Contents, where: Path) -> list[int]:
+    """The label of each image of a tar; -1 for all where it holds none.
+
+    An image's label bears the longest name that the image's begins with, up to one of its dots.
+    """
+    if not contents.labels:
+        return [-1] * len(contents.images)
+    labels, used = [], set()
+    for image in contents.images:
+        name = stem(image.name)
+        while name not in contents.labels and "." in name.rpartition("/")[2]:
+            name = name.rpartition(".")[0]
+        if name not in contents.labels:
+            raise SourceError(f"{image.name!r} has no .cls", where=where, fix="give all samples a label, or none")
+        label = contents.labels[name]
+        if not re.fullmatch("[0-9]{1,9}", label.text):
+            raise SourceError(
+                f"{label.name!r} is no label: {label.text[:20]!r}",
+                where=where,
+                fix=f"labels are numbers from 0 on; name them in a {CLASSES} beside the tars",
+            )
+        used.add(name)
+        labels.append(int(label.text))
+    if lost := [label.name for name, label in contents.labels.items() if name not in used]:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise SourceError(
+            f"the label {lost[0]!r} belongs to no image{more}",
+            where=where,
+            fix="NAME.cls is the label of NAME.jpg or NAME.ANYTHING.jpg: rename it, or pack without it",
+        )
+    return labels
+
+
+def sample_classes(root: Path, count: int) -> list[str]:
+    """The names of ``count`` labels from ``classes.txt`` beside the tars, or else their numbers.
+
+    Raises:
+        SourceError: it names fewer, or one twice; or there is none, and too many labels.
+    """
+    path = (root.parent if is_tar(root.name) else root) / CLASSES
+    if is_local(path) and path.exists() and not path.is_file():
+        raise SourceError("this is not a file", where=path, fix="remove it, or give the labels' names, a line each")
+    if not count or file_size(path) is None:
+        if count > MOST_LABELS:
+            raise SourceError(
+                f"a .cls holds the label {count - 1}",
+                where=root,
+                fix=f"number labels from 0 on; name more than {MOST_LABELS} in a {CLASSES} beside the tars",
+            )
+        return [str(label) for label in range(count)]
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"this file is not UTF-8: {error}", where=path, fix="save it as UTF-8") from None
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(names) < count or len(set(names)) < len(names):
+        raise SourceError(
+            f"this file names {len(set(names))} different labels in {len(names)} lines, and the tars use {count}",
+            where=path,
+            fix="one line a label, all different (ImageNet: synsets, since two classes are called crane)",
+        )
+    return names
