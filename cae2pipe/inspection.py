@@ -74,14 +74,15 @@ def _targets(box: Box) -> dict[str, Any]:
 
 def _run(box: Box) -> dict[str, Any]:
     from cae2pipe.training.checkpoint import checkpoints
-    from cae2pipe.training.metrics import read_lines
+    from cae2pipe.training.metrics import read_metrics
 
-    lines = read_lines(box.root / "metrics.jsonl")
+    lines, damaged = read_metrics(box.root / "metrics.jsonl")
     last = lines[-1] if lines else {}
     return {
         "teacher": box.facts["teacher"],
         "stores": len(box.facts["stores"]),
         "steps": len(lines),
+        "damaged_lines": damaged,
         "last_step": {name: last[name] for name in ("epoch", "loss", "centred_cosine_masked") if name in last},
         "checkpoints": [path.name for path in checkpoints(box.root / "checkpoints")],
     }

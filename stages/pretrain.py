@@ -103,8 +103,15 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         compile_objective(objective, world)
     module = spread(objective, world)
     optimizer = build_optimizer(model, settings.optimizer)
-    state = load_checkpoint(out / "checkpoints", report) if world.leads else None
-    start: int = world.lead(lambda: state["step"] if state else 0)
+    state: dict[str, Any] | None = None
+
+    def newest() -> int:
+        nonlocal state
+        like = {"model": model.state_dict(), "optimizer": {"state": {}, "param_groups": []}}
+        state = load_checkpoint(out / "checkpoints", report, box.fingerprint, like)
+        return state["step"] if state else 0
+
+    start: int = world.lead(newest)
     if start:
         restore_training(model, optimizer, state or read_checkpoint(out / "checkpoints", start))
         state = None
@@ -126,7 +133,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         settings.optimizer.clip,
         world,
     )
-    done = train(step, plan, settings, aim.dim, start, out, report)
+    done = train(step, plan, settings, aim.dim, start, out, report, box.fingerprint)
     if done < plan.steps * settings.epochs:
         report.log(f"stopped after {done} of {plan.steps * settings.epochs} steps, as stop_after asks")
         return box
@@ -158,8 +165,10 @@ def train(
     start: int,
     out: Path,
     report: Report,
+    run: str = "",
 ) -> int:
-    """Steps from ``start`` to the end, or to ``stop_after``, with metrics and checkpoints. Returns the steps done.
+    """Steps from ``start`` to the end, or to ``stop_after``, with metrics and checkpoints, which bear the fingerprint
+    ``run``. Returns the steps done.
 
     On a device the outcome of a step is read when the next one has been begun, so that it never waits for the host.
     What the processes must agree on, to stop or to write a checkpoint, travels with the outcome.
@@ -178,7 +187,7 @@ def train(
         if telemetry:
             # Metrics first: a checkpoint must never be ahead of the lines it promises.
             telemetry.metrics.sync()
-            save_checkpoint(out / "checkpoints", done, state, speed.keep, for_good)
+            save_checkpoint(out / "checkpoints", done, state, run, speed.keep, for_good)
 
     def settle(outcome: Outcome) -> tuple[bool, bool]:
         """Read an outcome and tell of it. Gives whether to stop, and whether a checkpoint is due."""

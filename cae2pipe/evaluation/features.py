@@ -7,20 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.atomic import remove_debris, replacing
-from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.artifacts.digest import canonical_json, fingerprint
+from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import FeatureSettings
 from cae2pipe.device_memory import memory_advice
-from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.errors import DamageError, SettingsError, SourceError
 from cae2pipe.evaluation.crop_batches import crop_batches
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
 from cae2pipe.evaluation.datasets import Split
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.evaluation.remedies import batch_remedy
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.progress import Report
 from cae2pipe.training.parallel import World
 
@@ -118,8 +121,12 @@ def clear(folder: Path, paths: list[Path], report: Report) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_debris(folder)
     for path in paths:
-        if path.exists() and not is_readable(path):
-            report.log(f"{path} is damaged: made again")
+        if not path.exists():
+            continue
+        try:
+            read_part(path)
+        except DamageError as error:
+            report.log(f"{path} is damaged, or of an older version ({error.what}): made again")
             path.unlink()
 
 
@@ -182,28 +189,41 @@ def write_part(
             where=split.root,
             fix="check the encoder's weights; on CUDA, try --device cpu, which computes in fp32",
         )
-    tensors["labels"] = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
+    known = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
+    samples = {"keys": keys, "rejected": rejected}
     # In one piece: safetensors writes several in any order.
-    about = {"samples": json.dumps({"keys": keys, "rejected": rejected})}
+    about = {"samples": json.dumps({**samples, "crc32c": checksum(tensors, known, samples)})}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=about)
+        save_file({**tensors, "labels": known}, temporary, metadata=about)
 
 
-def is_readable(path: Path) -> bool:
-    """Whether a part is a whole file. Its header says how long it must be, so this reads little."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return "samples" in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+def checksum(features: dict[str, Tensor], labels: Tensor, samples: dict[str, Any]) -> int:
+    """CRC-32C over a part: names, types, shapes and bytes of its tensors, and what it says of its samples."""
+    found = google_crc32c.value(canonical_json(samples).encode())
+    for name, tensor in [*sorted(features.items()), ("labels", labels)]:
+        found = google_crc32c.extend(found, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found = google_crc32c.extend(found, tensor.numpy().tobytes())
+    return found
 
 
 def read_part(path: Path) -> FeatureSet:
-    from safetensors import safe_open
+    """A part as it was written.
 
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["samples"])
-        features = {name: file.get_tensor(name) for name in sorted(file.keys()) if name != "labels"}
-        return FeatureSet(features, file.get_tensor("labels"), about["keys"], about["rejected"])
+    Raises:
+        DamageError: it has changed since, is no whole file, or was written by a version without checksums.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise DamageError("not a regular file", where=path)
+    try:
+        with safe_open(path, "pt") as file:
+            samples = parse_json((file.metadata() or {})["samples"], path, fix="delete it", error=DamageError)
+            features = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        labels, written = features.pop("labels"), samples.pop("crc32c")
+        if checksum(features, labels, samples) != written:
+            raise DamageError("its checksum is another", where=path)
+        return FeatureSet(features, labels, samples["keys"], samples["rejected"])
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reraise_exhaustion(error)
+        raise DamageError(f"{type(error).__name__}: {error}", where=path) from None

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.box import open_box
 from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import DivergedError, Terminated
 from cae2pipe.evaluation.course import Chunk, Course, Reader
@@ -73,8 +74,17 @@ def train(
         be compiled. SourceError, DamageError: as ``ChunkReader``.
     """
     folder, speed = root / CHECKPOINTS, settings.speed
-    state = load_checkpoint(folder, report) if world.leads else None
-    start: int = world.lead(lambda: state["step"] if state else 0)
+    state: dict[str, Any] | None = None
+    owner = ""
+
+    def newest() -> int:
+        nonlocal state, owner
+        owner = open_box(root, "scores").fingerprint
+        like = {"learner": learner.state(), "record": {"history": [], "losses": []}}
+        state = load_checkpoint(folder, report, owner, like)
+        return state["step"] if state else 0
+
+    start: int = world.lead(newest)
     record = Record(course, learner, root, start, world, report)
     if start:
         state = state or read_checkpoint(folder, start)
@@ -86,7 +96,7 @@ def train(
     def checkpoint(done: int) -> None:
         if world.leads:
             record.sync()
-            save_checkpoint(folder, done, {"learner": learner.state(), "record": record.state()}, speed.keep)
+            save_checkpoint(folder, done, {"learner": learner.state(), "record": record.state()}, owner, speed.keep)
 
     # On a device a step is only begun when it is called: its figures are read when the next one has been begun.
     ahead = world.device.type == "cuda"
@@ -157,7 +167,7 @@ class Record:
         self.course, self.learner, self.report = course, learner, report
         self.history: list[dict[str, Any]] = []
         self.losses: list[float] = []
-        self.metrics = MetricsFile(root / METRICS, start) if world.leads else None
+        self.metrics = MetricsFile(root / METRICS, start, report) if world.leads else None
         self.named: set[str] = set()
         self.last = time.monotonic()
         report.total(course.total, "steps", done=start)

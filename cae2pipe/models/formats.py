@@ -1,8 +1,8 @@
 """An encoder in the layouts of other libraries: the names of its weights there, and the files that describe it.
 
-What comes in is a state of timm's plain vision transformer, with LayerScale or without. timm keeps LayerScale, the other
-two have it folded into the layers before it. All three layouts compute the same function; tests/models/test_formats.py
-holds them to it.
+What comes in is a state of timm's plain vision transformer, with LayerScale or without. timm keeps LayerScale, the
+other two have it folded into the layers before it. All three layouts compute the same function;
+tests/models/test_formats.py holds them to it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.reporting.results import headlines, score_boxes
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.metrics import read_metrics
 from cae2pipe.training.student import run_settings
 
 CURVES = {"loss": "loss", "centred_cosine_masked": "centred cosine, masked patches"}
@@ -43,7 +43,8 @@ class Row:
     is finished; ``unfinished``: other folders, with how far they are; ``curves``: means by epoch of the first run, by
     name as in ``CURVES``; ``hours``: device hours of each finished run; ``latents``: bytes that stored latents take a
     view, where the target set is known; ``features``: what of the encoder each column's scores read; ``along``: where
-    on the comparison's axis, ``line`` on which curve; ``results``: finished evaluations, run by run.
+    on the comparison's axis, ``line`` on which curve; ``results``: finished evaluations, run by run; ``damaged``: lines
+    of ``metrics.jsonl`` that cannot be read, of each run that has some.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Row:
     along: float | None = None
     line: str = ""
     results: list[list[Finished]] = field(default_factory=list)
+    damaged: dict[Path, int] = field(default_factory=dict)
 
     def mean(self, column: str) -> float | None:
         """The mean score over seeds, None without one."""
@@ -236,7 +238,9 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Map
     if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":
         row.latents = TargetSet(targets).bytes_per_view()["latents"]
     row.along = row.latents if along == BYTES else setting(settings, along) if along else None
-    lines = read_lines(run / "metrics.jsonl")
+    lines, damaged = read_metrics(run / "metrics.jsonl", (*CURVES, "images", "images_per_s"))
+    if damaged:
+        row.damaged[run] = damaged
     if not row.curves:
         # Cosines with pixels say nothing beside those with latents.
         names = [name for name in CURVES if name == "loss" or settings.loss.target != "pixels"]

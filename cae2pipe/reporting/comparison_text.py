@@ -106,6 +106,8 @@ def score_cell(found: Comparison, row: Row, column: str) -> str:
 def notes(found: Comparison) -> list[str]:
     """What must be known to read the table."""
     lines = [f"Not finished: {text}" for text in found.failed]
+    for run, damaged in (item for row in found.rows for item in row.damaged.items()):
+        lines.append(f"{run.name}: {damaged} damaged lines of metrics.jsonl are left out.")
     lines.append(
         f"{found.done} of {found.wanted} scores, {found.seeds} seed{'s' if found.seeds != 1 else ''}; percent, mean ± "
         f"standard deviation over seeds. One variant is above another (>) where their means are more than {SURE:g} "

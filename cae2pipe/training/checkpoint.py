@@ -1,32 +1,46 @@
-"""Checkpoints: written whole or not at all, some kept, a damaged newest one passed over."""
+"""Checkpoints: written whole or not at all, some kept, one that is damaged or of another run passed over."""
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cae2pipe.artifacts.atomic import replacing
 from cae2pipe.errors import DamageError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.progress import Report
 
+PATTERN = re.compile(r"step-\d{8,}\.pt")
+RUN = "run"
+"""Where a checkpoint names the run that it belongs to, by its fingerprint. Those of older versions do not."""
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}.pt"
+
 
 def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], keep: int, for_good: Callable[[int], bool] = lambda step: False
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    run: str,
+    keep: int,
+    for_good: Callable[[int], bool] = lambda step: False,
 ) -> Path:
     """Write ``step-00001234.pt``; remove all but the ``keep`` newest and those whose step is ``for_good``.
 
     Those of later steps go too: a damaged one that was passed over would otherwise count as the newest, and push out
-    the one just written. ``state`` holds tensors and plain values.
+    the one just written. ``state`` holds tensors and plain values; ``run`` is the fingerprint of the run.
     """
-    path = folder / f"step-{step:08d}.pt"
+    path = folder / checkpoint_name(step)
     with replacing(path) as temporary:
-        torch.save({**state, "step": step}, temporary)
+        torch.save({**state, "step": step, RUN: run}, temporary)
     found = checkpoints(folder)
     later = [other for other in found if step_of(other) > step]
     earlier = [other for other in found if step_of(other) <= step]
@@ -36,8 +50,9 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first."""
-    return sorted(folder.glob("step-*.pt")) if folder.is_dir() else []
+    """All checkpoints, oldest first. Files of other names, copies say, are none."""
+    found = [path for path in folder.iterdir() if PATTERN.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted((path for path in found if path.is_file()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -45,19 +60,63 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def load_checkpoint(folder: Path, report: Report) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, on the CPU, or None. What is passed over is named in the log."""
-    for path in reversed(checkpoints(folder)):
+def load_checkpoint(folder: Path, report: Report, run: str, like: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest checkpoint that fits, on the CPU; None where there is none at all. The log names what is passed over.
+
+    Args:
+        run: the fingerprint of the run. like: a state that such a checkpoint could restore: what it names must be
+            there, its tensors with the same shapes and types. Empty dictionaries and lists stand for any.
+
+    Raises:
+        DamageError: there are checkpoints, and none of them fits.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
             # torch.load does not look at the checksums that torch.save wrote.
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"{damaged} has changed")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds for a file that is cut off or changed
             reraise_exhaustion(error)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             report.log(f"{path.name} cannot be read ({reason}): going back to the checkpoint before it")
+            continue
+        problem = misfit(state, {**like, "step": step_of(path), **({RUN: run} if RUN in state else {})})
+        if problem is None:
+            return state
+        report.log(f"{path.name} is not of this run ({problem}): going back to the checkpoint before it")
+    if found:
+        raise DamageError(
+            f"none of the {len(found)} checkpoints can be used, and starting again would lose what they stand for",
+            where=folder,
+            fix="restore one from a copy; to start at step 0, delete the folder",
+        )
+    return None
+
+
+def misfit(found: Any, wanted: Any, place: str = "the file") -> str | None:
+    """Where a state is not ``like`` another, or None."""
+    if isinstance(wanted, Tensor):
+        if not isinstance(found, Tensor):
+            return f"{place} is no tensor"
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            return f"{place} is {tuple(found.shape)} {found.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
+        return None
+    if isinstance(wanted, dict):
+        if not isinstance(found, dict):
+            return f"{place} is no dictionary"
+        for name, value in wanted.items():
+            if name not in found:
+                return f"{place} has no {name!r}"
+            if problem := misfit(found[name], value, str(name) if place == "the file" else f"{place}.{name}"):
+                return problem
+        return None
+    if isinstance(wanted, list):
+        return None if isinstance(found, list) else f"{place} is no list"
+    if isinstance(wanted, str | int) and place in ("step", RUN):
+        return None if type(found) is type(wanted) and found == wanted else f"{place} is {found!r}, not {wanted!r}"
     return None
 
 
@@ -89,7 +148,7 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     Raises:
         DamageError: it cannot be read here.
     """
-    path = folder / f"step-{step:08d}.pt"
+    path = folder / checkpoint_name(step)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

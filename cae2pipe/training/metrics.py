@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from cae2pipe.artifacts.atomic import write_bytes
+from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.progress import Report
+
+NUMBERS = ("step", "epoch", "loss")
+"""What every line has."""
 
 
 class MetricsFile:
-    """Appends lines; opening it at ``step`` first cuts off lines from that step on, and a half-written one."""
+    """Appends lines. Opening it at ``step`` first removes the lines from that step on, and a half-written one.
 
-    def __init__(self, path: Path, step: int):
-        kept = [line for line in read_lines(path) if line["step"] < step]
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    Where others are damaged or missing, what can be read is kept, the file as it was lies beside it under a name that
+    ends in ``.damaged``, and the log says which steps have no line.
+    """
+
+    def __init__(self, path: Path, step: int, report: Report):
+        lines, damaged = read_metrics(path)
+        kept = {line["step"]: line for line in lines if line["step"] < step}
+        missing = [number for number in range(step) if number not in kept]
+        if damaged or missing:
+            report.log(rescue(path, damaged, missing))
+        text = "".join(json.dumps(kept[number]) + "\n" for number in sorted(kept))
+        write_bytes(path, text.encode())
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
@@ -32,13 +51,64 @@ class MetricsFile:
         self._file.close()
 
 
+def read_metrics(path: Path, needed: Iterable[str] = ()) -> tuple[list[dict[str, Any]], int]:
+    """The good lines of a metrics file, and how many others there are, but for a half-written last one.
+
+    A good line is a JSON object with finite numbers for ``NUMBERS`` and for all names ``needed``. A file that does not
+    exist has no lines.
+    """
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        return [], 0
+    texts = data.splitlines()
+    found = [parsed(text, (*NUMBERS, *needed)) for text in texts]
+    if found and found[-1] is None:
+        found.pop()
+    good = [line for line in found if line is not None]
+    return good, len(found) - len(good)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; none if it does not exist."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
+    """The good lines of a metrics file."""
+    return read_metrics(path)[0]
+
+
+def parsed(text: bytes, needed: Iterable[str]) -> dict[str, Any] | None:
+    """A line of a metrics file; None: it is damaged."""
+    try:
+        line = from_json(text, allow_inf_nan=False)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not all(is_number(line.get(name)) for name in needed):
+        return None
+    return line if all(type(line[name]) is int and line[name] >= 0 for name in ("step", "epoch")) else None
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def rescue(path: Path, damaged: int, missing: list[int]) -> str:
+    """Keep a damaged file under another name. Gives what there is to say of it."""
+    parts = [f"{damaged} damaged lines"] if damaged else []
+    if missing:
+        parts.append(f"no line for {len(missing)} steps ({shown_ranges(missing)})")
+    said = f"{path}: {', '.join(parts)}"
+    copy = next(
+        free for number in count() if not (free := path.with_name(f"{path.name}.damaged{number or ''}")).exists()
+    )
+    first = copy.name.endswith(".damaged")
+    # Missing lines are met again whenever the run resumes: one copy is enough for them.
+    if path.exists() and (damaged or first):
+        write_bytes(copy, read_bytes(path))
+        said += f"; the file as it was is now {copy.name}"
+    return said
+
+
+def shown_ranges(numbers: list[int], most: int = 5) -> str:
+    """Sorted numbers as ranges, the first few: ``0 to 3, 7, 9 to 12``."""
+    starts = [n for place, n in enumerate(numbers) if place == 0 or numbers[place - 1] != n - 1]
+    ends = [n for place, n in enumerate(numbers) if place + 1 == len(numbers) or numbers[place + 1] != n + 1]
+    ranges = [str(low) if low == high else f"{low} to {high}" for low, high in zip(starts, ends, strict=True)]
+    return ", ".join(ranges[:most]) + (", ..." if len(ranges) > most else "")

@@ -51,7 +51,7 @@ class Telemetry:
         self.flops = training_flops(settings, target_dim)
         peak = peak_tflops(world.device, settings.speed.peak_tflops)
         self.peak = peak and peak * 1e12 * world.ranks
-        self.metrics = MetricsFile(out / "metrics.jsonl", start)
+        self.metrics = MetricsFile(out / "metrics.jsonl", start, report)
         self.trackers = [make_tracker(name, out, settings, start) for name in settings.track]
         report.total(total, "steps", done=start)
         self.began = self.last = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -104,12 +106,52 @@ def test_a_lost_result_is_made_again(exported, data, tmp_path, damage):
     assert contents(out) == before
 
 
-def test_a_damaged_part_is_made_again(exported, data, tmp_path):
+def flipped(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def last_label(path: Path) -> None:
+    """One label of a part, changed; the file is as whole as before."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    tensors["labels"][-1] += 7
+    save_file(tensors, path, about)
+
+
+def unsigned(path: Path) -> None:
+    """A part as versions before checksums wrote it."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["samples"])
+    del about["crc32c"]
+    save_file(load_file(path), path, {"samples": json.dumps(about)})
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-10]),
+        lambda path: flipped(path, -100),
+        lambda path: flipped(path, path.read_bytes().index(b"bright/")),
+        last_label,
+        unsigned,
+        fifo,
+    ],
+)
+def test_a_damaged_part_is_made_again(damage, exported, data, tmp_path):
     out = tmp_path / "out"
     evaluate("knn", str(exported), data, out, knn(), Silent())
     before = contents(out)
-    part = sorted((out / "features").iterdir())[0]
-    part.write_bytes(part.read_bytes()[:-10])
+    # The train images' part, which is the larger one.
+    part = max((out / "features").iterdir(), key=lambda path: path.stat().st_size)
+    damage(part)
     (out / "knn" / "result.json").unlink()
     report = Silent()
     evaluate("knn", str(exported), data, out, knn(), report)

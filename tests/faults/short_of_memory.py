@@ -98,7 +98,7 @@ def a_checkpoint(folder: Path) -> Callable[[], object]:
 
     torch.save({"a": torch.zeros(8)}, folder / "step-00000001.pt")
     torch.save({"a": torch.zeros(LARGE, dtype=torch.uint8)}, folder / "step-00000002.pt")
-    return lambda: load_checkpoint(folder, Silent())
+    return lambda: load_checkpoint(folder, Silent(), "", {})
 
 
 def another_ranks_checkpoint(folder: Path) -> Callable[[], object]:

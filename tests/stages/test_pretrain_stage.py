@@ -202,16 +202,13 @@ def test_the_official_recipe_drops_the_last_batch(target_root, tmp_path, pretrai
     assert [line["images"] for line in figures(tmp_path / "run")] == [32] * 8
 
 
-def test_the_exported_encoder_gives_the_runs_own_outputs(run, pretrain_settings):
+def test_the_exported_encoder_gives_the_runs_own_outputs(run, target_root):
     import timm
 
-    from cae2pipe.methods.registry import build_method
-    from cae2pipe.training.checkpoint import load_checkpoint
+    from cae2pipe.targets.target_set import TargetSet
+    from cae2pipe.training.student import load_student
 
-    settings = pretrain_settings()
-    state = load_checkpoint(run / "checkpoints", Silent())
-    model = build_method("caev2", settings.model, 16)
-    model.load_state_dict(state["model"])
+    model, _ = load_student(run, TargetSet(target_root), Silent())
     exported = timm.create_model(f"local-dir:{run}", pretrained=True, num_classes=0).eval()
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
