@@ -9,6 +9,7 @@ import yaml
 
 from cae2pipe.artifacts.box import Box
 from cae2pipe.models.formats import Layout, Shape
+from cae2pipe.reporting.markdown import escaped
 from cae2pipe.reporting.results import as_markdown
 from cae2pipe.version import __version__
 
@@ -28,7 +29,7 @@ def model_card(name: str, layout: Layout, shape: Shape, run: Box | None, scores:
     )
     parts = [
         f"---\n{matter}---",
-        f"# {name}",
+        f"# {escaped(name)}",
         f"A vision transformer: {shape.depth} blocks of width {shape.width} with {shape.heads} heads, patches of "
         f"{shape.patch_size} pixels, images of {shape.image_size}. Written by cae2pipe {__version__}.",
         f"Images are resized to {shape.resize} pixels along their shorter side (bicubic), cropped to the central "
@@ -58,7 +59,7 @@ def _training(run: Box) -> str:
         "seed": settings["seed"],
         "run": run.fingerprint[:16],
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(str(value))} |" for name, value in rows.items())])
 
 
 def _channels(values: Sequence[float]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cae2pipe.artifacts.box import MANIFEST, Box, is_foreign, open_box
 from cae2pipe.errors import SourceError
+from cae2pipe.reporting.markdown import escaped, markdown_table
 
 COLUMNS = ("encoder", "evaluation", "feature", "score", "also", "best", "train", "val", "protocol", "folder")
 
@@ -104,7 +105,5 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, and the protocols below it."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for found in shown(rows):
-        lines.append("| " + " | ".join(value.replace("|", "\\|") for value in found.values()) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {text}" for number, text in enumerate(protocols(rows), 1))])
+    lines = markdown_table(COLUMNS, [list(found.values()) for found in shown(rows)])
+    return "\n".join([*lines, "", *(f"{number}. {escaped(text)}" for number, text in enumerate(protocols(rows), 1))])
