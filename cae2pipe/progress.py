@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from cae2pipe.names import visible
+
 if TYPE_CHECKING:
     from rich.columns import Columns
     from rich.progress import Progress, TaskID
+
+    from cae2pipe.reporting.terminal import Terminal
 
 
 class Report(Protocol):
@@ -84,7 +88,7 @@ class Lines:
         self._write(text)
 
     def _write(self, text: str) -> None:
-        self.file.write(f"{self.title}: {text}\n")
+        self.file.write(visible(f"{self.title}: {text}") + "\n")
         self.file.flush()
 
 
@@ -115,8 +119,19 @@ def progress(title: str) -> Iterator[Report]:
     if not sys.stderr.isatty():
         yield Lines(title, sys.stderr)
         return
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
+
+    from cae2pipe.reporting.terminal import Terminal
+
+    console = Terminal(stderr=True)
+    bars = _bars(console)
+    panel = _Panel(bars, title)
+    with Live(get_renderable=lambda: Group(bars, panel.figures()), console=console, refresh_per_second=4):
+        yield panel
+
+
+def _bars(console: Terminal) -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -126,20 +141,16 @@ def progress(title: str) -> Iterator[Report]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
-    bars = Progress(
-        TextColumn("[bold]{task.description}"),
+    return Progress(
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[unit]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
     )
-    panel = _Panel(bars, title)
-    with Live(get_renderable=lambda: Group(bars, panel.figures()), console=console, refresh_per_second=4):
-        yield panel
 
 
 class _Panel:
@@ -153,14 +164,15 @@ class _Panel:
 
     def figures(self) -> Columns:
         from rich.columns import Columns
+        from rich.text import Text
 
-        cells = [f"[dim]{name}[/] {show(value)}" for name, value in self._fields.items()]
+        cells = [Text.assemble((visible(name), "dim"), f" {show(value)}") for name, value in self._fields.items()]
         return Columns(cells, padding=(0, 3), equal=True)
 
     def total(self, n: int, unit: str, done: int = 0) -> None:
         if self.task is not None:
             self.bars.remove_task(self.task)
-        self.task = self.bars.add_task(self.title, total=n, completed=done, unit=unit)
+        self.task = self.bars.add_task(visible(self.title), total=n, completed=done, unit=visible(unit))
 
     def advance(self, n: int = 1, **fields: float) -> None:
         if self.task is None:
@@ -169,4 +181,4 @@ class _Panel:
         self.bars.advance(self.task, n)
 
     def log(self, text: str) -> None:
-        self.bars.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
+        self.bars.console.print(visible(f"{self.title}: {text}"), soft_wrap=True)

@@ -19,7 +19,7 @@ from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import identity
 from cae2pipe.config.dense import DetectSettings, SegmentSettings
 from cae2pipe.dense.box_crops import BoxReader
-from cae2pipe.dense.coco import open_coco
+from cae2pipe.dense.coco import open_coco, told_left_out
 from cae2pipe.dense.detect import DetectLearner, build_detector, drawn_detections
 from cae2pipe.dense.label_crops import LabelCropReader
 from cae2pipe.dense.label_maps import open_label_maps
@@ -76,6 +76,8 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
         if result:
             report.log(f"nothing to do: {root} holds this score, mIoU {result['miou']:.4f}")
             return result if world.leads else {}
+        for note in (*train_part.notes, *val_part.notes):
+            report.log(note)
         check_share(settings.batch // settings.chunk, world.ranks)
         course = full_batches(len(train_part), settings.batch, settings.chunk, 1, settings.seed, settings.steps)
         backbone = prepared_encoder(
@@ -131,7 +133,7 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
     set_backends(precision == "bf16")  # images have many sizes: trying algorithms for each would never end
     with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
         report = report if world.leads else Silent()
-        train_part, val_part = world.lead_first(lambda: open_coco(data))
+        train_part, val_part = world.lead_first(lambda: open_coco(data, settings.upright))
         encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, device))
         world.lead(lambda: stack.enter_context(writing(out)))
         root = out / "detect"
@@ -145,9 +147,9 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
         if result:
             report.log(f"nothing to do: {root} holds this score, AP^b {result['ap_box']:.4f}")
             return result if world.leads else {}
-        if any(train_part.left_out.values()):
-            images, annotations = (train_part.left_out[name] for name in ("images", "annotations"))
-            report.log(f"not trained on: {images} images without objects, {annotations} annotations without extent")
+        left_out = {"train": train_part.left_out, "val": val_part.left_out}
+        for line in (line for part, counts in left_out.items() for line in told_left_out(part, counts)):
+            report.log(line)
         check_share(settings.batch // settings.chunk, world.ranks)
         course = full_batches(len(train_part), settings.batch, settings.chunk, settings.epochs, settings.seed)
         backbone = prepared_encoder(encoder, spec, None, settings.layer_scale, settings.drop_path, False)
@@ -176,7 +178,7 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
         )
         counts = {"train": len(train_part), "val": len(val_part)}
         found = {**scores, "protocol": protocol, "classes": len(train_part.classes), "images": counts}
-        found["left_out"] = train_part.left_out
+        found["left_out"] = left_out
         return finish(box, spec, detector, picture, history, found)
 
 

@@ -167,12 +167,9 @@ def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
         for row in found["codecs"]
     ]
     print_table(console, rows)
-    console.print(
+    console.line(
         f"{found['images']} images in {found['views']} views; here {found['views_per_s']:.1f} views a second, the "
-        f"teacher alone {found['teacher_per_s']:.1f}: {found['verdict']}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"teacher alone {found['teacher_per_s']:.1f}: {found['verdict']}"
     )
     if "recommended" in found:
         advice = found["recommended"]
@@ -182,10 +179,7 @@ def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
             if advice["views"] == found["views"]
             else f"of the {found['views']} asked for, each would be shown {advice['showings_asked']:.3g} times"
         )
-        console.print(
+        console.line(
             f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "
-            f"with {name}, {duration(advice['seconds'])} here, each view shown {advice['showings']:.3g} times; {asked}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"with {name}, {duration(advice['seconds'])} here, each view shown {advice['showings']:.3g} times; {asked}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +19,12 @@ def inspect(
     """Say what a folder is, what it was made from, and what it holds."""
     with exits():
         from cae2pipe.inspection import describe
+        from cae2pipe.names import visible_json
         from cae2pipe.reporting.terminal import print_facts
 
         facts = describe(path)
         if as_json:
-            sys.stdout.write(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            sys.stdout.write(visible_json(facts) + "\n")
         else:
             print_facts(console, facts)
 
@@ -56,7 +56,7 @@ def verify(
         with progress("verify") as report:
             result = check(path, report)
         for problem in result.problems:
-            errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+            errors.problem(problem)
         if repair:
             from cae2pipe.stages.repair import repair as mend
 
@@ -64,8 +64,8 @@ def verify(
                 mend(result, report, source, labels, teacher_weights, device)
                 result = check(path, report) if result.problems else result
             for problem in result.problems:
-                errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
-        console.print(result.summary(), highlight=False, soft_wrap=True)
+                errors.problem(problem)
+        console.line(result.summary())
         if result.problems:
             raise typer.Exit(FAILURE)
         if live:
@@ -76,13 +76,10 @@ def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> No
     from cae2pipe.inspection import verify_live
 
     found = verify_live(path, live, weights, device)
-    console.print(
+    console.line(
         f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
-        f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})"
     )
     if not found.sound:
-        errors.print("these are not the teacher's latents of these views", style="bold red")
+        errors.line("these are not the teacher's latents of these views", style="bold red")
         raise typer.Exit(FAILURE)

@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from cae2pipe.artifacts.places import place as _place
 from cae2pipe.errors import (
@@ -25,9 +24,11 @@ from cae2pipe.errors import (
     StorageError,
     Terminated,
 )
+from cae2pipe.names import visible
+from cae2pipe.reporting.terminal import Terminal
 
-console = Console()
-errors = Console(stderr=True)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 
 def place(text: str) -> Path:
@@ -35,7 +36,7 @@ def place(text: str) -> Path:
     try:
         return _place(text)
     except Cae2pipeError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(visible(str(error), keep="\n")) from None
 
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting; may be repeated.")]
@@ -46,8 +47,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder or URL to m
 
 def show(error: Cae2pipeError) -> None:
     """Print an error as users see it."""
-    errors.print("[bold red]error:[/]", end=" ")
-    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    errors.problem(error, "error:")
 
 
 def host_memory() -> OutOfMemoryError:

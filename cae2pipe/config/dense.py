@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from cae2pipe.config.base import Settings
+from cae2pipe.config.base import Settings, added
 from cae2pipe.config.evaluate import Precision, TrainedSpeed
 
 
@@ -19,6 +19,9 @@ class SegmentSettings(Settings):
     """Label 0 means nothing, and 1 is the first class, as in ADE20K. null: so where objectInfo150.txt lies."""
     ignore: tuple[int, ...] = (255,)
     """Labels, as they are in the files, of pixels that do not count."""
+    upright: bool | None = added(None, before=None)
+    """Labels are of images as viewers show them (true) or of their pixels as stored (false), where EXIF turns an image
+    and its labels' size fits both. null: such images are refused."""
     image_size: int = Field(default=512, ge=16)
     """Side of training crops and of the evaluation's sliding window, in pixels."""
     scale: tuple[int, int] = (2048, 512)
@@ -100,6 +103,9 @@ class DetectSettings(Settings):
 
     cascade: bool = False
     """Three stages instead of one."""
+    upright: bool | None = added(None, before=None)
+    """Boxes are of images as viewers show them (true) or of their pixels as stored (false), where EXIF turns an image
+    and the size in the file fits both. null: such images are refused."""
     short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     """Short sides that training images are brought to, in pixels, one at random; scores are taken at the largest."""
     long_side: int = Field(default=1333, ge=16)

@@ -12,14 +12,14 @@ KINDS = {"bbox": "box", "segm": "mask"}
 SIZES = ("small", "medium", "large")
 
 
-def average_precision(
-    annotations: dict[str, Any], found: list[dict[str, Any]], names: dict[int, str]
-) -> dict[str, Any]:
+def average_precision(dataset: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
     """Scores of detections.
 
     Args:
-        annotations: COCO's instances. found: detections: ``image_id``, ``category_id``, ``score``, ``bbox`` as x, y,
-            width, height, ``segmentation`` as run lengths. names: of the categories by id.
+        dataset: COCO's instances. Ids of images and annotations are whole numbers from 1: an annotation with the id 0
+            counts as never found. No two categories share a name.
+        found: detections: ``image_id``, ``category_id``, ``score``, ``bbox`` as x, y, width, height, ``segmentation``
+            as run lengths.
 
     Returns:
         ``ap_box`` and ``ap_mask``, means over IoU 0.5 to 0.95 and categories; under ``box`` and ``mask`` also
@@ -27,6 +27,7 @@ def average_precision(
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
+    names = {each["id"]: each["name"] for each in dataset["categories"]}
     result: dict[str, Any] = {}
     for kind, name in KINDS.items():
         if not found:
@@ -34,7 +35,7 @@ def average_precision(
             result[name] = {}
             continue
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(annotations)
+            truth = COCO(dataset)
             evaluation = COCOeval_faster(truth, truth.loadRes(found), kind)
             evaluation.evaluate()
             evaluation.accumulate()

@@ -107,8 +107,7 @@ class DetectLearner(TunedLearner):
         self.world.share(self.network)
         own = range(self.world.rank, len(self.val), self.world.ranks)
         found = [detection for parts in self.world.gather(self.detections(own)) for detection in parts]
-        names = dict(zip(self.val.ids, self.val.classes, strict=True))
-        return average_precision(self.val.annotations, found, names)
+        return average_precision(self.val.dataset, found)
 
     def detections(self, own: range) -> list[dict[str, Any]]:
         """Detections on the val images ``own``, in COCO's format."""
@@ -143,7 +142,7 @@ class DetectLearner(TunedLearner):
         return [
             {
                 "image_id": entry["id"],
-                "category_id": self.val.ids[label - 1],
+                "category_id": label,
                 "score": score,
                 "bbox": box,
                 "segmentation": segmentation,
@@ -167,6 +166,6 @@ def drawn_detections(learner: DetectLearner, count: int) -> list[Drawn]:
         own = found.get(learner.val.images[index]["id"], [])
         corners = np.array([each["bbox"] for each in own], dtype=np.float32).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
-        labels = np.array([learner.val.ids.index(each["category_id"]) + 1 for each in own], dtype=np.int64)
+        labels = np.array([each["category_id"] for each in own], dtype=np.int64)
         drawn.append((np.asarray(image), (objects.boxes, objects.labels), (corners, labels)))
     return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +12,16 @@ from PIL import Image
 
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.dense.orientation import is_upright, read_sides
 from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.errors import ImageError, SettingsError, SourceError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.decode import decode_rgb, describe_failure
+from cae2pipe.shards.entries import SUFFIXES
 
 IMAGES, ANNOTATIONS = "images", "annotations"
 TRAIN, VAL = ("train", "training"), ("val", "validation")
 CLASSES, ADE20K = "classes.txt", "objectInfo150.txt"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,17 @@ class LabelledImages:
     """One part of the data: pairs of files, and what the labels in them mean. Picklable.
 
     Labels of classes begin at ``first``; those in ``ignore`` do not count, nor does 0 where ``first`` is 1.
+    ``upright``: of each pair, whether labels are of the image as viewers show it, not as it is stored. ``notes``: what
+    the log is to say of files that are not read.
     """
 
     root: Path
     pairs: list[tuple[Path, Path]]
+    upright: list[bool]
     classes: list[str]
     first: int
     ignore: tuple[int, ...]
+    notes: list[str]
     identity: str
 
     def __len__(self) -> int:
@@ -47,7 +53,7 @@ class LabelledImages:
         """
         path, annotation = self.pairs[index]
         try:
-            image = decode_rgb(path.read_bytes(), where=path)
+            image = decode_rgb(path.read_bytes(), where=path, upright=self.upright[index])
             labels = read_labels(annotation)
         except OSError as error:
             raise SourceError(
@@ -110,11 +116,21 @@ def open_label_maps(root: Path, settings: SegmentSettings) -> tuple[LabelledImag
     if len(names) > IGNORED:
         raise SettingsError(f"{len(names)} classes are more than {IGNORED}", where="classes", fix="give fewer")
     reduce_zero = settings.reduce_zero if settings.reduce_zero is not None else (root / ADE20K).is_file()
-    train, val = (
-        LabelledImages(root, pairs, names, int(reduce_zero), settings.ignore, identity)
-        for pairs, identity in (_pairs(root, part) for part in (TRAIN, VAL))
-    )
+    train, val = (open_part(root, part, names, int(reduce_zero), settings) for part in (TRAIN, VAL))
     return train, val
+
+
+def open_part(
+    root: Path, part: tuple[str, ...], names: list[str], first: int, settings: SegmentSettings
+) -> LabelledImages:
+    """One part, the size and the orientation of every file of which has been looked at."""
+    pairs, notes, identity = _pairs(root, part)
+    sides, sizes = (read_sides([pair[place] for pair in pairs]) for place in (0, 1))
+    upright = [
+        is_upright(one, labels.stored, settings.upright, pair[1], "the labels")
+        for pair, one, labels in zip(pairs, sides, sizes, strict=True)
+    ]
+    return LabelledImages(root, pairs, upright, names, first, settings.ignore, notes, identity)
 
 
 def class_names(root: Path, settings: SegmentSettings) -> list[str]:
@@ -142,7 +158,8 @@ def class_names(root: Path, settings: SegmentSettings) -> list[str]:
     return names
 
 
-def _pairs(root: Path, part: tuple[str, ...]) -> tuple[list[tuple[Path, Path]], str]:
+def _pairs(root: Path, part: tuple[str, ...]) -> tuple[list[tuple[Path, Path]], list[str], str]:
+    """Pairs of files, notes on those that are in no pair, and the fingerprint of names and sizes."""
     name = next((name for name in part if (root / IMAGES / name).is_dir()), None)
     if name is None or not (root / ANNOTATIONS / name).is_dir():
         missing = root / (IMAGES if name is None else ANNOTATIONS) / (name or part[0])
@@ -151,14 +168,8 @@ def _pairs(root: Path, part: tuple[str, ...]) -> tuple[list[tuple[Path, Path]], 
             where=missing,
             fix="give a folder that holds images/train, images/val, annotations/train and annotations/val",
         )
-    images, annotations = (
-        {
-            path.relative_to(folder).with_suffix("").as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-        }
-        for folder in (root / IMAGES / name, root / ANNOTATIONS / name)
-    )
+    notes: list[str] = []
+    images, annotations = (files_by_stem(root / kind / name, notes) for kind in (IMAGES, ANNOTATIONS))
     if not images:
         raise SourceError("there are no images here", where=root / IMAGES / name, fix="check the folder")
     if lone := sorted(images.keys() - annotations.keys()):
@@ -168,6 +179,34 @@ def _pairs(root: Path, part: tuple[str, ...]) -> tuple[list[tuple[Path, Path]], 
             where=root / ANNOTATIONS / name,
             fix="add label maps of the same names, or remove the images",
         )
+    if lone := sorted(annotations.keys() - images.keys()):
+        notes.append(f"{root / ANNOTATIONS / name}: {len(lone)} label maps have no image, e.g. {lone[0]!r}: left out")
     pairs = [(path, annotations[key]) for key, path in images.items()]
     sizes = [[key, *(file.stat().st_size for file in (images[key], annotations[key]))] for key in images]
-    return pairs, fingerprint(sizes)
+    return pairs, notes, fingerprint(sizes)
+
+
+def files_by_stem(folder: Path, notes: list[str]) -> dict[str, Path]:
+    """The images at any depth below a folder by their names without suffix; other files are noted.
+
+    Raises:
+        SourceError: two differ by their suffix alone.
+    """
+    found: dict[str, Path] = {}
+    others = Counter[str]()
+    for path in sorted(folder.rglob("*")):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if path.suffix.lower() not in SUFFIXES:
+            others[path.suffix or "without suffix"] += 1
+            continue
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise SourceError(
+                f"two files are called {stem!r}: {found[stem].name} and {path.name}", where=folder, fix="remove one"
+            )
+        found[stem] = path
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        notes.append(f"{folder}: {others.total()} files are not named as images are: left out ({kinds})")
+    return found

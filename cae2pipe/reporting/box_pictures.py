@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cae2pipe.names import visible
 from cae2pipe.reporting.label_pictures import class_colours
 from cae2pipe.reporting.pictures import Picture, captioned, png_bytes, tiled
 
@@ -28,9 +29,9 @@ def box_picture(image: Picture, boxes: Boxes, names: Sequence[str]) -> Picture:
         colour = tuple(int(value) for value in colours[label - 1])
         left, top, right, bottom = (float(value) for value in corners)
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=2)
-        text = draw.textbbox((left + 2, top), names[label - 1], font=font)
-        draw.rectangle(text, fill=colour)
-        draw.text((left + 2, top), names[label - 1], fill=(255, 255, 255), font=font)
+        name = visible(names[label - 1])
+        draw.rectangle(draw.textbbox((left + 2, top), name, font=font), fill=colour)
+        draw.text((left + 2, top), name, fill=(255, 255, 255), font=font)
     return np.asarray(page)
 
 

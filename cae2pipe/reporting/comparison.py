@@ -14,6 +14,7 @@ from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.config.compare import BYTES, GridSettings, setting
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
+from cae2pipe.names import told_apart
 from cae2pipe.reporting.results import headlines, score_boxes
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.metrics import read_metrics
@@ -167,16 +168,21 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
                 fix="name one of them",
             )
         differing[key] = settings
-    names = row_names(list(differing.values()))
+    groups_named = zip(row_names(list(differing.values())), groups.values(), strict=True)
+    names = [name or folder_name(list(group.values())) for name, group in groups_named]
     rows = []
     known = {open_box(path).fingerprint: path for path in sets}
-    for name, group in zip(names, groups.values(), strict=True):
-        first, *more = group.values()
-        rows.append(Row(name or first.name + (f" and {len(more)} more" if more else "")))
+    for name, group in zip(told_apart(names, range(1, len(names) + 1)), groups.values(), strict=True):
+        rows.append(Row(name))
         for run in group.values():
             add_run(rows[-1], run, scores, known, "")
     columns, protocols = fill_columns(rows, [])
     return Comparison("Pretraining runs", "", columns, rows, protocols, len(runs) * len(columns))
+
+
+def folder_name(runs: Sequence[Path]) -> str:
+    """What runs are called that nothing but their seed sets apart."""
+    return runs[0].name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
 
 
 def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from cae2pipe.reporting.comparison import Comparison, Row
+from cae2pipe.reporting.markdown import escaped, markdown_table
 
 BLANK = "–"
 READ = {"mean": "the mean patch", "class": "the class token"}
@@ -130,13 +131,9 @@ def folders(row: Row) -> str:
 def comparison_markdown(found: Comparison) -> str:
     """The report in Markdown."""
     headers, rows = cells(found)
-    lines = [f"# {found.title}", "", *([found.about, ""] if found.about else [])]
-    lines += [*markdown_table(headers, rows), "", *(f"- {line}" for line in (*findings(found), *notes(found))), ""]
+    about = " ".join(found.about.split())
+    lines = [f"# {escaped(found.title)}", "", *([escaped(about), ""] if about else [])]
+    lines += [*markdown_table(headers, rows), ""]
+    lines += [*(f"- {escaped(line)}" for line in (*findings(found), *notes(found))), ""]
     lines += markdown_table(["variant", "runs"], [[row.name, folders(row)] for row in found.rows])
     return "\n".join(lines).rstrip() + "\n"
-
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cae2pipe.names import visible
 from cae2pipe.reporting.pictures import Picture
 
 NAMED = 40
@@ -34,7 +35,8 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Picture:
     cells = np.round(255 + (DARK - 255) * depth).astype(np.uint8)
     square = Image.fromarray(cells).resize((side, side), Image.Resampling.NEAREST if named else Image.Resampling.BOX)
     font, small = ImageFont.load_default(size=14), ImageFont.load_default(size=12)
-    labels = [name if len(name) <= LONGEST else name[: LONGEST - 1] + "…" for name in names] if named else []
+    shown = [visible(name) for name in names] if named else []
+    labels = [name if len(name) <= LONGEST else name[: LONGEST - 1] + "…" for name in shown]
     margin = 46 + max((round(font.getlength(label)) for label in labels), default=0)
     page = Image.new("RGB", (margin + side + 20, margin + side + 20), (255, 255, 255))
     page.paste(square, (margin, margin))

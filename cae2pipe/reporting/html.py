@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html as _html
 
+from cae2pipe.names import visible
+
 _VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
 
@@ -20,7 +22,7 @@ def element(tag: str, *children: Child, **attributes: str | int | float | None) 
     """``<tag ...>children</tag>``. Attributes that are None are left out; ``class_`` stands for ``class``, and other
     underscores for hyphens."""
     given = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{_html.escape(str(value), quote=True)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{_text(value)}"'
         for name, value in attributes.items()
         if value is not None
     )
@@ -31,8 +33,12 @@ def element(tag: str, *children: Child, **attributes: str | int | float | None) 
 
 def join(children: tuple[Child, ...] | list[Html], separator: str = "") -> Html:
     """Children one after the other, escaped unless they are markup; None is left out."""
-    parts = (child if isinstance(child, Html) else _html.escape(str(child)) for child in children if child is not None)
+    parts = (child if isinstance(child, Html) else _text(child) for child in children if child is not None)
     return Html(separator.join(parts))
+
+
+def _text(value: str | float) -> str:
+    return _html.escape(visible(str(value), keep="\n"), quote=True)
 
 
 def figure(picture: Html, caption: Child = None, class_: str | None = None) -> Html:

@@ -11,7 +11,8 @@ from cae2pipe.artifacts.box import Box
 from cae2pipe.config.base import build
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.models.formats import Layout, Shape
-from cae2pipe.reporting.results import as_markdown, escaped
+from cae2pipe.reporting.markdown import escaped
+from cae2pipe.reporting.results import as_markdown
 from cae2pipe.version import __version__
 
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
@@ -49,7 +50,7 @@ def _training(run: Box) -> str:
     settings = build(PretrainSettings, run.identity["settings"], where=run.root)
     loss, masks = settings.loss, settings.mask
     rows = {
-        "method": f"{escaped(settings.method)} ({PAPER}), recipe {settings.recipe}",
+        "method": f"{settings.method} ({PAPER}), recipe {settings.recipe}",
         "teacher": _teacher(run.facts["teacher"]),
         "targets": f"{settings.targets}, target set {run.identity['targets'][:16]}",
         "epochs": settings.epochs,
@@ -59,7 +60,7 @@ def _training(run: Box) -> str:
         "seed": settings.seed,
         "run": run.fingerprint[:16],
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(str(value))} |" for name, value in rows.items())])
 
 
 def _teacher(facts: dict[str, Any]) -> str:
@@ -67,7 +68,7 @@ def _teacher(facts: dict[str, Any]) -> str:
     name = str(facts["name"])
     if "library" in facts:
         name += f" ({facts['library']}), weights {facts['weights'][:16]}"
-    return escaped(name)
+    return name
 
 
 def _channels(values: Sequence[float]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cae2pipe.names import visible
 from cae2pipe.reporting.html import Html, image
 
 if TYPE_CHECKING:
@@ -74,8 +76,8 @@ def curves(
     heights = [y for points in lines.values() for y in points.ys if y == y]
     if heights and min(heights) > 0 and max(heights) / min(heights) >= 20:
         axes.set_yscale("log")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_xlabel(literal(x_label))
+    axes.set_ylabel(literal(y_label))
     if len(lines) + len(levels or {}) > 1:
         _legend(figure, axes)
     return svg(figure, f"{y_label} over {x_label}: {', '.join(lines)}")
@@ -95,7 +97,7 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
         axes.plot([mean, mean], [place - 0.28, place + 0.28], color=COLOURS[1], linewidth=2.2)
     axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(x_label)
+    axes.set_xlabel(literal(x_label))
     axes.grid(axis="y", visible=False)
     return svg(figure, f"{x_label} of {', '.join(names)}")
 
@@ -105,18 +107,24 @@ def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -
     figure, axes = _figure(6.6, 0.9 + 0.36 * len(rows))
     colours = [COLOURS[0] if place == strong else "#c9c6bf" for place in range(len(rows))]
     drawn = axes.barh(range(len(rows)), [value for _, value, _ in rows], color=colours, height=0.62)
-    axes.bar_label(drawn, [text for _, _, text in rows], padding=5, fontsize=9, color=INK)
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.bar_label(drawn, [literal(text) for _, _, text in rows], padding=5, fontsize=9, color=INK)
+    axes.set_yticks(range(len(rows)), [literal(name) for name, _, _ in rows])
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    axes.set_xlabel(x_label)
+    axes.set_xlabel(literal(x_label))
     axes.grid(axis="y", visible=False)
     return svg(figure, f"{x_label}: {', '.join(f'{name} {text}' for name, _, text in rows)}")
 
 
 def wrapped(name: str, width: int = 26, most: int = 4) -> str:
     """A name in lines that leave room for the axes."""
-    return textwrap.fill(name, width, max_lines=most, placeholder=" …")
+    lines = "\n".join(map(literal, textwrap.wrap(visible(name), width, max_lines=most, placeholder=" …")))
+    return " " + lines if lines.startswith("_") else lines  # which matplotlib would leave out of legends
+
+
+def literal(text: str) -> str:
+    """Text that matplotlib does not read as a formula."""
+    return visible(text).replace("$", "\\$")
 
 
 def svg(figure: Figure, alt: str) -> Html:
@@ -124,7 +132,9 @@ def svg(figure: Figure, alt: str) -> Html:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "cae2pipe"}):
+    with rc_context({"svg.hashsalt": "cae2pipe"}), warnings.catch_warnings():
+        # Its font has no Chinese, say: boxes stand for such letters, and the table beside has the name.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return image("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), alt)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cae2pipe.artifacts.box import MANIFEST, Box, is_foreign, open_box
 from cae2pipe.errors import SourceError
+from cae2pipe.reporting.markdown import escaped, markdown_table
 
 COLUMNS = ("encoder", "evaluation", "feature", "score", "also", "best", "train", "val", "protocol", "folder")
 
@@ -105,13 +105,5 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, and the protocols below it."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for found in shown(rows):
-        lines.append("| " + " | ".join(map(escaped, found.values())) + " |")
+    lines = markdown_table(COLUMNS, [list(found.values()) for found in shown(rows)])
     return "\n".join([*lines, "", *(f"{number}. {escaped(text)}" for number, text in enumerate(protocols(rows), 1))])
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, in one line: no markup, no HTML, no end of a table's cell."""
-    printable = "".join(char if char.isprintable() else " " for char in text)
-    return re.sub(r"([\\`*_\[\]<>&|~])", r"\\\1", printable)

@@ -1,26 +1,57 @@
-"""Tables and facts on a terminal."""
+"""The terminal: lines, tables and facts, in which what others chose is text and nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from rich.console import Console
+from rich.style import Style
 from rich.table import Table
+from rich.text import Text
+
+from cae2pipe.errors import Cae2pipeError
+from cae2pipe.names import visible
 
 
-def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+class Terminal(Console):
+    """A console that shows every string as it is: no markup, no emoji by name, no escape sequences."""
+
+    def render_str(self, text: str, *, style: str | Style = "", **options: Any) -> Text:
+        layout = {name: options.get(name) for name in ("justify", "overflow")}
+        return Text(visible(text, keep="\n"), style, **layout)
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """One line, however long: it is never wrapped."""
+        self.print(visible(text), style=style, soft_wrap=True)
+
+    def lines(self, text: str) -> None:
+        """Text of several lines."""
+        self.print(text, soft_wrap=True)
+
+    def problem(self, error: Cae2pipeError, title: str | None = None) -> None:
+        """What was wrong, where, and what to do about it. Text of others cannot pass for another of these."""
+        if title:
+            self.print(title, style="bold red", end=" ")
+        self.print(error.what.replace("\n", "\n    "), soft_wrap=True)
+        for name, text in (("where:", error.where), ("fix:  ", error.fix)):
+            if text:
+                self.line(f"  {name} {text}")
+
+
+def print_table(terminal: Terminal, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of equal keys as a table; the keys are the headers."""
     table = Table(box=None, pad_edge=False)
     for name in rows[0] if rows else []:
-        table.add_column(name, overflow="fold")
+        table.add_column(visible(name), overflow="fold")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+        table.add_row(*(visible(str(value)) for value in row.values()))
+    terminal.print(table)
 
 
-def print_facts(console: Console, facts: Mapping[str, Any]) -> None:
+def print_facts(terminal: Terminal, facts: Mapping[str, Any]) -> None:
     """Nested facts, as YAML reads them."""
+    import yaml
+
     text = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
-    console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+    terminal.lines(text.rstrip())

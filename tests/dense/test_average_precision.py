@@ -52,7 +52,7 @@ def test_agrees_with_pycocotools(data):
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     annotations, found = data
-    ours = average_precision(copy.deepcopy(annotations), copy.deepcopy(found), {n: f"c{n}" for n in (1, 2, 3)})
+    ours = average_precision(copy.deepcopy(annotations), copy.deepcopy(found))
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         with contextlib.redirect_stdout(io.StringIO()):
             truth = coco.COCO()
@@ -75,8 +75,7 @@ def test_the_truth_itself_and_nothing(data):
          "segmentation": rectangle(*a["bbox"])}
         for a in annotations["annotations"] if not a["iscrowd"]
     ]  # fmt: skip
-    names = {n: f"c{n}" for n in (1, 2, 3)}
-    perfect = average_precision(copy.deepcopy(annotations), exact, names)
+    perfect = average_precision(copy.deepcopy(annotations), exact)
     assert perfect["ap_box"] == pytest.approx(1)
     assert perfect["ap_mask"] > 0.95  # polygons are not rasterised to the pixel
-    assert average_precision(annotations, [], names)["ap_box"] == 0
+    assert average_precision(annotations, [])["ap_box"] == 0

@@ -204,7 +204,7 @@ def broken(root: Path, what: str) -> None:
     elif what == "size":
         Image.fromarray(np.zeros((5, 5), np.uint8)).save(first)
     elif what == "colour":
-        Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(first)
+        Image.open(root / "images" / "train" / "0.png").save(first)
     elif what == "nothing":
         first.write_bytes(b"nothing")
     elif what == "missing":
@@ -221,7 +221,7 @@ def broken(root: Path, what: str) -> None:
     ("what", "message"),
     [
         ("label", "labels 77 are none of the 4 classes"),
-        ("size", "the labels have 5 x 5 pixels"),
+        ("size", "the labels are for 5 x 5 pixels"),
         ("colour", "mode is RGB"),
         ("nothing", "cannot be decoded"),
         ("missing", "image '0' has no labels"),

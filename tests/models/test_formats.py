@@ -107,7 +107,7 @@ def test_a_run_of_pretrain_is_exported_as_it_is(kind, trained_run, target_root, 
     _, matter, text = card.split("---\n", 2)
     assert yaml.safe_load(matter)["library_name"] in ("timm", "open_clip", "transformers")
     teacher = json.loads((target_root / "manifest.json").read_text())["identity"]["teacher"]
-    assert f"| teacher | tiny (open\\_clip), weights {teacher['weights'][:16]} |" in text
+    assert f"| teacher | tiny (open_clip), weights {teacher['weights'][:16]} |" in text
     assert "| epochs | 2 |" in text
     assert str(tmp_path) not in card
     # The file of weights alone, which lies in the run.

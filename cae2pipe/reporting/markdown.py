@@ -1,0 +1,28 @@
+"""Markdown made of text that others chose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from cae2pipe.names import visible
+
+ACTS = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])")
+"""Characters that may act anywhere in a line. Underscores within words never do."""
+FIRST = re.compile(r"^(\s*\d*)([-+=.)])")
+"""What makes a list, or a heading of the line above, at the beginning of a line."""
+LINK = re.compile(r"(?<=[A-Za-z])(:)(?=//)|(?<=www)(\.)", re.IGNORECASE)
+"""What GitHub's Markdown makes a link of by itself."""
+
+
+def escaped(text: str) -> str:
+    r"""Text that Markdown shows as it is, in one line, also in a table's cell; a newline is shown as ``\n``."""
+    safe = ACTS.sub(r"\\\g<0>", visible(text))
+    return FIRST.sub(r"\1\\\2", LINK.sub(r"\\\g<0>", safe))
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; cells are text."""
+    lines = [[escaped(cell) for cell in line] for line in (headers, *rows)]
+    lines.insert(1, ["---"] * len(headers))
+    return ["| " + " | ".join(line) + " |" for line in lines]
