@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export CAE2PIPE_REAL ?= $(wildcard $(abspath ../shared/real))
 export PYTHON
 
-.PHONY: demo test faults gpu versions check clean
+.PHONY: demo test faults fuzz gpu versions check clean
 
 $(VENV)/.demo: pyproject.toml
 	.ci/install $(VENV) demo
@@ -25,6 +25,10 @@ test: $(VENV)/.installed
 N ?= 30
 faults: $(VENV)/.installed  ## N random points of every kind of fault, each ending in the undisturbed run's bytes
 	CAE2PIPE_FAULTS=$(N) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
+
+fuzz: N := 500
+fuzz: $(VENV)/.installed  ## N damaged folders through every command: errors in words, or right results
+	CAE2PIPE_FUZZ=$(N) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults/test_fuzz.py
 
 gpu: $(VENV)/.installed  ## on a GPU: whether everything is right there, and how fast, into gpu.json
 	$(BIN)/python -m benchmarks.gpu --out gpu.json

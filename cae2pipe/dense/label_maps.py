@@ -17,7 +17,7 @@ from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.errors import ImageError, SettingsError, SourceError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.decode import decode_rgb, describe_failure
-from cae2pipe.shards.entries import SUFFIXES
+from cae2pipe.shards.kinds import SUFFIXES
 
 IMAGES, ANNOTATIONS = "images", "annotations"
 TRAIN, VAL = ("train", "training"), ("val", "validation")

@@ -1,0 +1,73 @@
+"""One file of a folder is changed, at random: every command then gives what it gives for the sound folder, or an error
+in words. ``make fuzz N=500`` tries more than ``make test`` does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import write_photos
+from tests.faults.fuzzed import COMMANDS, Command, Outcome, bystanders, faults, make_world, run
+from tests.faults.mutations import mutate
+
+CASES = int(os.environ.get("CAE2PIPE_FUZZ", "60"))
+"""Damages tried, over all kinds of folders; every command is tried on each where they are more than 60."""
+FIRST = int(os.environ.get("CAE2PIPE_FUZZ_FIRST", "0"))
+"""The first damage: one that failed is seen again with its number here and one case."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, extract_settings, pretrain_settings) -> Path:
+    images = tmp_path_factory.mktemp("images")
+    for number, part in enumerate(("train", "val")):
+        write_photos(images / part, classes=2, each=20 - 10 * number, seed=number)
+    root = tmp_path_factory.mktemp("fuzz") / "world"
+    views = {"shard": {"samples": 20}, "codec": {"calibration": 64}}
+    make_world(root, images, raw(extract_settings(**views)), raw(pretrain_settings(data={"batch": 16})))
+    return root
+
+
+def raw(settings) -> dict:
+    return settings.model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def right(world) -> dict[Command, Outcome]:
+    """What every command gives on sound folders."""
+    found = {}
+    for command in {command for commands in COMMANDS.values() for command in commands}:
+        case = copied(world, "right")
+        command.before(case)
+        found[command] = run(command, case)
+        assert found[command].code == 0, f"{command.line}: {found[command].stderr}"
+    return found
+
+
+def copied(world: Path, name: str) -> Path:
+    case = world.with_name(name)
+    shutil.rmtree(case, ignore_errors=True)
+    shutil.copytree(world, case)
+    return case
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_damage_gives_an_error_in_words_or_the_right_result(kind, world, right):
+    problems = []
+    numbers = range(FIRST, FIRST + CASES)
+    for number in (number for number in numbers if list(COMMANDS)[number % len(COMMANDS)] == kind):
+        chosen = np.random.default_rng(number).permutation(len(COMMANDS[kind]))
+        for command in (COMMANDS[kind][at] for at in (chosen[:2] if CASES <= 60 else chosen)):
+            case = copied(world, "case")
+            what = mutate(case / kind, np.random.default_rng(number))
+            command.before(case)
+            before = bystanders(case, kind, command)
+            found = run(command, case)
+            wrong = faults(command, right[command], found)
+            if bystanders(case, kind, command) != before:
+                wrong.append("something else was changed")
+            problems += [f"{number}: {what}: {command.line}: {each}\n{found.stderr[-600:]}" for each in wrong]
+    assert not problems, "\n".join(problems)
