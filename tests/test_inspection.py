@@ -1,8 +1,10 @@
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
-from cae2pipe.errors import ManifestError
+from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.inspection import describe, verify
 from cae2pipe.progress import Silent
 
@@ -50,6 +52,39 @@ def test_strangers_are_named(copy):
     (copy / "images" / "extra.tar").write_bytes(b"x")
     (problem,) = verify(copy, Silent()).problems
     assert problem.where.endswith("extra.tar")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"processor": "', '"processor": "another '),
+        ('"complete": true', '"complete": false'),
+        ('"images": 150', '"images": 151'),
+        ('"class0"', '"classO"'),
+        ('"centred_mean": 0.', '"centred_mean": 1.'),
+        ("}\n", "}"),
+    ],
+)
+def test_changed_facts_of_a_manifest_are_seen(copy, old, new):
+    path = copy / "manifest.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(DamageError, match="has changed since it was written") as caught:
+        verify(copy, Silent())
+    assert caught.value.where == str(path)
+
+
+def test_what_is_no_file_is_a_stranger_too_and_nothing_is_waited_for(copy):
+    os.mkfifo(copy / "images" / "fifo")
+    (copy / "latents" / "v00" / "link").symlink_to(copy.parent)
+    (copy / "codec.zarr" / "dangling").symlink_to("nowhere")
+    found = {Path(problem.where).name for problem in verify(copy, Silent()).problems}
+    assert found == {"fifo", "link", "dangling"}
+    tar = copy / "images" / "000000.tar"
+    tar.unlink()
+    os.mkfifo(tar)
+    assert any(problem.where == str(tar) for problem in verify(copy, Silent()).problems)
 
 
 def test_a_folder_of_something_else(tmp_path):

@@ -136,7 +136,7 @@ def is_box(root: Path, kind: str | None = None) -> bool:
 
 def is_foreign(root: Path) -> bool:
     """Whether the manifest of ``root`` is a whole JSON file that something else wrote."""
-    return is_ours(_manifest_bytes(root)) is False
+    return file_size(root / MANIFEST) is not None and is_ours(_manifest_bytes(root)) is False
 
 
 def open_box(root: Path, kind: str | None = None) -> Box:

@@ -84,8 +84,8 @@ class Stage:
             for path in (source, *source.rglob("*")) if source.is_dir() else (source,):
                 fsync_path(path)
             goal.parent.mkdir(parents=True, exist_ok=True)
-            if goal.is_dir() and not goal.is_symlink():
-                shutil.rmtree(goal)
+            if source.is_dir() or goal.is_dir():
+                remove_any(goal)
             source.replace(goal)
             fsync_path(goal.parent)
         return entries

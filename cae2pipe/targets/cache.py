@@ -16,6 +16,7 @@ from pathlib import Path
 import google_crc32c
 
 from cae2pipe.artifacts.atomic import TEMPORARY
+from cae2pipe.artifacts.places import read_bytes
 
 RECOUNT = 64
 """Pieces that a process adds before it looks again at what others have added."""
@@ -35,7 +36,7 @@ class BlockCache:
         name = hashlib.blake2b(f"{digest} {offset} {size}".encode(), digest_size=20).hexdigest()
         path = self.folder / name[:2] / name
         with suppress(OSError):
-            kept = path.read_bytes()
+            kept = read_bytes(path)
             if google_crc32c.value(kept[:-4]).to_bytes(4, "little") == kept[-4:]:
                 return kept[:-4]
             path.unlink()  # damaged, or from a machine that went down

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cae2pipe.artifacts import places
 from cae2pipe.artifacts.digest import sha256_file
 from cae2pipe.artifacts.places import (
     create_exclusively,
+    fetch_file,
     file_size,
     file_sizes,
     is_local,
@@ -24,6 +26,13 @@ from cae2pipe.artifacts.places import (
     remove,
 )
 from cae2pipe.errors import BadInputError, StorageError
+
+READERS: list[Callable[[Path, Path], object]] = [
+    lambda path, copy: read_bytes(path),
+    lambda path, copy: sha256_file(path),
+    lambda path, copy: read_range(path, 0, 1),
+    fetch_file,
+]
 
 
 @pytest.fixture
@@ -101,9 +110,29 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path)
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("/dev/zero")
     for name in ("fifo", "link"):
-        for read in (read_bytes, sha256_file, lambda path: read_range(path, 0, 1)):
+        for read in READERS:
             with pytest.raises(OSError, match="not a regular file"):
-                read(tmp_path / name)
-    for read in (read_bytes, sha256_file, lambda path: read_range(path, 0, 1)):
+                read(tmp_path / name, tmp_path / "copy")
+    for read in READERS:
         with pytest.raises(IsADirectoryError):
-            read(tmp_path)
+            read(tmp_path, tmp_path / "copy")
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_linked_file_is_brought_as_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "file").write_bytes(b"data")
+    (tmp_path / "link").symlink_to("store/file")
+    fetch_file(tmp_path / "link", tmp_path / "store" / "copy")
+    assert not (tmp_path / "store" / "copy").is_symlink()
+    assert (tmp_path / "store" / "copy").read_bytes() == b"data"
+    fetch_file(tmp_path / "store" / "file", tmp_path / "store" / "name")
+    assert (tmp_path / "store" / "name").samefile(tmp_path / "store" / "file")
+
+
+def test_no_more_is_read_than_there_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123")
+    assert read_range(tmp_path / "file", 2, 2**62) == b"23"
+    assert read_range(tmp_path / "file", 2**62, 2**62) == b""

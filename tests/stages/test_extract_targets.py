@@ -15,7 +15,7 @@ from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
-from tests.conftest import contents, snapshot
+from tests.conftest import contents, edit_manifest, snapshot
 
 
 @pytest.fixture
@@ -78,6 +78,44 @@ def test_only_what_was_deleted_is_made_again_and_alike(copy, photos, extract_set
     changed = {name for name in after if after[name][1] != before[name][1]}
     assert changed
     assert all(name.startswith(lost.removesuffix(".tar")) for name in changed)
+
+
+@pytest.mark.parametrize("damage", ["folder gone", "chunk gone", "bit flipped", "metadata changed", "a file instead"])
+def test_a_lost_calibration_is_noticed_and_restored(copy, photos, extract_settings, damage):
+    before, folder = contents(copy), copy / "codec.zarr"
+    if damage in ("folder gone", "a file instead"):
+        shutil.rmtree(folder)
+        if damage == "a file instead":
+            folder.write_bytes(b"")
+    elif damage == "chunk gone":
+        (folder / "mean/c/0").unlink()
+    else:
+        path = folder / ("basis/c/0/0" if damage == "bit flipped" else "mean/zarr.json")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(DamageError, match="calibration"):
+        TargetSet(copy)
+    extract_targets(photos, copy, extract_settings(), Silent())
+    assert contents(copy) == before
+
+
+def test_names_of_a_hostile_shard_set_lead_nowhere(target_root, tmp_path, extract_settings):
+    source, precious = tmp_path / "shards", tmp_path / "precious.tar"
+    shutil.copytree(target_root / "shards", source)
+    shutil.copy(source / "tars/000000.tar", precious)
+    units = json.loads((source / "manifest.json").read_text())["units"]
+    unit = units.pop("000000")
+    units["../../precious"] = {
+        **unit,
+        "files": {f"tars/../../precious.{end}": unit["files"][f"tars/000000.{end}"] for end in ("tar", "json")},
+    }
+    edit_manifest(source, units=units)
+    before = contents(tmp_path)
+    with pytest.raises(ManifestError, match=r"units\.\.\./\.\./precious") as caught:
+        extract_targets(source, tmp_path / "set", extract_settings(), Silent())
+    assert caught.value.where == str(source / "manifest.json")
+    assert contents(tmp_path) == before
 
 
 def test_views_can_be_added_later(target_root, photos, tmp_path, extract_settings):

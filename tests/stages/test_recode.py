@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from cae2pipe.cli import app
 from cae2pipe.config.extract import CodecSettings
-from cae2pipe.errors import BadInputError, DamageError, MismatchError
+from cae2pipe.errors import BadInputError, DamageError, ManifestError, MismatchError
 from cae2pipe.inspection import verify
 from cae2pipe.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
@@ -21,7 +22,7 @@ from cae2pipe.stages.recode import recode
 from cae2pipe.stages.repair import repair
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.target_set import TargetSet
-from tests.conftest import contents, snapshot
+from tests.conftest import contents, edit_manifest, snapshot
 
 KLT = CodecSettings(name="klt", fidelity=0.999, calibration=64)
 
@@ -142,6 +143,38 @@ def test_a_damaged_source_leaves_nothing_damaged(fp16, tmp_path):
         recode(tmp_path / "fp16", tmp_path / "set", KLT, Silent())
     assert "images/000001" in caught.value.where
     assert not (tmp_path / "set/images/000001.tar").exists()
+
+
+@pytest.mark.parametrize("field", ["zarr", "tar", "files", "name"])
+def test_a_hostile_set_deletes_and_overwrites_nothing_outside(fp16, tmp_path, field):
+    source, precious = tmp_path / "fp16", tmp_path / "precious"
+    shutil.copytree(fp16, source)
+    shutil.copytree(source / "latents/v00/000000.zarr", precious)
+    units = json.loads((source / "manifest.json").read_text())["units"]
+    unit = units["v00/000000"]
+    if field == "name":
+        units["../../precious"] = units.pop("v00/000000")
+    elif field == "files":
+        entries = {f"../precious/{path.split('.zarr/')[1]}": entry for path, entry in unit["files"].items()}
+        unit["files"] = entries
+    else:
+        unit[field] = "latents/../../precious"
+    edit_manifest(source, units=units)
+    before = contents(tmp_path)
+    with pytest.raises(ManifestError, match=r"units\."):
+        recode(source, tmp_path / "out", KLT, Silent())
+    assert contents(tmp_path) == before
+
+
+def test_linked_folders_of_the_output_are_not_written_through(fp16, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious").write_bytes(b"1")
+    recode(fp16, tmp_path / "set", KLT, Silent())
+    shutil.rmtree(tmp_path / "set" / "latents")
+    (tmp_path / "set" / "latents").symlink_to(tmp_path / "outside")
+    with pytest.raises(BadInputError, match="symbolic link"):
+        recode(fp16, tmp_path / "set", KLT, Silent())
+    assert contents(tmp_path / "outside") == {"precious": b"1"}
 
 
 def test_repair_goes_by_the_set_it_came_from(fp16, tmp_path):

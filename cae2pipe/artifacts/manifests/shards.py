@@ -85,6 +85,8 @@ def unit_model(name: str) -> type[Any]:
 def contradiction(name: str, unit: dict[str, Any]) -> str | None:
     """What of a valid unit contradicts its name, or itself; None where nothing does."""
     files = unit["files"]
+    if unit_model(name) is not (Tar if "rejected" in unit else Listing):
+        return "these are the fields of another kind of unit"
     if not name.isdigit():
         expected = {"rejects.jsonl"} if name == "rejects" else {f"{name}.jsonl.gz"}
         if name != "rejects" and "images" not in unit:

@@ -209,6 +209,8 @@ def unit_model(name: str) -> type[Any]:
 def contradiction(name: str, unit: dict[str, Any]) -> str | None:
     """What of a valid unit contradicts its name, or itself; None where nothing does."""
     files = unit["files"]
+    if unit_model(name) is not (Store if "view" in unit else Images if "shard" in unit else Codec):
+        return "these are the fields of another kind of unit"
     if name == "codec":
         return None
     shard, tar = unit["shard"], unit["tar"]
