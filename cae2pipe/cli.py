@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -27,6 +28,8 @@ def main() -> NoReturn:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
             signal.signal(signal.SIGINT, note)
         prepare_streams()
+        # Python's own process that removes what killed ones have left would tell of it below the error that matters.
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.getenv("PYTHONWARNINGS"), "ignore:resource_tracker")))
         from cae2pipe.commands.app import app
 
         app()
@@ -41,7 +44,7 @@ def main() -> NoReturn:
             code = INTERRUPTED
         else:
             code = _failed(error)
-    if not finish_streams():
+    if not finish_streams(told=bool(code)):
         code = code or FAILURE
     sys.exit(code)
 

@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-STDOUT, STDERR = "standard output", "standard error"
+STDOUT = "standard output"
 
 
 def prepare_streams() -> None:
@@ -27,14 +27,16 @@ def prepare_streams() -> None:
     sys.unraisablehook = _keep_interrupts
 
 
-def finish_streams() -> bool:
-    """Write out what is left; whether that went well, of which the user is told if not."""
+def finish_streams(told: bool) -> bool:
+    """Write out what is left; whether that went well. If not, the user is told of it, or has been ``told`` of an error
+    already."""
     with suppress(OSError):
         sys.stderr.flush()
     try:
         sys.stdout.flush()
     except OSError as error:
-        sys.stderr.write(f"error: {STDOUT} cannot be written: {error.strerror}\n")
+        if not told:
+            sys.stderr.write(f"error: {STDOUT} cannot be written: {error.strerror}\n")
         # The interpreter would try again as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return False

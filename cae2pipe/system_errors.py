@@ -7,6 +7,7 @@ import os
 import re
 
 from cae2pipe.errors import BadInputError, Cae2pipeError, OutOfMemoryError, StorageError
+from cae2pipe.streams import STDOUT
 
 AGAIN = "then run the same command again: what is finished is kept"
 
@@ -95,6 +96,8 @@ def _os_error(error: OSError) -> Cae2pipeError:
     if number == errno.ENOMEM:
         return host_memory()
     said = error.strerror or os.strerror(number)
+    if error.filename == STDOUT:
+        return Cae2pipeError(f"{STDOUT} cannot be written: {said}")
     what = f"{FULL[number]}: {said}" if number in FULL else said
     where = error.filename if error.filename2 is None else f"{error.filename} -> {error.filename2}"
     where = os.fsdecode(where) if isinstance(where, bytes) else where

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from cae2pipe.errors import (
     Requeued,
     Terminated,
 )
+from cae2pipe.names import why_not_utf8
 from cae2pipe.system_errors import explain
 
 console = Console()
@@ -44,20 +43,8 @@ def folder(text: str) -> Path:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise typer.BadParameter(f"{os.fsencode(text)!r} {not_utf8(text)}") from None
+        raise typer.BadParameter("; ".join(why_not_utf8(text))) from None
     return place(text)
-
-
-def not_utf8(name: str) -> str:
-    """Why a name of the command line or of a disk cannot be written as UTF-8, and the remedy."""
-    try:
-        os.fsencode(name).decode()
-    except UnicodeDecodeError:
-        return "is not valid UTF-8, and manifests are: use another name"
-    return (
-        f"cannot be read in this locale, whose encoding is {sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8, or "
-        "PYTHONUTF8=1"
-    )
 
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting; may be repeated.")]

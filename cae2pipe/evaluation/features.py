@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.atomic import remove_debris, replacing
+from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import FeatureSettings
 from cae2pipe.device_memory import memory_advice
@@ -159,8 +160,6 @@ def write_part(
     report: Report,
 ) -> None:
     """Features are taken off the device when the part is done: the device never waits for the host."""
-    from safetensors.torch import save_file
-
     features: dict[str, list[Tensor]] = {"class": [], "mean": []}
     labels, keys, rejected = [], [], []
     for batch in crop_batches(split, runs, crop, workers, device):
@@ -185,8 +184,7 @@ def write_part(
     tensors["labels"] = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
     # In one piece: safetensors writes several in any order.
     about = {"samples": json.dumps({"keys": keys, "rejected": rejected})}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=about)
+    write_safetensors(path, tensors, about)
 
 
 def is_readable(path: Path) -> bool:

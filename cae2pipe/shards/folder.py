@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cae2pipe.artifacts.places import file_sizes, is_local
 from cae2pipe.errors import SourceError
+from cae2pipe.names import why_not_utf8
 from cae2pipe.shards.entries import SPLITS, SUFFIXES, Found, Source, is_image, is_utf8, labelled, make_source
 
 FIX_SOURCE = "give a folder of images (class/*.jpg, or *.jpg), a .tar, a folder of .tar, or a .txt list of paths"
@@ -132,9 +133,8 @@ def _walk(root: Path) -> Iterator[str]:
         for entry in _visible(root / base):
             path = base + entry.name
             if not is_utf8(path):
-                raise SourceError(
-                    f"a name is not valid UTF-8: {os.fsencode(path)!r}", where=root, fix="rename it, e.g. with convmv"
-                )
+                what, fix = why_not_utf8(path)
+                raise SourceError(what, where=root, fix=fix)
             if _is_folder(entry):
                 pending.append((path + "/", above))
             else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cae2pipe.artifacts.atomic import replacing
+from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.errors import DamageError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.progress import Report
@@ -25,8 +25,7 @@ def save_checkpoint(
     the one just written. ``state`` holds tensors and plain values.
     """
     path = folder / f"step-{step:08d}.pt"
-    with replacing(path) as temporary:
-        torch.save({**state, "step": step}, temporary)
+    write_torch(path, {**state, "step": step})
     found = checkpoints(folder)
     later = [other for other in found if step_of(other) > step]
     earlier = [other for other in found if step_of(other) <= step]
