@@ -1,86 +1,69 @@
-"""The command line, put together from ``commands/``. Nothing heavy is imported before a command runs."""
+"""The entry point. It sees to Ctrl-C and to the standard streams before it imports anything else."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+import os
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import typer
+from cae2pipe.errors import FAILURE, INTERRUPTED
+from cae2pipe.streams import finish_streams, prepare_streams
 
-from cae2pipe.commands import data, evaluation, folders, presets, training
-from cae2pipe.commands.shared import console, exits
-from cae2pipe.version import __version__
-
-app = typer.Typer(
-    name="cae2pipe",
-    help="Pretrain vision transformers from cached CLIP targets (CAE v2). Images are sharded, a frozen teacher's patch "
-    "latents of augmented views are stored once, and the student trains from the store.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-config_app = typer.Typer(help="Show presets and resolved settings.", no_args_is_help=True)
-teachers_app = typer.Typer(help="List teacher presets; bring their weights to this machine.", no_args_is_help=True)
-evaluate_app = typer.Typer(help="Score an encoder.", no_args_is_help=True)
-app.add_typer(evaluate_app, name="evaluate")
-app.add_typer(teachers_app, name="teachers")
-app.add_typer(config_app, name="config")
-
-app.command()(data.shard)
-app.command("extract-targets")(data.extract_targets)
-app.command()(data.recode)
-app.command()(training.pretrain)
-app.command()(training.replay)
-app.command()(training.export)
-app.command()(training.compare)
-app.command()(training.report)
-evaluate_app.command("knn")(evaluation.evaluate_knn)
-evaluate_app.command("linear")(evaluation.evaluate_linear)
-evaluate_app.command("attentive")(evaluation.evaluate_attentive)
-evaluate_app.command("finetune")(evaluation.evaluate_finetune)
-evaluate_app.command("segment")(evaluation.evaluate_segment)
-evaluate_app.command("detect")(evaluation.evaluate_detect)
-app.command()(evaluation.results)
-config_app.command("list")(presets.config_list)
-config_app.command("show")(presets.config_show)
-teachers_app.command("list")(presets.teachers_list)
-teachers_app.command("fetch")(presets.teachers_fetch)
-app.command()(folders.inspect)
-app.command()(folders.verify)
+if TYPE_CHECKING:
+    from cae2pipe.commands.app import app as app
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
-) -> None:
-    if version:
-        console.line(__version__)
-        raise typer.Exit
-    # Reached without a command only through options that do nothing by themselves.
-    if context.invoked_subcommand is None:
-        console.print(context.get_help())
+def main() -> NoReturn:
+    """Run the command line, and leave with its exit code."""
+    interrupts: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    code: int | str | None = FAILURE
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
+            signal.signal(signal.SIGINT, note)
+        prepare_streams()
+        # Python's own process that removes what killed ones have left would tell of it below the error that matters.
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.getenv("PYTHONWARNINGS"), "ignore:resource_tracker")))
+        from cae2pipe.commands.app import app
+
+        app()
+    except SystemExit as left:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        code = left.code if left.code is None or isinstance(left.code, int) else FAILURE
+    except BaseException as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # An import that is broken off may say something else.
+        if interrupts:
+            sys.stderr.write("interrupted\n")
+            code = INTERRUPTED
+        else:
+            code = _failed(error)
+    if not finish_streams(told=bool(code)):
+        code = code or FAILURE
+    sys.exit(code)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The folder to make, or to go on with.")] = Path("demo"),
-    teacher: Annotated[str, typer.Option(help="Teacher preset.")] = "lite0",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-) -> None:
-    """The whole pipeline in minutes, on photographs that pip brings; ends with a table and a report."""
-    with exits():
-        from cae2pipe.demo.measures import rows
-        from cae2pipe.demo.run import run_demo
-        from cae2pipe.reporting.terminal import print_table
+def _failed(error: BaseException) -> int:
+    """Tell of an error that is no command's, such as that the help cannot be printed. A defect is raised again."""
+    from cae2pipe.commands.shared import show
+    from cae2pipe.system_errors import explain
 
-        def say(text: str) -> None:
-            console.lines(text)
-
-        result = run_demo(out, teacher, device, say)
-        print_table(console, rows(result))
-        say(f"\nreport: {out / 'report.html'}")
+    explained = explain(error)
+    if explained is None:
+        raise error
+    show(explained)
+    return explained.exit_code
 
 
-def main() -> None:
-    app()
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from cae2pipe.commands.app import app
+
+        return app
+    raise AttributeError(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -26,9 +28,9 @@ def visible(text: str, keep: str = "") -> str:
     return "".join(_escaped(char) if _acts(char) and char not in keep else char for char in text)
 
 
-def visible_json(value: Any) -> str:
-    """JSON in which other scripts are legible, and nothing acts: it is escaped as JSON does."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+def visible_json(value: Any, plain: bool = False) -> str:
+    """JSON in which nothing acts: that is escaped, and all that is not ASCII where ``plain``."""
+    text = json.dumps(value, indent=1, ensure_ascii=plain)
     return "".join(json.dumps(char)[1:-1] if _acts(char) and char != "\n" else char for char in text)
 
 
@@ -47,3 +49,16 @@ def _acts(char: str) -> bool:
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
+
+
+def why_not_utf8(name: str) -> tuple[str, str]:
+    """What is wrong with a name of a disk or of the command line that is not UTF-8 as Python has it, and the remedy."""
+    raw = os.fsencode(name)
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return f"a name is not valid UTF-8: {raw!r}", "rename it, e.g. with convmv"
+    return (
+        f"this locale, whose encoding is {sys.getfilesystemencoding()}, cannot read the name {raw.decode()!a}",
+        "set LC_ALL=C.UTF-8 (or PYTHONUTF8=1)",
+    )

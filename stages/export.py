@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from cae2pipe.artifacts.atomic import remove_debris, replacing, write_bytes
+from cae2pipe.artifacts.atomic import remove_debris, write_bytes
 from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.evaluation.encoders import Student, label, load_encoder
 from cae2pipe.models.export import WEIGHTS
@@ -33,8 +34,6 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
             encoder that is another library's. ManifestError: a run that is not finished. DamageError: its files have
             changed.
     """
-    from safetensors.torch import save_file
-
     if kind not in FORMATS:
         raise SettingsError(f"unknown format {kind!r}", where="--format", fix=f"use one of {', '.join(FORMATS)}")
     encoder = load_encoder(spec, 0, torch.device("cpu"))
@@ -63,8 +62,8 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
     refuse_others(out, layout)
     out.mkdir(parents=True, exist_ok=True)
     remove_debris(out)
-    with replacing(out / layout.weights) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in layout.state.items()}, temporary, layout.metadata)
+    weights = {name: tensor.contiguous() for name, tensor in layout.state.items()}
+    write_safetensors(out / layout.weights, weights, layout.metadata)
     for name, content in layout.files.items():
         write_bytes(out / name, (json.dumps(content, indent=1) + "\n").encode())
     write_bytes(out / CARD, card.encode())

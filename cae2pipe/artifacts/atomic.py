@@ -58,6 +58,10 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         commit(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # as write() leaves it
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

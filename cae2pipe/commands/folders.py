@@ -24,7 +24,9 @@ def inspect(
 
         facts = describe(path)
         if as_json:
-            sys.stdout.write(visible_json(facts) + "\n")
+            # What a small alphabet would have escaped is escaped as JSON has it.
+            plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+            sys.stdout.write(visible_json(facts, plain) + "\n")
         else:
             print_facts(console, facts)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cae2pipe.artifacts.parts import Part
-from cae2pipe.errors import BAD_INPUT, BadInputError, Cae2pipeError
+from cae2pipe.errors import BAD_INPUT, BadInputError, Cae2pipeError, Requeued, Terminated
+from cae2pipe.processes import shielded
 
 Work = Callable[[Part, str | None], Any]
 """Does a part on a device (None: the command's own); picklable."""
@@ -30,24 +32,47 @@ def run_jobs(work: Work, jobs: int, device: str | None) -> None:
     try:
         for number in range(jobs):
             own = device or job_device(number)
-            processes.append(context.Process(target=_run, args=(work, Part(number + 1, jobs), own)))
-            processes[-1].start()
+            process: BaseProcess = context.Process(target=_run, args=(work, Part(number + 1, jobs), own))
+            with shielded():
+                process.start()
+                processes.append(process)
         for process in processes:
             process.join()
     except BaseException:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        _end(processes)
         raise
-    failed = [str(number) for number, process in enumerate(processes, 1) if process.exitcode]
-    if failed:
-        codes = {process.exitcode for process in processes if process.exitcode}
-        kind = BadInputError if codes == {BAD_INPUT} else Cae2pipeError
-        raise kind(
-            f"{len(failed)} of {jobs} processes failed: {', '.join(failed)}",
-            fix="mend what they said above; the same command goes on",
-        )
+    if any(process.exitcode for process in processes):
+        raise failure([process.exitcode or 0 for process in processes])
+
+
+def failure(codes: list[int]) -> Cae2pipeError:
+    """What to raise for the exit codes of all processes, of which some are not 0. A negative one is a signal's, and
+    that process could say nothing."""
+    failed = {number: code for number, code in enumerate(codes, 1) if code}
+    killed = any(code < 0 for code in failed.values())
+    names = ", ".join(
+        f"{number} (killed by {signal.Signals(-code).name})" if code < 0 else str(number)
+        for number, code in failed.items()
+    )
+    said = "" if all(code < 0 for code in failed.values()) else "fix what they said above; "
+    memory = "where memory was short, use fewer --jobs or --workers; " if killed else ""
+    kind = BadInputError if set(failed.values()) == {BAD_INPUT} else Cae2pipeError
+    return kind(
+        f"{len(failed)} of {len(codes)} processes failed: {names}", fix=f"{said}{memory}the same command resumes"
+    )
+
+
+def _end(processes: list[BaseProcess]) -> None:
+    """Have the processes end, and wait for them. What asks for it again is passed on: then they end at once."""
+    while True:
+        try:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join()
+        except (KeyboardInterrupt, Terminated, Requeued):
+            continue
+        return
 
 
 def job_device(number: int) -> str | None:
@@ -63,11 +88,13 @@ def _run(work: Work, part: Part, device: str | None) -> None:
 
     from cae2pipe.commands.shared import exits
     from cae2pipe.processes import prepare_worker
+    from cae2pipe.streams import prepare_streams
 
     # Its end is the main process's to decide, by a signal that it passes on or by its own death. Ctrl-C reaches a
     # whole process group: with the signal passed on it would be the second one, which does not wait for a checkpoint.
     os.setsid()
     prepare_worker()
+    prepare_streams()
     code = 0
     try:
         with exits():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +13,16 @@ import typer
 
 from cae2pipe.artifacts.places import place as _place
 from cae2pipe.errors import (
-    FAILURE,
     INTERRUPTED,
     REQUEUE,
     TERMINATED,
     Cae2pipeError,
-    OutOfMemoryError,
     Requeued,
-    StorageError,
     Terminated,
 )
-from cae2pipe.names import visible
+from cae2pipe.names import visible, why_not_utf8
 from cae2pipe.reporting.terminal import Terminal
+from cae2pipe.system_errors import explain
 
 console = Terminal()
 errors = Terminal(stderr=True)
@@ -39,23 +36,34 @@ def place(text: str) -> Path:
         raise typer.BadParameter(visible(str(error), keep="\n")) from None
 
 
+def folder(text: str) -> Path:
+    """A folder or URL of the command line that is to be written to."""
+    if not text.strip():
+        raise typer.BadParameter("this name is empty, perhaps because a variable of the shell is not set")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("; ".join(why_not_utf8(text))) from None
+    return place(text)
+
+
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting; may be repeated.")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes. Default: one a core.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder or URL to make, or to go on with.", parser=place)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder or URL to make, or to go on with.", parser=folder)]
+
+
+STOPS = {
+    KeyboardInterrupt: ("interrupted", INTERRUPTED),
+    Terminated: ("terminated", TERMINATED),
+    Requeued: ("asked to leave", REQUEUE),
+}
+"""What is said where a command is stopped, and its exit code."""
 
 
 def show(error: Cae2pipeError) -> None:
     """Print an error as users see it."""
     errors.problem(error, "error:")
-
-
-def host_memory() -> OutOfMemoryError:
-    """The error to show where the machine's memory, not a device's, has run out."""
-    return OutOfMemoryError(
-        "this machine has run out of memory",
-        fix="end what else uses it, use fewer --workers, where the command has them, or a smaller batch",
-    )
 
 
 @contextmanager
@@ -67,53 +75,29 @@ def exits() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise kinds[signal.Signals(number)]
 
-    old = {number: signal.signal(number, leave) for number in kinds}
+    old: dict[int, Any] = {number: signal.signal(number, leave) for number in kinds}
+
+    def left(code: int) -> typer.Exit:
+        # From here on a further signal could only spoil the end.
+        for number in (signal.SIGINT, *kinds):
+            old.setdefault(number, signal.getsignal(number))
+            signal.signal(number, signal.SIG_IGN)
+        return typer.Exit(code)
+
     try:
         yield
-    except Cae2pipeError as error:
-        if not error.shown_elsewhere:
-            show(error)
-        raise typer.Exit(error.exit_code) from None
-    except OSError as error:
-        if error.errno == errno.ENOMEM:
-            show(host_memory())
-            raise typer.Exit(FAILURE) from None
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (KeyboardInterrupt, Terminated, Requeued) as asked:
+        what, code = STOPS[type(asked)]
+        end = left(code)
+        errors.print(f"{what}; the same command goes on from here")
+        raise end from None
+    except Exception as error:
+        explained = error if isinstance(error, Cae2pipeError) else explain(error)
+        if explained is None:
             raise
-        what = StorageError(
-            f"the disk is full: {error.strerror}",
-            where=error.filename,
-            fix="free some space, then run the same command again: what is finished is kept",
-        )
-        show(what)
-        raise typer.Exit(FAILURE) from None
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):  # torch's MemoryError
-            show(host_memory())
-            raise typer.Exit(FAILURE) from None
-        # By its name: commands that need no torch do not wait for its import.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        show(
-            OutOfMemoryError(
-                f"the device has run out of memory: {str(error).splitlines()[0]}",
-                fix="end what else uses the device (nvidia-smi lists it), or choose another one: --device, where the "
-                "command has it, or CUDA_VISIBLE_DEVICES",
-            )
-        )
-        raise typer.Exit(FAILURE) from None
-    except MemoryError:
-        show(host_memory())
-        raise typer.Exit(FAILURE) from None
-    except KeyboardInterrupt:
-        errors.print("interrupted; the same command goes on from here")
-        raise typer.Exit(INTERRUPTED) from None
-    except Terminated:
-        errors.print("terminated; the same command goes on from here")
-        raise typer.Exit(TERMINATED) from None
-    except Requeued:
-        errors.print("asked to leave; the same command goes on from here")
-        raise typer.Exit(REQUEUE) from None
+        if not explained.shown_elsewhere:
+            show(explained)
+        raise typer.Exit(explained.exit_code) from None
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cae2pipe.commands.jobs import run_jobs
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, place, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, place, section
 
 
 def pretrain(
@@ -98,7 +98,7 @@ def export(
             metavar="RUN", help="A run folder, an encoder.safetensors, or a .pth that CAE's authors released."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.", parser=folder)],
     format_: Annotated[ExportFormat, typer.Option("--format", help="Whose layout; hf is transformers' ViTModel.")] = (
         ExportFormat.timm
     ),
@@ -128,7 +128,8 @@ def compare(
     ],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on with; grids may share one.")
+        Path,
+        typer.Argument(metavar="OUT", help="The folder to make, or to go on with; grids may share one.", parser=folder),
     ],
     small: Annotated[bool, typer.Option("--small", help="The grid's small scale, for few cores.")] = False,
     part: Annotated[
@@ -206,7 +207,9 @@ def _compare_part(
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of pretrain, finished or not.")],
-    out: Annotated[Path, typer.Option(help="The folder to write report.html and report.md into.")] = Path("report"),
+    out: Annotated[
+        Path, typer.Option(help="The folder to write report.html and report.md into.", parser=folder)
+    ] = Path("report"),
     targets: Annotated[
         Path | None, typer.Option(help="A target set to make pictures from: masks, latents, neighbours.", parser=place)
     ] = None,

@@ -11,9 +11,10 @@ import google_crc32c
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.atomic import remove_debris, replacing
+from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.artifacts.json_files import parse_json
+from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import FeatureSettings
 from cae2pipe.device_memory import memory_advice
@@ -166,8 +167,6 @@ def write_part(
     report: Report,
 ) -> None:
     """Features are taken off the device when the part is done: the device never waits for the host."""
-    from safetensors.torch import save_file
-
     features: dict[str, list[Tensor]] = {"class": [], "mean": []}
     labels, keys, rejected = [], [], []
     for batch in crop_batches(split, runs, crop, workers, device):
@@ -193,8 +192,7 @@ def write_part(
     samples = {"keys": keys, "rejected": rejected}
     # In one piece: safetensors writes several in any order.
     about = {"samples": json.dumps({**samples, "crc32c": checksum(tensors, known, samples)})}
-    with replacing(path) as temporary:
-        save_file({**tensors, "labels": known}, temporary, metadata=about)
+    write_safetensors(path, {**tensors, "labels": known}, about)
 
 
 def checksum(features: dict[str, Tensor], labels: Tensor, samples: dict[str, Any]) -> int:

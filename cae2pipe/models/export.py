@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.atomic import replacing, write_bytes
+from cae2pipe.artifacts.atomic import write_bytes
+from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.models.encoder import Block, Encoder
 from cae2pipe.models.formats import Shape, to_timm
 
@@ -22,10 +23,7 @@ WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
 
 def export_encoder(encoder: Encoder, folder: Path) -> None:
     """Write the encoder so that ``timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)`` is it."""
-    from safetensors.torch import save_file
-
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(timm_state(encoder), temporary, metadata={"format": "pt"})
+    write_safetensors(folder / WEIGHTS, timm_state(encoder), {"format": "pt"})
     text = json.dumps(timm_config(encoder), indent=1)
     write_bytes(folder / CONFIG, text.encode() + b"\n")
 

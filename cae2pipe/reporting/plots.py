@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -132,10 +133,16 @@ def svg(figure: Figure, alt: str) -> Html:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "cae2pipe"}), warnings.catch_warnings():
-        # Its font has no Chinese, say: boxes stand for such letters, and the table beside has the name.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    # matplotlib reads it, and fails where it is no number, for the date that is not to be written.
+    epoch = os.environ.pop("SOURCE_DATE_EPOCH", None)
+    try:
+        with rc_context({"svg.hashsalt": "cae2pipe"}), warnings.catch_warnings():
+            # Its font has no Chinese, say: boxes stand for such letters, and the table beside has the name.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    finally:
+        if epoch is not None:
+            os.environ["SOURCE_DATE_EPOCH"] = epoch
     return image("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), alt)
 
 

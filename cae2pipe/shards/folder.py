@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from cae2pipe.artifacts.places import file_sizes, is_local, read_range
 from cae2pipe.errors import SourceError
+from cae2pipe.names import why_not_utf8
 from cae2pipe.shards.entries import SPLITS, Found, Source, is_utf8, labelled, make_source
 from cae2pipe.shards.kinds import (
     HEAD,
@@ -199,25 +199,12 @@ def _walk(root: Path) -> Iterator[str]:
         for entry in _listed(root / base):
             path = base + entry.name
             if not is_utf8(path):
-                raise name_error(path, root)
+                what, fix = why_not_utf8(path)
+                raise SourceError(what, where=root, fix=fix)
             if _is_folder(entry) and not _is_hidden(path):
                 pending.append((path + "/", above))
             else:
                 yield path
-
-
-def name_error(path: str, where: Path) -> SourceError:
-    """The error for a name that is not UTF-8, or that this locale does not read as such."""
-    name = os.fsencode(path)
-    try:
-        name.decode("utf-8")
-    except UnicodeDecodeError:
-        return SourceError(f"a name is not valid UTF-8: {name!r}", where=where, fix="rename it, e.g. with convmv")
-    return SourceError(
-        f"this locale, whose encoding is {sys.getfilesystemencoding()}, cannot read the name {name!r}",
-        where=where,
-        fix="use a UTF-8 locale: export LC_ALL=C.UTF-8, or PYTHONUTF8=1",
-    )
 
 
 def file_bytes(path: Path) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cae2pipe.artifacts.atomic import replacing
+from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.errors import DamageError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.progress import Report
@@ -39,8 +39,7 @@ def save_checkpoint(
     the one just written. ``state`` holds tensors and plain values; ``run`` is the fingerprint of the run.
     """
     path = folder / checkpoint_name(step)
-    with replacing(path) as temporary:
-        torch.save({**state, "step": step, RUN: run}, temporary)
+    write_torch(path, {**state, "step": step, RUN: run})
     found = checkpoints(folder)
     later = [other for other in found if step_of(other) > step]
     earlier = [other for other in found if step_of(other) <= step]

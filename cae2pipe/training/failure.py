@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.atomic import replacing
+from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.errors import DamageError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.loading.batches import Batch
@@ -32,8 +32,7 @@ def save_failure(path: Path, batch: Batch, latents: dict[str, Tensor], context: 
         "random_state": torch.get_rng_state(),
         **_on_cpu(context),
     }
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    write_torch(path, state)
 
 
 def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:

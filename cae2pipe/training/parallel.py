@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from cae2pipe.errors import Cae2pipeError, SettingsError
 from cae2pipe.models.layers import Stack
 
 T = TypeVar("T")
+
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def joined(
         patience: how long one process may wait for the others; None: torch's default.
 
     Raises:
-        SettingsError: the streams cannot be shared out evenly.
+        SettingsError: the streams cannot be shared out evenly, or nothing says where the processes meet.
     """
     if streams % rank.ranks:
         error = SettingsError(
@@ -109,6 +113,13 @@ def joined(
     if rank.ranks == 1:
         yield World(0, 1, device)
         return
+    address, port = (os.environ.get(name, "") for name in MEETING)
+    if not dist.is_initialized() and not (address and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
+        raise SettingsError(
+            f"MASTER_ADDR={address!r} and MASTER_PORT={port!r} do not say where {rank.ranks} processes meet",
+            where="environment",
+            fix="start with torchrun, which sets these variables",
+        )
     world, inner = World(rank.rank, rank.ranks, device, parallel), dist.is_initialized()
     if not inner:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)

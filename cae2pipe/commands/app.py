@@ -1,0 +1,84 @@
+"""The command line, put together. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cae2pipe.commands import data, evaluation, folders, presets, training
+from cae2pipe.commands.shared import console, exits, folder
+from cae2pipe.version import __version__
+
+app = typer.Typer(
+    name="cae2pipe",
+    help="Pretrain vision transformers from cached CLIP targets (CAE v2). Images are sharded, a frozen teacher's patch "
+    "latents of augmented views are stored once, and the student trains from the store.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Show presets and resolved settings.", no_args_is_help=True)
+teachers_app = typer.Typer(help="List teacher presets; bring their weights to this machine.", no_args_is_help=True)
+evaluate_app = typer.Typer(help="Score an encoder.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(teachers_app, name="teachers")
+app.add_typer(config_app, name="config")
+
+app.command()(data.shard)
+app.command("extract-targets")(data.extract_targets)
+app.command()(data.recode)
+app.command()(training.pretrain)
+app.command()(training.replay)
+app.command()(training.export)
+app.command()(training.compare)
+app.command()(training.report)
+evaluate_app.command("knn")(evaluation.evaluate_knn)
+evaluate_app.command("linear")(evaluation.evaluate_linear)
+evaluate_app.command("attentive")(evaluation.evaluate_attentive)
+evaluate_app.command("finetune")(evaluation.evaluate_finetune)
+evaluate_app.command("segment")(evaluation.evaluate_segment)
+evaluate_app.command("detect")(evaluation.evaluate_detect)
+app.command()(evaluation.results)
+config_app.command("list")(presets.config_list)
+config_app.command("show")(presets.config_show)
+teachers_app.command("list")(presets.teachers_list)
+teachers_app.command("fetch")(presets.teachers_fetch)
+app.command()(folders.inspect)
+app.command()(folders.verify)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+) -> None:
+    if version:
+        console.line(__version__)
+        raise typer.Exit
+    # Reached without a command only through options that do nothing by themselves.
+    if context.invoked_subcommand is None:
+        console.print(context.get_help())
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Argument(metavar="[OUT]", help="The folder to make, or to go on with.", parser=folder)
+    ] = Path("demo"),
+    teacher: Annotated[str, typer.Option(help="Teacher preset.")] = "lite0",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """The whole pipeline in minutes, on photographs that pip brings; ends with a table and a report."""
+    with exits():
+        from cae2pipe.demo.measures import rows
+        from cae2pipe.demo.run import run_demo
+        from cae2pipe.reporting.terminal import print_table
+
+        def say(text: str) -> None:
+            console.lines(text)
+
+        result = run_demo(out, teacher, device, say)
+        print_table(console, rows(result))
+        say(f"\nreport: {out / 'report.html'}")
