@@ -118,8 +118,8 @@ def broken_avif() -> bytes:
 def broken_tiff() -> bytes:
     info = TiffImagePlugin.ImageFileDirectory_v2()
     info[270] = "a description"
-    data = bytearray(save("TIFF", tiffinfo=info, dpi=(72, 72)))
-    struct.pack_into("<HI", data, data.index(struct.pack("<HH", 282, 5)) + 2, 2, 3)  # a resolution that is a text
+    data = bytearray(save("TIFF", tiffinfo=info))
+    struct.pack_into("<I", data, data.index(struct.pack("<HH", 270, 2)) + 8, 0xFFFFFFF0)  # lies beyond the file
     return bytes(data)
 
 
@@ -130,7 +130,7 @@ WHOLE = {
     "a PNG's EXIF": garbage_chunk(),
     "a WebP's EXIF": save("WEBP", exif=b"Exif\0\0garbage", lossless=True),
     "an AVIF's EXIF": broken_avif(),
-    "a TIFF's resolution": broken_tiff(),
+    "a TIFF's description": broken_tiff(),
     "a JPEG's XMP": with_app1(XMP),
 }
 
