@@ -110,6 +110,9 @@ def _evaluate(
 ) -> dict[str, Any]:
     batch = batch_for(settings.speed.batch, world.device)
     train_split, val_split = world.lead_first(lambda: open_data(data, batch))
+    for split in (train_split, val_split):
+        for remark in split.remarks:
+            report.log(f"{split.root}: {remark}")
     precision = precision_of(settings, world.device)
     encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision))
     if isinstance(settings, FinetuneSettings):

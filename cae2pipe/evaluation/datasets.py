@@ -40,7 +40,8 @@ class Split:
     """One labelled part of the data: ``runs`` of up to ``batch`` images are what is read at once, ``samples`` the same
     images one by one.
 
-    ``identity`` is what the part is taken to be: a folder's paths and sizes, a shard set's digests and classes.
+    ``identity`` is what the part is taken to be: a folder's paths and sizes, an archive's or list's labels and classes
+    too, a shard set's digests and classes. ``remarks`` are lines to log: what of a folder was passed over.
     """
 
     root: Path
@@ -49,6 +50,7 @@ class Split:
     samples: Samples
     identity: str
     batch: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
@@ -117,10 +119,15 @@ def open_split(root: Path, batch: int) -> Split:
         _SourceRun(tuple((source.piece(entry), entry.path, entry.label) for entry in entries[low : low + batch]))
         for low in range(0, len(entries), batch)
     ]
-    content = fingerprint([[entry.path, entry.bytes] for entry in entries])
+    # In folders of files the path says the class.
+    labels = any(entry.file for entry in entries)
+    content = fingerprint(
+        [[entry.path, entry.bytes, *([entry.label] if labels else [])] for entry in entries]
+        + ([source.classes] if labels else [])
+    )
     pieces = [(source.piece(entry), entry.path) for entry in entries]
     samples = _SourceSamples(pieces, np.array([entry.label for entry in entries], dtype=np.int64))
-    return Split(root, source.classes, list(runs), samples, content, batch)
+    return Split(root, source.classes, list(runs), samples, content, batch, tuple(source.remarks()))
 
 
 def _open_shards(root: Path, batch: int) -> Split:

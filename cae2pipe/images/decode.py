@@ -18,8 +18,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 ROOM = 2**28
 """Bytes that must be free for a failure to be the image's. A progressive JPEG of 32 megapixels takes 8 a pixel."""
 
-STRIP = 2**24
-"""Pixels that are converted at a time: with Pillow's limit of 179 million, no image takes more than 1.6 GB."""
+STRIP = 2**22
+"""Pixels that are converted at a time. Pillow refuses more than 179 million, and takes 4 bytes for one: the largest
+images take 1.5 GB, decoded and as RGB, whatever their mode."""
 
 
 def decode_rgb(data: bytes, where: object, upright: bool = True) -> Image.Image:

@@ -66,7 +66,9 @@ class Source:
         if not count:
             return list(self.notes)
         kinds = describe_kinds(self.passed_over, most=12)
-        return [*self.notes, f"passed over {count} file{'s' * (count > 1)} that are no images: {kinds}"]
+        if count == 1:
+            return [*self.notes, f"passed over 1 file that is no image: {kinds}"]
+        return [*self.notes, f"passed over {count} files that are no images: {kinds}"]
 
 
 def make_source(

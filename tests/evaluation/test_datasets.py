@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,26 @@ def test_identity_follows_the_content(tmp_path):
     assert open_split(data / "val", 3).identity != before
     (data / "train" / "class0").rename(data / "train" / "other")
     assert open_split(data / "train", 3).identity != before
+
+
+def test_labels_of_archives_are_part_of_what_the_data_are(tmp_path):
+    photos = sorted(write_photos(tmp_path / "photos", 2, each=2).rglob("*.jpg"))
+
+    def identity(labels: str) -> str:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "data" / "a-000.tar", "w") as tar:
+            for number, (photo, label) in enumerate(zip(photos, labels, strict=True)):
+                tar.add(photo, f"{number}.jpg")
+                (tmp_path / "label").write_text(label)
+                tar.add(tmp_path / "label", f"{number}.cls")
+        return open_split(tmp_path / "data", 2).identity
+
+    assert identity("0011") == identity("0011")
+    assert identity("0011") != identity("0101")
+
+
+def test_what_is_passed_over_is_said(tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "val" / "class0" / "notes.txt").write_text("x")
+    train, val = open_data(data, 3)
+    assert (train.remarks, val.remarks) == ((), ("passed over 1 file that is no image: 1 .txt file",))

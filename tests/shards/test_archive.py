@@ -302,7 +302,7 @@ class TestHostile:
         os.mkfifo(tmp_path / "tars" / "classes.txt")
         assert "not a file" in refused(tmp_path / "tars").what
 
-    @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         pax=st.booleans(),
         member=st.integers(0, 11),
@@ -541,6 +541,9 @@ class TestGroundTruth:
         assert "holds no" in refused(archive, labels=tmp_path / "kit.tar.gz").what
         (tmp_path / "s.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1 1 1 1\n")
         assert "11 images have no label" in refused(archive, labels=tmp_path / "s.csv").what
+        endless = tar_bytes({"x": b"1" * 600}, format=tarfile.PAX_FORMAT, pax_headers={"size": "-1536"})
+        (tmp_path / "kit.tar.gz").write_bytes(gzip.compress(endless))
+        assert "contradict" in refused(archive, labels=tmp_path / "kit.tar.gz").what
         assert "no such file" in refused(archive, labels=tmp_path / "none").what
         assert "have classes already" in refused(tmp_path / "photos", labels=tmp_path / "short.txt").what
 

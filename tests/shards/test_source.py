@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import SourceError
+from cae2pipe.progress import Silent
+from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.source import find_splits, scan
 
 
@@ -49,9 +59,62 @@ def test_a_flat_folder_has_no_classes(tmp_path):
 
 def test_suffixes_in_any_case_and_nothing_hidden(tmp_path):
     suffixes = ["jpg", "JPEG", "Png", "webp", "BMP", "gif", "tif", "tiff", "ppm"]
-    source = fill(tmp_path / "s", *(f"{n}.{suffix}" for n, suffix in enumerate(suffixes)))
-    fill(source, ".hidden.jpg", ".thumbnails/x.jpg", "labels.txt", "README", "x.jpg.part")
-    assert [entry.path for entry in scan(source).entries] == [f"{n}.{s}" for n, s in enumerate(suffixes)]
+    suffixes += ["jfif", "jpe", "JP2", "avif", "pnm", "pbm", "apng", "heic", "tga"]
+    names = [f"{n:02d}.{suffix}" for n, suffix in enumerate(suffixes)]
+    source = fill(tmp_path / "s", *names)
+    fill(source, ".hidden.jpg", ".thumbnails/x.jpg", ".thumbnails/y.jpg", "labels.txt", "README", "x.jpg.part")
+    found = scan(source)
+    assert [entry.path for entry in found.entries] == names
+    assert found.passed_over == Counter({"hidden": 2, ".txt": 1, "suffixless": 1, ".part": 1})
+    assert found.remarks()[0].startswith("passed over 5 files that are no images: 2 hidden files, 1 ")
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1" if kind == "PBM" else "RGB", (20, 10)).save(buffer, "PPM" if kind == "PBM" else kind)
+    return buffer.getvalue()
+
+
+KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "PBM", "JPEG2000", "AVIF"]
+
+
+def test_images_are_known_by_their_content_where_the_suffix_says_nothing(tmp_path):
+    images = {f"s/{kind}{end}": encoded(kind) for kind in KINDS for end in ("", ".JPG_", ".001", ".002")}
+    others = {"s/notes": b"some text", "s/old.bak": b"BM and more text", "s/empty": b"", "s/raw.nef": encoded("TIFF")}
+    for name, data in {**images, **others}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(tmp_path / "s", "s")
+    folder, archive = scan(tmp_path / "s"), scan(tmp_path / "s.tar")
+    expected = sorted(name.removeprefix("s/") for name in images)
+    assert [entry.path for entry in folder.entries] == expected
+    assert [entry.path for entry in archive.entries] == [f"s/{name}" for name in expected]
+    assert folder.passed_over == archive.passed_over == Counter({"suffixless": 2, ".bak": 1, ".nef": 1})
+    assert {entry.key for entry in folder.entries} >= {"JPEG", "JPEG~2eJPG_", "JPEG~2e001", "JPEG~2e002"}
+
+
+def test_every_kind_is_packed_and_what_is_not_decoded_is_a_reject(tmp_path):
+    (tmp_path / "s").mkdir()
+    for kind in [*KINDS, "DIB", "TGA", "ICO", "PCX"]:
+        suffix = {"JPEG2000": "jp2"}.get(kind, kind.lower())
+        (tmp_path / "s" / f"{kind}.{suffix}").write_bytes(encoded(kind))
+    (tmp_path / "s" / "notes.txt").write_text("x")
+    report = Silent()
+    shards = build_shard_set(
+        tmp_path / "s", tmp_path / "out", ShardSettings(samples=20, speed=ShardSpeed(workers=0)), report
+    )
+    assert shards.images == len(KINDS)
+    rejects = [json.loads(line)["path"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert rejects == ["DIB.dib", "ICO.ico", "PCX.pcx", "TGA.tga"]
+    assert report.lines[0] == "passed over 1 file that is no image: 1 .txt file"
+
+
+def test_files_of_unknown_kind_that_cannot_be_looked_into(tmp_path):
+    source = fill(tmp_path / "s", "1.jpg")
+    os.mkfifo(source / "pipe")
+    (source / "link").symlink_to(source / "gone")
+    assert scan(source).passed_over == Counter({"suffixless": 2})
 
 
 def test_dots_spaces_and_other_scripts_in_names(tmp_path):
@@ -94,7 +157,7 @@ def test_a_class_folder_without_images_is_named(tmp_path):
     source = fill(tmp_path / "s", "cat/1.jpg", "dog/readme.txt", "elk/")
     error = refused(source)
     assert error.where == str(source / "dog")
-    assert "and 1 more" in error.what
+    assert error.what == "a class folder holds no images (and 1 more): 1 .txt file"
     assert "remove the folder" in error.fix
 
 
@@ -111,7 +174,12 @@ def test_a_flat_folder_with_an_empty_folder_names_that(tmp_path):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("cat/a.jpg", "cat/a.png"), ("cat/a.JPG", "cat/a.jpg"), ("cat/caf\u00e9.jpg", "cat/cafe\u0301.jpg")],
+    [
+        ("cat/a.jpg", "cat/a.png"),
+        ("cat/a.jfif", "cat/a.jpg"),
+        ("cat/a.JPG", "cat/a.jpg"),
+        ("cat/caf\u00e9.jpg", "cat/cafe\u0301.jpg"),
+    ],
 )
 def test_two_files_with_one_key_are_both_named(tmp_path, first, second):
     error = refused(fill(tmp_path / "s", first, second))
@@ -188,3 +256,71 @@ def test_a_folder_of_splits_is_refused_with_the_one_to_give(tmp_path):
     assert "test, train" in error.what
     assert str(source / "train") in error.fix
     assert scan(source / "train").classes == ["a"]
+
+
+def write_tar(path: Path, *names: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"1"))
+
+
+def test_tars_and_images_do_not_mix_in_silence(tmp_path):
+    root = fill(tmp_path / "s", "cat/1.jpg")
+    write_tar(root / "cat" / "more.TAR", "1.jpg")
+    assert "holds tars (cat/more.TAR) beside images (cat/1.jpg)" in refused(root).what
+    (root / "cat" / "1.jpg").unlink()
+    assert "tars in folders" in refused(root).what
+
+
+def test_tars_in_capitals_and_what_lies_beside_tars(tmp_path):
+    root = fill(tmp_path / "s", "readme.md")
+    write_tar(root / "SHARD-000.TAR", "1.jpg", "1.cls")
+    source = scan(root)
+    assert [(entry.path, entry.label) for entry in source.entries] == [("SHARD-000/1.jpg", 1)]
+    assert source.passed_over == Counter({".md": 1})
+    assert len(scan(root / "SHARD-000.TAR").entries) == 1
+    fill(root, "more.tar.gz")
+    assert refused(root).where == str(root / "more.tar.gz")
+    (root / "more.tar.gz").unlink()
+    write_tar(root / "SHARD-000.tar", "1.jpg", "1.cls")
+    assert "one name" in refused(root).what
+
+
+def test_folders_in_tars_are_never_lost_as_classes(tmp_path):
+    root = tmp_path / "s"
+    write_tar(root / "pets.tar", "cats/1.jpg", "dogs/2.jpg")
+    assert scan(root).classes == ["cats", "dogs"]
+    write_tar(root / "more.tar", "cats/3.jpg", "dogs/4.jpg")
+    assert "would be the class 'more', and holds the folders cats and dogs" in refused(root).what
+    (root / "pets.tar").rename(root / "a-000.tar")
+    (root / "more.tar").rename(root / "a-001.tar")
+    assert "not taken for classes" in scan(root).remarks()[0]
+
+
+def test_labels_that_only_tars_may_hold(tmp_path):
+    assert "labels lie beside these images (1.cls)" in refused(fill(tmp_path / "s", "1.jpg", "1.cls")).what
+    assert scan(fill(tmp_path / "t", "cat/1.jpg", "cat/1.cls")).passed_over == Counter({".cls": 1})
+
+
+def test_names_that_the_locale_cannot_read(tmp_path):
+    fill(tmp_path / "s", "猫/1.jpg")
+    code = (
+        "import sys; from pathlib import Path; from cae2pipe.shards.source import scan\n"
+        "from cae2pipe.errors import SourceError\n"
+        "try: scan(Path(sys.argv[1]))\n"
+        "except SourceError as error: print(ascii(str(error)))"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "s"],
+        env=os.environ | locale,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert "this locale, whose encoding is ascii, cannot read the name" in result.stdout
+    assert "LC_ALL=C.UTF-8" in result.stdout

@@ -137,3 +137,24 @@ def test_no_file_and_a_range_beyond_the_end(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"12345")
     with pytest.raises(DamageError, match="2 bytes too early"):
         read_range(tmp_path / "x.tar", 3, 4)
+
+
+@pytest.mark.parametrize("size", ["-1536", str(10**18), "zebra"])
+def test_headers_that_lie_are_damage(tmp_path, size):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, headers in (("a.cls", {}), ("a.jpg", {"size": size})):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = 1, headers
+            tar.addfile(info, io.BytesIO(b"1"))
+    with pytest.raises(DamageError):
+        index_tar(path)
+
+
+def test_what_follows_the_end_is_damage(tmp_path):
+    path = write(tmp_path / "x.tar")
+    whole = path.read_bytes()
+    for rest in (b"x", bytes(2**20) + b"x", whole):
+        path.write_bytes(whole + rest)
+        with pytest.raises(DamageError):
+            index_tar(path)
