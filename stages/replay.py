@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.config.base import build
 from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import DamageError, SettingsError
+from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.loading.batches import Batch, split
 from cae2pipe.methods.registry import build_method
 from cae2pipe.targets.codecs import Fp16Codec
 from cae2pipe.training.device import pick_device, set_backends
-from cae2pipe.training.failure import load_failure
+from cae2pipe.training.failure import load_failure, no_record
 from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.step import forward
 
@@ -35,21 +37,42 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
         ``gradients``: weights with such gradients.
 
     Raises:
-        DamageError: no such record.
+        DamageError: no such record, or one whose parts do not fit together. SettingsError: an unknown precision.
     """
+    if precision not in (None, "fp32", "bf16"):
+        raise SettingsError(f"unknown precision {precision!r}", where="--precision", fix="give fp32 or bf16")
     batch, latents, context = load_failure(path)
-    if "weights" not in context:
+    weights = context.get("weights")
+    if weights is None:
         _, _, lead = load_failure(path.with_name(path.name.split("-rank")[0] + ".pt"))
-        context["weights"] = lead["weights"]
-    settings = build(PretrainSettings, json.loads(context["settings"]), where=path)
+        weights = lead.get("weights")
+    if weights is None:
+        raise no_record(path, "it has no weights")
+    values = parse_json(context["settings"], path, fix="give another record", error=DamageError)
+    settings = build(PretrainSettings, values, where=path)
     place = pick_device(device)
     bf16 = (precision or settings.precision) == "bf16"
     set_backends(bf16, deterministic=False)
-    model = build_method(settings.method, settings.model, context["target_dim"])
-    model.load_state_dict(context["weights"])
-    mean, class_token = context["mean"], context["class_token"]
-    objective = Objective(model, settings.loss, Fp16Codec(), mean, class_token, bf16).to(place).train()
-    batch, latents = batch.to(place), {name: tensor.to(place) for name, tensor in latents.items()}
+    try:
+        model = build_method(settings.method, settings.model, context["target_dim"])
+        model.load_state_dict(weights)
+        objective = Objective(model, settings.loss, Fp16Codec(), context["mean"], context["class_token"], bf16)
+        return _again(
+            objective.to(place).train(),
+            batch.to(place),
+            {name: tensor.to(place) for name, tensor in latents.items()},
+            context["values"],
+        )
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+        reraise_exhaustion(error)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise no_record(path, f"its parts do not fit together: {reason}") from error
+
+
+def _again(
+    objective: Objective, batch: Batch, latents: dict[str, Tensor], recorded: dict[str, float]
+) -> dict[str, Any]:
+    model = objective.model
     broken: list[str] = []
     hooks = [module.register_forward_hook(_watch(name, broken)) for name, module in model.named_modules() if name]
     terms = forward(objective, batch, latents)
@@ -62,7 +85,7 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
         "step": batch.step,
         "terms": dict(zip(TERMS, terms.tolist(), strict=True)),
         "grad_norm": float(norm),
-        "recorded": {name: context["values"][name] for name in (*TERMS, "grad_norm")},
+        "recorded": {name: recorded[name] for name in (*TERMS, "grad_norm")},
         "inputs": [batch.keys[row] for row in _bad_rows(latents["decoded"], batch.weights)],
         "samples": _samples(objective, batch, latents),
         "module": broken[0] if broken else None,

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, section, show
+from cae2pipe.errors import FAILURE, Cae2pipeError
 
 Encoder = Annotated[
     str,
@@ -201,15 +202,21 @@ def results(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with scores, at any depth.")],
     format_: Annotated[ResultsFormat, typer.Option("--format", help="How to print.")] = ResultsFormat.table,
 ) -> None:
-    """All scores of many evaluations side by side, each with its protocol."""
+    """All scores of many evaluations side by side, each with its protocol. Manifests that cannot be read are named, and
+    the exit code is 1."""
     with exits():
         from cae2pipe.reporting.results import as_markdown, collect, protocols, shown
         from cae2pipe.reporting.terminal import print_table
 
-        rows = collect(folders)
+        damaged: list[Cae2pipeError] = []
+        rows = collect(folders, damaged)
         if format_ is ResultsFormat.table:
             print_table(console, shown(rows))
             for number, protocol in enumerate(protocols(rows), 1):
                 console.line(f"protocol {number}: {protocol}")
         else:
             console.lines(as_markdown(rows) if format_ is ResultsFormat.markdown else json.dumps(rows, indent=1))
+        for error in damaged:
+            show(error)
+    if damaged:
+        raise typer.Exit(FAILURE)

@@ -11,12 +11,14 @@ import difflib
 import importlib.resources
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from cae2pipe.artifacts.json_files import read_document
+from cae2pipe.config.yaml_core import read_yaml
 from cae2pipe.errors import SettingsError
 
 
@@ -31,6 +33,24 @@ class Settings(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_numbers(cls, values: Any) -> Any:
+        """Refuse true and false where numbers are asked for, and numbers that no manifest can hold."""
+        for name, info in cls.model_fields.items() if isinstance(values, dict) else ():
+            value = values.get(name)
+            items = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(item, bool) for item in items) and not takes(info.annotation, bool):
+                raise ValueError(f"{name} takes neither true nor false")
+            if any(isinstance(item, int) and abs(item) >= 2**63 for item in items):
+                raise ValueError(f"{name} is a number of more than 64 bits")
+        return values
+
+
+def takes(annotation: Any, kind: type) -> bool:
+    """Whether values of a kind fit an annotation as they are."""
+    return annotation in (kind, Any) or any(takes(part, kind) for part in get_args(annotation))
 
 
 S = TypeVar("S", bound=Settings)
@@ -98,7 +118,7 @@ def read_preset(stage: str, name: str, below: tuple[str, ...] = ()) -> dict[str,
     """
     if name in below:
         chain = " -> ".join((*below, name))
-        raise SettingsError(f"settings extend each other in a circle: {chain}", where=name, fix="mend `extends`")
+        raise SettingsError(f"settings extend each other in a circle: {chain}", where=name, fix="correct `extends`")
     path = Path(name)
     is_path = path.suffix in (".yaml", ".yml") or "/" in name
     if not is_path:
@@ -111,16 +131,19 @@ def read_preset(stage: str, name: str, below: tuple[str, ...] = ()) -> dict[str,
                 fix=f"use one of {', '.join(known)}, or the path of a YAML file",
             )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_document(path, fix="check the path", error=SettingsError, limit=2**20)
+        values = read_yaml(data.decode("utf-8"))
     except FileNotFoundError:
         raise SettingsError("no such settings file", where=path, fix="check the path") from None
     except IsADirectoryError:
         raise SettingsError("this is a folder, and a YAML file is needed", where=path, fix="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"this is not valid YAML: {error}", where=path, fix="mend the file") from None
+    except OSError as error:
+        raise SettingsError(f"this cannot be read: {error.strerror}", where=path, fix="check the path") from None
+    except ValueError as error:
+        raise SettingsError(f"this is not valid YAML: {error}", where=path, fix="correct the file") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise SettingsError("a settings file holds names and values", where=path, fix="mend the file")
+        raise SettingsError("a settings file holds names and values", where=path, fix="correct the file")
     parent = values.pop("extends", None)
     return merge(read_preset(stage, str(parent), (*below, name)), values) if parent else values
 
@@ -141,11 +164,11 @@ def parse_override(text: str) -> dict[str, Any]:
         SettingsError: no ``=``, no name, or a value that is not YAML.
     """
     name, equals, value = text.partition("=")
-    if not equals or not all(name.split(".")):
+    if not equals or not all(name.split(".")) or name.count(".") > 9:
         raise SettingsError(f"{text!r} is not of the form section.name=value", where="--set", fix="e.g. --set seed=1")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed = read_yaml(value)
+    except ValueError as error:
         raise SettingsError(f"the value is not valid YAML: {error}", where=f"--set {text}", fix="quote it") from None
     for part in reversed(name.split(".")):
         parsed = {part: parsed}
@@ -168,8 +191,16 @@ def load(
     for override in overrides:
         over = merge(over, parse_override(override))
     recipe = str(over.get("recipe", raw.get("recipe", "")))
-    raw = merge(merge(raw, recipes.get(recipe, {})), over)
+    for name, part in (("recipes", recipes), (f"recipes.{recipe}", part_of(recipes, recipe))):
+        if not isinstance(part, dict):
+            raise SettingsError(f"{name} holds no names and values", where=preset, fix="correct the file")
+    raw = merge(merge(raw, part_of(recipes, recipe)), over)
     return build(kind, raw, where=f"{stage} settings" + (f", preset {preset}" if preset else ""))
+
+
+def part_of(recipes: Any, name: str) -> Any:
+    """What a preset's ``recipes`` hold under a name."""
+    return recipes.get(name, {}) if isinstance(recipes, dict) else {}
 
 
 def build(kind: type[S], raw: dict[str, Any], where: object) -> S:
@@ -188,10 +219,15 @@ def build(kind: type[S], raw: dict[str, Any], where: object) -> S:
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, SettingsError):
             raise cause from None
-        got = "" if isinstance(first["input"], dict) else f"; it is {first['input']!r}"
+        got = "" if isinstance(first["input"], dict) else f"; it is {shortened(repr(first['input']))}"
         if cause:  # one of our own cross-field checks: it says itself what to change
             raise SettingsError(f"{cause}{more}", where=where) from None
         raise SettingsError(f"{place}: {first['msg']}{got}{more}", where=where, fix=f"--set {place}=...") from None
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def show(settings: Settings, indent: str = "") -> str:

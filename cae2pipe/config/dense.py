@@ -13,7 +13,7 @@ from cae2pipe.config.evaluate import Precision, TrainedSpeed
 class SegmentSettings(Settings):
     """UperNet on the encoder (paper, Table 11; what it leaves open is CAE's own configuration)."""
 
-    classes: int | None = Field(default=None, ge=2)
+    classes: int | None = Field(default=None, ge=2, le=65536)
     """Number of classes. null: as the data's classes.txt, or ADE20K's objectInfo150.txt, says."""
     reduce_zero: bool | None = None
     """Label 0 means nothing, and 1 is the first class, as in ADE20K. null: so where objectInfo150.txt lies."""
@@ -22,7 +22,7 @@ class SegmentSettings(Settings):
     upright: bool | None = added(None, before=None)
     """Labels are of images as viewers show them (true) or of their pixels as stored (false), where EXIF turns an image
     and its labels' size fits both. null: such images are refused."""
-    image_size: int = Field(default=512, ge=16)
+    image_size: int = Field(default=512, ge=16, le=4096)
     """Side of training crops and of the evaluation's sliding window, in pixels."""
     scale: tuple[int, int] = (2048, 512)
     """Largest long and short side that images are brought to, keeping their shape."""
@@ -36,9 +36,9 @@ class SegmentSettings(Settings):
     """Photometric distortion of training crops: brightness, contrast, saturation, hue."""
     stride: int = Field(default=341, ge=1)
     """Stride of the sliding window."""
-    decoder_width: int | None = Field(default=None, ge=8)
+    decoder_width: int | None = Field(default=None, ge=8, le=16384)
     """Channels of the decoder. null: the encoder's width."""
-    auxiliary: float = Field(default=0.4, ge=0)
+    auxiliary: float = Field(default=0.4, ge=0, le=1e3)
     """Weight of the auxiliary head's loss; 0: no such head."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout before the classifiers."""
@@ -46,22 +46,22 @@ class SegmentSettings(Settings):
     """Largest drop path rate of the encoder."""
     relative_positions: bool = True
     """Add a relative position bias to each block's attention, zero at first."""
-    layer_scale: float | None = Field(default=0.1, gt=0)
+    layer_scale: float | None = Field(default=0.1, gt=0, le=1e3)
     """As in fine-tuning."""
-    steps: int = Field(default=160000, ge=1)
+    steps: int = Field(default=160000, ge=1, le=10**9)
     """Steps of training."""
-    warmup_steps: int = Field(default=1500, ge=0)
+    warmup_steps: int = Field(default=1500, ge=0, le=10**9)
     """Steps of linear warm-up."""
-    batch: int = Field(default=16, ge=2)
+    batch: int = Field(default=16, ge=2, le=2**20)
     """Images a step, over all devices."""
-    chunk: int = Field(default=2, ge=2)
+    chunk: int = Field(default=2, ge=2, le=2**20)
     """Images that pass forward and backward together. Divides the batch; the number of chunks is a multiple of the
     number of processes. BatchNorm takes its statistics over a chunk on each device together."""
-    lr: float = Field(default=1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0, le=1e4)
     """Peak learning rate of the decoder at a batch of 16; it scales linearly with the batch."""
-    min_lr: float = Field(default=1e-6, ge=0)
+    min_lr: float = Field(default=1e-6, ge=0, le=1e4)
     """Learning rate at the end, scaled like lr."""
-    power: float = Field(default=1.0, gt=0)
+    power: float = Field(default=1.0, gt=0, le=1e3)
     """Of the polynomial decay."""
     layer_decay: float = Field(default=0.65, gt=0, le=1)
     """What the learning rate is multiplied with from the decoder to the last block, and from each to the one before."""
@@ -69,11 +69,11 @@ class SegmentSettings(Settings):
     """AdamW's first momentum."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
     """AdamW's second momentum."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     """Decay of weights with two or more dimensions."""
-    validate_epochs: int = Field(default=0, ge=0)
+    validate_epochs: int = Field(default=0, ge=0, le=10**6)
     """Score on the val images every so many epochs too; 0: at the end only."""
-    pictures: int = Field(default=8, ge=0)
+    pictures: int = Field(default=8, ge=0, le=1000)
     """Val images whose prediction is drawn beside the truth."""
     precision: Precision = "auto"
     """Arithmetic: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights are always fp32."""
@@ -91,8 +91,10 @@ class SegmentSettings(Settings):
         check_chunks(self.batch, self.chunk)
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps: lower it")
-        if not 0 < self.scale_range[0] <= self.scale_range[1]:
-            raise ValueError(f"scale_range {self.scale_range} is not a range above 0")
+        if not 16 <= min(self.scale) <= max(self.scale) <= 16384:
+            raise ValueError(f"scale {self.scale} holds no numbers of pixels from 16 to 16384")
+        if not 0.01 <= self.scale_range[0] <= self.scale_range[1] <= 100:
+            raise ValueError(f"scale_range {self.scale_range} is not a range within 0.01 to 100")
         if self.stride > self.image_size:
             raise ValueError(f"stride {self.stride} leaves gaps between windows of {self.image_size}: lower it")
         return self
@@ -108,7 +110,7 @@ class DetectSettings(Settings):
     and the size in the file fits both. null: such images are refused."""
     short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     """Short sides that training images are brought to, in pixels, one at random; scores are taken at the largest."""
-    long_side: int = Field(default=1333, ge=16)
+    long_side: int = Field(default=1333, ge=16, le=8192)
     """Longest long side, in pixels."""
     crop_range: tuple[int, int] = (384, 600)
     """Smallest and largest side of a crop out of an image whose short side has been brought to 400, 500 or 600 pixels:
@@ -117,36 +119,36 @@ class DetectSettings(Settings):
     """Probability of such a crop."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
-    proposals: int = Field(default=1000, ge=1)
+    proposals: int = Field(default=1000, ge=1, le=10**6)
     """Regions proposed an image, of which twice as many come before suppression in training."""
-    rois: int = Field(default=512, ge=4)
+    rois: int = Field(default=512, ge=4, le=10**6)
     """Regions that a stage trains on, an image."""
     positive: float = Field(default=0.25, gt=0, le=1)
     """Largest share of them that hold an object."""
-    giou: float = Field(default=10.0, gt=0)
+    giou: float = Field(default=10.0, gt=0, le=1e6)
     """Weight of the GIoU loss of boxes."""
     score: float = Field(default=0.05, ge=0, lt=1)
     """Score above which a box is reported."""
     nms: float = Field(default=0.5, gt=0, le=1)
     """IoU above which the lesser of two boxes of a class is suppressed."""
-    detections: int = Field(default=100, ge=1)
+    detections: int = Field(default=100, ge=1, le=10**6)
     """Boxes reported an image."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Largest drop path rate of the encoder."""
-    layer_scale: float | None = Field(default=0.1, gt=0)
+    layer_scale: float | None = Field(default=0.1, gt=0, le=1e3)
     """As in fine-tuning."""
-    epochs: int = Field(default=12, ge=1)
+    epochs: int = Field(default=12, ge=1, le=10**6)
     """Passes over the training images."""
     drops: tuple[int, ...] = (8, 11)
     """Epochs after which the learning rate is divided by 10."""
-    warmup_steps: int = Field(default=1000, ge=0)
+    warmup_steps: int = Field(default=1000, ge=0, le=10**9)
     """Steps of linear warm-up."""
-    batch: int = Field(default=16, ge=1)
+    batch: int = Field(default=16, ge=1, le=2**20)
     """Images a step, over all devices."""
-    chunk: int = Field(default=2, ge=1)
+    chunk: int = Field(default=2, ge=1, le=2**20)
     """Images that pass forward and backward together. Divides the batch; the number of chunks is a multiple of the
     number of processes."""
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0, le=1e4)
     """Learning rate of all but the encoder at a batch of 16; it scales linearly with the batch."""
     layer_decay: float = Field(default=0.8, gt=0, le=1)
     """What the learning rate is multiplied with from the heads to the last block, and from each to the one before."""
@@ -154,11 +156,11 @@ class DetectSettings(Settings):
     """AdamW's first momentum."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
     """AdamW's second momentum."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     """Decay of weights with two or more dimensions."""
-    validate_epochs: int = Field(default=0, ge=0)
+    validate_epochs: int = Field(default=0, ge=0, le=10**6)
     """Score on the val images every so many epochs too; 0: at the end only."""
-    pictures: int = Field(default=8, ge=0)
+    pictures: int = Field(default=8, ge=0, le=1000)
     """Val images whose detections are drawn beside the truth."""
     precision: Precision = "auto"
     """Arithmetic of the encoder: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights are always fp32."""
@@ -169,10 +171,10 @@ class DetectSettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> DetectSettings:
         check_chunks(self.batch, self.chunk)
-        if not self.short_sides or min(self.short_sides) < 16:
-            raise ValueError("short_sides holds at least one number of pixels, each at least 16")
-        if not 0 < self.crop_range[0] <= self.crop_range[1]:
-            raise ValueError(f"crop_range {self.crop_range} is not a range above 0")
+        if not self.short_sides or not 16 <= min(self.short_sides) <= max(self.short_sides) <= 8192:
+            raise ValueError("short_sides holds at least one number of pixels, each from 16 to 8192")
+        if not 0 < self.crop_range[0] <= self.crop_range[1] <= 8192:
+            raise ValueError(f"crop_range {self.crop_range} is not a range within 1 to 8192")
         return self
 
     @property

@@ -17,9 +17,9 @@ class EvaluateSpeed(Settings):
 
     device: str = "auto"
     """Device of the encoder: auto, cpu, cuda, cuda:1, ..."""
-    workers: int = Field(default=-1, ge=-1)
+    workers: int = Field(default=-1, ge=-1, le=1024)
     """Processes that decode images; -1: one a core; 0: none, in the main process."""
-    batch: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1, le=2**20)
     """Images that pass the encoder together. null: 256 on CUDA, 64 elsewhere."""
 
 
@@ -28,9 +28,9 @@ class FeatureSettings(Settings):
 
     feature: Feature = "auto"
     """class: the class token; mean: the mean of the patches; auto: the class token where a loss fell on it."""
-    image_size: int | None = Field(default=None, ge=16)
+    image_size: int | None = Field(default=None, ge=16, le=4096)
     """Side of the crop in pixels. null: the encoder's own."""
-    crop: float = Field(default=0.875, gt=0, le=1)
+    crop: float = Field(default=0.875, ge=0.1, le=1)
     """Side of the central crop over the resized image's shorter side: 224 of 256."""
     precision: Precision = "auto"
     """Arithmetic of a student: auto is bf16 autocast on CUDA, fp32 elsewhere. Teachers keep their own."""
@@ -50,10 +50,10 @@ class DrawSettings(Settings):
 
     @model_validator(mode="after")
     def _ranges(self) -> DrawSettings:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"draw.scale {self.scale} is not a range within (0, 1]")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"draw.ratio {self.ratio} is not a range above 0")
+        if not 0.001 <= self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"draw.scale {self.scale} is not a range within 0.001 to 1")
+        if not 0.01 <= self.ratio[0] <= self.ratio[1] <= 100:
+            raise ValueError(f"draw.ratio {self.ratio} is not a range within 0.01 to 100")
         return self
 
 
@@ -62,9 +62,9 @@ class TrainedSpeed(EvaluateSpeed):
 
     compile: bool | None = None
     """Compile what is trained with the encoder (torch.compile); not for detection. null: on CUDA only."""
-    checkpoint_minutes: float = Field(default=10.0, gt=0)
+    checkpoint_minutes: float = Field(default=10.0, gt=0, le=1e6)
     """Minutes between checkpoints."""
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=10**6)
     """Newest checkpoints kept until the end."""
 
 
@@ -74,7 +74,7 @@ class KnnSettings(Settings):
     features: FeatureSettings = FeatureSettings()
     k: tuple[int, ...] = (20, 10, 100, 200)
     """Numbers of neighbours, or one. The first one's accuracy is the headline."""
-    temperature: float = Field(default=0.07, gt=0)
+    temperature: float = Field(default=0.07, gt=0, le=1e6)
     """A neighbour with cosine c weighs exp(c / temperature)."""
     seed: int = Field(default=0, ge=0)
     """Seed of `random:` encoders."""
@@ -87,8 +87,8 @@ class KnnSettings(Settings):
 
     @model_validator(mode="after")
     def _counts(self) -> KnnSettings:
-        if not self.k or min(self.k) < 1:
-            raise ValueError("k must hold at least one number, each at least 1")
+        if not 1 <= len(self.k) <= 100 or min(self.k) < 1:
+            raise ValueError("k must hold at least one number, and at most 100, each at least 1")
         return self
 
 
@@ -101,16 +101,16 @@ class LinearSettings(Settings):
 
     features: FeatureSettings = FeatureSettings()
     draw: DrawSettings = DrawSettings()
-    cached_crops: int = Field(default=0, ge=0)
+    cached_crops: int = Field(default=0, ge=0, le=1000)
     """0: new crops of every image in every epoch, as published. n: features of n crops an image are computed once, the
     central one and n - 1 drawn ones, and epochs take turns with them."""
-    epochs: int = Field(default=90, ge=1)
+    epochs: int = Field(default=90, ge=1, le=10**6)
     """Passes over the training images."""
-    warmup_epochs: float = Field(default=10, ge=0)
+    warmup_epochs: float = Field(default=10, ge=0, le=1e6)
     """Epochs of linear warm-up, by step."""
-    batch: int = Field(default=16384, ge=2)
+    batch: int = Field(default=16384, ge=2, le=2**24)
     """Images a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
-    chunk: int = Field(default=256, ge=2)
+    chunk: int = Field(default=256, ge=2, le=2**24)
     """Images whose statistics the BatchNorm takes together, as a device does its share (released code). Cached crops
     are normalised by the whole batch."""
     lr: float = Field(default=0.1, gt=0, le=1e4)
@@ -141,17 +141,17 @@ class AttentiveSettings(Settings):
 
     features: FeatureSettings = FeatureSettings()
     draw: DrawSettings = DrawSettings()
-    heads: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1, le=16384)
     """Heads of the cross-attention. null: one for every 64 dimensions."""
-    epochs: int = Field(default=90, ge=1)
+    epochs: int = Field(default=90, ge=1, le=10**6)
     """Passes over the training images."""
-    warmup_epochs: float = Field(default=10, ge=0)
+    warmup_epochs: float = Field(default=10, ge=0, le=1e6)
     """Epochs of linear warm-up, by step."""
-    batch: int = Field(default=8192, ge=2)
+    batch: int = Field(default=8192, ge=2, le=2**24)
     """Images a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
-    chunk: int = Field(default=256, ge=2)
+    chunk: int = Field(default=256, ge=2, le=2**24)
     """Images whose statistics the BatchNorm takes together, as a device does its share (released code)."""
-    lr: float = Field(default=0.4, gt=0)
+    lr: float = Field(default=0.4, gt=0, le=1e4)
     """Peak learning rate of SGD with Nesterov momentum at a batch of 8192; it scales linearly with the batch taken."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD's momentum."""
@@ -170,16 +170,16 @@ class FinetuneSettings(Settings):
 
     recipe: Literal["paper", "official"] = "paper"
     """paper: as the paper says; official: as its authors' scripts do. Presets set the fields that differ."""
-    image_size: int | None = Field(default=None, ge=16)
+    image_size: int | None = Field(default=None, ge=16, le=4096)
     """Side of the input in pixels. null: the encoder's own. Another one resamples its positions."""
-    crop: float = Field(default=0.875, gt=0, le=1)
+    crop: float = Field(default=0.875, ge=0.1, le=1)
     """Side of the central crop over the resized image's shorter side, for scores: 224 of 256."""
     draw: DrawSettings = DrawSettings(rand_augment=9)
     erase: float = Field(default=0.25, ge=0, le=1)
     """Probability of random erasing, with noise (released code; the paper is silent)."""
-    mixup: float = Field(default=0.8, ge=0)
+    mixup: float = Field(default=0.8, ge=0, le=1e3)
     """Mixup's alpha; 0: none."""
-    cutmix: float = Field(default=1.0, ge=0)
+    cutmix: float = Field(default=1.0, ge=0, le=1e3)
     """CutMix's alpha; 0: none. With both, each chunk takes one of them, with equal chances."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing."""
@@ -187,23 +187,23 @@ class FinetuneSettings(Settings):
     """Largest drop path rate; rates rise linearly from 0 over the depth."""
     relative_positions: bool = True
     """Add a relative position bias to each block's attention, zero at first (released code)."""
-    layer_scale: float | None = Field(default=0.1, gt=0)
+    layer_scale: float | None = Field(default=0.1, gt=0, le=1e3)
     """LayerScale for an encoder of ours that has none, as older versions wrote them: the weights before it are divided
     by it. null: they are trained as they are. An encoder with LayerScale starts from what it has learnt."""
-    head_scale: float = Field(default=0.001, gt=0)
+    head_scale: float = Field(default=0.001, gt=0, le=1e3)
     """What the classifier's initial weights are multiplied with (released code)."""
-    epochs: int = Field(default=100, ge=1)
+    epochs: int = Field(default=100, ge=1, le=10**6)
     """Passes over the training images."""
-    warmup_epochs: float = Field(default=5, ge=0)
+    warmup_epochs: float = Field(default=5, ge=0, le=1e6)
     """Epochs of linear warm-up from 0, by step."""
-    batch: int = Field(default=1024, ge=2)
+    batch: int = Field(default=1024, ge=2, le=2**20)
     """Images a step, over all devices."""
-    chunk: int = Field(default=128, ge=2)
+    chunk: int = Field(default=128, ge=2, le=2**20)
     """Images that pass forward and backward together, and that share a draw of Mixup. Divides the batch; the number of
     chunks is a multiple of the number of processes."""
-    lr: float = Field(default=2e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0, le=1e4)
     """Peak learning rate of the classifier at a batch of 1024; it scales linearly with the batch."""
-    min_lr: float = Field(default=1e-6, ge=0)
+    min_lr: float = Field(default=1e-6, ge=0, le=1e4)
     """Learning rate at the end of the cosine, scaled like lr."""
     layer_decay: float = Field(default=0.75, gt=0, le=1)
     """What the learning rate is multiplied with from each block to the one before it."""
@@ -211,13 +211,13 @@ class FinetuneSettings(Settings):
     """AdamW's first momentum."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
     """AdamW's second momentum."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     """Decay of weights with two or more dimensions, but not of the class token and of positions."""
     clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; null: no clipping (released code)."""
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a moving average of the weights that is scored in their place; 0: none."""
-    validate_epochs: int = Field(default=1, ge=1)
+    validate_epochs: int = Field(default=1, ge=1, le=10**6)
     """Score on the val images every so many epochs, and at the end."""
     precision: Precision = "auto"
     """Arithmetic: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights are always fp32."""

@@ -19,7 +19,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class ShardSpeed(Settings):
     """What changes only the speed."""
 
-    workers: int = Field(default=-1, ge=-1)
+    workers: int = Field(default=-1, ge=-1, le=1024)
     """Processes that read and check images; -1: one a core."""
 
 
@@ -28,7 +28,7 @@ class ShardSettings(Settings):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the shuffle over the whole data set."""
-    samples: int = Field(default=1024, ge=1)
+    samples: int = Field(default=1024, ge=1, le=10**6)
     """Images a tar. Multiples of 64 fill the blocks of the target set."""
     speed: ShardSpeed = ShardSpeed()
 
@@ -46,13 +46,13 @@ class TeacherSettings(Settings):
     """A local weights file (safetensors, or a torch file of tensors). Its content enters the fingerprint."""
     vision_cfg: dict[str, Any] | None = None
     """open_clip only: the tower's own shape, for weights that no named model fits."""
-    embed_dim: int | None = None
+    embed_dim: int | None = Field(default=None, ge=1, le=65536)
     """open_clip only, with `vision_cfg`: the projection's width."""
     quick_gelu: bool | None = None
     """open_clip only: force QuickGELU on or off. None: as the named model says."""
-    image_size: int = Field(default=224, ge=16)
+    image_size: int = Field(default=224, ge=16, le=4096)
     """Side, in pixels, of the teacher's own input; stored views are resized to it."""
-    stage: int | None = None
+    stage: int | None = Field(default=None, ge=-64, le=64)
     """timm convolutional networks: index of the feature map (as in features_only) that gives the latents."""
     mean: tuple[float, float, float] | None = None
     """Channel means of the teacher's input. None: as the model's own configuration says."""
@@ -61,11 +61,17 @@ class TeacherSettings(Settings):
     precision: Precision = "auto"
     """Arithmetic of the teacher. auto: fp16 on CUDA, as published; fp32 elsewhere."""
 
+    @model_validator(mode="after")
+    def _divides(self) -> TeacherSettings:
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"teacher.std {self.std} is not above 0")
+        return self
+
 
 class ViewSettings(Settings):
     """How views are drawn (paper Table 8; order as in the released code: jitter, flip, crop)."""
 
-    size: int = Field(default=224, ge=16)
+    size: int = Field(default=224, ge=16, le=4096)
     """Side of a view in pixels."""
     scale: tuple[float, float] = (0.4, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
@@ -78,7 +84,7 @@ class ViewSettings(Settings):
     pixels: Literal["replayed", "stored"] = added("replayed", before="stored")
     """replayed: each image is kept once, and its views are cut from it again whenever they are loaded, which takes
     fewer bytes from three views on. stored: each view is kept, which loads faster and suits few views."""
-    short_side: int | None = added(None, before=None, ge=16)
+    short_side: int | None = added(None, before=None, ge=16, le=16384)
     """Short side of the images that are kept for replayed views, in pixels; larger ones are reduced to it. null: as
     long as it takes for no crop to be enlarged more than 1.28 times (320 for views of 224 pixels), where the original
     has the pixels."""
@@ -89,10 +95,10 @@ class ViewSettings(Settings):
 
     @model_validator(mode="after")
     def _ranges(self) -> ViewSettings:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("view.scale must satisfy 0 < smallest <= largest <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError("view.ratio must satisfy 0 < smallest <= largest")
+        if not 0.001 <= self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError("view.scale must satisfy 0.001 <= smallest <= largest <= 1")
+        if not 0.01 <= self.ratio[0] <= self.ratio[1] <= 100:
+            raise ValueError("view.ratio must satisfy 0.01 <= smallest <= largest <= 100")
         if self.short_side is not None and self.pixels == "stored":
             raise ValueError("view.short_side is of images kept for replayed views: set view.pixels=replayed")
         return self
@@ -114,18 +120,18 @@ class CodecSettings(Settings):
     """klt only: mean cosine between decoded and true tokens, reached on held-out samples."""
     level: int = Field(default=1, ge=1, le=9)
     """klt only: zstd level. Level 1 is within 3% of level 5 in size and encodes about 3 times as fast."""
-    calibration: int = Field(default=512, ge=1)
+    calibration: int = Field(default=512, ge=1, le=10**6)
     """Images whose tokens give mean, basis and step; a quarter of them are held out to choose the step."""
 
 
 class ExtractSpeed(Settings):
     """What changes only the speed."""
 
-    workers: int = Field(default=-1, ge=-1)
+    workers: int = Field(default=-1, ge=-1, le=1024)
     """Processes that decode, crop and encode images; -1: one a core; 0: none, in the main process."""
     device: str = "auto"
     """Device of the teacher: auto, cpu, cuda, cuda:1, ..."""
-    lanes: int | None = Field(default=None, ge=1)
+    lanes: int | None = Field(default=None, ge=1, le=1024)
     """Blocks of 64 views that the teacher is given at once, each in a thread: fewer need less memory. null: 4
     on a CUDA device; one for each core on a CPU, where a thread computes alone."""
 
@@ -134,7 +140,7 @@ class ExtractSettings(Settings):
     """Everything `cae2pipe extract-targets` can be told."""
 
     teacher: TeacherSettings
-    views: int = outside(8, ge=1)
+    views: int = outside(8, ge=1, le=10**6)
     """Views an image. More can be added later by asking for more."""
     view: ViewSettings = ViewSettings()
     codec: CodecSettings = CodecSettings()

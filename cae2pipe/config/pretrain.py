@@ -15,27 +15,27 @@ Recipe = Literal["paper", "official"]
 class ModelSettings(Settings):
     """The student (paper, section 2.2 and appendix B.1)."""
 
-    width: int = Field(default=768, ge=8)
+    width: int = Field(default=768, ge=8, le=16384)
     """Width of the encoder's tokens."""
-    depth: int = Field(default=12, ge=1)
+    depth: int = Field(default=12, ge=1, le=256)
     """Encoder blocks."""
-    heads: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1, le=1024)
     """Attention heads of the encoder. Small has 6 in the paper, 12 in the released code."""
-    image_size: int = Field(default=224, ge=16)
+    image_size: int = Field(default=224, ge=16, le=4096)
     """Side of the student's input in pixels; must equal the stored views'."""
-    patch_size: int = Field(default=16, ge=1)
+    patch_size: int = Field(default=16, ge=1, le=1024)
     """Side of a patch in pixels."""
-    layer_scale: float = Field(default=0.1, gt=0)
+    layer_scale: float = Field(default=0.1, gt=0, le=1e3)
     """Initial LayerScale of the encoder's blocks (1e-5 for Large)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Largest drop path rate; rates rise linearly from 0 over the depth, in the encoder and in the regressor."""
-    regressor_depth: int = Field(default=4, ge=0)
+    regressor_depth: int = Field(default=4, ge=0, le=256)
     """Regressor blocks; 0 leaves the visible loss alone (paper Table 4)."""
-    regressor_width: int = Field(default=768, ge=8)
+    regressor_width: int = Field(default=768, ge=8, le=16384)
     """Width of the regressor. Where it differs from the encoder's, a Linear and a LayerNorm lie between."""
-    regressor_heads: int = Field(default=12, ge=1)
+    regressor_heads: int = Field(default=12, ge=1, le=1024)
     """Attention heads of the regressor. Large has 16 in the paper, 12 of 85 features in the released code."""
-    regressor_layer_scale: float = Field(default=0.1, gt=0)
+    regressor_layer_scale: float = Field(default=0.1, gt=0, le=1e3)
     """Initial LayerScale of the regressor's blocks."""
     head: Literal["fc-ln", "ln-fc"] = "fc-ln"
     """Order of the head shared by encoder and regressor: paper fc-ln, released code ln-fc."""
@@ -53,6 +53,14 @@ class ModelSettings(Settings):
                 f"model.regressor_width {self.regressor_width} leaves nothing to each of model.regressor_heads "
                 f"{self.regressor_heads}: set model.regressor_heads to at most {self.regressor_width}"
             )
+        if self.grid > 256:
+            raise ValueError(
+                f"model.image_size {self.image_size} with model.patch_size {self.patch_size} makes {self.grid} patches "
+                "a side: set model.patch_size so that it is 256 at most"
+            )
+        weights = 12 * (self.depth * self.width**2 + self.regressor_depth * self.regressor_width**2)
+        if weights > 10**11:
+            raise ValueError(f"a student of {weights / 1e9:.0f} billion weights: lower model.width or model.depth")
         if self.width % 4 or self.regressor_width % 4:
             raise ValueError("widths must be multiples of 4: sin-cos positions take a quarter each")
         return self
@@ -71,9 +79,9 @@ class MaskSettings(Settings):
     likelier to stay visible (MILAN), for which the target set must hold attention: a ViT teacher's does."""
     ratio: float = Field(default=0.5, gt=0, lt=1)
     """Share of patches masked."""
-    count: int | None = Field(default=None, ge=1)
+    count: int | None = Field(default=None, ge=1, le=65536)
     """Masked patches, exactly. null: ratio x patches, rounded (30 / 49 / 98 / 118 in the released code)."""
-    repeat: int = Field(default=1, ge=1)
+    repeat: int = Field(default=1, ge=1, le=1024)
     """Masks that each loaded view is trained under in one step. A step then loads data.batch / repeat views, for when
     reading is what limits; an epoch takes as many more steps, so divide epochs by it for the same work."""
 
@@ -88,9 +96,9 @@ class LossSettings(Settings):
     (FD, MaskDistill); pixels: each patch's own pixels, normalised in the same way, and no teacher (MAE)."""
     reduction: Literal["two_means", "one_mean"] = "two_means"
     """two_means: mean over visible plus mean over masked tokens; one_mean: one mean over all of them."""
-    visible: float = Field(default=1.0, ge=0)
+    visible: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the visible tokens."""
-    masked: float = Field(default=1.0, ge=0)
+    masked: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the masked tokens."""
 
     @model_validator(mode="after")
@@ -103,34 +111,34 @@ class LossSettings(Settings):
 class OptimizerSettings(Settings):
     """AdamW and its schedule (paper Table 8)."""
 
-    lr: float = Field(default=1.5e-3, gt=0)
+    lr: float = Field(default=1.5e-3, gt=0, le=1e4)
     """Peak learning rate at a batch of 2048."""
     scale_lr: bool = True
     """Scale lr and min_lr linearly with the batch; false: take them as they are."""
-    min_lr: float = Field(default=1e-5, ge=0)
+    min_lr: float = Field(default=1e-5, ge=0, le=1e4)
     """Learning rate at the end of the cosine, scaled like lr."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first momentum."""
     beta2: float = Field(default=0.98, ge=0, lt=1)
     """AdamW's second momentum: paper 0.98, released code 0.999."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     """Decay of weights with two or more dimensions, and of the class and mask tokens."""
     clip: float = Field(default=3.0, gt=0)
     """Largest norm of the gradient."""
-    warmup_epochs: float = Field(default=10, ge=0)
+    warmup_epochs: float = Field(default=10, ge=0, le=1e6)
     """Epochs of linear warm-up from 0, by step."""
 
 
 class DataSettings(Settings):
     """The order of samples."""
 
-    batch: int = Field(default=2048, ge=1)
+    batch: int = Field(default=2048, ge=1, le=2**20)
     """Images a step, over all devices."""
-    views: int | None = Field(default=None, ge=1)
+    views: int | None = Field(default=None, ge=1, le=10**6)
     """Stored views of each image that are trained on: the first so many. null: all."""
-    streams: int = Field(default=64, ge=1)
+    streams: int = Field(default=64, ge=1, le=2**20)
     """Streams the epoch is cut into. Divides the batch; a multiple of the number of processes."""
-    window: int = Field(default=4, ge=1)
+    window: int = Field(default=4, ge=1, le=2**20)
     """Blocks of 64 samples among which a stream shuffles."""
     last_batch: Literal["pad", "drop"] = "pad"
     """pad: the last batch is filled up with samples of weight 0; drop: it is left out (released code)."""
@@ -153,7 +161,7 @@ class TrainSpeed(Settings):
 
     device: str = "auto"
     """Device of the student: auto, cpu, cuda, cuda:1, ... Under torchrun each process takes one of its own."""
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1, le=2**20)
     """Parts that a process's share of the batch is cut into, one forward and backward pass each: for less memory."""
     recompute: bool = False
     """Keep only the inputs of each block and compute the rest again in the backward pass: for much less memory."""
@@ -163,19 +171,19 @@ class TrainSpeed(Settings):
     """How several processes train: ddp keeps all weights in each of them, fsdp shards weights and optimizer (FSDP2)."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms, so that a run on CUDA repeats to the bit. The CPU's do so anyway."""
-    workers: int = Field(default=-1, ge=-1)
+    workers: int = Field(default=-1, ge=-1, le=1024)
     """Processes that read and decode blocks; -1: one a core, at most 8; 0: none, in the main process."""
     cache: Path | None = None
     """A local folder in which blocks of a remote target set are kept for later epochs. None: nothing is kept."""
-    cache_gb: float = Field(default=100.0, gt=0)
+    cache_gb: float = Field(default=100.0, gt=0, le=1e9)
     """Gigabytes that the cache may hold; what was read first stays."""
-    checkpoint_minutes: float = Field(default=10.0, gt=0)
+    checkpoint_minutes: float = Field(default=10.0, gt=0, le=1e6)
     """Minutes between checkpoints."""
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=10**6)
     """Newest checkpoints kept."""
-    keep_epochs: int = Field(default=0, ge=0)
+    keep_epochs: int = Field(default=0, ge=0, le=10**6)
     """Also keep, for good, a checkpoint after every so many epochs; 0: none."""
-    peak_tflops: float | None = Field(default=None, gt=0)
+    peak_tflops: float | None = Field(default=None, gt=0, le=1e9)
     """The device's peak, in 10^12 operations a second, that MFU is a share of. null: what is known of the device."""
 
 
@@ -193,7 +201,7 @@ class PretrainSettings(Settings):
     """cached: latents from the target set; online: the teacher runs in every step, as published."""
     views: Literal["stored", "fresh"] = "stored"
     """stored: the target set's views; fresh (with online targets): new crops of the originals in every epoch."""
-    epochs: int = Field(default=300, ge=1)
+    epochs: int = Field(default=300, ge=1, le=10**6)
     """Passes over the data. One pass shows one view of every image."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the student: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights and loss are always fp32."""
@@ -202,7 +210,7 @@ class PretrainSettings(Settings):
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     data: DataSettings = DataSettings()
-    stop_after: int | None = outside(None, ge=1)
+    stop_after: int | None = outside(None, ge=1, le=10**12)
     """Stop after this many steps, as if interrupted: the same command goes on. For trials."""
     originals: Path | None = outside(None)
     """The shard set that fresh views are cut from. null: the one inside the target set."""

@@ -13,7 +13,6 @@ targets, teacher:targets[@FILE]  the teacher of a target set; a local file of we
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.keyed import keyed_seed
+from cae2pipe.models.description import FIX, read_description
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.teachers.weights import load_strictly, read_weights
@@ -194,7 +194,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
         for problem in check_files(run, [name for name in run.units if name == "encoder"]):
             problem.fix = "delete it, then run `cae2pipe pretrain` as before"
             raise problem
-    model, config = build_exported(folder / CONFIG)
+    model, config = build_exported(folder / CONFIG, (folder / WEIGHTS).stat().st_size)
     load_exported(model, folder / WEIGHTS)
     class_token = class_token_trained(run) if run else True
     digests = {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}
@@ -224,24 +224,20 @@ def released_student(path: Path, device: torch.device, precision: str) -> Studen
     return Student(model, {"sha256": sha256_file(path)}, True, device, precision)
 
 
-def build_exported(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The model that a ``config.json`` describes, and the config.
+def build_exported(path: Path, weights: int) -> tuple[Any, dict[str, Any]]:
+    """The model that a ``config.json`` describes, whose weights take so many bytes on the disk, and the config.
 
     timm's own ``local-dir:`` would prefer a ``model.safetensors`` that lies beside, whatever we take the digest of.
 
     Raises:
         SourceError: not a description of a model of timm.
     """
+    config = read_description(path, weights)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         return build_vit(config), config
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # timm raises many kinds
         reraise_exhaustion(error)
-        raise SourceError(
-            f"this does not describe a model of timm: {error}",
-            where=path,
-            fix="give a folder as `cae2pipe pretrain` or export_encoder writes it",
-        ) from None
+        raise SourceError(f"this does not describe a model of timm: {error}", where=path, fix=FIX) from None
 
 
 def build_vit(config: dict[str, Any]) -> Any:

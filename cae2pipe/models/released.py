@@ -1,7 +1,8 @@
 """The encoders that the authors of CAE and CAE v2 have released: their names for weights, turned into ours.
 
 Their checkpoints hold the encoder alone, or the whole of pretraining with the encoder under ``encoder.``; either may
-lie under ``model``. The number of attention heads is not in them: it is that of their published sizes.
+lie under ``model``, beside optimizer, scaler and arguments, as their ``utils.save_model`` writes it. The number of
+attention heads is not in them: it is that of their published sizes.
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from cae2pipe.exhaustion import reraise_exhaustion
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a torch file of tensors alone.
+    """The tensors of a safetensors file, or of a torch file that holds nothing but tensors and ``inert_types``.
 
     Raises:
         TeacherError: missing, broken, a TorchScript archive, or a pickle that would have to run code.
@@ -38,10 +41,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             fix="take the safetensors file of these weights from the hub, e.g. `cae2pipe teachers fetch clip-b16`",
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        with torch.serialization.safe_globals(inert_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         raise TeacherError(
-            "this file holds more than tensors, and loading it could run code", where=path, fix=_REPLACE
+            f"this file holds more than tensors{f' ({named[1]})' if named else ''}, and loading it could run code",
+            where=path,
+            fix=f'{_REPLACE}; where you trust whoever made it, write one: `python -c "import sys, torch; '
+            "from safetensors.torch import save_file; found = torch.load(sys.argv[1], 'cpu', weights_only=False); "
+            "save_file(found.get('model', found), sys.argv[2])\" FILE weights.safetensors`",
         ) from None
     except Exception as error:  # torch.load raises many kinds for a file that is cut off or of another format
         reraise_exhaustion(error)
@@ -57,6 +66,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 _REPLACE = "give a safetensors file of the weights"
+
+
+def inert_types() -> list[Any]:
+    """What training scripts put beside the weights, and what does nothing when it is loaded: argparse's namespace of
+    their arguments, and numpy's numbers, which schedules leave in an optimizer's groups. numpy 2 has moved its numbers'
+    constructor."""
+    import numpy as np
+    from numpy._core.multiarray import scalar
+
+    numbers = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
+    constructor = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [argparse.Namespace, np.dtype, *numbers, *constructor]
 
 
 def check_present(path: Path) -> None:

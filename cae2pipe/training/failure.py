@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
+from cae2pipe.artifacts.places import open_file
 from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.errors import DamageError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.loading.batches import Batch
+from cae2pipe.training.objective import TERMS
 
 FOLDER = "failures"
 
@@ -42,15 +45,66 @@ def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:
         DamageError: no such file, or not one of these.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open_file(path) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        Record.model_validate(state)
         return Batch(**state.pop("batch")), state.pop("latents"), state
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except Exception as error:  # torch.load raises many kinds
         reraise_exhaustion(error)
-        raise DamageError(
-            f"this is not the record of a failed step ({type(error).__name__})",
-            where=path,
-            fix=f"give a file of a run's folder {FOLDER}/",
-        ) from None
+        reason = type(error).__name__
+    raise no_record(path, reason)
+
+
+def no_record(path: Path, reason: str) -> DamageError:
+    """The error for what is not, or not wholly, the record of a failed step."""
+    return DamageError(
+        f"this is not the record of a failed step ({reason})",
+        where=path,
+        fix=f"give a file of a run's folder {FOLDER}/",
+    )
+
+
+class Record(BaseModel):
+    """What ``save_failure`` has written. Of several processes the leading one's alone has ``weights``."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+    batch: dict[str, Any]
+    latents: dict[str, Tensor]
+    settings: str
+    target_dim: int = Field(ge=1, le=2**20)
+    class_token: bool
+    mean: Tensor
+    values: dict[str, float]
+    weights: dict[str, Tensor] | None = None
+
+    @field_validator("batch")
+    @classmethod
+    def _whole(cls, value: dict[str, Any]) -> dict[str, Any]:
+        wanted = get_type_hints(Batch)
+        for name, kind in wanted.items():
+            if not isinstance(value.get(name), get_origin(kind) or kind):
+                raise ValueError(f"{name} is no {kind}")
+        if value.keys() != wanted.keys():
+            raise ValueError(f"it holds {sorted(value.keys() - wanted.keys())}")
+        return value
+
+    @field_validator("latents")
+    @classmethod
+    def _decoded(cls, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "decoded" not in value:
+            raise ValueError("decoded is missing")
+        return value
+
+    @field_validator("values")
+    @classmethod
+    def _figures(cls, value: dict[str, float]) -> dict[str, float]:
+        if missing := {*TERMS, "grad_norm"} - value.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        return value
 
 
 def _on_cpu(value: Any) -> Any:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import yaml
 
 from cae2pipe.config.base import Settings, identity, load, merge, parse_override, preset_names, read_preset, show
+from cae2pipe.config.dense import DENSE
+from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.config.extract import ExtractSettings, ShardSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 
 CLASSES = {"shard": ShardSettings, "extract": ExtractSettings, "pretrain": PretrainSettings}
+SMALLEST = {
+    "shard": (ShardSettings, None),
+    "extract": (ExtractSettings, "clip-b16"),
+    "pretrain": (PretrainSettings, "tiny"),
+    **{f"evaluate {name}": (kind, name) for name, kind in {**EVALUATIONS, **DENSE}.items()},
+}
 PRESETS = [(stage, name) for stage in CLASSES for name in preset_names(stage)]
 
 
@@ -60,6 +70,20 @@ def test_every_field_is_documented(kind):
         ("seed", "not of the form", "--set seed=1"),
         ("a..b=1", "not of the form", "--set"),
         ("seed=[1", "not valid YAML", "quote"),
+        ("seed={a: 1, a: 2}", "'a' is there twice", "quote"),
+        ("seed=" + "[" * 500, "nested too deep", "quote"),
+        (f"{'a.' * 20}b=1", "not of the form", "--set"),
+        ("epochs=1:30", "epochs: Input should be a valid integer", "--set epochs"),
+        ("epochs=yes", "epochs: Input should be a valid integer", "--set epochs"),
+        ("epochs=true", "epochs takes neither true nor false", None),
+        ("model.depth=true", "depth takes neither true nor false", None),
+        (f"seed={2**63}", "seed is a number of more than 64 bits", None),
+        (f"optimizer.lr={10**400}", "lr is a number of more than 64 bits", None),
+        ("model.depth=100000", "model.depth: Input should be less than or equal to 256", "--set model.depth"),
+        ("model={width: 16384, depth: 256, heads: 16}", "billion weights: lower model.width", None),
+        ("model={image_size: 4096, patch_size: 1}", "set model.patch_size so that it is 256 at most", None),
+        ("speed.cache_gb=1e300", "speed.cache_gb", "--set"),
+        ("seed='" + "x" * 10000 + "'", "xxx...", "--set seed"),
     ],
 )
 def test_refusals_name_the_field_and_the_remedy(override, message, fix):
@@ -69,6 +93,60 @@ def test_refusals_name_the_field_and_the_remedy(override, message, fix):
     if fix:
         assert fix in str(caught.value.fix)
     assert caught.value.exit_code == 2
+
+
+def fields(model: type[Settings], prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    found = []
+    for name, info in model.model_fields.items():
+        inner = isinstance(info.annotation, type) and issubclass(info.annotation, Settings)
+        found += fields(info.annotation, f"{prefix}{name}.") if inner else [prefix + name]
+    return found
+
+
+@pytest.mark.parametrize("stage", SMALLEST)
+def test_every_number_has_bounds(stage):
+    """Whole numbers of more than 40 bits are refused for all settings but seeds and stop_after."""
+    kind, preset = SMALLEST[stage]
+    taken = []
+    for name in fields(kind):
+        with suppress(SettingsError):
+            value = load(kind, stage.split()[0], preset, [f"{name}={2**50}"])
+            for part in name.split("."):
+                value = getattr(value, part)
+            # Text, and rates that are divided by, may be anything.
+            taken += [name] if isinstance(value, int | tuple) else []
+    # Neighbours are counted by the images that there are.
+    assert set(taken) <= {"seed", "shard.seed", "ignore", "k"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("extract", "view.size=100000"),
+        ("extract", "view.scale=[1e-9, 1]"),
+        ("extract", "teacher.std=[0, 1, 1]"),
+        ("evaluate knn", "features.crop=1e-9"),
+        ("evaluate knn", "features.image_size=100000"),
+        ("evaluate linear", "draw.ratio=[1e-9, 1]"),
+        ("evaluate finetune", "crop=0.01"),
+        ("evaluate segment", "scale=[100000, 512]"),
+        ("evaluate detect", "short_sides=[100000]"),
+    ],
+)
+def test_sizes_that_no_machine_could_bear(stage, override):
+    kind, preset = SMALLEST[stage]
+    with pytest.raises(SettingsError) as caught:
+        load(kind, stage.split()[0], preset, [override])
+    assert override.split("=")[0].split(".")[-1] in str(caught.value)
+
+
+def test_recipes_that_are_no_settings(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for text, name in (("recipes: 3\n", "recipes"), ("recipes: {paper: 3}\nrecipe: paper\n", "recipes.paper")):
+        path.write_text(text)
+        with pytest.raises(SettingsError, match=f"{name} holds no names"):
+            load(PretrainSettings, "pretrain", str(path))
 
 
 def test_unknown_presets_and_files():
@@ -139,7 +217,7 @@ def test_identity_leaves_out_speed_places_and_amounts():
 
 
 def test_overrides_are_yaml():
-    assert parse_override("a.b=1e-3") == {"a": {"b": "1e-3"}}
+    assert parse_override("a.b=1e-3") == {"a": {"b": 1e-3}}
     assert pretrain("optimizer.lr=1e-3").optimizer.lr == 1e-3
     assert parse_override("a={b: [1, 2]}") == {"a": {"b": [1, 2]}}
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}

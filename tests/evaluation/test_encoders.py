@@ -192,22 +192,55 @@ def test_what_is_no_encoder_is_refused(spec, error, message, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "field"),
     [
-        lambda config: "{",
-        lambda config: "[]",
-        lambda config: "{}",
-        lambda config: json.dumps(config | {"architecture": "hf-hub:someone/something"}),
-        lambda config: json.dumps(config | {"architecture": "resnet18", "model_args": {}}),
-        lambda config: json.dumps(config | {"model_args": {"nonsense": 1}}),
-        lambda config: json.dumps(config | {"model_args": config["model_args"] | {"depth": 3}}),
+        (lambda c: "{", "not valid JSON"),
+        (lambda c: "[" * 100000, "not valid JSON"),
+        (lambda c: "9" * 5000, "not valid JSON"),
+        (lambda c: "[]", "the file"),
+        (lambda c: "{}", "architecture"),
+        (lambda c: c | {"architecture": 3}, "architecture"),
+        (lambda c: c | {"architecture": "hf-hub:someone/something"}, "no architecture"),
+        (lambda c: c | {"architecture": "resnet18", "model_args": {}}, None),
+        (lambda c: c | {"model_args": []}, "model_args"),
+        *(
+            (lambda c, args=args: c | {"model_args": c["model_args"] | args}, field)
+            for args, field in [
+                ({"nonsense": 1}, "nonsense"),
+                ({"nonsense": 1e9}, "nonsense"),
+                ({"depth": 3}, None),
+                ({"depth": 100000}, "model_args.depth"),
+                ({"depth": 2.0}, "model_args.depth"),
+                ({"embed_dim": 8192}, "the file of them"),
+                ({"img_size": 8000, "patch_size": 1}, "the file of them"),
+                ({"patch_size": 0}, "model_args.patch_size"),
+                ({"num_heads": 0}, "model_args.num_heads"),
+                ({"num_heads": 5}, None),
+                ({"mlp_ratio": 0}, None),
+            ]
+        ),
+        *(
+            (lambda c, cfg=cfg: c | {"pretrained_cfg": c["pretrained_cfg"] | cfg}, f"pretrained_cfg.{next(iter(cfg))}")
+            for cfg in [
+                {"mean": "abc"},
+                {"mean": []},
+                {"mean": [0.5, 0.5]},
+                {"mean": [0.5, 0.5, "x"]},
+                {"std": [0.5, 0.5, 0]},
+                {"std": [0.5, 0.5, None]},
+                {"input_size": [3, 32]},
+            ]
+        ),
+        (lambda c: json.dumps(c).replace("0.485", "NaN"), "not valid JSON"),
+        (lambda c: json.dumps(c).replace("0.485", "1e400"), "not valid JSON"),
     ],
 )
-def test_a_config_that_does_not_fit(exported, change):
-    config = json.loads((exported / CONFIG).read_text())
-    (exported / CONFIG).write_text(change(config))
-    with pytest.raises(SourceError):
+def test_a_config_that_does_not_fit(exported, change, field):
+    changed = change(json.loads((exported / CONFIG).read_text()))
+    (exported / CONFIG).write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(SourceError, match=field) as caught:
         load(exported)
+    assert str(exported) in caught.value.where
 
 
 def test_weights_that_are_cut_off(exported):

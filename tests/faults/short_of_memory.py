@@ -123,7 +123,7 @@ def an_exported_model(folder: Path) -> Callable[[], object]:
     model = {"embed_dim": 3072, "depth": 1, "num_heads": 8}
     config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "model_args": model}
     (folder / "config.json").write_text(json.dumps(config))
-    return lambda: build_exported(folder / "config.json")
+    return lambda: build_exported(folder / "config.json", 2**40)
 
 
 READERS = {

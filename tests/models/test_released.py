@@ -1,5 +1,10 @@
 """A made-up checkpoint with the names and shapes of the authors' own."""
 
+import argparse
+import zipfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -96,10 +101,64 @@ def test_what_does_not_fit_is_named(tmp_path, change, what):
     assert caught.value.fix
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path):
-    torch.save({"model": released(), "args": slice(1)}, tmp_path / "x.pth")
-    with pytest.raises(SourceError, match="could run code"):
+def save_model(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """As ``utils.save_model`` of the authors' repository writes it after their engine has set the learning rates, which
+    numpy has computed."""
+    parameters = [torch.nn.Parameter(tensor) for tensor in state.values()]
+    optimizer = torch.optim.AdamW(parameters[:2], lr=1e-3, betas=(0.9, 0.98))
+    (parameters[0].sum() + parameters[1].sum()).backward()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = np.linspace(0, 1e-3, 5)[3] * np.float32(1.0), np.float64(0.05)
+    args = argparse.Namespace(
+        model="cae_base", epochs=300, opt_betas=[0.9, 0.98], window_size=(14, 14), clip_grad=None, lr=np.float64(1.5e-3)
+    )
+    scaler = torch.amp.GradScaler("cpu")
+    torch.save(
+        {
+            "model": {f"encoder.{name}": tensor for name, tensor in state.items()},
+            "optimizer": optimizer.state_dict(),
+            "epoch": np.int64(299),
+            "scaler": scaler.state_dict(),
+            "args": args,
+        },
+        path,
+    )
+
+
+def as_numpy_1_wrote_it(path: Path) -> None:
+    """Names the constructor of numpy's numbers as numpy 1 has it."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    [pickled] = [name for name in members if name.endswith("data.pkl")]
+    assert b"cnumpy._core.multiarray\nscalar" in members[pickled]
+    members[pickled] = members[pickled].replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_their_save_model_writes(older, tmp_path):
+    state, path = released(), tmp_path / "caev2_tiny_300e_checkpoint-299.pth"
+    save_model(path, state)
+    if older:
+        as_numpy_1_wrote_it(path)
+    encoder = load_encoder(str(path), 0, torch.device("cpu"))
+    found = encoder.model.state_dict()
+    assert torch.equal(found["blocks.1.ls2.gamma"], state["blocks.1.gamma_2"])
+    assert torch.equal(found["blocks.1.mlp.fc2.weight"], state["blocks.1.mlp.fc2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(slice(1), "slice"), (Path("x"), "pathlib"), (np.array([None], dtype=object), "numpy")],
+)
+def test_a_file_that_could_run_code_is_refused_and_what_it_holds_is_named(value, name, tmp_path):
+    torch.save({"model": released(), "args": argparse.Namespace(value=value)}, tmp_path / "x.pth")
+    with pytest.raises(SourceError, match="could run code") as caught:
         load_encoder(str(tmp_path / "x.pth"), 0, torch.device("cpu"))
+    assert f"({name}" in caught.value.what
 
 
 def test_no_such_file():

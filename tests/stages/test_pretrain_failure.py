@@ -8,13 +8,15 @@ import torch
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
-from cae2pipe.errors import CompileError, DamageError, DivergedError, OutOfMemoryError
+from cae2pipe.errors import CompileError, DamageError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.replay import replay
 from cae2pipe.training.failure import load_failure
 from cae2pipe.training.metrics import read_lines
+
+COSINES = {"centred_cosine_visible": 0.0, "centred_cosine_masked": 0.0}
 
 
 @pytest.fixture
@@ -81,6 +83,39 @@ def test_the_replay_names_the_module(failed, tmp_path):
     found = replay(path, device="cpu")
     assert found["inputs"] == []
     assert found["module"] == "encoder.blocks.1.norm2"
+
+
+def test_a_damaged_record_is_refused_and_the_field_is_named(failed, tmp_path):
+    _, out, _ = failed
+    whole = out / "failures" / "step-00000006.pt"
+    path = tmp_path / "step.pt"
+
+    def refused(what, **changes):
+        state = {**torch.load(whole, weights_only=True), **changes}
+        torch.save({name: value for name, value in state.items() if value is not None}, path)
+        with pytest.raises((DamageError, SettingsError), match=what) as caught:
+            replay(path, device="cpu")
+        assert str(path) in str(caught.value)
+
+    batch = torch.load(whole, weights_only=True)["batch"]
+    for name in ("settings", "mean", "values", "class_token", "target_dim", "batch", "latents"):
+        refused(f"not the record of a failed step \\({name}", **{name: None})
+    refused("settings", settings=3)
+    refused("not valid JSON", settings="{")
+    refused("not valid JSON", settings="[" * 100000)
+    refused("unknown setting", settings='{"epoch": 3}')
+    refused("it has no weights", weights=None)
+    refused("do not fit together", weights={"x": torch.zeros(3)})
+    refused("do not fit together", mean=torch.zeros(3))
+    refused("grad_norm is missing", values={"loss": 1.0, "loss_visible": 1.0, "loss_masked": 1.0} | COSINES)
+    refused("decoded is missing", latents={})
+    refused("do not fit together", latents={"decoded": torch.zeros(32, 3, 3)})
+    refused("target_dim", target_dim=0)
+    refused("pixels is no", batch={**batch, "pixels": 3})
+    refused("do not fit together", batch={**batch, "visible": torch.full_like(batch["visible"], 99)})
+    refused("more", batch={**batch, "more": 1})
+    with pytest.raises(SettingsError, match="unknown precision"):
+        replay(whole, device="cpu", precision="fp8")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

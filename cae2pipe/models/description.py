@@ -1,0 +1,92 @@
+"""What an exported encoder's ``config.json`` may say: checked before a model is built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cae2pipe.artifacts.json_files import read_json
+from cae2pipe.errors import SourceError
+
+FIX = "give a folder as `cae2pipe pretrain` or `cae2pipe export` writes it"
+
+Mean = Annotated[float, Field(ge=-10, le=10)]
+Deviation = Annotated[float, Field(gt=0, le=10)]
+
+
+class ModelArguments(BaseModel):
+    """Arguments of timm's vision transformer. Others of its arguments may be there, numbers of moderate size."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    img_size: int = Field(default=224, ge=1, le=8192)
+    patch_size: int = Field(default=16, ge=1, le=1024)
+    embed_dim: int = Field(default=768, ge=1, le=16384)
+    depth: int = Field(default=12, ge=1, le=256)
+    num_heads: int = Field(default=12, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _moderate(self) -> ModelArguments:
+        for name, value in (self.model_extra or {}).items():
+            plain = (
+                value is None
+                or isinstance(value, bool | str)
+                or (isinstance(value, int | float) and abs(value) <= 1024)
+            )
+            if not plain:
+                raise ValueError(f"{name} is no text and no number of at most 1024")
+        return self
+
+
+class Preparation(BaseModel):
+    """How images are prepared: channel means and standard deviations of pixels in [0, 1]."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    mean: tuple[Mean, Mean, Mean] = Field(strict=False)
+    std: tuple[Deviation, Deviation, Deviation] = Field(strict=False)
+    input_size: tuple[int, int, int] = Field(strict=False)
+
+
+class Description(BaseModel):
+    """A ``config.json`` in timm's format."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    architecture: str
+    pretrained_cfg: Preparation
+    model_args: ModelArguments = ModelArguments()
+
+
+def read_description(path: Path, weights: int) -> dict[str, Any]:
+    """The values of a ``config.json``.
+
+    Args:
+        path: the file. weights: bytes of the weights file that it describes.
+
+    Raises:
+        SourceError: it is not one; the field is named. Or the model would have more weights than the file can hold.
+    """
+    config = read_json(path, fix=FIX, error=SourceError, limit=2**20)
+    try:
+        found = Description.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise SourceError(
+            f"this does not describe a model of timm: {place}: {first['msg']}", where=path, fix=FIX
+        ) from None
+    shape = found.model_args
+    if "model_args" in config:
+        # A block has four square layers at least; each weight takes a byte at least.
+        least = shape.embed_dim * (4 * shape.depth * shape.embed_dim + (shape.img_size // shape.patch_size) ** 2)
+        if least > weights:
+            raise SourceError(
+                f"this describes a model of over {least} weights, and the file of them has {weights} bytes",
+                where=path,
+                fix=FIX,
+            )
+    values: dict[str, Any] = config
+    return values
