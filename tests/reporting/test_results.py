@@ -62,7 +62,7 @@ def test_markdown_holds_percent_and_no_stray_columns(scores):
     assert len(lines) == 6
     assert "| top-1 50.0 | top-5 90.0 |" in lines[2]
     assert {line.replace("\\|", "").count("|") for line in lines[:4]} == {len(COLUMNS) + 1}
-    assert lines[4:] == ["", "1. k 20 | one crop"]
+    assert lines[4:] == ["", "1. k 20 \\| one crop"]
 
 
 @pytest.mark.parametrize(("folder", "what"), [("nowhere", "no such folder"), ("d", "no finished evaluation")])
