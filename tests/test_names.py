@@ -92,7 +92,7 @@ def terminal() -> Terminal:
 @given(TEXT)
 def test_terminals_show_names(name):
     console = terminal()
-    console.line(f"a {name} b")
+    console.say(f"a {name} b")
     print_table(console, [{name: name, "other": name}])
     console.problem(SourceError(f"what {name} is", where=name, fix=f"{name}!"), "error:")
     text = console.file.getvalue()
@@ -271,5 +271,4 @@ def test_commands_show_names(nasty_data, exported, tmp_path):
     bad.write_text("epochs: 3\n'[/]\\e[2J': 1\n")
     run("config", "show", "pretrain", bad, code=2)
     run("config", "list")
-    run("teachers", "list")
     run("[/]\x1b[2J", code=2)

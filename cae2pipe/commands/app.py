@@ -55,7 +55,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
 ) -> None:
     if version:
-        console.line(__version__)
+        console.say(__version__)
         raise typer.Exit
     # Reached without a command only through options that do nothing by themselves.
     if context.invoked_subcommand is None:
@@ -77,7 +77,7 @@ def demo(
         from cae2pipe.reporting.terminal import print_table
 
         def say(text: str) -> None:
-            console.lines(text)
+            console.block(text)
 
         result = run_demo(out, teacher, device, say)
         print_table(console, rows(result))

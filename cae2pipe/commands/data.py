@@ -167,7 +167,7 @@ def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
         for row in found["codecs"]
     ]
     print_table(console, rows)
-    console.line(
+    console.say(
         f"{found['images']} images in {found['views']} views; here {found['views_per_s']:.1f} views a second, the "
         f"teacher alone {found['teacher_per_s']:.1f}: {found['verdict']}"
     )
@@ -179,7 +179,7 @@ def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
             if advice["views"] == found["views"]
             else f"of the {found['views']} asked for, each would be shown {advice['showings_asked']:.3g} times"
         )
-        console.line(
+        console.say(
             f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "
             f"with {name}, {duration(advice['seconds'])} here, each view shown {advice['showings']:.3g} times; {asked}"
         )

@@ -188,8 +188,8 @@ def _print_score(result: dict[str, Any]) -> None:
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
     if "best" in result:
-        console.line(f"best: {result['best']['top1']:.4f} after epoch {result['best']['epoch']}")
-    console.line(f"protocol: {result['protocol']}")
+        console.say(f"best: {result['best']['top1']:.4f} after epoch {result['best']['epoch']}")
+    console.say(f"protocol: {result['protocol']}")
 
 
 class ResultsFormat(StrEnum):
@@ -213,9 +213,9 @@ def results(
         if format_ is ResultsFormat.table:
             print_table(console, shown(rows))
             for number, protocol in enumerate(protocols(rows), 1):
-                console.line(f"protocol {number}: {protocol}")
+                console.say(f"protocol {number}: {protocol}")
         else:
-            console.lines(as_markdown(rows) if format_ is ResultsFormat.markdown else json.dumps(rows, indent=1))
+            console.block(as_markdown(rows) if format_ is ResultsFormat.markdown else json.dumps(rows, indent=1))
         for error in damaged:
             show(error)
     if damaged:

@@ -67,7 +67,7 @@ def verify(
                 result = check(path, report) if result.problems else result
             for problem in result.problems:
                 errors.problem(problem)
-        console.line(result.summary())
+        console.say(result.summary())
         if result.problems:
             raise typer.Exit(FAILURE)
         if live:
@@ -78,10 +78,10 @@ def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> No
     from cae2pipe.inspection import verify_live
 
     found = verify_live(path, live, weights, device)
-    console.line(
+    console.say(
         f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
         f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})"
     )
     if not found.sound:
-        errors.line("these are not the teacher's latents of these views", style="bold red")
+        errors.say("these are not the teacher's latents of these views", style="bold red")
         raise typer.Exit(FAILURE)

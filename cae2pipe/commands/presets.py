@@ -16,7 +16,7 @@ def config_list() -> None:
         from cae2pipe.config.stages import STAGES
 
         for stage in STAGES:
-            console.line(f"{stage}: {', '.join(preset_names(stage))}")
+            console.say(f"{stage}: {', '.join(preset_names(stage))}")
 
 
 def config_show(
@@ -29,7 +29,7 @@ def config_show(
         from cae2pipe.config.base import load, show
         from cae2pipe.config.stages import settings_class
 
-        console.lines(show(load(settings_class(stage, preset), stage, preset, set_ or [])))
+        console.block(show(load(settings_class(stage, preset), stage, preset, set_ or [])))
 
 
 def teachers_list() -> None:
@@ -47,4 +47,4 @@ def teachers_fetch(name: Annotated[str, typer.Argument(help="A preset's name.")]
         from cae2pipe.teachers.presets import fetch
 
         for path in fetch(name):
-            console.line(str(path))
+            console.say(str(path))

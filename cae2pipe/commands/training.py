@@ -77,7 +77,7 @@ def replay(
             ("first module with such an output", [found["module"]] if found["module"] else []),
             ("weights with such gradients", shortened(found["gradients"])),
         ):
-            console.line(f"{title}: {', '.join(values) or 'none'}")
+            console.say(f"{title}: {', '.join(values) or 'none'}")
 
 
 def shortened(names: list[str], most: int = 5) -> list[str]:
@@ -111,7 +111,7 @@ def export(
         from cae2pipe.stages.export import export as write
 
         for path in write(encoder, out, format_.value, scores or []):
-            console.line(str(path))
+            console.say(str(path))
 
 
 def compare(
@@ -236,4 +236,4 @@ def print_comparison(found: Any, folder: Path) -> None:
     headers, rows = cells(found)
     print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])
     for line in (*findings(found), f"report: {folder / 'report.html'}"):
-        console.line(line)
+        console.say(line)

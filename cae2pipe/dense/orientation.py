@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from cae2pipe.errors import SourceError
+from cae2pipe.errors import ImageError, SourceError
 from cae2pipe.exhaustion import reraise_exhaustion
-from cae2pipe.images.decode import FORMATS, describe_failure
+from cae2pipe.images.decode import FORMATS, decode_rgb
 
 THREADS = 16
 """Files whose headers are read at once: what takes time is a disk, or a network."""
@@ -90,16 +90,18 @@ def _sides(path: Path) -> Sides:
         # A pipe would be waited for.
         if path.exists() and not path.is_file():
             raise SourceError("this is no file", where=path, fix="replace it")
-        with Image.open(path, formats=FORMATS) as image:
-            return Sides(image.size, orientation_of(image, path))
-    except SourceError:
-        raise
-    except Exception as error:  # Pillow's plugins raise many kinds
-        reraise_exhaustion(error)
-        if isinstance(error, OSError) and error.strerror:
-            raise SourceError(f"this image cannot be read: {error.strerror}", where=path, fix="bring it") from None
-        what = f"this image cannot be decoded: {describe_failure(error)}"
-        raise SourceError(what, where=path, fix="replace it") from None
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                return Sides(image.size, orientation_of(image, path))
+        except Exception as error:  # Pillow's plugins raise many kinds, some for broken metadata beside whole pixels
+            reraise_exhaustion(error)
+            if isinstance(error, OSError) and error.errno:
+                raise
+            return Sides(decode_rgb(path.read_bytes(), where=path, upright=False).size, 1)
+    except OSError as error:
+        raise SourceError(f"this image cannot be read: {error.strerror}", where=path, fix="bring it") from None
+    except ImageError as error:
+        raise SourceError(error.what, where=path, fix="replace it") from None
 
 
 def orientation_of(image: Image.Image, path: Path) -> int:

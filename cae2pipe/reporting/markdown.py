@@ -9,7 +9,7 @@ from cae2pipe.names import visible
 
 ACTS = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])")
 """Characters that may act anywhere in a line. Underscores within words never do."""
-FIRST = re.compile(r"^(\s*\d*)([-+=.)])")
+FIRST = re.compile(r"^(\s*\d*)([-+=.)])(?=\s|[-=\s]*$)")
 """What makes a list, or a heading of the line above, at the beginning of a line."""
 LINK = re.compile(r"(?<=[A-Za-z])(:)(?=//)|(?<=www)(\.)", re.IGNORECASE)
 """What GitHub's Markdown makes a link of by itself."""

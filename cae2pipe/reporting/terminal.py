@@ -18,14 +18,14 @@ class Terminal(Console):
     """A console that shows every string as it is: no markup, no emoji by name, no escape sequences."""
 
     def render_str(self, text: str, *, style: str | Style = "", **options: Any) -> Text:
-        layout = {name: options.get(name) for name in ("justify", "overflow")}
-        return Text(visible(text, keep="\n"), style, **layout)
+        justify, overflow = options.get("justify"), options.get("overflow")
+        return Text(visible(text, keep="\n"), style, justify=justify, overflow=overflow)
 
-    def line(self, text: str, style: str | None = None) -> None:
+    def say(self, text: str, style: str | None = None) -> None:
         """One line, however long: it is never wrapped."""
         self.print(visible(text), style=style, soft_wrap=True)
 
-    def lines(self, text: str) -> None:
+    def block(self, text: str) -> None:
         """Text of several lines."""
         self.print(text, soft_wrap=True)
 
@@ -36,7 +36,7 @@ class Terminal(Console):
         self.print(error.what.replace("\n", "\n    "), soft_wrap=True)
         for name, text in (("where:", error.where), ("fix:  ", error.fix)):
             if text:
-                self.line(f"  {name} {text}")
+                self.say(f"  {name} {text}")
 
 
 def print_table(terminal: Terminal, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -54,4 +54,4 @@ def print_facts(terminal: Terminal, facts: Mapping[str, Any]) -> None:
     import yaml
 
     text = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
-    terminal.lines(text.rstrip())
+    terminal.block(text.rstrip())

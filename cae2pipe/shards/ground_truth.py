@@ -92,10 +92,19 @@ def read_ground_truth(path: Path) -> GroundTruth:
     except UnicodeDecodeError:
         raise SourceError("this is no file of labels", where=path, fix=FIX_LABELS) from None
     if text.startswith("ImageId,"):
-        rows = [row for row in csv.reader(io.StringIO(text)) if row][1:]
+        try:
+            rows = [row for row in csv.reader(io.StringIO(text)) if row][1:]
+        except csv.Error as error:
+            raise SourceError(f"this is no table: {error}", where=path, fix=FIX_LABELS) from None
         if bad := next((row for row in rows if len(row) < 2 or not row[1].split()), None):
             raise SourceError(f"a line without a class: {bad}", where=path, fix=FIX_LABELS)
-        by_name = {row[0].removesuffix(".JPEG"): row[1].split()[0] for row in rows}
+        by_name: dict[str, str] = {}
+        for row in rows:
+            image, name = row[0].removesuffix(".JPEG"), row[1].split()[0]
+            if by_name.setdefault(image, name) != name:
+                raise SourceError(
+                    f"image {image!r} has two classes, {by_name[image]} and {name}", where=path, fix=FIX_LABELS
+                )
         return GroundTruth(path, sorted(set(by_name.values())), by_name=by_name)
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if names and all(name.isdigit() for name in names):
