@@ -36,6 +36,9 @@ def main() -> NoReturn:
     except SystemExit as left:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         code = left.code if left.code is None or isinstance(left.code, int) else FAILURE
+        # Outside of a command typer catches it, and says nothing.
+        if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
+            sys.stderr.write("interrupted\n")
     except BaseException as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # An import that is broken off may say something else.

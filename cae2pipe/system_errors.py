@@ -62,6 +62,8 @@ def explain(error: BaseException) -> Cae2pipeError | None:
     kind = type(error).__name__  # by its name: commands that need no torch do not wait for its import
     if kind == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
         return _os_error(OSError(int(found[1]), os.strerror(int(found[1]))))
+    if isinstance(error, ImportError) and re.search("failed to map segment|[Cc]annot allocate memory", text):
+        return host_memory()  # a library of torch's
     if isinstance(error, RuntimeError):
         if "DefaultCPUAllocator" in text:  # torch's MemoryError
             return host_memory()

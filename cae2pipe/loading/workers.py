@@ -69,7 +69,7 @@ def in_order(source: Listed | Streamed, workers: int) -> Iterator[Any]:
         yield from _share(source, 0, 1)
         return
     started: list[_Worker] = []
-    grace = 0.0
+    grace = GRACE
     try:
         _start(source, workers, started)
         # A list that ends in the middle of a round leaves some workers without an item in it, and so does a stream.
@@ -85,14 +85,14 @@ def in_order(source: Listed | Streamed, workers: int) -> Iterator[Any]:
                 if first:
                     check_room(shared, workers, len(source) if isinstance(source, Sized) else None)
                     first = False
-                try:
-                    yield value
-                except GeneratorExit:
-                    grace = GRACE
-                    raise
+                yield value
                 # Else it would share the memory of the next one.
                 del value
-        grace = GRACE
+    except BaseException as error:
+        # Who is in a hurry does not wait for workers that may be stuck.
+        if isinstance(error, StoppedWaitingError) or not isinstance(error, (Exception, GeneratorExit)):
+            grace = 0.0
+        raise
     finally:
         _end(started, grace)
 

@@ -139,7 +139,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path) -> None:
     folder.mkdir()
     environment = os.environ | {"TMPDIR": str(folder)}
     command = [sys.executable, script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     assert "AF_UNIX" not in done.stderr
     # By the worker, and by the main process.
