@@ -34,7 +34,9 @@ from cae2pipe.shards.kinds import (
 from cae2pipe.shards.samples import CLASSES, Contents, Member, Tar, scan_samples
 from cae2pipe.shards.tar_members import BLOCK, TarFormatError, TarMember, blocks, read_members
 
-FIX_ARCHIVE = "bring the archive again (compare its checksum with the one published), then run the same command"
+FIX_ARCHIVE = (
+    "download or copy the archive again (compare its checksum with the one published), then run the same command"
+)
 
 ARCHIVES = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z", ".rar")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
