@@ -43,7 +43,7 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
         raise SettingsError(f"unknown precision {precision!r}", where="--precision", fix="give fp32 or bf16")
     batch, latents, context = load_failure(path)
     weights = context.get("weights")
-    if weights is None:
+    if weights is None and "-rank" in path.name:
         _, _, lead = load_failure(path.with_name(path.name.split("-rank")[0] + ".pt"))
         weights = lead.get("weights")
     if weights is None:

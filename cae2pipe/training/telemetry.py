@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import torch
 
+from cae2pipe.artifacts.atomic import write_bytes
+from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.progress import Report
@@ -20,7 +24,7 @@ from cae2pipe.training.parallel import World
 from cae2pipe.training.step import Outcome
 
 CLOCKED = ("images_per_s", "devices", "data_wait", "mfu", "memory_gb", "left_s")
-"""Figures of a line that hang on the machine; all others a repeated run gives again."""
+"""Figures of a line that depend on the machine; all others a repeated run gives again."""
 
 
 class Telemetry:
@@ -134,9 +138,7 @@ class Wandb:
     def __init__(self, out: Path, settings: PretrainSettings, start: int):
         import wandb
 
-        marker = out / "wandb-id.txt"
-        identity = marker.read_text().strip() if marker.exists() else wandb.util.generate_id()
-        marker.write_text(identity + "\n")
+        identity = wandb_id(out / "wandb-id.txt")
         self._run = wandb.init(
             project="cae2pipe",
             name=out.name,
@@ -153,6 +155,24 @@ class Wandb:
         self._run.finish()
 
 
+def wandb_id(marker: Path) -> str:
+    """What wandb calls a run: kept in a file of the run's folder, so that a resumed run is the same there.
+
+    Raises:
+        SettingsError: the file holds something else.
+    """
+    try:
+        found = read_bytes(marker).strip()
+    except FileNotFoundError:
+        found = secrets.token_hex(4).encode()
+        write_bytes(marker, found + b"\n")
+    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", found):
+        raise SettingsError(
+            "this file holds no id of a run of wandb", where=marker, fix="delete it for a new run there"
+        )
+    return found.decode()
+
+
 TRACKERS: dict[str, type[TensorBoard | Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
@@ -162,5 +182,5 @@ def make_tracker(name: str, out: Path, settings: PretrainSettings, start: int) -
         return TRACKERS[name](out, settings, start)
     except ImportError:
         raise SettingsError(
-            f"{name} is not installed", where="track", fix=f"pip install {name}, or leave it out of track"
+            f"{name} is not installed", where="track", fix=f"pip install {name}, or omit it from track"
         ) from None

@@ -1,5 +1,7 @@
+import json
 import sys
-import types
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
-from cae2pipe.training.telemetry import CLOCKED, make_tracker
+from cae2pipe.training.telemetry import CLOCKED, make_tracker, wandb_id
 
 
 class Watching(Silent):
@@ -62,29 +64,47 @@ def test_tensorboard_holds_every_step_once_after_a_resumption(target_root, pretr
     assert [event.value for event in found] == pytest.approx([line["loss"] for line in lines])
 
 
-def test_wandb_goes_on_with_the_same_run(target_root, pretrain_settings, tmp_path, monkeypatch):
-    calls: list[tuple] = []
+def wandb_records(path: Path) -> list[Any]:
+    """What wandb has written of a run while it was offline."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
 
-    class Run:
-        def log(self, line, step):
-            calls.append(("log", step, line["loss"]))
+    store, records = DataStore(), []
+    store.open_for_scan(str(path))
+    while data := store.scan_data():
+        records.append(Record.FromString(bytes(data)))
+    store.close()
+    return records
 
-        def finish(self):
-            calls.append(("finish",))
 
-    def init(**options):
-        calls.append(("init", options["id"], options["resume"], options["config"]["epochs"]))
-        return Run()
-
-    fake = types.SimpleNamespace(init=init, util=types.SimpleNamespace(generate_id=lambda: "abc"))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_wandb_resumes_the_same_run(target_root, pretrain_settings, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
     out = tmp_path / "run"
     pretrain(target_root, out, pretrain_settings(stop_after=2, track=["wandb"]), Silent())
-    fake.util.generate_id = lambda: "another"
     pretrain(target_root, out, pretrain_settings(stop_after=3, track=["wandb"]), Silent())
-    assert [call for call in calls if call[0] == "init"] == [("init", "abc", "allow", 2)] * 2
-    assert [call[1] for call in calls if call[0] == "log"] == [0, 1, 2]
-    assert calls[-1] == ("finish",)
+    files = sorted(out.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    records = [record for path in files for record in wandb_records(path)]
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert {run.run_id for run in runs} == {(out / "wandb-id.txt").read_text().strip()}
+    assert {item.key: item.value_json for item in runs[0].config.update}["epochs"] == "2"
+    lines = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [(line["_step"], line["loss"]) for line in lines] == [
+        (line["step"], line["loss"]) for line in read_lines(out / "metrics.jsonl")
+    ]
+
+
+def test_an_id_of_wandb_that_is_none(tmp_path):
+    assert wandb_id(tmp_path / "id.txt") == wandb_id(tmp_path / "id.txt")
+    (tmp_path / "id.txt").write_text("../x")
+    with pytest.raises(SettingsError, match="no id of a run"):
+        wandb_id(tmp_path / "id.txt")
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, pretrain_settings, monkeypatch):
