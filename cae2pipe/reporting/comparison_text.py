@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+from cae2pipe.names import told_apart
 from cae2pipe.reporting.comparison import Comparison, Row
 from cae2pipe.reporting.markdown import escaped, markdown_table
 
@@ -94,7 +95,7 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
         size = BLANK if row.latents is None else f"{row.latents / 1000:.1f}"
         took = f"{statistics.fmean(row.hours) * (1 if long else 60):.3g}" if row.hours else BLANK
         rows.append([row.name, *scores, *paper, loss, size, took])
-    return headers, rows
+    return told_apart(headers, range(1, len(headers) + 1)), rows
 
 
 def score_cell(found: Comparison, row: Row, column: str) -> str:

@@ -70,6 +70,13 @@ def test_no_order_without_two_rows_that_have_both():
     assert order_of([row("a", 0.1), row("b", 0.2)], "linear") == "b > a"
 
 
+def test_no_column_is_lost_because_its_name_repeats():
+    found = Comparison("T", "", ["loss"], [Row("a", {"loss": [0.5]}, curves={"loss": [2.0]})], {}, 1)
+    headers, (cell,) = cells(found)
+    assert headers == ["variant", "loss (2)", "loss (3)", "kB a view", "device min a run"]
+    assert cell[1:3] == ["50.0", "2.000"]
+
+
 def test_the_table():
     first = row("a|b", 0.5, 0.6, paper=70.0, curves={"loss": [1.0, 0.5]}, hours=[0.5, 1.5], latents=5400.0)
     found = comparison(first, row("c"))
