@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from cae2pipe.errors import ImageError, SourceError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.decode import FORMATS, decode_rgb
+from cae2pipe.images.metadata import read_orientation
 
 THREADS = 16
 """Files whose headers are read at once: what takes time is a disk, or a network."""
@@ -109,9 +110,4 @@ def orientation_of(image: Image.Image, path: Path) -> int:
     # Pillow would decode a whole PNG to see whether a profile follows its pixels.
     if image.format == "PNG" and not any(key in path.read_bytes() for key in (b"eXIf", b"Raw profile", b"xmp")):
         return 1
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # broken EXIF beside whole pixels, of many kinds
-        reraise_exhaustion(error)
-        return 1
-    return value if value in range(1, 9) else 1
+    return read_orientation(image)
