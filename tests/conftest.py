@@ -246,7 +246,7 @@ def backends():
 
 def edit_manifest(root: Path, **changes: Any) -> None:
     """Lay fields over a manifest's, as whoever makes its digest fit."""
-    from cae2pipe.artifacts.manifests.door import seal
+    from cae2pipe.artifacts.manifest import seal
 
     path = root / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -9,8 +9,8 @@ The manifest holds
 - facts of the kind (class names, teacher, codec, ...), and ``complete``;
 - ``digest``: of the manifest itself.
 
-``manifests`` says what each kind may hold. What is written and what is read passes the same models, so no name, path,
-type or number reaches the code that they do not allow.
+``manifest_*.py`` say what each kind may hold. What is written and what is read passes the same models, so no name,
+path, type or number reaches the code that they do not allow.
 
 A unit is written first, then its entry in ``journal/``: the entry's presence is what makes the unit exist. At the end
 of a run the journal is folded into the manifest. A killed run leaves a journal, which is as good as the manifest;
@@ -31,7 +31,7 @@ from cae2pipe.artifacts.digest import fingerprint, sha256_file
 from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.json_files import read_document
 from cae2pipe.artifacts.lock import holding
-from cae2pipe.artifacts.manifests.door import (
+from cae2pipe.artifacts.manifest import (
     AGAIN,
     FORMATS,
     LIMIT,

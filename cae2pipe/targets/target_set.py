@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.box import Box, check_files, open_box
-from cae2pipe.artifacts.manifests.door import AGAIN
+from cae2pipe.artifacts.manifest import AGAIN
 from cae2pipe.artifacts.places import place
 from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import ViewSettings

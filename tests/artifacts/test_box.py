@@ -12,7 +12,7 @@ from cae2pipe.artifacts.atomic import remove_debris, replacing, temporary_path, 
 from cae2pipe.artifacts.box import MANIFEST, check_files, first_difference, is_box, open_box, open_or_create
 from cae2pipe.artifacts.digest import canonical_json, file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.manifests.door import encode_manifest
+from cae2pipe.artifacts.manifest import encode_manifest
 from cae2pipe.errors import BadInputError, DamageError, LockedError, ManifestError, MismatchError
 from tests.conftest import snapshot
 

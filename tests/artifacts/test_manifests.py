@@ -15,7 +15,7 @@ import pytest
 
 from cae2pipe.artifacts.box import open_box
 from cae2pipe.artifacts.digest import fingerprint
-from cae2pipe.artifacts.manifests.door import DIGESTED, decode_manifest, decode_unit, encode_unit, seal
+from cae2pipe.artifacts.manifest import DIGESTED, decode_manifest, decode_unit, encode_unit, seal
 from cae2pipe.errors import DamageError, ManifestError
 
 VALUES: list[Any] = [

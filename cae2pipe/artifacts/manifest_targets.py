@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from cae2pipe.artifacts.manifests.values import (
+from cae2pipe.artifacts.manifest_values import (
     INSIDE_ZARR,
     OPEN,
     SAMPLE_BYTES,

@@ -15,9 +15,9 @@ from typing import Annotated, Any, NoReturn
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from cae2pipe.artifacts import manifest_run, manifest_scores, manifest_shards, manifest_targets
 from cae2pipe.artifacts.digest import fingerprint, sha256_bytes
 from cae2pipe.artifacts.json_files import check_numbers, parse_json
-from cae2pipe.artifacts.manifests import runs, scores, shards, targets
 from cae2pipe.errors import Cae2pipeError, DamageError, ManifestError
 
 FORMATS = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
@@ -28,13 +28,21 @@ DIGESTED = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
 LIMIT = 2 * 2**30
 """Bytes of the largest manifest that is read: that of 41,000 units has 120 MB."""
 
-RULES: dict[str, ModuleType] = {"shards": shards, "targets": targets, "run": runs, "scores": scores}
+RULES: dict[str, ModuleType] = {
+    "shards": manifest_shards,
+    "targets": manifest_targets,
+    "run": manifest_run,
+    "scores": manifest_scores,
+}
 AGAIN = "restore the file from a copy, or make the folder again"
 BLANK = "0" * 64
 SHOWN = 120
 
 Manifest = Annotated[
-    shards.ShardsManifest | targets.TargetsManifest | runs.RunManifest | scores.ScoresManifest,
+    manifest_shards.ShardsManifest
+    | manifest_targets.TargetsManifest
+    | manifest_run.RunManifest
+    | manifest_scores.ScoresManifest,
     Field(discriminator="kind"),
 ]
 
@@ -118,8 +126,8 @@ def decode_unit(kind: str, format: int, name: str, data: bytes, where: object) -
 @functools.cache
 def _unit_names(kind: str) -> re.Pattern[str]:
     names = {
-        "shards": rf"{shards.SHARD}|{shards.LISTING}|rejects",
-        "targets": rf"codec|images/{targets.SHARD}|{targets.VIEW}/{targets.SHARD}",
+        "shards": rf"{manifest_shards.SHARD}|{manifest_shards.LISTING}|rejects",
+        "targets": rf"codec|images/{manifest_targets.SHARD}|{manifest_targets.VIEW}/{manifest_targets.SHARD}",
         "run": "encoder",
         "scores": "result",
     }

@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from cae2pipe.artifacts.manifests.values import OPEN, STRICT, FileEntry, Format, Sha256, StoreName, Teacher, Values
+from cae2pipe.artifacts.manifest_values import OPEN, STRICT, FileEntry, Format, Sha256, StoreName, Teacher, Values
 
 EncoderFile = Literal["encoder.safetensors", "config.json"]
 
