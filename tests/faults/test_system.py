@@ -11,7 +11,6 @@ import signal
 import stat
 import subprocess
 import sys
-from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from cae2pipe.commands.shared import exits
 from cae2pipe.errors import BadInputError, Cae2pipeError
 from cae2pipe.names import why_not_utf8
 from cae2pipe.system_errors import explain
+from tests.faults.short_of_memory import limited
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,23 +71,13 @@ def test_an_error_without_a_number_is_a_defect():
         raise OSError("a defect")
 
 
-@contextmanager
-def files_of(most: int):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
 def test_tensors_that_cannot_be_written_are_the_operating_systems_error(write, tmp_path):
     path = tmp_path / "tensors"
     write(path, {"a": torch.zeros(10)})
     before = path.read_bytes()
     for count in (3000, 200_000):  # within what is buffered, and beyond
-        with files_of(2000), pytest.raises(OSError, match="too large") as caught:
+        with limited(resource.RLIMIT_FSIZE, 2000), pytest.raises(OSError, match="too large") as caught:
             write(path, {"a": torch.zeros(count)})
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert path.read_bytes() == before

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 import timm
@@ -7,6 +8,7 @@ from safetensors import safe_open
 
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
+from tests.faults.short_of_memory import limited
 
 SHAPES = {
     "odd heads": {"width": 60, "depth": 3, "heads": 5, "image_size": 32, "patch_size": 8},
@@ -81,16 +83,10 @@ def test_layer_scale_stays_and_keys_get_a_bias_of_zeros(tmp_path):
         assert not file.get_tensor("pos_embed")[0, 0].any()
 
 
-def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_export_leaves_the_old_one(tmp_path):
     export_encoder(trained(**SHAPES["odd heads"]), tmp_path)
     before = (tmp_path / "encoder.safetensors").read_bytes()
-
-    def fails(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", fails)
-    with pytest.raises(OSError, match="no space"):
+    with limited(resource.RLIMIT_FSIZE, 10_000), pytest.raises(OSError, match="too large"):
         export_encoder(trained(**SHAPES["patch 14"]), tmp_path)
     assert (tmp_path / "encoder.safetensors").read_bytes() == before
     assert json.loads((tmp_path / "config.json").read_text())["model_args"]["embed_dim"] == 60

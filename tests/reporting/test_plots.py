@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from xml.etree import ElementTree
 
@@ -97,3 +98,9 @@ def test_equal_figures_give_equal_bytes():
 @pytest.mark.parametrize("ys", [[1.0], [2.0, 2.0], [float("nan"), 1.0]])
 def test_odd_curves_are_drawn(ys):
     picture(curves({"a": Points(range(len(ys)), ys)}, x_label="x", y_label="y"))
+
+
+def test_a_date_that_is_not_written_cannot_be_wrong(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "x")
+    picture(curves(LINES, x_label="epochs", y_label="loss"))
+    assert os.environ["SOURCE_DATE_EPOCH"] == "x"
