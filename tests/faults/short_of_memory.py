@@ -94,11 +94,11 @@ def weights(suffix: str) -> Callable[[Path], Callable[[], object]]:
 
 def a_checkpoint(folder: Path) -> Callable[[], object]:
     from cae2pipe.progress import Silent
-    from cae2pipe.training.checkpoint import load_checkpoint
+    from cae2pipe.training.checkpoint import load_checkpoint, save_checkpoint
 
-    torch.save({"a": torch.zeros(8)}, folder / "step-00000001.pt")
-    torch.save({"a": torch.zeros(LARGE, dtype=torch.uint8)}, folder / "step-00000002.pt")
-    return lambda: load_checkpoint(folder, Silent(), "", {})
+    save_checkpoint(folder, 1, {"a": torch.zeros(8)}, "run", 2)
+    save_checkpoint(folder, 2, {"a": torch.zeros(LARGE, dtype=torch.uint8)}, "run", 2)
+    return lambda: load_checkpoint(folder, Silent(), "run", {})
 
 
 def another_ranks_checkpoint(folder: Path) -> Callable[[], object]:
@@ -119,9 +119,10 @@ def an_exported_model(folder: Path) -> Callable[[], object]:
     import timm  # noqa: F401
 
     from cae2pipe.evaluation.encoders import build_exported
+    from cae2pipe.models.encoder import Encoder
+    from cae2pipe.models.export import timm_config
 
-    model = {"embed_dim": 3072, "depth": 1, "num_heads": 8}
-    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "model_args": model}
+    config = timm_config(Encoder(width=3072, depth=1, heads=8, image_size=32, patch_size=16))
     (folder / "config.json").write_text(json.dumps(config))
     return lambda: build_exported(folder / "config.json", 2**40)
 
