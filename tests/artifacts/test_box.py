@@ -94,9 +94,10 @@ def test_manifests_that_cannot_be_used(tmp_path, change, error, message):
 
 
 def test_a_folder_of_another_kind(make_run):
+    run = make_run()
     with pytest.raises(ManifestError, match="holds 'run', and 'shards' is needed"):
-        open_box(make_run(), "shards")
-    assert not is_box(make_run(), "shards")
+        open_box(run, "shards")
+    assert not is_box(run, "shards")
 
 
 def test_a_manifest_is_damaged_and_no_other_folder(tmp_path):
