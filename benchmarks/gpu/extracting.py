@@ -23,6 +23,7 @@ from cae2pipe.targets.encoding import Meter, encode_ahead, encode_tokens
 from cae2pipe.targets.images import make_images
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import pack_block
+from cae2pipe.targets.stored_calibration import CODEC
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
@@ -127,7 +128,8 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     settings = state.clip_settings()
     out = state.scratch / "extracted-again"
     shutil.copytree(targets.root / "codec.zarr", out / "codec.zarr")
-    box = Box(out, targets.box.kind, targets.box.identity, facts=targets.box.facts)
+    units = {CODEC: targets.box.units[CODEC]}
+    box = Box(out, targets.box.kind, targets.box.identity, units, targets.box.facts)
     missing, workers = stage.missing_views(box, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
     make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())

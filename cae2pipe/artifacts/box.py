@@ -21,6 +21,7 @@ times, host names or absolute paths, so equal inputs give equal bytes.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,8 @@ def open_box(root: Path, kind: str | None = None) -> Box:
     # The journal first: an entry that has gone by then is in the manifest.
     journal = read_many(journal_entries(root))
     if file_size(path) is None:
+        if is_local(path) and os.path.lexists(path):
+            raise ManifestError("this is no file, nor a link to one", where=path, fix=AGAIN)
         if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in file_sizes(root)):
             raise ManifestError(
                 "this folder has lost its manifest.json, without which nothing says what in it is whole",

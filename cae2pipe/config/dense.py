@@ -57,9 +57,9 @@ class SegmentSettings(Settings):
     chunk: int = Field(default=2, ge=2, le=2**20)
     """Images that pass forward and backward together. Divides the batch; the number of chunks is a multiple of the
     number of processes. BatchNorm takes its statistics over a chunk on each device together."""
-    lr: float = Field(default=1e-4, gt=0, le=1e4)
+    lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of the decoder at a batch of 16; it scales linearly with the batch."""
-    min_lr: float = Field(default=1e-6, ge=0, le=1e4)
+    min_lr: float = Field(default=1e-6, ge=0)
     """Learning rate at the end, scaled like lr."""
     power: float = Field(default=1.0, gt=0, le=1e3)
     """Of the polynomial decay."""
@@ -148,7 +148,7 @@ class DetectSettings(Settings):
     chunk: int = Field(default=2, ge=1, le=2**20)
     """Images that pass forward and backward together. Divides the batch; the number of chunks is a multiple of the
     number of processes."""
-    lr: float = Field(default=3e-4, gt=0, le=1e4)
+    lr: float = Field(default=3e-4, gt=0)
     """Learning rate of all but the encoder at a batch of 16; it scales linearly with the batch."""
     layer_decay: float = Field(default=0.8, gt=0, le=1)
     """What the learning rate is multiplied with from the heads to the last block, and from each to the one before."""

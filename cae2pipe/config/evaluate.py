@@ -113,7 +113,7 @@ class LinearSettings(Settings):
     chunk: int = Field(default=256, ge=2, le=2**24)
     """Images whose statistics the BatchNorm takes together, as a device does its share (released code). Cached crops
     are normalised by the whole batch."""
-    lr: float = Field(default=0.1, gt=0, le=1e4)
+    lr: float = Field(default=0.1, gt=0)
     """Peak learning rate of LARS at a batch of 256; it scales linearly with `batch`, as set here."""
     sweep: tuple[float, ...] = ()
     """With cached crops: learning rates to train with at once, as `lr` counts them. The one that is best on held-out
@@ -151,7 +151,7 @@ class AttentiveSettings(Settings):
     """Images a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
     chunk: int = Field(default=256, ge=2, le=2**24)
     """Images whose statistics the BatchNorm takes together, as a device does its share (released code)."""
-    lr: float = Field(default=0.4, gt=0, le=1e4)
+    lr: float = Field(default=0.4, gt=0)
     """Peak learning rate of SGD with Nesterov momentum at a batch of 8192; it scales linearly with the batch taken."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD's momentum."""
@@ -201,9 +201,9 @@ class FinetuneSettings(Settings):
     chunk: int = Field(default=128, ge=2, le=2**20)
     """Images that pass forward and backward together, and that share a draw of Mixup. Divides the batch; the number of
     chunks is a multiple of the number of processes."""
-    lr: float = Field(default=2e-4, gt=0, le=1e4)
+    lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate of the classifier at a batch of 1024; it scales linearly with the batch."""
-    min_lr: float = Field(default=1e-6, ge=0, le=1e4)
+    min_lr: float = Field(default=1e-6, ge=0)
     """Learning rate at the end of the cosine, scaled like lr."""
     layer_decay: float = Field(default=0.75, gt=0, le=1)
     """What the learning rate is multiplied with from each block to the one before it."""

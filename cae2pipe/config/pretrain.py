@@ -111,11 +111,11 @@ class LossSettings(Settings):
 class OptimizerSettings(Settings):
     """AdamW and its schedule (paper Table 8)."""
 
-    lr: float = Field(default=1.5e-3, gt=0, le=1e4)
+    lr: float = Field(default=1.5e-3, gt=0)
     """Peak learning rate at a batch of 2048."""
     scale_lr: bool = True
     """Scale lr and min_lr linearly with the batch; false: take them as they are."""
-    min_lr: float = Field(default=1e-5, ge=0, le=1e4)
+    min_lr: float = Field(default=1e-5, ge=0)
     """Learning rate at the end of the cosine, scaled like lr."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first momentum."""

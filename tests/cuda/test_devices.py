@@ -66,6 +66,8 @@ def test_bf16_is_the_default_where_the_device_computes_it(native, machine, monke
 @pytest.mark.parametrize("local", [0, 1])
 def test_processes_meet_on_the_devices_that_they_took(name, local, cuda, machine, monkeypatch):
     calls = []
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: calls.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("parted"))

@@ -32,6 +32,14 @@ from tests.faults.short_of_memory import limited
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts what it puts into the background with SIGINT ignored, and so would be what the tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
     (tmp_path / "folder").mkdir()
@@ -252,8 +260,9 @@ if __name__ == "__main__":
         except typer.Exit as left:
             print(name, "left with", left.exit_code, file=sys.stderr, flush=True)
     print(*sorted(path.name for path in (disk / "full/checkpoints").iterdir()))
-    from cae2pipe.training.checkpoint import load_checkpoint
-    print(load_checkpoint(disk / "full/checkpoints", Silent())["step"])
+    from cae2pipe.training.checkpoint import checkpoints, read_checkpoint, step_of
+    newest = step_of(checkpoints(disk / "full/checkpoints")[-1])
+    print(read_checkpoint(disk / "full/checkpoints", newest)["step"])
 """
 
 

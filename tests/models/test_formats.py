@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from cae2pipe.artifacts.manifest import seal
 from cae2pipe.cli import app
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.evaluation.encoders import load_encoder
@@ -127,8 +128,7 @@ def test_a_run_of_an_older_version_is_exported(kind, trained_run, tmp_path):
     fold(run)
     manifest = json.loads((trained_run() / "manifest.json").read_text())
     del manifest["teacher"]["library"], manifest["teacher"]["weights"], manifest["units"]["encoder"]
-    manifest.pop("digest", None)
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "manifest.json").write_bytes(seal(manifest))
     export(str(run), tmp_path / "out", kind, [])
     found = tokens(kind, tmp_path / "out")
     torch.testing.assert_close(found, wanted[:, 0] if found.ndim == 2 else wanted, rtol=0, atol=1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cae2pipe.artifacts.manifest import seal
 from cae2pipe.cli import app
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
@@ -68,8 +69,7 @@ def with_result(**changes):
 
     def change(text):
         manifest = json.loads(text)
-        manifest.pop("digest", None)
-        return json.dumps({**manifest, "result": {**manifest["result"], **changes}})
+        return seal({**manifest, "result": {**manifest["result"], **changes}}).decode()
 
     return change
 

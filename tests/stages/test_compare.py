@@ -131,7 +131,7 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
     folder = out / "reports" / "losses"
     text = (folder / "report.md").read_text()
     assert "| both |" in text
-    assert "knn: the paper's order, both > masked alone," in text
+    assert "knn: the paper's order, both \\> masked alone," in text
     page = (folder / "report.html").read_text()
     assert "Losses &lt;both&gt;" in page
     assert "http" not in page
