@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
+from cae2pipe.commands.shared import console
 from cae2pipe.commands import training
 from cae2pipe.errors import SourceError
 from cae2pipe.names import told_apart, visible, visible_json
@@ -235,14 +236,16 @@ def nasty_data(tmp_path_factory) -> Path:
     return root
 
 
-def test_commands_show_names(nasty_data, exported, tmp_path):
+def test_commands_show_names(nasty_data, exported, tmp_path, monkeypatch):
+    # A console that found COLUMNS when it was made, as under pytest-xdist, does not look again.
+    monkeypatch.setattr(console, "_width", 1000)
     out = tmp_path / "[lr=1e-3]\x1b[31m"
     out.mkdir()
     encoder = out / "[red]<b>|enc\x1b[2J"
     shutil.copytree(exported, encoder)
 
     def run(*words: object, code: int = 0) -> str:
-        done = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "1000"})
+        done = CliRunner().invoke(app, [str(word) for word in words])
         assert done.exit_code == code, done.output
         assert harmless(done.stdout + done.stderr)
         return done.stdout + done.stderr
