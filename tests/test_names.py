@@ -19,8 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
-from cae2pipe.commands.shared import console
 from cae2pipe.commands import training
+from cae2pipe.commands.shared import console
 from cae2pipe.errors import SourceError
 from cae2pipe.names import told_apart, visible, visible_json
 from cae2pipe.progress import Lines, _bars, _Panel
