@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -282,11 +283,13 @@ def run_sample(
                 tasks.append(Task(shard, number, (0,)))
                 taken += min(BLOCK, shard.samples - number * BLOCK)
     outputs, jpegs = [], []
-    rendered = render(Renderer(shards, tasks, settings.view, settings.seed), workers)
-    for block, output in run_teacher(rendered, teacher, lane_count(settings.speed.lanes, teacher.device)):
-        check_features(output.tokens, where=f"shard {block.task.shard.name}, block {block.task.block}", constant=True)
-        outputs.append(output)
-        jpegs += block.kept or block.jpegs[0]
+    lanes = lane_count(settings.speed.lanes, teacher.device)
+    with closing(render(Renderer(shards, tasks, settings.view, settings.seed), workers)) as rendered:
+        for block, output in run_teacher(rendered, teacher, lanes):
+            where = f"shard {block.task.shard.name}, block {block.task.block}"
+            check_features(output.tokens, where=where, constant=True)
+            outputs.append(output)
+            jpegs += block.kept or block.jpegs[0]
     return outputs, jpegs
 
 
@@ -407,7 +410,8 @@ def make_views(
     encoded = encode_ahead(rendered, teacher, layout, calibration, meter, lanes)
     open_shards: deque[_Shard] = deque()
     finishing: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1) as finisher:
+    # Workers are ended whatever happens here: one that is stuck would hold up the end of this process.
+    with closing(rendered), ThreadPoolExecutor(1) as finisher:
         try:
             # Blocks come in task order, so one shard's blocks are neighbours.
             for shard, blocks in groupby(encoded, key=lambda block: block.rendered.task.shard):

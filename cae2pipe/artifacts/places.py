@@ -41,6 +41,9 @@ def place(text: str | os.PathLike[str]) -> Path:
         return Path(text) if isinstance(text, os.PathLike) else text  # a remote place already
     if "://" not in text:
         return Path(text)
+    protocol, _, rest = text.partition("://")
+    if not protocol or not rest.strip("/"):
+        raise BadInputError("this URL names nothing", where=text, fix="give PROTOCOL://BUCKET/FOLDER, or a path")
     # Neither is imported for local work.
     from upath import UPath
 

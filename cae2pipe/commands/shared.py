@@ -28,22 +28,22 @@ console = Terminal()
 errors = Terminal(stderr=True)
 
 
-def place(text: str) -> Path:
-    """A path or URL of the command line."""
+def place(text: str | Path) -> Path:
+    """A path or URL of the command line. typer hands defaults, which are paths already, through it too."""
+    if not str(text).strip():
+        raise typer.BadParameter("this name is empty, perhaps because a variable of the shell is not set")
     try:
         return _place(text)
     except Cae2pipeError as error:
         raise typer.BadParameter(visible(str(error), keep="\n")) from None
 
 
-def folder(text: str) -> Path:
+def folder(text: str | Path) -> Path:
     """A folder or URL of the command line that is to be written to."""
-    if not text.strip():
-        raise typer.BadParameter("this name is empty, perhaps because a variable of the shell is not set")
     try:
-        text.encode()
+        str(text).encode()
     except UnicodeEncodeError:
-        raise typer.BadParameter("; ".join(why_not_utf8(text))) from None
+        raise typer.BadParameter("; ".join(why_not_utf8(str(text)))) from None
     return place(text)
 
 

@@ -17,6 +17,7 @@ from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.errors import ImageError, SettingsError, SourceError
 from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.decode import decode_rgb, describe_failure
+from cae2pipe.names import listed_names, text_lines
 from cae2pipe.shards.kinds import SUFFIXES
 
 IMAGES, ANNOTATIONS = "images", "annotations"
@@ -136,9 +137,9 @@ def open_part(
 def class_names(root: Path, settings: SegmentSettings) -> list[str]:
     """What the classes are called: a line each of classes.txt, ADE20K's own table, or their numbers."""
     if settings.classes is None and (root / CLASSES).is_file():
-        names = [line.strip() for line in (root / CLASSES).read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = listed_names((root / CLASSES).read_text(encoding="utf-8-sig"), root / CLASSES)
     elif settings.classes is None and (root / ADE20K).is_file():
-        rows = (root / ADE20K).read_text(encoding="utf-8").splitlines()[1:]
+        rows = text_lines((root / ADE20K).read_text(encoding="utf-8-sig"))[1:]
         names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
     elif settings.classes is not None:
         return [str(number) for number in range(settings.classes)]

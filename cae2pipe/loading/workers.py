@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sized
+from collections.abc import Generator, Iterator, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -56,7 +56,7 @@ class Streamed(Protocol):
         """The items of worker number ``worker``. They are given out in turn, one of each worker."""
 
 
-def in_order(source: Listed | Streamed, workers: int) -> Iterator[Any]:
+def in_order(source: Listed | Streamed, workers: int) -> Generator[Any, None, None]:
     """The items of a source, as they are, made by ``workers`` processes (0: in this one) and given out in order.
 
     Workers are started from a clean server process: fork would copy a CUDA context or a thread pool half-alive.
@@ -133,20 +133,46 @@ def _receive(worker: _Worker) -> tuple[str, Any, int]:
     """A worker's next message: kind, value, and the bytes of shared memory that the value takes."""
     began = time.monotonic()
     while not wait([worker.connection], POLL):
-        if stop_asked() and time.monotonic() - began > PATIENCE:
-            raise StoppedWaitingError("asked to stop while waiting for a worker", fix="run the same command again")
+        _heed_stop(began)
     try:
         message = worker.connection.recv_bytes()
     except (EOFError, OSError):
         raise _died(worker) from None
-    try:
-        kind, value = pickle.loads(message)
-    except (EOFError, ConnectionError, FileNotFoundError):  # shared memory is fetched from the worker
-        raise _died(worker) from None
+    kind, value = _fetched(worker, message, began)
     worker.gave = True
     with suppress(OSError):  # it has ended, or died: its connection will say so
         worker.connection.send_bytes(b"")
     return kind, value, int.from_bytes(message[-8:], "little")
+
+
+def _fetched(worker: _Worker, message: bytes, began: float) -> tuple[str, Any]:
+    """What a message holds. A thread fetches its shared memory from the worker, which may be stuck: a stop is heeded
+    meanwhile."""
+    found: queue.SimpleQueue[tuple[str, Any] | BaseException] = queue.SimpleQueue()
+
+    def fetch() -> None:
+        try:
+            found.put(pickle.loads(message))
+        except BaseException as error:
+            found.put(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    while True:
+        try:
+            fetched = found.get(timeout=POLL)
+        except queue.Empty:
+            _heed_stop(began)
+            continue
+        if isinstance(fetched, (EOFError, ConnectionError, FileNotFoundError)):
+            raise _died(worker)
+        if isinstance(fetched, BaseException):
+            raise fetched
+        return fetched
+
+
+def _heed_stop(began: float) -> None:
+    if stop_asked() and time.monotonic() - began > PATIENCE:
+        raise StoppedWaitingError("asked to stop while waiting for a worker", fix="run the same command again")
 
 
 def _died(worker: _Worker) -> WorkerError:
@@ -155,18 +181,23 @@ def _died(worker: _Worker) -> WorkerError:
 
 
 def _end(started: list[_Worker], grace: float) -> None:
+    """End the workers. However many are stuck, all get ``grace`` seconds together, and as many again once told."""
     for worker in started:
         worker.connection.close()
-    deadline = time.monotonic() + grace
+    _join(started, grace)
+    for worker in started if grace else ():
+        worker.process.terminate()
+    _join(started, grace)
     for worker in started:
+        # A process that is stopped heeds nothing else.
+        worker.process.kill()
+        worker.process.join()
+
+
+def _join(workers: list[_Worker], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for worker in workers:
         worker.process.join(max(0.0, deadline - time.monotonic()))
-    for worker in started:
-        if worker.process.is_alive():
-            worker.process.terminate()
-    for worker in started:
-        worker.process.join(GRACE)
-        if worker.process.is_alive():
-            worker.process.kill()
 
 
 def _work(connection: Connection, source: Any, number: int, workers: int) -> None:

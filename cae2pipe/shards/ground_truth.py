@@ -15,6 +15,7 @@ from pathlib import Path
 from cae2pipe.artifacts.places import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
 from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.names import listed_names
 from cae2pipe.shards.entries import Found, Source, labelled, make_source
 from cae2pipe.shards.kinds import is_tar, stem
 from cae2pipe.shards.tar_members import TarFormatError, read_members
@@ -106,7 +107,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
                     f"image {image!r} has two classes, {by_name[image]} and {name}", where=path, fix=FIX_LABELS
                 )
         return GroundTruth(path, sorted(set(by_name.values())), by_name=by_name)
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = listed_names(text, path)
     if names and all(name.isdigit() for name in names):
         raise SourceError(
             "this file holds ImageNet's own numbers, which only its development kit can explain",

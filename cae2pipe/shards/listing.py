@@ -18,6 +18,7 @@ from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.errors import DamageError, MismatchError
+from cae2pipe.names import text_lines
 from cae2pipe.shards.entries import Entry, Source
 
 PREFIX = "listing-"
@@ -80,7 +81,7 @@ def read_listing(box: Box, name: str) -> list[tuple[str, int]] | None:
         data = read_bytes(box.root / _file(name))
         if sha256_bytes(data) != box.units[name]["files"][_file(name)]["sha256"]:
             return None
-        rows: list[Any] = [json.loads(line) for line in gzip.decompress(data).decode("utf-8").splitlines()]
+        rows: list[Any] = [json.loads(line) for line in text_lines(gzip.decompress(data).decode("utf-8"))]
     except (FileNotFoundError, OSError, EOFError, zlib.error, ValueError):
         return None
     return [(path, size) for path, size in rows]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cae2pipe.artifacts.places import file_size, is_local, place, read_bytes
 from cae2pipe.errors import SourceError
+from cae2pipe.names import text_lines
 from cae2pipe.shards.entries import Found, Source, labelled, make_source
 from cae2pipe.shards.folder import file_bytes
 
@@ -20,7 +21,7 @@ def scan_list(path: Path) -> Source:
         SourceError: a line's file is missing, a path stands twice, or some lines have a class and some have none.
     """
     try:
-        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+        lines = text_lines(read_bytes(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SourceError(f"this list is not UTF-8: {error}", where=path, fix="save it as UTF-8") from None
     rows = [(number, line.rstrip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from cae2pipe.artifacts.places import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
+from cae2pipe.names import listed_names
 from cae2pipe.shards.entries import Found, Source, make_source
 from cae2pipe.shards.kinds import is_tar, stem
 
@@ -165,7 +166,7 @@ def sample_classes(root: Path, count: int) -> list[str]:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"this file is not UTF-8: {error}", where=path, fix="save it as UTF-8") from None
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = listed_names(text, path)
     if len(names) < count or len(set(names)) < len(names):
         raise SourceError(
             f"this file names {len(set(names))} different labels in {len(names)} lines, and the tars use {count}",

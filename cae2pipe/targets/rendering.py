@@ -7,7 +7,7 @@ so that the student trains on exactly what the teacher saw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -126,7 +126,7 @@ def keep_original(sample: ImageSample, shard: Shard, settings: ViewSettings) -> 
     return keep_image(decode_rgb(sample.data, where=f"{shard.path}, key {sample.key}"), settings)
 
 
-def render(renderer: Renderer, workers: int) -> Iterator[RenderedBlock]:
+def render(renderer: Renderer, workers: int) -> Generator[RenderedBlock, None, None]:
     """All tasks' blocks, in order."""
     # One block is rendered sooner than a process is started.
     return in_order(renderer, min(workers, len(renderer)) if len(renderer) > 1 else 0)

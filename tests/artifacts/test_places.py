@@ -52,6 +52,12 @@ def test_an_unknown_protocol_is_refused() -> None:
         place("nowhere://x")
 
 
+@pytest.mark.parametrize("text", ["http://", "s3:///", "://x", "memory://"])
+def test_a_url_that_names_nothing_is_refused(text):
+    with pytest.raises(BadInputError, match="names nothing"):
+        place(text)
+
+
 def test_files_are_written_listed_read_by_range_and_removed(remote: Path) -> None:
     put_bytes(remote / "a" / "b", b"0123456789")
     put_bytes(remote / "c", b"x")

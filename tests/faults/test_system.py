@@ -126,6 +126,24 @@ def test_an_output_folder_without_a_usable_name_is_refused_at_the_start(command,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "shard", "extract-targets"])
+def test_a_source_without_a_name_is_not_the_current_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [command, "", *(["out"] if command in ("shard", "extract-targets") else [])])
+    assert result.exit_code == 2, result.output
+    assert "this name is empty" in " ".join(result.output.replace("│", "").split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_with_a_folder_of_their_own_need_no_out(trained_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["report", str(trained_run())], catch_exceptions=False).exit_code == 0
+    assert (tmp_path / "report" / "report.html").is_file()
+    refused = CliRunner().invoke(app, ["demo", "--teacher", "nobody"], catch_exceptions=False)
+    assert refused.exit_code == 2
+    assert "nobody" in refused.output
+
+
 def test_the_locale_is_named_where_it_is_the_reason():
     # As Python reads UTF-8 where the encoding is ASCII.
     what, fix = why_not_utf8("d\udcc3\udca9")

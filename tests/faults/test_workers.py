@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ from cae2pipe.errors import Terminated, WorkerError
 from cae2pipe.loading import shared_memory, workers
 from cae2pipe.loading.shared_memory import bytes_under_way
 from cae2pipe.loading.workers import in_order
-from cae2pipe.training.signals import deferred_stop, until_stopped
+from cae2pipe.training.signals import StoppedWaitingError, deferred_stop, until_stopped
 
 
 class Six(Dataset):
@@ -129,6 +130,21 @@ def test_one_signal_ends_waiting_for_an_item(monkeypatch) -> None:
 
     with pytest.raises(Terminated):
         train()
+
+
+def test_a_worker_that_stands_still_does_not_hold_up_a_stop() -> None:
+    """Even with a message under way, of which the main process fetches the shared memory."""
+    items = in_order(Shared(2**30), 2)
+    assert int(next(items)[0]) == 0
+    before = multiprocessing.active_children()
+    for child in before:
+        os.kill(child.pid, signal.SIGSTOP)
+    with deferred_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedWaitingError):
+            list(items)
+    assert len(before) == 2
+    assert not any(child.is_alive() for child in before)
 
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path) -> None:
