@@ -63,7 +63,7 @@ def read_instances(path: Path, folder: Path, upright: bool | None, training: boo
     """
     try:
         text = path.read_bytes()
-        data = json.loads(text.decode("utf-8"))
+        data = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"this is not JSON: {error}", where=path, fix=FORMAT) from None
     lists = []

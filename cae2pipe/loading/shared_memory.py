@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.errors import WorkerError
 from cae2pipe.progress import gigabytes
 
@@ -36,16 +37,17 @@ def shm_size() -> int | None:
 
 
 def check_room(item: int, workers: int, items: int | None = None) -> None:
-    """Refuse to begin what must run out of shared memory sooner or later.
+    """Refuse to begin what must run out of shared memory sooner or later. All processes of torchrun's share it.
 
     Raises:
         WorkerError: /dev/shm is smaller than what will be under way.
     """
-    needed, size = bytes_under_way(item, workers, items), shm_size()
+    processes = torchrun_rank().on_machine
+    needed, size = processes * bytes_under_way(item, workers, items), shm_size()
     if size is not None and needed > size:
         raise WorkerError(
-            f"workers pass items of {gigabytes(item)} through {SHM}: {workers} workers may have {gigabytes(needed)} "
-            f"under way there, and it holds {gigabytes(size)}",
+            f"workers pass items of {gigabytes(item)} through {SHM}: {processes * workers} may have "
+            f"{gigabytes(needed)} under way there, and it holds {gigabytes(size)}",
             where=SHM,
             fix=shm_remedy(needed),
         )

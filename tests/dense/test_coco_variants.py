@@ -281,6 +281,11 @@ def test_what_is_no_such_file_is_refused(text, pictures, tmp_path):
         open_coco(write(tmp_path, pictures, text, edited(TAKEN["plain"])))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_file(pictures, tmp_path):
+    text = "\ufeff" + edited(TAKEN["plain"])
+    assert [len(part) for part in open_coco(write(tmp_path, pictures, text, text))] == [3, 3]
+
+
 def test_what_is_left_out_is_counted(pictures, tmp_path):
     def edit(data: Data) -> None:
         data["images"].append(dict(data["images"][0]))
