@@ -300,7 +300,8 @@ def test_a_small_dev_shm_and_a_full_disk(target_root, pretrain_settings, tmp_pat
     assert "/dev/shm" in shm
     assert "docker run --shm-size" in shm
     assert full.startswith("error: the disk is full: No space left on device\n  where: ")
-    assert full.endswith("full left with 1\n")
+    # Behind it Python's own helper may tell of a semaphore of the workers that were ended.
+    assert "\nfull left with 1\n" in full
     assert "Traceback" not in done.stderr
     # The last checkpoint is whole, and nothing half-written is beside it.
     names, step = done.stdout.splitlines()
