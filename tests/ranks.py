@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = [
-    "cae2pipe.cli",
+    "cae2pipe.commands.app",
     "cae2pipe.evaluation.supervised",
     "cae2pipe.stages.compare",
     "cae2pipe.stages.repair",
