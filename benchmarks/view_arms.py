@@ -73,9 +73,11 @@ class Bench:
 
     def training(self, arm: Arm) -> PretrainSettings:
         """The student of an arm: equal steps for all, and a checkpoint kept every ``keep`` epochs."""
+        on_cuda = self.device.startswith("cuda")
         values = {
             "epochs": self.epochs,
             "seed": arm.seed,
+            "precision": "fp32",
             "model": {
                 "width": 96,
                 "depth": 4,
@@ -91,7 +93,13 @@ class Bench:
             "mask": {"ratio": 0.25},
             "data": {"batch": 64, "streams": 8, "views": arm.views},
             "optimizer": {"lr": 2e-3, "scale_lr": False, "warmup_epochs": min(5, self.epochs / 2)},
-            "speed": {"device": self.device, "workers": 0, "keep_epochs": self.keep},
+            "speed": {
+                "device": self.device,
+                # Many such students share a GPU, which none of them fills; each would be compiled for a minute.
+                "compile": False,
+                "workers": int(on_cuda),
+                "keep_epochs": self.keep,
+            },
         }
         return load(PretrainSettings, "pretrain", "small", (), values)
 

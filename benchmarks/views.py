@@ -9,7 +9,8 @@ Takes hours, so it works in pieces: everything is made in WORK, what is there is
 the result is written after every arm. A run that another process is training is scored as far as it is.
 
     python -m benchmarks.views --work FOLDER [--arms v1-s0,v32-k97-s0,fresh-s0] [--jobs 2] [--only-score]
-        [--picture docs/views.png] [--out benchmarks/results/views-cpu.json]
+        [--picture docs/views.png] [--beside benchmarks/results/views-h100.json] [--device cuda]
+        [--out benchmarks/results/views-cpu.json]
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ from cae2pipe.errors import BadInputError, Terminated
 from cae2pipe.loading.order import steps_per_epoch
 from cae2pipe.progress import Report, progress
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.device import pick_device, resolve_precision, set_backends
+from cae2pipe.training.device import set_backends
 
-ARMS = "v1-s0,v8-s0,v32-s0,fresh-s0,v2-s0,v4-s0,v16-s0,v1-s1,v8-s1,v32-s1,fresh-s1,v32-k99-s0,v32-k97-s0,v32-k90-s0"
+ARMS = (
+    "v1-s0,v8-s0,v32-s0,fresh-s0,v2-s0,v4-s0,v16-s0,v1-s1,v8-s1,v32-s1,fresh-s1,v32-k99-s0,v32-k97-s0,v32-k90-s0,"
+    "v8-k97-s0,v16-k97-s0,v8-k90-s0"
+)
 QUICK_ARMS = "v1-s0,v2-s0,v2-k90-s0,fresh-s0"
 
 
@@ -56,6 +60,7 @@ def main() -> None:
         linear={"type": int, "help": "a linear score every so many epochs; default 100"},
         jobs={"type": int, "default": 1, "help": "arms trained at once, each in a process with one thread"},
         picture={"type": Path, "help": "draw accuracy over epochs and over kB here"},
+        beside={"type": Path, "help": "a result on another device: arms that are only there are drawn too"},
         **{
             "only-score": {"action": "store_true", "help": "make no set of training images and train nothing"},
             "pixels-once": {"type": float, "help": "kB of an image stored once, to replay its views from"},
@@ -108,7 +113,7 @@ def measure(bench: Bench, arms: Sequence[Arm], options: Namespace, report: Repor
             if options.out:
                 write_result(options, "views", rows, checks, about, libraries)
             if options.picture and rows:
-                draw(rows, about["test_images"], options.picture)
+                draw(rows + rows_beside(options.beside, rows), about["test_images"], options.picture)
     return all_rows(bench, done, options.pixels_once)
 
 
@@ -133,7 +138,6 @@ def adopted(bench: Bench, arm: Arm) -> tuple[Box, PretrainSettings]:
         MismatchError: the run was made under other settings, or from another target set.
     """
     settings = bench.training(arm)
-    settings = settings.model_copy(update={"precision": resolve_precision("auto", pick_device(bench.device))})
     targets = open_box(bench.work / arm.targets, "targets")
     asked = {"settings": identity(settings), "targets": targets.fingerprint}
     return open_same(bench.run(arm), "run", asked, fix="give the options that this run was made with"), settings
@@ -172,6 +176,12 @@ def all_rows(bench: Bench, runs: Mapping[Arm, Box], pixels_once: float | None) -
     """The rows of all arms: fewest views first, fresh crops last."""
     ordered = sorted(runs, key=lambda arm: (arm.targets == "fresh", arm.views, -arm.fidelity, arm.seed))
     return [row for arm in ordered for row in arm_rows(bench, arm, runs[arm], pixels_once)]
+
+
+def rows_beside(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of another result that are of other arms than ``rows``."""
+    own = {row["arm"] for row in rows}
+    return [row for row in json.loads(path.read_text())["rows"] if row["arm"] not in own] if path else []
 
 
 def arm_rows(bench: Bench, arm: Arm, run: Box, pixels_once: float | None) -> list[dict[str, Any]]:

@@ -64,7 +64,10 @@ def loader(state: State, found: Found, pixels: str) -> None:
             name = f"by {workers} workers, " + ("decoded by the device" if decode == "device" else "which decode")
             row: dict[str, Any] = {"fed": name, "views": pixels, "batch": batch}
             row |= {"images/s": figures([rate]), "/memory": round(rate / max(memory), 3)}
-            found.rows.append(row | {"data_wait": round(waits[0], 4), "shared_memory_gb": round(used / 1e9, 2)})
+            row |= {"data_wait": round(waits[0], 4), "shared_memory_gb": round(used / 1e9, 2)}
+            found.rows.append(row)
+            # What is left of a part that is cut off.
+            print(row, flush=True)
             found.goals.append(at_least(f"{name}: over the same step from memory", rate / max(memory), 0.95))
     if "device" in decoders:
         decoded_by_device(state, found, targets, settings)

@@ -76,6 +76,14 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
     assert snapshot(work) == before
 
 
+def test_arms_of_another_device_are_drawn_beside(measure, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"rows": [{"arm": "v1-s0", "knn": 1.0}, {"arm": "v1-s1", "knn": 2.0}]}))
+    rows = measure("--arms", "v1-s0")["rows"]
+    assert views.rows_beside(path, rows) == [{"arm": "v1-s1", "knn": 2.0}]
+    assert views.rows_beside(None, rows) == []
+
+
 def test_a_run_of_another_process_is_scored_as_far_as_it_is(measure, bench, work, monkeypatch):
     def locked(*arguments):
         raise LockedError("another process is writing this folder")
