@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from cae2pipe.cli import app
 from cae2pipe.commands.shared import exits
 from cae2pipe.errors import DivergedError, Terminated
+from cae2pipe.targets.estimate import recommend_views
 from tests.conftest import write_photos
 
 runner = CliRunner()
@@ -46,6 +47,16 @@ def test_every_command_has_help(command):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+def test_help_gives_the_defaults_of_the_settings():
+    from cae2pipe.config.extract import CodecSettings, ExtractSettings
+
+    views, fidelity = ExtractSettings.model_fields["views"].default, CodecSettings().fidelity
+    for command, told in (("extract-targets", f"an image; {views} if"), ("recode", f"held-out images; {fidelity} if")):
+        result = runner.invoke(app, [command, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
+        assert told in " ".join(result.output.replace("│", " ").split())
+    assert recommend_views(300) <= views
 
 
 def test_help_imports_nothing_heavy():

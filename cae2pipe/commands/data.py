@@ -68,9 +68,13 @@ def extract_targets(
     ],
     out: Out,
     config: Annotated[str, typer.Option(help="Teacher preset or YAML file.")] = "clip-b16",
-    views: Annotated[int | None, typer.Option(help="Views an image. Ask for more later to add them.")] = None,
+    views: Annotated[
+        int | None, typer.Option(help="Views an image; 16 if not given. Ask for more later to add them.")
+    ] = None,
     codec: Annotated[CodecName | None, typer.Option(help="How latents are compressed.")] = None,
-    fidelity: Annotated[float | None, typer.Option(help="klt: mean cosine to reach on held-out images.")] = None,
+    fidelity: Annotated[
+        float | None, typer.Option(help="klt: mean cosine to reach on held-out images; 0.97 if not given.")
+    ] = None,
     workers: Workers = None,
     device: Device = None,
     part: Annotated[str, typer.Option(help="K/N: make the K-th of N shares, e.g. 3/8 on the third of 8 machines.")] = (
@@ -127,7 +131,9 @@ def recode(
     ],
     out: Out,
     codec: Annotated[CodecName, typer.Option(help="How latents are compressed in OUT.")] = CodecName.klt,
-    fidelity: Annotated[float, typer.Option(help="klt: mean cosine to reach on held-out images.")] = 0.999,
+    fidelity: Annotated[
+        float | None, typer.Option(help="klt: mean cosine to reach on held-out images; 0.97 if not given.")
+    ] = None,
     lossy_source: Annotated[
         bool, typer.Option("--lossy-source", help="Allow a set that is not fp16: its error comes on top.")
     ] = False,
@@ -142,7 +148,8 @@ def recode(
         from cae2pipe.config.extract import CodecSettings
         from cae2pipe.progress import progress
 
-        settings = build(CodecSettings, {"name": codec.value, "fidelity": fidelity}, "recode")
+        values = {"name": codec.value} | ({} if fidelity is None else {"fidelity": fidelity})
+        settings = build(CodecSettings, values, "recode")
         from cae2pipe.stages.recode import recode as run
 
         with progress("recode") as report:
