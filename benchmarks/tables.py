@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,35 @@ def low_rate(results: Path) -> str:
         if row["pixels"] == 224
     ]
     return table(("mean cosine", *fidelities), rows)
+
+
+def views(results: Path) -> str:
+    """Scores after the last epoch by number and fidelity of views, means over the runs of all devices and seeds."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("views-*.json"))]
+    epochs, image = found[0]["settings"]["epochs"], found[0]["settings"]["pixels_once_kb"]
+    groups: dict[tuple[bool, int, float], list[dict[str, Any]]] = {}
+    for row in (row for each in found for row in each["rows"] if row["epoch"] == epochs):
+        groups.setdefault((row["arm"].startswith("fresh"), row["views"], -row["fidelity"]), []).append(row)
+    # kB of latents a view: of the most views, since rows are rounded; of sets of several versions, the smallest.
+    view: dict[float, float] = {}
+    for (_, count, minus), rows in sorted(groups.items(), key=lambda item: item[0][1]):
+        view[minus] = min(row["kb_latents"] for row in rows) / count
+    lines = []
+    for (fresh, count, minus), rows in sorted(groups.items()):
+        means = [mean(row[name] for row in rows) for name in ("train_loss", "held_out_loss", "knn", "linear")]
+        lines.append(
+            (
+                f"{count}, a fresh crop in every epoch" if fresh else str(count),
+                f"{-minus:g}",
+                f"{image + count * view[minus]:,.0f}",
+                f"{epochs / count:.3g}",
+                *(f"{value:.3f}" for value in means[:2]),
+                *(f"{value:.1f}" for value in means[2:]),
+                str(len(rows)),
+            )
+        )
+    heads = ("views", "fidelity", "kB an image", "showings", "training loss", "held-out loss", "kNN", "linear", "runs")
+    return table(heads, lines)
 
 
 def training(results: Path) -> str:
@@ -201,6 +231,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "performance": performance,
     "low_rate": low_rate,
+    "views": views,
     "training": training,
     "hours": hours,
     "gpu": gpu,

@@ -22,10 +22,9 @@ from cae2pipe.shards.shard_set import ShardSet, make_shard
 from cae2pipe.shards.source import scan
 from cae2pipe.stages.extract_targets import run_sample, teacher_facts
 from cae2pipe.targets.calibration import Calibration
-from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, recommend_views, tar_bytes
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, block_tasks, render
 from cae2pipe.targets.store import Layout
 from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.load import load_teacher
@@ -129,8 +128,8 @@ def time_extraction(
 ) -> Meter:
     """Render, encode and pack all asked views of a few blocks."""
     views = tuple(range(settings.views))
-    blocks = [(shard, block) for shard in shards.shards for block in range(-(-shard.samples // BLOCK))]
-    tasks = [Task(shard, block, views) for shard, block in blocks[: max(4, 16 // len(views))]]
+    tasks = [task for shard in shards.shards for task in block_tasks(shard, views)]
+    tasks = tasks[: max(4, 16 // len(views))]
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
 
     def begun(rendered: Iterator[RenderedBlock]) -> Iterator[RenderedBlock]:

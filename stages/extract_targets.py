@@ -43,7 +43,7 @@ from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, lane_count, run_teacher
 from cae2pipe.targets.images import images_name, images_path, kept_images, make_images
-from cae2pipe.targets.rendering import Renderer, Task, render
+from cae2pipe.targets.rendering import Renderer, Task, block_tasks, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import (
     CODEC,
@@ -400,9 +400,7 @@ def make_views(
         shards = kept_images(box)
     by_name = {shard.name: shard for shard in shards.shards}
     tasks = [
-        Task(by_name[lacking.shard.name], block, lacking.views)
-        for lacking in missing
-        for block in range(-(-lacking.shard.samples // BLOCK) if lacking.views else 0)
+        task for lacking in missing if lacking.views for task in block_tasks(by_name[lacking.shard.name], lacking.views)
     ]
     report.total(sum(lacking.shard.samples * len(lacking.views) for lacking in missing), "views")
     rendered = render(Renderer(shards, tasks, settings.view, settings.seed, kept=replayed), workers)
@@ -441,7 +439,7 @@ def collect(
     """Append a shard's encoded blocks to its views' stores, opened in ``current``."""
     for block in blocks:
         view, rendered = block.view, block.rendered
-        if block.place == 0:
+        if view == next(iter(current.pairs), view):
             current.keys += rendered.keys
             current.labels.append(rendered.labels)
         if view not in current.pairs:

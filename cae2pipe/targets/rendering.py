@@ -1,8 +1,8 @@
 """The worker's half of extraction: originals of one block in, its views out, with what the set keeps of them.
 
-An image is decoded once for all its views. What leaves a worker is the JPEG of each stored view, or of the reduced
-image that replayed views are cut from, and the pixels that loaders of the set will make of it: the teacher sees those,
-so that the student trains on exactly what the teacher saw.
+An image is decoded once for several of its views. What leaves a worker is the JPEG of each stored view, or of the
+reduced image that replayed views are cut from, and the pixels that loaders of the set will make of it: the teacher sees
+those, so that the student trains on exactly what the teacher saw.
 """
 
 from __future__ import annotations
@@ -32,6 +32,20 @@ class Task:
     shard: Shard
     block: int
     views: tuple[int, ...]
+
+
+VIEWS_AT_ONCE = 8
+"""Views of a block that one item holds at most: 77 MB at 224 pixels, of which each worker has up to three in shared
+memory. An image is decoded once for so many."""
+
+
+def block_tasks(shard: Shard, views: Sequence[int]) -> list[Task]:
+    """The tasks of a shard: block after block, and of each some views after the others."""
+    return [
+        Task(shard, block, tuple(views[first : first + VIEWS_AT_ONCE]))
+        for block in range(-(-shard.samples // BLOCK))
+        for first in range(0, len(views), VIEWS_AT_ONCE)
+    ]
 
 
 @dataclass(frozen=True)

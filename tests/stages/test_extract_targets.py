@@ -12,6 +12,7 @@ from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceErr
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.targets import rendering
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
@@ -65,6 +66,15 @@ def test_the_number_of_cores_changes_nothing(target_root, photos, tmp_path, extr
     finally:
         torch.set_num_threads(threads)
     assert contents(tmp_path / "set") == contents(target_root)
+
+
+@pytest.mark.parametrize("pixels", ["stored", "replayed"])
+def test_how_many_views_are_rendered_at_once_changes_nothing(
+    target_root, stored_root, photos, tmp_path, extract_settings, monkeypatch, pixels
+):
+    monkeypatch.setattr(rendering, "VIEWS_AT_ONCE", 1)
+    extract_targets(photos, tmp_path / "set", extract_settings(view={"pixels": pixels}), Silent())
+    assert contents(tmp_path / "set") == contents(stored_root if pixels == "stored" else target_root)
 
 
 @pytest.mark.parametrize("lost", ["images/000001.tar", "latents/v01/000001.zarr"])
