@@ -10,7 +10,8 @@ from benchmarks.view_scores import standard_error
 
 
 def draw(rows: Sequence[dict[str, Any]], images: int, path: Path) -> None:
-    """kNN over epochs for every V at 0.999; and the last epoch's scores against bytes, fresh crops as a level."""
+    """kNN over epochs for every V at 0.999; and the last epoch's scores against bytes, fresh crops as a level. Images
+    are kept once where it is known what that takes."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
@@ -42,22 +43,19 @@ def draw(rows: Sequence[dict[str, Any]], images: int, path: Path) -> None:
                 right.axhline(row[score], color=colour, linestyle="--", linewidth=1, label=f"{score}, fresh crops")
                 right.axhspan(row[score] - error, row[score] + error, color=colour, alpha=0.12, linewidth=0)
         stored = [row for row in known if not is_fresh(row)]
-        for bytes_, filled in (("kb_per_image", True), ("kb_pixels_once", False)):
-            some = [row for row in stored if bytes_ in row]
-            if not some:
-                continue
-            right.errorbar(
-                [row[bytes_] for row in some],
-                [row[score] for row in some],
-                yerr=[standard_error(row[score], images) for row in some] if filled else None,
-                fmt=marker,
-                color=colour,
-                markerfacecolor=colour if filled else "none",
-                label=score if filled else f"{score}, pixels once",
-            )
+        if not stored:
+            continue
+        right.errorbar(
+            [kilobytes(row) for row in stored],
+            [row[score] for row in stored],
+            yerr=[standard_error(row[score], images) for row in stored],
+            fmt=marker,
+            color=colour,
+            label=score,
+        )
         for row in stored if score == "knn" else ():
             name = row["arm"].removesuffix("-s0")
-            right.annotate(name, (row["kb_per_image"], row[score]), xytext=(4, -10), textcoords="offset points", size=7)
+            right.annotate(name, (kilobytes(row), row[score]), xytext=(4, -10), textcoords="offset points", size=7)
     right.set_xscale("log")
     right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.xaxis.set_major_formatter("{x:g}")
@@ -71,6 +69,11 @@ def draw(rows: Sequence[dict[str, Any]], images: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def kilobytes(row: dict[str, Any]) -> float:
+    """An image's latents and pixels."""
+    return float(row.get("kb_pixels_once", row["kb_per_image"]))
 
 
 def is_fresh(row: dict[str, Any]) -> bool:

@@ -83,7 +83,7 @@ def run_demo(
     announce(
         "Stage 1: cut augmented views of every image and store the teacher's latents of each.",
         "extract-targets", images / "train", targets, "--config", teacher, "--views", VIEWS, *given,
-        own="cae2pipe extract-targets imagenet/train targets --config clip-b16 --views 8",
+        own="cae2pipe extract-targets imagenet/train targets --config clip-b16",
     )  # fmt: skip
     extract_to(images / "train", targets, teacher, VIEWS, device, reports)
 

@@ -18,8 +18,8 @@ from cae2pipe.teachers.protocol import TeacherOutput
 CODECS = ("fp16", "int8", "klt")
 
 SHOWINGS = 20
-"""Epochs that may show one view of an image. Measured by benchmarks/views.py: after 200 epochs 8 views, shown 25 times
-each, stand within one standard error of a fresh crop in every epoch, 4 views 3 points below, and one view 13."""
+"""Epochs that may show one view of an image. Measured by benchmarks/views.py over 200 epochs: the loss on other images
+is 0.846 with 16 views, shown 12.5 times each, and with 32; 0.853 with 8, 0.868 with 4, and 0.967 with one."""
 
 TAR_BLOCK = 512
 """A tar's members are padded to whole blocks, and each has a header of one."""
