@@ -18,11 +18,11 @@ from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.demo.report import Contents, Step, picture, render
 from cae2pipe.demo.stored import read_stored
 from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
 from cae2pipe.demo.tiles import cut_tiles
 from cae2pipe.progress import Report, progress
-from cae2pipe.demo.report import Contents, Step, picture, render
 from cae2pipe.reporting.pictures import png_bytes
 from cae2pipe.shards.keys import sample_key
 from cae2pipe.stages.evaluate import evaluate
