@@ -168,9 +168,11 @@ def parse_override(text: str) -> dict[str, Any]:
         parsed = read_yaml(value)
     except ValueError as error:
         raise SettingsError(f"the value is not valid YAML: {error}", where=f"--set {text}", fix="quote it") from None
-    for part in reversed(name.split(".")):
-        parsed = {part: parsed}
-    return parsed
+    *sections, last = name.split(".")
+    nested = {last: parsed}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
 
 
 def load(

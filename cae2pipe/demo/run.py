@@ -199,7 +199,7 @@ def codec_bytes(targets: TargetSet) -> dict[str, float]:
 def write_result(path: Path, result: Mapping[str, float], seconds: float) -> dict[str, float]:
     """Write ``result.json``, unless it holds these figures already: then its ``seconds`` are those of the work."""
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
         if {**old, "seconds": 0} == {**result, "seconds": 0}:
             return old
     new = {**result, "seconds": round(seconds, 1)}
