@@ -34,7 +34,7 @@ class Cae2pipeError(Exception):
         self.where = None if where is None else str(where)
         self.fix = fix
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.where, self.fix)
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from cae2pipe.artifacts import manifest_run, manifest_scores, manifest_shards, manifest_targets
 from cae2pipe.artifacts.digest import fingerprint, sha256_bytes
 from cae2pipe.artifacts.json_files import check_numbers, parse_json
+from cae2pipe.artifacts.manifest_values import SHARD, VIEW
 from cae2pipe.errors import Cae2pipeError, DamageError, ManifestError
 
 FORMATS = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
@@ -126,8 +127,8 @@ def decode_unit(kind: str, format: int, name: str, data: bytes, where: object) -
 @functools.cache
 def _unit_names(kind: str) -> re.Pattern[str]:
     names = {
-        "shards": rf"{manifest_shards.SHARD}|{manifest_shards.LISTING}|rejects",
-        "targets": rf"codec|images/{manifest_targets.SHARD}|{manifest_targets.VIEW}/{manifest_targets.SHARD}",
+        "shards": rf"{SHARD}|{manifest_shards.LISTING}|rejects",
+        "targets": rf"codec|images/{SHARD}|{VIEW}/{SHARD}",
         "run": "encoder",
         "scores": "result",
     }

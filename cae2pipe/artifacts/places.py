@@ -75,7 +75,8 @@ def read_bytes(path: Path) -> bytes:
         with open_file(path) as file:
             return file.read()
     fs, name = _remote(path)
-    return remotely(path, lambda: fs.cat_file(name))
+    data: bytes = remotely(path, lambda: fs.cat_file(name))
+    return data
 
 
 def open_file(path: Path) -> io.BufferedReader:

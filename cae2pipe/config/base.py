@@ -96,10 +96,8 @@ def recorded(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def package_folder(name: str) -> Path:
-    """A folder of data files, ``configs`` say: inside the installed package, or at the top of the source tree."""
-    package = Path(str(importlib.resources.files("cae2pipe")))
-    installed = package / name
-    return installed if installed.is_dir() else package.parent / name
+    """A folder of data files in the package: ``configs``, say."""
+    return Path(str(importlib.resources.files("cae2pipe"))) / name
 
 
 def preset_names(stage: str) -> list[str]:
@@ -170,9 +168,11 @@ def parse_override(text: str) -> dict[str, Any]:
         parsed = read_yaml(value)
     except ValueError as error:
         raise SettingsError(f"the value is not valid YAML: {error}", where=f"--set {text}", fix="quote it") from None
-    for part in reversed(name.split(".")):
-        parsed = {part: parsed}
-    return parsed
+    *sections, last = name.split(".")
+    nested = {last: parsed}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
 
 
 def load(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cae2pipe.demo.measures import MEASURES
-from cae2pipe.reporting.html import Html, element, figure, image, join, page, table
+from cae2pipe.reporting.html import Child, Html, element, figure, image, join, page, table
 from cae2pipe.reporting.pictures import (
     PALETTE,
     ColourBasis,
@@ -224,7 +224,7 @@ def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis
 
 
 def measures_table(result: Mapping[str, float]) -> Html:
-    lines: list[list] = []
+    lines: list[list[Child]] = []
     for measure in MEASURES:
         met = measure.met(result)
         goal = join((measure.show_goal(result), " ", mark(met))) if met is not None else None

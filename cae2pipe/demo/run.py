@@ -18,11 +18,11 @@ from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.demo.report import Contents, Step, picture, render
 from cae2pipe.demo.stored import read_stored
 from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
 from cae2pipe.demo.tiles import cut_tiles
 from cae2pipe.progress import Report, progress
-from cae2pipe.demo.report import Contents, Step, picture, render
 from cae2pipe.reporting.pictures import png_bytes
 from cae2pipe.shards.keys import sample_key
 from cae2pipe.stages.evaluate import evaluate
@@ -199,7 +199,7 @@ def codec_bytes(targets: TargetSet) -> dict[str, float]:
 def write_result(path: Path, result: Mapping[str, float], seconds: float) -> dict[str, float]:
     """Write ``result.json``, unless it holds these figures already: then its ``seconds`` are those of the work."""
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
         if {**old, "seconds": 0} == {**result, "seconds": 0}:
             return old
     new = {**result, "seconds": round(seconds, 1)}

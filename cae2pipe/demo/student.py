@@ -39,7 +39,7 @@ class MeanStudent(nn.Module):
 
 
 def mean_over_views(
-    model: nn.Module, targets: TargetSet, settings: PretrainSettings, device: torch.device
+    model: Method | MeanStudent, targets: TargetSet, settings: PretrainSettings, device: torch.device
 ) -> dict[str, float]:
     """Loss and centred cosines of a model, mean over every view of every image of a set."""
     settings = settings.model_copy(update={"epochs": targets.views})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def cut_tiles(
     return counts
 
 
-def check_tiles(out: Path, record: dict, counts: dict[str, int]) -> None:
+def check_tiles(out: Path, record: Mapping[str, object], counts: dict[str, int]) -> None:
     """Refuse a folder whose tiles are not those asked for. Raises MismatchError."""
     try:
         old = json.loads((out / RECORD).read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.coco import CocoImages, Objects
@@ -131,7 +130,7 @@ class BoxReader(Reader):
         return BoxChunk(step, number, torch.from_numpy(pixels), torch.from_numpy(chosen), sizes=sizes, targets=targets)
 
 
-class ScoredReader(Dataset):
+class ScoredReader:
     """Val images at the size that they are scored at, uint8 (3, H, W), padded; with their height and width before the
     padding; picklable."""
 

@@ -106,7 +106,8 @@ class Stage(nn.Module):
     def masks(self, pooled: Tensor, classes: Tensor) -> Tensor:
         """Mask logits (P, 28, 28) of the given classes (P,)."""
         found = self.mask_predictor(self.mask_head(pooled)).float()
-        return found[torch.arange(len(found), device=found.device), classes]
+        logits: Tensor = found[torch.arange(len(found), device=found.device), classes]
+        return logits
 
 
 class MaskRCNN(nn.Module):
@@ -298,7 +299,8 @@ def training_sample(stage: Stage, proposals: Tensor, target: dict[str, Tensor], 
 def masks_within(masks: Tensor, boxes: Tensor) -> Tensor:
     """Masks (N, H, W) cut out by a box each (N, 4), as (N, 28, 28)."""
     places = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype).unsqueeze(1)
-    return roi_align(masks.unsqueeze(1).to(boxes.dtype), torch.cat([places, boxes], dim=1), MASK, aligned=True)[:, 0]
+    cut: Tensor = roi_align(masks.unsqueeze(1).to(boxes.dtype), torch.cat([places, boxes], dim=1), MASK, aligned=True)
+    return cut[:, 0]
 
 
 def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cae2pipe.config.dense import SegmentSettings
 from cae2pipe.dense.iou import pixel_confusion, segmentation_scores
@@ -122,7 +121,7 @@ class SegmentLearner(TunedLearner):
             return resized(found[None], size)[0].argmax(dim=0)
 
 
-class ScaledReader(Dataset):
+class ScaledReader:
     """Val images at the size that they are scored at, uint8 (h, w, 3), with labels at their own size; picklable."""
 
     def __init__(self, data: LabelledImages, own: range, scale: tuple[int, int]):

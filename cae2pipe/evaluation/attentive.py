@@ -33,7 +33,8 @@ class AttentiveProbe(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         query = self.norm_q(self.query).expand(len(tokens), -1, -1)
         pooled = self.attention(query, self.norm_k(tokens), self.norm_v(tokens))
-        return self.head(self.norm(pooled[:, 0]))
+        logits: Tensor = self.head(self.norm(pooled[:, 0]))
+        return logits
 
 
 def head_count(dim: int, asked: int | None) -> int:

@@ -8,6 +8,7 @@ where an earlier run was killed.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,7 +18,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cae2pipe.errors import ImageError, SettingsError, SourceError
 from cae2pipe.evaluation.crops import DrawnCrop
@@ -60,11 +60,12 @@ class Course:
         """The images of one chunk of a global step, int64 (c,)."""
         epoch, number = divmod(step, self.steps)
         order = _order(self.images, self.seed, epoch)[: self.used]
-        return _cut(_cut(order, self.steps, number), self.chunks, chunk)
+        order = order[_share(len(order), self.steps, number)]
+        return order[_share(len(order), self.chunks, chunk)]
 
     def size(self, step: int) -> int:
         """Images of a global step."""
-        return len(_cut(range(self.used), self.steps, step % self.steps))
+        return len(range(self.used)[_share(self.used, self.steps, step % self.steps)])
 
 
 @lru_cache(maxsize=2)
@@ -72,8 +73,8 @@ def _order(images: int, seed: int, epoch: int) -> np.ndarray:
     return keyed_permutation(images, "course", seed, epoch)
 
 
-def _cut(items: Any, parts: int, number: int) -> Any:
-    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
+def _share(items: int, parts: int, number: int) -> slice:
+    return slice(items * number // parts, items * (number + 1) // parts)
 
 
 def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int, length: int | None = None) -> Course:
@@ -127,7 +128,7 @@ class Chunk:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-class Reader(Dataset):
+class Reader(ABC):
     """Gives the chunks ``own`` of every step from ``start`` on, in order; picklable. ``root`` is where images lie."""
 
     root: Path
@@ -137,6 +138,9 @@ class Reader(Dataset):
 
     def __len__(self) -> int:
         return (self.course.total - self.start) * len(self.own)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> object: ...
 
     def place(self, index: int) -> tuple[int, int]:
         """The global step and the chunk's number of an item."""

@@ -58,7 +58,7 @@ class DrawnCrop:
 
 
 @cache
-def _transform(size: int, settings: DrawSettings, mean: tuple[float, ...]) -> Callable[[Image.Image], Any]:
+def _transform(size: int, settings: DrawSettings, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
     """timm's training transform up to where it becomes a tensor, in timm's order."""
     from timm.data.auto_augment import rand_augment_transform
     from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
@@ -77,7 +77,8 @@ def _transform(size: int, settings: DrawSettings, mean: tuple[float, ...]) -> Ca
             "magnitude_max": 9.99,
         }
         steps.append(rand_augment_transform(f"rand-m{settings.rand_augment}-mstd0.5-inc1", hints))
-    return Compose(steps)
+    transform: Callable[[Image.Image], Image.Image] = Compose(steps)
+    return transform
 
 
 @contextmanager

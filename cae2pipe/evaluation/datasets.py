@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.artifacts.digest import fingerprint
@@ -213,7 +212,7 @@ class Crops:
     rejected: list[dict[str, Any]]
 
 
-class CropReader(Dataset):
+class CropReader:
     """Decodes and crops run by run; picklable, so that workers can hold it.
 
     Raises SourceError or DamageError where a run's files cannot be read.

@@ -197,7 +197,7 @@ def write_part(
 
 def checksum(features: dict[str, Tensor], labels: Tensor, samples: dict[str, Any]) -> int:
     """CRC-32C over a part: names, types, shapes and bytes of its tensors, and what it says of its samples."""
-    found = google_crc32c.value(canonical_json(samples).encode())
+    found: int = google_crc32c.value(canonical_json(samples).encode())
     for name, tensor in [*sorted(features.items()), ("labels", labels)]:
         found = google_crc32c.extend(found, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found = google_crc32c.extend(found, tensor.numpy().tobytes())

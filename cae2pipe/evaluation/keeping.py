@@ -47,7 +47,8 @@ def finished(box: Box) -> dict[str, Any] | None:
     files = box.units["result"]["files"]
     if any(check_file(box.root / name, entry) for name, entry in files.items()):
         return None
-    return json.loads((box.root / RESULT).read_text(encoding="utf-8"))
+    result: dict[str, object] = json.loads((box.root / RESULT).read_text(encoding="utf-8"))
+    return result
 
 
 def keep(box: Box, result: dict[str, Any], files: dict[str, Any]) -> None:

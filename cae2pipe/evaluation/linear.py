@@ -35,7 +35,8 @@ class Probe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def train_probe(
@@ -176,4 +177,5 @@ def batch_and_steps(images: int, batch: int) -> tuple[int, int]:
 def logits(probe: Probe, features: Tensor) -> Tensor:
     """Logits (N, classes) of features (N, D), in float32."""
     with exact_float32(features.device):
-        return probe.eval()(features)
+        found: Tensor = probe.eval()(features)
+        return found

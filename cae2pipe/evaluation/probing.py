@@ -102,7 +102,8 @@ class ProbeLearner:
         """Logits of a batch for scores."""
         features = self.features(pixels)
         with exact_float32(features.device):
-            return self.head.eval()(features)
+            found: Tensor = self.head.eval()(features)
+            return found
 
     def _rate(self, step: int, peak: float) -> float:
         return learning_rate(step, self.course.steps, self.course.epochs, self.warmup_epochs, peak, 0.0)

@@ -120,7 +120,7 @@ def jittered(planes: Tensor, view: Tensor, pixels: Tensor, grey: Tensor, factors
 
 def luminance(planes: Tensor) -> Tensor:
     """Pillow's mode L of uint8 (3, ...): int16 (...)."""
-    red, green, blue = planes.to(torch.int32)
+    red, green, blue = planes.to(torch.int32).unbind()
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.int16)
 
 

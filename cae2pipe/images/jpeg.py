@@ -6,8 +6,7 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -118,7 +117,7 @@ def device_failure(said: str, device: torch.device) -> Exception:
 
 
 @functools.cache
-def device_decoder() -> Callable[..., Any]:
+def device_decoder() -> Callable[..., Iterable[Tensor]]:
     """torchcodec's ``decode_jpeg``, or torchvision's, deprecated since 0.29, where torchcodec cannot be loaded.
 
     Both take a list of JPEGs, uint8 (bytes,) on the host, a mode and a device, and give tensors (3, H, W) on it.
@@ -138,7 +137,8 @@ def device_decoder() -> Callable[..., Any]:
     try:
         from torchvision.io import decode_jpeg as by_torchvision
 
-        return by_torchvision
+        decoder: Callable[..., Iterable[Tensor]] = by_torchvision
+        return decoder
     except ImportError:
         raise SettingsError(
             f"decoding JPEGs on a device needs torchcodec 0.16 or newer, and it cannot be loaded: {reason}",

@@ -22,7 +22,7 @@ from cae2pipe.images.kept import view_pixels
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.keyed import keyed_uniforms
 from cae2pipe.loading.fresh import FreshViews
-from cae2pipe.loading.order import BlockRef, real_samples, steps_per_epoch, stream_pieces, windows
+from cae2pipe.loading.order import BlockRef, Piece, real_samples, steps_per_epoch, stream_pieces, windows
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
@@ -158,7 +158,7 @@ class StreamSource:
                 yield pool, int(position)
             skip = 0
 
-    def _read(self, pieces: tuple) -> Pool:
+    def _read(self, pieces: tuple[Piece, ...]) -> Pool:
         pool = Pool([], [], [], [], {})
         names = (*self.plan.arrays, *self.plan.guides)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}

@@ -33,7 +33,8 @@ class MaskedDecoder(Stack):
 
     def forward(self, latents: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
         """Decoded latents (B, M, W) of latents (B, M, W) of the patches ``masked`` (B, M)."""
-        return self.norm(self.run(latents + self.pos_embed[masked], drop))
+        decoded: Tensor = self.norm(self.run(latents + self.pos_embed[masked], drop))
+        return decoded
 
 
 class Decoder(MaskedDecoder):
@@ -60,7 +61,8 @@ class Decoder(MaskedDecoder):
         seen = tokens[:, 1:] + self.pos_embed[visible]
         hidden = self.mask_token.to(tokens.dtype) + self.pos_embed[masked]
         x = torch.cat([tokens[:, :1].to(seen.dtype), seen, hidden.to(seen.dtype)], dim=1)
-        return self.norm(self.run(x, drop))
+        decoded: Tensor = self.norm(self.run(x, drop))
+        return decoded
 
 
 class PromptingBlock(nn.Module):
@@ -102,4 +104,5 @@ class PromptingDecoder(Stack):
         seen = tokens[:, 1:] + self.pos_embed[visible]
         prompts = torch.cat([tokens[:, :1].to(seen.dtype), seen], dim=1)
         x = (self.mask_token.to(tokens.dtype) + self.pos_embed[masked]).to(seen.dtype)
-        return self.norm(torch.cat([prompts, self.run(x, drop, prompts)], dim=1))
+        decoded: Tensor = self.norm(torch.cat([prompts, self.run(x, drop, prompts)], dim=1))
+        return decoded

@@ -106,10 +106,12 @@ class Encoder(Stack):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Patches of pixels (B, 3, H, W), without positions, (B, P, W)."""
-        return self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        patches: Tensor = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        return patches
 
     def attend(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
         """All blocks and the final norm over patches (B, L, W) with their positions, and a class token before them,
         (B, 1 + L, W). ``drop`` as in ``forward``."""
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        return self.norm(self.run(x, drop))
+        tokens: Tensor = self.norm(self.run(x, drop))
+        return tokens

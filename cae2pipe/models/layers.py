@@ -27,7 +27,8 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     sorts B x L indices instead of B x L x D.
     """
     rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * tokens.shape[1]
-    return tokens.flatten(0, 1).index_select(0, (indices + rows).flatten()).unflatten(0, indices.shape)
+    chosen: Tensor = tokens.flatten(0, 1).index_select(0, (indices + rows).flatten()).unflatten(0, indices.shape)
+    return chosen
 
 
 def drop_path(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -54,9 +55,11 @@ def drop_rates(largest: float, depth: int) -> Tensor:
 def run_block(block: nn.Module, again: bool, *inputs: Tensor | None) -> Tensor:
     """A block's output; ``again``: keep only its inputs, and compute the rest a second time in the backward pass."""
     if not again:
-        return block(*inputs)
+        output: Tensor = block(*inputs)
+        return output
     # Nothing in a block draws random numbers.
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return recomputed
 
 
 class Stack(nn.Module):
@@ -115,7 +118,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = F.linear(x, self.qkv.weight, self.qkv_bias()).chunk(3, dim=-1)
-        return self.proj(attend(q, k, v, self.heads))
+        projected: Tensor = self.proj(attend(q, k, v, self.heads))
+        return projected
 
 
 class CrossAttention(nn.Module):
@@ -138,7 +142,8 @@ class CrossAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = F.linear(q, self.q.weight, self.q_bias)
         v = F.linear(v, self.v.weight, self.v_bias)
-        return self.proj(attend(q, self.k(k), v, self.heads))
+        projected: Tensor = self.proj(attend(q, self.k(k), v, self.heads))
+        return projected
 
 
 class Mlp(nn.Module):
@@ -150,7 +155,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return y
 
 
 class LayerScale(nn.Module):

@@ -264,7 +264,8 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Map
 def device_hours(lines: Sequence[dict[str, Any]]) -> float:
     """Hours that all devices of a run were busy, together."""
     timed = (line for line in lines if line["images_per_s"])
-    return sum(line["images"] / line["images_per_s"] * line.get("devices", 1) for line in timed) / 3600
+    seconds: float = sum(line["images"] / line["images_per_s"] * line.get("devices", 1) for line in timed)
+    return seconds / 3600
 
 
 def by_epoch(lines: Sequence[dict[str, Any]], name: str) -> list[float]:

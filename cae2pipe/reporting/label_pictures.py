@@ -27,7 +27,8 @@ def class_colours(classes: int) -> np.ndarray:
 def label_picture(labels: np.ndarray, colours: np.ndarray) -> Picture:
     """Labels (H, W) in their classes' colours; those beyond the classes are void."""
     table = np.vstack([colours, np.array([VOID], dtype=np.uint8)])
-    return table[np.minimum(labels, len(colours))]
+    picture: Picture = table[np.minimum(labels, len(colours))]
+    return picture
 
 
 def label_sheet(found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int) -> Picture | None:

@@ -53,14 +53,16 @@ def latent_colours(latents: np.ndarray, rows: int, cols: int, basis: ColourBasis
     values = (np.asarray(latents, dtype=np.float64) - basis.mean) @ basis.axes
     span = np.maximum(basis.high - basis.low, 1e-12)
     share = np.clip((values - basis.low) / span, 0, 1)
-    return np.round(share * 255).astype(np.uint8).reshape(rows, cols, 3)
+    picture: Picture = np.round(share * 255).astype(np.uint8).reshape(rows, cols, 3)
+    return picture
 
 
 def enlarge(picture: Picture, height: int, width: int) -> Picture:
     """Every pixel repeated into a block: for patch grids, whose edges are meant to be seen."""
     rows = np.arange(height) * picture.shape[0] // height
     cols = np.arange(width) * picture.shape[1] // width
-    return picture[rows][:, cols]
+    enlarged: Picture = picture[rows][:, cols]
+    return enlarged
 
 
 def resized(picture: Picture, height: int, width: int) -> Picture:

@@ -69,10 +69,9 @@ def token_cosines(true: Tensor, decoded: Tensor, mean: Tensor) -> tuple[Tensor, 
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    dot = torch.linalg.vecdot(a, b)
-    return (
-        dot / (torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)).clamp_min(1e-12)
-    ).flatten()
+    dot: Tensor = torch.linalg.vecdot(a, b)
+    norms: Tensor = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return (dot / norms.clamp_min(1e-12)).flatten()
 
 
 def summarise(raw: Tensor, centred: Tensor) -> Fidelity:
@@ -143,7 +142,7 @@ def _axes(covariance: Tensor) -> Tensor:
     """Eigenvectors in columns, largest eigenvalue first. Their signs are arbitrary: the component of largest magnitude
     is made positive."""
     _, vectors = torch.linalg.eigh(covariance)
-    basis = vectors.flip(1)
+    basis: Tensor = vectors.flip(1)
     largest = basis.abs().argmax(dim=0)
     return basis * torch.sign(basis.gather(0, largest.unsqueeze(0)))
 

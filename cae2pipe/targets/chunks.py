@@ -48,7 +48,7 @@ def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle",
     else:
         size = array.nbytes if one_block else blosc.AUTOBLOCKS
         data = blosc.compress(array, b"zstd", level, shuffle=SHUFFLES[shuffle], blocksize=size)
-    return data + google_crc32c.value(data).to_bytes(4, "little")
+    return data + _checksum(data)
 
 
 def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: str, level: int) -> np.ndarray:
@@ -72,6 +72,11 @@ def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: str, level: int) ->
     return np.frombuffer(body, dtype=dtype).reshape(shape)
 
 
+def _checksum(data: bytes) -> bytes:
+    value: int = google_crc32c.value(data)
+    return value.to_bytes(4, "little")
+
+
 def is_sound(data: bytes) -> bool:
     """Whether bytes that end in their own CRC-32C match it.
 
@@ -87,7 +92,7 @@ def index_size(blocks: int) -> int:
 def encode_index(spans: list[tuple[int, int]]) -> bytes:
     """The shard index for chunks at (offset, length)."""
     data = np.array(spans, dtype="<u8").tobytes()
-    return data + google_crc32c.value(data).to_bytes(4, "little")
+    return data + _checksum(data)
 
 
 def decode_index(data: bytes, blocks: int) -> np.ndarray:

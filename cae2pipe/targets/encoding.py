@@ -185,7 +185,8 @@ class Lane(threading.local):
 
     def seconds(self, event: torch.cuda.Event) -> float:
         """When an event came about, which it must have."""
-        return self.began.elapsed_time(event) / 1000
+        milliseconds: float = self.began.elapsed_time(event)
+        return milliseconds / 1000
 
 
 def _timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:

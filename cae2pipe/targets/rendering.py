@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.images.decode import decode_rgb
@@ -66,7 +65,7 @@ class RenderedBlock:
     kept: list[bytes] = field(default_factory=list)
 
 
-class Renderer(Dataset):
+class Renderer:
     """Renders task by task; picklable, so that workers can hold it.
 
     ``kept``: the shards hold the images that replayed views are cut from; else originals, which are reduced first.
@@ -113,7 +112,7 @@ class Renderer(Dataset):
         return RenderedBlock(task, keys, labels, jpegs, stacked, [np.stack(rows) for rows in draws], kept)
 
 
-class Reducer(Dataset):
+class Reducer:
     """Blocks of the images that replayed views are cut from, made of the originals; picklable as ``Renderer``."""
 
     def __init__(self, shards: ShardSet, blocks: Sequence[tuple[Shard, int]], settings: ViewSettings):

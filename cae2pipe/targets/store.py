@@ -202,7 +202,7 @@ class StoreReader:
         self._files: Mapping[str, Any] = unit.get("files", {})
         self._cache = cache
         self.tar = root / unit["tar"]
-        self.path = root / unit["zarr"]
+        self.path: Path = root / unit["zarr"]
         self.samples: int = unit["samples"]
         self.blocks = -(-self.samples // BLOCK)
         self.layout = layout

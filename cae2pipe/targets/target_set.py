@@ -207,7 +207,8 @@ class TargetSet(Sequence[Target]):
     @property
     def views(self) -> int:
         """Views of the best-covered shard."""
-        return max(unit["view"] for unit in self.stores.values()) + 1
+        last: int = max(unit["view"] for unit in self.stores.values())
+        return last + 1
 
     @property
     def images(self) -> int:

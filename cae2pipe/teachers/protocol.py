@@ -137,5 +137,5 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
     """Attention of q (B, H, 1, d) to all of k (B, H, T, d) but the first, mean over heads: (B, T - 1), float32."""
     # Autocast would take this product back to fp16.
     with torch.autocast(q.device.type, enabled=False):
-        scores = (q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        scores: Tensor = (q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return scores[:, :, 0, 1:].mean(dim=1)

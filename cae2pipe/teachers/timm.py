@@ -70,9 +70,10 @@ class TimmFeatureMap(Teacher):
 
 def feature_map(model: Any, pixels: Tensor, stage: int) -> Tensor:
     """Feature map ``stage`` (B, C, h, w), counted as timm's ``features_only`` does."""
-    return model.forward_intermediates(
+    found: list[Tensor] = model.forward_intermediates(
         pixels, indices=[stage], stop_early=True, output_fmt="NCHW", intermediates_only=True
-    )[0]
+    )
+    return found[0]
 
 
 def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:

@@ -59,4 +59,5 @@ def unfolded(images: Tensor, grid: int) -> Tensor:
     """
     side = images.shape[-1] // grid
     cut = images.unflatten(3, (grid, side)).unflatten(2, (grid, side))
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    patches: Tensor = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return patches

@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path, report: Report, run: str, like: dict[str, Any]
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"{damaged} has changed")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds for a file that is cut off or changed
             reraise_exhaustion(error)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -149,7 +149,8 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     """
     path = folder / checkpoint_name(step)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except Exception as error:
         reraise_exhaustion(error)
         raise DamageError(

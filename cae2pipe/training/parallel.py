@@ -78,7 +78,8 @@ class World:
         if told[1] is not None:
             told[1].shown_elsewhere = not self.leads
             raise told[1]
-        return told[0]
+        result: T = told[0]
+        return result
 
     def lead_first(self, work: Callable[[], T]) -> T:
         """What ``work`` gives, done by every process; an error that the leading one meets first is shown once."""

@@ -27,7 +27,7 @@ def learning_rate(
 def polynomial_rate(step: int, total: int, warmup: int, lr: float, min_lr: float, power: float) -> float:
     """Linear over ``warmup`` steps to what a polynomial from ``lr`` to ``min_lr`` over ``total`` steps has come to
     (paper, Table 11; the shape is CAE's configuration)."""
-    rate = min_lr + (lr - min_lr) * (1 - step / total) ** power
+    rate: float = min_lr + (lr - min_lr) * (1 - step / total) ** power
     return rate * (step + 1) / warmup if step < warmup else rate
 
 
