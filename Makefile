@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export CAE2PIPE_REAL ?= $(wildcard $(abspath ../shared/real))
 export PYTHON
 
-.PHONY: demo test faults fuzz gpu versions check clean
+.PHONY: demo test faults fuzz coverage gpu versions check clean
 
 $(VENV)/.demo: pyproject.toml
 	.ci/install $(VENV) demo
@@ -30,6 +30,14 @@ fuzz: N := 500
 fuzz: $(VENV)/.installed  ## N damaged folders through every command: errors in words, or right results
 	CAE2PIPE_FUZZ=$(N) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults/test_fuzz.py
 
+coverage: $(VENV)/.installed  ## lines and branches that the tests reach, also in processes they start, into .coverage.d/html/
+	rm -rf .coverage.d
+	mkdir .coverage.d
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report
+
 gpu: $(VENV)/.installed  ## on a GPU: whether everything is right there, and how fast, into gpu.json
 	$(BIN)/python -m benchmarks.gpu --out gpu.json
 
@@ -40,6 +48,8 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python -m pytest -q --noconftest --disable-plugin-autoload tests/test_docs.py
 
 clean:
-	rm -rf $(VENV) .versions demo build dist *.egg-info
+	rm -rf $(VENV) .versions .coverage.d demo build dist *.egg-info
