@@ -33,7 +33,7 @@ BUSY_BATCHES = 50
 
 
 def loader(state: State, found: Found, pixels: str) -> None:
-    """Base fed by 8 and 16 workers, stored or replayed views made ready by them or by the device, against the same step
+    """Base fed by 16 workers, stored or replayed views made ready by them or by the device, against the same step
     from memory."""
     targets = state.clip_targets(pixels)
     views = len(targets)
@@ -53,7 +53,7 @@ def loader(state: State, found: Found, pixels: str) -> None:
     except SettingsError as error:
         found.skipped["decoding on the device"] = error.what
     for decode in decoders:
-        for workers in (1, 2) if state.quick else (8, 16):
+        for workers in (1, 2) if state.quick else (16,):
             waits: list[float] = []
             used = shared_memory()
             with closing(stream(targets, settings, step.model.drop_columns, decode, workers, state)) as batches:

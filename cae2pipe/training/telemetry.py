@@ -149,7 +149,9 @@ class Wandb:
         )
 
     def write(self, line: dict[str, Any]) -> None:
-        self._run.log({name: value for name, value in line.items() if value is not None}, step=line["step"])
+        known = {name: value for name, value in line.items() if value is not None}
+        # Else a step would be kept back until the next one, and lost with a run that is cut off.
+        self._run.log(known, step=line["step"], commit=True)
 
     def close(self) -> None:
         self._run.finish()
