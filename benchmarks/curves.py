@@ -40,7 +40,7 @@ def main() -> None:
         chosen = settings(options.device, scratch, views=1, codec={"name": "fp16"})
         with progress("curves") as report:
             extract_targets(scratch / "chosen", scratch / "fp16", chosen, report)
-            recode(scratch / "fp16", scratch / "klt", CodecSettings(), report)
+            recode(scratch / "fp16", scratch / "klt", CodecSettings(fidelity=0.999), report)
             runs = {"klt": ("klt", "cached"), "fp16": ("fp16", "cached"), "online": ("fp16", "online")}
             losses = {}
             for name, (root, kind) in runs.items():

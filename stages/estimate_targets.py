@@ -126,7 +126,7 @@ def time_extraction(
     settings: ExtractSettings,
     workers: int,
 ) -> Meter:
-    """Render, encode and pack all asked views of a few blocks."""
+    """Render, encode and pack views of a few blocks, as many at once as an extraction would."""
     views = tuple(range(settings.views))
     tasks = [task for shard in shards.shards for task in block_tasks(shard, views)]
     tasks = tasks[: max(4, 16 // len(views))]

@@ -30,7 +30,7 @@ from cae2pipe.artifacts.parts import WHOLE, Part, torchrun_rank
 from cae2pipe.artifacts.places import file_size, free_bytes, is_local, is_shared
 from cae2pipe.artifacts.staging import Stage, remove_stages, staged
 from cae2pipe.config.base import identity
-from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.config.extract import ExtractSettings, as_begun
 from cae2pipe.errors import BadInputError, MismatchError, SourceError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report, gigabytes
@@ -91,6 +91,8 @@ def extract_targets(
     with writing(out, part):
         # Whatever can be wrong is found before hours of sharding.
         refuse_foreign(out)
+        if file_size(out / MANIFEST) is not None:
+            settings = resumed(open_box(out, KIND), settings, report)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
         content = {"settings": identity(settings), "teacher": teacher.info.identity()}
         fix = "give another output folder, or the settings this one was made with"
@@ -126,6 +128,19 @@ def extract_targets(
         finally:
             finish(box, shards, settings.views)
         return box
+
+
+def resumed(box: Box, settings: ExtractSettings, report: Report) -> ExtractSettings:
+    """The settings with what was not given as the set has been begun with: a changed default must neither refuse the
+    command that began it nor add views to it."""
+    found: dict[str, Any] = {"codec": as_begun(settings.codec, box.identity["settings"]["codec"])}
+    # Early sets do not say what they were to hold.
+    if "views" not in settings.model_fields_set and "wanted" in box.facts:
+        found["views"] = box.facts["wanted"]["views"]
+    begun = settings.model_copy(update=found)
+    if begun != settings:
+        report.log(f"as this set was begun: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
+    return begun
 
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:

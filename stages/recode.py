@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import Box, open_or_create, refuse_foreign
+from cae2pipe.artifacts.box import MANIFEST, Box, open_box, open_or_create, refuse_foreign
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.places import fetch_file, is_local
+from cae2pipe.artifacts.places import fetch_file, file_size, is_local
 from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.config.base import identity
-from cae2pipe.config.extract import CodecSettings
+from cae2pipe.config.extract import CodecSettings, as_begun
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
 from cae2pipe.processes import worker_count
 from cae2pipe.progress import Report
@@ -87,6 +87,8 @@ def recode(
         )
     with writing(out):
         refuse_foreign(out)
+        if file_size(out / MANIFEST) is not None:
+            codec = as_begun(codec, open_box(out, KIND).identity["settings"]["codec"])
         box = open_or_create(
             out,
             KIND,

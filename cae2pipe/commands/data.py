@@ -184,7 +184,7 @@ def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
         asked = (
             "as asked for"
             if advice["views"] == found["views"]
-            else f"of the {found['views']} asked for, each would be shown {advice['showings_asked']:.3g} times"
+            else f"with --views {found['views']} each would be shown {advice['showings_asked']:.3g} times"
         )
         console.say(
             f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "

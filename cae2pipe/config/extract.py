@@ -150,3 +150,11 @@ class ExtractSettings(Settings):
     """Seed of the views' draws."""
     shard: ShardSettings = outside(ShardSettings())
     speed: ExtractSpeed = ExtractSpeed()
+
+
+def as_begun(codec: CodecSettings, stored: dict[str, Any]) -> CodecSettings:
+    """The codec's settings for a set that has been begun: a fidelity that was not given is the set's own, for defaults
+    change between versions. ``stored``: the codec's settings as the set's manifest has them."""
+    if "fidelity" in codec.model_fields_set:
+        return codec
+    return codec.model_copy(update={"fidelity": stored["fidelity"]})

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from cae2pipe.artifacts.box import Box, open_box
+from cae2pipe.config.base import build
+from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError
 from cae2pipe.progress import Silent
 from cae2pipe.shards.build import build_shard_set
@@ -75,6 +77,37 @@ def test_how_many_views_are_rendered_at_once_changes_nothing(
     monkeypatch.setattr(rendering, "VIEWS_AT_ONCE", 1)
     extract_targets(photos, tmp_path / "set", extract_settings(view={"pixels": pixels}), Silent())
     assert contents(tmp_path / "set") == contents(stored_root if pixels == "stored" else target_root)
+
+
+def without_defaults(settings: ExtractSettings) -> ExtractSettings:
+    """The settings as of a command that gives neither views nor a fidelity."""
+    values = settings.model_dump(mode="json")
+    del values["views"], values["codec"]["fidelity"]
+    return build(ExtractSettings, values, "test")
+
+
+def test_a_set_of_other_defaults_is_resumed_with_its_own(copy, photos, extract_settings):
+    begun, given = extract_settings(), without_defaults(extract_settings())
+    assert (given.views, given.codec.fidelity) != (begun.views, begun.codec.fidelity)
+    before = contents(copy)
+    (copy / "latents/v01/000001.zarr/norms/c/0/0").unlink()
+    report, said = Silent(), []
+    report.log = said.append
+    extract_targets(photos, copy, given, report)
+    assert contents(copy) == before
+    assert "as this set was begun: --views 2 --fidelity 0.999" in said
+    # What is given counts.
+    with pytest.raises(MismatchError, match=r"codec\.fidelity"):
+        extract_targets(photos, copy, extract_settings(codec={"fidelity": given.codec.fidelity}), Silent())
+
+
+def test_a_fidelity_that_means_nothing_to_a_codec_is_not_asked_for_again(photos, tmp_path, extract_settings):
+    extract_targets(photos, tmp_path / "set", extract_settings(codec={"name": "fp16"}, views=1), Silent())
+    given = without_defaults(extract_settings(codec={"name": "fp16"}))
+    more = given.model_copy(update={"views": 2})
+    more.model_fields_set.add("views")
+    extract_targets(photos, tmp_path / "set", more, Silent())
+    assert TargetSet(tmp_path / "set").views == 2
 
 
 @pytest.mark.parametrize("lost", ["images/000001.tar", "latents/v01/000001.zarr"])

@@ -41,6 +41,15 @@ def tokens(root: Path, name: str) -> torch.Tensor:
     return torch.cat([decode(as_tensors(reader.arrays(block))) for block in range(reader.blocks)])
 
 
+def test_a_set_of_another_default_is_resumed_with_its_own(fp16, tmp_path):
+    recode(fp16, tmp_path / "set", KLT, Silent())
+    before = contents(tmp_path / "set")
+    recode(fp16, tmp_path / "set", CodecSettings(name="klt", calibration=64), Silent())
+    assert contents(tmp_path / "set") == before
+    with pytest.raises(MismatchError, match=r"codec\.fidelity"):
+        recode(fp16, tmp_path / "set", CodecSettings(fidelity=0.97, calibration=64), Silent())
+
+
 def test_what_comes_out_is_what_an_extraction_would_have_made(fp16, target_root, tmp_path):
     recode(fp16, tmp_path / "set", KLT, Silent())
     made, extracted = TargetSet(tmp_path / "set"), TargetSet(target_root)
