@@ -15,7 +15,6 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import identity
 from cae2pipe.config.dense import DetectSettings, SegmentSettings
 from cae2pipe.dense.box_crops import BoxReader
@@ -31,13 +30,14 @@ from cae2pipe.evaluation.encoders import label, load_encoder
 from cae2pipe.evaluation.keeping import begin, keep
 from cae2pipe.evaluation.supervised import train
 from cae2pipe.evaluation.weights import save_weights
-from cae2pipe.progress import Report, Silent
 from cae2pipe.reporting.box_pictures import box_sheet
 from cae2pipe.reporting.label_pictures import label_sheet
 from cae2pipe.reporting.pictures import png_bytes
+from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.world import joined
 from cae2pipe.training.compilation import compiles
-from cae2pipe.training.device import pick_device, resolve_precision, set_backends
-from cae2pipe.training.parallel import joined
 
 LAST, PICTURES = "last.safetensors", "pictures.png"
 

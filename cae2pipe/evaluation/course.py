@@ -23,7 +23,7 @@ from cae2pipe.errors import ImageError, SettingsError, SourceError
 from cae2pipe.evaluation.crops import DrawnCrop
 from cae2pipe.evaluation.datasets import Split
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.keyed import keyed_permutation
+from cae2pipe.runtime.keyed import keyed_permutation
 
 
 @dataclass(frozen=True)

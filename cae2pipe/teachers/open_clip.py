@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.hub import pretrained_file
 from cae2pipe.teachers.protocol import (
     Teacher,

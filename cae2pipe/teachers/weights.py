@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.errors import TeacherError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

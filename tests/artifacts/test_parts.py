@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cae2pipe.artifacts.parts import WHOLE, Part, Rank, parse_part, torchrun_rank
+from cae2pipe.artifacts.parts import WHOLE, Part, parse_part
 from cae2pipe.errors import SettingsError
+from cae2pipe.runtime.ranks import Rank, torchrun_rank
 
 parts = st.integers(1, 12).flatmap(lambda count: st.builds(Part, st.integers(1, count), st.just(count)))
 

@@ -19,7 +19,7 @@ from cae2pipe.evaluation.course import Chunk, full_batches
 from cae2pipe.evaluation.encoders import load_encoder
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.world import World
 from tests.cuda.simulated import on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")

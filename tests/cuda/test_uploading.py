@@ -18,9 +18,9 @@ from cae2pipe.evaluation import supervised
 from cae2pipe.evaluation.course import Chunk, Course, Reader
 from cae2pipe.evaluation.crop_batches import CropBatch
 from cae2pipe.evaluation.datasets import Crops
-from cae2pipe.evaluation.uploading import pinned, uploaded
-from cae2pipe.progress import Silent
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.upload import pinned, uploaded
+from cae2pipe.runtime.world import World
 
 DEVICE = torch.device("cuda", 1)
 

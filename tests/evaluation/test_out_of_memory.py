@@ -22,7 +22,7 @@ from cae2pipe.evaluation.finetune import FinetuneLearner
 from cae2pipe.evaluation.linear import Probe
 from cae2pipe.evaluation.remedies import SMALLER, smaller_chunk
 from cae2pipe.evaluation.tuning import TunedLearner, make_moments
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
 

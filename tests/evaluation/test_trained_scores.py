@@ -19,7 +19,7 @@ from cae2pipe.evaluation import supervised
 from cae2pipe.evaluation.finetune import FinetuneLearner
 from cae2pipe.evaluation.probing import ProbeLearner
 from cae2pipe.inspection import verify
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.training.metrics import read_lines
 from tests.conftest import contents

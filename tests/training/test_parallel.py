@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cae2pipe.artifacts.parts import Rank
 from cae2pipe.errors import SettingsError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.ranks import Rank
+from cae2pipe.runtime.world import joined
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.optimizer import build_optimizer
-from cae2pipe.training.parallel import joined, spread, whole
+from cae2pipe.training.parallel import spread, whole
 from cae2pipe.training.telemetry import CLOCKED
 from tests.ranks import launch
 from tests.training.rank import train
