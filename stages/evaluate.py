@@ -25,7 +25,7 @@ from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import AnySettings, AttentiveSettings, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.attentive import AttentiveProbe, head_count
-from cae2pipe.evaluation.course import ChunkReader, Course, all_images, check_share, full_batches
+from cae2pipe.evaluation.chunk_reader import ChunkReader
 from cae2pipe.evaluation.crop_batches import batch_for
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
 from cae2pipe.evaluation.datasets import Split, common_labels, open_data
@@ -38,15 +38,16 @@ from cae2pipe.evaluation.linear import Probe, batch_and_steps, lars, lars_groups
 from cae2pipe.evaluation.predicting import Found, predict
 from cae2pipe.evaluation.probing import Inputs, ProbeLearner, all_tokens, pooled
 from cae2pipe.evaluation.protocols import protocol
-from cae2pipe.evaluation.remedies import cpu_remedy
 from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
-from cae2pipe.evaluation.supervised import train
 from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.progress import Report, Silent
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.world import World, joined
+from cae2pipe.supervised.course import Course, all_images, check_share, full_batches
+from cae2pipe.supervised.loop import train
+from cae2pipe.supervised.remedies import cpu_remedy
 from cae2pipe.training.compilation import compiles
 
 

@@ -24,11 +24,9 @@ from cae2pipe.dense.label_crops import LabelCropReader
 from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner, build_segmenter, drawn_predictions
 from cae2pipe.errors import SettingsError
-from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
-from cae2pipe.evaluation.course import check_share, full_batches
+from cae2pipe.evaluation.backbone import prepared_encoder
 from cae2pipe.evaluation.encoders import label, load_encoder
 from cae2pipe.evaluation.keeping import begin, keep
-from cae2pipe.evaluation.supervised import train
 from cae2pipe.evaluation.weights import save_weights
 from cae2pipe.reporting.box_pictures import box_sheet
 from cae2pipe.reporting.label_pictures import label_sheet
@@ -37,6 +35,9 @@ from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
 from cae2pipe.runtime.progress import Report, Silent
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.world import joined
+from cae2pipe.supervised.course import check_share, full_batches
+from cae2pipe.supervised.loop import train
+from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.training.compilation import compiles
 
 LAST, PICTURES = "last.safetensors", "pictures.png"

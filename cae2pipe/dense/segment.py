@@ -16,13 +16,13 @@ from cae2pipe.dense.label_maps import LabelledImages
 from cae2pipe.dense.pyramid import Pyramid, decay_groups
 from cae2pipe.dense.sliding import sliding_logits
 from cae2pipe.dense.upernet import UperNet, resized, segmentation_loss, spread_norms
-from cae2pipe.evaluation.backbone import Normalised
-from cae2pipe.evaluation.course import Chunk, Course
-from cae2pipe.evaluation.tuning import TunedLearner
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk, Course
+from cae2pipe.supervised.learner import TunedLearner
+from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.schedule import polynomial_rate
 

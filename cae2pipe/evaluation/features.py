@@ -22,11 +22,11 @@ from cae2pipe.evaluation.crop_batches import crop_batches
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
 from cae2pipe.evaluation.datasets import Split
 from cae2pipe.evaluation.encoders import FrozenEncoder
-from cae2pipe.evaluation.remedies import batch_remedy
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World
+from cae2pipe.supervised.remedies import batch_remedy
 
 PART = 8192
 """Images a part, about."""

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from cae2pipe.artifacts.box import open_box
 from cae2pipe.errors import DivergedError, Terminated
-from cae2pipe.evaluation.course import Chunk, Course, Reader
-from cae2pipe.evaluation.remedies import Trained, chunk_remedy
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
@@ -25,6 +23,8 @@ from cae2pipe.runtime.signals import deferred_stop, until_stopped
 from cae2pipe.runtime.upload import pinned
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.remedies import Trained, chunk_remedy
 from cae2pipe.training.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from cae2pipe.training.compilation import compiler_advice
 from cae2pipe.training.metrics import MetricsFile

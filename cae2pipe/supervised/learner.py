@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cae2pipe.evaluation.backbone import Normalised
-from cae2pipe.evaluation.course import Chunk
-from cae2pipe.evaluation.remedies import SMALLER, cpu_remedy
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.upload import upload_stream, uploaded
 from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk
+from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.remedies import SMALLER, cpu_remedy
 from cae2pipe.training.optimizer import make_moments
 from cae2pipe.training.parallel import spread, without_exchange
 
