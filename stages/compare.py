@@ -26,6 +26,8 @@ from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
 from cae2pipe.artifacts.parts import Part
 from cae2pipe.artifacts.places import is_local
+from cae2pipe.comparison.gathering import gather_grid
+from cae2pipe.comparison.rows import Comparison
 from cae2pipe.config.base import identity, load, merge
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
@@ -34,7 +36,6 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.evaluation.datasets import open_data
 from cae2pipe.methods.registry import build_method
-from cae2pipe.reporting.comparison import Comparison, gather_grid
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.device_memory import free_unused
 from cae2pipe.runtime.progress import Report, Silent

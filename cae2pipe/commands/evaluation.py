@@ -181,7 +181,7 @@ def _evaluate(
 
 
 def _print_score(result: dict[str, Any]) -> None:
-    from cae2pipe.reporting.results import headlines
+    from cae2pipe.comparison.scores import headlines
     from cae2pipe.runtime.terminal import print_table
 
     columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"]))
@@ -205,7 +205,8 @@ def results(
     """All scores of many evaluations side by side, each with its protocol. Manifests that cannot be read are named, and
     the exit code is 1."""
     with exits():
-        from cae2pipe.reporting.results import as_markdown, collect, protocols, shown
+        from cae2pipe.comparison.scores import collect
+        from cae2pipe.reporting.results import as_markdown, protocols, shown
         from cae2pipe.runtime.terminal import print_table
 
         damaged: list[Cae2pipeError] = []

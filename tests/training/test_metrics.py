@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.inspection import describe
-from cae2pipe.reporting.comparison import gather_runs
 from cae2pipe.reporting.comparison_text import notes
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
