@@ -52,7 +52,7 @@ class TunedLearner(ABC):
         """The learning rate of a step, which each group scales."""
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        """As ``supervised.Learner`` has it."""
+        """As ``loop.Learner`` has it."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
