@@ -17,7 +17,7 @@ from benchmarks.sample import crops, settings
 from cae2pipe.config.base import load
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.progress import progress
+from cae2pipe.runtime.progress import progress
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode

@@ -18,11 +18,11 @@ import torch
 from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options
 from benchmarks.sample import copies, packed, photographs, rendered, settings, teacher_of
 from cae2pipe.artifacts.box import open_box
-from cae2pipe.processes import worker_count
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.threads import in_threads
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets.encoding import Meter, lane_count
-from cae2pipe.threads import in_threads
 
 VIEWS = 4
 COPIES = 4

@@ -14,14 +14,14 @@ from torch import Tensor
 from benchmarks.harness import real_folder
 from cae2pipe.config.base import build, load
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.device import pick_device
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
-from cae2pipe.training.device import pick_device
 
 
 def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:

@@ -24,7 +24,7 @@ from cae2pipe.config.base import load
 from cae2pipe.config.extract import CodecSettings, ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import LockedError, Terminated
-from cae2pipe.progress import Report, progress
+from cae2pipe.runtime.progress import Report, progress
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode

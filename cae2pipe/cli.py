@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cae2pipe.errors import FAILURE, INTERRUPTED
-from cae2pipe.streams import finish_streams, prepare_streams
+from cae2pipe.runtime.streams import finish_streams, prepare_streams
 
 if TYPE_CHECKING:
     from cae2pipe.commands.app import app as app
@@ -55,7 +55,7 @@ def main() -> NoReturn:
 def _failed(error: BaseException) -> int:
     """Tell of an error that is no command's, such as that the help cannot be printed. A defect is raised again."""
     from cae2pipe.commands.shared import show
-    from cae2pipe.system_errors import explain
+    from cae2pipe.runtime.system_errors import explain
 
     explained = explain(error)
     if explained is None:

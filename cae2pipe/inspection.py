@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
 from cae2pipe.artifacts.places import entry_names, file_size
 from cae2pipe.errors import Cae2pipeError, DamageError
-from cae2pipe.progress import Report
+from cae2pipe.runtime.progress import Report
 
 if TYPE_CHECKING:
     from cae2pipe.targets.auditing import Audit
@@ -161,10 +161,10 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
     Raises:
         ManifestError: not a target set. TeacherError, MismatchError: the teacher cannot be had, or is another one.
     """
+    from cae2pipe.runtime.device import pick_device, set_backends
     from cae2pipe.targets.auditing import audit
     from cae2pipe.targets.target_set import TargetSet
     from cae2pipe.teachers.load import set_teacher
-    from cae2pipe.training.device import pick_device, set_backends
 
     set_backends()
     targets = TargetSet(path)

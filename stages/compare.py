@@ -24,19 +24,23 @@ import torch
 from cae2pipe.artifacts.box import MANIFEST, open_box
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
-from cae2pipe.artifacts.parts import Part, torchrun_rank
+from cae2pipe.artifacts.parts import Part
 from cae2pipe.artifacts.places import is_local
+from cae2pipe.comparison.gathering import gather_grid
+from cae2pipe.comparison.rows import Comparison
 from cae2pipe.config.base import identity, load, merge
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.device_memory import free_unused
 from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.evaluation.datasets import open_data
 from cae2pipe.methods.registry import build_method
-from cae2pipe.progress import Report, Silent
-from cae2pipe.reporting.comparison import Comparison, gather_grid
+from cae2pipe.runtime.device import pick_device, set_backends
+from cae2pipe.runtime.device_memory import free_unused
+from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.world import joined
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import check_fit, chosen_stores, fresh_views, pretrain
 from cae2pipe.stages.recode import recode
@@ -44,8 +48,6 @@ from cae2pipe.stages.report import write_report
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.aim import aim_of
-from cae2pipe.training.device import pick_device, set_backends
-from cae2pipe.training.parallel import joined
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 from cae2pipe.artifacts.box import is_box
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import SettingsError, SourceError
-from cae2pipe.processes import worker_count
-from cae2pipe.progress import Report
+from cae2pipe.runtime.device import pick_device, set_backends
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.build import plan_runs, write_run
 from cae2pipe.shards.checking import check_image
 from cae2pipe.shards.shard_set import ShardSet, make_shard
@@ -29,7 +30,6 @@ from cae2pipe.targets.store import Layout
 from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
-from cae2pipe.training.device import pick_device, set_backends
 
 
 def estimate_targets(

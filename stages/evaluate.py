@@ -21,15 +21,13 @@ from torch import Tensor
 from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import AnySettings, AttentiveSettings, FinetuneSettings, KnnSettings, LinearSettings
-from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.attentive import AttentiveProbe, head_count
-from cae2pipe.evaluation.course import ChunkReader, Course, all_images, check_share, full_batches
+from cae2pipe.evaluation.chunk_reader import ChunkReader
 from cae2pipe.evaluation.crop_batches import batch_for
-from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop, seeded
+from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
 from cae2pipe.evaluation.datasets import Split, common_labels, open_data
 from cae2pipe.evaluation.encoders import FrozenEncoder, label, load_encoder
 from cae2pipe.evaluation.features import FeatureSet, extract_features, log_rejects, resolve_feature, resolve_size
@@ -40,13 +38,17 @@ from cae2pipe.evaluation.linear import Probe, batch_and_steps, lars, lars_groups
 from cae2pipe.evaluation.predicting import Found, predict
 from cae2pipe.evaluation.probing import Inputs, ProbeLearner, all_tokens, pooled
 from cae2pipe.evaluation.protocols import protocol
-from cae2pipe.evaluation.remedies import cpu_remedy
 from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
-from cae2pipe.evaluation.supervised import train
-from cae2pipe.progress import Report, Silent
+from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.device_memory import memory_advice
+from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.seeded import seeded
+from cae2pipe.runtime.world import World, joined
+from cae2pipe.supervised.course import Course, all_images, check_share, full_batches
+from cae2pipe.supervised.loop import train
+from cae2pipe.supervised.remedies import cpu_remedy
 from cae2pipe.training.compilation import compiles
-from cae2pipe.training.device import pick_device, resolve_precision, set_backends
-from cae2pipe.training.parallel import World, joined
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import identity
 from cae2pipe.config.dense import DetectSettings, SegmentSettings
 from cae2pipe.dense.box_crops import BoxReader
@@ -25,19 +24,21 @@ from cae2pipe.dense.label_crops import LabelCropReader
 from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner, build_segmenter, drawn_predictions
 from cae2pipe.errors import SettingsError
-from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
-from cae2pipe.evaluation.course import check_share, full_batches
+from cae2pipe.evaluation.backbone import prepared_encoder
 from cae2pipe.evaluation.encoders import label, load_encoder
 from cae2pipe.evaluation.keeping import begin, keep
-from cae2pipe.evaluation.supervised import train
 from cae2pipe.evaluation.weights import save_weights
-from cae2pipe.progress import Report, Silent
 from cae2pipe.reporting.box_pictures import box_sheet
 from cae2pipe.reporting.label_pictures import label_sheet
 from cae2pipe.reporting.pictures import png_bytes
+from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.world import joined
+from cae2pipe.supervised.course import check_share, full_batches
+from cae2pipe.supervised.loop import train
+from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.training.compilation import compiles
-from cae2pipe.training.device import pick_device, resolve_precision, set_backends
-from cae2pipe.training.parallel import joined
 
 LAST, PICTURES = "last.safetensors", "pictures.png"
 

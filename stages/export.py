@@ -10,12 +10,12 @@ import torch
 from cae2pipe.artifacts.atomic import remove_debris, write_bytes
 from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.artifacts.tensors import write_safetensors
+from cae2pipe.comparison.scores import collect
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.evaluation.encoders import Student, label, load_encoder
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.models.formats import FORMATS, Layout, Shape
 from cae2pipe.reporting.model_card import model_card
-from cae2pipe.reporting.results import collect
 
 CARD = "README.md"
 

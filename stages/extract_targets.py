@@ -26,15 +26,17 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.box import MANIFEST, Box, is_box, open_box, open_or_create, open_same, refuse_foreign
 from cae2pipe.artifacts.lock import can_lock, holding, writing
-from cae2pipe.artifacts.parts import WHOLE, Part, torchrun_rank
+from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.places import file_size, free_bytes, is_local, is_shared
+from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import Stage, remove_stages, staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings, as_begun
 from cae2pipe.errors import BadInputError, MismatchError, SourceError
-from cae2pipe.processes import worker_count
-from cae2pipe.progress import Report, gigabytes
-from cae2pipe.provenance import provenance, tell_changes
+from cae2pipe.runtime.device import pick_device, set_backends
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.progress import Report, gigabytes
+from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import Shard, ShardSet, index_samples
 from cae2pipe.shards.tar import write_samples
@@ -62,7 +64,6 @@ from cae2pipe.targets.target_set import (
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
-from cae2pipe.training.device import pick_device, set_backends
 
 
 def extract_targets(

@@ -21,21 +21,24 @@ from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.box import Box, is_box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.config.base import identity
 from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
-from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated
 from cae2pipe.images.jpeg import device_decoder
-from cae2pipe.keyed import keyed_seed
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.loader import block_refs, load_parts
 from cae2pipe.methods.registry import build_method, check_method
 from cae2pipe.models.export import export_encoder
-from cae2pipe.processes import worker_count
-from cae2pipe.progress import Report, Silent
+from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.device_memory import memory_advice
+from cae2pipe.runtime.keyed import keyed_seed
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.signals import deferred_stop, until_stopped
+from cae2pipe.runtime.world import World, joined
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.target_set import TargetSet
@@ -49,15 +52,13 @@ from cae2pipe.training.checkpoint import (
     training_state,
 )
 from cae2pipe.training.compilation import compile_in_place, compiler_advice, compiles
-from cae2pipe.training.device import pick_device, resolve_precision, set_backends
 from cae2pipe.training.failure import failure_path, save_failure
 from cae2pipe.training.memory import explain_out_of_memory, upload_advice
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled
-from cae2pipe.training.parallel import World, blocks_of, joined, spread
+from cae2pipe.training.parallel import blocks_of, spread
 from cae2pipe.training.schedule import learning_rate
-from cae2pipe.training.signals import deferred_stop, until_stopped
 from cae2pipe.training.step import Latents, Outcome, Step, cached
 from cae2pipe.training.student import teacher_of
 from cae2pipe.training.telemetry import Telemetry

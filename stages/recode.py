@@ -23,13 +23,15 @@ from cae2pipe.artifacts.box import MANIFEST, Box, open_box, open_or_create, refu
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.places import fetch_file, file_size, is_local
+from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import CodecSettings, as_begun
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
-from cae2pipe.processes import worker_count
-from cae2pipe.progress import Report
-from cae2pipe.provenance import provenance, tell_changes
+from cae2pipe.runtime.device import set_backends
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration, calibrate, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
@@ -48,8 +50,6 @@ from cae2pipe.targets.target_set import (
     TargetSet,
     make_layout,
 )
-from cae2pipe.threads import in_threads
-from cae2pipe.training.device import set_backends
 
 
 def recode(

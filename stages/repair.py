@@ -10,7 +10,7 @@ from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import BadInputError
 from cae2pipe.inspection import Verification
-from cae2pipe.progress import Report
+from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.build import pack
 from cae2pipe.shards.source import scan
 from cae2pipe.stages.extract_targets import extract_targets

@@ -14,11 +14,11 @@ from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.config.base import build
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError, SettingsError
-from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.loading.batches import Batch, split
 from cae2pipe.methods.registry import build_method
+from cae2pipe.runtime.device import pick_device, set_backends
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.targets.codecs import Fp16Codec
-from cae2pipe.training.device import pick_device, set_backends
 from cae2pipe.training.failure import load_failure, no_record
 from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.step import forward

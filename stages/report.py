@@ -15,15 +15,17 @@ from torch import Tensor
 
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.box import open_box
+from cae2pipe.comparison.gathering import gather_runs
+from cae2pipe.comparison.rows import Comparison
+from cae2pipe.comparison.scores import read_scores
 from cae2pipe.errors import BadInputError, Cae2pipeError, SettingsError
-from cae2pipe.progress import Report
-from cae2pipe.reporting.comparison import Comparison, gather_runs, read_scores
 from cae2pipe.reporting.comparison_page import comparison_html
 from cae2pipe.reporting.comparison_text import comparison_markdown
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_views
+from cae2pipe.runtime.device import pick_device, set_backends
+from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import Target, TargetSet
-from cae2pipe.training.device import pick_device, set_backends
 from cae2pipe.training.student import forecasts, image_features, load_student, mask_of, same_teacher
 
 MARKDOWN, HTML = "report.md", "report.html"

@@ -145,7 +145,7 @@ def target_root(
     tmp_path_factory: pytest.TempPathFactory, photos: Path, extract_settings: Callable[..., ExtractSettings]
 ) -> Path:
     """A finished target set of 150 images in two replayed views, klt codec. Not to be written to."""
-    from cae2pipe.progress import Silent
+    from cae2pipe.runtime.progress import Silent
     from cae2pipe.stages.extract_targets import extract_targets
 
     out = tmp_path_factory.mktemp("targets") / "set"
@@ -158,7 +158,7 @@ def stored_root(
     tmp_path_factory: pytest.TempPathFactory, photos: Path, extract_settings: Callable[..., ExtractSettings]
 ) -> Path:
     """The same with stored views."""
-    from cae2pipe.progress import Silent
+    from cae2pipe.runtime.progress import Silent
     from cae2pipe.stages.extract_targets import extract_targets
 
     out = tmp_path_factory.mktemp("targets") / "stored"
@@ -188,7 +188,7 @@ def trained_run(
     """A run that pretrain has made of ``target_root`` under given settings, once for each. Not to be written to."""
     import torch
 
-    from cae2pipe.progress import Silent
+    from cae2pipe.runtime.progress import Silent
     from cae2pipe.stages.pretrain import pretrain
 
     made: dict[str, Path] = {}

@@ -19,7 +19,7 @@ from typing import Any
 
 PRELOAD = [
     "cae2pipe.commands.app",
-    "cae2pipe.evaluation.supervised",
+    "cae2pipe.supervised.loop",
     "cae2pipe.stages.compare",
     "cae2pipe.stages.repair",
     "open_clip",

@@ -6,7 +6,7 @@ import pytest
 
 from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.inspection import describe, verify
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 
 
 @pytest.fixture

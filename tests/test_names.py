@@ -21,11 +21,10 @@ from typer.testing import CliRunner
 from cae2pipe.cli import app
 from cae2pipe.commands import training
 from cae2pipe.commands.shared import console
+from cae2pipe.comparison.rows import Comparison, Row
 from cae2pipe.errors import SourceError
 from cae2pipe.names import listed_names, text_lines, told_apart, visible, visible_json
-from cae2pipe.progress import Lines, _bars, _Panel
 from cae2pipe.reporting.box_pictures import box_sheet
-from cae2pipe.reporting.comparison import Comparison, Row
 from cae2pipe.reporting.comparison_page import comparison_html
 from cae2pipe.reporting.comparison_text import comparison_markdown
 from cae2pipe.reporting.confusion import NAMED, draw_confusion
@@ -33,7 +32,8 @@ from cae2pipe.reporting.gallery import Gallery, NeighbourRow
 from cae2pipe.reporting.html import element, page
 from cae2pipe.reporting.markdown import escaped, markdown_table
 from cae2pipe.reporting.plots import Points, bars, curves, dots
-from cae2pipe.reporting.terminal import Terminal, print_facts, print_table
+from cae2pipe.runtime.progress import Lines, _bars, _Panel
+from cae2pipe.runtime.terminal import Terminal, print_facts, print_table
 from tests.reporting.test_html import read
 from tests.reporting.test_plots import drawn  # noqa: F401 - a fixture
 

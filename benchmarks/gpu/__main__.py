@@ -46,7 +46,7 @@ def main() -> int:
     from benchmarks.gpu.state import State
     from benchmarks.harness import device_name, real_folder
     from cae2pipe.errors import Cae2pipeError
-    from cae2pipe.training.device import pick_device
+    from cae2pipe.runtime.device import pick_device
 
     try:
         device = pick_device(options.device)

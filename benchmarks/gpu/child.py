@@ -22,8 +22,8 @@ import torch._inductor.config
 
 from benchmarks.gpu.parts import Found, Part, Result, plain, run_here
 from benchmarks.gpu.state import State
-from cae2pipe.processes import worker_count
-from cae2pipe.training.device import pick_device
+from cae2pipe.runtime.device import pick_device
+from cae2pipe.runtime.processes import worker_count
 
 ROOT = Path(__file__).parents[2]
 

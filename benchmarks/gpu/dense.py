@@ -20,7 +20,7 @@ from benchmarks.gpu.state import State
 from cae2pipe.config.base import load
 from cae2pipe.config.dense import DetectSettings, SegmentSettings
 from cae2pipe.errors import SettingsError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate_dense import detect, require_dense, segment
 
 COLOURS = np.array([(230, 220, 40), (20, 30, 60), (200, 20, 30), (90, 90, 90)], dtype=np.uint8)

@@ -15,11 +15,12 @@ from benchmarks.gpu.steps import build_step
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DivergedError
 from cae2pipe.loading.batches import Batch
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.world import World
 from cae2pipe.stages.pretrain import make_plan, train
 from cae2pipe.stages.replay import replay
 from cae2pipe.training.checkpoint import training_state
-from cae2pipe.training.parallel import World, spread
+from cae2pipe.training.parallel import spread
 from cae2pipe.training.step import Step
 
 BAD = 2

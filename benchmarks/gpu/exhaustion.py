@@ -22,7 +22,7 @@ from cae2pipe.config.base import build
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import OutOfMemoryError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import compare, pretrain
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.step import Step

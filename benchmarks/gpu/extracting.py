@@ -15,8 +15,9 @@ from benchmarks.harness import at_least, figures
 from benchmarks.pretrain import wait_for
 from benchmarks.sample import rendered
 from cae2pipe.artifacts.box import Box
-from cae2pipe.processes import worker_count
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.device import set_backends
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets.encoding import Meter, encode_ahead, encode_tokens
@@ -27,7 +28,6 @@ from cae2pipe.targets.stored_calibration import CODEC
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
-from cae2pipe.training.device import set_backends
 
 BLOCKS = 16
 """Rendered blocks in memory, which are gone through again and again."""

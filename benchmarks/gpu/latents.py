@@ -9,12 +9,12 @@ from benchmarks.gpu.parts import Found
 from benchmarks.gpu.state import State
 from benchmarks.harness import at_least, at_most
 from benchmarks.sample import rendered
+from cae2pipe.runtime.device import set_backends
 from cae2pipe.targets.calibration import calibrate, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens, unzigzag
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
-from cae2pipe.training.device import set_backends
 
 CODECS = ("klt", "int8", "fp16")
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu.parts import Found
 from benchmarks.gpu.state import State
 from benchmarks.pretrain import shares, wait_for
-from cae2pipe.processes import worker_count
+from cae2pipe.runtime.processes import worker_count
 
 SHAPES = {
     "Base, encoder": (8, 12, 99, 64),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.state import State
-from cae2pipe.training.device import set_backends
+from cae2pipe.runtime.device import set_backends
 
 
 class NotHereError(Exception):

@@ -14,9 +14,9 @@ from benchmarks.gpu.parts import Found
 from benchmarks.gpu.repeats import metrics
 from benchmarks.gpu.state import State
 from benchmarks.harness import at_most
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.world import World
 from cae2pipe.stages.pretrain import _pretrain
-from cae2pipe.training.parallel import World
 
 PATIENCE = timedelta(seconds=60)
 

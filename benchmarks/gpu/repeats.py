@@ -13,9 +13,9 @@ from benchmarks.gpu.speed import in_memory
 from benchmarks.gpu.state import State
 from benchmarks.harness import figures, in_turns, median_ratio
 from benchmarks.pretrain import turn
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.device import set_backends
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
-from cae2pipe.training.device import set_backends
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.telemetry import CLOCKED
 

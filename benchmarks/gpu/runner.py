@@ -23,7 +23,7 @@ from benchmarks.gpu.parts import Part, Result, run_here
 from benchmarks.gpu.state import State
 from benchmarks.harness import print_table
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.processes import worker_count
+from cae2pipe.runtime.processes import worker_count
 
 GRACE = 60.0
 """Seconds beyond the budget after which the suite ends itself: a part in its own process hangs."""

@@ -15,9 +15,9 @@ from benchmarks.harness import at_least, at_most
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS, FAST_RATES
 from cae2pipe.evaluation.knn import knn_predictions
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.device import set_backends
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.training.device import set_backends
 
 
 def nearest_neighbours(state: State, found: Found) -> None:

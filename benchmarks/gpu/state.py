@@ -19,7 +19,7 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.stages.extract_targets import extract_targets

@@ -74,7 +74,7 @@ def demo(
     with exits():
         from cae2pipe.demo.measures import rows
         from cae2pipe.demo.run import run_demo
-        from cae2pipe.reporting.terminal import print_table
+        from cae2pipe.runtime.terminal import print_table
 
         def say(text: str) -> None:
             console.block(text)

@@ -54,7 +54,7 @@ def shard(
     with exits():
         from cae2pipe.config.base import load
         from cae2pipe.config.extract import ShardSettings
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
         from cae2pipe.shards.build import build_all
 
         settings = load(ShardSettings, "shard", config, set_ or [], section("speed", workers=workers))
@@ -98,7 +98,7 @@ def extract_targets(
         from cae2pipe.config.base import load
         from cae2pipe.config.extract import ExtractSettings
         from cae2pipe.errors import SettingsError
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
 
         if epochs is not None and not estimate:
             raise SettingsError(
@@ -146,7 +146,7 @@ def recode(
     with exits():
         from cae2pipe.config.base import build
         from cae2pipe.config.extract import CodecSettings
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
 
         values = {"name": codec.value} | ({} if fidelity is None else {"fidelity": fidelity})
         settings = build(CodecSettings, values, "recode")
@@ -157,8 +157,8 @@ def recode(
 
 
 def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
-    from cae2pipe.progress import duration, gigabytes
-    from cae2pipe.reporting.terminal import print_table
+    from cae2pipe.runtime.progress import duration, gigabytes
+    from cae2pipe.runtime.terminal import print_table
 
     rows = [
         {

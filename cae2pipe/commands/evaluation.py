@@ -115,7 +115,7 @@ def evaluate_segment(
     with exits():
         from cae2pipe.config.base import load
         from cae2pipe.config.dense import SegmentSettings
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
 
         over = section("speed", workers=workers, device=device)
         settings = load(SegmentSettings, "evaluate", config, set_ or [], over)
@@ -150,7 +150,7 @@ def evaluate_detect(
     with exits():
         from cae2pipe.config.base import load
         from cae2pipe.config.dense import DetectSettings
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
 
         over = section("speed", workers=workers, device=device) | ({"cascade": True} if cascade else {})
         settings = load(DetectSettings, "evaluate", config, set_ or [], over)
@@ -168,7 +168,7 @@ def _evaluate(
     with exits():
         from cae2pipe.config.base import load
         from cae2pipe.config.evaluate import EVALUATIONS
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
 
         settings = load(EVALUATIONS[kind], "evaluate", config, set_ or [], section("speed", **speed))
         from cae2pipe.stages.evaluate import evaluate
@@ -181,8 +181,8 @@ def _evaluate(
 
 
 def _print_score(result: dict[str, Any]) -> None:
-    from cae2pipe.reporting.results import headlines
-    from cae2pipe.reporting.terminal import print_table
+    from cae2pipe.comparison.scores import headlines
+    from cae2pipe.runtime.terminal import print_table
 
     columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"]))
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
@@ -205,8 +205,9 @@ def results(
     """All scores of many evaluations side by side, each with its protocol. Manifests that cannot be read are named, and
     the exit code is 1."""
     with exits():
-        from cae2pipe.reporting.results import as_markdown, collect, protocols, shown
-        from cae2pipe.reporting.terminal import print_table
+        from cae2pipe.comparison.scores import collect
+        from cae2pipe.reporting.results import as_markdown, protocols, shown
+        from cae2pipe.runtime.terminal import print_table
 
         damaged: list[Cae2pipeError] = []
         rows = collect(folders, damaged)

@@ -20,7 +20,7 @@ def inspect(
     with exits():
         from cae2pipe.inspection import describe
         from cae2pipe.names import visible_json
-        from cae2pipe.reporting.terminal import print_facts
+        from cae2pipe.runtime.terminal import print_facts
 
         facts = describe(path)
         if as_json:
@@ -53,7 +53,7 @@ def verify(
     """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
     with exits():
         from cae2pipe.inspection import verify as check
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
 
         with progress("verify") as report:
             result = check(path, report)

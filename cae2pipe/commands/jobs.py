@@ -12,7 +12,7 @@ from typing import Any
 
 from cae2pipe.artifacts.parts import Part
 from cae2pipe.errors import BAD_INPUT, BadInputError, Cae2pipeError, Requeued, Terminated
-from cae2pipe.processes import shielded
+from cae2pipe.runtime.processes import shielded
 
 Work = Callable[[Part, str | None], Any]
 """Does a part on a device (None: the command's own); picklable."""
@@ -87,8 +87,8 @@ def _run(work: Work, part: Part, device: str | None) -> None:
     import typer
 
     from cae2pipe.commands.shared import exits
-    from cae2pipe.processes import prepare_worker
-    from cae2pipe.streams import prepare_streams
+    from cae2pipe.runtime.processes import prepare_worker
+    from cae2pipe.runtime.streams import prepare_streams
 
     # Its end is the main process's to decide, by a signal that it passes on or by its own death. Ctrl-C reaches a
     # whole process group: with the signal passed on it would be the second one, which does not wait for a checkpoint.

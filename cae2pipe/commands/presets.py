@@ -35,7 +35,7 @@ def config_show(
 def teachers_list() -> None:
     """Teacher presets, and whether their weights are at hand."""
     with exits():
-        from cae2pipe.reporting.terminal import print_table
+        from cae2pipe.runtime.terminal import print_table
         from cae2pipe.teachers.presets import list_presets
 
         print_table(console, list_presets())

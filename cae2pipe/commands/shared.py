@@ -21,8 +21,8 @@ from cae2pipe.errors import (
     Terminated,
 )
 from cae2pipe.names import visible, why_not_utf8
-from cae2pipe.reporting.terminal import Terminal
-from cae2pipe.system_errors import explain
+from cae2pipe.runtime.system_errors import explain
+from cae2pipe.runtime.terminal import Terminal
 
 console = Terminal()
 errors = Terminal(stderr=True)

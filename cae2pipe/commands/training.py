@@ -41,7 +41,7 @@ def pretrain(
     with exits():
         from cae2pipe.config.base import load
         from cae2pipe.config.pretrain import PretrainSettings
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
 
         values = {
             **({} if epochs is None else {"epochs": epochs}),
@@ -63,7 +63,7 @@ def replay(
 ) -> None:
     """Go again through a training step that was not finite, and say which sample or module breaks it."""
     with exits():
-        from cae2pipe.reporting.terminal import print_table
+        from cae2pipe.runtime.terminal import print_table
         from cae2pipe.stages.replay import replay as run
 
         found = run(record, device or "auto", precision)
@@ -147,11 +147,12 @@ def compare(
     Run again, it goes on: what is trained or scored already stays as it is, be it for another grid.
     """
     with exits():
-        from cae2pipe.artifacts.parts import parse_part, torchrun_rank
+        from cae2pipe.artifacts.parts import parse_part
         from cae2pipe.config.base import load
         from cae2pipe.config.compare import GridSettings
         from cae2pipe.errors import Cae2pipeError
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
+        from cae2pipe.runtime.ranks import torchrun_rank
 
         settings = load(GridSettings, "compare", grid, set_ or [])
         from cae2pipe.stages import compare as stage
@@ -195,7 +196,7 @@ def _compare_part(
     part: Any,
     device: str | None,
 ) -> None:
-    from cae2pipe.progress import Lines
+    from cae2pipe.runtime.progress import Lines
     from cae2pipe.stages.compare import plan_grid, run_part
 
     own = {**speed, "device": device} if device else speed
@@ -220,7 +221,7 @@ def report(
 ) -> None:
     """One page about some runs: scores, losses, cost, pictures. Runs that differ by their seed alone share a row."""
     with exits():
-        from cae2pipe.progress import progress
+        from cae2pipe.runtime.progress import progress
         from cae2pipe.stages.report import report_runs
 
         with progress("report") as told:
@@ -231,7 +232,7 @@ def report(
 def print_comparison(found: Any, folder: Path) -> None:
     """A comparison's table, what it says, and where its page is."""
     from cae2pipe.reporting.comparison_text import cells, findings
-    from cae2pipe.reporting.terminal import print_table
+    from cae2pipe.runtime.terminal import print_table
 
     headers, rows = cells(found)
     print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])

@@ -22,14 +22,14 @@ from cae2pipe.demo.report import Contents, Step, picture, render
 from cae2pipe.demo.stored import read_stored
 from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
 from cae2pipe.demo.tiles import cut_tiles
-from cae2pipe.progress import Report, progress
 from cae2pipe.reporting.pictures import png_bytes
+from cae2pipe.runtime.device import pick_device
+from cae2pipe.runtime.progress import Report, progress
 from cae2pipe.shards.keys import sample_key
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.device import pick_device
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.student import load_student
 

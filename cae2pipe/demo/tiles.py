@@ -18,8 +18,8 @@ from PIL import Image
 
 from cae2pipe.artifacts.atomic import commit, temporary_path, write_json
 from cae2pipe.errors import MismatchError, SourceError
-from cae2pipe.keyed import keyed_uniforms
-from cae2pipe.progress import Report
+from cae2pipe.runtime.keyed import keyed_uniforms
+from cae2pipe.runtime.progress import Report
 
 SIDES = (110, 200)
 """Smallest and largest side of a tile in pixels."""

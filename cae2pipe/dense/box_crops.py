@@ -15,8 +15,8 @@ from torch import Tensor
 from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.coco import CocoImages, Objects
 from cae2pipe.dense.label_crops import fitted_size
-from cae2pipe.evaluation.course import Chunk, Course, Reader
-from cae2pipe.evaluation.crops import seeded
+from cae2pipe.runtime.seeded import seeded
+from cae2pipe.supervised.course import Chunk, Course, Reader
 
 FIRST_SIDES = (400, 500, 600)
 """Short sides that an image is brought to before it is cropped (DETR)."""

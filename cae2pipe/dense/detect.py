@@ -15,14 +15,14 @@ from cae2pipe.dense.coco import CocoImages
 from cae2pipe.dense.pyramid import Pyramid, decay_groups
 from cae2pipe.dense.rcnn import MaskRCNN
 from cae2pipe.dense.upernet import spread_norms
-from cae2pipe.evaluation.backbone import Normalised
-from cae2pipe.evaluation.course import Chunk, Course
-from cae2pipe.evaluation.crops import seeded
-from cae2pipe.evaluation.tuning import TunedLearner
-from cae2pipe.loading.workers import in_order
 from cae2pipe.models.trainable import take_any_size
-from cae2pipe.processes import worker_count
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.seeded import seeded
+from cae2pipe.runtime.workers import in_order
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk, Course
+from cae2pipe.supervised.learner import TunedLearner
+from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.training.schedule import step_rate
 
 REFERENCE_BATCH = 16
@@ -113,7 +113,8 @@ class DetectLearner(TunedLearner):
         """Detections on the val images ``own``, in COCO's format."""
         mean = tuple((self.network.mean / 255).flatten().tolist())
         reader = ScoredReader(self.val, own, self.settings, mean)
-        items = in_order(reader, min(worker_count(self.settings.speed.workers), len(reader)))
+        workers = min(worker_count(self.settings.speed.workers), len(reader))
+        items = in_order(reader, workers, preload=[ScoredReader.__module__])
         return [
             detection
             for index, (pixels, size) in zip(own, items, strict=True)

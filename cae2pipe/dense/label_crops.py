@@ -14,8 +14,8 @@ from PIL import Image
 from cae2pipe.config.dense import SegmentSettings
 from cae2pipe.dense.label_maps import LabelledImages
 from cae2pipe.dense.upernet import IGNORED
-from cae2pipe.evaluation.course import Chunk, Course, Reader
-from cae2pipe.evaluation.crops import seeded
+from cae2pipe.runtime.seeded import seeded
+from cae2pipe.supervised.course import Chunk, Course, Reader
 
 TRIES = 10
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from cae2pipe.errors import ImageError, SourceError
-from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.decode import FORMATS, decode_rgb
 from cae2pipe.images.metadata import read_orientation
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 THREADS = 16
 """Files whose headers are read at once: what takes time is a disk, or a network."""

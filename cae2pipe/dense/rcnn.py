@@ -31,7 +31,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.boxes import Weights, decode_boxes, match_boxes, sample_proposals
 from cae2pipe.dense.pyramid import Pyramid
-from cae2pipe.training.device import exact_float32
+from cae2pipe.runtime.device import exact_float32
 
 CHANNELS = 256
 MASK = 28

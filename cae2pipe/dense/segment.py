@@ -16,14 +16,14 @@ from cae2pipe.dense.label_maps import LabelledImages
 from cae2pipe.dense.pyramid import Pyramid, decay_groups
 from cae2pipe.dense.sliding import sliding_logits
 from cae2pipe.dense.upernet import UperNet, resized, segmentation_loss, spread_norms
-from cae2pipe.evaluation.backbone import Normalised
-from cae2pipe.evaluation.course import Chunk, Course
-from cae2pipe.evaluation.crops import seeded
-from cae2pipe.evaluation.tuning import TunedLearner
-from cae2pipe.loading.workers import in_order
-from cae2pipe.processes import worker_count
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.seeded import seeded
+from cae2pipe.runtime.workers import in_order
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk, Course
+from cae2pipe.supervised.learner import TunedLearner
+from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.training.compilation import compile_in_place
-from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import polynomial_rate
 
 REFERENCE_BATCH = 16
@@ -96,7 +96,8 @@ class SegmentLearner(TunedLearner):
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
         own = range(self.world.rank, len(self.val), self.world.ranks)
         reader = ScaledReader(self.val, own, self.settings.scale)
-        for pixels, labels in in_order(reader, min(worker_count(self.settings.speed.workers), len(reader))):
+        workers = min(worker_count(self.settings.speed.workers), len(reader))
+        for pixels, labels in in_order(reader, workers, preload=[__name__]):
             found = self.predict(pixels, labels.shape)
             confusion += pixel_confusion(found, torch.from_numpy(labels).to(found.device), classes)
         return segmentation_scores(self.world.sum(confusion), self.val.classes)

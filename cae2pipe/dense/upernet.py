@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cae2pipe.dense.pyramid import Pyramid
-from cae2pipe.training.device import exact_float32
+from cae2pipe.runtime.device import exact_float32
 
 IGNORED = 255
 """The label of pixels that do not count."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.world import World
 
 
 class ChunkNorm(nn.Module):

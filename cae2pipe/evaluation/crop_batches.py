@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cae2pipe.evaluation.crops import Crop
 from cae2pipe.evaluation.datasets import CropReader, Crops, Split
-from cae2pipe.evaluation.uploading import pinned, uploaded
-from cae2pipe.loading.workers import in_order
-from cae2pipe.processes import worker_count
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.upload import pinned, uploaded
+from cae2pipe.runtime.workers import in_order
 
 CPU_BATCH, CUDA_BATCH = 64, 256
 """Images that pass an encoder together where nothing else is asked for: a CUDA device is idle with fewer."""
@@ -44,6 +44,6 @@ def crop_batches(
         SourceError, DamageError: as ``CropReader``. torch.OutOfMemoryError: two batches do not fit the device.
     """
     reader = CropReader(split, runs, crop)
-    read = in_order(reader, min(worker_count(workers), len(reader)))
+    read = in_order(reader, min(worker_count(workers), len(reader)), preload=[CropReader.__module__])
     batches = (CropBatch(torch.from_numpy(crops.pixels).permute(0, 3, 1, 2), crops) for crops in read)
     return uploaded(pinned(batches, device), device)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
 from cae2pipe.config.evaluate import DrawSettings
 from cae2pipe.images.evaluation_crop import evaluation_crop
-from cae2pipe.keyed import keyed_seed
+from cae2pipe.runtime.seeded import seeded
 
 
 class Crop(Protocol):
@@ -79,23 +76,3 @@ def _transform(size: int, settings: DrawSettings, mean: tuple[float, ...]) -> Ca
         steps.append(rand_augment_transform(f"rand-m{settings.rand_augment}-mstd0.5-inc1", hints))
     transform: Callable[[Image.Image], Image.Image] = Compose(steps)
     return transform
-
-
-@contextmanager
-def seeded(*key: str | int) -> Iterator[None]:
-    """Within it the generators of random, numpy and torch draw from a key; afterwards those of the CPU go on as before.
-
-    Transforms, Mixup and drop path of libraries draw from these, and would otherwise hang on who has done what before.
-    A device's generator is seeded, but not put back: reading its state would wait for the device.
-    """
-    seed = keyed_seed(*key)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

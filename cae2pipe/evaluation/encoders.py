@@ -27,10 +27,10 @@ from cae2pipe.config.base import build, identity, load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
-from cae2pipe.exhaustion import reraise_exhaustion
-from cae2pipe.keyed import keyed_seed
 from cae2pipe.models.description import FIX, read_description
 from cae2pipe.models.export import CONFIG, WEIGHTS
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.keyed import keyed_seed
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.teachers.weights import load_strictly, read_weights
 

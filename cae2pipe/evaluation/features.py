@@ -17,16 +17,16 @@ from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.config.base import identity
 from cae2pipe.config.evaluate import FeatureSettings
-from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import DamageError, SettingsError, SourceError
 from cae2pipe.evaluation.crop_batches import crop_batches
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
 from cae2pipe.evaluation.datasets import Split
 from cae2pipe.evaluation.encoders import FrozenEncoder
-from cae2pipe.evaluation.remedies import batch_remedy
-from cae2pipe.exhaustion import reraise_exhaustion
-from cae2pipe.progress import Report
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.device_memory import memory_advice
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.remedies import batch_remedy
 
 PART = 8192
 """Images a part, about."""

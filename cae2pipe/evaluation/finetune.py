@@ -11,18 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae2pipe.config.evaluate import FinetuneSettings
-from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
-from cae2pipe.evaluation.course import Chunk, Course
-from cae2pipe.evaluation.crops import seeded
+from cae2pipe.evaluation.backbone import prepared_encoder
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.evaluation.predicting import Found
 from cae2pipe.evaluation.scores import accuracy
-from cae2pipe.evaluation.tuning import TunedLearner
 from cae2pipe.evaluation.weights import save_weights
 from cae2pipe.models.trainable import layer_decay_groups, set_classifier
+from cae2pipe.runtime.device import exact_float32
+from cae2pipe.runtime.seeded import seeded
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk, Course
+from cae2pipe.supervised.learner import TunedLearner
+from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.training.compilation import compile_in_place
-from cae2pipe.training.device import exact_float32
-from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import learning_rate
 
 REFERENCE_BATCH = 1024

@@ -10,7 +10,7 @@ from typing import Any
 from cae2pipe.artifacts.atomic import remove_debris, write_json
 from cae2pipe.artifacts.box import MANIFEST, Box, check_file, is_box, open_box, open_or_create
 from cae2pipe.artifacts.digest import file_entry
-from cae2pipe.evaluation.supervised import CHECKPOINTS, METRICS
+from cae2pipe.supervised.loop import CHECKPOINTS, METRICS
 
 RESULT = "result.json"
 BULKY = ("losses", "history", "per_class", "settings")

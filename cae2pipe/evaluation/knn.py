@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae2pipe.evaluation.scores import ranked
-from cae2pipe.training.device import exact_float32
+from cae2pipe.runtime.device import exact_float32
 
 
 def knn_predictions(

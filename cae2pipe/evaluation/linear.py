@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from cae2pipe.config.evaluate import LinearSettings
 from cae2pipe.errors import DivergedError, SourceError
 from cae2pipe.evaluation.chunk_norm import ChunkNorm
-from cae2pipe.keyed import keyed_permutation
 from cae2pipe.models.truncated_normal import truncated_normal
-from cae2pipe.progress import Report
-from cae2pipe.training.device import exact_float32
+from cae2pipe.runtime.device import exact_float32
+from cae2pipe.runtime.keyed import keyed_permutation
+from cae2pipe.runtime.progress import Report
 from cae2pipe.training.schedule import learning_rate
 
 SMALL_SET_STEPS, SMALL_SET_BATCH = 16, 64

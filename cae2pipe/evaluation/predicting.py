@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import SourceError
 from cae2pipe.evaluation.crop_batches import crop_batches
 from cae2pipe.evaluation.crops import CentralCrop
 from cae2pipe.evaluation.datasets import Split, common_labels
-from cae2pipe.evaluation.remedies import batch_remedy
 from cae2pipe.evaluation.scores import Predictions, joined_predictions, most_likely, predictions
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.device_memory import memory_advice
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.remedies import batch_remedy
 
 
 @dataclass(frozen=True)

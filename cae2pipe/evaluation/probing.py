@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae2pipe.device_memory import memory_advice
 from cae2pipe.evaluation.attentive import AttentiveProbe
-from cae2pipe.evaluation.course import Chunk, Course
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.evaluation.linear import Probe
-from cae2pipe.evaluation.remedies import batch_remedy
-from cae2pipe.evaluation.uploading import upload_stream, uploaded
-from cae2pipe.training.device import exact_float32
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.device import exact_float32
+from cae2pipe.runtime.device_memory import memory_advice
+from cae2pipe.runtime.upload import upload_stream, uploaded
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk, Course
+from cae2pipe.supervised.remedies import batch_remedy
 from cae2pipe.training.schedule import learning_rate
 
 Inputs = Callable[[FrozenEncoder, Tensor], Tensor]

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from cae2pipe.errors import ImageError
-from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.metadata import turn_upright, without_metadata
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What is decoded. Pillow knows more, but hands some of it (EPS, say) to other programs."""

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from cae2pipe.errors import Cae2pipeError, ImageError, SettingsError
-from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.decode import describe_failure
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 VERIFY = "run `cae2pipe verify`"
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from PIL import ExifTags, Image
 
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance, ImageStat
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import ImageError
-from cae2pipe.keyed import keyed_uniforms
+from cae2pipe.runtime.keyed import keyed_uniforms
 
 ORDERS = tuple(permutations(("brightness", "contrast", "saturation")))
 """Orders of the jitter's operations; a draw's ``order`` points into them."""

@@ -20,10 +20,10 @@ from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.kept import view_pixels
 from cae2pipe.images.views import DRAW_COLUMNS
-from cae2pipe.keyed import keyed_uniforms
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.order import BlockRef, Piece, real_samples, steps_per_epoch, stream_pieces, windows
 from cae2pipe.models.masks import draw_mask, split_indices
+from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.store import Layout, StoreReader

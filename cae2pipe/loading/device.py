@@ -12,8 +12,8 @@ from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.device_views import render_views
 from cae2pipe.images.jpeg import VERIFY, decode_jpegs
 from cae2pipe.loading.batches import Batch, join
-from cae2pipe.loading.upload import upload_ahead
-from cae2pipe.threads import in_threads
+from cae2pipe.runtime.threads import in_threads
+from cae2pipe.runtime.upload import upload_ahead
 
 
 def on_device(

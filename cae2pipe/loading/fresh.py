@@ -9,7 +9,7 @@ import numpy as np
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.images.views import draw_view, render_view
-from cae2pipe.keyed import keyed_seed
+from cae2pipe.runtime.keyed import keyed_seed
 from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet
 from cae2pipe.targets.chunks import BLOCK
 

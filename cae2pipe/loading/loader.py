@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cae2pipe.loading.batches import Batch, Plan, batches, join
 from cae2pipe.loading.order import BlockRef, rank_streams, worker_streams
-from cae2pipe.loading.workers import in_order
+from cae2pipe.runtime.workers import in_order
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import TargetSet
 
@@ -59,7 +59,7 @@ def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int =
     served = rank_streams(plan.streams, ranks, rank)
     parts = _Parts(plan, served, start)
     workers = min(workers, len(served))
-    iterator = in_order(parts, workers)
+    iterator = in_order(parts, workers, preload=[__name__])
     while True:
         step = [part for _, part in zip(range(max(1, workers)), iterator, strict=False)]
         if not step:

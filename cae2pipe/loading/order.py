@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cae2pipe.keyed import keyed_permutation
+from cae2pipe.runtime.keyed import keyed_permutation
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import operator
 import numpy as np
 
 from cae2pipe.errors import SettingsError
-from cae2pipe.keyed import keyed_permutation, keyed_uniforms
+from cae2pipe.runtime.keyed import keyed_permutation, keyed_uniforms
 
 SMALLEST_BLOCK = 16
 """Patches of the smallest block drawn, as long as that many are still to be masked."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cae2pipe.comparison.rows import CURVES, Comparison, Row
 from cae2pipe.config.compare import BYTES
-from cae2pipe.reporting.comparison import CURVES, Comparison, Row
 from cae2pipe.reporting.comparison_text import cells, findings, folders, notes
 from cae2pipe.reporting.gallery import Gallery, gallery_html
 from cae2pipe.reporting.html import Child, Html, element, figure, join, page, table

@@ -7,8 +7,8 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+from cae2pipe.comparison.rows import Comparison, Row
 from cae2pipe.names import told_apart
-from cae2pipe.reporting.comparison import Comparison, Row
 from cae2pipe.reporting.markdown import escaped, markdown_table
 
 BLANK = "–"

@@ -1,21 +1,13 @@
-"""Scores of many evaluations side by side."""
+"""Scores of many evaluations side by side, as they are printed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from cae2pipe.artifacts.box import MANIFEST, Box, is_foreign, open_box
-from cae2pipe.errors import Cae2pipeError, ManifestError, SourceError
+from cae2pipe.comparison.scores import COLUMNS
 from cae2pipe.reporting.markdown import escaped, markdown_table
 
-COLUMNS = ("encoder", "evaluation", "feature", "score", "also", "best", "train", "val", "protocol", "folder")
-
-HEADLINES = {"segment": ("miou", "pixel_accuracy"), "detect": ("ap_box", "ap_mask")}
-"""The score of an evaluation and what stands beside it; elsewhere top1 and top5."""
 NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -25,126 +17,6 @@ NAMES = {
     "ap_mask": "AP^m",
 }
 """What figures are called in print."""
-
-
-def headlines(evaluation: str) -> tuple[str, str]:
-    """The figure that an evaluation's score is, and the one that stands beside it."""
-    return HEADLINES.get(evaluation, ("top1", "top5"))
-
-
-class Images(BaseModel):
-    """How many images an evaluation was made with."""
-
-    model_config = ConfigDict(strict=True)
-
-    train: int = Field(ge=0)
-    val: int = Field(ge=0)
-
-
-class Result(BaseModel):
-    """What tables and reports take from a result: its other figures are there too."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    evaluation: str
-    encoder: str
-    feature: str = ""
-    protocol: str
-    images: Images
-    best: dict[str, float] | None = None
-
-    @model_validator(mode="after")
-    def _scored(self) -> Result:
-        for name in headlines(self.evaluation):
-            figures = [self.model_extra or {}, *([] if self.best is None else [self.best])]
-            if not all(isinstance(found.get(name), float | int) for found in figures):
-                raise ValueError(f"{name} is no number")
-        return self
-
-
-def check_result(result: Any, where: Path) -> None:
-    """Raise ManifestError where a manifest's ``result`` is not one of an evaluation; the field is named."""
-    try:
-        Result.model_validate(result)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, ("result", *first["loc"])))
-        raise ManifestError(
-            f"{place}: {first['msg']}", where=where, fix="delete the folder, then run `cae2pipe evaluate` again"
-        ) from None
-
-
-def score_boxes(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> Iterator[tuple[Path, Box]]:
-    """Every finished evaluation in or below some folders, with its box.
-
-    ``damaged`` takes the errors of manifests that cannot be read; None: the first one is raised.
-
-    Raises:
-        SourceError: a folder does not exist. ManifestError, DamageError: a manifest cannot be read.
-    """
-    for root in roots:
-        if not root.is_dir():
-            raise SourceError("no such folder", where=root, fix="give folders that `cae2pipe evaluate` wrote")
-        for folder in sorted(path.parent for path in root.rglob(MANIFEST)):
-            try:
-                box = finished_score(folder)
-            except Cae2pipeError as error:
-                if damaged is None:
-                    raise
-                damaged.append(error)
-                continue
-            if box:
-                yield folder, box
-
-
-def finished_score(folder: Path) -> Box | None:
-    """The box of a finished evaluation; None: the folder holds something else.
-
-    Raises:
-        ManifestError, DamageError: its manifest cannot be read.
-    """
-    try:
-        if is_foreign(folder):
-            return None
-        box = open_box(folder)
-    except OSError as error:
-        raise ManifestError(f"this cannot be read: {error.strerror}", where=folder / MANIFEST) from None
-    if box.kind != "scores" or not box.facts.get("result"):
-        return None
-    check_result(box.facts["result"], folder / MANIFEST)
-    return box
-
-
-def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> list[dict[str, Any]]:
-    """A row for every finished evaluation in or below the given folders, the best of each kind of evaluation first.
-    ``damaged`` as in ``score_boxes``.
-
-    Raises:
-        SourceError: a folder does not exist, or there is not one score.
-    """
-    rows: dict[Path, dict[str, Any]] = {}
-    roots = list(roots)
-    for folder, box in score_boxes(roots, damaged):
-        rows[folder.resolve()] = row(box.facts["result"], folder)
-    if not rows and not damaged:
-        raise SourceError(
-            "there is no finished evaluation here",
-            where=", ".join(str(root) for root in roots),
-            fix="run `cae2pipe evaluate knn ENCODER DATA OUT`, then give OUT",
-        )
-    return sorted(rows.values(), key=lambda found: (found["evaluation"], -found["score"], str(found["folder"])))
-
-
-def row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the table shows of one result: ``score`` and ``also`` are pairs of name and value; ``best`` is the best
-    epoch's score, where one was looked for."""
-    first, second = headlines(result["evaluation"])
-    found = {name: result.get(name, "") for name in ("encoder", "evaluation", "feature", "protocol")}
-    counts = {part: result["images"][part] for part in ("train", "val")}
-    best = result["best"][first] if result.get("best") else None
-    scores = {"score": result[first], "metric": first, "also": {second: result[second]}, "best": best}
-    everything = {**found, **counts, **scores, "folder": str(folder)}
-    return {name: everything[name] for name in (*COLUMNS, "metric")}
 
 
 def protocols(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -25,8 +25,8 @@ from cae2pipe.artifacts.staging import staged
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ShardSettings
 from cae2pipe.errors import MismatchError, SourceError
-from cae2pipe.keyed import keyed_permutation
-from cae2pipe.progress import Report
+from cae2pipe.runtime.keyed import keyed_permutation
+from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.checking import Checked, checking
 from cae2pipe.shards.entries import Entry, Source
 from cae2pipe.shards.expected import check_expected

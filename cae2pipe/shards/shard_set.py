@@ -23,7 +23,7 @@ from cae2pipe.artifacts.box import open_box
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.errors import DamageError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.tar import index_tar, read_range
 
 KIND = "shards"

@@ -16,7 +16,7 @@ from pathlib import Path
 from cae2pipe.artifacts import places
 from cae2pipe.artifacts.places import file_size
 from cae2pipe.errors import DamageError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.tar_members import TarFormatError, blocks, read_members
 
 IMAGE, LABEL = "jpg", "cls"

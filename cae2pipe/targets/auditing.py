@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.keyed import keyed_permutation
+from cae2pipe.runtime.keyed import keyed_permutation
 from cae2pipe.targets.calibration import token_cosines
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens

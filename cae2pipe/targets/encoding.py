@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.device_memory import memory_advice
+from cae2pipe.runtime.device_memory import memory_advice
+from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration, token_cosines
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import Layout, pack_block
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
-from cae2pipe.threads import in_threads
 
 Ran = tuple[float, float]
 """When something began and ended, in seconds."""

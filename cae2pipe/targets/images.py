@@ -15,8 +15,8 @@ from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError
-from cae2pipe.loading.workers import in_order
-from cae2pipe.progress import Report
+from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.workers import in_order
 from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet, write_index
 from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.chunks import BLOCK
@@ -67,7 +67,8 @@ def make_images(
     report.log("reducing the images that views are replayed from")
     report.total(sum(shard.samples for shard in shards), "images")
     blocks = [(shard, block) for shard in shards for block in range(-(-shard.samples // BLOCK))]
-    reduced = in_order(Reducer(originals, blocks, settings), min(workers, len(blocks)) if len(blocks) > 1 else 0)
+    reducer = Reducer(originals, blocks, settings)
+    reduced = in_order(reducer, min(workers, len(blocks)) if len(blocks) > 1 else 0, preload=[__name__])
     for shard, found in groupby(reduced, key=lambda item: item[0]):
         samples = []
         for _, block in found:

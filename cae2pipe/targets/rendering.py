@@ -19,7 +19,7 @@ from cae2pipe.images.decode import decode_rgb
 from cae2pipe.images.jpeg import decode_view, open_jpeg
 from cae2pipe.images.kept import keep_image
 from cae2pipe.images.views import draw_view, encode_jpeg, render_view
-from cae2pipe.loading.workers import in_order
+from cae2pipe.runtime.workers import in_order
 from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet
 from cae2pipe.targets.chunks import BLOCK
 
@@ -142,4 +142,4 @@ def keep_original(sample: ImageSample, shard: Shard, settings: ViewSettings) -> 
 def render(renderer: Renderer, workers: int) -> Generator[RenderedBlock, None, None]:
     """All tasks' blocks, in order."""
     # One block is rendered sooner than a process is started.
-    return in_order(renderer, min(workers, len(renderer)) if len(renderer) > 1 else 0)
+    return in_order(renderer, min(workers, len(renderer)) if len(renderer) > 1 else 0, preload=[__name__])

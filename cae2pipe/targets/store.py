@@ -27,8 +27,8 @@ import numpy as np
 
 from cae2pipe.artifacts.places import file_size, is_local, read_bytes, read_range
 from cae2pipe.errors import DamageError
-from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.images.views import DRAW_COLUMNS
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, ShardFile, decode_chunk, decode_index, encode_chunk, index_size
 from cae2pipe.targets.codecs import ArraySpec, Codec

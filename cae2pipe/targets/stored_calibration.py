@@ -19,7 +19,7 @@ from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.errors import DamageError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.targets.calibration import Calibration
 from cae2pipe.targets.chunks import SHUFFLES, ChunkError, decode_chunk
 from cae2pipe.targets.store import REMEDY

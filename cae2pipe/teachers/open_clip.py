@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
-from cae2pipe.exhaustion import reraise_exhaustion
-from cae2pipe.teachers.presets import pretrained_file
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.teachers.hub import pretrained_file
 from cae2pipe.teachers.protocol import (
     Teacher,
     TeacherInfo,
@@ -28,8 +28,6 @@ from cae2pipe.teachers.weights import load_strictly, read_weights, safetensors_m
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 class OpenClipTeacher(Teacher):
@@ -182,30 +180,6 @@ def check_tower(config: dict[str, Any], settings: TeacherSettings) -> None:
     if not isinstance(patch, int) or patch < 1:
         raise TeacherError(f"the tower's patch_size is {patch!r}", where="teacher.vision_cfg", fix="give pixels")
     check_grid(settings.image_size, patch)
-
-
-def hub_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
-    """The hub repository of a pretrained tag's weights, and the file names to try.
-
-    Raises:
-        TeacherError: no tag is set, or none that open_clip knows on the hub.
-    """
-    from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
-
-    if not settings.pretrained:
-        raise TeacherError(
-            "neither teacher.weights nor teacher.pretrained is set", where="teacher", fix="set one of them"
-        )
-    found = get_pretrained_cfg(settings.name, settings.pretrained)
-    repository, _, name = str(found.get("hf_hub", "")).rpartition("/")
-    if not repository:
-        tags = list_pretrained_tags_by_model(settings.name)
-        raise TeacherError(
-            f"open_clip knows no weights {settings.pretrained!r} of {settings.name} on the hub",
-            where="teacher.pretrained",
-            fix=f"use one of {', '.join(tags)}" if tags else "give teacher.weights=FILE",
-        )
-    return repository, [name] if name else HUB_FILES
 
 
 def visual_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

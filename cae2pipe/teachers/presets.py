@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cae2pipe.config.base import load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
+from cae2pipe.teachers.hub import cached_file, hub_source, pretrained_file
 from cae2pipe.teachers.lite0 import LITE0, lite0_file
-from cae2pipe.teachers.weights import cached_file, hub_file
 
 
 def list_presets() -> list[dict[str, Any]]:
@@ -43,15 +42,6 @@ def fetch(name: str) -> list[Path]:
     return [find(teacher) or pretrained_file(teacher)]
 
 
-def preset_of(teacher: TeacherSettings) -> str | None:
-    """The preset that names the same weights."""
-    for name in preset_names("extract"):
-        other = load(ExtractSettings, "extract", name).teacher
-        if (other.kind, other.name, other.pretrained) == (teacher.kind, teacher.name, teacher.pretrained):
-            return name
-    return None
-
-
 def latents_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
     """Rows, columns and dimension of a teacher's latents, without its weights."""
     import torch
@@ -65,7 +55,7 @@ def latents_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
     from cae2pipe.teachers import timm
 
     with torch.device("meta"):
-        dim, rows, cols, _ = timm.latents_shape(timm.build_model(teacher), teacher)
+        dim, rows, cols, _ = timm.output_shape(timm.build_model(teacher), teacher)
     return rows, cols, dim
 
 
@@ -74,19 +64,3 @@ def find(teacher: TeacherSettings) -> Path | None:
     if teacher.name == LITE0 and (path := lite0_file()):
         return path
     return cached_file(*hub_source(teacher))
-
-
-def pretrained_file(teacher: TeacherSettings) -> Path:
-    """The hub's file of a teacher's weights: from the local cache, else fetched. Raises TeacherError."""
-    return hub_file(*hub_source(teacher), preset_of(teacher))
-
-
-def hub_source(teacher: TeacherSettings) -> tuple[str, Sequence[str]]:
-    """The hub repository of a teacher's weights, and the file names to try. Raises TeacherError."""
-    if teacher.kind == "open_clip":
-        from cae2pipe.teachers import open_clip
-
-        return open_clip.hub_source(teacher)
-    from cae2pipe.teachers import timm
-
-    return timm.hub_source(teacher)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.teachers.hub import pretrained_file, timm_name
 from cae2pipe.teachers.lite0 import LITE0, lite0_state
-from cae2pipe.teachers.presets import pretrained_file
 from cae2pipe.teachers.protocol import (
     Teacher,
     TeacherInfo,
@@ -24,8 +23,6 @@ from cae2pipe.teachers.protocol import (
     resolve_precision,
 )
 from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
-
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class TimmViT(Teacher):
@@ -83,12 +80,12 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
         TeacherError: unknown model, weights that are missing or do not fit, a model without tokens or feature maps.
     """
     model = build_model(settings)
-    dim, rows, cols, class_token = latents_shape(model, settings)
+    dim, rows, cols, class_token = output_shape(model, settings)
     config = model.pretrained_cfg
     load_weights(model, settings, config)
     info = TeacherInfo(
         library="timm",
-        name=model_name(settings),
+        name=timm_name(settings),
         architecture={"stage": settings.stage},
         weights=weights_digest(model),
         dim=dim,
@@ -105,16 +102,11 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
     return TimmFeatureMap(model, settings.stage, info, device)
 
 
-def model_name(settings: TeacherSettings) -> str:
-    """timm's name with its pretrained tag."""
-    return f"{settings.name}.{settings.pretrained}" if settings.pretrained else settings.name
-
-
 def build_model(settings: TeacherSettings) -> Any:
     """The model without its classifier, with random weights."""
     import timm
 
-    name = model_name(settings)
+    name = timm_name(settings)
     architecture, dot, tag = name.partition(".")
     if architecture not in timm.list_models():
         nearest = difflib.get_close_matches(architecture, timm.list_models(), n=1)
@@ -142,7 +134,7 @@ def build_model(settings: TeacherSettings) -> Any:
         ) from None
 
 
-def latents_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int, bool]:
+def output_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int, bool]:
     """Dimension, rows and columns of the latents, and whether a class token comes with them. Reads no weights."""
     side = settings.image_size
     if settings.stage is not None:
@@ -206,22 +198,6 @@ def timm_layout(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, T
             where=path,
             fix="check that teacher.name is the model of these weights",
         ) from None
-
-
-def hub_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
-    """The hub repository of a model's weights, and the file names to try.
-
-    Raises:
-        TeacherError: timm knows none.
-    """
-    from timm.models import get_pretrained_cfg
-
-    found = get_pretrained_cfg(model_name(settings))
-    if found is None or not found.hf_hub_id:
-        raise TeacherError(
-            f"timm has no pretrained weights of {settings.name}", where="teacher.name", fix="give teacher.weights=FILE"
-        )
-    return found.hf_hub_id, [found.hf_hub_filename] if found.hf_hub_filename else HUB_FILES
 
 
 def _is_plain(block: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Weights from files and from the hub, without ever running code that lies in them."""
+"""Weights from files, without ever running code that lies in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.errors import TeacherError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -132,48 +132,6 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def cached_file(repository: str, names: Sequence[str]) -> Path | None:
-    """The first of ``names`` that lies in the local hub cache. No network."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in names:
-        found = try_to_load_from_cache(repository, name)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
-    """The first of ``names`` in a hub repository: from the local cache, else fetched. ``preset`` is for the message.
-
-    Raises:
-        TeacherError: neither there nor to be had.
-    """
-    if cached := cached_file(repository, names):
-        return cached
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    reason: Exception | None = None
-    for name in names:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except LocalEntryNotFoundError as error:  # no network: the other names would only wait as long again
-            reason = error
-            break
-        except EntryNotFoundError as error:
-            reason = error
-        except Exception as error:  # the hub's client raises its own, httpx's and OSError
-            reason = error
-            break
-    raise TeacherError(
-        f"the teacher's weights are not on this machine and cannot be fetched ({type(reason).__name__})",
-        where=f"hub repository {repository}",
-        fix=f"run `{f'cae2pipe teachers fetch {preset}' if preset else f'hf download {repository} {names[0]}'}` where "
-        "there is a network and copy the hub cache, or --set teacher.weights=FILE",
-    )
 
 
 def _is_torchscript(path: Path) -> bool:

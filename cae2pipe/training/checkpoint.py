@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.errors import DamageError
-from cae2pipe.exhaustion import reraise_exhaustion
-from cae2pipe.progress import Report
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.progress import Report
 
 PATTERN = re.compile(r"step-\d{8,}\.pt")
 RUN = "run"

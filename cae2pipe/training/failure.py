@@ -13,8 +13,8 @@ from torch import Tensor
 from cae2pipe.artifacts.places import open_file
 from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.errors import DamageError
-from cae2pipe.exhaustion import reraise_exhaustion
 from cae2pipe.loading.batches import Batch
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.training.objective import TERMS
 
 FOLDER = "failures"

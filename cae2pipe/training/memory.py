@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from cae2pipe.device_memory import free_unused
 from cae2pipe.errors import OutOfMemoryError
 from cae2pipe.loading.batches import Batch
+from cae2pipe.runtime.device_memory import free_unused
 from cae2pipe.training.optimizer import make_moments
 from cae2pipe.training.step import Step
 

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.places import read_bytes
-from cae2pipe.progress import Report
+from cae2pipe.runtime.progress import Report
 
 NUMBERS = ("step", "epoch", "loss")
 """What every line has."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cae2pipe.loading.batches import Batch
+from cae2pipe.runtime.device import exact_float32
 from cae2pipe.teachers.protocol import Teacher
-from cae2pipe.training.device import exact_float32
 
 
 class OnlineLatents:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.loading.batches import Batch, split
+from cae2pipe.runtime.world import World
 from cae2pipe.training.objective import TERMS, Objective
-from cae2pipe.training.parallel import World, whole, without_exchange
+from cae2pipe.training.parallel import whole, without_exchange
 
 Latents = Callable[[Batch], Mapping[str, Tensor]]
 """What an objective takes as latents, of a decoded batch on the device."""

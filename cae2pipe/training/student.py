@@ -20,7 +20,7 @@ from cae2pipe.methods.method import Method
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.models.masks import draw_mask, split_indices
-from cae2pipe.progress import Report
+from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.target_set import Target, TargetSet
 from cae2pipe.training.aim import aim_of
 from cae2pipe.training.checkpoint import load_checkpoint

@@ -16,11 +16,11 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
-from cae2pipe.progress import Report
+from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.world import World
 from cae2pipe.training.flops import peak_tflops, training_flops
 from cae2pipe.training.metrics import MetricsFile
 from cae2pipe.training.objective import TERMS
-from cae2pipe.training.parallel import World
 from cae2pipe.training.step import Outcome
 
 CLOCKED = ("images_per_s", "devices", "data_wait", "mfu", "memory_gb", "left_s")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cae2pipe.artifacts.parts import WHOLE, Part, Rank, parse_part, torchrun_rank
+from cae2pipe.artifacts.parts import WHOLE, Part, parse_part
 from cae2pipe.errors import SettingsError
 
 parts = st.integers(1, 12).flatmap(lambda count: st.builds(Part, st.integers(1, count), st.just(count)))
@@ -39,34 +39,3 @@ def test_parts_are_read_as_written() -> None:
 def test_what_is_no_part_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="is no part"):
         parse_part(text)
-
-
-def test_ranks_come_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert torchrun_rank() == Rank(0, 1, 0, 1)
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    assert torchrun_rank() == Rank(3, 4, 1, 2)
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"RANK": ""}, "RANK=''"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
-        ({"WORLD_SIZE": "0"}, "RANK=1 is not below WORLD_SIZE=0"),
-        ({"RANK": "5"}, "RANK=5 is not below WORLD_SIZE=2"),
-        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not below LOCAL_WORLD_SIZE=2"),
-        ({"LOCAL_WORLD_SIZE": "9" * 5000}, "LOCAL_WORLD_SIZE='999"),
-        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3 is more than WORLD_SIZE"),
-    ],
-)
-def test_variables_that_torchrun_cannot_have_set_are_refused_by_name(changed, named, monkeypatch) -> None:
-    right = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    for name, value in (right | changed).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError) as caught:
-        torchrun_rank()
-    assert named in caught.value.what

@@ -13,7 +13,7 @@ from benchmarks.view_scores import kept_epochs, standard_error, training_losses
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import FAST_RATES, KnnSettings, LinearSettings
 from cae2pipe.errors import LockedError, MismatchError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from tests.conftest import snapshot
 

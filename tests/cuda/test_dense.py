@@ -14,12 +14,13 @@ from cae2pipe.dense import rcnn
 from cae2pipe.dense.box_crops import BoxChunk
 from cae2pipe.dense.detect import DetectLearner, build_detector
 from cae2pipe.dense.segment import SegmentLearner, build_segmenter
-from cae2pipe.evaluation.backbone import Normalised, prepared_encoder
-from cae2pipe.evaluation.course import Chunk, full_batches
+from cae2pipe.evaluation.backbone import prepared_encoder
 from cae2pipe.evaluation.encoders import load_encoder
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk, full_batches
+from cae2pipe.supervised.normalised import Normalised
 from tests.cuda.simulated import on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")

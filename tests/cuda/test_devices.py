@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cae2pipe.artifacts.parts import Rank
 from cae2pipe.errors import SettingsError
-from cae2pipe.training.device import pick_device, resolve_precision
-from cae2pipe.training.parallel import joined
+from cae2pipe.runtime.device import pick_device, resolve_precision
+from cae2pipe.runtime.ranks import Rank
+from cae2pipe.runtime.world import joined
 
 ALONE = Rank()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cae2pipe.errors import OutOfMemoryError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets import encoding
 from cae2pipe.targets.encoding import Meter, lane_count

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
-from cae2pipe.evaluation import uploading
 from cae2pipe.loading import device
-from cae2pipe.progress import Silent
+from cae2pipe.runtime import upload
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
@@ -38,7 +38,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Other threads do not know of what is simulated in this one."""
-    for module in (uploading, device):
+    for module in (upload, device):
         monkeypatch.setattr(module, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cae2pipe.evaluation.course import Chunk, Course, Reader
-from cae2pipe.evaluation.uploading import pinned as pinned_items
-from cae2pipe.evaluation.uploading import uploaded
 from cae2pipe.loading.batches import Batch, join
 from cae2pipe.loading.device import on_device
+from cae2pipe.runtime.upload import pinned as pinned_items
+from cae2pipe.runtime.upload import uploaded
+from cae2pipe.supervised.course import Chunk, Course, Reader
 from cae2pipe.training.step import Outcome, to_host
 from tests.cuda.simulated import on_cpu
 

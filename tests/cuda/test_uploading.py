@@ -14,13 +14,13 @@ from torch import Tensor
 from cae2pipe.artifacts.box import open_or_create
 from cae2pipe.config.evaluate import FinetuneSettings, TrainedSpeed
 from cae2pipe.dense.box_crops import BoxChunk
-from cae2pipe.evaluation import supervised
-from cae2pipe.evaluation.course import Chunk, Course, Reader
 from cae2pipe.evaluation.crop_batches import CropBatch
 from cae2pipe.evaluation.datasets import Crops
-from cae2pipe.evaluation.uploading import pinned, uploaded
-from cae2pipe.progress import Silent
-from cae2pipe.training.parallel import World
+from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.upload import pinned, uploaded
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised import loop
+from cae2pipe.supervised.course import Chunk, Course, Reader
 
 DEVICE = torch.device("cuda", 1)
 
@@ -153,7 +153,7 @@ def test_training_hands_on_what_was_read(kind, log, tmp_path):
     settings, learner = FinetuneSettings(speed=TrainedSpeed(workers=0)), Learner()
     world = World(0, 1, DEVICE)
     open_or_create(tmp_path, "scores", {}, facts={}, fix="")
-    supervised.train(learner, course, lambda start: Ready(course, range(2), start), tmp_path, settings, world, Silent())
+    loop.train(learner, course, lambda start: Ready(course, range(2), start), tmp_path, settings, world, Silent())
     wanted = [ITEMS[kind](number) for number in range(4)]
     assert [chunk.step for chunk in learner.seen] == [0, 1, 2, 3]
     for found, item in zip(learner.seen, wanted, strict=True):

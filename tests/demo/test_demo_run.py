@@ -15,7 +15,7 @@ from cae2pipe.demo.stored import box_in_image, read_stored
 from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import ViewDraw
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.student import load_student

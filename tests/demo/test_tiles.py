@@ -9,7 +9,7 @@ from PIL import Image
 from cae2pipe.demo import tiles
 from cae2pipe.demo.tiles import PHOTOGRAPHS, SIDES, SPLITS, Photograph, cut_tiles, find_photograph, place_tile
 from cae2pipe.errors import MismatchError, SourceError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from tests.conftest import contents, snapshot
 
 ONE = (Photograph("rocket", "skimage", "data/rocket.jpg"),)

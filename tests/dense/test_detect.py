@@ -25,7 +25,7 @@ from cae2pipe.errors import OutOfMemoryError, SettingsError, SourceError, Termin
 from cae2pipe.inspection import verify
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate_dense import detect
 from tests.conftest import contents
 from tests.ranks import launch

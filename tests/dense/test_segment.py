@@ -20,7 +20,7 @@ from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner
 from cae2pipe.errors import MismatchError, OutOfMemoryError, SettingsError, SourceError, Terminated
 from cae2pipe.inspection import verify
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate_dense import segment
 from tests.conftest import contents
 from tests.ranks import command

@@ -15,7 +15,7 @@ from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import DamageError, ManifestError, SourceError
 from cae2pipe.evaluation.crops import CentralCrop
 from cae2pipe.evaluation.datasets import CropReader, Split, common_labels, open_data, open_split
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from tests.conftest import edit_manifest, write_photos
 

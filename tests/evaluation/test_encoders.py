@@ -15,7 +15,7 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SettingsError, SourceError, TeacherError
 from cae2pipe.evaluation.encoders import label, load_encoder
 from cae2pipe.models.export import CONFIG, WEIGHTS
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from tests.conftest import DIM, write_photos

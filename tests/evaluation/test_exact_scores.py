@@ -14,15 +14,15 @@ from cae2pipe.config.base import load
 from cae2pipe.config.dense import DENSE
 from cae2pipe.config.evaluate import EVALUATIONS, LinearSettings
 from cae2pipe.evaluation.attentive import AttentiveProbe
-from cae2pipe.evaluation.course import Chunk, all_images
 from cae2pipe.evaluation.encoders import Student
 from cae2pipe.evaluation.knn import knn_predictions
 from cae2pipe.evaluation.linear import Probe, lars, lars_groups, logits, train_probe
 from cae2pipe.evaluation.probing import ProbeLearner
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.world import World
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages import evaluate_dense as dense_stage
-from cae2pipe.training.parallel import World
+from cae2pipe.supervised.course import Chunk, all_images
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)

@@ -20,7 +20,7 @@ from cae2pipe.evaluation.linear import (
     train_probe,
 )
 from cae2pipe.evaluation.scores import accuracy, from_scores
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 
 
 def clusters(images: int, classes: int, dim: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

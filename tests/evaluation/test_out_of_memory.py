@@ -16,15 +16,15 @@ from cae2pipe.config.base import load
 from cae2pipe.config.dense import DetectSettings, SegmentSettings
 from cae2pipe.config.evaluate import EVALUATIONS, AttentiveSettings, FinetuneSettings
 from cae2pipe.errors import OutOfMemoryError
-from cae2pipe.evaluation.course import Chunk
 from cae2pipe.evaluation.encoders import Student
 from cae2pipe.evaluation.finetune import FinetuneLearner
 from cae2pipe.evaluation.linear import Probe
-from cae2pipe.evaluation.remedies import SMALLER, smaller_chunk
-from cae2pipe.evaluation.tuning import TunedLearner, make_moments
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.supervised.course import Chunk
+from cae2pipe.supervised.learner import TunedLearner, make_moments
+from cae2pipe.supervised.remedies import SMALLER, smaller_chunk
 
 COMMON = ["speed.workers=0", "speed.device=cpu", "speed.batch=4"]
 KINDS = {
@@ -117,8 +117,8 @@ def test_an_upload_counts_as_its_chunk(exported, data, tmp_path, monkeypatch):
         yield next(iter(items))
         full()
 
-    for module in ("tuning", "probing"):
-        monkeypatch.setattr(f"cae2pipe.evaluation.{module}.uploaded", uploaded)
+    for module in ("supervised.learner", "evaluation.probing"):
+        monkeypatch.setattr(f"cae2pipe.{module}.uploaded", uploaded)
     for kind, fix in (("linear", "--set chunk=3"), ("finetune", "--set chunk=2")):
         with pytest.raises(OutOfMemoryError) as caught:
             score(kind, exported, data, tmp_path)

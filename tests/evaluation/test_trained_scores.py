@@ -15,12 +15,12 @@ from PIL import Image
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.errors import CompileError, DivergedError, MismatchError, SettingsError, SourceError, Terminated
-from cae2pipe.evaluation import supervised
 from cae2pipe.evaluation.finetune import FinetuneLearner
 from cae2pipe.evaluation.probing import ProbeLearner
 from cae2pipe.inspection import verify
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.supervised import loop
 from cae2pipe.training.metrics import read_lines
 from tests.conftest import contents
 from tests.ranks import command
@@ -100,9 +100,9 @@ def test_killed_and_resumed_it_gives_the_same_bytes(kind, exported, data, tmp_pa
         if step % 3 == 0 or step > 7:
             save(folder, step, *rest)
 
-    save = supervised.save_checkpoint
+    save = loop.save_checkpoint
     monkeypatch.setattr(learner, "step", step)
-    monkeypatch.setattr(supervised, "save_checkpoint", every_third)
+    monkeypatch.setattr(loop, "save_checkpoint", every_third)
     often = settings(kind, *more, "speed.checkpoint_minutes=1e-9")
     with pytest.raises(Killed):
         evaluate(kind, str(exported), data, tmp_path / "out", often, Silent())

@@ -93,7 +93,7 @@ def weights(suffix: str) -> Callable[[Path], Callable[[], object]]:
 
 
 def a_checkpoint(folder: Path) -> Callable[[], object]:
-    from cae2pipe.progress import Silent
+    from cae2pipe.runtime.progress import Silent
     from cae2pipe.training.checkpoint import load_checkpoint, save_checkpoint
 
     save_checkpoint(folder, 1, {"a": torch.zeros(8)}, "run", 2)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
 

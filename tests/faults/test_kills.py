@@ -18,10 +18,10 @@ from cae2pipe.config.base import build
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import FinetuneSettings
 from cae2pipe.config.pretrain import TrainSpeed
-from cae2pipe.keyed import keyed_uniforms
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.keyed import keyed_uniforms
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.training.telemetry import CLOCKED

@@ -26,7 +26,7 @@ from cae2pipe.commands.jobs import _end, failure
 from cae2pipe.commands.shared import exits
 from cae2pipe.errors import BadInputError, Cae2pipeError
 from cae2pipe.names import why_not_utf8
-from cae2pipe.system_errors import explain
+from cae2pipe.runtime.system_errors import explain
 from tests.faults.short_of_memory import limited
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_streams_that_cannot_be_written(arguments, redirect, code, said):
 def test_a_closed_stream_is_never_a_file_of_ours(tmp_path):
     code = f"""
 import os, sys
-from cae2pipe.streams import prepare_streams
+from cae2pipe.runtime.streams import prepare_streams
 prepare_streams()
 file = open({str(tmp_path / "data")!r}, "w")
 os.write(2, b"what a library prints")
@@ -190,7 +190,8 @@ sys.exit(file.fileno() < 3 or os.path.getsize(file.name))
 
 
 def test_names_that_a_stream_cannot_print_are_escaped(tmp_path):
-    code = f"import os\nos.chdir({str(tmp_path)!r})\nfrom cae2pipe.streams import prepare_streams\nprepare_streams()\n"
+    code = f"import os\nos.chdir({str(tmp_path)!r})\n"
+    code += "from cae2pipe.runtime.streams import prepare_streams\nprepare_streams()\n"
     code += "from cae2pipe.commands.shared import console\nconsole.print('d\\xe9 \\udcff', markup=False)"
     done = run(code, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, "d\\xe9 \\udcff\n")
@@ -265,7 +266,7 @@ import typer
 from cae2pipe.commands.shared import exits
 from cae2pipe.config.base import build, merge
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import Dataset
 
 from cae2pipe.errors import Terminated, WorkerError
-from cae2pipe.loading import shared_memory, workers
-from cae2pipe.loading.shared_memory import bytes_under_way
-from cae2pipe.loading.workers import in_order
-from cae2pipe.training.signals import StoppedWaitingError, deferred_stop, until_stopped
+from cae2pipe.runtime import shared_memory, workers
+from cae2pipe.runtime.shared_memory import bytes_under_way
+from cae2pipe.runtime.signals import StoppedWaitingError, deferred_stop, until_stopped
+from cae2pipe.runtime.workers import in_order
 
 
 class Six(Dataset):
@@ -155,7 +155,7 @@ def test_a_worker_that_stands_still_does_not_hold_up_a_stop() -> None:
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("from cae2pipe.loading.workers import in_order\nlist(in_order([1, 2], 1))\n")
+    script.write_text("from cae2pipe.runtime.workers import in_order\nlist(in_order([1, 2], 1))\n")
     # Too long for a socket's name, as on some clusters: workers start all the same.
     folder = tmp_path / ("x" * 90)
     folder.mkdir()

@@ -40,7 +40,7 @@ def do(job: Job) -> None:
     """What the command line would do."""
     from cae2pipe.config.extract import CodecSettings
     from cae2pipe.inspection import verify
-    from cae2pipe.progress import Silent
+    from cae2pipe.runtime.progress import Silent
     from cae2pipe.shards.build import build_shard_set
     from cae2pipe.stages.compare import compare
     from cae2pipe.stages.evaluate import evaluate

@@ -22,7 +22,7 @@ from cae2pipe.evaluation.encoders import load_encoder
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import CONFIG, WEIGHTS, export_encoder
 from cae2pipe.models.formats import FORMATS, folded
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.export import export
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.student import load_student

@@ -19,7 +19,7 @@ from cae2pipe.artifacts.places import place
 from cae2pipe.cli import app
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import SettingsError, SourceError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_all, build_shard_set
 from cae2pipe.shards.checking import read_piece
 from cae2pipe.shards.expected import check_expected

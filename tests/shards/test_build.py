@@ -22,8 +22,8 @@ from cae2pipe.cli import app
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import DamageError, LockedError, ManifestError, MismatchError, SourceError, Terminated
 from cae2pipe.inspection import verify
-from cae2pipe.keyed import keyed_permutation
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.keyed import keyed_permutation
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards import checking
 from cae2pipe.shards.build import build_all, build_shard_set
 from cae2pipe.shards.checking import Checked, Piece
@@ -228,7 +228,7 @@ def check_image(piece, reads=iter(range(100)), real=checking.check_image):
 
 checking.check_image = check_image
 settings = ShardSettings(samples=8, speed=ShardSpeed(workers=0))
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 build.build_shard_set(Path(sys.argv[1]), Path(sys.argv[2]), settings, Silent())
 """
 

@@ -10,7 +10,7 @@ import pytest
 from cae2pipe.artifacts.box import open_box
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import DamageError, ManifestError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards import shard_set
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import ShardSet

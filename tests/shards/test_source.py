@@ -16,7 +16,7 @@ from PIL import Image
 
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import SourceError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.source import find_splits, scan
 

@@ -16,7 +16,7 @@ from cae2pipe.commands.training import report_name
 from cae2pipe.config.base import build, load, preset_names
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.errors import BadInputError, DivergedError, SettingsError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import compare as stage
 from cae2pipe.stages.compare import compare, expand, plan_grid, run_name
 from cae2pipe.stages.extract_targets import extract_targets

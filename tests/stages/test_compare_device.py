@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cae2pipe.errors import DivergedError, OutOfMemoryError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import compare as stage
 from cae2pipe.stages import pretrain as training
 from cae2pipe.stages.compare import compare

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.estimate_targets import estimate_targets
 from cae2pipe.targets.estimate import recommend_views

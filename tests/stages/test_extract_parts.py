@@ -11,7 +11,7 @@ from cae2pipe.artifacts.box import open_box
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.parts import Part
 from cae2pipe.errors import BadInputError, LockedError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.target_set import CODEC, TargetSet

@@ -11,7 +11,7 @@ from cae2pipe.artifacts.box import Box, open_box
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets import rendering

@@ -19,7 +19,7 @@ from cae2pipe.methods.losses import Prediction
 from cae2pipe.methods.method import Method, latent_head
 from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.models.layers import gather_tokens
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import check_fit, pretrain
 from cae2pipe.targets.target_set import TargetSet

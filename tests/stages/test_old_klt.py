@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cae2pipe.artifacts.box import open_box
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets import TargetSet
 from cae2pipe.targets.codecs import KltCodec, TokenKltCodec

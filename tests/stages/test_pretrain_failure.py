@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from cae2pipe.cli import app
 from cae2pipe.errors import CompileError, DamageError, DivergedError, OutOfMemoryError, SettingsError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.replay import replay

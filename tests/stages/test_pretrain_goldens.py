@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from cae2pipe.keyed import keyed_uniforms
 from cae2pipe.loading.batches import Batch
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.masks import draw_mask, split_indices
+from cae2pipe.runtime.keyed import keyed_uniforms
+from cae2pipe.runtime.world import World
 from cae2pipe.targets.codecs import Fp16Codec
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.optimizer import build_optimizer, scaled
-from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.step import Step, cached
 

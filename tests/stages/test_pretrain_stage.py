@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cae2pipe.errors import DamageError, DivergedError, ManifestError, MismatchError, SettingsError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.telemetry import CLOCKED

@@ -15,7 +15,7 @@ from cae2pipe.cli import app
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import BadInputError, DamageError, ManifestError, MismatchError
 from cae2pipe.inspection import verify
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode

@@ -12,7 +12,7 @@ from cae2pipe.cli import app
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.errors import BadInputError, ManifestError, SettingsError, SourceError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.report import report_runs

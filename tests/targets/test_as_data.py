@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets import TargetSet
 

@@ -8,7 +8,7 @@ import pytest
 
 from cae2pipe.artifacts import places
 from cae2pipe.artifacts.places import file_sizes, place, put_bytes
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.cache import BlockCache, folder_bytes
 from tests.conftest import contents

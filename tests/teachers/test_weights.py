@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cae2pipe.errors import TeacherError
-from cae2pipe.teachers.weights import hub_file, load_strictly, read_weights, weights_digest
+from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
 
 
 @pytest.fixture
@@ -107,27 +107,3 @@ def test_the_digest_follows_names_and_types():
     digests = {weights_digest(nn.ModuleDict({name: linear})) for name in ("a", "b")}
     digests.add(weights_digest(nn.ModuleDict({"a": linear.half()})))
     assert len(digests) == 3
-
-
-def test_the_hubs_second_name_is_tried(monkeypatch, tmp_path):
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    asked = []
-
-    def download(repository: str, name: str) -> str:
-        asked.append(name)
-        if name == "first":
-            raise EntryNotFoundError("404")
-        return str(tmp_path / name)
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert hub_file("a/b", ["first", "second"], None) == tmp_path / "second"
-    assert asked == ["first", "second"]
-
-
-def test_without_a_network_one_name_is_enough_to_know(monkeypatch, hub_cache):
-    with pytest.raises(TeacherError, match="cannot be fetched") as refused:
-        hub_file("a/b", ["first", "second"], "clip-b16")
-    assert "cae2pipe teachers fetch clip-b16" in str(refused.value)

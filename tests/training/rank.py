@@ -15,7 +15,7 @@ from pathlib import Path
 from cae2pipe.config.base import build
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import Requeued, Terminated
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.step import Step
 

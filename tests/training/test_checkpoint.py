@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cae2pipe.errors import DamageError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.training.checkpoint import checkpoints, load_checkpoint, restore_training, save_checkpoint, training_state
 
 RUN = "f" * 64

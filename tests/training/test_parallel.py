@@ -10,13 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cae2pipe.artifacts.parts import Rank
 from cae2pipe.errors import SettingsError
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.optimizer import build_optimizer
-from cae2pipe.training.parallel import joined, spread, whole
+from cae2pipe.training.parallel import spread, whole
 from cae2pipe.training.telemetry import CLOCKED
 from tests.ranks import launch
 from tests.training.rank import train
@@ -135,14 +134,6 @@ def test_sharding_changes_nothing_of_bfloat16(make, pretrain_settings, group_of_
         assert step(batch, 1e-3).values() == plain(batch, 1e-3).values()
     for ours, theirs in zip(step.parameters, plain.parameters, strict=True):
         assert torch.equal(whole(ours), theirs)
-
-
-def test_streams_that_cannot_be_shared_out_are_refused():
-    with (
-        pytest.raises(SettingsError, match="among 3 processes"),
-        joined(Rank(0, 3, 0, 3), torch.device("cpu"), "ddp", 64),
-    ):
-        pass
 
 
 def test_a_share_that_cannot_be_cut_is_refused(target_root, pretrain_settings, tmp_path):

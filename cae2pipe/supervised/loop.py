@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.box import open_box
-from cae2pipe.device_memory import memory_advice
 from cae2pipe.errors import DivergedError, Terminated
-from cae2pipe.evaluation.course import Chunk, Course, Reader
-from cae2pipe.evaluation.remedies import Trained, chunk_remedy
-from cae2pipe.evaluation.uploading import pinned
-from cae2pipe.loading.workers import in_order
-from cae2pipe.processes import worker_count
-from cae2pipe.progress import Report
+from cae2pipe.runtime.device_memory import memory_advice
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.signals import deferred_stop, until_stopped
+from cae2pipe.runtime.upload import pinned
+from cae2pipe.runtime.workers import in_order
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.remedies import Trained, chunk_remedy
 from cae2pipe.training.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from cae2pipe.training.compilation import compiler_advice
 from cae2pipe.training.metrics import MetricsFile
-from cae2pipe.training.parallel import World
-from cae2pipe.training.signals import deferred_stop, until_stopped
 from cae2pipe.training.step import to_host
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
@@ -105,8 +105,8 @@ def train(
     saved_at = time.monotonic()
     with closing(record), deferred_stop() as stop:
         workers = min(worker_count(speed.workers), len(reader))
-        items = pinned(in_order(reader, workers), world.device) if start < course.total else iter(())
-        chunks = until_stopped(items, stop)
+        items = pinned(in_order(reader, workers, preload=[type(reader).__module__]), world.device)
+        chunks = until_stopped(items if start < course.total else iter(()), stop)
         for step in range(start, course.total):
             taken = list(islice(chunks, len(reader.own)))
             if len(taken) < len(reader.own):

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from cae2pipe.artifacts.manifest import seal
 from cae2pipe.cli import app
+from cae2pipe.comparison.scores import COLUMNS, collect
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.errors import ManifestError, SourceError
-from cae2pipe.progress import Silent
-from cae2pipe.reporting.results import COLUMNS, as_markdown, collect, escaped
+from cae2pipe.reporting.results import as_markdown, escaped
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from tests.conftest import write_photos
 

@@ -12,9 +12,9 @@ import re
 import shutil
 from pathlib import Path
 
-from cae2pipe.artifacts.parts import torchrun_rank
 from cae2pipe.errors import WorkerError
-from cae2pipe.progress import gigabytes
+from cae2pipe.runtime.progress import gigabytes
+from cae2pipe.runtime.ranks import torchrun_rank
 
 SHM = Path("/dev/shm")
 PREFETCH = 2

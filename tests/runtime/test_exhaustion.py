@@ -16,7 +16,7 @@ import torch
 from cae2pipe.artifacts.box import open_box
 from cae2pipe.artifacts.places import remotely
 from cae2pipe.errors import StorageError
-from cae2pipe.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from tests.faults.short_of_memory import READERS, limited
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits and /proc are Linux's")

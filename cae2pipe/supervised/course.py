@@ -19,11 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.errors import ImageError, SettingsError, SourceError
-from cae2pipe.evaluation.crops import DrawnCrop
-from cae2pipe.evaluation.datasets import Split
-from cae2pipe.images.decode import decode_rgb
-from cae2pipe.keyed import keyed_permutation
+from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.runtime.keyed import keyed_permutation
 
 
 @dataclass(frozen=True)
@@ -146,44 +143,3 @@ class Reader(ABC):
         """The global step and the chunk's number of an item."""
         step, place = divmod(index, len(self.own))
         return step + self.start, self.own[place]
-
-
-class ChunkReader(Reader):
-    """Chunks of drawn crops for classification.
-
-    An image that cannot be decoded is replaced by the next one of its chunk that can.
-
-    Raises SourceError or DamageError where files cannot be read, SourceError where nothing of a chunk can be decoded.
-    """
-
-    def __init__(self, split: Split, course: Course, own: Sequence[int], start: int, crop: DrawnCrop):
-        super().__init__(course, own, start)
-        # Runs are another way to the same images, and as large.
-        self.root, self.samples, self.crop = split.root, split.samples, crop
-
-    def __getitem__(self, index: int) -> Chunk:
-        step, number = self.place(index)
-        chosen = self.course.chunk(step, number)
-        epoch = self.course.epoch(step)
-        crop = DrawnCrop(self.crop.size, self.crop.settings, self.crop.mean, self.crop.seed, epoch)
-        pixels: dict[int, np.ndarray] = {}
-        rejected = []
-        for place, image in enumerate(chosen.tolist()):
-            sample = self.samples.read(image)
-            try:
-                decoded = decode_rgb(sample.data, where=f"{self.root}, {sample.key}")
-            except ImageError as error:
-                rejected.append({"path": sample.key, "reason": error.what})
-                continue
-            pixels[place] = crop(decoded, image).transpose(2, 0, 1)
-        if not pixels:
-            raise SourceError(
-                f"not one of {len(chosen)} images that are trained on together can be decoded: {rejected[0]['reason']}",
-                where=f"{self.root}, {rejected[0]['path']}",
-                fix="`cae2pipe shard` makes a shard set of what can be decoded",
-            )
-        good = sorted(pixels)
-        places = [good[np.searchsorted(good, place) % len(good)] for place in range(len(chosen))]
-        stacked = np.stack([pixels[place] for place in places])
-        labels = self.samples.labels[chosen[places]]
-        return Chunk(step, number, torch.from_numpy(stacked), torch.from_numpy(labels), tuple(rejected))

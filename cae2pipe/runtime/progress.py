@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.columns import Columns
     from rich.progress import Progress, TaskID
 
-    from cae2pipe.reporting.terminal import Terminal
+    from cae2pipe.runtime.terminal import Terminal
 
 
 class Report(Protocol):
@@ -122,7 +122,7 @@ def progress(title: str) -> Iterator[Report]:
     from rich.console import Group
     from rich.live import Live
 
-    from cae2pipe.reporting.terminal import Terminal
+    from cae2pipe.runtime.terminal import Terminal
 
     console = Terminal(stderr=True)
     bars = _bars(console)

@@ -1,6 +1,6 @@
 import io
 
-from cae2pipe.progress import Lines, Silent, duration, progress
+from cae2pipe.runtime.progress import Lines, Silent, duration, progress
 
 
 class Clock:

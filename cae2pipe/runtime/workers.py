@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator, Sized
+from collections.abc import Generator, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -28,11 +28,11 @@ from typing import Any, Protocol
 import torch
 
 from cae2pipe.errors import Cae2pipeError, WorkerError
-from cae2pipe.loading.shared_memory import PREFETCH, check_room, explain_sharing
-from cae2pipe.processes import prepare_worker, refuse_import_of_main, shielded, shorten_sockets, worker_died
-from cae2pipe.training.signals import StoppedWaitingError, stop_asked
+from cae2pipe.runtime.processes import prepare_worker, refuse_import_of_main, shielded, shorten_sockets, worker_died
+from cae2pipe.runtime.shared_memory import PREFETCH, check_room, explain_sharing
+from cae2pipe.runtime.signals import StoppedWaitingError, stop_asked
 
-PRELOAD = ["cae2pipe.loading.apart", "cae2pipe.loading.batches", "cae2pipe.targets.rendering"]
+PRELOAD = ("cae2pipe.runtime.forkserver_preload", __name__)
 POLL = 0.5
 """Seconds between looks at whether to stop, while the next item is not there."""
 PATIENCE = 3.0
@@ -56,10 +56,12 @@ class Streamed(Protocol):
         """The items of worker number ``worker``. They are given out in turn, one of each worker."""
 
 
-def in_order(source: Listed | Streamed, workers: int) -> Generator[Any, None, None]:
+def in_order(source: Listed | Streamed, workers: int, preload: Sequence[str] = ()) -> Generator[Any, None, None]:
     """The items of a source, as they are, made by ``workers`` processes (0: in this one) and given out in order.
 
-    Workers are started from a clean server process: fork would copy a CUDA context or a thread pool half-alive.
+    Workers are started from a clean server process: fork would copy a CUDA context or a thread pool half-alive. It
+    imports the modules ``preload`` once for all of them. There is one server a process: later calls find it as the
+    first one has started it, and their workers import for themselves what it lacks.
 
     Raises:
         Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is said
@@ -71,7 +73,7 @@ def in_order(source: Listed | Streamed, workers: int) -> Generator[Any, None, No
     started: list[_Worker] = []
     grace = GRACE
     try:
-        _start(source, workers, started)
+        _start(source, workers, preload, started)
         # A list that ends in the middle of a round leaves some workers without an item in it, and so does a stream.
         turns, first = list(started), True
         while turns:
@@ -110,11 +112,11 @@ def _share(source: Any, worker: int, workers: int) -> Iterator[Any]:
     return (source[index] for index in range(worker, len(source), workers))
 
 
-def _start(source: Any, workers: int, started: list[_Worker]) -> None:
+def _start(source: Any, workers: int, preload: Sequence[str], started: list[_Worker]) -> None:
     refuse_import_of_main()
     shorten_sockets()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload([*PRELOAD, *preload])
     with shielded():
         for number in range(workers):
             here, there = context.Pipe()

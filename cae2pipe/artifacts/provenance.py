@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cae2pipe.progress import Report
+from cae2pipe.runtime.progress import Report
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cae2pipe.evaluation import features as features_module
 from cae2pipe.evaluation.crop_batches import batch_for
 from cae2pipe.inspection import describe, verify
 from cae2pipe.models.export import CONFIG, WEIGHTS
-from cae2pipe.progress import Silent
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
 from tests.conftest import contents, snapshot

@@ -1,122 +1,23 @@
-"""Runs side by side: what is there of them, brought into rows and columns."""
+"""What is there of some runs, brought into rows and columns."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
+from cae2pipe.comparison.rows import CURVES, Comparison, Finished, Row
+from cae2pipe.comparison.scores import read_scores
 from cae2pipe.config.compare import BYTES, GridSettings, setting
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.names import told_apart
-from cae2pipe.reporting.results import headlines, score_boxes
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.metrics import read_metrics
 from cae2pipe.training.student import run_settings
-
-CURVES = {"loss": "loss", "centred_cosine_masked": "centred cosine, masked patches"}
-"""Figures of ``metrics.jsonl`` that are drawn over epochs, with what they are called."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished evaluation of an encoder: what it is called, its headline as a share of 1, how and on which data it
-    was taken, and what of the encoder it read."""
-
-    evaluation: str
-    score: float
-    protocol: str
-    data: str
-    feature: str
-
-
-@dataclass
-class Row:
-    """One variant, over its seeds.
-
-    ``scores`` by column, one a seed, as shares of 1; ``paper``: the paper's own, in percent; ``runs``: folders of what
-    is finished; ``unfinished``: other folders, with how far they are; ``curves``: means by epoch of the first run, by
-    name as in ``CURVES``; ``hours``: device hours of each finished run; ``latents``: bytes that stored latents take a
-    view, where the target set is known; ``features``: what of the encoder each column's scores read; ``along``: where
-    on the comparison's axis, ``line`` on which curve; ``results``: finished evaluations, run by run; ``damaged``: lines
-    of ``metrics.jsonl`` that cannot be read, of each run that has some.
-    """
-
-    name: str
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    paper: Mapping[Any, float] = field(default_factory=dict)
-    runs: list[Path] = field(default_factory=list)
-    unfinished: list[tuple[Path, str]] = field(default_factory=list)
-    curves: dict[str, list[float]] = field(default_factory=dict)
-    hours: list[float] = field(default_factory=list)
-    latents: float | None = None
-    features: dict[str, str] = field(default_factory=dict)
-    along: float | None = None
-    line: str = ""
-    results: list[list[Finished]] = field(default_factory=list)
-    damaged: dict[Path, int] = field(default_factory=dict)
-
-    def mean(self, column: str) -> float | None:
-        """The mean score over seeds, None without one."""
-        return statistics.fmean(self.scores[column]) if self.scores.get(column) else None
-
-    def error(self, column: str) -> float:
-        """The standard error of that mean; 0 for a single seed, which says nothing of it."""
-        found = self.scores[column]
-        return statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
-
-
-@dataclass
-class Comparison:
-    """What is there of a grid, or of some runs.
-
-    ``columns``: of scores, an evaluation each; ``protocols``: how each column's scores were taken; ``wanted``: scores
-    that there are to be, in all; ``along``: what the axis measures, or empty; ``failed``: what could not be finished,
-    and why.
-    """
-
-    title: str
-    about: str
-    columns: list[str]
-    rows: list[Row]
-    protocols: dict[str, str]
-    wanted: int
-    along: str = ""
-    failed: list[str] = field(default_factory=list)
-
-    @property
-    def done(self) -> int:
-        return sum(len(found) for row in self.rows for found in row.scores.values())
-
-    @property
-    def seeds(self) -> int:
-        """Runs of the variant that has most."""
-        return max((len(row.runs) for row in self.rows), default=0)
-
-
-def read_scores(roots: Iterable[Path]) -> dict[str, list[Finished]]:
-    """All finished evaluations of exported encoders in or below some folders, by the encoder's SHA-256.
-
-    Raises:
-        SourceError: a folder does not exist. ManifestError, DamageError: a manifest below it cannot be read.
-    """
-    found: dict[str, list[Finished]] = {}
-    for _, box in score_boxes(roots):
-        result = box.facts["result"]
-        digest = box.identity["encoder"].get("sha256")
-        if digest:
-            headline = headlines(result["evaluation"])[0]
-            data = canonical_json(box.identity["data"])
-            one = Finished(result["evaluation"], result[headline], result["protocol"], data, result.get("feature", ""))
-            if one not in found.setdefault(digest, []):
-                found[digest].append(one)
-    return found
 
 
 def gather_grid(

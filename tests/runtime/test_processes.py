@@ -3,12 +3,12 @@ import sys
 
 import pytest
 
-from cae2pipe.processes import worker_count
+from cae2pipe.runtime.processes import worker_count
 
 SCRIPTS = {
     "loader": """
 from torch.utils.data import Dataset
-from cae2pipe.loading.workers import in_order
+from cae2pipe.runtime.workers import in_order
 
 class Numbers(Dataset):
     def __len__(self):

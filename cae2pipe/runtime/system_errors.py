@@ -7,7 +7,7 @@ import os
 import re
 
 from cae2pipe.errors import BadInputError, Cae2pipeError, OutOfMemoryError, StorageError
-from cae2pipe.streams import STDOUT
+from cae2pipe.runtime.streams import STDOUT
 
 AGAIN = "then run the same command again: what is finished is kept"
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from cae2pipe.artifacts.parts import Rank
 from cae2pipe.errors import SettingsError
+from cae2pipe.runtime.ranks import Rank
 
 ALONE = Rank()
 

@@ -6,7 +6,7 @@ import errno
 import sys
 from typing import Any
 
-from cae2pipe.system_errors import explain
+from cae2pipe.runtime.system_errors import explain
 
 
 def reraise_exhaustion(error: Exception) -> None:

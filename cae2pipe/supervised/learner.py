@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cae2pipe.device_memory import memory_advice
-from cae2pipe.evaluation.backbone import Normalised
-from cae2pipe.evaluation.course import Chunk
-from cae2pipe.evaluation.remedies import SMALLER, cpu_remedy
-from cae2pipe.evaluation.uploading import upload_stream, uploaded
+from cae2pipe.runtime.device_memory import memory_advice
+from cae2pipe.runtime.upload import upload_stream, uploaded
+from cae2pipe.runtime.world import World
+from cae2pipe.supervised.course import Chunk
+from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.remedies import SMALLER, cpu_remedy
 from cae2pipe.training.optimizer import make_moments
-from cae2pipe.training.parallel import World, spread, without_exchange
+from cae2pipe.training.parallel import spread, without_exchange
 
 
 class TunedLearner(ABC):
@@ -51,7 +52,7 @@ class TunedLearner(ABC):
         """The learning rate of a step, which each group scales."""
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        """As ``supervised.Learner`` has it."""
+        """As ``loop.Learner`` has it."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cae2pipe.processes import ahead
+from cae2pipe.runtime.processes import ahead
 
 T = TypeVar("T")
 

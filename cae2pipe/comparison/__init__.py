@@ -1,0 +1,1 @@
+"""Finished runs and scores, gathered into the rows and columns that reports draw."""

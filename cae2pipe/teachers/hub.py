@@ -1,0 +1,119 @@
+"""Where pretrained weights lie on the Hugging Face hub, and how they come from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cae2pipe.config.base import load, preset_names
+from cae2pipe.config.extract import ExtractSettings, TeacherSettings
+from cae2pipe.errors import TeacherError
+
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def pretrained_file(teacher: TeacherSettings) -> Path:
+    """The hub's file of a teacher's weights: from the local cache, else fetched. Raises TeacherError."""
+    return hub_file(*hub_source(teacher), preset_of(teacher))
+
+
+def hub_source(teacher: TeacherSettings) -> tuple[str, Sequence[str]]:
+    """The hub repository of a teacher's weights, and the file names to try. Raises TeacherError."""
+    return _open_clip_source(teacher) if teacher.kind == "open_clip" else _timm_source(teacher)
+
+
+def preset_of(teacher: TeacherSettings) -> str | None:
+    """The preset that names the same weights."""
+    for name in preset_names("extract"):
+        other = load(ExtractSettings, "extract", name).teacher
+        if (other.kind, other.name, other.pretrained) == (teacher.kind, teacher.name, teacher.pretrained):
+            return name
+    return None
+
+
+def timm_name(settings: TeacherSettings) -> str:
+    """timm's name with its pretrained tag."""
+    return f"{settings.name}.{settings.pretrained}" if settings.pretrained else settings.name
+
+
+def cached_file(repository: str, names: Sequence[str]) -> Path | None:
+    """The first of ``names`` that lies in the local hub cache. No network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
+    """The first of ``names`` in a hub repository: from the local cache, else fetched. ``preset`` is for the message.
+
+    Raises:
+        TeacherError: neither there nor to be had.
+    """
+    if cached := cached_file(repository, names):
+        return cached
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    reason: Exception | None = None
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError as error:  # no network: the other names would only wait as long again
+            reason = error
+            break
+        except EntryNotFoundError as error:
+            reason = error
+        except Exception as error:  # the hub's client raises its own, httpx's and OSError
+            reason = error
+            break
+    raise TeacherError(
+        f"the teacher's weights are not on this machine and cannot be fetched ({type(reason).__name__})",
+        where=f"hub repository {repository}",
+        fix=f"run `{f'cae2pipe teachers fetch {preset}' if preset else f'hf download {repository} {names[0]}'}` where "
+        "there is a network and copy the hub cache, or --set teacher.weights=FILE",
+    )
+
+
+def _open_clip_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
+    """The hub repository of a pretrained tag's weights, and the file names to try.
+
+    Raises:
+        TeacherError: no tag is set, or none that open_clip knows on the hub.
+    """
+    from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    if not settings.pretrained:
+        raise TeacherError(
+            "neither teacher.weights nor teacher.pretrained is set", where="teacher", fix="set one of them"
+        )
+    found = get_pretrained_cfg(settings.name, settings.pretrained)
+    repository, _, name = str(found.get("hf_hub", "")).rpartition("/")
+    if not repository:
+        tags = list_pretrained_tags_by_model(settings.name)
+        raise TeacherError(
+            f"open_clip knows no weights {settings.pretrained!r} of {settings.name} on the hub",
+            where="teacher.pretrained",
+            fix=f"use one of {', '.join(tags)}" if tags else "give teacher.weights=FILE",
+        )
+    return repository, [name] if name else OPEN_CLIP_FILES
+
+
+def _timm_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
+    """The hub repository of a model's weights, and the file names to try.
+
+    Raises:
+        TeacherError: timm knows none.
+    """
+    from timm.models import get_pretrained_cfg
+
+    found = get_pretrained_cfg(timm_name(settings))
+    if found is None or not found.hf_hub_id:
+        raise TeacherError(
+            f"timm has no pretrained weights of {settings.name}", where="teacher.name", fix="give teacher.weights=FILE"
+        )
+    return found.hf_hub_id, [found.hf_hub_filename] if found.hf_hub_filename else TIMM_FILES
