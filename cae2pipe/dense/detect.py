@@ -46,11 +46,9 @@ class Detector(Normalised):
 def build_detector(backbone: Normalised, classes: int, settings: DetectSettings) -> Detector:
     """Heads on an encoder that ``prepared_encoder`` has made, which takes images of any size from then on."""
     take_any_size(backbone.model)
-    device = backbone.mean.device
     with seeded("heads", settings.seed):
-        model = MaskRCNN(Pyramid(backbone.model), classes, settings).to(device)
-    mean, std = ((getattr(backbone, name) / 255).flatten().tolist() for name in ("mean", "std"))
-    return Detector(model, tuple(mean), tuple(std), device)
+        model = MaskRCNN(Pyramid(backbone.model), classes, settings).to(backbone.normalise.shift.device)
+    return Detector(model, backbone.normalise)
 
 
 class DetectLearner(TunedLearner):
@@ -111,8 +109,7 @@ class DetectLearner(TunedLearner):
 
     def detections(self, own: range) -> list[dict[str, Any]]:
         """Detections on the val images ``own``, in COCO's format."""
-        mean = tuple((self.network.mean / 255).flatten().tolist())
-        reader = ScoredReader(self.val, own, self.settings, mean)
+        reader = ScoredReader(self.val, own, self.settings, self.network.normalise.mean)
         items = in_order(reader, min(worker_count(self.settings.speed.workers), len(reader)))
         return [
             detection

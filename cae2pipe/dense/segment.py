@@ -36,7 +36,7 @@ def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSetting
         pyramid = Pyramid(backbone.model)
         width = settings.decoder_width or pyramid.width
         model = UperNet(pyramid, classes, width, settings.dropout, settings.auxiliary > 0)
-    backbone.model = model.to(backbone.mean.device)
+    backbone.model = model.to(backbone.normalise.shift.device)
     return backbone
 
 

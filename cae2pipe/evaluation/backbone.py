@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cae2pipe.evaluation.encoders import FrozenEncoder, FrozenTeacher, Student
+from cae2pipe.images.normalise import Normalise
 from cae2pipe.models.trainable import (
     add_relative_positions,
     check_trainable,
@@ -19,18 +19,11 @@ from cae2pipe.models.trainable import (
 
 
 class Normalised(nn.Module):
-    """A network with the normalisation of its input, of pixels in [0, 255], uint8 or float."""
+    """A network with the normalisation of its input."""
 
-    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
+    def __init__(self, model: Any, normalise: Normalise):
         super().__init__()
-        self.model = model
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", 255 * torch.tensor(mean, device=device).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std, device=device).view(1, 3, 1, 1), persistent=False)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() - self.mean) / self.std
+        self.model, self.normalise = model, normalise
 
     def forward(self, images: Any) -> Any:
         """What the network makes of normalised images."""
@@ -54,16 +47,12 @@ def prepared_encoder(
     Raises:
         SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.
     """
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     if isinstance(encoder, Student):
-        model, mean, std = encoder.model, encoder.mean, encoder.std
+        model, normalise = encoder.model, encoder.normalise
     else:
         assert isinstance(encoder, FrozenTeacher)
-        info = encoder.teacher.info
-        model, mean, std = getattr(encoder.teacher, "model", encoder.teacher), info.mean, info.std
+        model, normalise = getattr(encoder.teacher, "model", encoder.teacher), encoder.teacher.normalise
     check_trainable(model, spec)
-    device = model.patch_embed.proj.weight.device
     model.requires_grad_(True)
     freeze_fixed_positions(model)
     if image_size:
@@ -73,4 +62,4 @@ def prepared_encoder(
     set_drop_path(model, drop_path)
     if relative_positions:
         add_relative_positions(model, spec)
-    return Normalised(model, mean, std, device)
+    return Normalised(model, normalise)
