@@ -126,8 +126,8 @@ def check_grid(image_size: int, patch: int) -> None:
         )
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto``: fp16 on CUDA, as published; fp32 elsewhere."""
+def teacher_precision(precision: str, device: torch.device) -> str:
+    """``auto``: fp16 on CUDA, as published, unlike networks that are trained; fp32 elsewhere."""
     if precision == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     return precision
