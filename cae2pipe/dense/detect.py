@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.config.dense import DetectSettings
+from cae2pipe.config.dense import REFERENCE_BATCH, DetectSettings
 from cae2pipe.dense.average_precision import average_precision
 from cae2pipe.dense.box_crops import BoxChunk, ScoredReader
 from cae2pipe.dense.coco import CocoImages
@@ -24,10 +24,6 @@ from cae2pipe.models.trainable import take_any_size
 from cae2pipe.processes import worker_count
 from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import step_rate
-
-REFERENCE_BATCH = 16
-"""The batch that learning rates are given for."""
-
 
 SHOWN = 0.5
 """Score from which a detection is drawn."""

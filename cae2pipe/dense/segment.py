@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.config.dense import REFERENCE_BATCH, SegmentSettings
 from cae2pipe.dense.iou import pixel_confusion, segmentation_scores
 from cae2pipe.dense.label_crops import fitted_size
 from cae2pipe.dense.label_maps import LabelledImages
@@ -25,9 +25,6 @@ from cae2pipe.processes import worker_count
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.parallel import World
 from cae2pipe.training.schedule import polynomial_rate
-
-REFERENCE_BATCH = 16
-"""The batch that learning rates are given for."""
 
 
 def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSettings) -> Normalised:
