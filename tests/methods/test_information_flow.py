@@ -88,7 +88,7 @@ def test_what_is_predicted_of_masked_patches_reaches_the_encoders_own_tokens_onl
 @pytest.mark.parametrize("name", METHODS)
 def test_every_stack_has_columns_of_its_own_in_the_order_it_was_set(name):
     """What a run draws for drop path, and so its losses, depend on it."""
-    model = build(name)
+    model = build(name, depth=3)
     stacks = [part for part in (getattr(model, each, None) for each in ("encoder", "regressor", "decoder")) if part]
     drop = torch.arange(2 * model.drop_columns).reshape(2, -1)
     shares = model.split_drop(drop)
