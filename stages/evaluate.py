@@ -284,8 +284,7 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
     bf16 = precision_of(settings, world.device) == "bf16"
     compiled = compiles(settings.speed.compile, world.device)
     learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
-    pixel_mean = tuple(channel / 255 for channel in classifier.mean.flatten().tolist())
-    crop = DrawnCrop(size, settings.draw, pixel_mean, settings.seed)
+    crop = DrawnCrop(size, settings.draw, classifier.normalise.mean, settings.seed)
     history = train(learner, course, reading(job, course, crop), job.root, settings, world, job.report)
     # A run that was killed behind its last step has them still to make.
     found = learner.found or predicted(learner.logits)

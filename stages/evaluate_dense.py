@@ -92,12 +92,11 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
         compiled = compiles(settings.speed.compile, device)
         segmenter = build_segmenter(backbone, len(train_part.classes), settings)
         learner = SegmentLearner(segmenter, settings, course, precision == "bf16", compiled, world, val_part)
-        mean = tuple(channel / 255 for channel in segmenter.mean.flatten().tolist())
         own = course.own(world.rank, world.ranks)
         history = train(
             learner,
             course,
-            lambda start: LabelCropReader(train_part, course, own, start, settings, mean),
+            lambda start: LabelCropReader(train_part, course, own, start, settings, segmenter.normalise.mean),
             root,
             settings,
             world,
@@ -156,12 +155,11 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
         backbone = prepared_encoder(encoder, spec, None, settings.layer_scale, settings.drop_path, False)
         detector = build_detector(backbone, len(train_part.classes), settings)
         learner = DetectLearner(detector, settings, course, precision == "bf16", world, val_part)
-        mean = tuple((detector.mean / 255).flatten().tolist())
         own = course.own(world.rank, world.ranks)
         history = train(
             learner,
             course,
-            lambda start: BoxReader(train_part, course, own, start, settings, mean),
+            lambda start: BoxReader(train_part, course, own, start, settings, detector.normalise.mean),
             root,
             settings,
             world,

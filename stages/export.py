@@ -50,8 +50,8 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
         width=model.embed_dim,
         depth=len(model.blocks),
         heads=model.blocks[0].attn.num_heads,
-        mean=encoder.mean,
-        std=encoder.std,
+        mean=encoder.normalise.mean,
+        std=encoder.normalise.std,
         layer_scale="blocks.0.ls1.gamma" in model.state_dict(),
     )
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}

@@ -29,7 +29,7 @@ from cae2pipe.artifacts.lock import can_lock, holding, writing
 from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.places import file_size, free_bytes, is_local, is_shared
 from cae2pipe.artifacts.provenance import provenance, tell_changes
-from cae2pipe.artifacts.staging import Stage, remove_stages, staged
+from cae2pipe.artifacts.staging import Stage, remove_stages
 from cae2pipe.config.base import identity
 from cae2pipe.config.extract import ExtractSettings, as_begun
 from cae2pipe.errors import BadInputError, MismatchError, SourceError
@@ -40,7 +40,7 @@ from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import Shard, ShardSet, index_samples
 from cae2pipe.shards.tar import write_samples
-from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, one_thread, summarise
+from cae2pipe.targets.calibration import Calibration, Fidelity, one_thread, summarise
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, lane_count, run_teacher
@@ -51,9 +51,7 @@ from cae2pipe.targets.stored_calibration import (
     CODEC,
     is_calibrated,
     read_calibration,
-    restore_calibration,
-    rotates_tokens,
-    write_calibration,
+    store_calibration,
 )
 from cae2pipe.targets.target_set import (
     KIND,
@@ -269,22 +267,15 @@ def make_calibration(
     codec = settings.codec
     report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
     outputs, jpegs = run_sample(shards, teacher, settings, workers)
-    taken = len(jpegs)
+
+    def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
+        told = teacher_facts(teacher, outputs[0])
+        layout = make_layout(told, box.identity["settings"]["codec"], calibration)
+        found = codec_facts(outputs, sum(map(len, jpegs)), layout, calibration, fidelity)
+        return {"teacher": told, "codec": found, **provenance(teacher.device)}
+
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    calibration, fidelity = calibrate(unit, codec.name, codec.fidelity, codec.level, rotates_tokens(box))
-    if CODEC in box.units:
-        restore_calibration(box, calibration)
-        return
-    box.facts["teacher"] = teacher_facts(teacher, outputs[0])
-    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
-    box.facts["codec"] = codec_facts(outputs, sum(map(len, jpegs)), layout, calibration, fidelity)
-    box.facts |= provenance(teacher.device)
-    # The facts first: a codec without them would be taken for a finished calibration.
-    box.save()
-    with staged(box.root, CODEC) as stage:
-        write_calibration(stage.path("codec.zarr"), calibration)
-        box.add(CODEC, {"files": stage.commit("codec.zarr"), "samples": taken})
-    report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
+    store_calibration(box, codec, unit, facts, report)
 
 
 def run_sample(

@@ -32,7 +32,7 @@ from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
-from cae2pipe.targets.calibration import Calibration, calibrate, summarise
+from cae2pipe.targets.calibration import Calibration, Fidelity, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
 from cae2pipe.targets.images import images_units
@@ -41,9 +41,7 @@ from cae2pipe.targets.stored_calibration import (
     CODEC,
     is_calibrated,
     read_calibration,
-    restore_calibration,
-    rotates_tokens,
-    write_calibration,
+    store_calibration,
 )
 from cae2pipe.targets.target_set import (
     KIND,
@@ -192,17 +190,12 @@ def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report:
             if taken < codec.calibration:
                 sample.append(stored_unit(reader, block))
                 taken += len(sample[-1])
-    calibration, fidelity = calibrate(torch.cat(sample), codec.name, codec.fidelity, codec.level, rotates_tokens(box))
-    if CODEC in box.units:
-        restore_calibration(box, calibration)
-        return
-    box.facts |= provenance(torch.device("cpu"))
-    box.facts["codec"] = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
-    box.save()
-    with staged(box.root, CODEC) as stage:
-        write_calibration(stage.path("codec.zarr"), calibration)
-        box.add(CODEC, {"files": stage.commit("codec.zarr"), "samples": taken})
-    report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
+
+    def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
+        found = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
+        return {**provenance(torch.device("cpu")), "codec": found}
+
+    store_calibration(box, codec, torch.cat(sample), facts, report)
 
 
 def stored_unit(reader: StoreReader, block: int) -> Tensor:

@@ -7,7 +7,21 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from cae2pipe.config.base import Settings, added
-from cae2pipe.config.evaluate import Precision, TrainedSpeed
+from cae2pipe.config.evaluate import Precision, TrainedSpeed, check_chunks
+from cae2pipe.config.fields import (
+    Beta1,
+    Beta2,
+    DropPath,
+    Epochs,
+    Flip,
+    InitialLayerScale,
+    ValidateEpochs,
+    WarmupSteps,
+    WeightDecay,
+)
+
+REFERENCE_BATCH = 16
+"""The batch that both learning rates are given for."""
 
 
 class SegmentSettings(Settings):
@@ -30,8 +44,7 @@ class SegmentSettings(Settings):
     """What that is multiplied with in training, at random."""
     category_share: float = Field(default=0.75, gt=0, le=1)
     """A training crop is drawn again, up to 10 times, while one class takes more of it."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
+    flip: Flip = 0.5
     distort: bool = True
     """Photometric distortion of training crops: brightness, contrast, saturation, hue."""
     stride: int = Field(default=341, ge=1)
@@ -42,16 +55,13 @@ class SegmentSettings(Settings):
     """Weight of the auxiliary head's loss; 0: no such head."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout before the classifiers."""
-    drop_path: float = Field(default=0.1, ge=0, lt=1)
-    """Largest drop path rate of the encoder."""
+    drop_path: DropPath = 0.1
     relative_positions: bool = True
     """Add a relative position bias to each block's attention, zero at first."""
-    layer_scale: float | None = Field(default=0.1, gt=0, le=1e3)
-    """As in fine-tuning."""
+    layer_scale: InitialLayerScale = 0.1
     steps: int = Field(default=160000, ge=1, le=10**9)
     """Steps of training."""
-    warmup_steps: int = Field(default=1500, ge=0, le=10**9)
-    """Steps of linear warm-up."""
+    warmup_steps: WarmupSteps = 1500
     batch: int = Field(default=16, ge=2, le=2**20)
     """Images a step, over all devices."""
     chunk: int = Field(default=2, ge=2, le=2**20)
@@ -65,14 +75,10 @@ class SegmentSettings(Settings):
     """Of the polynomial decay."""
     layer_decay: float = Field(default=0.65, gt=0, le=1)
     """What the learning rate is multiplied with from the decoder to the last block, and from each to the one before."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's first momentum."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    """AdamW's second momentum."""
-    weight_decay: float = Field(default=0.05, ge=0, le=1e4)
-    """Decay of weights with two or more dimensions."""
-    validate_epochs: int = Field(default=0, ge=0, le=10**6)
-    """Score on the val images every so many epochs too; 0: at the end only."""
+    beta1: Beta1 = 0.9
+    beta2: Beta2 = 0.999
+    weight_decay: WeightDecay = 0.05
+    validate_epochs: ValidateEpochs = 0
     pictures: int = Field(default=8, ge=0, le=1000)
     """Val images whose prediction is drawn beside the truth."""
     precision: Precision = "auto"
@@ -117,8 +123,7 @@ class DetectSettings(Settings):
     DETR's augmentation."""
     crop: float = Field(default=0.5, ge=0, le=1)
     """Probability of such a crop."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
+    flip: Flip = 0.5
     proposals: int = Field(default=1000, ge=1, le=10**6)
     """Regions proposed an image, of which twice as many come before suppression in training."""
     rois: int = Field(default=512, ge=4, le=10**6)
@@ -133,16 +138,12 @@ class DetectSettings(Settings):
     """IoU above which the lesser of two boxes of a class is suppressed."""
     detections: int = Field(default=100, ge=1, le=10**6)
     """Boxes reported an image."""
-    drop_path: float = Field(default=0.1, ge=0, lt=1)
-    """Largest drop path rate of the encoder."""
-    layer_scale: float | None = Field(default=0.1, gt=0, le=1e3)
-    """As in fine-tuning."""
-    epochs: int = Field(default=12, ge=1, le=10**6)
-    """Passes over the training images."""
+    drop_path: DropPath = 0.1
+    layer_scale: InitialLayerScale = 0.1
+    epochs: Epochs = 12
     drops: tuple[int, ...] = (8, 11)
     """Epochs after which the learning rate is divided by 10."""
-    warmup_steps: int = Field(default=1000, ge=0, le=10**9)
-    """Steps of linear warm-up."""
+    warmup_steps: WarmupSteps = 1000
     batch: int = Field(default=16, ge=1, le=2**20)
     """Images a step, over all devices."""
     chunk: int = Field(default=2, ge=1, le=2**20)
@@ -152,14 +153,10 @@ class DetectSettings(Settings):
     """Learning rate of all but the encoder at a batch of 16; it scales linearly with the batch."""
     layer_decay: float = Field(default=0.8, gt=0, le=1)
     """What the learning rate is multiplied with from the heads to the last block, and from each to the one before."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's first momentum."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    """AdamW's second momentum."""
-    weight_decay: float = Field(default=0.05, ge=0, le=1e4)
-    """Decay of weights with two or more dimensions."""
-    validate_epochs: int = Field(default=0, ge=0, le=10**6)
-    """Score on the val images every so many epochs too; 0: at the end only."""
+    beta1: Beta1 = 0.9
+    beta2: Beta2 = 0.999
+    weight_decay: WeightDecay = 0.05
+    validate_epochs: ValidateEpochs = 0
     pictures: int = Field(default=8, ge=0, le=1000)
     """Val images whose detections are drawn beside the truth."""
     precision: Precision = "auto"
@@ -191,13 +188,6 @@ class DetectSettings(Settings):
     def stage_loss(self) -> tuple[float, ...]:
         """Weights of each stage's losses."""
         return (1.0, 0.5, 0.25) if self.cascade else (1.0,)
-
-
-def check_chunks(batch: int, chunk: int) -> None:
-    """Raise ValueError where a batch is not whole chunks."""
-    if batch % chunk:
-        near = max(d for d in range(1, min(chunk, batch) + 1) if batch % d == 0)
-        raise ValueError(f"chunk {chunk} does not divide batch {batch}: set chunk={near}")
 
 
 DENSE: dict[str, type[Settings]] = {"segment": SegmentSettings, "detect": DetectSettings}

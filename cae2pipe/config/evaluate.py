@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cae2pipe.config.base import Settings
+from cae2pipe.config.fields import Beta1, Beta2, Epochs, Flip
 
 Feature = Literal["auto", "class", "mean"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -43,8 +44,7 @@ class DrawSettings(Settings):
     """Smallest and largest share of the image's area that a crop covers."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
     """Smallest and largest width / height of a crop."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
+    flip: Flip = 0.5
     rand_augment: int = Field(default=0, ge=0, le=10)
     """Magnitude of RandAugment (two operations, deviation 0.5, increasing severity); 0: none."""
 
@@ -104,8 +104,7 @@ class LinearSettings(Settings):
     cached_crops: int = Field(default=0, ge=0, le=1000)
     """0: new crops of every image in every epoch, as published. n: features of n crops an image are computed once, the
     central one and n - 1 drawn ones, and epochs take turns with them."""
-    epochs: int = Field(default=90, ge=1, le=10**6)
-    """Passes over the training images."""
+    epochs: Epochs = 90
     warmup_epochs: float = Field(default=10, ge=0, le=1e6)
     """Epochs of linear warm-up, by step."""
     batch: int = Field(default=16384, ge=2, le=2**24)
@@ -143,8 +142,7 @@ class AttentiveSettings(Settings):
     draw: DrawSettings = DrawSettings()
     heads: int | None = Field(default=None, ge=1, le=16384)
     """Heads of the cross-attention. null: one for every 64 dimensions."""
-    epochs: int = Field(default=90, ge=1, le=10**6)
-    """Passes over the training images."""
+    epochs: Epochs = 90
     warmup_epochs: float = Field(default=10, ge=0, le=1e6)
     """Epochs of linear warm-up, by step."""
     batch: int = Field(default=8192, ge=2, le=2**24)
@@ -192,8 +190,7 @@ class FinetuneSettings(Settings):
     by it. null: they are trained as they are. An encoder with LayerScale starts from what it has learnt."""
     head_scale: float = Field(default=0.001, gt=0, le=1e3)
     """What the classifier's initial weights are multiplied with (released code)."""
-    epochs: int = Field(default=100, ge=1, le=10**6)
-    """Passes over the training images."""
+    epochs: Epochs = 100
     warmup_epochs: float = Field(default=5, ge=0, le=1e6)
     """Epochs of linear warm-up from 0, by step."""
     batch: int = Field(default=1024, ge=2, le=2**20)
@@ -207,10 +204,8 @@ class FinetuneSettings(Settings):
     """Learning rate at the end of the cosine, scaled like lr."""
     layer_decay: float = Field(default=0.75, gt=0, le=1)
     """What the learning rate is multiplied with from each block to the one before it."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's first momentum."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    """AdamW's second momentum."""
+    beta1: Beta1 = 0.9
+    beta2: Beta2 = 0.999
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)
     """Decay of weights with two or more dimensions, but not of the class token and of positions."""
     clip: float | None = Field(default=None, gt=0)
@@ -227,13 +222,18 @@ class FinetuneSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> FinetuneSettings:
-        if self.batch % self.chunk:
-            near = max(d for d in range(1, min(self.chunk, self.batch) + 1) if self.batch % d == 0)
-            raise ValueError(f"chunk {self.chunk} does not divide batch {self.batch}: set chunk={near}")
+        check_chunks(self.batch, self.chunk)
         if self.chunk % 2 and (self.mixup or self.cutmix):
             raise ValueError(f"Mixup and CutMix need chunks of an even number, not {self.chunk}")
         check_warmup(self.warmup_epochs, self.epochs)
         return self
+
+
+def check_chunks(batch: int, chunk: int) -> None:
+    """Raise ValueError where a batch is not whole chunks."""
+    if batch % chunk:
+        near = max(d for d in range(1, min(chunk, batch) + 1) if batch % d == 0)
+        raise ValueError(f"chunk {chunk} does not divide batch {batch}: set chunk={near}")
 
 
 def check_warmup(warmup_epochs: float, epochs: int) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cae2pipe.config.base import Settings, outside
+from cae2pipe.config.fields import Beta1
 
 Recipe = Literal["paper", "official"]
 
@@ -117,8 +118,7 @@ class OptimizerSettings(Settings):
     """Scale lr and min_lr linearly with the batch; false: take them as they are."""
     min_lr: float = Field(default=1e-5, ge=0)
     """Learning rate at the end of the cosine, scaled like lr."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's first momentum."""
+    beta1: Beta1 = 0.9
     beta2: float = Field(default=0.98, ge=0, lt=1)
     """AdamW's second momentum: paper 0.98, released code 0.999."""
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.config.dense import DetectSettings
+from cae2pipe.config.dense import REFERENCE_BATCH, DetectSettings
 from cae2pipe.dense.average_precision import average_precision
 from cae2pipe.dense.box_crops import BoxChunk, ScoredReader
 from cae2pipe.dense.coco import CocoImages
@@ -24,10 +24,6 @@ from cae2pipe.supervised.course import Chunk, Course
 from cae2pipe.supervised.learner import TunedLearner
 from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.training.schedule import step_rate
-
-REFERENCE_BATCH = 16
-"""The batch that learning rates are given for."""
-
 
 SHOWN = 0.5
 """Score from which a detection is drawn."""
@@ -46,11 +42,9 @@ class Detector(Normalised):
 def build_detector(backbone: Normalised, classes: int, settings: DetectSettings) -> Detector:
     """Heads on an encoder that ``prepared_encoder`` has made, which takes images of any size from then on."""
     take_any_size(backbone.model)
-    device = backbone.mean.device
     with seeded("heads", settings.seed):
-        model = MaskRCNN(Pyramid(backbone.model), classes, settings).to(device)
-    mean, std = ((getattr(backbone, name) / 255).flatten().tolist() for name in ("mean", "std"))
-    return Detector(model, tuple(mean), tuple(std), device)
+        model = MaskRCNN(Pyramid(backbone.model), classes, settings).to(backbone.normalise.shift.device)
+    return Detector(model, backbone.normalise)
 
 
 class DetectLearner(TunedLearner):
@@ -111,8 +105,7 @@ class DetectLearner(TunedLearner):
 
     def detections(self, own: range) -> list[dict[str, Any]]:
         """Detections on the val images ``own``, in COCO's format."""
-        mean = tuple((self.network.mean / 255).flatten().tolist())
-        reader = ScoredReader(self.val, own, self.settings, mean)
+        reader = ScoredReader(self.val, own, self.settings, self.network.normalise.mean)
         workers = min(worker_count(self.settings.speed.workers), len(reader))
         items = in_order(reader, workers, preload=[ScoredReader.__module__])
         return [

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.config.dense import REFERENCE_BATCH, SegmentSettings
 from cae2pipe.dense.iou import pixel_confusion, segmentation_scores
 from cae2pipe.dense.label_crops import fitted_size
 from cae2pipe.dense.label_maps import LabelledImages
@@ -26,9 +26,6 @@ from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.schedule import polynomial_rate
 
-REFERENCE_BATCH = 16
-"""The batch that learning rates are given for."""
-
 
 def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSettings) -> Normalised:
     """UperNet on an encoder that ``trainable`` has made; both normalise their input alike."""
@@ -36,7 +33,7 @@ def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSetting
         pyramid = Pyramid(backbone.model)
         width = settings.decoder_width or pyramid.width
         model = UperNet(pyramid, classes, width, settings.dropout, settings.auxiliary > 0)
-    backbone.model = model.to(backbone.mean.device)
+    backbone.model = model.to(backbone.normalise.shift.device)
     return backbone
 
 

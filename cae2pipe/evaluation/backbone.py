@@ -31,16 +31,12 @@ def prepared_encoder(
     Raises:
         SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.
     """
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     if isinstance(encoder, Student):
-        model, mean, std = encoder.model, encoder.mean, encoder.std
+        model, normalise = encoder.model, encoder.normalise
     else:
         assert isinstance(encoder, FrozenTeacher)
-        info = encoder.teacher.info
-        model, mean, std = getattr(encoder.teacher, "model", encoder.teacher), info.mean, info.std
+        model, normalise = getattr(encoder.teacher, "model", encoder.teacher), encoder.teacher.normalise
     check_trainable(model, spec)
-    device = model.patch_embed.proj.weight.device
     model.requires_grad_(True)
     freeze_fixed_positions(model)
     if image_size:
@@ -50,4 +46,4 @@ def prepared_encoder(
     set_drop_path(model, drop_path)
     if relative_positions:
         add_relative_positions(model, spec)
-    return Normalised(model, mean, std, device)
+    return Normalised(model, normalise)

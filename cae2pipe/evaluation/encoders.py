@@ -27,6 +27,7 @@ from cae2pipe.config.base import build, identity, load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
+from cae2pipe.images.normalise import Normalise
 from cae2pipe.models.description import FIX, read_description
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
@@ -114,14 +115,12 @@ class Student(FrozenEncoder):
         self.image_size = (model.patch_embed.img_size or config["input_size"][1:])[-1]
         self.has_class_token = getattr(model, "cls_token", None) is not None
         self.trained_class_token = trained_class_token and self.has_class_token
-        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
-        self._mean = torch.tensor(self.mean, device=device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(self.std, device=device).view(1, 3, 1, 1) * 255
+        self.normalise = Normalise(config["mean"], config["std"], device)
 
     @torch.inference_mode()
     def tokens(self, pixels: Tensor) -> Tokens:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            tokens = self.model.forward_features((pixels.float() - self._mean) / self._std).float()
+            tokens = self.model.forward_features(self.normalise(pixels)).float()
         class_token = tokens[:, 0] if self.has_class_token else None
         return Tokens(class_token, tokens[:, self.model.num_prefix_tokens :])
 

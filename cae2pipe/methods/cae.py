@@ -8,7 +8,7 @@ from torch import Tensor
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.methods.method import Method, bridge, latent_head
+from cae2pipe.methods.method import Method, bridge, latent_head, regressor_stack
 from cae2pipe.models.decoder import MaskedDecoder
 from cae2pipe.models.regressor import Regressor
 
@@ -34,27 +34,12 @@ class CAE(Method):
             )
         width = settings.regressor_width
         self.bridge = bridge(settings.width, width)
-        shape = {
-            "width": width,
-            "depth": settings.regressor_depth,
-            "heads": settings.regressor_heads,
-            "grid": settings.grid,
-            "layer_scale": settings.regressor_layer_scale,
-            "drop": settings.drop_path,
-        }
-        self.regressor = Regressor(**shape)  # type: ignore[arg-type]
-        self.decoder = MaskedDecoder(**shape)  # type: ignore[arg-type]
+        self.regressor = regressor_stack(Regressor, settings)
+        self.decoder = regressor_stack(MaskedDecoder, settings)
         self.head = latent_head(settings, width, target_dim)
 
-    @property
-    def drop_columns(self) -> int:
-        return self.encoder.drop_columns + self.regressor.drop_columns + self.decoder.drop_columns
-
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
-        first = second = third = None
-        if drop is not None and self.training:
-            columns = [self.encoder.drop_columns, self.regressor.drop_columns, self.decoder.drop_columns]
-            first, second, third = drop.split(columns, dim=1)
+        first, second, third = self.split_drop(drop)
         tokens = self.bridge(self.encoder(pixels, visible, first))
         latents = self.regressor(tokens[:, 1:], visible, masked, second)
         with torch.no_grad():

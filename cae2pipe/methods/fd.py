@@ -26,5 +26,5 @@ class FeatureDistillation(Method):
         self.head = latent_head(settings, settings.width, target_dim)
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
-        latents = self.head(self.encoder(pixels, None, drop if self.training else None))
+        latents = self.head(self.encoder(pixels, None, drop))
         return Prediction(latents[:, :1], gather_tokens(latents[:, 1:], visible), gather_tokens(latents[:, 1:], masked))

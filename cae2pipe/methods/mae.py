@@ -8,7 +8,7 @@ from torch import Tensor
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.methods.method import Method, bridge, latent_head
+from cae2pipe.methods.method import Method, bridge, latent_head, regressor_stack
 from cae2pipe.models.decoder import Decoder, PromptingDecoder
 
 
@@ -32,24 +32,11 @@ class MAE(Method):
                 fix="--set model.regressor_depth=1",
             )
         self.bridge = bridge(settings.width, settings.regressor_width)
-        self.decoder = self.decoder_class(
-            width=settings.regressor_width,
-            depth=settings.regressor_depth,
-            heads=settings.regressor_heads,
-            grid=settings.grid,
-            layer_scale=settings.regressor_layer_scale,
-            drop=settings.drop_path,
-        )
+        self.decoder = regressor_stack(self.decoder_class, settings)
         self.head = latent_head(settings, settings.regressor_width, target_dim)
 
-    @property
-    def drop_columns(self) -> int:
-        return self.encoder.drop_columns + self.decoder.drop_columns
-
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
-        first = second = None
-        if drop is not None and self.training:
-            first, second = drop[:, : self.encoder.drop_columns], drop[:, self.encoder.drop_columns :]
+        first, second = self.split_drop(drop)
         tokens = self.bridge(self.encoder(pixels, visible, first))
         latents = self.head(self.decoder(tokens, visible, masked, second))
         seen, hidden = torch.split(latents[:, 1:], [visible.shape[1], masked.shape[1]], dim=1)

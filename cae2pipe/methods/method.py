@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.methods.losses import Prediction
 from cae2pipe.models.encoder import build_encoder
-from cae2pipe.models.layers import EPS, initialise
+from cae2pipe.models.layers import EPS, Stack, initialise
+
+T = TypeVar("T")
 
 
 class Method(nn.Module, ABC):
     """A student in training. ``encoder`` is what is exported; the rest is left behind.
 
-    Its losses are those of ``methods.losses``, which the run's settings choose and weigh.
+    Its losses are those of ``methods.losses``, which the run's settings choose and weigh. Its stacks of
+    blocks are attributes of its own: each has its columns of ``drop``, in the order in which they were set, the
+    encoder's first.
 
     Args:
         settings: its shape.
@@ -31,8 +37,16 @@ class Method(nn.Module, ABC):
 
     @property
     def drop_columns(self) -> int:
-        """Columns of drop path uniforms that ``forward`` takes."""
-        return self.encoder.drop_columns
+        """Columns of drop path uniforms that ``forward`` takes, those of all stacks."""
+        return sum(self._drop_columns())
+
+    def split_drop(self, drop: Tensor | None) -> Sequence[Tensor | None]:
+        """Each stack's columns of ``drop``, as ``forward`` takes it. An encoder alone takes all of them."""
+        columns = self._drop_columns()
+        return [None] * len(columns) if drop is None else drop.split(columns, dim=1)
+
+    def _drop_columns(self) -> list[int]:
+        return [child.drop_columns for child in self.children() if isinstance(child, Stack)]
 
     def recompute(self, on: bool) -> None:
         """Whether activations inside blocks are computed again in the backward pass rather than kept."""
@@ -49,6 +63,18 @@ class Method(nn.Module, ABC):
             visible, masked: (B, V) and (B, M) int64 patch indices.
             drop: (B, drop_columns) uniforms in [0, 1). Ignored in eval mode.
         """
+
+
+def regressor_stack(kind: Callable[..., T], settings: ModelSettings) -> T:
+    """A regressor or decoder of the shape that ``regressor_*`` describe, freshly initialised."""
+    return kind(
+        width=settings.regressor_width,
+        depth=settings.regressor_depth,
+        heads=settings.regressor_heads,
+        grid=settings.grid,
+        layer_scale=settings.regressor_layer_scale,
+        drop=settings.drop_path,
+    )
 
 
 def latent_head(settings: ModelSettings, width: int, target_dim: int) -> nn.Sequential:

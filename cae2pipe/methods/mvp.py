@@ -30,6 +30,6 @@ class MVP(Method):
         patches = self.encoder.embed(pixels)
         hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, masked, True)
         patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        tokens = self.encoder.attend(patches + self.encoder.pos_embed[:, 1:], drop if self.training else None)
+        tokens = self.encoder.attend(patches + self.encoder.pos_embed[:, 1:], drop)
         latents = self.head(tokens)
         return Prediction(latents[:, :1], gather_tokens(latents[:, 1:], visible), gather_tokens(latents[:, 1:], masked))

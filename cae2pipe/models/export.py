@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.tensors import write_safetensors
+from cae2pipe.images.normalise import Normalise
 from cae2pipe.models.encoder import Block, Encoder
 from cae2pipe.models.formats import Shape, to_timm
 
@@ -19,6 +20,11 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 """The student's normalisation, of pixels in [0, 1]: ImageNet's (released code)."""
 
 WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
+
+
+def student_normalise(device: torch.device | None = None) -> Normalise:
+    """The normalisation of a student's input in pretraining."""
+    return Normalise(PIXEL_MEAN, PIXEL_STD, device, unit_range=True)
 
 
 def export_encoder(encoder: Encoder, folder: Path) -> None:

@@ -84,9 +84,9 @@ class Stack(nn.Module):
         return 2 * len(self.blocks)
 
     def run(self, x: Tensor, drop: Tensor | None, *context: Tensor) -> Tensor:
-        """All blocks over a stream (B, L, W). ``drop``: (B, drop_columns) uniforms, None: no drop path; ``context``:
-        what every block is given besides."""
-        factors = None if drop is None else drop_factors(drop, self.drop_rates)
+        """All blocks over a stream (B, L, W). ``drop``: (B, drop_columns) uniforms, None or in eval mode: no drop path;
+        ``context``: what every block is given besides."""
+        factors = None if drop is None or not self.training else drop_factors(drop, self.drop_rates)
         for number, block in enumerate(self.blocks):
             own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
             x = run_block(block, self.checkpointing and self.training, x, *context, own)

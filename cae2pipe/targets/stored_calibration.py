@@ -5,7 +5,7 @@ Every array is one chunk, which is read directly: nothing in a set's metadata ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.artifacts.staging import staged
+from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
-from cae2pipe.targets.calibration import Calibration
+from cae2pipe.runtime.progress import Report
+from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate
 from cae2pipe.targets.chunks import SHUFFLES, ChunkError, decode_chunk
 from cae2pipe.targets.store import REMEDY
 
@@ -28,6 +30,35 @@ CODEC = "codec"
 """The unit of the calibration."""
 FOLDER = "codec.zarr"
 TOKEN_BASIS = "token_basis"
+
+
+def store_calibration(
+    box: Box,
+    codec: CodecSettings,
+    sample: Tensor,
+    facts: Callable[[Calibration, Fidelity], Mapping[str, Any]],
+    report: Report,
+) -> None:
+    """Fit a set's calibration and store it, or restore the one that it had.
+
+    Args:
+        sample: unit tokens (N, T, D) of view 0 of the first images.
+        facts: what the manifest tells of a new calibration and of its fidelity on held-out images.
+
+    Raises:
+        DamageError: the set had a calibration, and it does not come out the same.
+    """
+    calibration, fidelity = calibrate(sample, codec.name, codec.fidelity, codec.level, rotates_tokens(box))
+    if CODEC in box.units:
+        restore_calibration(box, calibration)
+        return
+    box.facts |= facts(calibration, fidelity)
+    # The facts first: a codec without them would be taken for a finished calibration.
+    box.save()
+    with staged(box.root, CODEC) as stage:
+        write_calibration(stage.path(FOLDER), calibration)
+        box.add(CODEC, {"files": stage.commit(FOLDER), "samples": len(sample)})
+    report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

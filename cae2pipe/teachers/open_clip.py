@@ -22,7 +22,7 @@ from cae2pipe.teachers.protocol import (
     TeacherOutput,
     check_grid,
     class_attention,
-    resolve_precision,
+    teacher_precision,
 )
 from cae2pipe.teachers.weights import load_strictly, read_weights, safetensors_metadata, weights_digest
 
@@ -99,7 +99,7 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipT
         image_size=settings.image_size,
         mean=settings.mean or tuple(pretrained.get("mean", CLIP_MEAN)),
         std=settings.std or tuple(pretrained.get("std", CLIP_STD)),
-        precision=resolve_precision(settings.precision, device),
+        precision=teacher_precision(settings.precision, device),
     )
     return OpenClipTeacher(tower, info, device)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae2pipe.errors import TeacherError
+from cae2pipe.images.normalise import Normalise
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ class Teacher(ABC):
     def __init__(self, info: TeacherInfo, device: torch.device):
         self.info = info
         self.device = device
-        self._mean = torch.tensor(info.mean, device=device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(info.std, device=device).view(1, 3, 1, 1) * 255
+        self.normalise = Normalise(info.mean, info.std, device)
         # Several threads may run the model at once.
         self._seen = threading.local()
 
@@ -91,7 +91,7 @@ class Teacher(ABC):
         for part in pixels.split(CPU_BATCH) if self.device.type == "cpu" else [pixels]:
             images = resize_pixels(part.float(), self.info.image_size)
             with torch.autocast(self.device.type, DTYPES[self.info.precision], enabled=self.info.precision != "fp32"):
-                parts.append(self.tokens((images - self._mean) / self._std))
+                parts.append(self.tokens(self.normalise(images)))
         attention = [part.attention for part in parts if part.attention is not None]
         return TeacherOutput(
             torch.cat([part.tokens.float() for part in parts]), torch.cat(attention) if attention else None
@@ -126,8 +126,8 @@ def check_grid(image_size: int, patch: int) -> None:
         )
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto``: fp16 on CUDA, as published; fp32 elsewhere."""
+def teacher_precision(precision: str, device: torch.device) -> str:
+    """``auto``: fp16 on CUDA, as published, unlike networks that are trained; fp32 elsewhere."""
     if precision == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     return precision

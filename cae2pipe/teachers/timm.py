@@ -20,7 +20,7 @@ from cae2pipe.teachers.protocol import (
     TeacherOutput,
     check_grid,
     class_attention,
-    resolve_precision,
+    teacher_precision,
 )
 from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
 
@@ -95,7 +95,7 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
         image_size=settings.image_size,
         mean=settings.mean or tuple(config["mean"]),
         std=settings.std or tuple(config["std"]),
-        precision=resolve_precision(settings.precision, device),
+        precision=teacher_precision(settings.precision, device),
     )
     if settings.stage is None:
         return TimmViT(model, info, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
-from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
+from cae2pipe.models.export import student_normalise
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -43,12 +43,11 @@ class PixelTargets:
     def __init__(self, grid: int, device: torch.device):
         self.grid = grid
         # Brought there once: in every step the copy would wait for the device.
-        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+        self.normalise = student_normalise(device)
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
         """``decoded`` (B, grid * grid, 3 (S / grid)^2) float32, of pixels (B, 3, S, S) uint8."""
-        images = (batch.pixels.float() / 255 - self.mean) / self.std
-        patches = unfolded(images, self.grid)
+        patches = unfolded(self.normalise(batch.pixels), self.grid)
         return {"decoded": F.layer_norm(patches, patches.shape[-1:], eps=1e-6)}
 
 

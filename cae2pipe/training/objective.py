@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cae2pipe.config.pretrain import LossSettings
 from cae2pipe.methods.losses import Prediction, alignment_loss, centred_cosine
-from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
+from cae2pipe.models.export import student_normalise
 from cae2pipe.targets.codecs import Codec
 
 TERMS = ("loss", "loss_visible", "loss_masked", "centred_cosine_visible", "centred_cosine_masked")
@@ -39,13 +39,9 @@ class Objective(nn.Module):
         self.codec = codec
         self.class_token = class_token
         self.bf16 = bf16
+        self.normalise = student_normalise()
         self.mean: Tensor
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        for name, value in (("mean", mean), ("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
-            tensor = torch.as_tensor(value, dtype=torch.float32)
-            shaped = tensor if name == "mean" else tensor.view(1, 3, 1, 1)
-            self.register_buffer(name, shaped, persistent=False)
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
 
     def forward(
         self,
@@ -69,7 +65,7 @@ class Objective(nn.Module):
         repeat = len(visible) // len(pixels)
         with torch.no_grad():
             target = self.target(latents)
-            images = (pixels.float() / 255 - self.pixel_mean) / self.pixel_std
+            images = self.normalise(pixels)
             if repeat > 1:  # repeating once copies, too: over a gigabyte of pixels at batch 2048
                 target, images, weights = (x.repeat_interleave(repeat, dim=0) for x in (target, images, weights))
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):

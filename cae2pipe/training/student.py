@@ -18,7 +18,7 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError
 from cae2pipe.methods.method import Method
 from cae2pipe.methods.registry import build_method
-from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
+from cae2pipe.models.export import student_normalise
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.target_set import Target, TargetSet
@@ -123,5 +123,5 @@ def image_features(model: Method, views: Sequence[Target], device: torch.device,
 def as_pixels(views: Sequence[Target], device: torch.device) -> Tensor:
     """Views as students take them, (B, 3, S, S), normalised."""
     pixels = torch.from_numpy(np.stack([view.pixels for view in views])).permute(0, 3, 1, 2).to(device)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-    return (pixels.float() / 255 - mean) / std
+    images: Tensor = student_normalise(device)(pixels)
+    return images

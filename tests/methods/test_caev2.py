@@ -160,13 +160,6 @@ def test_drop_path_takes_the_encoders_columns_then_the_regressors(pixels):
     assert not torch.allclose(model(pixels, VISIBLE, MASKED, encoder).visible, whole.visible)
 
 
-def test_evaluation_drops_nothing(pixels):
-    model = build().eval()
-    dropped, plain = model(pixels, VISIBLE, MASKED, torch.zeros(2, 8)), model(pixels, VISIBLE, MASKED)
-    assert torch.equal(dropped.masked, plain.masked)
-    assert torch.equal(dropped.visible, plain.visible)
-
-
 def test_without_a_regressor_nothing_masked_is_predicted(pixels):
     model = build(regressor_depth=0)
     prediction = model(pixels, VISIBLE, MASKED, torch.zeros(2, model.drop_columns))

@@ -86,6 +86,26 @@ def test_what_is_predicted_of_masked_patches_reaches_the_encoders_own_tokens_onl
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_every_stack_has_columns_of_its_own_in_the_order_it_was_set(name):
+    """What a run draws for drop path, and so its losses, depend on it."""
+    model = build(name, depth=3)
+    stacks = [part for part in (getattr(model, each, None) for each in ("encoder", "regressor", "decoder")) if part]
+    drop = torch.arange(2 * model.drop_columns).reshape(2, -1)
+    shares = model.split_drop(drop)
+    assert [share.shape[1] for share in shares] == [2 * len(stack.blocks) for stack in stacks]
+    assert torch.equal(torch.cat(shares, dim=1), drop)
+    assert model.split_drop(None) == [None] * len(stacks)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_drops_nothing(name, pixels):
+    model = build(name).eval()
+    dropped, plain = (model(pixels, VISIBLE, MASKED, drop) for drop in (torch.zeros(2, model.drop_columns), None))
+    assert torch.equal(dropped.visible, plain.visible)
+    assert torch.equal(dropped.masked, plain.masked)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_is_trained_and_drop_path_is_drawn_from_outside(name, pixels):
     model = build(name).train()
     drop = torch.rand(2, model.drop_columns, generator=torch.Generator().manual_seed(2))

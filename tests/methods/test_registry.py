@@ -29,6 +29,9 @@ def test_the_method_in_the_documentation_is_one(monkeypatch):
     model = registry.build_method("distilled", SETTINGS, 8)
     found = model(torch.zeros(1, 3, 32, 32), torch.tensor([[0, 2]]), torch.tensor([[1, 3]]))
     assert found.visible.shape == found.masked.shape == (1, 2, 8)
+    deep = registry.build_method("distilled", SETTINGS.model_copy(update={"depth": 2, "drop_path": 0.5}), 8).eval()
+    inputs = torch.ones(1, 3, 32, 32), torch.tensor([[0, 2]]), torch.tensor([[1, 3]])
+    assert torch.equal(deep(*inputs, torch.zeros(1, deep.drop_columns)).visible, deep(*inputs).visible)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():

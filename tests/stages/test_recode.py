@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cae2pipe.artifacts.box import open_box
 from cae2pipe.cli import app
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import BadInputError, DamageError, ManifestError, MismatchError
@@ -20,6 +21,8 @@ from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.repair import repair
+from cae2pipe.targets import stored_calibration
+from cae2pipe.targets.calibration import Calibration
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.target_set import TargetSet
 from tests.conftest import contents, edit_manifest, snapshot
@@ -68,6 +71,20 @@ def test_what_comes_out_is_what_an_extraction_would_have_made(fp16, target_root,
         assert float(cosine.mean()) > 0.9988
         assert float(cosine.mean()) == pytest.approx(made.stores[name]["fidelity"]["mean"], abs=1e-6)
     assert verify(made.root, Silent()).problems == []
+
+
+def test_the_facts_are_saved_before_the_codec(fp16, tmp_path, monkeypatch):
+    """A codec without them would be taken for a finished calibration."""
+    write, seen = stored_calibration.write_calibration, []
+
+    def watched(path: Path, calibration: Calibration) -> None:
+        box = open_box(tmp_path / "set")
+        seen.append(("codec" in box.facts, "codec" in box.units))
+        write(path, calibration)
+
+    monkeypatch.setattr(stored_calibration, "write_calibration", watched)
+    recode(fp16, tmp_path / "set", KLT, Silent())
+    assert seen == [(True, False)]
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp16", "klt"])
