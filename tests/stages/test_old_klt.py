@@ -11,7 +11,7 @@ import numpy as np
 from cae2pipe.artifacts.box import open_box
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import extract_targets as stage
-from cae2pipe.targets import TargetSet
+from cae2pipe.targets import TargetSet, stored_calibration
 from cae2pipe.targets.codecs import KltCodec, TokenKltCodec
 from cae2pipe.targets.stored_calibration import CODEC
 
@@ -21,7 +21,7 @@ SNIPPET = Path(__file__).parents[2] / "docs" / "read_with_zarr.py"
 def test_a_set_keeps_its_form(photos, extract_settings, tmp_path, monkeypatch):
     out = tmp_path / "old"
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "rotates_tokens", lambda box: False)
+        patched.setattr(stored_calibration, "rotates_tokens", lambda box: False)
         stage.extract_targets(photos, out, extract_settings(views=1), Silent())
     stage.extract_targets(photos, out, extract_settings(views=2), Silent())
     targets = TargetSet(out)

@@ -18,6 +18,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.repair import repair
+from cae2pipe.targets import stored_calibration
 from tests.conftest import contents, edit_manifest, snapshot
 
 FILES = [
@@ -176,9 +177,8 @@ def test_only_the_asked_is_made(photos, tmp_path, extract_settings, teacher_file
 def test_a_calibration_that_comes_out_otherwise_is_refused(copy, photos, teacher_file, monkeypatch):
     damage(copy / "codec.zarr/mean/c/0", "changed")
     before = snapshot(copy)
-    stage = importlib.import_module("cae2pipe.stages.extract_targets")
-    real = stage.calibrate
-    monkeypatch.setattr(stage, "calibrate", lambda unit, *rest: real(unit * 0.999, *rest))
+    real = stored_calibration.calibrate
+    monkeypatch.setattr(stored_calibration, "calibrate", lambda unit, *rest: real(unit * 0.999, *rest))
     with pytest.raises(DamageError, match="does not come out the same"):
         mended(copy, photos, teacher_file)
     assert snapshot(copy) == before
