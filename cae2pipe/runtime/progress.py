@@ -23,7 +23,7 @@ class Report(Protocol):
     def total(self, n: int, unit: str, done: int = 0) -> None:
         """Work of ``n`` units begins, of which an earlier run did ``done``."""
 
-    def advance(self, n: int = 1, **fields: float) -> None:
+    def advance(self, n: int = 1, /, **fields: float) -> None:
         """``n`` more units are done."""
 
     def log(self, text: str) -> None:
@@ -39,7 +39,7 @@ class Silent:
     def total(self, n: int, unit: str, done: int = 0) -> None:
         pass
 
-    def advance(self, n: int = 1, **fields: float) -> None:
+    def advance(self, n: int = 1, /, **fields: float) -> None:
         pass
 
     def log(self, text: str) -> None:
@@ -73,7 +73,7 @@ class Lines:
         self._n, self._done, self._first, self._unit = n, done, done, unit
         self._began = self._shown = self.clock()
 
-    def advance(self, n: int = 1, **fields: float) -> None:
+    def advance(self, n: int = 1, /, **fields: float) -> None:
         self._done += n
         now = self.clock()
         if now - self._shown >= self.interval or self._done == self._n:
@@ -174,7 +174,7 @@ class _Panel:
             self.bars.remove_task(self.task)
         self.task = self.bars.add_task(visible(self.title), total=n, completed=done, unit=visible(unit))
 
-    def advance(self, n: int = 1, **fields: float) -> None:
+    def advance(self, n: int = 1, /, **fields: float) -> None:
         if self.task is None:
             return
         self._fields = fields or self._fields

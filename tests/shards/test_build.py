@@ -80,7 +80,7 @@ class Stop(Silent):
         super().__init__()
         self.left, self.error = after, error
 
-    def advance(self, n: int = 1, **fields: float) -> None:
+    def advance(self, n: int = 1, /, **fields: float) -> None:
         self.left -= n
         if self.left < 0:
             raise self.error

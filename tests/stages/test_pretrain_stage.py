@@ -74,7 +74,7 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(run, target_root, pretrain_s
     class Interrupting(Silent):
         steps = 0
 
-        def advance(self, n: int = 1, **fields: float) -> None:
+        def advance(self, n: int = 1, /, **fields: float) -> None:
             self.steps += 1
             if self.steps == 4:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -109,7 +109,7 @@ class Stop(Silent):
         super().__init__()
         self.left = after
 
-    def advance(self, n: int = 1, **fields: float) -> None:
+    def advance(self, n: int = 1, /, **fields: float) -> None:
         self.left -= n
         if self.left < 0:
             raise KeyboardInterrupt

@@ -18,7 +18,7 @@ class Watching(Silent):
         super().__init__()
         self.fields: list[dict[str, float]] = []
 
-    def advance(self, n: int = 1, **fields: float) -> None:
+    def advance(self, n: int = 1, /, **fields: float) -> None:
         self.fields.append(fields)
 
 
