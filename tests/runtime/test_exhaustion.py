@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits and 
 def short_of_memory(tmp_path_factory) -> dict[str, str]:
     """What came of reading with too little memory, by what was read."""
     command = [sys.executable, "-m", "tests.faults.short_of_memory", str(tmp_path_factory.mktemp("memory"))]
-    ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     return json.loads(ran.stdout)
 
 
