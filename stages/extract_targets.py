@@ -90,13 +90,14 @@ def extract_targets(
     with writing(out, part):
         # Whatever can be wrong is found before hours of sharding.
         refuse_foreign(out)
-        if file_size(out / MANIFEST) is not None:
+        begun = file_size(out / MANIFEST) is not None
+        if begun:
             settings = resumed(open_box(out, KIND), settings, report)
+            refuse_other_pixels(out, settings)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
         content = {"settings": identity(settings), "teacher": teacher.info.identity()}
         fix = "give another output folder, or the settings this one was made with"
-        if file_size(out / MANIFEST) is not None:
-            refuse_other_pixels(out, settings)
+        if begun:
             open_same(out, KIND, content, fix)
         shards = open_source(source, out, settings, report)
         box = open_or_create(out, KIND, content, facts={"classes": shards.classes}, fix=fix)

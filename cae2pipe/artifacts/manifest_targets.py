@@ -99,7 +99,7 @@ class CodecIdentity(TypedDict):
     __pydantic_config__ = OPEN  # type: ignore[misc]
 
     name: Literal["klt", "int8", "fp16"]
-    fidelity: float
+    fidelity: Annotated[float, Field(gt=0.5, lt=1)]
     level: Annotated[int, Field(ge=1, le=9)]
 
 

@@ -146,6 +146,7 @@ def test_what_is_no_manifest_is_told_apart(text: str, message: str) -> None:
         (("teacher", "dim"), "16", r"teacher\.dim: .*valid integer"),
         (("teacher", "rows"), 10**9, r"teacher\.rows: .*less than or equal to 1024"),
         (("identity", "settings", "codec", "name"), "zip", r"identity\.settings\.codec\.name"),
+        (("identity", "settings", "codec", "fidelity"), 5.0, r"codec\.fidelity: .*less than 1"),
         (("wanted", "views"), -1, r"wanted\.views"),
         (("codec",), None, "codec: Input should be an object"),
     ],

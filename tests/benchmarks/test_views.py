@@ -77,11 +77,11 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
 
 
 def test_arms_of_another_device_are_drawn_beside(measure, tmp_path):
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps({"rows": [{"arm": "v1-s0", "knn": 1.0}, {"arm": "v1-s1", "knn": 2.0}]}))
-    rows = measure("--arms", "v1-s0")["rows"]
-    assert views.rows_beside(path, rows) == [{"arm": "v1-s1", "knn": 2.0}]
-    assert views.rows_beside(None, rows) == []
+    rows = measure("--arms", ARMS)["rows"]
+    own = [row for row in rows if row["arm"] == "v1-s0"]
+    beside = views.rows_beside(tmp_path / "found.json", own)
+    assert beside == [row for row in rows if row["arm"] == "v2-k90-s0"] != []
+    assert views.rows_beside(None, own) == []
 
 
 def test_a_run_of_another_process_is_scored_as_far_as_it_is(measure, bench, work, monkeypatch):
