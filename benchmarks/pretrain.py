@@ -29,18 +29,19 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.loader import load_parts
+from cae2pipe.loading.plan import make_plan
 from cae2pipe.methods.registry import build_method
-from cae2pipe.runtime.device import pick_device, set_backends
+from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.stages.extract_targets import extract_targets
-from cae2pipe.stages.pretrain import compile_objective, make_objective, make_plan, resolve_precision
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.training.flops import forward_flops, peak_tflops, training_flops
+from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Latents, Step, cached

@@ -28,14 +28,15 @@ from cae2pipe.evaluation.knn import knn_predictions
 from cae2pipe.evaluation.linear import logits, train_probe
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import load_batches
+from cae2pipe.loading.plan import make_plan
 from cae2pipe.methods.method import Method
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import timm_config, timm_state
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.pretrain import make_objective, make_plan
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.checkpoint import checkpoints, read_checkpoint, step_of
 from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.objective import make_objective
 from cae2pipe.training.step import cached, forward
 
 CPU = torch.device("cpu")

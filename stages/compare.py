@@ -35,6 +35,8 @@ from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.evaluation.datasets import open_data
+from cae2pipe.loading.fresh import fresh_views
+from cae2pipe.loading.plan import chosen_stores
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.device_memory import free_unused
@@ -42,12 +44,13 @@ from cae2pipe.runtime.progress import Report, Silent
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.world import joined
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.stages.pretrain import check_fit, chosen_stores, fresh_views, pretrain
+from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report import write_report
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.aim import aim_of
+from cae2pipe.training.fit import check_fit
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import Box, is_box, open_or_create
+from cae2pipe.artifacts.box import Box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
 from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
-from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated
-from cae2pipe.images.jpeg import device_decoder
+from cae2pipe.errors import MismatchError, Terminated
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.device import on_device
-from cae2pipe.loading.fresh import FreshViews
-from cae2pipe.loading.loader import block_refs, load_parts
-from cae2pipe.methods.registry import build_method, check_method
+from cae2pipe.loading.loader import load_parts
+from cae2pipe.loading.plan import chosen_stores, make_plan
+from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import export_encoder
 from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
 from cae2pipe.runtime.device_memory import memory_advice
@@ -39,8 +37,6 @@ from cae2pipe.runtime.progress import Report, Silent
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.signals import deferred_stop, until_stopped
 from cae2pipe.runtime.world import World, joined
-from cae2pipe.shards.shard_set import ShardSet
-from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.aim import PixelTargets, aim_of
@@ -51,13 +47,14 @@ from cae2pipe.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from cae2pipe.training.compilation import compile_in_place, compiler_advice, compiles
-from cae2pipe.training.failure import failure_path, save_failure
+from cae2pipe.training.compilation import compiler_advice, compiles
+from cae2pipe.training.failure import capture
+from cae2pipe.training.fit import check_fit
 from cae2pipe.training.memory import explain_out_of_memory, upload_advice
-from cae2pipe.training.objective import Objective
+from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer, scaled
-from cae2pipe.training.parallel import blocks_of, spread
+from cae2pipe.training.parallel import spread
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.step import Latents, Outcome, Step, cached
 from cae2pipe.training.student import teacher_of
@@ -143,19 +140,6 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         finish(box, settings, weights, aim.dim)
         report.log(f"wrote {out / 'encoder.safetensors'}")
     return box
-
-
-def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSettings) -> Objective:
-    """The method with its loss against a set's latents, or against the pixels of its views."""
-    aim, bf16 = aim_of(settings, targets), settings.precision == "bf16"
-    return Objective(model, settings.loss, targets.layout.codec, aim.mean, aim.class_token, bf16)
-
-
-def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:
-    """Compile in place: all in one graph; where weights are sharded, block by block, as each is gathered by itself."""
-    # Placed within the graph, its constants would make the second step compile again.
-    objective.codec.place(world.device)
-    compile_in_place(blocks_of(objective) if world.parallel == "fsdp" else [objective], backend)
 
 
 def train(
@@ -257,89 +241,6 @@ def runs_ahead(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def capture(
-    step: Step, outcome: Outcome, values: dict[str, float], settings: PretrainSettings, target_dim: int, out: Path
-) -> DivergedError:
-    """Keep a step whose loss or gradient is not finite, with the weights before it, and give the error to raise."""
-    batch, world = outcome.batch, step.world
-    weights = training_state(step.model, step.optimizer)["model"]
-    path = failure_path(out, batch.step, world.rank)
-    context: dict[str, Any] = {
-        "settings": settings.model_dump_json(),
-        "target_dim": target_dim,
-        "class_token": step.objective.class_token,
-        "mean": step.objective.mean,
-        "values": values,
-    }
-    if world.leads:
-        context["weights"] = weights
-    save_failure(path, batch, {"decoded": step.objective.target(step.latents(batch))}, context)
-    error = DivergedError(
-        f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
-        "weights and optimizer were left as they were before it",
-        where=path,
-        fix=f"`cae2pipe replay {path}` goes through the step again and says where it breaks; where nothing in the data "
-        "is wrong, lower optimizer.lr",
-    )
-    error.shown_elsewhere = not world.leads
-    return error
-
-
-def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:
-    """Refuse a student that the target set does not fit, a batch that cannot be shared out, or a decoder that is not
-    installed. Raises SettingsError."""
-    check_method(settings.method)
-    check_parts(settings, ranks)
-    if settings.data.decode == "device":
-        device_decoder()
-    teacher, grid = targets.teacher, settings.model.grid
-    guided = settings.mask.strategy == "attention"
-    if guided and not targets.layout.attention:
-        raise SettingsError(
-            f"masks are to follow the teacher's attention, and {teacher.name} has none",
-            where=str(targets.root),
-            fix="--set mask.strategy=block, or make targets with a ViT teacher",
-        )
-    if (guided or settings.loss.target != "pixels") and (teacher.rows, teacher.cols) != (grid, grid):
-        raise SettingsError(
-            f"the student's grid is {grid} x {grid} patches, and the target set's is {teacher.rows} x {teacher.cols}",
-            where=f"{targets.root}, teacher {teacher.name}",
-            fix=f"set model.image_size / model.patch_size so that the grid is {teacher.rows}, "
-            "or make targets with a teacher that has the student's grid",
-        )
-    if targets.view_size != settings.model.image_size:
-        raise SettingsError(
-            f"the student takes {settings.model.image_size} pixels, and the stored views have {targets.view_size}",
-            where=str(targets.root),
-            fix=f"--set model.image_size={targets.view_size}",
-        )
-    if settings.data.views is not None and settings.data.views > targets.views:
-        raise SettingsError(
-            f"{settings.data.views} views of each image are to be trained on, and the set has {targets.views}",
-            where=str(targets.root),
-            fix=f"--set data.views={targets.views}, or extract more: --views {settings.data.views}",
-        )
-    if targets.images < settings.loaded_batch:
-        raise SettingsError(
-            f"the set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
-            where=str(targets.root),
-            fix=f"set data.batch to at most {targets.images}, and data.streams to a divisor of it; lr scales with it",
-        )
-
-
-def check_parts(settings: PretrainSettings, ranks: int) -> None:
-    """Refuse a share of the batch that cannot be cut into equal parts. Raises SettingsError."""
-    share = settings.loaded_batch // ranks
-    if share % settings.speed.accumulation:
-        near = max(n for n in range(1, settings.speed.accumulation + 1) if share % n == 0)
-        raise SettingsError(
-            f"each process loads {share} views a step, which speed.accumulation {settings.speed.accumulation} does not "
-            "divide",
-            where="speed.accumulation",
-            fix=f"--set speed.accumulation={near}",
-        )
-
-
 def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
     """The run's folder, made or found again, without what a killed process left half-written."""
     box = open_run(out, targets, settings)
@@ -376,64 +277,3 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
                 fix="bring the target set back as it was, or start a new run in another folder",
             )
     return box
-
-
-def chosen_stores(targets: TargetSet, settings: PretrainSettings) -> list[str]:
-    """Names of the stores that are trained on: all, or those of the first views."""
-    views = settings.data.views or targets.views
-    return sorted(name for name, unit in targets.stores.items() if unit["view"] < views)
-
-
-def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, drop_columns: int) -> Plan:
-    """What the loader must know, from the set and the settings.
-
-    Raises:
-        MismatchError: the originals of fresh views are not those of the set. ManifestError: there are none.
-    """
-    speed = settings.speed
-    latents = settings.targets == "cached" and settings.loss.target != "pixels"
-    arrays = tuple(targets.layout.codec.arrays()) if latents else ()
-    return Plan(
-        root=targets.root,
-        units={name: targets.stores[name] for name in stores},
-        blocks=block_refs(targets, stores),
-        layout=targets.layout,
-        size=targets.view_size,
-        seed=settings.seed,
-        epochs=settings.epochs,
-        batch=settings.loaded_batch,
-        streams=settings.data.streams,
-        window=settings.data.window,
-        last_batch=settings.data.last_batch,
-        mask_strategy=settings.mask.strategy,
-        grid=settings.model.grid,
-        masked=settings.masked_patches,
-        repeat=settings.mask.repeat,
-        drop_columns=drop_columns,
-        arrays=(*arrays, "norms") if arrays and settings.loss.kind != "cosine" else arrays,
-        guides=("attention",) if settings.mask.strategy == "attention" else (),
-        decode=settings.data.decode == "workers",
-        replayed=targets.replayed,
-        fresh=fresh_views(targets, settings) if settings.views == "fresh" else None,
-        cache=BlockCache(speed.cache, int(speed.cache_gb * 1e9)) if speed.cache else None,
-    )
-
-
-def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
-    """The originals behind a target set. Raises MismatchError where they are others, ManifestError where none are."""
-    root = settings.originals or targets.root / "shards"
-    if not is_box(root, "shards"):
-        raise ManifestError(
-            "fresh views need the shard set that the targets were made from", where=root, fix="--set originals=FOLDER"
-        )
-    originals = ShardSet.open(root)
-    shards = {shard.name: shard for shard in originals.shards}
-    for name, unit in sorted(targets.stores.items()):
-        found = shards.get(unit["shard"])
-        if found is None or found.sha256 != unit["source"]:
-            raise MismatchError(
-                f"store {name} was not made from this shard set",
-                where=root,
-                fix="give the shard set that the targets were made from: --set originals=FOLDER",
-            )
-    return FreshViews(originals, shards, targets.view, settings.seed)

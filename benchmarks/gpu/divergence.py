@@ -15,9 +15,10 @@ from benchmarks.gpu.steps import build_step
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DivergedError
 from cae2pipe.loading.batches import Batch
+from cae2pipe.loading.plan import make_plan
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
-from cae2pipe.stages.pretrain import make_plan, train
+from cae2pipe.stages.pretrain import train
 from cae2pipe.stages.replay import replay
 from cae2pipe.training.checkpoint import training_state
 from cae2pipe.training.parallel import spread

@@ -22,11 +22,10 @@ from cae2pipe.loading.batches import Batch
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.world import World
-from cae2pipe.stages.pretrain import compile_objective
 from cae2pipe.targets.codecs import TokenKltCodec
 from cae2pipe.training.compilation import compiler_advice, compiles
 from cae2pipe.training.flops import peak_tflops, training_flops
-from cae2pipe.training.objective import Objective
+from cae2pipe.training.objective import Objective, compile_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Step, cached
 from cae2pipe.training.telemetry import peak_memory

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.loader import load_batches
+from cae2pipe.loading.plan import make_plan
 from cae2pipe.methods.losses import Prediction
 from cae2pipe.methods.method import Method
-from cae2pipe.stages.pretrain import make_objective, make_plan
 from cae2pipe.targets.target_set import Target, TargetSet
-from cae2pipe.training.objective import TERMS
+from cae2pipe.training.objective import TERMS, make_objective
 from cae2pipe.training.step import forward
 from cae2pipe.training.student import Forecast, forecasts
 

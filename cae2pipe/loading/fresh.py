@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cae2pipe.artifacts.box import is_box
 from cae2pipe.config.extract import ViewSettings
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import ManifestError, MismatchError
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.images.views import draw_view, render_view
 from cae2pipe.runtime.keyed import keyed_seed
 from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet
 from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.target_set import TargetSet
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,31 @@ class FreshViews:
 
     def read(self, shard: str, block: int) -> list[ImageSample]:
         """The originals of one block, in its order. Raises DamageError where they have changed."""
-        found = self.shards[shard]
-        return self.originals.read(found, block * BLOCK, min((block + 1) * BLOCK, found.samples))
+        own = self.shards[shard]
+        return self.originals.read(own, block * BLOCK, min((block + 1) * BLOCK, own.samples))
 
     def render(self, data: bytes, key: str, epoch: int) -> np.ndarray:
         """The view of an epoch, uint8 (H, W, 3). It never becomes a JPEG, as none did when this was published."""
         image = decode_rgb(data, where=f"{self.originals.root}, key {key}")
         draw = draw_view(self.settings, keyed_seed("fresh", self.seed), key, epoch, image.height, image.width)
         return np.asarray(render_view(image, draw, self.settings))
+
+
+def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
+    """The originals behind a target set. Raises MismatchError where they are others, ManifestError where none are."""
+    root = settings.originals or targets.root / "shards"
+    if not is_box(root, "shards"):
+        raise ManifestError(
+            "fresh views need the shard set that the targets were made from", where=root, fix="--set originals=FOLDER"
+        )
+    originals = ShardSet.open(root)
+    shards = {shard.name: shard for shard in originals.shards}
+    for name, unit in sorted(targets.stores.items()):
+        shard = shards.get(unit["shard"])
+        if shard is None or shard.sha256 != unit["source"]:
+            raise MismatchError(
+                f"store {name} was not made from this shard set",
+                where=root,
+                fix="give the shard set that the targets were made from: --set originals=FOLDER",
+            )
+    return FreshViews(originals, shards, targets.view, settings.seed)

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from cae2pipe.artifacts.places import open_file
 from cae2pipe.artifacts.tensors import write_torch
-from cae2pipe.errors import DamageError
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import DamageError, DivergedError
 from cae2pipe.loading.batches import Batch
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.training.checkpoint import training_state
 from cae2pipe.training.objective import TERMS
+from cae2pipe.training.step import Outcome, Step
 
 FOLDER = "failures"
 
@@ -36,6 +39,34 @@ def save_failure(path: Path, batch: Batch, latents: dict[str, Tensor], context: 
         **_on_cpu(context),
     }
     write_torch(path, state)
+
+
+def capture(
+    step: Step, outcome: Outcome, values: dict[str, float], settings: PretrainSettings, target_dim: int, out: Path
+) -> DivergedError:
+    """Keep a step whose loss or gradient is not finite, with the weights before it, and give the error to raise."""
+    batch, world = outcome.batch, step.world
+    weights = training_state(step.model, step.optimizer)["model"]
+    path = failure_path(out, batch.step, world.rank)
+    context: dict[str, Any] = {
+        "settings": settings.model_dump_json(),
+        "target_dim": target_dim,
+        "class_token": step.objective.class_token,
+        "mean": step.objective.mean,
+        "values": values,
+    }
+    if world.leads:
+        context["weights"] = weights
+    save_failure(path, batch, {"decoded": step.objective.target(step.latents(batch))}, context)
+    error = DivergedError(
+        f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
+        "weights and optimizer were left as they were before it",
+        where=path,
+        fix=f"`cae2pipe replay {path}` goes through the step again and says where it breaks; where nothing in the data "
+        "is wrong, lower optimizer.lr",
+    )
+    error.shown_elsewhere = not world.leads
+    return error
 
 
 def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cae2pipe.config.pretrain import LossSettings
+from cae2pipe.config.pretrain import LossSettings, PretrainSettings
 from cae2pipe.methods.losses import Prediction, alignment_loss, centred_cosine
 from cae2pipe.models.export import student_normalise
+from cae2pipe.runtime.world import World
 from cae2pipe.targets.codecs import Codec
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.aim import aim_of
+from cae2pipe.training.compilation import compile_in_place
+from cae2pipe.training.parallel import blocks_of
 
 TERMS = ("loss", "loss_visible", "loss_masked", "centred_cosine_visible", "centred_cosine_masked")
 """What an objective gives, in order. Only the first carries a gradient."""
@@ -86,3 +91,16 @@ class Objective(nn.Module):
             return F.normalize(raw, dim=-1) if self.loss.kind == "cosine" else raw
         target = self.codec.decode(latents)
         return target * latents["norms"].float().unsqueeze(-1) if "norms" in latents else target
+
+
+def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSettings) -> Objective:
+    """The method with its loss against a set's latents, or against the pixels of its views."""
+    aim, bf16 = aim_of(settings, targets), settings.precision == "bf16"
+    return Objective(model, settings.loss, targets.layout.codec, aim.mean, aim.class_token, bf16)
+
+
+def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:
+    """Compile in place: all in one graph; where weights are sharded, block by block, as each is gathered by itself."""
+    # Placed within the graph, its constants would make the second step compile again.
+    objective.codec.place(world.device)
+    compile_in_place(blocks_of(objective) if world.parallel == "fsdp" else [objective], backend)

@@ -13,13 +13,13 @@ from cae2pipe.config.base import load, preset_names
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import load_batches
+from cae2pipe.loading.plan import make_plan
 from cae2pipe.methods.registry import METHODS, build_method
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.world import World
-from cae2pipe.stages.pretrain import compile_objective, make_objective, make_plan
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.aim import PixelTargets, aim_of
-from cae2pipe.training.objective import TERMS
+from cae2pipe.training.objective import TERMS, compile_objective, make_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Step, cached, forward
 from tests.cuda.simulated import on_cpu

@@ -13,7 +13,7 @@ from cae2pipe.images import jpeg
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.device import decoded, on_device
 from cae2pipe.loading.loader import load_batches, load_parts
-from cae2pipe.stages.pretrain import make_plan
+from cae2pipe.loading.plan import make_plan
 from cae2pipe.targets.store import StoreReader
 from cae2pipe.targets.target_set import TargetSet
 

@@ -7,7 +7,7 @@ from cae2pipe.artifacts.box import open_box
 from cae2pipe.errors import DamageError
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.loader import block_refs, load_batches
-from cae2pipe.stages.pretrain import chosen_stores, make_plan
+from cae2pipe.loading.plan import chosen_stores, make_plan
 from cae2pipe.targets.target_set import TargetSet
 
 

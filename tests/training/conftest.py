@@ -4,10 +4,11 @@ import torch
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import load_batches
+from cae2pipe.loading.plan import make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.world import World
-from cae2pipe.stages.pretrain import make_objective, make_plan
 from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.objective import make_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Step, cached
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from cae2pipe.loading.batches import split
-from cae2pipe.stages.pretrain import compile_objective
 from cae2pipe.training.memory import explain_out_of_memory, finer, fitting, upload_advice
-from cae2pipe.training.objective import TERMS
+from cae2pipe.training.objective import TERMS, compile_objective
 from cae2pipe.training.step import forward
 
 

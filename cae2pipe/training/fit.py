@@ -1,0 +1,64 @@
+"""Whether a student, a target set and the processes fit each other: looked at before anything is trained."""
+
+from __future__ import annotations
+
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import SettingsError
+from cae2pipe.images.jpeg import device_decoder
+from cae2pipe.methods.registry import check_method
+from cae2pipe.targets.target_set import TargetSet
+
+
+def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:
+    """Refuse a student that the target set does not fit, a batch that cannot be shared out, or a decoder that is not
+    installed. Raises SettingsError."""
+    check_method(settings.method)
+    check_parts(settings, ranks)
+    if settings.data.decode == "device":
+        device_decoder()
+    teacher, grid = targets.teacher, settings.model.grid
+    guided = settings.mask.strategy == "attention"
+    if guided and not targets.layout.attention:
+        raise SettingsError(
+            f"masks are to follow the teacher's attention, and {teacher.name} has none",
+            where=str(targets.root),
+            fix="--set mask.strategy=block, or make targets with a ViT teacher",
+        )
+    if (guided or settings.loss.target != "pixels") and (teacher.rows, teacher.cols) != (grid, grid):
+        raise SettingsError(
+            f"the student's grid is {grid} x {grid} patches, and the target set's is {teacher.rows} x {teacher.cols}",
+            where=f"{targets.root}, teacher {teacher.name}",
+            fix=f"set model.image_size / model.patch_size so that the grid is {teacher.rows}, "
+            "or make targets with a teacher that has the student's grid",
+        )
+    if targets.view_size != settings.model.image_size:
+        raise SettingsError(
+            f"the student takes {settings.model.image_size} pixels, and the stored views have {targets.view_size}",
+            where=str(targets.root),
+            fix=f"--set model.image_size={targets.view_size}",
+        )
+    if settings.data.views is not None and settings.data.views > targets.views:
+        raise SettingsError(
+            f"{settings.data.views} views of each image are to be trained on, and the set has {targets.views}",
+            where=str(targets.root),
+            fix=f"--set data.views={targets.views}, or extract more: --views {settings.data.views}",
+        )
+    if targets.images < settings.loaded_batch:
+        raise SettingsError(
+            f"the set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
+            where=str(targets.root),
+            fix=f"set data.batch to at most {targets.images}, and data.streams to a divisor of it; lr scales with it",
+        )
+
+
+def check_parts(settings: PretrainSettings, ranks: int) -> None:
+    """Refuse a share of the batch that cannot be cut into equal parts. Raises SettingsError."""
+    share = settings.loaded_batch // ranks
+    if share % settings.speed.accumulation:
+        near = max(n for n in range(1, settings.speed.accumulation + 1) if share % n == 0)
+        raise SettingsError(
+            f"each process loads {share} views a step, which speed.accumulation {settings.speed.accumulation} does not "
+            "divide",
+            where="speed.accumulation",
+            fix=f"--set speed.accumulation={near}",
+        )
