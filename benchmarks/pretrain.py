@@ -108,7 +108,8 @@ def measure(
     optimizer = build_optimizer(model, settings.optimizer)
 
     def step_with(latents: Latents) -> Step:
-        return Step(objective, objective, optimizer, targets.layout.sample_axes(), latents, 1, 3.0, world)
+        axes = targets.layout.sample_axes()
+        return Step(objective, objective, optimizer, axes=axes, latents=latents, accumulation=1, clip=3.0, world=world)
 
     def stream(over: PretrainSettings) -> Iterator[Batch]:
         plan = make_plan(targets, sorted(targets.stores), over, model.drop_columns)

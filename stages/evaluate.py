@@ -261,7 +261,15 @@ def train_head(
         job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, job.train.batch, job.world
     )
     crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
-    history = train(learner, course, reading(job, course, crop), job.root, settings, job.world, job.report)
+    history = train(
+        learner,
+        course,
+        reading(job, course, crop),
+        root=job.root,
+        settings=settings,
+        world=job.world,
+        report=job.report,
+    )
     central = CentralCrop(size, round(size / settings.features.crop))
     found = predict(learner.logits, job.val, job.classes, central, settings.speed.workers, job.world)
     losses = [line["loss"] for line in history]
@@ -285,7 +293,9 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
     compiled = compiles(settings.speed.compile, world.device)
     learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
     crop = DrawnCrop(size, settings.draw, classifier.normalise.mean, settings.seed)
-    history = train(learner, course, reading(job, course, crop), job.root, settings, world, job.report)
+    history = train(
+        learner, course, reading(job, course, crop), root=job.root, settings=settings, world=world, report=job.report
+    )
     # A run that was killed behind its last step has them still to make.
     found = learner.found or predicted(learner.logits)
     scored = [line for line in history if "top1" in line]

@@ -97,10 +97,10 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
             learner,
             course,
             lambda start: LabelCropReader(train_part, course, own, start, settings, segmenter.normalise.mean),
-            root,
-            settings,
-            world,
-            report,
+            root=root,
+            settings=settings,
+            world=world,
+            report=report,
         )
         # A run that was killed behind its last step has them still to make.
         scores = learner.scores or learner.score()
@@ -160,10 +160,10 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
             learner,
             course,
             lambda start: BoxReader(train_part, course, own, start, settings, detector.normalise.mean),
-            root,
-            settings,
-            world,
-            report,
+            root=root,
+            settings=settings,
+            world=world,
+            report=report,
         )
         # A run that was killed behind its last step has them still to make.
         scores = learner.scores or learner.score()

@@ -7,10 +7,7 @@ batch; the leading one writes. The teacher is only here where it is asked for, a
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +18,34 @@ from cae2pipe.artifacts.box import Box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
-from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
-from cae2pipe.errors import MismatchError, Terminated
-from cae2pipe.loading.batches import Batch, Plan
-from cae2pipe.loading.device import on_device
-from cae2pipe.loading.loader import load_parts
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import MismatchError
 from cae2pipe.loading.plan import chosen_stores, make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import export_encoder
 from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
-from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.keyed import keyed_seed
-from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report, Silent
 from cae2pipe.runtime.ranks import torchrun_rank
-from cae2pipe.runtime.signals import deferred_stop, until_stopped
 from cae2pipe.runtime.world import World, joined
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.aim import PixelTargets, aim_of
 from cae2pipe.training.checkpoint import (
-    load_checkpoint,
-    read_checkpoint,
+    Checkpoints,
     restore_training,
-    save_checkpoint,
     training_state,
 )
-from cae2pipe.training.compilation import compiler_advice, compiles
-from cae2pipe.training.failure import capture
+from cae2pipe.training.compilation import compiles
 from cae2pipe.training.fit import check_fit
-from cae2pipe.training.memory import explain_out_of_memory, upload_advice
 from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
-from cae2pipe.training.optimizer import build_optimizer, scaled
+from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.parallel import spread
-from cae2pipe.training.schedule import learning_rate
-from cae2pipe.training.step import Latents, Outcome, Step, cached
+from cae2pipe.training.pretraining import Pretraining
+from cae2pipe.training.step import Latents, Step, cached
+from cae2pipe.training.step_loop import run_steps
 from cae2pipe.training.student import teacher_of
-from cae2pipe.training.telemetry import Telemetry
 
 
 def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> Box:
@@ -101,18 +88,14 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         compile_objective(objective, world)
     module = spread(objective, world)
     optimizer = build_optimizer(model, settings.optimizer)
-    state: dict[str, Any] | None = None
-
-    def newest() -> int:
-        nonlocal state
-        like = {"model": model.state_dict(), "optimizer": {"state": {}, "param_groups": []}}
-        state = load_checkpoint(out / "checkpoints", report, box.fingerprint, like)
-        return state["step"] if state else 0
-
-    start: int = world.lead(newest)
+    checkpoints = checkpoints_of(out, settings, plan.steps, run=box.fingerprint)
+    start = checkpoints.resume(
+        lambda: {"model": model.state_dict(), "optimizer": {"state": {}, "param_groups": []}},
+        lambda state: restore_training(model, optimizer, state),
+        world,
+        report=report,
+    )
     if start:
-        restore_training(model, optimizer, state or read_checkpoint(out / "checkpoints", start))
-        state = None
         report.log(f"going on from step {start}")
     latents: Latents = cached
     if settings.loss.target == "pixels":
@@ -125,15 +108,28 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         module,
         objective,
         optimizer,
-        targets.layout.sample_axes(),
-        latents,
-        settings.speed.accumulation,
-        settings.optimizer.clip,
-        world,
+        axes=targets.layout.sample_axes(),
+        latents=latents,
+        accumulation=settings.speed.accumulation,
+        clip=settings.optimizer.clip,
+        world=world,
     )
-    done = train(step, plan, settings, aim.dim, start, out, report, box.fingerprint)
-    if done < plan.steps * settings.epochs:
-        report.log(f"stopped after {done} of {plan.steps * settings.epochs} steps, as stop_after asks")
+    total = plan.steps * settings.epochs
+    training = Pretraining(
+        step,
+        plan,
+        settings,
+        checkpoints=checkpoints,
+        target_dim=aim.dim,
+        start=start,
+        out=out,
+        report=report,
+    )
+    limit = min(total, settings.stop_after or total)
+    with closing(training):
+        done = run_steps(training, start, limit, checkpoints=checkpoints, world=world, report=report)
+    if done < total:
+        report.log(f"stopped after {done} of {total} steps, as stop_after asks")
         return box
     weights = training_state(model, optimizer)["model"]
     if world.leads:
@@ -142,103 +138,14 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     return box
 
 
-def train(
-    step: Step,
-    plan: Plan,
-    settings: PretrainSettings,
-    target_dim: int,
-    start: int,
-    out: Path,
-    report: Report,
-    run: str = "",
-) -> int:
-    """Steps from ``start`` to the end, or to ``stop_after``, with metrics and checkpoints, which bear the fingerprint
-    ``run``. Returns the steps done.
-
-    On a device the outcome of a step is read when the next one has been begun, so that it never waits for the host.
-    What the processes must agree on, to stop or to write a checkpoint, travels with the outcome.
-    """
-    world, speed = step.world, settings.speed
-    total = plan.steps * settings.epochs
-    limit = min(total, settings.stop_after or total)
-    rates = scaled(settings.optimizer, settings.data.batch)
-    telemetry = Telemetry(out, settings, target_dim, start, total, world, report) if world.leads else None
+def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: str) -> Checkpoints:
+    """The checkpoints of a run whose epochs have ``steps``; ``run`` is its fingerprint."""
+    speed = settings.speed
 
     def for_good(done: int) -> bool:
-        return bool(speed.keep_epochs) and done % (speed.keep_epochs * plan.steps) == 0
+        return bool(speed.keep_epochs) and done % (speed.keep_epochs * steps) == 0
 
-    def checkpoint(done: int) -> None:
-        state = training_state(step.model, step.optimizer)
-        if telemetry:
-            # Metrics first: a checkpoint must never be ahead of the lines it promises.
-            telemetry.metrics.sync()
-            save_checkpoint(out / "checkpoints", done, state, run, speed.keep, for_good)
-
-    def settle(outcome: Outcome) -> tuple[bool, bool]:
-        """Read an outcome and tell of it. Gives whether to stop, and whether a checkpoint is due."""
-        values = outcome.values()
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise capture(step, outcome, values, settings, target_dim, out)
-        if telemetry:
-            telemetry.step(outcome, values, values["sent0"] / world.ranks)
-        return values["sent1"] > 0, values["sent2"] > 0
-
-    saved_at, done = time.monotonic(), start
-    pending: Outcome | None = None
-    with closing(telemetry) if telemetry else nullcontext(), deferred_stop() as stop:
-        parts = load_parts(plan, start, worker_count(speed.workers, most=8), world.rank, world.ranks)
-        backend = "inductor" if compiles(settings.speed.compile, world.device) else None
-        uploaded = on_device(parts if start < limit else iter(()), step.axes, world.device, backend)
-        batches = until_stopped(with_room(uploaded, settings.loaded_batch // world.ranks, speed), stop)
-        began = time.monotonic()
-        for batch in batches:
-            now = time.monotonic()
-            due = world.leads and now - saved_at > 60 * speed.checkpoint_minutes
-            sent = (now - began, float(stop.exception is not None), float(due))
-            lr = learning_rate(batch.step, plan.steps, settings.epochs, *rates)
-            try:
-                with compiler_advice():
-                    outcome: Outcome | None = step(batch, lr, sent)
-            except torch.OutOfMemoryError:
-                outcome = None
-            if outcome is None:
-                # Not where it is caught: there the failed pass still holds its memory.
-                raise explain_out_of_memory(step, batch, speed.recompute)
-            pending, late = (outcome, pending) if runs_ahead(world.device) else (None, outcome)
-            stopping, due = settle(late) if late else (False, False)
-            # Alone there is nobody to agree with.
-            stopping |= world.ranks == 1 and stop.exception is not None
-            done = batch.step + 1
-            if stopping or done == limit:
-                break
-            if due or for_good(done):
-                if pending:
-                    settle(pending)
-                    pending = None
-                checkpoint(done)
-                saved_at = time.monotonic()
-            began = time.monotonic()
-        if pending:
-            settle(pending)
-        if done > start:
-            checkpoint(done)
-        if stop.exception or done < limit:
-            report.log(f"stopped after {done} steps; the same command goes on from there")
-            # Another process may have been told, and not this one.
-            raise stop.exception or Terminated
-    return done
-
-
-def with_room(batches: Iterator[Batch], views: int, speed: TrainSpeed) -> Iterator[Batch]:
-    """The batches, of which ``views`` are this process's. Raises OutOfMemoryError where the device has no room for the
-    next one beside what a step needs."""
-    with memory_advice("the next batch", upload_advice(views, speed.accumulation, speed.recompute), "upload"):
-        yield from batches
-
-
-def runs_ahead(device: torch.device) -> bool:
-    """Whether work is only begun when it is asked for, and done later."""
-    return device.type != "cpu"
+    return Checkpoints(out / "checkpoints", run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
 
 
 def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:

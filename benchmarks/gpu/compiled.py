@@ -19,7 +19,7 @@ from cae2pipe.loading.plan import make_plan
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.world import World
 from cae2pipe.training.objective import compile_objective
-from cae2pipe.training.step import Outcome
+from cae2pipe.training.step import Flags, Outcome
 
 STEPS = 6
 """One more than an epoch has, so that its padded batch is among them."""
@@ -80,7 +80,7 @@ def without_waiting(state: State, found: Found) -> None:
         read = []
         torch.cuda.set_sync_debug_mode("error")
         try:
-            outcomes: list[Outcome] = [step(batch, LR, (0.5, 0.0)) for batch in batches[2:4]]
+            outcomes: list[Outcome] = [step(batch, LR, Flags(waited=0.5)) for batch in batches[2:4]]
             stream = on_device(load_parts(plan, 4, 0), step.axes, state.place)
             outcomes += [step(batch, LR, (0.5, 0.0)) for batch, _ in zip(stream, range(2), strict=False)]
             for outcome, _ in pairwise(outcomes):

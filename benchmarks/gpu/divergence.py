@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.plan import make_plan
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
-from cae2pipe.stages.pretrain import train
 from cae2pipe.stages.replay import replay
-from cae2pipe.training.checkpoint import training_state
+from cae2pipe.training.checkpoint import Checkpoints, training_state
 from cae2pipe.training.parallel import spread
+from cae2pipe.training.pretraining import Pretraining
 from cae2pipe.training.step import Step
+from cae2pipe.training.step_loop import run_steps
 
 BAD = 2
 """The step whose latents are not finite."""
@@ -53,9 +55,21 @@ def diverge(state: State, found: Found, name: str, settings: PretrainSettings, w
     step.latents = poisoned
     plan = make_plan(targets, sorted(targets.stores), settings, step.model.drop_columns)
     out = state.scratch / f"diverged-{name}"
+    checkpoints, report = Checkpoints(out / "checkpoints", "", keep=2, minutes=10), Silent()
     raised: DivergedError | None = None
     try:
-        train(step, plan, settings, targets.teacher.dim, 0, out, Silent())
+        training = Pretraining(
+            step,
+            plan,
+            settings,
+            checkpoints=checkpoints,
+            target_dim=targets.teacher.dim,
+            start=0,
+            out=out,
+            report=report,
+        )
+        with closing(training):
+            run_steps(training, 0, plan.steps * settings.epochs, checkpoints=checkpoints, world=world, report=report)
     except DivergedError as error:
         raised = error
     found.check(f"{name}: DivergedError names step {BAD}", raised is not None and f"step {BAD}" in raised.what)

@@ -156,8 +156,16 @@ def in_memory(
     if compiled:
         compile_objective(objective, world)
     optimizer = build_optimizer(model, settings.optimizer)
-    parts, clip = settings.speed.accumulation, settings.optimizer.clip
-    step = Step(objective, objective, optimizer, {"symbols": 1}, cached, parts, clip, world)
+    step = Step(
+        objective,
+        objective,
+        optimizer,
+        axes={"symbols": 1},
+        latents=cached,
+        accumulation=settings.speed.accumulation,
+        clip=settings.optimizer.clip,
+        world=world,
+    )
     return step, made_up(settings, dim, model.drop_columns, state.place), settings
 
 

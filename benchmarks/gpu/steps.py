@@ -112,11 +112,11 @@ def build_step(
         objective,
         objective,
         build_optimizer(model, settings.optimizer),
-        targets.layout.sample_axes(),
-        latents,
-        settings.speed.accumulation,
-        settings.optimizer.clip,
-        world or World(0, 1, device),
+        axes=targets.layout.sample_axes(),
+        latents=latents,
+        accumulation=settings.speed.accumulation,
+        clip=settings.optimizer.clip,
+        world=world or World(0, 1, device),
     )
 
 

@@ -21,8 +21,13 @@ def memory_advice(what: str, fix: str, where: object = None) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = str(error).splitlines()[0]
-        raise OutOfMemoryError(f"{what} does not fit into the device's memory: {said}", where=where, fix=fix) from None
+        raise out_of_memory(what, str(error), fix, where=where) from None
+
+
+def out_of_memory(what: str, reason: str, fix: str, *, where: object = None) -> OutOfMemoryError:
+    """The error for ``what`` did not fit; ``reason`` is what torch said, of which the first line is told."""
+    said = reason.splitlines()[0]
+    return OutOfMemoryError(f"{what} does not fit into the device's memory: {said}", where=where, fix=fix)
 
 
 def free_unused() -> None:

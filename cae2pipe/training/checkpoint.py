@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,52 @@ from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.world import World
 
 PATTERN = re.compile(r"step-\d{8,}\.pt")
 RUN = "run"
 """Where a checkpoint names the run that it belongs to, by its fingerprint. Those of older versions do not."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a training: where they lie, whose they are, when to write one and which to keep.
+
+    Args:
+        run: the fingerprint of the run. keep: how many of the newest. minutes: between two of them.
+        for_good: whether the one of a step is kept however many follow.
+    """
+
+    folder: Path
+    run: str
+    keep: int
+    minutes: float
+    for_good: Callable[[int], bool] = lambda step: False
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        save_checkpoint(self.folder, step, state, run=self.run, keep=self.keep, for_good=self.for_good)
+
+    def resume(
+        self,
+        like: Callable[[], dict[str, Any]],
+        restore: Callable[[dict[str, Any]], None],
+        world: World,
+        *,
+        report: Report,
+    ) -> int:
+        """Have every process ``restore`` the newest checkpoint that fits, which the leading one looks for; as
+        ``load_checkpoint``. Returns the steps done, 0 where there is none."""
+        state: dict[str, Any] | None = None
+
+        def newest() -> int:
+            nonlocal state
+            state = load_checkpoint(self.folder, report, run=self.run, like=like())
+            return state["step"] if state else 0
+
+        start: int = world.lead(newest)
+        if start:
+            restore(state or read_checkpoint(self.folder, start))
+        return start
 
 
 def checkpoint_name(step: int) -> str:
@@ -29,6 +72,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     state: dict[str, Any],
+    *,
     run: str,
     keep: int,
     for_good: Callable[[int], bool] = lambda step: False,
@@ -59,7 +103,7 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def load_checkpoint(folder: Path, report: Report, run: str, like: dict[str, Any]) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, report: Report, *, run: str, like: dict[str, Any]) -> dict[str, Any] | None:
     """The newest checkpoint that fits, on the CPU; None where there is none at all. The log names what is passed over.
 
     Args:

@@ -42,7 +42,13 @@ def save_failure(path: Path, batch: Batch, latents: dict[str, Tensor], context: 
 
 
 def capture(
-    step: Step, outcome: Outcome, values: dict[str, float], settings: PretrainSettings, target_dim: int, out: Path
+    step: Step,
+    outcome: Outcome,
+    values: dict[str, float],
+    *,
+    settings: PretrainSettings,
+    target_dim: int,
+    out: Path,
 ) -> DivergedError:
     """Keep a step whose loss or gradient is not finite, with the weights before it, and give the error to raise."""
     batch, world = outcome.batch, step.world

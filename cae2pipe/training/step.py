@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,26 @@ Latents = Callable[[Batch], Mapping[str, Tensor]]
 """What an objective takes as latents, of a decoded batch on the device."""
 
 
+class Flags(NamedTuple):
+    """What processes tell each other with a step: added up over all of them, so that each decides the same.
+
+    waited: seconds that a process waited for the step's data. stop: whether it was asked to stop. checkpoint_due:
+    whether it is time to write one.
+    """
+
+    waited: float = 0.0
+    stop: float = 0.0
+    checkpoint_due: float = 0.0
+
+    def on(self, device: torch.device) -> Tensor:
+        """As a tensor (3,). Numbers are filled in there, one by one: copying them over would wait for the device."""
+        return torch.cat([torch.full((1,), float(value), device=device) for value in self])
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave, on its way to the host: loss terms over the global batch, the processes' sums of what they sent
-    along, gradient norm. ``arrived`` is the device's mark behind it, None where it is there at once."""
+    """What a step gave, on its way to the host: loss terms over the global batch, flags, gradient norm. ``arrived`` is
+    the device's mark behind it, None where it is there at once."""
 
     batch: Batch
     lr: float
@@ -29,13 +46,16 @@ class Outcome:
     arrived: torch.cuda.Event | None
 
     def values(self) -> dict[str, float]:
-        """``TERMS``, ``sent`` 0, 1, ... and ``grad_norm``. Waits for this step, not for what was begun after it."""
-        if self.arrived:
-            self.arrived.synchronize()
-        numbers = self.figures.tolist()
-        sent = len(numbers) - len(TERMS) - 1
-        names = (*TERMS, *(f"sent{place}" for place in range(sent)), "grad_norm")
-        return dict(zip(names, numbers, strict=True))
+        """``TERMS`` and ``grad_norm``. Waits for this step, not for what was begun after it."""
+        *terms, norm = on_host(self.figures, self.arrived)
+        return dict(zip(TERMS, terms, strict=False)) | {"grad_norm": norm}
+
+    def flags(self) -> Flags:
+        """Added up over processes. Waits as ``values`` does."""
+        return Flags(*on_host(self.figures, self.arrived)[len(TERMS) : -1])
+
+
+NO_FLAGS = Flags()
 
 
 class Step:
@@ -59,6 +79,7 @@ class Step:
         module: nn.Module,
         objective: Objective,
         optimizer: torch.optim.Optimizer,
+        *,
         axes: Mapping[str, int],
         latents: Latents,
         accumulation: int,
@@ -77,14 +98,12 @@ class Step:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.spoilt = torch.zeros((), device=world.device)
 
-    def __call__(self, batch: Batch, lr: float, sent: tuple[float, ...] = ()) -> Outcome:
-        """Train on this process's share of a batch at a learning rate; ``sent`` is added up over processes."""
+    def __call__(self, batch: Batch, lr: float, flags: Flags = NO_FLAGS) -> Outcome:
+        """Train on this process's share of a batch at a learning rate; flags are added up over processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         terms = self.backward(batch, self.accumulation)
-        # Numbers are filled in there, one by one: copying them over would wait for the device.
-        own = [torch.full((1,), value, device=terms.device) for value in sent]
-        figures = self.world.sum(torch.cat([terms, *own]))
+        figures = self.world.sum(torch.cat([terms, flags.on(terms.device)]))
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         figures = torch.cat([figures, norm.reshape(1).float()])
         good = figures[0].isfinite() & norm.isfinite()
@@ -121,6 +140,14 @@ def to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     arrived = torch.cuda.Event(blocking=True)
     arrived.record(torch.cuda.current_stream(figures.device))
     return host, arrived
+
+
+def on_host(figures: Tensor, arrived: torch.cuda.Event | None) -> list[float]:
+    """What ``to_host`` gave, as soon as it is there."""
+    if arrived:
+        arrived.synchronize()
+    numbers: list[float] = figures.tolist()
+    return numbers
 
 
 def forward(module: nn.Module, batch: Batch, latents: Mapping[str, Tensor]) -> Tensor:

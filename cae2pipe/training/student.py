@@ -69,7 +69,7 @@ def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method,
     settings = run_settings(run)
     model = build_method(settings.method, settings.model, aim_of(settings, targets).dim)
     like = {"model": model.state_dict()}
-    state = load_checkpoint(run / "checkpoints", report, open_box(run, "run").fingerprint, like)
+    state = load_checkpoint(run / "checkpoints", report, run=open_box(run, "run").fingerprint, like=like)
     if state is None:
         raise DamageError("the run has no readable checkpoint", where=run, fix="delete the run and train it again")
     model.load_state_dict(state["model"])

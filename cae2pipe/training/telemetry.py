@@ -42,6 +42,7 @@ class Telemetry:
         self,
         out: Path,
         settings: PretrainSettings,
+        *,
         target_dim: int,
         start: int,
         total: int,

@@ -21,7 +21,7 @@ from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.aim import PixelTargets, aim_of
 from cae2pipe.training.objective import TERMS, compile_objective, make_objective
 from cae2pipe.training.optimizer import build_optimizer
-from cae2pipe.training.step import Step, cached, forward
+from cae2pipe.training.step import Flags, Step, cached, forward
 from tests.cuda.simulated import on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -86,11 +86,11 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
             objective,
             objective,
             build_optimizer(model, settings.optimizer),
-            targets.layout.sample_axes(),
-            PixelTargets(settings.model.grid, device) if pixels else cached,
-            settings.speed.accumulation,
-            settings.optimizer.clip,
-            World(0, 1, device),
+            axes=targets.layout.sample_axes(),
+            latents=PixelTargets(settings.model.grid, device) if pixels else cached,
+            accumulation=settings.speed.accumulation,
+            clip=settings.optimizer.clip,
+            world=World(0, 1, device),
         )
         plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
         return step, iter(load_batches(plan, 0, 0))
@@ -118,12 +118,12 @@ def compare(cuda, make, settings: PretrainSettings) -> None:
         step, _ = make(settings, CUDA)
         batch = batch.to(CUDA)
         cuda.waits.clear()
-        outcome = step(batch, 1e-3, (0.5,))
+        outcome = step(batch, 1e-3, Flags(waited=0.5, stop=True))
         assert cuda.waits == []
         check_on_device(step)
     values = outcome.values()
     assert [values[name] for name in TERMS] == pytest.approx(wanted, **NEAR[settings.precision])
-    assert values["sent0"] == 0.5
+    assert outcome.flags() == (0.5, 1.0, 0.0)
 
 
 def check_products(cuda, settings: PretrainSettings) -> None:

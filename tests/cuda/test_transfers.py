@@ -49,11 +49,12 @@ def tensors(batch: Batch) -> list[Tensor]:
 def test_figures_are_read_when_they_have_come_from_their_own_device(device, cuda, machine):
     """Also if another device is the current one, as for whoever uses a Step without ``pick_device``."""
     with cuda:
-        figures = torch.arange(7.0, device=device)
+        figures = torch.arange(9.0, device=device)
         outcome = Outcome(batch(0), 0.1, *to_host(figures))
         assert outcome.figures.device.type == "cpu"
         assert outcome.figures.isnan().all()  # still underway
-        assert list(outcome.values().values()) == list(range(7))
+        assert list(outcome.values().values()) == [0, 1, 2, 3, 4, 8]
+        assert outcome.flags() == (5, 6, 7)
         assert cuda.waits == []
     assert outcome.arrived.stream is machine.streams[device.index]
 

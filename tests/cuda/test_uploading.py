@@ -153,7 +153,15 @@ def test_training_hands_on_what_was_read(kind, log, tmp_path):
     settings, learner = FinetuneSettings(speed=TrainedSpeed(workers=0)), Learner()
     world = World(0, 1, DEVICE)
     open_or_create(tmp_path, "scores", {}, facts={}, fix="")
-    loop.train(learner, course, lambda start: Ready(course, range(2), start), tmp_path, settings, world, Silent())
+    loop.train(
+        learner,
+        course,
+        lambda start: Ready(course, range(2), start),
+        root=tmp_path,
+        settings=settings,
+        world=world,
+        report=Silent(),
+    )
     wanted = [ITEMS[kind](number) for number in range(4)]
     assert [chunk.step for chunk in learner.seen] == [0, 1, 2, 3]
     for found, item in zip(learner.seen, wanted, strict=True):

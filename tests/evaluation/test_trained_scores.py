@@ -20,7 +20,7 @@ from cae2pipe.evaluation.probing import ProbeLearner
 from cae2pipe.inspection import verify
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.supervised import loop
+from cae2pipe.training import checkpoint
 from cae2pipe.training.metrics import read_lines
 from tests.conftest import contents
 from tests.ranks import command
@@ -96,13 +96,13 @@ def test_killed_and_resumed_it_gives_the_same_bytes(kind, exported, data, tmp_pa
             raise Killed
         return real(self, chunks, number, size)
 
-    def every_third(folder, step, *rest):
+    def every_third(folder, step, state, **rest):
         if step % 3 == 0 or step > 7:
-            save(folder, step, *rest)
+            save(folder, step, state, **rest)
 
-    save = loop.save_checkpoint
+    save = checkpoint.save_checkpoint
     monkeypatch.setattr(learner, "step", step)
-    monkeypatch.setattr(loop, "save_checkpoint", every_third)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", every_third)
     often = settings(kind, *more, "speed.checkpoint_minutes=1e-9")
     with pytest.raises(Killed):
         evaluate(kind, str(exported), data, tmp_path / "out", often, Silent())

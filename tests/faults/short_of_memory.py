@@ -96,9 +96,9 @@ def a_checkpoint(folder: Path) -> Callable[[], object]:
     from cae2pipe.runtime.progress import Silent
     from cae2pipe.training.checkpoint import load_checkpoint, save_checkpoint
 
-    save_checkpoint(folder, 1, {"a": torch.zeros(8)}, "run", 2)
-    save_checkpoint(folder, 2, {"a": torch.zeros(LARGE, dtype=torch.uint8)}, "run", 2)
-    return lambda: load_checkpoint(folder, Silent(), "run", {})
+    save_checkpoint(folder, 1, {"a": torch.zeros(8)}, run="run", keep=2)
+    save_checkpoint(folder, 2, {"a": torch.zeros(LARGE, dtype=torch.uint8)}, run="run", keep=2)
+    return lambda: load_checkpoint(folder, Silent(), run="run", like={})
 
 
 def another_ranks_checkpoint(folder: Path) -> Callable[[], object]:

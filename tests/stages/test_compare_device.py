@@ -27,8 +27,8 @@ def steps(monkeypatch) -> weakref.WeakSet:
     alive: weakref.WeakSet = weakref.WeakSet()
 
     class Watched(Step):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
             alive.add(self)
 
     monkeypatch.setattr(training, "Step", Watched)

@@ -126,13 +126,13 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 
 def test_a_batch_that_finds_no_room_is_advised_upon(target_root, pretrain_settings, tmp_path, monkeypatch):
-    from cae2pipe.stages import pretrain as stage
+    from cae2pipe.training import pretraining
 
-    def full(*arguments):
+    def full(*arguments, backend):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.15 GiB.\nGPU 0 has ...")
         yield
 
-    monkeypatch.setattr(stage, "on_device", full)
+    monkeypatch.setattr(pretraining, "on_device", full)
     with pytest.raises(OutOfMemoryError, match="the next batch does not fit") as caught:
         pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"accumulation": 2}), Silent())
     assert "--set speed.accumulation=4" in caught.value.fix

@@ -55,7 +55,16 @@ def curve(settings) -> list[float]:
     objective = Objective(model, settings.loss, Fp16Codec(), torch.zeros(DIM), True, False).train()
     optimizer = build_optimizer(model, settings.optimizer)
     world = World(0, 1, torch.device("cpu"))
-    step = Step(objective, objective, optimizer, {"tokens": 0}, cached, 1, settings.optimizer.clip, world)
+    step = Step(
+        objective,
+        objective,
+        optimizer,
+        axes={"tokens": 0},
+        latents=cached,
+        accumulation=1,
+        clip=settings.optimizer.clip,
+        world=world,
+    )
     losses = []
     for number in range(STEPS):
         lr = learning_rate(number, 5, 4, *scaled(settings.optimizer, BATCH))

@@ -33,11 +33,11 @@ def make(targets):
             objective,
             objective,
             build_optimizer(model, settings.optimizer),
-            targets.layout.sample_axes(),
-            cached,
-            settings.speed.accumulation,
-            settings.optimizer.clip,
-            World(0, 1, CPU),
+            axes=targets.layout.sample_axes(),
+            latents=cached,
+            accumulation=settings.speed.accumulation,
+            clip=settings.optimizer.clip,
+            world=World(0, 1, CPU),
         )
         plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
         return step, list(load_batches(plan, 0, 0))

@@ -17,7 +17,7 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import Requeued, Terminated
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
-from cae2pipe.training.step import Step
+from cae2pipe.training.step import NO_FLAGS, Step
 
 
 def train(job: dict) -> None:
@@ -35,12 +35,12 @@ def train(job: dict) -> None:
 def meddle(job: dict, rank: int, ranks: int) -> None:
     real = Step.__call__
 
-    def call(self: Step, batch, lr, sent=()):
+    def call(self: Step, batch, lr, flags=NO_FLAGS):
         if batch.step == job.get("kill") and rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         if batch.step == job.get("signal") and rank == ranks - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(self, batch, lr, sent)
+        return real(self, batch, lr, flags)
 
     Step.__call__ = call  # type: ignore[method-assign]
 

@@ -13,11 +13,13 @@ LIKE = {"x": torch.zeros(4)}
 
 
 def save(folder, step, keep=2, run=RUN, for_good=lambda step: False, **state):
-    return save_checkpoint(folder, step, state or {"x": torch.full((4,), float(step))}, run, keep, for_good)
+    return save_checkpoint(
+        folder, step, state or {"x": torch.full((4,), float(step))}, run=run, keep=keep, for_good=for_good
+    )
 
 
 def load(folder, report=None):
-    return load_checkpoint(folder, report or Silent(), RUN, LIKE)
+    return load_checkpoint(folder, report or Silent(), run=RUN, like=LIKE)
 
 
 def test_the_newest_and_those_for_good_are_kept(tmp_path):
@@ -36,7 +38,7 @@ def test_one_changed_byte_is_noticed_and_the_one_before_is_taken(tmp_path):
     path.write_bytes(data)
     assert torch.load(path, weights_only=True)["x"].unique().numel() == 2  # torch says nothing
     report = Silent()
-    assert load_checkpoint(tmp_path, report, RUN, like)["x"][0] == 1
+    assert load_checkpoint(tmp_path, report, run=RUN, like=like)["x"][0] == 1
     assert any("step-00000002.pt cannot be read" in line for line in report.lines)
 
 
@@ -123,10 +125,10 @@ def test_weights_and_moments_come_back_to_the_bit(tmp_path):
 
     model, optimizer = build()
     train(model, optimizer, 2)
-    save_checkpoint(tmp_path, 2, training_state(model, optimizer), RUN, 1)
+    save_checkpoint(tmp_path, 2, training_state(model, optimizer), run=RUN, keep=1)
     other, restored = build()
     like = {"model": other.state_dict(), "optimizer": {"state": {}, "param_groups": []}}
-    restore_training(other, restored, load_checkpoint(tmp_path, Silent(), RUN, like))
+    restore_training(other, restored, load_checkpoint(tmp_path, Silent(), run=RUN, like=like))
     for one in ((model, optimizer), (other, restored)):
         train(*one, 2)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):

@@ -6,7 +6,7 @@ import torch
 from cae2pipe.loading.batches import split
 from cae2pipe.training.memory import explain_out_of_memory, finer, fitting, upload_advice
 from cae2pipe.training.objective import TERMS, compile_objective
-from cae2pipe.training.step import forward
+from cae2pipe.training.step import Flags, forward
 
 
 def gradients(step) -> torch.Tensor:
@@ -62,9 +62,9 @@ def test_a_step_that_is_not_finite_changes_nothing_then_or_later(make, pretrain_
 
 def test_what_is_sent_along_comes_back(make, pretrain_settings):
     step, batches = make(pretrain_settings())
-    values = step(batches[0], 1e-3, (0.5, 1.0)).values()
-    assert list(values) == [*TERMS, "sent0", "sent1", "grad_norm"]
-    assert (values["sent0"], values["sent1"]) == (0.5, 1.0)
+    outcome = step(batches[0], 1e-3, Flags(waited=0.5, checkpoint_due=True))
+    assert list(outcome.values()) == [*TERMS, "grad_norm"]
+    assert outcome.flags() == Flags(waited=0.5, stop=0.0, checkpoint_due=1.0)
 
 
 def test_the_clipped_norm_is_what_the_optimizer_sees(make, pretrain_settings):

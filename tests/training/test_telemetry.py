@@ -123,10 +123,10 @@ def test_a_step_is_told_when_the_next_has_begun_where_work_runs_ahead(
     target_root, pretrain_settings, tmp_path, monkeypatch
 ):
     """What happens on a device, which is not waited for: the same lines, checkpoints and weights."""
-    from cae2pipe.stages import pretrain as stage
+    from cae2pipe.training import step_loop
 
     pretrain(target_root, tmp_path / "plain", pretrain_settings(), Silent())
-    monkeypatch.setattr(stage, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(step_loop, "runs_ahead", lambda device: True)
     settings = pretrain_settings(speed={"keep_epochs": 1})
     pretrain(target_root, tmp_path / "ahead", pretrain_settings(stop_after=7), Silent())
     pretrain(target_root, tmp_path / "ahead", settings, Silent())
