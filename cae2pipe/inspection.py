@@ -12,6 +12,7 @@ from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
 from cae2pipe.artifacts.places import entry_names, file_size
 from cae2pipe.errors import Cae2pipeError, DamageError
 from cae2pipe.runtime.progress import Report
+from cae2pipe.targets.paths import CODEC_FOLDER, IMAGES_FOLDER, LATENTS_FOLDER, SHARDS_FOLDER, VIEWS_FOLDER
 
 if TYPE_CHECKING:
     from cae2pipe.targets.auditing import Audit
@@ -147,8 +148,8 @@ def verify(path: Path, report: Report) -> Verification:
             problem.fix = _remedy(box)
             result.own.append(problem)
             result.bad.add(unit)
-    if file_size(path / "shards" / MANIFEST) is not None:
-        result.inner.append(verify(path / "shards", report))
+    if file_size(path / SHARDS_FOLDER / MANIFEST) is not None:
+        result.inner.append(verify(path / SHARDS_FOLDER, report))
     return result
 
 
@@ -174,7 +175,8 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
 
 def _strangers(box: Box, known: set[str]) -> list[str]:
     """Files, links and the like below the folders that the box fills, of which the manifest knows nothing."""
-    folders = {"shards": ["tars"], "targets": ["images", "views", "latents", "codec.zarr"]}.get(box.kind, [])
+    units = [IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER, CODEC_FOLDER]
+    folders = {"shards": ["tars"], "targets": units}.get(box.kind, [])
     names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(box.root / folder))
     return [name for name in names if name not in known]
 
@@ -209,7 +211,7 @@ def _remedy(box: Box) -> str:
     if "recoded" in box.identity:
         return f"cae2pipe verify {box.root} --repair --source TARGETS"
     if box.kind == "targets":
-        shards = "" if file_size(box.root / "shards" / MANIFEST) is not None else " --source SHARDS"
+        shards = "" if file_size(box.root / SHARDS_FOLDER / MANIFEST) is not None else " --source SHARDS"
         return f"cae2pipe verify {box.root} --repair{shards}"
     again = {"run": "pretrain", "scores": "evaluate"}[box.kind]
     return f"delete it, then run `cae2pipe {again}` as before"

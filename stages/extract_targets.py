@@ -44,11 +44,19 @@ from cae2pipe.targets.calibration import Calibration, Fidelity, one_thread, summ
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import EncodedBlock, Meter, encode_ahead, encode_tokens, lane_count, run_teacher
-from cae2pipe.targets.images import images_name, images_path, kept_images, make_images
+from cae2pipe.targets.images import kept_images, make_images
+from cae2pipe.targets.paths import (
+    CODEC,
+    SHARDS_FOLDER,
+    images_name,
+    images_tar_path,
+    store_name,
+    store_path,
+    view_tar_path,
+)
 from cae2pipe.targets.rendering import Renderer, Task, block_tasks, render
 from cae2pipe.targets.store import Layout, StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import (
-    CODEC,
     is_calibrated,
     read_calibration,
     store_calibration,
@@ -57,7 +65,6 @@ from cae2pipe.targets.target_set import (
     KIND,
     make_layout,
     recorded_view,
-    store_name,
 )
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.load import load_teacher
@@ -161,8 +168,8 @@ def open_source(source: Path, out: Path, settings: ExtractSettings, report: Repo
     if is_box(source):
         raise SourceError("this folder is not a shard set", where=source, fix="give a shard set or a folder of images")
     with holding(out, "sharding", lambda: report.log("waiting for another process to shard the images")):
-        report.log(f"sharding {source} into {out / 'shards'}")
-        return build_shard_set(source, out / "shards", settings.shard, report)
+        report.log(f"sharding {source} into {out / SHARDS_FOLDER}")
+        return build_shard_set(source, out / SHARDS_FOLDER, settings.shard, report)
 
 
 @dataclass(frozen=True)
@@ -452,7 +459,7 @@ def collect(
             current.labels.append(rendered.labels)
         if view not in current.pairs:
             stage = Stage(root, store_name(view, current.shard.name))
-            writer = StoreWriter(stage.path(zarr_path(view, current.shard)), layout)
+            writer = StoreWriter(stage.path(store_path(view, current.shard.name)), layout)
             current.pairs[view] = _Pair(stage, writer)
         pair = current.pairs[view]
         pair.writer.append(block.chunks, len(rendered.keys))
@@ -460,14 +467,6 @@ def collect(
         pair.raw.append(block.raw)
         pair.centred.append(block.centred)
         report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.waits())
-
-
-def tar_path(view: int, shard: Shard) -> str:
-    return f"views/v{view:02d}/{shard.name}.tar"
-
-
-def zarr_path(view: int, shard: Shard) -> str:
-    return f"latents/v{view:02d}/{shard.name}.zarr"
 
 
 def finish_shard(box: Box, current: _Shard, kept: ShardSet | None, report: Report) -> None:
@@ -485,11 +484,11 @@ def finish_shard(box: Box, current: _Shard, kept: ShardSet | None, report: Repor
 def finish_pair(box: Box, current: _Shard, view: int, pair: _Pair, kept: ShardSet | None) -> dict[str, Any]:
     """Finish the store of one view of one shard, and its tar where views are stored; return the manifest's entry."""
     keys, labels, jpegs = current.keys, np.concatenate(current.labels), pair.jpegs
-    name, zarr = current.shard.name, zarr_path(view, current.shard)
+    name, zarr = current.shard.name, store_path(view, current.shard.name)
     if kept:
-        tar, index = images_path(name), kept.index(current.shard)
+        tar, index = images_tar_path(name), kept.index(current.shard)
     else:
-        tar = tar_path(view, current.shard)
+        tar = view_tar_path(view, current.shard.name)
         write_samples(pair.stage.path(tar), zip(keys, labels.tolist(), jpegs, strict=True))
         index = index_samples(pair.stage.path(tar), [google_crc32c.value(jpeg) for jpeg in jpegs])
     assert [sample.key for sample in index] == keys

@@ -36,9 +36,9 @@ from cae2pipe.targets.calibration import Calibration, Fidelity, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
 from cae2pipe.targets.images import images_units
+from cae2pipe.targets.paths import CODEC
 from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import (
-    CODEC,
     is_calibrated,
     read_calibration,
     store_calibration,

@@ -15,6 +15,7 @@ from cae2pipe.shards.build import pack
 from cae2pipe.shards.source import scan
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.recode import recode
+from cae2pipe.targets.paths import SHARDS_FOLDER
 
 
 def repair(
@@ -53,7 +54,7 @@ def repair(
         codec = build(CodecSettings, open_box(found.path).identity["settings"]["codec"], where=found.path)
         recode(original, found.path, codec, report, lossy_source=True, workers=workers, remake=found.bad)
     elif found.kind == "targets":
-        inside = found.path / "shards"
+        inside = found.path / SHARDS_FOLDER
         shards = inside if is_box(inside, "shards") else _given(source, found.path, "the shard set")
         repair_targets(found, report, shards, weights, device, workers)
     else:

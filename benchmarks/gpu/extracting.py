@@ -22,9 +22,9 @@ from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets.encoding import Meter, encode_ahead, encode_tokens
 from cae2pipe.targets.images import make_images
+from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import pack_block
-from cae2pipe.targets.stored_calibration import CODEC
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
@@ -127,7 +127,7 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     """All views once more, into another folder, with the calibration that is there."""
     settings = state.clip_settings()
     out = state.scratch / "extracted-again"
-    shutil.copytree(targets.root / "codec.zarr", out / "codec.zarr")
+    shutil.copytree(targets.root / CODEC_FOLDER, out / CODEC_FOLDER)
     units = {CODEC: targets.box.units[CODEC]}
     box = Box(out, targets.box.kind, targets.box.identity, units, targets.box.facts)
     missing, workers = stage.missing_views(box, shards, settings.views), worker_count(settings.speed.workers)

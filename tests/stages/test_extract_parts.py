@@ -14,7 +14,8 @@ from cae2pipe.errors import BadInputError, LockedError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.stages.extract_targets import extract_targets
-from cae2pipe.targets.target_set import CODEC, TargetSet
+from cae2pipe.targets.paths import CODEC
+from cae2pipe.targets.target_set import TargetSet
 from tests.conftest import contents
 from tests.ranks import command
 
