@@ -21,10 +21,11 @@ from cae2pipe.shards.build import plan_runs, write_run
 from cae2pipe.shards.checking import check_image
 from cae2pipe.shards.shard_set import ShardSet, make_shard
 from cae2pipe.shards.source import scan
-from cae2pipe.stages.extract_targets import run_sample, teacher_facts
 from cae2pipe.targets.calibration import Calibration
+from cae2pipe.targets.calibration_sample import run_sample
 from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, recommend_views, tar_bytes
+from cae2pipe.targets.manifest_facts import teacher_facts
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, block_tasks, render
 from cae2pipe.targets.store import Layout
 from cae2pipe.targets.target_set import make_layout

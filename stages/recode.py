@@ -38,16 +38,8 @@ from cae2pipe.targets.encoding import encode_unit
 from cae2pipe.targets.images import images_units
 from cae2pipe.targets.paths import CODEC
 from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
-from cae2pipe.targets.stored_calibration import (
-    is_calibrated,
-    read_calibration,
-    store_calibration,
-)
-from cae2pipe.targets.target_set import (
-    KIND,
-    TargetSet,
-    make_layout,
-)
+from cae2pipe.targets.stored_calibration import is_calibrated, read_calibration, store_calibration
+from cae2pipe.targets.target_set import KIND, TargetSet, make_layout
 
 
 def recode(

@@ -19,9 +19,10 @@ from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.shard_set import ShardSet
-from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets.encoding import Meter, encode_ahead, encode_tokens
+from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
+from cae2pipe.targets.missing import missing_views
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import pack_block
@@ -130,10 +131,10 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     shutil.copytree(targets.root / CODEC_FOLDER, out / CODEC_FOLDER)
     units = {CODEC: targets.box.units[CODEC]}
     box = Box(out, targets.box.kind, targets.box.identity, units, targets.box.facts)
-    missing, workers = stage.missing_views(box, shards, settings.views), worker_count(settings.speed.workers)
+    missing, workers = missing_views(box, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
     make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
     found.facts["images reduced a second"] = round(shards.images / (time.perf_counter() - began), 1)
-    meter = stage.make_views(box, shards, missing, teacher, settings, workers, Silent())
+    meter = make_views(box, shards, missing, teacher, settings, workers, Silent())
     shutil.rmtree(out)
     return meter

@@ -104,8 +104,8 @@ def watch(event: Callable[[], None]) -> None:
     from cae2pipe.artifacts import atomic, staging
     from cae2pipe.evaluation import features, finetune
     from cae2pipe.shards import build, listing
-    from cae2pipe.stages import extract_targets, recode
-    from cae2pipe.targets import chunks
+    from cae2pipe.stages import recode
+    from cae2pipe.targets import chunks, view_writing
     from cae2pipe.training import step
 
     def before(owner: Any, name: str) -> None:
@@ -121,7 +121,7 @@ def watch(event: Callable[[], None]) -> None:
     before(staging, "fsync_path")
     before(chunks.ShardFile, "append")
     before(build, "write_samples")
-    before(extract_targets, "write_samples")
+    before(view_writing, "write_samples")
     before(listing, "write_bytes")
     before(recode, "fetch_file")
     before(Path, "replace")

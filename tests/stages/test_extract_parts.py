@@ -12,8 +12,8 @@ from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.parts import Part
 from cae2pipe.errors import BadInputError, LockedError
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages import extract_targets as stage
 from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.targets import calibrating, missing
 from cae2pipe.targets.paths import CODEC
 from cae2pipe.targets.target_set import TargetSet
 from tests.conftest import contents
@@ -57,7 +57,7 @@ def test_the_calibration_alone_can_be_made_first(target_root, photos, tmp_path, 
 
 def test_parts_that_cannot_agree_are_told_to_calibrate_first(photos, tmp_path, extract_settings, monkeypatch) -> None:
     out = tmp_path / "set"
-    monkeypatch.setattr(stage, "can_lock", lambda root: False)
+    monkeypatch.setattr(calibrating, "can_lock", lambda root: False)
     with pytest.raises(BadInputError, match="cannot agree") as caught:
         extract_targets(photos, out, extract_settings(), Silent(), Part(1, 2))
     assert "--calibrate-only" in caught.value.fix
@@ -67,7 +67,7 @@ def test_parts_that_cannot_agree_are_told_to_calibrate_first(photos, tmp_path, e
 
 def test_what_does_not_fit_the_disk_is_not_begun(photos, tmp_path, extract_settings, monkeypatch) -> None:
     out = tmp_path / "set"
-    monkeypatch.setattr(stage, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(missing, "free_bytes", lambda path: 1000)
     with pytest.raises(BadInputError, match=r"need about .* and 1 kB are free"):
         extract_targets(photos, out, extract_settings(), Silent())
     assert list(open_box(out).units) == [CODEC], "nothing but the calibration was made"
