@@ -71,7 +71,11 @@ def main() -> None:
             shutil.copytree(scratch / "set", out)
             box = open_box(out)
             missing = missing_views(box, shards, VIEWS)
-            meters.append(make_views(box, shards, missing, teacher, chosen, worker_count(-1), Silent()))
+            meters.append(
+                make_views(
+                    box, shards, missing, teacher=teacher, settings=chosen, workers=worker_count(-1), report=Silent()
+                )
+            )
             shutil.rmtree(out)
             return meters[-1].rate()
 

@@ -28,7 +28,7 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import ShardSet
-from cae2pipe.targets.calibrating import make_calibration, with_calibration
+from cae2pipe.targets.calibrating import ensure_calibration, make_calibration
 from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
 from cae2pipe.targets.missing import MissingUnits, check_space, missing_views, wanted
@@ -43,6 +43,7 @@ def extract_targets(
     out: Path,
     settings: ExtractSettings,
     report: Report,
+    *,
     part: Part = WHOLE,
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
@@ -81,15 +82,15 @@ def extract_targets(
         if not missing and is_calibrated(box) and (box.complete or part != WHOLE) and remake is None:
             holds = f"all {settings.views} views of " + (f"part {part}" if part != WHOLE else "all shards")
             report.log(f"nothing to do: {out} holds {holds} ({len(shards.shards)} shards)")
-            finish(box, shards, settings.views)
+            save_targets(box, shards, settings.views)
             return box
         workers = -(-worker_count(settings.speed.workers) // rank.on_machine)
         if not (is_shared(out) and is_shared(source)):
             workers = 0  # what lies in this process's memory is seen by no other
         tell_changes(box.facts, teacher.device, report)
         if remake is not None and CODEC in remake:
-            make_calibration(box, shards, teacher, settings, workers, report)
-        box = with_calibration(box, shards, teacher, settings, workers, part, report)
+            make_calibration(box, shards, teacher, settings=settings, workers=workers, report=report)
+        box = ensure_calibration(box, shards, teacher, settings=settings, workers=workers, part=part, report=report)
         if calibrate_only:
             report.log("calibrated; nothing else was asked for")
             return box
@@ -98,20 +99,20 @@ def extract_targets(
             reducing = [lacking.shard for lacking in missing if lacking.images]
             make_images(box, shards, reducing, settings.view, workers, report)
             if any(lacking.views for lacking in missing):
-                make_views(box, shards, missing, teacher, settings, workers, report)
+                make_views(box, shards, missing, teacher=teacher, settings=settings, workers=workers, report=report)
         finally:
-            finish(box, shards, settings.views)
+            save_targets(box, shards, settings.views)
         return box
 
 
 def resumed(box: Box, settings: ExtractSettings, report: Report) -> ExtractSettings:
     """The settings with what was not given as the set has been begun with: a changed default must neither refuse the
     command that began it nor add views to it."""
-    found: dict[str, Any] = {"codec": as_begun(settings.codec, box.identity["settings"]["codec"])}
+    updates: dict[str, Any] = {"codec": as_begun(settings.codec, box.identity["settings"]["codec"])}
     # Early sets do not say what they were to hold.
     if "views" not in settings.model_fields_set and "wanted" in box.facts:
-        found["views"] = box.facts["wanted"]["views"]
-    begun = settings.model_copy(update=found)
+        updates["views"] = box.facts["wanted"]["views"]
+    begun = settings.model_copy(update=updates)
     if begun != settings:
         report.log(f"as this set was begun: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
     return begun
@@ -146,6 +147,6 @@ def remove_leftovers(out: Path, missing: list[MissingUnits], part: Part) -> None
     remove_stages(out, [name for lacking in missing for name in lacking.units])
 
 
-def finish(box: Box, shards: ShardSet, views: int) -> None:
+def save_targets(box: Box, shards: ShardSet, views: int) -> None:
     """Write the manifest; the set is complete once every part has made its share."""
     box.save(complete=lambda merged: CODEC in merged.units and not missing_views(merged, shards, views))

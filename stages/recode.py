@@ -47,6 +47,7 @@ def recode(
     out: Path,
     codec: CodecSettings,
     report: Report,
+    *,
     lossy_source: bool = False,
     workers: int = -1,
     remake: Collection[str] | None = None,
@@ -184,8 +185,8 @@ def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report:
                 taken += len(sample[-1])
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
-        found = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
-        return {**provenance(torch.device("cpu")), "codec": found}
+        of_codec = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
+        return {**provenance(torch.device("cpu")), "codec": of_codec}
 
     store_calibration(box, codec, torch.cat(sample), facts, report)
 

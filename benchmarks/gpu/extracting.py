@@ -75,7 +75,7 @@ def bare_rate(teacher: Teacher, pixels: torch.Tensor, state: State) -> list[floa
     """Views a second of the teacher on a batch that lies on the device: three rounds after one that warms up."""
     pixels = pixels.to(state.place)
     views = 32 if state.quick else 4096
-    found = []
+    rates = []
     for turn in range(4):
         began, done = time.perf_counter(), 0
         while done < views:
@@ -83,8 +83,8 @@ def bare_rate(teacher: Teacher, pixels: torch.Tensor, state: State) -> list[floa
             done += len(pixels)
         wait_for(state.place)
         if turn:
-            found.append(done / (time.perf_counter() - began))
-    return found
+            rates.append(done / (time.perf_counter() - began))
+    return rates
 
 
 def from_memory(targets: TargetSet, blocks: list[RenderedBlock], teacher: Teacher, count: int, state: State) -> Meter:
@@ -135,6 +135,6 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     began = time.perf_counter()
     make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
     found.facts["images reduced a second"] = round(shards.images / (time.perf_counter() - began), 1)
-    meter = make_views(box, shards, missing, teacher, settings, workers, Silent())
+    meter = make_views(box, shards, missing, teacher=teacher, settings=settings, workers=workers, report=Silent())
     shutil.rmtree(out)
     return meter

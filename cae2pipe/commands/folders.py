@@ -63,7 +63,7 @@ def verify(
             from cae2pipe.stages.repair import repair as mend
 
             with progress("repair") as report:
-                mend(result, report, source, labels, teacher_weights, device)
+                mend(result, report, source=source, labels=labels, weights=teacher_weights, device=device)
                 result = check(path, report) if result.problems else result
             for problem in result.problems:
                 errors.problem(problem)

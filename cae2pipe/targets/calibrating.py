@@ -23,8 +23,15 @@ from cae2pipe.targets.target_set import KIND, make_layout
 from cae2pipe.teachers.protocol import Teacher
 
 
-def with_calibration(
-    box: Box, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, part: Part, report: Report
+def ensure_calibration(
+    box: Box,
+    shards: ShardSet,
+    teacher: Teacher,
+    *,
+    settings: ExtractSettings,
+    workers: int,
+    part: Part,
+    report: Report,
 ) -> Box:
     """The box with its calibration, made or restored by whoever comes first while all others wait.
 
@@ -45,12 +52,12 @@ def with_calibration(
         box = open_box(box.root, KIND)
         box.facts |= facts
         if not is_calibrated(box):
-            make_calibration(box, shards, teacher, settings, workers, report)
+            make_calibration(box, shards, teacher, settings=settings, workers=workers, report=report)
     return box
 
 
 def make_calibration(
-    box: Box, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, report: Report
+    box: Box, shards: ShardSet, teacher: Teacher, *, settings: ExtractSettings, workers: int, report: Report
 ) -> None:
     """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample.
 
@@ -62,10 +69,10 @@ def make_calibration(
     outputs, jpegs = run_sample(shards, teacher, settings, workers)
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
-        told = teacher_facts(teacher, outputs[0])
-        layout = make_layout(told, box.identity["settings"]["codec"], calibration)
-        found = codec_facts(outputs, sum(map(len, jpegs)), layout, calibration, fidelity)
-        return {"teacher": told, "codec": found, **provenance(teacher.device)}
+        of_teacher = teacher_facts(teacher, outputs[0])
+        layout = make_layout(of_teacher, box.identity["settings"]["codec"], calibration)
+        of_codec = codec_facts(outputs, layout, calibration, fidelity=fidelity, pixel_bytes=sum(map(len, jpegs)))
+        return {"teacher": of_teacher, "codec": of_codec, **provenance(teacher.device)}
 
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
     store_calibration(box, codec, unit, facts, report)

@@ -8,7 +8,7 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.encoding import lane_count, run_teacher
-from cae2pipe.targets.rendering import Renderer, Task, render
+from cae2pipe.targets.rendering import Renderer, Task, render_blocks
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
@@ -26,7 +26,7 @@ def run_sample(
                 taken += min(BLOCK, shard.samples - number * BLOCK)
     outputs, jpegs = [], []
     lanes = lane_count(settings.speed.lanes, teacher.device)
-    with closing(render(Renderer(shards, tasks, settings.view, settings.seed), workers)) as rendered:
+    with closing(render_blocks(Renderer(shards, tasks, settings.view, settings.seed), workers)) as rendered:
         for block, output in run_teacher(rendered, teacher, lanes):
             where = f"shard {block.task.shard.name}, block {block.task.block}"
             check_features(output.tokens, where=where, constant=True)

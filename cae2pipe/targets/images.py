@@ -55,9 +55,9 @@ def make_images(
     blocks = [(shard, block) for shard in shards for block in range(-(-shard.samples // BLOCK))]
     reducer = Reducer(originals, blocks, settings)
     reduced = in_order(reducer, min(workers, len(blocks)) if len(blocks) > 1 else 0, preload=[__name__])
-    for shard, found in groupby(reduced, key=lambda item: item[0]):
+    for shard, blocks_of_shard in groupby(reduced, key=lambda item: item[0]):
         samples = []
-        for _, block in found:
+        for _, block in blocks_of_shard:
             samples += block
             report.advance(len(block))
         keep_images(box, shard, samples)

@@ -12,7 +12,7 @@ from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
 def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
-    """What readers of a set must know of its teacher."""
+    """What readers of a set must know of its teacher, given an output of it."""
     info = teacher.info
     return {
         "name": info.name,
@@ -25,10 +25,16 @@ def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
 
 
 def codec_facts(
-    outputs: list[TeacherOutput], pixels: int, layout: Layout, calibration: Calibration, fidelity: Fidelity
+    outputs: list[TeacherOutput], layout: Layout, calibration: Calibration, *, fidelity: Fidelity, pixel_bytes: int
 ) -> dict[str, Any]:
-    """What calibration found, and the bytes that it lets expect: of a view's latents, and of the pixels of a view, or
-    of an image where views are replayed."""
+    """What calibration reached, and the bytes that it lets expect: of a view's latents, and of the pixels of a view, or
+    of an image where views are replayed.
+
+    Args:
+        outputs: the teacher's, of the calibration sample, on the CPU.
+        fidelity: on held-out images.
+        pixel_bytes: of all the sample's JPEGs.
+    """
     samples = sum(len(output.tokens) for output in outputs)
     latents = 0
     with one_thread():  # as when blocks are encoded
@@ -38,5 +44,5 @@ def codec_facts(
     return {
         "held_out_fidelity": asdict(fidelity),
         "step": calibration.step,
-        "expected_bytes": {"latents": latents // samples, "pixels": pixels // samples},
+        "expected_bytes": {"latents": latents // samples, "pixels": pixel_bytes // samples},
     }

@@ -160,10 +160,10 @@ def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, whe
             raise ChunkError(f"{name} is missing")
         if len(contents[chunk]) != 4 * int(np.prod(shape)) + 4:
             raise ChunkError(f"{name} does not have the shape {shape}")
-        found = decode_chunk(contents[chunk], shape, "<f4", 0)
-        if not np.isfinite(found).all():
+        values = decode_chunk(contents[chunk], shape, "<f4", 0)
+        if not np.isfinite(values).all():
             raise ChunkError(f"{name} has values that are not finite")
-        return torch.from_numpy(found.copy())
+        return torch.from_numpy(values.copy())
 
     mean = array("mean", dim)
     if "basis/c/0/0" not in contents:

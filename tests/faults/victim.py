@@ -65,8 +65,8 @@ def do(job: Job) -> None:
         recode(job.source, job.out, CodecSettings(calibration=64), report, workers=1)
     else:
         assert job.name == "repair"
-        found = verify(job.out, report)
-        repair(found, report, job.source, weights=job.settings.teacher.weights, device="cpu", workers=0)
+        result = verify(job.out, report)
+        repair(result, report, source=job.source, weights=job.settings.teacher.weights, device="cpu", workers=0)
 
 
 def run(job: Job, fault: str, at: int, counted: Path) -> None:

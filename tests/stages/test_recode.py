@@ -212,7 +212,7 @@ def test_repair_goes_by_the_set_it_came_from(fp16, tmp_path):
         data[len(data) // 2] ^= 1
         (tmp_path / "set" / name).unlink()
         (tmp_path / "set" / name).write_bytes(data)
-    repair(verify(tmp_path / "set", Silent()), Silent(), fp16)
+    repair(verify(tmp_path / "set", Silent()), Silent(), source=fp16)
     assert contents(tmp_path / "set") == before
 
 
