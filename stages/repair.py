@@ -6,10 +6,10 @@ from pathlib import Path
 
 from cae2pipe.artifacts.box import is_box, journal_entries, open_box
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.verification import Verification
 from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import BadInputError
-from cae2pipe.inspection import Verification
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.build import pack
 from cae2pipe.shards.source import scan

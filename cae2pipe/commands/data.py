@@ -55,11 +55,11 @@ def shard(
         from cae2pipe.config.base import load
         from cae2pipe.config.extract import ShardSettings
         from cae2pipe.runtime.progress import progress
-        from cae2pipe.shards.build import build_all
+        from cae2pipe.stages.shard import shard_images
 
         settings = load(ShardSettings, "shard", config, set_ or [], section("speed", workers=workers))
         with progress("shard") as report:
-            build_all(source, out, settings, report, labels, expect)
+            shard_images(source, out, settings, report, labels=labels, expected=expect)
 
 
 def extract_targets(

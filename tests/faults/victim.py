@@ -39,7 +39,6 @@ class Job:
 def do(job: Job) -> None:
     """What the command line would do."""
     from cae2pipe.config.extract import CodecSettings
-    from cae2pipe.inspection import verify
     from cae2pipe.runtime.progress import Silent
     from cae2pipe.shards.build import build_shard_set
     from cae2pipe.stages.compare import compare
@@ -48,6 +47,7 @@ def do(job: Job) -> None:
     from cae2pipe.stages.pretrain import pretrain
     from cae2pipe.stages.recode import recode
     from cae2pipe.stages.repair import repair
+    from cae2pipe.stages.verify import verify
 
     report = Silent()
     if isinstance(job.settings, PretrainSettings):

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from cae2pipe.artifacts.parts import parse_part
 from cae2pipe.cli import app
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
-from cae2pipe.inspection import verify
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.repair import repair
+from cae2pipe.stages.verify import verify
 from cae2pipe.targets import stored_calibration
 from tests.conftest import contents, edit_manifest, snapshot
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cae2pipe.errors import MismatchError, TeacherError
-from cae2pipe.inspection import verify_live
+from cae2pipe.stages.verify import verify_live
 from cae2pipe.targets.auditing import audit, choose
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher

@@ -1,122 +1,21 @@
-"""What a folder is and whether it is as it was written: the work of ``cae2pipe inspect`` and ``cae2pipe verify``."""
+"""Verify: whether a folder is as it was written, by its manifest; and whether a set's contents fit together."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
 from cae2pipe.artifacts.places import entry_names, file_size
-from cae2pipe.errors import Cae2pipeError, DamageError
+from cae2pipe.artifacts.verification import Verification
+from cae2pipe.errors import DamageError
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.paths import CODEC_FOLDER, IMAGES_FOLDER, LATENTS_FOLDER, SHARDS_FOLDER, VIEWS_FOLDER
 
 if TYPE_CHECKING:
     from cae2pipe.targets.auditing import Audit
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """What a folder made by cae2pipe is, what it was made from and what it holds, as JSON values.
-
-    Raises:
-        ManifestError: not a folder of ours, or one of an unknown format.
-    """
-    box = open_box(path)
-    files = [entry for unit in box.units.values() for entry in unit.get("files", {}).values()]
-    facts: dict[str, Any] = {
-        "path": str(path),
-        "kind": box.kind,
-        "complete": box.complete,
-        "fingerprint": box.fingerprint,
-        "files": len(files),
-        "bytes": sum(entry["bytes"] for entry in files),
-    }
-    facts.update(_KINDS.get(box.kind, lambda _: {})(box))
-    facts["made_from"] = box.identity
-    return facts
-
-
-def _shards(box: Box) -> dict[str, Any]:
-    return {
-        "shards": sum(unit["samples"] > 0 for unit in box.units.values()),
-        "images": sum(unit["samples"] for unit in box.units.values()),
-        "rejected": box.facts.get("rejected", 0),
-        "classes": len(box.identity.get("classes", [])),
-        "generations": [unit["images"] for name, unit in sorted(box.units.items()) if "images" in unit],
-    }
-
-
-def _targets(box: Box) -> dict[str, Any]:
-    from cae2pipe.targets.target_set import TargetSet
-
-    targets = TargetSet(box.root)
-    shards: dict[int, int] = {}
-    for unit in targets.stores.values():
-        shards[unit["view"]] = shards.get(unit["view"], 0) + 1
-    # Early sets do not say what they were to hold.
-    asked = box.facts.get("wanted", {"views": targets.views, "images": targets.images})
-    stored = sum(unit["samples"] for unit in targets.stores.values())
-    return {
-        "teacher": box.facts["teacher"],
-        "asked_for": asked,
-        "share_made": round(stored / max(1, asked["images"] * asked["views"]), 4),
-        "images": targets.images,
-        "views": targets.views,
-        "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
-        "pixels": targets.view.pixels,
-        "codec": box.identity["settings"]["codec"]["name"],
-        "fidelity": targets.fidelity(),
-        "bytes_per_view": {name: round(value, 1) for name, value in targets.bytes_per_view().items()},
-    }
-
-
-def _run(box: Box) -> dict[str, Any]:
-    from cae2pipe.training.checkpoint import checkpoints
-    from cae2pipe.training.metrics import read_metrics
-
-    lines, damaged = read_metrics(box.root / "metrics.jsonl")
-    last = lines[-1] if lines else {}
-    return {
-        "teacher": box.facts["teacher"],
-        "stores": len(box.facts["stores"]),
-        "steps": len(lines),
-        "damaged_lines": damaged,
-        "last_step": {name: last[name] for name in ("epoch", "loss", "centred_cosine_masked") if name in last},
-        "checkpoints": [path.name for path in checkpoints(box.root / "checkpoints")],
-    }
-
-
-def _scores(box: Box) -> dict[str, Any]:
-    return dict(box.facts)
-
-
-_KINDS = {"shards": _shards, "targets": _targets, "run": _run, "scores": _scores}
-
-
-@dataclass
-class Verification:
-    """The outcome of ``verify``: ``problems`` of this folder, the units (``bad``) they are in, and the outcome of the
-    shard set inside, if there is one."""
-
-    path: Path
-    kind: str
-    files: int
-    own: list[Cae2pipeError] = field(default_factory=list)
-    bad: set[str] = field(default_factory=set)
-    inner: list[Verification] = field(default_factory=list)
-
-    @property
-    def problems(self) -> list[Cae2pipeError]:
-        return self.own + [problem for inner in self.inner for problem in inner.problems]
-
-    def summary(self) -> str:
-        files = self.files + sum(inner.files for inner in self.inner)
-        if self.problems:
-            return f"{self.path}: {len(self.problems)} problems in {files} files of this {self.kind} folder"
-        return f"{self.path}: all {files} files of this {self.kind} folder are as the manifest says"
 
 
 def verify(path: Path, report: Report) -> Verification:
@@ -127,9 +26,7 @@ def verify(path: Path, report: Report) -> Verification:
         ManifestError: not a folder of ours.
     """
     box = open_box(path)
-    entries = {
-        name: (unit, entry) for unit, found in box.units.items() for name, entry in found.get("files", {}).items()
-    }
+    entries = {path: (name, entry) for name, unit in box.units.items() for path, entry in unit.get("files", {}).items()}
     result = Verification(path, box.kind, len(entries))
     report.total(len(entries), "files")
     for name, (unit, entry) in sorted(entries.items()):
