@@ -32,7 +32,6 @@ LAYERS = (
     "config",
     "artifacts",
     "runtime",
-    "names",
     "errors version",
 )
 """Packages and files of ``cae2pipe/``, the highest layer first. Those of one layer do not import each other."""

@@ -18,7 +18,7 @@ def inspect(
 ) -> None:
     """Say what a folder is, what it was made from, and what it holds."""
     with exits():
-        from cae2pipe.names import visible_json
+        from cae2pipe.runtime.foreign_names import visible_json
         from cae2pipe.runtime.terminal import print_facts
         from cae2pipe.stages.inspection import describe
 
