@@ -29,7 +29,7 @@ from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.calibration import Fidelity, calibrate, make_codec, summarise, token_cosines
 from cae2pipe.targets.chunks import BLOCK, SHUFFLES, decode_chunk, encode_chunk
 from cae2pipe.targets.codecs import as_tensors, round_biased, rounding_bias, unit_tokens, zigzag
-from cae2pipe.targets.rendering import Renderer, Task, render
+from cae2pipe.targets.rendering import Renderer, Task, render_blocks
 from cae2pipe.teachers.protocol import Teacher
 
 FIDELITIES = (0.999, 0.99, 0.97, 0.95, 0.9)
@@ -95,7 +95,7 @@ def samples(device: str, quick: bool) -> Iterator[tuple[int, tuple[Tensor, Tenso
 
 def unit_of(shards: ShardSet, teacher: Teacher, chosen: Any, parts: list[tuple[int, tuple[int, ...]]]) -> Tensor:
     tasks = [Task(shards.shards[0], block, views) for block, views in parts]
-    blocks = render(Renderer(shards, tasks, chosen.view, chosen.seed), 0)
+    blocks = render_blocks(Renderer(shards, tasks, chosen.view, chosen.seed), 0)
     with torch.inference_mode():
         raw = [teacher(view.to(teacher.device)).tokens.cpu() for block in blocks for view in block.pixels]
     return unit_tokens(torch.cat(raw).clone())[0]

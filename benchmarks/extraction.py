@@ -21,8 +21,10 @@ from cae2pipe.artifacts.box import open_box
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.threads import in_threads
-from cae2pipe.stages import extract_targets as stage
+from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.encoding import Meter, lane_count
+from cae2pipe.targets.extraction import make_views
+from cae2pipe.targets.missing import missing_views
 
 VIEWS = 4
 COPIES = 4
@@ -38,7 +40,7 @@ def main() -> None:
         shards = packed(source, scratch, chosen)
         teacher = teacher_of(chosen)
         batches = [block.pixels[0] for block in rendered(shards, chosen, 4)]
-        stage.extract_targets(shards.root, scratch / "set", chosen, Silent(), calibrate_only=True)
+        extract_targets(shards.root, scratch / "set", chosen, Silent(), calibrate_only=True)
         meters: list[Meter] = []
         number = 0
 
@@ -68,8 +70,12 @@ def main() -> None:
             out = scratch / f"set{number}"
             shutil.copytree(scratch / "set", out)
             box = open_box(out)
-            missing = stage.missing_views(box, shards, VIEWS)
-            meters.append(stage.make_views(box, shards, missing, teacher, chosen, worker_count(-1), Silent()))
+            missing = missing_views(box, shards, VIEWS)
+            meters.append(
+                make_views(
+                    box, shards, missing, teacher=teacher, settings=chosen, workers=worker_count(-1), report=Silent()
+                )
+            )
             shutil.rmtree(out)
             return meters[-1].rate()
 

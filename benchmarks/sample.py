@@ -19,7 +19,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.chunks import BLOCK
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render_blocks
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
 
@@ -104,7 +104,7 @@ def rendered(
 ) -> list[RenderedBlock]:
     """The first whole blocks of a shard set, rendered."""
     tasks = [Task(shard, block, views) for shard in shards.shards for block in range(shard.samples // BLOCK)][:blocks]
-    return list(render(Renderer(shards, tasks, chosen.view, chosen.seed), 0))
+    return list(render_blocks(Renderer(shards, tasks, chosen.view, chosen.seed), 0))
 
 
 def packed(source: Path, scratch: Path, chosen: ExtractSettings, name: str = "shards") -> ShardSet:

@@ -33,6 +33,7 @@ from cae2pipe.methods.method import Method
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import timm_config, timm_state
 from cae2pipe.runtime.progress import Silent
+from cae2pipe.targets.paths import LATENTS_FOLDER, VIEWS_FOLDER
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.checkpoint import checkpoints, read_checkpoint, step_of
 from cae2pipe.training.metrics import read_lines
@@ -171,5 +172,5 @@ def bytes_per_view(targets: TargetSet, views: int) -> dict[str, float]:
     return {
         name: sum(entry["bytes"] for unit in units for path, entry in unit["files"].items() if path.startswith(folder))
         / samples
-        for name, folder in (("latents", "latents/"), ("pixels", "views/"))
+        for name, folder in (("latents", f"{LATENTS_FOLDER}/"), ("pixels", f"{VIEWS_FOLDER}/"))
     }

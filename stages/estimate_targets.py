@@ -21,11 +21,12 @@ from cae2pipe.shards.build import plan_runs, write_run
 from cae2pipe.shards.checking import check_image
 from cae2pipe.shards.shard_set import ShardSet, make_shard
 from cae2pipe.shards.source import scan
-from cae2pipe.stages.extract_targets import run_sample, teacher_facts
 from cae2pipe.targets.calibration import Calibration
+from cae2pipe.targets.calibration_sample import run_sample
 from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, recommend_views, tar_bytes
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, block_tasks, render
+from cae2pipe.targets.manifest_facts import teacher_facts
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, block_tasks, render_blocks
 from cae2pipe.targets.store import Layout
 from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.load import load_teacher
@@ -68,7 +69,7 @@ def estimate_targets(
         shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
         prices = [price(outputs, name, shape, codec.fidelity, codec.level) for name in CODECS]
         report.log("extracting from them, to see how fast it goes")
-        chosen = next(found for found in prices if found.codec == codec.name)
+        chosen = next(priced for priced in prices if priced.codec == codec.name)
         layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
         meter = time_extraction(shards, teacher, layout, chosen.calibration, settings, workers)
 
@@ -78,10 +79,10 @@ def estimate_targets(
 
     teacher_per_s = meter.views / meter.teacher
     rows = []
-    for found in prices:
-        whole = project(images, settings.views, pixels(settings.views) + found.latents, meter.rate(), teacher_per_s)
-        reached = {"mean": found.fidelity.mean, "p1": found.fidelity.p1}
-        rows.append({"codec": found.codec, "latents": round(found.latents), **reached, **asdict(whole)})
+    for priced in prices:
+        whole = project(images, settings.views, pixels(settings.views) + priced.latents, meter.rate(), teacher_per_s)
+        reached = {"mean": priced.fidelity.mean, "p1": priced.fidelity.p1}
+        rows.append({"codec": priced.codec, "latents": round(priced.latents), **reached, **asdict(whole)})
     result = {
         "images": images,
         "views": settings.views,
@@ -107,15 +108,15 @@ def estimate_targets(
 
 def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:
     """The first images of what would be sharded, as a shard set in ``folder``; and how many there are in all."""
-    found = scan(source)
-    entries = [entry for run in plan_runs([found.entries], settings.shard).values() for entry in run]
+    scanned = scan(source)
+    entries = [entry for run in plan_runs([scanned.entries], settings.shard).values() for entry in run]
     entries = entries[: settings.codec.calibration]
-    unit = write_run(folder, "000000", entries, (check_image(found.piece(entry)) for entry in entries))
+    unit = write_run(folder, "000000", entries, (check_image(scanned.piece(entry)) for entry in entries))
     if not unit["samples"]:
         raise SourceError(
             f"none of the first {len(entries)} images can be decoded", where=source, fix="check the source"
         )
-    return ShardSet(folder, found.classes, [make_shard(folder, "000000", unit)]), len(found.entries)
+    return ShardSet(folder, scanned.classes, [make_shard(folder, "000000", unit)]), len(scanned.entries)
 
 
 def time_extraction(
@@ -139,7 +140,7 @@ def time_extraction(
         yield first
         yield from rendered
 
-    rendered = begun(render(Renderer(shards, tasks, settings.view, settings.seed), workers))
+    rendered = begun(render_blocks(Renderer(shards, tasks, settings.view, settings.seed), workers))
     for _ in encode_ahead(rendered, teacher, layout, calibration, meter, lanes):
         pass
     meter.ended = time.perf_counter()

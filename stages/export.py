@@ -73,11 +73,11 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
 def refuse_others(out: Path, layout: Layout) -> None:
     """Raise SourceError where a folder holds anything but an earlier export of the same format."""
     ours = {layout.weights, *layout.files, CARD}
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    foreign = sorted(name for name in found - ours if not name.startswith("."))
-    if foreign or (found and layout.weights not in found):
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    foreign = sorted(name for name in names - ours if not name.startswith("."))
+    if foreign or (names and layout.weights not in names):
         raise SourceError(
-            f"the folder is not empty (it holds {(foreign or sorted(found))[0]!r})",
+            f"the folder is not empty (it holds {(foreign or sorted(names))[0]!r})",
             where=out,
             fix="give a new or an empty folder",
         )

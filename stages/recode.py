@@ -36,18 +36,10 @@ from cae2pipe.targets.calibration import Calibration, Fidelity, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit
 from cae2pipe.targets.images import images_units
+from cae2pipe.targets.paths import CODEC
 from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
-from cae2pipe.targets.stored_calibration import (
-    CODEC,
-    is_calibrated,
-    read_calibration,
-    store_calibration,
-)
-from cae2pipe.targets.target_set import (
-    KIND,
-    TargetSet,
-    make_layout,
-)
+from cae2pipe.targets.stored_calibration import is_calibrated, read_calibration, store_calibration
+from cae2pipe.targets.target_set import KIND, TargetSet, make_layout
 
 
 def recode(
@@ -55,6 +47,7 @@ def recode(
     out: Path,
     codec: CodecSettings,
     report: Report,
+    *,
     lossy_source: bool = False,
     workers: int = -1,
     remake: Collection[str] | None = None,
@@ -192,8 +185,8 @@ def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report:
                 taken += len(sample[-1])
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
-        found = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
-        return {**provenance(torch.device("cpu")), "codec": found}
+        of_codec = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
+        return {**provenance(torch.device("cpu")), "codec": of_codec}
 
     store_calibration(box, codec, torch.cat(sample), facts, report)
 

@@ -6,27 +6,29 @@ from pathlib import Path
 
 from cae2pipe.artifacts.box import is_box, journal_entries, open_box
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.verification import Verification
 from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import BadInputError
-from cae2pipe.inspection import Verification
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.build import pack
 from cae2pipe.shards.source import scan
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.recode import recode
+from cae2pipe.targets.paths import SHARDS_FOLDER
 
 
 def repair(
-    found: Verification,
+    result: Verification,
     report: Report,
+    *,
     source: Path | None = None,
     labels: Path | None = None,
     weights: Path | None = None,
     device: str = "auto",
     workers: int = -1,
 ) -> None:
-    """Make the damaged units of ``found`` again.
+    """Make the damaged units of ``result`` again.
 
     Args:
         source: the images, for a shard set or one inside a target set; the shard set, for any other target set; the
@@ -38,52 +40,53 @@ def repair(
         BadInputError: the source is needed and was not given, or the folder is of another kind. MismatchError: the
             source is no longer the one that the set was made from. DamageError: the calibration cannot be restored.
     """
-    for inner in found.inner:
-        repair(inner, report, source, labels, weights, device, workers)
-    if not found.bad:
-        if found.kind in ("shards", "targets") and journal_entries(found.path):
-            with writing(found.path):  # what a run that was killed had finished
-                open_box(found.path).save()
+    for inner in result.inner:
+        repair(inner, report, source=source, labels=labels, weights=weights, device=device, workers=workers)
+    if not result.bad:
+        if result.kind in ("shards", "targets") and journal_entries(result.path):
+            with writing(result.path):  # what a run that was killed had finished
+                open_box(result.path).save()
         return
-    report.log(f"making again in {found.path}: {', '.join(sorted(found.bad))}")
-    if found.kind == "shards":
-        repair_shards(found, report, _given(source, found.path, "the images"), labels, workers)
-    elif found.kind == "targets" and "recoded" in open_box(found.path).identity:
-        original = _given(source, found.path, "the target set")
-        codec = build(CodecSettings, open_box(found.path).identity["settings"]["codec"], where=found.path)
-        recode(original, found.path, codec, report, lossy_source=True, workers=workers, remake=found.bad)
-    elif found.kind == "targets":
-        inside = found.path / "shards"
-        shards = inside if is_box(inside, "shards") else _given(source, found.path, "the shard set")
-        repair_targets(found, report, shards, weights, device, workers)
+    report.log(f"making again in {result.path}: {', '.join(sorted(result.bad))}")
+    if result.kind == "shards":
+        images = _given(source, result.path, "the images")
+        repair_shards(result, report, images, labels=labels, workers=workers)
+    elif result.kind == "targets" and "recoded" in open_box(result.path).identity:
+        original = _given(source, result.path, "the target set")
+        codec = build(CodecSettings, open_box(result.path).identity["settings"]["codec"], where=result.path)
+        recode(original, result.path, codec, report, lossy_source=True, workers=workers, remake=result.bad)
+    elif result.kind == "targets":
+        inside = result.path / SHARDS_FOLDER
+        shards = inside if is_box(inside, "shards") else _given(source, result.path, "the shard set")
+        repair_targets(result, report, shards, weights=weights, device=device, workers=workers)
     else:
         raise BadInputError(
-            f"a {found.kind} folder cannot be repaired",
-            where=found.path,
+            f"a {result.kind} folder cannot be repaired",
+            where=result.path,
             fix="delete the files that are damaged, and run the command that made it as before",
         )
 
 
-def repair_shards(found: Verification, report: Report, source: Path, labels: Path | None, workers: int) -> None:
-    raw = open_box(found.path).identity["settings"]
-    settings = build(ShardSettings, {**raw, "speed": {"workers": workers}}, where=found.path)
-    pack(scan(source, labels), found.path, settings, report, remake=found.bad)
+def repair_shards(result: Verification, report: Report, source: Path, *, labels: Path | None, workers: int) -> None:
+    raw = open_box(result.path).identity["settings"]
+    settings = build(ShardSettings, {**raw, "speed": {"workers": workers}}, where=result.path)
+    pack(scan(source, labels), result.path, settings, report, remake=result.bad)
 
 
 def repair_targets(
-    found: Verification, report: Report, source: Path, weights: Path | None, device: str, workers: int
+    result: Verification, report: Report, source: Path, *, weights: Path | None, device: str, workers: int
 ) -> None:
     if not is_box(source, "shards"):
         raise BadInputError(
             "this is not the shard set that the targets were made from", where=source, fix="give it: --source FOLDER"
         )
-    box = open_box(found.path)
+    box = open_box(result.path)
     raw = recorded(ExtractSettings, box.identity["settings"])
     raw["teacher"] = {**raw["teacher"], **({} if weights is None else {"weights": str(weights)})}
     views = max((unit["view"] + 1 for unit in box.units.values() if "view" in unit), default=1)
     more = {"views": box.facts.get("wanted", {}).get("views", views), "speed": {"workers": workers, "device": device}}
-    settings = build(ExtractSettings, {**raw, **more}, where=found.path)
-    extract_targets(source, found.path, settings, report, remake=found.bad)
+    settings = build(ExtractSettings, {**raw, **more}, where=result.path)
+    extract_targets(source, result.path, settings, report, remake=result.bad)
 
 
 def _given(source: Path | None, path: Path, what: str) -> Path:

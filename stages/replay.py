@@ -50,7 +50,7 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
         raise no_record(path, "it has no weights")
     values = parse_json(context["settings"], path, fix="give another record", error=DamageError)
     settings = build(PretrainSettings, values, where=path)
-    place = pick_device(device)
+    chosen_device = pick_device(device)
     bf16 = (precision or settings.precision) == "bf16"
     set_backends(bf16, deterministic=False)
     try:
@@ -58,9 +58,9 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
         model.load_state_dict(weights)
         objective = Objective(model, settings.loss, Fp16Codec(), context["mean"], context["class_token"], bf16)
         return _again(
-            objective.to(place).train(),
-            batch.to(place),
-            {name: tensor.to(place) for name, tensor in latents.items()},
+            objective.to(chosen_device).train(),
+            batch.to(chosen_device),
+            {name: tensor.to(chosen_device) for name, tensor in latents.items()},
             context["values"],
         )
     except (RuntimeError, ValueError, LookupError, TypeError) as error:

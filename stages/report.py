@@ -63,28 +63,28 @@ def report_runs(
         raise BadInputError(
             "this is a file, and a folder is needed", where=out, fix="give another folder: --out FOLDER"
         )
-    found = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
+    comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
-    write_report(found, targets, out, report, pick_device(device))
-    return found
+    write_report(comparison, targets, out, report, pick_device(device))
+    return comparison
 
 
-def write_report(found: Comparison, targets: Path | None, out: Path, report: Report, device: torch.device) -> None:
+def write_report(comparison: Comparison, targets: Path | None, out: Path, report: Report, device: torch.device) -> None:
     """Write the report of a comparison."""
-    gallery = Gallery() if targets is None else make_gallery(found, TargetSet(targets), report, device)
-    write_bytes(out / MARKDOWN, comparison_markdown(found).encode())
-    write_bytes(out / HTML, comparison_html(found, gallery).encode())
-    report.log(f"wrote {out / HTML}: {found.done} of {found.wanted} scores")
+    gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device)
+    write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
+    write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
+    report.log(f"wrote {out / HTML}: {comparison.done} of {comparison.wanted} scores")
 
 
-def make_gallery(found: Comparison, targets: TargetSet, report: Report, device: torch.device) -> Gallery:
+def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, device: torch.device) -> Gallery:
     """Pictures of the first seed of every variant. What none can be made of is named, with the reason."""
     views = sample_views(targets)
-    shown, queries = views[:SHOWN], [len(views) * place // QUERIES for place in range(QUERIES)]
+    shown, queries = views[:SHOWN], [len(views) * number // QUERIES for number in range(QUERIES)]
     teacher = F.normalize(patches(targets, views).mean(dim=1), dim=-1)
     gallery = Gallery(views=[view.pixels for view in views], queries=queries)
     gallery.neighbours.append(NeighbourRow("teacher", nearest_views(teacher, queries, NEAREST)))
-    for row in found.rows:
+    for row in comparison.rows:
         if row.runs:
             report.log(f"pictures of {row.name}")
             try:
@@ -129,7 +129,7 @@ def add_pictures(
 def sample_views(targets: TargetSet) -> list[Target]:
     """First views of some hundred images, taken block by block from all over the set."""
     blocks = -(-targets.images // BLOCK)
-    chosen = sorted({place * blocks // BLOCKS for place in range(BLOCKS)})
+    chosen = sorted({number * blocks // BLOCKS for number in range(BLOCKS)})
     return [targets[i] for block in chosen for i in range(block * BLOCK, min(targets.images, (block + 1) * BLOCK))]
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     "commands",
     "demo",
     "stages",
-    "evaluation dense inspection",
+    "evaluation dense",
     "reporting supervised",
     "comparison",
     "training",
@@ -32,7 +32,6 @@ LAYERS = (
     "config",
     "artifacts",
     "runtime",
-    "names",
     "errors version",
 )
 """Packages and files of ``cae2pipe/``, the highest layer first. Those of one layer do not import each other."""
@@ -90,6 +89,24 @@ def test_every_package_has_its_layer():
 def test_packages_import_what_is_below_them():
     found = [line for module, path in MODULES.items() for line in upward(module, path.read_text())]
     assert not found, "\n".join(found)
+
+
+RUN_BY = {"compare": {"evaluate", "pretrain", "recode", "report"}, "repair": {"extract_targets", "recode"}}
+"""Stages that other stages run. What only a part of a stage is wanted for lies below ``stages``."""
+
+
+def test_no_stage_imports_another_that_it_does_not_run():
+    stages = "cae2pipe.stages"
+    imports = {
+        module.rpartition(".")[2]: {
+            module_of(name).rpartition(".")[2]
+            for _, name in imported(path.read_text())
+            if name.startswith(f"{stages}.")
+        }
+        for module, path in MODULES.items()
+        if module.startswith(f"{stages}.")
+    }
+    assert {stage: others for stage, others in imports.items() if others} == RUN_BY
 
 
 def test_no_module_imports_itself_by_way_of_others():

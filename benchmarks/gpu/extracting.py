@@ -19,12 +19,13 @@ from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.shard_set import ShardSet
-from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets.encoding import Meter, encode_ahead, encode_tokens
+from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
+from cae2pipe.targets.missing import missing_views
+from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import pack_block
-from cae2pipe.targets.stored_calibration import CODEC
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
@@ -74,7 +75,7 @@ def bare_rate(teacher: Teacher, pixels: torch.Tensor, state: State) -> list[floa
     """Views a second of the teacher on a batch that lies on the device: three rounds after one that warms up."""
     pixels = pixels.to(state.place)
     views = 32 if state.quick else 4096
-    found = []
+    rates = []
     for turn in range(4):
         began, done = time.perf_counter(), 0
         while done < views:
@@ -82,8 +83,8 @@ def bare_rate(teacher: Teacher, pixels: torch.Tensor, state: State) -> list[floa
             done += len(pixels)
         wait_for(state.place)
         if turn:
-            found.append(done / (time.perf_counter() - began))
-    return found
+            rates.append(done / (time.perf_counter() - began))
+    return rates
 
 
 def from_memory(targets: TargetSet, blocks: list[RenderedBlock], teacher: Teacher, count: int, state: State) -> Meter:
@@ -127,13 +128,13 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     """All views once more, into another folder, with the calibration that is there."""
     settings = state.clip_settings()
     out = state.scratch / "extracted-again"
-    shutil.copytree(targets.root / "codec.zarr", out / "codec.zarr")
+    shutil.copytree(targets.root / CODEC_FOLDER, out / CODEC_FOLDER)
     units = {CODEC: targets.box.units[CODEC]}
     box = Box(out, targets.box.kind, targets.box.identity, units, targets.box.facts)
-    missing, workers = stage.missing_views(box, shards, settings.views), worker_count(settings.speed.workers)
+    missing, workers = missing_views(box, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
     make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
     found.facts["images reduced a second"] = round(shards.images / (time.perf_counter() - began), 1)
-    meter = stage.make_views(box, shards, missing, teacher, settings, workers, Silent())
+    meter = make_views(box, shards, missing, teacher=teacher, settings=settings, workers=workers, report=Silent())
     shutil.rmtree(out)
     return meter

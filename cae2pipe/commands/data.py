@@ -55,11 +55,11 @@ def shard(
         from cae2pipe.config.base import load
         from cae2pipe.config.extract import ShardSettings
         from cae2pipe.runtime.progress import progress
-        from cae2pipe.shards.build import build_all
+        from cae2pipe.stages.shard import shard_images
 
         settings = load(ShardSettings, "shard", config, set_ or [], section("speed", workers=workers))
         with progress("shard") as report:
-            build_all(source, out, settings, report, labels, expect)
+            shard_images(source, out, settings, report, labels=labels, expected=expect)
 
 
 def extract_targets(
@@ -117,11 +117,11 @@ def extract_targets(
 
         if estimate:
             with progress("estimate") as report:
-                found = estimate_targets(source, settings, report, epochs)
-            _print_estimate(found, settings.codec)
+                result = estimate_targets(source, settings, report, epochs)
+            _print_estimate(result, settings.codec)
             return
         with progress("extract-targets") as report:
-            run(source, out, settings, report, parse_part(part), calibrate_only)
+            run(source, out, settings, report, part=parse_part(part), calibrate_only=calibrate_only)
 
 
 def recode(
@@ -153,17 +153,17 @@ def recode(
         from cae2pipe.stages.recode import recode as run
 
         with progress("recode") as report:
-            run(source, out, settings, report, lossy_source, workers)
+            run(source, out, settings, report, lossy_source=lossy_source, workers=workers)
 
 
-def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
+def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:
     from cae2pipe.runtime.progress import duration, gigabytes
     from cae2pipe.runtime.terminal import print_table
 
     rows = [
         {
             "codec": row["codec"],
-            "pixels a view": gigabytes(found["pixels"]),
+            "pixels a view": gigabytes(cost["pixels"]),
             "latents a view": gigabytes(row["latents"]),
             "in all": gigabytes(row["bytes"]),
             "mean cosine": f"{row['mean']:.5f}",
@@ -171,20 +171,20 @@ def _print_estimate(found: dict[str, Any], codec: CodecSettings) -> None:
             "time here": duration(row["seconds"]),
             "paid from epoch": row["paid_from_epoch"],
         }
-        for row in found["codecs"]
+        for row in cost["codecs"]
     ]
     print_table(console, rows)
     console.say(
-        f"{found['images']} images in {found['views']} views; here {found['views_per_s']:.1f} views a second, the "
-        f"teacher alone {found['teacher_per_s']:.1f}: {found['verdict']}"
+        f"{cost['images']} images in {cost['views']} views; here {cost['views_per_s']:.1f} views a second, the "
+        f"teacher alone {cost['teacher_per_s']:.1f}: {cost['verdict']}"
     )
-    if "recommended" in found:
-        advice = found["recommended"]
+    if "recommended" in cost:
+        advice = cost["recommended"]
         name = f"klt at {codec.fidelity:g}" if codec.name == "klt" else codec.name
         asked = (
             "as asked for"
-            if advice["views"] == found["views"]
-            else f"with --views {found['views']} each would be shown {advice['showings_asked']:.3g} times"
+            if advice["views"] == cost["views"]
+            else f"with --views {cost['views']} each would be shown {advice['showings_asked']:.3g} times"
         )
         console.say(
             f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "

@@ -18,9 +18,9 @@ def inspect(
 ) -> None:
     """Say what a folder is, what it was made from, and what it holds."""
     with exits():
-        from cae2pipe.inspection import describe
-        from cae2pipe.names import visible_json
+        from cae2pipe.runtime.foreign_names import visible_json
         from cae2pipe.runtime.terminal import print_facts
+        from cae2pipe.stages.inspection import describe
 
         facts = describe(path)
         if as_json:
@@ -52,8 +52,8 @@ def verify(
 ) -> None:
     """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
     with exits():
-        from cae2pipe.inspection import verify as check
         from cae2pipe.runtime.progress import progress
+        from cae2pipe.stages.verify import verify as check
 
         with progress("verify") as report:
             result = check(path, report)
@@ -63,7 +63,7 @@ def verify(
             from cae2pipe.stages.repair import repair as mend
 
             with progress("repair") as report:
-                mend(result, report, source, labels, teacher_weights, device)
+                mend(result, report, source=source, labels=labels, weights=teacher_weights, device=device)
                 result = check(path, report) if result.problems else result
             for problem in result.problems:
                 errors.problem(problem)
@@ -75,7 +75,7 @@ def verify(
 
 
 def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> None:
-    from cae2pipe.inspection import verify_live
+    from cae2pipe.stages.verify import verify_live
 
     found = verify_live(path, live, weights, device)
     console.say(

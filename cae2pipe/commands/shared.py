@@ -20,7 +20,7 @@ from cae2pipe.errors import (
     Requeued,
     Terminated,
 )
-from cae2pipe.names import visible, why_not_utf8
+from cae2pipe.runtime.foreign_names import visible, why_not_utf8
 from cae2pipe.runtime.system_errors import explain
 from cae2pipe.runtime.terminal import Terminal
 

@@ -14,7 +14,7 @@ from cae2pipe.comparison.scores import read_scores
 from cae2pipe.config.compare import BYTES, GridSettings, setting
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
-from cae2pipe.names import told_apart
+from cae2pipe.runtime.foreign_names import told_apart
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.metrics import read_metrics
 from cae2pipe.training.student import run_settings

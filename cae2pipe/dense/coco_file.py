@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.dense.orientation import is_upright, read_sides
 from cae2pipe.errors import SourceError
-from cae2pipe.names import told_apart
+from cae2pipe.runtime.foreign_names import told_apart
 
 LEAST = 6
 """Numbers of the shortest polygon: three points."""

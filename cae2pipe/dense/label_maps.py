@@ -16,9 +16,9 @@ from cae2pipe.dense.orientation import is_upright, read_sides
 from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.errors import ImageError, SettingsError, SourceError
 from cae2pipe.images.decode import decode_rgb, describe_failure
-from cae2pipe.names import listed_names, text_lines
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.kinds import SUFFIXES
+from cae2pipe.shards.name_lists import listed_names, text_lines
 
 IMAGES, ANNOTATIONS = "images", "annotations"
 TRAIN, VAL = ("train", "training"), ("val", "validation")

@@ -26,8 +26,8 @@ from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
+from cae2pipe.targets.paths import store_name
 from cae2pipe.targets.store import Layout, StoreReader
-from cae2pipe.targets.target_set import store_name
 
 
 @dataclass(frozen=True)

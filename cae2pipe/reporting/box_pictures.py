@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cae2pipe.names import visible
 from cae2pipe.reporting.label_pictures import class_colours
 from cae2pipe.reporting.pictures import Picture, captioned, png_bytes, tiled
+from cae2pipe.runtime.foreign_names import visible
 
 SIDE = 320
 """Pixels of the square that each picture is fitted into."""

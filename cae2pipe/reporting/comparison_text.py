@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from cae2pipe.comparison.rows import Comparison, Row
-from cae2pipe.names import told_apart
 from cae2pipe.reporting.markdown import escaped, markdown_table
+from cae2pipe.runtime.foreign_names import told_apart
 
 BLANK = "–"
 READ = {"mean": "the mean patch", "class": "the class token"}

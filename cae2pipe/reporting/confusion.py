@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cae2pipe.names import visible
 from cae2pipe.reporting.pictures import Picture
+from cae2pipe.runtime.foreign_names import visible
 
 NAMED = 40
 """Classes up to which their names are written beside rows and columns, and shares into the cells."""

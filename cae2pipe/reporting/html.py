@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html as _html
 
-from cae2pipe.names import visible
+from cae2pipe.runtime.foreign_names import visible
 
 _VOID = frozenset({"br", "col", "hr", "img", "meta"})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cae2pipe.names import visible
+from cae2pipe.runtime.foreign_names import visible
 
 ACTS = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])")
 """Characters that may act anywhere in a line. Underscores within words never do."""

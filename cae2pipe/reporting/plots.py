@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cae2pipe.names import visible
 from cae2pipe.reporting.html import Html, image
+from cae2pipe.runtime.foreign_names import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from cae2pipe.names import visible
+from cae2pipe.runtime.foreign_names import visible
 
 if TYPE_CHECKING:
     from rich.columns import Columns

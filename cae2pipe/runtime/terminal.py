@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cae2pipe.errors import Cae2pipeError
-from cae2pipe.names import visible
+from cae2pipe.runtime.foreign_names import visible
 
 
 class Terminal(Console):

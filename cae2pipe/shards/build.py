@@ -29,46 +29,10 @@ from cae2pipe.runtime.keyed import keyed_permutation
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.checking import Checked, checking
 from cae2pipe.shards.entries import Entry, Source
-from cae2pipe.shards.expected import check_expected
 from cae2pipe.shards.listing import with_listings
 from cae2pipe.shards.shard_set import KIND, REJECTS, ShardSet, index_path, tar_path, write_index
-from cae2pipe.shards.source import find_splits, scan
+from cae2pipe.shards.source import scan
 from cae2pipe.shards.tar import write_samples
-
-
-def build_all(
-    source: Path,
-    out: Path,
-    settings: ShardSettings,
-    report: Report,
-    labels: Path | None = None,
-    expected: str | None = None,
-) -> list[ShardSet]:
-    """One shard set in ``out``, or one in ``out``/SPLIT for each split of a source ``split/class/*.jpg``.
-
-    Args:
-        labels: ground truth of images without classes; where there are splits, of those that have none.
-        expected: a reference manifest that the source is to match (``expected.check_expected``).
-
-    Raises:
-        As ``build_shard_set``. Every split is scanned before the first is packed.
-    """
-    splits = find_splits(source)
-    _refuse_inside(source, out)
-    if splits:
-        report.log(f"{source} holds {', '.join(splits)}: a shard set for each")
-    found = {}
-    for split, place in splits.items():
-        found[split] = scan(place, labels if split.lower().startswith("val") else None)
-    for split, images in found.items():
-        if expected is not None:
-            check_expected(images, expected, split)
-    if splits:
-        return [pack(images, out / split, settings, report) for split, images in found.items()]
-    images = scan(source, labels)
-    if expected is not None:
-        check_expected(images, expected)
-    return [pack(images, out, settings, report)]
 
 
 def build_shard_set(source: Path, out: Path, settings: ShardSettings, report: Report) -> ShardSet:
@@ -79,7 +43,7 @@ def build_shard_set(source: Path, out: Path, settings: ShardSettings, report: Re
             images or settings. ManifestError: ``out`` holds something else. LockedError: another process writes it.
     """
     found = scan(source)
-    _refuse_inside(source, out)
+    refuse_inside(source, out)
     return pack(found, out, settings, report)
 
 
@@ -220,7 +184,8 @@ def refuse_empty(box: Box) -> None:
     )
 
 
-def _refuse_inside(source: Path, out: Path) -> None:
+def refuse_inside(source: Path, out: Path) -> None:
+    """Raise SourceError where the folder to make lies inside the source."""
     if is_local(out) and is_local(source) and out.resolve().is_relative_to(source.resolve()):
         raise SourceError(
             "the output folder lies inside the source, and would be taken for a class of it",

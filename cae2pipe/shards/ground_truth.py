@@ -14,10 +14,10 @@ from pathlib import Path
 
 from cae2pipe.artifacts.places import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
-from cae2pipe.names import listed_names
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.entries import Found, Source, labelled, make_source
 from cae2pipe.shards.kinds import is_tar, stem
+from cae2pipe.shards.name_lists import listed_names
 from cae2pipe.shards.tar_members import TarFormatError, read_members
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"

@@ -18,8 +18,8 @@ from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.errors import DamageError, MismatchError
-from cae2pipe.names import text_lines
 from cae2pipe.shards.entries import Entry, Source
+from cae2pipe.shards.name_lists import text_lines
 
 PREFIX = "listing-"
 """Units of listings: ``listing-000``, ``listing-001``, ... Their files bear the same names, ending in .jsonl.gz."""

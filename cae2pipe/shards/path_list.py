@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cae2pipe.artifacts.places import file_size, is_local, place, read_bytes
 from cae2pipe.errors import SourceError
-from cae2pipe.names import text_lines
 from cae2pipe.shards.entries import Found, Source, labelled, make_source
 from cae2pipe.shards.folder import file_bytes
+from cae2pipe.shards.name_lists import text_lines
 
 SUFFIX = ".txt"
 

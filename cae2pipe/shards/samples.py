@@ -13,9 +13,9 @@ from typing import BinaryIO, NamedTuple
 
 from cae2pipe.artifacts.places import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
-from cae2pipe.names import listed_names
 from cae2pipe.shards.entries import Found, Source, make_source
 from cae2pipe.shards.kinds import is_tar, stem
+from cae2pipe.shards.name_lists import listed_names
 
 CLASSES = "classes.txt"
 """Names of the labels of WebDataset tars, a line each."""

@@ -33,11 +33,11 @@ Ran = tuple[float, float]
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """One view of a block, packed: chunks by array, and raw and centred cosines of its tokens, float32 (b * T,).
-    ``ran``: when the teacher's forward pass began and ended, in seconds."""
+    """The view ``task.views[index]`` of a block, packed: chunks by array, and raw and centred cosines of its tokens,
+    float32 (b * T,). ``ran``: when the teacher's forward pass began and ended, in seconds."""
 
     rendered: RenderedBlock
-    place: int
+    index: int
     chunks: dict[str, bytes]
     raw: Tensor
     centred: Tensor
@@ -45,7 +45,7 @@ class EncodedBlock:
 
     @property
     def view(self) -> int:
-        return self.rendered.task.views[self.place]
+        return self.rendered.task.views[self.index]
 
 
 ENOUGH = 1000
@@ -143,8 +143,8 @@ def encode_ahead(
 
     def tasks() -> Iterator[tuple[Any, ...]]:
         while (block := _timed_next(blocks, meter)) is not None:
-            for place in range(len(block.task.views)):
-                yield block, place, lane, teacher, layout, calibration
+            for index in range(len(block.task.views)):
+                yield block, index, lane, teacher, layout, calibration
 
     with (
         extraction_memory(lanes, teacher.info.precision),
@@ -211,16 +211,16 @@ def _forward(teacher: Teacher, pixels: Tensor, lane: Lane | None) -> tuple[Teach
 
 @torch.inference_mode()
 def _encode(
-    block: RenderedBlock, place: int, lane: Lane | None, teacher: Teacher, layout: Layout, calibration: Calibration
+    block: RenderedBlock, index: int, lane: Lane | None, teacher: Teacher, layout: Layout, calibration: Calibration
 ) -> EncodedBlock:
     task = block.task
     # A thread's current device is the first one, whatever the main thread's is; a stream brings its own.
     within: AbstractContextManager[Any] = torch.cuda.stream(lane.stream) if lane else nullcontext()
     with within:
-        output, ran = _forward(teacher, block.pixels[place], lane)
-        check_features(output.tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[place]}")
+        output, ran = _forward(teacher, block.pixels[index], lane)
+        check_features(output.tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[index]}")
         arrays, raw, centred = encode_tokens(output.tokens, output.attention, layout, calibration)
-    return EncodedBlock(block, place, pack_block(layout, arrays), raw, centred, ran())
+    return EncodedBlock(block, index, pack_block(layout, arrays), raw, centred, ran())
 
 
 def encode_tokens(

@@ -20,23 +20,9 @@ from cae2pipe.runtime.workers import in_order
 from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet, write_index
 from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.paths import images_index_path, images_name, images_tar_path
 from cae2pipe.targets.rendering import Reducer
 from cae2pipe.targets.store import REMEDY
-
-
-def images_name(shard: str) -> str:
-    """The name of the unit that holds the images of a shard's replayed views."""
-    return f"images/{shard}"
-
-
-def images_path(shard: str) -> str:
-    """Where their tar lies."""
-    return f"images/{shard}.tar"
-
-
-def images_index(shard: str) -> str:
-    """Where it says where each image lies in the tar."""
-    return f"images/{shard}.json"
 
 
 def images_units(box: Box) -> dict[str, dict[str, Any]]:
@@ -48,7 +34,7 @@ def kept_images(box: Box) -> ShardSet:
     """Those images, to be read as a shard set's are."""
     shards = []
     for unit in images_units(box).values():
-        tar, index = images_path(unit["shard"]), images_index(unit["shard"])
+        tar, index = images_tar_path(unit["shard"]), images_index_path(unit["shard"])
         digests = (unit["files"][path]["sha256"] for path in (tar, index))
         shards.append(Shard(unit["shard"], unit["samples"], box.root / tar, *digests))
     return ShardSet(box.root, box.facts["classes"], shards, REMEDY.format(root=box.root))
@@ -69,9 +55,9 @@ def make_images(
     blocks = [(shard, block) for shard in shards for block in range(-(-shard.samples // BLOCK))]
     reducer = Reducer(originals, blocks, settings)
     reduced = in_order(reducer, min(workers, len(blocks)) if len(blocks) > 1 else 0, preload=[__name__])
-    for shard, found in groupby(reduced, key=lambda item: item[0]):
+    for shard, blocks_of_shard in groupby(reduced, key=lambda item: item[0]):
         samples = []
-        for _, block in found:
+        for _, block in blocks_of_shard:
             samples += block
             report.advance(len(block))
         keep_images(box, shard, samples)
@@ -79,7 +65,7 @@ def make_images(
 
 def keep_images(box: Box, shard: Shard, samples: list[ImageSample]) -> None:
     """Write the reduced images of a shard, and list them."""
-    name, tar, index = images_name(shard.name), images_path(shard.name), images_index(shard.name)
+    name, tar, index = images_name(shard.name), images_tar_path(shard.name), images_index_path(shard.name)
     with staged(box.root, name) as stage:
         write_samples(stage.path(tar), ((sample.key, sample.label, sample.data) for sample in samples))
         write_index(stage.path(index), stage.path(tar), [google_crc32c.value(sample.data) for sample in samples])

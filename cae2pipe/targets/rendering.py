@@ -99,13 +99,13 @@ class Renderer:
                     kept.append(jpeg)
             else:
                 image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
-            for place, view in enumerate(task.views):
+            for index, view in enumerate(task.views):
                 draw = draw_view(settings, self.seed, sample.key, view, image.height, image.width)
                 rendered = render_view(image, draw, settings)
                 if not replayed:
-                    jpegs[place].append(encode_jpeg(rendered, settings))
-                pixels[place].append(np.asarray(rendered) if replayed else decode_view(jpegs[place][-1]))
-                draws[place].append(draw.to_row())
+                    jpegs[index].append(encode_jpeg(rendered, settings))
+                pixels[index].append(np.asarray(rendered) if replayed else decode_view(jpegs[index][-1]))
+                draws[index].append(draw.to_row())
         labels = np.array([sample.label for sample in samples], dtype=np.int32)
         stacked = [torch.from_numpy(np.stack(view)).permute(0, 3, 1, 2) for view in pixels]
         keys = [sample.key for sample in samples]
@@ -139,7 +139,7 @@ def keep_original(sample: ImageSample, shard: Shard, settings: ViewSettings) -> 
     return keep_image(decode_rgb(sample.data, where=f"{shard.path}, key {sample.key}"), settings)
 
 
-def render(renderer: Renderer, workers: int) -> Generator[RenderedBlock, None, None]:
+def render_blocks(renderer: Renderer, workers: int) -> Generator[RenderedBlock, None, None]:
     """All tasks' blocks, in order."""
     # One block is rendered sooner than a process is started.
     return in_order(renderer, min(workers, len(renderer)) if len(renderer) > 1 else 0, preload=[__name__])

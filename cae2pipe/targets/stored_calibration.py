@@ -24,11 +24,9 @@ from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate
 from cae2pipe.targets.chunks import SHUFFLES, ChunkError, decode_chunk
+from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.store import REMEDY
 
-CODEC = "codec"
-"""The unit of the calibration."""
-FOLDER = "codec.zarr"
 TOKEN_BASIS = "token_basis"
 
 
@@ -56,8 +54,8 @@ def store_calibration(
     # The facts first: a codec without them would be taken for a finished calibration.
     box.save()
     with staged(box.root, CODEC) as stage:
-        write_calibration(stage.path(FOLDER), calibration)
-        box.add(CODEC, {"files": stage.commit(FOLDER), "samples": len(sample)})
+        write_calibration(stage.path(CODEC_FOLDER), calibration)
+        box.add(CODEC, {"files": stage.commit(CODEC_FOLDER), "samples": len(sample)})
     report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
 
 
@@ -105,14 +103,14 @@ def restore_calibration(box: Box, calibration: Calibration) -> None:
         DamageError: it is another one.
     """
     with staged(box.root, CODEC) as stage:
-        write_calibration(stage.path(FOLDER), calibration)
-        if stage.entries(FOLDER) != box.units[CODEC]["files"]:
+        write_calibration(stage.path(CODEC_FOLDER), calibration)
+        if stage.entries(CODEC_FOLDER) != box.units[CODEC]["files"]:
             raise DamageError(
                 "the set's calibration is damaged, and does not come out the same here",
-                where=box.root / FOLDER,
+                where=box.root / CODEC_FOLDER,
                 fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
             )
-        stage.commit(FOLDER)
+        stage.commit(CODEC_FOLDER)
 
 
 def read_calibration(box: Box) -> Calibration:
@@ -122,7 +120,7 @@ def read_calibration(box: Box) -> Calibration:
         DamageError: a file of it is missing or has changed since it was written, or is none of a calibration of this
             set's codec and teacher.
     """
-    path = box.root / FOLDER
+    path = box.root / CODEC_FOLDER
     contents = {}
     for name, entry in box.units[CODEC]["files"].items():
         try:
@@ -133,7 +131,7 @@ def read_calibration(box: Box) -> Calibration:
             raise _damage(f"a file of it {what}", box.root / name, box.root) from None
         if sha256_bytes(data) != entry["sha256"]:
             raise _damage("a file of it has changed since it was written", box.root / name, box.root)
-        contents[name.removeprefix(f"{FOLDER}/")] = data
+        contents[name.removeprefix(f"{CODEC_FOLDER}/")] = data
     teacher = box.facts["teacher"]
     tokens = teacher["rows"] * teacher["cols"] + teacher["class_token"]
     rotated = box.identity["settings"]["codec"]["name"] == "klt"
@@ -162,10 +160,10 @@ def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, whe
             raise ChunkError(f"{name} is missing")
         if len(contents[chunk]) != 4 * int(np.prod(shape)) + 4:
             raise ChunkError(f"{name} does not have the shape {shape}")
-        found = decode_chunk(contents[chunk], shape, "<f4", 0)
-        if not np.isfinite(found).all():
+        values = decode_chunk(contents[chunk], shape, "<f4", 0)
+        if not np.isfinite(values).all():
             raise ChunkError(f"{name} has values that are not finite")
-        return torch.from_numpy(found.copy())
+        return torch.from_numpy(values.copy())
 
     mean = array("mean", dim)
     if "basis/c/0/0" not in contents:

@@ -31,16 +31,11 @@ from cae2pipe.images.kept import view_pixels
 from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
-from cae2pipe.targets.images import images_name
+from cae2pipe.targets.paths import CODEC, images_name
 from cae2pipe.targets.store import REMEDY, Block, Layout, StoreReader
-from cae2pipe.targets.stored_calibration import CODEC, read_calibration
+from cae2pipe.targets.stored_calibration import read_calibration
 
 KIND = "targets"
-
-
-def store_name(view: int, shard: str) -> str:
-    """The unit's name: ``v00/000123``."""
-    return f"v{view:02d}/{shard}"
 
 
 def recorded_view(settings: dict[str, Any]) -> ViewSettings:

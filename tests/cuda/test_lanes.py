@@ -116,7 +116,7 @@ def test_every_thread_has_its_stream_and_the_bytes_are_the_same(
         finally:
             teacher.device = device
 
-    monkeypatch.setattr("cae2pipe.stages.extract_targets.encode_ahead", as_on_cuda)
+    monkeypatch.setattr("cae2pipe.targets.extraction.encode_ahead", as_on_cuda)
     # A batch is cut into eights on a CPU alone, which could change last bits.
     monkeypatch.setattr("cae2pipe.teachers.protocol.CPU_BATCH", 64)
     extract_targets(photos, tmp_path / "set", extract_settings(speed={"lanes": 3}), Silent())

@@ -22,11 +22,11 @@ from cae2pipe.dense.coco import open_coco
 from cae2pipe.dense.detect import DetectLearner
 from cae2pipe.dense.rcnn import MaskRCNN
 from cae2pipe.errors import OutOfMemoryError, SettingsError, SourceError, Terminated
-from cae2pipe.inspection import verify
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate_dense import detect
+from cae2pipe.stages.verify import verify
 from tests.conftest import contents
 from tests.ranks import launch
 

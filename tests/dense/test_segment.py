@@ -19,9 +19,9 @@ from cae2pipe.dense.label_crops import draw_crop, fitted_size
 from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner
 from cae2pipe.errors import MismatchError, OutOfMemoryError, SettingsError, SourceError, Terminated
-from cae2pipe.inspection import verify
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate_dense import segment
+from cae2pipe.stages.verify import verify
 from tests.conftest import contents
 from tests.ranks import command
 

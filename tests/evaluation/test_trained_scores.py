@@ -17,9 +17,9 @@ from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.errors import CompileError, DivergedError, MismatchError, SettingsError, SourceError, Terminated
 from cae2pipe.evaluation.finetune import FinetuneLearner
 from cae2pipe.evaluation.probing import ProbeLearner
-from cae2pipe.inspection import verify
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.stages.verify import verify
 from cae2pipe.training import checkpoint
 from cae2pipe.training.metrics import read_lines
 from tests.conftest import contents

@@ -25,7 +25,7 @@ from cae2pipe.commands import shared
 from cae2pipe.commands.jobs import _end, failure
 from cae2pipe.commands.shared import exits
 from cae2pipe.errors import BadInputError, Cae2pipeError
-from cae2pipe.names import why_not_utf8
+from cae2pipe.runtime.foreign_names import why_not_utf8
 from cae2pipe.runtime.system_errors import explain
 from tests.faults.short_of_memory import limited
 

@@ -39,7 +39,6 @@ class Job:
 def do(job: Job) -> None:
     """What the command line would do."""
     from cae2pipe.config.extract import CodecSettings
-    from cae2pipe.inspection import verify
     from cae2pipe.runtime.progress import Silent
     from cae2pipe.shards.build import build_shard_set
     from cae2pipe.stages.compare import compare
@@ -48,6 +47,7 @@ def do(job: Job) -> None:
     from cae2pipe.stages.pretrain import pretrain
     from cae2pipe.stages.recode import recode
     from cae2pipe.stages.repair import repair
+    from cae2pipe.stages.verify import verify
 
     report = Silent()
     if isinstance(job.settings, PretrainSettings):
@@ -65,8 +65,8 @@ def do(job: Job) -> None:
         recode(job.source, job.out, CodecSettings(calibration=64), report, workers=1)
     else:
         assert job.name == "repair"
-        found = verify(job.out, report)
-        repair(found, report, job.source, weights=job.settings.teacher.weights, device="cpu", workers=0)
+        result = verify(job.out, report)
+        repair(result, report, source=job.source, weights=job.settings.teacher.weights, device="cpu", workers=0)
 
 
 def run(job: Job, fault: str, at: int, counted: Path) -> None:
@@ -104,8 +104,8 @@ def watch(event: Callable[[], None]) -> None:
     from cae2pipe.artifacts import atomic, staging
     from cae2pipe.evaluation import features, finetune
     from cae2pipe.shards import build, listing
-    from cae2pipe.stages import extract_targets, recode
-    from cae2pipe.targets import chunks
+    from cae2pipe.stages import recode
+    from cae2pipe.targets import chunks, view_writing
     from cae2pipe.training import step
 
     def before(owner: Any, name: str) -> None:
@@ -121,7 +121,7 @@ def watch(event: Callable[[], None]) -> None:
     before(staging, "fsync_path")
     before(chunks.ShardFile, "append")
     before(build, "write_samples")
-    before(extract_targets, "write_samples")
+    before(view_writing, "write_samples")
     before(listing, "write_bytes")
     before(recode, "fetch_file")
     before(Path, "replace")

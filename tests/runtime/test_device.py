@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cae2pipe.config.extract import CodecSettings
-from cae2pipe.inspection import verify, verify_live
 from cae2pipe.runtime.device import exact_float32, set_backends
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.estimate_targets import estimate_targets
@@ -18,6 +17,7 @@ from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.repair import repair
 from cae2pipe.stages.report import report_runs
+from cae2pipe.stages.verify import verify, verify_live
 from cae2pipe.targets.codecs import Fp16Codec, TokenKltCodec
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.training.student import load_student

@@ -20,11 +20,12 @@ from cae2pipe.cli import app
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.shards.build import build_all, build_shard_set
+from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.checking import read_piece
 from cae2pipe.shards.expected import check_expected
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.shards.source import find_splits, scan
+from cae2pipe.stages.shard import shard_images
 from tests.conftest import contents, write_photos
 
 ALONE = ShardSettings(samples=4, speed=ShardSpeed(workers=0))
@@ -513,7 +514,7 @@ class TestGroundTruth:
         archive, truth = flat
         labels = self.write(tmp_path, kind, truth)
         expected = packed(tmp_path / "sorted", tmp_path / "expected")
-        (shards,) = build_all(archive, tmp_path / "out", ALONE, Silent(), labels)
+        (shards,) = shard_images(archive, tmp_path / "out", ALONE, Silent(), labels=labels)
         assert contents(shards.root) == expected
 
     def test_the_official_archives_in_one_folder(self, flat, photos, tmp_path):
@@ -524,10 +525,10 @@ class TestGroundTruth:
         (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(class_tars(photos)))
         assert find_splits(folder).keys() == {"train", "val"}
         with pytest.raises(SourceError) as caught:
-            build_all(folder, tmp_path / "out", ALONE, Silent())
+            shard_images(folder, tmp_path / "out", ALONE, Silent())
         assert "--labels ILSVRC2012_devkit_t12.tar.gz" in caught.value.fix
         (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(devkit(truth))
-        train, val = build_all(folder, tmp_path / "out", ALONE, Silent())
+        train, val = shard_images(folder, tmp_path / "out", ALONE, Silent())
         assert (train.root.name, val.root.name) == ("train", "val")
         assert train.classes == val.classes == ["class0", "class1", "class2"]
 

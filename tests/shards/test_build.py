@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,21 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from cae2pipe.artifacts.box import check_files, open_box
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.cli import app
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import DamageError, LockedError, ManifestError, MismatchError, SourceError, Terminated
-from cae2pipe.inspection import verify
 from cae2pipe.runtime.keyed import keyed_permutation
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards import checking
-from cae2pipe.shards.build import build_all, build_shard_set
+from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.checking import Checked, Piece
 from cae2pipe.shards.keys import sample_key
 from cae2pipe.shards.shard_set import ShardSet
+from cae2pipe.stages.verify import verify
 from tests.conftest import contents, snapshot
 
 REJECTED = ["cat/cut.jpg", "dog/text.jpg", "elk/empty.png"]
@@ -421,42 +418,3 @@ def test_damage_is_found_by_the_manifest(source, tmp_path, name, damage):
     assert problem.where == str(path)
     (problem,) = verify(out, Silent()).problems
     assert "--repair" in problem.fix
-
-
-def test_splits_make_a_shard_set_each(source, tmp_path):
-    root = tmp_path / "data"
-    shutil.copytree(source, root / "train")
-    shutil.copytree(source / "cat", root / "val" / "cat")
-    made = build_all(root, tmp_path / "out", chosen(), Silent())
-    assert [(shards.root, shards.images) for shards in made] == [
-        (tmp_path / "out/train", 24),
-        (tmp_path / "out/val", 8),
-    ]
-    alone = build_shard_set(source, tmp_path / "alone", chosen(), Silent())
-    assert contents(tmp_path / "out/train") == contents(alone.root)
-    with pytest.raises(SourceError, match="splits train, val"):
-        build_shard_set(root, tmp_path / "other", chosen(), Silent())
-
-
-def test_all_splits_are_looked_at_before_the_first_is_packed(source, tmp_path):
-    root = tmp_path / "data"
-    shutil.copytree(source, root / "train")
-    (root / "val" / "cat").mkdir(parents=True)
-    with pytest.raises(SourceError, match="empty"):
-        build_all(root, tmp_path / "out", chosen(), Silent())
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_command_line(source, tmp_path):
-    root = tmp_path / "data"
-    shutil.copytree(source, root / "train")
-    shutil.copytree(source / "cat", root / "test" / "cat")
-    arguments = ["shard", str(root), str(tmp_path / "out"), "--workers", "0", "--set", "samples=8"]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert ShardSet.open(tmp_path / "out" / "train").images == 24
-    assert ShardSet.open(tmp_path / "out" / "test").images == 8
-    for bad in (tmp_path / "nothing", source / "cat" / "00.jpg"):
-        result = CliRunner().invoke(app, ["shard", str(bad), str(tmp_path / "bad")])
-        assert result.exit_code == 2
-        assert "fix:" in result.stderr
-        assert not (tmp_path / "bad").exists()

@@ -25,19 +25,19 @@ def test_it_is_near_the_set_and_writes_nothing(target_root, photos, tmp_path, ex
     else:
         shutil.copytree(photos, source)
     before = sorted(path for path in tmp_path.rglob("*"))
-    found = estimate_targets(source, settings, Silent())
-    assert "recommended" not in found
+    result = estimate_targets(source, settings, Silent())
+    assert "recommended" not in result
     assert sorted(path for path in tmp_path.rglob("*")) == before
-    assert (found["images"], found["views"]) == (150 if packed else found["images"], 2)
-    rows = {row["codec"]: row for row in found["codecs"]}
+    assert (result["images"], result["views"]) == (150 if packed else result["images"], 2)
+    rows = {row["codec"]: row for row in result["codecs"]}
     assert rows["klt"]["latents"] < rows["int8"]["latents"] < rows["fp16"]["latents"]
     assert rows["fp16"]["mean"] > rows["int8"]["mean"] > rows["klt"]["mean"] > 0.998
     stored = TargetSet(target_root).bytes_per_view()
     assert rows["klt"]["latents"] == pytest.approx(stored["latents"], rel=0.25)
     # Of two views that share an image, and its headers in the tar.
-    assert found["pixels"] == pytest.approx(stored["pixels"] + 2048 / 2, rel=0.25)
+    assert result["pixels"] == pytest.approx(stored["pixels"] + 2048 / 2, rel=0.25)
     assert rows["klt"]["bytes"] == pytest.approx(
-        found["images"] * 2 * (found["pixels"] + rows["klt"]["latents"]), rel=0.01
+        result["images"] * 2 * (result["pixels"] + rows["klt"]["latents"]), rel=0.01
     )
     assert rows["klt"]["seconds"] > 0
     assert rows["klt"]["paid_from_epoch"] >= 2
@@ -51,23 +51,23 @@ def extract_command(source, out, settings, tmp_path, *more: str):
 
 
 def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_settings, monkeypatch) -> None:
-    found = {}
+    cost = {}
 
     def kept(*arguments):
-        found.update(estimate_targets(*arguments))
-        return found
+        cost.update(estimate_targets(*arguments))
+        return cost
 
     monkeypatch.setattr("cae2pipe.stages.estimate_targets.estimate_targets", kept)
     result = extract_command(
         photos, tmp_path / "set", extract_settings(), tmp_path, "--estimate", "--epochs", "45", "--fidelity", "0.99"
     )
     assert result.exit_code == 0, result.output
-    advice, klt = found["recommended"], next(row for row in found["codecs"] if row["codec"] == "klt")
+    advice, klt = cost["recommended"], next(row for row in cost["codecs"] if row["codec"] == "klt")
     assert advice["epochs"] == 45
-    assert advice["views"] == recommend_views(45) > found["views"] == 2
+    assert advice["views"] == recommend_views(45) > cost["views"] == 2
     # The asked codec at the asked fidelity, for other views than asked, which share the same images.
-    latents = klt["latents"] * (advice["views"] - found["views"])
-    assert advice["bytes"] == pytest.approx(klt["bytes"] + found["images"] * latents, rel=0.001)
+    latents = klt["latents"] * (advice["views"] - cost["views"])
+    assert advice["bytes"] == pytest.approx(klt["bytes"] + cost["images"] * latents, rel=0.001)
     assert advice["seconds"] == pytest.approx(klt["seconds"] * advice["views"] / 2)
     assert (advice["showings"], advice["showings_asked"]) == (45 / advice["views"], 22.5)
     said = " ".join(result.output.split())

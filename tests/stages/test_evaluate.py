@@ -22,11 +22,12 @@ from cae2pipe.config.evaluate import KnnSettings, LinearSettings
 from cae2pipe.errors import MismatchError, SettingsError, SourceError
 from cae2pipe.evaluation import features as features_module
 from cae2pipe.evaluation.crop_batches import batch_for
-from cae2pipe.inspection import describe, verify
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.stages.inspection import describe
+from cae2pipe.stages.verify import verify
 from tests.conftest import contents, snapshot
 
 CLASSES = {"bright": (230, 220, 40), "dark": (20, 30, 60), "red": (200, 20, 30)}

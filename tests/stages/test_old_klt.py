@@ -13,7 +13,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets import TargetSet, stored_calibration
 from cae2pipe.targets.codecs import KltCodec, TokenKltCodec
-from cae2pipe.targets.stored_calibration import CODEC
+from cae2pipe.targets.paths import CODEC
 
 SNIPPET = Path(__file__).parents[2] / "docs" / "read_with_zarr.py"
 

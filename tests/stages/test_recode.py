@@ -15,12 +15,12 @@ from cae2pipe.artifacts.box import open_box
 from cae2pipe.cli import app
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import BadInputError, DamageError, ManifestError, MismatchError
-from cae2pipe.inspection import verify
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.repair import repair
+from cae2pipe.stages.verify import verify
 from cae2pipe.targets import stored_calibration
 from cae2pipe.targets.calibration import Calibration
 from cae2pipe.targets.codecs import as_tensors
@@ -212,7 +212,7 @@ def test_repair_goes_by_the_set_it_came_from(fp16, tmp_path):
         data[len(data) // 2] ^= 1
         (tmp_path / "set" / name).unlink()
         (tmp_path / "set" / name).write_bytes(data)
-    repair(verify(tmp_path / "set", Silent()), Silent(), fp16)
+    repair(verify(tmp_path / "set", Silent()), Silent(), source=fp16)
     assert contents(tmp_path / "set") == before
 
 

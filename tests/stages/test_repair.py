@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from cae2pipe.artifacts.parts import parse_part
 from cae2pipe.cli import app
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
-from cae2pipe.inspection import verify
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.repair import repair
+from cae2pipe.stages.verify import verify
 from cae2pipe.targets import stored_calibration
 from tests.conftest import contents, edit_manifest, snapshot
 
@@ -54,9 +54,9 @@ def damage(path: Path, how: str) -> None:
 
 
 def mended(root: Path, photos: Path, teacher: Path) -> None:
-    found = verify(root, Silent())
-    assert found.problems
-    repair(found, Silent(), photos, weights=teacher, device="cpu", workers=0)
+    verification = verify(root, Silent())
+    assert verification.problems
+    repair(verification, Silent(), source=photos, weights=teacher, device="cpu", workers=0)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_shard_set_beside_the_targets(photos, tmp_path, extract_settings, teac
     before = contents(tmp_path / "set")
     damage(tmp_path / "set/images/000001.tar", "changed")
     with pytest.raises(BadInputError, match="shard set") as caught:
-        repair(verify(tmp_path / "set", Silent()), Silent(), None, weights=teacher_file, device="cpu", workers=0)
+        repair(verify(tmp_path / "set", Silent()), Silent(), weights=teacher_file, device="cpu", workers=0)
     assert "--source" in caught.value.fix
     other = build_shard_set(photos, tmp_path / "other", settings.shard.model_copy(update={"seed": 5}), Silent())
     with pytest.raises(MismatchError, match="not the one"):
@@ -167,7 +167,7 @@ def test_only_the_asked_is_made(photos, tmp_path, extract_settings, teacher_file
     settings = extract_settings()
     extract_targets(photos, tmp_path / "set", settings, Silent(), calibrate_only=True)
     extract_targets(photos, tmp_path / "set", extract_settings(views=1), Silent())
-    extract_targets(photos, tmp_path / "set", settings, Silent(), parse_part("1/2"))
+    extract_targets(photos, tmp_path / "set", settings, Silent(), part=parse_part("1/2"))
     before = contents(tmp_path / "set")
     damage(tmp_path / "set/latents/v01/000000.zarr/norms/c/0/0", "deleted")
     mended(tmp_path / "set", photos, teacher_file)

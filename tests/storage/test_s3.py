@@ -11,11 +11,11 @@ from cae2pipe.artifacts.lock import can_lock, writing
 from cae2pipe.artifacts.parts import Part
 from cae2pipe.artifacts.places import file_sizes, place, put_bytes, read_bytes, remove
 from cae2pipe.errors import BadInputError, DamageError, LockedError, StorageError
-from cae2pipe.inspection import verify
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.verify import verify
 from tests.conftest import contents
 from tests.storage.conftest import BUSY, FORBIDDEN
 

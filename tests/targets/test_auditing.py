@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cae2pipe.errors import MismatchError, TeacherError
-from cae2pipe.inspection import verify_live
+from cae2pipe.stages.verify import verify_live
 from cae2pipe.targets.auditing import audit, choose
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
@@ -30,11 +30,11 @@ def test_views_are_chosen_once_each_and_differ_by_seed(target_root) -> None:
 
 
 def test_a_sound_set_reaches_its_fidelity(target_root, teacher) -> None:
-    found = audit(TargetSet(target_root), teacher, 40)
-    assert found.sound
-    assert found.views == 40
-    assert found.raw == pytest.approx(found.expected, abs=2e-4)
-    assert found.worst <= found.raw
+    result = audit(TargetSet(target_root), teacher, 40)
+    assert result.sound
+    assert result.views == 40
+    assert result.raw == pytest.approx(result.expected, abs=2e-4)
+    assert result.worst <= result.raw
 
 
 def test_latents_of_other_views_are_found(target_root, teacher, monkeypatch) -> None:

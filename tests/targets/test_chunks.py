@@ -40,13 +40,13 @@ def test_chunks_round_trip(shape, dtype, level, shuffle, one_block, seed):
 def test_every_flipped_bit_and_every_cut_is_found(data, level):
     array = np.arange(600, dtype="<u2").reshape(10, 60) % 7
     good = encode_chunk(array, level)
-    place = data.draw(st.integers(0, len(good) - 1))
+    position = data.draw(st.integers(0, len(good) - 1))
     flipped = bytearray(good)
-    flipped[place] ^= 1 << data.draw(st.integers(0, 7))
+    flipped[position] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(ChunkError):
         decode_chunk(bytes(flipped), array.shape, "<u2", level)
     with pytest.raises(ChunkError):
-        decode_chunk(good[:place], array.shape, "<u2", level)
+        decode_chunk(good[:position], array.shape, "<u2", level)
 
 
 def test_index_round_trips_and_damage_is_found():

@@ -223,11 +223,11 @@ def test_a_lower_fidelity_gives_a_larger_step():
 
 def test_a_lower_fidelity_gives_fewer_bytes_and_a_larger_distance():
     unit = images(80, 20, 48)
-    found = []
+    sizes_and_cosines = []
     for fidelity in (0.9999, 0.999, 0.99, 0.97, 0.9):
         calibration, reached = calibrate(unit, "klt", fidelity, 1)
-        found.append((size(make_codec("klt", calibration), unit[:64]), reached.mean))
-    assert found == sorted(found, reverse=True)
+        sizes_and_cosines.append((size(make_codec("klt", calibration), unit[:64]), reached.mean))
+    assert sizes_and_cosines == sorted(sizes_and_cosines, reverse=True)
 
 
 @pytest.mark.parametrize(("fidelity", "share"), [(0.999, 0.95), (0.97, 0.85), (0.9, 0.75)])

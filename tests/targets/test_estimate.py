@@ -19,10 +19,10 @@ from cae2pipe.targets.estimate import SHOWINGS, project, recommend_views, tar_by
 )
 def test_imagenet_1k(views: int, terabytes: float, hours: float, epoch: int) -> None:
     """70,000 bytes a view, 750 views a second, a teacher that alone would do 900."""
-    found = project(1_281_167, views, 70_000, 750, 900)
-    assert found.bytes / 1e12 == pytest.approx(terabytes, rel=1e-3)
-    assert found.seconds / 3600 == pytest.approx(hours, rel=0.02)
-    assert found.paid_from_epoch == epoch
+    projected = project(1_281_167, views, 70_000, 750, 900)
+    assert projected.bytes / 1e12 == pytest.approx(terabytes, rel=1e-3)
+    assert projected.seconds / 3600 == pytest.approx(hours, rel=0.02)
+    assert projected.paid_from_epoch == epoch
 
 
 def test_extraction_as_fast_as_its_teacher_has_paid_after_as_many_epochs_as_views() -> None:

@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from cae2pipe.comparison.gathering import gather_runs
-from cae2pipe.inspection import describe
 from cae2pipe.reporting.comparison_text import notes
 from cae2pipe.runtime.progress import Silent
+from cae2pipe.stages.inspection import describe
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_metrics, shown_ranges
 

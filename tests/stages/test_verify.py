@@ -4,23 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.errors import DamageError, ManifestError
-from cae2pipe.inspection import describe, verify
+from cae2pipe.errors import DamageError
 from cae2pipe.runtime.progress import Silent
+from cae2pipe.stages.verify import verify
 
 
 @pytest.fixture
 def copy(target_root, tmp_path):
     shutil.copytree(target_root, tmp_path / "set")
     return tmp_path / "set"
-
-
-def test_describe_says_what_a_target_set_holds(target_root):
-    facts = describe(target_root)
-    assert (facts["kind"], facts["images"], facts["views"], facts["codec"]) == ("targets", 150, 2, "klt")
-    assert facts["shards_with_view"] == {"0": 3, "1": 3}
-    assert facts["made_from"]["settings"]["codec"]["fidelity"] == 0.999
-    assert describe(target_root / "shards")["images"] == 150
 
 
 def test_a_sound_set_verifies(target_root):
@@ -79,14 +71,9 @@ def test_what_is_no_file_is_a_stranger_too_and_nothing_is_waited_for(copy):
     os.mkfifo(copy / "images" / "fifo")
     (copy / "latents" / "v00" / "link").symlink_to(copy.parent)
     (copy / "codec.zarr" / "dangling").symlink_to("nowhere")
-    found = {Path(problem.where).name for problem in verify(copy, Silent()).problems}
-    assert found == {"fifo", "link", "dangling"}
+    names = {Path(problem.where).name for problem in verify(copy, Silent()).problems}
+    assert names == {"fifo", "link", "dangling"}
     tar = copy / "images" / "000000.tar"
     tar.unlink()
     os.mkfifo(tar)
     assert any(problem.where == str(tar) for problem in verify(copy, Silent()).problems)
-
-
-def test_a_folder_of_something_else(tmp_path):
-    with pytest.raises(ManifestError, match=r"no manifest\.json"):
-        describe(tmp_path)

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from cae2pipe.errors import SourceError
-
 JOINERS = "\u200c\u200d"
 """Invisible, but part of how words are spelt in several scripts, and of emoji."""
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -34,33 +32,6 @@ def visible_json(value: Any, plain: bool = False) -> str:
     """JSON in which nothing acts: that is escaped, and all that is not ASCII where ``plain``."""
     text = json.dumps(value, indent=1, ensure_ascii=plain)
     return "".join(json.dumps(char)[1:-1] if _acts(char) and char != "\n" else char for char in text)
-
-
-def text_lines(text: str) -> list[str]:
-    r"""The lines of a file, without their ends and without empty ones at the file's end.
-
-    Only ``\n`` and ``\r\n`` end a line: a name may hold what else ``str.splitlines`` takes for an end.
-    """
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines
-
-
-def listed_names(text: str, where: object) -> list[str]:
-    """The names of labels, in their order, a line each.
-
-    Raises:
-        SourceError: a line among them is empty, so that one cannot tell which label the next name is of.
-    """
-    names = [line.strip() for line in text_lines(text)]
-    if "" in names:
-        raise SourceError(
-            "this line is empty, and others follow",
-            where=f"{where}, line {names.index('') + 1}",
-            fix="remove it, or name the label: one line a label, in their order",
-        )
-    return names
 
 
 def told_apart(names: Sequence[str], marks: Sequence[object]) -> list[str]:

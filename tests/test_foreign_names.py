@@ -23,7 +23,6 @@ from cae2pipe.commands import training
 from cae2pipe.commands.shared import console
 from cae2pipe.comparison.rows import Comparison, Row
 from cae2pipe.errors import SourceError
-from cae2pipe.names import listed_names, text_lines, told_apart, visible, visible_json
 from cae2pipe.reporting.box_pictures import box_sheet
 from cae2pipe.reporting.comparison_page import comparison_html
 from cae2pipe.reporting.comparison_text import comparison_markdown
@@ -32,6 +31,7 @@ from cae2pipe.reporting.gallery import Gallery, NeighbourRow
 from cae2pipe.reporting.html import element, page
 from cae2pipe.reporting.markdown import escaped, markdown_table
 from cae2pipe.reporting.plots import Points, bars, curves, dots
+from cae2pipe.runtime.foreign_names import told_apart, visible, visible_json
 from cae2pipe.runtime.progress import Lines, _bars, _Panel
 from cae2pipe.runtime.terminal import Terminal, print_facts, print_table
 from tests.reporting.test_html import read
@@ -132,13 +132,13 @@ MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 def cell_text(source: str) -> list[str]:
     """What cells, headings and paragraphs show; fails where anything but text is in them."""
-    found = []
+    texts = []
     for token in MARKDOWN.parse(source):
         assert token.type not in ("html_block", "code_block", "fence", "hr", "blockquote_open")
         if token.type == "inline":
             assert {child.type for child in token.children} <= {"text"}, token.children
-            found.append("".join(child.content for child in token.children))
-    return found
+            texts.append("".join(child.content for child in token.children))
+    return texts
 
 
 @with_examples
@@ -160,11 +160,11 @@ def test_markdown_makes_no_links_by_itself(name):
 @with_examples
 @given(TEXT)
 def test_pages_show_names(name):
-    found = read(page(name, element("p", name, title=name)).replace("\n", ""))
-    assert harmless(found.text)
+    document = read(page(name, element("p", name, title=name)).replace("\n", ""))
+    assert harmless(document.text)
     shown = visible(name, keep="\n").replace("\n", "")
-    assert ("p", {"title": shown}) in found.tags
-    assert not {tag for tag, _ in found.tags} - {"html", "head", "meta", "title", "style", "body", "main", "p"}
+    assert ("p", {"title": shown}) in document.tags
+    assert not {tag for tag, _ in document.tags} - {"html", "head", "meta", "title", "style", "body", "main", "p"}
 
 
 def test_plots_and_pictures_show_names(drawn):  # noqa: F811
@@ -275,11 +275,3 @@ def test_commands_show_names(nasty_data, exported, tmp_path, monkeypatch):
     run("config", "show", "pretrain", bad, code=2)
     run("config", "list")
     run("[/]\x1b[2J", code=2)
-
-
-def test_lists_of_names_keep_their_places():
-    assert text_lines("a\r\n\nb\u2028c\x0cd\n\n") == ["a", "", "b\u2028c\x0cd"]
-    assert listed_names(" red \ngreen\x0bish\n\n", "x") == ["red", "green\x0bish"]
-    with pytest.raises(SourceError, match="this line is empty") as caught:
-        listed_names("red\n\ngreen\n", "classes.txt")
-    assert caught.value.where == "classes.txt, line 2"

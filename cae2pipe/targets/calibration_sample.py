@@ -1,0 +1,35 @@
+"""The sample of images that a codec is calibrated on."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.shards.shard_set import ShardSet
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.encoding import lane_count, run_teacher
+from cae2pipe.targets.rendering import Renderer, Task, render_blocks
+from cae2pipe.teachers.check import check_features
+from cae2pipe.teachers.protocol import Teacher, TeacherOutput
+
+
+def run_sample(
+    shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int
+) -> tuple[list[TeacherOutput], list[bytes]]:
+    """The teacher's outputs, on the CPU, block by block, on view 0 of the first images; and what is kept of these
+    pixels, the views' JPEGs or those of the images that they are replayed from."""
+    tasks, taken = [], 0
+    for shard in shards.shards:
+        for number in range(-(-shard.samples // BLOCK)):
+            if taken < settings.codec.calibration:
+                tasks.append(Task(shard, number, (0,)))
+                taken += min(BLOCK, shard.samples - number * BLOCK)
+    outputs, jpegs = [], []
+    lanes = lane_count(settings.speed.lanes, teacher.device)
+    with closing(render_blocks(Renderer(shards, tasks, settings.view, settings.seed), workers)) as rendered:
+        for block, output in run_teacher(rendered, teacher, lanes):
+            where = f"shard {block.task.shard.name}, block {block.task.block}"
+            check_features(output.tokens, where=where, constant=True)
+            outputs.append(output)
+            jpegs += block.kept or block.jpegs[0]
+    return outputs, jpegs

@@ -1,0 +1,81 @@
+"""The views that a set lacks: rendered, seen by the teacher, encoded and written, all at once."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import groupby
+
+from cae2pipe.artifacts.box import Box
+from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.runtime.progress import Report
+from cae2pipe.shards.shard_set import ShardSet
+from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
+from cae2pipe.targets.images import kept_images
+from cae2pipe.targets.missing import MissingUnits
+from cae2pipe.targets.rendering import Renderer, block_tasks, render_blocks
+from cae2pipe.targets.stored_calibration import read_calibration
+from cae2pipe.targets.target_set import make_layout
+from cae2pipe.targets.view_writing import ShardWriter
+from cae2pipe.teachers.protocol import Teacher
+
+
+def make_views(
+    box: Box,
+    shards: ShardSet,
+    missing: list[MissingUnits],
+    *,
+    teacher: Teacher,
+    settings: ExtractSettings,
+    workers: int,
+    report: Report,
+) -> Meter:
+    """Render, encode and write all missing views; workers, device, packing and writing are at work at once.
+
+    Args:
+        shards: the originals. The images that replayed views are cut from must be in the set already.
+        missing: what to make; ``images`` in it are not looked at.
+
+    Raises:
+        DamageError: an image cannot be read. TeacherError, OutOfMemoryError: as ``encode_ahead``.
+    """
+    calibration = read_calibration(box)
+    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
+    replayed = settings.view.pixels == "replayed"
+    if replayed:
+        # Views are cut from the images that the set keeps, not from the originals.
+        shards = kept_images(box)
+    by_name = {shard.name: shard for shard in shards.shards}
+    tasks = [
+        task for lacking in missing if lacking.views for task in block_tasks(by_name[lacking.shard.name], lacking.views)
+    ]
+    report.total(sum(lacking.shard.samples * len(lacking.views) for lacking in missing), "views")
+    rendered = render_blocks(Renderer(shards, tasks, settings.view, settings.seed, kept=replayed), workers)
+    meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
+    encoded = encode_ahead(rendered, teacher, layout, calibration, meter, lanes)
+    writers: deque[ShardWriter] = deque()
+    finishing: deque[Future[None]] = deque()
+    # Workers are ended whatever happens here: one that is stuck would hold up the end of this process.
+    with closing(rendered), ThreadPoolExecutor(1) as finisher:
+        try:
+            # Blocks come in task order, so one shard's blocks are neighbours.
+            for shard, blocks in groupby(encoded, key=lambda block: block.rendered.task.shard):
+                writer = ShardWriter(shard)
+                writers.append(writer)
+                writer.append(blocks, box.root, layout, meter=meter, report=report)
+                finishing.append(finisher.submit(writer.finish, box, shards if replayed else None, report))
+                while finishing and (len(finishing) > 1 or finishing[0].done()):
+                    finishing.popleft().result()
+                    writers.popleft()
+            for future in finishing:
+                future.result()
+                writers.popleft()
+        finally:
+            finisher.shutdown(wait=True, cancel_futures=True)
+            for writer in writers:
+                writer.discard()
+    meter.ended = time.perf_counter()
+    report.log(f"{meter.views} views, {meter.rate():.0f} a second; {meter.verdict()} (it waited {meter.waits():.0%})")
+    return meter

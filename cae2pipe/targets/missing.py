@@ -1,0 +1,98 @@
+"""What a target set still lacks, and whether its disk can hold that."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.parts import WHOLE, Part
+from cae2pipe.artifacts.places import free_bytes
+from cae2pipe.errors import BadInputError, MismatchError
+from cae2pipe.runtime.progress import gigabytes
+from cae2pipe.shards.shard_set import Shard, ShardSet
+from cae2pipe.targets.paths import images_name, store_name
+from cae2pipe.targets.target_set import recorded_view
+
+
+@dataclass(frozen=True)
+class MissingUnits:
+    """What a shard lacks: views, and the images that replayed ones are cut from."""
+
+    shard: Shard
+    views: tuple[int, ...]
+    images: bool
+
+    @property
+    def units(self) -> list[str]:
+        images = [images_name(self.shard.name)] if self.images else []
+        return images + [store_name(view, self.shard.name) for view in self.views]
+
+
+def missing_views(
+    box: Box, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
+) -> list[MissingUnits]:
+    """What this part still has to make, or what of it is among ``remake``.
+
+    Raises:
+        MismatchError: a stored view was made from a shard of this name with other content.
+    """
+    whole = box.whole()
+    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    result = []
+    for index, shard in enumerate(shards.shards):
+        names = {view: store_name(view, shard.name) for view in range(views)}
+        images = images_name(shard.name)
+        for name in (*names.values(), images):
+            unit = box.units.get(name)
+            if unit and unit["source"] != shard.sha256:
+                raise MismatchError(
+                    f"shard {shard.name} of the source is not the one that this target set was made from",
+                    where=shard.path,
+                    fix="give the original source, or a new output folder",
+                )
+
+        def is_missing(name: str) -> bool:
+            return name in remake if remake is not None else name not in whole
+
+        lacking = MissingUnits(
+            shard, tuple(view for view, name in names.items() if is_missing(name)), replayed and is_missing(images)
+        )
+        if lacking.units and part.owns(index):
+            result.append(lacking)
+    return result
+
+
+def wanted(box: Box, shards: ShardSet, views: int) -> dict[str, int]:
+    """What the whole set is to hold, for those who ask how complete it is."""
+    most = max(views, box.facts.get("wanted", {}).get("views", 0))
+    return {"views": most, "shards": len(shards.shards), "images": shards.images}
+
+
+TAR_OVERHEAD = 2048
+"""Bytes a sample that a tar adds to its JPEG, at least: two headers, the label, padding."""
+
+
+def check_space(box: Box, missing: list[MissingUnits]) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        BadInputError: with what is needed and what is free.
+    """
+    free = free_bytes(box.root)
+    expected = box.facts["codec"]["expected_bytes"]
+    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    needed = sum(
+        lacking.shard.samples
+        * (
+            len(lacking.views) * expected["latents"]
+            + (lacking.images if replayed else len(lacking.views)) * (expected["pixels"] + TAR_OVERHEAD)
+        )
+        for lacking in missing
+    )
+    if free is not None and needed > free:
+        raise BadInputError(
+            f"the views that are still to be made need about {gigabytes(needed)}, and {gigabytes(free)} are free",
+            where=box.root,
+            fix="free some space, ask for fewer --views or a lower --fidelity, or give a folder on another disk",
+        )

@@ -1,0 +1,43 @@
+"""Names of a target set's units, and where their files lie in it: built here and nowhere else.
+
+``cae2pipe/artifacts/manifest_targets.py`` checks on its own that the names in a manifest are these.
+"""
+
+from __future__ import annotations
+
+CODEC = "codec"
+"""The unit of the calibration."""
+CODEC_FOLDER = "codec.zarr"
+SHARDS_FOLDER = "shards"
+"""The shard set, where ``extract-targets`` was given a folder of images."""
+IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER = "images", "views", "latents"
+
+
+def store_name(view: int, shard: str) -> str:
+    """The unit of a view of a shard: ``v00/000123``."""
+    return f"v{view:02d}/{shard}"
+
+
+def store_path(view: int, shard: str) -> str:
+    """Its latents."""
+    return f"{LATENTS_FOLDER}/{store_name(view, shard)}.zarr"
+
+
+def view_tar_path(view: int, shard: str) -> str:
+    """Its pixels, where views are stored."""
+    return f"{VIEWS_FOLDER}/{store_name(view, shard)}.tar"
+
+
+def images_name(shard: str) -> str:
+    """The unit of the images that a shard's replayed views are cut from: ``images/000123``."""
+    return f"{IMAGES_FOLDER}/{shard}"
+
+
+def images_tar_path(shard: str) -> str:
+    """Their tar."""
+    return f"{images_name(shard)}.tar"
+
+
+def images_index_path(shard: str) -> str:
+    """Where each of them lies in the tar."""
+    return f"{images_name(shard)}.json"

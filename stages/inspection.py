@@ -1,0 +1,89 @@
+"""Inspect: what a folder is, what it was made from and what it holds.
+
+Not ``inspect.py``: where this folder is the current one, Python would take it for the standard library's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.artifacts.box import Box, open_box
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a folder made by cae2pipe is, what it was made from and what it holds, as JSON values.
+
+    Raises:
+        ManifestError: not a folder of ours, or one of an unknown format.
+    """
+    box = open_box(path)
+    files = [entry for unit in box.units.values() for entry in unit.get("files", {}).values()]
+    facts: dict[str, Any] = {
+        "path": str(path),
+        "kind": box.kind,
+        "complete": box.complete,
+        "fingerprint": box.fingerprint,
+        "files": len(files),
+        "bytes": sum(entry["bytes"] for entry in files),
+    }
+    facts.update(_KINDS.get(box.kind, lambda _: {})(box))
+    facts["made_from"] = box.identity
+    return facts
+
+
+def _shards(box: Box) -> dict[str, Any]:
+    return {
+        "shards": sum(unit["samples"] > 0 for unit in box.units.values()),
+        "images": sum(unit["samples"] for unit in box.units.values()),
+        "rejected": box.facts.get("rejected", 0),
+        "classes": len(box.identity.get("classes", [])),
+        "generations": [unit["images"] for name, unit in sorted(box.units.items()) if "images" in unit],
+    }
+
+
+def _targets(box: Box) -> dict[str, Any]:
+    from cae2pipe.targets.target_set import TargetSet
+
+    targets = TargetSet(box.root)
+    shards: dict[int, int] = {}
+    for unit in targets.stores.values():
+        shards[unit["view"]] = shards.get(unit["view"], 0) + 1
+    # Early sets do not say what they were to hold.
+    asked = box.facts.get("wanted", {"views": targets.views, "images": targets.images})
+    stored = sum(unit["samples"] for unit in targets.stores.values())
+    return {
+        "teacher": box.facts["teacher"],
+        "asked_for": asked,
+        "share_made": round(stored / max(1, asked["images"] * asked["views"]), 4),
+        "images": targets.images,
+        "views": targets.views,
+        "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
+        "pixels": targets.view.pixels,
+        "codec": box.identity["settings"]["codec"]["name"],
+        "fidelity": targets.fidelity(),
+        "bytes_per_view": {name: round(value, 1) for name, value in targets.bytes_per_view().items()},
+    }
+
+
+def _run(box: Box) -> dict[str, Any]:
+    from cae2pipe.training.checkpoint import checkpoints
+    from cae2pipe.training.metrics import read_metrics
+
+    lines, damaged = read_metrics(box.root / "metrics.jsonl")
+    last = lines[-1] if lines else {}
+    return {
+        "teacher": box.facts["teacher"],
+        "stores": len(box.facts["stores"]),
+        "steps": len(lines),
+        "damaged_lines": damaged,
+        "last_step": {name: last[name] for name in ("epoch", "loss", "centred_cosine_masked") if name in last},
+        "checkpoints": [path.name for path in checkpoints(box.root / "checkpoints")],
+    }
+
+
+def _scores(box: Box) -> dict[str, Any]:
+    return dict(box.facts)
+
+
+_KINDS = {"shards": _shards, "targets": _targets, "run": _run, "scores": _scores}

@@ -1,0 +1,114 @@
+"""Verify: whether a folder is as it was written, by its manifest; and whether a set's contents fit together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
+from cae2pipe.artifacts.places import entry_names, file_size
+from cae2pipe.artifacts.verification import Verification
+from cae2pipe.errors import DamageError
+from cae2pipe.runtime.progress import Report
+from cae2pipe.targets.paths import CODEC_FOLDER, IMAGES_FOLDER, LATENTS_FOLDER, SHARDS_FOLDER, VIEWS_FOLDER
+
+if TYPE_CHECKING:
+    from cae2pipe.targets.auditing import Audit
+
+
+def verify(path: Path, report: Report) -> Verification:
+    """Check a folder: presence, size and SHA-256 of every file, files that the manifest does not know, and for shard
+    and target sets counts and keys. A shard set inside a target set is checked with it.
+
+    Raises:
+        ManifestError: not a folder of ours.
+    """
+    box = open_box(path)
+    entries = {path: (name, entry) for name, unit in box.units.items() for path, entry in unit.get("files", {}).items()}
+    result = Verification(path, box.kind, len(entries))
+    report.total(len(entries), "files")
+    for name, (unit, entry) in sorted(entries.items()):
+        if problem := check_file(path / name, entry):
+            problem.fix = _remedy(box)
+            result.own.append(problem)
+            result.bad.add(unit)
+        report.advance()
+    result.own += [
+        DamageError("a file that the manifest does not know", where=path / name, fix="remove it")
+        for name in _strangers(box, set(entries))
+    ]
+    # Keys and counts are read from the files, so these must be sound first.
+    if not result.own:
+        for unit, problem in _check_contents(box):
+            problem.fix = _remedy(box)
+            result.own.append(problem)
+            result.bad.add(unit)
+    if file_size(path / SHARDS_FOLDER / MANIFEST) is not None:
+        result.inner.append(verify(path / SHARDS_FOLDER, report))
+    return result
+
+
+def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Audit:
+    """Run a target set's teacher again on ``count`` of its stored views.
+
+    Args:
+        weights: the teacher's weights, where they came from a local file: sets do not say where files lie.
+
+    Raises:
+        ManifestError: not a target set. TeacherError, MismatchError: the teacher cannot be had, or is another one.
+    """
+    from cae2pipe.runtime.device import pick_device, set_backends
+    from cae2pipe.targets.auditing import audit
+    from cae2pipe.targets.target_set import TargetSet
+    from cae2pipe.teachers.load import set_teacher
+
+    set_backends()
+    targets = TargetSet(path)
+    teacher = set_teacher(targets.box, weights, pick_device(device), "--teacher-weights FILE")
+    return audit(targets, teacher, count)
+
+
+def _strangers(box: Box, known: set[str]) -> list[str]:
+    """Files, links and the like below the folders that the box fills, of which the manifest knows nothing."""
+    units = [IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER, CODEC_FOLDER]
+    folders = {"shards": ["tars"], "targets": units}.get(box.kind, [])
+    names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(box.root / folder))
+    return [name for name in names if name not in known]
+
+
+def _check_contents(box: Box) -> Iterator[tuple[str, DamageError]]:
+    """Units whose files contradict each other."""
+    from cae2pipe.shards.tar import index_tar
+
+    if box.kind == "shards":
+        from cae2pipe.shards.shard_set import ShardSet
+
+        shards = ShardSet.open(box.root)
+        for shard in shards.shards:
+            index = [(sample.key, sample.label, sample.offset, sample.size) for sample in index_tar(shard.path)]
+            if index != [row[:4] for row in shards.index(shard)] or len(index) != shard.samples:
+                yield shard.name, DamageError("the tar's samples are not those of its index", where=shard.path)
+    if box.kind == "targets":
+        from cae2pipe.targets.target_set import TargetSet
+
+        targets = TargetSet(box.root)
+        # Neighbours share a tar where views are replayed.
+        indexed = functools.lru_cache(maxsize=1)(lambda tar: [sample.key for sample in index_tar(tar)])
+        for name in sorted(targets.stores, key=lambda name: (targets.stores[name]["shard"], name)):
+            reader = targets.reader(name)
+            if indexed(reader.tar) != reader.keys():
+                yield name, DamageError("the store's keys are not those of its tar", where=f"{box.root}, {name}")
+
+
+def _remedy(box: Box) -> str:
+    if box.kind == "shards":
+        return f"cae2pipe verify {box.root} --repair --source IMAGES"
+    if "recoded" in box.identity:
+        return f"cae2pipe verify {box.root} --repair --source TARGETS"
+    if box.kind == "targets":
+        shards = "" if file_size(box.root / SHARDS_FOLDER / MANIFEST) is not None else " --source SHARDS"
+        return f"cae2pipe verify {box.root} --repair{shards}"
+    again = {"run": "pretrain", "scores": "evaluate"}[box.kind]
+    return f"delete it, then run `cae2pipe {again}` as before"
