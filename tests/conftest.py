@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,13 @@ from tests.seconds import pytest_terminal_summary  # noqa: F401 - a hook
 # How long an example takes says nothing on a machine that does other work too.
 hypothesis.settings.register_profile("untimed", parent=hypothesis.settings.default, deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """Torch and what else was imported stays: no collection need go through its objects again."""
+    gc.collect()
+    gc.freeze()
+
 
 SIZE, PATCH, DIM = 32, 8, 16
 """Views of 32 pixels in a 4 x 4 grid, targets of 16 dimensions: enough to test everything that does not learn."""

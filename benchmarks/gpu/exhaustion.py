@@ -148,7 +148,7 @@ def compiled_runs(state: State, found: Found) -> None:
     """One compiled run more in one process than torch keeps graphs of a function (8): each has its one graph."""
     graphs = []
     real = pretrain.compile_objective
-    most = 2 if state.quick else config.recompile_limit
+    most = 1 if state.quick else config.recompile_limit
     for number in range(most + 1):
         counter = CompileCounterWithBackend(state.backend)
 

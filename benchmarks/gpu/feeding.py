@@ -95,7 +95,8 @@ def decoded_by_device(state: State, found: Found, targets: TargetSet, settings: 
     """
     if not state.on_cuda:
         found.skipped["nvJPEG"] = "a CPU decodes with libjpeg"
-    batch = 4 if state.quick else 64
+    # Of another batch the CPU would compile the rendering anew.
+    batch = settings.loaded_batch if state.quick else 64
     data = settings.data.model_copy(update={"batch": batch, "streams": 4})
     settings = settings.model_copy(update={"data": data})
     workers = 1 if state.quick else 4

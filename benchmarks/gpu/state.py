@@ -115,8 +115,9 @@ class State:
 
     @property
     def backend(self) -> str:
-        """What compiles where compilation is looked at. On a CPU inductor would take most of the time."""
-        return "inductor" if self.on_cuda else "aot_eager"
+        """What compiles where compilation is looked at. On a CPU, where it would take most of the time, graphs are only
+        traced, and run as they are."""
+        return "inductor" if self.on_cuda else "eager"
 
     def once(self, name: str, make: Callable[[Path], Any]) -> Path:
         """The folder ``name`` of the scratch folder, made by whichever part needs it first; others wait for it."""

@@ -13,41 +13,13 @@ import pytest
 from faster_coco_eval.core import mask
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import Image
 
 from cae2pipe.dense.average_precision import average_precision
 from cae2pipe.dense.coco import CocoImages, open_coco
 from cae2pipe.dense.coco_file import run_lengths
 from cae2pipe.errors import SourceError
-
-WIDTH, HEIGHT = 48, 32
-BOX = (16, 12)
-PLACES = [[(2, 3), (26, 15)], [(20, 8)], [(5, 18), (29, 2)]]
-"""Left upper corners of the rectangles of each image, the first red, the second blue."""
-
-Data = dict[str, Any]
-
-
-def corners(x: int, y: int) -> list[int]:
-    return [x, y, x + BOX[0], y, x + BOX[0], y + BOX[1], x, y + BOX[1]]
-
-
-def plain() -> Data:
-    """The same for train and val."""
-    images = [{"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT} for n in (1, 2, 3)]
-    annotations = [
-        {"id": 0, "image_id": n, "category_id": category, "bbox": [*place, *BOX], "area": math.prod(BOX), "iscrowd": 0,
-         "segmentation": [corners(*place)]}
-        for n, places in enumerate(PLACES, 1) for category, place in enumerate(places, 1)
-    ]  # fmt: skip
-    for number, each in enumerate(annotations, 1):
-        each["id"] = number
-    return {
-        "info": {},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}],
-    }
+from tests.dense.coco_files import BOX, HEIGHT, PLACES, WIDTH, Data, corners, plain, write
 
 
 def perfect(val: CocoImages) -> list[dict[str, Any]]:
@@ -69,14 +41,6 @@ def pictures(tmp_path_factory) -> Path:
             pixels[y : y + BOX[1], x : x + BOX[0]] = colour
         Image.fromarray(pixels).save(folder / f"{n}.png")
     return folder
-
-
-def write(root: Path, pictures: Path, train: str, val: str) -> Path:
-    (root / "annotations").mkdir()
-    for part, text in (("train2017", train), ("val2017", val)):
-        (root / part).symlink_to(pictures)
-        (root / "annotations" / f"instances_{part}.json").write_text(text)
-    return root
 
 
 def each_annotation(**values: Any) -> Callable[[Data], None]:
@@ -134,7 +98,11 @@ def lengths(place: tuple[int, int] = PLACES[0][0], **over: Any) -> dict[str, Any
 
 
 X, Y = PLACES[0][0]
+
+
 GOOD = corners(X, Y)
+
+
 TAKEN: dict[str, Callable[[Data], None]] = {
     "plain": lambda data: None,
     "no_info": lambda data: data.pop("info"),
@@ -190,7 +158,11 @@ TAKEN: dict[str, Callable[[Data], None]] = {
     "size_of_floats": each_image(width=float(WIDTH)),
     "name_with_dot": each_image(file_name=lambda n: f"./{n + 1}.png"),
 }  # fmt: skip
+
+
 MISSHAPEN = [[[X, Y], [X + 9, Y], [X + 9, Y + 9]]]
+
+
 REFUSED: dict[str, tuple[Callable[[Data], None], str]] = {
     "no_images": (lambda data: data.pop("images"), "no list 'images'"),
     "annotations_not_objects": (lambda data: data.update(annotations=[1]), "no list 'annotations'"),
@@ -317,50 +289,3 @@ def test_packed_run_lengths_are_read_as_coco_packs_them(bits):
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=130), max_size=12))
 def test_no_text_breaks_the_reading_of_run_lengths(text):
     assert all(isinstance(number, int) for number in run_lengths(text))
-
-
-def turned_picture(path: Path, orientation: int, size: tuple[int, int]) -> None:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    pixels = np.zeros((size[1], size[0], 3), np.uint8)
-    pixels[: size[1] // 2, : size[0] // 2] = 255
-    Image.fromarray(pixels).save(path, exif=exif, quality=95)
-
-
-@pytest.mark.parametrize(
-    ("orientation", "stored", "stated", "upright", "light"),
-    [
-        (6, (24, 16), (24, 16), None, "stored"),
-        (6, (24, 16), (16, 24), None, "upright"),
-        (6, (24, 16), (16, 24), False, "upright"),  # the size leaves nothing open
-        (3, (24, 16), (24, 16), False, "stored"),
-        (3, (24, 16), (24, 16), True, "upright"),
-        (6, (24, 24), (24, 24), True, "upright"),
-        (6, (24, 16), (None, None), True, "upright"),
-        (1, (24, 16), (24, 16), None, "stored"),
-        (3, (24, 16), (24, 16), None, "nothing says whether the annotations are .* EXIF orientation, 3"),
-        (6, (24, 24), (24, 24), None, "nothing says whether the annotations are .* EXIF orientation, 6"),
-        (6, (24, 16), (None, None), None, "nothing says"),
-        (6, (24, 16), (20, 20), None, "for 20 x 20 pixels, and the image has 24 x 16, or 16 x 24 where its EXIF"),
-    ],
-)
-def test_the_size_says_which_way_up_boxes_see_an_image(orientation, stored, stated, upright, light, tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    turned_picture(folder / "1.jpg", orientation, stored)
-    image = {"id": 1, "file_name": "1.jpg", "width": stated[0], "height": stated[1]}
-    one = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 8, 8], "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
-    text = json.dumps({"images": [image], "annotations": [one], "categories": [{"id": 1, "name": "a"}]})
-    (tmp_path / "coco").mkdir()
-    root = write(tmp_path / "coco", folder, text, text)
-    if light not in ("stored", "upright"):
-        with pytest.raises(SourceError, match=light) as caught:
-            open_coco(root, upright)
-        assert "1.jpg" in str(caught.value.where)
-        return
-    picture, objects = open_coco(root, upright)[1].read(0)
-    # A quarter turn to the right takes the light quarter from the left upper to the right upper corner, a half turn to
-    # the right lower one.
-    corner = {"stored": (2, 2), 3: (picture.width - 3, picture.height - 3), 6: (picture.width - 3, 2)}
-    assert picture.getpixel(corner["stored" if light == "stored" else orientation])[0] > 200
-    assert objects.masks[0].shape == (picture.height, picture.width)

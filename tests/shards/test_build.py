@@ -1,86 +1,22 @@
-"""Folders to shard sets: every image once, bytes that depend on nothing else, and what was broken off goes on."""
+"""Folders to shard sets: every image once, bytes that depend on nothing else, other folders refused."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from cae2pipe.artifacts.box import check_files, open_box
+from cae2pipe.artifacts.box import open_box
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.extract import ShardSettings, ShardSpeed
-from cae2pipe.errors import DamageError, LockedError, ManifestError, MismatchError, SourceError, Terminated
+from cae2pipe.config.extract import ShardSettings
+from cae2pipe.errors import LockedError, ManifestError, MismatchError, SourceError
 from cae2pipe.runtime.keyed import keyed_permutation
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.shards import checking
 from cae2pipe.shards.build import build_shard_set
-from cae2pipe.shards.checking import Checked, Piece
-from cae2pipe.shards.keys import sample_key
-from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.stages.verify import verify
 from tests.conftest import contents, snapshot
-
-REJECTED = ["cat/cut.jpg", "dog/text.jpg", "elk/empty.png"]
-"""Files of ``source`` that cannot be decoded."""
-
-
-def encoded(kind: str, seed: int, mode: str = "RGB") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, size=(12, 10, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    """27 files in three classes: 24 images of many kinds, and three that are none."""
-    files = {f"{name}/{n:02d}.jpg": encoded("JPEG", n) for n, name in enumerate(["cat", "dog", "elk"] * 6)}
-    files |= {
-        "cat/png inside.JPEG": encoded("PNG", 20),
-        "cat/cmyk.jpg": encoded("JPEG", 21, "CMYK"),
-        "dog/grey.jpeg": encoded("JPEG", 22, "L"),
-        "dog/v1.2 ünïcode.jpg": encoded("JPEG", 23),
-        "elk/deep/palette.gif": encoded("GIF", 24),
-        "elk/alpha.png": encoded("PNG", 25, "RGBA"),
-        "cat/cut.jpg": encoded("JPEG", 26)[:-60],
-        "dog/text.jpg": b"this is text",
-        "elk/empty.png": b"",
-    }
-    for path, data in files.items():
-        (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "source" / path).write_bytes(data)
-    return tmp_path / "source"
-
-
-def chosen(workers: int = 0, **settings) -> ShardSettings:
-    return ShardSettings(**{"samples": 8, **settings}, speed=ShardSpeed(workers=workers))
-
-
-def samples(shards: ShardSet) -> dict[str, tuple[int, bytes]]:
-    read = [sample for shard in shards.shards for sample in shards.read(shard, 0, shard.samples)]
-    assert len({sample.key for sample in read}) == len(read) == shards.images
-    return {sample.key: (sample.label, sample.data) for sample in read}
-
-
-class Stop(Silent):
-    """Ends the run once ``after`` images are done, as ``error`` would."""
-
-    def __init__(self, after: int, error: BaseException):
-        super().__init__()
-        self.left, self.error = after, error
-
-    def advance(self, n: int = 1, /, **fields: float) -> None:
-        self.left -= n
-        if self.left < 0:
-            raise self.error
+from tests.shards.small_source import REJECTED, chosen, encoded, samples
 
 
 def test_every_image_is_kept_untouched_under_its_label(source, tmp_path):
@@ -154,93 +90,6 @@ def test_a_second_run_does_nothing_and_says_so(source, tmp_path):
     assert "24 images" in report.lines[0]
 
 
-@pytest.mark.parametrize("damage", ["deleted", "cut"])
-@pytest.mark.parametrize("name", ["tars/000001.tar", "tars/000001.json", "rejects.jsonl", "listing-000.jsonl.gz"])
-def test_only_what_is_missing_is_made_again(source, tmp_path, name, damage):
-    out = tmp_path / "out"
-    build_shard_set(source, out, chosen(), Silent())
-    before = snapshot(out)
-    path = out / name
-    if damage == "deleted":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-1])
-    build_shard_set(source, out, chosen(), Silent())
-    after = snapshot(out)
-    remade = {name, name.replace(".tar", ".json")} if name.endswith((".tar", ".json")) else {name}
-    remade |= {name.replace(".json", ".tar")} if name.endswith(".json") else set()
-    assert {name for name in before if before[name] != after[name]} == remade
-    assert after[name][0] == before[name][0]
-    assert after.keys() == before.keys()
-
-
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), Terminated(), RuntimeError("boom")], ids=lambda e: type(e).__name__
-)
-@pytest.mark.parametrize("after", [0, 8, 20])
-def test_a_run_that_was_broken_off_goes_on(source, tmp_path, error, after):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    build_shard_set(source, whole, chosen(), Silent())
-    with pytest.raises(type(error)):
-        build_shard_set(source, broken, chosen(), Stop(after, error))
-    finished = {name for name in contents(broken) if name.startswith("tars/")}
-    assert finished == {f"tars/{n:06d}.{kind}" for n in range(after // 8) for kind in ("tar", "json")}
-    assert all(contents(whole)[name] == contents(broken)[name] for name in finished)
-    times = {name: snapshot(broken)[name][1] for name in finished}
-    build_shard_set(source, broken, chosen(), Silent())
-    assert contents(broken) == contents(whole)
-    assert {name: snapshot(broken)[name][1] for name in finished} == times
-
-
-def test_a_run_broken_off_inside_a_tar_leaves_whole_tars_only(source, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    build_shard_set(source, whole, chosen(), Silent())
-    reads = iter(range(100))
-
-    def check_image(piece: Piece) -> Checked:
-        if next(reads) == 12:
-            raise Terminated
-        return real_check(piece)
-
-    real_check = checking.check_image
-    with monkeypatch.context() as patch:
-        patch.setattr(checking, "check_image", check_image)
-        with pytest.raises(Terminated):
-            build_shard_set(source, broken, chosen(), Silent())
-    assert sorted(path.name for path in (broken / "tars").iterdir()) == ["000000.json", "000000.tar"]
-    build_shard_set(source, broken, chosen(), Silent())
-    assert contents(broken) == contents(whole)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from cae2pipe.config.extract import ShardSettings, ShardSpeed
-from cae2pipe.shards import build, checking
-
-def check_image(piece, reads=iter(range(100)), real=checking.check_image):
-    if next(reads) == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(piece)
-
-checking.check_image = check_image
-settings = ShardSettings(samples=8, speed=ShardSpeed(workers=0))
-from cae2pipe.runtime.progress import Silent
-build.build_shard_set(Path(sys.argv[1]), Path(sys.argv[2]), settings, Silent())
-"""
-
-
-def test_a_killed_run_goes_on_and_its_debris_is_removed(source, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    build_shard_set(source, whole, chosen(), Silent())
-    result = subprocess.run([sys.executable, "-c", KILLED, str(source), str(killed)], check=False)
-    assert result.returncode == -signal.SIGKILL
-    assert (killed / ".tmp-tars+000001.tar" / "tars" / "000001.tar").exists()
-    assert (killed / "tars" / "000000.tar").read_bytes() == (whole / "tars" / "000000.tar").read_bytes()
-    build_shard_set(source, killed, chosen(), Silent())
-    assert contents(killed) == contents(whole)
-
-
 def test_other_settings_and_another_source_are_refused_by_name(source, tmp_path):
     out = tmp_path / "out"
     build_shard_set(source, out, chosen(), Silent())
@@ -262,95 +111,6 @@ def test_other_settings_and_another_source_are_refused_by_name(source, tmp_path)
     (source / "cat/00.jpg").write_bytes((source / "cat/00.jpg").read_bytes()[:-1])
     (source / "cat").rename(source / "lynx")
     assert "classes" in refused()
-    assert snapshot(out) == before
-
-
-def test_new_images_go_into_tars_of_their_own(source, tmp_path):
-    out, again = tmp_path / "out", tmp_path / "again"
-    build_shard_set(source, out, chosen(), Silent())
-    before = snapshot(out)
-    for number in range(11):
-        (source / f"dog/more{number}.jpg").write_bytes(encoded("JPEG", 50 + number))
-    (source / "cat/broken.jpg").write_bytes(b"text")
-    report = Silent()
-    grown = build_shard_set(source, out, chosen(), report)
-    assert any("12 of 39 images" in line for line in report.lines)
-    assert grown.images == 24 + 11
-    assert {"dog+more0", "dog+more10", "dog+01"} <= samples(grown).keys()
-    assert [shard.name for shard in grown.shards] == [f"{n:06d}" for n in range(6)]
-    after = snapshot(out)
-    assert all(after[name] == before[name] for name in before if name.startswith(("tars/", "listing")))
-    assert open_box(out).facts["rejected"] == 4
-    assert verify(out, Silent()).problems == []
-    build_shard_set(source, out, chosen(), report)
-    assert report.lines[-1].startswith("nothing to do")
-    assert snapshot(out) == after
-    # Whoever lost a tar of either generation has it back; a set made at one go is another set.
-    for name in ("000000", "000005"):
-        (out / f"tars/{name}.tar").unlink()
-    (out / "listing-000.jsonl.gz").unlink()
-    build_shard_set(source, out, chosen(), Silent())
-    assert contents(out) == {name: data for name, (data, _) in after.items()}
-    assert contents(build_shard_set(source, again, chosen(), Silent()).root).keys() != contents(out).keys()
-
-
-def test_a_set_that_was_broken_off_may_grow(source, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    build_shard_set(source, whole, chosen(), Silent())
-    with pytest.raises(KeyboardInterrupt):
-        build_shard_set(source, broken, chosen(), Stop(9, KeyboardInterrupt()))
-    (source / "cat/more.jpg").write_bytes(encoded("JPEG", 50))
-    for out in (whole, broken):
-        build_shard_set(source, out, chosen(), Silent())
-    assert contents(whole) == contents(broken)
-
-
-def test_a_lost_listing_is_not_guessed(source, tmp_path):
-    out = tmp_path / "out"
-    build_shard_set(source, out, chosen(), Silent())
-    (out / "listing-000.jsonl.gz").unlink()
-    (source / "cat/more.jpg").write_bytes(encoded("JPEG", 50))
-    with pytest.raises(DamageError, match="no longer the same"):
-        build_shard_set(source, out, chosen(), Silent())
-
-
-@pytest.mark.parametrize("samples_", [1, 8])
-def test_a_lost_tar_whose_images_no_longer_decode_is_not_replaced_by_less(source, tmp_path, samples_):
-    out = tmp_path / "out"
-    settings = chosen(samples=samples_)
-    shards = build_shard_set(source, out, settings, Silent())
-    key = shards.index(shards.shards[1])[0].key
-    (path,) = (p for p in source.rglob("*.*") if sample_key(p.relative_to(source).as_posix().rpartition(".")[0]) == key)
-    path.write_bytes(b"x" * path.stat().st_size)
-    shards.shards[1].path.unlink()
-    before = snapshot(out)
-    with pytest.raises(MismatchError, match="no longer those"):
-        build_shard_set(source, out, settings, Silent())
-    assert snapshot(out) == before
-
-
-def test_a_set_is_not_complete_from_the_moment_new_images_are_listed(source, tmp_path):
-    out = tmp_path / "out"
-    build_shard_set(source, out, chosen(), Silent())
-    (source / "cat/more.jpg").write_bytes(encoded("JPEG", 50))
-    with pytest.raises(KeyboardInterrupt):
-        build_shard_set(source, out, chosen(), Stop(0, KeyboardInterrupt()))
-    box = open_box(out)
-    assert "listing-001" in box.units
-    assert not box.complete
-
-
-def test_a_tar_is_made_again_only_as_it_was(source, tmp_path):
-    out = tmp_path / "out"
-    shards = build_shard_set(source, out, chosen(), Silent())
-    key = shards.index(shards.shards[1])[0].key
-    (path,) = (p for p in source.rglob("*.*") if sample_key(p.relative_to(source).as_posix().rpartition(".")[0]) == key)
-    good = path.read_bytes()
-    path.write_bytes(good[:-1] + b"!")  # still decodes: only the end marker has changed
-    (out / "tars/000001.tar").unlink()
-    before = snapshot(out)
-    with pytest.raises(MismatchError, match="no longer those"):
-        build_shard_set(source, out, chosen(), Silent())
     assert snapshot(out) == before
 
 
@@ -398,23 +158,3 @@ def test_folders_that_cannot_be_the_output(source, tmp_path):
         build_shard_set(source, foreign, chosen(), Silent())
     with writing(tmp_path / "locked"), pytest.raises(LockedError):
         build_shard_set(source, tmp_path / "locked", chosen(), Silent())
-
-
-@pytest.mark.parametrize("name", ["tars/000001.tar", "tars/000001.json", "rejects.jsonl", "listing-000.jsonl.gz"])
-@pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
-def test_damage_is_found_by_the_manifest(source, tmp_path, name, damage):
-    out = tmp_path / "out"
-    build_shard_set(source, out, chosen(), Silent())
-    assert check_files(open_box(out)) == []
-    path, data = out / name, bytearray((out / name).read_bytes())
-    if damage == "deleted":
-        path.unlink()
-    elif damage == "cut":
-        path.write_bytes(data[:-7])
-    else:
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    (problem,) = check_files(open_box(out))
-    assert problem.where == str(path)
-    (problem,) = verify(out, Silent()).problems
-    assert "--repair" in problem.fix

@@ -1,0 +1,129 @@
+"""What target extraction refuses by name: other settings, weights and sources, foreign folders, damage."""
+
+import json
+import shutil
+
+import pytest
+
+from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError
+from cae2pipe.runtime.progress import Silent
+from cae2pipe.shards.build import build_shard_set
+from cae2pipe.stages.extract_targets import extract_targets
+from tests.conftest import contents, edit_manifest
+
+
+def test_names_of_a_hostile_shard_set_lead_nowhere(target_root, tmp_path, extract_settings):
+    source, precious = tmp_path / "shards", tmp_path / "precious.tar"
+    shutil.copytree(target_root / "shards", source)
+    shutil.copy(source / "tars/000000.tar", precious)
+    units = json.loads((source / "manifest.json").read_text())["units"]
+    unit = units.pop("000000")
+    units["../../precious"] = {
+        **unit,
+        "files": {f"tars/../../precious.{end}": unit["files"][f"tars/000000.{end}"] for end in ("tar", "json")},
+    }
+    edit_manifest(source, units=units)
+    before = contents(tmp_path)
+    with pytest.raises(ManifestError, match=r"units\.\.\./\.\./precious") as caught:
+        extract_targets(source, tmp_path / "set", extract_settings(), Silent())
+    assert caught.value.where == str(source / "manifest.json")
+    assert contents(tmp_path) == before
+
+
+def test_damaged_images_name_their_own_remedy(copy, photos, extract_settings):
+    path = copy / "images/000001.tar"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamageError) as caught:
+        extract_targets(photos, copy, extract_settings(views=3), Silent())
+    assert f"cae2pipe verify {copy} --repair" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("over", "field"),
+    [
+        ({"codec": {"fidelity": 0.99}}, "settings.codec.fidelity"),
+        ({"codec": {"name": "int8"}}, "settings.codec.name"),
+        ({"view": {"quality": 80}}, "settings.view.quality"),
+        ({"seed": 1}, "settings.seed"),
+        ({"teacher": {"quick_gelu": True}}, "teacher"),
+    ],
+)
+def test_other_settings_are_refused_by_name(copy, photos, extract_settings, over, field):
+    before = contents(copy)
+    with pytest.raises(MismatchError) as caught:
+        extract_targets(photos, copy, extract_settings(**over), Silent())
+    assert field in caught.value.what
+    assert caught.value.fix
+    assert contents(copy) == before
+
+
+def test_other_weights_are_refused(copy, photos, extract_settings, teacher_file, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(teacher_file)
+    state["visual.class_embedding"] = state["visual.class_embedding"] + 1e-3
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(MismatchError, match="weights"):
+        extract_targets(
+            photos, copy, extract_settings(teacher={"weights": str(tmp_path / "other.safetensors")}), Silent()
+        )
+
+
+def test_a_target_set_as_source_is_refused(target_root, tmp_path, extract_settings):
+    with pytest.raises(SourceError, match="not a shard set"):
+        extract_targets(target_root, tmp_path / "set", extract_settings(), Silent())
+
+
+def test_a_foreign_folder_is_left_as_it_is(photos, tmp_path, extract_settings):
+    files = {"thesis.tex": b"x", "views/.tmp-draft": b"y"}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ManifestError, match=r"thesis\.tex"):
+        extract_targets(photos, tmp_path, extract_settings(), Silent())
+    with pytest.raises(ManifestError, match=r"thesis\.tex"):
+        build_shard_set(photos, tmp_path, extract_settings().shard, Silent())
+    assert contents(tmp_path) == files
+
+
+def test_another_source_is_refused(copy, tmp_path, extract_settings):
+    from tests.conftest import write_photos
+
+    other = write_photos(tmp_path / "other", classes=3, each=50, seed=1)
+    shards = build_shard_set(other, tmp_path / "shards", extract_settings().shard, Silent())
+    with pytest.raises(MismatchError, match="000000"):
+        extract_targets(shards.root, copy, extract_settings(), Silent())
+
+
+def test_degenerate_teachers_stop_the_run(photos, tmp_path, extract_settings, teacher_file):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(teacher_file)
+    state["visual.proj"] = state["visual.proj"] * float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(TeacherError):
+        extract_targets(
+            photos, tmp_path / "set", extract_settings(teacher={"weights": str(tmp_path / "nan.safetensors")}), Silent()
+        )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
+def test_a_damaged_source_shard_is_named(photos, tmp_path, extract_settings, damage, workers):
+    shards = build_shard_set(photos, tmp_path / "shards", extract_settings().shard, Silent())
+    tar = shards.shards[1].path
+    data = bytearray(tar.read_bytes())
+    if damage == "deleted":
+        tar.unlink()
+    elif damage == "cut":
+        tar.write_bytes(data[: len(data) // 2])
+    else:
+        data[shards.index(shards.shards[1])[3].offset + 9] ^= 255
+        tar.write_bytes(data)
+    with pytest.raises(DamageError) as caught:
+        extract_targets(shards.root, tmp_path / "set", extract_settings(speed={"workers": workers}), Silent())
+    assert "Traceback" not in str(caught.value)
+    assert "000001.tar" in caught.value.where
+    assert "--repair" in caught.value.fix
