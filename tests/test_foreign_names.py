@@ -42,6 +42,7 @@ NASTY = [
     "$a_b$", "$\\frac{$", "\\$", "_hidden", "_a_", "*a*", "`a`", "~~a~~", "[a](http://b.c)", "![a](b)", "https://b.c/d",
     "www.b.c", "# a", "- a", "1. a", "> a", "two\nlines", "cr\rx", "nel\x85x", "\u202egnp.exe", "\u2066x", "\ufeffx",
     "tab\tx", "\u2028x", "del\x7f", "%s %d", "{0}", "猫 café", "a\\b", "\udc80", "'\"", "a  b", "---", "=",
+    "\u0bbe", "\u0301",
 ]  # fmt: skip
 TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cn"]), st.sampled_from("[]|<>$_*`~\\\x1b\u202e\n#-&!:.w")))
 WORST = ["[red]r", "[/]", "[lr=1e-3]", ":cat:", "a\x1b[2Jb", "x|y", "<b>", "$a_b$", "two\nlines", "\u202egnp.exe"]
