@@ -1,6 +1,6 @@
 """Tables of figures in README.md and docs/, made from the JSON files in benchmarks/results/.
 
-A table stands between two comments, ``<!-- figures: NAME -->`` and ``<!-- figures end -->``.
+A table is between two comments, ``<!-- figures: NAME -->`` and ``<!-- figures end -->``.
 
     python -m benchmarks.tables            # print them
     python -m benchmarks.tables --write    # put them where the comments are
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(\n<!-- figures end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)((?:(?!<!-- figures).)*?)(\n<!-- figures end -->)", re.DOTALL)
 SIGNS = {">=": "≥", "<=": "≤"}
 
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 def pages() -> list[Path]:
     """Where tables may stand."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str, results: Path) -> str:
