@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -83,9 +84,9 @@ def required(parameter: Any) -> str:
     if parameter.required:
         return "required"
     default = parameter.default
-    if default is None or default is False or default == [] or callable(default) or repr(default).startswith("Sentinel"):
-        return ""
-    return code(str(getattr(default, "value", default)))
+    if isinstance(default, str | int | Path) and default is not False:  # an Enum is text here
+        return code(str(getattr(default, "value", default)))
+    return ""
 
 
 def settings() -> str:
