@@ -24,7 +24,7 @@ demo: $(VENV)/.demo  ## the whole pipeline on photographs that pip brings, into 
 	$(BIN)/cae2pipe demo demo
 
 docs: $(VENV)/.docs  ## the documentation, into site/; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
