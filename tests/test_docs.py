@@ -223,6 +223,7 @@ def test_generated_pages_are_whole():
     names = {" ".join(path[1:]) for path, _ in hook().commands(typer.main.get_command(app))}
     pages = [ROOT / "docs" / "reference" / name for name in ("cli.md", "settings.md")]
     assert {name.replace(" ", "-") for name in names} <= anchors(pages[0])
-    assert {"shard", "extract", "pretrain", "evaluate-knn", "evaluate-detect", "compare"} <= anchors(pages[1])
+    headings = {"shard", "extract-presets", "pretrain-optimizer", "evaluate-knn", "evaluate-detect-speed", "compare"}
+    assert headings <= anchors(pages[1])
     spans = set(code_spans(pages[1]))
     assert {"optimizer.lr", "codec.fidelity", "0.97", "speed.workers", "recipe=official"} <= spans

@@ -102,34 +102,45 @@ def settings() -> str:
         kinds = evaluations if stage == "evaluate" else {"": settings_class(stage, "")}
         for name, kind in kinds.items():
             presets = [p for p in preset_names(stage) if p.startswith(name)]
-            sections += [f"## {stage} {name}".rstrip(), unwrapped(kind.__doc__ or ""), fields(kind)]
-            if presets and stage != "compare":
+            title = f"{stage} {name}".rstrip()
+            sections += [f"## {title}", unwrapped(kind.__doc__ or ""), *fields(kind, title)]
+            if stage == "compare":
+                sections += [f"### {title} presets", grids()]
+            else:
                 rows = [(code(preset), *changes(stage, preset)) for preset in presets]
                 sections += [
-                    f"{'Preset' if len(presets) == 1 else 'Presets'} of `cae2pipe config show {stage} PRESET`:",
+                    f"### {title} presets",
                     table(("preset", "what", "extends", "changes"), rows),
                 ]
     return "\n\n".join(sections)
 
 
-def fields(kind: Any) -> str:
-    """A table of a settings class, sections included."""
-    return table(("setting", "type", "default", "what"), list(rows_of(kind, "", None)))
+def fields(kind: Any, title: str, prefix: str = "", section: Any = None) -> Iterator[str]:
+    """A settings class: a table of its own fields, then its sections, each below a heading.
 
-
-def rows_of(kind: Any, prefix: str, section: Any) -> Iterator[tuple[str, ...]]:
-    """``section``: the section as the settings around it have it by default, which may differ from the class's own."""
+    ``section``: the section as the settings around it have it by default, which may differ from the class's own.
+    """
     from cae2pipe.config.base import Settings
 
+    rows, sections = [], []
     for name, info in kind.model_fields.items():
-        inner, required = info.annotation, info.is_required()
-        default = None if required else info.get_default(call_default_factory=True)
+        inner = info.annotation
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
         default = default if section is None else getattr(section, name)
         if isinstance(inner, type) and issubclass(inner, Settings):
-            yield from rows_of(inner, f"{prefix}{name}.", default)
+            sections.append((name, inner, default))
             continue
-        value = "required" if required and section is None else code(shown(default))
-        yield code(prefix + name), text(kind_name(inner)), value, text(info.description or "")
+        items = [item for item in typing.get_args(inner) if isinstance(item, type) and issubclass(item, Settings)]
+        if typing.get_origin(inner) is tuple and items:
+            sections.append((f"{name}[]", items[0], None))
+        value = "required" if info.is_required() and section is None else code(shown(default))
+        rows.append((code(prefix + name), text(kind_name(inner)), value, text(info.description or "")))
+    if rows:
+        yield table(("setting", "type", "default", "what"), rows)
+    for name, inner, default in sections:
+        yield f"### {title} {prefix}{name}"
+        yield unwrapped(inner.__doc__ or "")
+        yield from fields(inner, title, f"{prefix}{name}.", default)
 
 
 def kind_name(annotation: Any) -> str:
@@ -154,12 +165,17 @@ def kind_name(annotation: Any) -> str:
 
 def shown(value: Any) -> str:
     """A default as YAML would have it."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    if isinstance(value, tuple):
-        value = [item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in value]
-    line = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    line = yaml.safe_dump(plain(value), default_flow_style=True, width=10**6).removesuffix("...\n").strip()
     return line if len(line) <= WIDEST else line[: WIDEST - 3] + "..."
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML can write it, with numbers of few digits."""
+    if hasattr(value, "model_dump"):
+        return plain(value.model_dump(mode="json"))
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def changes(stage: str, preset: str) -> tuple[str, str, str]:
@@ -221,5 +237,5 @@ def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-GENERATED: dict[str, Callable[[], str]] = {"cli": cli, "settings": settings, "grids": grids}
+GENERATED: dict[str, Callable[[], str]] = {"cli": cli, "settings": settings}
 """By the names that the pages' comments have."""
