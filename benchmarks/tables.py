@@ -1,9 +1,9 @@
 """Tables of figures in README.md and docs/, made from the JSON files in benchmarks/results/.
 
-A table stands between two comments, ``<!-- figures: NAME -->`` and ``<!-- figures end -->``.
+A table is between two comments, ``<!-- figures: NAME -->`` and ``<!-- figures end -->``.
 
     python -m benchmarks.tables            # print them
-    python -m benchmarks.tables --write    # put them where the comments are
+    python -m benchmarks.tables --write    # put them between the comments
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(\n<!-- figures end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)((?:(?!<!-- figures).)*?)(\n<!-- figures end -->)", re.DOTALL)
 SIGNS = {">=": "≥", "<=": "≤"}
 
 
@@ -35,8 +35,8 @@ def main() -> None:
 
 
 def pages() -> list[Path]:
-    """Where tables may stand."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """Pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str, results: Path) -> str:
@@ -53,7 +53,7 @@ def performance(results: Path) -> str:
     alone = f": reading and CRC-32C alone take {checked['times_plain']:.2f}" if checked else ""
     rows = [
         (f"klt at 0.999: bytes against int8 (1st percentile {klt['p1']:.4f})", check(pareto, "of int8's"), 3, ""),
-        ("klt: unpacking, views/s a core", check(pareto, "unpacking"), 3, ""),
+        ("klt: unpacking, views/s per core", check(pareto, "unpacking"), 3, ""),
         ("int8 blocks with checksums: time against plain reading", check(store, "StoreReader"), 3, alone),
         ("block loader, stored views, against full-size photographs, one core", check(loader, "stored"), 2, ""),
         ("block loader, replayed views, against the same", check(loader, "replayed"), 2, ""),
@@ -66,7 +66,7 @@ def performance(results: Path) -> str:
 
 
 def low_rate(results: Path) -> str:
-    """Bytes a view of the latent codec and of what else is known for it, at equal cosines."""
+    """Bytes per view of the latent codec and of what else is known for it, at equal cosines."""
     found = read(results, "codec_low_rate")
     fidelities = ("0.999", "0.99", "0.97", "0.95", "0.9")
     rows = [
@@ -87,7 +87,7 @@ def views(results: Path) -> str:
     groups: dict[tuple[bool, int, float], list[dict[str, Any]]] = {}
     for row in (row for each in found for row in each["rows"] if row["epoch"] == epochs):
         groups.setdefault((row["arm"].startswith("fresh"), row["views"], -row["fidelity"]), []).append(row)
-    # kB of latents a view: of the most views, since rows are rounded; of sets of several versions, the smallest.
+    # kB of latents per view: of the most views, since rows are rounded; of sets of several versions, the smallest.
     view: dict[float, float] = {}
     for (_, count, minus), rows in sorted(groups.items(), key=lambda item: item[0][1]):
         view[minus] = min(row["kb_latents"] for row in rows) / count
@@ -105,12 +105,12 @@ def views(results: Path) -> str:
                 str(len(rows)),
             )
         )
-    heads = ("views", "fidelity", "kB an image", "showings", "training loss", "held-out loss", "kNN", "linear", "runs")
+    heads = ("views", "fidelity", "kB per image", "showings", "training loss", "held-out loss", "kNN", "linear", "runs")
     return table(heads, lines)
 
 
 def training(results: Path) -> str:
-    """Images a second of every size on a CPU, from memory, cached and online."""
+    """Images per second of every size on a CPU, from memory, cached and online."""
     found = read(results, "pretrain")
     heads = ("size", "memory", "cached", "online, stored views", "online, fresh crops")
     rows = [
@@ -172,7 +172,7 @@ def gpu_table(found: dict[str, Any]) -> str:
         (row["what"], rate(row["views/s"]), of(row, "teacher_waits", "of the time the teacher waits"))
         for row in measured(parts, "E3")
     ]
-    return f"{said}\n\n" + table(("what", "images or views/s", "beside"), rows)
+    return f"{said}\n\n" + table(("what", "images or views/s", "also"), rows)
 
 
 def measured(parts: dict[str, Any], name: str) -> list[dict[str, Any]]:
