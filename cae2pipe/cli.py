@@ -47,7 +47,7 @@ def main() -> NoReturn:
             code = INTERRUPTED
         else:
             code = _failed(error)
-    if not finish_streams(told=bool(code)):
+    if not finish_streams(error_shown=bool(code)):
         code = code or FAILURE
     sys.exit(code)
 

@@ -77,11 +77,11 @@ def verify(
 def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> None:
     from cae2pipe.inspection import verify_live
 
-    found = verify_live(path, live, weights, device)
+    audit = verify_live(path, live, weights, device)
     console.say(
-        f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
-        f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})"
+        f"the teacher on {audit.views} stored views: mean cosine {audit.raw:.5f} ({audit.expected:.5f} by the "
+        f"manifest), centred {audit.centred:.5f}, worst view {audit.worst:.5f} ({audit.worst_view})"
     )
-    if not found.sound:
+    if not audit.sound:
         errors.say("these are not the teacher's latents of these views", style="bold red")
         raise typer.Exit(FAILURE)

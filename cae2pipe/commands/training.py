@@ -66,16 +66,16 @@ def replay(
         from cae2pipe.runtime.terminal import print_table
         from cae2pipe.stages.replay import replay as run
 
-        found = run(record, device or "auto", precision)
-        names = (*found["terms"], "grad_norm")
-        again = {**found["terms"], "grad_norm": found["grad_norm"]}
-        rows = [{"value": n, "recorded": f"{found['recorded'][n]:.6g}", "again": f"{again[n]:.6g}"} for n in names]
+        replayed = run(record, device or "auto", precision)
+        names = (*replayed["terms"], "grad_norm")
+        again = {**replayed["terms"], "grad_norm": replayed["grad_norm"]}
+        rows = [{"value": n, "recorded": f"{replayed['recorded'][n]:.6g}", "again": f"{again[n]:.6g}"} for n in names]
         print_table(console, rows)
-        print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in found["samples"]])
+        print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in replayed["samples"]])
         for title, values in (
-            ("latents that are not finite", found["inputs"]),
-            ("first module with such an output", [found["module"]] if found["module"] else []),
-            ("weights with such gradients", shortened(found["gradients"])),
+            ("latents that are not finite", replayed["inputs"]),
+            ("first module with such an output", [replayed["module"]] if replayed["module"] else []),
+            ("weights with such gradients", shortened(replayed["gradients"])),
         ):
             console.say(f"{title}: {', '.join(values) or 'none'}")
 
@@ -173,9 +173,9 @@ def compare(
                 jobs_failed = error
             run = stage.report_grid
         with progress("compare") as report:
-            found = run(settings, name, targets, data, out, report, small=small, speed=speed)
-        if found:
-            print_comparison(found, out / "reports" / name)
+            comparison = run(settings, name, targets, data, out, report, small=small, speed=speed)
+        if comparison:
+            print_comparison(comparison, out / "reports" / name)
         if jobs_failed:
             raise jobs_failed
 
@@ -224,17 +224,17 @@ def report(
         from cae2pipe.runtime.progress import progress
         from cae2pipe.stages.report import report_runs
 
-        with progress("report") as told:
-            found = report_runs(runs, scores or [], targets, out, told, device or "auto")
-        print_comparison(found, out)
+        with progress("report") as progress_report:
+            comparison = report_runs(runs, scores or [], targets, out, progress_report, device or "auto")
+        print_comparison(comparison, out)
 
 
-def print_comparison(found: Any, folder: Path) -> None:
+def print_comparison(comparison: Any, folder: Path) -> None:
     """A comparison's table, what it says, and where its page is."""
     from cae2pipe.reporting.comparison_text import cells, findings
     from cae2pipe.runtime.terminal import print_table
 
-    headers, rows = cells(found)
+    headers, rows = cells(comparison)
     print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])
-    for line in (*findings(found), f"report: {folder / 'report.html'}"):
+    for line in (*findings(comparison), f"report: {folder / 'report.html'}"):
         console.say(line)

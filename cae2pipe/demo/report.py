@@ -29,7 +29,7 @@ from cae2pipe.reporting.plots import Points, bars, curves
 
 if TYPE_CHECKING:
     from cae2pipe.demo.stored import StoredImage
-    from cae2pipe.training.student import Forecast
+    from cae2pipe.training.student import LatentPreview
 
 PANEL = 132
 """Side of a panel of the picture in pixels."""
@@ -60,13 +60,13 @@ class Contents:
     losses: Sequence[tuple[float, float]]
     bytes_per_view: Mapping[str, float]
     stored: Sequence[StoredImage]
-    forecasts: Sequence[Forecast]
+    previews: Sequence[LatentPreview]
     steps: Sequence[Step]
 
 
 def shared_basis(contents: Contents) -> ColourBasis:
     """One basis for every picture of latents, from the teacher's."""
-    latents = [forecast.teacher for forecast in contents.forecasts]
+    latents = [preview.teacher for preview in contents.previews]
     for one in contents.stored:
         latents += one.latents
     return colour_basis(np.concatenate(latents))
@@ -77,10 +77,10 @@ def picture(contents: Contents, pairs: int = 2) -> Picture:
     basis = shared_basis(contents)
     rows, cols = contents.grid
     groups = []
-    for forecast in contents.forecasts:
-        view = resized(forecast.view, PANEL, PANEL)
-        maps = [latent_colours(latents, rows, cols, basis) for latents in (forecast.teacher, forecast.student)]
-        groups.append([view, hide_patches(view, forecast.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
+    for preview in contents.previews:
+        view = resized(preview.view, PANEL, PANEL)
+        maps = [latent_colours(latents, rows, cols, basis) for latents in (preview.teacher, preview.student)]
+        groups.append([view, hide_patches(view, preview.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
     captions: list[tuple[int, str]] = []
     strips: list[Picture] = []
     left = 0
@@ -122,7 +122,7 @@ def render(contents: Contents) -> str:
         ),
         element(
             "div",
-            *(forecast_card(forecast, contents.grid, basis) for forecast in contents.forecasts),
+            *(preview_card(preview, contents.grid, basis) for preview in contents.previews),
             class_="examples",
         ),
         element("h2", "The figures"),
@@ -174,19 +174,19 @@ def headline(result: Mapping[str, float]) -> Html:
     )
 
 
-def forecast_card(forecast: Forecast, grid: tuple[int, int], basis: ColourBasis) -> Html:
-    view = resized(forecast.view, SHOWN, SHOWN)
-    name = title(forecast.key)
+def preview_card(preview: LatentPreview, grid: tuple[int, int], basis: ColourBasis) -> Html:
+    view = resized(preview.view, SHOWN, SHOWN)
+    name = title(preview.key)
     panels = [
         figure(image(jpeg_uri(view), f"A view of {name}"), "view"),
         figure(
-            image(jpeg_uri(hide_patches(view, forecast.mask)), "The view with its masked patches hidden"),
+            image(jpeg_uri(hide_patches(view, preview.mask)), "The view with its masked patches hidden"),
             "visible to it",
         ),
-        figure(latents_image(forecast.teacher, grid, basis, "the teacher"), "teacher"),
-        figure(latents_image(forecast.student, grid, basis, "the student"), "student"),
+        figure(latents_image(preview.teacher, grid, basis, "the teacher"), "teacher"),
+        figure(latents_image(preview.student, grid, basis, "the student"), "student"),
     ]
-    heading = element("h3", name, " ", element("small", f"centred cosine where hidden {forecast.cosine:.2f}"))
+    heading = element("h3", name, " ", element("small", f"centred cosine where hidden {preview.cosine:.2f}"))
     return element("div", heading, element("div", *panels, class_="strip four"), class_="card")
 
 

@@ -20,7 +20,7 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.demo.report import Contents, Step, picture, render
 from cae2pipe.demo.stored import read_stored
-from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
+from cae2pipe.demo.student import MeanStudent, mean_over_views, previews_of
 from cae2pipe.demo.tiles import cut_tiles
 from cae2pipe.reporting.pictures import png_bytes
 from cae2pipe.runtime.device import pick_device
@@ -37,7 +37,7 @@ SEED = 0
 VIEWS = 4
 STORED = ("astronaut/00", "coffee/00")
 """Training tiles whose stored views the page shows."""
-FORECAST = ("motorcycle_left/05", "ihc/00", "coins/03", "astronaut/06", "retina/03", "camera/02")
+PREDICTED = ("motorcycle_left/05", "ihc/00", "coins/03", "astronaut/06", "retina/03", "camera/02")
 """Test tiles whose predictions the page shows."""
 
 Reports = Callable[[str], AbstractContextManager[Report]]
@@ -143,7 +143,7 @@ def run_demo(
             losses=[(line["step"] / per_epoch, line["loss"]) for line in lines],
             bytes_per_view=codec_bytes(stored),
             stored=[read_stored(stored, images / "train", sample_key(name)) for name in STORED],
-            forecasts=forecasts_of(model, test, run_with, [sample_key(name) for name in FORECAST], chosen),
+            previews=previews_of(model, test, run_with, [sample_key(name) for name in PREDICTED], chosen),
             steps=steps,
         )
         write_bytes(out / "report.html", render(contents).encode("utf-8"))

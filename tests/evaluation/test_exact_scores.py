@@ -17,7 +17,7 @@ from cae2pipe.evaluation.attentive import AttentiveProbe
 from cae2pipe.evaluation.encoders import Student
 from cae2pipe.evaluation.knn import knn_predictions
 from cae2pipe.evaluation.linear import Probe, lars, lars_groups, logits, train_probe
-from cae2pipe.evaluation.probing import ProbeLearner
+from cae2pipe.evaluation.probe_learner import ProbeLearner
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
 from cae2pipe.stages import evaluate as stage
