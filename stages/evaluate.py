@@ -261,12 +261,19 @@ def train_head(
     batch, steps = batch_and_steps(job.train.images, settings.batch)
     course = all_images(job.train.images, batch, steps, settings.chunk, settings.epochs, settings.seed)
     learner = ProbeLearner(
-        job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, job.train.batch, job.world
+        job.encoder,
+        head,
+        inputs,
+        optimizer=optimizer,
+        course=course,
+        warmup_epochs=settings.warmup_epochs,
+        batch=job.train.batch,
+        world=job.world,
     )
     crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
     history = train(learner, course, reading(job, course, crop), job.root, settings, job.world, job.report)
     central = CentralCrop(size, round(size / settings.features.crop))
-    val = predict(learner.logits, job.val, job.classes, central, settings.speed.workers, job.world)
+    val = predict(learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
     return Score(val, figures, job.train.images)
@@ -282,11 +289,21 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
     central = CentralCrop(size, round(size / settings.crop))
 
     def predict_val(scores: Callable[[Tensor], Tensor]) -> SplitPredictions:
-        return predict(scores, job.val, classes, central, settings.speed.workers, world)
+        return predict(scores, job.val, classes, crop=central, workers=settings.speed.workers, world=world)
 
     bf16 = precision_of(settings, world.device) == "bf16"
     compiled = compiles(settings.speed.compile, world.device)
-    learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predict_val, job.root)
+    learner = FinetuneLearner(
+        classifier,
+        len(classes),
+        settings,
+        course=course,
+        bf16=bf16,
+        compiled=compiled,
+        world=world,
+        predict=predict_val,
+        root=job.root,
+    )
     crop = DrawnCrop(size, settings.draw, classifier.normalise.mean, settings.seed)
     history = train(learner, course, reading(job, course, crop), job.root, settings, world, job.report)
     # A run that was killed behind its last step has them still to make.
@@ -318,7 +335,9 @@ def features_of(
 
     def features(split: Split, crop: Crop) -> FeatureSet | None:
         folder = job.shared / "features"
-        return extract_features(folder, job.encoder, split, crop, settings.speed.workers, job.world, job.report)
+        return extract_features(
+            folder, job.encoder, split, crop, workers=settings.speed.workers, world=job.world, report=job.report
+        )
 
     train_sets = [features(job.train, crop) for crop in crops]
     val_set = features(job.val, crops[0])

@@ -84,10 +84,10 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
         backbone = prepared_encoder(
             encoder,
             spec,
-            settings.image_size,
-            settings.layer_scale,
-            settings.drop_path,
-            settings.relative_positions,
+            image_size=settings.image_size,
+            layer_scale=settings.layer_scale,
+            drop_path=settings.drop_path,
+            relative_positions=settings.relative_positions,
         )
         compiled = compiles(settings.speed.compile, device)
         segmenter = build_segmenter(backbone, len(train_part.classes), settings)
@@ -152,7 +152,14 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
             report.log(line)
         check_share(settings.batch // settings.chunk, world.ranks)
         course = full_batches(len(train_part), settings.batch, settings.chunk, settings.epochs, settings.seed)
-        backbone = prepared_encoder(encoder, spec, None, settings.layer_scale, settings.drop_path, False)
+        backbone = prepared_encoder(
+            encoder,
+            spec,
+            image_size=None,
+            layer_scale=settings.layer_scale,
+            drop_path=settings.drop_path,
+            relative_positions=False,
+        )
         detector = build_detector(backbone, len(train_part.classes), settings)
         learner = DetectLearner(detector, settings, course, precision == "bf16", world, val_part)
         own = course.own(world.rank, world.ranks)

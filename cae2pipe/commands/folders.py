@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from cae2pipe.commands.shared import console, errors, exits, place
+from cae2pipe.commands.shared import console, errors, exits, path_or_url
 from cae2pipe.errors import FAILURE
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a folder is, what it was made from, and what it holds."""
@@ -32,14 +32,14 @@ def inspect(
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
     repair: Annotated[bool, typer.Option("--repair", help="Make again exactly what is damaged, then check.")] = False,
     source: Annotated[
         Path | None,
-        typer.Option(help="With --repair: the images or the shard set that it was made from.", parser=place),
+        typer.Option(help="With --repair: the images or the shard set that it was made from.", parser=path_or_url),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="With --repair: the ground truth that shard was given.", parser=place)
+        Path | None, typer.Option(help="With --repair: the ground truth that shard was given.", parser=path_or_url)
     ] = None,
     live: Annotated[
         int, typer.Option(min=0, help="Target sets: also run the teacher again on this many stored views.")

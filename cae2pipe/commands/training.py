@@ -12,13 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from cae2pipe.commands.jobs import run_jobs
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, place, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, path_or_url, section
 
 
 def pretrain(
     targets: Annotated[
         Path,
-        typer.Argument(metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=place),
+        typer.Argument(
+            metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=path_or_url
+        ),
     ],
     out: Out,
     config: Annotated[str, typer.Option(help="Preset (tiny, small, base, large, huge) or YAML file.")] = "base",
@@ -75,12 +77,12 @@ def replay(
         for title, values in (
             ("latents that are not finite", replayed["inputs"]),
             ("first module with such an output", [replayed["module"]] if replayed["module"] else []),
-            ("weights with such gradients", shortened(replayed["gradients"])),
+            ("weights with such gradients", first_few(replayed["gradients"])),
         ):
             console.say(f"{title}: {', '.join(values) or 'none'}")
 
 
-def shortened(names: list[str], most: int = 5) -> list[str]:
+def first_few(names: list[str], most: int = 5) -> list[str]:
     """The first few of many names, and how many more there are."""
     return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
 
@@ -124,7 +126,7 @@ def compare(
         ),
     ],
     targets: Annotated[
-        Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=place)
+        Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=path_or_url)
     ],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
     out: Annotated[
@@ -166,7 +168,7 @@ def compare(
                 raise typer.BadParameter("--jobs shares out all runs itself: leave --part and torchrun away")
             # What is wrong with the grid is told once, not by every job.
             stage.plan_grid(settings, targets, data, out, small, speed)
-            work = partial(_compare_part, settings, targets, data, out, small, speed)
+            work = partial(_compare_part, settings, targets, data, out, small=small, speed=speed)
             try:
                 run_jobs(work, jobs, device)
             except Cae2pipeError as error:
@@ -191,10 +193,11 @@ def _compare_part(
     targets: Path,
     data: Path,
     out: Path,
-    small: bool,
-    speed: dict[str, Any],
     part: Any,
     device: str | None,
+    *,
+    small: bool,
+    speed: dict[str, Any],
 ) -> None:
     from cae2pipe.runtime.progress import Lines
     from cae2pipe.stages.compare import plan_grid, run_part
@@ -212,7 +215,8 @@ def report(
         Path, typer.Option(help="The folder to write report.html and report.md into.", parser=folder)
     ] = Path("report"),
     targets: Annotated[
-        Path | None, typer.Option(help="A target set to make pictures from: masks, latents, neighbours.", parser=place)
+        Path | None,
+        typer.Option(help="A target set to make pictures from: masks, latents, neighbours.", parser=path_or_url),
     ] = None,
     scores: Annotated[
         list[Path] | None, typer.Option(help="A folder with evaluations of the runs, at any depth; may be repeated.")

@@ -79,6 +79,7 @@ def extract_features(
     encoder: FrozenEncoder,
     split: Split,
     crop: Crop,
+    *,
     workers: int,
     world: World,
     report: Report,
@@ -104,7 +105,7 @@ def extract_features(
     for part, path in own:
         if not path.exists():
             with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
-                write_part(path, encoder, split, part, crop, workers, world.device, report)
+                write_part(path, encoder, split, part, crop=crop, workers=workers, device=world.device, report=report)
     world.meet()
     return gathered(split, paths, report) if world.leads else None
 
@@ -161,6 +162,7 @@ def write_part(
     encoder: FrozenEncoder,
     split: Split,
     runs: range,
+    *,
     crop: Crop,
     workers: int,
     device: torch.device,

@@ -37,10 +37,10 @@ def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSet
     classifier = prepared_encoder(
         encoder,
         spec,
-        settings.image_size,
-        settings.layer_scale,
-        settings.drop_path,
-        settings.relative_positions,
+        image_size=settings.image_size,
+        layer_scale=settings.layer_scale,
+        drop_path=settings.drop_path,
+        relative_positions=settings.relative_positions,
     )
     with seeded("classifier", settings.seed):
         set_classifier(classifier.model, classes, settings.head_scale)
@@ -62,6 +62,7 @@ class FinetuneLearner(TunedLearner):
         classifier: Normalised,
         classes: int,
         settings: FinetuneSettings,
+        *,
         course: Course,
         bf16: bool,
         compiled: bool,

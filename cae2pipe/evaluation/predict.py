@@ -31,6 +31,7 @@ def predict(
     logits: Callable[[Tensor], Tensor],
     split: Split,
     classes: list[str],
+    *,
     crop: CentralCrop,
     workers: int,
     world: World,

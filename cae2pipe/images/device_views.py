@@ -65,7 +65,7 @@ def render_views(
     if rows.shape != (len(images), len(DRAW_COLUMNS)) or not images:
         raise ValueError(f"{len(images)} images and draws of shape {rows.shape}: give one row for each image")
     _check(images, rows, names or [f"image {row} of the batch" for row in range(len(images))])
-    plan = Plan.of(rows, size, compiled=backend is not None)
+    plan = RenderPlan.of(rows, size, compiled=backend is not None)
     device = images[0].device
     numbers, view_of_block = _upload(plan.numbers, device), _upload(plan.view_of_block, device)
     factors, first, weights = (_upload(array, device) for array in (plan.factors, plan.first, plan.weights))
@@ -78,23 +78,25 @@ def render_views(
         planes = jitter(
             planes,
             view_of_block[group.blocks].clone(),
-            own[Plan.PIXELS].clone(),
-            own[Plan.GREY :].to(torch.int16),
+            own[RenderPlan.PIXELS].clone(),
+            own[RenderPlan.GREY :].to(torch.int16),
             factors[:, group.views].clone(),
             group.before,
         )
-        corner, stride, step = (own[row][:, None, None].clone() for row in (Plan.CORNER, Plan.STRIDE, Plan.STEP))
+        corner, stride, step = (
+            own[row][:, None, None].clone() for row in (RenderPlan.CORNER, RenderPlan.STRIDE, RenderPlan.STEP)
+        )
         # Across: every row of the boxes, from left to right of the view, which is leftwards where it is flipped.
         lines = torch.arange(group.height, device=device)[:, None]
-        start = corner + lines * stride + step * first[own[Plan.ACROSS]][:, None, :]
-        across = weights[: group.taps_across, own[Plan.ACROSS]][:, :, None, :]
+        start = corner + lines * stride + step * first[own[RenderPlan.ACROSS]][:, None, :]
+        across = weights[: group.taps_across, own[RenderPlan.ACROSS]][:, :, None, :]
         planes = resample(planes.view(3, -1), start, step, across)
         # Down: (n, height, size) lie one after another, a step of ``size`` from row to row.
-        lines = torch.arange(len(corner), device=device)[:, None] * group.height + first[own[Plan.DOWN]]
+        lines = torch.arange(len(corner), device=device)[:, None] * group.height + first[own[RenderPlan.DOWN]]
         start = lines[:, :, None] * size + torch.arange(size, device=device)
-        down = weights[: group.taps_down, own[Plan.DOWN]][:, :, :, None]
+        down = weights[: group.taps_down, own[RenderPlan.DOWN]][:, :, :, None]
         planes = resample(planes.view(3, -1), start, torch.full_like(step, size), down)
-        views.index_copy_(0, own[Plan.PLACE], planes.transpose(0, 1))
+        views.index_copy_(0, own[RenderPlan.PLACE], planes.transpose(0, 1))
     return views
 
 
@@ -169,7 +171,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RenderPlan:
     """What is known on the host of how to render n views.
 
     order: (n,), images sorted into groups. numbers: int64 (11, n) in this order, rows as named below.
@@ -191,7 +193,7 @@ class Plan:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, draws: np.ndarray, size: int, compiled: bool) -> Plan:
+    def of(cls, draws: np.ndarray, size: int, compiled: bool) -> RenderPlan:
         slots = SLOTS[draws[:, COLUMN["order"]].astype(int)]
         before = (slots == COLUMN["contrast"]).argmax(1)
         # The tallest box of a group says how many rows are resampled for all.

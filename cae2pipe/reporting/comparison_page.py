@@ -6,7 +6,7 @@ from cae2pipe.comparison.rows import CURVES, Comparison, Row
 from cae2pipe.config.compare import BYTES
 from cae2pipe.reporting.comparison_text import cells, findings, folders, notes
 from cae2pipe.reporting.gallery import Gallery, gallery_html
-from cae2pipe.reporting.html import Child, Html, element, figure, join, page, table
+from cae2pipe.reporting.html import Child, Html, element, figure, join_html, page, table
 from cae2pipe.reporting.plots import Points, curves, dots
 
 AXES = {BYTES: "stored latents, kB a view", "mask.ratio": "mask ratio", "data.views": "stored views of an image"}
@@ -29,7 +29,7 @@ def comparison_html(comparison: Comparison, gallery: Gallery) -> str:
         element("h2", "Runs"),
         table(["variant", "folders"], [[row.name, folders(row)] for row in comparison.rows]),
     ]
-    return page(comparison.title, join([Html(part) for part in body], "\n"))
+    return page(comparison.title, join_html([Html(part) for part in body], "\n"))
 
 
 def card(plot: Html, caption: str) -> Html:

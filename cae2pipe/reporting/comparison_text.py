@@ -16,7 +16,7 @@ READ = {"mean": "the mean patch", "class": "the class token"}
 """What features are called in print."""
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """Percent: the mean, with the standard deviation over seeds where there are several."""
     if not values:
         return BLANK
@@ -100,7 +100,7 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def score_cell(comparison: Comparison, row: Row, column: str) -> str:
     """A score with its spread; where not all rows of the column read the same of the encoder, also what was read."""
-    text = spread(row.scores.get(column, []))
+    text = mean_and_deviation(row.scores.get(column, []))
     several = len({other.features[column] for other in comparison.rows if column in other.features}) > 1
     return f"{text} ({row.features[column]})" if several and column in row.features else text
 

@@ -20,7 +20,7 @@ from cae2pipe.reporting.pictures import (
     jpeg_uri,
     latent_colours,
     png_uri,
-    resized,
+    resized_picture,
 )
 from cae2pipe.training.student import LatentPreview
 
@@ -109,7 +109,7 @@ def mask_table(rows: Sequence[MaskRow]) -> Html:
     cells: list[list[Child]] = []
     for row in rows:
         shown = [
-            photograph(hide_patches(resized(view, SIDE, SIDE), mask), f"A view under {row.name}")
+            photograph(hide_patches(resized_picture(view, SIDE, SIDE), mask), f"A view under {row.name}")
             for view, mask in zip(row.views, row.masks, strict=True)
         ]
         cells.append([row.name, *shown])
@@ -123,7 +123,7 @@ def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
     cells: list[list[Child]] = []
     for index, one in enumerate(some):
         line: list[Child] = [
-            photograph(resized(one.view, SIDE, SIDE), "A stored view"),
+            photograph(resized_picture(one.view, SIDE, SIDE), "A stored view"),
             latents(one.teacher, one.mask.shape, basis, "the teacher"),
         ]
         for name, previews in by_student.items():
@@ -137,11 +137,11 @@ def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
 
 
 def neighbour_table(gallery: Gallery, number: int) -> Html:
-    query = photograph(resized(gallery.views[gallery.queries[number]], SIDE, SIDE), "The query")
+    query = photograph(resized_picture(gallery.views[gallery.queries[number]], SIDE, SIDE), "The query")
     cells: list[list[Child]] = []
     for row in gallery.neighbours:
         alt = f"A neighbour by {row.name}"
-        near = [photograph(resized(gallery.views[index], SIDE, SIDE), alt) for index in row.nearest[number]]
+        near = [photograph(resized_picture(gallery.views[index], SIDE, SIDE), alt) for index in row.nearest[number]]
         cells.append([row.name, query, *near])
     return grid([], cells)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cae2pipe.reporting.pictures import Picture, captioned, enlarge, resized, tiled
+from cae2pipe.reporting.pictures import Picture, captioned, enlarge, resized_picture, tiled
 
 WIDTH = 320
 """Pixels across of each picture on a sheet."""
@@ -39,7 +39,7 @@ def label_sheet(samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], cl
     height = round(WIDTH * samples[0][0].shape[0] / samples[0][0].shape[1])
     rows = [
         [
-            resized(image, height, WIDTH),
+            resized_picture(image, height, WIDTH),
             *(enlarge(label_picture(labels, colours), height, WIDTH) for labels in (truth, predicted)),
         ]
         for image, truth, predicted in samples

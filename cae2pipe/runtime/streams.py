@@ -59,7 +59,7 @@ class _Stream(io.FileIO):
 
 
 def _opened(number: int, stream: Any, forgiving: bool) -> Any:
-    if stream is not None and not (isinstance(stream, io.TextIOWrapper) and _number(stream) == number):
+    if stream is not None and not (isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == number):
         return stream  # somebody has put another one in its place
     raw = _Stream(number, forgiving)
     return io.TextIOWrapper(
@@ -71,7 +71,7 @@ def _opened(number: int, stream: Any, forgiving: bool) -> Any:
     )
 
 
-def _number(stream: io.TextIOWrapper) -> int | None:
+def _descriptor(stream: io.TextIOWrapper) -> int | None:
     try:
         return stream.fileno()
     except OSError:

@@ -51,7 +51,7 @@ FULL = {
 }
 
 
-def explain(error: BaseException) -> Cae2pipeError | None:
+def explain_system_error(error: BaseException) -> Cae2pipeError | None:
     """The error to show instead of one that the operating system, or a library that speaks for it, has raised; None for
     one of another kind, which is a defect."""
     text = str(error)

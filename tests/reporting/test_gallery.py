@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, gallery_html, nearest_views
-from cae2pipe.reporting.html import join
+from cae2pipe.reporting.html import join_html
 from cae2pipe.training.student import LatentPreview
 from tests.reporting.test_html import read
 
@@ -36,7 +36,7 @@ def test_the_page_holds_what_there_is():
         neighbours=[NeighbourRow("teacher", [[1, 2]]), NeighbourRow("both", [[3, 4]])],
         left_out=["far <one> (no checkpoint)"],
     )
-    reader = read(join(gallery_html(gallery)))
+    reader = read(join_html(gallery_html(gallery)))
     pictures = [attributes["alt"] for tag, attributes in reader.tags if tag == "img"]
     assert pictures.count("A view under block, <1 of 4> hidden") == 2
     assert pictures.count("Latents of the teacher as colours") == 2
