@@ -45,7 +45,7 @@ def main() -> None:
         shards = packed(crops(Path(scratch)), Path(scratch), chosen)
         unit, norms = unit_tokens(tokens_of(teacher_of(chosen), rendered(shards, chosen, FIT + TEST)))
     fit, test, norms = unit[: -TEST * BLOCK], unit[-TEST * BLOCK :], norms[-TEST * BLOCK :]
-    rows, found, measures = [], {}, {}
+    rows, by_label, measures = [], {}, {}
     for name, fidelity in CODECS:
         label = f"{name} {fidelity}" if name == "klt" else name
         calibration, _ = calibrate(fit, name, fidelity, 1)
@@ -62,7 +62,7 @@ def main() -> None:
             for block, stored in zip(blocks, arrays, strict=True)
         ]
         reached = summarise(torch.cat([raw for raw, _ in cosines]), torch.cat([centred for _, centred in cosines]))
-        found[label] = {
+        by_label[label] = {
             "codec": label,
             "bytes": round(sum(len(data) for block in chunks for data in block.values()) / len(test)),
             "mean": reached.mean,
@@ -102,12 +102,12 @@ def main() -> None:
 
         measures |= {f"{label}/encode": encode, f"{label}/unpack": unpack, f"{label}/decode": decode}
     speeds = in_turns(measures, 3 if options.quick else 9)
-    for label, row in found.items():
-        row["of_int8"] = round(row["bytes"] / found["int8"]["bytes"], 3)
+    for label, row in by_label.items():
+        row["of_int8"] = round(row["bytes"] / by_label["int8"]["bytes"], 3)
         rows.append(row | {what: figures(speeds[f"{label}/{what}"], 0) for what in ("encode", "unpack", "decode")})
-    klt = found["klt 0.999"]
+    klt = by_label["klt 0.999"]
     checks = [
-        at_most("klt at 0.999: of int8's bytes", klt["bytes"] / found["int8"]["bytes"], 0.60),
+        at_most("klt at 0.999: of int8's bytes", klt["bytes"] / by_label["int8"]["bytes"], 0.60),
         at_least("klt at 0.999: mean cosine", klt["mean"], 0.999, 5),
         at_least("klt at 0.999: 1st percentile", klt["p1"], 0.998, 5),
         at_least("klt at 0.999: unpacking, views/s a core", statistics.median(speeds["klt 0.999/unpack"]), 5000, 0),

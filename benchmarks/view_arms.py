@@ -157,13 +157,13 @@ def fidelity_of(digits: str) -> float:
 
 def parse_arm(name: str, bench: Bench) -> Arm:
     """``v32-s0``: 32 views at 0.999, seed 0; ``v32-k97-s0``: at 0.97; ``fresh-s0``: a fresh crop in every epoch."""
-    found = NAME.fullmatch(name)
-    if not found:
+    match = NAME.fullmatch(name)
+    if not match:
         sys.exit(f"{name!r} is not an arm: give v32-s0, v32-k97-s0 or fresh-s0 for 32 views, fidelity 0.97, seed 0")
-    seed = int(found["seed"])
-    if not found["views"]:
+    seed = int(match["seed"])
+    if not match["views"]:
         return Arm(name, "fresh", bench.epochs, 0.999, seed)
-    digits, views = found["digits"] or "999", int(found["views"])
+    digits, views = match["digits"] or "999", int(match["views"])
     if not 1 <= views <= bench.stored:
         sys.exit(f"{name}: the set has {bench.stored} views; give --stored {views}")
     return Arm(name, f"k{digits}", views, fidelity_of(digits), seed)

@@ -77,13 +77,13 @@ class Scorer:
         """Of train and val, labels of both pointing into train's classes."""
         crop = CentralCrop(self.size, round(self.size / self.knn.features.crop))
         train, val = self.splits
-        found = []
+        both = []
         for split in (train, val):
             batches = list(crop_batches(split, range(len(split.runs)), crop, 0, CPU))
             labels = torch.cat([torch.from_numpy(batch.crops.labels) for batch in batches])
             labels = common_labels(labels, split.classes, train.classes)
-            found.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
-        return found[0], found[1]
+            both.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
+        return both[0], both[1]
 
     def score(self, run: Box, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
         """``knn`` and, where asked, ``linear`` top-1 accuracy in percent, on the class token; and ``held_out_loss``."""
@@ -101,10 +101,10 @@ class Scorer:
 
     def knn_accuracy(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
         k = self.knn.k[0]
-        found = knn_predictions(
+        rankings = knn_predictions(
             *train, val[0], classes=len(self.splits[0].classes), k=[k], temperature=self.knn.temperature
         )
-        return percent(found[k][0][:, 0], val[1])
+        return percent(rankings[k][0][:, 0], val[1])
 
     def linear_accuracy(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
         classes = len(self.splits[0].classes)
@@ -138,9 +138,9 @@ def class_tokens(encoder: Student, pixels: Tensor) -> Tensor:
     return torch.cat([encoder.tokens(part).together()[:, 0] for part in pixels.split(CPU_BATCH)])
 
 
-def percent(found: Tensor, labels: Tensor) -> float:
+def percent(predicted: Tensor, labels: Tensor) -> float:
     """How many of N classes, int64 (N,), are right."""
-    return 100 * float((found == labels).float().mean())
+    return 100 * float((predicted == labels).float().mean())
 
 
 def standard_error(score: float, images: int) -> float:
@@ -150,8 +150,8 @@ def standard_error(score: float, images: int) -> float:
 
 def kept_epochs(run: Path, steps: int, every: int) -> list[int]:
     """Epochs, of ``steps`` steps, after which a run has kept a checkpoint for good: one in ``every``."""
-    found = (step_of(path) for path in checkpoints(run / "checkpoints"))
-    return [step // steps for step in found if step % (steps * every) == 0]
+    kept = (step_of(path) for path in checkpoints(run / "checkpoints"))
+    return [step // steps for step in kept if step % (steps * every) == 0]
 
 
 def training_losses(run: Path) -> dict[int, float]:

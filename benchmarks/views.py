@@ -106,7 +106,7 @@ def measure(bench: Bench, arms: Sequence[Arm], options: Namespace, report: Repor
                 continue
             scorer = scorer or Scorer(bench.data, TargetSet(bench.targets("held", report)), bench.size)
             run, settings = adopted(bench, arm)
-            score_missing(bench, arm, run, settings, scorer, options.linear, report)
+            score_missing(bench, arm, run, settings=settings, scorer=scorer, linear=options.linear, report=report)
             done[arm] = run
             rows = all_rows(bench, done, options.pixels_once)
             checks, about, libraries = summary(rows, bench, options)
@@ -119,16 +119,16 @@ def measure(bench: Bench, arms: Sequence[Arm], options: Namespace, report: Repor
 
 def scored_before(bench: Bench, arms: Sequence[Arm], report: Report) -> dict[Arm, Box]:
     """Further arms that have scores, with their runs."""
-    found = {}
+    runs = {}
     for path in sorted((bench.work / "scores").glob("*.json")):
         if path.stem in {arm.name for arm in arms}:
             continue
         try:
             arm = parse_arm(path.stem, bench)
-            found[arm] = adopted(bench, arm)[0]
+            runs[arm] = adopted(bench, arm)[0]
         except (BadInputError, SystemExit) as error:
             report.log(f"left out {path.stem}, which was scored before: {error}")
-    return found
+    return runs
 
 
 def adopted(bench: Bench, arm: Arm) -> tuple[Box, PretrainSettings]:
@@ -144,7 +144,7 @@ def adopted(bench: Bench, arm: Arm) -> tuple[Box, PretrainSettings]:
 
 
 def score_missing(
-    bench: Bench, arm: Arm, run: Box, settings: PretrainSettings, scorer: Scorer, linear: int, report: Report
+    bench: Bench, arm: Arm, run: Box, *, settings: PretrainSettings, scorer: Scorer, linear: int, report: Report
 ) -> None:
     """Score the checkpoints that have no scores yet, into ``WORK/scores``."""
     kept = read_scores(bench, arm, run)
@@ -152,12 +152,12 @@ def score_missing(
     steps = steps_per_epoch(images, settings.loaded_batch, settings.data.last_batch)
     for epoch in kept_epochs(run.root, steps, bench.keep):
         wanted = epoch % linear == 0
-        found = kept["epochs"].get(str(epoch))
-        if found and not (wanted and found["linear"] is None):
+        scores = kept["epochs"].get(str(epoch))
+        if scores and not (wanted and scores["linear"] is None):
             continue
-        kept["epochs"][str(epoch)] = found = scorer.score(run, settings, epoch * steps, wanted)
+        kept["epochs"][str(epoch)] = scores = scorer.score(run, settings, epoch * steps, wanted)
         write_json(scores_file(bench, arm), kept)
-        report.log(f"{arm.name}, epoch {epoch}: {shown(found)}")
+        report.log(f"{arm.name}, epoch {epoch}: {shown(scores)}")
 
 
 def read_scores(bench: Bench, arm: Arm, run: Box) -> dict[str, Any]:
@@ -189,10 +189,12 @@ def arm_rows(bench: Bench, arm: Arm, run: Box, pixels_once: float | None) -> lis
     losses = training_losses(run.root)
     stored = bytes_per_view(TargetSet(bench.work / arm.targets), arm.views)
     rows = []
-    for epoch, found in sorted((int(epoch), found) for epoch, found in read_scores(bench, arm, run)["epochs"].items()):
+    for epoch, scores in sorted(
+        (int(epoch), scores) for epoch, scores in read_scores(bench, arm, run)["epochs"].items()
+    ):
         row = {"arm": arm.name, "views": arm.views, "fidelity": arm.fidelity, "seed": arm.seed, "epoch": epoch}
-        row |= {name: None if found[name] is None else round(found[name], 2) for name in ("knn", "linear")}
-        row |= {"train_loss": round(losses[epoch], 4), "held_out_loss": round(found["held_out_loss"], 4)}
+        row |= {name: None if scores[name] is None else round(scores[name], 2) for name in ("knn", "linear")}
+        row |= {"train_loss": round(losses[epoch], 4), "held_out_loss": round(scores["held_out_loss"], 4)}
         latents, pixels = (arm.views * stored[name] / 1000 for name in ("latents", "pixels"))
         row |= {"kb_per_image": round(latents + pixels, 1), "kb_latents": round(latents, 1)}
         if pixels_once is not None:

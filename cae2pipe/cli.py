@@ -47,20 +47,20 @@ def main() -> NoReturn:
             code = INTERRUPTED
         else:
             code = _failed(error)
-    if not finish_streams(told=bool(code)):
+    if not finish_streams(error_shown=bool(code)):
         code = code or FAILURE
     sys.exit(code)
 
 
 def _failed(error: BaseException) -> int:
     """Tell of an error that is no command's, such as that the help cannot be printed. A defect is raised again."""
-    from cae2pipe.commands.shared import show
-    from cae2pipe.runtime.system_errors import explain
+    from cae2pipe.commands.shared import show_error
+    from cae2pipe.runtime.system_errors import explain_system_error
 
-    explained = explain(error)
+    explained = explain_system_error(error)
     if explained is None:
         raise error
-    show(explained)
+    show_error(explained)
     return explained.exit_code
 
 

@@ -29,15 +29,15 @@ from cae2pipe.evaluation.chunk_reader import ChunkReader
 from cae2pipe.evaluation.crop_batches import batch_for
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
 from cae2pipe.evaluation.datasets import Split, common_labels, open_data
-from cae2pipe.evaluation.encoders import FrozenEncoder, label, load_encoder
+from cae2pipe.evaluation.encoders import FrozenEncoder, display_name, load_encoder
 from cae2pipe.evaluation.features import FeatureSet, extract_features, log_rejects, resolve_feature, resolve_size
 from cae2pipe.evaluation.finetune import BEST, LAST, FinetuneLearner, build_classifier
-from cae2pipe.evaluation.keeping import begin, keep
 from cae2pipe.evaluation.knn import knn_predictions
 from cae2pipe.evaluation.linear import Probe, batch_and_steps, lars, lars_groups, logits, train_probe
-from cae2pipe.evaluation.predicting import Found, predict
-from cae2pipe.evaluation.probing import Inputs, ProbeLearner, all_tokens, pooled
+from cae2pipe.evaluation.predict import SplitPredictions, predict
+from cae2pipe.evaluation.probe_learner import Inputs, ProbeLearner, all_tokens, pooled
 from cae2pipe.evaluation.protocols import protocol
+from cae2pipe.evaluation.result_store import open_scores, save_result
 from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
 from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
 from cae2pipe.runtime.device_memory import memory_advice
@@ -71,9 +71,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found; ``trained`` and ``left_out`` count training images. ``files`` lie in its folder."""
+    """What an evaluation gives: ``val`` are the val images' predictions; ``trained`` and ``left_out`` count training
+    images. ``files`` lie in its folder."""
 
-    found: Found
+    val: SplitPredictions
     figures: dict[str, Any]
     trained: int
     left_out: int = 0
@@ -133,7 +134,7 @@ def _evaluate(
         "data": {"train": train_split.identity, "val": val_split.identity},
     }
     world.lead(lambda: stack.enter_context(writing(out)))
-    box, result = world.lead(lambda: begin(root, asked))
+    box, result = world.lead(lambda: open_scores(root, asked))
     if result:
         report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
         return result if world.leads else {}
@@ -146,18 +147,18 @@ def _evaluate(
 
 def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, score: Score) -> dict[str, Any]:
     """Write down what was found, and call the evaluation complete."""
-    predictions, asked = score.found.predictions, box.identity
-    log_rejects(job.val, score.found.rejected, job.report)
+    predictions, asked = score.val.predictions, box.identity
+    log_rejects(job.val, score.val.rejected, job.report)
     result = {
         "evaluation": kind,
-        "encoder": label(job.spec),
+        "encoder": display_name(job.spec),
         "feature": asked["feature"],
         **accuracy(predictions),
         **score.figures,
         "protocol": protocol(settings, size),
         "classes": len(job.classes),
         "images": {"train": score.trained, "val": len(predictions.labels)},
-        "rejected": {"train": score.left_out, "val": len(score.found.rejected)},
+        "rejected": {"train": score.left_out, "val": len(score.val.rejected)},
         "per_class": per_class(predictions, job.classes),
         "settings": asked["settings"],
         "encoder_identity": asked["encoder"],
@@ -165,7 +166,7 @@ def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, scor
         "fingerprint": box.fingerprint,
     }
     files = write_predictions(job.root, predictions, job.classes)
-    keep(box, result, files | {name: file_entry(job.root / name) for name in score.files})
+    save_result(box, result, files | {name: file_entry(job.root / name) for name in score.files})
     return result
 
 
@@ -182,7 +183,7 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
     labels = common_labels(val_set.labels, job.val.classes, job.classes).numpy()
 
     def predictions(kind: str) -> dict[int, Predictions]:
-        found = knn_predictions(
+        rankings = knn_predictions(
             train_set.features[kind].to(device),
             train_set.labels.to(device),
             val_set.features[kind].to(device),
@@ -190,12 +191,14 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
             k=numbers,
             temperature=settings.temperature,
         )
-        return {k: Predictions(best.numpy(), share.numpy(), labels, val_set.keys) for k, (best, share) in found.items()}
+        return {
+            k: Predictions(best.numpy(), share.numpy(), labels, val_set.keys) for k, (best, share) in rankings.items()
+        }
 
     with frozen_advice(job, settings, len(train_set.labels)):
         by_feature = {kind: predictions(kind) for kind in train_set.features}
-    figures = {kind: {str(k): accuracy(found) for k, found in each.items()} for kind, each in by_feature.items()}
-    headline = Found(by_feature[feature][numbers[0]], val_set.rejected)
+    figures = {kind: {str(k): accuracy(own) for k, own in each.items()} for kind, each in by_feature.items()}
+    headline = SplitPredictions(by_feature[feature][numbers[0]], val_set.rejected)
     more = {"k": numbers[0], "by_feature": figures}
     return Score(headline, more, len(train_set.labels), len(train_set.rejected))
 
@@ -226,12 +229,12 @@ def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: 
     val_labels = common_labels(val_set.labels, job.val.classes, job.classes)
     labels = train_sets[0].labels
     with frozen_advice(job, settings, len(labels) * len(train_sets)):
-        crops = [found.features[feature].to(device) for found in train_sets]
+        crops = [own.features[feature].to(device) for own in train_sets]
         probe, figures = train_probe(
             crops, labels.to(device), classes=len(job.classes), settings=settings, report=job.report
         )
-        found = from_scores(logits(probe, val_set.features[feature].to(device)), val_labels, val_set.keys)
-    return Score(Found(found, val_set.rejected), figures, len(labels), len(train_sets[0].rejected))
+        predictions = from_scores(logits(probe, val_set.features[feature].to(device)), val_labels, val_set.keys)
+    return Score(SplitPredictions(predictions, val_set.rejected), figures, len(labels), len(train_sets[0].rejected))
 
 
 def score_attentive(job: Job, settings: AttentiveSettings, feature: str, size: int) -> Score | None:
@@ -258,7 +261,14 @@ def train_head(
     batch, steps = batch_and_steps(job.train.images, settings.batch)
     course = all_images(job.train.images, batch, steps, settings.chunk, settings.epochs, settings.seed)
     learner = ProbeLearner(
-        job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, job.train.batch, job.world
+        job.encoder,
+        head,
+        inputs,
+        optimizer=optimizer,
+        course=course,
+        warmup_epochs=settings.warmup_epochs,
+        batch=job.train.batch,
+        world=job.world,
     )
     crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
     history = train(
@@ -271,10 +281,10 @@ def train_head(
         report=job.report,
     )
     central = CentralCrop(size, round(size / settings.features.crop))
-    found = predict(learner.logits, job.val, job.classes, central, settings.speed.workers, job.world)
+    val = predict(learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
-    return Score(found, figures, job.train.images)
+    return Score(val, figures, job.train.images)
 
 
 def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int) -> Score:
@@ -286,18 +296,28 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
     classifier = build_classifier(job.encoder, len(classes), settings, job.spec)
     central = CentralCrop(size, round(size / settings.crop))
 
-    def predicted(scores: Callable[[Tensor], Tensor]) -> Found:
-        return predict(scores, job.val, classes, central, settings.speed.workers, world)
+    def predict_val(scores: Callable[[Tensor], Tensor]) -> SplitPredictions:
+        return predict(scores, job.val, classes, crop=central, workers=settings.speed.workers, world=world)
 
     bf16 = precision_of(settings, world.device) == "bf16"
     compiled = compiles(settings.speed.compile, world.device)
-    learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
+    learner = FinetuneLearner(
+        classifier,
+        len(classes),
+        settings,
+        course=course,
+        bf16=bf16,
+        compiled=compiled,
+        world=world,
+        predict=predict_val,
+        root=job.root,
+    )
     crop = DrawnCrop(size, settings.draw, classifier.normalise.mean, settings.seed)
     history = train(
         learner, course, reading(job, course, crop), root=job.root, settings=settings, world=world, report=job.report
     )
     # A run that was killed behind its last step has them still to make.
-    found = learner.found or predicted(learner.logits)
+    val = learner.predicted or predict_val(learner.logits)
     scored = [line for line in history if "top1" in line]
     best = max(scored, key=lambda line: line["top1"])
     figures = {
@@ -305,7 +325,7 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
         "train_loss": history[-1]["loss"],
         "history": history,
     }
-    return Score(found, figures, job.train.images, files=(BEST, LAST))
+    return Score(val, figures, job.train.images, files=(BEST, LAST))
 
 
 SCORES: dict[str, Callable[[Job, Any, str, int], Score | None]] = {
@@ -325,12 +345,14 @@ def features_of(
 
     def features(split: Split, crop: Crop) -> FeatureSet | None:
         folder = job.shared / "features"
-        return extract_features(folder, job.encoder, split, crop, settings.speed.workers, job.world, job.report)
+        return extract_features(
+            folder, job.encoder, split, crop, workers=settings.speed.workers, world=job.world, report=job.report
+        )
 
     train_sets = [features(job.train, crop) for crop in crops]
     val_set = features(job.val, crops[0])
-    found = [features for features in train_sets if features is not None]
-    return (found, val_set) if val_set is not None else None
+    own = [features for features in train_sets if features is not None]
+    return (own, val_set) if val_set is not None else None
 
 
 def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) -> AbstractContextManager[None]:

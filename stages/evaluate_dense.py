@@ -25,8 +25,8 @@ from cae2pipe.dense.label_maps import open_label_maps
 from cae2pipe.dense.segment import SegmentLearner, build_segmenter, drawn_predictions
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.backbone import prepared_encoder
-from cae2pipe.evaluation.encoders import label, load_encoder
-from cae2pipe.evaluation.keeping import begin, keep
+from cae2pipe.evaluation.encoders import display_name, load_encoder
+from cae2pipe.evaluation.result_store import open_scores, save_result
 from cae2pipe.evaluation.weights import save_weights
 from cae2pipe.reporting.box_pictures import box_sheet
 from cae2pipe.reporting.label_pictures import label_sheet
@@ -73,7 +73,7 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
             "encoder": encoder.identity,
             "data": {"train": train_part.identity, "val": val_part.identity, "classes": train_part.classes},
         }
-        box, result = world.lead(lambda: begin(root, asked))
+        box, result = world.lead(lambda: open_scores(root, asked))
         if result:
             report.log(f"nothing to do: {root} holds this score, mIoU {result['miou']:.4f}")
             return result if world.leads else {}
@@ -84,10 +84,10 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
         backbone = prepared_encoder(
             encoder,
             spec,
-            settings.image_size,
-            settings.layer_scale,
-            settings.drop_path,
-            settings.relative_positions,
+            image_size=settings.image_size,
+            layer_scale=settings.layer_scale,
+            drop_path=settings.drop_path,
+            relative_positions=settings.relative_positions,
         )
         compiled = compiles(settings.speed.compile, device)
         segmenter = build_segmenter(backbone, len(train_part.classes), settings)
@@ -143,7 +143,7 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
             "encoder": encoder.identity,
             "data": {"train": train_part.identity, "val": val_part.identity},
         }
-        box, result = world.lead(lambda: begin(root, asked))
+        box, result = world.lead(lambda: open_scores(root, asked))
         if result:
             report.log(f"nothing to do: {root} holds this score, AP^b {result['ap_box']:.4f}")
             return result if world.leads else {}
@@ -152,7 +152,14 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
             report.log(line)
         check_share(settings.batch // settings.chunk, world.ranks)
         course = full_batches(len(train_part), settings.batch, settings.chunk, settings.epochs, settings.seed)
-        backbone = prepared_encoder(encoder, spec, None, settings.layer_scale, settings.drop_path, False)
+        backbone = prepared_encoder(
+            encoder,
+            spec,
+            image_size=None,
+            layer_scale=settings.layer_scale,
+            drop_path=settings.drop_path,
+            relative_positions=False,
+        )
         detector = build_detector(backbone, len(train_part.classes), settings)
         learner = DetectLearner(detector, settings, course, precision == "bf16", world, val_part)
         own = course.own(world.rank, world.ranks)
@@ -198,7 +205,7 @@ def finish(
         files[PICTURES] = file_entry(box.root / PICTURES)
     result = {
         "evaluation": asked["evaluation"],
-        "encoder": label(spec),
+        "encoder": display_name(spec),
         "feature": "tokens",
         **found,
         "train_loss": history[-1]["loss"],
@@ -208,7 +215,7 @@ def finish(
         "data": asked["data"],
         "fingerprint": box.fingerprint,
     }
-    keep(box, result, files)
+    save_result(box, result, files)
     return result
 
 

@@ -12,7 +12,7 @@ from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.comparison.scores import collect
 from cae2pipe.errors import SettingsError, SourceError
-from cae2pipe.evaluation.encoders import Student, label, load_encoder
+from cae2pipe.evaluation.encoders import Student, display_name, load_encoder
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.models.formats import FORMATS, Layout, Shape
 from cae2pipe.reporting.model_card import model_card
@@ -58,7 +58,7 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
     layout = FORMATS[kind](state, shape)
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
     run = open_box(folder) if is_box(folder, "run") else None
-    card = model_card(label(spec), layout, shape, run, collect(scores) if scores else [])
+    card = model_card(display_name(spec), layout, shape, run, collect(scores) if scores else [])
     refuse_others(out, layout)
     out.mkdir(parents=True, exist_ok=True)
     remove_debris(out)

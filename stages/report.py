@@ -26,7 +26,7 @@ from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import Target, TargetSet
-from cae2pipe.training.student import forecasts, image_features, load_student, mask_of, same_teacher
+from cae2pipe.training.student import image_features, load_student, mask_of, preview_latents, same_teacher
 
 MARKDOWN, HTML = "report.md", "report.html"
 
@@ -120,7 +120,7 @@ def add_pictures(
         gallery.masks.append(masks)
     if settings.loss.target != "pixels":
         whose = name if model.masks else f"{name} (sees all patches)"
-        gallery.forecasts[whose] = forecasts(model, settings, targets, shown, device)
+        gallery.previews[whose] = preview_latents(model, settings, targets, shown, device)
     gallery.neighbours.append(
         NeighbourRow(name, nearest_views(image_features(model, views, device), gallery.queries, NEAREST))
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, place, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, path_or_url, section
 
 if TYPE_CHECKING:
     from cae2pipe.config.extract import CodecSettings
@@ -27,7 +27,7 @@ def shard(
             metavar="SOURCE",
             help="A folder of images (class/*.jpg, or *.jpg, or splits of those), ImageNet's archives or their folder, "
             "a tar of images, a folder of WebDataset tars, or a .txt list of paths; or the URL of one.",
-            parser=place,
+            parser=path_or_url,
         ),
     ],
     out: Out,
@@ -37,7 +37,7 @@ def shard(
         typer.Option(
             help="Ground truth of images without classes: ImageNet's development kit, a text file with a class a line, "
             "or Kaggle's LOC_val_solution.csv.",
-            parser=place,
+            parser=path_or_url,
         ),
     ] = None,
     expect: Annotated[
@@ -64,7 +64,10 @@ def shard(
 
 def extract_targets(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A shard set (folder or URL), or a folder of images.", parser=place)
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A shard set (folder or URL), or a folder of images.", parser=path_or_url
+        ),
     ],
     out: Out,
     config: Annotated[str, typer.Option(help="Teacher preset or YAML file.")] = "clip-b16",
@@ -127,7 +130,9 @@ def extract_targets(
 def recode(
     source: Annotated[
         Path,
-        typer.Argument(metavar="SET", help="A target set, best one of --codec fp16 (folder or URL).", parser=place),
+        typer.Argument(
+            metavar="SET", help="A target set, best one of --codec fp16 (folder or URL).", parser=path_or_url
+        ),
     ],
     out: Out,
     codec: Annotated[CodecName, typer.Option(help="How latents are compressed in OUT.")] = CodecName.klt,

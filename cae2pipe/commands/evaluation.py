@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, section, show
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, section, show_error
 from cae2pipe.errors import FAILURE, Cae2pipeError
 
 Encoder = Annotated[
@@ -37,7 +37,7 @@ def evaluate_knn(
     set_: Set = None,
 ) -> None:
     """Accuracy of weighted nearest neighbours on frozen features."""
-    _evaluate("knn", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("knn", encoder, data, out, config, set_, workers=workers, device=device)
 
 
 def evaluate_linear(
@@ -61,7 +61,7 @@ def evaluate_linear(
     from cae2pipe.config.evaluate import FAST_RATES
 
     over = ["cached_crops=1", f"sweep={list(FAST_RATES)}", *(set_ or [])] if fast else set_
-    _evaluate("linear", encoder, data, out, config, over, workers=workers, device=device)
+    _run_evaluation("linear", encoder, data, out, config, over, workers=workers, device=device)
 
 
 def evaluate_attentive(
@@ -74,7 +74,7 @@ def evaluate_attentive(
     set_: Set = None,
 ) -> None:
     """Accuracy of one cross-attention block and a linear classifier on frozen tokens."""
-    _evaluate("attentive", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("attentive", encoder, data, out, config, set_, workers=workers, device=device)
 
 
 def evaluate_finetune(
@@ -90,7 +90,7 @@ def evaluate_finetune(
     set_: Set = None,
 ) -> None:
     """Accuracy of the whole encoder trained as a classifier (paper, Table 10)."""
-    _evaluate("finetune", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("finetune", encoder, data, out, config, set_, workers=workers, device=device)
 
 
 def evaluate_segment(
@@ -162,7 +162,7 @@ def evaluate_detect(
             _print_score(result)
 
 
-def _evaluate(
+def _run_evaluation(
     kind: str, encoder: str, data: Path, out: Path, config: str, set_: list[str] | None, **speed: Any
 ) -> None:
     with exits():
@@ -218,6 +218,6 @@ def results(
         else:
             console.block(as_markdown(rows) if format_ is ResultsFormat.markdown else json.dumps(rows, indent=1))
         for error in damaged:
-            show(error)
+            show_error(error)
     if damaged:
         raise typer.Exit(FAILURE)

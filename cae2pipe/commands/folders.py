@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from cae2pipe.commands.shared import console, errors, exits, place
+from cae2pipe.commands.shared import console, errors, exits, path_or_url
 from cae2pipe.errors import FAILURE
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a folder is, what it was made from, and what it holds."""
@@ -32,14 +32,14 @@ def inspect(
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
     repair: Annotated[bool, typer.Option("--repair", help="Make again exactly what is damaged, then check.")] = False,
     source: Annotated[
         Path | None,
-        typer.Option(help="With --repair: the images or the shard set that it was made from.", parser=place),
+        typer.Option(help="With --repair: the images or the shard set that it was made from.", parser=path_or_url),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="With --repair: the ground truth that shard was given.", parser=place)
+        Path | None, typer.Option(help="With --repair: the ground truth that shard was given.", parser=path_or_url)
     ] = None,
     live: Annotated[
         int, typer.Option(min=0, help="Target sets: also run the teacher again on this many stored views.")
@@ -77,11 +77,11 @@ def verify(
 def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> None:
     from cae2pipe.stages.verify import verify_live
 
-    found = verify_live(path, live, weights, device)
+    audit = verify_live(path, live, weights, device)
     console.say(
-        f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
-        f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})"
+        f"the teacher on {audit.views} stored views: mean cosine {audit.raw:.5f} ({audit.expected:.5f} by the "
+        f"manifest), centred {audit.centred:.5f}, worst view {audit.worst:.5f} ({audit.worst_view})"
     )
-    if not found.sound:
+    if not audit.sound:
         errors.say("these are not the teacher's latents of these views", style="bold red")
         raise typer.Exit(FAILURE)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.artifacts.places import place as _place
+from cae2pipe.artifacts.places import place
 from cae2pipe.errors import (
     INTERRUPTED,
     REQUEUE,
@@ -21,19 +21,19 @@ from cae2pipe.errors import (
     Terminated,
 )
 from cae2pipe.runtime.foreign_names import visible, why_not_utf8
-from cae2pipe.runtime.system_errors import explain
+from cae2pipe.runtime.system_errors import explain_system_error
 from cae2pipe.runtime.terminal import Terminal
 
 console = Terminal()
 errors = Terminal(stderr=True)
 
 
-def place(text: str | Path) -> Path:
+def path_or_url(text: str | Path) -> Path:
     """A path or URL of the command line. typer hands defaults, which are paths already, through it too."""
     if not str(text).strip():
         raise typer.BadParameter("this name is empty, perhaps because a variable of the shell is not set")
     try:
-        return _place(text)
+        return place(text)
     except Cae2pipeError as error:
         raise typer.BadParameter(visible(str(error), keep="\n")) from None
 
@@ -44,7 +44,7 @@ def folder(text: str | Path) -> Path:
         str(text).encode()
     except UnicodeEncodeError:
         raise typer.BadParameter("; ".join(why_not_utf8(str(text)))) from None
-    return place(text)
+    return path_or_url(text)
 
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting; may be repeated.")]
@@ -61,7 +61,7 @@ STOPS = {
 """What is said where a command is stopped, and its exit code."""
 
 
-def show(error: Cae2pipeError) -> None:
+def show_error(error: Cae2pipeError) -> None:
     """Print an error as users see it."""
     errors.problem(error, "error:")
 
@@ -92,11 +92,11 @@ def exits() -> Iterator[None]:
         errors.print(f"{what}; the same command goes on from here")
         raise end from None
     except Exception as error:
-        explained = error if isinstance(error, Cae2pipeError) else explain(error)
+        explained = error if isinstance(error, Cae2pipeError) else explain_system_error(error)
         if explained is None:
             raise
         if not explained.shown_elsewhere:
-            show(explained)
+            show_error(explained)
         raise typer.Exit(explained.exit_code) from None
     finally:
         for number, handler in old.items():

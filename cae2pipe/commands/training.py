@@ -12,13 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from cae2pipe.commands.jobs import run_jobs
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, place, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, path_or_url, section
 
 
 def pretrain(
     targets: Annotated[
         Path,
-        typer.Argument(metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=place),
+        typer.Argument(
+            metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=path_or_url
+        ),
     ],
     out: Out,
     config: Annotated[str, typer.Option(help="Preset (tiny, small, base, large, huge) or YAML file.")] = "base",
@@ -66,21 +68,21 @@ def replay(
         from cae2pipe.runtime.terminal import print_table
         from cae2pipe.stages.replay import replay as run
 
-        found = run(record, device or "auto", precision)
-        names = (*found["terms"], "grad_norm")
-        again = {**found["terms"], "grad_norm": found["grad_norm"]}
-        rows = [{"value": n, "recorded": f"{found['recorded'][n]:.6g}", "again": f"{again[n]:.6g}"} for n in names]
+        replayed = run(record, device or "auto", precision)
+        names = (*replayed["terms"], "grad_norm")
+        again = {**replayed["terms"], "grad_norm": replayed["grad_norm"]}
+        rows = [{"value": n, "recorded": f"{replayed['recorded'][n]:.6g}", "again": f"{again[n]:.6g}"} for n in names]
         print_table(console, rows)
-        print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in found["samples"]])
+        print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in replayed["samples"]])
         for title, values in (
-            ("latents that are not finite", found["inputs"]),
-            ("first module with such an output", [found["module"]] if found["module"] else []),
-            ("weights with such gradients", shortened(found["gradients"])),
+            ("latents that are not finite", replayed["inputs"]),
+            ("first module with such an output", [replayed["module"]] if replayed["module"] else []),
+            ("weights with such gradients", first_few(replayed["gradients"])),
         ):
             console.say(f"{title}: {', '.join(values) or 'none'}")
 
 
-def shortened(names: list[str], most: int = 5) -> list[str]:
+def first_few(names: list[str], most: int = 5) -> list[str]:
     """The first few of many names, and how many more there are."""
     return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
 
@@ -124,7 +126,7 @@ def compare(
         ),
     ],
     targets: Annotated[
-        Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=place)
+        Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=path_or_url)
     ],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
     out: Annotated[
@@ -166,16 +168,16 @@ def compare(
                 raise typer.BadParameter("--jobs shares out all runs itself: leave --part and torchrun away")
             # What is wrong with the grid is told once, not by every job.
             stage.plan_grid(settings, targets, data, out, small, speed)
-            work = partial(_compare_part, settings, targets, data, out, small, speed)
+            work = partial(_compare_part, settings, targets, data, out, small=small, speed=speed)
             try:
                 run_jobs(work, jobs, device)
             except Cae2pipeError as error:
                 jobs_failed = error
             run = stage.report_grid
         with progress("compare") as report:
-            found = run(settings, name, targets, data, out, report, small=small, speed=speed)
-        if found:
-            print_comparison(found, out / "reports" / name)
+            comparison = run(settings, name, targets, data, out, report, small=small, speed=speed)
+        if comparison:
+            print_comparison(comparison, out / "reports" / name)
         if jobs_failed:
             raise jobs_failed
 
@@ -191,10 +193,11 @@ def _compare_part(
     targets: Path,
     data: Path,
     out: Path,
-    small: bool,
-    speed: dict[str, Any],
     part: Any,
     device: str | None,
+    *,
+    small: bool,
+    speed: dict[str, Any],
 ) -> None:
     from cae2pipe.runtime.progress import Lines
     from cae2pipe.stages.compare import plan_grid, run_part
@@ -212,7 +215,8 @@ def report(
         Path, typer.Option(help="The folder to write report.html and report.md into.", parser=folder)
     ] = Path("report"),
     targets: Annotated[
-        Path | None, typer.Option(help="A target set to make pictures from: masks, latents, neighbours.", parser=place)
+        Path | None,
+        typer.Option(help="A target set to make pictures from: masks, latents, neighbours.", parser=path_or_url),
     ] = None,
     scores: Annotated[
         list[Path] | None, typer.Option(help="A folder with evaluations of the runs, at any depth; may be repeated.")
@@ -224,17 +228,17 @@ def report(
         from cae2pipe.runtime.progress import progress
         from cae2pipe.stages.report import report_runs
 
-        with progress("report") as told:
-            found = report_runs(runs, scores or [], targets, out, told, device or "auto")
-        print_comparison(found, out)
+        with progress("report") as progress_report:
+            comparison = report_runs(runs, scores or [], targets, out, progress_report, device or "auto")
+        print_comparison(comparison, out)
 
 
-def print_comparison(found: Any, folder: Path) -> None:
+def print_comparison(comparison: Any, folder: Path) -> None:
     """A comparison's table, what it says, and where its page is."""
     from cae2pipe.reporting.comparison_text import cells, findings
     from cae2pipe.runtime.terminal import print_table
 
-    headers, rows = cells(found)
+    headers, rows = cells(comparison)
     print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])
-    for line in (*findings(found), f"report: {folder / 'report.html'}"):
+    for line in (*findings(comparison), f"report: {folder / 'report.html'}"):
         console.say(line)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cae2pipe.demo.measures import MEASURES
-from cae2pipe.reporting.html import Child, Html, element, figure, image, join, page, table
+from cae2pipe.reporting.html import Child, Html, element, figure, image, join_html, page, table
 from cae2pipe.reporting.pictures import (
     PALETTE,
     ColourBasis,
@@ -22,14 +22,14 @@ from cae2pipe.reporting.pictures import (
     latent_colours,
     outline_boxes,
     png_uri,
-    resized,
+    resized_picture,
     tiled,
 )
 from cae2pipe.reporting.plots import Points, bars, curves
 
 if TYPE_CHECKING:
     from cae2pipe.demo.stored import StoredImage
-    from cae2pipe.training.student import Forecast
+    from cae2pipe.training.student import LatentPreview
 
 PANEL = 132
 """Side of a panel of the picture in pixels."""
@@ -38,16 +38,16 @@ SHOWN = 200
 
 
 @dataclass(frozen=True)
-class Step:
+class DemoCommand:
     """A command that the demo ran, and one sentence on what it does. ``own`` is the same for a user's own images."""
 
     text: str
-    command: str
+    line: str
     own: str | None = None
 
 
 @dataclass(frozen=True)
-class Contents:
+class DemoContents:
     """All that the page shows.
 
     ``losses`` are points (epoch, loss); ``bytes_per_view`` has the keys ``fp16``, ``int8``, ``stored``, ``pixels``.
@@ -60,27 +60,27 @@ class Contents:
     losses: Sequence[tuple[float, float]]
     bytes_per_view: Mapping[str, float]
     stored: Sequence[StoredImage]
-    forecasts: Sequence[Forecast]
-    steps: Sequence[Step]
+    previews: Sequence[LatentPreview]
+    commands: Sequence[DemoCommand]
 
 
-def shared_basis(contents: Contents) -> ColourBasis:
+def shared_basis(contents: DemoContents) -> ColourBasis:
     """One basis for every picture of latents, from the teacher's."""
-    latents = [forecast.teacher for forecast in contents.forecasts]
+    latents = [preview.teacher for preview in contents.previews]
     for one in contents.stored:
         latents += one.latents
     return colour_basis(np.concatenate(latents))
 
 
-def picture(contents: Contents, pairs: int = 2) -> Picture:
+def picture(contents: DemoContents, pairs: int = 2) -> Picture:
     """Test tiles in rows, ``pairs`` a row, each as view, masked view, teacher's latents and student's latents."""
     basis = shared_basis(contents)
     rows, cols = contents.grid
     groups = []
-    for forecast in contents.forecasts:
-        view = resized(forecast.view, PANEL, PANEL)
-        maps = [latent_colours(latents, rows, cols, basis) for latents in (forecast.teacher, forecast.student)]
-        groups.append([view, hide_patches(view, forecast.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
+    for preview in contents.previews:
+        view = resized_picture(preview.view, PANEL, PANEL)
+        maps = [latent_colours(latents, rows, cols, basis) for latents in (preview.teacher, preview.student)]
+        groups.append([view, hide_patches(view, preview.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
     captions: list[tuple[int, str]] = []
     strips: list[Picture] = []
     left = 0
@@ -97,7 +97,7 @@ def picture(contents: Contents, pairs: int = 2) -> Picture:
     return captioned(np.concatenate(strips, axis=1), captions)
 
 
-def render(contents: Contents) -> str:
+def demo_page(contents: DemoContents) -> str:
     """The page, one file that refers to nothing outside itself."""
     basis = shared_basis(contents)
     result = contents.result
@@ -122,7 +122,7 @@ def render(contents: Contents) -> str:
         ),
         element(
             "div",
-            *(forecast_card(forecast, contents.grid, basis) for forecast in contents.forecasts),
+            *(preview_card(preview, contents.grid, basis) for preview in contents.previews),
             class_="examples",
         ),
         element("h2", "The figures"),
@@ -147,10 +147,10 @@ def render(contents: Contents) -> str:
         ),
         element("h2", "The same on your own images"),
         element("p", "What ran here, and what to run on a folder of your own. Every command goes on where it was."),
-        own_commands(contents.steps),
+        own_commands(contents.commands),
         element("footer", footer_text()),
     ]
-    return page("cae2pipe demo", join(body, "\n"))
+    return page("cae2pipe demo", join_html(body, "\n"))
 
 
 def headline(result: Mapping[str, float]) -> Html:
@@ -174,25 +174,25 @@ def headline(result: Mapping[str, float]) -> Html:
     )
 
 
-def forecast_card(forecast: Forecast, grid: tuple[int, int], basis: ColourBasis) -> Html:
-    view = resized(forecast.view, SHOWN, SHOWN)
-    name = title(forecast.key)
+def preview_card(preview: LatentPreview, grid: tuple[int, int], basis: ColourBasis) -> Html:
+    view = resized_picture(preview.view, SHOWN, SHOWN)
+    name = title(preview.key)
     panels = [
         figure(image(jpeg_uri(view), f"A view of {name}"), "view"),
         figure(
-            image(jpeg_uri(hide_patches(view, forecast.mask)), "The view with its masked patches hidden"),
+            image(jpeg_uri(hide_patches(view, preview.mask)), "The view with its masked patches hidden"),
             "visible to it",
         ),
-        figure(latents_image(forecast.teacher, grid, basis, "the teacher"), "teacher"),
-        figure(latents_image(forecast.student, grid, basis, "the student"), "student"),
+        figure(latents_image(preview.teacher, grid, basis, "the teacher"), "teacher"),
+        figure(latents_image(preview.student, grid, basis, "the student"), "student"),
     ]
-    heading = element("h3", name, " ", element("small", f"centred cosine where hidden {forecast.cosine:.2f}"))
+    heading = element("h3", name, " ", element("small", f"centred cosine where hidden {preview.cosine:.2f}"))
     return element("div", heading, element("div", *panels, class_="strip four"), class_="card")
 
 
 def stored_card(one: StoredImage, grid: tuple[int, int], basis: ColourBasis) -> Html:
     side = max(one.tile.shape[:2])
-    tile = resized(one.tile, *(round(edge * 2 * SHOWN / side) for edge in one.tile.shape[:2]))
+    tile = resized_picture(one.tile, *(round(edge * 2 * SHOWN / side) for edge in one.tile.shape[:2]))
     scale = tile.shape[1] / one.tile.shape[1]
     boxes = [tuple(edge * scale for edge in box) for box in one.boxes]
     columns = [
@@ -209,8 +209,8 @@ def stored_card(one: StoredImage, grid: tuple[int, int], basis: ColourBasis) -> 
             element(
                 "div",
                 figure(
-                    image(jpeg_uri(resized(view, SHOWN, SHOWN)), f"View {number}"),
-                    join((mark, f"view {number}{flipped}")),
+                    image(jpeg_uri(resized_picture(view, SHOWN, SHOWN)), f"View {number}"),
+                    join_html((mark, f"view {number}{flipped}")),
                 ),
                 figure(latents_image(latents, grid, basis, f"the teacher, view {number}")),
             )
@@ -227,7 +227,7 @@ def measures_table(result: Mapping[str, float]) -> Html:
     lines: list[list[Child]] = []
     for measure in MEASURES:
         met = measure.met(result)
-        goal = join((measure.show_goal(result), " ", mark(met))) if met is not None else None
+        goal = join_html((measure.show_goal(result), " ", mark(met))) if met is not None else None
         lines.append([measure.name, measure.show(result), goal, measure.meaning])
     return table(["measure", "value", "goal", "meaning"], lines)
 
@@ -236,7 +236,7 @@ def mark(met: bool) -> Html:
     return element("span", "✓ reached" if met else "✗ missed", class_="good" if met else "bad")
 
 
-def loss_chart(contents: Contents) -> Html:
+def loss_chart(contents: DemoContents) -> Html:
     xs, ys = zip(*contents.losses, strict=True)
     epochs = sorted({int(x) for x in xs})
     means = [float(np.mean([y for x, y in contents.losses if int(x) == epoch])) for epoch in epochs]
@@ -248,7 +248,7 @@ def loss_chart(contents: Contents) -> Html:
     )
 
 
-def bytes_chart(contents: Contents) -> Html:
+def bytes_chart(contents: DemoContents) -> Html:
     sizes = contents.bytes_per_view
     names = {"fp16": "latents, fp16", "int8": "latents, int8", "stored": f"latents, {contents.codec} (stored)"}
     names["pixels"] = "pixels, JPEG"
@@ -263,21 +263,21 @@ def bytes_chart(contents: Contents) -> Html:
     return bars(rows, strong=list(names).index("stored"), x_label="kB a view")
 
 
-def own_commands(steps: Sequence[Step]) -> Html:
+def own_commands(commands: Sequence[DemoCommand]) -> Html:
     lines = []
-    for step in steps:
-        lines.append(element("i", f"# {step.text}\n"))
-        lines.append(element("span", f"{step.command}\n\n"))
+    for command in commands:
+        lines.append(element("i", f"# {command.text}\n"))
+        lines.append(element("span", f"{command.line}\n\n"))
     own = [
-        join((element("i", f"# instead of: {step.command}\n"), f"{step.own}\n\n"))
-        for step in steps
-        if step.own is not None
+        join_html((element("i", f"# instead of: {command.line}\n"), f"{command.own}\n\n"))
+        for command in commands
+        if command.own is not None
     ]
-    return join(
+    return join_html(
         [
-            element("pre", join(lines)),
+            element("pre", join_html(lines)),
             element("p", "With CLIP as the teacher, and the paper's Base student:"),
-            element("pre", join(own)),
+            element("pre", join_html(own)),
         ]
     )
 
@@ -291,7 +291,7 @@ def title(key: str) -> str:
 def footer_text() -> Html:
     from cae2pipe.version import __version__
 
-    return join(
+    return join_html(
         (
             f"Made by cae2pipe {__version__}. ",
             "Photographs: those shipped with scikit-image and scikit-learn; china and flower by danielbuechele and "

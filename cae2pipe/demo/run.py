@@ -18,9 +18,9 @@ from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.demo.report import Contents, Step, picture, render
+from cae2pipe.demo.report import DemoCommand, DemoContents, demo_page, picture
 from cae2pipe.demo.stored import read_stored
-from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
+from cae2pipe.demo.student import MeanStudent, mean_over_views, previews_of
 from cae2pipe.demo.tiles import cut_tiles
 from cae2pipe.reporting.pictures import png_bytes
 from cae2pipe.runtime.device import pick_device
@@ -37,7 +37,7 @@ SEED = 0
 VIEWS = 4
 STORED = ("astronaut/00", "coffee/00")
 """Training tiles whose stored views the page shows."""
-FORECAST = ("motorcycle_left/05", "ihc/00", "coins/03", "astronaut/06", "retina/03", "camera/02")
+PREDICTED = ("motorcycle_left/05", "ihc/00", "coins/03", "astronaut/06", "retina/03", "camera/02")
 """Test tiles whose predictions the page shows."""
 
 Reports = Callable[[str], AbstractContextManager[Report]]
@@ -67,11 +67,11 @@ def run_demo(
     """
     began = time.monotonic()
     images, targets, held_out, run = out / "images", out / "targets", out / "targets-val", out / "run"
-    steps: list[Step] = []
+    commands: list[DemoCommand] = []
 
     def announce(text: str, *command: object, own: str | None = None) -> None:
         line = shlex.join(str(part) for part in ("cae2pipe", *command))
-        steps.append(Step(text, line, own))
+        commands.append(DemoCommand(text, line, own))
         say(f"\n{text}\n$ {line}")
 
     given = [] if device == "auto" else ["--device", device]
@@ -135,7 +135,7 @@ def run_demo(
         result = {name: round(value, 6) for name, value in result.items()}
         result = write_result(out / "result.json", result, time.monotonic() - began)
         per_epoch = max(1, sum(line["epoch"] == 0 for line in lines))
-        contents = Contents(
+        contents = DemoContents(
             teacher=stored.teacher.name,
             codec=stored.layout.codec.name,
             grid=(stored.teacher.rows, stored.teacher.cols),
@@ -143,10 +143,10 @@ def run_demo(
             losses=[(line["step"] / per_epoch, line["loss"]) for line in lines],
             bytes_per_view=codec_bytes(stored),
             stored=[read_stored(stored, images / "train", sample_key(name)) for name in STORED],
-            forecasts=forecasts_of(model, test, run_with, [sample_key(name) for name in FORECAST], chosen),
-            steps=steps,
+            previews=previews_of(model, test, run_with, [sample_key(name) for name in PREDICTED], chosen),
+            commands=commands,
         )
-        write_bytes(out / "report.html", render(contents).encode("utf-8"))
+        write_bytes(out / "report.html", demo_page(contents).encode("utf-8"))
         write_bytes(out / "picture.png", png_bytes(picture(contents)))
     return result
 
@@ -182,7 +182,7 @@ def stored_figures(targets: TargetSet) -> dict[str, float]:
 
 
 def loss_figures(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """The first step's loss, and the mean over the last epoch's steps."""
+    """The first step's loss, and the mean over the last epoch's commands."""
     last = [line["loss"] for line in lines if line["epoch"] == lines[-1]["epoch"]]
     return {"loss_first": lines[0]["loss"], "loss_last": sum(last) / len(last)}
 

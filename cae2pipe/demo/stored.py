@@ -44,12 +44,12 @@ def read_stored(targets: TargetSet, images: Path, key: str) -> StoredImage:
         keys = reader.keys()
         if key not in keys:
             continue
-        block, place = divmod(keys.index(key), BLOCK)
+        block, index = divmod(keys.index(key), BLOCK)
         draw = ViewDraw.from_row(reader.draws()[keys.index(key)])
         arrays = as_tensors(reader.arrays(block, list(targets.layout.codec.arrays())))
         with torch.no_grad():
-            tokens = F.normalize(targets.layout.codec.decode(arrays)[place], dim=-1)
-        stored.views.append(targets.pixels(reader.block(block, ()), [place])[0])
+            tokens = F.normalize(targets.layout.codec.decode(arrays)[index], dim=-1)
+        stored.views.append(targets.pixels(reader.block(block, ()), [index])[0])
         # Draws of replayed views are made for the image as it is kept.
         scale = stored.tile.shape[1] / draw.source_width
         left, top, right, bottom = (round(edge * scale) for edge in box_in_image(draw))

@@ -16,7 +16,7 @@ from cae2pipe.methods.method import Method
 from cae2pipe.targets.target_set import Target, TargetSet
 from cae2pipe.training.objective import TERMS, make_objective
 from cae2pipe.training.step import forward
-from cae2pipe.training.student import Forecast, forecasts
+from cae2pipe.training.student import LatentPreview, preview_latents
 
 
 class MeanStudent(nn.Module):
@@ -55,12 +55,12 @@ def mean_over_views(
     return dict(zip(TERMS, np.average(values, axis=0, weights=images).tolist(), strict=True))
 
 
-def forecasts_of(
+def previews_of(
     model: Method, targets: TargetSet, settings: PretrainSettings, keys: Sequence[str], device: torch.device
-) -> list[Forecast]:
+) -> list[LatentPreview]:
     """What the student predicts for the first stored views with the given keys, in their order."""
-    found: dict[str, Target] = {}
+    by_key: dict[str, Target] = {}
     for view in targets:
-        if view.key in keys and view.key not in found:
-            found[view.key] = view
-    return forecasts(model, settings, targets, [found[key] for key in keys if key in found], device)
+        if view.key in keys and view.key not in by_key:
+            by_key[view.key] = view
+    return preview_latents(model, settings, targets, [by_key[key] for key in keys if key in by_key], device)

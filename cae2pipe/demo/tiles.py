@@ -161,8 +161,8 @@ def check_tiles(out: Path, record: Mapping[str, object], counts: dict[str, int])
         old = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         old = None
-    found = {split: sum(1 for _ in (out / split).glob("*/*.jpg")) for split in counts}
-    if old != record or found != counts:
+    present = {split: sum(1 for _ in (out / split).glob("*/*.jpg")) for split in counts}
+    if old != record or present != counts:
         raise MismatchError(
             "this folder does not hold the demo's tiles" if old is None else "some of the demo's tiles differ",
             where=out,

@@ -17,6 +17,7 @@ from cae2pipe.supervised.normalised import Normalised
 def prepared_encoder(
     encoder: FrozenEncoder,
     spec: str,
+    *,
     image_size: int | None,
     layer_scale: float | None,
     drop_path: float,

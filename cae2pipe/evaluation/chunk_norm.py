@@ -12,8 +12,8 @@ from cae2pipe.runtime.world import World
 class ChunkNorm(nn.Module):
     """BatchNorm without affine over features (B, D), eps 1e-6 (released code).
 
-    In training every chunk is normalised by its own statistics, as on a device of its own. ``settle`` moves the running
-    ones once a step, by the mean over the chunks since the last call.
+    In training every chunk is normalised by its own statistics, as on a device of its own.
+    ``update_running_stats`` moves the running ones once a step, by the mean over the chunks since the last call.
     """
 
     def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-6):
@@ -36,7 +36,7 @@ class ChunkNorm(nn.Module):
         return F.batch_norm(x, None, None, training=True, eps=self.eps)
 
     @torch.no_grad()
-    def settle(self, world: World | None = None) -> None:
+    def update_running_stats(self, world: World | None = None) -> None:
         """Move the running statistics; to be called by all processes, after a step."""
         if world:
             world.sum(self.seen)

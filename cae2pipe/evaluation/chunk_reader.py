@@ -34,14 +34,14 @@ class ChunkReader(Reader):
         crop = DrawnCrop(self.crop.size, self.crop.settings, self.crop.mean, self.crop.seed, epoch)
         pixels: dict[int, np.ndarray] = {}
         rejected = []
-        for place, image in enumerate(chosen.tolist()):
+        for position, image in enumerate(chosen.tolist()):
             sample = self.samples.read(image)
             try:
                 decoded = decode_rgb(sample.data, where=f"{self.root}, {sample.key}")
             except ImageError as error:
                 rejected.append({"path": sample.key, "reason": error.what})
                 continue
-            pixels[place] = crop(decoded, image).transpose(2, 0, 1)
+            pixels[position] = crop(decoded, image).transpose(2, 0, 1)
         if not pixels:
             raise SourceError(
                 f"not one of {len(chosen)} images that are trained on together can be decoded: {rejected[0]['reason']}",
@@ -49,7 +49,7 @@ class ChunkReader(Reader):
                 fix="`cae2pipe shard` makes a shard set of what can be decoded",
             )
         good = sorted(pixels)
-        places = [good[np.searchsorted(good, place) % len(good)] for place in range(len(chosen))]
-        stacked = np.stack([pixels[place] for place in places])
-        labels = self.samples.labels[chosen[places]]
+        positions = [good[np.searchsorted(good, position) % len(good)] for position in range(len(chosen))]
+        stacked = np.stack([pixels[position] for position in positions])
+        labels = self.samples.labels[chosen[positions]]
         return Chunk(step, number, torch.from_numpy(stacked), torch.from_numpy(labels), tuple(rejected))

@@ -83,8 +83,8 @@ class FrozenEncoder(ABC):
 
     def __call__(self, pixels: Tensor) -> Features:
         """Features of pixels, as ``tokens`` takes them."""
-        found = self.tokens(pixels)
-        return Features(found.class_token, found.patches.mean(dim=1))
+        tokens = self.tokens(pixels)
+        return Features(tokens.class_token, tokens.patches.mean(dim=1))
 
 
 class Student(FrozenEncoder):
@@ -143,7 +143,7 @@ class FrozenTeacher(FrozenEncoder):
         return Tokens(tokens[:, 0], tokens[:, 1:])
 
 
-def label(spec: str) -> str:
+def display_name(spec: str) -> str:
     """What results call an encoder: ``spec`` without its folders, so that no manifest holds a path of one machine."""
     form, colon, rest = spec.partition(":")
     if colon and form in KINDS:

@@ -79,6 +79,7 @@ def extract_features(
     encoder: FrozenEncoder,
     split: Split,
     crop: Crop,
+    *,
     workers: int,
     world: World,
     report: Report,
@@ -104,7 +105,7 @@ def extract_features(
     for part, path in own:
         if not path.exists():
             with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
-                write_part(path, encoder, split, part, crop, workers, world.device, report)
+                write_part(path, encoder, split, part, crop=crop, workers=workers, device=world.device, report=report)
     world.meet()
     return gathered(split, paths, report) if world.leads else None
 
@@ -133,14 +134,14 @@ def clear(folder: Path, paths: list[Path], report: Report) -> None:
 
 def gathered(split: Split, paths: list[Path], report: Report) -> FeatureSet:
     """The parts as one."""
-    found = [read_part(path) for path in paths]
+    parts = [read_part(path) for path in paths]
     # A part without a single image does not know how wide features are.
-    filled = [part.features for part in found if len(part.labels)]
+    filled = [part.features for part in parts if len(part.labels)]
     whole = FeatureSet(
         {kind: torch.cat([features[kind] for features in filled]) for kind in (filled[0] if filled else ())},
-        torch.cat([part.labels for part in found]),
-        [key for part in found for key in part.keys],
-        [reject for part in found for reject in part.rejected],
+        torch.cat([part.labels for part in parts]),
+        [key for part in parts for key in part.keys],
+        [reject for part in parts for reject in part.rejected],
     )
     log_rejects(split, whole.rejected, report)
     if not len(whole.labels):
@@ -161,6 +162,7 @@ def write_part(
     encoder: FrozenEncoder,
     split: Split,
     runs: range,
+    *,
     crop: Crop,
     workers: int,
     device: torch.device,
@@ -172,17 +174,17 @@ def write_part(
     for batch in crop_batches(split, runs, crop, workers, device):
         crops = batch.crops
         if len(crops.labels):
-            found = encoder(batch.pixels)
-            features["mean"].append(found.mean)
-            if found.class_token is not None:
+            encoded = encoder(batch.pixels)
+            features["mean"].append(encoded.mean)
+            if encoded.class_token is not None:
                 # Not a view, which would keep all tokens.
-                features["class"].append(found.class_token.clone())
+                features["class"].append(encoded.class_token.clone())
             labels.append(torch.from_numpy(crops.labels))
         keys += crops.keys
         rejected += crops.rejected
         report.advance(1)
     tensors = {kind: torch.cat(parts).cpu() for kind, parts in features.items() if parts}
-    if not all(torch.isfinite(found).all() for found in tensors.values()):
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise SourceError(
             "the encoder's features are not finite: a score would mean nothing",
             where=split.root,
@@ -197,11 +199,11 @@ def write_part(
 
 def checksum(features: dict[str, Tensor], labels: Tensor, samples: dict[str, Any]) -> int:
     """CRC-32C over a part: names, types, shapes and bytes of its tensors, and what it says of its samples."""
-    found: int = google_crc32c.value(canonical_json(samples).encode())
+    crc: int = google_crc32c.value(canonical_json(samples).encode())
     for name, tensor in [*sorted(features.items()), ("labels", labels)]:
-        found = google_crc32c.extend(found, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found = google_crc32c.extend(found, tensor.numpy().tobytes())
-    return found
+        crc = google_crc32c.extend(crc, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        crc = google_crc32c.extend(crc, tensor.numpy().tobytes())
+    return crc
 
 
 def read_part(path: Path) -> FeatureSet:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cae2pipe.config.evaluate import FinetuneSettings
 from cae2pipe.evaluation.backbone import prepared_encoder
 from cae2pipe.evaluation.encoders import FrozenEncoder
-from cae2pipe.evaluation.predicting import Found
+from cae2pipe.evaluation.predict import SplitPredictions
 from cae2pipe.evaluation.scores import accuracy
 from cae2pipe.evaluation.weights import save_weights
 from cae2pipe.models.trainable import layer_decay_groups, set_classifier
@@ -34,17 +34,17 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 
 def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSettings, spec: str) -> Normalised:
     """The encoder as a classifier that can be trained. Raises SettingsError as ``prepared_encoder``."""
-    found = prepared_encoder(
+    classifier = prepared_encoder(
         encoder,
         spec,
-        settings.image_size,
-        settings.layer_scale,
-        settings.drop_path,
-        settings.relative_positions,
+        image_size=settings.image_size,
+        layer_scale=settings.layer_scale,
+        drop_path=settings.drop_path,
+        relative_positions=settings.relative_positions,
     )
     with seeded("classifier", settings.seed):
-        set_classifier(found.model, classes, settings.head_scale)
-    return found
+        set_classifier(classifier.model, classes, settings.head_scale)
+    return classifier
 
 
 class FinetuneLearner(TunedLearner):
@@ -62,11 +62,12 @@ class FinetuneLearner(TunedLearner):
         classifier: Normalised,
         classes: int,
         settings: FinetuneSettings,
+        *,
         course: Course,
         bf16: bool,
         compiled: bool,
         world: World,
-        predict: Callable[[Callable[[Tensor], Tensor]], Found],
+        predict: Callable[[Callable[[Tensor], Tensor]], SplitPredictions],
         root: Path,
     ):
         from timm.data.random_erasing import RandomErasing
@@ -80,7 +81,7 @@ class FinetuneLearner(TunedLearner):
             compile_in_place([classifier])
         super().__init__(classifier, groups, (settings.beta1, settings.beta2), world, bf16, settings.clip)
         self.best = -1.0
-        self.found: Found | None = None
+        self.predicted: SplitPredictions | None = None
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
         total = super().step(chunks, step, size)
@@ -122,8 +123,8 @@ class FinetuneLearner(TunedLearner):
         last = epoch + 1 == self.course.epochs
         if (epoch + 1) % self.settings.validate_epochs and not last:
             return None
-        self.found = self.predict(self.logits)
-        figures = accuracy(self.found.predictions)
+        self.predicted = self.predict(self.logits)
+        figures = accuracy(self.predicted.predictions)
         if figures["top1"] > self.best:
             self.best = figures["top1"]
             self.save(BEST)

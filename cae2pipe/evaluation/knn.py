@@ -39,7 +39,7 @@ def knn_predictions(
         -1: ranking those by chance would count hits that depend on the device.
     """
     most = min(max(k), len(train))
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in k}
+    rankings: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in k}
     with exact_float32(train.device):
         train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
         for low in range(0, len(test), chunk):
@@ -51,8 +51,8 @@ def knn_predictions(
                 votes = torch.zeros(len(labels), classes, device=train.device)
                 votes.scatter_add_(1, labels[:, :count], weights[:, :count])
                 best, share = ranked(votes / votes.sum(dim=1, keepdim=True))
-                found[count].append((best.masked_fill(share <= 0, -1).cpu(), share.cpu()))
+                rankings[count].append((best.masked_fill(share <= 0, -1).cpu(), share.cpu()))
     return {
         count: (torch.cat([best for best, _ in parts]), torch.cat([share for _, share in parts]))
-        for count, parts in found.items()
+        for count, parts in rankings.items()
     }

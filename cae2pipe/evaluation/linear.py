@@ -57,11 +57,13 @@ def train_probe(
     rate, more = settings.lr, {}
     with exact_float32(labels.device):
         if settings.sweep:
-            found = sweep(crops, labels, classes=classes, settings=settings, report=report)
+            accuracies = sweep(crops, labels, classes=classes, settings=settings, report=report)
             # Of equals the smallest: it is the farthest from diverging.
-            rate = min(found, key=lambda lr: (-found[lr], lr))
-            more = {"held_out": {f"{lr:g}": score for lr, score in found.items()}}
-            report.log(f"lr {rate:g} is the best of {len(found)}: {found[rate]:.4f} on held-out training images")
+            rate = min(accuracies, key=lambda lr: (-accuracies[lr], lr))
+            more = {"held_out": {f"{lr:g}": score for lr, score in accuracies.items()}}
+            report.log(
+                f"lr {rate:g} is the best of {len(accuracies)}: {accuracies[rate]:.4f} on held-out training images"
+            )
         probes, losses = fit(crops, labels, classes=classes, settings=settings, rates=[rate], report=report)
     broken = next((epoch for epoch, loss in enumerate(losses[0]) if not math.isfinite(loss)), None)
     if broken is not None:
@@ -138,7 +140,7 @@ def fit(
             loss.sum().backward()
             optimizer.step()
             for probe in probes:
-                probe.norm.settle()
+                probe.norm.update_running_stats()
             total += loss.detach() * len(chosen)
         losses.append((total / images).tolist())
         report.advance(1, loss=min(losses[-1]))
@@ -177,5 +179,5 @@ def batch_and_steps(images: int, batch: int) -> tuple[int, int]:
 def logits(probe: Probe, features: Tensor) -> Tensor:
     """Logits (N, classes) of features (N, D), in float32."""
     with exact_float32(features.device):
-        found: Tensor = probe.eval()(features)
-        return found
+        outputs: Tensor = probe.eval()(features)
+        return outputs

@@ -46,45 +46,45 @@ def joined_predictions(parts: Sequence[Predictions]) -> Predictions:
     )
 
 
-def accuracy(found: Predictions) -> dict[str, float]:
+def accuracy(predictions: Predictions) -> dict[str, float]:
     """Top-1 and top-5 accuracy."""
-    hits = found.ranked == found.labels[:, None]
+    hits = predictions.ranked == predictions.labels[:, None]
     return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(axis=1).mean())}
 
 
-def per_class(found: Predictions, classes: Sequence[str]) -> dict[str, float]:
+def per_class(predictions: Predictions, classes: Sequence[str]) -> dict[str, float]:
     """Top-1 accuracy by class, of those that have images."""
-    hits = found.ranked[:, 0] == found.labels
-    totals = np.bincount(found.labels, minlength=len(classes))
-    right = np.bincount(found.labels[hits], minlength=len(classes))
+    hits = predictions.ranked[:, 0] == predictions.labels
+    totals = np.bincount(predictions.labels, minlength=len(classes))
+    right = np.bincount(predictions.labels[hits], minlength=len(classes))
     return {name: float(right[n] / totals[n]) for n, name in enumerate(classes) if totals[n]}
 
 
-def confusion(found: Predictions, classes: int) -> np.ndarray:
+def confusion(predictions: Predictions, classes: int) -> np.ndarray:
     """How many images of each class (row) were taken for each class (column), int64 (classes, classes)."""
-    first = found.ranked[:, 0]
+    first = predictions.ranked[:, 0]
     some = first >= 0
-    cells = np.bincount(found.labels[some] * classes + first[some], minlength=classes * classes)
+    cells = np.bincount(predictions.labels[some] * classes + first[some], minlength=classes * classes)
     return cells.reshape(classes, classes)
 
 
-def write_predictions(root: Path, found: Predictions, classes: Sequence[str]) -> dict[str, Any]:
+def write_predictions(root: Path, predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """``predictions.npz`` and ``confusion.png``; gives their entries in the manifest."""
     from cae2pipe.reporting.confusion import draw_confusion
     from cae2pipe.reporting.pictures import png_bytes
 
-    names = np.array(found.keys, dtype=np.str_)
+    names = np.array(predictions.keys, dtype=np.str_)
     with replacing(root / PREDICTIONS) as temporary, temporary.open("wb") as file:
         # numpy stamps no times into its archives: equal predictions give equal bytes.
         np.savez_compressed(
             file,
-            ranked=found.ranked,
-            confidence=found.confidence,
-            labels=found.labels,
+            ranked=predictions.ranked,
+            confidence=predictions.confidence,
+            labels=predictions.labels,
             keys=names,
             classes=np.array(list(classes), dtype=np.str_),
         )
-    write_bytes(root / CONFUSION, png_bytes(draw_confusion(confusion(found, len(classes)), classes)))
+    write_bytes(root / CONFUSION, png_bytes(draw_confusion(confusion(predictions, len(classes)), classes)))
     return {name: file_entry(root / name) for name in (PREDICTIONS, CONFUSION)}
 
 
@@ -93,12 +93,12 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ranked(torch.softmax(logits.float(), dim=1))
 
 
-def predictions(found: tuple[Tensor, Tensor], labels: Tensor, keys: list[str]) -> Predictions:
-    """What ``ranked`` or ``most_likely`` has found, off the device."""
-    best, sure = found
+def as_predictions(ranking: tuple[Tensor, Tensor], labels: Tensor, keys: list[str]) -> Predictions:
+    """The ``ranking`` that ``ranked`` or ``most_likely`` gives, off the device."""
+    best, sure = ranking
     return Predictions(best.cpu().numpy(), sure.cpu().numpy(), labels.cpu().numpy(), keys)
 
 
 def from_scores(scores: Tensor, labels: Tensor, keys: list[str]) -> Predictions:
     """Predictions from logits (N, classes): the confidence is the softmax."""
-    return predictions(most_likely(scores), labels, keys)
+    return as_predictions(most_likely(scores), labels, keys)

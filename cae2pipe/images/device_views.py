@@ -21,7 +21,7 @@ from torch import Tensor
 from cae2pipe.errors import ImageError
 from cae2pipe.images.views import DRAW_COLUMNS, ORDERS
 
-COLUMN = {name: place for place, name in enumerate(DRAW_COLUMNS)}
+COLUMN = {name: index for index, name in enumerate(DRAW_COLUMNS)}
 SLOTS = np.array([[COLUMN[name] for name in order] for order in ORDERS])
 """(6, 3): which columns of a draw hold the factors of its first, second and third operation."""
 
@@ -65,36 +65,38 @@ def render_views(
     if rows.shape != (len(images), len(DRAW_COLUMNS)) or not images:
         raise ValueError(f"{len(images)} images and draws of shape {rows.shape}: give one row for each image")
     _check(images, rows, names or [f"image {row} of the batch" for row in range(len(images))])
-    plan = Plan.of(rows, size, compiled=backend is not None)
+    plan = RenderPlan.of(rows, size, compiled=backend is not None)
     device = images[0].device
     numbers, view_of_block = _upload(plan.numbers, device), _upload(plan.view_of_block, device)
     factors, first, weights = (_upload(array, device) for array in (plan.factors, plan.first, plan.weights))
     views = images[0].new_empty(len(images), 3, size, size)
     for group in plan.groups:
         own = numbers[:, group.views]
-        planes = _planes([images[place] for place in plan.order[group.views].tolist()])
+        planes = _planes([images[index] for index in plan.order[group.views].tolist()])
         jitter, resample = (_inner(function, backend) for function in (jittered, resampled))
         # Copies, since a compiler would specialise to where in the batch's tensors they lie.
         planes = jitter(
             planes,
             view_of_block[group.blocks].clone(),
-            own[Plan.PIXELS].clone(),
-            own[Plan.GREY :].to(torch.int16),
+            own[RenderPlan.PIXELS].clone(),
+            own[RenderPlan.GREY :].to(torch.int16),
             factors[:, group.views].clone(),
             group.before,
         )
-        corner, stride, step = (own[row][:, None, None].clone() for row in (Plan.CORNER, Plan.STRIDE, Plan.STEP))
+        corner, stride, step = (
+            own[row][:, None, None].clone() for row in (RenderPlan.CORNER, RenderPlan.STRIDE, RenderPlan.STEP)
+        )
         # Across: every row of the boxes, from left to right of the view, which is leftwards where it is flipped.
         lines = torch.arange(group.height, device=device)[:, None]
-        start = corner + lines * stride + step * first[own[Plan.ACROSS]][:, None, :]
-        across = weights[: group.taps_across, own[Plan.ACROSS]][:, :, None, :]
+        start = corner + lines * stride + step * first[own[RenderPlan.ACROSS]][:, None, :]
+        across = weights[: group.taps_across, own[RenderPlan.ACROSS]][:, :, None, :]
         planes = resample(planes.view(3, -1), start, step, across)
         # Down: (n, height, size) lie one after another, a step of ``size`` from row to row.
-        lines = torch.arange(len(corner), device=device)[:, None] * group.height + first[own[Plan.DOWN]]
+        lines = torch.arange(len(corner), device=device)[:, None] * group.height + first[own[RenderPlan.DOWN]]
         start = lines[:, :, None] * size + torch.arange(size, device=device)
-        down = weights[: group.taps_down, own[Plan.DOWN]][:, :, :, None]
+        down = weights[: group.taps_down, own[RenderPlan.DOWN]][:, :, :, None]
         planes = resample(planes.view(3, -1), start, torch.full_like(step, size), down)
-        views.index_copy_(0, own[Plan.PLACE], planes.transpose(0, 1))
+        views.index_copy_(0, own[RenderPlan.PLACE], planes.transpose(0, 1))
     return views
 
 
@@ -169,7 +171,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RenderPlan:
     """What is known on the host of how to render n views.
 
     order: (n,), images sorted into groups. numbers: int64 (11, n) in this order, rows as named below.
@@ -191,7 +193,7 @@ class Plan:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, draws: np.ndarray, size: int, compiled: bool) -> Plan:
+    def of(cls, draws: np.ndarray, size: int, compiled: bool) -> RenderPlan:
         slots = SLOTS[draws[:, COLUMN["order"]].astype(int)]
         before = (slots == COLUMN["contrast"]).argmax(1)
         # The tallest box of a group says how many rows are resampled for all.
@@ -235,7 +237,7 @@ class Plan:
 
 def _cut(before: np.ndarray, blocks: np.ndarray, height: np.ndarray, size: int) -> list[tuple[int, int]]:
     """Where groups begin and end; heights fall within those of equal ``before``."""
-    found: list[tuple[int, int]] = []
+    groups: list[tuple[int, int]] = []
     begin = taken = 0
     for view, (own, count) in enumerate(zip(before.tolist(), blocks.tolist(), strict=True)):
         taken += count
@@ -243,9 +245,9 @@ def _cut(before: np.ndarray, blocks: np.ndarray, height: np.ndarray, size: int) 
         resampling = RESAMPLE_BYTES * (view - begin + 1) * rows * size
         full = max(JITTER_BYTES * taken * LANES, resampling) > GROUP_BYTES
         if view > begin and (full or own != before[begin]):
-            found.append((begin, view))
+            groups.append((begin, view))
             begin, taken = view, count
-    return [*found, (begin, len(before))]
+    return [*groups, (begin, len(before))]
 
 
 def _tables(lengths: np.ndarray, size: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -253,8 +255,8 @@ def _tables(lengths: np.ndarray, size: int, step: int) -> tuple[np.ndarray, np.n
     each = [bicubic_taps(length, size) for length in lengths.tolist()]
     taps = np.array([-(-len(own) // step) * step for _, own in each])
     weights = np.zeros((taps.max(), len(lengths), size), dtype=np.int32)
-    for place, (_, own) in enumerate(each):
-        weights[: len(own), place] = own
+    for index, (_, own) in enumerate(each):
+        weights[: len(own), index] = own
     return np.stack([first for first, _ in each]), weights, taps
 
 
@@ -271,9 +273,9 @@ def bicubic_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     center = (np.arange(size) + 0.5) * scale
     first = np.maximum(np.trunc(center - support + 0.5), 0)
     count = np.minimum(np.trunc(center + support + 0.5), length) - first
-    place = np.arange(count.max())[:, None]
-    weights = _bicubic(np.abs((place + first - center + 0.5) * (1.0 / stretch)))
-    weights[place >= count] = 0
+    tap = np.arange(count.max())[:, None]
+    weights = _bicubic(np.abs((tap + first - center + 0.5) * (1.0 / stretch)))
+    weights[tap >= count] = 0
     total = np.zeros(size)
     for row in weights:  # numpy's sum would add in another order
         total += row
@@ -302,11 +304,11 @@ def _planes(images: list[Tensor]) -> Tensor:
 
 def _check(images: Sequence[Tensor], draws: np.ndarray, names: Sequence[str]) -> None:
     top, left, height, width, *_, tall, wide = draws.T
-    found = np.array([tuple(image.shape[1:]) for image in images])
-    for row in np.flatnonzero((found != np.stack((tall, wide), 1)).any(1))[:1]:
+    sizes = np.array([tuple(image.shape[1:]) for image in images])
+    for row in np.flatnonzero((sizes != np.stack((tall, wide), 1)).any(1))[:1]:
         raise ImageError(
             f"the view was drawn for an image of {int(wide[row])} x {int(tall[row])} pixels, "
-            f"and this one has {found[row, 1]} x {found[row, 0]}",
+            f"and this one has {sizes[row, 1]} x {sizes[row, 0]}",
             where=names[row],
             fix="give the image that the view was drawn from",
         )

@@ -39,6 +39,6 @@ def box_sheet(drawn: Sequence[tuple[Picture, Boxes, Boxes]], names: Sequence[str
     """A PNG with a row for every image, the truth on the left; None where there is none."""
     if not drawn:
         return None
-    rows = [[box_picture(image, boxes, names) for boxes in (truth, found)] for image, truth, found in drawn]
+    rows = [[box_picture(image, boxes, names) for boxes in (truth, detected)] for image, truth, detected in drawn]
     captions = [((SIDE + 6) * n + SIDE // 2, text) for n, text in enumerate(("truth", "detections"))]
     return png_bytes(captioned(tiled(rows), captions))

@@ -16,7 +16,7 @@ READ = {"mean": "the mean patch", "class": "the class token"}
 """What features are called in print."""
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """Percent: the mean, with the standard deviation over seeds where there are several."""
     if not values:
         return BLANK
@@ -49,11 +49,11 @@ def better(first: Row, second: Row, column: str) -> bool:
     return a - b > SURE * math.hypot(first.error(column), second.error(column))
 
 
-def findings(found: Comparison) -> list[str]:
+def findings(comparison: Comparison) -> list[str]:
     """For each column that the paper has too: whether its order of the variants holds here."""
     lines = []
-    for column in found.columns:
-        rows = [row for row in found.rows if column in row.paper and row.mean(column) is not None]
+    for column in comparison.columns:
+        rows = [row for row in comparison.rows if column in row.paper and row.mean(column) is not None]
         if len(rows) > 1:
             lines.append(finding(rows, column))
     return lines
@@ -80,15 +80,15 @@ def finding(rows: Sequence[Row], column: str) -> str:
     return f"{column}: the paper's order, {paper}, {verdict}. Here {here}."
 
 
-def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
+def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the table."""
-    papers = [column for column in found.columns if any(column in row.paper for row in found.rows)]
-    long = any(hours >= 1 for row in found.rows for hours in row.hours)
+    papers = [column for column in comparison.columns if any(column in row.paper for row in comparison.rows)]
+    long = any(hours >= 1 for row in comparison.rows for hours in row.hours)
     time = "device h a run" if long else "device min a run"
-    headers = ["variant", *found.columns, *(f"{column}, paper" for column in papers), "loss", "kB a view", time]
+    headers = ["variant", *comparison.columns, *(f"{column}, paper" for column in papers), "loss", "kB a view", time]
     rows = []
-    for row in found.rows:
-        scores = [score_cell(found, row, column) for column in found.columns]
+    for row in comparison.rows:
+        scores = [score_cell(comparison, row, column) for column in comparison.columns]
         paper = [f"{row.paper[column]:.1f}" if column in row.paper else BLANK for column in papers]
         losses = row.curves.get("loss")
         loss = f"{losses[-1]:.3f}" if losses else BLANK
@@ -98,26 +98,27 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     return told_apart(headers, range(1, len(headers) + 1)), rows
 
 
-def score_cell(found: Comparison, row: Row, column: str) -> str:
+def score_cell(comparison: Comparison, row: Row, column: str) -> str:
     """A score with its spread; where not all rows of the column read the same of the encoder, also what was read."""
-    text = spread(row.scores.get(column, []))
-    several = len({other.features[column] for other in found.rows if column in other.features}) > 1
+    text = mean_and_deviation(row.scores.get(column, []))
+    several = len({other.features[column] for other in comparison.rows if column in other.features}) > 1
     return f"{text} ({row.features[column]})" if several and column in row.features else text
 
 
-def notes(found: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """What must be known to read the table."""
-    lines = [f"Not finished: {text}" for text in found.failed]
-    for run, damaged in (item for row in found.rows for item in row.damaged.items()):
+    lines = [f"Not finished: {text}" for text in comparison.failed]
+    for run, damaged in (item for row in comparison.rows for item in row.damaged.items()):
         lines.append(f"{run.name}: {damaged} damaged lines of metrics.jsonl are left out.")
     lines.append(
-        f"{found.done} of {found.wanted} scores, {found.seeds} seed{'s' if found.seeds != 1 else ''}; percent, mean ± "
-        f"standard deviation over seeds. One variant is above another (>) where their means are more than {SURE:g} "
+        f"{comparison.done} of {comparison.wanted} scores, {comparison.seeds} "
+        f"seed{'s' if comparison.seeds != 1 else ''}; percent, mean ± standard "
+        f"deviation over seeds. One variant is above another (>) where their means are more than {SURE:g} "
         "standard errors of the difference apart. loss: mean of the last epoch of the first seed, each variant's own; "
         "kB a view: stored latents; the time is that of training alone, over all devices."
     )
-    for column, protocol in found.protocols.items():
-        features = sorted({row.features[column] for row in found.rows if column in row.features} - {""})
+    for column, protocol in comparison.protocols.items():
+        features = sorted({row.features[column] for row in comparison.rows if column in row.features} - {""})
         on = f"; on {', '.join(READ.get(name, name) for name in features)}" if features else ""
         lines.append(f"{column}: {protocol}{on}.")
     return lines
@@ -129,12 +130,12 @@ def folders(row: Row) -> str:
     return ", ".join(names) or BLANK
 
 
-def comparison_markdown(found: Comparison) -> str:
+def comparison_markdown(comparison: Comparison) -> str:
     """The report in Markdown."""
-    headers, rows = cells(found)
-    about = " ".join(found.about.split())
-    lines = [f"# {escaped(found.title)}", "", *([escaped(about), ""] if about else [])]
+    headers, rows = cells(comparison)
+    about = " ".join(comparison.about.split())
+    lines = [f"# {escaped(comparison.title)}", "", *([escaped(about), ""] if about else [])]
     lines += [*markdown_table(headers, rows), ""]
-    lines += [*(f"- {escaped(line)}" for line in (*findings(found), *notes(found))), ""]
-    lines += markdown_table(["variant", "runs"], [[row.name, folders(row)] for row in found.rows])
+    lines += [*(f"- {escaped(line)}" for line in (*findings(comparison), *notes(comparison))), ""]
+    lines += markdown_table(["variant", "runs"], [[row.name, folders(row)] for row in comparison.rows])
     return "\n".join(lines).rstrip() + "\n"

@@ -50,9 +50,9 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Picture:
         turned(page, label, (middle, margin - 8 - round(font.getlength(label)) // 2), font, GREY)
         for column, share in enumerate(shares[number]):
             if counts[number, column]:
-                place = margin + CELL * column + CELL // 2, middle
+                centre = margin + CELL * column + CELL // 2, middle
                 colour = (255, 255, 255) if share > 0.35 else INK
-                draw.text(place, f"{100 * share:.0f}", fill=colour, font=small, anchor="mm")
+                draw.text(centre, f"{100 * share:.0f}", fill=colour, font=small, anchor="mm")
     return np.asarray(page)
 
 

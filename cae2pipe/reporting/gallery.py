@@ -20,9 +20,9 @@ from cae2pipe.reporting.pictures import (
     jpeg_uri,
     latent_colours,
     png_uri,
-    resized,
+    resized_picture,
 )
-from cae2pipe.training.student import Forecast
+from cae2pipe.training.student import LatentPreview
 
 SIDE = 112
 """Side of a view on the page, in pixels."""
@@ -47,11 +47,11 @@ class NeighbourRow:
 
 @dataclass
 class Gallery:
-    """What there is to show: ``forecasts`` are a student's on the same views each, by the student's name;
+    """What there is to show: ``previews`` are a student's on the same views each, by the student's name;
     ``neighbours`` index ``views``, as ``queries`` do."""
 
     masks: list[MaskRow] = field(default_factory=list)
-    forecasts: dict[str, list[Forecast]] = field(default_factory=dict)
+    previews: dict[str, list[LatentPreview]] = field(default_factory=dict)
     views: list[Picture] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
     neighbours: list[NeighbourRow] = field(default_factory=list)
@@ -75,7 +75,7 @@ def gallery_html(gallery: Gallery) -> list[Html]:
             element("p", "Stored views as the students see them in their first epoch: grey patches are hidden."),
             mask_table(gallery.masks),
         ]
-    if gallery.forecasts:
+    if gallery.previews:
         parts += [
             element("h2", "Latents of teacher and students"),
             element(
@@ -85,7 +85,7 @@ def gallery_html(gallery: Gallery) -> list[Html]:
                 "predict the latents of all patches, or of visible ones alone (black: none). Below, the centred cosine "
                 "with the teacher on masked patches.",
             ),
-            latent_table(gallery.forecasts),
+            latent_table(gallery.previews),
         ]
     if gallery.neighbours:
         parts += [
@@ -96,8 +96,8 @@ def gallery_html(gallery: Gallery) -> list[Html]:
             ),
             *(
                 part
-                for place in range(len(gallery.queries))
-                for part in (element("h3", f"View {place + 1}"), neighbour_table(gallery, place))
+                for number in range(len(gallery.queries))
+                for part in (element("h3", f"View {number + 1}"), neighbour_table(gallery, number))
             ),
         ]
     if gallery.left_out:
@@ -109,39 +109,39 @@ def mask_table(rows: Sequence[MaskRow]) -> Html:
     cells: list[list[Child]] = []
     for row in rows:
         shown = [
-            photograph(hide_patches(resized(view, SIDE, SIDE), mask), f"A view under {row.name}")
+            photograph(hide_patches(resized_picture(view, SIDE, SIDE), mask), f"A view under {row.name}")
             for view, mask in zip(row.views, row.masks, strict=True)
         ]
         cells.append([row.name, *shown])
     return grid([], cells)
 
 
-def latent_table(found: dict[str, list[Forecast]]) -> Html:
+def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
     """A line a view: the view, the teacher's latents, then for every student what it predicts."""
-    some = next(iter(found.values()))
-    basis = colour_basis(np.concatenate([forecast.teacher for forecast in some]))
+    some = next(iter(by_student.values()))
+    basis = colour_basis(np.concatenate([preview.teacher for preview in some]))
     cells: list[list[Child]] = []
-    for place, one in enumerate(some):
+    for index, one in enumerate(some):
         line: list[Child] = [
-            photograph(resized(one.view, SIDE, SIDE), "A stored view"),
+            photograph(resized_picture(one.view, SIDE, SIDE), "A stored view"),
             latents(one.teacher, one.mask.shape, basis, "the teacher"),
         ]
-        for name, forecasts in found.items():
-            own = forecasts[place]
+        for name, previews in by_student.items():
+            own = previews[index]
             shown = latents(own.student, own.mask.shape, basis, name)
             line.append(
                 element("div", shown, element("figcaption", BLANK if math.isnan(own.cosine) else f"{own.cosine:.2f}"))
             )
         cells.append(line)
-    return grid(["view", "teacher", *found], cells)
+    return grid(["view", "teacher", *by_student], cells)
 
 
-def neighbour_table(gallery: Gallery, place: int) -> Html:
-    query = photograph(resized(gallery.views[gallery.queries[place]], SIDE, SIDE), "The query")
+def neighbour_table(gallery: Gallery, number: int) -> Html:
+    query = photograph(resized_picture(gallery.views[gallery.queries[number]], SIDE, SIDE), "The query")
     cells: list[list[Child]] = []
     for row in gallery.neighbours:
         alt = f"A neighbour by {row.name}"
-        near = [photograph(resized(gallery.views[index], SIDE, SIDE), alt) for index in row.nearest[place]]
+        near = [photograph(resized_picture(gallery.views[index], SIDE, SIDE), alt) for index in row.nearest[number]]
         cells.append([row.name, query, *near])
     return grid([], cells)
 

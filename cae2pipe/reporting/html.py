@@ -22,22 +22,22 @@ def element(tag: str, *children: Child, **attributes: str | int | float | None) 
     """``<tag ...>children</tag>``. Attributes that are None are left out; ``class_`` stands for ``class``, and other
     underscores for hyphens."""
     given = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{_text(value)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{_html_text(value)}"'
         for name, value in attributes.items()
         if value is not None
     )
     if tag in _VOID and not children:
         return Html(f"<{tag}{given} />")
-    return Html(f"<{tag}{given}>{join(children)}</{tag}>")
+    return Html(f"<{tag}{given}>{join_html(children)}</{tag}>")
 
 
-def join(children: tuple[Child, ...] | list[Html], separator: str = "") -> Html:
+def join_html(children: tuple[Child, ...] | list[Html], separator: str = "") -> Html:
     """Children one after the other, escaped unless they are markup; None is left out."""
-    parts = (child if isinstance(child, Html) else _text(child) for child in children if child is not None)
+    parts = (child if isinstance(child, Html) else _html_text(child) for child in children if child is not None)
     return Html(separator.join(parts))
 
 
-def _text(value: str | float) -> str:
+def _html_text(value: str | float) -> str:
     return _html.escape(visible(str(value), keep="\n"), quote=True)
 
 
@@ -52,7 +52,7 @@ def image(uri: str, alt: str, pixelated: bool = False) -> Html:
 
 def table(headers: list[str], rows: list[list[Child]], class_: str | None = None) -> Html:
     head = element("tr", *(element("th", header, scope="col") for header in headers))
-    body = join([element("tr", *(element("td", cell) for cell in row)) for row in rows], "\n")
+    body = join_html([element("tr", *(element("td", cell) for cell in row)) for row in rows], "\n")
     return element(
         "div", element("table", element("thead", head), element("tbody", body), class_=class_), class_="wide"
     )
@@ -60,7 +60,7 @@ def table(headers: list[str], rows: list[list[Child]], class_: str | None = None
 
 def page(title: str, body: Html) -> str:
     """The whole document. It refers to nothing outside itself."""
-    head = join(
+    head = join_html(
         [
             element("meta", charset="utf-8"),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),

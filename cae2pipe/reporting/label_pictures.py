@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cae2pipe.reporting.pictures import Picture, captioned, enlarge, resized, tiled
+from cae2pipe.reporting.pictures import Picture, captioned, enlarge, resized_picture, tiled
 
 WIDTH = 320
 """Pixels across of each picture on a sheet."""
@@ -31,18 +31,18 @@ def label_picture(labels: np.ndarray, colours: np.ndarray) -> Picture:
     return picture
 
 
-def label_sheet(found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int) -> Picture | None:
+def label_sheet(samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int) -> Picture | None:
     """Rows of image, truth and prediction, each as (pixels, labels, labels); None where there is none."""
-    if not found:
+    if not samples:
         return None
     colours = class_colours(classes)
-    height = round(WIDTH * found[0][0].shape[0] / found[0][0].shape[1])
+    height = round(WIDTH * samples[0][0].shape[0] / samples[0][0].shape[1])
     rows = [
         [
-            resized(image, height, WIDTH),
+            resized_picture(image, height, WIDTH),
             *(enlarge(label_picture(labels, colours), height, WIDTH) for labels in (truth, predicted)),
         ]
-        for image, truth, predicted in found
+        for image, truth, predicted in samples
     ]
     step = WIDTH + 6
     captions = [(step * n + WIDTH // 2, text) for n, text in enumerate(("image", "truth", "prediction"))]

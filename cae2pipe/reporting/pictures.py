@@ -65,7 +65,7 @@ def enlarge(picture: Picture, height: int, width: int) -> Picture:
     return enlarged
 
 
-def resized(picture: Picture, height: int, width: int) -> Picture:
+def resized_picture(picture: Picture, height: int, width: int) -> Picture:
     """A photograph at another size."""
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 

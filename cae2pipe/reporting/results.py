@@ -21,7 +21,7 @@ NAMES = {
 
 def protocols(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The protocols of a table in the order in which they first come. Their numbers, from 1, stand in its rows."""
-    return list(dict.fromkeys(found["protocol"] for found in rows))
+    return list(dict.fromkeys(row["protocol"] for row in rows))
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -32,19 +32,19 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         return f"{100 * value:.1f}"
 
     rows_shown = []
-    for found in rows:
-        (name, value), *_ = found["also"].items()
+    for row in rows:
+        (name, value), *_ = row["also"].items()
         cells = {
-            "score": f"{NAMES[found['metric']]} {percent(found['score'])}",
+            "score": f"{NAMES[row['metric']]} {percent(row['score'])}",
             "also": f"{NAMES[name]} {percent(value)}",
-            "best": "" if found["best"] is None else percent(found["best"]),
-            "protocol": numbers[found["protocol"]],
+            "best": "" if row["best"] is None else percent(row["best"]),
+            "protocol": numbers[row["protocol"]],
         }
-        rows_shown.append({column: cells.get(column, str(found[column])) for column in COLUMNS})
+        rows_shown.append({column: cells.get(column, str(row[column])) for column in COLUMNS})
     return rows_shown
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, and the protocols below it."""
-    lines = markdown_table(COLUMNS, [list(found.values()) for found in shown(rows)])
+    lines = markdown_table(COLUMNS, [list(row.values()) for row in shown(rows)])
     return "\n".join([*lines, "", *(f"{number}. {escaped(text)}" for number, text in enumerate(protocols(rows), 1))])

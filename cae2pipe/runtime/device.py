@@ -26,13 +26,13 @@ def pick_device(name: str, rank: Rank = ALONE) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
-    if not found:
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if not match:
         raise SettingsError(f"unknown device {name!r}", where="speed.device", fix="use auto, cpu, cuda or cuda:1")
     if name == "cpu":
         return torch.device("cpu")
-    index = int(found[1]) if found[1] else rank.local
-    if found[1] and rank.on_machine > 1:
+    index = int(match[1]) if match[1] else rank.local
+    if match[1] and rank.on_machine > 1:
         raise SettingsError(
             f"device {name} names one device for the {rank.on_machine} processes on this machine",
             where="speed.device",

@@ -6,7 +6,7 @@ import errno
 import sys
 from typing import Any
 
-from cae2pipe.runtime.system_errors import explain
+from cae2pipe.runtime.system_errors import explain_system_error
 
 
 def reraise_exhaustion(error: Exception) -> None:
@@ -19,7 +19,7 @@ def reraise_exhaustion(error: Exception) -> None:
         StorageError: the process may not open any more files.
     """
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        raise explain(error) or error from None
+        raise explain_system_error(error) or error from None
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         raise error
     torch: Any = sys.modules.get("torch")  # where it is not loaded, it has raised nothing

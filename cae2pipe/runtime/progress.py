@@ -78,7 +78,7 @@ class Lines:
         now = self.clock()
         if now - self._shown >= self.interval or self._done == self._n:
             self._shown = now
-            parts = [f"{self._done}/{self._n} {self._unit}", *(f"{k} {show(v)}" for k, v in fields.items())]
+            parts = [f"{self._done}/{self._n} {self._unit}", *(f"{k} {four_digits(v)}" for k, v in fields.items())]
             fresh = self._done - self._first
             if self._done < self._n:
                 parts.append(f"left {duration((now - self._began) / fresh * (self._n - self._done))}")
@@ -92,7 +92,7 @@ class Lines:
         self.file.flush()
 
 
-def show(value: float) -> str:
+def four_digits(value: float) -> str:
     """A figure with four significant digits."""
     return f"{value:.4g}"
 
@@ -166,7 +166,9 @@ class _Panel:
         from rich.columns import Columns
         from rich.text import Text
 
-        cells = [Text.assemble((visible(name), "dim"), f" {show(value)}") for name, value in self._fields.items()]
+        cells = [
+            Text.assemble((visible(name), "dim"), f" {four_digits(value)}") for name, value in self._fields.items()
+        ]
         return Columns(cells, padding=(0, 3), equal=True)
 
     def total(self, n: int, unit: str, done: int = 0) -> None:

@@ -65,8 +65,8 @@ def shm_remedy(needed: int = 0) -> str:
 def explain_sharing(error: Exception, item: int) -> Exception:
     """What to raise instead of an error that came up while an item of ``item`` bytes was put into shared memory."""
     # torch puts the errno at the end of its text.
-    found = re.search(r"\((\d+)\)\s*$", str(error).splitlines()[0] if str(error) else "")
-    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    match = re.search(r"\((\d+)\)\s*$", str(error).splitlines()[0] if str(error) else "")
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
     if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return OSError(number, os.strerror(number))
     if number is None:

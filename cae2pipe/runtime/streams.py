@@ -27,15 +27,15 @@ def prepare_streams() -> None:
     sys.unraisablehook = _keep_interrupts
 
 
-def finish_streams(told: bool) -> bool:
-    """Write out what is left; whether that went well. If not, the user is told of it, or has been ``told`` of an error
-    already."""
+def finish_streams(error_shown: bool) -> bool:
+    """Write out what is left; whether that went well. If not, the user is told of it, unless an error has been
+    shown already."""
     with suppress(OSError):
         sys.stderr.flush()
     try:
         sys.stdout.flush()
     except OSError as error:
-        if not told:
+        if not error_shown:
             sys.stderr.write(f"error: {STDOUT} cannot be written: {error.strerror}\n")
         # The interpreter would try again as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -58,20 +58,20 @@ class _Stream(io.FileIO):
             return len(memoryview(data).cast("B"))
 
 
-def _opened(number: int, found: Any, forgiving: bool) -> Any:
-    if found is not None and not (isinstance(found, io.TextIOWrapper) and _number(found) == number):
-        return found  # somebody has put another one in its place
+def _opened(number: int, stream: Any, forgiving: bool) -> Any:
+    if stream is not None and not (isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == number):
+        return stream  # somebody has put another one in its place
     raw = _Stream(number, forgiving)
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
-        encoding=found.encoding if found else "utf-8",
+        encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
         line_buffering=forgiving or raw.isatty(),
-        write_through=bool(found and found.write_through),
+        write_through=bool(stream and stream.write_through),
     )
 
 
-def _number(stream: io.TextIOWrapper) -> int | None:
+def _descriptor(stream: io.TextIOWrapper) -> int | None:
     try:
         return stream.fileno()
     except OSError:

@@ -51,7 +51,7 @@ FULL = {
 }
 
 
-def explain(error: BaseException) -> Cae2pipeError | None:
+def explain_system_error(error: BaseException) -> Cae2pipeError | None:
     """The error to show instead of one that the operating system, or a library that speaks for it, has raised; None for
     one of another kind, which is a defect."""
     text = str(error)
@@ -60,8 +60,8 @@ def explain(error: BaseException) -> Cae2pipeError | None:
     if isinstance(error, OSError):
         return None if error.errno is None else _os_error(error)
     kind = type(error).__name__  # by its name: commands that need no torch do not wait for its import
-    if kind == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
-        return _os_error(OSError(int(found[1]), os.strerror(int(found[1]))))
+    if kind == "SafetensorError" and (match := re.search(r"os error (\d+)", text)):
+        return _os_error(OSError(int(match[1]), os.strerror(int(match[1]))))
     if isinstance(error, ImportError) and re.search("failed to map segment|[Cc]annot allocate memory", text):
         return host_memory()  # a library of torch's
     if isinstance(error, RuntimeError):
@@ -73,8 +73,8 @@ def explain(error: BaseException) -> Cae2pipeError | None:
                 fix="end what else uses the device (nvidia-smi lists it), or choose another one: --device, where the "
                 "command has it, or CUDA_VISIBLE_DEVICES",
             )
-        if found := re.match(r"Symlink loop from (.*)", text):  # pathlib before Python 3.13
-            return _os_error(OSError(errno.ELOOP, os.strerror(errno.ELOOP), found[1].strip("'")))
+        if match := re.match(r"Symlink loop from (.*)", text):  # pathlib before Python 3.13
+            return _os_error(OSError(errno.ELOOP, os.strerror(errno.ELOOP), match[1].strip("'")))
         if "can't start new thread" in text:
             return _os_error(OSError(errno.EAGAIN, "no more threads can be started"))
     if isinstance(error, ValueError) and re.search("embedded null (byte|character)", text):

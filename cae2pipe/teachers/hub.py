@@ -42,9 +42,9 @@ def cached_file(repository: str, names: Sequence[str]) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for name in names:
-        found = try_to_load_from_cache(repository, name)
-        if isinstance(found, str):
-            return Path(found)
+        cached = try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
     return None
 
 
@@ -91,8 +91,8 @@ def _open_clip_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
         raise TeacherError(
             "neither teacher.weights nor teacher.pretrained is set", where="teacher", fix="set one of them"
         )
-    found = get_pretrained_cfg(settings.name, settings.pretrained)
-    repository, _, name = str(found.get("hf_hub", "")).rpartition("/")
+    config = get_pretrained_cfg(settings.name, settings.pretrained)
+    repository, _, name = str(config.get("hf_hub", "")).rpartition("/")
     if not repository:
         tags = list_pretrained_tags_by_model(settings.name)
         raise TeacherError(
@@ -111,9 +111,9 @@ def _timm_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
     """
     from timm.models import get_pretrained_cfg
 
-    found = get_pretrained_cfg(timm_name(settings))
-    if found is None or not found.hf_hub_id:
+    config = get_pretrained_cfg(timm_name(settings))
+    if config is None or not config.hf_hub_id:
         raise TeacherError(
             f"timm has no pretrained weights of {settings.name}", where="teacher.name", fix="give teacher.weights=FILE"
         )
-    return found.hf_hub_id, [found.hf_hub_filename] if found.hf_hub_filename else TIMM_FILES
+    return config.hf_hub_id, [config.hf_hub_filename] if config.hf_hub_filename else TIMM_FILES

@@ -171,9 +171,9 @@ def check_tower(config: dict[str, Any], settings: TeacherSettings) -> None:
         "its final norm comes after pooling": bool(config.get("final_ln_after_pool")),
         "it pools the mean of its patches, so that its class token means nothing": config.get("pool_type") == "avg",
     }
-    if found := next((reason for reason, holds in reasons.items() if holds), None):
+    if reason := next((text for text, holds in reasons.items() if holds), None):
         raise TeacherError(
-            f"the tower of {settings.name} does not give a class token and a token for every patch: {found}",
+            f"the tower of {settings.name} does not give a class token and a token for every patch: {reason}",
             where="teacher.name",
             fix="take a ViT tower; a timm tower can be used through teacher.kind=timm",
         )

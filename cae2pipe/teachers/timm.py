@@ -67,10 +67,10 @@ class TimmFeatureMap(Teacher):
 
 def feature_map(model: Any, pixels: Tensor, stage: int) -> Tensor:
     """Feature map ``stage`` (B, C, h, w), counted as timm's ``features_only`` does."""
-    found: list[Tensor] = model.forward_intermediates(
+    maps: list[Tensor] = model.forward_intermediates(
         pixels, indices=[stage], stop_early=True, output_fmt="NCHW", intermediates_only=True
     )
-    return found[0]
+    return maps[0]
 
 
 def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
@@ -147,8 +147,8 @@ def output_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int, 
             )
         with torch.inference_mode():
             pixels = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
-            found = feature_map(model.eval(), pixels, settings.stage)
-        return found.shape[1], found.shape[2], found.shape[3], False
+            features = feature_map(model.eval(), pixels, settings.stage)
+        return features.shape[1], features.shape[2], features.shape[3], False
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if not grid or not all(hasattr(model, part) for part in ("num_prefix_tokens", "blocks", "norm")):
         raise TeacherError(

@@ -49,8 +49,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"this file holds more than tensors{f' ({named[1]})' if named else ''}, and loading it could run code",
             where=path,
             fix=f'{_REPLACE}; where you trust whoever made it, write one: `python -c "import sys, torch; '
-            "from safetensors.torch import save_file; found = torch.load(sys.argv[1], 'cpu', weights_only=False); "
-            "save_file(found.get('model', found), sys.argv[2])\" FILE weights.safetensors`",
+            "from safetensors.torch import save_file; state = torch.load(sys.argv[1], 'cpu', weights_only=False); "
+            "save_file(state.get('model', state), sys.argv[2])\" FILE weights.safetensors`",
         ) from None
     except Exception as error:  # torch.load raises many kinds for a file that is cut off or of another format
         reraise_exhaustion(error)

@@ -75,10 +75,26 @@ class Objective(nn.Module):
                 target, images, weights = (x.repeat_interleave(repeat, dim=0) for x in (target, images, weights))
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             prediction = cast(Prediction, self.model(images, visible, masked, drop))
-        loss = alignment_loss(prediction, target, visible, masked, self.loss, weights, self.class_token, real=real)
+        loss = alignment_loss(
+            prediction,
+            target,
+            visible,
+            masked,
+            settings=self.loss,
+            weights=weights,
+            has_class_token=self.class_token,
+            real=real,
+        )
         with torch.no_grad():
             cosines = centred_cosine(
-                prediction, target, visible, masked, self.mean, weights, self.class_token, real=real
+                prediction,
+                target,
+                visible,
+                masked,
+                mean=self.mean,
+                weights=weights,
+                has_class_token=self.class_token,
+                real=real,
             )
         return torch.stack([loss.total, loss.visible.detach(), loss.masked.detach(), *cosines])
 

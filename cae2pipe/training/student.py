@@ -27,7 +27,7 @@ from cae2pipe.training.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
-class Forecast:
+class LatentPreview:
     """One stored view: its pixels, what was hidden, the teacher's unit latents and the student's.
 
     view (S, S, 3) uint8; mask bool (rows, cols), True is masked; teacher and student (P, D), the student's zero where
@@ -84,9 +84,9 @@ def mask_of(settings: PretrainSettings, view: Target) -> np.ndarray:
 
 
 @torch.no_grad()
-def forecasts(
+def preview_latents(
     model: Method, settings: PretrainSettings, targets: TargetSet, views: Sequence[Target], device: torch.device
-) -> list[Forecast]:
+) -> list[LatentPreview]:
     """What a student that learns latents predicts of some stored views, under the masks of its first epoch."""
     model = model.to(device)
     masks = [mask_of(settings, view) for view in views]
@@ -105,7 +105,9 @@ def forecasts(
         cosines = torch.full_like(cosines, torch.nan)
     teacher, student = target.cpu(), student.cpu()
     return [
-        Forecast(view.key, view.pixels, mask, teacher[place].numpy(), student[place].numpy(), float(cosines[place]))
+        LatentPreview(
+            view.key, view.pixels, mask, teacher[place].numpy(), student[place].numpy(), float(cosines[place])
+        )
         for place, (view, mask) in enumerate(zip(views, masks, strict=True))
     ]
 

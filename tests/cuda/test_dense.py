@@ -37,7 +37,14 @@ def encoder(tmp_path_factory) -> str:
 
 
 def backbone(encoder: str, device: torch.device, size: int | None, relative_positions: bool) -> Normalised:
-    return prepared_encoder(load_encoder(encoder, 0, device), encoder, size, 0.1, 0.1, relative_positions)
+    return prepared_encoder(
+        load_encoder(encoder, 0, device),
+        encoder,
+        image_size=size,
+        layer_scale=0.1,
+        drop_path=0.1,
+        relative_positions=relative_positions,
+    )
 
 
 def check_on_device(learner: SegmentLearner | DetectLearner) -> None:

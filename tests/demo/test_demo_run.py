@@ -12,7 +12,7 @@ from cae2pipe.demo import run as demo
 from cae2pipe.demo.measures import MEASURES
 from cae2pipe.demo.report import title
 from cae2pipe.demo.stored import box_in_image, read_stored
-from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
+from cae2pipe.demo.student import MeanStudent, mean_over_views, previews_of
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import ViewDraw
 from cae2pipe.runtime.progress import Silent
@@ -66,20 +66,20 @@ def test_a_run_without_a_checkpoint(run, targets, tmp_path):
         load_student(tmp_path, targets, Silent())
 
 
-def test_forecasts(run, targets):
+def test_previews(run, targets):
     model, settings = load_student(run, targets, Silent())
     keys = ["class1+image007", "class0+image003"]
-    found = forecasts_of(model, targets, settings, keys, CPU)
-    assert [forecast.key for forecast in found] == keys
-    for forecast in found:
-        assert forecast.mask.sum() == settings.masked_patches
-        assert forecast.view.shape == (32, 32, 3)
-        assert forecast.teacher.shape == forecast.student.shape == (16, 16)
-        np.testing.assert_allclose(np.linalg.norm(forecast.student, axis=1), 1, atol=1e-5)
+    found = previews_of(model, targets, settings, keys, CPU)
+    assert [preview.key for preview in found] == keys
+    for preview in found:
+        assert preview.mask.sum() == settings.masked_patches
+        assert preview.view.shape == (32, 32, 3)
+        assert preview.teacher.shape == preview.student.shape == (16, 16)
+        np.testing.assert_allclose(np.linalg.norm(preview.student, axis=1), 1, atol=1e-5)
         mean = targets.mean.numpy()
-        a, b = (tokens[forecast.mask.ravel()] - mean for tokens in (forecast.student, forecast.teacher))
+        a, b = (tokens[preview.mask.ravel()] - mean for tokens in (preview.student, preview.teacher))
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        assert forecast.cosine == pytest.approx(cosine.mean(), abs=1e-4)
+        assert preview.cosine == pytest.approx(cosine.mean(), abs=1e-4)
 
 
 def test_boxes_are_those_of_the_unflipped_image():
@@ -159,7 +159,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     monkeypatch.setattr(demo, "evaluate", knn)
     monkeypatch.setattr(demo, "student_options", lambda targets: [])
     monkeypatch.setattr(demo, "STORED", ("class0/image001",))
-    monkeypatch.setattr(demo, "FORECAST", ("class0/image001", "class1/image002", "class2/image003"))
+    monkeypatch.setattr(demo, "PREDICTED", ("class0/image001", "class1/image002", "class2/image003"))
     monkeypatch.setattr(demo, "VIEWS", 2)
     said: list[str] = []
     result = demo.run_demo(out, "tiny-teacher", "cpu", said.append, quiet)

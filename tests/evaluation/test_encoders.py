@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from cae2pipe.config.base import load as read_settings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SettingsError, SourceError, TeacherError
-from cae2pipe.evaluation.encoders import label, load_encoder
+from cae2pipe.evaluation.encoders import display_name, load_encoder
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
@@ -250,14 +250,14 @@ def test_weights_that_are_cut_off(exported):
         load(exported)
 
 
-def test_labels_hold_no_folders(tmp_path, monkeypatch):
+def test_display_names_hold_no_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert label("/home/me/runs/base") == "base"
-    assert label("/home/me/runs/base/encoder.safetensors") == "base"
-    assert label("random:/home/me/runs/base") == "random:base"
-    assert label("timm:vit_tiny@/home/me/w.safetensors") == "timm:vit_tiny@w.safetensors"
-    assert label("teacher:lite0") == "teacher:lite0"
-    assert label(".") == Path.cwd().name
+    assert display_name("/home/me/runs/base") == "base"
+    assert display_name("/home/me/runs/base/encoder.safetensors") == "base"
+    assert display_name("random:/home/me/runs/base") == "random:base"
+    assert display_name("timm:vit_tiny@/home/me/w.safetensors") == "timm:vit_tiny@w.safetensors"
+    assert display_name("teacher:lite0") == "teacher:lite0"
+    assert display_name(".") == Path.cwd().name
 
 
 def test_towers_of_open_clip_by_name_and_tag():

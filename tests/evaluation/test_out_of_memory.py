@@ -117,7 +117,7 @@ def test_an_upload_counts_as_its_chunk(exported, data, tmp_path, monkeypatch):
         yield next(iter(items))
         full()
 
-    for module in ("supervised.learner", "evaluation.probing"):
+    for module in ("supervised.learner", "evaluation.probe_learner"):
         monkeypatch.setattr(f"cae2pipe.{module}.uploaded", uploaded)
     for kind, fix in (("linear", "--set chunk=3"), ("finetune", "--set chunk=2")):
         with pytest.raises(OutOfMemoryError) as caught:

@@ -16,7 +16,7 @@ from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.errors import CompileError, DivergedError, MismatchError, SettingsError, SourceError, Terminated
 from cae2pipe.evaluation.finetune import FinetuneLearner
-from cae2pipe.evaluation.probing import ProbeLearner
+from cae2pipe.evaluation.probe_learner import ProbeLearner
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.verify import verify

@@ -26,7 +26,7 @@ from cae2pipe.commands.jobs import _end, failure
 from cae2pipe.commands.shared import exits
 from cae2pipe.errors import BadInputError, Cae2pipeError
 from cae2pipe.runtime.foreign_names import why_not_utf8
-from cae2pipe.runtime.system_errors import explain
+from cae2pipe.runtime.system_errors import explain_system_error
 from tests.faults.short_of_memory import limited
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_a_path_that_cannot_be_read_is_a_message(name, code, said, odd, capsys):
 def test_a_path_that_cannot_be_resolved_is_a_message(odd):
     with pytest.raises((OSError, RuntimeError)) as caught:
         (odd / "loop").resolve(strict=True)
-    assert explain(caught.value).where == str(odd / "loop")
+    assert explain_system_error(caught.value).where == str(odd / "loop")
 
 
 def test_an_error_without_a_number_is_a_defect():

@@ -55,7 +55,9 @@ def test_an_evaluated_encoder_keeps_its_bits(trained, exported):
     seen = []
     with encoder.model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
         if trained:
-            network = prepared_encoder(encoder, str(exported), None, None, 0.0, False)
+            network = prepared_encoder(
+                encoder, str(exported), image_size=None, layer_scale=None, drop_path=0.0, relative_positions=False
+            )
             network(network.normalise(PIXELS.repeat(1, 1, 2, 2)))
         else:
             encoder.tokens(PIXELS.repeat(1, 1, 2, 2))

@@ -174,7 +174,9 @@ def test_every_parameter_is_trained(pixels, class_token, over):
     model = build(**over)
     prediction = model(pixels, VISIBLE, MASKED)
     target = torch.randn(2, 16 + class_token, DIM)
-    terms = alignment_loss(prediction, target, VISIBLE, MASKED, LossSettings(), torch.ones(2), class_token)
+    terms = alignment_loss(
+        prediction, target, VISIBLE, MASKED, settings=LossSettings(), weights=torch.ones(2), has_class_token=class_token
+    )
     terms.total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

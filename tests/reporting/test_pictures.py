@@ -17,7 +17,7 @@ from cae2pipe.reporting.pictures import (
     latent_colours,
     outline_boxes,
     png_uri,
-    resized,
+    resized_picture,
     tiled,
 )
 
@@ -117,6 +117,6 @@ def test_data_uris_hold_the_picture():
     kind, _, data = png_uri(picture).partition(",")
     assert kind == "data:image/png;base64"
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), picture)
-    kind, _, data = jpeg_uri(resized(picture, 14, 18)).partition(",")
+    kind, _, data = jpeg_uri(resized_picture(picture, 14, 18)).partition(",")
     assert kind == "data:image/jpeg;base64"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (18, 14)

@@ -83,11 +83,11 @@ def test_a_broken_off_extraction_goes_on_with_the_next_part(exported, data, tmp_
     whole = evaluate("knn", str(exported), data, tmp_path / "whole", settings, Silent())
     write, calls = features_module.write_part, []
 
-    def interrupted(path, *arguments):
+    def interrupted(path, *arguments, **options):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(path.name)
-        write(path, *arguments)
+        write(path, *arguments, **options)
 
     out = tmp_path / "out"
     monkeypatch.setattr(features_module, "write_part", interrupted)
@@ -95,7 +95,9 @@ def test_a_broken_off_extraction_goes_on_with_the_next_part(exported, data, tmp_
         evaluate("knn", str(exported), data, out, settings, Silent())
     assert not open_box(out / "knn").complete
     done, parts = list(calls), 5 + 3  # 18 and 10 files in fours
-    monkeypatch.setattr(features_module, "write_part", lambda path, *a: (calls.append(path.name), write(path, *a)))
+    monkeypatch.setattr(
+        features_module, "write_part", lambda path, *a, **k: (calls.append(path.name), write(path, *a, **k))
+    )
     assert evaluate("knn", str(exported), data, out, settings, Silent()) == whole
     assert len(calls) == len(set(calls)) == parts
     assert calls[:3] == done
@@ -128,7 +130,9 @@ def test_features_leave_the_device_once_a_part(exported, data, tmp_path, monkeyp
     split, _ = stage.open_data(data, 2)
     encoder = stage.load_encoder(str(exported), 0, torch.device("cpu"))
     world = stage.World(0, 1, torch.device("cpu"))
-    found = features_module.extract_features(tmp_path, encoder, split, stage.CentralCrop(32, 37), 0, world, Silent())
+    found = features_module.extract_features(
+        tmp_path, encoder, split, stage.CentralCrop(32, 37), workers=0, world=world, report=Silent()
+    )
     assert len(found.labels) == 18
     assert [len(tensor) for tensor in calls] == [18, 18]
     assert all(part.untyped_storage().nbytes() == part.nbytes for part in kept if part.ndim == 2)

@@ -13,14 +13,14 @@ from cae2pipe.errors import SourceError
 from cae2pipe.evaluation.crop_batches import crop_batches
 from cae2pipe.evaluation.crops import CentralCrop
 from cae2pipe.evaluation.datasets import Split, common_labels
-from cae2pipe.evaluation.scores import Predictions, joined_predictions, most_likely, predictions
+from cae2pipe.evaluation.scores import Predictions, as_predictions, joined_predictions, most_likely
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.world import World
 from cae2pipe.supervised.remedies import batch_remedy
 
 
 @dataclass(frozen=True)
-class Found:
+class SplitPredictions:
     """Predictions in the split's order, and what could not be decoded."""
 
     predictions: Predictions
@@ -31,10 +31,11 @@ def predict(
     logits: Callable[[Tensor], Tensor],
     split: Split,
     classes: list[str],
+    *,
     crop: CentralCrop,
     workers: int,
     world: World,
-) -> Found:
+) -> SplitPredictions:
     """Predictions of ``logits``, which takes pixels uint8 (B, 3, S, S) on the device and knows ``classes``; the same in
     all processes.
 
@@ -43,7 +44,7 @@ def predict(
         OutOfMemoryError: a batch does not fit the device.
     """
     own = range(world.rank, len(split.runs), world.ranks)
-    found: dict[int, tuple[tuple[Tensor, Tensor], Tensor, list[str]]] = {}
+    outputs: dict[int, tuple[tuple[Tensor, Tensor], Tensor, list[str]]] = {}
     rejected: dict[int, list[dict[str, Any]]] = {}
     with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
         for run, batch in zip(own, crop_batches(split, own, crop, workers, world.device), strict=True):
@@ -51,13 +52,13 @@ def predict(
             rejected[run] = crops.rejected
             if len(crops.labels):
                 labels = common_labels(torch.from_numpy(crops.labels), split.classes, classes)
-                found[run] = most_likely(logits(batch.pixels)), labels, crops.keys
+                outputs[run] = most_likely(logits(batch.pixels)), labels, crops.keys
     # Each of them would have waited for the device.
-    parts = {run: predictions(*each) for run, each in found.items()}
+    parts = {run: as_predictions(*each) for run, each in outputs.items()}
     for theirs, rejects in world.gather((parts, rejected)):
         parts |= theirs
         rejected |= rejects
     if not parts:
         raise SourceError("not one image here can be decoded", where=split.root, fix="check the folder")
     whole = joined_predictions([parts[run] for run in sorted(parts)])
-    return Found(whole, [reject for run in sorted(rejected) for reject in rejected[run]])
+    return SplitPredictions(whole, [reject for run in sorted(rejected) for reject in rejected[run]])

@@ -1,4 +1,4 @@
-"""The box of an evaluation: begun, found finished, closed."""
+"""The box of an evaluation: opened, its result read or saved, marked complete."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BULKY = ("losses", "history", "per_class", "settings")
 """What ``result.json`` has and the manifest does without."""
 
 
-def begin(root: Path, asked: dict[str, Any]) -> tuple[Box, dict[str, Any] | None]:
-    """The box of an evaluation, made or found again, and its result where it is there already.
+def open_scores(root: Path, asked: dict[str, Any]) -> tuple[Box, dict[str, Any] | None]:
+    """The box of an evaluation, created or opened, and its result where it is there already.
 
     Raises:
         MismatchError: the folder holds another evaluation.
@@ -26,10 +26,10 @@ def begin(root: Path, asked: dict[str, Any]) -> tuple[Box, dict[str, Any] | None
     forget_idle(root)
     box = open_or_create(root, "scores", asked, facts={}, fix="give another output folder")
     remove_debris(root)
-    result = finished(box)
+    result = stored_result(box)
     if result:
         # A killed run may have left it open.
-        close(box, result)
+        mark_complete(box, result)
     return box, result
 
 
@@ -40,7 +40,7 @@ def forget_idle(root: Path) -> None:
         (root / METRICS).unlink(missing_ok=True)
 
 
-def finished(box: Box) -> dict[str, Any] | None:
+def stored_result(box: Box) -> dict[str, Any] | None:
     """The result that a box already holds, if its files are as they were written."""
     if "result" not in box.units:
         return None
@@ -51,15 +51,15 @@ def finished(box: Box) -> dict[str, Any] | None:
     return result
 
 
-def keep(box: Box, result: dict[str, Any], files: dict[str, Any]) -> None:
-    """Write the result down, with the manifest's entries of the files that belong to it, and close the box."""
+def save_result(box: Box, result: dict[str, Any], files: dict[str, Any]) -> None:
+    """Write the result down, with the manifest's entries of the files that belong to it, and mark the box complete."""
     write_json(box.root / RESULT, result)
     box.add("result", {"files": {**files, RESULT: file_entry(box.root / RESULT)}})
-    close(box, result)
+    mark_complete(box, result)
 
 
-def close(box: Box, result: dict[str, Any]) -> None:
-    """Call an evaluation complete whose result is there, and do away with what a killed one would go on from."""
+def mark_complete(box: Box, result: dict[str, Any]) -> None:
+    """Mark an evaluation complete whose result is there, and remove what a killed one would have resumed from."""
     box.facts["result"] = {name: value for name, value in result.items() if name not in BULKY}
     box.save(complete=True)
     shutil.rmtree(box.root / CHECKPOINTS, ignore_errors=True)

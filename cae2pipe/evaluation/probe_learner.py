@@ -28,11 +28,11 @@ def pooled(feature: str) -> Inputs:
     """The class token's or the mean patch's features (B, D)."""
 
     def inputs(encoder: FrozenEncoder, pixels: Tensor) -> Tensor:
-        found = encoder(pixels)
+        features = encoder(pixels)
         if feature == "mean":
-            return found.mean
-        assert found.class_token is not None
-        return found.class_token
+            return features.mean
+        assert features.class_token is not None
+        return features.class_token
 
     return inputs
 
@@ -57,6 +57,7 @@ class ProbeLearner:
         encoder: FrozenEncoder,
         head: Probe | AttentiveProbe,
         inputs: Inputs,
+        *,
         optimizer: torch.optim.Optimizer,
         course: Course,
         warmup_epochs: float,
@@ -84,7 +85,7 @@ class ProbeLearner:
                 parameter.grad = self.world.sum(
                     torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 )
-        self.head.norm.settle(self.world)
+        self.head.norm.update_running_stats(self.world)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step, group["peak"])
         self.optimizer.step()
@@ -102,8 +103,8 @@ class ProbeLearner:
         """Logits of a batch for scores."""
         features = self.features(pixels)
         with exact_float32(features.device):
-            found: Tensor = self.head.eval()(features)
-            return found
+            outputs: Tensor = self.head.eval()(features)
+            return outputs
 
     def _rate(self, step: int, peak: float) -> float:
         return learning_rate(step, self.course.steps, self.course.epochs, self.warmup_epochs, peak, 0.0)
