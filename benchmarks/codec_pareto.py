@@ -20,7 +20,7 @@ from benchmarks.sample import crops, packed, rendered, settings, teacher_of, tok
 from cae2pipe.targets.calibration import calibrate, make_codec, summarise, token_cosines
 from cae2pipe.targets.chunks import BLOCK, decode_chunk
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
-from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.targets.store import StoreLayout, pack_block
 
 CODECS = (
     ("fp16", 0.999),
@@ -50,7 +50,7 @@ def main() -> None:
         label = f"{name} {fidelity}" if name == "klt" else name
         calibration, _ = calibrate(fit, name, fidelity, 1)
         codec = make_codec(name, calibration, 1)
-        layout = Layout(test.shape[1], test.shape[2], test.shape[1] - 1, False, codec)
+        layout = StoreLayout(test.shape[1], test.shape[2], test.shape[1] - 1, False, codec)
         blocks = test.split(BLOCK)
         arrays = [
             {**codec.encode(block), "norms": some.numpy().astype("<f2")}

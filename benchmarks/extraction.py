@@ -24,7 +24,7 @@ from cae2pipe.runtime.threads import in_threads
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.encoding import Meter, lane_count
 from cae2pipe.targets.extraction import make_views
-from cae2pipe.targets.missing import missing_views
+from cae2pipe.targets.missing import missing_units
 
 VIEWS = 4
 COPIES = 4
@@ -70,7 +70,7 @@ def main() -> None:
             out = scratch / f"set{number}"
             shutil.copytree(scratch / "set", out)
             box = open_box(out)
-            missing = missing_views(box, shards, VIEWS)
+            missing = missing_units(box, shards, VIEWS)
             meters.append(
                 make_views(
                     box, shards, missing, teacher=teacher, settings=chosen, workers=worker_count(-1), report=Silent()

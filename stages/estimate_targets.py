@@ -27,7 +27,7 @@ from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, recommend_views, tar_bytes
 from cae2pipe.targets.manifest_facts import teacher_facts
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, block_tasks, render_blocks
-from cae2pipe.targets.store import Layout
+from cae2pipe.targets.store import StoreLayout
 from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
@@ -122,7 +122,7 @@ def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tupl
 def time_extraction(
     shards: ShardSet,
     teacher: Teacher,
-    layout: Layout,
+    layout: StoreLayout,
     calibration: Calibration,
     settings: ExtractSettings,
     workers: int,

@@ -31,7 +31,7 @@ from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.calibrating import ensure_calibration, make_calibration
 from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
-from cae2pipe.targets.missing import MissingUnits, check_space, missing_views, wanted
+from cae2pipe.targets.missing import MissingUnits, check_space, missing_units, wanted
 from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER
 from cae2pipe.targets.stored_calibration import is_calibrated
 from cae2pipe.targets.target_set import KIND, recorded_view
@@ -76,7 +76,7 @@ def extract_targets(
             open_same(out, KIND, content, fix)
         shards = open_source(source, out, settings, report)
         box = open_or_create(out, KIND, content, facts={"classes": shards.classes}, fix=fix)
-        missing = missing_views(box, shards, settings.views, part, remake)
+        missing = missing_units(box, shards, settings.views, part, remake)
         remove_leftovers(out, missing, part)
         box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}
         if not missing and is_calibrated(box) and (box.complete or part != WHOLE) and remake is None:
@@ -149,4 +149,4 @@ def remove_leftovers(out: Path, missing: list[MissingUnits], part: Part) -> None
 
 def save_targets(box: Box, shards: ShardSet, views: int) -> None:
     """Write the manifest; the set is complete once every part has made its share."""
-    box.save(complete=lambda merged: CODEC in merged.units and not missing_views(merged, shards, views))
+    box.save(complete=lambda merged: CODEC in merged.units and not missing_units(merged, shards, views))

@@ -11,7 +11,7 @@ from typing import Any
 from cae2pipe.artifacts.box import Box, open_box
 
 
-def describe(path: Path) -> dict[str, Any]:
+def inspect_folder(path: Path) -> dict[str, Any]:
     """What a folder made by cae2pipe is, what it was made from and what it holds, as JSON values.
 
     Raises:

@@ -34,10 +34,10 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration, Fidelity, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
-from cae2pipe.targets.encoding import encode_unit
+from cae2pipe.targets.encoding import encode_unit_tokens
 from cae2pipe.targets.images import images_units
 from cae2pipe.targets.paths import CODEC
-from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
+from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import is_calibrated, read_calibration, store_calibration
 from cae2pipe.targets.target_set import KIND, TargetSet, make_layout
 
@@ -105,7 +105,7 @@ def recode(
         box.facts["extracted"] = {name: facts[name] for name in ("versions", "processor") if name in facts}
         tell_changes(box.facts, torch.device("cpu"), report)
         if not is_calibrated(box) or CODEC in (remake or ()):
-            make_calibration(box, targets, codec, report)
+            recalibrate(box, targets, codec, report)
         elif not missing and not images:
             report.log(f"nothing to do: {out} holds all {len(targets.stores)} stores of {source}")
         try:
@@ -169,7 +169,7 @@ def copy_images(box: Box, targets: TargetSet, names: list[str]) -> None:
         box.add(name, unit)
 
 
-def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
+def recalibrate(box: Box, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
     """Fit the codec on view 0 of the first images, as an extraction does.
 
     Raises:
@@ -197,7 +197,7 @@ def stored_unit(reader: StoreReader, block: int) -> Tensor:
     return unit_tokens(codec.decode(as_tensors(reader.arrays(block, list(codec.arrays())))))[0]
 
 
-class Recoded(NamedTuple):
+class RecodedBlock(NamedTuple):
     """A block of the new store: chunks by array, its samples, raw and centred cosines of its tokens."""
 
     chunks: dict[str, bytes]
@@ -206,12 +206,12 @@ class Recoded(NamedTuple):
     centred: Tensor
 
 
-def recode_block(reader: StoreReader, block: int, layout: Layout, calibration: Calibration) -> Recoded:
+def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibration: Calibration) -> RecodedBlock:
     """Decode and encode a block; norms and attention stay as they are."""
     kept = [name for name in ("norms", "attention") if name in layout.blocked()]
     unit = stored_unit(reader, block)
-    arrays, raw, centred = encode_unit(unit, layout, calibration)
-    return Recoded(pack_block(layout, {**arrays, **reader.arrays(block, kept)}), len(unit), raw, centred)
+    arrays, raw, centred = encode_unit_tokens(unit, layout, calibration)
+    return RecodedBlock(pack_block(layout, {**arrays, **reader.arrays(block, kept)}), len(unit), raw, centred)
 
 
 def recode_stores(box: Box, targets: TargetSet, names: list[str], workers: int, report: Report) -> None:
@@ -223,23 +223,25 @@ def recode_stores(box: Box, targets: TargetSet, names: list[str], workers: int, 
     tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
     with closing(in_threads(recode_block, tasks, workers, 2 * max(1, workers))) as blocks:
         for name in names:
-            replayed = targets.replayed is not None
-            unit = recode_store(box.root, name, targets.stores[name], readers[name], layout, blocks, replayed, report)
-            box.add(name, unit)
+            box.add(name, recode_store(box.root, targets, name, layout=layout, blocks=blocks, report=report))
 
 
 def recode_store(
     root: Path,
+    targets: TargetSet,
     name: str,
-    unit: dict[str, Any],
-    reader: StoreReader,
-    layout: Layout,
-    blocks: Iterator[Recoded],
-    replayed: bool,
+    *,
+    layout: StoreLayout,
+    blocks: Iterator[RecodedBlock],
     report: Report,
 ) -> dict[str, Any]:
-    """Write one store and bring its tar along, where its views are stored; return the manifest's entry."""
-    own = [] if replayed else [unit["tar"]]
+    """Write one store and bring its tar along, where its views are stored; return the manifest's entry.
+
+    Args:
+        blocks: of this store, and then of others.
+    """
+    unit, reader = targets.stores[name], targets.reader(name)
+    own = [unit["tar"]] if targets.replayed is None else []
     with staged(root, name) as stage:
         for tar in own:
             fetch_file(reader.root / tar, stage.path(tar))

@@ -80,7 +80,7 @@ def write_report(comparison: Comparison, targets: Path | None, out: Path, report
 def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, device: torch.device) -> Gallery:
     """Pictures of the first seed of every variant. What none can be made of is named, with the reason."""
     views = sample_views(targets)
-    shown, queries = views[:SHOWN], [len(views) * number // QUERIES for number in range(QUERIES)]
+    queries = [len(views) * number // QUERIES for number in range(QUERIES)]
     teacher = F.normalize(patches(targets, views).mean(dim=1), dim=-1)
     gallery = Gallery(views=[view.pixels for view in views], queries=queries)
     gallery.neighbours.append(NeighbourRow("teacher", nearest_views(teacher, queries, NEAREST)))
@@ -88,7 +88,7 @@ def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, dev
         if row.runs:
             report.log(f"pictures of {row.name}")
             try:
-                add_pictures(gallery, row.name, row.runs[0], targets, views, shown, report, device)
+                add_pictures(gallery, row.name, row.runs[0], targets=targets, views=views, report=report, device=device)
             except Cae2pipeError as error:
                 gallery.left_out.append(f"{row.name} ({error.what})")
     return gallery
@@ -98,15 +98,16 @@ def add_pictures(
     gallery: Gallery,
     name: str,
     run: Path,
+    *,
     targets: TargetSet,
     views: Sequence[Target],
-    shown: Sequence[Target],
     report: Report,
     device: torch.device,
 ) -> None:
     """A run's masks, what its student predicts, and what its encoder finds alike."""
     if not same_teacher(open_box(run, "run"), targets):
         raise SettingsError(f"it learnt from another teacher than {targets.teacher.name}")
+    shown = views[:SHOWN]
     model, settings = load_student(run, targets, report)
     if settings.model.image_size != targets.view_size:
         raise SettingsError(f"it takes {settings.model.image_size} pixels, and the views have {targets.view_size}")

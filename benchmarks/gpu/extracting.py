@@ -22,7 +22,7 @@ from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.encoding import Meter, encode_ahead, encode_tokens
 from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
-from cae2pipe.targets.missing import missing_views
+from cae2pipe.targets.missing import missing_units
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import pack_block
@@ -131,7 +131,7 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     shutil.copytree(targets.root / CODEC_FOLDER, out / CODEC_FOLDER)
     units = {CODEC: targets.box.units[CODEC]}
     box = Box(out, targets.box.kind, targets.box.identity, units, targets.box.facts)
-    missing, workers = missing_views(box, shards, settings.views), worker_count(settings.speed.workers)
+    missing, workers = missing_units(box, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
     make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
     found.facts["images reduced a second"] = round(shards.images / (time.perf_counter() - began), 1)

@@ -20,9 +20,9 @@ def inspect(
     with exits():
         from cae2pipe.runtime.foreign_names import visible_json
         from cae2pipe.runtime.terminal import print_facts
-        from cae2pipe.stages.inspection import describe
+        from cae2pipe.stages.inspection import inspect_folder
 
-        facts = describe(path)
+        facts = inspect_folder(path)
         if as_json:
             # What a small alphabet would have escaped is escaped as JSON has it.
             plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"

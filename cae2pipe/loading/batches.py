@@ -27,7 +27,7 @@ from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.paths import store_name
-from cae2pipe.targets.store import Layout, StoreReader
+from cae2pipe.targets.store import StoreLayout, StoreReader
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
     root: Path
     units: dict[str, dict[str, Any]]
     blocks: list[BlockRef]
-    layout: Layout
+    layout: StoreLayout
     size: int
     seed: int
     epochs: int

@@ -207,7 +207,15 @@ def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
         return Int8Codec()
     assert calibration.basis is not None
     assert calibration.step is not None
-    common = calibration.step, level, calibration.shuffle
+    step, shuffle = calibration.step, calibration.shuffle
     if calibration.token_basis is None or calibration.spread is None:
-        return KltCodec(calibration.mean, calibration.basis, *common)
-    return TokenKltCodec(calibration.mean, calibration.basis, calibration.token_basis, calibration.spread, *common)
+        return KltCodec(calibration.mean, calibration.basis, step, level, shuffle)
+    return TokenKltCodec(
+        calibration.mean,
+        calibration.basis,
+        calibration.token_basis,
+        spread=calibration.spread,
+        step=step,
+        level=level,
+        shuffle=shuffle,
+    )

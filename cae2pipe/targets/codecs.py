@@ -185,6 +185,7 @@ class TokenKltCodec(KltCodec):
         mean: Tensor,
         basis: Tensor,
         token_basis: Tensor,
+        *,
         spread: Tensor,
         step: float,
         level: int = 1,

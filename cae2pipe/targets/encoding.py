@@ -23,7 +23,7 @@ from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration, token_cosines
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.rendering import RenderedBlock
-from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.targets.store import StoreLayout, pack_block
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
@@ -124,7 +124,7 @@ def extraction_memory(lanes: int, precision: str) -> AbstractContextManager[None
 def encode_ahead(
     blocks: Iterator[RenderedBlock],
     teacher: Teacher,
-    layout: Layout,
+    layout: StoreLayout,
     calibration: Calibration,
     meter: Meter,
     lanes: int,
@@ -211,7 +211,7 @@ def _forward(teacher: Teacher, pixels: Tensor, lane: Lane | None) -> tuple[Teach
 
 @torch.inference_mode()
 def _encode(
-    block: RenderedBlock, index: int, lane: Lane | None, teacher: Teacher, layout: Layout, calibration: Calibration
+    block: RenderedBlock, index: int, lane: Lane | None, teacher: Teacher, layout: StoreLayout, calibration: Calibration
 ) -> EncodedBlock:
     task = block.task
     # A thread's current device is the first one, whatever the main thread's is; a stream brings its own.
@@ -224,11 +224,11 @@ def _encode(
 
 
 def encode_tokens(
-    tokens: Tensor, attention: Tensor | None, layout: Layout, calibration: Calibration
+    tokens: Tensor, attention: Tensor | None, layout: StoreLayout, calibration: Calibration
 ) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
     """A block's arrays as they are stored, and how near their decoding comes: raw and centred cosines (b * T,)."""
     unit, norms = unit_tokens(tokens)
-    arrays, raw, centred = encode_unit(unit, layout, calibration)
+    arrays, raw, centred = encode_unit_tokens(unit, layout, calibration)
     arrays["norms"] = norms.cpu().numpy().astype("<f2")
     if layout.attention:
         assert attention is not None
@@ -236,7 +236,9 @@ def encode_tokens(
     return arrays, raw, centred
 
 
-def encode_unit(unit: Tensor, layout: Layout, calibration: Calibration) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
+def encode_unit_tokens(
+    unit: Tensor, layout: StoreLayout, calibration: Calibration
+) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
     """The codec's arrays of unit tokens (b, T, D), and how near their decoding comes, on the CPU."""
     arrays = layout.codec.encode(unit)
     # Decoded as training will: from what is stored.

@@ -12,7 +12,7 @@ from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, make_
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import encode_tokens
-from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.targets.store import StoreLayout, pack_block
 from cae2pipe.teachers.protocol import TeacherOutput
 
 CODECS = ("fp16", "int8", "klt")
@@ -49,12 +49,12 @@ def tar_bytes(jpegs: Sequence[bytes]) -> float:
     return sum((3 - (-len(jpeg) // TAR_BLOCK)) * TAR_BLOCK for jpeg in jpegs) / len(jpegs)
 
 
-def price(outputs: Sequence[TeacherOutput], name: str, shape: Layout, fidelity: float, level: int) -> CodecPrice:
+def price(outputs: Sequence[TeacherOutput], name: str, shape: StoreLayout, fidelity: float, level: int) -> CodecPrice:
     """A codec's price from the teacher's outputs, one a block, on the CPU. ``shape``'s own codec is not looked at."""
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
     calibration, reached = calibrate(unit, name, fidelity, level)
     codec = make_codec(name, calibration, level)
-    layout = Layout(shape.tokens, shape.dim, shape.patches, shape.attention, codec)
+    layout = StoreLayout(shape.tokens, shape.dim, shape.patches, shape.attention, codec)
     # Whole blocks only: a short one is padded, which says nothing of a large set.
     whole = [output for output in outputs if len(output.tokens) == BLOCK] or list(outputs)
     chunks = 0

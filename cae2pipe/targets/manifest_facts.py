@@ -7,7 +7,7 @@ from typing import Any
 
 from cae2pipe.targets.calibration import Calibration, Fidelity, one_thread
 from cae2pipe.targets.encoding import encode_tokens
-from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.targets.store import StoreLayout, pack_block
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
@@ -25,7 +25,7 @@ def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
 
 
 def codec_facts(
-    outputs: list[TeacherOutput], layout: Layout, calibration: Calibration, *, fidelity: Fidelity, pixel_bytes: int
+    outputs: list[TeacherOutput], layout: StoreLayout, calibration: Calibration, *, fidelity: Fidelity, pixel_bytes: int
 ) -> dict[str, Any]:
     """What calibration reached, and the bytes that it lets expect: of a view's latents, and of the pixels of a view, or
     of an image where views are replayed.

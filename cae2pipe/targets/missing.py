@@ -17,7 +17,7 @@ from cae2pipe.targets.target_set import recorded_view
 
 @dataclass(frozen=True)
 class MissingUnits:
-    """What a shard lacks: views, and the images that replayed ones are cut from."""
+    """What a shard lacks: views, by their numbers, and whether the images that replayed ones are cut from."""
 
     shard: Shard
     views: tuple[int, ...]
@@ -29,10 +29,10 @@ class MissingUnits:
         return images + [store_name(view, self.shard.name) for view in self.views]
 
 
-def missing_views(
+def missing_units(
     box: Box, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
 ) -> list[MissingUnits]:
-    """What this part still has to make, or what of it is among ``remake``.
+    """What this part still has to make, shard by shard, or what of it is among ``remake``.
 
     Raises:
         MismatchError: a stored view was made from a shard of this name with other content.

@@ -40,7 +40,7 @@ SIDE_LEVEL = 1
 
 
 @dataclass(frozen=True)
-class Layout:
+class StoreLayout:
     """Shape of a store's contents: what every store of a set shares."""
 
     tokens: int
@@ -82,7 +82,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Block:
+class StoredBlock:
     """Up to 64 samples of one view: keys, labels, JPEG bytes (of the view, or of the image that it is cut from), draws
     (b, 11), and the codec's arrays over those samples."""
 
@@ -93,7 +93,7 @@ class Block:
     arrays: dict[str, np.ndarray]
 
 
-def pack_block(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+def pack_block(layout: StoreLayout, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
     """The chunks of up to 64 samples, by array: padded to a whole block, compressed, with their checksums."""
     chunks = {}
     for name, spec in layout.blocked().items():
@@ -111,7 +111,7 @@ def pack_block(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, by
 class StoreWriter:
     """Writes one store, block after block, into the folder ``path``; ``finish`` makes it a Zarr group."""
 
-    def __init__(self, path: Path, layout: Layout):
+    def __init__(self, path: Path, layout: StoreLayout):
         self.path = path
         self.layout = layout
         self.samples = 0
@@ -197,7 +197,7 @@ class StoreReader:
         cache: where pieces of remote files are kept.
     """
 
-    def __init__(self, root: Path, unit: Mapping[str, Any], layout: Layout, cache: BlockCache | None = None):
+    def __init__(self, root: Path, unit: Mapping[str, Any], layout: StoreLayout, cache: BlockCache | None = None):
         self.root = root
         self._files: Mapping[str, Any] = unit.get("files", {})
         self._cache = cache
@@ -276,11 +276,13 @@ class StoreReader:
             jpegs.append(jpeg)
         return jpegs
 
-    def block(self, block: int, names: Sequence[str] | None = None) -> Block:
+    def block(self, block: int, names: Sequence[str] | None = None) -> StoredBlock:
         """Everything of one block; ``names`` picks blocked arrays as in ``arrays``."""
         where = slice(block * BLOCK, (block + 1) * BLOCK)
         draws = self.draws()[where]
-        return Block(self.keys()[where], self.labels()[where], self.jpegs(block), draws, self.arrays(block, names))
+        return StoredBlock(
+            self.keys()[where], self.labels()[where], self.jpegs(block), draws, self.arrays(block, names)
+        )
 
     def _shard_path(self, name: str) -> Path:
         return self.path.joinpath(name, "c", *("0",) * len(self.layout.shape(name, BLOCK)))

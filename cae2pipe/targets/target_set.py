@@ -32,7 +32,7 @@ from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.paths import CODEC, images_name
-from cae2pipe.targets.store import REMEDY, Block, Layout, StoreReader
+from cae2pipe.targets.store import REMEDY, StoredBlock, StoreLayout, StoreReader
 from cae2pipe.targets.stored_calibration import read_calibration
 
 KIND = "targets"
@@ -181,7 +181,7 @@ class TargetSet(Sequence[Target]):
         """How views are cut from the images that the set keeps; None where it keeps the views themselves."""
         return self.view if self.view.pixels == "replayed" else None
 
-    def pixels(self, block: Block, positions: Sequence[int] | None = None) -> np.ndarray:
+    def pixels(self, block: StoredBlock, positions: Sequence[int] | None = None) -> np.ndarray:
         """The views of a block, or those at some positions in it, uint8 (b, H, W, 3).
 
         Raises:
@@ -257,10 +257,10 @@ def stores_of(box: Box) -> dict[str, dict[str, Any]]:
     return stores
 
 
-def make_layout(teacher: dict[str, Any], codec: dict[str, Any], calibration: Calibration) -> Layout:
+def make_layout(teacher: dict[str, Any], codec: dict[str, Any], calibration: Calibration) -> StoreLayout:
     """The stores' layout, from the manifest's teacher and codec entries."""
     patches = teacher["rows"] * teacher["cols"]
-    return Layout(
+    return StoreLayout(
         tokens=patches + teacher["class_token"],
         dim=teacher["dim"],
         patches=patches,

@@ -20,7 +20,7 @@ from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.calibration import summarise
 from cae2pipe.targets.encoding import EncodedBlock, Meter
 from cae2pipe.targets.paths import images_name, images_tar_path, store_name, store_path, view_tar_path
-from cae2pipe.targets.store import Layout, StoreWriter
+from cae2pipe.targets.store import StoreLayout, StoreWriter
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ShardWriter:
     views: dict[int, ViewWriter] = field(default_factory=dict)
 
     def append(
-        self, blocks: Iterable[EncodedBlock], root: Path, layout: Layout, *, meter: Meter, report: Report
+        self, blocks: Iterable[EncodedBlock], root: Path, layout: StoreLayout, *, meter: Meter, report: Report
     ) -> None:
         """Append the shard's encoded blocks to its views' stores, which are begun in the set ``root``."""
         for block in blocks:

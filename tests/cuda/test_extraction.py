@@ -20,7 +20,7 @@ from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import Meter, encode_ahead
 from cae2pipe.targets.rendering import RenderedBlock, Task
-from cae2pipe.targets.store import Layout
+from cae2pipe.targets.store import StoreLayout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.training.online import OnlineLatents
 from tests.cuda.simulated import on_cpu
@@ -123,7 +123,7 @@ def test_blocks_are_those_of_the_cpu(name, unit, teachers, cuda, monkeypatch):
         task = Task(SimpleNamespace(name="shard"), 0, (0, 1))
         views = [pixels(5), pixels(5).flip(0)]
         rendered = RenderedBlock(task, ["key"] * 5, np.zeros(5), [], views, [])
-        layout = Layout(17, 16, 16, True, codec)
+        layout = StoreLayout(17, 16, 16, True, codec)
         return list(encode_ahead(iter([rendered]), teacher, layout, calibration, Meter(), 2))
 
     wanted = blocks(load_teacher(settings, CPU), make_codec(name, calibration))

@@ -18,7 +18,7 @@ from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.stages.inspection import describe
+from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.verify import verify
 from tests.conftest import contents, snapshot
 from tests.stages.evaluating import knn, linear
@@ -46,7 +46,7 @@ def test_knn_and_linear_share_features_and_separate_colours(exported, data, tmp_
 
     for name in ("knn", "linear"):
         assert verify(out / name, Silent()).problems == []
-        facts = describe(out / name)
+        facts = inspect_folder(out / name)
         assert facts["result"]["top1"] == 1
         assert "losses" not in facts["result"]
         assert str(tmp_path) not in (out / name / "manifest.json").read_text()

@@ -62,7 +62,7 @@ def images(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
 def fitted(unit: torch.Tensor, step: float) -> TokenKltCodec:
     mean, basis = principal_axes(unit)
     token_basis, spread = token_axes(unit, mean, basis)
-    return TokenKltCodec(mean.float(), basis.float(), token_basis.float(), spread.float(), step)
+    return TokenKltCodec(mean.float(), basis.float(), token_basis.float(), spread=spread.float(), step=step)
 
 
 def size(codec, unit: torch.Tensor) -> int:
@@ -130,7 +130,9 @@ def test_rounding_goes_towards_zero_and_more_so_the_rarer_a_value_is(value, spre
 
 @pytest.mark.parametrize("make", [lambda step: KltCodec(torch.zeros(4), torch.eye(4), step), None])
 def test_klt_overflow_is_an_error_and_never_a_wrap(make):
-    make = make or (lambda step: TokenKltCodec(torch.zeros(4), torch.eye(4), torch.eye(1), torch.ones(1, 4), step))
+    make = make or (
+        lambda step: TokenKltCodec(torch.zeros(4), torch.eye(4), torch.eye(1), spread=torch.ones(1, 4), step=step)
+    )
     with pytest.raises(TeacherError, match="65535"):
         make(1e-5).encode(torch.ones(1, 1, 4))
     # A symbol of all 16 bits still comes back.

@@ -10,7 +10,7 @@ import pytest
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.reporting.comparison_text import notes
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.inspection import describe
+from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_metrics, shown_ranges
 
@@ -38,7 +38,7 @@ def test_the_other_lines_are_read(damage, make_run):
     path = run / "metrics.jsonl"
     path.write_bytes(DAMAGED[damage](path.read_bytes()))
     assert [line["step"] for line in read_metrics(path)[0]] == [0, 2, 3]
-    assert describe(run)["damaged_lines"] == 1
+    assert inspect_folder(run)["damaged_lines"] == 1
 
 
 def test_resuming_keeps_them_and_the_file_as_it_was(make_run, target_root, pretrain_settings, trained_run):
