@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
+from cae2pipe.artifacts.box import (
+    MANIFEST,
+    AnyBox,
+    RunBox,
+    ScoresBox,
+    ShardsBox,
+    TargetsBox,
+    check_file,
+    open_box,
+)
 from cae2pipe.artifacts.places import entry_names, file_size
 from cae2pipe.errors import Cae2pipeError, DamageError
 from cae2pipe.runtime.progress import Report
@@ -24,7 +33,7 @@ def describe(path: Path) -> dict[str, Any]:
         ManifestError: not a folder of ours, or one of an unknown format.
     """
     box = open_box(path)
-    files = [entry for unit in box.units.values() for entry in unit.get("files", {}).values()]
+    files = [entry for unit in box.units.values() for entry in unit["files"].values()]
     facts: dict[str, Any] = {
         "path": str(path),
         "kind": box.kind,
@@ -33,22 +42,22 @@ def describe(path: Path) -> dict[str, Any]:
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files),
     }
-    facts.update(_KINDS.get(box.kind, lambda _: {})(box))
+    facts.update(_of_kind(box))
     facts["made_from"] = box.identity
     return facts
 
 
-def _shards(box: Box) -> dict[str, Any]:
+def _shards(box: ShardsBox) -> dict[str, Any]:
     return {
         "shards": sum(unit["samples"] > 0 for unit in box.units.values()),
         "images": sum(unit["samples"] for unit in box.units.values()),
         "rejected": box.facts.get("rejected", 0),
-        "classes": len(box.identity.get("classes", [])),
+        "classes": len(box.identity["classes"]),
         "generations": [unit["images"] for name, unit in sorted(box.units.items()) if "images" in unit],
     }
 
 
-def _targets(box: Box) -> dict[str, Any]:
+def _targets(box: TargetsBox) -> dict[str, Any]:
     from cae2pipe.targets.target_set import TargetSet
 
     targets = TargetSet(box.root)
@@ -56,12 +65,13 @@ def _targets(box: Box) -> dict[str, Any]:
     for unit in targets.stores.values():
         shards[unit["view"]] = shards.get(unit["view"], 0) + 1
     # Early sets do not say what they were to hold.
-    asked = box.facts.get("wanted", {"views": targets.views, "images": targets.images})
+    wanted = box.facts.get("wanted")
+    views, images = (wanted["views"], wanted["images"]) if wanted else (targets.views, targets.images)
     stored = sum(unit["samples"] for unit in targets.stores.values())
     return {
         "teacher": box.facts["teacher"],
-        "asked_for": asked,
-        "share_made": round(stored / max(1, asked["images"] * asked["views"]), 4),
+        "asked_for": wanted or {"views": views, "images": images},
+        "share_made": round(stored / max(1, images * views), 4),
         "images": targets.images,
         "views": targets.views,
         "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
@@ -72,7 +82,7 @@ def _targets(box: Box) -> dict[str, Any]:
     }
 
 
-def _run(box: Box) -> dict[str, Any]:
+def _run(box: RunBox) -> dict[str, Any]:
     from cae2pipe.training.checkpoint import checkpoints
     from cae2pipe.training.metrics import read_metrics
 
@@ -88,11 +98,16 @@ def _run(box: Box) -> dict[str, Any]:
     }
 
 
-def _scores(box: Box) -> dict[str, Any]:
-    return dict(box.facts)
-
-
-_KINDS = {"shards": _shards, "targets": _targets, "run": _run, "scores": _scores}
+def _of_kind(box: AnyBox) -> dict[str, Any]:
+    match box:
+        case ShardsBox():
+            return _shards(box)
+        case TargetsBox():
+            return _targets(box)
+        case RunBox():
+            return _run(box)
+        case ScoresBox():
+            return dict(box.facts)
 
 
 @dataclass
@@ -126,9 +141,7 @@ def verify(path: Path, report: Report) -> Verification:
         ManifestError: not a folder of ours.
     """
     box = open_box(path)
-    entries = {
-        name: (unit, entry) for unit, found in box.units.items() for name, entry in found.get("files", {}).items()
-    }
+    entries = {name: (unit, entry) for unit, content in box.units.items() for name, entry in content["files"].items()}
     result = Verification(path, box.kind, len(entries))
     report.total(len(entries), "files")
     for name, (unit, entry) in sorted(entries.items()):
@@ -172,14 +185,14 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
     return audit(targets, teacher, count)
 
 
-def _strangers(box: Box, known: set[str]) -> list[str]:
+def _strangers(box: AnyBox, known: set[str]) -> list[str]:
     """Files, links and the like below the folders that the box fills, of which the manifest knows nothing."""
     folders = {"shards": ["tars"], "targets": ["images", "views", "latents", "codec.zarr"]}.get(box.kind, [])
     names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(box.root / folder))
     return [name for name in names if name not in known]
 
 
-def _check_contents(box: Box) -> Iterator[tuple[str, DamageError]]:
+def _check_contents(box: AnyBox) -> Iterator[tuple[str, DamageError]]:
     """Units whose files contradict each other."""
     from cae2pipe.shards.tar import index_tar
 
@@ -203,7 +216,7 @@ def _check_contents(box: Box) -> Iterator[tuple[str, DamageError]]:
                 yield name, DamageError("the store's keys are not those of its tar", where=f"{box.root}, {name}")
 
 
-def _remedy(box: Box) -> str:
+def _remedy(box: AnyBox) -> str:
     if box.kind == "shards":
         return f"cae2pipe verify {box.root} --repair --source IMAGES"
     if "recoded" in box.identity:

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import MANIFEST, Box, is_box, open_box, open_or_create, open_same, refuse_foreign
+from cae2pipe.artifacts.box import MANIFEST, TargetsBox, is_box, refuse_foreign
 from cae2pipe.artifacts.lock import can_lock, holding, writing
+from cae2pipe.artifacts.manifest_targets import Store, Wanted
+from cae2pipe.artifacts.manifest_values import Teacher as TeacherEntry
 from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.places import file_size, free_bytes, is_local, is_shared
 from cae2pipe.artifacts.provenance import provenance, tell_changes
@@ -54,7 +56,6 @@ from cae2pipe.targets.stored_calibration import (
     store_calibration,
 )
 from cae2pipe.targets.target_set import (
-    KIND,
     make_layout,
     recorded_view,
     store_name,
@@ -72,7 +73,7 @@ def extract_targets(
     part: Part = WHOLE,
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
-) -> Box:
+) -> TargetsBox:
     """Make, or go on making, the target set ``out`` from a shard set or a folder of images.
 
     Args:
@@ -92,15 +93,15 @@ def extract_targets(
         refuse_foreign(out)
         begun = file_size(out / MANIFEST) is not None
         if begun:
-            settings = resumed(open_box(out, KIND), settings, report)
+            settings = resumed(TargetsBox.open(out), settings, report)
             refuse_other_pixels(out, settings)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
         content = {"settings": identity(settings), "teacher": teacher.info.identity()}
         fix = "give another output folder, or the settings this one was made with"
         if begun:
-            open_same(out, KIND, content, fix)
+            TargetsBox.open_same(out, content, fix)
         shards = open_source(source, out, settings, report)
-        box = open_or_create(out, KIND, content, facts={"classes": shards.classes}, fix=fix)
+        box = TargetsBox.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix)
         missing = missing_views(box, shards, settings.views, part, remake)
         remove_leftovers(out, missing, part)
         box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}
@@ -130,7 +131,7 @@ def extract_targets(
         return box
 
 
-def resumed(box: Box, settings: ExtractSettings, report: Report) -> ExtractSettings:
+def resumed(box: TargetsBox, settings: ExtractSettings, report: Report) -> ExtractSettings:
     """The settings with what was not given as the set has been begun with: a changed default must neither refuse the
     command that began it nor add views to it."""
     found: dict[str, Any] = {"codec": as_begun(settings.codec, box.identity["settings"]["codec"])}
@@ -145,7 +146,7 @@ def resumed(box: Box, settings: ExtractSettings, report: Report) -> ExtractSetti
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
     """Raise MismatchError where a set's views are replayed and stored ones are asked for, or the reverse."""
-    there = recorded_view(open_box(out, KIND).identity["settings"]).pixels
+    there = recorded_view(TargetsBox.open(out).identity["settings"]).pixels
     if there != settings.view.pixels:
         raise MismatchError(
             f"this set's views are {there}, and {settings.view.pixels} ones are asked for",
@@ -180,7 +181,7 @@ class MissingUnits:
 
 
 def missing_views(
-    box: Box, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
+    box: TargetsBox, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
 ) -> list[MissingUnits]:
     """What this part still has to make, or what of it is among ``remake``.
 
@@ -195,7 +196,7 @@ def missing_views(
         images = images_name(shard.name)
         for name in (*names.values(), images):
             unit = box.units.get(name)
-            if unit and unit["source"] != shard.sha256:
+            if unit and "shard" in unit and unit["source"] != shard.sha256:
                 raise MismatchError(
                     f"shard {shard.name} of the source is not the one that this target set was made from",
                     where=shard.path,
@@ -220,20 +221,27 @@ def remove_leftovers(out: Path, missing: list[MissingUnits], part: Part) -> None
     remove_stages(out, [name for lacking in missing for name in lacking.units])
 
 
-def wanted(box: Box, shards: ShardSet, views: int) -> dict[str, int]:
+def wanted(box: TargetsBox, shards: ShardSet, views: int) -> Wanted:
     """What the whole set is to hold, for those who ask how complete it is."""
-    most = max(views, box.facts.get("wanted", {}).get("views", 0))
+    before = box.facts.get("wanted")
+    most = max(views, before["views"] if before else 0)
     return {"views": most, "shards": len(shards.shards), "images": shards.images}
 
 
-def finish(box: Box, shards: ShardSet, views: int) -> None:
+def finish(box: TargetsBox, shards: ShardSet, views: int) -> None:
     """Write the manifest; the set is complete once every part has made its share."""
     box.save(complete=lambda merged: CODEC in merged.units and not missing_views(merged, shards, views))
 
 
 def with_calibration(
-    box: Box, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, part: Part, report: Report
-) -> Box:
+    box: TargetsBox,
+    shards: ShardSet,
+    teacher: Teacher,
+    settings: ExtractSettings,
+    workers: int,
+    part: Part,
+    report: Report,
+) -> TargetsBox:
     """The box with its calibration, made or restored by whoever comes first while all others wait.
 
     Raises:
@@ -250,7 +258,7 @@ def with_calibration(
         )
     facts = box.facts
     with holding(box.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
-        box = open_box(box.root, KIND)
+        box = TargetsBox.open(box.root)
         box.facts |= facts
         if not is_calibrated(box):
             make_calibration(box, shards, teacher, settings, workers, report)
@@ -258,7 +266,7 @@ def with_calibration(
 
 
 def make_calibration(
-    box: Box, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, report: Report
+    box: TargetsBox, shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int, report: Report
 ) -> None:
     """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample.
 
@@ -301,7 +309,7 @@ def run_sample(
     return outputs, jpegs
 
 
-def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
+def teacher_facts(teacher: Teacher, output: TeacherOutput) -> TeacherEntry:
     """What readers of a set must know of its teacher."""
     info = teacher.info
     return {
@@ -336,7 +344,7 @@ TAR_OVERHEAD = 2048
 """Bytes a sample that a tar adds to its JPEG, at least: two headers, the label, padding."""
 
 
-def check_space(box: Box, missing: list[MissingUnits]) -> None:
+def check_space(box: TargetsBox, missing: list[MissingUnits]) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
@@ -391,7 +399,7 @@ class _Shard:
 
 
 def make_views(
-    box: Box,
+    box: TargetsBox,
     shards: ShardSet,
     missing: list[MissingUnits],
     teacher: Teacher,
@@ -470,7 +478,7 @@ def zarr_path(view: int, shard: Shard) -> str:
     return f"latents/v{view:02d}/{shard.name}.zarr"
 
 
-def finish_shard(box: Box, current: _Shard, kept: ShardSet | None, report: Report) -> None:
+def finish_shard(box: TargetsBox, current: _Shard, kept: ShardSet | None, report: Report) -> None:
     """Write the tars of stored views, finish the stores and list the pairs of a shard. ``kept``: the images that
     replayed views are cut from."""
     for view, pair in sorted(current.pairs.items()):
@@ -482,7 +490,7 @@ def finish_shard(box: Box, current: _Shard, kept: ShardSet | None, report: Repor
         pair.stage.discard()
 
 
-def finish_pair(box: Box, current: _Shard, view: int, pair: _Pair, kept: ShardSet | None) -> dict[str, Any]:
+def finish_pair(box: TargetsBox, current: _Shard, view: int, pair: _Pair, kept: ShardSet | None) -> Store:
     """Finish the store of one view of one shard, and its tar where views are stored; return the manifest's entry."""
     keys, labels, jpegs = current.keys, np.concatenate(current.labels), pair.jpegs
     name, zarr = current.shard.name, zarr_path(view, current.shard)
@@ -494,7 +502,7 @@ def finish_pair(box: Box, current: _Shard, view: int, pair: _Pair, kept: ShardSe
         index = index_samples(pair.stage.path(tar), [google_crc32c.value(jpeg) for jpeg in jpegs])
     assert [sample.key for sample in index] == keys
     members = np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64)
-    fidelity = asdict(summarise(torch.cat(pair.raw), torch.cat(pair.centred)))
+    fidelity = summarise(torch.cat(pair.raw), torch.cat(pair.centred)).entry()
     pair.writer.finish(
         keys,
         labels,
@@ -503,7 +511,8 @@ def finish_pair(box: Box, current: _Shard, view: int, pair: _Pair, kept: ShardSe
         {"codec": pair.writer.layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
     )
     files = pair.stage.commit(zarr) if kept else pair.stage.commit(tar, zarr)
-    source = box.units[images_name(name)]["source"] if kept else current.shard.sha256
+    images = box.units[images_name(name)] if kept else None
+    source = images["source"] if images and "shard" in images else current.shard.sha256
     return {
         "view": view,
         "shard": name,

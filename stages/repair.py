@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.box import is_box, journal_entries, open_box
+from cae2pipe.artifacts.box import ShardsBox, TargetsBox, is_box, journal_entries, open_box
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
@@ -48,9 +48,9 @@ def repair(
     report.log(f"making again in {found.path}: {', '.join(sorted(found.bad))}")
     if found.kind == "shards":
         repair_shards(found, report, _given(source, found.path, "the images"), labels, workers)
-    elif found.kind == "targets" and "recoded" in open_box(found.path).identity:
+    elif found.kind == "targets" and "recoded" in TargetsBox.open(found.path).identity:
         original = _given(source, found.path, "the target set")
-        codec = build(CodecSettings, open_box(found.path).identity["settings"]["codec"], where=found.path)
+        codec = build(CodecSettings, TargetsBox.open(found.path).identity["settings"]["codec"], where=found.path)
         recode(original, found.path, codec, report, lossy_source=True, workers=workers, remake=found.bad)
     elif found.kind == "targets":
         inside = found.path / "shards"
@@ -65,7 +65,7 @@ def repair(
 
 
 def repair_shards(found: Verification, report: Report, source: Path, labels: Path | None, workers: int) -> None:
-    raw = open_box(found.path).identity["settings"]
+    raw = ShardsBox.open(found.path).identity["settings"]
     settings = build(ShardSettings, {**raw, "speed": {"workers": workers}}, where=found.path)
     pack(scan(source, labels), found.path, settings, report, remake=found.bad)
 
@@ -77,11 +77,12 @@ def repair_targets(
         raise BadInputError(
             "this is not the shard set that the targets were made from", where=source, fix="give it: --source FOLDER"
         )
-    box = open_box(found.path)
+    box = TargetsBox.open(found.path)
     raw = recorded(ExtractSettings, box.identity["settings"])
     raw["teacher"] = {**raw["teacher"], **({} if weights is None else {"weights": str(weights)})}
     views = max((unit["view"] + 1 for unit in box.units.values() if "view" in unit), default=1)
-    more = {"views": box.facts.get("wanted", {}).get("views", views), "speed": {"workers": workers, "device": device}}
+    wanted = box.facts.get("wanted")
+    more = {"views": wanted["views"] if wanted else views, "speed": {"workers": workers, "device": device}}
     settings = build(ExtractSettings, {**raw, **more}, where=found.path)
     extract_targets(source, found.path, settings, report, remake=found.bad)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.box import RunBox, is_box, open_box
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.comparison.rows import CURVES, Comparison, Finished, Row
 from cae2pipe.comparison.scores import read_scores
@@ -55,7 +55,7 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
     groups: dict[str, dict[int, Path]] = {}
     differing: dict[str, dict[str, Any]] = {}
     for run in runs:
-        box = open_box(run, "run")
+        box = RunBox.open(run)
         settings = flat(box.identity["settings"])
         seed = settings.pop("seed")
         # Not the set's own fingerprint, which is the same for other images and other numbers of views.
@@ -139,7 +139,7 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Map
     """Add a run to its variant. ``sets``: target sets by fingerprint."""
     if not is_box(run, "run"):
         return
-    box = open_box(run)
+    box = RunBox.open(run)
     settings = run_settings(run)
     targets = sets.get(box.identity["targets"])
     if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -83,9 +83,9 @@ def identity(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def recorded(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
+def recorded(kind: type[Settings], values: Mapping[str, object]) -> dict[str, Any]:
     """What a manifest holds of settings, completed by what was true before a field was ``added``."""
-    result = dict(values)
+    result: dict[str, Any] = dict(values)
     for name, info in kind.model_fields.items():
         extra, inner = info.json_schema_extra, info.annotation
         if isinstance(extra, dict) and "before" in extra:
@@ -203,7 +203,7 @@ def part_of(recipes: Any, name: str) -> Any:
     return recipes.get(name, {}) if isinstance(recipes, dict) else {}
 
 
-def build(kind: type[S], raw: dict[str, Any], where: object) -> S:
+def build(kind: type[S], raw: Mapping[str, object], where: object) -> S:
     """Validate raw values into a settings object (SettingsError where they do not fit)."""
     try:
         return kind.model_validate(raw)

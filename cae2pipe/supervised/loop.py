@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.box import ScoresBox
 from cae2pipe.errors import DivergedError, Terminated
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.processes import worker_count
@@ -79,7 +79,7 @@ def train(
 
     def newest() -> int:
         nonlocal state, owner
-        owner = open_box(root, "scores").fingerprint
+        owner = ScoresBox.open(root).fingerprint
         like = {"learner": learner.state(), "record": {"history": [], "losses": []}}
         state = load_checkpoint(folder, report, owner, like)
         return state["step"] if state else 0

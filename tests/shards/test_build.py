@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cae2pipe.artifacts.box import check_files, open_box
+from cae2pipe.artifacts.box import ShardsBox, check_files, open_box
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.cli import app
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
@@ -103,7 +103,7 @@ def test_what_cannot_be_decoded_is_listed_and_counted(source, tmp_path):
     rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert [reject["path"] for reject in rejects] == REJECTED
     assert all("cannot be decoded" in reject["reason"] for reject in rejects)
-    box = open_box(tmp_path / "out", "shards")
+    box = ShardsBox.open(tmp_path / "out")
     assert box.facts["rejected"] == 3
     assert box.complete
     assert shards.images == 24
