@@ -21,7 +21,7 @@ from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.box import RunBox, is_box
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import identity, present_name
 from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
 from cae2pipe.errors import DivergedError, ManifestError, MismatchError, SettingsError, Terminated
 from cae2pipe.images.jpeg import device_decoder
@@ -365,6 +365,7 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunBo
         {"settings": identity(settings), "targets": targets.box.fingerprint},
         facts={"stores": stores, "teacher": teacher_of(targets)},
         fix="give another output folder, or the settings and target set that this run was begun with",
+        called=present_name,
     )
     for name, digest in box.facts["stores"].items():
         if stores.get(name) != digest:

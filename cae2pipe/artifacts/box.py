@@ -20,7 +20,6 @@ times, host names or absolute paths, so equal inputs give equal bytes.
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Generic, Self
 
 from cae2pipe.artifacts.atomic import remove_empty, write_bytes
+from cae2pipe.artifacts.difference import abridged, first_difference
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
 from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.json_files import read_document
@@ -107,9 +107,18 @@ class Box(ABC, Generic[IdentityT, UnitT, FactsT]):
 
     @classmethod
     def open_or_create(
-        cls, root: Path, identity: Mapping[str, object], *, facts: Mapping[str, object], fix: str
+        cls,
+        root: Path,
+        identity: Mapping[str, object],
+        *,
+        facts: Mapping[str, object],
+        fix: str,
+        called: Callable[[str], str] = str,
     ) -> Self:
         """Open a box that is to be continued, or start it.
+
+        Args:
+            called: what an error calls a field of the identity, given its dotted name.
 
         Raises:
             MismatchError: the folder was made with another identity; the first field that differs is named.
@@ -122,16 +131,18 @@ class Box(ABC, Generic[IdentityT, UnitT, FactsT]):
                 refuse_foreign(root)
                 new = _manifest(kind, FORMATS[kind], identity, units={}, facts=facts, complete=False)
                 _write_manifest(root, kind, FORMATS[kind], manifest=new)
-        return cls.open_same(root, identity, fix)
+        return cls.open_same(root, identity, fix, called=called)
 
     @classmethod
-    def open_same(cls, root: Path, identity: Mapping[str, object], fix: str) -> Self:
+    def open_same(
+        cls, root: Path, identity: Mapping[str, object], fix: str, *, called: Callable[[str], str] = str
+    ) -> Self:
         """Open a box that was made with this identity. Raises as ``open_or_create``."""
         box = cls.open(root)
         if difference := first_difference(box.identity, identity):
             name, old, now = difference
             raise MismatchError(
-                f"this folder was made with {name} = {_show(old)}, and {_show(now)} is asked for now",
+                f"this folder was made with {called(name)} = {abridged(old)}, and {abridged(now)} is asked for now",
                 where=root / MANIFEST,
                 fix=fix,
             )
@@ -326,17 +337,6 @@ def journal_entries(root: Path) -> list[Path]:
     return [root / JOURNAL / name for name in sorted(names) if not name.rsplit("/", 1)[-1].startswith(".")]
 
 
-def first_difference(old: object, new: object, name: str = "") -> tuple[str, object, object] | None:
-    """The first field, in sorted order, in which two nested dictionaries differ: (dotted name, old, new) or None."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            difference = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-            if difference:
-                return difference
-        return None
-    return None if _plain(old) == _plain(new) else (name, old, new)
-
-
 def check_files(box: AnyBox, units: Iterable[str] | None = None, *, digests: bool = True) -> list[DamageError]:
     """Compare the files of the given units (default: all) with the manifest: presence, size and, if asked, SHA-256."""
     problems = []
@@ -359,16 +359,6 @@ def check_file(path: Path, entry: FileEntry, *, digests: bool = True) -> DamageE
     else:
         return None
     return DamageError(what, where=path)
-
-
-def _plain(value: object) -> object:
-    plain: object = json.loads(json.dumps(value))
-    return plain
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _manifest_bytes(root: Path) -> bytes:

@@ -21,22 +21,10 @@ class Encoder(TypedDict):
 
 
 @with_config(OPEN)
-class RunLoss(TypedDict):
-    visible: float
-    target: NotRequired[str]
-
-
-@with_config(OPEN)
-class RunSettings(TypedDict):
-    model: Values
-    loss: RunLoss
-
-
-@with_config(OPEN)
 class RunIdentity(TypedDict):
     """``targets``: the target set's fingerprint."""
 
-    settings: RunSettings
+    settings: Values
     targets: Sha256
 
 

@@ -24,18 +24,21 @@ class Result(TypedDict):
 
 @with_config(OPEN)
 class EncoderIdentity(TypedDict):
-    """``sha256``: of an exported encoder's weights."""
+    """``sha256``: of an exported encoder's weights; ``config``: the fingerprint of its configuration."""
 
+    config: NotRequired[str]
+    precision: NotRequired[str]
     sha256: NotRequired[str]
 
 
 @with_config(OPEN)
 class ScoresIdentity(TypedDict):
-    evaluation: NotRequired[str]
-    settings: NotRequired[Values]
-    encoder: EncoderIdentity
-    feature: NotRequired[str]
     data: Values
+    encoder: EncoderIdentity
+    evaluation: NotRequired[str]
+    feature: NotRequired[str]
+    image_size: NotRequired[int]
+    settings: NotRequired[Values]
 
 
 @with_config(OPEN)

@@ -11,7 +11,9 @@ from cae2pipe.artifacts.box import RunBox, is_box, open_box
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.comparison.rows import CURVES, Comparison, Finished, Row
 from cae2pipe.comparison.scores import read_scores
+from cae2pipe.config.base import recorded
 from cae2pipe.config.compare import BYTES, GridSettings, setting
+from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.names import told_apart
@@ -56,7 +58,7 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
     differing: dict[str, dict[str, Any]] = {}
     for run in runs:
         box = RunBox.open(run)
-        settings = flat(box.identity["settings"])
+        settings = dict(sorted(flat(recorded(PretrainSettings, box.identity["settings"])).items()))
         seed = settings.pop("seed")
         # Not the set's own fingerprint, which is the same for other images and other numbers of views.
         settings["target set"] = fingerprint([box.identity["targets"], box.facts["stores"]])[:8]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from cae2pipe.artifacts.box import RunBox, TargetsBox, check_files, is_box
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
-from cae2pipe.config.base import build, identity, load, preset_names
+from cae2pipe.config.base import build_recorded, identity, load, preset_names, section
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
-from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
+from cae2pipe.config.pretrain import LossSettings, ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
 from cae2pipe.images.normalise import Normalise
 from cae2pipe.models.description import FIX, read_description
@@ -202,8 +202,8 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
 
 def class_token_trained(run: RunBox) -> bool:
     """Whether a run's loss fell on its class token: it counts among the visible, and pixels have none."""
-    loss = run.identity["settings"]["loss"]
-    return bool(run.facts["teacher"]["class_token"] and loss["visible"] and loss.get("target") != "pixels")
+    loss = build_recorded(LossSettings, section(run.identity["settings"], "loss", run.root), where=run.root)
+    return bool(run.facts["teacher"]["class_token"] and loss.visible and loss.target != "pixels")
 
 
 def released_student(path: Path, device: torch.device, precision: str) -> Student:
@@ -272,7 +272,7 @@ def random_student(name: str, seed: int, device: torch.device, precision: str) -
     class_token = True
     if is_box(Path(name), "run"):
         box = RunBox.open(Path(name))
-        settings = build(ModelSettings, box.identity["settings"]["model"], where=name)
+        settings = build_recorded(ModelSettings, section(box.identity["settings"], "model", name), where=name)
         class_token = class_token_trained(box)
     elif Path(name).is_dir():
         raise SourceError("this folder is not a run", where=name, fix=f"give {FORMS}")

@@ -9,7 +9,7 @@ import yaml
 
 from cae2pipe.artifacts.box import RunBox
 from cae2pipe.artifacts.manifest_run import RunTeacher
-from cae2pipe.config.base import build
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.models.formats import Layout, Shape
 from cae2pipe.reporting.markdown import escaped
@@ -48,7 +48,7 @@ def model_card(name: str, layout: Layout, shape: Shape, run: RunBox | None, scor
 
 
 def _training(run: RunBox) -> str:
-    settings = build(PretrainSettings, run.identity["settings"], where=run.root)
+    settings = build_recorded(PretrainSettings, run.identity["settings"], where=run.root)
     loss, masks = settings.loss, settings.mask
     rows = {
         "method": f"{settings.method} ({PAPER}), recipe {settings.recipe}",

@@ -26,7 +26,7 @@ from cae2pipe.artifacts.manifest import AGAIN
 from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, Store, StoredCodec
 from cae2pipe.artifacts.manifest_values import Teacher as TeacherEntry
 from cae2pipe.artifacts.places import place
-from cae2pipe.config.base import build, recorded
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ManifestError, SettingsError
 from cae2pipe.images.kept import view_pixels
@@ -52,7 +52,7 @@ def recorded_view(settings: SettingsIdentity) -> ViewSettings:
         ManifestError: no cae2pipe has written these.
     """
     try:
-        return build(ViewSettings, recorded(ViewSettings, settings["view"]), where="view")
+        return build_recorded(ViewSettings, settings["view"], where="view")
     except SettingsError as error:
         raise ManifestError(
             f"a field is not as cae2pipe writes it: identity.settings.view.{error.what}",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae2pipe.artifacts.box import RunBox
-from cae2pipe.config.base import build
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError
 from cae2pipe.methods.method import Method
@@ -44,7 +44,7 @@ class Forecast:
 
 def run_settings(run: Path) -> PretrainSettings:
     """The settings that a run was made with."""
-    return build(PretrainSettings, RunBox.open(run).identity["settings"], where=run)
+    return build_recorded(PretrainSettings, RunBox.open(run).identity["settings"], where=run)
 
 
 def teacher_of(targets: TargetSet) -> dict[str, Any]:

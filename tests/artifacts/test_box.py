@@ -9,7 +9,8 @@ import shutil
 import pytest
 
 from cae2pipe.artifacts.atomic import remove_debris, replacing, temporary_path, write_json
-from cae2pipe.artifacts.box import MANIFEST, ShardsBox, check_files, first_difference, is_box, open_box
+from cae2pipe.artifacts.box import MANIFEST, ShardsBox, check_files, is_box, open_box
+from cae2pipe.artifacts.difference import first_difference
 from cae2pipe.artifacts.digest import canonical_json, file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest import encode_manifest
