@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.box import MANIFEST, open_box
+from cae2pipe.artifacts.box import MANIFEST, TargetsBox
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
 from cae2pipe.artifacts.parts import Part
@@ -271,7 +271,7 @@ def recoded(targets: Path, codec: CodecSettings | None, out: Path, report: Repor
     """The target set that a run reads. Another process that makes the same one is waited for."""
     if codec is None:
         return targets
-    of = fingerprint([open_box(targets, "targets").fingerprint, identity(codec)])[:8]
+    of = fingerprint([TargetsBox.open(targets).fingerprint, identity(codec)])[:8]
     name = f"{codec.name}-{codec.fidelity:g}-{of}" if codec.name == "klt" else f"{codec.name}-{of}"
     folder = out / "targets" / name
     with holding(out / "targets", name, lambda: report.log(f"waiting for {folder}, which another process makes")):

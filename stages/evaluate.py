@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import ScoresBox
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
@@ -145,7 +145,7 @@ def _evaluate(
     return finish(box, job, kind, settings, size, score)
 
 
-def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, score: Score) -> dict[str, Any]:
+def finish(box: ScoresBox, job: Job, kind: str, settings: AnySettings, size: int, score: Score) -> dict[str, Any]:
     """Write down what was found, and call the evaluation complete."""
     predictions, asked = score.val.predictions, box.identity
     log_rejects(job.val, score.val.rejected, job.report)

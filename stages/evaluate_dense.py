@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import ScoresBox
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import identity
@@ -189,7 +189,7 @@ def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: R
 
 
 def finish(
-    box: Box,
+    box: ScoresBox,
     spec: str,
     network: Normalised,
     picture: bytes | None,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import MANIFEST, Box, is_box, open_box, open_or_create, open_same, refuse_foreign
+from cae2pipe.artifacts.box import MANIFEST, TargetsBox, is_box, refuse_foreign
 from cae2pipe.artifacts.lock import holding, writing
 from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.places import file_size, is_local, is_shared
@@ -34,7 +34,7 @@ from cae2pipe.targets.images import make_images
 from cae2pipe.targets.missing import MissingUnits, check_space, missing_units, wanted
 from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER
 from cae2pipe.targets.stored_calibration import is_calibrated
-from cae2pipe.targets.target_set import KIND, recorded_view
+from cae2pipe.targets.target_set import recorded_view
 from cae2pipe.teachers.load import load_teacher
 
 
@@ -47,7 +47,7 @@ def extract_targets(
     part: Part = WHOLE,
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
-) -> Box:
+) -> TargetsBox:
     """Make, or go on making, the target set ``out`` from a shard set or a folder of images.
 
     Args:
@@ -67,15 +67,15 @@ def extract_targets(
         refuse_foreign(out)
         begun = file_size(out / MANIFEST) is not None
         if begun:
-            settings = resumed(open_box(out, KIND), settings, report)
+            settings = resumed(TargetsBox.open(out), settings, report)
             refuse_other_pixels(out, settings)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
         content = {"settings": identity(settings), "teacher": teacher.info.identity()}
         fix = "give another output folder, or the settings this one was made with"
         if begun:
-            open_same(out, KIND, content, fix)
+            TargetsBox.open_same(out, content, fix)
         shards = open_source(source, out, settings, report)
-        box = open_or_create(out, KIND, content, facts={"classes": shards.classes}, fix=fix)
+        box = TargetsBox.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix)
         missing = missing_units(box, shards, settings.views, part, remake)
         remove_leftovers(out, missing, part)
         box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}
@@ -105,7 +105,7 @@ def extract_targets(
         return box
 
 
-def resumed(box: Box, settings: ExtractSettings, report: Report) -> ExtractSettings:
+def resumed(box: TargetsBox, settings: ExtractSettings, report: Report) -> ExtractSettings:
     """The settings with what was not given as the set has been begun with: a changed default must neither refuse the
     command that began it nor add views to it."""
     updates: dict[str, Any] = {"codec": as_begun(settings.codec, box.identity["settings"]["codec"])}
@@ -120,7 +120,7 @@ def resumed(box: Box, settings: ExtractSettings, report: Report) -> ExtractSetti
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
     """Raise MismatchError where a set's views are replayed and stored ones are asked for, or the reverse."""
-    there = recorded_view(open_box(out, KIND).identity["settings"]).pixels
+    there = recorded_view(TargetsBox.open(out).identity["settings"]).pixels
     if there != settings.view.pixels:
         raise MismatchError(
             f"this set's views are {there}, and {settings.view.pixels} ones are asked for",
@@ -147,6 +147,6 @@ def remove_leftovers(out: Path, missing: list[MissingUnits], part: Part) -> None
     remove_stages(out, [name for lacking in missing for name in lacking.units])
 
 
-def save_targets(box: Box, shards: ShardSet, views: int) -> None:
+def save_targets(box: TargetsBox, shards: ShardSet, views: int) -> None:
     """Write the manifest; the set is complete once every part has made its share."""
     box.save(complete=lambda merged: CODEC in merged.units and not missing_units(merged, shards, views))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import Box, open_box
+from cae2pipe.artifacts.box import AnyBox, RunBox, ScoresBox, ShardsBox, TargetsBox, open_box
 
 
 def inspect_folder(path: Path) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def inspect_folder(path: Path) -> dict[str, Any]:
         ManifestError: not a folder of ours, or one of an unknown format.
     """
     box = open_box(path)
-    files = [entry for unit in box.units.values() for entry in unit.get("files", {}).values()]
+    files = [entry for unit in box.units.values() for entry in unit["files"].values()]
     facts: dict[str, Any] = {
         "path": str(path),
         "kind": box.kind,
@@ -27,22 +27,22 @@ def inspect_folder(path: Path) -> dict[str, Any]:
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files),
     }
-    facts.update(_KINDS.get(box.kind, lambda _: {})(box))
+    facts.update(_of_kind(box))
     facts["made_from"] = box.identity
     return facts
 
 
-def _shards(box: Box) -> dict[str, Any]:
+def _shards(box: ShardsBox) -> dict[str, Any]:
     return {
         "shards": sum(unit["samples"] > 0 for unit in box.units.values()),
         "images": sum(unit["samples"] for unit in box.units.values()),
         "rejected": box.facts.get("rejected", 0),
-        "classes": len(box.identity.get("classes", [])),
+        "classes": len(box.identity["classes"]),
         "generations": [unit["images"] for name, unit in sorted(box.units.items()) if "images" in unit],
     }
 
 
-def _targets(box: Box) -> dict[str, Any]:
+def _targets(box: TargetsBox) -> dict[str, Any]:
     from cae2pipe.targets.target_set import TargetSet
 
     targets = TargetSet(box.root)
@@ -50,12 +50,13 @@ def _targets(box: Box) -> dict[str, Any]:
     for unit in targets.stores.values():
         shards[unit["view"]] = shards.get(unit["view"], 0) + 1
     # Early sets do not say what they were to hold.
-    asked = box.facts.get("wanted", {"views": targets.views, "images": targets.images})
+    wanted = box.facts.get("wanted")
+    views, images = (wanted["views"], wanted["images"]) if wanted else (targets.views, targets.images)
     stored = sum(unit["samples"] for unit in targets.stores.values())
     return {
         "teacher": box.facts["teacher"],
-        "asked_for": asked,
-        "share_made": round(stored / max(1, asked["images"] * asked["views"]), 4),
+        "asked_for": wanted or {"views": views, "images": images},
+        "share_made": round(stored / max(1, images * views), 4),
         "images": targets.images,
         "views": targets.views,
         "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
@@ -66,7 +67,7 @@ def _targets(box: Box) -> dict[str, Any]:
     }
 
 
-def _run(box: Box) -> dict[str, Any]:
+def _run(box: RunBox) -> dict[str, Any]:
     from cae2pipe.training.checkpoint import checkpoints
     from cae2pipe.training.metrics import read_metrics
 
@@ -82,8 +83,13 @@ def _run(box: Box) -> dict[str, Any]:
     }
 
 
-def _scores(box: Box) -> dict[str, Any]:
-    return dict(box.facts)
-
-
-_KINDS = {"shards": _shards, "targets": _targets, "run": _run, "scores": _scores}
+def _of_kind(box: AnyBox) -> dict[str, Any]:
+    match box:
+        case ShardsBox():
+            return _shards(box)
+        case TargetsBox():
+            return _targets(box)
+        case RunBox():
+            return _run(box)
+        case ScoresBox():
+            return dict(box.facts)

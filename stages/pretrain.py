@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import Box, open_or_create
+from cae2pipe.artifacts.box import RunBox
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import identity, present_name
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import MismatchError
 from cae2pipe.loading.plan import chosen_stores, make_plan
@@ -48,7 +48,7 @@ from cae2pipe.training.step_loop import run_steps
 from cae2pipe.training.student import teacher_of
 
 
-def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> Box:
+def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> RunBox:
     """Train, or go on training, the run ``out`` on a target set; end with ``encoder.safetensors``.
 
     Raises:
@@ -62,7 +62,7 @@ def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: 
         return _pretrain(targets_root, out, settings, world, report if world.leads else Silent())
 
 
-def _pretrain(targets_root: Path, out: Path, settings: PretrainSettings, world: World, report: Report) -> Box:
+def _pretrain(targets_root: Path, out: Path, settings: PretrainSettings, world: World, report: Report) -> RunBox:
     targets = world.lead_first(lambda: TargetSet(targets_root))
     world.lead(lambda: check_fit(targets, settings, world.ranks))
     with ExitStack() as stack:
@@ -70,10 +70,10 @@ def _pretrain(targets_root: Path, out: Path, settings: PretrainSettings, world: 
         return _train_run(targets, out, settings, world, report)
 
 
-def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world: World, report: Report) -> Box:
+def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world: World, report: Report) -> RunBox:
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, world.device)})
     bf16 = settings.precision == "bf16"
-    box: Box = world.lead(lambda: begin(out, targets, settings))
+    box: RunBox = world.lead(lambda: begin(out, targets, settings))
     if box.complete and box.has("encoder"):
         report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
         return box
@@ -148,14 +148,14 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
     return Checkpoints(out / "checkpoints", run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
 
 
-def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
+def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunBox:
     """The run's folder, made or found again, without what a killed process left half-written."""
     box = open_run(out, targets, settings)
     remove_debris(out)
     return box
 
 
-def finish(box: Box, settings: PretrainSettings, weights: dict[str, Any], target_dim: int) -> None:
+def finish(box: RunBox, settings: PretrainSettings, weights: dict[str, Any], target_dim: int) -> None:
     """Export the encoder, and call the run complete."""
     model = build_method(settings.method, settings.model, target_dim)
     model.load_state_dict(weights)
@@ -165,15 +165,15 @@ def finish(box: Box, settings: PretrainSettings, weights: dict[str, Any], target
     box.save(complete=True)
 
 
-def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
+def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunBox:
     """The run's box; a new one writes down the stores it begins with, an old one must find them unchanged."""
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
-    box = open_or_create(
+    box = RunBox.open_or_create(
         out,
-        "run",
         {"settings": identity(settings), "targets": targets.box.fingerprint},
         facts={"stores": stores, "teacher": teacher_of(targets)},
         fix="give another output folder, or the settings and target set that this run was begun with",
+        called=present_name,
     )
     for name, digest in box.facts["stores"].items():
         if stores.get(name) != digest:

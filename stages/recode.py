@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import MANIFEST, Box, open_box, open_or_create, refuse_foreign
+from cae2pipe.artifacts.box import MANIFEST, TargetsBox, refuse_foreign
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.manifest_targets import Store
 from cae2pipe.artifacts.places import fetch_file, file_size, is_local
 from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import remove_stages, staged
@@ -39,7 +40,7 @@ from cae2pipe.targets.images import images_units
 from cae2pipe.targets.paths import CODEC
 from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import is_calibrated, read_calibration, store_calibration
-from cae2pipe.targets.target_set import KIND, TargetSet, make_layout
+from cae2pipe.targets.target_set import TargetSet, make_layout
 
 
 def recode(
@@ -51,7 +52,7 @@ def recode(
     lossy_source: bool = False,
     workers: int = -1,
     remake: Collection[str] | None = None,
-) -> Box:
+) -> TargetsBox:
     """Make, or go on making, the target set ``out`` from the target set ``source``.
 
     Args:
@@ -79,10 +80,9 @@ def recode(
     with writing(out):
         refuse_foreign(out)
         if file_size(out / MANIFEST) is not None:
-            codec = as_begun(codec, open_box(out, KIND).identity["settings"]["codec"])
-        box = open_or_create(
+            codec = as_begun(codec, TargetsBox.open(out).identity["settings"]["codec"])
+        box = TargetsBox.open_or_create(
             out,
-            KIND,
             {
                 "settings": {**targets.box.identity["settings"], "codec": identity(codec)},
                 "teacher": targets.box.identity["teacher"],
@@ -101,8 +101,9 @@ def recode(
         remove_stages(out, [*missing, *images])
         # Early sets do not say all of this.
         facts = targets.box.facts
-        box.facts |= {name: facts[name] for name in ("classes", "teacher", "wanted") if name in facts}
-        box.facts["extracted"] = {name: facts[name] for name in ("versions", "processor") if name in facts}
+        known = {name: value for name, value in facts.items() if name in ("classes", "teacher", "wanted")}
+        made_with = {name: value for name, value in facts.items() if name in ("versions", "processor")}
+        box.add_facts({**known, "extracted": made_with})
         tell_changes(box.facts, torch.device("cpu"), report)
         if not is_calibrated(box) or CODEC in (remake or ()):
             recalibrate(box, targets, codec, report)
@@ -121,7 +122,7 @@ def recode(
         return box
 
 
-def missing_stores(box: Box, targets: TargetSet) -> list[str]:
+def missing_stores(box: TargetsBox, targets: TargetSet) -> list[str]:
     """Stores of the source that are not there yet.
 
     Raises:
@@ -129,7 +130,8 @@ def missing_stores(box: Box, targets: TargetSet) -> list[str]:
     """
     whole = box.whole()
     for name, unit in targets.stores.items():
-        if name in box.units and box.units[name]["recoded"] != fingerprint(unit["files"]):
+        own = box.units.get(name)
+        if own and "view" in own and own["recoded"] != fingerprint(unit["files"]):
             raise MismatchError(
                 f"store {name} of the source is not the one that this set was recoded from",
                 where=targets.root,
@@ -138,7 +140,7 @@ def missing_stores(box: Box, targets: TargetSet) -> list[str]:
     return [name for name in sorted(targets.stores) if name not in whole]
 
 
-def missing_images(box: Box, targets: TargetSet) -> list[str]:
+def missing_images(box: TargetsBox, targets: TargetSet) -> list[str]:
     """Units of the source's images, which views are cut from, that are not there as the source has them."""
     whole = box.whole()
     return [
@@ -148,7 +150,7 @@ def missing_images(box: Box, targets: TargetSet) -> list[str]:
     ]
 
 
-def copy_images(box: Box, targets: TargetSet, names: list[str]) -> None:
+def copy_images(box: TargetsBox, targets: TargetSet, names: list[str]) -> None:
     """Bring units of images along.
 
     Raises:
@@ -169,7 +171,7 @@ def copy_images(box: Box, targets: TargetSet, names: list[str]) -> None:
         box.add(name, unit)
 
 
-def recalibrate(box: Box, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
+def recalibrate(box: TargetsBox, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
     """Fit the codec on view 0 of the first images, as an extraction does.
 
     Raises:
@@ -214,7 +216,7 @@ def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibrati
     return RecodedBlock(pack_block(layout, {**arrays, **reader.arrays(block, kept)}), len(unit), raw, centred)
 
 
-def recode_stores(box: Box, targets: TargetSet, names: list[str], workers: int, report: Report) -> None:
+def recode_stores(box: TargetsBox, targets: TargetSet, names: list[str], workers: int, report: Report) -> None:
     """Write the stores of these names; threads work some blocks ahead."""
     calibration = read_calibration(box)
     layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
@@ -234,7 +236,7 @@ def recode_store(
     layout: StoreLayout,
     blocks: Iterator[RecodedBlock],
     report: Report,
-) -> dict[str, Any]:
+) -> Store:
     """Write one store and bring its tar along, where its views are stored; return the manifest's entry.
 
     Args:
@@ -254,7 +256,7 @@ def recode_store(
                 raw.append(block.raw)
                 centred.append(block.centred)
                 report.advance(block.samples)
-            fidelity = asdict(summarise(torch.cat(raw), torch.cat(centred)))
+            fidelity = summarise(torch.cat(raw), torch.cat(centred)).entry()
             writer.finish(
                 reader.keys(),
                 np.asarray(reader.labels()),
@@ -269,9 +271,13 @@ def recode_store(
                 "the source's tar is damaged", where=reader.tar, fix=f"cae2pipe verify {reader.root} --repair"
             )
         files = stage.commit(*own, unit["zarr"])
-    kept = {key: unit[key] for key in ("view", "shard", "source", "samples", "tar", "zarr")}
     return {
-        **kept,
+        "view": unit["view"],
+        "shard": unit["shard"],
+        "source": unit["source"],
+        "samples": unit["samples"],
+        "tar": unit["tar"],
+        "zarr": unit["zarr"],
         "files": files,
         "fidelity": fidelity,
         "bytes": {"latents": layout.latent_bytes(unit["zarr"], files), "pixels": unit["bytes"]["pixels"]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.box import is_box, journal_entries, open_box
+from cae2pipe.artifacts.box import ShardsBox, TargetsBox, is_box, journal_entries, open_box
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.config.base import build, recorded
@@ -51,9 +51,9 @@ def repair(
     if result.kind == "shards":
         images = _given(source, result.path, "the images")
         repair_shards(result, report, images, labels=labels, workers=workers)
-    elif result.kind == "targets" and "recoded" in open_box(result.path).identity:
+    elif result.kind == "targets" and "recoded" in TargetsBox.open(result.path).identity:
         original = _given(source, result.path, "the target set")
-        codec = build(CodecSettings, open_box(result.path).identity["settings"]["codec"], where=result.path)
+        codec = build(CodecSettings, TargetsBox.open(result.path).identity["settings"]["codec"], where=result.path)
         recode(original, result.path, codec, report, lossy_source=True, workers=workers, remake=result.bad)
     elif result.kind == "targets":
         inside = result.path / SHARDS_FOLDER
@@ -68,7 +68,7 @@ def repair(
 
 
 def repair_shards(result: Verification, report: Report, source: Path, *, labels: Path | None, workers: int) -> None:
-    raw = open_box(result.path).identity["settings"]
+    raw = ShardsBox.open(result.path).identity["settings"]
     settings = build(ShardSettings, {**raw, "speed": {"workers": workers}}, where=result.path)
     pack(scan(source, labels), result.path, settings, report, remake=result.bad)
 
@@ -80,11 +80,12 @@ def repair_targets(
         raise BadInputError(
             "this is not the shard set that the targets were made from", where=source, fix="give it: --source FOLDER"
         )
-    box = open_box(result.path)
+    box = TargetsBox.open(result.path)
     raw = recorded(ExtractSettings, box.identity["settings"])
     raw["teacher"] = {**raw["teacher"], **({} if weights is None else {"weights": str(weights)})}
     views = max((unit["view"] + 1 for unit in box.units.values() if "view" in unit), default=1)
-    more = {"views": box.facts.get("wanted", {}).get("views", views), "speed": {"workers": workers, "device": device}}
+    asked = box.facts.get("wanted")
+    more = {"views": asked["views"] if asked else views, "speed": {"workers": workers, "device": device}}
     settings = build(ExtractSettings, {**raw, **more}, where=result.path)
     extract_targets(source, result.path, settings, report, remake=result.bad)
 

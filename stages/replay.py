@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.artifacts.json_files import parse_json
-from cae2pipe.config.base import build
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError, SettingsError
 from cae2pipe.loading.batches import Batch, split
@@ -49,7 +49,7 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
     if weights is None:
         raise no_record(path, "it has no weights")
     values = parse_json(context["settings"], path, fix="give another record", error=DamageError)
-    settings = build(PretrainSettings, values, where=path)
+    settings = build_recorded(PretrainSettings, values, where=path)
     chosen_device = pick_device(device)
     bf16 = (precision or settings.precision) == "bf16"
     set_backends(bf16, deterministic=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
+from cae2pipe.artifacts.box import MANIFEST, AnyBox, check_file, open_box
 from cae2pipe.artifacts.places import entry_names, file_size
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.errors import DamageError
@@ -26,7 +26,7 @@ def verify(path: Path, report: Report) -> Verification:
         ManifestError: not a folder of ours.
     """
     box = open_box(path)
-    entries = {path: (name, entry) for name, unit in box.units.items() for path, entry in unit.get("files", {}).items()}
+    entries = {path: (name, entry) for name, unit in box.units.items() for path, entry in unit["files"].items()}
     result = Verification(path, box.kind, len(entries))
     report.total(len(entries), "files")
     for name, (unit, entry) in sorted(entries.items()):
@@ -70,7 +70,7 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
     return audit(targets, teacher, count)
 
 
-def _strangers(box: Box, known: set[str]) -> list[str]:
+def _strangers(box: AnyBox, known: set[str]) -> list[str]:
     """Files, links and the like below the folders that the box fills, of which the manifest knows nothing."""
     units = [IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER, CODEC_FOLDER]
     folders = {"shards": ["tars"], "targets": units}.get(box.kind, [])
@@ -78,7 +78,7 @@ def _strangers(box: Box, known: set[str]) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def _check_contents(box: Box) -> Iterator[tuple[str, DamageError]]:
+def _check_contents(box: AnyBox) -> Iterator[tuple[str, DamageError]]:
     """Units whose files contradict each other."""
     from cae2pipe.shards.tar import index_tar
 
@@ -102,7 +102,7 @@ def _check_contents(box: Box) -> Iterator[tuple[str, DamageError]]:
                 yield name, DamageError("the store's keys are not those of its tar", where=f"{box.root}, {name}")
 
 
-def _remedy(box: Box) -> str:
+def _remedy(box: AnyBox) -> str:
     if box.kind == "shards":
         return f"cae2pipe verify {box.root} --repair --source IMAGES"
     if "recoded" in box.identity:

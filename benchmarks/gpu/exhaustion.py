@@ -64,7 +64,7 @@ def limited(state: State, found: Found) -> Iterator[None]:
 
 def large(state: State) -> dict[str, Any]:
     """Settings of a run that does not fit: Small at a batch of 128, two steps."""
-    small = {"width": 384, "depth": 12, "heads": 6, "regressor_width": 384, "regressor_heads": 12}
+    small = {"width": 384, "depth": 12, "heads": 6, "predictor_width": 384, "predictor_heads": 12}
     batch = 32 if state.quick else 128
     return {
         "model": {**state.scale.model, **({} if state.quick else small)},
@@ -156,7 +156,7 @@ def compiled_runs(state: State, found: Found) -> None:
             real(objective, world, backend)
 
         speed = {"compile": True, "workers": 0}
-        model = {**state.scale.model, "depth": 1, "regressor_depth": 0}
+        model = {**state.scale.model, "depth": 1, "predictor_depth": 0}
         settings = state.settings(seed=number, stop_after=3, model=model, precision="auto", speed=speed)
         with patch.object(pretrain, "compile_objective", counted), config.patch(recompile_limit=most):
             pretrain.pretrain(state.targets().root, state.scratch / f"compiled-{number}", settings, Silent())

@@ -14,7 +14,7 @@ from benchmarks.gpu.state import State
 from benchmarks.harness import at_least, figures
 from benchmarks.pretrain import wait_for
 from benchmarks.sample import rendered
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import TargetsBox
 from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
@@ -130,7 +130,7 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     out = state.scratch / "extracted-again"
     shutil.copytree(targets.root / CODEC_FOLDER, out / CODEC_FOLDER)
     units = {CODEC: targets.box.units[CODEC]}
-    box = Box(out, targets.box.kind, targets.box.identity, units, targets.box.facts)
+    box = TargetsBox(out, targets.box.identity, units, facts=targets.box.facts)
     missing, workers = missing_units(box, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
     make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())

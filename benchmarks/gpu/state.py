@@ -48,9 +48,9 @@ class Scale:
             "heads": self.heads,
             "image_size": self.image,
             "patch_size": self.patch,
-            "regressor_depth": 1,
-            "regressor_width": self.width,
-            "regressor_heads": self.heads,
+            "predictor_depth": 1,
+            "predictor_width": self.width,
+            "predictor_heads": self.heads,
         }
 
     @property

@@ -20,14 +20,14 @@ times, host names or absolute paths, so equal inputs give equal bytes.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Generic, Self
 
 from cae2pipe.artifacts.atomic import remove_empty, write_bytes
+from cae2pipe.artifacts.difference import abridged, first_difference
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
 from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.json_files import read_document
@@ -42,6 +42,24 @@ from cae2pipe.artifacts.manifest import (
     encode_unit,
     is_ours,
 )
+from cae2pipe.artifacts.manifest_kinds import (
+    RUN,
+    SCORES,
+    SHARDS,
+    TARGETS,
+    FactsT,
+    IdentityT,
+    Kind,
+    Manifest,
+    ShardsUnit,
+    TargetsUnit,
+    UnitT,
+)
+from cae2pipe.artifacts.manifest_run import Encoder, RunFacts, RunIdentity
+from cae2pipe.artifacts.manifest_scores import Result, ScoresFacts, ScoresIdentity
+from cae2pipe.artifacts.manifest_shards import ShardsFacts, ShardsIdentity
+from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
+from cae2pipe.artifacts.manifest_values import FileEntry, Unit
 from cae2pipe.artifacts.places import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
 
@@ -49,41 +67,125 @@ MANIFEST = "manifest.json"
 JOURNAL = "journal"
 
 
-@dataclass
-class Box:
-    """A folder with a manifest. ``facts`` are the manifest's other keys."""
+class Box(ABC, Generic[IdentityT, UnitT, FactsT]):
+    """A folder with a manifest. ``facts`` are the manifest's other keys.
 
-    root: Path
-    kind: str
-    identity: dict[str, Any]
-    units: dict[str, dict[str, Any]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    complete: bool = False
-    format: int = 0
-    """That of new folders of its kind, unless it is given."""
+    Args:
+        format: that of new folders of its kind, unless it is given.
+    """
 
-    def __post_init__(self) -> None:
-        self.format = self.format or FORMATS[self.kind]
+    def __init__(
+        self,
+        root: Path,
+        identity: IdentityT,
+        units: dict[str, UnitT],
+        *,
+        facts: FactsT,
+        complete: bool = False,
+        format: int | None = None,
+    ):
+        self.root = root
+        self.identity = identity
+        self.units = units
+        self.facts = facts
+        self.complete = complete
+        self.format = FORMATS[self.rules().name] if format is None else format
+
+    @staticmethod
+    @abstractmethod
+    def rules() -> Kind[IdentityT, UnitT, FactsT]:
+        """What folders of the kind may hold."""
+
+    @classmethod
+    def open(cls, root: Path) -> Self:
+        """Read a folder's manifest and journal.
+
+        Raises:
+            ManifestError: no manifest, a broken one, another format, or another kind.
+        """
+        return cls.of(root, *_read(root, cls.rules().name))
+
+    @classmethod
+    def open_or_create(
+        cls,
+        root: Path,
+        identity: Mapping[str, object],
+        *,
+        facts: Mapping[str, object],
+        fix: str,
+        called: Callable[[str], str] = str,
+    ) -> Self:
+        """Open a box that is to be continued, or start it.
+
+        Args:
+            called: what an error calls a field of the identity, given its dotted name.
+
+        Raises:
+            MismatchError: the folder was made with another identity; the first field that differs is named.
+            ManifestError: the folder holds something else.
+        """
+        make_folder(root)
+        kind = cls.rules().name
+        with holding(root, "manifest"):
+            if file_size(root / MANIFEST) is None:
+                refuse_foreign(root)
+                new = _manifest(kind, FORMATS[kind], identity, units={}, facts=facts, complete=False)
+                _write_manifest(root, kind, FORMATS[kind], manifest=new)
+        return cls.open_same(root, identity, fix, called=called)
+
+    @classmethod
+    def open_same(
+        cls, root: Path, identity: Mapping[str, object], fix: str, *, called: Callable[[str], str] = str
+    ) -> Self:
+        """Open a box that was made with this identity. Raises as ``open_or_create``."""
+        box = cls.open(root)
+        if difference := first_difference(box.identity, identity):
+            name, old, now = difference
+            raise MismatchError(
+                f"this folder was made with {called(name)} = {abridged(old)}, and {abridged(now)} is asked for now",
+                where=root / MANIFEST,
+                fix=fix,
+            )
+        return box
+
+    @classmethod
+    def of(cls, root: Path, manifest: Manifest, journal: Mapping[Path, bytes]) -> Self:
+        """The box that a manifest and journal entries describe. Raises ManifestError: they are of another kind."""
+        own = cls.rules().own(manifest)
+        if own is None:
+            raise ManifestError(
+                f"this folder holds {manifest['kind']!r}, and {cls.rules().name!r} is needed here",
+                where=root,
+                fix="check the path",
+            )
+        units = own["units"]
+        for entry, data in journal.items():
+            name = entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")
+            units[name] = decode_unit(cls.rules(), own["format"], name, data=data, where=entry)
+        facts = cls.rules().read_facts(manifest)
+        return cls(root, own["identity"], units, facts=facts, complete=own["complete"], format=own["format"])
+
+    @property
+    def kind(self) -> str:
+        return self.rules().name
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.identity)
 
-    def manifest(self) -> dict[str, Any]:
-        return {
-            **self.facts,
-            "format": self.format,
-            "kind": self.kind,
-            "identity": self.identity,
-            "fingerprint": self.fingerprint,
-            "units": dict(sorted(self.units.items())),
-            "complete": self.complete,
-        }
+    def manifest(self) -> dict[str, object]:
+        return _manifest(
+            self.kind, self.format, self.identity, units=self.units, facts=self.facts, complete=self.complete
+        )
 
-    def add(self, name: str, unit: dict[str, Any]) -> None:
+    def add_facts(self, facts: Mapping[str, object]) -> None:
+        """Set some of the manifest's other keys. Raises ValidationError where they are not as the kind's model."""
+        self.facts = self.rules().read_facts({**self.facts, **facts})
+
+    def add(self, name: str, unit: UnitT) -> None:
         """Make a finished unit exist: its files must already bear their final names."""
         path = inside(self.root, f"{JOURNAL}/{name}.json")
-        write_bytes(path, encode_unit(self.kind, self.format, name, unit, path))
+        write_bytes(path, encode_unit(self.rules(), self.format, name, unit=unit, where=path))
         self.units[name] = unit
 
     def has(self, name: str) -> bool:
@@ -102,7 +204,7 @@ class Box:
             if all(sizes.get(path) == entry["bytes"] for path, entry in unit["files"].items())
         }
 
-    def save(self, *, complete: bool | Callable[[Box], bool] | None = None) -> None:
+    def save(self, *, complete: bool | Callable[[Self], bool] | None = None) -> None:
         """Write the manifest with what other processes have added meanwhile, unless it is as it should be.
 
         Journal entries that it now contains are removed. ``complete`` may be asked of the merged box.
@@ -111,15 +213,56 @@ class Box:
             folded = []
             if file_size(self.root / MANIFEST) is not None:
                 folded = journal_entries(self.root)
-                latest = open_box(self.root, self.kind)
+                latest = self.open(self.root)
                 self.units = {**self.units, **latest.units}
-                self.facts = {**latest.facts, **self.facts}
+                self.facts = self.rules().read_facts({**latest.facts, **self.facts})
             if complete is not None:
                 self.complete = complete(self) if callable(complete) else complete
-            _write_manifest(self)
+            _write_manifest(self.root, self.kind, self.format, manifest=self.manifest())
             remove(folded)
         if is_local(self.root):
             remove_empty(self.root / JOURNAL)
+
+
+class ShardsBox(Box[ShardsIdentity, ShardsUnit, ShardsFacts]):
+    """A shard set's folder."""
+
+    @staticmethod
+    def rules() -> Kind[ShardsIdentity, ShardsUnit, ShardsFacts]:
+        return SHARDS
+
+
+class TargetsBox(Box[TargetsIdentity, TargetsUnit, TargetsFacts]):
+    """A target set's folder."""
+
+    @staticmethod
+    def rules() -> Kind[TargetsIdentity, TargetsUnit, TargetsFacts]:
+        return TARGETS
+
+
+class RunBox(Box[RunIdentity, Encoder, RunFacts]):
+    """A run's folder."""
+
+    @staticmethod
+    def rules() -> Kind[RunIdentity, Encoder, RunFacts]:
+        return RUN
+
+
+class ScoresBox(Box[ScoresIdentity, Result, ScoresFacts]):
+    """An evaluation's folder."""
+
+    @staticmethod
+    def rules() -> Kind[ScoresIdentity, Result, ScoresFacts]:
+        return SCORES
+
+
+AnyBox = ShardsBox | TargetsBox | RunBox | ScoresBox
+BOXES: dict[str, type[ShardsBox] | type[TargetsBox] | type[RunBox] | type[ScoresBox]] = {
+    SHARDS.name: ShardsBox,
+    TARGETS.name: TargetsBox,
+    RUN.name: RunBox,
+    SCORES.name: ScoresBox,
+}
 
 
 def is_box(root: Path, kind: str | None = None) -> bool:
@@ -140,12 +283,14 @@ def is_foreign(root: Path) -> bool:
     return file_size(root / MANIFEST) is not None and is_ours(_manifest_bytes(root)) is False
 
 
-def open_box(root: Path, kind: str | None = None) -> Box:
-    """Read a folder's manifest and journal.
+def open_box(root: Path) -> AnyBox:
+    """Read the manifest and journal of a folder of any kind. Raises as ``Box.open``."""
+    manifest, journal = _read(root, None)
+    return BOXES[manifest["kind"]].of(root, manifest, journal)
 
-    Raises:
-        ManifestError: no manifest, a broken one, another format, or another kind.
-    """
+
+def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
+    """A folder's manifest and the entries of its journal. ``kind``: what is to be said where there is none."""
     path = root / MANIFEST
     # The journal first: an entry that has gone by then is in the manifest.
     journal = read_many(journal_entries(root))
@@ -166,47 +311,7 @@ def open_box(root: Path, kind: str | None = None) -> Box:
             where=root,
             fix=f"give a folder made by `{made_by[kind]}`" if kind in made_by else "check the path",
         )
-    data = decode_manifest(_manifest_bytes(root), path)
-    if kind is not None and data["kind"] != kind:
-        raise ManifestError(
-            f"this folder holds {data['kind']!r}, and {kind!r} is needed here", where=root, fix="check the path"
-        )
-    units = data["units"]
-    for entry, text in journal.items():
-        name = entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")
-        units[name] = decode_unit(data["kind"], data["format"], name, text, entry)
-    known = {"format", "kind", "identity", "fingerprint", "units", "complete"}
-    facts = {key: value for key, value in data.items() if key not in known}
-    return Box(root, data["kind"], data["identity"], units, facts, data["complete"], data["format"])
-
-
-def open_or_create(root: Path, kind: str, identity: dict[str, Any], facts: dict[str, Any], fix: str) -> Box:
-    """Open a box that is to be continued, or start it.
-
-    Raises:
-        MismatchError: the folder was made with another identity; the first field that differs is named.
-        ManifestError: the folder holds something else.
-    """
-    make_folder(root)
-    with holding(root, "manifest"):
-        new = file_size(root / MANIFEST) is None
-        if new:
-            refuse_foreign(root)
-            _write_manifest(Box(root, kind, identity, facts=facts))
-    return open_same(root, kind, identity, fix)
-
-
-def open_same(root: Path, kind: str, identity: dict[str, Any], fix: str) -> Box:
-    """Open a box that was made with this identity. Raises as ``open_or_create``."""
-    box = open_box(root, kind)
-    if difference := first_difference(box.identity, identity):
-        name, old, now = difference
-        raise MismatchError(
-            f"this folder was made with {name} = {_show(old)}, and {_show(now)} is asked for now",
-            where=root / MANIFEST,
-            fix=fix,
-        )
-    return box
+    return decode_manifest(_manifest_bytes(root), path), journal
 
 
 def refuse_foreign(root: Path) -> None:
@@ -232,29 +337,18 @@ def journal_entries(root: Path) -> list[Path]:
     return [root / JOURNAL / name for name in sorted(names) if not name.rsplit("/", 1)[-1].startswith(".")]
 
 
-def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first field, in sorted order, in which two nested dictionaries differ: (dotted name, old, new) or None."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
-        return None
-    return None if _plain(old) == _plain(new) else (name, old, new)
-
-
-def check_files(box: Box, units: Iterable[str] | None = None, *, digests: bool = True) -> list[DamageError]:
+def check_files(box: AnyBox, units: Iterable[str] | None = None, *, digests: bool = True) -> list[DamageError]:
     """Compare the files of the given units (default: all) with the manifest: presence, size and, if asked, SHA-256."""
     problems = []
     for name in sorted(box.units) if units is None else units:
-        for relative, entry in box.units[name].get("files", {}).items():
+        for relative, entry in box.units[name]["files"].items():
             problem = check_file(box.root / relative, entry, digests=digests)
             if problem:
                 problems.append(problem)
     return problems
 
 
-def check_file(path: Path, entry: dict[str, Any], *, digests: bool = True) -> DamageError | None:
+def check_file(path: Path, entry: FileEntry, *, digests: bool = True) -> DamageError | None:
     size = file_size(path)
     if size is None:
         what = "a file of the manifest is missing"
@@ -267,21 +361,32 @@ def check_file(path: Path, entry: dict[str, Any], *, digests: bool = True) -> Da
     return DamageError(what, where=path)
 
 
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _manifest_bytes(root: Path) -> bytes:
     return read_document(root / MANIFEST, fix=AGAIN, limit=LIMIT)
 
 
-def _write_manifest(box: Box) -> None:
-    path = box.root / MANIFEST
-    data = encode_manifest(box.manifest(), path)
+def _manifest(
+    kind: str,
+    form: int,
+    identity: Mapping[str, object],
+    *,
+    units: Mapping[str, Unit],
+    facts: Mapping[str, object],
+    complete: bool,
+) -> dict[str, object]:
+    return {
+        **facts,
+        "format": form,
+        "kind": kind,
+        "identity": identity,
+        "fingerprint": fingerprint(identity),
+        "units": dict(sorted(units.items())),
+        "complete": complete,
+    }
+
+
+def _write_manifest(root: Path, kind: str, form: int, *, manifest: Mapping[str, object]) -> None:
+    path = root / MANIFEST
+    data = encode_manifest(kind, form, manifest, path)
     if file_size(path) != len(data) or read_bytes(path) != data:
         write_bytes(path, data)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
+from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.places import file_size, is_local, open_file, read_range
 
 
@@ -33,22 +33,19 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest keeps of one file: its size in bytes and its SHA-256."""
-    return {"bytes": file_size(path), "sha256": sha256_file(path)}
+def file_entry(path: Path) -> FileEntry:
+    """What a manifest keeps of one file: its size in bytes and its SHA-256. Raises OSError: it cannot be read."""
+    size = file_size(path)
+    if size is None:
+        raise FileNotFoundError(path)
+    return {"bytes": size, "sha256": sha256_file(path)}
 
 
-def tree_entries(root: Path, base: Path) -> dict[str, dict[str, Any]]:
-    """``file_entry`` of every file below ``root``, keyed by its POSIX path relative to ``base``, sorted."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(base).as_posix(): file_entry(path) for path in files}
-
-
-def canonical_json(value: Any) -> str:
+def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text. NaN is refused (ValueError)."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """SHA-256 of the canonical JSON of ``value``."""
     return sha256_bytes(canonical_json(value).encode("ascii"))

@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired, final
 
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from cae2pipe.artifacts.manifest_values import OPEN, STRICT, FileEntry, Format, Sha256, StoreName, Teacher, Values
+from cae2pipe.artifacts.manifest_values import OPEN, STRICT, Common, FileEntry, Sha256, StoreName, Teacher, Values
 
-EncoderFile = Literal["encoder.safetensors", "config.json"]
+EncoderFile = Annotated[str, Field(pattern=r"^(encoder\.safetensors|config\.json)$")]
 
 
+@final
+@with_config(STRICT)
 class Encoder(TypedDict):
     """The unit ``encoder``: the exported encoder."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     files: dict[EncoderFile, FileEntry]
 
 
-class Identity(TypedDict):
+@with_config(OPEN)
+class RunIdentity(TypedDict):
     """``targets``: the target set's fingerprint."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     settings: Values
     targets: Sha256
 
 
-class RunManifest(TypedDict):
-    """``manifest.json`` of a run. ``stores``: the fingerprints of the stores that it began with."""
+@with_config(OPEN)
+class RunTeacher(Teacher):
+    """``library`` and ``weights``: of what older runs do not say."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    library: NotRequired[str]
+    weights: NotRequired[str]
 
-    format: Format
-    kind: Literal["run"]
-    identity: Identity
-    fingerprint: Sha256
-    digest: NotRequired[Sha256]
-    units: dict[Literal["encoder"], Encoder]
-    complete: bool
+
+@with_config(OPEN)
+class RunFacts(TypedDict):
+    """``stores``: the fingerprints of the stores that it began with."""
+
     stores: dict[StoreName, Sha256]
-    teacher: Teacher
+    teacher: RunTeacher
 
 
-def unit_model(name: str) -> type[Any]:
+@with_config(OPEN)
+class RunManifest(Common, RunFacts):
+    """``manifest.json`` of a run."""
+
+    kind: Literal["run"]
+    identity: RunIdentity
+    units: dict[Annotated[str, Field(pattern="^encoder$")], Encoder]
+
+
+def unit_model(name: str) -> type[Encoder]:
     """The model of the unit of this name."""
     return Encoder
 
 
-def contradiction(name: str, unit: dict[str, Any]) -> str | None:
+def contradiction(name: str, unit: Encoder) -> str | None:
     """What of a valid unit contradicts its name, or itself; None where nothing does."""
     missing = {"encoder.safetensors", "config.json"} - unit["files"].keys()
     return f"files: {min(missing)} is not among them" if missing else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NotRequired
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue, with_config
 from typing_extensions import TypedDict
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -36,19 +36,33 @@ SAMPLE_BYTES = 1024
 """Bytes that a sample takes in a tar, at least: two headers."""
 
 
+@with_config(STRICT)
 class FileEntry(TypedDict):
     """A file of a unit, under its path relative to the folder."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     bytes: Count
     sha256: Sha256
 
 
+class Unit(TypedDict):
+    """What every unit has."""
+
+    files: dict[str, FileEntry]
+
+
+@with_config(OPEN)
+class Common(TypedDict):
+    """What every manifest has, beside its ``kind``, ``identity`` and ``units``."""
+
+    format: Format
+    fingerprint: Sha256
+    digest: NotRequired[Sha256]
+    complete: bool
+
+
+@with_config(OPEN)
 class Teacher(TypedDict):
     """What readers must know of a teacher."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     name: str
     dim: Size

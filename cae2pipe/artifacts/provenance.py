@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cae2pipe.artifacts.manifest_targets import TargetsFacts
 from cae2pipe.runtime.progress import Report
 
 
@@ -14,7 +15,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {"versions": library_versions(), "processor": processor(device)}
 
 
-def tell_changes(facts: dict[str, Any], device: torch.device, report: Report) -> None:
+def tell_changes(facts: TargetsFacts, device: torch.device, report: Report) -> None:
     """Say so where a run goes on under other libraries or on another processor than the set was begun with."""
     now = {**library_versions(), "processor": processor(device)}
     then = {**facts.get("versions", {}), "processor": facts.get("processor", now["processor"])}

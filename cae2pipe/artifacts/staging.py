@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from cae2pipe.artifacts.atomic import TEMPORARY, fsync_path, remove_any
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.inside import inside
+from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.places import is_local, put_file
 
 
@@ -59,12 +59,12 @@ class Stage:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def entries(self, *pieces: str) -> dict[str, dict[str, Any]]:
+    def entries(self, *pieces: str) -> dict[str, FileEntry]:
         """Size and SHA-256 of every file at these relative paths, by its path relative to the root."""
         files = sorted(path for piece in pieces for path in _files(self.folder / piece))
         return {path.relative_to(self.folder).as_posix(): file_entry(path) for path in files}
 
-    def commit(self, *pieces: str) -> dict[str, dict[str, Any]]:
+    def commit(self, *pieces: str) -> dict[str, FileEntry]:
         """Put the files and folders at these relative paths in place, durably, instead of what is there.
 
         Returns:

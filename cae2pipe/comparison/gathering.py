@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.box import RunBox, is_box, open_box
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.comparison.rows import CURVES, Comparison, Finished, Row
 from cae2pipe.comparison.scores import read_scores
+from cae2pipe.config.base import recorded
 from cae2pipe.config.compare import BYTES, GridSettings, setting
+from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.runtime.foreign_names import told_apart
@@ -55,8 +57,8 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
     groups: dict[str, dict[int, Path]] = {}
     differing: dict[str, dict[str, Any]] = {}
     for run in runs:
-        box = open_box(run, "run")
-        settings = flat(box.identity["settings"])
+        box = RunBox.open(run)
+        settings = dict(sorted(flat(recorded(PretrainSettings, box.identity["settings"])).items()))
         seed = settings.pop("seed")
         # Not the set's own fingerprint, which is the same for other images and other numbers of views.
         settings["target set"] = fingerprint([box.identity["targets"], box.facts["stores"]])[:8]
@@ -139,7 +141,7 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Map
     """Add a run to its variant. ``sets``: target sets by fingerprint."""
     if not is_box(run, "run"):
         return
-    box = open_box(run)
+    box = RunBox.open(run)
     settings = run_settings(run)
     targets = sets.get(box.identity["targets"])
     if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cae2pipe.artifacts.box import MANIFEST, Box, is_foreign, open_box
+from cae2pipe.artifacts.box import MANIFEST, ScoresBox, is_foreign, open_box
 from cae2pipe.artifacts.digest import canonical_json
 from cae2pipe.comparison.rows import Finished
 from cae2pipe.errors import Cae2pipeError, ManifestError, SourceError
@@ -49,15 +49,20 @@ class Result(BaseModel):
     def _scored(self) -> Result:
         for name in headlines(self.evaluation):
             figures = [self.model_extra or {}, *([] if self.best is None else [self.best])]
-            if not all(isinstance(found.get(name), float | int) for found in figures):
+            if not all(isinstance(one.get(name), float | int) for one in figures):
                 raise ValueError(f"{name} is no number")
         return self
 
+    def figure(self, name: str) -> float:
+        """One of its scores, a share of 1."""
+        value: float = (self.model_extra or {})[name]
+        return value
 
-def check_result(result: Any, where: Path) -> None:
-    """Raise ManifestError where a manifest's ``result`` is not one of an evaluation; the field is named."""
+
+def read_result(result: object, where: Path) -> Result:
+    """A manifest's ``result``. Raises ManifestError where it is not one of an evaluation; the field is named."""
     try:
-        Result.model_validate(result)
+        return Result.model_validate(result)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, ("result", *first["loc"])))
@@ -66,8 +71,10 @@ def check_result(result: Any, where: Path) -> None:
         ) from None
 
 
-def score_boxes(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> Iterator[tuple[Path, Box]]:
-    """Every finished evaluation in or below some folders, with its box.
+def score_boxes(
+    roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None
+) -> Iterator[tuple[Path, ScoresBox, Result]]:
+    """Every finished evaluation in or below some folders, with its box and result.
 
     ``damaged`` takes the errors of manifests that cannot be read; None: the first one is raised.
 
@@ -79,18 +86,18 @@ def score_boxes(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = Non
             raise SourceError("no such folder", where=root, fix="give folders that `cae2pipe evaluate` wrote")
         for folder in sorted(path.parent for path in root.rglob(MANIFEST)):
             try:
-                box = finished_score(folder)
+                finished = finished_score(folder)
             except Cae2pipeError as error:
                 if damaged is None:
                     raise
                 damaged.append(error)
                 continue
-            if box:
-                yield folder, box
+            if finished:
+                yield folder, *finished
 
 
-def finished_score(folder: Path) -> Box | None:
-    """The box of a finished evaluation; None: the folder holds something else.
+def finished_score(folder: Path) -> tuple[ScoresBox, Result] | None:
+    """The box of a finished evaluation and its result; None: the folder holds something else.
 
     Raises:
         ManifestError, DamageError: its manifest cannot be read.
@@ -101,10 +108,9 @@ def finished_score(folder: Path) -> Box | None:
         box = open_box(folder)
     except OSError as error:
         raise ManifestError(f"this cannot be read: {error.strerror}", where=folder / MANIFEST) from None
-    if box.kind != "scores" or not box.facts.get("result"):
+    if not isinstance(box, ScoresBox) or not (result := box.facts.get("result")):
         return None
-    check_result(box.facts["result"], folder / MANIFEST)
-    return box
+    return box, read_result(result, folder / MANIFEST)
 
 
 def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> list[dict[str, Any]]:
@@ -116,27 +122,34 @@ def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -
     """
     rows: dict[Path, dict[str, Any]] = {}
     roots = list(roots)
-    for folder, box in score_boxes(roots, damaged):
-        rows[folder.resolve()] = row(box.facts["result"], folder)
+    for folder, _, result in score_boxes(roots, damaged):
+        rows[folder.resolve()] = row(result, folder)
     if not rows and not damaged:
         raise SourceError(
             "there is no finished evaluation here",
             where=", ".join(str(root) for root in roots),
             fix="run `cae2pipe evaluate knn ENCODER DATA OUT`, then give OUT",
         )
-    return sorted(rows.values(), key=lambda found: (found["evaluation"], -found["score"], str(found["folder"])))
+    return sorted(rows.values(), key=lambda one: (one["evaluation"], -one["score"], str(one["folder"])))
 
 
-def row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+def row(result: Result, folder: Path) -> dict[str, Any]:
     """What the table shows of one result: ``score`` and ``also`` are pairs of name and value; ``best`` is the best
     epoch's score, where one was looked for."""
-    first, second = headlines(result["evaluation"])
-    found = {name: result.get(name, "") for name in ("encoder", "evaluation", "feature", "protocol")}
-    counts = {part: result["images"][part] for part in ("train", "val")}
-    best = result["best"][first] if result.get("best") else None
-    scores = {"score": result[first], "metric": first, "also": {second: result[second]}, "best": best}
-    everything = {**found, **counts, **scores, "folder": str(folder)}
-    return {name: everything[name] for name in (*COLUMNS, "metric")}
+    first, second = headlines(result.evaluation)
+    return {
+        "encoder": result.encoder,
+        "evaluation": result.evaluation,
+        "feature": result.feature,
+        "score": result.figure(first),
+        "also": {second: result.figure(second)},
+        "best": result.best[first] if result.best else None,
+        "train": result.images.train,
+        "val": result.images.val,
+        "protocol": result.protocol,
+        "folder": str(folder),
+        "metric": first,
+    }
 
 
 def read_scores(roots: Iterable[Path]) -> dict[str, list[Finished]]:
@@ -145,14 +158,13 @@ def read_scores(roots: Iterable[Path]) -> dict[str, list[Finished]]:
     Raises:
         SourceError: a folder does not exist. ManifestError, DamageError: a manifest below it cannot be read.
     """
-    found: dict[str, list[Finished]] = {}
-    for _, box in score_boxes(roots):
-        result = box.facts["result"]
+    scores: dict[str, list[Finished]] = {}
+    for _, box, result in score_boxes(roots):
         digest = box.identity["encoder"].get("sha256")
         if digest:
-            headline = headlines(result["evaluation"])[0]
+            score = result.figure(headlines(result.evaluation)[0])
             data = canonical_json(box.identity["data"])
-            one = Finished(result["evaluation"], result[headline], result["protocol"], data, result.get("feature", ""))
-            if one not in found.setdefault(digest, []):
-                found[digest].append(one)
-    return found
+            one = Finished(result.evaluation, score, result.protocol, data, result.feature)
+            if one not in scores.setdefault(digest, []):
+                scores[digest].append(one)
+    return scores

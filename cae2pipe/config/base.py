@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -55,6 +55,15 @@ def takes(annotation: Any, kind: type) -> bool:
 
 S = TypeVar("S", bound=Settings)
 
+STORED_NAMES = {
+    "predictor_depth": "regressor_depth",
+    "predictor_width": "regressor_width",
+    "predictor_heads": "regressor_heads",
+    "predictor_layer_scale": "regressor_layer_scale",
+}
+"""Settings that were renamed, with the names that manifests and fingerprints keep: what was made before goes on."""
+PRESENT_NAMES = {stored: name for name, stored in STORED_NAMES.items()}
+
 
 def outside(default: Any = ..., **options: Any) -> Any:
     """A field that does not enter fingerprints: a place, or an amount that may grow."""
@@ -70,7 +79,7 @@ def added(default: Any, before: Any, **options: Any) -> Any:
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """The settings that change the result, as plain JSON values."""
+    """The settings that change the result, as plain JSON values, by the names under which manifests keep them."""
     result = {}
     for name, info in type(settings).model_fields.items():
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
@@ -79,13 +88,14 @@ def identity(settings: Settings) -> dict[str, Any]:
         value = getattr(settings, name)
         if "before" in extra and value == extra["before"]:
             continue
-        result[name] = identity(value) if isinstance(value, Settings) else settings.model_dump(mode="json")[name]
+        plain = identity(value) if isinstance(value, Settings) else settings.model_dump(mode="json")[name]
+        result[STORED_NAMES.get(name, name)] = plain
     return result
 
 
-def recorded(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest holds of settings, completed by what was true before a field was ``added``."""
-    result = dict(values)
+def recorded(kind: type[Settings], values: Mapping[str, object]) -> dict[str, Any]:
+    """What a manifest holds of settings, by their present names, and what was true before a field was ``added``."""
+    result: dict[str, Any] = {PRESENT_NAMES.get(name, name): value for name, value in values.items()}
     for name, info in kind.model_fields.items():
         extra, inner = info.json_schema_extra, info.annotation
         if isinstance(extra, dict) and "before" in extra:
@@ -93,6 +103,24 @@ def recorded(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(inner, type) and issubclass(inner, Settings) and isinstance(result.get(name), dict):
             result[name] = recorded(inner, result[name])
     return result
+
+
+def build_recorded(kind: type[S], values: Mapping[str, object], where: object) -> S:
+    """The settings that a manifest holds. Raises SettingsError where they do not fit."""
+    return build(kind, recorded(kind, values), where)
+
+
+def section(values: Mapping[str, object], name: str, where: object) -> Mapping[str, object]:
+    """A section of what a manifest holds of settings. Raises SettingsError where it is none."""
+    inner = values.get(name)
+    if not isinstance(inner, dict):
+        raise SettingsError(f"settings.{name} holds no names and values", where=where)
+    return inner
+
+
+def present_name(name: str) -> str:
+    """What a setting is called now that a manifest keeps under a dotted name."""
+    return ".".join(PRESENT_NAMES.get(part, part) for part in name.split("."))
 
 
 def package_folder(name: str) -> Path:
@@ -203,7 +231,7 @@ def part_of(recipes: Any, name: str) -> Any:
     return recipes.get(name, {}) if isinstance(recipes, dict) else {}
 
 
-def build(kind: type[S], raw: dict[str, Any], where: object) -> S:
+def build(kind: type[S], raw: Mapping[str, object], where: object) -> S:
     """Validate raw values into a settings object (SettingsError where they do not fit)."""
     try:
         return kind.model_validate(raw)
@@ -212,8 +240,9 @@ def build(kind: type[S], raw: dict[str, Any], where: object) -> S:
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _known_names(kind, first["loc"][:-1])
-            nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            known, unknown = _known_names(kind, first["loc"][:-1]), str(first["loc"][-1])
+            nearest = [name for name in known if name == PRESENT_NAMES.get(unknown)]
+            nearest = nearest or difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
             fix = f"did you mean {nearest[0]!r}?" if nearest else f"known names here: {', '.join(known)}"
             raise SettingsError(f"unknown setting {place!r}{more}", where=where, fix=fix) from None
         cause = first.get("ctx", {}).get("error")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from cae2pipe.artifacts.manifest_targets import CodecIdentity
 from cae2pipe.config.base import Settings, added, outside
 
 ENLARGED = 1.28
@@ -152,7 +153,7 @@ class ExtractSettings(Settings):
     speed: ExtractSpeed = ExtractSpeed()
 
 
-def as_begun(codec: CodecSettings, stored: dict[str, Any]) -> CodecSettings:
+def as_begun(codec: CodecSettings, stored: CodecIdentity) -> CodecSettings:
     """The codec's settings for a set that has been begun: a fidelity that was not given is the set's own, for defaults
     change between versions. ``stored``: the codec's settings as the set's manifest has them."""
     if "fidelity" in codec.model_fields_set:

@@ -30,14 +30,15 @@ class ModelSettings(Settings):
     """Initial LayerScale of the encoder's blocks (1e-5 for Large)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Largest drop path rate; rates rise linearly from 0 over the depth, in the encoder and in the regressor."""
-    regressor_depth: int = Field(default=4, ge=0, le=256)
-    """Regressor blocks; 0 leaves the visible loss alone (paper Table 4)."""
-    regressor_width: int = Field(default=768, ge=8, le=16384)
-    """Width of the regressor. Where it differs from the encoder's, a Linear and a LayerNorm lie between."""
-    regressor_heads: int = Field(default=12, ge=1, le=1024)
-    """Attention heads of the regressor. Large has 16 in the paper, 12 of 85 features in the released code."""
-    regressor_layer_scale: float = Field(default=0.1, gt=0, le=1e3)
-    """Initial LayerScale of the regressor's blocks."""
+    predictor_depth: int = Field(default=4, ge=0, le=256)
+    """Blocks of what predicts the masked patches: the regressor of CAE v2 and CAE, MAE's decoder. 0 leaves the visible
+    loss alone (paper Table 4)."""
+    predictor_width: int = Field(default=768, ge=8, le=16384)
+    """Its width. Where that differs from the encoder's, a Linear and a LayerNorm lie between."""
+    predictor_heads: int = Field(default=12, ge=1, le=1024)
+    """Its attention heads. Large has 16 in the paper, 12 of 85 features in the released code."""
+    predictor_layer_scale: float = Field(default=0.1, gt=0, le=1e3)
+    """Initial LayerScale of its blocks."""
     head: Literal["fc-ln", "ln-fc"] = "fc-ln"
     """Order of the head shared by encoder and regressor: paper fc-ln, released code ln-fc."""
 
@@ -49,20 +50,20 @@ class ModelSettings(Settings):
             )
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
-        if self.regressor_depth and self.regressor_width < self.regressor_heads:
+        if self.predictor_depth and self.predictor_width < self.predictor_heads:
             raise ValueError(
-                f"model.regressor_width {self.regressor_width} leaves nothing to each of model.regressor_heads "
-                f"{self.regressor_heads}: set model.regressor_heads to at most {self.regressor_width}"
+                f"model.predictor_width {self.predictor_width} leaves nothing to each of model.predictor_heads "
+                f"{self.predictor_heads}: set model.predictor_heads to at most {self.predictor_width}"
             )
         if self.grid > 256:
             raise ValueError(
                 f"model.image_size {self.image_size} with model.patch_size {self.patch_size} makes {self.grid} patches "
                 "a side: set model.patch_size so that it is 256 at most"
             )
-        weights = 12 * (self.depth * self.width**2 + self.regressor_depth * self.regressor_width**2)
+        weights = 12 * (self.depth * self.width**2 + self.predictor_depth * self.predictor_width**2)
         if weights > 10**11:
             raise ValueError(f"a student of {weights / 1e9:.0f} billion weights: lower model.width or model.depth")
-        if self.width % 4 or self.regressor_width % 4:
+        if self.width % 4 or self.predictor_width % 4:
             raise ValueError("widths must be multiples of 4: sin-cos positions take a quarter each")
         return self
 
@@ -247,8 +248,8 @@ class PretrainSettings(Settings):
             raise ValueError("fresh views come without attention: set mask.strategy=block, or views=stored")
         if self.targets == "online" and self.loss.target == "pixels":
             raise ValueError("pixels are targets without a teacher: set targets=cached, or loss.target=as_is")
-        if self.model.regressor_depth == 0 and self.loss.visible == 0:
-            raise ValueError("model.regressor_depth 0 predicts no masked patches: loss.visible must be above 0")
+        if self.model.predictor_depth == 0 and self.loss.visible == 0:
+            raise ValueError("model.predictor_depth 0 predicts no masked patches: loss.visible must be above 0")
         if self.optimizer.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs {self.optimizer.warmup_epochs} leaves nothing of {self.epochs} epochs: "

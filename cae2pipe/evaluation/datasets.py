@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.box import ShardsBox, is_box
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.errors import ImageError, ManifestError, SourceError
 from cae2pipe.evaluation.crops import Crop
@@ -130,7 +130,7 @@ def open_split(root: Path, batch: int) -> Split:
 
 
 def _open_shards(root: Path, batch: int) -> Split:
-    if not open_box(root, KIND).complete:
+    if not ShardsBox.open(root).complete:
         raise ManifestError(
             "this shard set is not finished: a score would be that of a part",
             where=root,

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box, check_files, is_box, open_box
+from cae2pipe.artifacts.box import RunBox, TargetsBox, check_files, is_box
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
-from cae2pipe.config.base import build, identity, load, preset_names
+from cae2pipe.config.base import build_recorded, identity, load, preset_names, section
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
-from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
+from cae2pipe.config.pretrain import LossSettings, ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
 from cae2pipe.images.normalise import Normalise
 from cae2pipe.models.description import FIX, read_description
@@ -180,7 +180,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
     folder = path.parent if path.name == WEIGHTS else path
     if not folder.is_dir():
         raise SourceError("there is no such encoder", where=path, fix=f"give {FORMS}")
-    run = open_box(folder) if is_box(folder, "run") else None
+    run = RunBox.open(folder) if is_box(folder, "run") else None
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         if run:
             raise ManifestError(
@@ -200,10 +200,10 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
     return Student(model, digests, class_token, device, precision)
 
 
-def class_token_trained(run: Box) -> bool:
+def class_token_trained(run: RunBox) -> bool:
     """Whether a run's loss fell on its class token: it counts among the visible, and pixels have none."""
-    loss = run.identity["settings"]["loss"]
-    return bool(run.facts["teacher"]["class_token"] and loss["visible"] and loss.get("target") != "pixels")
+    loss = build_recorded(LossSettings, section(run.identity["settings"], "loss", run.root), where=run.root)
+    return bool(run.facts["teacher"]["class_token"] and loss.visible and loss.target != "pixels")
 
 
 def released_student(path: Path, device: torch.device, precision: str) -> Student:
@@ -271,8 +271,8 @@ def random_student(name: str, seed: int, device: torch.device, precision: str) -
 
     class_token = True
     if is_box(Path(name), "run"):
-        box = open_box(Path(name))
-        settings = build(ModelSettings, box.identity["settings"]["model"], where=name)
+        box = RunBox.open(Path(name))
+        settings = build_recorded(ModelSettings, section(box.identity["settings"], "model", name), where=name)
         class_token = class_token_trained(box)
     elif Path(name).is_dir():
         raise SourceError("this folder is not a run", where=name, fix=f"give {FORMS}")
@@ -297,7 +297,7 @@ def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
     name, _, file = name.partition("@")
     weights = Path(file) if file else None
     if form == "teacher" and is_box(Path(name), "targets"):
-        return FrozenTeacher(set_teacher(open_box(Path(name)), weights, device, f"teacher:{name}@FILE"))
+        return FrozenTeacher(set_teacher(TargetsBox.open(Path(name)), weights, device, f"teacher:{name}@FILE"))
     if form == "timm":
         settings = timm_settings(name)
         fix = "check the name, give timm:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.manifest_targets import Store
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.kept import view_pixels
@@ -42,7 +43,7 @@ class Plan:
     """
 
     root: Path
-    units: dict[str, dict[str, Any]]
+    units: Mapping[str, Store]
     blocks: list[BlockRef]
     layout: StoreLayout
     size: int

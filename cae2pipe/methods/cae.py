@@ -8,7 +8,7 @@ from torch import Tensor
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.methods.method import Method, bridge, latent_head, regressor_stack
+from cae2pipe.methods.method import Method, bridge, latent_head, predictor_stack
 from cae2pipe.models.decoder import MaskedDecoder
 from cae2pipe.models.regressor import Regressor
 
@@ -28,14 +28,14 @@ class CAE(Method):
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
-        if not settings.regressor_depth:
+        if not settings.predictor_depth:
             raise SettingsError(
-                "method cae needs a regressor", where="model.regressor_depth", fix="--set model.regressor_depth=4"
+                "method cae needs a regressor", where="model.predictor_depth", fix="--set model.predictor_depth=4"
             )
-        width = settings.regressor_width
+        width = settings.predictor_width
         self.bridge = bridge(settings.width, width)
-        self.regressor = regressor_stack(Regressor, settings)
-        self.decoder = regressor_stack(MaskedDecoder, settings)
+        self.regressor = predictor_stack(Regressor, settings)
+        self.decoder = predictor_stack(MaskedDecoder, settings)
         self.head = latent_head(settings, width, target_dim)
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:

@@ -65,14 +65,14 @@ class Method(nn.Module, ABC):
         """
 
 
-def regressor_stack(kind: Callable[..., T], settings: ModelSettings) -> T:
-    """A regressor or decoder of the shape that ``regressor_*`` describe, freshly initialised."""
+def predictor_stack(kind: Callable[..., T], settings: ModelSettings) -> T:
+    """A regressor or decoder of the shape that ``predictor_*`` describe, freshly initialised."""
     return kind(
-        width=settings.regressor_width,
-        depth=settings.regressor_depth,
-        heads=settings.regressor_heads,
+        width=settings.predictor_width,
+        depth=settings.predictor_depth,
+        heads=settings.predictor_heads,
         grid=settings.grid,
-        layer_scale=settings.regressor_layer_scale,
+        layer_scale=settings.predictor_layer_scale,
         drop=settings.drop_path,
     )
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from cae2pipe.artifacts.box import Box
-from cae2pipe.config.base import build
+from cae2pipe.artifacts.box import RunBox
+from cae2pipe.artifacts.manifest_run import RunTeacher
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.models.formats import Layout, Shape
 from cae2pipe.reporting.markdown import escaped
@@ -18,7 +19,7 @@ from cae2pipe.version import __version__
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
 
 
-def model_card(name: str, layout: Layout, shape: Shape, run: Box | None, scores: Sequence[dict[str, Any]]) -> str:
+def model_card(name: str, layout: Layout, shape: Shape, run: RunBox | None, scores: Sequence[dict[str, Any]]) -> str:
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 
     Args:
@@ -46,8 +47,8 @@ def model_card(name: str, layout: Layout, shape: Shape, run: Box | None, scores:
     return "\n\n".join(parts) + "\n"
 
 
-def _training(run: Box) -> str:
-    settings = build(PretrainSettings, run.identity["settings"], where=run.root)
+def _training(run: RunBox) -> str:
+    settings = build_recorded(PretrainSettings, run.identity["settings"], where=run.root)
     loss, masks = settings.loss, settings.mask
     rows = {
         "method": f"{settings.method} ({PAPER}), recipe {settings.recipe}",
@@ -63,7 +64,7 @@ def _training(run: Box) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(str(value))} |" for name, value in rows.items())])
 
 
-def _teacher(facts: dict[str, Any]) -> str:
+def _teacher(facts: RunTeacher) -> str:
     """Older runs do not name its library and weights."""
     name = str(facts["name"])
     if "library" in facts:

@@ -23,7 +23,7 @@ from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -41,22 +41,27 @@ GRACE = 2.0
 """Seconds that workers are given to end by themselves."""
 
 
-class Listed(Protocol):
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Listed(Protocol[T_co]):
     """Items by number; picklable, as a torch ``Dataset`` is."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> T_co: ...
 
 
-class Streamed(Protocol):
+@runtime_checkable
+class Streamed(Protocol[T_co]):
     """Items that each worker makes its own stream of; picklable."""
 
-    def share(self, worker: int, workers: int) -> Iterator[Any]:
+    def share(self, worker: int, workers: int) -> Iterator[T_co]:
         """The items of worker number ``worker``. They are given out in turn, one of each worker."""
 
 
-def in_order(source: Listed | Streamed, workers: int, preload: Sequence[str] = ()) -> Generator[Any, None, None]:
+def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[str] = ()) -> Generator[T, None, None]:
     """The items of a source, as they are, made by ``workers`` processes (0: in this one) and given out in order.
 
     Workers are started from a clean server process: fork would copy a CUDA context or a thread pool half-alive. It
@@ -106,13 +111,15 @@ class _Worker:
     gave: bool = False
 
 
-def _share(source: Any, worker: int, workers: int) -> Iterator[Any]:
-    if hasattr(source, "share"):
-        return iter(source.share(worker, workers))
+def _share(source: Listed[T] | Streamed[T], worker: int, workers: int) -> Iterator[T]:
+    if isinstance(source, Streamed):
+        return source.share(worker, workers)
     return (source[index] for index in range(worker, len(source), workers))
 
 
-def _start(source: Any, workers: int, preload: Sequence[str], started: list[_Worker]) -> None:
+def _start(
+    source: Listed[object] | Streamed[object], workers: int, preload: Sequence[str], started: list[_Worker]
+) -> None:
     refuse_import_of_main()
     shorten_sockets()
     context = multiprocessing.get_context("forkserver")
@@ -150,18 +157,18 @@ def _receive(worker: _Worker) -> tuple[str, Any, int]:
 def _fetched(worker: _Worker, message: bytes, began: float) -> tuple[str, Any]:
     """What a message holds. A thread fetches its shared memory from the worker, which may be stuck: a stop is heeded
     meanwhile."""
-    found: queue.SimpleQueue[tuple[str, Any] | BaseException] = queue.SimpleQueue()
+    fetches: queue.SimpleQueue[tuple[str, Any] | BaseException] = queue.SimpleQueue()
 
     def fetch() -> None:
         try:
-            found.put(pickle.loads(message))
+            fetches.put(pickle.loads(message))
         except BaseException as error:
-            found.put(error)
+            fetches.put(error)
 
     threading.Thread(target=fetch, daemon=True).start()
     while True:
         try:
-            fetched = found.get(timeout=POLL)
+            fetched = fetches.get(timeout=POLL)
         except queue.Empty:
             _heed_stop(began)
             continue
@@ -202,7 +209,7 @@ def _join(workers: list[_Worker], seconds: float) -> None:
         worker.process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _work(connection: Connection, source: Any, number: int, workers: int) -> None:
+def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int) -> None:
     prepare_worker()
     torch.set_num_threads(1)
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -231,7 +238,7 @@ def _send(connection: Connection, ready: queue.SimpleQueue[bytes]) -> None:
         os._exit(1)
 
 
-def _next_message(items: Iterator[Any]) -> tuple[bytes, bool]:
+def _next_message(items: Iterator[object]) -> tuple[bytes, bool]:
     """The next item, the end, or an error in its place; and whether that is the last message."""
     try:
         try:
@@ -267,7 +274,7 @@ class _Pickler(ForkingPickler):
         return NotImplemented
 
 
-def _pack(kind: str, value: Any) -> bytes:
+def _pack(kind: str, value: object) -> bytes:
     """A message, with the bytes of shared memory that it takes at its end, where pickle does not look.
 
     Raises:

@@ -12,14 +12,15 @@ import json
 from collections.abc import Collection, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 
 from cae2pipe.artifacts.atomic import remove_debris, write_bytes
-from cae2pipe.artifacts.box import Box, open_or_create
+from cae2pipe.artifacts.box import ShardsBox
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.manifest_shards import Listing, Rejected, Tar
+from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.places import file_size, is_local, read_bytes
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.config.base import identity
@@ -30,7 +31,7 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.checking import Checked, checking
 from cae2pipe.shards.entries import Entry, Source
 from cae2pipe.shards.listing import with_listings
-from cae2pipe.shards.shard_set import KIND, REJECTS, ShardSet, index_path, tar_path, write_index
+from cae2pipe.shards.shard_set import REJECTS, ShardSet, index_path, tar_path, write_index
 from cae2pipe.shards.source import scan
 from cae2pipe.shards.tar import write_samples
 
@@ -62,16 +63,15 @@ def pack(
         for remark in source.remarks():
             report.log(remark)
     with writing(out):
-        box = open_or_create(
+        box = ShardsBox.open_or_create(
             out,
-            KIND,
             {"settings": identity(settings), "classes": source.classes},
             facts={"rejected": 0},
             fix="give another output folder, or the source and settings this one was made from",
         )
         if is_local(out):
             remove_debris(out)
-        before = sum(unit.get("images", 0) for unit in box.units.values())
+        before = sum(unit["images"] for unit in box.units.values() if "images" in unit)
         runs = plan_runs(with_listings(source, box), settings)
         total = len(source.entries)
         if before and total > before:
@@ -117,8 +117,8 @@ def counted(images: Iterator[Checked], report: Report) -> Iterator[Checked]:
 
 
 def write_run(
-    root: Path, name: str, run: list[Entry], images: Iterator[Checked], expected: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    root: Path, name: str, run: list[Entry], images: Iterator[Checked], expected: dict[str, FileEntry] | None = None
+) -> Tar:
     """Write the tar of a run's images that can be decoded, and its index; return the manifest's entry.
 
     Args:
@@ -127,7 +127,8 @@ def write_run(
     Raises:
         MismatchError: they come out otherwise now.
     """
-    rejected, checksums = [], []
+    rejected: list[Rejected] = []
+    checksums = []
 
     def kept() -> Iterator[tuple[str, int, bytes]]:
         for entry, image in zip(run, images, strict=True):
@@ -152,31 +153,36 @@ def write_run(
         return {"files": stage.commit(*pieces), "samples": len(checksums), "rejected": rejected}
 
 
-def finish(box: Box) -> None:
+def finish(box: ShardsBox) -> None:
     """Write ``rejects.jsonl`` and the manifest, where they are not as they should be.
 
     Raises:
         SourceError: not one image could be decoded.
     """
-    rejects = [reject for unit in box.units.values() for reject in unit.get("rejected", [])]
+    rejects = rejected_images(box)
     rejects.sort(key=lambda reject: reject["path"])
     path = box.root / "rejects.jsonl"
     data = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects).encode()
     if file_size(path) is None or read_bytes(path) != data:
         write_bytes(path, data)
     box.facts["rejected"] = len(rejects)
-    unit = {"files": {path.name: file_entry(path)}, "samples": 0}
+    unit: Listing = {"files": {path.name: file_entry(path)}, "samples": 0}
     if box.units.get(REJECTS) != unit:
         box.add(REJECTS, unit)
     box.save(complete=True)
     refuse_empty(box)
 
 
-def refuse_empty(box: Box) -> None:
+def rejected_images(box: ShardsBox) -> list[Rejected]:
+    """The images that could not be decoded, tar after tar as the manifest has them."""
+    return [reject for unit in box.units.values() if "rejected" in unit for reject in unit["rejected"]]
+
+
+def refuse_empty(box: ShardsBox) -> None:
     """Raise SourceError where every image of the source was rejected."""
     if any(unit["samples"] for unit in box.units.values()):
         return
-    reasons = [reject["reason"] for unit in box.units.values() for reject in unit.get("rejected", [])]
+    reasons = [reject["reason"] for reject in rejected_images(box)]
     raise SourceError(
         f"none of the {len(reasons)} files can be decoded; one of them: {reasons[0]}",
         where=box.root / "rejects.jsonl",

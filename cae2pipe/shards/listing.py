@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import ShardsBox
 from cae2pipe.artifacts.digest import sha256_bytes
+from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.errors import DamageError, MismatchError
 from cae2pipe.shards.entries import Entry, Source
@@ -25,12 +26,12 @@ PREFIX = "listing-"
 """Units of listings: ``listing-000``, ``listing-001``, ... Their files bear the same names, ending in .jsonl.gz."""
 
 
-def generations(box: Box) -> list[str]:
+def generations(box: ShardsBox) -> list[str]:
     """The names of a shard set's listings, oldest first."""
     return sorted(name for name in box.units if name.startswith(PREFIX))
 
 
-def with_listings(source: Source, box: Box) -> list[list[Entry]]:
+def with_listings(source: Source, box: ShardsBox) -> list[list[Entry]]:
     """The source's images by generation. What no listing holds becomes a new one, written here.
 
     Raises:
@@ -65,7 +66,7 @@ def with_listings(source: Source, box: Box) -> list[list[Entry]]:
         found[name] = sorted(left.values(), key=lambda entry: entry.path)
         data = encode_listing(found[name])
         write_bytes(box.root / _file(name), data)
-        files = {_file(name): {"bytes": len(data), "sha256": sha256_bytes(data)}}
+        files: dict[str, FileEntry] = {_file(name): {"bytes": len(data), "sha256": sha256_bytes(data)}}
         box.add(name, {"files": files, "samples": 0, "images": len(found[name])})
     return [found[name] for name in sorted(found)]
 
@@ -75,7 +76,7 @@ def encode_listing(entries: Sequence[Entry]) -> bytes:
     return gzip.compress("".join(lines).encode("utf-8"), 6, mtime=0)
 
 
-def read_listing(box: Box, name: str) -> list[tuple[str, int]] | None:
+def read_listing(box: ShardsBox, name: str) -> list[tuple[str, int]] | None:
     """Paths and bytes of a generation's images; None where the listing is missing or damaged."""
     try:
         data = read_bytes(box.root / _file(name))
@@ -87,7 +88,7 @@ def read_listing(box: Box, name: str) -> list[tuple[str, int]] | None:
     return [(path, size) for path, size in rows]
 
 
-def _same(left: dict[str, Entry], path: str, size: int, source: Source, box: Box) -> Entry:
+def _same(left: dict[str, Entry], path: str, size: int, source: Source, box: ShardsBox) -> Entry:
     entry = left.pop(path, None)
     if entry is None or entry.bytes != size:
         raise MismatchError(

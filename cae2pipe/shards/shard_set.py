@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import google_crc32c
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.box import ShardsBox
 from cae2pipe.artifacts.digest import sha256_bytes
+from cae2pipe.artifacts.manifest_shards import Tar
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
@@ -82,10 +83,11 @@ class ShardSet:
         Raises:
             ManifestError: not a shard set.
         """
-        box = open_box(root, KIND)
+        box = ShardsBox.open(root)
         # A tar may be empty, if all of its images were rejected.
-        shards = [make_shard(root, name, unit) for name, unit in sorted(box.units.items()) if unit["samples"]]
-        return cls(root, list(box.identity["classes"]), shards)
+        tars = ((name, unit) for name, unit in sorted(box.units.items()) if "rejected" in unit)
+        shards = [make_shard(root, name, unit) for name, unit in tars if unit["samples"]]
+        return cls(root, box.identity["classes"], shards)
 
     @property
     def images(self) -> int:
@@ -142,7 +144,7 @@ def read_image(tar: Path, offset: int, size: int, crc32c: int) -> bytes:
     return image
 
 
-def make_shard(root: Path, name: str, unit: Mapping[str, Any]) -> Shard:
+def make_shard(root: Path, name: str, unit: Tar) -> Shard:
     """A tar from the manifest's entry."""
     tar, index = (unit["files"][path]["sha256"] for path in (tar_path(name), index_path(name)))
     return Shard(name, unit["samples"], root / tar_path(name), tar, index)
@@ -185,9 +187,9 @@ def _index(shard: Shard) -> list[IndexedSample]:
     try:
         rows: list[IndexedSample] = _rows().validate_json(data, strict=True)
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        place = ".".join(map(str, found["loc"]))
-        raise DamageError(f"the tar's index is not as it is written: {place}: {found['msg']}", where=path) from None
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise DamageError(f"the tar's index is not as it is written: {field}: {first['msg']}", where=path) from None
     if len(rows) != shard.samples:
         raise DamageError(f"the tar's index has {len(rows)} samples, and the manifest {shard.samples}", where=path)
     return rows

@@ -137,7 +137,7 @@ class Reader(ABC):
         return (self.course.total - self.start) * len(self.own)
 
     @abstractmethod
-    def __getitem__(self, index: int) -> object: ...
+    def __getitem__(self, index: int) -> Chunk: ...
 
     def place(self, index: int) -> tuple[int, int]:
         """The global step and the chunk's number of an item."""

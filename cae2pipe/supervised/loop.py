@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.box import ScoresBox
 from cae2pipe.errors import DivergedError, OutOfMemoryError
 from cae2pipe.runtime.device_memory import out_of_memory
 from cae2pipe.runtime.processes import worker_count
@@ -71,7 +71,7 @@ def train(
         DivergedError: a loss is not finite. OutOfMemoryError: a chunk does not fit the device. CompileError: it cannot
         be compiled. SourceError, DamageError: as ``ChunkReader``.
     """
-    owner: str = world.lead(lambda: open_box(root, "scores").fingerprint)
+    owner: str = world.lead(lambda: ScoresBox.open(root).fingerprint)
     speed = settings.speed
     checkpoints = Checkpoints(root / CHECKPOINTS, owner, speed.keep, minutes=speed.checkpoint_minutes)
     training = Supervised(learner, course, root, settings=settings, world=world, report=report)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.box import Box, open_box
+from cae2pipe.artifacts.box import TargetsBox
 from cae2pipe.artifacts.lock import can_lock, holding
 from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.provenance import provenance
@@ -19,12 +19,12 @@ from cae2pipe.targets.calibration_sample import run_sample
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.manifest_facts import codec_facts, teacher_facts
 from cae2pipe.targets.stored_calibration import is_calibrated, store_calibration
-from cae2pipe.targets.target_set import KIND, make_layout
+from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.protocol import Teacher
 
 
 def ensure_calibration(
-    box: Box,
+    box: TargetsBox,
     shards: ShardSet,
     teacher: Teacher,
     *,
@@ -32,7 +32,7 @@ def ensure_calibration(
     workers: int,
     part: Part,
     report: Report,
-) -> Box:
+) -> TargetsBox:
     """The box with its calibration, made or restored by whoever comes first while all others wait.
 
     Raises:
@@ -49,7 +49,7 @@ def ensure_calibration(
         )
     facts = box.facts
     with holding(box.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
-        box = open_box(box.root, KIND)
+        box = TargetsBox.open(box.root)
         box.facts |= facts
         if not is_calibrated(box):
             make_calibration(box, shards, teacher, settings=settings, workers=workers, report=report)
@@ -57,7 +57,7 @@ def ensure_calibration(
 
 
 def make_calibration(
-    box: Box, shards: ShardSet, teacher: Teacher, *, settings: ExtractSettings, workers: int, report: Report
+    box: TargetsBox, shards: ShardSet, teacher: Teacher, *, settings: ExtractSettings, workers: int, report: Report
 ) -> None:
     """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample.
 

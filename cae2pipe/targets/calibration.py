@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.manifest_targets import FidelityReached
 from cae2pipe.targets.chunks import BLOCK, SHUFFLES, Shuffle, encode_chunk
 from cae2pipe.targets.codecs import (
     Codec,
@@ -50,6 +51,15 @@ class Fidelity:
     p1: float
     centred_mean: float
     centred_p1: float
+
+    def entry(self) -> FidelityReached:
+        """What a manifest keeps of it."""
+        return {
+            "mean": self.mean,
+            "p1": self.p1,
+            "centred_mean": self.centred_mean,
+            "centred_p1": self.centred_p1,
+        }
 
 
 @contextmanager

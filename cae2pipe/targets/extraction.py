@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import groupby
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import TargetsBox
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import ShardSet
@@ -23,7 +23,7 @@ from cae2pipe.teachers.protocol import Teacher
 
 
 def make_views(
-    box: Box,
+    box: TargetsBox,
     shards: ShardSet,
     missing: list[MissingUnits],
     *,

@@ -7,11 +7,11 @@ as a shard set's originals are.
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
 
 import google_crc32c
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.manifest_targets import Images
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError
@@ -25,12 +25,12 @@ from cae2pipe.targets.rendering import Reducer
 from cae2pipe.targets.store import REMEDY
 
 
-def images_units(box: Box) -> dict[str, dict[str, Any]]:
+def images_units(box: TargetsBox) -> dict[str, Images]:
     """The manifest's entries of the images that a set's replayed views are cut from, by unit."""
-    return {name: unit for name, unit in sorted(box.units.items()) if name == images_name(unit.get("shard", ""))}
+    return {name: unit for name, unit in sorted(box.units.items()) if "shard" in unit and "view" not in unit}
 
 
-def kept_images(box: Box) -> ShardSet:
+def kept_images(box: TargetsBox) -> ShardSet:
     """Those images, to be read as a shard set's are."""
     shards = []
     for unit in images_units(box).values():
@@ -41,7 +41,7 @@ def kept_images(box: Box) -> ShardSet:
 
 
 def make_images(
-    box: Box, originals: ShardSet, shards: list[Shard], settings: ViewSettings, workers: int, report: Report
+    box: TargetsBox, originals: ShardSet, shards: list[Shard], settings: ViewSettings, workers: int, report: Report
 ) -> None:
     """Reduce the originals of some shards, and keep them.
 
@@ -63,7 +63,7 @@ def make_images(
         keep_images(box, shard, samples)
 
 
-def keep_images(box: Box, shard: Shard, samples: list[ImageSample]) -> None:
+def keep_images(box: TargetsBox, shard: Shard, samples: list[ImageSample]) -> None:
     """Write the reduced images of a shard, and list them."""
     name, tar, index = images_name(shard.name), images_tar_path(shard.name), images_index_path(shard.name)
     with staged(box.root, name) as stage:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from cae2pipe.artifacts.manifest_values import Teacher as TeacherEntry
 from cae2pipe.targets.calibration import Calibration, Fidelity, one_thread
 from cae2pipe.targets.encoding import encode_tokens
 from cae2pipe.targets.store import StoreLayout, pack_block
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
-def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
+def teacher_facts(teacher: Teacher, output: TeacherOutput) -> TeacherEntry:
     """What readers of a set must know of its teacher, given an output of it."""
     info = teacher.info
     return {

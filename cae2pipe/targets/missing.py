@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.manifest_targets import Wanted
 from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.places import free_bytes
 from cae2pipe.errors import BadInputError, MismatchError
@@ -30,7 +31,7 @@ class MissingUnits:
 
 
 def missing_units(
-    box: Box, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
+    box: TargetsBox, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
 ) -> list[MissingUnits]:
     """What this part still has to make, shard by shard, or what of it is among ``remake``.
 
@@ -45,7 +46,7 @@ def missing_units(
         images = images_name(shard.name)
         for name in (*names.values(), images):
             unit = box.units.get(name)
-            if unit and unit["source"] != shard.sha256:
+            if unit and "shard" in unit and unit["source"] != shard.sha256:
                 raise MismatchError(
                     f"shard {shard.name} of the source is not the one that this target set was made from",
                     where=shard.path,
@@ -63,9 +64,10 @@ def missing_units(
     return result
 
 
-def wanted(box: Box, shards: ShardSet, views: int) -> dict[str, int]:
+def wanted(box: TargetsBox, shards: ShardSet, views: int) -> Wanted:
     """What the whole set is to hold, for those who ask how complete it is."""
-    most = max(views, box.facts.get("wanted", {}).get("views", 0))
+    before = box.facts.get("wanted")
+    most = max(views, before["views"] if before else 0)
     return {"views": most, "shards": len(shards.shards), "images": shards.images}
 
 
@@ -73,7 +75,7 @@ TAR_OVERHEAD = 2048
 """Bytes a sample that a tar adds to its JPEG, at least: two headers, the label, padding."""
 
 
-def check_space(box: Box, missing: list[MissingUnits]) -> None:
+def check_space(box: TargetsBox, missing: list[MissingUnits]) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:

@@ -25,6 +25,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from cae2pipe.artifacts.manifest_targets import Store
+from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.places import file_size, is_local, read_bytes, read_range
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import DRAW_COLUMNS
@@ -197,9 +199,9 @@ class StoreReader:
         cache: where pieces of remote files are kept.
     """
 
-    def __init__(self, root: Path, unit: Mapping[str, Any], layout: StoreLayout, cache: BlockCache | None = None):
+    def __init__(self, root: Path, unit: Store, layout: StoreLayout, cache: BlockCache | None = None):
         self.root = root
-        self._files: Mapping[str, Any] = unit.get("files", {})
+        self._files = unit.get("files", {})
         self._cache = cache
         self.tar = root / unit["tar"]
         self.path: Path = root / unit["zarr"]
@@ -296,9 +298,9 @@ class StoreReader:
             raise ChunkError("the shard file is cut off")
         return decode_index(self._read(path, total - size, size), self.blocks)
 
-    def _entry(self, path: Path) -> dict[str, Any]:
+    def _entry(self, path: Path) -> FileEntry:
         """What the manifest says of a file. Raises ChunkError where it says nothing."""
-        entry: dict[str, Any] | None = self._files.get(path.relative_to(self.root).as_posix())
+        entry = self._files.get(path.relative_to(self.root).as_posix())
         if entry is None:
             raise ChunkError("the manifest does not list this file")
         return entry

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box, check_files
+from cae2pipe.artifacts.box import TargetsBox, check_files
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.artifacts.places import read_bytes
@@ -31,7 +31,7 @@ TOKEN_BASIS = "token_basis"
 
 
 def store_calibration(
-    box: Box,
+    box: TargetsBox,
     codec: CodecSettings,
     sample: Tensor,
     facts: Callable[[Calibration, Fidelity], Mapping[str, Any]],
@@ -50,7 +50,7 @@ def store_calibration(
     if CODEC in box.units:
         restore_calibration(box, calibration)
         return
-    box.facts |= facts(calibration, fidelity)
+    box.add_facts(facts(calibration, fidelity))
     # The facts first: a codec without them would be taken for a finished calibration.
     box.save()
     with staged(box.root, CODEC) as stage:
@@ -85,18 +85,18 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         array[...] = data
 
 
-def rotates_tokens(box: Box) -> bool:
+def rotates_tokens(box: TargetsBox) -> bool:
     """Whether the set's klt codec rotates along the tokens too. Sets that older versions calibrated never do."""
     files = box.units[CODEC]["files"] if CODEC in box.units else {}
     return not any("/basis/" in path for path in files) or any(f"/{TOKEN_BASIS}/" in path for path in files)
 
 
-def is_calibrated(box: Box) -> bool:
+def is_calibrated(box: TargetsBox) -> bool:
     """Whether the set's calibration is there, byte for byte."""
     return CODEC in box.units and not check_files(box, [CODEC])
 
 
-def restore_calibration(box: Box, calibration: Calibration) -> None:
+def restore_calibration(box: TargetsBox, calibration: Calibration) -> None:
     """Put a lost calibration back, if it is the one that the stores were written with.
 
     Raises:
@@ -113,7 +113,7 @@ def restore_calibration(box: Box, calibration: Calibration) -> None:
         stage.commit(CODEC_FOLDER)
 
 
-def read_calibration(box: Box) -> Calibration:
+def read_calibration(box: TargetsBox) -> Calibration:
     """The calibration of a set.
 
     Raises:

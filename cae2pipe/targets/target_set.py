@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box, check_files, open_box
+from cae2pipe.artifacts.box import TargetsBox, check_files
 from cae2pipe.artifacts.manifest import AGAIN
+from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, Store, StoredCodec
+from cae2pipe.artifacts.manifest_values import Teacher as TeacherEntry
 from cae2pipe.artifacts.places import place
-from cae2pipe.config.base import build, recorded
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ManifestError, SettingsError
 from cae2pipe.images.kept import view_pixels
@@ -38,14 +40,14 @@ from cae2pipe.targets.stored_calibration import read_calibration
 KIND = "targets"
 
 
-def recorded_view(settings: dict[str, Any]) -> ViewSettings:
+def recorded_view(settings: SettingsIdentity) -> ViewSettings:
     """How views are drawn and kept, from the settings of a set's manifest.
 
     Raises:
         ManifestError: no cae2pipe has written these.
     """
     try:
-        return build(ViewSettings, recorded(ViewSettings, settings["view"]), where="view")
+        return build_recorded(ViewSettings, settings["view"], where="view")
     except SettingsError as error:
         raise ManifestError(
             f"a field is not as cae2pipe writes it: identity.settings.view.{error.what}",
@@ -109,7 +111,7 @@ class TargetSet(Sequence[Target]):
     def __init__(self, root: Path | str, arrays: Literal["numpy", "torch"] = "numpy"):
         self.root = root = place(root)
         self.arrays = arrays
-        self.box: Box = open_box(root, KIND)
+        self.box = TargetsBox.open(root)
         self.stores = stores_of(self.box)
         if CODEC not in self.box.units or not self.stores:
             raise ManifestError(
@@ -121,12 +123,15 @@ class TargetSet(Sequence[Target]):
         for name in sorted(self.box.units.keys() - self.box.whole()):
             for problem in check_files(self.box, [name], digests=False):
                 raise DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root))
-        self.teacher = TeacherFacts(**{name: self.box.facts["teacher"][name] for name in TeacherFacts.__annotations__})
+        teacher = self.box.facts["teacher"]
+        self.teacher = TeacherFacts(
+            teacher["name"], teacher["dim"], teacher["rows"], teacher["cols"], teacher["class_token"]
+        )
         self.view = recorded_view(self.box.identity["settings"])
         self.view_size = self.view.size
-        self.classes: list[str] = self.box.facts["classes"]
+        self.classes = self.box.facts["classes"]
         codec = self.box.identity["settings"]["codec"]
-        self.layout = make_layout(self.box.facts["teacher"], codec, self.calibration)
+        self.layout = make_layout(teacher, codec, self.calibration)
         self._names = sorted(self.stores)
         self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
         self._kept: tuple[tuple[str, int], list[Target]] | None = None
@@ -216,24 +221,24 @@ class TargetSet(Sequence[Target]):
     def fidelity(self) -> dict[str, float]:
         """Fidelity of the stored views: means over stores, weighted by samples."""
         weights = np.array([unit["samples"] for unit in self.stores.values()], dtype=float)
-        names = next(iter(self.stores.values()))["fidelity"]
         return {
             name: round(
                 float(np.average([unit["fidelity"][name] for unit in self.stores.values()], weights=weights)), 7
             )
-            for name in names
+            for name in FIGURES
         }
 
     def bytes_per_view(self) -> dict[str, float]:
         """Mean bytes a view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs, where views are replayed each
         one's share of its image), ``fp16`` (latents uncoded)."""
         samples = sum(unit["samples"] for unit in self.stores.values())
-        units = [unit for name, unit in self.box.units.items() if name != CODEC]
-        mean = {name: sum(unit["bytes"].get(name, 0) for unit in units) / samples for name in ("latents", "pixels")}
+        latents = sum(unit["bytes"]["latents"] for unit in self.stores.values())
+        pixels = sum(unit["bytes"]["pixels"] for unit in self.box.units.values() if "shard" in unit)
+        mean = {"latents": latents / samples, "pixels": pixels / samples}
         return {**mean, "fp16": float(2 * self.teacher.tokens * (self.teacher.dim + 1))}
 
 
-def stores_of(box: Box) -> dict[str, dict[str, Any]]:
+def stores_of(box: TargetsBox) -> dict[str, Store]:
     """The stores of a set by name. A replayed view's files are its latents and the images that it is cut from.
 
     Raises:
@@ -257,7 +262,7 @@ def stores_of(box: Box) -> dict[str, dict[str, Any]]:
     return stores
 
 
-def make_layout(teacher: dict[str, Any], codec: dict[str, Any], calibration: Calibration) -> StoreLayout:
+def make_layout(teacher: TeacherEntry, codec: StoredCodec, calibration: Calibration) -> StoreLayout:
     """The stores' layout, from the manifest's teacher and codec entries."""
     patches = teacher["rows"] * teacher["cols"]
     return StoreLayout(

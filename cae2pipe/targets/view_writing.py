@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.manifest_targets import Store
 from cae2pipe.artifacts.staging import Stage
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import Shard, ShardSet, index_samples
@@ -80,7 +80,7 @@ class ShardWriter:
             self.views[view].append(block)
             report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.waits())
 
-    def finish(self, box: Box, kept: ShardSet | None, report: Report) -> None:
+    def finish(self, box: TargetsBox, kept: ShardSet | None, report: Report) -> None:
         """Write the tars of stored views, finish the stores and list the views in the set.
 
         Args:
@@ -94,7 +94,7 @@ class ShardWriter:
             box.add(name, unit)
             writer.stage.discard()
 
-    def _finish_view(self, view: int, writer: ViewWriter, box: Box, kept: ShardSet | None) -> dict[str, Any]:
+    def _finish_view(self, view: int, writer: ViewWriter, box: TargetsBox, kept: ShardSet | None) -> Store:
         """Finish the store of one view, and its tar where views are stored; return the manifest's entry."""
         keys, labels, jpegs = self.keys, np.concatenate(self.labels), writer.jpegs
         name, zarr = self.shard.name, store_path(view, self.shard.name)
@@ -106,7 +106,7 @@ class ShardWriter:
             index = index_samples(writer.stage.path(tar), [google_crc32c.value(jpeg) for jpeg in jpegs])
         assert [sample.key for sample in index] == keys
         members = np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64)
-        fidelity = asdict(summarise(torch.cat(writer.raw), torch.cat(writer.centred)))
+        fidelity = summarise(torch.cat(writer.raw), torch.cat(writer.centred)).entry()
         layout = writer.store.layout
         writer.store.finish(
             keys,
@@ -116,7 +116,8 @@ class ShardWriter:
             {"codec": layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
         )
         files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
-        source = box.units[images_name(name)]["source"] if kept else self.shard.sha256
+        images = box.units[images_name(name)] if kept else None
+        source = images["source"] if images and "shard" in images else self.shard.sha256
         return {
             "view": view,
             "shard": name,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.box import TargetsBox
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import MismatchError, TeacherError
@@ -39,7 +39,7 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     return load_timm(settings, device)
 
 
-def set_teacher(box: Box, weights: Path | None, device: torch.device, option: str) -> Teacher:
+def set_teacher(box: TargetsBox, weights: Path | None, device: torch.device, option: str) -> Teacher:
     """The teacher that a target set was made with.
 
     Args:

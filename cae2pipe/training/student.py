@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box, open_box
-from cae2pipe.config.base import build
+from cae2pipe.artifacts.box import RunBox
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError
 from cae2pipe.methods.method import Method
@@ -44,7 +44,7 @@ class LatentPreview:
 
 def run_settings(run: Path) -> PretrainSettings:
     """The settings that a run was made with."""
-    return build(PretrainSettings, open_box(run, "run").identity["settings"], where=run)
+    return build_recorded(PretrainSettings, RunBox.open(run).identity["settings"], where=run)
 
 
 def teacher_of(targets: TargetSet) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def teacher_of(targets: TargetSet) -> dict[str, Any]:
     return {**targets.box.facts["teacher"], "library": made_by["library"], "weights": made_by["weights"]}
 
 
-def same_teacher(run: Box, targets: TargetSet) -> bool:
+def same_teacher(run: RunBox, targets: TargetSet) -> bool:
     """Whether a run learnt from the teacher of a target set, as far as is known: older runs do not name its library and
     weights."""
     known = run.facts["teacher"]
@@ -69,7 +69,7 @@ def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method,
     settings = run_settings(run)
     model = build_method(settings.method, settings.model, aim_of(settings, targets).dim)
     like = {"model": model.state_dict()}
-    state = load_checkpoint(run / "checkpoints", report, run=open_box(run, "run").fingerprint, like=like)
+    state = load_checkpoint(run / "checkpoints", report, run=RunBox.open(run).fingerprint, like=like)
     if state is None:
         raise DamageError("the run has no readable checkpoint", where=run, fix="delete the run and train it again")
     model.load_state_dict(state["model"])

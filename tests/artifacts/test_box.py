@@ -9,7 +9,8 @@ import shutil
 import pytest
 
 from cae2pipe.artifacts.atomic import remove_debris, replacing, temporary_path, write_json
-from cae2pipe.artifacts.box import MANIFEST, check_files, first_difference, is_box, open_box, open_or_create
+from cae2pipe.artifacts.box import MANIFEST, ShardsBox, check_files, is_box, open_box
+from cae2pipe.artifacts.difference import first_difference
 from cae2pipe.artifacts.digest import canonical_json, file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest import encode_manifest
@@ -19,7 +20,7 @@ from tests.conftest import snapshot
 
 def make(root, **settings):
     identity = {"settings": settings, "classes": ["a"]}
-    return open_or_create(root, "shards", identity, {"rejected": 0}, fix="elsewhere")
+    return ShardsBox.open_or_create(root, identity, facts={"rejected": 0}, fix="elsewhere")
 
 
 def add(box, name, content=b"x" * 2048):
@@ -39,7 +40,7 @@ def test_units_are_the_same_from_journal_and_from_manifest(tmp_path):
     assert not from_journal.complete
     box.save(complete=True)
     assert not (box.root / "journal").exists()
-    from_manifest = open_box(box.root, "shards")
+    from_manifest = ShardsBox.open(box.root)
     assert from_manifest.units == from_journal.units
     assert from_manifest.complete
     assert from_manifest.facts == {"rejected": 0}
@@ -89,14 +90,14 @@ def test_manifests_that_cannot_be_used(tmp_path, change, error, message):
     path = tmp_path / "box" / MANIFEST
     write_json(path, json.loads(path.read_text()) | change)
     with pytest.raises(error, match=message) as caught:
-        open_box(tmp_path / "box", "shards")
+        ShardsBox.open(tmp_path / "box")
     assert caught.value.where == str(path)
 
 
 def test_a_folder_of_another_kind(make_run):
     run = make_run()
     with pytest.raises(ManifestError, match="holds 'run', and 'shards' is needed"):
-        open_box(run, "shards")
+        ShardsBox.open(run)
     assert not is_box(run, "shards")
 
 
@@ -151,7 +152,7 @@ def test_nothing_is_written_that_would_not_be_read(tmp_path, name, change):
         box.add(name, unit)
     box.units[name] = unit
     with pytest.raises(ManifestError):
-        encode_manifest(box.manifest(), box.root)
+        encode_manifest(box.kind, box.format, box.manifest(), box.root)
     assert snapshot(tmp_path) == before
 
 

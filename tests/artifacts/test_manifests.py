@@ -16,6 +16,7 @@ import pytest
 from cae2pipe.artifacts.box import open_box
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.manifest import DIGESTED, decode_manifest, decode_unit, encode_unit, seal
+from cae2pipe.artifacts.manifest_kinds import TARGETS
 from cae2pipe.errors import DamageError, ManifestError
 
 VALUES: list[Any] = [
@@ -178,4 +179,5 @@ def test_units_come_back_from_the_journal_as_they_were_written(target_root: Path
     box = open_box(target_root)
     for form in (2, 3):
         for name, unit in box.units.items():
-            assert decode_unit(box.kind, form, name, encode_unit(box.kind, form, name, unit, ""), "") == unit
+            data = encode_unit(TARGETS, form, name, unit=unit, where="")
+            assert decode_unit(TARGETS, form, name, data=data, where="") == unit

@@ -181,7 +181,7 @@ def test_files_extend_presets_and_overrides_win(tmp_path):
 def test_recipes_differ_where_the_paper_and_the_code_do(size, paper, official):
     for recipe, expected in (("paper", paper), ("official", official)):
         settings = pretrain(f"recipe={recipe}", preset=size)
-        assert (settings.model.heads, settings.model.regressor_heads, settings.masked_patches) == expected
+        assert (settings.model.heads, settings.model.predictor_heads, settings.masked_patches) == expected
         is_paper = recipe == "paper"
         assert settings.model.head == ("fc-ln" if is_paper else "ln-fc")
         assert settings.loss.reduction == ("two_means" if is_paper else "one_mean")
@@ -204,7 +204,7 @@ def test_huge_is_the_designs():
     settings = pretrain(preset="huge")
     m = settings.model
     assert (m.width, m.depth, m.heads, m.patch_size, m.drop_path) == (1280, 32, 16, 14, 0.3)
-    assert (m.regressor_depth, m.regressor_width, m.grid, settings.masked_patches) == (4, 1280, 16, 154)
+    assert (m.predictor_depth, m.predictor_width, m.grid, settings.masked_patches) == (4, 1280, 16, 154)
 
 
 def test_identity_leaves_out_speed_places_and_amounts():

@@ -41,10 +41,10 @@ def small(preset: str, *overrides: str, rows: int = 16) -> PretrainSettings:
         "patch_size": 8,
         "layer_scale": 0.1,
         "drop_path": 0.1,
-        "regressor_layer_scale": 0.1,
-        "regressor_depth": 1,
-        "regressor_width": 32 if model.regressor_width == model.width else 16,
-        "regressor_heads": 3 if model.regressor_width % model.regressor_heads else 2,
+        "predictor_layer_scale": 0.1,
+        "predictor_depth": 1,
+        "predictor_width": 32 if model.predictor_width == model.width else 16,
+        "predictor_heads": 3 if model.predictor_width % model.predictor_heads else 2,
     }
     sections = {
         "model": shape,

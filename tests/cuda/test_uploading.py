@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import open_or_create
+from cae2pipe.artifacts.box import ScoresBox
 from cae2pipe.config.evaluate import FinetuneSettings, TrainedSpeed
 from cae2pipe.dense.box_crops import BoxChunk
 from cae2pipe.evaluation.crop_batches import CropBatch
@@ -152,7 +152,7 @@ def test_training_hands_on_what_was_read(kind, log, tmp_path):
     course = Course(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
     settings, learner = FinetuneSettings(speed=TrainedSpeed(workers=0)), Learner()
     world = World(0, 1, DEVICE)
-    open_or_create(tmp_path, "scores", {}, facts={}, fix="")
+    ScoresBox.open_or_create(tmp_path, {"encoder": {}, "data": {}}, facts={}, fix="")
     loop.train(
         learner,
         course,

@@ -27,11 +27,11 @@ def build(name: str, **over) -> Method:
         "image_size": 32,
         "patch_size": 8,
         "drop_path": 0.5,
-        "regressor_depth": 2,
-        "regressor_width": 12,
-        "regressor_heads": 2,
+        "predictor_depth": 2,
+        "predictor_width": 12,
+        "predictor_heads": 2,
         "layer_scale": 1.0,
-        "regressor_layer_scale": 1.0,
+        "predictor_layer_scale": 1.0,
     }
     return build_method(name, ModelSettings.model_validate(small | over), DIM)
 

@@ -8,7 +8,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.methods import registry
 from cae2pipe.methods.registry import build_method
 
-SETTINGS = ModelSettings(width=16, depth=1, heads=2, image_size=32, regressor_depth=1, regressor_width=16)
+SETTINGS = ModelSettings(width=16, depth=1, heads=2, image_size=32, predictor_depth=1, predictor_width=16)
 
 
 def test_a_method_is_built_from_the_global_generator():

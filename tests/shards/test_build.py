@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.box import ShardsBox
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.extract import ShardSettings
 from cae2pipe.errors import LockedError, ManifestError, MismatchError, SourceError
@@ -36,7 +36,7 @@ def test_what_cannot_be_decoded_is_listed_and_counted(source, tmp_path):
     rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert [reject["path"] for reject in rejects] == REJECTED
     assert all("cannot be decoded" in reject["reason"] for reject in rejects)
-    box = open_box(tmp_path / "out", "shards")
+    box = ShardsBox.open(tmp_path / "out")
     assert box.facts["rejected"] == 3
     assert box.complete
     assert shards.images == 24

@@ -29,7 +29,7 @@ GRID = {
         "epochs": 1,
         "model": {
             "width": 32, "depth": 1, "heads": 2, "image_size": 32, "patch_size": 8, "drop_path": 0.0,
-            "regressor_depth": 1, "regressor_width": 32, "regressor_heads": 2,
+            "predictor_depth": 1, "predictor_width": 32, "predictor_heads": 2,
         },
         "mask": {"ratio": 0.4},
         "optimizer": {"warmup_epochs": 0},
@@ -280,7 +280,7 @@ def test_grids_that_cannot_be_meant(over, message):
         ({"variants": [{"name": "odd", "set": {"loss": {"kin": "mse"}}}]}, r"(?s)loss\.kin.*variant 'odd'"),
         ({"variants": [{"name": "odd", "set": {"method": "cae2"}}]}, "no method 'cae2'"),
         (
-            {"variants": [{"name": "odd", "set": {"method": "cae", "model": {"regressor_depth": 0}}}]},
+            {"variants": [{"name": "odd", "set": {"method": "cae", "model": {"predictor_depth": 0}}}]},
             "needs a regressor",
         ),
         ({"variants": [{"name": "odd", "set": {"data": {"views": 9}}}]}, r"(?s)9 views.*--set set\.data\.views=2"),

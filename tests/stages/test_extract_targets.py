@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cae2pipe.artifacts.box import Box, open_box
+from cae2pipe.artifacts.box import TargetsBox, open_box
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
@@ -149,17 +149,16 @@ def test_a_broken_off_run_goes_on_to_the_same_bytes(
     target_root, photos, tmp_path, extract_settings, monkeypatch, crash_at
 ):
     out = tmp_path / "set"
-    real_add, count = Box.add, 0
+    real_add, count = TargetsBox.add, 0
 
-    def add(self: Box, name: str, unit: dict) -> None:
+    def add(self: TargetsBox, name: str, unit: dict) -> None:
         nonlocal count
-        if self.kind == "targets":
-            count += 1
-            if count == crash_at:
-                raise KeyboardInterrupt
+        count += 1
+        if count == crash_at:
+            raise KeyboardInterrupt
         real_add(self, name, unit)
 
-    monkeypatch.setattr(Box, "add", add)
+    monkeypatch.setattr(TargetsBox, "add", add)
     with pytest.raises(KeyboardInterrupt):
         extract_targets(photos, out, extract_settings(), Silent())
     monkeypatch.undo()
@@ -168,10 +167,10 @@ def test_a_broken_off_run_goes_on_to_the_same_bytes(
 
 
 def test_the_journal_of_a_killed_run_counts(target_root, photos, tmp_path, extract_settings, monkeypatch):
-    out, save = tmp_path / "set", Box.save
+    out, save = tmp_path / "set", TargetsBox.save
     with monkeypatch.context() as patch:
         # A SIGKILL leaves the journal: the manifest is never written.
-        patch.setattr(Box, "save", lambda self, complete=None: None if self.units else save(self))
+        patch.setattr(TargetsBox, "save", lambda self, complete=None: None if self.units else save(self))
         extract_targets(photos, out, extract_settings(), Silent())
     assert open_box(out).units.keys() == open_box(target_root).units.keys()
     assert not open_box(out).complete

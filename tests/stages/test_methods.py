@@ -59,7 +59,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_trains_goes_on_exports_and_is_scored(name, target_root, pretrain_settings, photos, tmp_path):
     fast = {"scale_lr": False, "lr": 3e-3, "warmup_epochs": 0}
-    over = {**VARIANTS[name], "model": {"regressor_width": 16}, "optimizer": fast}
+    over = {**VARIANTS[name], "model": {"predictor_width": 16}, "optimizer": fast}
     whole, out = tmp_path / "whole", tmp_path / "out"
     pretrain(target_root, whole, pretrain_settings(**over), Silent())
     pretrain(target_root, out, pretrain_settings(**over, stop_after=4), Silent())

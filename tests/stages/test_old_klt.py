@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.box import TargetsBox
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets import TargetSet, stored_calibration
@@ -35,6 +35,6 @@ def test_a_set_keeps_its_form(photos, extract_settings, tmp_path, monkeypatch):
     shutil.rmtree(out / "codec.zarr")
     stage.extract_targets(photos, out, extract_settings(views=2), Silent(), remake=[CODEC])
     assert {path: path.read_bytes() for path in (out / "codec.zarr").rglob("*") if path.is_file()} == before
-    assert open_box(out, "targets").whole()
+    assert TargetsBox.open(out).whole()
     fresh = stage.extract_targets(photos, tmp_path / "new", extract_settings(views=1), Silent())
     assert type(TargetSet(fresh.root).layout.codec) is TokenKltCodec

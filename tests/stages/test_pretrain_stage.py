@@ -188,7 +188,7 @@ def test_every_kind_of_loss_falls(target_root, tmp_path, pretrain_settings, kind
 
 
 def test_no_regressor_leaves_the_visible_loss_alone(target_root, tmp_path, pretrain_settings):
-    pretrain(target_root, tmp_path / "run", pretrain_settings(model={"regressor_depth": 0}), Silent())
+    pretrain(target_root, tmp_path / "run", pretrain_settings(model={"predictor_depth": 0}), Silent())
     last = figures(tmp_path / "run")[-1]
     assert last["loss_masked"] == 0
     assert last["loss"] == pytest.approx(last["loss_visible"])
