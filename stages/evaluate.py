@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +38,26 @@ from cae2pipe.evaluation.predicting import Found, predict
 from cae2pipe.evaluation.probing import Inputs, ProbeLearner, all_tokens, pooled
 from cae2pipe.evaluation.protocols import protocol
 from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
-from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.device import resolve_precision, set_backends
 from cae2pipe.runtime.device_memory import memory_advice
-from cae2pipe.runtime.progress import Report, Silent
-from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.seeded import seeded
-from cae2pipe.runtime.world import World, joined
+from cae2pipe.runtime.world import World, stage_world
 from cae2pipe.supervised.course import Course, all_images, check_share, full_batches
-from cae2pipe.supervised.loop import train
-from cae2pipe.supervised.remedies import cpu_remedy
+from cae2pipe.supervised.loop import Learner, train
+from cae2pipe.supervised.remedies import Trained, cpu_remedy
 from cae2pipe.training.compilation import compiles
 
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: what all kinds of it are given. ``root`` is its own folder, ``shared`` the one above."""
+    """One evaluation: what all kinds of it are given. ``root`` is its own folder, ``shared`` the one above; ``feature``
+    of inputs of ``size`` pixels is what scores are taken of."""
 
     encoder: FrozenEncoder
     spec: str
+    feature: str
+    size: int
     train: Split
     val: Split
     shared: Path
@@ -71,9 +72,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found; ``trained`` and ``left_out`` count training images. ``files`` lie in its folder."""
+    """What an evaluation gives; ``trained`` and ``left_out`` count training images. ``files`` lie in its folder."""
 
-    found: Found
+    predicted: Found
     figures: dict[str, Any]
     trained: int
     left_out: int = 0
@@ -90,74 +91,70 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
         SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError, DivergedError,
         OutOfMemoryError: see their messages.
     """
-    rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank)
-    # TF32 is for networks that are trained: neighbours and frozen features are compared in float32.
-    tuned = isinstance(settings, FinetuneSettings)
-    set_backends(tuned and precision_of(settings, device) == "bf16", fixed_shapes=tuned)
-    # The leading process scores cached features alone.
-    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
-        return _evaluate(kind, spec, data, out, settings, world, stack, report if world.leads else Silent())
-
-
-def _evaluate(
-    kind: str,
-    spec: str,
-    data: Path,
-    out: Path,
-    settings: AnySettings,
-    world: World,
-    stack: ExitStack,
-    report: Report,
-) -> dict[str, Any]:
-    batch = batch_for(settings.speed.batch, world.device)
-    train_split, val_split = world.lead_first(lambda: open_data(data, batch))
-    for split in (train_split, val_split):
-        for remark in split.remarks:
-            report.log(f"{split.root}: {remark}")
-    precision = precision_of(settings, world.device)
-    encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision))
-    if isinstance(settings, FinetuneSettings):
-        size, feature = settings.image_size or encoder.image_size, "mean"
-        resolved = identity(settings) | {"precision": precision}
-    else:
-        size, feature = resolve_size(settings.features, encoder), resolve_feature(settings.features, encoder)
+    with stage_world(settings.speed.device, report) as (world, report), ExitStack() as stack:
+        precision = precision_of(settings, world.device)
+        # TF32 is for networks that are trained: neighbours and frozen features are compared in float32.
+        tuned = isinstance(settings, FinetuneSettings)
+        set_backends(tuned and precision == "bf16", fixed_shapes=tuned)
+        batch = batch_for(settings.speed.batch, world.device)
+        train_split, val_split = world.lead_first(lambda: open_data(data, batch))
+        for split in (train_split, val_split):
+            for remark in split.remarks:
+                report.log(f"{split.root}: {remark}")
+        encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision=precision))
         resolved = identity(settings)
-    root = out / kind
-    asked = {
-        "evaluation": kind,
-        "settings": resolved,
-        "encoder": encoder.identity,
-        "feature": "tokens" if kind == "attentive" else feature,
-        "image_size": size,
-        "data": {"train": train_split.identity, "val": val_split.identity},
-    }
-    world.lead(lambda: stack.enter_context(writing(out)))
-    box, result = world.lead(lambda: begin(root, asked))
-    if result:
-        report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
-        return result if world.leads else {}
-    job = Job(encoder, spec, train_split, val_split, out, root, world, report)
-    score = SCORES[kind](job, settings, feature, size)
-    if score is None or not world.leads:
-        return {}
-    return finish(box, job, kind, settings, size, score)
+        if isinstance(settings, FinetuneSettings):
+            size, feature = settings.image_size or encoder.image_size, "mean"
+            resolved |= {"precision": precision}
+        else:
+            size, feature = resolve_size(settings.features, encoder), resolve_feature(settings.features, encoder)
+        root = out / kind
+        asked = {
+            "evaluation": kind,
+            "settings": resolved,
+            "encoder": encoder.identity,
+            "feature": "tokens" if kind == "attentive" else feature,
+            "image_size": size,
+            "data": {"train": train_split.identity, "val": val_split.identity},
+        }
+        world.lead(lambda: stack.enter_context(writing(out)))
+        box, result = world.lead(lambda: begin(root, asked))
+        if result:
+            report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
+            return result if world.leads else {}
+        job = Job(
+            encoder=encoder,
+            spec=spec,
+            feature=feature,
+            size=size,
+            train=train_split,
+            val=val_split,
+            shared=out,
+            root=root,
+            world=world,
+            report=report,
+        )
+        # The leading process scores cached features alone.
+        score = SCORES[kind](job, settings)
+        if score is None or not world.leads:
+            return {}
+        return finish(box, job, settings, score=score)
 
 
-def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, score: Score) -> dict[str, Any]:
-    """Write down what was found, and call the evaluation complete."""
-    predictions, asked = score.found.predictions, box.identity
-    log_rejects(job.val, score.found.rejected, job.report)
+def finish(box: Box, job: Job, settings: AnySettings, *, score: Score) -> dict[str, Any]:
+    """Write the result down, and call the evaluation complete."""
+    predictions, asked = score.predicted.predictions, box.identity
+    log_rejects(job.val, score.predicted.rejected, job.report)
     result = {
-        "evaluation": kind,
+        "evaluation": asked["evaluation"],
         "encoder": label(job.spec),
         "feature": asked["feature"],
         **accuracy(predictions),
         **score.figures,
-        "protocol": protocol(settings, size),
+        "protocol": protocol(settings, job.size),
         "classes": len(job.classes),
         "images": {"train": score.trained, "val": len(predictions.labels)},
-        "rejected": {"train": score.left_out, "val": len(score.found.rejected)},
+        "rejected": {"train": score.left_out, "val": len(score.predicted.rejected)},
         "per_class": per_class(predictions, job.classes),
         "settings": asked["settings"],
         "encoder_identity": asked["encoder"],
@@ -169,10 +166,10 @@ def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, scor
     return result
 
 
-def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score | None:
+def score_knn(job: Job, settings: KnnSettings) -> Score | None:
     """Weighted nearest neighbours of the val images among the train images. ``by_feature`` has every k of the class
     token's and of the mean patch's; the headline is that of the first k."""
-    central = CentralCrop(size, round(size / settings.features.crop))
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
     sets = features_of(job, settings, [central])
     if sets is None:
         return None
@@ -182,7 +179,7 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
     labels = common_labels(val_set.labels, job.val.classes, job.classes).numpy()
 
     def predictions(kind: str) -> dict[int, Predictions]:
-        found = knn_predictions(
+        nearest = knn_predictions(
             train_set.features[kind].to(device),
             train_set.labels.to(device),
             val_set.features[kind].to(device),
@@ -190,32 +187,38 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
             k=numbers,
             temperature=settings.temperature,
         )
-        return {k: Predictions(best.numpy(), share.numpy(), labels, val_set.keys) for k, (best, share) in found.items()}
+        return {
+            k: Predictions(best.numpy(), share.numpy(), labels=labels, keys=val_set.keys)
+            for k, (best, share) in nearest.items()
+        }
 
     with frozen_advice(job, settings, len(train_set.labels)):
         by_feature = {kind: predictions(kind) for kind in train_set.features}
-    figures = {kind: {str(k): accuracy(found) for k, found in each.items()} for kind, each in by_feature.items()}
-    headline = Found(by_feature[feature][numbers[0]], val_set.rejected)
+    figures = {
+        kind: {str(k): accuracy(predicted) for k, predicted in each.items()} for kind, each in by_feature.items()
+    }
+    headline = Found(by_feature[job.feature][numbers[0]], val_set.rejected)
     more = {"k": numbers[0], "by_feature": figures}
-    return Score(headline, more, len(train_set.labels), len(train_set.rejected))
+    return Score(headline, more, trained=len(train_set.labels), left_out=len(train_set.rejected))
 
 
-def score_linear(job: Job, settings: LinearSettings, feature: str, size: int) -> Score | None:
+def score_linear(job: Job, settings: LinearSettings) -> Score | None:
     """A linear classifier (paper, Table 9), on features of cached crops or on new crops in every epoch."""
     if settings.cached_crops:
-        return score_cached_linear(job, settings, feature, size)
-    dim = measure(job, pooled(feature), size)[-1]
+        return score_cached_linear(job, settings)
+    inputs = pooled(job.feature)
+    dim = measure(job, inputs)[-1]
     with seeded("probe", settings.seed):
         head = Probe(dim, len(job.classes)).to(job.world.device)
     batch, _ = batch_and_steps(job.train.images, settings.batch)
-    optimizer = lars(lars_groups(head, settings.lr, settings.batch, batch), settings.momentum)
-    return train_head(job, settings, head, pooled(feature), optimizer, size)
+    groups = lars_groups(head, settings.lr, settings.batch, taken=batch)
+    return train_head(job, settings, head, inputs=inputs, optimizer=lars(groups, settings.momentum))
 
 
-def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: int) -> Score | None:
-    central = CentralCrop(size, round(size / settings.features.crop))
+def score_cached_linear(job: Job, settings: LinearSettings) -> Score | None:
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
     drawn = [
-        DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed, number)
+        DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed, epoch=number)
         for number in range(1, settings.cached_crops)
     ]
     sets = features_of(job, settings, [central, *drawn])
@@ -226,78 +229,88 @@ def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: 
     val_labels = common_labels(val_set.labels, job.val.classes, job.classes)
     labels = train_sets[0].labels
     with frozen_advice(job, settings, len(labels) * len(train_sets)):
-        crops = [found.features[feature].to(device) for found in train_sets]
+        crops = [each.features[job.feature].to(device) for each in train_sets]
         probe, figures = train_probe(
             crops, labels.to(device), classes=len(job.classes), settings=settings, report=job.report
         )
-        found = from_scores(logits(probe, val_set.features[feature].to(device)), val_labels, val_set.keys)
-    return Score(Found(found, val_set.rejected), figures, len(labels), len(train_sets[0].rejected))
+        scores = logits(probe, val_set.features[job.feature].to(device))
+        predicted = Found(from_scores(scores, val_labels, val_set.keys), val_set.rejected)
+    return Score(predicted, figures, trained=len(labels), left_out=len(train_sets[0].rejected))
 
 
-def score_attentive(job: Job, settings: AttentiveSettings, feature: str, size: int) -> Score | None:
+def score_attentive(job: Job, settings: AttentiveSettings) -> Score | None:
     """One cross-attention block with a learned query, and a linear classifier."""
-    dim = measure(job, all_tokens, size)[-1]
+    dim = measure(job, all_tokens)[-1]
     heads = head_count(dim, settings.heads)
     with seeded("probe", settings.seed):
         head = AttentiveProbe(dim, len(job.classes), heads).to(job.world.device)
     batch, _ = batch_and_steps(job.train.images, settings.batch)
     groups = [{"params": list(head.parameters()), "peak": settings.lr * batch / 8192}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=True)
-    return train_head(job, settings, head, all_tokens, optimizer, size)
+    return train_head(job, settings, head, inputs=all_tokens, optimizer=optimizer)
 
 
 def train_head(
     job: Job,
     settings: LinearSettings | AttentiveSettings,
     head: Probe | AttentiveProbe,
+    *,
     inputs: Inputs,
     optimizer: torch.optim.Optimizer,
-    size: int,
 ) -> Score:
     """Train a head on new crops of every image in every epoch, and score it."""
     batch, steps = batch_and_steps(job.train.images, settings.batch)
-    course = all_images(job.train.images, batch, steps, settings.chunk, settings.epochs, settings.seed)
+    course = all_images(
+        job.train.images, batch, steps, chunk=settings.chunk, epochs=settings.epochs, seed=settings.seed
+    )
     learner = ProbeLearner(
-        job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, job.train.batch, job.world
-    )
-    crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
-    history = train(
-        learner,
-        course,
-        reading(job, course, crop),
-        root=job.root,
-        settings=settings,
+        job.encoder,
+        head,
+        inputs,
+        optimizer=optimizer,
+        course=course,
+        warmup_epochs=settings.warmup_epochs,
+        batch=job.train.batch,
         world=job.world,
-        report=job.report,
     )
-    central = CentralCrop(size, round(size / settings.features.crop))
-    found = predict(learner.logits, job.val, job.classes, central, settings.speed.workers, job.world)
+    crop = DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed)
+    history = trained(job, settings, learner, course=course, crop=crop)
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
+    predicted = predict(
+        learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world
+    )
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
-    return Score(found, figures, job.train.images)
+    return Score(predicted, figures, job.train.images)
 
 
-def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int) -> Score:
+def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
     """The whole encoder trained as a classifier (paper, Table 10). The headline is the last epoch's score; ``best`` is
     the best epoch's, which the val images have picked."""
     world, classes = job.world, job.classes
     check_share(settings.batch // settings.chunk, world.ranks)
-    course = full_batches(job.train.images, settings.batch, settings.chunk, settings.epochs, settings.seed)
-    classifier = build_classifier(job.encoder, len(classes), settings, job.spec)
-    central = CentralCrop(size, round(size / settings.crop))
+    course = full_batches(job.train.images, settings.batch, settings.chunk, epochs=settings.epochs, seed=settings.seed)
+    classifier = build_classifier(job.encoder, len(classes), settings, spec=job.spec)
+    central = CentralCrop(job.size, round(job.size / settings.crop))
 
     def predicted(scores: Callable[[Tensor], Tensor]) -> Found:
-        return predict(scores, job.val, classes, central, settings.speed.workers, world)
+        return predict(scores, job.val, classes, crop=central, workers=settings.speed.workers, world=world)
 
-    bf16 = precision_of(settings, world.device) == "bf16"
-    compiled = compiles(settings.speed.compile, world.device)
-    learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
-    crop = DrawnCrop(size, settings.draw, classifier.normalise.mean, settings.seed)
-    history = train(
-        learner, course, reading(job, course, crop), root=job.root, settings=settings, world=world, report=job.report
+    learner = FinetuneLearner(
+        classifier,
+        len(classes),
+        settings,
+        course=course,
+        bf16=precision_of(settings, world.device) == "bf16",
+        compiled=compiles(settings.speed.compile, world.device),
+        world=world,
+        predict=predicted,
+        root=job.root,
     )
+    crop = DrawnCrop(job.size, settings.draw, classifier.normalise.mean, seed=settings.seed)
+    history = trained(job, settings, learner, course=course, crop=crop)
     # A run that was killed behind its last step has them still to make.
-    found = learner.found or predicted(learner.logits)
+    last = learner.found or predicted(learner.logits)
     scored = [line for line in history if "top1" in line]
     best = max(scored, key=lambda line: line["top1"])
     figures = {
@@ -305,10 +318,10 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
         "train_loss": history[-1]["loss"],
         "history": history,
     }
-    return Score(found, figures, job.train.images, files=(BEST, LAST))
+    return Score(last, figures, job.train.images, files=(BEST, LAST))
 
 
-SCORES: dict[str, Callable[[Job, Any, str, int], Score | None]] = {
+SCORES: dict[str, Callable[[Job, Any], Score | None]] = {
     "knn": score_knn,
     "linear": score_linear,
     "attentive": score_attentive,
@@ -324,13 +337,20 @@ def features_of(
     process."""
 
     def features(split: Split, crop: Crop) -> FeatureSet | None:
-        folder = job.shared / "features"
-        return extract_features(folder, job.encoder, split, crop, settings.speed.workers, job.world, job.report)
+        return extract_features(
+            job.shared / "features",
+            job.encoder,
+            split,
+            crop=crop,
+            workers=settings.speed.workers,
+            world=job.world,
+            report=job.report,
+        )
 
     train_sets = [features(job.train, crop) for crop in crops]
     val_set = features(job.val, crops[0])
-    found = [features for features in train_sets if features is not None]
-    return (found, val_set) if val_set is not None else None
+    own = [features for features in train_sets if features is not None]
+    return (own, val_set) if val_set is not None else None
 
 
 def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) -> AbstractContextManager[None]:
@@ -340,15 +360,23 @@ def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) 
     return memory_advice(f"a set of {count} features", f"{fix} takes the same features", job.train.root)
 
 
-def reading(job: Job, course: Course, crop: DrawnCrop) -> Callable[[int], ChunkReader]:
-    """What makes the reader of this process's training crops from a step on."""
+def trained(job: Job, settings: Trained, learner: Learner, *, course: Course, crop: DrawnCrop) -> list[dict[str, Any]]:
+    """Train on this process's crops; a line for every epoch."""
     own = course.own(job.world.rank, job.world.ranks)
-    return lambda start: ChunkReader(job.train, course, own, start, crop)
+    return train(
+        learner,
+        course,
+        lambda start: ChunkReader(job.train, course, own, start=start, crop=crop),
+        root=job.root,
+        settings=settings,
+        world=job.world,
+        report=job.report,
+    )
 
 
-def measure(job: Job, inputs: Inputs, size: int) -> tuple[int, ...]:
+def measure(job: Job, inputs: Inputs) -> tuple[int, ...]:
     """The shape of what a head takes of one image."""
-    black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=job.world.device)
+    black = torch.zeros((1, 3, job.size, job.size), dtype=torch.uint8, device=job.world.device)
     return tuple(inputs(job.encoder, black).shape)
 
 

@@ -57,6 +57,7 @@ class ProbeLearner:
         encoder: FrozenEncoder,
         head: Probe | AttentiveProbe,
         inputs: Inputs,
+        *,
         optimizer: torch.optim.Optimizer,
         course: Course,
         warmup_epochs: float,

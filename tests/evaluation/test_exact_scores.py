@@ -88,7 +88,16 @@ def test_a_probe_on_new_crops(kind, backends):
     optimizer = lars(lars_groups(head, 0.1, 8, 8), 0.9) if kind == "linear" else torch.optim.SGD(head.parameters())
     for group in optimizer.param_groups:
         group.setdefault("peak", 0.1)
-    learner = ProbeLearner(None, head, inputs, optimizer, course, 0.5, 4, World(0, 1, torch.device("cpu")))
+    learner = ProbeLearner(
+        None,
+        head,
+        inputs,
+        optimizer=optimizer,
+        course=course,
+        warmup_epochs=0.5,
+        batch=4,
+        world=World(0, 1, torch.device("cpu")),
+    )
     pixels = torch.randint(0, 256, (4, 3, 5, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.set_float32_matmul_precision("high")
     with BF16, Products() as products:
