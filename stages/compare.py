@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,9 @@ from cae2pipe.loading.plan import chosen_stores
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.device_memory import free_unused
-from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.ranks import torchrun_rank
-from cae2pipe.runtime.world import joined
+from cae2pipe.runtime.world import stage_world
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
@@ -55,7 +54,7 @@ from cae2pipe.training.fit import check_fit
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a grid: its variant's place, its seed, its folder's name below runs and that of its scores, its
+    """One run of a grid: its variant's index, its seed, its folder's name below runs and that of its scores, its
     settings, and the codec that the target set is recoded with for it, if it is."""
 
     variant: int
@@ -100,16 +99,18 @@ def compare(
         As ``plan_grid``, ``recode``, ``pretrain`` and ``evaluate``. A run that diverges or does not fit the device does
         not keep others from being made: what it raised is raised at the end.
     """
-    speed, rank = speed or {}, torchrun_rank()
-    device = pick_device(speed.get("device", "auto"), rank)
-    # The leading process makes pages while the others wait.
-    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world:
-        plan = world.lead_first(lambda: plan_grid(grid, targets, data, out, small, speed))
-        failed = run_part(grid, plan, targets, data, out, report if world.leads else Silent(), part)
-        found = write_grid(grid, name, plan, targets, out, report, device, failed) if world.leads else None
+    speed = speed or {}
+    result: Comparison | None = None
+    with stage_world(speed.get("device", "auto"), report) as (world, report):
+        plan = world.lead_first(lambda: plan_grid(grid, targets, data, out=out, small=small, speed=speed))
+        failed = run_part(grid, plan, targets, data=data, out=out, report=report, part=part)
+        if world.leads:
+            result = write_grid(
+                grid, name, plan, targets=targets, out=out, report=report, device=world.device, failed=failed
+            )
     if failed:
         raise next(iter(failed.values()))
-    return found
+    return result
 
 
 def report_grid(
@@ -124,12 +125,19 @@ def report_grid(
     speed: dict[str, Any] | None = None,
 ) -> Comparison:
     """The report of what is there of a grid, without making any of it. Arguments as ``compare`` has them."""
-    plan, device = plan_grid(grid, targets, data, out, small, speed), pick_device((speed or {}).get("device", "auto"))
-    return write_grid(grid, name, plan, targets, out, report, device)
+    plan = plan_grid(grid, targets, data, out=out, small=small, speed=speed)
+    device = pick_device((speed or {}).get("device", "auto"))
+    return write_grid(grid, name, plan, targets=targets, out=out, report=report, device=device)
 
 
 def plan_grid(
-    grid: GridSettings, targets: Path, data: Path, out: Path, small: bool = False, speed: dict[str, Any] | None = None
+    grid: GridSettings,
+    targets: Path,
+    data: Path,
+    *,
+    out: Path,
+    small: bool = False,
+    speed: dict[str, Any] | None = None,
 ) -> GridPlan:
     """Everything that a grid is to do, looked at before anything is trained.
 
@@ -144,34 +152,38 @@ def plan_grid(
     for scored in grid.evaluate:
         values = merge(scored.set, {"speed": speed} if speed else {})
         evaluations[scored.kind] = load(EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, (), values)
-    found = TargetSet(targets)
+    target_set = TargetSet(targets)
     if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInputError("the output folder lies inside the target set", where=out, fix="give another folder")
     splits = open_data(data, batch=1)
     measured = [[split.identity for split in splits], {kind: identity(own) for kind, own in evaluations.items()}]
     runs = []
-    for place, settings in expand(grid, small, speed or {}):
-        variant = grid.variants[place]
+    for index, settings in expand(grid, small, speed or {}):
+        variant = grid.variants[index]
         with variant_named(variant.name):
-            check_run(found, settings, variant.codec)
-        stores = {name: fingerprint(found.stores[name]["files"]) for name in chosen_stores(found, settings)}
-        name = run_name(settings, [found.box.fingerprint, stores], variant.codec)
+            check_run(target_set, settings, variant.codec)
+        stores = {name: fingerprint(target_set.stores[name]["files"]) for name in chosen_stores(target_set, settings)}
+        name = run_name(settings, [target_set.box.fingerprint, stores], variant.codec)
         scored_as = f"{name}-{fingerprint(measured)[:8]}"
-        runs.append(Planned(place, settings.seed, name, scored_as, settings, variant.codec))
+        runs.append(
+            Planned(
+                variant=index, seed=settings.seed, name=name, scored=scored_as, settings=settings, codec=variant.codec
+            )
+        )
     return GridPlan(runs, evaluations)
 
 
 def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple[int, PretrainSettings]]:
-    """The settings of every run, seed by seed, each with its variant's place. Raises SettingsError."""
+    """The settings of every run, seed by seed, each with its variant's index. Raises SettingsError."""
     common = merge(grid.set, grid.small) if small else grid.set
-    found = []
+    runs = []
     for seed in grid.seeds:
-        for place, variant in enumerate(grid.variants):
+        for index, variant in enumerate(grid.variants):
             own = merge(variant.set, variant.small) if small else variant.set
             values = merge(merge(merge(common, own), {"seed": seed}), {"speed": speed} if speed else {})
             with variant_named(variant.name):
-                found.append((place, load(PretrainSettings, "pretrain", grid.config, (), values)))
-    return found
+                runs.append((index, load(PretrainSettings, "pretrain", grid.config, (), values)))
+    return runs
 
 
 def run_name(settings: PretrainSettings, targets: Any, codec: CodecSettings | None) -> str:
@@ -212,7 +224,14 @@ def variant_named(name: str) -> Iterator[None]:
 
 
 def run_part(
-    grid: GridSettings, plan: GridPlan, targets: Path, data: Path, out: Path, report: Report, part: Part | None = None
+    grid: GridSettings,
+    plan: GridPlan,
+    targets: Path,
+    *,
+    data: Path,
+    out: Path,
+    report: Report,
+    part: Part | None = None,
 ) -> dict[str, Cae2pipeError]:
     """Train and score a part of a grid's runs. Gives what was raised by those that could not be finished.
 
@@ -222,7 +241,7 @@ def run_part(
     forgiven = (DivergedError, OutOfMemoryError) if torchrun_rank().ranks == 1 else (DivergedError,)
     # Variants that come to the same are one run.
     distinct = list({run.name: run for run in plan.runs}.values())
-    own = [run for place, run in enumerate(distinct) if part is None or part.owns(place)]
+    own = [run for index, run in enumerate(distinct) if part is None or part.owns(index)]
     failed: dict[str, Cae2pipeError] = {}
     for number, run in enumerate(own, 1):
         variant = f"{grid.variants[run.variant].name}, seed {run.seed}"
@@ -251,6 +270,7 @@ def write_grid(
     grid: GridSettings,
     name: str,
     plan: GridPlan,
+    *,
     targets: Path,
     out: Path,
     report: Report,
@@ -262,9 +282,9 @@ def write_grid(
     with holding(out / "reports", name):
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
         runs = [(run.variant, run.name, run.scored) for run in plan.runs]
-        found = gather_grid(grid, runs, out, sets, list(failed or {}))
-        write_report(found, targets, out / "reports" / name, report, device)
-    return found
+        result = gather_grid(grid, runs, out, sets, list(failed or {}))
+        write_report(result, targets, out / "reports" / name, report, device)
+    return result
 
 
 def recoded(targets: Path, codec: CodecSettings | None, out: Path, report: Report) -> Path:

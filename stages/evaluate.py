@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +38,26 @@ from cae2pipe.evaluation.probe_learner import Inputs, ProbeLearner, all_tokens, 
 from cae2pipe.evaluation.protocols import protocol
 from cae2pipe.evaluation.result_store import open_scores, save_result
 from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
-from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.device import resolve_precision, set_backends
 from cae2pipe.runtime.device_memory import memory_advice
-from cae2pipe.runtime.progress import Report, Silent
-from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.seeded import seeded
-from cae2pipe.runtime.world import World, joined
+from cae2pipe.runtime.world import World, stage_world
 from cae2pipe.supervised.course import Course, all_images, check_share, full_batches
-from cae2pipe.supervised.loop import train
-from cae2pipe.supervised.remedies import cpu_remedy
+from cae2pipe.supervised.loop import Learner, train
+from cae2pipe.supervised.remedies import Trained, cpu_remedy
 from cae2pipe.training.compilation import compiles
 
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: what all kinds of it are given. ``root`` is its own folder, ``shared`` the one above."""
+    """One evaluation: what all kinds of it are given. ``root`` is its own folder, ``shared`` the one above; ``feature``
+    of inputs of ``size`` pixels is what scores are taken of."""
 
     encoder: FrozenEncoder
     spec: str
+    feature: str
+    size: int
     train: Split
     val: Split
     shared: Path
@@ -71,10 +72,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation gives: ``val`` are the val images' predictions; ``trained`` and ``left_out`` count training
-    images. ``files`` lie in its folder."""
+    """What an evaluation gives; ``trained`` and ``left_out`` count training images. ``files`` lie in its folder."""
 
-    val: SplitPredictions
+    predicted: SplitPredictions
     figures: dict[str, Any]
     trained: int
     left_out: int = 0
@@ -91,74 +91,70 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
         SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError, DivergedError,
         OutOfMemoryError: see their messages.
     """
-    rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank)
-    # TF32 is for networks that are trained: neighbours and frozen features are compared in float32.
-    tuned = isinstance(settings, FinetuneSettings)
-    set_backends(tuned and precision_of(settings, device) == "bf16", fixed_shapes=tuned)
-    # The leading process scores cached features alone.
-    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
-        return _evaluate(kind, spec, data, out, settings, world, stack, report if world.leads else Silent())
-
-
-def _evaluate(
-    kind: str,
-    spec: str,
-    data: Path,
-    out: Path,
-    settings: AnySettings,
-    world: World,
-    stack: ExitStack,
-    report: Report,
-) -> dict[str, Any]:
-    batch = batch_for(settings.speed.batch, world.device)
-    train_split, val_split = world.lead_first(lambda: open_data(data, batch))
-    for split in (train_split, val_split):
-        for remark in split.remarks:
-            report.log(f"{split.root}: {remark}")
-    precision = precision_of(settings, world.device)
-    encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision))
-    if isinstance(settings, FinetuneSettings):
-        size, feature = settings.image_size or encoder.image_size, "mean"
-        resolved = identity(settings) | {"precision": precision}
-    else:
-        size, feature = resolve_size(settings.features, encoder), resolve_feature(settings.features, encoder)
+    with stage_world(settings.speed.device, report) as (world, report), ExitStack() as stack:
+        precision = precision_of(settings, world.device)
+        # TF32 is for networks that are trained: neighbours and frozen features are compared in float32.
+        tuned = isinstance(settings, FinetuneSettings)
+        set_backends(tuned and precision == "bf16", fixed_shapes=tuned)
+        batch = batch_for(settings.speed.batch, world.device)
+        train_split, val_split = world.lead_first(lambda: open_data(data, batch))
+        for split in (train_split, val_split):
+            for remark in split.remarks:
+                report.log(f"{split.root}: {remark}")
+        encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision=precision))
         resolved = identity(settings)
-    root = out / kind
-    asked = {
-        "evaluation": kind,
-        "settings": resolved,
-        "encoder": encoder.identity,
-        "feature": "tokens" if kind == "attentive" else feature,
-        "image_size": size,
-        "data": {"train": train_split.identity, "val": val_split.identity},
-    }
-    world.lead(lambda: stack.enter_context(writing(out)))
-    box, result = world.lead(lambda: open_scores(root, asked))
-    if result:
-        report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
-        return result if world.leads else {}
-    job = Job(encoder, spec, train_split, val_split, out, root, world, report)
-    score = SCORES[kind](job, settings, feature, size)
-    if score is None or not world.leads:
-        return {}
-    return finish(box, job, kind, settings, size, score)
+        if isinstance(settings, FinetuneSettings):
+            size, feature = settings.image_size or encoder.image_size, "mean"
+            resolved |= {"precision": precision}
+        else:
+            size, feature = resolve_size(settings.features, encoder), resolve_feature(settings.features, encoder)
+        root = out / kind
+        asked = {
+            "evaluation": kind,
+            "settings": resolved,
+            "encoder": encoder.identity,
+            "feature": "tokens" if kind == "attentive" else feature,
+            "image_size": size,
+            "data": {"train": train_split.identity, "val": val_split.identity},
+        }
+        world.lead(lambda: stack.enter_context(writing(out)))
+        box, result = world.lead(lambda: open_scores(root, asked))
+        if result:
+            report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
+            return result if world.leads else {}
+        job = Job(
+            encoder=encoder,
+            spec=spec,
+            feature=feature,
+            size=size,
+            train=train_split,
+            val=val_split,
+            shared=out,
+            root=root,
+            world=world,
+            report=report,
+        )
+        # The leading process scores cached features alone.
+        score = SCORES[kind](job, settings)
+        if score is None or not world.leads:
+            return {}
+        return finish(box, job, settings, score=score)
 
 
-def finish(box: ScoresBox, job: Job, kind: str, settings: AnySettings, size: int, score: Score) -> dict[str, Any]:
-    """Write down what was found, and call the evaluation complete."""
-    predictions, asked = score.val.predictions, box.identity
-    log_rejects(job.val, score.val.rejected, job.report)
+def finish(box: ScoresBox, job: Job, settings: AnySettings, *, score: Score) -> dict[str, Any]:
+    """Write the result down, and call the evaluation complete."""
+    predictions, asked = score.predicted.predictions, box.identity
+    log_rejects(job.val, score.predicted.rejected, job.report)
     result = {
-        "evaluation": kind,
+        "evaluation": asked["evaluation"],
         "encoder": display_name(job.spec),
         "feature": asked["feature"],
         **accuracy(predictions),
         **score.figures,
-        "protocol": protocol(settings, size),
+        "protocol": protocol(settings, job.size),
         "classes": len(job.classes),
         "images": {"train": score.trained, "val": len(predictions.labels)},
-        "rejected": {"train": score.left_out, "val": len(score.val.rejected)},
+        "rejected": {"train": score.left_out, "val": len(score.predicted.rejected)},
         "per_class": per_class(predictions, job.classes),
         "settings": asked["settings"],
         "encoder_identity": asked["encoder"],
@@ -170,10 +166,10 @@ def finish(box: ScoresBox, job: Job, kind: str, settings: AnySettings, size: int
     return result
 
 
-def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score | None:
+def score_knn(job: Job, settings: KnnSettings) -> Score | None:
     """Weighted nearest neighbours of the val images among the train images. ``by_feature`` has every k of the class
     token's and of the mean patch's; the headline is that of the first k."""
-    central = CentralCrop(size, round(size / settings.features.crop))
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
     sets = features_of(job, settings, [central])
     if sets is None:
         return None
@@ -183,7 +179,7 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
     labels = common_labels(val_set.labels, job.val.classes, job.classes).numpy()
 
     def predictions(kind: str) -> dict[int, Predictions]:
-        rankings = knn_predictions(
+        nearest = knn_predictions(
             train_set.features[kind].to(device),
             train_set.labels.to(device),
             val_set.features[kind].to(device),
@@ -192,33 +188,37 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
             temperature=settings.temperature,
         )
         return {
-            k: Predictions(best.numpy(), share.numpy(), labels, val_set.keys) for k, (best, share) in rankings.items()
+            k: Predictions(best.numpy(), share.numpy(), labels=labels, keys=val_set.keys)
+            for k, (best, share) in nearest.items()
         }
 
     with frozen_advice(job, settings, len(train_set.labels)):
         by_feature = {kind: predictions(kind) for kind in train_set.features}
-    figures = {kind: {str(k): accuracy(own) for k, own in each.items()} for kind, each in by_feature.items()}
-    headline = SplitPredictions(by_feature[feature][numbers[0]], val_set.rejected)
+    figures = {
+        kind: {str(k): accuracy(predicted) for k, predicted in each.items()} for kind, each in by_feature.items()
+    }
+    headline = SplitPredictions(by_feature[job.feature][numbers[0]], val_set.rejected)
     more = {"k": numbers[0], "by_feature": figures}
-    return Score(headline, more, len(train_set.labels), len(train_set.rejected))
+    return Score(headline, more, trained=len(train_set.labels), left_out=len(train_set.rejected))
 
 
-def score_linear(job: Job, settings: LinearSettings, feature: str, size: int) -> Score | None:
+def score_linear(job: Job, settings: LinearSettings) -> Score | None:
     """A linear classifier (paper, Table 9), on features of cached crops or on new crops in every epoch."""
     if settings.cached_crops:
-        return score_cached_linear(job, settings, feature, size)
-    dim = measure(job, pooled(feature), size)[-1]
+        return score_cached_linear(job, settings)
+    inputs = pooled(job.feature)
+    dim = measure(job, inputs)[-1]
     with seeded("probe", settings.seed):
         head = Probe(dim, len(job.classes)).to(job.world.device)
     batch, _ = batch_and_steps(job.train.images, settings.batch)
-    optimizer = lars(lars_groups(head, settings.lr, settings.batch, batch), settings.momentum)
-    return train_head(job, settings, head, pooled(feature), optimizer, size)
+    groups = lars_groups(head, settings.lr, settings.batch, taken=batch)
+    return train_head(job, settings, head, inputs=inputs, optimizer=lars(groups, settings.momentum))
 
 
-def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: int) -> Score | None:
-    central = CentralCrop(size, round(size / settings.features.crop))
+def score_cached_linear(job: Job, settings: LinearSettings) -> Score | None:
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
     drawn = [
-        DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed, number)
+        DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed, epoch=number)
         for number in range(1, settings.cached_crops)
     ]
     sets = features_of(job, settings, [central, *drawn])
@@ -229,37 +229,40 @@ def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: 
     val_labels = common_labels(val_set.labels, job.val.classes, job.classes)
     labels = train_sets[0].labels
     with frozen_advice(job, settings, len(labels) * len(train_sets)):
-        crops = [own.features[feature].to(device) for own in train_sets]
+        crops = [each.features[job.feature].to(device) for each in train_sets]
         probe, figures = train_probe(
             crops, labels.to(device), classes=len(job.classes), settings=settings, report=job.report
         )
-        predictions = from_scores(logits(probe, val_set.features[feature].to(device)), val_labels, val_set.keys)
-    return Score(SplitPredictions(predictions, val_set.rejected), figures, len(labels), len(train_sets[0].rejected))
+        scores = logits(probe, val_set.features[job.feature].to(device))
+        predicted = SplitPredictions(from_scores(scores, val_labels, val_set.keys), val_set.rejected)
+    return Score(predicted, figures, trained=len(labels), left_out=len(train_sets[0].rejected))
 
 
-def score_attentive(job: Job, settings: AttentiveSettings, feature: str, size: int) -> Score | None:
+def score_attentive(job: Job, settings: AttentiveSettings) -> Score | None:
     """One cross-attention block with a learned query, and a linear classifier."""
-    dim = measure(job, all_tokens, size)[-1]
+    dim = measure(job, all_tokens)[-1]
     heads = head_count(dim, settings.heads)
     with seeded("probe", settings.seed):
         head = AttentiveProbe(dim, len(job.classes), heads).to(job.world.device)
     batch, _ = batch_and_steps(job.train.images, settings.batch)
     groups = [{"params": list(head.parameters()), "peak": settings.lr * batch / 8192}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=True)
-    return train_head(job, settings, head, all_tokens, optimizer, size)
+    return train_head(job, settings, head, inputs=all_tokens, optimizer=optimizer)
 
 
 def train_head(
     job: Job,
     settings: LinearSettings | AttentiveSettings,
     head: Probe | AttentiveProbe,
+    *,
     inputs: Inputs,
     optimizer: torch.optim.Optimizer,
-    size: int,
 ) -> Score:
     """Train a head on new crops of every image in every epoch, and score it."""
     batch, steps = batch_and_steps(job.train.images, settings.batch)
-    course = all_images(job.train.images, batch, steps, settings.chunk, settings.epochs, settings.seed)
+    course = all_images(
+        job.train.images, batch, steps, chunk=settings.chunk, epochs=settings.epochs, seed=settings.seed
+    )
     learner = ProbeLearner(
         job.encoder,
         head,
@@ -270,54 +273,44 @@ def train_head(
         batch=job.train.batch,
         world=job.world,
     )
-    crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
-    history = train(
-        learner,
-        course,
-        reading(job, course, crop),
-        root=job.root,
-        settings=settings,
-        world=job.world,
-        report=job.report,
+    crop = DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed)
+    history = trained(job, settings, learner, course=course, crop=crop)
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
+    predicted = predict(
+        learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world
     )
-    central = CentralCrop(size, round(size / settings.features.crop))
-    val = predict(learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
-    return Score(val, figures, job.train.images)
+    return Score(predicted, figures, job.train.images)
 
 
-def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int) -> Score:
+def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
     """The whole encoder trained as a classifier (paper, Table 10). The headline is the last epoch's score; ``best`` is
     the best epoch's, which the val images have picked."""
     world, classes = job.world, job.classes
     check_share(settings.batch // settings.chunk, world.ranks)
-    course = full_batches(job.train.images, settings.batch, settings.chunk, settings.epochs, settings.seed)
-    classifier = build_classifier(job.encoder, len(classes), settings, job.spec)
-    central = CentralCrop(size, round(size / settings.crop))
+    course = full_batches(job.train.images, settings.batch, settings.chunk, epochs=settings.epochs, seed=settings.seed)
+    classifier = build_classifier(job.encoder, len(classes), settings, spec=job.spec)
+    central = CentralCrop(job.size, round(job.size / settings.crop))
 
-    def predict_val(scores: Callable[[Tensor], Tensor]) -> SplitPredictions:
+    def predicted(scores: Callable[[Tensor], Tensor]) -> SplitPredictions:
         return predict(scores, job.val, classes, crop=central, workers=settings.speed.workers, world=world)
 
-    bf16 = precision_of(settings, world.device) == "bf16"
-    compiled = compiles(settings.speed.compile, world.device)
     learner = FinetuneLearner(
         classifier,
         len(classes),
         settings,
         course=course,
-        bf16=bf16,
-        compiled=compiled,
+        bf16=precision_of(settings, world.device) == "bf16",
+        compiled=compiles(settings.speed.compile, world.device),
         world=world,
-        predict=predict_val,
+        predict=predicted,
         root=job.root,
     )
-    crop = DrawnCrop(size, settings.draw, classifier.normalise.mean, settings.seed)
-    history = train(
-        learner, course, reading(job, course, crop), root=job.root, settings=settings, world=world, report=job.report
-    )
+    crop = DrawnCrop(job.size, settings.draw, classifier.normalise.mean, seed=settings.seed)
+    history = trained(job, settings, learner, course=course, crop=crop)
     # A run that was killed behind its last step has them still to make.
-    val = learner.predicted or predict_val(learner.logits)
+    last = learner.predicted or predicted(learner.logits)
     scored = [line for line in history if "top1" in line]
     best = max(scored, key=lambda line: line["top1"])
     figures = {
@@ -325,10 +318,10 @@ def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int
         "train_loss": history[-1]["loss"],
         "history": history,
     }
-    return Score(val, figures, job.train.images, files=(BEST, LAST))
+    return Score(last, figures, job.train.images, files=(BEST, LAST))
 
 
-SCORES: dict[str, Callable[[Job, Any, str, int], Score | None]] = {
+SCORES: dict[str, Callable[[Job, Any], Score | None]] = {
     "knn": score_knn,
     "linear": score_linear,
     "attentive": score_attentive,
@@ -344,9 +337,14 @@ def features_of(
     process."""
 
     def features(split: Split, crop: Crop) -> FeatureSet | None:
-        folder = job.shared / "features"
         return extract_features(
-            folder, job.encoder, split, crop, workers=settings.speed.workers, world=job.world, report=job.report
+            job.shared / "features",
+            job.encoder,
+            split,
+            crop=crop,
+            workers=settings.speed.workers,
+            world=job.world,
+            report=job.report,
         )
 
     train_sets = [features(job.train, crop) for crop in crops]
@@ -362,15 +360,23 @@ def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) 
     return memory_advice(f"a set of {count} features", f"{fix} takes the same features", job.train.root)
 
 
-def reading(job: Job, course: Course, crop: DrawnCrop) -> Callable[[int], ChunkReader]:
-    """What makes the reader of this process's training crops from a step on."""
+def trained(job: Job, settings: Trained, learner: Learner, *, course: Course, crop: DrawnCrop) -> list[dict[str, Any]]:
+    """Train on this process's crops; a line for every epoch."""
     own = course.own(job.world.rank, job.world.ranks)
-    return lambda start: ChunkReader(job.train, course, own, start, crop)
+    return train(
+        learner,
+        course,
+        lambda start: ChunkReader(job.train, course, own, start=start, crop=crop),
+        root=job.root,
+        settings=settings,
+        world=job.world,
+        report=job.report,
+    )
 
 
-def measure(job: Job, inputs: Inputs, size: int) -> tuple[int, ...]:
+def measure(job: Job, inputs: Inputs) -> tuple[int, ...]:
     """The shape of what a head takes of one image."""
-    black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=job.world.device)
+    black = torch.zeros((1, 3, job.size, job.size), dtype=torch.uint8, device=job.world.device)
     return tuple(inputs(job.encoder, black).shape)
 
 

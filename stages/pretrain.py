@@ -23,19 +23,14 @@ from cae2pipe.errors import MismatchError
 from cae2pipe.loading.plan import chosen_stores, make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import export_encoder
-from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.device import resolve_precision, set_backends
 from cae2pipe.runtime.keyed import keyed_seed
-from cae2pipe.runtime.progress import Report, Silent
-from cae2pipe.runtime.ranks import torchrun_rank
-from cae2pipe.runtime.world import World, joined
+from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.world import World, stage_world
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.aim import PixelTargets, aim_of
-from cae2pipe.training.checkpoint import (
-    Checkpoints,
-    restore_training,
-    training_state,
-)
+from cae2pipe.training.checkpoint import Checkpoints, restore_training, training_state
 from cae2pipe.training.compilation import compiles
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.objective import compile_objective, make_objective
@@ -56,21 +51,23 @@ def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: 
         under other settings. DamageError: stored data are damaged. DivergedError: loss or gradient is not finite.
         OutOfMemoryError: a step does not fit the device. TeacherError: the online teacher cannot be had.
     """
-    rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank)
-    with joined(rank, device, settings.speed.parallel, settings.data.streams) as world:
-        return _pretrain(targets_root, out, settings, world, report if world.leads else Silent())
+    speed = settings.speed
+    with stage_world(speed.device, report, parallel=speed.parallel, patience=None) as (world, report):
+        return pretrain_within(targets_root, out, settings, world=world, report=report)
 
 
-def _pretrain(targets_root: Path, out: Path, settings: PretrainSettings, world: World, report: Report) -> RunBox:
+def pretrain_within(
+    targets_root: Path, out: Path, settings: PretrainSettings, *, world: World, report: Report
+) -> RunBox:
+    """``pretrain`` in processes that have met."""
     targets = world.lead_first(lambda: TargetSet(targets_root))
     world.lead(lambda: check_fit(targets, settings, world.ranks))
     with ExitStack() as stack:
         world.lead(lambda: stack.enter_context(writing(out)))
-        return _train_run(targets, out, settings, world, report)
+        return _train_run(targets, out, settings, world=world, report=report)
 
 
-def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world: World, report: Report) -> RunBox:
+def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, *, world: World, report: Report) -> RunBox:
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, world.device)})
     bf16 = settings.precision == "bf16"
     box: RunBox = world.lead(lambda: begin(out, targets, settings))
@@ -82,7 +79,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     aim = aim_of(settings, targets)
     model = build_method(settings.method, settings.model, aim.dim).to(world.device)
     model.recompute(settings.speed.recompute)
-    plan = make_plan(targets, sorted(box.facts["stores"]), settings, model.drop_columns)
+    plan = make_plan(targets, sorted(box.facts["stores"]), settings, drop_columns=model.drop_columns)
     objective = make_objective(model, targets, settings).to(world.device).train()
     if compiles(settings.speed.compile, world.device):
         compile_objective(objective, world)
@@ -116,14 +113,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     )
     total = plan.steps * settings.epochs
     training = Pretraining(
-        step,
-        plan,
-        settings,
-        checkpoints=checkpoints,
-        target_dim=aim.dim,
-        start=start,
-        out=out,
-        report=report,
+        step, plan, settings, checkpoints=checkpoints, target_dim=aim.dim, start=start, out=out, report=report
     )
     limit = min(total, settings.stop_after or total)
     with closing(training):
@@ -133,7 +123,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         return box
     weights = training_state(model, optimizer)["model"]
     if world.leads:
-        finish(box, settings, weights, aim.dim)
+        finish(box, settings, weights, target_dim=aim.dim)
         report.log(f"wrote {out / 'encoder.safetensors'}")
     return box
 
@@ -155,7 +145,7 @@ def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunBox:
     return box
 
 
-def finish(box: RunBox, settings: PretrainSettings, weights: dict[str, Any], target_dim: int) -> None:
+def finish(box: RunBox, settings: PretrainSettings, weights: dict[str, Any], *, target_dim: int) -> None:
     """Export the encoder, and call the run complete."""
     model = build_method(settings.method, settings.model, target_dim)
     model.load_state_dict(weights)

@@ -133,8 +133,8 @@ def grid(state: State, found: Found) -> None:
 
     release(state)
     with patch.object(compare, "pretrain", watched):
-        plan = compare.plan_grid(settings, targets, data, out, False, speed)
-        failed = compare.run_part(settings, plan, targets, data, out, Silent())
+        plan = compare.plan_grid(settings, targets, data, out=out, speed=speed)
+        failed = compare.run_part(settings, plan, targets, data=data, out=out, report=Silent())
     found.facts["before each run"] = before
     kinds = [type(error) for error in failed.values()]
     found.check("the first run is told as out of memory, the second ends", kinds == [OutOfMemoryError])

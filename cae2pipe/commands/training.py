@@ -167,7 +167,7 @@ def compare(
             if part or torchrun_rank().ranks > 1:
                 raise typer.BadParameter("--jobs shares out all runs itself: leave --part and torchrun away")
             # What is wrong with the grid is told once, not by every job.
-            stage.plan_grid(settings, targets, data, out, small, speed)
+            stage.plan_grid(settings, targets, data, out=out, small=small, speed=speed)
             work = partial(_compare_part, settings, targets, data, out, small=small, speed=speed)
             try:
                 run_jobs(work, jobs, device)
@@ -203,8 +203,9 @@ def _compare_part(
     from cae2pipe.stages.compare import plan_grid, run_part
 
     own = {**speed, "device": device} if device else speed
-    plan = plan_grid(settings, targets, data, out, small, own)
-    failed = run_part(settings, plan, targets, data, out, Lines(f"compare {part}", sys.stderr), part)
+    plan = plan_grid(settings, targets, data, out=out, small=small, speed=own)
+    report = Lines(f"compare {part}", sys.stderr)
+    failed = run_part(settings, plan, targets, data=data, out=out, report=report, part=part)
     if failed:
         raise next(iter(failed.values()))
 

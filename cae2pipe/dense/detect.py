@@ -62,6 +62,7 @@ class DetectLearner(TunedLearner):
         detector: Detector,
         settings: DetectSettings,
         course: Course,
+        *,
         bf16: bool,
         world: World,
         val: CocoImages,
@@ -70,7 +71,7 @@ class DetectLearner(TunedLearner):
         detector = spread_norms(detector, world.ranks, world.device)
         model = detector.model
         groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
-        super().__init__(detector, groups, (settings.beta1, settings.beta2), world, bf16)
+        super().__init__(detector, groups, betas=(settings.beta1, settings.beta2), world=world, bf16=bf16)
         self.scores: dict[str, Any] | None = None
 
     def loss(self, chunk: Chunk) -> Tensor:

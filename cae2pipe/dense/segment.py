@@ -50,6 +50,7 @@ class SegmentLearner(TunedLearner):
         segmenter: Normalised,
         settings: SegmentSettings,
         course: Course,
+        *,
         bf16: bool,
         compiled: bool,
         world: World,
@@ -61,7 +62,7 @@ class SegmentLearner(TunedLearner):
         groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
         if compiled:
             compile_in_place([model.pyramid])
-        super().__init__(segmenter, groups, (settings.beta1, settings.beta2), world, bf16)
+        super().__init__(segmenter, groups, betas=(settings.beta1, settings.beta2), world=world, bf16=bf16)
         self.scores: dict[str, Any] | None = None
 
     def loss(self, chunk: Chunk) -> Tensor:

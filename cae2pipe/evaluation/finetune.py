@@ -79,7 +79,8 @@ class FinetuneLearner(TunedLearner):
         self.average = averaged(classifier, settings.ema)
         if compiled:
             compile_in_place([classifier])
-        super().__init__(classifier, groups, (settings.beta1, settings.beta2), world, bf16, settings.clip)
+        betas = settings.beta1, settings.beta2
+        super().__init__(classifier, groups, betas=betas, world=world, bf16=bf16, clip=settings.clip)
         self.best = -1.0
         self.predicted: SplitPredictions | None = None
 

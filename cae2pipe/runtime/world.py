@@ -15,11 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cae2pipe.errors import Cae2pipeError, SettingsError
-from cae2pipe.runtime.ranks import Rank
+from cae2pipe.runtime.device import pick_device
+from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.ranks import Rank, torchrun_rank
 
 T = TypeVar("T")
 
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(hours=2)
+"""For what the leading process does alone while the others wait: scores of cached features, pages."""
 
 
 @dataclass(frozen=True)
@@ -87,28 +91,34 @@ class World:
 
 
 @contextmanager
-def joined(
-    rank: Rank, device: torch.device, parallel: str, streams: int, patience: timedelta | None = None
-) -> Iterator[World]:
+def stage_world(
+    device: str, report: Report, *, parallel: str = "ddp", patience: timedelta | None = PATIENCE
+) -> Iterator[tuple[World, Report]]:
+    """How a stage opens that torchrun may have started: its processes on their devices, and what each reports to.
+
+    Args:
+        device: as ``pick_device`` takes it. report: the leading process's; what others say is not shown.
+        parallel, patience: as ``joined`` has them.
+
+    Raises:
+        SettingsError: there is no such device, or torchrun's variables say nothing that can be.
+    """
+    rank = torchrun_rank()
+    with joined(rank, pick_device(device, rank), parallel, patience=patience) as world:
+        yield world, report if world.leads else Silent()
+
+
+@contextmanager
+def joined(rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None) -> Iterator[World]:
     """The world of a training run; its processes meet here, and part at the end. Within another world, as where several
     trainings follow each other, they stay together: a second meeting of the same processes would not come about.
 
     Args:
-        streams: what is to be shared out evenly.
-        patience: how long one process may wait for the others; None: torch's default.
+        parallel: ddp or fsdp. patience: how long one process may wait for the others; None: torch's default.
 
     Raises:
-        SettingsError: the streams cannot be shared out evenly, or nothing says where the processes meet.
+        SettingsError: nothing says where the processes meet.
     """
-    if streams % rank.ranks:
-        error = SettingsError(
-            f"data.streams {streams} cannot be shared out among {rank.ranks} processes",
-            where="data.streams",
-            fix=f"set data.streams to a multiple of {rank.ranks} that divides data.batch, or start another number of "
-            "processes",
-        )
-        error.shown_elsewhere = rank.rank > 0
-        raise error
     if rank.ranks == 1:
         yield World(0, 1, device)
         return

@@ -31,6 +31,7 @@ class TunedLearner(ABC):
         self,
         network: Normalised,
         groups: list[dict[str, Any]],
+        *,
         betas: tuple[float, float],
         world: World,
         bf16: bool,
@@ -56,8 +57,8 @@ class TunedLearner(ABC):
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
-        for place, chunk in enumerate(uploaded(chunks, self.world.device, self.stream)):
-            last = place == len(chunks) - 1
+        for index, chunk in enumerate(uploaded(chunks, self.world.device, self.stream)):
+            last = index == len(chunks) - 1
             with nullcontext() if last else without_exchange(self.module, self.world):
                 loss = self.loss(chunk) * (len(chunk.labels) / size)
                 # DDP averages over processes; the loss is a sum over them.

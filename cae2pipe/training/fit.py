@@ -52,7 +52,16 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
 
 
 def check_parts(settings: PretrainSettings, ranks: int) -> None:
-    """Refuse a share of the batch that cannot be cut into equal parts. Raises SettingsError."""
+    """Refuse streams that cannot be shared out evenly among processes, and a share of the batch that cannot be cut into
+    equal parts. Raises SettingsError."""
+    streams = settings.data.streams
+    if streams % ranks:
+        raise SettingsError(
+            f"data.streams {streams} cannot be shared out among {ranks} processes",
+            where="data.streams",
+            fix=f"set data.streams to a multiple of {ranks} that divides data.batch, or start another number of "
+            "processes",
+        )
     share = settings.loaded_batch // ranks
     if share % settings.speed.accumulation:
         near = max(n for n in range(1, settings.speed.accumulation + 1) if share % n == 0)

@@ -50,13 +50,7 @@ class Training(Protocol[Item, Outcome]):
 
 
 def run_steps(
-    training: Training[Item, Outcome],
-    start: int,
-    limit: int,
-    *,
-    checkpoints: Checkpoints,
-    world: World,
-    report: Report,
+    training: Training[Item, Outcome], start: int, limit: int, *, checkpoints: Checkpoints, world: World, report: Report
 ) -> int:
     """Steps from ``start`` to ``limit``. Returns the steps done.
 

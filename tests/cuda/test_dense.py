@@ -61,7 +61,8 @@ def segment_learner(encoder: str, device: torch.device, bf16: bool) -> SegmentLe
     settings = SegmentSettings(image_size=48, decoder_width=16, batch=4, chunk=2, steps=2, warmup_steps=0, stride=20)
     segmenter = build_segmenter(backbone(encoder, device, 48, True), 3, settings)
     course = full_batches(4, 4, 2, 1, 0, 2)
-    return SegmentLearner(segmenter, settings, course, bf16, False, World(0, 1, device), SimpleNamespace())
+    world, val = World(0, 1, device), SimpleNamespace()
+    return SegmentLearner(segmenter, settings, course, bf16=bf16, compiled=False, world=world, val=val)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -93,7 +94,8 @@ def detect_learner(encoder: str, device: torch.device, bf16: bool, cascade: bool
     )
     detector = build_detector(backbone(encoder, device, None, False), 2, settings)
     val = SimpleNamespace(classes=["red", "blue"])
-    return DetectLearner(detector, settings, full_batches(4, 4, 2, 12, 0), bf16, World(0, 1, device), val)
+    course, world = full_batches(4, 4, 2, 12, 0), World(0, 1, device)
+    return DetectLearner(detector, settings, course, bf16=bf16, world=world, val=val)
 
 
 def box_chunk(number: int) -> BoxChunk:

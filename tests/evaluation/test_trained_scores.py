@@ -227,9 +227,21 @@ def test_chunks_that_cannot_be_shared_out(data, tmp_path):
     from cae2pipe.evaluation.datasets import open_data
     from cae2pipe.stages import evaluate as stage
 
-    job = stage.Job(None, "x", *open_data(data, 4), tmp_path, tmp_path, stage.World(0, 3, None), Silent())
+    train, val = open_data(data, 4)
+    job = stage.Job(
+        encoder=None,
+        spec="x",
+        feature="mean",
+        size=32,
+        train=train,
+        val=val,
+        shared=tmp_path,
+        root=tmp_path,
+        world=stage.World(0, 3, None),
+        report=Silent(),
+    )
     with pytest.raises(SettingsError, match="2 chunks a step cannot be shared out among 3"):
-        stage.score_finetune(job, settings("finetune"), "mean", 32)
+        stage.score_finetune(job, settings("finetune"))
 
 
 def test_refused_settings_leave_the_folder_free_for_others(exported, data, tmp_path):

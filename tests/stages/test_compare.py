@@ -299,11 +299,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(over, message, 
 def test_data_and_places_are_looked_at_first(target_root, data, tmp_path):
     for where, message in ((tmp_path / "nothing", "no such folder|does not exist|missing"),):
         with pytest.raises(BadInputError, match=message):
-            plan_grid(grid(), target_root, where, tmp_path / "out")
+            plan_grid(grid(), target_root, where, out=tmp_path / "out")
     with pytest.raises(BadInputError, match="inside the target set"):
-        plan_grid(grid(), target_root, data, target_root / "out")
+        plan_grid(grid(), target_root, data, out=target_root / "out")
     with pytest.raises(SettingsError, match="no small scale"):
-        plan_grid(grid(), target_root, data, tmp_path / "out", small=True)
+        plan_grid(grid(), target_root, data, out=tmp_path / "out", small=True)
 
 
 def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, data, tmp_path):
