@@ -20,7 +20,7 @@ from cae2pipe.artifacts.places import file_size, is_local, is_shared
 from cae2pipe.artifacts.provenance import tell_changes
 from cae2pipe.artifacts.staging import remove_stages
 from cae2pipe.config.base import identity
-from cae2pipe.config.extract import ExtractSettings, as_begun
+from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
@@ -137,7 +137,15 @@ def open_source(source: Path, out: Path, settings: ExtractSettings, report: Repo
         raise SourceError("this folder is not a shard set", where=source, fix="give a shard set or a folder of images")
     with holding(out, "sharding", lambda: report.log("waiting for another process to shard the images")):
         report.log(f"sharding {source} into {out / SHARDS_FOLDER}")
-        return build_shard_set(source, out / SHARDS_FOLDER, settings.shard, report)
+        return build_shard_set(source, out / SHARDS_FOLDER, sharding(settings), report)
+
+
+def sharding(settings: ExtractSettings) -> ShardSettings:
+    """How images are sharded first: by as many workers as make the targets, unless it says itself by how many."""
+    if settings.shard.speed.workers >= 0:
+        return settings.shard
+    speed = settings.shard.speed.model_copy(update={"workers": settings.speed.workers})
+    return settings.shard.model_copy(update={"speed": speed})
 
 
 def remove_leftovers(out: Path, missing: list[MissingUnits], part: Part) -> None:

@@ -69,9 +69,9 @@ def _targets(box: TargetsBox) -> dict[str, Any]:
 
 def _run(box: RunBox) -> dict[str, Any]:
     from cae2pipe.training.checkpoint import checkpoints
-    from cae2pipe.training.metrics import read_metrics
+    from cae2pipe.training.metrics import METRICS_FILE, read_metrics
 
-    lines, damaged = read_metrics(box.root / "metrics.jsonl")
+    lines, damaged = read_metrics(box.root / METRICS_FILE)
     last = lines[-1] if lines else {}
     return {
         "teacher": box.facts["teacher"],

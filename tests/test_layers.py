@@ -19,6 +19,7 @@ LAYERS = (
     "cli",
     "commands",
     "demo",
+    "api",
     "stages",
     "evaluation dense",
     "reporting supervised",

@@ -18,7 +18,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.runtime.foreign_names import told_apart
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.metrics import read_metrics
+from cae2pipe.training.metrics import METRICS_FILE, read_metrics
 from cae2pipe.training.student import run_settings
 
 
@@ -147,7 +147,7 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Map
     if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":
         row.latents = TargetSet(targets).bytes_per_view()["latents"]
     row.along = row.latents if along == BYTES else setting(settings, along) if along else None
-    lines, damaged = read_metrics(run / "metrics.jsonl", (*CURVES, "images", "images_per_s"))
+    lines, damaged = read_metrics(run / METRICS_FILE, (*CURVES, "images", "images_per_s"))
     if damaged:
         row.damaged[run] = damaged
     if not row.curves:

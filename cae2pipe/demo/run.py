@@ -30,7 +30,7 @@ from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.metrics import METRICS_FILE, read_lines
 from cae2pipe.training.student import load_student
 
 SEED = 0
@@ -124,7 +124,7 @@ def run_demo(
     stored, test = TargetSet(targets), TargetSet(held_out)
     with reports("report") as report:
         model, run_with = load_student(run, stored, report)
-        lines = read_lines(run / "metrics.jsonl")
+        lines = read_lines(run / METRICS_FILE)
         result = {
             **stored_figures(stored),
             **loss_figures(lines),

@@ -67,7 +67,7 @@ class ImageSample:
     data: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShardSet:
     """The shards in order and the names of their labels. ``remedy``: what to do about damage."""
 
@@ -75,6 +75,10 @@ class ShardSet:
     classes: list[str]
     shards: list[Shard]
     remedy: str = REMEDY
+
+    def __repr__(self) -> str:
+        classes, tars = len(self.classes), len(self.shards)
+        return f"ShardSet({str(self.root)!r}: {self.images} images, {classes} classes, {tars} tars)"
 
     @classmethod
     def open(cls, root: Path) -> ShardSet:

@@ -136,6 +136,11 @@ class TargetSet(Sequence[Target]):
         self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
         self._kept: tuple[tuple[str, int], list[Target]] | None = None
 
+    def __repr__(self) -> str:
+        tokens = f"{self.teacher.tokens} x {self.teacher.dim} tokens of {self.teacher.name}"
+        codec = f"{self.layout.codec.name}, mean cosine {self.fidelity()['mean']:.4f}"
+        return f"TargetSet({str(self.root)!r}: {len(self)} views of {self.images} images, {tokens}, {codec})"
+
     def __len__(self) -> int:
         """Stored views."""
         return int(self._ends[-1])

@@ -16,6 +16,7 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.runtime.progress import Report
 
+METRICS_FILE = "metrics.jsonl"
 NUMBERS = ("step", "epoch", "loss")
 """What every line has."""
 

@@ -19,7 +19,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World
 from cae2pipe.training.flops import peak_tflops, training_flops
-from cae2pipe.training.metrics import MetricsFile
+from cae2pipe.training.metrics import METRICS_FILE, MetricsFile
 from cae2pipe.training.objective import TERMS
 from cae2pipe.training.step import Outcome
 
@@ -56,7 +56,7 @@ class Telemetry:
         self.flops = training_flops(settings, target_dim)
         peak = peak_tflops(world.device, settings.speed.peak_tflops)
         self.peak = peak and peak * 1e12 * world.ranks
-        self.metrics = MetricsFile(out / "metrics.jsonl", start, report)
+        self.metrics = MetricsFile(out / METRICS_FILE, start, report)
         self.trackers = [make_tracker(name, out, settings, start) for name in settings.track]
         report.total(total, "steps", done=start)
         self.began = self.last = time.monotonic()

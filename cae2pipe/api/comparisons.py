@@ -1,0 +1,118 @@
+"""Many runs from Python: grids, and pages about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cae2pipe.api.settings import Overrides, given, resolve
+from cae2pipe.api.telling import Progress, reporting
+from cae2pipe.artifacts.parts import parse_part
+from cae2pipe.artifacts.places import place
+from cae2pipe.comparison.rows import Comparison
+from cae2pipe.config.base import Settings
+from cae2pipe.config.compare import GridSettings
+from cae2pipe.reporting.comparison_text import cells, findings
+from cae2pipe.stages.compare import compare as run_compare
+from cae2pipe.stages.report import HTML, report_runs
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Runs side by side: ``page`` is the report, ``comparison`` what it was made from."""
+
+    page: Path
+    comparison: Comparison
+
+    def table(self) -> list[dict[str, str]]:
+        """A row for every variant, as text: scores with their spread over seeds, loss, bytes, time."""
+        headers, rows = cells(self.comparison)
+        return [dict(zip(headers, row, strict=True)) for row in rows]
+
+    def findings(self) -> list[str]:
+        """What can be said of the order of the variants, a sentence each."""
+        return list(findings(self.comparison))
+
+
+def report_name(grid: str, small: bool) -> str:
+    """What a grid's report is called: the preset, or the file without its folders and ending."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(grid).stem).strip("-") or "grid"
+    return plain + ("-small" if small else "")
+
+
+def compare(
+    grid: str | Path | Settings,
+    targets: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path,
+    overrides: Overrides = None,
+    name: str | None = None,
+    small: bool = False,
+    part: str | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+    progress: Progress = True,
+) -> Compared | None:
+    """Train and score every run of a grid, and write a report: ``cae2pipe compare``. What is there already stays.
+
+    Args:
+        grid: preset, YAML file or settings. targets: a target set. data: labelled images, as ``evaluate`` takes them.
+        out: the folder of runs, scores and reports; grids may share one. overrides: settings of the grid to change.
+        name: of the report; the preset's if None. small: the grid's small scale.
+        part: ``K/N``, one of N shares of the runs.
+        workers: processes of every run. device: auto, cpu, cuda, cuda:1, ...
+
+    Returns:
+        The comparison; None in all processes under torchrun but the main one.
+
+    Raises:
+        Cae2pipeError: with what was wrong, where, and what fixes it.
+    """
+    settings = resolve(GridSettings, "compare", grid, overrides=overrides)
+    called = name or report_name("grid" if isinstance(grid, Settings) else str(grid), small)
+    folder = place(out)
+    with reporting(progress, "compare") as report:
+        comparison = run_compare(
+            settings,
+            called,
+            place(targets),
+            Path(data),
+            folder,
+            report,
+            small=small,
+            part=parse_part(part) if part else None,
+            speed=given(workers=workers, device=device),
+        )
+    return Compared(folder / "reports" / called / HTML, comparison) if comparison else None
+
+
+def report(
+    runs: Sequence[str | Path],
+    *,
+    out: str | Path = "report",
+    targets: str | Path | None = None,
+    scores: Sequence[str | Path] = (),
+    device: str = "auto",
+    progress: Progress = True,
+) -> Compared:
+    """One page about some runs: ``cae2pipe report``.
+
+    Args:
+        runs: folders of ``pretrain``, finished or not. out: the folder of ``report.html`` and ``report.md``.
+        targets: a target set to make pictures from. scores: folders with evaluations of the runs, at any depth.
+
+    Raises:
+        Cae2pipeError: with what was wrong, where, and what fixes it.
+    """
+    with reporting(progress, "report") as told:
+        comparison = report_runs(
+            [Path(run) for run in runs],
+            [Path(folder) for folder in scores],
+            None if targets is None else place(targets),
+            place(out),
+            told,
+            device,
+        )
+    return Compared(place(out) / HTML, comparison)

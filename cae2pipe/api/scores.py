@@ -1,0 +1,99 @@
+"""Stage 3 from Python: evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.api.settings import Overrides, resolve, section
+from cae2pipe.api.telling import Progress, reporting
+from cae2pipe.artifacts.places import place
+from cae2pipe.comparison.scores import headlines
+from cae2pipe.config.base import Settings
+from cae2pipe.config.dense import DENSE, DetectSettings, SegmentSettings
+from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
+from cae2pipe.errors import SettingsError
+from cae2pipe.stages.evaluate import evaluate as run_evaluate
+
+
+class Score:
+    """What an evaluation found. Its figures are attributes: ``score.top1``, ``score.top5``, ``score.miou``, ...
+
+    ``path`` is its folder, ``result`` all that ``result.json`` holds.
+    """
+
+    def __init__(self, path: Path, result: dict[str, Any]):
+        self.path, self.result = path, result
+
+    def __getattr__(self, name: str) -> float:
+        value = self.__dict__.get("result", {}).get(name)
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            return value
+        raise AttributeError(f"this evaluation has no figure {name!r}")
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={self.result[name]:.4f}" for name in headlines(self.evaluation))
+        return f"Score({self.evaluation} of {self.encoder}: {figures})"
+
+    @property
+    def evaluation(self) -> str:
+        """knn, linear, attentive, finetune, segment or detect."""
+        return str(self.result["evaluation"])
+
+    @property
+    def encoder(self) -> str:
+        """What the encoder is called."""
+        return str(self.result["encoder"])
+
+    @property
+    def protocol(self) -> str:
+        """How the score was taken, in words."""
+        return str(self.result["protocol"])
+
+
+def evaluate(
+    evaluation: str,
+    encoder: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | Settings | None = None,
+    overrides: Overrides = None,
+    workers: int | None = None,
+    device: str | None = None,
+    progress: Progress = True,
+) -> Score | None:
+    """Score an encoder: ``cae2pipe evaluate``.
+
+    Args:
+        evaluation: knn, linear, attentive, finetune, segment or detect.
+        encoder: as ``load_encoder`` takes it. data: labelled images with train and val; for segment label maps, for
+            detect a folder in COCO's format. out: the folder of scores; this one's is ``out/evaluation``.
+        config: preset (the evaluation's own where it is None), YAML file or settings. overrides: settings to change.
+        workers: processes; -1: one per core, 0: none but this one. device: auto, cpu, cuda, cuda:1, ...
+
+    Returns:
+        The score; None in all processes under torchrun but the main one.
+
+    Raises:
+        Cae2pipeError: with what was wrong, where, and what fixes it.
+    """
+    known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
+    if evaluation not in known:
+        raise SettingsError(f"there is no evaluation {evaluation!r}", fix=f"use one of {', '.join(known)}")
+    values = section("speed", workers=workers, device=device)
+    settings = resolve(known[evaluation], "evaluate", config or evaluation, overrides=overrides, values=values)
+    folder = place(out)
+    with reporting(progress, f"evaluate {evaluation}") as report:
+        if isinstance(settings, SegmentSettings | DetectSettings):
+            # Needs an extra, which other evaluations do without.
+            from cae2pipe.stages.evaluate_dense import detect, segment
+
+            if isinstance(settings, SegmentSettings):
+                result = segment(str(encoder), Path(data), folder, settings, report)
+            else:
+                result = detect(str(encoder), Path(data), folder, settings, report)
+        else:
+            assert isinstance(settings, AnySettings)
+            result = run_evaluate(evaluation, str(encoder), Path(data), folder, settings, report)
+    return Score(folder / evaluation, result) if result else None

@@ -1,0 +1,95 @@
+"""From a preset, a file or settings, and what is to be changed in them, to validated settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cae2pipe.config.base import Settings, build, load, merge, preset_names
+from cae2pipe.config.stages import check_stage, settings_class
+from cae2pipe.errors import SettingsError
+
+S = TypeVar("S", bound=Settings)
+
+Overrides = Mapping[str, Any] | Sequence[str] | None
+"""Settings to change: ``{"optimizer.lr": 1e-3}``, ``{"optimizer": {"lr": 1e-3}}``, or, as the command line has them,
+``["optimizer.lr=1e-3"]``."""
+
+
+def presets(stage: str) -> list[str]:
+    """Names of the presets of a stage: shard, extract, pretrain, evaluate or compare.
+
+    Raises:
+        SettingsError: an unknown stage.
+    """
+    check_stage(stage)
+    return preset_names(stage)
+
+
+def settings(stage: str, config: str | Path, overrides: Overrides = None) -> Settings:
+    """The settings that a preset or a YAML file comes to. Every function of this package takes them as ``config``.
+
+    Args:
+        stage: shard, extract, pretrain, evaluate or compare.
+
+    Raises:
+        SettingsError: an unknown stage, preset or setting, or a value that does not fit.
+    """
+    return resolve(settings_class(stage, str(config)), stage, config, overrides=overrides)
+
+
+def resolve(
+    kind: type[S], stage: str, config: str | Path | Settings, *, overrides: Overrides, values: Mapping[str, Any] = {}
+) -> S:
+    """Settings from ``config``, in which ``values`` (those of a function's own arguments) and then ``overrides`` are
+    changed. Raises SettingsError."""
+    changed = dict(values)
+    texts: Sequence[str] = ()
+    if isinstance(overrides, Mapping):
+        changed = merge(changed, nested(overrides))
+    elif isinstance(overrides, str):
+        raise SettingsError(f"{overrides!r} is one text", where="overrides", fix="give a mapping or a list of texts")
+    elif overrides is not None:
+        texts = overrides
+    if not isinstance(config, Settings):
+        return load(kind, stage, str(config), texts, changed)
+    if not isinstance(config, kind):
+        raise SettingsError(
+            f"these are {type(config).__name__}, and {kind.__name__} are needed here",
+            where="config",
+            fix=f"give a preset, a YAML file, or what settings({stage!r}, ...) returns",
+        )
+    # What was not given is left out: some defaults depend on what the folder was begun with.
+    given = config.model_dump(exclude_unset=True)
+    if texts:
+        return load(kind, stage, None, texts, merge(given, changed))
+    return build(kind, merge(given, changed), where=f"{stage} settings")
+
+
+def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides with dotted names as nested dictionaries.
+
+    Raises:
+        SettingsError: a name that is no text, or an empty one.
+    """
+    result: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if not isinstance(name, str) or not all(name.split(".")):
+            raise SettingsError(f"{name!r} names no setting", where="overrides", fix='e.g. {"optimizer.lr": 1e-3}')
+        inner = nested(value) if isinstance(value, Mapping) else value
+        for part in reversed(name.split(".")):
+            inner = {part: inner}
+        result = merge(result, inner)
+    return result
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def section(name: str, /, **values: Any) -> dict[str, Any]:
+    """``{name: values}`` of those that are not None, or {} where there is none."""
+    known = given(**values)
+    return {name: known} if known else {}
