@@ -96,17 +96,17 @@ def forecasts(
     tokens = torch.from_numpy(np.stack([view.tokens for view in views])).to(device)
     target = F.normalize(tokens, dim=-1)[:, targets.teacher.class_token :]
     student = torch.zeros_like(target)
-    for indices, found in ((visible, prediction.visible), (masked, prediction.masked)):
-        if found is not None:
-            student.scatter_(1, indices.unsqueeze(-1).expand_as(found), F.normalize(found.float(), dim=-1))
+    for indices, predicted in ((visible, prediction.visible), (masked, prediction.masked)):
+        if predicted is not None:
+            student.scatter_(1, indices.unsqueeze(-1).expand_as(predicted), F.normalize(predicted.float(), dim=-1))
     centre = targets.mean.to(device)
     cosines = F.cosine_similarity(student - centre, target - centre, dim=-1).gather(1, masked).mean(dim=1)
     if prediction.masked is None:
         cosines = torch.full_like(cosines, torch.nan)
     teacher, student = target.cpu(), student.cpu()
     return [
-        Forecast(view.key, view.pixels, mask, teacher[place].numpy(), student[place].numpy(), float(cosines[place]))
-        for place, (view, mask) in enumerate(zip(views, masks, strict=True))
+        Forecast(view.key, view.pixels, mask, teacher[index].numpy(), student[index].numpy(), float(cosines[index]))
+        for index, (view, mask) in enumerate(zip(views, masks, strict=True))
     ]
 
 
