@@ -82,7 +82,7 @@ def without_waiting(state: State, found: Found) -> None:
         try:
             outcomes: list[Outcome] = [step(batch, LR, Flags(waited=0.5)) for batch in batches[2:4]]
             stream = on_device(load_parts(plan, 4, 0), step.axes, state.place)
-            outcomes += [step(batch, LR, (0.5, 0.0)) for batch, _ in zip(stream, range(2), strict=False)]
+            outcomes += [step(batch, LR, Flags(waited=0.5)) for batch, _ in zip(stream, range(2), strict=False)]
             for outcome, _ in pairwise(outcomes):
                 read.append(outcome.values()["loss"])
         finally:

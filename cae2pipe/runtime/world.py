@@ -70,17 +70,17 @@ class World:
         once."""
         if self.ranks == 1:
             return work()
-        told: list[Any] = [None, None]
+        answer: list[Any] = [None, None]
         if self.leads:
             try:
-                told[0] = work()
+                answer[0] = work()
             except Cae2pipeError as error:
-                told[1] = error
-        dist.broadcast_object_list(told, src=0, device=self.device)
-        if told[1] is not None:
-            told[1].shown_elsewhere = not self.leads
-            raise told[1]
-        result: T = told[0]
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0, device=self.device)
+        if answer[1] is not None:
+            answer[1].shown_elsewhere = not self.leads
+            raise answer[1]
+        result: T = answer[0]
         return result
 
     def lead_first(self, work: Callable[[], T]) -> T:

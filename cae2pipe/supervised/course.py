@@ -141,5 +141,5 @@ class Reader(ABC):
 
     def place(self, index: int) -> tuple[int, int]:
         """The global step and the chunk's number of an item."""
-        step, place = divmod(index, len(self.own))
-        return step + self.start, self.own[place]
+        step, position = divmod(index, len(self.own))
+        return step + self.start, self.own[position]

@@ -84,9 +84,9 @@ def save_checkpoint(
     """
     path = folder / checkpoint_name(step)
     write_torch(path, {**state, "step": step, RUN: run})
-    found = checkpoints(folder)
-    later = [other for other in found if step_of(other) > step]
-    earlier = [other for other in found if step_of(other) <= step]
+    paths = checkpoints(folder)
+    later = [other for other in paths if step_of(other) > step]
+    earlier = [other for other in paths if step_of(other) <= step]
     for old in later + [other for other in earlier[:-keep] if not for_good(step_of(other))]:
         old.unlink()
     return path
@@ -94,8 +94,8 @@ def save_checkpoint(
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints, oldest first. Files of other names, copies say, are none."""
-    found = [path for path in folder.iterdir() if PATTERN.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted((path for path in found if path.is_file()), key=step_of)
+    paths = [path for path in folder.iterdir() if PATTERN.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted((path for path in paths if path.is_file()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -113,8 +113,8 @@ def load_checkpoint(folder: Path, report: Report, *, run: str, like: dict[str, A
     Raises:
         DamageError: there are checkpoints, and none of them fits.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    paths = checkpoints(folder)
+    for path in reversed(paths):
         try:
             # torch.load does not look at the checksums that torch.save wrote.
             with zipfile.ZipFile(path) as archive:
@@ -130,36 +130,36 @@ def load_checkpoint(folder: Path, report: Report, *, run: str, like: dict[str, A
         if problem is None:
             return state
         report.log(f"{path.name} is not of this run ({problem}): going back to the checkpoint before it")
-    if found:
+    if paths:
         raise DamageError(
-            f"none of the {len(found)} checkpoints can be used, and starting again would lose what they stand for",
+            f"none of the {len(paths)} checkpoints can be used, and starting again would lose what they stand for",
             where=folder,
             fix="restore one from a copy; to start at step 0, delete the folder",
         )
     return None
 
 
-def misfit(found: Any, wanted: Any, place: str = "the file") -> str | None:
+def misfit(state: Any, wanted: Any, where: str = "the file") -> str | None:
     """Where a state is not ``like`` another, or None."""
     if isinstance(wanted, Tensor):
-        if not isinstance(found, Tensor):
-            return f"{place} is no tensor"
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            return f"{place} is {tuple(found.shape)} {found.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
+        if not isinstance(state, Tensor):
+            return f"{where} is no tensor"
+        if (state.shape, state.dtype) != (wanted.shape, wanted.dtype):
+            return f"{where} is {tuple(state.shape)} {state.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
         return None
     if isinstance(wanted, dict):
-        if not isinstance(found, dict):
-            return f"{place} is no dictionary"
+        if not isinstance(state, dict):
+            return f"{where} is no dictionary"
         for name, value in wanted.items():
-            if name not in found:
-                return f"{place} has no {name!r}"
-            if problem := misfit(found[name], value, str(name) if place == "the file" else f"{place}.{name}"):
+            if name not in state:
+                return f"{where} has no {name!r}"
+            if problem := misfit(state[name], value, str(name) if where == "the file" else f"{where}.{name}"):
                 return problem
         return None
     if isinstance(wanted, list):
-        return None if isinstance(found, list) else f"{place} is no list"
-    if isinstance(wanted, str | int) and place in ("step", RUN):
-        return None if type(found) is type(wanted) and found == wanted else f"{place} is {found!r}, not {wanted!r}"
+        return None if isinstance(state, list) else f"{where} is no list"
+    if isinstance(wanted, str | int) and where in ("step", RUN):
+        return None if type(state) is type(wanted) and state == wanted else f"{where} is {state!r}, not {wanted!r}"
     return None
 
 

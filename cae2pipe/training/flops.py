@@ -71,8 +71,8 @@ def peak_tflops(device: torch.device, setting: float | None) -> float | None:
 def known_peak(name: str) -> float | None:
     """A device's peak by the name that its driver gives, as "NVIDIA H100 80GB HBM3"."""
     for known, peak in PEAKS.items():
-        if found := re.search(rf"\b{re.escape(known)}\b", name):
-            rest = name[found.end() :]
+        if match := re.search(rf"\b{re.escape(known)}\b", name):
+            rest = name[match.end() :]
             # A share of a card, as "GRID A100-10C" is, has a profile behind its name.
             return None if OTHERS & set(rest.split()) or re.match(r"-\d+[ABCQ]\b", rest) else peak
     return None

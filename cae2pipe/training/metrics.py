@@ -63,11 +63,11 @@ def read_metrics(path: Path, needed: Iterable[str] = ()) -> tuple[list[dict[str,
     except FileNotFoundError:
         return [], 0
     texts = data.splitlines()
-    found = [parsed(text, (*NUMBERS, *needed)) for text in texts]
-    if found and found[-1] is None:
-        found.pop()
-    good = [line for line in found if line is not None]
-    return good, len(found) - len(good)
+    lines = [parsed(text, (*NUMBERS, *needed)) for text in texts]
+    if lines and lines[-1] is None:
+        lines.pop()
+    good = [line for line in lines if line is not None]
+    return good, len(lines) - len(good)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def rescue(path: Path, damaged: int, missing: list[int]) -> str:
 
 def shown_ranges(numbers: list[int], most: int = 5) -> str:
     """Sorted numbers as ranges, the first few: ``0 to 3, 7, 9 to 12``."""
-    starts = [n for place, n in enumerate(numbers) if place == 0 or numbers[place - 1] != n - 1]
-    ends = [n for place, n in enumerate(numbers) if place + 1 == len(numbers) or numbers[place + 1] != n + 1]
+    starts = [n for index, n in enumerate(numbers) if index == 0 or numbers[index - 1] != n - 1]
+    ends = [n for index, n in enumerate(numbers) if index + 1 == len(numbers) or numbers[index + 1] != n + 1]
     ranges = [str(low) if low == high else f"{low} to {high}" for low, high in zip(starts, ends, strict=True)]
     return ", ".join(ranges[:most]) + (", ..." if len(ranges) > most else "")

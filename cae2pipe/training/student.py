@@ -96,9 +96,9 @@ def preview_latents(
     tokens = torch.from_numpy(np.stack([view.tokens for view in views])).to(device)
     target = F.normalize(tokens, dim=-1)[:, targets.teacher.class_token :]
     student = torch.zeros_like(target)
-    for indices, found in ((visible, prediction.visible), (masked, prediction.masked)):
-        if found is not None:
-            student.scatter_(1, indices.unsqueeze(-1).expand_as(found), F.normalize(found.float(), dim=-1))
+    for indices, predicted in ((visible, prediction.visible), (masked, prediction.masked)):
+        if predicted is not None:
+            student.scatter_(1, indices.unsqueeze(-1).expand_as(predicted), F.normalize(predicted.float(), dim=-1))
     centre = targets.mean.to(device)
     cosines = F.cosine_similarity(student - centre, target - centre, dim=-1).gather(1, masked).mean(dim=1)
     if prediction.masked is None:
@@ -106,9 +106,9 @@ def preview_latents(
     teacher, student = target.cpu(), student.cpu()
     return [
         LatentPreview(
-            view.key, view.pixels, mask, teacher[place].numpy(), student[place].numpy(), float(cosines[place])
+            view.key, view.pixels, mask, teacher[index].numpy(), student[index].numpy(), float(cosines[index])
         )
-        for place, (view, mask) in enumerate(zip(views, masks, strict=True))
+        for index, (view, mask) in enumerate(zip(views, masks, strict=True))
     ]
 
 

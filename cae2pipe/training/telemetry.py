@@ -165,15 +165,15 @@ def wandb_id(marker: Path) -> str:
         SettingsError: the file holds something else.
     """
     try:
-        found = read_bytes(marker).strip()
+        identity = read_bytes(marker).strip()
     except FileNotFoundError:
-        found = secrets.token_hex(4).encode()
-        write_bytes(marker, found + b"\n")
-    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", found):
+        identity = secrets.token_hex(4).encode()
+        write_bytes(marker, identity + b"\n")
+    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", identity):
         raise SettingsError(
             "this file holds no id of a run of wandb", where=marker, fix="delete it for a new run there"
         )
-    return found.decode()
+    return identity.decode()
 
 
 TRACKERS: dict[str, type[TensorBoard | Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
