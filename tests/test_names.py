@@ -132,13 +132,13 @@ MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 def cell_text(source: str) -> list[str]:
     """What cells, headings and paragraphs show; fails where anything but text is in them."""
-    found = []
+    texts = []
     for token in MARKDOWN.parse(source):
         assert token.type not in ("html_block", "code_block", "fence", "hr", "blockquote_open")
         if token.type == "inline":
             assert {child.type for child in token.children} <= {"text"}, token.children
-            found.append("".join(child.content for child in token.children))
-    return found
+            texts.append("".join(child.content for child in token.children))
+    return texts
 
 
 @with_examples
@@ -160,11 +160,11 @@ def test_markdown_makes_no_links_by_itself(name):
 @with_examples
 @given(TEXT)
 def test_pages_show_names(name):
-    found = read(page(name, element("p", name, title=name)).replace("\n", ""))
-    assert harmless(found.text)
+    reader = read(page(name, element("p", name, title=name)).replace("\n", ""))
+    assert harmless(reader.text)
     shown = visible(name, keep="\n").replace("\n", "")
-    assert ("p", {"title": shown}) in found.tags
-    assert not {tag for tag, _ in found.tags} - {"html", "head", "meta", "title", "style", "body", "main", "p"}
+    assert ("p", {"title": shown}) in reader.tags
+    assert not {tag for tag, _ in reader.tags} - {"html", "head", "meta", "title", "style", "body", "main", "p"}
 
 
 def test_plots_and_pictures_show_names(drawn):  # noqa: F811

@@ -65,8 +65,8 @@ def do(job: Job) -> None:
         recode(job.source, job.out, CodecSettings(calibration=64), report, workers=1)
     else:
         assert job.name == "repair"
-        found = verify(job.out, report)
-        repair(found, report, job.source, weights=job.settings.teacher.weights, device="cpu", workers=0)
+        verification = verify(job.out, report)
+        repair(verification, report, job.source, weights=job.settings.teacher.weights, device="cpu", workers=0)
 
 
 def run(job: Job, fault: str, at: int, counted: Path) -> None:
