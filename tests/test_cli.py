@@ -53,9 +53,9 @@ def test_help_gives_the_defaults_of_the_settings():
     from cae2pipe.config.extract import CodecSettings, ExtractSettings
 
     views, fidelity = ExtractSettings.model_fields["views"].default, CodecSettings().fidelity
-    for command, told in (("extract-targets", f"an image; {views} if"), ("recode", f"held-out images; {fidelity} if")):
+    for command, text in (("extract-targets", f"an image; {views} if"), ("recode", f"held-out images; {fidelity} if")):
         result = runner.invoke(app, [command, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
-        assert told in " ".join(result.output.replace("│", " ").split())
+        assert text in " ".join(result.output.replace("│", " ").split())
     assert recommend_views(300) <= views
 
 

@@ -96,7 +96,7 @@ def render_views(
         start = lines[:, :, None] * size + torch.arange(size, device=device)
         down = weights[: group.taps_down, own[RenderPlan.DOWN]][:, :, :, None]
         planes = resample(planes.view(3, -1), start, torch.full_like(step, size), down)
-        views.index_copy_(0, own[RenderPlan.PLACE], planes.transpose(0, 1))
+        views.index_copy_(0, own[RenderPlan.POSITION], planes.transpose(0, 1))
     return views
 
 
@@ -179,10 +179,10 @@ class RenderPlan:
     int32 (taps, lengths, size), of all lengths that the boxes' sides have.
     """
 
-    CORNER, STRIDE, STEP, PIXELS, ACROSS, DOWN, PLACE, GREY = range(8)
+    CORNER, STRIDE, STEP, PIXELS, ACROSS, DOWN, POSITION, GREY = range(8)
     """Rows of ``numbers``: where the view's upper left pixel lies, counted from the group's first block; pixels to the
     next row; +1, or -1 where it is flipped; pixels of the image; the lengths of the box's sides, as places in
-    ``first``; the view's place in the batch; from GREY on three rows that say which operations are saturation."""
+    ``first``; the view's position in the batch; from GREY on three rows that say which operations are saturation."""
 
     order: np.ndarray
     groups: list[Group]

@@ -19,7 +19,7 @@ def test_a_page_shows_what_was_measured(path):
 
 
 def test_every_table_stands_on_a_page():
-    shown = {found[1] for path in PAGES for found in tables.MARKED.findall(path.read_text())}
+    shown = {match[1] for path in PAGES for match in tables.MARKED.findall(path.read_text())}
     assert shown == tables.TABLES.keys()
 
 

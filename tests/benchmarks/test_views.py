@@ -31,7 +31,7 @@ def measure(work, tmp_path, monkeypatch):
     """The script with options, on noise; gives what it has written."""
 
     def run(*options: str) -> dict:
-        out = tmp_path / "found.json"
+        out = tmp_path / "result.json"
         arguments = ["views", "--quick", "--work", str(work), "--epochs", "2", "--out", str(out)]
         monkeypatch.delenv("CAE2PIPE_REAL", raising=False)
         monkeypatch.setattr(sys, "argv", [*arguments, *options])
@@ -65,9 +65,9 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
     # As the library itself scores the run that is finished.
     linear = load(LinearSettings, "evaluate", "linear", ["cached_crops=1", f"sweep={list(FAST_RATES)}"])
     for kind, settings in (("knn", load(KnnSettings, "evaluate", "knn", ["k=20"])), ("linear", linear)):
-        found = evaluate(kind, str(work / "runs" / "v1-s0"), bench.data, tmp_path / kind, settings, Silent())
-        assert found["feature"] == "class"
-        assert one[kind] == pytest.approx(100 * found["top1"], abs=0.01)
+        result = evaluate(kind, str(work / "runs" / "v1-s0"), bench.data, tmp_path / kind, settings, Silent())
+        assert result["feature"] == "class"
+        assert one[kind] == pytest.approx(100 * result["top1"], abs=0.01)
 
     monkeypatch.setattr(view_arms, "pretrain", lambda *arguments: pytest.fail("trained again"))
     before = snapshot(work)
@@ -79,7 +79,7 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
 def test_arms_of_another_device_are_drawn_beside(measure, tmp_path):
     rows = measure("--arms", ARMS)["rows"]
     own = [row for row in rows if row["arm"] == "v1-s0"]
-    beside = views.rows_beside(tmp_path / "found.json", own)
+    beside = views.rows_beside(tmp_path / "result.json", own)
     assert beside == [row for row in rows if row["arm"] == "v2-k90-s0"] != []
     assert views.rows_beside(None, own) == []
 

@@ -99,16 +99,16 @@ def parts(target_root, pretrain_settings):
 
 
 def test_the_decoder_is_called_when_its_stream_has_nothing_left_to_do(calls, parts):
-    found = on_device(*parts, DEVICE)
-    first = next(found)
+    batches = on_device(*parts, DEVICE)
+    first = next(batches)
     upload = [("copy", "upload")] * 2 + [("synchronize", "upload"), ("decode", "upload"), ("record", "upload")]
     # The second is on its way before the first is given out.
     assert calls.log[: 2 * len(upload)] == 2 * upload
     handed = [("wait for upload", "main")] + [("keep for", "main")] * count(first)
     assert calls.log[2 * len(upload) :] == handed
-    second = next(found)
+    second = next(batches)
     assert calls.log[2 * len(upload) :] == 2 * handed
-    assert next(found, None) is None
+    assert next(batches, None) is None
     assert all((batch.pixels > 0).any() and batch.pixels.shape == (32, 3, 32, 32) for batch in (first, second))
 
 

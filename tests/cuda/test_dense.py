@@ -81,8 +81,8 @@ def test_a_step_of_segmentation(precision, encoder, cuda):
         loss = learner.step(chunks, 0, 4)
         assert cuda.waits == []
         check_on_device(learner)
-        found = learner.predict(image, (80, 140))
-        assert (found.device, found.dtype, found.shape) == (CUDA, torch.int64, (80, 140))
+        predicted = learner.predict(image, (80, 140))
+        assert (predicted.device, predicted.dtype, predicted.shape) == (CUDA, torch.int64, (80, 140))
     assert on_cpu(loss).item() == pytest.approx(wanted.item(), rel=0.05)
     # The classifier, whose labels these are, is in float32.
     assert set(cuda.products) == ({BF16, FP32} if PRECISIONS[precision] else {FP32})
@@ -128,6 +128,6 @@ def test_a_step_of_detection(cascade, precision, encoder, cuda, monkeypatch):
         loss = learner.step([chunk.to(CUDA) for chunk in chunks], 0, 4)
         assert (loss.device, loss.dtype) == (CUDA, FP32)
         check_on_device(learner)
-        found = learner.detect(entry, image, (60, 62))
+        predicted = learner.detect(entry, image, (60, 62))
     assert on_cpu(loss).item() == pytest.approx(wanted.item(), rel=0.1)
-    assert all(each["category_id"] in (1, 2) for each in found)
+    assert all(each["category_id"] in (1, 2) for each in predicted)

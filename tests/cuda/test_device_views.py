@@ -26,8 +26,8 @@ def test_views_are_rendered_where_images_are_without_waiting(device, cuda, monke
     wanted = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
     with cuda:
         there = [torch.from_numpy(array).permute(2, 0, 1).to(device, non_blocking=True) for array in arrays]
-        found = render_views(there, np.stack([draw.to_row() for draw in draws]), 32)
-        assert found.device == device
+        got = render_views(there, np.stack([draw.to_row() for draw in draws]), 32)
+        assert got.device == device
         assert cuda.waits == []
-        assert torch.equal(on_cpu(found), wanted)
+        assert torch.equal(on_cpu(got), wanted)
     assert len(pinned) == 5

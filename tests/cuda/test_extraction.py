@@ -62,12 +62,12 @@ def test_teachers(kind, precision, teachers, cuda):
         cuda.waits.clear()
         output = teacher(images)
         assert cuda.waits == []
-        found = output.tokens, output.attention
+        got = output.tokens, output.attention
     # Attention over the class token is always computed in float32.
     attends = output.attention is not None
     assert attends is (wanted.attention is not None) is (kind != "lite0")
     assert set(cuda.products) == {DTYPES[precision]} | ({torch.float32} if attends else set())
-    for tensor, expected in zip(found, (wanted.tokens, wanted.attention), strict=True):
+    for tensor, expected in zip(got, (wanted.tokens, wanted.attention), strict=True):
         if tensor is not None:
             assert (tensor.device, tensor.dtype) == (CUDA, torch.float32)
             cosine = F.cosine_similarity(on_cpu(tensor), expected, dim=-1).mean().item()
@@ -99,8 +99,8 @@ def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
     plain, codec = make_codec(name, calibration), make_codec(name, calibration)
     arrays = plain.encode(unit)
     with cuda:
-        found = codec.encode(unit.to(CUDA))
-        assert {array: data.tobytes() for array, data in found.items()} == {
+        arrays_there = codec.encode(unit.to(CUDA))
+        assert {array: data.tobytes() for array, data in arrays_there.items()} == {
             array: data.tobytes() for array, data in arrays.items()
         }
         stored = {array: data.to(CUDA) for array, data in as_tensors(arrays).items()}
@@ -128,9 +128,9 @@ def test_blocks_are_those_of_the_cpu(name, unit, teachers, cuda, monkeypatch):
 
     wanted = blocks(load_teacher(settings, CPU), make_codec(name, calibration))
     with cuda:
-        found = blocks(load_teacher(settings, CUDA), make_codec(name, calibration))
-    assert [block.view for block in found] == [0, 1]
-    for one, other in zip(found, wanted, strict=True):
+        encoded = blocks(load_teacher(settings, CUDA), make_codec(name, calibration))
+    assert [block.view for block in encoded] == [0, 1]
+    for one, other in zip(encoded, wanted, strict=True):
         assert one.chunks == other.chunks
         torch.testing.assert_close(one.raw, other.raw)
         torch.testing.assert_close(one.centred, other.centred)

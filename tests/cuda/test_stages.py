@@ -77,18 +77,18 @@ def test_neighbours_are_the_same(exported, data, cuda, tmp_path):
         over = [*COMMON, f"speed.device={device}", "features.precision=fp32", "k=[3]"]
         settings = load(EVALUATIONS["knn"], "evaluate", "knn", over)
         evaluate("knn", str(exported), data, tmp_path / device, settings, Silent())
-        with np.load(tmp_path / device / "knn" / "predictions.npz") as found:
-            return dict(found)
+        with np.load(tmp_path / device / "knn" / "predictions.npz") as file:
+            return dict(file)
 
     wanted = score("cpu")
     with cuda:
-        found = score("cuda:1")
+        got = score("cuda:1")
     assert set(cuda.products) == {FP32}
     for name in wanted:
         if name == "confidence":
-            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4)
+            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4)
         else:
-            assert np.array_equal(found[name], wanted[name])
+            assert np.array_equal(got[name], wanted[name])
 
 
 # A copy of fake tensors, as the average of weights begins with, asks for their address.

@@ -100,13 +100,14 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
 
 def check_on_device(step: Step) -> None:
     """All that a step leaves is on the device, in float32."""
-    found: dict[str, Tensor] = dict(step.objective.named_parameters()) | dict(step.objective.named_buffers())
+    tensors: dict[str, Tensor] = dict(step.objective.named_parameters()) | dict(step.objective.named_buffers())
     for name, parameter in step.model.named_parameters():
-        found[f"gradient of {name}"] = parameter.grad
+        tensors[f"gradient of {name}"] = parameter.grad
         for moment, tensor in step.optimizer.state[parameter].items():
-            found[f"{moment} of {name}"] = tensor
-    found["spoilt"] = step.spoilt
-    assert {name: (tensor.device, tensor.dtype) for name, tensor in found.items()} == dict.fromkeys(found, (CUDA, FP32))
+            tensors[f"{moment} of {name}"] = tensor
+    tensors["spoilt"] = step.spoilt
+    kinds = {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
+    assert kinds == dict.fromkeys(tensors, (CUDA, FP32))
 
 
 def compare(cuda, make, settings: PretrainSettings) -> None:

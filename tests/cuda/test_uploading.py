@@ -99,15 +99,15 @@ def log(monkeypatch) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("kind", ITEMS)
 def test_nothing_of_an_item_is_lost(kind, log):
     items = [ITEMS[kind](number) for number in range(3)]
-    for found, item in zip(uploaded(pinned(items, DEVICE), DEVICE), items, strict=True):
-        assert type(found) is type(item)
-        assert len(tensors(found)) == len(tensors(item)) >= 1
-        for moved, own in zip(tensors(found), tensors(item), strict=True):
+    for got, item in zip(uploaded(pinned(items, DEVICE), DEVICE), items, strict=True):
+        assert type(got) is type(item)
+        assert len(tensors(got)) == len(tensors(item)) >= 1
+        for moved, own in zip(tensors(got), tensors(item), strict=True):
             assert (moved.pinned_, moved.place, moved.stream) == (True, DEVICE, "side")
             assert hasattr(moved, "used_on")
             assert torch.equal(moved, own)
         others = [field.name for field in fields(item) if not tensors(getattr(item, field.name))]
-        assert [getattr(found, name) for name in others] == [getattr(item, name) for name in others]
+        assert [getattr(got, name) for name in others] == [getattr(item, name) for name in others]
 
 
 def test_all_kinds_of_chunks_are_among_these():
@@ -115,12 +115,12 @@ def test_all_kinds_of_chunks_are_among_these():
 
 
 def test_each_is_on_its_way_before_the_last_one_is_given_out(log):
-    found = uploaded((ITEMS["crops"](number) for number in range(3)), DEVICE)
+    batches = uploaded((ITEMS["crops"](number) for number in range(3)), DEVICE)
     for expected in (["recorded", "recorded", "waited"], ["recorded", "waited"], ["waited"]):
-        next(found)
+        next(batches)
         assert [what for what, _ in log] == expected
         log.clear()
-    assert next(found, None) is None
+    assert next(batches, None) is None
 
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation", "detection"])
@@ -164,6 +164,6 @@ def test_training_hands_on_what_was_read(kind, log, tmp_path):
     )
     wanted = [ITEMS[kind](number) for number in range(4)]
     assert [chunk.step for chunk in learner.seen] == [0, 1, 2, 3]
-    for found, item in zip(learner.seen, wanted, strict=True):
-        assert type(found) is type(item)
-        assert [tensor.pinned_ for tensor in tensors(found)] == [True] * len(tensors(item))
+    for got, item in zip(learner.seen, wanted, strict=True):
+        assert type(got) is type(item)
+        assert [tensor.pinned_ for tensor in tensors(got)] == [True] * len(tensors(item))

@@ -36,7 +36,7 @@ def targets(target_root) -> TargetSet:
 
 
 def test_the_mean_target_has_the_loss_it_should(targets, pretrain_settings):
-    found = mean_over_views(MeanStudent(targets.mean), targets, pretrain_settings(mask={"strategy": "random"}), CPU)
+    means = mean_over_views(MeanStudent(targets.mean), targets, pretrain_settings(mask={"strategy": "random"}), CPU)
     tokens = []
     for name in targets.stores:
         reader = targets.reader(name)
@@ -47,17 +47,17 @@ def test_the_mean_target_has_the_loss_it_should(targets, pretrain_settings):
             tokens.append(targets.layout.codec.decode(arrays))
     distance = 1 - torch.cosine_similarity(torch.cat(tokens), targets.mean, dim=-1).mean()
     # Visible and masked are random halves of all tokens, so each mean is near the mean over all.
-    assert found["loss"] == pytest.approx(2 * float(distance), rel=0.05)
-    assert abs(found["centred_cosine_masked"]) < 0.2
+    assert means["loss"] == pytest.approx(2 * float(distance), rel=0.05)
+    assert abs(means["centred_cosine_masked"]) < 0.2
 
 
 def test_the_student_loaded_is_the_one_trained(run, targets):
     model, settings = load_student(run, targets, Silent())
     assert not model.training
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    found = mean_over_views(model, targets, settings, CPU)
-    assert found["loss"] == pytest.approx(last["loss"], rel=0.1)
-    assert found["loss"] == mean_over_views(model, targets, settings, CPU)["loss"]
+    means = mean_over_views(model, targets, settings, CPU)
+    assert means["loss"] == pytest.approx(last["loss"], rel=0.1)
+    assert means["loss"] == mean_over_views(model, targets, settings, CPU)["loss"]
 
 
 def test_a_run_without_a_checkpoint(run, targets, tmp_path):
@@ -69,9 +69,9 @@ def test_a_run_without_a_checkpoint(run, targets, tmp_path):
 def test_previews(run, targets):
     model, settings = load_student(run, targets, Silent())
     keys = ["class1+image007", "class0+image003"]
-    found = previews_of(model, targets, settings, keys, CPU)
-    assert [preview.key for preview in found] == keys
-    for preview in found:
+    previews = previews_of(model, targets, settings, keys, CPU)
+    assert [preview.key for preview in previews] == keys
+    for preview in previews:
         assert preview.mask.sum() == settings.masked_patches
         assert preview.view.shape == (32, 32, 3)
         assert preview.teacher.shape == preview.student.shape == (16, 16)

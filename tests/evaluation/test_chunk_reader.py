@@ -68,10 +68,10 @@ def test_what_cannot_be_decoded_is_replaced_within_its_chunk_and_named(reader, t
     sizes = [whole[index].labels.shape for index in range(len(whole))]
     broken = tmp_path / "images" / "class0" / "image002.jpg"
     broken.write_bytes(b"nothing")
-    found = [reader()[index] for index in range(len(whole))]
-    assert [chunk.labels.shape for chunk in found] == sizes
-    assert {reject["path"] for chunk in found for reject in chunk.rejected} == {"class0/image002.jpg"}
-    chunk = next(chunk for chunk in found if chunk.rejected)
+    chunks = [reader()[index] for index in range(len(whole))]
+    assert [chunk.labels.shape for chunk in chunks] == sizes
+    assert {reject["path"] for chunk in chunks for reject in chunk.rejected} == {"class0/image002.jpg"}
+    chunk = next(chunk for chunk in chunks if chunk.rejected)
     assert chunk.pixels[0].equal(chunk.pixels[1])
     for path in (tmp_path / "images").rglob("*.jpg"):
         path.write_bytes(b"nothing")

@@ -35,9 +35,9 @@ def test_an_exported_encoder_is_timms(exported):
         tokens = model.forward_features((PIXELS / 255 - mean) / std)
     for spec in (exported, exported / WEIGHTS):
         encoder = load(spec)
-        found = encoder(PIXELS)
-        torch.testing.assert_close(found.class_token, tokens[:, 0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.mean, tokens[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5)
+        features = encoder(PIXELS)
+        torch.testing.assert_close(features.class_token, tokens[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(features.mean, tokens[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5)
         assert encoder.image_size == 32
         assert encoder.trained_class_token
 
@@ -133,9 +133,9 @@ def test_an_encoder_without_class_token():
 
 def test_a_target_sets_teacher_with_its_file(target_root, teacher_file):
     encoder = load(f"teacher:{target_root}@{teacher_file}")
-    found = encoder(PIXELS)
-    assert found.mean.shape == found.class_token.shape == (2, DIM)
-    torch.testing.assert_close(found.mean, encoder.teacher(PIXELS).tokens[:, 1:].mean(dim=1))
+    features = encoder(PIXELS)
+    assert features.mean.shape == features.class_token.shape == (2, DIM)
+    torch.testing.assert_close(features.mean, encoder.teacher(PIXELS).tokens[:, 1:].mean(dim=1))
 
 
 def test_a_target_set_that_needs_its_file_says_so(target_root):

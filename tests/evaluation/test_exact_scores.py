@@ -56,9 +56,9 @@ def test_neighbours(features, backends):
     wanted = knn_predictions(train, labels, train + 0.5, **options)[7]
     torch.set_float32_matmul_precision("high")
     with BF16, Products() as products:
-        found = knn_predictions(train, labels, train + 0.5, **options)[7]
+        got = knn_predictions(train, labels, train + 0.5, **options)[7]
     assert products.seen == EXACT
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert torch.get_float32_matmul_precision() == "high"
 
 
@@ -68,10 +68,10 @@ def test_a_probe_on_fixed_features(features, backends):
     wanted, _ = train_probe([crops], labels, classes=3, settings=settings, report=Silent())
     torch.set_float32_matmul_precision("high")
     with BF16, Products() as products:
-        found, _ = train_probe([crops], labels, classes=3, settings=settings, report=Silent())
-        scores = logits(found, crops)
+        probe, _ = train_probe([crops], labels, classes=3, settings=settings, report=Silent())
+        scores = logits(probe, crops)
     assert products.seen == EXACT
-    assert torch.equal(found.head.weight, wanted.head.weight)
+    assert torch.equal(probe.head.weight, wanted.head.weight)
     assert torch.equal(scores, logits(wanted, crops))
 
 

@@ -71,9 +71,9 @@ def test_colours_are_learnt(kind, exported, data, tmp_path):
     assert result["per_class"] == {"bright": 1.0, "dark": 1.0, "red": 1.0}
     assert verify(tmp_path / "out" / kind, Silent()).problems == []
     assert not (tmp_path / "out" / kind / "checkpoints").exists()
-    with np.load(tmp_path / "out" / kind / "predictions.npz") as found:
-        assert sorted(found["keys"])[0] == "bright/0.png"
-        assert (found["ranked"][:, 0] == found["labels"]).all()
+    with np.load(tmp_path / "out" / kind / "predictions.npz") as predictions:
+        assert sorted(predictions["keys"])[0] == "bright/0.png"
+        assert (predictions["ranked"][:, 0] == predictions["labels"]).all()
     report = Silent()
     assert evaluate(kind, str(exported), data, tmp_path / "out", settings(kind), report) == result
     assert any("nothing to do" in line for line in report.lines)
@@ -157,7 +157,7 @@ def test_killed_behind_the_last_step_it_is_scored_again(exported, data, tmp_path
 def test_best_is_the_best_epoch_and_the_headline_the_last(exported, data, tmp_path, monkeypatch):
     tops = iter([0.2, 0.7, 0.7, 0.4])
 
-    def accuracy(found):
+    def accuracy(predictions):
         return {"top1": next(tops), "top5": 1.0}
 
     monkeypatch.setattr("cae2pipe.evaluation.finetune.accuracy", accuracy)
@@ -185,8 +185,8 @@ def test_two_processes_give_one_process_s_score(kind, exported, data, tmp_path):
     assert two.get("train_loss", 0) == pytest.approx(one.get("train_loss", 0), rel=1e-3)
     predictions = []
     for name in ("one", "two"):
-        with np.load(tmp_path / name / kind / "predictions.npz") as found:
-            predictions.append({key: found[key] for key in found})
+        with np.load(tmp_path / name / kind / "predictions.npz") as file:
+            predictions.append({key: file[key] for key in file})
     assert predictions[0]["keys"].tolist() == predictions[1]["keys"].tolist()
     assert predictions[0]["labels"].tolist() == predictions[1]["labels"].tolist()
     np.testing.assert_allclose(predictions[0]["confidence"], predictions[1]["confidence"], atol=2e-2)

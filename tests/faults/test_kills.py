@@ -116,19 +116,19 @@ def jobs(
 def left_by(job: Job) -> dict[str, bytes]:
     """What a job has made. Of a training run not its checkpoints, which are where it was stopped, nor what the clock
     says."""
-    found = contents(job.out)
+    files = contents(job.out)
     if job.name == "finetune":
-        found.pop("finetune/metrics.jsonl")
+        files.pop("finetune/metrics.jsonl")
     if job.name == "compare":
         # Pages tell of hours, and so do the metrics.
         clocked = ("reports/", "metrics.jsonl", "/checkpoints/")
-        found = {name: data for name, data in found.items() if not any(part in name for part in clocked)}
+        files = {name: data for name, data in files.items() if not any(part in name for part in clocked)}
     if job.name == "pretrain":
-        found = {name: data for name, data in found.items() if not name.startswith("checkpoints/")}
-        lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
+        files = {name: data for name, data in files.items() if not name.startswith("checkpoints/")}
+        lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
         kept = [{name: value for name, value in line.items() if name not in CLOCKED} for line in lines]
-        found["metrics.jsonl"] = json.dumps(kept).encode()
-    return found
+        files["metrics.jsonl"] = json.dumps(kept).encode()
+    return files
 
 
 @pytest.fixture(scope="module")

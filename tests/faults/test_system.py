@@ -212,10 +212,10 @@ sys.meta_path.insert(0, Interrupt())
 
 
 def test_three_ctrl_c_in_a_row_are_one(monkeypatch):
-    told = []
+    said = []
 
     def show(text: str) -> None:
-        told.append(text)
+        said.append(text)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
 
@@ -224,7 +224,7 @@ def test_three_ctrl_c_in_a_row_are_one(monkeypatch):
     with pytest.raises(typer.Exit) as caught, exits():
         signal.raise_signal(signal.SIGINT)
     assert caught.value.exit_code == 130
-    assert len(told) == 1
+    assert len(said) == 1
     assert signal.getsignal(signal.SIGINT) is handler
 
 

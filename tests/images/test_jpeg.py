@@ -75,9 +75,9 @@ jpegs = st.builds(
 @given(data=jpegs)
 def test_a_view_has_pillows_pixels(data):
     wanted = np.asarray(Image.open(io.BytesIO(data)))
-    found = decode_view(data)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, wanted)
+    got = decode_view(data)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, wanted)
     np.testing.assert_array_equal(decode_view(data, len(wanted)), wanted)
 
 
@@ -86,9 +86,9 @@ def test_a_view_has_pillows_pixels(data):
 def test_on_the_cpu_a_devices_decoder_gives_the_same_pixels(library, size, subsampling):
     assert device_decoder().__module__.startswith(library)
     views = [encoded(noise(size, seed), quality=50 + 10 * seed, subsampling=subsampling) for seed in range(4)]
-    found = torch.stack(decode_jpegs(tensors(*views), list("abcd"), CPU, size))
-    assert (found.dtype, found.shape) == (torch.uint8, (4, 3, size, size))
-    np.testing.assert_array_equal(found.permute(0, 2, 3, 1).numpy(), np.stack([decode_view(view) for view in views]))
+    got = torch.stack(decode_jpegs(tensors(*views), list("abcd"), CPU, size))
+    assert (got.dtype, got.shape) == (torch.uint8, (4, 3, size, size))
+    np.testing.assert_array_equal(got.permute(0, 2, 3, 1).numpy(), np.stack([decode_view(view) for view in views]))
 
 
 def test_torchcodec_comes_first_and_then_torchvision(monkeypatch):

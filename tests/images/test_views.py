@@ -177,7 +177,7 @@ def test_boxes_are_distributed_as_torchvision_draws_them(height, width):
 def test_jitter_flip_and_order_are_distributed_as_set():
     count = 6000
     rows = np.array([draw_view(PUBLISHED, 0, f"key{n}", 0, 30, 40).to_row() for n in range(count)])
-    column = {name: rows[:, place] for place, name in enumerate(DRAW_COLUMNS)}
+    column = {name: rows[:, index] for index, name in enumerate(DRAW_COLUMNS)}
     even = (np.arange(count) + 0.5) / count
     for name in ("brightness", "contrast", "saturation"):
         assert 0.6 <= column[name].min() < 0.61

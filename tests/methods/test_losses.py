@@ -47,10 +47,10 @@ def by_hand(prediction, target, visible, masked, kind, class_token=True):
     for sample in range(len(target)):
         if class_token:
             seen.append(distance(prediction.class_token[sample, 0], target[sample, 0]))
-        for place, patch in enumerate(visible[sample].tolist()):
-            seen.append(distance(prediction.visible[sample, place], target[sample, first + patch]))
-        for place, patch in enumerate(masked[sample].tolist()):
-            hidden.append(distance(prediction.masked[sample, place], target[sample, first + patch]))
+        for index, patch in enumerate(visible[sample].tolist()):
+            seen.append(distance(prediction.visible[sample, index], target[sample, first + patch]))
+        for index, patch in enumerate(masked[sample].tolist()):
+            hidden.append(distance(prediction.masked[sample, index], target[sample, first + patch]))
     return seen, hidden
 
 
@@ -299,8 +299,8 @@ def test_centred_cosine_is_of_unit_tokens_about_the_mean():
     def wanted(tokens, indices):
         scores = []
         for sample in range(3):
-            for place, patch in enumerate(indices[sample].tolist()):
-                got = tokens[sample, place] / tokens[sample, place].norm() - about
+            for index, patch in enumerate(indices[sample].tolist()):
+                got = tokens[sample, index] / tokens[sample, index].norm() - about
                 true = patches[sample, patch]
                 scores.append((got @ true / got.norm() / true.norm()).item())
         return mean(scores)

@@ -22,8 +22,8 @@ def comparison(*rows: Row, along: str = "") -> Comparison:
 
 
 def test_the_report_says_where_the_papers_order_does_not_hold():
-    found = comparison(row("a", 0.50, 0.52, paper=70.0), row("b", 0.40, 0.41, paper=75.0), row("c"))
-    assert findings(found) == [
+    compared = comparison(row("a", 0.50, 0.52, paper=70.0), row("b", 0.40, 0.41, paper=75.0), row("c"))
+    assert findings(compared) == [
         "linear: the paper's order, b > a, does not hold: a is above b. Here a > b.",
     ]
 
@@ -63,19 +63,19 @@ def test_no_order_without_two_rows_that_have_both():
 
 
 def test_no_column_is_lost_because_its_name_repeats():
-    found = Comparison("T", "", ["loss"], [Row("a", {"loss": [0.5]}, curves={"loss": [2.0]})], {}, 1)
-    headers, (cell,) = cells(found)
+    compared = Comparison("T", "", ["loss"], [Row("a", {"loss": [0.5]}, curves={"loss": [2.0]})], {}, 1)
+    headers, (cell,) = cells(compared)
     assert headers == ["variant", "loss (2)", "loss (3)", "kB a view", "device min a run"]
     assert cell[1:3] == ["50.0", "2.000"]
 
 
 def test_the_table():
     first = row("a|b", 0.5, 0.6, paper=70.0, curves={"loss": [1.0, 0.5]}, hours=[0.5, 1.5], latents=5400.0)
-    found = comparison(first, row("c"))
-    headers, rows = cells(found)
+    compared = comparison(first, row("c"))
+    headers, rows = cells(compared)
     assert headers == ["variant", "linear", "linear, paper", "loss", "kB a view", "device h a run"]
     assert rows == [["a|b", "55.0 ± 7.1", "70.0", "0.500", "5.4", "1"], ["c", "–", "–", "–", "–", "–"]]
-    text = comparison_markdown(found)
+    text = comparison_markdown(compared)
     assert "| a\\|b | 55.0 ± 7.1 |" in text
     assert "2 of 6 scores" in text
 
@@ -104,15 +104,15 @@ def test_cells_say_what_was_read_where_rows_differ():
     finished = [Finished("linear", 0.5, "p", "d", "mean"), Finished("linear", 0.6, "p", "d", "class")]
     rows = [Row(name, results=[[one]]) for name, one in zip("ab", finished, strict=True)]
     columns, protocols = fill_columns(rows, [])
-    found = Comparison("T", "", columns, rows, protocols, 2)
-    assert [line[1] for line in cells(found)[1]] == ["50.0 (mean)", "60.0 (class)"]
-    assert "on the class token, the mean patch." in comparison_markdown(found)
+    compared = Comparison("T", "", columns, rows, protocols, 2)
+    assert [line[1] for line in cells(compared)[1]] == ["50.0 (mean)", "60.0 (class)"]
+    assert "on the class token, the mean patch." in comparison_markdown(compared)
 
 
 def test_what_failed_and_what_is_unfinished_is_told():
     rows = [Row("a", unfinished=[(Path("runs/x"), "unfinished, epoch 3 of 20")])]
-    found = Comparison("T", "", ["knn"], rows, {}, 1, failed=["a, seed 0 (loss nan)"])
-    text = comparison_markdown(found)
+    compared = Comparison("T", "", ["knn"], rows, {}, 1, failed=["a, seed 0 (loss nan)"])
+    text = comparison_markdown(compared)
     assert "- Not finished: a, seed 0 (loss nan)" in text
     assert "| a | x (unfinished, epoch 3 of 20) |" in text
 

@@ -48,11 +48,11 @@ def left_over() -> Iterator[None]:
 @pytest.fixture
 def seen(monkeypatch) -> list[tuple[str, bool, bool, bool]]:
     """The backends at every call of a teacher or an encoding codec."""
-    found = []
+    settings_seen = []
 
     def watched(real):
         def call(*arguments):
-            found.append(backends())
+            settings_seen.append(backends())
             return real(*arguments)
 
         return call
@@ -60,7 +60,7 @@ def seen(monkeypatch) -> list[tuple[str, bool, bool, bool]]:
     monkeypatch.setattr(Teacher, "__call__", watched(Teacher.__call__))
     for codec in (TokenKltCodec, Fp16Codec):
         monkeypatch.setattr(codec, "encode", watched(codec.encode))
-    return found
+    return settings_seen
 
 
 def extract(photos, extract_settings, out, **over):
@@ -100,15 +100,15 @@ def test_recoding(photos, extract_settings, tmp_path, left_over, seen):
 def test_reports(target_root, pretrain_settings, tmp_path, left_over, monkeypatch):
     pretrain(target_root, tmp_path / "run", pretrain_settings(), Silent())
     set_backends(bf16=True, deterministic=True)
-    found = []
+    settings_seen = []
 
     def watched(*arguments):
-        found.append(backends())
+        settings_seen.append(backends())
         return load_student(*arguments)
 
     monkeypatch.setattr("cae2pipe.stages.report.load_student", watched)
     report_runs([tmp_path / "run"], [], target_root, tmp_path / "report", Silent(), "cpu")
-    assert found == [EXACT]
+    assert settings_seen == [EXACT]
 
 
 def test_the_online_teacher_of_a_bfloat16_student(target_root, teacher_file, pretrain_settings, tmp_path, seen):

@@ -154,10 +154,10 @@ class TestHostile:
         except SourceError as caught:
             error = caught
         else:
-            found = [read_piece(source.piece(entry)) for entry in source.entries]
-            assert set(found) <= set(photo_files.values())
+            read = [read_piece(source.piece(entry)) for entry in source.entries]
+            assert set(read) <= set(photo_files.values())
             # A member whose type is a folder's, or an extended header's, is one: no reader can tell.
-            assert len(found) + source.passed_over.total() >= len(photo_files) - (field == (156, 1))
+            assert len(read) + source.passed_over.total() >= len(photo_files) - (field == (156, 1))
             return
         assert error.where
         assert error.fix

@@ -63,10 +63,10 @@ def test_suffixes_in_any_case_and_nothing_hidden(tmp_path):
     names = [f"{n:02d}.{suffix}" for n, suffix in enumerate(suffixes)]
     source = fill(tmp_path / "s", *names)
     fill(source, ".hidden.jpg", ".thumbnails/x.jpg", ".thumbnails/y.jpg", "labels.txt", "README", "x.jpg.part")
-    found = scan(source)
-    assert [entry.path for entry in found.entries] == names
-    assert found.passed_over == Counter({"hidden": 2, ".txt": 1, "suffixless": 1, ".part": 1})
-    assert found.remarks()[0].startswith("passed over 5 files that are no images: 2 hidden files, 1 ")
+    listed = scan(source)
+    assert [entry.path for entry in listed.entries] == names
+    assert listed.passed_over == Counter({"hidden": 2, ".txt": 1, "suffixless": 1, ".part": 1})
+    assert listed.remarks()[0].startswith("passed over 5 files that are no images: 2 hidden files, 1 ")
 
 
 def encoded(kind: str) -> bytes:
@@ -130,9 +130,9 @@ def test_links_to_files_and_folders_are_followed(tmp_path):
     source = fill(tmp_path / "s", "dog/1.jpg")
     (source / "dog" / "2.jpg").symlink_to(real / "loose.jpg")
     (source / "cat").symlink_to(real / "cats")
-    found = scan(source)
-    assert found.classes == ["cat", "dog"]
-    assert [(entry.path, entry.bytes) for entry in found.entries] == [
+    listed = scan(source)
+    assert listed.classes == ["cat", "dog"]
+    assert [(entry.path, entry.bytes) for entry in listed.entries] == [
         ("cat/1.jpg", 10),
         ("dog/1.jpg", 9),
         ("dog/2.jpg", 9),

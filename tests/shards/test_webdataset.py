@@ -17,11 +17,11 @@ class TestWebDataset:
         images = list(photo_files.values())
         for number in range(3):
             files = {}
-            for place_, image in enumerate(images[number * 4 : number * 4 + 4]):
-                files[f"a.b/{place_:03d}.jpg"] = image
-                files[f"a.b/{place_:03d}.json"] = b"{}"
+            for index, image in enumerate(images[number * 4 : number * 4 + 4]):
+                files[f"a.b/{index:03d}.jpg"] = image
+                files[f"a.b/{index:03d}.json"] = b"{}"
                 if labels:
-                    files[f"a.b/{place_:03d}.cls"] = str(number * 5).encode()
+                    files[f"a.b/{index:03d}.cls"] = str(number * 5).encode()
             (root / f"train-{number:04d}.tar").write_bytes(tar_bytes(files))
         return root
 
