@@ -95,8 +95,8 @@ class SegmentLearner(TunedLearner):
         reader = ScaledReader(self.val, own, self.settings.scale)
         workers = min(worker_count(self.settings.speed.workers), len(reader))
         for pixels, labels in in_order(reader, workers, preload=[__name__]):
-            found = self.predict(pixels, labels.shape)
-            confusion += pixel_confusion(found, torch.from_numpy(labels).to(found.device), classes)
+            predicted = self.predict(pixels, labels.shape)
+            confusion += pixel_confusion(predicted, torch.from_numpy(labels).to(predicted.device), classes)
         return segmentation_scores(self.world.sum(confusion), self.val.classes)
 
     @torch.no_grad()
