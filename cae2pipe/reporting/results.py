@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from cae2pipe.comparison.scores import COLUMNS
+from cae2pipe.comparison.scores import COLUMNS, ScoreRow
 from cae2pipe.reporting.markdown import escaped, markdown_table
 
 NAMES = {
@@ -19,12 +18,12 @@ NAMES = {
 """What figures are called in print."""
 
 
-def protocols(rows: Sequence[dict[str, Any]]) -> list[str]:
+def protocols(rows: Sequence[ScoreRow]) -> list[str]:
     """The protocols of a table in the order in which they first come. Their numbers, from 1, stand in its rows."""
     return list(dict.fromkeys(found["protocol"] for found in rows))
 
 
-def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def shown(rows: Sequence[ScoreRow]) -> list[dict[str, str]]:
     """Rows as they are printed: scores in percent, protocols by number."""
     numbers = {text: str(number) for number, text in enumerate(protocols(rows), 1)}
 
@@ -40,11 +39,12 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "best": "" if found["best"] is None else percent(found["best"]),
             "protocol": numbers[found["protocol"]],
         }
-        rows_shown.append({column: cells.get(column, str(found[column])) for column in COLUMNS})
+        plain: dict[str, object] = {**found}
+        rows_shown.append({column: cells.get(column, str(plain[column])) for column in COLUMNS})
     return rows_shown
 
 
-def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+def as_markdown(rows: Sequence[ScoreRow]) -> str:
     """The table in Markdown, and the protocols below it."""
     lines = markdown_table(COLUMNS, [list(found.values()) for found in shown(rows)])
     return "\n".join([*lines, "", *(f"{number}. {escaped(text)}" for number, text in enumerate(protocols(rows), 1))])
