@@ -226,14 +226,14 @@ def to_hf(state: Mapping[str, Tensor], shape: Shape) -> Layout:
 
 def _blocks(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """The blocks' tensors whose names begin as told, under the other names: ``0.ln_1.weight``."""
-    found = {}
+    renamed = {}
     for name, tensor in state.items():
         if name.startswith("blocks."):
             number, rest = name.removeprefix("blocks.").split(".", 1)
             for theirs, ours in names.items():
                 if rest.startswith(theirs):
-                    found[f"{number}.{ours}{rest.removeprefix(theirs)}"] = tensor
-    return found
+                    renamed[f"{number}.{ours}{rest.removeprefix(theirs)}"] = tensor
+    return renamed
 
 
 FORMATS: dict[str, Callable[[Mapping[str, Tensor], Shape], Layout]] = {

@@ -58,14 +58,14 @@ def build_all(
     _refuse_inside(source, out)
     if splits:
         report.log(f"{source} holds {', '.join(splits)}: a shard set for each")
-    found = {}
-    for split, place in splits.items():
-        found[split] = scan(place, labels if split.lower().startswith("val") else None)
-    for split, images in found.items():
+    scanned = {}
+    for split, folder in splits.items():
+        scanned[split] = scan(folder, labels if split.lower().startswith("val") else None)
+    for split, images in scanned.items():
         if expected is not None:
             check_expected(images, expected, split)
     if splits:
-        return [pack(images, out / split, settings, report) for split, images in found.items()]
+        return [pack(images, out / split, settings, report) for split, images in scanned.items()]
     images = scan(source, labels)
     if expected is not None:
         check_expected(images, expected)
@@ -79,9 +79,9 @@ def build_shard_set(source: Path, out: Path, settings: ShardSettings, report: Re
         SourceError: the source cannot be used, or no image of it decoded. MismatchError: ``out`` was made from other
             images or settings. ManifestError: ``out`` holds something else. LockedError: another process writes it.
     """
-    found = scan(source)
+    images = scan(source)
     _refuse_inside(source, out)
-    return pack(found, out, settings, report)
+    return pack(images, out, settings, report)
 
 
 def pack(
