@@ -55,7 +55,7 @@ def read_document(path: Path, *, fix: str, error: type[Cae2pipeError] = Manifest
     return read_bytes(path)
 
 
-def check_numbers(value: Any) -> None:
+def check_numbers(value: object) -> None:
     """Raise ValueError where a JSON value holds a float that is not finite, or an integer of more than 64 bits."""
     left = [value]
     while left:

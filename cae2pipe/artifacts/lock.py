@@ -15,9 +15,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from cae2pipe.artifacts.atomic import FILLED
 from cae2pipe.artifacts.inside import refuse_link
@@ -68,15 +68,15 @@ def writing(root: Path, part: Part = WHOLE) -> Iterator[None]:
 @contextmanager
 def holding(root: Path, name: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold what all parts share, such as the calibration; wait for whoever holds it, calling ``waiting`` once."""
-    told = False
+    waited = False
     while True:
         with _taken(root, name) as mine:
             if mine:
                 yield
                 return
-        if waiting and not told:
+        if waiting and not waited:
             waiting()
-            told = True
+            waited = True
         time.sleep(POLL)
 
 
@@ -118,7 +118,7 @@ def _locked(root: Path, part: Part, other: Part) -> LockedError:
     return LockedError(what, where=root, fix="wait for it to end, or stop it; then run the same command again")
 
 
-def _taken(root: Path, name: str) -> Any:
+def _taken(root: Path, name: str) -> AbstractContextManager[bool]:
     """A context manager that gives True where the lock was free and is now held, else False."""
     return _flock(root, name) if is_local(root) else _lease(root, name)
 
@@ -148,7 +148,7 @@ def _flock(root: Path, name: str) -> Iterator[bool]:
 @contextmanager
 def _lease(root: Path, name: str) -> Iterator[bool]:
     path = root / FOLDER / name
-    owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+    owner: Owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     if not _create(path, owner):
         yield False
         return
@@ -163,7 +163,15 @@ def _lease(root: Path, name: str) -> Iterator[bool]:
         remove([path])
 
 
-def _create(path: Path, owner: dict[str, Any]) -> bool:
+class Owner(TypedDict):
+    """Who holds a lease."""
+
+    id: str
+    host: str
+    pid: int
+
+
+def _create(path: Path, owner: Owner) -> bool:
     data = _sign(owner)
     try:
         if create_exclusively(path, data):
@@ -178,7 +186,7 @@ def _create(path: Path, owner: dict[str, Any]) -> bool:
         return True  # nothing can be locked here: see can_lock
 
 
-def _sign(owner: dict[str, Any]) -> bytes:
+def _sign(owner: Owner) -> bytes:
     return json.dumps({**owner, "time": time.time()}).encode()
 
 
@@ -204,7 +212,7 @@ def _process_lives(pid: int) -> bool:
     return True
 
 
-def _renew(path: Path, owner: dict[str, Any], stop: threading.Event) -> None:
+def _renew(path: Path, owner: Owner, stop: threading.Event) -> None:
     while not stop.wait(BEAT):
         try:
             put_bytes(path, _sign(owner))

@@ -102,7 +102,7 @@ def _open(path: Path) -> tuple[int, int]:
 
 def read_many(paths: list[Path]) -> dict[Path, bytes]:
     """Whole files, those that have gone left out: one round of concurrent requests where the place is remote."""
-    found = {}
+    files = {}
     if paths and not is_local(paths[0]):
         fs, _ = _remote(paths[0])
         names = [_remote(path)[1] for path in paths]
@@ -110,14 +110,14 @@ def read_many(paths: list[Path]) -> dict[Path, bytes]:
         contents = contents if isinstance(contents, dict) else {names[0]: contents}
         for path, name in zip(paths, names, strict=True):
             if isinstance(contents[name], bytes):
-                found[path] = contents[name]
+                files[path] = contents[name]
         paths = [path for path in paths if isinstance(contents[_remote(path)[1]], Exception)]
     for path in paths:
         try:
-            found[path] = read_bytes(path)
+            files[path] = read_bytes(path)
         except FileNotFoundError:
             continue
-    return found
+    return files
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
@@ -153,14 +153,14 @@ def file_size(path: Path) -> int | None:
 def file_sizes(root: Path) -> dict[str, int]:
     """Bytes of every file below ``root`` by its POSIX path relative to it; {} where there is no such folder."""
     if is_local(root):
-        found = {}
+        sizes = {}
         for folder, _, names in os.walk(root):
             base = Path(folder).relative_to(root)
             for name in names:
                 path = Path(folder, name)
                 if path.is_file():
-                    found[(base / name).as_posix()] = path.stat().st_size
-        return found
+                    sizes[(base / name).as_posix()] = path.stat().st_size
+        return sizes
     fs, name = _remote(root)
     try:
         listing = remotely(root, lambda: fs.find(name, detail=True))
@@ -174,12 +174,12 @@ def entry_names(root: Path) -> list[str]:
     """POSIX paths of everything below ``root`` but folders: files, links to anything, FIFOs."""
     if not is_local(root):
         return list(file_sizes(root))
-    found = []
+    entries = []
     for folder, folders, names in os.walk(root):
         base = Path(folder)
         links = [name for name in folders if (base / name).is_symlink()]
-        found += [(base / name).relative_to(root).as_posix() for name in (*names, *links)]
-    return found
+        entries += [(base / name).relative_to(root).as_posix() for name in (*names, *links)]
+    return entries
 
 
 def put_bytes(path: Path, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -10,7 +10,12 @@ from cae2pipe.artifacts.manifest_targets import TargetsFacts
 from cae2pipe.runtime.progress import Report
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
+class Provenance(TypedDict):
+    versions: dict[str, str]
+    processor: str
+
+
+def provenance(device: torch.device) -> Provenance:
     """The manifest's facts ``versions`` and ``processor``, for work on this device."""
     return {"versions": library_versions(), "processor": processor(device)}
 

@@ -7,7 +7,6 @@ safetensors makes files that their owner alone may read.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import replacing, write_bytes
 
 
-def write_torch(path: Path, state: Any) -> None:
+def write_torch(path: Path, state: object) -> None:
     """Tensors and plain values as ``torch.save`` writes them. Raises OSError."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         try:

@@ -12,7 +12,7 @@ from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.comparison.rows import CURVES, Comparison, Finished, Row
 from cae2pipe.comparison.scores import read_scores
 from cae2pipe.config.base import recorded
-from cae2pipe.config.compare import BYTES, GridSettings, setting
+from cae2pipe.config.compare import BYTES, GridSettings, numeric_setting
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
@@ -32,15 +32,15 @@ def gather_grid(
     """All that is there of a grid below ``out``.
 
     Args:
-        planned: of each run the variant's place, the folder's name below runs, and that below scores.
+        planned: of each run the variant's number, the folder's name below runs, and that below scores.
         sets: the target sets that were trained on. failed: what could not be finished.
     """
     rows = [Row(variant.name, paper=variant.paper, line=variant.line) for variant in grid.variants]
     known = {open_box(path).fingerprint: path for path in sets}
-    for place, name, scored in planned:
+    for variant, name, scored in planned:
         folders = [out / "scores" / scored / scored_by.kind for scored_by in grid.evaluate]
         scores = read_scores([folder for folder in folders if is_box(folder, "scores")])
-        add_run(rows[place], out / "runs" / name, scores, known, grid.along)
+        add_run(rows[variant], out / "runs" / name, scores, known, grid.along)
     kinds = [scored_by.kind for scored_by in grid.evaluate]
     columns, protocols = fill_columns(rows, kinds)
     wanted = len(planned) * len(kinds)
@@ -54,8 +54,8 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
     Raises:
         ManifestError: a folder is no run. SettingsError: two folders hold the same run.
     """
-    groups: dict[str, dict[int, Path]] = {}
-    differing: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[object, Path]] = {}
+    differing: dict[str, dict[str, object]] = {}
     for run in runs:
         box = RunBox.open(run)
         settings = dict(sorted(flat(recorded(PretrainSettings, box.identity["settings"])).items()))
@@ -92,7 +92,7 @@ def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], 
     """Bring evaluations into columns: one for each way and each data that an evaluation was taken on. Fills ``scores``
     and ``features`` of the rows; gives the columns, ``kinds`` first, and the protocol of each."""
     taken: dict[str, list[tuple[str, str]]] = {kind: [] for kind in kinds}
-    for one in (one for row in rows for found in row.results for one in found):
+    for one in (one for row in rows for finished in row.results for one in finished):
         ways = taken.setdefault(one.evaluation, [])
         if (one.protocol, one.data) not in ways:
             ways.append((one.protocol, one.data))
@@ -107,8 +107,8 @@ def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], 
             for row in rows:
                 own = [
                     o
-                    for found in row.results
-                    for o in found
+                    for finished in row.results
+                    for o in finished
                     if (o.evaluation, o.protocol, o.data) == (kind, protocol, data)
                 ]
                 row.scores[column] = [one.score for one in own]
@@ -117,23 +117,23 @@ def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], 
     return columns, protocols
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested settings under dotted names."""
-    found: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return settings
 
 
-def row_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def row_names(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """For each row the settings in which it is not as most rows are (of two as common, as the first), the method before
     all; empty where there are none."""
     names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name != "method")
     values = {name: [canonical_json(row.get(name)) for row in rows] for name in names}
-    usual = {name: max(found, key=found.count) for name, found in values.items()}
+    usual = {name: max(each, key=each.count) for name, each in values.items()}
     return [
-        ", ".join(f"{name}={row.get(name)}" for name in names if values[name][place] != usual[name])
-        for place, row in enumerate(rows)
+        ", ".join(f"{name}={row.get(name)}" for name in names if values[name][index] != usual[name])
+        for index, row in enumerate(rows)
     ]
 
 
@@ -146,7 +146,7 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Map
     targets = sets.get(box.identity["targets"])
     if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":
         row.latents = TargetSet(targets).bytes_per_view()["latents"]
-    row.along = row.latents if along == BYTES else setting(settings, along) if along else None
+    row.along = row.latents if along == BYTES else numeric_setting(settings, along) if along else None
     lines, damaged = read_metrics(run / METRICS_FILE, (*CURVES, "images", "images_per_s"))
     if damaged:
         row.damaged[run] = damaged
@@ -173,7 +173,7 @@ def device_hours(lines: Sequence[dict[str, Any]]) -> float:
 
 def by_epoch(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
     """A figure's mean over the steps of each epoch."""
-    found: dict[int, list[float]] = {}
+    figures: dict[int, list[float]] = {}
     for line in lines:
-        found.setdefault(line["epoch"], []).append(line[name])
-    return [statistics.fmean(found[epoch]) for epoch in sorted(found)]
+        figures.setdefault(line["epoch"], []).append(line[name])
+    return [statistics.fmean(figures[epoch]) for epoch in sorted(figures)]

@@ -57,8 +57,8 @@ class Row:
 
     def error(self, column: str) -> float:
         """The standard error of that mean; 0 for a single seed, which says nothing of it."""
-        found = self.scores[column]
-        return statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+        scores = self.scores[column]
+        return statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Comparison:
 
     @property
     def done(self) -> int:
-        return sum(len(found) for row in self.rows for found in row.scores.values())
+        return sum(len(scores) for row in self.rows for scores in row.scores.values())
 
     @property
     def seeds(self) -> int:

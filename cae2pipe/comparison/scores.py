@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -59,15 +59,32 @@ class Result(BaseModel):
         return value
 
 
+class ScoreRow(TypedDict):
+    """What the table shows of one result. ``score``: a share of 1, of what ``metric`` names; ``also``: another figure
+    by its name; ``best``: the best epoch's score, where one was looked for; ``train``, ``val``: images."""
+
+    encoder: str
+    evaluation: str
+    feature: str
+    score: float
+    also: dict[str, float]
+    best: float | None
+    train: int
+    val: int
+    protocol: str
+    folder: str
+    metric: str
+
+
 def read_result(result: object, where: Path) -> Result:
     """A manifest's ``result``. Raises ManifestError where it is not one of an evaluation; the field is named."""
     try:
         return Result.model_validate(result)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, ("result", *first["loc"])))
+        field = ".".join(map(str, ("result", *first["loc"])))
         raise ManifestError(
-            f"{place}: {first['msg']}", where=where, fix="delete the folder, then run `cae2pipe evaluate` again"
+            f"{field}: {first['msg']}", where=where, fix="delete the folder, then run `cae2pipe evaluate` again"
         ) from None
 
 
@@ -113,14 +130,14 @@ def finished_score(folder: Path) -> tuple[ScoresBox, Result] | None:
     return box, read_result(result, folder / MANIFEST)
 
 
-def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> list[dict[str, Any]]:
+def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> list[ScoreRow]:
     """A row for every finished evaluation in or below the given folders, the best of each kind of evaluation first.
     ``damaged`` as in ``score_boxes``.
 
     Raises:
         SourceError: a folder does not exist, or there is not one score.
     """
-    rows: dict[Path, dict[str, Any]] = {}
+    rows: dict[Path, ScoreRow] = {}
     roots = list(roots)
     for folder, _, result in score_boxes(roots, damaged):
         rows[folder.resolve()] = row(result, folder)
@@ -133,9 +150,8 @@ def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -
     return sorted(rows.values(), key=lambda one: (one["evaluation"], -one["score"], str(one["folder"])))
 
 
-def row(result: Result, folder: Path) -> dict[str, Any]:
-    """What the table shows of one result: ``score`` and ``also`` are pairs of name and value; ``best`` is the best
-    epoch's score, where one was looked for."""
+def row(result: Result, folder: Path) -> ScoreRow:
+    """What the table shows of one result."""
     first, second = headlines(result.evaluation)
     return {
         "encoder": result.encoder,

@@ -238,20 +238,20 @@ def build(kind: type[S], raw: Mapping[str, object], where: object) -> S:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        place = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known, unknown = _known_names(kind, first["loc"][:-1]), str(first["loc"][-1])
             nearest = [name for name in known if name == PRESENT_NAMES.get(unknown)]
             nearest = nearest or difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
             fix = f"did you mean {nearest[0]!r}?" if nearest else f"known names here: {', '.join(known)}"
-            raise SettingsError(f"unknown setting {place!r}{more}", where=where, fix=fix) from None
+            raise SettingsError(f"unknown setting {field!r}{more}", where=where, fix=fix) from None
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, SettingsError):
             raise cause from None
         got = "" if isinstance(first["input"], dict) else f"; it is {shortened(repr(first['input']))}"
         if cause:  # one of our own cross-field checks: it says itself what to change
             raise SettingsError(f"{cause}{more}", where=where) from None
-        raise SettingsError(f"{place}: {first['msg']}{got}{more}", where=where, fix=f"--set {place}=...") from None
+        raise SettingsError(f"{field}: {first['msg']}{got}{more}", where=where, fix=f"--set {field}=...") from None
 
 
 def shortened(text: str, most: int = 80) -> str:

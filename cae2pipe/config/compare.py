@@ -74,7 +74,7 @@ class GridSettings(Settings):
 
     @field_validator("seeds", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _one(cls, value: object) -> object:
         return (value,) if isinstance(value, int) else value
 
     @field_validator("along")
@@ -82,9 +82,7 @@ class GridSettings(Settings):
     def _known(cls, value: str) -> str:
         if value in ("", BYTES):
             return value
-        found = setting(PretrainSettings(), value)
-        if isinstance(found, bool) or not isinstance(found, int | float | None):
-            raise ValueError(f"{value} is no number: scores cannot be drawn along it")
+        numeric_setting(PretrainSettings(), value)
         return value
 
     @model_validator(mode="after")
@@ -103,11 +101,13 @@ class GridSettings(Settings):
         return self
 
 
-def setting(settings: Settings, name: str) -> Any:
-    """The value of a setting by its dotted name, such as mask.ratio. Raises ValueError where there is none."""
-    value: Any = settings
+def numeric_setting(settings: Settings, name: str) -> float | None:
+    """The value of a setting by its dotted name, such as mask.ratio. Raises ValueError: there is none, or no number."""
+    value: object = settings
     for part in name.split("."):
         if not isinstance(value, Settings) or part not in type(value).model_fields:
             raise ValueError(f"there is no pretraining setting {name!r} to draw scores along")
         value = getattr(value, part)
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise ValueError(f"{name} is no number: scores cannot be drawn along it")
     return value

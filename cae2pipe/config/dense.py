@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, field_validator, model_validator
 
 from cae2pipe.config.base import Settings, added
@@ -89,7 +87,7 @@ class SegmentSettings(Settings):
 
     @field_validator("ignore", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _one(cls, value: object) -> object:
         return (value,) if isinstance(value, int) else value
 
     @model_validator(mode="after")

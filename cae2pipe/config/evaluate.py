@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -82,7 +82,7 @@ class KnnSettings(Settings):
 
     @field_validator("k", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _one(cls, value: object) -> object:
         return (value,) if isinstance(value, int) else value
 
     @model_validator(mode="after")

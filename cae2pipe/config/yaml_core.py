@@ -26,8 +26,8 @@ class CoreLoader(yaml.SafeLoader):
             if name.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{name.value!r} is there twice", problem_mark=name.start_mark)
             seen.add(name.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     def flatten_mapping(self, node: Any) -> None:
         """Merge keys are none of the core schema."""

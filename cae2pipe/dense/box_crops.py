@@ -89,8 +89,8 @@ def padded(images: Sequence[np.ndarray], fill: tuple[int, ...]) -> np.ndarray:
     height, width = (-(-max(image.shape[axis] for image in images) // DIVISOR) * DIVISOR for axis in (0, 1))
     whole = np.empty((len(images), height, width, 3), dtype=np.uint8)
     whole[:] = fill
-    for place, image in zip(whole, images, strict=True):
-        place[: image.shape[0], : image.shape[1]] = image
+    for part, image in zip(whole, images, strict=True):
+        part[: image.shape[0], : image.shape[1]] = image
     return np.ascontiguousarray(whole.transpose(0, 3, 1, 2))
 
 

@@ -19,8 +19,8 @@ def encode_boxes(truth: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
     growth, each times its weight (R-CNN)."""
     x, y, w, h = _centred(boxes)
     tx, ty, tw, th = _centred(truth)
-    found = torch.stack([(tx - x) / w, (ty - y) / h, (tw / w).log(), (th / h).log()], dim=1)
-    return found * found.new_tensor(weights)
+    deltas = torch.stack([(tx - x) / w, (ty - y) / h, (tw / w).log(), (th / h).log()], dim=1)
+    return deltas * deltas.new_tensor(weights)
 
 
 def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from cae2pipe.dense.coco_file import read_instances
+from cae2pipe.dense.coco_file import Annotation, Dataset, ImageEntry, read_instances
 from cae2pipe.dense.orientation import times
 from cae2pipe.errors import ImageError, SourceError
 from cae2pipe.images.decode import decode_rgb
@@ -38,9 +37,9 @@ class CocoImages:
     """
 
     root: Path
-    images: list[dict[str, Any]]
-    objects: dict[int, list[dict[str, Any]]]
-    dataset: dict[str, Any]
+    images: list[ImageEntry]
+    objects: dict[int, list[Annotation]]
+    dataset: Dataset
     classes: list[str]
     left_out: dict[str, int]
     identity: str
@@ -74,12 +73,12 @@ class CocoImages:
 
         entry = self.images[index]
         height, width = entry["height"], entry["width"]
-        found = self.objects[entry["id"]]
-        masks = [mask.decode(each["segmentation"]) for each in found]
-        corners = np.array([each["bbox"] for each in found], dtype=np.float32).reshape(-1, 4)
+        own = self.objects[entry["id"]]
+        masks = [mask.decode(each["segmentation"]) for each in own]
+        corners = np.array([each["bbox"] for each in own], dtype=np.float32).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
         boxes = np.clip(corners, 0, [width, height, width, height]).astype(np.float32)
-        labels = np.array([each["category_id"] for each in found], dtype=np.int64)
+        labels = np.array([each["category_id"] for each in own], dtype=np.int64)
         stacked = np.stack(masks) if masks else np.zeros((0, height, width), dtype=np.uint8)
         return self.image(index), Objects(boxes, labels, stacked)
 
@@ -108,29 +107,30 @@ def open_part(root: Path, names: tuple[str, ...], upright: bool | None, training
     """One part; in ``training`` without images that have no object."""
     name = next((name for name in names if (root / ANNOTATIONS / f"instances_{name}.json").is_file()), names[0])
     folder, path = root / name, root / ANNOTATIONS / f"instances_{name}.json"
-    if missing := next((place for place, there in ((path, path.is_file()), (folder, folder.is_dir())) if not there), 0):
+    needed = ((path, path.is_file()), (folder, folder.is_dir()))
+    if missing := next((each for each, there in needed if not there), None):
         raise SourceError(
             "this is missing",
             where=missing,
             fix="give a folder with train2017/, val2017/ and annotations/instances_train2017.json, ..._val2017.json",
         )
-    found = read_instances(path, folder, upright, training)
-    objects: dict[int, list[dict[str, Any]]] = {each["id"]: [] for each in found.images}
-    left_out = Counter(found.left_out)
-    for each in found.annotations:
+    instances = read_instances(path, folder, upright, training)
+    objects: dict[int, list[Annotation]] = {each["id"]: [] for each in instances.images}
+    left_out = Counter(instances.left_out)
+    for each in instances.annotations:
         if each["iscrowd"]:
             continue
         if min(each["bbox"][2:]) < 1:
             left_out["narrow"] += 1
         else:
             objects[each["image_id"]].append(each)
-    read = [each for each in found.images if objects[each["id"]]] if training else found.images
+    read = [each for each in instances.images if objects[each["id"]]] if training else instances.images
     if not any(objects.values()):
         raise SourceError(
             "not one image has an object that is no crowd, with a box and a mask", where=path, fix="check the file"
         )
-    left_out["images"] += len(found.images) - len(read)
-    return CocoImages(folder, read, objects, found.dataset(), found.classes, dict(left_out), found.identity)
+    left_out["images"] += len(instances.images) - len(read)
+    return CocoImages(folder, read, objects, instances.dataset(), instances.classes, dict(left_out), instances.identity)
 
 
 LEFT_OUT = {

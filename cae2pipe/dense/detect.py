@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cae2pipe.config.dense import REFERENCE_BATCH, DetectSettings
-from cae2pipe.dense.average_precision import average_precision
+from cae2pipe.dense.average_precision import Detection, average_precision
 from cae2pipe.dense.box_crops import BoxChunk, ScoredReader
 from cae2pipe.dense.coco import CocoImages
+from cae2pipe.dense.coco_file import ImageEntry
 from cae2pipe.dense.pyramid import Pyramid, decay_groups
 from cae2pipe.dense.rcnn import MaskRCNN
 from cae2pipe.dense.upernet import spread_norms
@@ -101,10 +102,10 @@ class DetectLearner(TunedLearner):
         """Scores over all val images, shared out among the processes."""
         self.world.share(self.network)
         own = range(self.world.rank, len(self.val), self.world.ranks)
-        found = [detection for parts in self.world.gather(self.detections(own)) for detection in parts]
-        return average_precision(self.val.dataset, found)
+        detections = [detection for parts in self.world.gather(self.detections(own)) for detection in parts]
+        return average_precision(self.val.dataset, detections)
 
-    def detections(self, own: range) -> list[dict[str, Any]]:
+    def detections(self, own: range) -> list[Detection]:
         """Detections on the val images ``own``, in COCO's format."""
         reader = ScoredReader(self.val, own, self.settings, self.network.normalise.mean)
         workers = min(worker_count(self.settings.speed.workers), len(reader))
@@ -116,7 +117,7 @@ class DetectLearner(TunedLearner):
         ]
 
     @torch.no_grad()
-    def detect(self, entry: dict[str, Any], pixels: np.ndarray, size: tuple[int, int]) -> list[dict[str, Any]]:
+    def detect(self, entry: ImageEntry, pixels: np.ndarray, size: tuple[int, int]) -> list[Detection]:
         """What is found on one image, in pixels of the original. Raises OutOfMemoryError."""
         from faster_coco_eval.core import mask
         from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -126,12 +127,12 @@ class DetectLearner(TunedLearner):
         with self.scoring_advice():
             images = detector.normalise(torch.tensor(pixels, device=self.world.device)[None])
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-                (found,) = detector(images, [size])
-            scale = found["boxes"].new_tensor([width / size[1], height / size[0]] * 2)
-            boxes = found["boxes"] * scale
+                (output,) = detector(images, [size])
+            scale = output["boxes"].new_tensor([width / size[1], height / size[0]] * 2)
+            boxes = output["boxes"] * scale
             if not len(boxes):
                 return []
-            pasted = paste_masks_in_image(found["masks"][:, None], boxes, (height, width))[:, 0] >= 0.5
+            pasted = paste_masks_in_image(output["masks"][:, None], boxes, (height, width))[:, 0] >= 0.5
         encoded = mask.encode(np.asfortranarray(pasted.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
         corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
         return [
@@ -143,7 +144,7 @@ class DetectLearner(TunedLearner):
                 "segmentation": segmentation,
             }
             for label, score, box, segmentation in zip(
-                found["labels"].tolist(), found["scores"].tolist(), corners.tolist(), encoded, strict=True
+                output["labels"].tolist(), output["scores"].tolist(), corners.tolist(), encoded, strict=True
             )
         ]
 
@@ -151,14 +152,14 @@ class DetectLearner(TunedLearner):
 def drawn_detections(learner: DetectLearner, count: int) -> list[Drawn]:
     """Of the first ``count`` val images: pixels, true and found objects."""
     count = min(count, len(learner.val))
-    found: dict[int, list[dict[str, Any]]] = {}
+    by_image: dict[int, list[Detection]] = {}
     for detection in learner.detections(range(count)):
         if detection["score"] >= SHOWN:
-            found.setdefault(detection["image_id"], []).append(detection)
+            by_image.setdefault(detection["image_id"], []).append(detection)
     drawn = []
     for index in range(count):
         image, objects = learner.val.read(index)
-        own = found.get(learner.val.images[index]["id"], [])
+        own = by_image.get(learner.val.images[index]["id"], [])
         corners = np.array([each["bbox"] for each in own], dtype=np.float32).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
         labels = np.array([each["category_id"] for each in own], dtype=np.int64)

@@ -11,10 +11,10 @@ from torch import Tensor
 from cae2pipe.dense.upernet import IGNORED
 
 
-def pixel_confusion(found: Tensor, labels: Tensor, classes: int) -> Tensor:
+def pixel_confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Pixels of each class (row) taken for each class (column), int64 (C, C), of label maps of one shape."""
     counted = labels != IGNORED
-    cells = labels[counted].long() * classes + found[counted].long()
+    cells = labels[counted].long() * classes + predicted[counted].long()
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
 
 
@@ -24,8 +24,8 @@ def segmentation_scores(confusion: Tensor, names: Sequence[str]) -> dict[str, An
     A class is there that has a pixel in the truth or in the predictions; accuracies are over those in the truth.
     """
     counts = confusion.double().cpu()
-    right, truth, found = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
-    union = truth + found - right
+    right, truth, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    union = truth + predicted - right
     present = union > 0
     iou = right / union.clamp(min=1)
     known = truth > 0

@@ -126,7 +126,7 @@ def open_part(
 ) -> LabelledImages:
     """One part, the size and the orientation of every file of which has been looked at."""
     pairs, notes, identity = _pairs(root, part)
-    sides, sizes = (read_sides([pair[place] for pair in pairs]) for place in (0, 1))
+    sides, sizes = (read_sides([pair[side] for pair in pairs]) for side in (0, 1))
     upright = [
         is_upright(one, labels.stored, settings.upright, pair[1], "the labels")
         for pair, one, labels in zip(pairs, sides, sizes, strict=True)
@@ -193,7 +193,7 @@ def files_by_stem(folder: Path, notes: list[str]) -> dict[str, Path]:
     Raises:
         SourceError: two differ by their suffix alone.
     """
-    found: dict[str, Path] = {}
+    by_stem: dict[str, Path] = {}
     others = Counter[str]()
     for path in sorted(folder.rglob("*")):
         if path.name.startswith(".") or path.is_dir():
@@ -202,12 +202,12 @@ def files_by_stem(folder: Path, notes: list[str]) -> dict[str, Path]:
             others[path.suffix or "without suffix"] += 1
             continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
-        if stem in found:
+        if stem in by_stem:
             raise SourceError(
-                f"two files are called {stem!r}: {found[stem].name} and {path.name}", where=folder, fix="remove one"
+                f"two files are called {stem!r}: {by_stem[stem].name} and {path.name}", where=folder, fix="remove one"
             )
-        found[stem] = path
+        by_stem[stem] = path
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         notes.append(f"{folder}: {others.total()} files are not named as images are: left out ({kinds})")
-    return found
+    return by_stem

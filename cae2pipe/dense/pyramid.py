@@ -49,11 +49,11 @@ class Pyramid(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         # Few blocks have two taps in one place.
-        places = sorted(set(self.taps))
-        found = self.encoder.forward_intermediates(
-            pixels, indices=places, norm=False, output_fmt="NCHW", intermediates_only=True
+        indices = sorted(set(self.taps))
+        taken = self.encoder.forward_intermediates(
+            pixels, indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        maps = dict(zip(places, found, strict=True))
+        maps = dict(zip(indices, taken, strict=True))
         return [scale(maps[tap]) for scale, tap in zip(self.scalers, self.taps, strict=True)]
 
 

@@ -47,7 +47,7 @@ class L1Proposals(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(found).nonzero().flatten() for found in self.fg_bg_sampler(labels))
+        positive, negative = (torch.cat(drawn).nonzero().flatten() for drawn in self.fg_bg_sampler(labels))
         chosen = torch.cat([positive, negative])
         truth, deltas = torch.cat(labels), torch.cat(regression_targets)
         boxes = F.l1_loss(pred_bbox_deltas[positive].float(), deltas[positive], reduction="sum") / max(1, len(chosen))
@@ -105,8 +105,8 @@ class Stage(nn.Module):
 
     def masks(self, pooled: Tensor, classes: Tensor) -> Tensor:
         """Mask logits (P, 28, 28) of the given classes (P,)."""
-        found = self.mask_predictor(self.mask_head(pooled)).float()
-        logits: Tensor = found[torch.arange(len(found), device=found.device), classes]
+        every = self.mask_predictor(self.mask_head(pooled)).float()
+        logits: Tensor = every[torch.arange(len(every), device=every.device), classes]
         return logits
 
 
@@ -147,8 +147,8 @@ class MaskRCNN(nn.Module):
 
     def features(self, images: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.pyramid(images)
-        found: OrderedDict[str, Tensor] = self.fpn(OrderedDict((str(n), level) for n, level in enumerate(maps)))
-        return OrderedDict((name, level.float()) for name, level in found.items())
+        levels: OrderedDict[str, Tensor] = self.fpn(OrderedDict((str(n), level) for n, level in enumerate(maps)))
+        return OrderedDict((name, level.float()) for name, level in levels.items())
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None
@@ -164,7 +164,7 @@ class MaskRCNN(nn.Module):
         listed = ImageList(images, sizes)
         proposals, losses = self.rpn(listed, features, targets)
         if targets is not None:
-            return {**losses, **self.losses(features, [found.detach() for found in proposals], sizes, targets)}
+            return {**losses, **self.losses(features, [proposed.detach() for proposed in proposals], sizes, targets)}
         return self.detections(features, proposals, sizes)
 
     def losses(
@@ -179,8 +179,8 @@ class MaskRCNN(nn.Module):
         for number, (stage, weight) in enumerate(zip(self.stages, self.settings.stage_loss, strict=True)):
             assert isinstance(stage, Stage)
             sampled = [
-                training_sample(stage, found, target, self.settings)
-                for found, target in zip(proposals, targets, strict=True)
+                training_sample(stage, proposed, target, self.settings)
+                for proposed, target in zip(proposals, targets, strict=True)
             ]
             boxes = [each.boxes for each in sampled]
             labels = torch.cat([each.labels for each in sampled])
@@ -203,10 +203,10 @@ class MaskRCNN(nn.Module):
             losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes, targets)
             if number + 1 < len(self.stages):
                 # True boxes come along with the next stage's sample in any case.
-                refined = decoded.detach().split([len(found) for found in boxes])
+                refined = decoded.detach().split([len(each) for each in boxes])
                 proposals = [
-                    clipped(found[each.proposed], size)
-                    for found, each, size in zip(refined, sampled, sizes, strict=True)
+                    clipped(moved[each.proposed], size)
+                    for moved, each, size in zip(refined, sampled, sizes, strict=True)
                 ]
         return losses
 
@@ -227,9 +227,9 @@ class MaskRCNN(nn.Module):
             return logits.sum() * 0
         truth = torch.cat(
             [
-                masks_within(target["masks"][each.index[each.labels > 0]], found)
-                for found, each, target in zip(boxes, sampled, targets, strict=True)
-                if len(found)
+                masks_within(target["masks"][each.index[each.labels > 0]], own)
+                for own, each, target in zip(boxes, sampled, targets, strict=True)
+                if len(own)
             ]
         )
         return F.binary_cross_entropy_with_logits(logits, truth)
@@ -238,7 +238,7 @@ class MaskRCNN(nn.Module):
         self, features: OrderedDict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
         """Boxes of the last stage, with class scores averaged over stages; masks averaged likewise."""
-        counts = [len(found) for found in proposals]
+        counts = [len(proposed) for proposed in proposals]
         scores: list[Tensor] = []
         for stage in self.stages:
             assert isinstance(stage, Stage)
@@ -247,28 +247,28 @@ class MaskRCNN(nn.Module):
             decoded = stage.decode(deltas, torch.cat(proposals))
             if stage.agnostic:
                 refined = decoded[:, 0].split(counts)
-                proposals = [clipped(found, size) for found, size in zip(refined, sizes, strict=True)]
+                proposals = [clipped(moved, size) for moved, size in zip(refined, sizes, strict=True)]
         decoded = decoded.expand(-1, self.classes + 1, -1)
         mean = torch.stack(scores).mean(dim=0)
-        found = [
+        picked = [
             self.pick(boxes, own, size)
             for boxes, own, size in zip(decoded.split(counts), mean.split(counts), sizes, strict=True)
         ]
-        pooled = self.mask_pool(features, [each["boxes"] for each in found], sizes)
-        classes = torch.cat([each["labels"] for each in found])
+        pooled = self.mask_pool(features, [each["boxes"] for each in picked], sizes)
+        classes = torch.cat([each["labels"] for each in picked])
         drawn = [stage.masks(pooled, classes).sigmoid() for stage in self.stages if isinstance(stage, Stage)]
         masks = torch.stack(drawn).mean(dim=0)
-        for each, own in zip(found, masks.split([len(each["boxes"]) for each in found]), strict=True):
+        for each, own in zip(picked, masks.split([len(each["boxes"]) for each in picked]), strict=True):
             each["masks"] = own
-        return found
+        return picked
 
     def pick(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         """The best of an image's boxes (P, 1 + classes, 4) by class, after non-maximum suppression."""
         boxes = clip_boxes_to_image(boxes[:, 1:], size)
         extent = boxes[..., 2:] - boxes[..., :2]
         good = (scores[:, 1:] > self.settings.score) & (extent > SMALLEST).all(dim=2)
-        place, label = good.nonzero(as_tuple=True)
-        chosen, sure = boxes[place, label], scores[place, label + 1]
+        proposal, label = good.nonzero(as_tuple=True)
+        chosen, sure = boxes[proposal, label], scores[proposal, label + 1]
         kept = batched_nms(chosen, sure, label, self.settings.nms)[: self.settings.detections]
         return {"boxes": chosen[kept], "labels": label[kept] + 1, "scores": sure[kept]}
 

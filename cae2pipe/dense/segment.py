@@ -72,8 +72,8 @@ class SegmentLearner(TunedLearner):
             seeded("chunk", self.settings.seed, chunk.step, chunk.number),
             torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            found = self.module(images)
-        return segmentation_loss(found, labels, self.settings.auxiliary)
+            outputs = self.module(images)
+        return segmentation_loss(outputs, labels, self.settings.auxiliary)
 
     def rate(self, step: int) -> float:
         settings, factor = self.settings, self.settings.batch / REFERENCE_BATCH
@@ -96,8 +96,8 @@ class SegmentLearner(TunedLearner):
         reader = ScaledReader(self.val, own, self.settings.scale)
         workers = min(worker_count(self.settings.speed.workers), len(reader))
         for pixels, labels in in_order(reader, workers, preload=[__name__]):
-            found = self.predict(pixels, labels.shape)
-            confusion += pixel_confusion(found, torch.from_numpy(labels).to(found.device), classes)
+            predicted = self.predict(pixels, labels.shape)
+            confusion += pixel_confusion(predicted, torch.from_numpy(labels).to(predicted.device), classes)
         return segmentation_scores(self.world.sum(confusion), self.val.classes)
 
     @torch.no_grad()
@@ -109,15 +109,15 @@ class SegmentLearner(TunedLearner):
 
         def logits(windows: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                found: Tensor = model(windows)[0]
-            return found
+                output: Tensor = model(windows)[0]
+            return output
 
         with self.scoring_advice():
             # The numpy array may lie in memory that cannot be written to.
             image = model.normalise(torch.tensor(pixels, device=device).permute(2, 0, 1)[None])[0]
             fill = torch.zeros(3, device=device)
-            found = sliding_logits(logits, image, side, stride, self.settings.chunk, fill)
-            return resized(found[None], size)[0].argmax(dim=0)
+            scored = sliding_logits(logits, image, side, stride, self.settings.chunk, fill)
+            return resized(scored[None], size)[0].argmax(dim=0)
 
 
 class ScaledReader:
@@ -138,9 +138,9 @@ def drawn_predictions(
     learner: SegmentLearner, data: LabelledImages, count: int
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Of the first ``count`` images: pixels (H, W, 3), true and predicted labels (H, W)."""
-    found = []
+    drawn = []
     for index in range(min(count, len(data))):
         image, labels = data.read(index)
         scaled = np.asarray(image.resize(fitted_size(*image.size, learner.settings.scale), Image.Resampling.BILINEAR))
-        found.append((np.asarray(image), labels, learner.predict(scaled, labels.shape).cpu().numpy().astype(np.uint8)))
-    return found
+        drawn.append((np.asarray(image), labels, learner.predict(scaled, labels.shape).cpu().numpy().astype(np.uint8)))
+    return drawn

@@ -44,10 +44,10 @@ def sliding_logits(
     seen = torch.zeros(padded.shape[-2:], device=image.device)
     for low in range(0, len(corners), batch):
         some = corners[low : low + batch]
-        found = logits(torch.stack([padded[:, top : top + window, left : left + window] for top, left in some]))
+        scored = logits(torch.stack([padded[:, top : top + window, left : left + window] for top, left in some]))
         if total is None:
-            total = found.new_zeros(found.shape[1], *padded.shape[-2:], dtype=torch.float32)
-        for (top, left), own in zip(some, found, strict=True):
+            total = scored.new_zeros(scored.shape[1], *padded.shape[-2:], dtype=torch.float32)
+        for (top, left), own in zip(some, scored, strict=True):
             total[:, top : top + window, left : left + window] += own
             seen[top : top + window, left : left + window] += 1
     assert total is not None

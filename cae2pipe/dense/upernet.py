@@ -64,16 +64,16 @@ def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
 
-def segmentation_loss(found: tuple[Tensor, Tensor | None], labels: Tensor, auxiliary: float) -> Tensor:
+def segmentation_loss(outputs: tuple[Tensor, Tensor | None], labels: Tensor, auxiliary: float) -> Tensor:
     """Mean cross-entropy over all pixels, to which those that do not count add nothing, with the auxiliary head's times
     its weight.
 
     Args:
-        found: logits (B, C, H, W), of both heads. labels: int64 (B, H, W), ``IGNORED`` where they do not count.
+        outputs: logits (B, C, H, W), of both heads. labels: int64 (B, H, W), ``IGNORED`` where they do not count.
     """
     losses = [
         F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
-        for logits in found
+        for logits in outputs
         if logits is not None
     ]
     return losses[0] + auxiliary * losses[1] if len(losses) > 1 else losses[0]

@@ -28,7 +28,7 @@ from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import LossSettings, ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
 from cae2pipe.images.normalise import Normalise
-from cae2pipe.models.description import FIX, read_description
+from cae2pipe.models.description import FIX, TimmConfig, read_description
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.keyed import keyed_seed
@@ -223,7 +223,7 @@ def released_student(path: Path, device: torch.device, precision: str) -> Studen
     return Student(model, {"sha256": sha256_file(path)}, True, device, precision)
 
 
-def build_exported(path: Path, weights: int) -> tuple[Any, dict[str, Any]]:
+def build_exported(path: Path, weights: int) -> tuple[Any, TimmConfig]:
     """The model that a ``config.json`` describes, whose weights take so many bytes on the disk, and the config.
 
     timm's own ``local-dir:`` would prefer a ``model.safetensors`` that lies beside, whatever we take the digest of.
@@ -239,7 +239,7 @@ def build_exported(path: Path, weights: int) -> tuple[Any, dict[str, Any]]:
         raise SourceError(f"this does not describe a model of timm: {error}", where=path, fix=FIX) from None
 
 
-def build_vit(config: dict[str, Any]) -> Any:
+def build_vit(config: TimmConfig) -> Any:
     """timm's model with the architecture of an exported ``config.json``."""
     import timm
 

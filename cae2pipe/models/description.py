@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.errors import SourceError
@@ -14,6 +14,17 @@ FIX = "give a folder as `cae2pipe pretrain` or `cae2pipe export` writes it"
 
 Mean = Annotated[float, Field(ge=-10, le=10)]
 Deviation = Annotated[float, Field(gt=0, le=10)]
+
+
+class TimmConfig(TypedDict):
+    """A ``config.json`` in timm's format. Others of timm's fields may be there."""
+
+    architecture: str
+    num_classes: NotRequired[int]
+    num_features: NotRequired[int]
+    global_pool: NotRequired[str]
+    model_args: NotRequired[dict[str, Any]]
+    pretrained_cfg: dict[str, JsonValue]
 
 
 class ModelArguments(BaseModel):
@@ -60,7 +71,7 @@ class Description(BaseModel):
     model_args: ModelArguments = ModelArguments()
 
 
-def read_description(path: Path, weights: int) -> dict[str, Any]:
+def read_description(path: Path, weights: int) -> TimmConfig:
     """The values of a ``config.json``.
 
     Args:
@@ -69,16 +80,15 @@ def read_description(path: Path, weights: int) -> dict[str, Any]:
     Raises:
         SourceError: it is not one; the field is named. Or the model would have more weights than the file can hold.
     """
-    config = read_json(path, fix=FIX, error=SourceError, limit=2**20)
+    config: TimmConfig = read_json(path, fix=FIX, error=SourceError, limit=2**20)
     try:
-        found = Description.model_validate(config)
+        shape = Description.model_validate(config).model_args
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
+        field = ".".join(map(str, first["loc"])) or "the file"
         raise SourceError(
-            f"this does not describe a model of timm: {place}: {first['msg']}", where=path, fix=FIX
+            f"this does not describe a model of timm: {field}: {first['msg']}", where=path, fix=FIX
         ) from None
-    shape = found.model_args
     if "model_args" in config:
         # A block has four square layers at least; each weight takes a byte at least.
         least = shape.embed_dim * (4 * shape.depth * shape.embed_dim + (shape.img_size // shape.patch_size) ** 2)
@@ -88,5 +98,4 @@ def read_description(path: Path, weights: int) -> dict[str, Any]:
                 where=path,
                 fix=FIX,
             )
-    values: dict[str, Any] = config
-    return values
+    return config

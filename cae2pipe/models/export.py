@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.images.normalise import Normalise
+from cae2pipe.models.description import TimmConfig
 from cae2pipe.models.encoder import Block, Encoder
-from cae2pipe.models.formats import Shape, to_timm
+from cae2pipe.models.formats import Shape, config_of
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -71,17 +71,17 @@ def timm_state(encoder: Encoder) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
 
 
-def timm_config(encoder: Encoder) -> dict[str, Any]:
+def timm_config(encoder: Encoder) -> TimmConfig:
     """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
-    shape = Shape(
-        image_size=encoder.image_size,
-        patch_size=encoder.patch_size,
-        width=encoder.width,
-        depth=len(encoder.blocks),
-        heads=encoder.heads,
-        mean=PIXEL_MEAN,
-        std=PIXEL_STD,
-        layer_scale=True,
+    return config_of(
+        Shape(
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            width=encoder.width,
+            depth=len(encoder.blocks),
+            heads=encoder.heads,
+            mean=PIXEL_MEAN,
+            std=PIXEL_STD,
+            layer_scale=True,
+        )
     )
-    config: dict[str, Any] = to_timm({}, shape).files[CONFIG]
-    return config

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cae2pipe.models.description import TimmConfig
 from cae2pipe.models.layers import EPS
 
 
@@ -54,9 +55,9 @@ class Layout:
     usage: str
 
 
-def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
-    """As timm reads folders and repositories of its hub."""
-    config = {
+def config_of(shape: Shape) -> TimmConfig:
+    """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
+    return {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,
         "num_features": shape.width,
@@ -83,11 +84,15 @@ def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
             "classifier": "head",
         },
     }
+
+
+def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
+    """As timm reads folders and repositories of its hub."""
     usage = (
         'import timm\n\nencoder = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)\n'
         "tokens = encoder.forward_features(images)  # the class token, then the patches, after the final norm"
     )
-    return Layout("model.safetensors", dict(state), {"format": "pt"}, {"config.json": config}, "timm", usage)
+    return Layout("model.safetensors", dict(state), {"format": "pt"}, {"config.json": config_of(shape)}, "timm", usage)
 
 
 def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,14 +226,14 @@ def to_hf(state: Mapping[str, Tensor], shape: Shape) -> Layout:
 
 def _blocks(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """The blocks' tensors whose names begin as told, under the other names: ``0.ln_1.weight``."""
-    found = {}
+    renamed = {}
     for name, tensor in state.items():
         if name.startswith("blocks."):
             number, rest = name.removeprefix("blocks.").split(".", 1)
             for theirs, ours in names.items():
                 if rest.startswith(theirs):
-                    found[f"{number}.{ours}{rest.removeprefix(theirs)}"] = tensor
-    return found
+                    renamed[f"{number}.{ours}{rest.removeprefix(theirs)}"] = tensor
+    return renamed
 
 
 FORMATS: dict[str, Callable[[Mapping[str, Tensor], Shape], Layout]] = {

@@ -97,16 +97,16 @@ def place_blocks(rows: int, cols: int, count: int, *key: str | int) -> list[int]
     for lot in range(LOTS):
         # Uniforms come in lots: one call to the generator costs as much as the whole search for a block.
         uniforms = keyed_uniforms(4 * TRIES, *key, lot).tolist()
-        for place in range(0, 4 * TRIES, 4):
+        for first in range(0, 4 * TRIES, 4):
             if not remaining:
                 return blocks
-            area = SMALLEST_BLOCK + uniforms[place] * (remaining - SMALLEST_BLOCK)
-            aspect = math.exp((2 * uniforms[place + 1] - 1) * stretch)
+            area = SMALLEST_BLOCK + uniforms[first] * (remaining - SMALLEST_BLOCK)
+            aspect = math.exp((2 * uniforms[first + 1] - 1) * stretch)
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < height < rows and 0 < width < cols):
                 continue
-            top = int(uniforms[place + 2] * (rows - height + 1))
-            left = int(uniforms[place + 3] * (cols - width + 1))
+            top = int(uniforms[first + 2] * (rows - height + 1))
+            left = int(uniforms[first + 3] * (cols - width + 1))
             block = ((1 << width) - 1) * columns[height] << (top * cols + left)
             added = (block & ~covered).bit_count()
             if 0 < added <= remaining:

@@ -43,7 +43,7 @@ def load_released(state: Mapping[str, Tensor], where: Path) -> Encoder:
         )
     width, patch = kernel.shape[0], kernel.shape[-1]
     side = round((positions.shape[1] - 1) ** 0.5)
-    numbers = [int(found[1]) for name in own if (found := re.match(r"blocks\.(\d+)\.", name))]
+    numbers = [int(match[1]) for name in own if (match := re.match(r"blocks\.(\d+)\.", name))]
     if width not in HEADS or not numbers or side * side + 1 != positions.shape[1]:
         raise SourceError(
             f"an encoder of width {width} with {len(set(numbers))} blocks and {positions.shape[1]} positions is none "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
 from cae2pipe.artifacts.box import RunBox
 from cae2pipe.artifacts.manifest_run import RunTeacher
+from cae2pipe.comparison.scores import ScoreRow
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.models.formats import Layout, Shape
@@ -19,7 +19,7 @@ from cae2pipe.version import __version__
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
 
 
-def model_card(name: str, layout: Layout, shape: Shape, run: RunBox | None, scores: Sequence[dict[str, Any]]) -> str:
+def model_card(name: str, layout: Layout, shape: Shape, run: RunBox | None, scores: Sequence[ScoreRow]) -> str:
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 
     Args:

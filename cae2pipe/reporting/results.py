@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from cae2pipe.comparison.scores import COLUMNS
+from cae2pipe.comparison.scores import COLUMNS, ScoreRow
 from cae2pipe.reporting.markdown import escaped, markdown_table
 
 NAMES = {
@@ -19,12 +18,12 @@ NAMES = {
 """What figures are called in print."""
 
 
-def protocols(rows: Sequence[dict[str, Any]]) -> list[str]:
+def protocols(rows: Sequence[ScoreRow]) -> list[str]:
     """The protocols of a table in the order in which they first come. Their numbers, from 1, stand in its rows."""
     return list(dict.fromkeys(row["protocol"] for row in rows))
 
 
-def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def shown(rows: Sequence[ScoreRow]) -> list[dict[str, str]]:
     """Rows as they are printed: scores in percent, protocols by number."""
     numbers = {text: str(number) for number, text in enumerate(protocols(rows), 1)}
 
@@ -40,11 +39,12 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "best": "" if row["best"] is None else percent(row["best"]),
             "protocol": numbers[row["protocol"]],
         }
-        rows_shown.append({column: cells.get(column, str(row[column])) for column in COLUMNS})
+        plain: dict[str, object] = {**row}
+        rows_shown.append({column: cells.get(column, str(plain[column])) for column in COLUMNS})
     return rows_shown
 
 
-def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+def as_markdown(rows: Sequence[ScoreRow]) -> str:
     """The table in Markdown, and the protocols below it."""
     lines = markdown_table(COLUMNS, [list(row.values()) for row in shown(rows)])
     return "\n".join([*lines, "", *(f"{number}. {escaped(text)}" for number, text in enumerate(protocols(rows), 1))])

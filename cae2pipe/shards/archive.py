@@ -112,7 +112,7 @@ def scan_class_tars(root: Path, tars: Sequence[Tar], passed_over: Counter[str] |
     labels = labelled(tar.name for tar in tars)
     if len(labels) < len(tars):
         raise SourceError("two tars have one name, which would be their class", where=root, fix="rename one of them")
-    found, notes, passed_over = [], list[str](), Counter(passed_over or {})
+    images, notes, passed_over = [], list[str](), Counter(passed_over or {})
     for name, path, contents in tars:
         contents.refuse_tars(path)
         if not contents.images:
@@ -123,12 +123,12 @@ def scan_class_tars(root: Path, tars: Sequence[Tar], passed_over: Counter[str] |
                 where=path,
                 fix="unpack these tars into one folder, or make one tar of them",
             )
-        found += [
+        images += [
             Found(f"{name}/{image.name}", labels[name], image.bytes, path, image.offset) for image in contents.images
         ]
         passed_over += contents.passed_over
         notes += contents.notes
-    return make_source(root, sorted(labels), found, passed_over, notes)
+    return make_source(root, sorted(labels), images, passed_over, notes)
 
 
 def scan_tree(path: Path, contents: Contents) -> Source:
@@ -155,11 +155,11 @@ def scan_tree(path: Path, contents: Contents) -> Source:
             fix="give an archive of one kind",
         )
     labels = labelled(tops)
-    found = [
+    images = [
         Found("/".join(names), labels.get(names[0], -1), image.bytes, path, image.offset)
         for names, image in zip(parts, contents.images, strict=True)
     ]
-    return make_source(path, sorted(tops), found, contents.passed_over, contents.notes)
+    return make_source(path, sorted(tops), images, contents.passed_over, contents.notes)
 
 
 def read_contents(path: Path, inner: Member | None = None) -> Contents:

@@ -43,9 +43,9 @@ def build_shard_set(source: Path, out: Path, settings: ShardSettings, report: Re
         SourceError: the source cannot be used, or no image of it decoded. MismatchError: ``out`` was made from other
             images or settings. ManifestError: ``out`` holds something else. LockedError: another process writes it.
     """
-    found = scan(source)
+    images = scan(source)
     refuse_inside(source, out)
-    return pack(found, out, settings, report)
+    return pack(images, out, settings, report)
 
 
 def pack(

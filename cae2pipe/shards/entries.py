@@ -74,7 +74,7 @@ class Source:
 def make_source(
     root: Path,
     classes: list[str],
-    found: Iterable[Found],
+    images: Iterable[Found],
     passed_over: Counter[str] | None = None,
     notes: Iterable[str] = (),
 ) -> Source:
@@ -84,7 +84,7 @@ def make_source(
         SourceError: two images would have one key.
     """
     entries, owners = [], dict[str, str]()
-    for path, label, size, file, offset in sorted(found, key=lambda image: image.path):
+    for path, label, size, file, offset in sorted(images, key=lambda image: image.path):
         key = sample_key(stem(path))
         if key in owners:
             raise SourceError(

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.config.base import package_folder
@@ -16,6 +16,15 @@ from cae2pipe.shards.entries import Source
 SHAPE = 'write {"name": ..., "splits": {"train": {"images": N}}, "classes": {"CLASS": "words"}}'
 SHOWN = 12
 """Classes that an error names; a complete list is one line of Python away."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference manifest: ``classes`` by their folders, in words; ``images``: how many each split has."""
+
+    name: str
+    classes: dict[str, str]
+    images: dict[str, int]
 
 
 def check_expected(source: Source, expected: str, split: str | None = None) -> None:
@@ -30,14 +39,13 @@ def check_expected(source: Source, expected: str, split: str | None = None) -> N
     """
     reference, asked = read_reference(expected)
     split = asked or _canonical(split or "train")
-    if split not in reference["splits"]:
+    if split not in reference.images:
         raise SettingsError(
-            f"{reference['name']} has no split {split!r}",
+            f"{reference.name} has no split {split!r}",
             where="--expect",
-            fix=f"give one of {', '.join(reference['name'] + '/' + name for name in reference['splits'])}",
+            fix=f"give one of {', '.join(reference.name + '/' + name for name in reference.images)}",
         )
-    names: dict[str, str] = reference["classes"]
-    images = reference["splits"][split]["images"]
+    names, images = reference.classes, reference.images[split]
     problems = []
     if missing := [f"{key} ({names[key].split(',')[0]})" for key in sorted(names.keys() - set(source.classes))]:
         problems.append(f"{len(missing)} of its {len(names)} classes are missing: {_some(missing)}")
@@ -47,7 +55,7 @@ def check_expected(source: Source, expected: str, split: str | None = None) -> N
         problems.append(f"there are {len(source.entries)} images instead of {images}")
     if problems:
         raise SourceError(
-            f"this is not {reference['name']}/{split}: " + "; ".join(problems),
+            f"this is not {reference.name}/{split}: " + "; ".join(problems),
             where=source.root,
             fix="complete the source; or leave out --expect to take it as it is"
             if source.classes
@@ -55,7 +63,7 @@ def check_expected(source: Source, expected: str, split: str | None = None) -> N
         )
 
 
-def read_reference(expected: str) -> tuple[dict[str, Any], str | None]:
+def read_reference(expected: str) -> tuple[Reference, str | None]:
     """A reference manifest, and the split that was asked for."""
     name, split = expected, ""
     if not Path(name).is_file():
@@ -70,11 +78,11 @@ def read_reference(expected: str) -> tuple[dict[str, Any], str | None]:
         )
     data = read_json(path, fix=SHAPE, error=SettingsError)
     try:
-        reference: dict[str, Any] = {
-            "name": str(data["name"]),
-            "classes": {str(key): str(words) for key, words in data["classes"].items()},
-        }
-        reference["splits"] = {split: {"images": int(data["splits"][split]["images"])} for split in data["splits"]}
+        reference = Reference(
+            str(data["name"]),
+            {str(key): str(words) for key, words in data["classes"].items()},
+            {name: int(data["splits"][name]["images"]) for name in data["splits"]},
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(
             f"this is no reference manifest: {type(error).__name__}: {error}",

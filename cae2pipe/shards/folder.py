@@ -80,15 +80,15 @@ def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str
             fix="pack the folder: tar -cf images.tar --sort=name FOLDER; or move the labels elsewhere",
         )
     labels = labelled(folders)
-    found = []
+    listed = []
     passed_over = Counter({"hidden": hidden} if hidden else {})
     for path, size in sorted(files.items()):
         if path in images:
             label = labels[path.split("/", 1)[0]] if labels else -1
-            found.append(Found(path, label, file_bytes(root / path) if size is None else size))
+            listed.append(Found(path, label, file_bytes(root / path) if size is None else size))
         else:
             passed_over[kind(path)] += 1
-    return make_source(root, folders, found, passed_over)
+    return make_source(root, folders, listed, passed_over)
 
 
 def find_images(root: Path, files: Collection[str]) -> frozenset[str]:

@@ -69,11 +69,13 @@ def with_ground_truth(source: Source, truth: GroundTruth) -> Source:
             )
         names = [truth.by_name[_name(entry.path)] for entry in images]
     labels = labelled(truth.classes)
-    found = []
+    labelled_images = []
     for entry, name in zip(images, names, strict=True):
         path = f"{name}/{entry.path.rpartition('/')[2]}"
-        found.append(Found(path, labels[name], entry.bytes, entry.file or source.root / entry.path, entry.offset))
-    return make_source(source.root, truth.classes, found, source.passed_over, source.notes)
+        labelled_images.append(
+            Found(path, labels[name], entry.bytes, entry.file or source.root / entry.path, entry.offset)
+        )
+    return make_source(source.root, truth.classes, labelled_images, source.passed_over, source.notes)
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
@@ -140,19 +142,19 @@ def _devkit(path: Path, files: dict[str, bytes]) -> GroundTruth:
 
 def _members(path: Path, data: bytes) -> dict[str, bytes]:
     """The two files of a development kit's archive that are wanted."""
-    found = {}
+    members = {}
     try:
         if data[:2] == b"\x1f\x8b":
             data = zlib.decompressobj(wbits=31).decompress(data, LARGEST)
         for info, offset, _ in read_members(io.BytesIO(data), 0, len(data)):
             name = info.name.rpartition("/")[2]
             if name in (META, TRUTH) and info.isreg():
-                found[name] = data[offset : offset + info.size]
+                members[name] = data[offset : offset + info.size]
     except (TarFormatError, zlib.error) as error:
         raise SourceError(f"this archive cannot be read: {error}", where=path, fix=FIX_LABELS) from None
-    if missing := {META, TRUTH} - found.keys():
+    if missing := {META, TRUTH} - members.keys():
         raise SourceError(f"this archive holds no {min(missing)}", where=path, fix=FIX_LABELS)
-    return found
+    return members
 
 
 def _read(path: Path) -> bytes:

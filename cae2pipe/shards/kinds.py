@@ -78,6 +78,6 @@ def kind(path: str) -> str:
 def describe_kinds(kinds: Iterable[str] | Counter[str], most: int = 3) -> str:
     """``12 .txt files, 1 .csv file``: the most frequent kinds first."""
     counts = Counter(kinds)
-    told = [f"{count} {kind} file{'s' * (count > 1)}" for kind, count in counts.most_common(most)]
+    shown = [f"{count} {kind} file{'s' * (count > 1)}" for kind, count in counts.most_common(most)]
     rest = sum(counts.values()) - sum(count for _, count in counts.most_common(most))
-    return ", ".join(told + [f"{rest} more"] * (rest > 0))
+    return ", ".join(shown + [f"{rest} more"] * (rest > 0))

@@ -39,19 +39,19 @@ def with_listings(source: Source, box: ShardsBox) -> list[list[Entry]]:
             lost, and the source cannot tell any more what it held.
     """
     left = {entry.path: entry for entry in source.entries}
-    found: dict[str, list[Entry]] = {}
+    listed: dict[str, list[Entry]] = {}
     lost = []
     for name in generations(box):
         rows = read_listing(box, name)
         if rows is None:
             lost.append(name)
         else:
-            found[name] = [_same(left, path, size, source, box) for path, size in rows]
+            listed[name] = [_same(left, path, size, source, box) for path, size in rows]
     for name in lost:
         # All that the other listings do not hold: if it was that, its digest says so.
-        found[name] = sorted(left.values(), key=lambda entry: entry.path)
+        listed[name] = sorted(left.values(), key=lambda entry: entry.path)
         left = {}
-        data = encode_listing(found[name])
+        data = encode_listing(listed[name])
         if sha256_bytes(data) != box.units[name]["files"][_file(name)]["sha256"]:
             raise DamageError(
                 "this listing is lost, and the source is no longer the same",
@@ -62,13 +62,13 @@ def with_listings(source: Source, box: ShardsBox) -> list[list[Entry]]:
     if left:
         if box.complete:
             box.save(complete=False)  # from before the new images are listed until their tars are there
-        name = f"{PREFIX}{len(found):03d}"
-        found[name] = sorted(left.values(), key=lambda entry: entry.path)
-        data = encode_listing(found[name])
+        name = f"{PREFIX}{len(listed):03d}"
+        listed[name] = sorted(left.values(), key=lambda entry: entry.path)
+        data = encode_listing(listed[name])
         write_bytes(box.root / _file(name), data)
         files: dict[str, FileEntry] = {_file(name): {"bytes": len(data), "sha256": sha256_bytes(data)}}
-        box.add(name, {"files": files, "samples": 0, "images": len(found[name])})
-    return [found[name] for name in sorted(found)]
+        box.add(name, {"files": files, "samples": 0, "images": len(listed[name])})
+    return [listed[name] for name in sorted(listed)]
 
 
 def encode_listing(entries: Sequence[Entry]) -> bytes:

@@ -36,7 +36,7 @@ def scan_list(path: Path) -> Source:
             fix="PATH<TAB>CLASS on every line, or PATH alone",
         )
     labels = labelled(name for _, _, name in pairs if name)
-    found, seen = [], dict[str, int]()
+    images, seen = [], dict[str, int]()
     for number, name, label in pairs:
         if name in seen:
             raise SourceError(
@@ -44,8 +44,8 @@ def scan_list(path: Path) -> Source:
             )
         seen[name] = number
         file = place(name) if "://" in name else path.parent / name
-        found.append(Found(name, labels.get(label, -1), _bytes(file, f"{path}, line {number}"), file))
-    return make_source(path, sorted(labels), found)
+        images.append(Found(name, labels.get(label, -1), _bytes(file, f"{path}, line {number}"), file))
+    return make_source(path, sorted(labels), images)
 
 
 def _bytes(file: Path, where: str) -> int:

@@ -94,22 +94,22 @@ def scan_samples(root: Path, tars: Sequence[Tar], passed_over: Counter[str] | No
     """
     if len({tar.name for tar in tars}) < len(tars):
         raise SourceError("two tars have one name", where=root, fix="rename one of them")
-    found, notes, passed_over = [], list[str](), Counter(passed_over or {})
+    listed, notes, passed_over = [], list[str](), Counter(passed_over or {})
     for name, path, contents in tars:
         contents.refuse_tars(path)
         for image, label in zip(contents.images, paired(contents, path), strict=True):
-            found.append(Found(f"{name}/{image.name}", label, image.bytes, path, image.offset))
+            listed.append(Found(f"{name}/{image.name}", label, image.bytes, path, image.offset))
         passed_over += contents.passed_over
         notes += contents.notes
-    kinds = {image.label >= 0 for image in found}
+    kinds = {image.label >= 0 for image in listed}
     if len(kinds) > 1:
         raise SourceError("some of these tars have labels, and some have none", where=root, fix="give tars of one kind")
-    if not found:
+    if not listed:
         raise SourceError("no images in these tars", where=root, fix="give WebDataset tars of images")
     if kinds == {False} and any("/" in image.name for tar in tars for image in tar.contents.images):
         notes.append("these tars hold no labels (.cls); the folders in them are not taken for classes")
-    most = max(image.label for image in found) + 1
-    return make_source(root, sample_classes(root, most), found, passed_over, notes)
+    most = max(image.label for image in listed) + 1
+    return make_source(root, sample_classes(root, most), listed, passed_over, notes)
 
 
 def paired(contents: Contents, where: Path) -> list[int]:
