@@ -22,10 +22,10 @@ def test_a_method_is_built_from_the_global_generator():
 
 
 def test_the_method_in_the_documentation_is_one(monkeypatch):
-    text = (Path(__file__).parents[2] / "docs" / "comparisons.md").read_text()
-    lines = text[text.index("    # mine.py") : text.index("    python mine.py")].splitlines()
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    code = text[text.index("# mine.py") :].partition("```")[0]
     monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
-    exec("\n".join(line[4:] for line in lines), {"__name__": "mine"})
+    exec(code, {"__name__": "mine"})
     model = registry.build_method("distilled", SETTINGS, 8)
     prediction = model(torch.zeros(1, 3, 32, 32), torch.tensor([[0, 2]]), torch.tensor([[1, 3]]))
     assert prediction.visible.shape == prediction.masked.shape == (1, 2, 8)
