@@ -13,7 +13,7 @@ from cae2pipe.version import __version__
 
 if TYPE_CHECKING:
     from cae2pipe.api.comparisons import Compared, compare, report
-    from cae2pipe.api.folders import inspect, verify
+    from cae2pipe.api.folders import inspect, repair, verify
     from cae2pipe.api.runs import Run, export, load_encoder, pretrain, register_method
     from cae2pipe.api.scores import Score, evaluate
     from cae2pipe.api.settings import presets, settings
@@ -39,6 +39,7 @@ __all__ = [
     "pretrain",
     "recode",
     "register_method",
+    "repair",
     "report",
     "settings",
     "shard",
@@ -47,7 +48,7 @@ __all__ = [
 
 _WHERE = {
     "api.comparisons": ("Compared", "compare", "report"),
-    "api.folders": ("inspect", "verify"),
+    "api.folders": ("inspect", "repair", "verify"),
     "api.runs": ("Run", "export", "load_encoder", "pretrain", "register_method"),
     "api.scores": ("Score", "evaluate"),
     "api.settings": ("presets", "settings"),

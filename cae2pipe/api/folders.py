@@ -22,10 +22,20 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return inspect_folder(place(path))
 
 
-def verify(
-    path: str | Path,
+def verify(path: str | Path, *, progress: Progress = True) -> Verification:
+    """Check every file of a folder against its manifest: ``cae2pipe verify``. ``problems`` of the outcome lists what is
+    wrong, [] where all is well.
+
+    Raises:
+        ManifestError: not a folder of ours.
+    """
+    with reporting(progress, "verify") as report:
+        return run_verify(place(path), report)
+
+
+def repair(
+    outcome: Verification,
     *,
-    repair: bool = False,
     source: str | Path | None = None,
     labels: str | Path | None = None,
     teacher_weights: str | Path | None = None,
@@ -33,22 +43,15 @@ def verify(
     workers: int = -1,
     progress: Progress = True,
 ) -> Verification:
-    """Check every file of a folder against its manifest: ``cae2pipe verify``. ``problems`` of the outcome lists what is
-    wrong, [] where all is well.
+    """Rebuild exactly what ``verify`` found damaged, and check again: ``cae2pipe verify --repair``.
 
     Args:
-        repair: make again exactly what is damaged, then check. source: with it, the images or the shard set that the
-            folder was made from. labels: with it, the ground truth that ``shard`` was given. teacher_weights: with it,
-            the teacher's weights, if they came from a local file. device, workers: with it.
+        source: the images or the shard set that the folder was made from. labels: the ground truth that ``shard`` was
+            given. teacher_weights: the teacher's weights, if they came from a local file.
 
     Raises:
-        Cae2pipeError: not a folder of ours, or it cannot be repaired.
+        Cae2pipeError: the folder cannot be repaired, with what would make it possible.
     """
-    root = place(path)
-    with reporting(progress, "verify") as report:
-        outcome = run_verify(root, report)
-    if not repair:
-        return outcome
     with reporting(progress, "repair") as report:
         run_repair(
             outcome,
@@ -59,4 +62,4 @@ def verify(
             device=device,
             workers=workers,
         )
-        return run_verify(root, report) if outcome.problems else outcome
+        return run_verify(outcome.path, report) if outcome.problems else outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def pretrain(
 
 
 def export(
-    encoder: str | Path, out: str | Path, *, format: str = "timm", scores: list[str | Path] | None = None
+    encoder: str | Path, out: str | Path, *, format: str = "timm", scores: Sequence[str | Path] = ()
 ) -> list[Path]:
     """Write an encoder as timm, open_clip or transformers (``hf``) read it, with a model card: ``cae2pipe export``.
 
@@ -124,7 +125,7 @@ def export(
     Raises:
         Cae2pipeError: with what was wrong, where, and what fixes it.
     """
-    return run_export(str(encoder), Path(out), format, [Path(folder) for folder in scores or []])
+    return run_export(str(encoder), Path(out), format, [Path(folder) for folder in scores])
 
 
 def load_encoder(spec: str | Path, *, device: str = "auto", seed: int = 0) -> FrozenEncoder:

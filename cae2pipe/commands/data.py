@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, path_or_url, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, path_or_url
 
 if TYPE_CHECKING:
     from cae2pipe.config.extract import CodecSettings
@@ -52,14 +52,9 @@ def shard(
     Run again with more images in SOURCE, it adds tars for the new ones.
     """
     with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.extract import ShardSettings
-        from cae2pipe.runtime.progress import progress
-        from cae2pipe.stages.shard import shard_images
+        from cae2pipe.api.targets import shard
 
-        settings = load(ShardSettings, "shard", config, set_ or [], section("speed", workers=workers))
-        with progress("shard") as report:
-            shard_images(source, out, settings, report, labels=labels, expected=expect)
+        shard(source, out, config=config, overrides=set_, labels=labels, expect=expect, workers=workers)
 
 
 def extract_targets(
@@ -97,11 +92,8 @@ def extract_targets(
     Under torchrun (torchrun --nproc-per-node N -m cae2pipe extract-targets ...) the ranks share the work.
     """
     with exits():
-        from cae2pipe.artifacts.parts import parse_part
-        from cae2pipe.config.base import load
-        from cae2pipe.config.extract import ExtractSettings
+        from cae2pipe.api import targets
         from cae2pipe.errors import SettingsError
-        from cae2pipe.runtime.progress import progress
 
         if epochs is not None and not estimate:
             raise SettingsError(
@@ -109,22 +101,19 @@ def extract_targets(
                 where="--epochs",
                 fix="add --estimate to have views recommended for so many epochs, or omit --epochs",
             )
-        values = {
-            **({} if views is None else {"views": views}),
-            **section("codec", name=codec.value if codec else None, fidelity=fidelity),
-            **section("speed", workers=workers, device=device),
-        }
-        settings = load(ExtractSettings, "extract", config, set_ or [], values)
-        from cae2pipe.stages.estimate_targets import estimate_targets
-        from cae2pipe.stages.extract_targets import extract_targets as run
-
+        settings = targets.extract_settings(
+            config,
+            set_,
+            views=views,
+            codec=codec.value if codec else None,
+            fidelity=fidelity,
+            workers=workers,
+            device=device,
+        )
         if estimate:
-            with progress("estimate") as report:
-                result = estimate_targets(source, settings, report, epochs)
-            _print_estimate(result, settings.codec)
-            return
-        with progress("extract-targets") as report:
-            run(source, out, settings, report, part=parse_part(part), calibrate_only=calibrate_only)
+            _print_estimate(targets.estimate_targets(source, config=settings, epochs=epochs), settings.codec)
+        else:
+            targets.extract_targets(source, out, config=settings, part=part, calibrate_only=calibrate_only)
 
 
 def recode(
@@ -149,16 +138,9 @@ def recode(
     On one disk the views' pixels are shared, not copied.
     """
     with exits():
-        from cae2pipe.config.base import build
-        from cae2pipe.config.extract import CodecSettings
-        from cae2pipe.runtime.progress import progress
+        from cae2pipe.api.targets import recode
 
-        values = {"name": codec.value} | ({} if fidelity is None else {"fidelity": fidelity})
-        settings = build(CodecSettings, values, "recode")
-        from cae2pipe.stages.recode import recode as run
-
-        with progress("recode") as report:
-            run(source, out, settings, report, lossy_source=lossy_source, workers=workers)
+        recode(source, out, codec=codec.value, fidelity=fidelity, lossy_source=lossy_source, workers=workers)
 
 
 def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, section, show_error
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, show_error
 from cae2pipe.errors import FAILURE, Cae2pipeError
 
 Encoder = Annotated[
@@ -112,19 +112,7 @@ def evaluate_segment(
     set_: Set = None,
 ) -> None:
     """Mean intersection over union of UperNet on the encoder (paper, Table 11). Needs the extra `dense`."""
-    with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.dense import SegmentSettings
-        from cae2pipe.runtime.progress import progress
-
-        over = section("speed", workers=workers, device=device)
-        settings = load(SegmentSettings, "evaluate", config, set_ or [], over)
-        from cae2pipe.stages.evaluate_dense import segment
-
-        with progress("evaluate segment") as report:
-            result = segment(encoder, data, out, settings, report)
-        if result:
-            _print_score(result)
+    _run_evaluation("segment", encoder, data, out, config, set_, workers=workers, device=device)
 
 
 def evaluate_detect(
@@ -147,37 +135,28 @@ def evaluate_detect(
     set_: Set = None,
 ) -> None:
     """Average precision of Mask R-CNN on the encoder (paper, Table 12). Needs the extra `dense`."""
-    with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.dense import DetectSettings
-        from cae2pipe.runtime.progress import progress
-
-        over = section("speed", workers=workers, device=device) | ({"cascade": True} if cascade else {})
-        settings = load(DetectSettings, "evaluate", config, set_ or [], over)
-        from cae2pipe.stages.evaluate_dense import detect
-
-        with progress("evaluate detect") as report:
-            result = detect(encoder, data, out, settings, report)
-        if result:
-            _print_score(result)
+    over = ["cascade=true", *(set_ or [])] if cascade else set_
+    _run_evaluation("detect", encoder, data, out, config, over, workers=workers, device=device)
 
 
 def _run_evaluation(
-    kind: str, encoder: str, data: Path, out: Path, config: str, set_: list[str] | None, **speed: Any
+    kind: str,
+    encoder: str,
+    data: Path,
+    out: Path,
+    config: str,
+    set_: list[str] | None,
+    *,
+    workers: int | None,
+    device: str | None,
 ) -> None:
     with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.evaluate import EVALUATIONS
-        from cae2pipe.runtime.progress import progress
+        from cae2pipe.api.scores import evaluate
 
-        settings = load(EVALUATIONS[kind], "evaluate", config, set_ or [], section("speed", **speed))
-        from cae2pipe.stages.evaluate import evaluate
-
-        with progress(f"evaluate {kind}") as report:
-            result = evaluate(kind, encoder, data, out, settings, report)
+        score = evaluate(kind, encoder, data, out, config=config, overrides=set_, workers=workers, device=device)
         # Under torchrun one process has it.
-        if result:
-            _print_score(result)
+        if score:
+            _print_score(score.result)
 
 
 def _print_score(result: dict[str, Any]) -> None:

@@ -18,11 +18,11 @@ def inspect(
 ) -> None:
     """Say what a folder is, what it was made from, and what it holds."""
     with exits():
+        from cae2pipe.api import folders
         from cae2pipe.runtime.foreign_names import visible_json
         from cae2pipe.runtime.terminal import print_facts
-        from cae2pipe.stages.inspection import inspect_folder
 
-        facts = inspect_folder(path)
+        facts = folders.inspect(path)
         if as_json:
             # What a small alphabet would have escaped is escaped as JSON has it.
             plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
@@ -52,19 +52,15 @@ def verify(
 ) -> None:
     """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
     with exits():
-        from cae2pipe.runtime.progress import progress
-        from cae2pipe.stages.verify import verify as check
+        from cae2pipe.api import folders
 
-        with progress("verify") as report:
-            result = check(path, report)
+        result = folders.verify(path)
         for problem in result.problems:
             errors.problem(problem)
         if repair:
-            from cae2pipe.stages.repair import repair as mend
-
-            with progress("repair") as report:
-                mend(result, report, source=source, labels=labels, weights=teacher_weights, device=device)
-                result = check(path, report) if result.problems else result
+            result = folders.repair(
+                result, source=source, labels=labels, teacher_weights=teacher_weights, device=device
+            )
             for problem in result.problems:
                 errors.problem(problem)
         console.say(result.summary())

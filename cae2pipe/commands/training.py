@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -41,21 +40,19 @@ def pretrain(
     code 143) and SIGUSR1 (75) end the step, write a checkpoint and leave; the same command goes on.
     """
     with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.pretrain import PretrainSettings
-        from cae2pipe.runtime.progress import progress
+        from cae2pipe.api.runs import pretrain
 
-        values = {
-            **({} if epochs is None else {"epochs": epochs}),
-            **({"targets": "online"} if online else {}),
-            **section("mask", repeat=repeat_masks),
-            **section("speed", workers=workers, device=device),
-        }
-        settings = load(PretrainSettings, "pretrain", config, set_ or [], values)
-        from cae2pipe.stages.pretrain import pretrain as run
-
-        with progress("pretrain") as report:
-            run(targets, out, settings, report)
+        pretrain(
+            targets,
+            out,
+            config=config,
+            overrides=set_,
+            epochs=epochs,
+            repeat_masks=repeat_masks,
+            online=online,
+            workers=workers,
+            device=device,
+        )
 
 
 def replay(
@@ -110,9 +107,9 @@ def export(
 ) -> None:
     """Write an encoder as timm, open_clip or transformers read it, with a model card."""
     with exits():
-        from cae2pipe.stages.export import export as write
+        from cae2pipe.api.runs import export
 
-        for path in write(encoder, out, format_.value, scores or []):
+        for path in export(encoder, out, format=format_.value, scores=scores or []):
             console.say(str(path))
 
 
@@ -149,43 +146,59 @@ def compare(
     Run again, it goes on: what is trained or scored already stays as it is, be it for another grid.
     """
     with exits():
-        from cae2pipe.artifacts.parts import parse_part
-        from cae2pipe.config.base import load
-        from cae2pipe.config.compare import GridSettings
-        from cae2pipe.errors import Cae2pipeError
-        from cae2pipe.runtime.progress import progress
-        from cae2pipe.runtime.ranks import torchrun_rank
-
-        settings = load(GridSettings, "compare", grid, set_ or [])
-        from cae2pipe.stages import compare as stage
-
-        name = report_name(grid, small)
-        speed = section("speed", workers=workers, device=device).get("speed", {})
-        run: Callable[..., Any] = partial(stage.compare, part=parse_part(part) if part else None)
-        jobs_failed: Cae2pipeError | None = None
         if jobs > 1:
-            if part or torchrun_rank().ranks > 1:
-                raise typer.BadParameter("--jobs shares out all runs itself: leave --part and torchrun away")
-            # What is wrong with the grid is told once, not by every job.
-            stage.plan_grid(settings, targets, data, out=out, small=small, speed=speed)
-            work = partial(_compare_part, settings, targets, data, out, small=small, speed=speed)
-            try:
-                run_jobs(work, jobs, device)
-            except Cae2pipeError as error:
-                jobs_failed = error
-            run = stage.report_grid
-        with progress("compare") as report:
-            comparison = run(settings, name, targets, data, out, report, small=small, speed=speed)
-        if comparison:
-            print_comparison(comparison, out / "reports" / name)
-        if jobs_failed:
-            raise jobs_failed
+            _compare_jobs(
+                grid, targets, data, out, set_, small=small, part=part, jobs=jobs, workers=workers, device=device
+            )
+            return
+        from cae2pipe.api.comparisons import compare
+
+        compared = compare(
+            grid, targets, data, out=out, overrides=set_, small=small, part=part, workers=workers, device=device
+        )
+        # Under torchrun one process has it.
+        if compared:
+            print_comparison(compared.comparison, compared.page.parent)
 
 
-def report_name(grid: str, small: bool) -> str:
-    """What a grid's report is called: the preset, or the file without its folders and ending."""
-    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(grid).stem).strip("-") or "grid"
-    return plain + ("-small" if small else "")
+def _compare_jobs(
+    grid: str,
+    targets: Path,
+    data: Path,
+    out: Path,
+    set_: list[str] | None,
+    *,
+    small: bool,
+    jobs: int,
+    workers: int | None,
+    device: str | None,
+) -> None:
+    """Share a grid's runs out among processes of this machine, and write the report of what they made."""
+    from cae2pipe.api.comparisons import report_name
+    from cae2pipe.config.base import load
+    from cae2pipe.config.compare import GridSettings
+    from cae2pipe.errors import Cae2pipeError
+    from cae2pipe.runtime.progress import progress
+    from cae2pipe.runtime.ranks import torchrun_rank
+    from cae2pipe.stages.compare import plan_grid, report_grid
+
+    if torchrun_rank().ranks > 1:
+        raise typer.BadParameter("--jobs shares out all runs itself: omit torchrun")
+    settings = load(GridSettings, "compare", grid, set_ or [])
+    speed = section("speed", workers=workers, device=device).get("speed", {})
+    # What is wrong with the grid is told once, not by every job.
+    plan_grid(settings, targets, data, out=out, small=small, speed=speed)
+    failed: Cae2pipeError | None = None
+    try:
+        run_jobs(partial(_compare_part, settings, targets, data, out, small=small, speed=speed), jobs, device)
+    except Cae2pipeError as error:
+        failed = error
+    name = report_name(grid, small)
+    with progress("compare") as report:
+        comparison = report_grid(settings, name, targets, data, out, report, small=small, speed=speed)
+    print_comparison(comparison, out / "reports" / name)
+    if failed:
+        raise failed
 
 
 def _compare_part(

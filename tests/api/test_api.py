@@ -99,8 +99,9 @@ def test_a_damaged_file_is_found_and_made_again(tmp_path, photos):
     (shards,) = cae2pipe.shard(photos, tmp_path / "shards", workers=0, **QUIET)
     tar = shards.shards[0].path
     tar.write_bytes(tar.read_bytes()[:-512])
-    assert len(cae2pipe.verify(shards.root, **QUIET).problems) == 1
-    assert cae2pipe.verify(shards.root, repair=True, source=photos, workers=0, **QUIET).problems == []
+    outcome = cae2pipe.verify(shards.root, **QUIET)
+    assert len(outcome.problems) == 1
+    assert cae2pipe.repair(outcome, source=str(photos), workers=0, **QUIET).problems == []
 
 
 def test_a_run_that_has_no_encoder_says_so(tmp_path, target_root, pretrain_settings):

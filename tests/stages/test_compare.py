@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cae2pipe.api.comparisons import report_name
 from cae2pipe.artifacts.parts import Part
 from cae2pipe.cli import app
-from cae2pipe.commands.training import report_name
 from cae2pipe.config.base import build, load, preset_names
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.errors import BadInputError, DivergedError, SettingsError
