@@ -212,7 +212,7 @@ def train_segmenter(job: Job[SegmentSettings, LabelledImages]) -> Score | None:
     backbone = prepared_encoder(
         job.encoder,
         job.spec,
-        settings.image_size,
+        image_size=settings.image_size,
         layer_scale=settings.layer_scale,
         drop_path=settings.drop_path,
         relative_positions=settings.relative_positions,
@@ -246,7 +246,7 @@ def train_detector(job: Job[DetectSettings, CocoImages]) -> Score | None:
     backbone = prepared_encoder(
         job.encoder,
         job.spec,
-        None,
+        image_size=None,
         layer_scale=settings.layer_scale,
         drop_path=settings.drop_path,
         relative_positions=False,
