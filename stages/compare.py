@@ -201,7 +201,8 @@ def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettin
     if settings.views == "fresh":
         fresh_views(targets, settings)
     if settings.targets == "online":
-        set_teacher(targets.box, settings.teacher_weights, torch.device("cpu"), "--set teacher_weights=FILE")
+        option = "--set teacher_weights=FILE"
+        set_teacher(targets.box, settings.teacher_weights, torch.device("cpu"), option=option)
     stored = targets.box.identity["settings"]["codec"]["name"]
     if codec and stored != "fp16":
         raise BadInputError(
@@ -282,8 +283,8 @@ def write_grid(
     with holding(out / "reports", name):
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
         runs = [(run.variant, run.name, run.scored) for run in plan.runs]
-        result = gather_grid(grid, runs, out, sets, list(failed or {}))
-        write_report(result, targets, out / "reports" / name, report, device)
+        result = gather_grid(grid, runs, out, sets=sets, failed=list(failed or {}))
+        write_report(result, targets, out / "reports" / name, report=report, device=device)
     return result
 
 

@@ -72,9 +72,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation gives; ``trained`` and ``left_out`` count training images. ``files`` lie in its folder."""
+    """What an evaluation gives: ``val`` are the val images' predictions; ``trained`` and ``left_out`` count training
+    images. ``files`` lie in its folder."""
 
-    predicted: SplitPredictions
+    val: SplitPredictions
     figures: dict[str, Any]
     trained: int
     left_out: int = 0
@@ -143,8 +144,8 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
 
 def finish(box: ScoresBox, job: Job, settings: AnySettings, *, score: Score) -> dict[str, Any]:
     """Write the result down, and call the evaluation complete."""
-    predictions, asked = score.predicted.predictions, box.identity
-    log_rejects(job.val, score.predicted.rejected, job.report)
+    predictions, asked = score.val.predictions, box.identity
+    log_rejects(job.val, score.val.rejected, job.report)
     result = {
         "evaluation": asked["evaluation"],
         "encoder": display_name(job.spec),
@@ -154,7 +155,7 @@ def finish(box: ScoresBox, job: Job, settings: AnySettings, *, score: Score) -> 
         "protocol": protocol(settings, job.size),
         "classes": len(job.classes),
         "images": {"train": score.trained, "val": len(predictions.labels)},
-        "rejected": {"train": score.left_out, "val": len(score.predicted.rejected)},
+        "rejected": {"train": score.left_out, "val": len(score.val.rejected)},
         "per_class": per_class(predictions, job.classes),
         "settings": asked["settings"],
         "encoder_identity": asked["encoder"],
@@ -241,9 +242,8 @@ def score_cached_linear(job: Job, settings: LinearSettings) -> Score | None:
 def score_attentive(job: Job, settings: AttentiveSettings) -> Score | None:
     """One cross-attention block with a learned query, and a linear classifier."""
     dim = measure(job, all_tokens)[-1]
-    heads = head_count(dim, settings.heads)
     with seeded("probe", settings.seed):
-        head = AttentiveProbe(dim, len(job.classes), heads).to(job.world.device)
+        head = AttentiveProbe(dim, len(job.classes), head_count(dim, settings.heads)).to(job.world.device)
     batch, _ = batch_and_steps(job.train.images, settings.batch)
     groups = [{"params": list(head.parameters()), "peak": settings.lr * batch / 8192}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=True)
@@ -276,12 +276,10 @@ def train_head(
     crop = DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed)
     history = trained(job, settings, learner, course=course, crop=crop)
     central = CentralCrop(job.size, round(job.size / settings.features.crop))
-    predicted = predict(
-        learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world
-    )
+    val = predict(learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
-    return Score(predicted, figures, job.train.images)
+    return Score(val, figures, job.train.images)
 
 
 def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
@@ -311,8 +309,7 @@ def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
     history = trained(job, settings, learner, course=course, crop=crop)
     # A run that was killed behind its last step has them still to make.
     last = learner.predicted or predicted(learner.logits)
-    scored = [line for line in history if "top1" in line]
-    best = max(scored, key=lambda line: line["top1"])
+    best = max((line for line in history if "top1" in line), key=lambda line: line["top1"])
     figures = {
         "best": {name: best[name] for name in ("epoch", "top1", "top5")},
         "train_loss": history[-1]["loss"],

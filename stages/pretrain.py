@@ -100,7 +100,9 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, *, wor
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
         weights = settings.teacher_weights
-        latents = OnlineLatents(world.lead_first(lambda: set_teacher(targets.box, weights, world.device, option)))
+        latents = OnlineLatents(
+            world.lead_first(lambda: set_teacher(targets.box, weights, world.device, option=option))
+        )
     step = Step(
         module,
         objective,

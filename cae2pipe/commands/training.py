@@ -147,9 +147,9 @@ def compare(
     """
     with exits():
         if jobs > 1:
-            _compare_jobs(
-                grid, targets, data, out, set_, small=small, part=part, jobs=jobs, workers=workers, device=device
-            )
+            if part:
+                raise typer.BadParameter("--jobs shares out all runs itself: omit --part")
+            _compare_jobs(grid, targets, data, out, set_, small=small, jobs=jobs, workers=workers, device=device)
             return
         from cae2pipe.api.comparisons import compare
 

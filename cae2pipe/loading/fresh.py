@@ -59,4 +59,4 @@ def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
                 where=root,
                 fix="give the shard set that the targets were made from: --set originals=FOLDER",
             )
-    return FreshViews(originals, shards, targets.view, settings.seed)
+    return FreshViews(originals, shards, settings=targets.view, seed=settings.seed)

@@ -28,7 +28,7 @@ def block_refs(targets: TargetSet, stores: list[str] | None = None) -> list[Bloc
         views.setdefault(unit["shard"], []).append(unit["view"])
         samples[unit["shard"]] = unit["samples"]
     return [
-        BlockRef(shard, block, min(BLOCK, samples[shard] - block * BLOCK), tuple(sorted(views[shard])))
+        BlockRef(shard, block, samples=min(BLOCK, samples[shard] - block * BLOCK), views=tuple(sorted(views[shard])))
         for shard in sorted(views)
         for block in range(-(-samples[shard] // BLOCK))
     ]
@@ -72,4 +72,4 @@ def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int =
 def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
     """The same, whole."""
     axes = plan.layout.sample_axes()
-    return (join(parts, axes) for parts in load_parts(plan, start, workers, rank, ranks))
+    return (join(parts, axes) for parts in load_parts(plan, start, workers, rank=rank, ranks=ranks))

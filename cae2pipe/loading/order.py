@@ -67,7 +67,7 @@ def stream_pieces(
             index = int(line[position])
             begin = int(ends[position]) - blocks[index].samples
             end = min(stop, int(ends[position]))
-            pieces.append(Piece(index, view_of(blocks[index], seed, epoch), start - begin, end - begin))
+            pieces.append(Piece(index, view_of(blocks[index], seed, epoch), low=start - begin, high=end - begin))
             start, position = end, position + 1
         result[stream] = pieces
     return result

@@ -129,7 +129,7 @@ def joined(rank: Rank, device: torch.device, parallel: str, *, patience: timedel
             where="environment",
             fix="start with torchrun, which sets these variables",
         )
-    world, inner = World(rank.rank, rank.ranks, device, parallel), dist.is_initialized()
+    world, inner = World(rank.rank, rank.ranks, device, parallel=parallel), dist.is_initialized()
     if not inner:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:

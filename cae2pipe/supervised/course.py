@@ -88,12 +88,21 @@ def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int, le
         )
     steps = images // batch
     epochs = -(-length // steps) if length else epochs
-    return Course(images, steps * batch, steps, batch // chunk, epochs, seed, length)
+    return Course(
+        images,
+        used=steps * batch,
+        steps=steps,
+        chunks=batch // chunk,
+        epochs=epochs,
+        seed=seed,
+        limit=length,
+    )
 
 
 def all_images(images: int, batch: int, steps: int, chunk: int, epochs: int, seed: int) -> Course:
     """Every image in every epoch, in steps and chunks of nearly equal size."""
-    return Course(images, images, steps, max(1, math.ceil(min(batch, images) / chunk)), epochs, seed)
+    chunks = max(1, math.ceil(min(batch, images) / chunk))
+    return Course(images, used=images, steps=steps, chunks=chunks, epochs=epochs, seed=seed)
 
 
 def check_share(chunks: int, ranks: int) -> None:

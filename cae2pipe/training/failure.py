@@ -63,7 +63,8 @@ def capture(
     }
     if world.leads:
         context["weights"] = weights
-    save_failure(path, batch, {"decoded": step.objective.target(step.latents(batch))}, context)
+    latents = {"decoded": step.objective.target(step.latents(batch))}
+    save_failure(path, batch, latents, context=context)
     error = DivergedError(
         f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
         "weights and optimizer were left as they were before it",

@@ -57,7 +57,7 @@ class Telemetry:
         peak = peak_tflops(world.device, settings.speed.peak_tflops)
         self.peak = peak and peak * 1e12 * world.ranks
         self.metrics = MetricsFile(out / METRICS_FILE, start, report)
-        self.trackers = [make_tracker(name, out, settings, start) for name in settings.track]
+        self.trackers = [make_tracker(name, out, settings, start=start) for name in settings.track]
         report.total(total, "steps", done=start)
         self.began = self.last = time.monotonic()
         self.start = start
