@@ -43,7 +43,7 @@ def print_table(terminal: Terminal, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of equal keys as a table; the keys are the headers."""
     table = Table(box=None, pad_edge=False)
     for name in rows[0] if rows else []:
-        # A mark that combines with the letter before it has no width of its own, and neither would its column.
+        # Some characters have no width of their own: a column of none would show nothing.
         table.add_column(visible(name), overflow="fold", min_width=1)
     for row in rows:
         table.add_row(*(visible(str(value)) for value in row.values()))
