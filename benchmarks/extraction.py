@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options
 from benchmarks.sample import copies, packed, photographs, rendered, settings, teacher_of
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.threads import in_threads
@@ -69,11 +69,17 @@ def main() -> None:
             number += 1
             out = scratch / f"set{number}"
             shutil.copytree(scratch / "set", out)
-            box = open_box(out)
-            missing = missing_units(box, shards, VIEWS)
+            artifact = open_artifact(out)
+            missing = missing_units(artifact, shards, VIEWS)
             meters.append(
                 make_views(
-                    box, shards, missing, teacher=teacher, settings=chosen, workers=worker_count(-1), report=Silent()
+                    artifact,
+                    shards,
+                    missing,
+                    teacher=teacher,
+                    settings=chosen,
+                    workers=worker_count(-1),
+                    report=Silent(),
                 )
             )
             shutil.rmtree(out)
@@ -90,7 +96,7 @@ def main() -> None:
             "what": f"extraction, {VIEWS} views",
             "views/s": figures(speeds["extraction"]),
             "of_teacher": round(ratio, 3),
-            "teacher_waits": round(last.waits(), 3),
+            "teacher_waits": round(last.idle_fraction(), 3),
             "waited_for_rendering_s": round(last.rendering, 1),
             "waited_for_packing_s": round(last.packing, 1),
         },

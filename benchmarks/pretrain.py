@@ -97,7 +97,7 @@ def measure(
     steps = options.steps or (2 if device.type == "cpu" else 50)
     if device.type == "cpu" and size == "large":
         steps = 1
-    teacher = set_teacher(targets.box, weights, device, "")
+    teacher = set_teacher(targets.artifact, weights, device, "")
     settings = settings_of(size, options.batch, device)
     torch.manual_seed(0)
     model = build_method(settings.method, settings.model, targets.teacher.dim).to(device)

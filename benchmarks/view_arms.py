@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness import real_folder
 from benchmarks.sample import settings as stage_1
 from benchmarks.sample import write_noise
-from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.artifact import is_artifact, open_artifact
 from cae2pipe.config.base import load
 from cae2pipe.config.extract import CodecSettings, ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
@@ -124,7 +124,7 @@ class Bench:
 
     def holds(self, root: Path, views: int) -> bool:
         """Whether a target set is finished and has so many views."""
-        return is_box(root, "targets") and open_box(root).complete and TargetSet(root).views >= views
+        return is_artifact(root, "targets") and open_artifact(root).complete and TargetSet(root).views >= views
 
 
 def all_images() -> Path:

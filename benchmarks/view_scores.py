@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import RunBox
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import FAST_RATES, KnnSettings, LinearSettings
 from cae2pipe.config.pretrain import PretrainSettings
@@ -85,7 +85,7 @@ class Scorer:
             both.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
         return both[0], both[1]
 
-    def score(self, run: RunBox, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
+    def score(self, run: RunArtifact, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
         """``knn`` and, where asked, ``linear`` top-1 accuracy in percent, on the class token; and ``held_out_loss``."""
         model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
         model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.box import MANIFEST, TargetsBox
+from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
-from cae2pipe.artifacts.parts import Part
-from cae2pipe.artifacts.places import is_local
+from cae2pipe.artifacts.storage import is_local
+from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.comparison.gathering import gather_grid
 from cae2pipe.comparison.rows import Comparison
-from cae2pipe.config.base import identity, load, merge
+from cae2pipe.config.base import fingerprinted, load, merge
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
 from cae2pipe.config.extract import CodecSettings
@@ -48,8 +48,8 @@ from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report import write_report
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
-from cae2pipe.training.aim import aim_of
 from cae2pipe.training.fit import check_fit
+from cae2pipe.training.target_spec import target_spec
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compare(
     report: Report,
     *,
     small: bool = False,
-    part: Part | None = None,
+    part: WorkShare | None = None,
     speed: dict[str, Any] | None = None,
 ) -> Comparison | None:
     """Train and score every run of a grid, or a part of them, and write the report of what is there.
@@ -102,9 +102,9 @@ def compare(
     speed = speed or {}
     result: Comparison | None = None
     with stage_world(speed.get("device", "auto"), report) as (world, report):
-        plan = world.lead_first(lambda: plan_grid(grid, targets, data, out=out, small=small, speed=speed))
+        plan = world.main_first(lambda: plan_grid(grid, targets, data, out=out, small=small, speed=speed))
         failed = run_part(grid, plan, targets, data=data, out=out, report=report, part=part)
-        if world.leads:
+        if world.is_main:
             result = write_grid(
                 grid, name, plan, targets=targets, out=out, report=report, device=world.device, failed=failed
             )
@@ -156,14 +156,17 @@ def plan_grid(
     if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInputError("the output folder lies inside the target set", where=out, fix="give another folder")
     splits = open_data(data, batch=1)
-    measured = [[split.identity for split in splits], {kind: identity(own) for kind, own in evaluations.items()}]
+    measured = [
+        [split.identity for split in splits],
+        {kind: fingerprinted(own) for kind, own in evaluations.items()},
+    ]
     runs = []
     for index, settings in expand(grid, small, speed or {}):
         variant = grid.variants[index]
         with variant_named(variant.name):
             check_run(target_set, settings, variant.codec)
         stores = {name: fingerprint(target_set.stores[name]["files"]) for name in chosen_stores(target_set, settings)}
-        name = run_name(settings, [target_set.box.fingerprint, stores], variant.codec)
+        name = run_name(settings, [target_set.artifact.fingerprint, stores], variant.codec)
         scored_as = f"{name}-{fingerprint(measured)[:8]}"
         runs.append(
             Planned(
@@ -188,7 +191,7 @@ def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple
 
 def run_name(settings: PretrainSettings, targets: Any, codec: CodecSettings | None) -> str:
     """The folder of a run on ``targets``, plain values that say what they are: what changes the result changes it."""
-    made_from = [identity(settings), targets, codec and identity(codec)]
+    made_from = [fingerprinted(settings), targets, codec and fingerprinted(codec)]
     return f"{settings.method}-s{settings.seed}-{fingerprint(made_from)[:8]}"
 
 
@@ -197,13 +200,13 @@ def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettin
     there. An online teacher is loaded for that: seconds beside the hours that it saves."""
     check_fit(targets, settings, torchrun_rank().ranks)
     with torch.device("meta"):
-        build_method(settings.method, settings.model, aim_of(settings, targets).dim)
+        build_method(settings.method, settings.model, target_spec(settings, targets).dim)
     if settings.views == "fresh":
         fresh_views(targets, settings)
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
-        set_teacher(targets.box, settings.teacher_weights, torch.device("cpu"), option=option)
-    stored = targets.box.identity["settings"]["codec"]["name"]
+        set_teacher(targets.artifact, settings.teacher_weights, torch.device("cpu"), option=option)
+    stored = targets.artifact.identity["settings"]["codec"]["name"]
     if codec and stored != "fp16":
         raise BadInputError(
             f"codecs are compared on recoded latents, and this set's are stored with {stored}, whose error would come "
@@ -232,7 +235,7 @@ def run_part(
     data: Path,
     out: Path,
     report: Report,
-    part: Part | None = None,
+    part: WorkShare | None = None,
 ) -> dict[str, Cae2pipeError]:
     """Train and score a part of a grid's runs. Gives what was raised by those that could not be finished.
 
@@ -292,7 +295,7 @@ def recoded(targets: Path, codec: CodecSettings | None, out: Path, report: Repor
     """The target set that a run reads. Another process that makes the same one is waited for."""
     if codec is None:
         return targets
-    of = fingerprint([TargetsBox.open(targets).fingerprint, identity(codec)])[:8]
+    of = fingerprint([TargetsArtifact.open(targets).fingerprint, fingerprinted(codec)])[:8]
     name = f"{codec.name}-{codec.fidelity:g}-{of}" if codec.name == "klt" else f"{codec.name}-{of}"
     folder = out / "targets" / name
     with holding(out / "targets", name, lambda: report.log(f"waiting for {folder}, which another process makes")):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.box import is_box
+from cae2pipe.artifacts.artifact import is_artifact
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
@@ -57,7 +57,7 @@ def estimate_targets(
     teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
     workers = worker_count(settings.speed.workers)
     with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:
-        if is_box(source, "shards"):
+        if is_artifact(source, "shards"):
             shards = ShardSet.open(source)
             images = shards.images
         else:
@@ -89,7 +89,7 @@ def estimate_targets(
         "pixels": round(pixels(settings.views)),
         "views_per_s": meter.rate(),
         "teacher_per_s": teacher_per_s,
-        "verdict": meter.verdict(),
+        "verdict": meter.bottleneck(),
         "codecs": rows,
     }
     if epochs is not None:

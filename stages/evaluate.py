@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import ScoresBox
+from cae2pipe.artifacts.artifact import ScoresArtifact
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.evaluate import AnySettings, AttentiveSettings, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.attentive import AttentiveProbe, head_count
@@ -43,9 +43,9 @@ from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.world import World, stage_world
-from cae2pipe.supervised.course import Course, all_images, check_share, full_batches
 from cae2pipe.supervised.loop import Learner, train
 from cae2pipe.supervised.remedies import Trained, cpu_remedy
+from cae2pipe.supervised.schedule import TrainSchedule, all_images, check_share, full_batches
 from cae2pipe.training.compilation import compiles
 
 
@@ -98,12 +98,12 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
         tuned = isinstance(settings, FinetuneSettings)
         set_backends(tuned and precision == "bf16", fixed_shapes=tuned)
         batch = batch_for(settings.speed.batch, world.device)
-        train_split, val_split = world.lead_first(lambda: open_data(data, batch))
+        train_split, val_split = world.main_first(lambda: open_data(data, batch))
         for split in (train_split, val_split):
             for remark in split.remarks:
                 report.log(f"{split.root}: {remark}")
-        encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision=precision))
-        resolved = identity(settings)
+        encoder = world.main_first(lambda: load_encoder(spec, settings.seed, world.device, precision=precision))
+        resolved = fingerprinted(settings)
         if isinstance(settings, FinetuneSettings):
             size, feature = settings.image_size or encoder.image_size, "mean"
             resolved |= {"precision": precision}
@@ -118,11 +118,11 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
             "image_size": size,
             "data": {"train": train_split.identity, "val": val_split.identity},
         }
-        world.lead(lambda: stack.enter_context(writing(out)))
-        box, result = world.lead(lambda: open_scores(root, asked))
+        world.run_on_main(lambda: stack.enter_context(writing(out)))
+        artifact, result = world.run_on_main(lambda: open_scores(root, asked))
         if result:
             report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
-            return result if world.leads else {}
+            return result if world.is_main else {}
         job = Job(
             encoder=encoder,
             spec=spec,
@@ -137,14 +137,14 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
         )
         # The leading process scores cached features alone.
         score = SCORES[kind](job, settings)
-        if score is None or not world.leads:
+        if score is None or not world.is_main:
             return {}
-        return finish(box, job, settings, score=score)
+        return finish(artifact, job, settings, score=score)
 
 
-def finish(box: ScoresBox, job: Job, settings: AnySettings, *, score: Score) -> dict[str, Any]:
+def finish(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, score: Score) -> dict[str, Any]:
     """Write the result down, and call the evaluation complete."""
-    predictions, asked = score.val.predictions, box.identity
+    predictions, asked = score.val.predictions, artifact.identity
     log_rejects(job.val, score.val.rejected, job.report)
     result = {
         "evaluation": asked["evaluation"],
@@ -160,10 +160,10 @@ def finish(box: ScoresBox, job: Job, settings: AnySettings, *, score: Score) -> 
         "settings": asked["settings"],
         "encoder_identity": asked["encoder"],
         "data": asked["data"],
-        "fingerprint": box.fingerprint,
+        "fingerprint": artifact.fingerprint,
     }
     files = write_predictions(job.root, predictions, job.classes)
-    save_result(box, result, files | {name: file_entry(job.root / name) for name in score.files})
+    save_result(artifact, result, files | {name: file_entry(job.root / name) for name in score.files})
     return result
 
 
@@ -260,7 +260,7 @@ def train_head(
 ) -> Score:
     """Train a head on new crops of every image in every epoch, and score it."""
     batch, steps = batch_and_steps(job.train.images, settings.batch)
-    course = all_images(
+    schedule = all_images(
         job.train.images, batch, steps, chunk=settings.chunk, epochs=settings.epochs, seed=settings.seed
     )
     learner = ProbeLearner(
@@ -268,13 +268,13 @@ def train_head(
         head,
         inputs,
         optimizer=optimizer,
-        course=course,
+        schedule=schedule,
         warmup_epochs=settings.warmup_epochs,
         batch=job.train.batch,
         world=job.world,
     )
     crop = DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed)
-    history = trained(job, settings, learner, course=course, crop=crop)
+    history = trained(job, settings, learner, schedule=schedule, crop=crop)
     central = CentralCrop(job.size, round(job.size / settings.features.crop))
     val = predict(learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world)
     losses = [line["loss"] for line in history]
@@ -287,7 +287,9 @@ def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
     the best epoch's, which the val images have picked."""
     world, classes = job.world, job.classes
     check_share(settings.batch // settings.chunk, world.ranks)
-    course = full_batches(job.train.images, settings.batch, settings.chunk, epochs=settings.epochs, seed=settings.seed)
+    schedule = full_batches(
+        job.train.images, settings.batch, settings.chunk, epochs=settings.epochs, seed=settings.seed
+    )
     classifier = build_classifier(job.encoder, len(classes), settings, spec=job.spec)
     central = CentralCrop(job.size, round(job.size / settings.crop))
 
@@ -298,7 +300,7 @@ def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
         classifier,
         len(classes),
         settings,
-        course=course,
+        schedule=schedule,
         bf16=precision_of(settings, world.device) == "bf16",
         compiled=compiles(settings.speed.compile, world.device),
         world=world,
@@ -306,7 +308,7 @@ def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
         root=job.root,
     )
     crop = DrawnCrop(job.size, settings.draw, classifier.normalise.mean, seed=settings.seed)
-    history = trained(job, settings, learner, course=course, crop=crop)
+    history = trained(job, settings, learner, schedule=schedule, crop=crop)
     # A run that was killed behind its last step has them still to make.
     last = learner.predicted or predicted(learner.logits)
     best = max((line for line in history if "top1" in line), key=lambda line: line["top1"])
@@ -357,13 +359,15 @@ def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) 
     return memory_advice(f"a set of {count} features", f"{fix} takes the same features", job.train.root)
 
 
-def trained(job: Job, settings: Trained, learner: Learner, *, course: Course, crop: DrawnCrop) -> list[dict[str, Any]]:
+def trained(
+    job: Job, settings: Trained, learner: Learner, *, schedule: TrainSchedule, crop: DrawnCrop
+) -> list[dict[str, Any]]:
     """Train on this process's crops; a line for every epoch."""
-    own = course.own(job.world.rank, job.world.ranks)
+    own = schedule.own(job.world.rank, job.world.ranks)
     return train(
         learner,
-        course,
-        lambda start: ChunkReader(job.train, course, own, start=start, crop=crop),
+        schedule,
+        lambda start: ChunkReader(job.train, schedule, own, start=start, crop=crop),
         root=job.root,
         settings=settings,
         world=job.world,

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from cae2pipe.artifacts.artifact import ScoresArtifact
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.box import ScoresBox
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.dense import DetectSettings, SegmentSettings
 from cae2pipe.dense.box_crops import BoxReader
 from cae2pipe.dense.coco import CocoImages, open_coco, told_left_out
@@ -35,9 +35,9 @@ from cae2pipe.reporting.pictures import png_bytes
 from cae2pipe.runtime.device import resolve_precision, set_backends
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World, stage_world
-from cae2pipe.supervised.course import Course, Reader, check_share, full_batches
 from cae2pipe.supervised.loop import train
 from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.schedule import Reader, TrainSchedule, check_share, full_batches
 from cae2pipe.training.compilation import compiles
 
 LAST, PICTURES = "last.safetensors", "pictures.png"
@@ -61,14 +61,14 @@ class Job(Generic[Settings, Part]):
     report: Report
 
     def trained(
-        self, learner: SegmentLearner | DetectLearner, course: Course, reading: Callable[[range, int], Reader]
+        self, learner: SegmentLearner | DetectLearner, schedule: TrainSchedule, reading: Callable[[range, int], Reader]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Scores and what training tells of each epoch. ``reading`` makes the reader of some chunks of every step, from
         a step on."""
-        own = course.own(self.world.rank, self.world.ranks)
+        own = schedule.own(self.world.rank, self.world.ranks)
         history = train(
             learner,
-            course,
+            schedule,
             lambda start: reading(own, start),
             root=self.root,
             settings=self.settings,
@@ -171,20 +171,20 @@ def perform(
     with stage_world(settings.speed.device, report) as (world, report), ExitStack() as stack:
         precision = resolve_precision(settings.precision, world.device)
         set_backends(precision == "bf16", fixed_shapes=fixed_shapes)
-        train_part, val_part, more, notes = world.lead_first(opened)
-        encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device))
-        world.lead(lambda: stack.enter_context(writing(out)))
+        train_part, val_part, more, notes = world.main_first(opened)
+        encoder = world.main_first(lambda: load_encoder(spec, settings.seed, world.device))
+        world.run_on_main(lambda: stack.enter_context(writing(out)))
         root = out / kind
         asked = {
             "evaluation": kind,
-            "settings": identity(settings) | {"precision": precision},
+            "settings": fingerprinted(settings) | {"precision": precision},
             "encoder": encoder.identity,
             "data": {"train": train_part.identity, "val": val_part.identity, **more},
         }
-        box, result = world.lead(lambda: open_scores(root, asked))
+        artifact, result = world.run_on_main(lambda: open_scores(root, asked))
         if result:
             report.log(f"nothing to do: {root} holds this score, {headline[0]} {result[headline[1]]:.4f}")
-            return result if world.leads else {}
+            return result if world.is_main else {}
         for note in notes:
             report.log(note)
         check_share(settings.batch // settings.chunk, world.ranks)
@@ -201,12 +201,12 @@ def perform(
                 report=report,
             )
         )
-        return finish(box, spec, score) if score else {}
+        return finish(artifact, spec, score) if score else {}
 
 
 def train_segmenter(job: Job[SegmentSettings, LabelledImages]) -> Score | None:
     settings, classes = job.settings, job.train.classes
-    course = full_batches(
+    schedule = full_batches(
         len(job.train), settings.batch, settings.chunk, epochs=1, seed=settings.seed, length=settings.steps
     )
     backbone = prepared_encoder(
@@ -220,15 +220,15 @@ def train_segmenter(job: Job[SegmentSettings, LabelledImages]) -> Score | None:
     segmenter = build_segmenter(backbone, len(classes), settings)
     compiled = compiles(settings.speed.compile, job.world.device)
     learner = SegmentLearner(
-        segmenter, settings, course, bf16=job.bf16, compiled=compiled, world=job.world, val=job.val
+        segmenter, settings, schedule, bf16=job.bf16, compiled=compiled, world=job.world, val=job.val
     )
     mean = segmenter.normalise.mean
     scores, history = job.trained(
         learner,
-        course,
-        lambda own, start: LabelCropReader(job.train, course, own, start=start, settings=settings, mean=mean),
+        schedule,
+        lambda own, start: LabelCropReader(job.train, schedule, own, start=start, settings=settings, mean=mean),
     )
-    if not job.world.leads:
+    if not job.world.is_main:
         return None
     sheet = label_sheet(drawn_predictions(learner, job.val, settings.pictures), len(job.val.classes))
     protocol = (
@@ -242,7 +242,7 @@ def train_segmenter(job: Job[SegmentSettings, LabelledImages]) -> Score | None:
 
 def train_detector(job: Job[DetectSettings, CocoImages]) -> Score | None:
     settings, classes = job.settings, job.train.classes
-    course = full_batches(len(job.train), settings.batch, settings.chunk, epochs=settings.epochs, seed=settings.seed)
+    schedule = full_batches(len(job.train), settings.batch, settings.chunk, epochs=settings.epochs, seed=settings.seed)
     backbone = prepared_encoder(
         job.encoder,
         job.spec,
@@ -252,12 +252,14 @@ def train_detector(job: Job[DetectSettings, CocoImages]) -> Score | None:
         relative_positions=False,
     )
     detector = build_detector(backbone, len(classes), settings)
-    learner = DetectLearner(detector, settings, course, bf16=job.bf16, world=job.world, val=job.val)
+    learner = DetectLearner(detector, settings, schedule, bf16=job.bf16, world=job.world, val=job.val)
     mean = detector.normalise.mean
     scores, history = job.trained(
-        learner, course, lambda own, start: BoxReader(job.train, course, own, start=start, settings=settings, mean=mean)
+        learner,
+        schedule,
+        lambda own, start: BoxReader(job.train, schedule, own, start=start, settings=settings, mean=mean),
     )
-    if not job.world.leads:
+    if not job.world.is_main:
         return None
     picture = box_sheet(drawn_detections(learner, settings.pictures), job.val.classes)
     name = "Cascade Mask R-CNN" if settings.cascade else "Mask R-CNN"
@@ -275,14 +277,14 @@ def train_detector(job: Job[DetectSettings, CocoImages]) -> Score | None:
     return Score(detector, figures, history, picture=picture)
 
 
-def finish(box: ScoresBox, spec: str, score: Score) -> dict[str, Any]:
-    """Write weights, pictures and result down, and close the box."""
-    asked = box.identity
-    save_weights(score.network.model, box.root / LAST)
-    files = {LAST: file_entry(box.root / LAST)}
+def finish(artifact: ScoresArtifact, spec: str, score: Score) -> dict[str, Any]:
+    """Write weights, pictures and result down, and close the artifact."""
+    asked = artifact.identity
+    save_weights(score.network.model, artifact.root / LAST)
+    files = {LAST: file_entry(artifact.root / LAST)}
     if score.picture is not None:
-        write_bytes(box.root / PICTURES, score.picture)
-        files[PICTURES] = file_entry(box.root / PICTURES)
+        write_bytes(artifact.root / PICTURES, score.picture)
+        files[PICTURES] = file_entry(artifact.root / PICTURES)
     result = {
         "evaluation": asked["evaluation"],
         "encoder": display_name(spec),
@@ -293,9 +295,9 @@ def finish(box: ScoresBox, spec: str, score: Score) -> dict[str, Any]:
         "settings": asked["settings"],
         "encoder_identity": asked["encoder"],
         "data": asked["data"],
-        "fingerprint": box.fingerprint,
+        "fingerprint": artifact.fingerprint,
     }
-    save_result(box, result, files)
+    save_result(artifact, result, files)
     return result
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from cae2pipe.artifacts.artifact import RunArtifact, is_artifact
 from cae2pipe.artifacts.atomic import remove_debris, write_bytes
-from cae2pipe.artifacts.box import RunBox, is_box
 from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.comparison.scores import collect
 from cae2pipe.errors import SettingsError, SourceError
@@ -57,7 +57,7 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     layout = FORMATS[kind](state, shape)
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
-    run = RunBox.open(folder) if is_box(folder, "run") else None
+    run = RunArtifact.open(folder) if is_artifact(folder, "run") else None
     card = model_card(display_name(spec), layout, shape, run, collect(scores) if scores else [])
     refuse_others(out, layout)
     out.mkdir(parents=True, exist_ok=True)

@@ -12,14 +12,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, is_artifact, refuse_foreign
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import MANIFEST, TargetsBox, is_box, refuse_foreign
 from cae2pipe.artifacts.lock import holding, writing
-from cae2pipe.artifacts.parts import WHOLE, Part
-from cae2pipe.artifacts.places import file_size, is_local, is_shared
 from cae2pipe.artifacts.provenance import tell_changes
 from cae2pipe.artifacts.staging import remove_stages
-from cae2pipe.config.base import identity
+from cae2pipe.artifacts.storage import file_size, is_local, is_shared
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
@@ -44,10 +44,10 @@ def extract_targets(
     settings: ExtractSettings,
     report: Report,
     *,
-    part: Part = WHOLE,
+    part: WorkShare = WHOLE,
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
-) -> TargetsBox:
+) -> TargetsArtifact:
     """Make, or go on making, the target set ``out`` from a shard set or a folder of images.
 
     Args:
@@ -67,51 +67,55 @@ def extract_targets(
         refuse_foreign(out)
         begun = file_size(out / MANIFEST) is not None
         if begun:
-            settings = resumed(TargetsBox.open(out), settings, report)
+            settings = resumed(TargetsArtifact.open(out), settings, report)
             refuse_other_pixels(out, settings)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
-        content = {"settings": identity(settings), "teacher": teacher.info.identity()}
+        content = {"settings": fingerprinted(settings), "teacher": teacher.info.identity()}
         fix = "give another output folder, or the settings this one was made with"
         if begun:
-            TargetsBox.open_same(out, content, fix)
+            TargetsArtifact.open_same(out, content, fix)
         shards = open_source(source, out, settings, report)
-        box = TargetsBox.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix)
-        missing = missing_units(box, shards, settings.views, part, remake)
+        artifact = TargetsArtifact.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix)
+        missing = missing_units(artifact, shards, settings.views, part, remake)
         remove_leftovers(out, missing, part)
-        box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}
-        if not missing and is_calibrated(box) and (box.complete or part != WHOLE) and remake is None:
+        artifact.facts |= {"classes": shards.classes, "wanted": wanted(artifact, shards, settings.views)}
+        if not missing and is_calibrated(artifact) and (artifact.complete or part != WHOLE) and remake is None:
             holds = f"all {settings.views} views of " + (f"part {part}" if part != WHOLE else "all shards")
             report.log(f"nothing to do: {out} holds {holds} ({len(shards.shards)} shards)")
-            save_targets(box, shards, settings.views)
-            return box
+            save_targets(artifact, shards, settings.views)
+            return artifact
         workers = -(-worker_count(settings.speed.workers) // rank.on_machine)
         if not (is_shared(out) and is_shared(source)):
             workers = 0  # what lies in this process's memory is seen by no other
-        tell_changes(box.facts, teacher.device, report)
+        tell_changes(artifact.facts, teacher.device, report)
         if remake is not None and CODEC in remake:
-            make_calibration(box, shards, teacher, settings=settings, workers=workers, report=report)
-        box = ensure_calibration(box, shards, teacher, settings=settings, workers=workers, part=part, report=report)
+            make_calibration(artifact, shards, teacher, settings=settings, workers=workers, report=report)
+        artifact = ensure_calibration(
+            artifact, shards, teacher, settings=settings, workers=workers, part=part, report=report
+        )
         if calibrate_only:
             report.log("calibrated; nothing else was asked for")
-            return box
-        check_space(box, missing)
+            return artifact
+        check_space(artifact, missing)
         try:
             reducing = [lacking.shard for lacking in missing if lacking.images]
-            make_images(box, shards, reducing, settings.view, workers, report)
+            make_images(artifact, shards, reducing, settings.view, workers, report)
             if any(lacking.views for lacking in missing):
-                make_views(box, shards, missing, teacher=teacher, settings=settings, workers=workers, report=report)
+                make_views(
+                    artifact, shards, missing, teacher=teacher, settings=settings, workers=workers, report=report
+                )
         finally:
-            save_targets(box, shards, settings.views)
-        return box
+            save_targets(artifact, shards, settings.views)
+        return artifact
 
 
-def resumed(box: TargetsBox, settings: ExtractSettings, report: Report) -> ExtractSettings:
+def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report) -> ExtractSettings:
     """The settings with what was not given as the set has been begun with: a changed default must neither refuse the
     command that began it nor add views to it."""
-    updates: dict[str, Any] = {"codec": as_begun(settings.codec, box.identity["settings"]["codec"])}
+    updates: dict[str, Any] = {"codec": as_begun(settings.codec, artifact.identity["settings"]["codec"])}
     # Early sets do not say what they were to hold.
-    if "views" not in settings.model_fields_set and "wanted" in box.facts:
-        updates["views"] = box.facts["wanted"]["views"]
+    if "views" not in settings.model_fields_set and "wanted" in artifact.facts:
+        updates["views"] = artifact.facts["wanted"]["views"]
     begun = settings.model_copy(update=updates)
     if begun != settings:
         report.log(f"as this set was begun: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
@@ -120,7 +124,7 @@ def resumed(box: TargetsBox, settings: ExtractSettings, report: Report) -> Extra
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
     """Raise MismatchError where a set's views are replayed and stored ones are asked for, or the reverse."""
-    there = recorded_view(TargetsBox.open(out).identity["settings"]).pixels
+    there = recorded_view(TargetsArtifact.open(out).identity["settings"]).pixels
     if there != settings.view.pixels:
         raise MismatchError(
             f"this set's views are {there}, and {settings.view.pixels} ones are asked for",
@@ -131,9 +135,9 @@ def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
 
 def open_source(source: Path, out: Path, settings: ExtractSettings, report: Report) -> ShardSet:
     """The shard set to read: the source itself, or one made from a folder of images inside ``out``."""
-    if is_box(source, "shards"):
+    if is_artifact(source, "shards"):
         return ShardSet.open(source)
-    if is_box(source):
+    if is_artifact(source):
         raise SourceError("this folder is not a shard set", where=source, fix="give a shard set or a folder of images")
     with holding(out, "sharding", lambda: report.log("waiting for another process to shard the images")):
         report.log(f"sharding {source} into {out / SHARDS_FOLDER}")
@@ -148,13 +152,13 @@ def sharding(settings: ExtractSettings) -> ShardSettings:
     return settings.shard.model_copy(update={"speed": speed})
 
 
-def remove_leftovers(out: Path, missing: list[MissingUnits], part: Part) -> None:
+def remove_leftovers(out: Path, missing: list[MissingUnits], part: WorkShare) -> None:
     """Remove what a killed run left half-written, and never what another part is writing now."""
     if part == WHOLE and is_local(out):
         remove_debris(out)
     remove_stages(out, [name for lacking in missing for name in lacking.units])
 
 
-def save_targets(box: TargetsBox, shards: ShardSet, views: int) -> None:
+def save_targets(artifact: TargetsArtifact, shards: ShardSet, views: int) -> None:
     """Write the manifest; the set is complete once every part has made its share."""
-    box.save(complete=lambda merged: CODEC in merged.units and not missing_units(merged, shards, views))
+    artifact.save(complete=lambda merged: CODEC in merged.units and not missing_units(merged, shards, views))

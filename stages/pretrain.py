@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import RunBox
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import identity, present_name
+from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import MismatchError
 from cae2pipe.loading.plan import chosen_stores, make_plan
@@ -29,21 +29,21 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World, stage_world
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
-from cae2pipe.training.aim import PixelTargets, aim_of
 from cae2pipe.training.checkpoint import Checkpoints, restore_training, training_state
 from cae2pipe.training.compilation import compiles
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer
-from cae2pipe.training.parallel import spread
+from cae2pipe.training.parallel import wrap_model
 from cae2pipe.training.pretraining import Pretraining
 from cae2pipe.training.step import Latents, Step, cached
 from cae2pipe.training.step_loop import run_steps
 from cae2pipe.training.student import teacher_of
+from cae2pipe.training.target_spec import PixelTargets, target_spec
 
 
-def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> RunBox:
+def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> RunArtifact:
     """Train, or go on training, the run ``out`` on a target set; end with ``encoder.safetensors``.
 
     Raises:
@@ -58,34 +58,36 @@ def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: 
 
 def pretrain_within(
     targets_root: Path, out: Path, settings: PretrainSettings, *, world: World, report: Report
-) -> RunBox:
+) -> RunArtifact:
     """``pretrain`` in processes that have met."""
-    targets = world.lead_first(lambda: TargetSet(targets_root))
-    world.lead(lambda: check_fit(targets, settings, world.ranks))
+    targets = world.main_first(lambda: TargetSet(targets_root))
+    world.run_on_main(lambda: check_fit(targets, settings, world.ranks))
     with ExitStack() as stack:
-        world.lead(lambda: stack.enter_context(writing(out)))
+        world.run_on_main(lambda: stack.enter_context(writing(out)))
         return _train_run(targets, out, settings, world=world, report=report)
 
 
-def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, *, world: World, report: Report) -> RunBox:
+def _train_run(
+    targets: TargetSet, out: Path, settings: PretrainSettings, *, world: World, report: Report
+) -> RunArtifact:
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, world.device)})
     bf16 = settings.precision == "bf16"
-    box: RunBox = world.lead(lambda: begin(out, targets, settings))
-    if box.complete and box.has("encoder"):
+    artifact: RunArtifact = world.run_on_main(lambda: begin(out, targets, settings))
+    if artifact.complete and artifact.has("encoder"):
         report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
-        return box
+        return artifact
     set_backends(bf16, settings.speed.deterministic, fixed_shapes=True)
     torch.manual_seed(keyed_seed("init", settings.seed))
-    aim = aim_of(settings, targets)
-    model = build_method(settings.method, settings.model, aim.dim).to(world.device)
+    spec = target_spec(settings, targets)
+    model = build_method(settings.method, settings.model, spec.dim).to(world.device)
     model.recompute(settings.speed.recompute)
-    plan = make_plan(targets, sorted(box.facts["stores"]), settings, drop_columns=model.drop_columns)
+    plan = make_plan(targets, sorted(artifact.facts["stores"]), settings, drop_columns=model.drop_columns)
     objective = make_objective(model, targets, settings).to(world.device).train()
     if compiles(settings.speed.compile, world.device):
         compile_objective(objective, world)
-    module = spread(objective, world)
+    module = wrap_model(objective, world)
     optimizer = build_optimizer(model, settings.optimizer)
-    checkpoints = checkpoints_of(out, settings, plan.steps, run=box.fingerprint)
+    checkpoints = checkpoints_of(out, settings, plan.steps, run=artifact.fingerprint)
     start = checkpoints.resume(
         lambda: {"model": model.state_dict(), "optimizer": {"state": {}, "param_groups": []}},
         lambda state: restore_training(model, optimizer, state),
@@ -101,7 +103,7 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, *, wor
         option = "--set teacher_weights=FILE"
         weights = settings.teacher_weights
         latents = OnlineLatents(
-            world.lead_first(lambda: set_teacher(targets.box, weights, world.device, option=option))
+            world.main_first(lambda: set_teacher(targets.artifact, weights, world.device, option=option))
         )
     step = Step(
         module,
@@ -115,19 +117,19 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, *, wor
     )
     total = plan.steps * settings.epochs
     training = Pretraining(
-        step, plan, settings, checkpoints=checkpoints, target_dim=aim.dim, start=start, out=out, report=report
+        step, plan, settings, checkpoints=checkpoints, target_dim=spec.dim, start=start, out=out, report=report
     )
     limit = min(total, settings.stop_after or total)
     with closing(training):
         done = run_steps(training, start, limit, checkpoints=checkpoints, world=world, report=report)
     if done < total:
         report.log(f"stopped after {done} of {total} steps, as stop_after asks")
-        return box
+        return artifact
     weights = training_state(model, optimizer)["model"]
-    if world.leads:
-        finish(box, settings, weights, target_dim=aim.dim)
+    if world.is_main:
+        finish(artifact, settings, weights, target_dim=spec.dim)
         report.log(f"wrote {out / 'encoder.safetensors'}")
-    return box
+    return artifact
 
 
 def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: str) -> Checkpoints:
@@ -140,34 +142,34 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
     return Checkpoints(out / "checkpoints", run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
 
 
-def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunBox:
+def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
     """The run's folder, made or found again, without what a killed process left half-written."""
-    box = open_run(out, targets, settings)
+    artifact = open_run(out, targets, settings)
     remove_debris(out)
-    return box
+    return artifact
 
 
-def finish(box: RunBox, settings: PretrainSettings, weights: dict[str, Any], *, target_dim: int) -> None:
+def finish(artifact: RunArtifact, settings: PretrainSettings, weights: dict[str, Any], *, target_dim: int) -> None:
     """Export the encoder, and call the run complete."""
     model = build_method(settings.method, settings.model, target_dim)
     model.load_state_dict(weights)
-    export_encoder(model.encoder, box.root)
-    files = {name: file_entry(box.root / name) for name in ("encoder.safetensors", "config.json")}
-    box.add("encoder", {"files": files})
-    box.save(complete=True)
+    export_encoder(model.encoder, artifact.root)
+    files = {name: file_entry(artifact.root / name) for name in ("encoder.safetensors", "config.json")}
+    artifact.add("encoder", {"files": files})
+    artifact.save(complete=True)
 
 
-def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunBox:
-    """The run's box; a new one writes down the stores it begins with, an old one must find them unchanged."""
+def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
+    """The run's artifact; a new one writes down the stores it begins with, an old one must find them unchanged."""
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
-    box = RunBox.open_or_create(
+    artifact = RunArtifact.open_or_create(
         out,
-        {"settings": identity(settings), "targets": targets.box.fingerprint},
+        {"settings": fingerprinted(settings), "targets": targets.artifact.fingerprint},
         facts={"stores": stores, "teacher": teacher_of(targets)},
         fix="give another output folder, or the settings and target set that this run was begun with",
         called=present_name,
     )
-    for name, digest in box.facts["stores"].items():
+    for name, digest in artifact.facts["stores"].items():
         if stores.get(name) != digest:
             what = "is no longer in" if name not in stores else "has changed in"
             raise MismatchError(
@@ -175,4 +177,4 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunBo
                 where=targets.root,
                 fix="bring the target set back as it was, or start a new run in another folder",
             )
-    return box
+    return artifact

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, refuse_foreign
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import MANIFEST, TargetsBox, refuse_foreign
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest_targets import Store
-from cae2pipe.artifacts.places import fetch_file, file_size, is_local
 from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import remove_stages, staged
-from cae2pipe.config.base import identity
+from cae2pipe.artifacts.storage import fetch_file, file_size, is_local
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import CodecSettings, as_begun
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
 from cae2pipe.runtime.device import set_backends
@@ -52,7 +52,7 @@ def recode(
     lossy_source: bool = False,
     workers: int = -1,
     remake: Collection[str] | None = None,
-) -> TargetsBox:
+) -> TargetsArtifact:
     """Make, or go on making, the target set ``out`` from the target set ``source``.
 
     Args:
@@ -66,7 +66,7 @@ def recode(
     """
     set_backends()
     targets = TargetSet(source)
-    old = targets.box.identity["settings"]["codec"]
+    old = targets.artifact.identity["settings"]["codec"]
     if old["name"] != "fp16" and not lossy_source:
         raise BadInputError(
             f"this set's latents are stored with {old['name']}, whose error would come on top of the new one's",
@@ -80,57 +80,59 @@ def recode(
     with writing(out):
         refuse_foreign(out)
         if file_size(out / MANIFEST) is not None:
-            codec = as_begun(codec, TargetsBox.open(out).identity["settings"]["codec"])
-        box = TargetsBox.open_or_create(
+            codec = as_begun(codec, TargetsArtifact.open(out).identity["settings"]["codec"])
+        artifact = TargetsArtifact.open_or_create(
             out,
             {
-                "settings": {**targets.box.identity["settings"], "codec": identity(codec)},
-                "teacher": targets.box.identity["teacher"],
-                "recoded": {"codec": old, "calibration": targets.box.units[CODEC]["files"]},
+                "settings": {**targets.artifact.identity["settings"], "codec": fingerprinted(codec)},
+                "teacher": targets.artifact.identity["teacher"],
+                "recoded": {"codec": old, "calibration": targets.artifact.units[CODEC]["files"]},
             },
             facts={"classes": targets.classes},
             fix="give another output folder, or the set and settings this one was made from",
         )
-        missing = missing_stores(box, targets)
-        images = missing_images(box, targets)
+        missing = missing_stores(artifact, targets)
+        images = missing_images(artifact, targets)
         if remake is not None:
             missing = sorted(targets.stores.keys() & set(remake))
-            images = sorted(set(images) | (images_units(targets.box).keys() & set(remake)))
+            images = sorted(set(images) | (images_units(targets.artifact).keys() & set(remake)))
         if is_local(out):
             remove_debris(out)
         remove_stages(out, [*missing, *images])
         # Early sets do not say all of this.
-        facts = targets.box.facts
+        facts = targets.artifact.facts
         known = {name: value for name, value in facts.items() if name in ("classes", "teacher", "wanted")}
         made_with = {name: value for name, value in facts.items() if name in ("versions", "processor")}
-        box.add_facts({**known, "extracted": made_with})
-        tell_changes(box.facts, torch.device("cpu"), report)
-        if not is_calibrated(box) or CODEC in (remake or ()):
-            recalibrate(box, targets, codec, report)
+        artifact.add_facts({**known, "extracted": made_with})
+        tell_changes(artifact.facts, torch.device("cpu"), report)
+        if not is_calibrated(artifact) or CODEC in (remake or ()):
+            recalibrate(artifact, targets, codec, report)
         elif not missing and not images:
             report.log(f"nothing to do: {out} holds all {len(targets.stores)} stores of {source}")
         try:
-            copy_images(box, targets, images)
+            copy_images(artifact, targets, images)
             if missing:
-                recode_stores(box, targets, missing, worker_count(workers), report)
+                recode_stores(artifact, targets, missing, worker_count(workers), report)
         finally:
-            box.save(
+            artifact.save(
                 complete=lambda merged: (
-                    targets.box.complete and not missing_stores(merged, targets) and not missing_images(merged, targets)
+                    targets.artifact.complete
+                    and not missing_stores(merged, targets)
+                    and not missing_images(merged, targets)
                 )
             )
-        return box
+        return artifact
 
 
-def missing_stores(box: TargetsBox, targets: TargetSet) -> list[str]:
+def missing_stores(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
     """Stores of the source that are not there yet.
 
     Raises:
         MismatchError: a store was recoded from another one of that name.
     """
-    whole = box.whole()
+    whole = artifact.whole()
     for name, unit in targets.stores.items():
-        own = box.units.get(name)
+        own = artifact.units.get(name)
         if own and "view" in own and own["recoded"] != fingerprint(unit["files"]):
             raise MismatchError(
                 f"store {name} of the source is not the one that this set was recoded from",
@@ -140,25 +142,25 @@ def missing_stores(box: TargetsBox, targets: TargetSet) -> list[str]:
     return [name for name in sorted(targets.stores) if name not in whole]
 
 
-def missing_images(box: TargetsBox, targets: TargetSet) -> list[str]:
+def missing_images(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
     """Units of the source's images, which views are cut from, that are not there as the source has them."""
-    whole = box.whole()
+    whole = artifact.whole()
     return [
         name
-        for name, unit in images_units(targets.box).items()
-        if name not in whole or box.units[name]["files"] != unit["files"]
+        for name, unit in images_units(targets.artifact).items()
+        if name not in whole or artifact.units[name]["files"] != unit["files"]
     ]
 
 
-def copy_images(box: TargetsBox, targets: TargetSet, names: list[str]) -> None:
+def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str]) -> None:
     """Bring units of images along.
 
     Raises:
         DamageError: the source's are damaged.
     """
     for name in names:
-        unit = images_units(targets.box)[name]
-        with staged(box.root, name) as stage:
+        unit = images_units(targets.artifact)[name]
+        with staged(artifact.root, name) as stage:
             for path in unit["files"]:
                 fetch_file(targets.root / path, stage.path(path))
             if stage.entries(*unit["files"]) != unit["files"]:
@@ -168,10 +170,10 @@ def copy_images(box: TargetsBox, targets: TargetSet, names: list[str]) -> None:
                     fix=f"cae2pipe verify {targets.root} --repair",
                 )
             stage.commit(*unit["files"])
-        box.add(name, unit)
+        artifact.add(name, unit)
 
 
-def recalibrate(box: TargetsBox, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
+def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
     """Fit the codec on view 0 of the first images, as an extraction does.
 
     Raises:
@@ -190,7 +192,7 @@ def recalibrate(box: TargetsBox, targets: TargetSet, codec: CodecSettings, repor
         of_codec = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
         return {**provenance(torch.device("cpu")), "codec": of_codec}
 
-    store_calibration(box, codec, torch.cat(sample), facts, report)
+    store_calibration(artifact, codec, torch.cat(sample), facts, report)
 
 
 def stored_unit(reader: StoreReader, block: int) -> Tensor:
@@ -216,16 +218,18 @@ def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibrati
     return RecodedBlock(pack_block(layout, {**arrays, **reader.arrays(block, kept)}), len(unit), raw, centred)
 
 
-def recode_stores(box: TargetsBox, targets: TargetSet, names: list[str], workers: int, report: Report) -> None:
+def recode_stores(
+    artifact: TargetsArtifact, targets: TargetSet, names: list[str], workers: int, report: Report
+) -> None:
     """Write the stores of these names; threads work some blocks ahead."""
-    calibration = read_calibration(box)
-    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
+    calibration = read_calibration(artifact)
+    layout = make_layout(artifact.facts["teacher"], artifact.identity["settings"]["codec"], calibration)
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
     readers = {name: targets.reader(name) for name in names}
     tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
     with closing(in_threads(recode_block, tasks, workers, 2 * max(1, workers))) as blocks:
         for name in names:
-            box.add(name, recode_store(box.root, targets, name, layout=layout, blocks=blocks, report=report))
+            artifact.add(name, recode_store(artifact.root, targets, name, layout=layout, blocks=blocks, report=report))
 
 
 def recode_store(

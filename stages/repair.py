@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.box import ShardsBox, TargetsBox, is_box, journal_entries, open_box
+from cae2pipe.artifacts.artifact import ShardsArtifact, TargetsArtifact, is_artifact, journal_entries, open_artifact
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.config.base import build, recorded
@@ -45,19 +45,19 @@ def repair(
     if not result.bad:
         if result.kind in ("shards", "targets") and journal_entries(result.path):
             with writing(result.path):  # what a run that was killed had finished
-                open_box(result.path).save()
+                open_artifact(result.path).save()
         return
     report.log(f"making again in {result.path}: {', '.join(sorted(result.bad))}")
     if result.kind == "shards":
         images = _given(source, result.path, "the images")
         repair_shards(result, report, images, labels=labels, workers=workers)
-    elif result.kind == "targets" and "recoded" in TargetsBox.open(result.path).identity:
+    elif result.kind == "targets" and "recoded" in TargetsArtifact.open(result.path).identity:
         original = _given(source, result.path, "the target set")
-        codec = build(CodecSettings, TargetsBox.open(result.path).identity["settings"]["codec"], where=result.path)
+        codec = build(CodecSettings, TargetsArtifact.open(result.path).identity["settings"]["codec"], where=result.path)
         recode(original, result.path, codec, report, lossy_source=True, workers=workers, remake=result.bad)
     elif result.kind == "targets":
         inside = result.path / SHARDS_FOLDER
-        shards = inside if is_box(inside, "shards") else _given(source, result.path, "the shard set")
+        shards = inside if is_artifact(inside, "shards") else _given(source, result.path, "the shard set")
         repair_targets(result, report, shards, weights=weights, device=device, workers=workers)
     else:
         raise BadInputError(
@@ -68,7 +68,7 @@ def repair(
 
 
 def repair_shards(result: Verification, report: Report, source: Path, *, labels: Path | None, workers: int) -> None:
-    raw = ShardsBox.open(result.path).identity["settings"]
+    raw = ShardsArtifact.open(result.path).identity["settings"]
     settings = build(ShardSettings, {**raw, "speed": {"workers": workers}}, where=result.path)
     pack(scan(source, labels), result.path, settings, report, remake=result.bad)
 
@@ -76,15 +76,15 @@ def repair_shards(result: Verification, report: Report, source: Path, *, labels:
 def repair_targets(
     result: Verification, report: Report, source: Path, *, weights: Path | None, device: str, workers: int
 ) -> None:
-    if not is_box(source, "shards"):
+    if not is_artifact(source, "shards"):
         raise BadInputError(
             "this is not the shard set that the targets were made from", where=source, fix="give it: --source FOLDER"
         )
-    box = TargetsBox.open(result.path)
-    raw = recorded(ExtractSettings, box.identity["settings"])
+    artifact = TargetsArtifact.open(result.path)
+    raw = recorded(ExtractSettings, artifact.identity["settings"])
     raw["teacher"] = {**raw["teacher"], **({} if weights is None else {"weights": str(weights)})}
-    views = max((unit["view"] + 1 for unit in box.units.values() if "view" in unit), default=1)
-    asked = box.facts.get("wanted")
+    views = max((unit["view"] + 1 for unit in artifact.units.values() if "view" in unit), default=1)
+    asked = artifact.facts.get("wanted")
     more = {"views": asked["views"] if asked else views, "speed": {"workers": workers, "device": device}}
     settings = build(ExtractSettings, {**raw, **more}, where=result.path)
     extract_targets(source, result.path, settings, report, remake=result.bad)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.box import RunBox
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.comparison.scores import read_scores
@@ -105,7 +105,7 @@ def add_pictures(
     device: torch.device,
 ) -> None:
     """A run's masks, what its student predicts, and what its encoder finds alike."""
-    if not same_teacher(RunBox.open(run), targets):
+    if not same_teacher(RunArtifact.open(run), targets):
         raise SettingsError(f"it learnt from another teacher than {targets.teacher.name}")
     shown = views[:SHOWN]
     model, settings = load_student(run, targets, report)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cae2pipe.artifacts.box import MANIFEST, AnyBox, check_file, open_box
-from cae2pipe.artifacts.places import entry_names, file_size
+from cae2pipe.artifacts.artifact import MANIFEST, AnyArtifact, check_file, open_artifact
+from cae2pipe.artifacts.storage import entry_names, file_size
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.progress import Report
@@ -25,24 +25,24 @@ def verify(path: Path, report: Report) -> Verification:
     Raises:
         ManifestError: not a folder of ours.
     """
-    box = open_box(path)
-    entries = {path: (name, entry) for name, unit in box.units.items() for path, entry in unit["files"].items()}
-    result = Verification(path, box.kind, len(entries))
+    artifact = open_artifact(path)
+    entries = {path: (name, entry) for name, unit in artifact.units.items() for path, entry in unit["files"].items()}
+    result = Verification(path, artifact.kind, len(entries))
     report.total(len(entries), "files")
     for name, (unit, entry) in sorted(entries.items()):
         if problem := check_file(path / name, entry):
-            problem.fix = _remedy(box)
+            problem.fix = _remedy(artifact)
             result.own.append(problem)
             result.bad.add(unit)
         report.advance()
     result.own += [
         DamageError("a file that the manifest does not know", where=path / name, fix="remove it")
-        for name in _strangers(box, set(entries))
+        for name in _strangers(artifact, set(entries))
     ]
     # Keys and counts are read from the files, so these must be sound first.
     if not result.own:
-        for unit, problem in _check_contents(box):
-            problem.fix = _remedy(box)
+        for unit, problem in _check_contents(artifact):
+            problem.fix = _remedy(artifact)
             result.own.append(problem)
             result.bad.add(unit)
     if file_size(path / SHARDS_FOLDER / MANIFEST) is not None:
@@ -66,49 +66,49 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
 
     set_backends()
     targets = TargetSet(path)
-    teacher = set_teacher(targets.box, weights, pick_device(device), "--teacher-weights FILE")
+    teacher = set_teacher(targets.artifact, weights, pick_device(device), "--teacher-weights FILE")
     return audit(targets, teacher, count)
 
 
-def _strangers(box: AnyBox, known: set[str]) -> list[str]:
-    """Files, links and the like below the folders that the box fills, of which the manifest knows nothing."""
+def _strangers(artifact: AnyArtifact, known: set[str]) -> list[str]:
+    """Files, links and the like below the folders that the artifact fills, of which the manifest knows nothing."""
     units = [IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER, CODEC_FOLDER]
-    folders = {"shards": ["tars"], "targets": units}.get(box.kind, [])
-    names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(box.root / folder))
+    folders = {"shards": ["tars"], "targets": units}.get(artifact.kind, [])
+    names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(artifact.root / folder))
     return [name for name in names if name not in known]
 
 
-def _check_contents(box: AnyBox) -> Iterator[tuple[str, DamageError]]:
+def _check_contents(artifact: AnyArtifact) -> Iterator[tuple[str, DamageError]]:
     """Units whose files contradict each other."""
     from cae2pipe.shards.tar import index_tar
 
-    if box.kind == "shards":
+    if artifact.kind == "shards":
         from cae2pipe.shards.shard_set import ShardSet
 
-        shards = ShardSet.open(box.root)
+        shards = ShardSet.open(artifact.root)
         for shard in shards.shards:
             index = [(sample.key, sample.label, sample.offset, sample.size) for sample in index_tar(shard.path)]
             if index != [row[:4] for row in shards.index(shard)] or len(index) != shard.samples:
                 yield shard.name, DamageError("the tar's samples are not those of its index", where=shard.path)
-    if box.kind == "targets":
+    if artifact.kind == "targets":
         from cae2pipe.targets.target_set import TargetSet
 
-        targets = TargetSet(box.root)
+        targets = TargetSet(artifact.root)
         # Neighbours share a tar where views are replayed.
         indexed = functools.lru_cache(maxsize=1)(lambda tar: [sample.key for sample in index_tar(tar)])
         for name in sorted(targets.stores, key=lambda name: (targets.stores[name]["shard"], name)):
             reader = targets.reader(name)
             if indexed(reader.tar) != reader.keys():
-                yield name, DamageError("the store's keys are not those of its tar", where=f"{box.root}, {name}")
+                yield name, DamageError("the store's keys are not those of its tar", where=f"{artifact.root}, {name}")
 
 
-def _remedy(box: AnyBox) -> str:
-    if box.kind == "shards":
-        return f"cae2pipe verify {box.root} --repair --source IMAGES"
-    if "recoded" in box.identity:
-        return f"cae2pipe verify {box.root} --repair --source TARGETS"
-    if box.kind == "targets":
-        shards = "" if file_size(box.root / SHARDS_FOLDER / MANIFEST) is not None else " --source SHARDS"
-        return f"cae2pipe verify {box.root} --repair{shards}"
-    again = {"run": "pretrain", "scores": "evaluate"}[box.kind]
+def _remedy(artifact: AnyArtifact) -> str:
+    if artifact.kind == "shards":
+        return f"cae2pipe verify {artifact.root} --repair --source IMAGES"
+    if "recoded" in artifact.identity:
+        return f"cae2pipe verify {artifact.root} --repair --source TARGETS"
+    if artifact.kind == "targets":
+        shards = "" if file_size(artifact.root / SHARDS_FOLDER / MANIFEST) is not None else " --source SHARDS"
+        return f"cae2pipe verify {artifact.root} --repair{shards}"
+    again = {"run": "pretrain", "scores": "evaluate"}[artifact.kind]
     return f"delete it, then run `cae2pipe {again}` as before"

@@ -14,7 +14,7 @@ from benchmarks.gpu.state import State
 from benchmarks.harness import at_least, figures
 from benchmarks.pretrain import wait_for
 from benchmarks.sample import rendered
-from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
@@ -63,7 +63,7 @@ def rates(state: State, found: Found) -> None:
         {
             "what": f"extraction of {meter.views} photographs, {worker_count(settings.speed.workers)} workers",
             "views/s": figures([meter.rate()]),
-            "teacher_waits": round(meter.waits(), 3),
+            "teacher_waits": round(meter.idle_fraction(), 3),
             "waited_for_rendering_s": round(meter.rendering, 1),
             "waited_for_packing_s": round(meter.packing, 1),
         }
@@ -129,12 +129,12 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     settings = state.clip_settings()
     out = state.scratch / "extracted-again"
     shutil.copytree(targets.root / CODEC_FOLDER, out / CODEC_FOLDER)
-    units = {CODEC: targets.box.units[CODEC]}
-    box = TargetsBox(out, targets.box.identity, units, facts=targets.box.facts)
-    missing, workers = missing_units(box, shards, settings.views), worker_count(settings.speed.workers)
+    units = {CODEC: targets.artifact.units[CODEC]}
+    artifact = TargetsArtifact(out, targets.artifact.identity, units, facts=targets.artifact.facts)
+    missing, workers = missing_units(artifact, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
-    make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
+    make_images(artifact, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
     found.facts["images reduced a second"] = round(shards.images / (time.perf_counter() - began), 1)
-    meter = make_views(box, shards, missing, teacher=teacher, settings=settings, workers=workers, report=Silent())
+    meter = make_views(artifact, shards, missing, teacher=teacher, settings=settings, workers=workers, report=Silent())
     shutil.rmtree(out)
     return meter

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cae2pipe.api.settings import Overrides, given, resolve
 from cae2pipe.api.telling import Progress, reporting
-from cae2pipe.artifacts.parts import parse_part
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
+from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.config.base import Settings
 from cae2pipe.config.compare import GridSettings
@@ -72,12 +72,12 @@ def compare(
     """
     settings = resolve(GridSettings, "compare", grid, overrides=overrides)
     called = name or report_name("grid" if isinstance(grid, Settings) else str(grid), small)
-    folder = place(out)
+    folder = to_path(out)
     with reporting(progress, "compare") as report:
         comparison = run_compare(
             settings,
             called,
-            place(targets),
+            to_path(targets),
             Path(data),
             folder,
             report,
@@ -110,9 +110,9 @@ def report(
         comparison = report_runs(
             [Path(run) for run in runs],
             [Path(folder) for folder in scores],
-            None if targets is None else place(targets),
-            place(out),
+            None if targets is None else to_path(targets),
+            to_path(out),
             told,
             device,
         )
-    return Compared(place(out) / HTML, comparison)
+    return Compared(to_path(out) / HTML, comparison)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cae2pipe.api.telling import Progress, reporting
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.repair import repair as run_repair
@@ -19,7 +19,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
         ManifestError: not a folder of ours.
     """
-    return inspect_folder(place(path))
+    return inspect_folder(to_path(path))
 
 
 def verify(path: str | Path, *, progress: Progress = True) -> Verification:
@@ -30,7 +30,7 @@ def verify(path: str | Path, *, progress: Progress = True) -> Verification:
         ManifestError: not a folder of ours.
     """
     with reporting(progress, "verify") as report:
-        return run_verify(place(path), report)
+        return run_verify(to_path(path), report)
 
 
 def repair(
@@ -56,8 +56,8 @@ def repair(
         run_repair(
             outcome,
             report,
-            source=None if source is None else place(source),
-            labels=None if labels is None else place(labels),
+            source=None if source is None else to_path(source),
+            labels=None if labels is None else to_path(labels),
             weights=None if teacher_weights is None else Path(teacher_weights),
             device=device,
             workers=workers,

@@ -10,8 +10,8 @@ from torch import nn
 
 from cae2pipe.api.settings import Overrides, given, resolve, section
 from cae2pipe.api.telling import Progress, reporting
-from cae2pipe.artifacts.box import RunBox
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.artifact import RunArtifact
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import Settings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import ManifestError
@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.manifest = RunBox.open(self.path)
+        self.manifest = RunArtifact.open(self.path)
 
     def __repr__(self) -> str:
         steps = len(self.metrics())
@@ -44,7 +44,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the encoder has been written."""
-        return RunBox.open(self.path).complete
+        return RunArtifact.open(self.path).complete
 
     @property
     def settings(self) -> PretrainSettings:
@@ -106,7 +106,7 @@ def pretrain(
     }
     settings = resolve(PretrainSettings, "pretrain", config, overrides=overrides, values=values)
     with reporting(progress, "pretrain") as report:
-        train(place(targets), place(out), settings, report)
+        train(to_path(targets), to_path(out), settings, report)
     return Run(out)
 
 

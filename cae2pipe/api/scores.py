@@ -7,7 +7,7 @@ from typing import Any
 
 from cae2pipe.api.settings import Overrides, resolve, section
 from cae2pipe.api.telling import Progress, reporting
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.comparison.scores import headlines
 from cae2pipe.config.base import Settings
 from cae2pipe.config.dense import DENSE, DetectSettings, SegmentSettings
@@ -83,7 +83,7 @@ def evaluate(
         raise SettingsError(f"there is no evaluation {evaluation!r}", fix=f"use one of {', '.join(known)}")
     values = section("speed", workers=workers, device=device)
     settings = resolve(known[evaluation], "evaluate", config or evaluation, overrides=overrides, values=values)
-    folder = place(out)
+    folder = to_path(out)
     with reporting(progress, f"evaluate {evaluation}") as report:
         if isinstance(settings, SegmentSettings | DetectSettings):
             # Needs an extra, which other evaluations do without.

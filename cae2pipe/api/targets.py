@@ -7,8 +7,8 @@ from typing import Any
 
 from cae2pipe.api.settings import Overrides, given, resolve, section
 from cae2pipe.api.telling import Progress, reporting
-from cae2pipe.artifacts.parts import parse_part
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
+from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.config.base import Settings, build
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.shards.shard_set import ShardSet
@@ -48,11 +48,11 @@ def shard(
     settings = resolve(ShardSettings, "shard", config, overrides=overrides, values=section("speed", workers=workers))
     with reporting(progress, "shard") as report:
         return shard_images(
-            place(source),
-            place(out),
+            to_path(source),
+            to_path(out),
             settings,
             report,
-            labels=None if labels is None else place(labels),
+            labels=None if labels is None else to_path(labels),
             expected=expect,
         )
 
@@ -112,7 +112,7 @@ def extract_targets(
     )
     share = parse_part(part)
     with reporting(progress, "extract-targets") as report:
-        made = extract(place(source), place(out), settings, report, part=share, calibrate_only=calibrate_only)
+        made = extract(to_path(source), to_path(out), settings, report, part=share, calibrate_only=calibrate_only)
     return TargetSet(made.root) if any("view" in unit for unit in made.units.values()) else None
 
 
@@ -138,7 +138,7 @@ def estimate_targets(
         config, overrides, views=views, codec=codec, fidelity=fidelity, workers=workers, device=device
     )
     with reporting(progress, "estimate") as report:
-        return estimate(place(source), settings, report, epochs)
+        return estimate(to_path(source), settings, report, epochs)
 
 
 def recode(
@@ -163,5 +163,5 @@ def recode(
     """
     settings = build(CodecSettings, given(name=codec, fidelity=fidelity), "recode")
     with reporting(progress, "recode") as report:
-        made = run_recode(place(source), place(out), settings, report, lossy_source=lossy_source, workers=workers)
+        made = run_recode(to_path(source), to_path(out), settings, report, lossy_source=lossy_source, workers=workers)
     return TargetSet(made.root)

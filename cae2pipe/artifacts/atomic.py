@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cae2pipe.artifacts.places import is_local, put_bytes
+from cae2pipe.artifacts.storage import is_local, put_bytes
 
 TEMPORARY = ".tmp-"
 FILLED = ("journal", "tars", "images", "views", "latents", "codec.zarr", "checkpoints", "features")

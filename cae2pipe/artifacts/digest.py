@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from cae2pipe.artifacts.manifest_values import FileEntry
-from cae2pipe.artifacts.places import file_size, is_local, open_file, read_range
+from cae2pipe.artifacts.storage import file_size, is_local, open_file, read_range
 
 
 def sha256_bytes(data: bytes) -> str:

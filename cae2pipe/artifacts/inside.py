@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.places import is_local
+from cae2pipe.artifacts.storage import is_local
 from cae2pipe.errors import BadInputError
 
 

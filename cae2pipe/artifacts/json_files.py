@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from cae2pipe.artifacts.places import file_size, read_bytes
+from cae2pipe.artifacts.storage import file_size, read_bytes
 from cae2pipe.errors import Cae2pipeError, ManifestError
 
 LIMIT = 256 * 2**20

@@ -22,8 +22,7 @@ from typing import TypedDict
 from cae2pipe.artifacts.atomic import FILLED
 from cae2pipe.artifacts.inside import refuse_link
 from cae2pipe.artifacts.json_files import parse_json
-from cae2pipe.artifacts.parts import WHOLE, Part
-from cae2pipe.artifacts.places import (
+from cae2pipe.artifacts.storage import (
     create_exclusively,
     file_sizes,
     is_local,
@@ -32,6 +31,7 @@ from cae2pipe.artifacts.places import (
     read_bytes,
     remove,
 )
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.errors import BadInputError, Cae2pipeError, LockedError, ManifestError, StorageError
 
 FOLDER = ".locks"
@@ -44,7 +44,7 @@ POLL = 1.0
 
 
 @contextmanager
-def writing(root: Path, part: Part = WHOLE) -> Iterator[None]:
+def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
     """Hold a part of the folder (default: all of it).
 
     Raises:
@@ -95,23 +95,23 @@ def can_lock(root: Path) -> bool:
         remove([probe])
 
 
-def _part_name(part: Part) -> str:
+def _part_name(part: WorkShare) -> str:
     return f"part-{part.number}-of-{part.count}"
 
 
-def _other_parts(root: Path, part: Part) -> list[Part]:
+def _other_parts(root: Path, part: WorkShare) -> list[WorkShare]:
     """Parts, other than this one, that overlap it and have ever been locked here."""
     others = []
     for name in file_sizes(root / FOLDER):
         words = name.split("-")
         if words[0] == "part" and len(words) == 4 and words[1].isdigit() and words[3].isdigit():
-            other = Part(int(words[1]), int(words[3]))
+            other = WorkShare(int(words[1]), int(words[3]))
             if other != part and other.overlaps(part):
                 others.append(other)
     return others
 
 
-def _locked(root: Path, part: Part, other: Part) -> LockedError:
+def _locked(root: Path, part: WorkShare, other: WorkShare) -> LockedError:
     what = "another process is writing this folder"
     if part != WHOLE or other != WHOLE:
         what += f": part {other}" + (f", which overlaps part {part}" if part != other else "")

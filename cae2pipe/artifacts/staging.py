@@ -1,8 +1,8 @@
 """Units on the way: written file by file beside their goal, then put in place whole.
 
-A local unit's files lie in a folder ``.tmp-NAME`` of the box until they are flushed and renamed. A remote one's lie in
-the machine's folder for temporary files until they are uploaded. Either way the unit exists only from the moment on
-that the box lists it, so what a killed run leaves is debris and never half a unit.
+A local unit's files are in a folder ``.tmp-NAME`` of the artifact until they are flushed and renamed. A remote one's
+are in the machine's folder for temporary files until they are uploaded. Either way the unit exists only once the
+artifact lists it, so what a killed run leaves is debris and never half a unit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cae2pipe.artifacts.atomic import TEMPORARY, fsync_path, remove_any
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.manifest_values import FileEntry
-from cae2pipe.artifacts.places import is_local, put_file
+from cae2pipe.artifacts.storage import is_local, put_file
 
 
 def stage_path(root: Path, name: str) -> Path:
@@ -29,8 +29,8 @@ def stage_path(root: Path, name: str) -> Path:
     if is_local(root):
         return root / flat
     # The same for the next run, so that it finds the debris of this one.
-    box = hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"cae2pipe-{os.getuid()}" / box / flat
+    artifact = hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"cae2pipe-{os.getuid()}" / artifact / flat
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def staged(root: Path, name: str) -> Iterator[Stage]:
 
 
 class Stage:
-    """Files of one unit of the box ``root``."""
+    """Files of one unit of the artifact ``root``."""
 
     def __init__(self, root: Path, name: str):
         self.root = root

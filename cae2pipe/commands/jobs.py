@@ -10,11 +10,11 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from cae2pipe.artifacts.parts import Part
+from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.errors import BAD_INPUT, BadInputError, Cae2pipeError, Requeued, Terminated
 from cae2pipe.runtime.processes import shielded
 
-Work = Callable[[Part, str | None], Any]
+Work = Callable[[WorkShare, str | None], Any]
 """Does a part on a device (None: the command's own); picklable."""
 
 
@@ -32,7 +32,7 @@ def run_jobs(work: Work, jobs: int, device: str | None) -> None:
     try:
         for number in range(jobs):
             own = device or job_device(number)
-            process: BaseProcess = context.Process(target=_run, args=(work, Part(number + 1, jobs), own))
+            process: BaseProcess = context.Process(target=_run, args=(work, WorkShare(number + 1, jobs), own))
             with shielded():
                 process.start()
                 processes.append(process)
@@ -83,7 +83,7 @@ def job_device(number: int) -> str | None:
     return f"cuda:{number % count}" if count else None
 
 
-def _run(work: Work, part: Part, device: str | None) -> None:
+def _run(work: Work, part: WorkShare, device: str | None) -> None:
     import typer
 
     from cae2pipe.commands.shared import exits

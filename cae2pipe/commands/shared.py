@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.errors import (
     INTERRUPTED,
     REQUEUE,
@@ -33,7 +33,7 @@ def path_or_url(text: str | Path) -> Path:
     if not str(text).strip():
         raise typer.BadParameter("this name is empty, perhaps because a variable of the shell is not set")
     try:
-        return place(text)
+        return to_path(text)
     except Cae2pipeError as error:
         raise typer.BadParameter(visible(str(error), keep="\n")) from None
 

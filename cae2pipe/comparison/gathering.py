@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import RunBox, is_box, open_box
+from cae2pipe.artifacts.artifact import RunArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.comparison.rows import CURVES, Comparison, Finished, Row
 from cae2pipe.comparison.scores import read_scores
@@ -36,10 +36,10 @@ def gather_grid(
         sets: the target sets that were trained on. failed: what could not be finished.
     """
     rows = [Row(variant.name, paper=variant.paper, line=variant.line) for variant in grid.variants]
-    known = {open_box(path).fingerprint: path for path in sets}
+    known = {open_artifact(path).fingerprint: path for path in sets}
     for variant, name, scored in planned:
         folders = [out / "scores" / scored / scored_by.kind for scored_by in grid.evaluate]
-        scores = read_scores([folder for folder in folders if is_box(folder, "scores")])
+        scores = read_scores([folder for folder in folders if is_artifact(folder, "scores")])
         add_run(rows[variant], out / "runs" / name, scores, known, grid.along)
     kinds = [scored_by.kind for scored_by in grid.evaluate]
     columns, protocols = fill_columns(rows, kinds)
@@ -57,11 +57,11 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
     groups: dict[str, dict[object, Path]] = {}
     differing: dict[str, dict[str, object]] = {}
     for run in runs:
-        box = RunBox.open(run)
-        settings = dict(sorted(flat(recorded(PretrainSettings, box.identity["settings"])).items()))
+        artifact = RunArtifact.open(run)
+        settings = dict(sorted(flat(recorded(PretrainSettings, artifact.identity["settings"])).items()))
         seed = settings.pop("seed")
         # Not the set's own fingerprint, which is the same for other images and other numbers of views.
-        settings["target set"] = fingerprint([box.identity["targets"], box.facts["stores"]])[:8]
+        settings["target set"] = fingerprint([artifact.identity["targets"], artifact.facts["stores"]])[:8]
         key = canonical_json(settings)
         other = groups.setdefault(key, {}).setdefault(seed, run)
         if other != run:
@@ -74,7 +74,7 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
     groups_named = zip(row_names(list(differing.values())), groups.values(), strict=True)
     names = [name or folder_name(list(group.values())) for name, group in groups_named]
     rows = []
-    known = {open_box(path).fingerprint: path for path in sets}
+    known = {open_artifact(path).fingerprint: path for path in sets}
     for name, group in zip(told_apart(names, range(1, len(names) + 1)), groups.values(), strict=True):
         rows.append(Row(name))
         for run in group.values():
@@ -139,11 +139,11 @@ def row_names(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Mapping[str, Path], along: str) -> None:
     """Add a run to its variant. ``sets``: target sets by fingerprint."""
-    if not is_box(run, "run"):
+    if not is_artifact(run, "run"):
         return
-    box = RunBox.open(run)
+    artifact = RunArtifact.open(run)
     settings = run_settings(run)
-    targets = sets.get(box.identity["targets"])
+    targets = sets.get(artifact.identity["targets"])
     if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":
         row.latents = TargetSet(targets).bytes_per_view()["latents"]
     row.along = row.latents if along == BYTES else numeric_setting(settings, along) if along else None
@@ -154,14 +154,14 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Map
         # Cosines with pixels say nothing beside those with latents.
         names = [name for name in CURVES if name == "loss" or settings.loss.target != "pixels"]
         row.curves = {name: by_epoch(lines, name) for name in names}
-    if not box.complete:
+    if not artifact.complete:
         epoch = lines[-1]["epoch"] + 1 if lines else 0
         row.unfinished.append((run, f"unfinished, epoch {epoch} of {settings.epochs}"))
         return
     row.runs.append(run)
     if lines:
         row.hours.append(device_hours(lines))
-    row.results.append(scores.get(box.units["encoder"]["files"][WEIGHTS]["sha256"], []))
+    row.results.append(scores.get(artifact.units["encoder"]["files"][WEIGHTS]["sha256"], []))
 
 
 def device_hours(lines: Sequence[dict[str, Any]]) -> float:

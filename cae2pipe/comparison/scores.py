@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cae2pipe.artifacts.box import MANIFEST, ScoresBox, is_foreign, open_box
+from cae2pipe.artifacts.artifact import MANIFEST, ScoresArtifact, is_foreign, open_artifact
 from cae2pipe.artifacts.digest import canonical_json
 from cae2pipe.comparison.rows import Finished
 from cae2pipe.errors import Cae2pipeError, ManifestError, SourceError
@@ -88,10 +88,10 @@ def read_result(result: object, where: Path) -> Result:
         ) from None
 
 
-def score_boxes(
+def score_artifacts(
     roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None
-) -> Iterator[tuple[Path, ScoresBox, Result]]:
-    """Every finished evaluation in or below some folders, with its box and result.
+) -> Iterator[tuple[Path, ScoresArtifact, Result]]:
+    """Every finished evaluation in or below some folders, with its artifact and result.
 
     ``damaged`` takes the errors of manifests that cannot be read; None: the first one is raised.
 
@@ -113,8 +113,8 @@ def score_boxes(
                 yield folder, *finished
 
 
-def finished_score(folder: Path) -> tuple[ScoresBox, Result] | None:
-    """The box of a finished evaluation and its result; None: the folder holds something else.
+def finished_score(folder: Path) -> tuple[ScoresArtifact, Result] | None:
+    """The artifact of a finished evaluation and its result; None: the folder holds something else.
 
     Raises:
         ManifestError, DamageError: its manifest cannot be read.
@@ -122,24 +122,24 @@ def finished_score(folder: Path) -> tuple[ScoresBox, Result] | None:
     try:
         if is_foreign(folder):
             return None
-        box = open_box(folder)
+        artifact = open_artifact(folder)
     except OSError as error:
         raise ManifestError(f"this cannot be read: {error.strerror}", where=folder / MANIFEST) from None
-    if not isinstance(box, ScoresBox) or not (result := box.facts.get("result")):
+    if not isinstance(artifact, ScoresArtifact) or not (result := artifact.facts.get("result")):
         return None
-    return box, read_result(result, folder / MANIFEST)
+    return artifact, read_result(result, folder / MANIFEST)
 
 
 def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> list[ScoreRow]:
     """A row for every finished evaluation in or below the given folders, the best of each kind of evaluation first.
-    ``damaged`` as in ``score_boxes``.
+    ``damaged`` as in ``score_artifacts``.
 
     Raises:
         SourceError: a folder does not exist, or there is not one score.
     """
     rows: dict[Path, ScoreRow] = {}
     roots = list(roots)
-    for folder, _, result in score_boxes(roots, damaged):
+    for folder, _, result in score_artifacts(roots, damaged):
         rows[folder.resolve()] = row(result, folder)
     if not rows and not damaged:
         raise SourceError(
@@ -175,11 +175,11 @@ def read_scores(roots: Iterable[Path]) -> dict[str, list[Finished]]:
         SourceError: a folder does not exist. ManifestError, DamageError: a manifest below it cannot be read.
     """
     scores: dict[str, list[Finished]] = {}
-    for _, box, result in score_boxes(roots):
-        digest = box.identity["encoder"].get("sha256")
+    for _, artifact, result in score_artifacts(roots):
+        digest = artifact.identity["encoder"].get("sha256")
         if digest:
             score = result.figure(headlines(result.evaluation)[0])
-            data = canonical_json(box.identity["data"])
+            data = canonical_json(artifact.identity["data"])
             one = Finished(result.evaluation, score, result.protocol, data, result.feature)
             if one not in scores.setdefault(digest, []):
                 scores[digest].append(one)

@@ -1,8 +1,8 @@
 """Typed settings: presets in YAML, overrides, validation, documentation, identity.
 
 A settings class documents every field in the docstring below it. Fields that only change speed live in a section called
-``speed``; fields that only say where something lies, or how much of it to make, are declared with ``outside()``.
-Neither enters fingerprints: everything else does.
+``speed``; fields that only say where something is, or how much of it to make, are declared with
+``not_fingerprinted()``. Neither enters fingerprints: everything else does.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ STORED_NAMES = {
 PRESENT_NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 
 
-def outside(default: Any = ..., **options: Any) -> Any:
+def not_fingerprinted(default: Any = ..., **options: Any) -> Any:
     """A field that does not enter fingerprints: a place, or an amount that may grow."""
     return Field(default, json_schema_extra={"identity": False}, **options)
 
@@ -78,7 +78,7 @@ def added(default: Any, before: Any, **options: Any) -> Any:
     return Field(default, json_schema_extra={"before": before}, **options)
 
 
-def identity(settings: Settings) -> dict[str, Any]:
+def fingerprinted(settings: Settings) -> dict[str, Any]:
     """The settings that change the result, as plain JSON values, by the names under which manifests keep them."""
     result = {}
     for name, info in type(settings).model_fields.items():
@@ -88,7 +88,7 @@ def identity(settings: Settings) -> dict[str, Any]:
         value = getattr(settings, name)
         if "before" in extra and value == extra["before"]:
             continue
-        plain = identity(value) if isinstance(value, Settings) else settings.model_dump(mode="json")[name]
+        plain = fingerprinted(value) if isinstance(value, Settings) else settings.model_dump(mode="json")[name]
         result[STORED_NAMES.get(name, name)] = plain
     return result
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cae2pipe.artifacts.manifest_targets import CodecIdentity
-from cae2pipe.config.base import Settings, added, outside
+from cae2pipe.config.base import Settings, added, not_fingerprinted
 
 ENLARGED = 1.28
 """How many times a crop of a kept image is enlarged, at most: what short side 320 means for views of 224 pixels."""
@@ -43,7 +43,7 @@ class TeacherSettings(Settings):
     """The model's name in that library, e.g. ViT-B-16-quickgelu."""
     pretrained: str | None = None
     """The pretrained tag, e.g. openai; unused when `weights` names a file."""
-    weights: Path | None = outside(None)
+    weights: Path | None = not_fingerprinted(None)
     """A local weights file (safetensors, or a torch file of tensors). Its content enters the fingerprint."""
     vision_cfg: dict[str, Any] | None = None
     """open_clip only: the tower's own shape, for weights that no named model fits."""
@@ -142,14 +142,14 @@ class ExtractSettings(Settings):
     """Everything `cae2pipe extract-targets` can be told."""
 
     teacher: TeacherSettings
-    views: int = outside(16, ge=1, le=10**6)
+    views: int = not_fingerprinted(16, ge=1, le=10**6)
     """Views an image: one for every twenty epochs of the pretraining, the default for 300. More can be added later by
     asking for more."""
     view: ViewSettings = ViewSettings()
     codec: CodecSettings = CodecSettings()
     seed: int = Field(default=0, ge=0)
     """Seed of the views' draws."""
-    shard: ShardSettings = outside(ShardSettings())
+    shard: ShardSettings = not_fingerprinted(ShardSettings())
     speed: ExtractSpeed = ExtractSpeed()
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cae2pipe.config.base import Settings, outside
+from cae2pipe.config.base import Settings, not_fingerprinted
 from cae2pipe.config.fields import Beta1
 
 Recipe = Literal["paper", "official"]
@@ -211,13 +211,13 @@ class PretrainSettings(Settings):
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     data: DataSettings = DataSettings()
-    stop_after: int | None = outside(None, ge=1, le=10**12)
+    stop_after: int | None = not_fingerprinted(None, ge=1, le=10**12)
     """Stop after this many steps, as if interrupted: the same command goes on. For trials."""
-    originals: Path | None = outside(None)
+    originals: Path | None = not_fingerprinted(None)
     """The shard set that fresh views are cut from. null: the one inside the target set."""
-    teacher_weights: Path | None = outside(None)
+    teacher_weights: Path | None = not_fingerprinted(None)
     """The online teacher's weights, where they came from a local file: sets do not say where files lie."""
-    track: list[Literal["tensorboard", "wandb"]] = outside([])
+    track: list[Literal["tensorboard", "wandb"]] = not_fingerprinted([])
     """Also write the metrics there."""
     speed: TrainSpeed = TrainSpeed()
 

@@ -16,7 +16,7 @@ from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.coco import CocoImages, Objects
 from cae2pipe.dense.label_crops import fitted_size
 from cae2pipe.runtime.seeded import seeded
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 FIRST_SIDES = (400, 500, 600)
 """Short sides that an image is brought to before it is cropped (DETR)."""
@@ -100,22 +100,22 @@ class BoxReader(Reader):
     def __init__(
         self,
         data: CocoImages,
-        course: Course,
+        schedule: TrainSchedule,
         own: Sequence[int],
         start: int,
         settings: DetectSettings,
         mean: tuple[float, ...],
     ):
-        super().__init__(course, own, start)
+        super().__init__(schedule, own, start)
         self.root, self.data, self.settings = data.root, data, settings
         self.fill = tuple(round(255 * channel) for channel in mean)
 
     def __getitem__(self, index: int) -> BoxChunk:
         step, number = self.place(index)
-        chosen = self.course.chunk(step, number)
+        chosen = self.schedule.chunk(step, number)
         views = []
         for image in chosen.tolist():
-            with seeded("boxes", self.settings.seed, self.course.epoch(step), image):
+            with seeded("boxes", self.settings.seed, self.schedule.epoch(step), image):
                 views.append(draw_view(*self.data.read(image), self.settings))
         pixels = padded([np.asarray(image) for image, _ in views], self.fill)
         targets = tuple(

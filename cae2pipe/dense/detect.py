@@ -21,9 +21,9 @@ from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, Course
 from cae2pipe.supervised.learner import TunedLearner
 from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.schedule import Chunk, TrainSchedule
 from cae2pipe.training.schedule import step_rate
 
 SHOWN = 0.5
@@ -52,7 +52,7 @@ class DetectLearner(TunedLearner):
     """Trains a detector.
 
     Args:
-        detector: from ``build_detector``. settings: all of them. course: the order. bf16: compute under autocast.
+        detector: from ``build_detector``. settings: all of them. schedule: the order. bf16: compute under autocast.
             world: the processes. val: what to score on.
 
     Nothing is compiled: images have too many sizes.
@@ -62,13 +62,13 @@ class DetectLearner(TunedLearner):
         self,
         detector: Detector,
         settings: DetectSettings,
-        course: Course,
+        schedule: TrainSchedule,
         *,
         bf16: bool,
         world: World,
         val: CocoImages,
     ):
-        self.settings, self.course, self.val = settings, course, val
+        self.settings, self.schedule, self.val = settings, schedule, val
         detector = spread_norms(detector, world.ranks, world.device)
         model = detector.model
         groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
@@ -89,10 +89,10 @@ class DetectLearner(TunedLearner):
     def rate(self, step: int) -> float:
         settings = self.settings
         lr = settings.lr * settings.batch / REFERENCE_BATCH
-        return step_rate(step, self.course.steps, settings.warmup_steps, lr, settings.drops)
+        return step_rate(step, self.schedule.steps, settings.warmup_steps, lr, settings.drops)
 
     def validate(self, epoch: int) -> dict[str, float] | None:
-        every, last = self.settings.validate_epochs, epoch + 1 == self.course.epochs
+        every, last = self.settings.validate_epochs, epoch + 1 == self.schedule.epochs
         if not last and (not every or (epoch + 1) % every):
             return None
         self.scores = self.score()
@@ -100,7 +100,7 @@ class DetectLearner(TunedLearner):
 
     def score(self) -> dict[str, Any]:
         """Scores over all val images, shared out among the processes."""
-        self.world.share(self.network)
+        self.world.broadcast_buffers(self.network)
         own = range(self.world.rank, len(self.val), self.world.ranks)
         detections = [detection for parts in self.world.gather(self.detections(own)) for detection in parts]
         return average_precision(self.val.dataset, detections)

@@ -15,7 +15,7 @@ from cae2pipe.config.dense import SegmentSettings
 from cae2pipe.dense.label_maps import LabelledImages
 from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.runtime.seeded import seeded
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 TRIES = 10
 
@@ -80,21 +80,21 @@ class LabelCropReader(Reader):
     def __init__(
         self,
         data: LabelledImages,
-        course: Course,
+        schedule: TrainSchedule,
         own: Sequence[int],
         start: int,
         settings: SegmentSettings,
         mean: tuple[float, ...],
     ):
-        super().__init__(course, own, start)
+        super().__init__(schedule, own, start)
         self.root, self.data, self.settings = data.root, data, settings
         self.fill = tuple(round(255 * channel) for channel in mean)
 
     def __getitem__(self, index: int) -> Chunk:
         step, number = self.place(index)
         crops = []
-        for image in self.course.chunk(step, number).tolist():
-            with seeded("labels", self.settings.seed, self.course.epoch(step), image):
+        for image in self.schedule.chunk(step, number).tolist():
+            with seeded("labels", self.settings.seed, self.schedule.epoch(step), image):
                 crops.append(draw_crop(*self.data.read(image), self.settings, self.fill))
         pixels = np.stack([crop.transpose(2, 0, 1) for crop, _ in crops])
         labels = np.stack([mask for _, mask in crops])

@@ -20,9 +20,9 @@ from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, Course
 from cae2pipe.supervised.learner import TunedLearner
 from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.schedule import Chunk, TrainSchedule
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.schedule import polynomial_rate
 
@@ -41,7 +41,7 @@ class SegmentLearner(TunedLearner):
     """Trains a segmenter.
 
     Args:
-        segmenter: from ``build_segmenter``. settings: all of them. course: the order. bf16: compute under autocast.
+        segmenter: from ``build_segmenter``. settings: all of them. schedule: the order. bf16: compute under autocast.
         compiled: with torch.compile. world: the processes. val: what to score on.
     """
 
@@ -49,14 +49,14 @@ class SegmentLearner(TunedLearner):
         self,
         segmenter: Normalised,
         settings: SegmentSettings,
-        course: Course,
+        schedule: TrainSchedule,
         *,
         bf16: bool,
         compiled: bool,
         world: World,
         val: LabelledImages,
     ):
-        self.settings, self.course, self.val = settings, course, val
+        self.settings, self.schedule, self.val = settings, schedule, val
         segmenter = spread_norms(segmenter, world.ranks, world.device)
         model = segmenter.model
         groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
@@ -78,10 +78,10 @@ class SegmentLearner(TunedLearner):
     def rate(self, step: int) -> float:
         settings, factor = self.settings, self.settings.batch / REFERENCE_BATCH
         lr, least = settings.lr * factor, settings.min_lr * factor
-        return polynomial_rate(step, self.course.total, settings.warmup_steps, lr, least, settings.power)
+        return polynomial_rate(step, self.schedule.total, settings.warmup_steps, lr, least, settings.power)
 
     def validate(self, epoch: int) -> dict[str, float] | None:
-        every, last = self.settings.validate_epochs, (epoch + 1) * self.course.steps >= self.course.total
+        every, last = self.settings.validate_epochs, (epoch + 1) * self.schedule.steps >= self.schedule.total
         if not last and (not every or (epoch + 1) % every):
             return None
         self.scores = self.score()
@@ -89,7 +89,7 @@ class SegmentLearner(TunedLearner):
 
     def score(self) -> dict[str, Any]:
         """Scores over all val images, shared out among the processes."""
-        self.world.share(self.network)
+        self.world.broadcast_buffers(self.network)
         classes = len(self.val.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
         own = range(self.world.rank, len(self.val), self.world.ranks)

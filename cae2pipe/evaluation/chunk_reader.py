@@ -11,7 +11,7 @@ from cae2pipe.errors import ImageError, SourceError
 from cae2pipe.evaluation.crops import DrawnCrop
 from cae2pipe.evaluation.datasets import Split
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 
 class ChunkReader(Reader):
@@ -22,15 +22,15 @@ class ChunkReader(Reader):
     Raises SourceError or DamageError where files cannot be read, SourceError where nothing of a chunk can be decoded.
     """
 
-    def __init__(self, split: Split, course: Course, own: Sequence[int], start: int, crop: DrawnCrop):
-        super().__init__(course, own, start)
+    def __init__(self, split: Split, schedule: TrainSchedule, own: Sequence[int], start: int, crop: DrawnCrop):
+        super().__init__(schedule, own, start)
         # Runs are another way to the same images, and as large.
         self.root, self.samples, self.crop = split.root, split.samples, crop
 
     def __getitem__(self, index: int) -> Chunk:
         step, number = self.place(index)
-        chosen = self.course.chunk(step, number)
-        epoch = self.course.epoch(step)
+        chosen = self.schedule.chunk(step, number)
+        epoch = self.schedule.epoch(step)
         crop = DrawnCrop(self.crop.size, self.crop.settings, self.crop.mean, self.crop.seed, epoch)
         pixels: dict[int, np.ndarray] = {}
         rejected = []

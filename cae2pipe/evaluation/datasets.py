@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import ShardsBox, is_box
+from cae2pipe.artifacts.artifact import ShardsArtifact, is_artifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.errors import ImageError, ManifestError, SourceError
 from cae2pipe.evaluation.crops import Crop
@@ -110,7 +110,7 @@ def find_part(root: Path, names: tuple[str, ...]) -> Path:
 
 def open_split(root: Path, batch: int) -> Split:
     """A folder of images or a shard set, in runs of up to ``batch`` images."""
-    if is_box(root, KIND):
+    if is_artifact(root, KIND):
         return _open_shards(root, batch)
     source = scan(root)
     entries = source.entries
@@ -130,7 +130,7 @@ def open_split(root: Path, batch: int) -> Split:
 
 
 def _open_shards(root: Path, batch: int) -> Split:
-    if not ShardsBox.open(root).complete:
+    if not ShardsArtifact.open(root).complete:
         raise ManifestError(
             "this shard set is not finished: a score would be that of a part",
             where=root,

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import RunBox, TargetsBox, check_files, is_box
+from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, check_files, is_artifact
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
-from cae2pipe.config.base import build_recorded, identity, load, preset_names, section
+from cae2pipe.config.base import build_recorded, fingerprinted, load, preset_names, section
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import LossSettings, ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
@@ -163,7 +163,7 @@ def load_encoder(spec: str, seed: int, device: torch.device, precision: str = "f
     """
     form, colon, rest = spec.partition(":")
     if not colon or form not in KINDS:
-        if is_box(Path(spec), "targets"):
+        if is_artifact(Path(spec), "targets"):
             return frozen_teacher("teacher", spec, device)
         return trained_student(Path(spec), device, precision)
     if not rest.partition("@")[0]:
@@ -180,7 +180,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
     folder = path.parent if path.name == WEIGHTS else path
     if not folder.is_dir():
         raise SourceError("there is no such encoder", where=path, fix=f"give {FORMS}")
-    run = RunBox.open(folder) if is_box(folder, "run") else None
+    run = RunArtifact.open(folder) if is_artifact(folder, "run") else None
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         if run:
             raise ManifestError(
@@ -200,7 +200,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
     return Student(model, digests, class_token, device, precision)
 
 
-def class_token_trained(run: RunBox) -> bool:
+def class_token_trained(run: RunArtifact) -> bool:
     """Whether a run's loss fell on its class token: it counts among the visible, and pixels have none."""
     loss = build_recorded(LossSettings, section(run.identity["settings"], "loss", run.root), where=run.root)
     return bool(run.facts["teacher"]["class_token"] and loss.visible and loss.target != "pixels")
@@ -270,10 +270,10 @@ def random_student(name: str, seed: int, device: torch.device, precision: str) -
     from cae2pipe.models.export import timm_config, timm_state
 
     class_token = True
-    if is_box(Path(name), "run"):
-        box = RunBox.open(Path(name))
-        settings = build_recorded(ModelSettings, section(box.identity["settings"], "model", name), where=name)
-        class_token = class_token_trained(box)
+    if is_artifact(Path(name), "run"):
+        artifact = RunArtifact.open(Path(name))
+        settings = build_recorded(ModelSettings, section(artifact.identity["settings"], "model", name), where=name)
+        class_token = class_token_trained(artifact)
     elif Path(name).is_dir():
         raise SourceError("this folder is not a run", where=name, fix=f"give {FORMS}")
     elif name not in preset_names("pretrain") and timm.is_model(name):
@@ -286,7 +286,7 @@ def random_student(name: str, seed: int, device: torch.device, precision: str) -
     encoder = build_encoder(settings)
     model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
-    return Student(model, {"random": {"model": identity(settings), "seed": seed}}, class_token, device, precision)
+    return Student(model, {"random": {"model": fingerprinted(settings), "seed": seed}}, class_token, device, precision)
 
 
 def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
@@ -296,8 +296,8 @@ def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
 
     name, _, file = name.partition("@")
     weights = Path(file) if file else None
-    if form == "teacher" and is_box(Path(name), "targets"):
-        return FrozenTeacher(set_teacher(TargetsBox.open(Path(name)), weights, device, f"teacher:{name}@FILE"))
+    if form == "teacher" and is_artifact(Path(name), "targets"):
+        return FrozenTeacher(set_teacher(TargetsArtifact.open(Path(name)), weights, device, f"teacher:{name}@FILE"))
     if form == "timm":
         settings = timm_settings(name)
         fix = "check the name, give timm:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"

@@ -15,7 +15,7 @@ from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.artifacts.tensors import write_safetensors
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.evaluate import FeatureSettings
 from cae2pipe.errors import DamageError, SettingsError, SourceError
 from cae2pipe.evaluation.crop_batches import crop_batches
@@ -98,7 +98,7 @@ def extract_features(
     parts = [range(low, min(low + per_part, len(split.runs))) for low in range(0, len(split.runs), per_part)]
     # Runs hang on the batch: parts of another batch are other parts.
     paths = [folder / f"{key}-{split.batch}-{number:05d}.safetensors" for number in range(len(parts))]
-    world.lead(lambda: clear(folder, paths, report))
+    world.run_on_main(lambda: clear(folder, paths, report))
     own = [(part, path) for part, path in zip(parts, paths, strict=True)][world.rank :: world.ranks]
     done = sum(len(part) for part, path in own if path.exists())
     report.total(sum(len(part) for part, _ in own), f"batches of {split.root.name}", done=done)
@@ -106,8 +106,8 @@ def extract_features(
         if not path.exists():
             with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
                 write_part(path, encoder, split, part, crop=crop, workers=workers, device=world.device, report=report)
-    world.meet()
-    return gathered(split, paths, report) if world.leads else None
+    world.barrier()
+    return gathered(split, paths, report) if world.is_main else None
 
 
 def description(crop: Crop) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def description(crop: Crop) -> dict[str, Any]:
     if isinstance(crop, CentralCrop):
         return {"size": crop.size, "resize": crop.resize}
     assert isinstance(crop, DrawnCrop)
-    return {"size": crop.size, "draw": identity(crop.settings), "seed": crop.seed, "number": crop.epoch}
+    return {"size": crop.size, "draw": fingerprinted(crop.settings), "seed": crop.seed, "number": crop.epoch}
 
 
 def clear(folder: Path, paths: list[Path], report: Report) -> None:

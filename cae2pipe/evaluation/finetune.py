@@ -20,9 +20,9 @@ from cae2pipe.models.trainable import layer_decay_groups, set_classifier
 from cae2pipe.runtime.device import exact_float32
 from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, Course
 from cae2pipe.supervised.learner import TunedLearner
 from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.schedule import Chunk, TrainSchedule
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.schedule import learning_rate
 
@@ -52,7 +52,7 @@ class FinetuneLearner(TunedLearner):
 
     Args:
         classifier: from ``build_classifier``. classes: how many. settings: all of them.
-        course: the order. bf16: compute under autocast. compiled: with torch.compile. world: the processes.
+        schedule: the order. bf16: compute under autocast. compiled: with torch.compile. world: the processes.
         predict: predictions for the val images of a function from pixels to logits.
         root: where the best weights go.
     """
@@ -63,7 +63,7 @@ class FinetuneLearner(TunedLearner):
         classes: int,
         settings: FinetuneSettings,
         *,
-        course: Course,
+        schedule: TrainSchedule,
         bf16: bool,
         compiled: bool,
         world: World,
@@ -72,7 +72,7 @@ class FinetuneLearner(TunedLearner):
     ):
         from timm.data.random_erasing import RandomErasing
 
-        self.settings, self.course, self.predict, self.root = settings, course, predict, root
+        self.settings, self.schedule, self.predict, self.root = settings, schedule, predict, root
         self.erase = RandomErasing(settings.erase, mode="pixel", device=world.device)
         self.mix = make_mixup(settings, classes)
         groups = layer_decay_groups(classifier.model, settings.weight_decay, settings.layer_decay)
@@ -107,7 +107,7 @@ class FinetuneLearner(TunedLearner):
     def rate(self, step: int) -> float:
         factor = self.settings.batch / REFERENCE_BATCH
         lr, least = self.settings.lr * factor, self.settings.min_lr * factor
-        return learning_rate(step, self.course.steps, self.course.epochs, self.settings.warmup_epochs, lr, least)
+        return learning_rate(step, self.schedule.steps, self.schedule.epochs, self.settings.warmup_epochs, lr, least)
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class FinetuneLearner(TunedLearner):
         return logits
 
     def validate(self, epoch: int) -> dict[str, float] | None:
-        last = epoch + 1 == self.course.epochs
+        last = epoch + 1 == self.schedule.epochs
         if (epoch + 1) % self.settings.validate_epochs and not last:
             return None
         self.predicted = self.predict(self.logits)
@@ -135,7 +135,7 @@ class FinetuneLearner(TunedLearner):
 
     def save(self, name: str) -> None:
         """The weights that are scored, under timm's names."""
-        if self.world.leads:
+        if self.world.is_main:
             scored: Any = self.average.module if self.average else self.network
             save_weights(scored.model, self.root / name)
 

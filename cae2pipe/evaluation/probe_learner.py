@@ -16,8 +16,8 @@ from cae2pipe.runtime.device import exact_float32
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.upload import upload_stream, uploaded
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, Course
 from cae2pipe.supervised.remedies import batch_remedy
+from cae2pipe.supervised.schedule import Chunk, TrainSchedule
 from cae2pipe.training.schedule import learning_rate
 
 Inputs = Callable[[FrozenEncoder, Tensor], Tensor]
@@ -48,7 +48,7 @@ class ProbeLearner:
     Args:
         encoder, head, inputs: pixels go through encoder and inputs to the head.
         optimizer: of the head; each group has its ``peak`` learning rate.
-        course: the order. warmup_epochs: of it.
+        schedule: the order. warmup_epochs: of it.
         batch: images that pass the encoder together. world: the processes.
     """
 
@@ -59,13 +59,13 @@ class ProbeLearner:
         inputs: Inputs,
         *,
         optimizer: torch.optim.Optimizer,
-        course: Course,
+        schedule: TrainSchedule,
         warmup_epochs: float,
         batch: int,
         world: World,
     ):
         self.encoder, self.head, self.inputs, self.optimizer = encoder, head, inputs, optimizer
-        self.course, self.warmup_epochs, self.batch, self.world = course, warmup_epochs, batch, world
+        self.schedule, self.warmup_epochs, self.batch, self.world = schedule, warmup_epochs, batch, world
         self.stream = upload_stream(world.device)
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
@@ -107,7 +107,7 @@ class ProbeLearner:
             return outputs
 
     def _rate(self, step: int, peak: float) -> float:
-        return learning_rate(step, self.course.steps, self.course.epochs, self.warmup_epochs, peak, 0.0)
+        return learning_rate(step, self.schedule.steps, self.schedule.epochs, self.warmup_epochs, peak, 0.0)
 
     def rate(self, step: int) -> float:
         return self._rate(step, self.optimizer.param_groups[0]["peak"])

@@ -25,7 +25,7 @@ ORDERS = tuple(permutations(("brightness", "contrast", "saturation")))
 TRIES = 10
 """Crop boxes tried before the largest central one is taken, as in torchvision's RandomResizedCrop."""
 
-FLIP, ORDER, FACTORS, BOXES = 0, 1, slice(2, 5), 5
+FLIP, ORDER, FACTORS, ARTIFACTS = 0, 1, slice(2, 5), 5
 """Where in the key's uniforms each draw lies. Part of the format: another place gives other views."""
 
 
@@ -65,10 +65,10 @@ def draw_view(settings: ViewSettings, seed: int, key: str, view: int, height: in
 
     It depends on the arguments alone. The number of uniforms is fixed, so that no draw shifts another.
     """
-    uniforms = keyed_uniforms(BOXES + 4 * TRIES, "view", seed, key, view).tolist()
+    uniforms = keyed_uniforms(ARTIFACTS + 4 * TRIES, "view", seed, key, view).tolist()
     low, span = 1 - settings.jitter, 2 * settings.jitter
     brightness, contrast, saturation = (low + span * u for u in uniforms[FACTORS])
-    top, left, box_height, box_width = draw_box(settings, uniforms[BOXES:], height, width)
+    top, left, box_height, box_width = draw_box(settings, uniforms[ARTIFACTS:], height, width)
     return ViewDraw(
         top=top,
         left=left,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cae2pipe.artifacts.box import is_box
+from cae2pipe.artifacts.artifact import is_artifact
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import ManifestError, MismatchError
@@ -45,7 +45,7 @@ class FreshViews:
 def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
     """The originals behind a target set. Raises MismatchError where they are others, ManifestError where none are."""
     root = settings.originals or targets.root / "shards"
-    if not is_box(root, "shards"):
+    if not is_artifact(root, "shards"):
         raise ManifestError(
             "fresh views need the shard set that the targets were made from", where=root, fix="--set originals=FOLDER"
         )

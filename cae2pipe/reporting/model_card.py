@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from cae2pipe.artifacts.box import RunBox
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.manifest_run import RunTeacher
 from cae2pipe.comparison.scores import ScoreRow
 from cae2pipe.config.base import build_recorded
@@ -19,11 +19,11 @@ from cae2pipe.version import __version__
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
 
 
-def model_card(name: str, layout: Layout, shape: Shape, run: RunBox | None, scores: Sequence[ScoreRow]) -> str:
+def model_card(name: str, layout: Layout, shape: Shape, run: RunArtifact | None, scores: Sequence[ScoreRow]) -> str:
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 
     Args:
-        name: what the encoder is called. run: the box of the run that trained it, if it is known. scores: rows as
+        name: what the encoder is called. run: the artifact of the run that trained it, if it is known. scores: rows as
             ``results`` collects them.
     """
     matter = yaml.safe_dump(
@@ -47,7 +47,7 @@ def model_card(name: str, layout: Layout, shape: Shape, run: RunBox | None, scor
     return "\n\n".join(parts) + "\n"
 
 
-def _training(run: RunBox) -> str:
+def _training(run: RunArtifact) -> str:
     settings = build_recorded(PretrainSettings, run.identity["settings"], where=run.root)
     loss, masks = settings.loss, settings.mask
     rows = {

@@ -36,7 +36,7 @@ class World:
     parallel: str = "none"
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and reports for all."""
         return self.rank == 0
 
@@ -46,12 +46,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes have come here."""
         if self.ranks > 1:
             self.sum(torch.zeros(1, device=self.device)).item()
 
-    def share(self, module: nn.Module) -> None:
+    def broadcast_buffers(self, module: nn.Module) -> None:
         """Give all processes the leading one's buffers, such as running statistics."""
         if self.ranks > 1:
             for buffer in module.buffers():
@@ -65,29 +65,29 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def lead(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """What ``work`` gives in the leading process, in all of them. An error there is raised everywhere, and shown
         once."""
         if self.ranks == 1:
             return work()
         answer: list[Any] = [None, None]
-        if self.leads:
+        if self.is_main:
             try:
                 answer[0] = work()
             except Cae2pipeError as error:
                 answer[1] = error
         dist.broadcast_object_list(answer, src=0, device=self.device)
         if answer[1] is not None:
-            answer[1].shown_elsewhere = not self.leads
+            answer[1].shown_elsewhere = not self.is_main
             raise answer[1]
         result: T = answer[0]
         return result
 
-    def lead_first(self, work: Callable[[], T]) -> T:
+    def main_first(self, work: Callable[[], T]) -> T:
         """What ``work`` gives, done by every process; an error that the leading one meets first is shown once."""
         done: list[T] = []
-        self.lead(lambda: done.append(work()))
-        return done[0] if self.leads else work()
+        self.run_on_main(lambda: done.append(work()))
+        return done[0] if self.is_main else work()
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def stage_world(
     """
     rank = torchrun_rank()
     with joined(rank, pick_device(device, rank), parallel, patience=patience) as world:
-        yield world, report if world.leads else Silent()
+        yield world, report if world.is_main else Silent()
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def joined(rank: Rank, device: torch.device, parallel: str, *, patience: timedel
     try:
         yield world
         # One that left while others still work could bring them down.
-        world.meet()
+        world.barrier()
     finally:
         if not inner:
             dist.destroy_process_group()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from cae2pipe.artifacts.places import file_size, is_local
+from cae2pipe.artifacts.storage import file_size, is_local
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.entries import SPLITS, Found, Source, is_utf8, labelled, make_source
 from cae2pipe.shards.folder import file_bytes

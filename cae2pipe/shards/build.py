@@ -15,15 +15,15 @@ from pathlib import Path
 
 import google_crc32c
 
+from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.atomic import remove_debris, write_bytes
-from cae2pipe.artifacts.box import ShardsBox
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest_shards import Listing, Rejected, Tar
 from cae2pipe.artifacts.manifest_values import FileEntry
-from cae2pipe.artifacts.places import file_size, is_local, read_bytes
 from cae2pipe.artifacts.staging import staged
-from cae2pipe.config.base import identity
+from cae2pipe.artifacts.storage import file_size, is_local, read_bytes
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ShardSettings
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.runtime.keyed import keyed_permutation
@@ -63,36 +63,38 @@ def pack(
         for remark in source.remarks():
             report.log(remark)
     with writing(out):
-        box = ShardsBox.open_or_create(
+        artifact = ShardsArtifact.open_or_create(
             out,
-            {"settings": identity(settings), "classes": source.classes},
+            {"settings": fingerprinted(settings), "classes": source.classes},
             facts={"rejected": 0},
             fix="give another output folder, or the source and settings this one was made from",
         )
         if is_local(out):
             remove_debris(out)
-        before = sum(unit["images"] for unit in box.units.values() if "images" in unit)
-        runs = plan_runs(with_listings(source, box), settings)
+        before = sum(unit["images"] for unit in artifact.units.values() if "images" in unit)
+        runs = plan_runs(with_listings(source, artifact), settings)
         total = len(source.entries)
         if before and total > before:
             report.log(f"new in {source.root}: {total - before} of {total} images, which go into tars of their own")
-        whole = box.whole()
+        whole = artifact.whole()
         missing = {
             name: run for name, run in runs.items() if (name in remake if remake is not None else name not in whole)
         }
-        if not missing and box.has(REJECTS) and box.complete and remake is None:
-            finish(box)  # a run that was killed may have left its last words in the journal
-            report.log(f"nothing to do: {out} holds all {total - box.facts['rejected']} images of {source.root}")
+        if not missing and artifact.has(REJECTS) and artifact.complete and remake is None:
+            finish(artifact)  # a run that was killed may have left its last words in the journal
+            report.log(f"nothing to do: {out} holds all {total - artifact.facts['rejected']} images of {source.root}")
             return ShardSet.open(out)
         report.total(total, "images", done=total - sum(map(len, missing.values())))
         with checking(settings.speed.workers) as check:
             # One stream over all runs: workers read ahead while a tar is finished.
             checked = check(source.piece(entry) for entry in chain.from_iterable(missing.values()))
             for name, run in missing.items():
-                expected = box.units[name]["files"] if name in box.units else None
-                box.add(name, write_run(box.root, name, run, counted(islice(checked, len(run)), report), expected))
-        finish(box)
-        kept, rejected = sum(unit["samples"] for unit in box.units.values()), box.facts["rejected"]
+                expected = artifact.units[name]["files"] if name in artifact.units else None
+                artifact.add(
+                    name, write_run(artifact.root, name, run, counted(islice(checked, len(run)), report), expected)
+                )
+        finish(artifact)
+        kept, rejected = sum(unit["samples"] for unit in artifact.units.values()), artifact.facts["rejected"]
         more = f"; {rejected} could not be decoded: see {out / 'rejects.jsonl'}" if rejected else ""
         report.log(f"wrote {kept} images{more}")
         return ShardSet.open(out)
@@ -153,39 +155,39 @@ def write_run(
         return {"files": stage.commit(*pieces), "samples": len(checksums), "rejected": rejected}
 
 
-def finish(box: ShardsBox) -> None:
+def finish(artifact: ShardsArtifact) -> None:
     """Write ``rejects.jsonl`` and the manifest, where they are not as they should be.
 
     Raises:
         SourceError: not one image could be decoded.
     """
-    rejects = rejected_images(box)
+    rejects = rejected_images(artifact)
     rejects.sort(key=lambda reject: reject["path"])
-    path = box.root / "rejects.jsonl"
+    path = artifact.root / "rejects.jsonl"
     data = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects).encode()
     if file_size(path) is None or read_bytes(path) != data:
         write_bytes(path, data)
-    box.facts["rejected"] = len(rejects)
+    artifact.facts["rejected"] = len(rejects)
     unit: Listing = {"files": {path.name: file_entry(path)}, "samples": 0}
-    if box.units.get(REJECTS) != unit:
-        box.add(REJECTS, unit)
-    box.save(complete=True)
-    refuse_empty(box)
+    if artifact.units.get(REJECTS) != unit:
+        artifact.add(REJECTS, unit)
+    artifact.save(complete=True)
+    refuse_empty(artifact)
 
 
-def rejected_images(box: ShardsBox) -> list[Rejected]:
+def rejected_images(artifact: ShardsArtifact) -> list[Rejected]:
     """The images that could not be decoded, tar after tar as the manifest has them."""
-    return [reject for unit in box.units.values() if "rejected" in unit for reject in unit["rejected"]]
+    return [reject for unit in artifact.units.values() if "rejected" in unit for reject in unit["rejected"]]
 
 
-def refuse_empty(box: ShardsBox) -> None:
+def refuse_empty(artifact: ShardsArtifact) -> None:
     """Raise SourceError where every image of the source was rejected."""
-    if any(unit["samples"] for unit in box.units.values()):
+    if any(unit["samples"] for unit in artifact.units.values()):
         return
-    reasons = [reject["reason"] for reject in rejected_images(box)]
+    reasons = [reject["reason"] for reject in rejected_images(artifact)]
     raise SourceError(
         f"none of the {len(reasons)} files can be decoded; one of them: {reasons[0]}",
-        where=box.root / "rejects.jsonl",
+        where=artifact.root / "rejects.jsonl",
         fix="check the source: its files bear image names and are not images",
     )
 

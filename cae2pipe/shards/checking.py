@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from cae2pipe.artifacts.places import read_bytes, read_range
+from cae2pipe.artifacts.storage import read_bytes, read_range
 from cae2pipe.errors import ImageError, SourceError
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.runtime.processes import ahead, prepare_worker, refuse_import_of_main, shielded, worker_count, worker_died

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from cae2pipe.artifacts.places import file_sizes, is_local, read_range
+from cae2pipe.artifacts.storage import file_sizes, is_local, read_range
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.foreign_names import why_not_utf8
 from cae2pipe.shards.entries import SPLITS, Found, Source, is_utf8, labelled, make_source

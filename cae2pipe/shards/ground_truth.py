@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cae2pipe.artifacts.places import file_size, is_local, read_bytes
+from cae2pipe.artifacts.storage import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.entries import Found, Source, labelled, make_source

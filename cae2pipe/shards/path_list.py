@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.places import file_size, is_local, place, read_bytes
+from cae2pipe.artifacts.storage import file_size, is_local, read_bytes, to_path
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.entries import Found, Source, labelled, make_source
 from cae2pipe.shards.folder import file_bytes
@@ -43,7 +43,7 @@ def scan_list(path: Path) -> Source:
                 f"this path stands in line {seen[name]} too: {name}", where=f"{path}, line {number}", fix="remove one"
             )
         seen[name] = number
-        file = place(name) if "://" in name else path.parent / name
+        file = to_path(name) if "://" in name else path.parent / name
         images.append(Found(name, labels.get(label, -1), _bytes(file, f"{path}, line {number}"), file))
     return make_source(path, sorted(labels), images)
 

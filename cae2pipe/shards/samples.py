@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from cae2pipe.artifacts.places import file_size, is_local, read_bytes
+from cae2pipe.artifacts.storage import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.entries import Found, Source, make_source
 from cae2pipe.shards.kinds import is_tar, stem

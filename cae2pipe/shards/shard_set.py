@@ -19,10 +19,10 @@ from typing import Annotated, NamedTuple
 import google_crc32c
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cae2pipe.artifacts.box import ShardsBox
+from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.manifest_shards import Tar
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.tar import index_tar, read_range
@@ -87,11 +87,11 @@ class ShardSet:
         Raises:
             ManifestError: not a shard set.
         """
-        box = ShardsBox.open(root)
+        artifact = ShardsArtifact.open(root)
         # A tar may be empty, if all of its images were rejected.
-        tars = ((name, unit) for name, unit in sorted(box.units.items()) if "rejected" in unit)
+        tars = ((name, unit) for name, unit in sorted(artifact.units.items()) if "rejected" in unit)
         shards = [make_shard(root, name, unit) for name, unit in tars if unit["samples"]]
-        return cls(root, box.identity["classes"], shards)
+        return cls(root, artifact.identity["classes"], shards)
 
     @property
     def images(self) -> int:

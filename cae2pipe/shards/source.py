@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.box import is_box
-from cae2pipe.artifacts.places import file_size
+from cae2pipe.artifacts.artifact import is_artifact
+from cae2pipe.artifacts.storage import file_size
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.archive import scan_archive, scan_tars
 from cae2pipe.shards.entries import Source
@@ -29,7 +29,7 @@ def scan(root: Path, labels: Path | None = None) -> Source:
     Raises:
         SourceError: what is wrong with the source, and where.
     """
-    if is_box(root):
+    if is_artifact(root):
         raise SourceError(
             "this folder was made by cae2pipe",
             where=root,

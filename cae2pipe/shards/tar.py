@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cae2pipe.artifacts import places
-from cae2pipe.artifacts.places import file_size
+from cae2pipe.artifacts import storage
+from cae2pipe.artifacts.storage import file_size
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.tar_members import TarFormatError, blocks, read_members
@@ -83,7 +83,7 @@ def index_tar(path: Path) -> list[TarSample]:
 def read_range(path: Path, offset: int, size: int) -> bytes:
     """``size`` bytes from ``offset`` on. Raises DamageError where the file ends before."""
     try:
-        data = places.read_range(path, offset, size)
+        data = storage.read_range(path, offset, size)
     except OSError as error:
         reraise_exhaustion(error)
         raise DamageError(f"this tar cannot be read: {error.strerror}", where=path) from None

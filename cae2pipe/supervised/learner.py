@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.upload import upload_stream, uploaded
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk
 from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.supervised.remedies import SMALLER, cpu_remedy
+from cae2pipe.supervised.schedule import Chunk
 from cae2pipe.training.optimizer import make_moments
-from cae2pipe.training.parallel import spread, without_exchange
+from cae2pipe.training.parallel import no_sync, wrap_model
 
 
 class TunedLearner(ABC):
@@ -42,7 +42,7 @@ class TunedLearner(ABC):
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         with memory_advice("AdamW's state for all weights", SMALLER):
             make_moments(self.optimizer)
-        self.module = spread(network, world)
+        self.module = wrap_model(network, world)
 
     @abstractmethod
     def loss(self, chunk: Chunk) -> Tensor:
@@ -59,7 +59,7 @@ class TunedLearner(ABC):
         total = torch.zeros((), device=self.world.device)
         for index, chunk in enumerate(uploaded(chunks, self.world.device, self.stream)):
             last = index == len(chunks) - 1
-            with nullcontext() if last else without_exchange(self.module, self.world):
+            with nullcontext() if last else no_sync(self.module, self.world):
                 loss = self.loss(chunk) * (len(chunk.labels) / size)
                 # DDP averages over processes; the loss is a sum over them.
                 (loss * self.world.ranks).backward()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import ScoresBox
+from cae2pipe.artifacts.artifact import ScoresArtifact
 from cae2pipe.errors import DivergedError, OutOfMemoryError
 from cae2pipe.runtime.device_memory import out_of_memory
 from cae2pipe.runtime.processes import worker_count
@@ -21,8 +21,8 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.upload import pinned
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, Course, Reader
 from cae2pipe.supervised.remedies import Trained, chunk_remedy
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 from cae2pipe.training.checkpoint import Checkpoints
 from cae2pipe.training.metrics import MetricsFile
 from cae2pipe.training.step import Flags, on_host, to_host
@@ -52,7 +52,7 @@ class Learner(Protocol):
 
 def train(
     learner: Learner,
-    course: Course,
+    schedule: TrainSchedule,
     reading: Callable[[int], Reader],
     *,
     root: Path,
@@ -60,7 +60,7 @@ def train(
     world: World,
     report: Report,
 ) -> list[dict[str, Any]]:
-    """Train to the end of the course, from the newest checkpoint below ``root`` if there is one.
+    """Train to the end of the schedule, from the newest checkpoint below ``root`` if there is one.
 
     ``reading`` makes the reader of this process's chunks from a step on. It stops as ``run_steps`` does.
 
@@ -71,16 +71,16 @@ def train(
         DivergedError: a loss is not finite. OutOfMemoryError: a chunk does not fit the device. CompileError: it cannot
         be compiled. SourceError, DamageError: as ``ChunkReader``.
     """
-    owner: str = world.lead(lambda: ScoresBox.open(root).fingerprint)
+    owner: str = world.run_on_main(lambda: ScoresArtifact.open(root).fingerprint)
     speed = settings.speed
     checkpoints = Checkpoints(root / CHECKPOINTS, owner, speed.keep, minutes=speed.checkpoint_minutes)
-    training = Supervised(learner, course, root, settings=settings, world=world, report=report)
+    training = Supervised(learner, schedule, root, settings=settings, world=world, report=report)
     start = checkpoints.resume(training.state, training.restore, world, report=report)
     with closing(training):
         training.begin(reading(start), start)
         if start:
-            report.log(f"going on from step {start} of {course.total}")
-        run_steps(training, start, course.total, checkpoints=checkpoints, world=world, report=report)
+            report.log(f"going on from step {start} of {schedule.total}")
+        run_steps(training, start, schedule.total, checkpoints=checkpoints, world=world, report=report)
     return training.history
 
 
@@ -104,9 +104,9 @@ class Supervised:
     metrics: MetricsFile | None = None
 
     def __init__(
-        self, learner: Learner, course: Course, root: Path, *, settings: Trained, world: World, report: Report
+        self, learner: Learner, schedule: TrainSchedule, root: Path, *, settings: Trained, world: World, report: Report
     ):
-        self.learner, self.course, self.root = learner, course, root
+        self.learner, self.schedule, self.root = learner, schedule, root
         self.settings, self.world, self.report = settings, world, report
         self.history: list[dict[str, Any]] = []
         self.losses: list[float] = []
@@ -122,21 +122,21 @@ class Supervised:
     def begin(self, reader: Reader, start: int) -> None:
         """Take what ``reader`` gives, and write metrics, from a step on."""
         self.reader = reader
-        self.metrics = MetricsFile(self.root / METRICS, start, self.report) if self.world.leads else None
-        self.report.total(self.course.total, "steps", done=start)
+        self.metrics = MetricsFile(self.root / METRICS, start, self.report) if self.world.is_main else None
+        self.report.total(self.schedule.total, "steps", done=start)
         self.last = time.monotonic()
 
     def items(self) -> Iterator[tuple[int, list[Chunk]]]:
         reader = self.reader
         workers = min(worker_count(self.settings.speed.workers), len(reader))
         chunks = pinned(in_order(reader, workers, preload=[type(reader).__module__]), self.world.device)
-        for step in range(reader.start, self.course.total):
+        for step in range(reader.start, self.schedule.total):
             yield step, list(islice(chunks, len(reader.own)))
 
     def step(self, item: tuple[int, list[Chunk]], flags: Flags) -> Figures:
         step, chunks = item
         self.name_rejects(chunks)
-        loss = self.learner.step(chunks, step, self.course.size(step)).detach().float()
+        loss = self.learner.step(chunks, step, self.schedule.size(step)).detach().float()
         figures = self.world.sum(torch.cat([loss.reshape(1), flags.on(loss.device)]))
         return Figures(step, *to_host(figures), time.monotonic())
 
@@ -155,7 +155,7 @@ class Supervised:
 
     def settle(self, outcome: Figures) -> Flags:
         loss, *flags = on_host(outcome.values, outcome.arrived)
-        step, epoch = outcome.step, self.course.epoch(outcome.step)
+        step, epoch = outcome.step, self.schedule.epoch(outcome.step)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the loss is not finite at step {step}, in epoch {epoch}",
@@ -163,7 +163,7 @@ class Supervised:
                 fix="lower lr, and give another output folder",
             )
         self.losses.append(loss)
-        rate, lr = self.course.size(step) / (outcome.at - self.last), self.learner.rate(step)
+        rate, lr = self.schedule.size(step) / (outcome.at - self.last), self.learner.rate(step)
         self.last = outcome.at
         if self.metrics:
             self.metrics.write({"step": step, "epoch": epoch, "loss": loss, "lr": lr, "images_per_s": round(rate, 2)})
@@ -171,11 +171,11 @@ class Supervised:
         return Flags(*flags)
 
     def ends_epoch(self, done: int) -> bool:
-        return self.course.ends_epoch(done - 1)
+        return self.schedule.ends_epoch(done - 1)
 
     def end_epoch(self, done: int) -> bool:
         """Close an epoch; whether it was scored."""
-        epoch = self.course.epoch(done - 1)
+        epoch = self.schedule.epoch(done - 1)
         line = {"epoch": epoch, "loss": sum(self.losses) / len(self.losses)}
         self.losses = []
         scores = self.learner.validate(epoch)

@@ -16,7 +16,7 @@ from pathlib import Path
 import google_crc32c
 
 from cae2pipe.artifacts.atomic import TEMPORARY
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.storage import read_bytes
 
 RECOUNT = 64
 """Pieces that a process adds before it looks again at what others have added."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.lock import can_lock, holding
-from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.provenance import provenance
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import BadInputError
 from cae2pipe.runtime.progress import Report
@@ -24,40 +24,46 @@ from cae2pipe.teachers.protocol import Teacher
 
 
 def ensure_calibration(
-    box: TargetsBox,
+    artifact: TargetsArtifact,
     shards: ShardSet,
     teacher: Teacher,
     *,
     settings: ExtractSettings,
     workers: int,
-    part: Part,
+    part: WorkShare,
     report: Report,
-) -> TargetsBox:
-    """The box with its calibration, made or restored by whoever comes first while all others wait.
+) -> TargetsArtifact:
+    """The artifact with its calibration, made or restored by whoever comes first while all others wait.
 
     Raises:
         BadInputError: several parts start without it where nobody can be kept from making it twice. DamageError: it was
             there, and does not come out the same.
     """
-    if is_calibrated(box):
-        return box
-    if part != WHOLE and not can_lock(box.root):
+    if is_calibrated(artifact):
+        return artifact
+    if part != WHOLE and not can_lock(artifact.root):
         raise BadInputError(
             "this storage cannot create a file only if it is absent, so parts cannot agree on who calibrates",
-            where=box.root,
+            where=artifact.root,
             fix="run the same command once with --calibrate-only and without --part, then start the parts",
         )
-    facts = box.facts
-    with holding(box.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
-        box = TargetsBox.open(box.root)
-        box.facts |= facts
-        if not is_calibrated(box):
-            make_calibration(box, shards, teacher, settings=settings, workers=workers, report=report)
-    return box
+    facts = artifact.facts
+    with holding(artifact.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
+        artifact = TargetsArtifact.open(artifact.root)
+        artifact.facts |= facts
+        if not is_calibrated(artifact):
+            make_calibration(artifact, shards, teacher, settings=settings, workers=workers, report=report)
+    return artifact
 
 
 def make_calibration(
-    box: TargetsBox, shards: ShardSet, teacher: Teacher, *, settings: ExtractSettings, workers: int, report: Report
+    artifact: TargetsArtifact,
+    shards: ShardSet,
+    teacher: Teacher,
+    *,
+    settings: ExtractSettings,
+    workers: int,
+    report: Report,
 ) -> None:
     """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample.
 
@@ -70,9 +76,9 @@ def make_calibration(
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
         of_teacher = teacher_facts(teacher, outputs[0])
-        layout = make_layout(of_teacher, box.identity["settings"]["codec"], calibration)
+        layout = make_layout(of_teacher, artifact.identity["settings"]["codec"], calibration)
         of_codec = codec_facts(outputs, layout, calibration, fidelity=fidelity, pixel_bytes=sum(map(len, jpegs)))
         return {"teacher": of_teacher, "codec": of_codec, **provenance(teacher.device)}
 
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    store_calibration(box, codec, unit, facts, report)
+    store_calibration(artifact, codec, unit, facts, report)

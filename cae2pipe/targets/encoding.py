@@ -78,7 +78,7 @@ class Meter:
         """From the beginning to the end, or to now."""
         return max(1e-9, (self.ended or time.perf_counter()) - self.began)
 
-    def waits(self) -> float:
+    def idle_fraction(self) -> float:
         """Share of the time in which the teacher had nothing to do."""
         return max(0.0, 1 - self.teacher / self.seconds())
 
@@ -86,11 +86,11 @@ class Meter:
         """Views a second."""
         return self.views / self.seconds()
 
-    def verdict(self) -> str:
+    def bottleneck(self) -> str:
         """What holds extraction up, in a sentence."""
         if self.views < ENOUGH:
             return "too short a run to say what holds it up"
-        if self.waits() < 0.15:
+        if self.idle_fraction() < 0.15:
             return "the teacher is the bottleneck, as it should be"
         if self.rendering > self.packing:
             return "decoding and cropping hold it up: more --workers, or more cores, would help"

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import groupby
 
-from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import ShardSet
@@ -23,7 +23,7 @@ from cae2pipe.teachers.protocol import Teacher
 
 
 def make_views(
-    box: TargetsBox,
+    artifact: TargetsArtifact,
     shards: ShardSet,
     missing: list[MissingUnits],
     *,
@@ -41,12 +41,12 @@ def make_views(
     Raises:
         DamageError: an image cannot be read. TeacherError, OutOfMemoryError: as ``encode_ahead``.
     """
-    calibration = read_calibration(box)
-    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
+    calibration = read_calibration(artifact)
+    layout = make_layout(artifact.facts["teacher"], artifact.identity["settings"]["codec"], calibration)
     replayed = settings.view.pixels == "replayed"
     if replayed:
         # Views are cut from the images that the set keeps, not from the originals.
-        shards = kept_images(box)
+        shards = kept_images(artifact)
     by_name = {shard.name: shard for shard in shards.shards}
     tasks = [
         task for lacking in missing if lacking.views for task in block_tasks(by_name[lacking.shard.name], lacking.views)
@@ -64,8 +64,8 @@ def make_views(
             for shard, blocks in groupby(encoded, key=lambda block: block.rendered.task.shard):
                 writer = ShardWriter(shard)
                 writers.append(writer)
-                writer.append(blocks, box.root, layout, meter=meter, report=report)
-                finishing.append(finisher.submit(writer.finish, box, shards if replayed else None, report))
+                writer.append(blocks, artifact.root, layout, meter=meter, report=report)
+                finishing.append(finisher.submit(writer.finish, artifact, shards if replayed else None, report))
                 while finishing and (len(finishing) > 1 or finishing[0].done()):
                     finishing.popleft().result()
                     writers.popleft()
@@ -77,5 +77,7 @@ def make_views(
             for writer in writers:
                 writer.discard()
     meter.ended = time.perf_counter()
-    report.log(f"{meter.views} views, {meter.rate():.0f} a second; {meter.verdict()} (it waited {meter.waits():.0%})")
+    report.log(
+        f"{meter.views} views, {meter.rate():.0f} per second; {meter.bottleneck()} (idle {meter.idle_fraction():.0%})"
+    )
     return meter

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.manifest_targets import Wanted
-from cae2pipe.artifacts.parts import WHOLE, Part
-from cae2pipe.artifacts.places import free_bytes
+from cae2pipe.artifacts.storage import free_bytes
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.errors import BadInputError, MismatchError
 from cae2pipe.runtime.progress import gigabytes
 from cae2pipe.shards.shard_set import Shard, ShardSet
@@ -31,21 +31,25 @@ class MissingUnits:
 
 
 def missing_units(
-    box: TargetsBox, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
+    artifact: TargetsArtifact,
+    shards: ShardSet,
+    views: int,
+    part: WorkShare = WHOLE,
+    remake: Collection[str] | None = None,
 ) -> list[MissingUnits]:
     """What this part still has to make, shard by shard, or what of it is among ``remake``.
 
     Raises:
         MismatchError: a stored view was made from a shard of this name with other content.
     """
-    whole = box.whole()
-    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    whole = artifact.whole()
+    replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
     result = []
     for index, shard in enumerate(shards.shards):
         names = {view: store_name(view, shard.name) for view in range(views)}
         images = images_name(shard.name)
         for name in (*names.values(), images):
-            unit = box.units.get(name)
+            unit = artifact.units.get(name)
             if unit and "shard" in unit and unit["source"] != shard.sha256:
                 raise MismatchError(
                     f"shard {shard.name} of the source is not the one that this target set was made from",
@@ -64,9 +68,9 @@ def missing_units(
     return result
 
 
-def wanted(box: TargetsBox, shards: ShardSet, views: int) -> Wanted:
+def wanted(artifact: TargetsArtifact, shards: ShardSet, views: int) -> Wanted:
     """What the whole set is to hold, for those who ask how complete it is."""
-    before = box.facts.get("wanted")
+    before = artifact.facts.get("wanted")
     most = max(views, before["views"] if before else 0)
     return {"views": most, "shards": len(shards.shards), "images": shards.images}
 
@@ -75,15 +79,15 @@ TAR_OVERHEAD = 2048
 """Bytes a sample that a tar adds to its JPEG, at least: two headers, the label, padding."""
 
 
-def check_space(box: TargetsBox, missing: list[MissingUnits]) -> None:
+def check_space(artifact: TargetsArtifact, missing: list[MissingUnits]) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
         BadInputError: with what is needed and what is free.
     """
-    free = free_bytes(box.root)
-    expected = box.facts["codec"]["expected_bytes"]
-    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    free = free_bytes(artifact.root)
+    expected = artifact.facts["codec"]["expected_bytes"]
+    replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
     needed = sum(
         lacking.shard.samples
         * (
@@ -95,6 +99,6 @@ def check_space(box: TargetsBox, missing: list[MissingUnits]) -> None:
     if free is not None and needed > free:
         raise BadInputError(
             f"the views that are still to be made need about {gigabytes(needed)}, and {gigabytes(free)} are free",
-            where=box.root,
+            where=artifact.root,
             fix="free some space, ask for fewer --views or a lower --fidelity, or give a folder on another disk",
         )

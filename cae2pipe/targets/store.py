@@ -27,7 +27,7 @@ import numpy as np
 
 from cae2pipe.artifacts.manifest_targets import Store
 from cae2pipe.artifacts.manifest_values import FileEntry
-from cae2pipe.artifacts.places import file_size, is_local, read_bytes, read_range
+from cae2pipe.artifacts.storage import file_size, is_local, read_bytes, read_range
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.runtime.exhaustion import reraise_exhaustion

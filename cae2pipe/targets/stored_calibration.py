@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import TargetsBox, check_files
+from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.json_files import parse_json
-from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.artifacts.staging import staged
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
@@ -31,7 +31,7 @@ TOKEN_BASIS = "token_basis"
 
 
 def store_calibration(
-    box: TargetsBox,
+    artifact: TargetsArtifact,
     codec: CodecSettings,
     sample: Tensor,
     facts: Callable[[Calibration, Fidelity], Mapping[str, Any]],
@@ -46,16 +46,16 @@ def store_calibration(
     Raises:
         DamageError: the set had a calibration, and it does not come out the same.
     """
-    calibration, fidelity = calibrate(sample, codec.name, codec.fidelity, codec.level, rotates_tokens(box))
-    if CODEC in box.units:
-        restore_calibration(box, calibration)
+    calibration, fidelity = calibrate(sample, codec.name, codec.fidelity, codec.level, rotates_tokens(artifact))
+    if CODEC in artifact.units:
+        restore_calibration(artifact, calibration)
         return
-    box.add_facts(facts(calibration, fidelity))
+    artifact.add_facts(facts(calibration, fidelity))
     # The facts first: a codec without them would be taken for a finished calibration.
-    box.save()
-    with staged(box.root, CODEC) as stage:
+    artifact.save()
+    with staged(artifact.root, CODEC) as stage:
         write_calibration(stage.path(CODEC_FOLDER), calibration)
-        box.add(CODEC, {"files": stage.commit(CODEC_FOLDER), "samples": len(sample)})
+        artifact.add(CODEC, {"files": stage.commit(CODEC_FOLDER), "samples": len(sample)})
     report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
 
 
@@ -85,62 +85,62 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         array[...] = data
 
 
-def rotates_tokens(box: TargetsBox) -> bool:
+def rotates_tokens(artifact: TargetsArtifact) -> bool:
     """Whether the set's klt codec rotates along the tokens too. Sets that older versions calibrated never do."""
-    files = box.units[CODEC]["files"] if CODEC in box.units else {}
+    files = artifact.units[CODEC]["files"] if CODEC in artifact.units else {}
     return not any("/basis/" in path for path in files) or any(f"/{TOKEN_BASIS}/" in path for path in files)
 
 
-def is_calibrated(box: TargetsBox) -> bool:
+def is_calibrated(artifact: TargetsArtifact) -> bool:
     """Whether the set's calibration is there, byte for byte."""
-    return CODEC in box.units and not check_files(box, [CODEC])
+    return CODEC in artifact.units and not check_files(artifact, [CODEC])
 
 
-def restore_calibration(box: TargetsBox, calibration: Calibration) -> None:
+def restore_calibration(artifact: TargetsArtifact, calibration: Calibration) -> None:
     """Put a lost calibration back, if it is the one that the stores were written with.
 
     Raises:
         DamageError: it is another one.
     """
-    with staged(box.root, CODEC) as stage:
+    with staged(artifact.root, CODEC) as stage:
         write_calibration(stage.path(CODEC_FOLDER), calibration)
-        if stage.entries(CODEC_FOLDER) != box.units[CODEC]["files"]:
+        if stage.entries(CODEC_FOLDER) != artifact.units[CODEC]["files"]:
             raise DamageError(
                 "the set's calibration is damaged, and does not come out the same here",
-                where=box.root / CODEC_FOLDER,
+                where=artifact.root / CODEC_FOLDER,
                 fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
             )
         stage.commit(CODEC_FOLDER)
 
 
-def read_calibration(box: TargetsBox) -> Calibration:
+def read_calibration(artifact: TargetsArtifact) -> Calibration:
     """The calibration of a set.
 
     Raises:
         DamageError: a file of it is missing or has changed since it was written, or is none of a calibration of this
             set's codec and teacher.
     """
-    path = box.root / CODEC_FOLDER
+    path = artifact.root / CODEC_FOLDER
     contents = {}
-    for name, entry in box.units[CODEC]["files"].items():
+    for name, entry in artifact.units[CODEC]["files"].items():
         try:
-            data = read_bytes(box.root / name)
+            data = read_bytes(artifact.root / name)
         except OSError as error:
             reraise_exhaustion(error)
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise _damage(f"a file of it {what}", box.root / name, box.root) from None
+            raise _damage(f"a file of it {what}", artifact.root / name, artifact.root) from None
         if sha256_bytes(data) != entry["sha256"]:
-            raise _damage("a file of it has changed since it was written", box.root / name, box.root)
+            raise _damage("a file of it has changed since it was written", artifact.root / name, artifact.root)
         contents[name.removeprefix(f"{CODEC_FOLDER}/")] = data
-    teacher = box.facts["teacher"]
+    teacher = artifact.facts["teacher"]
     tokens = teacher["rows"] * teacher["cols"] + teacher["class_token"]
-    rotated = box.identity["settings"]["codec"]["name"] == "klt"
+    rotated = artifact.identity["settings"]["codec"]["name"] == "klt"
     try:
         calibration = decode_calibration(contents, tokens, teacher["dim"], path)
         if rotated and calibration.basis is None:
             raise ChunkError("it has no basis, which the klt codec needs")
     except (ChunkError, DamageError) as error:
-        raise _damage(str(getattr(error, "what", error)), path, box.root) from None
+        raise _damage(str(getattr(error, "what", error)), path, artifact.root) from None
     return calibration
 
 

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import TargetsBox, check_files
+from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
 from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, Store, StoredCodec
 from cae2pipe.artifacts.manifest_values import Teacher as TeacherEntry
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ManifestError, SettingsError
@@ -109,28 +109,28 @@ class TargetSet(Sequence[Target]):
     """
 
     def __init__(self, root: Path | str, arrays: Literal["numpy", "torch"] = "numpy"):
-        self.root = root = place(root)
+        self.root = root = to_path(root)
         self.arrays = arrays
-        self.box = TargetsBox.open(root)
-        self.stores = stores_of(self.box)
-        if CODEC not in self.box.units or not self.stores:
+        self.artifact = TargetsArtifact.open(root)
+        self.stores = stores_of(self.artifact)
+        if CODEC not in self.artifact.units or not self.stores:
             raise ManifestError(
                 "this target set holds no finished store yet",
                 where=root,
                 fix="run `cae2pipe extract-targets` with the same arguments as before",
             )
-        self.calibration = read_calibration(self.box)
-        for name in sorted(self.box.units.keys() - self.box.whole()):
-            for problem in check_files(self.box, [name], digests=False):
+        self.calibration = read_calibration(self.artifact)
+        for name in sorted(self.artifact.units.keys() - self.artifact.whole()):
+            for problem in check_files(self.artifact, [name], digests=False):
                 raise DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root))
-        teacher = self.box.facts["teacher"]
+        teacher = self.artifact.facts["teacher"]
         self.teacher = TeacherFacts(
             teacher["name"], teacher["dim"], teacher["rows"], teacher["cols"], teacher["class_token"]
         )
-        self.view = recorded_view(self.box.identity["settings"])
+        self.view = recorded_view(self.artifact.identity["settings"])
         self.view_size = self.view.size
-        self.classes = self.box.facts["classes"]
-        codec = self.box.identity["settings"]["codec"]
+        self.classes = self.artifact.facts["classes"]
+        codec = self.artifact.identity["settings"]["codec"]
         self.layout = make_layout(teacher, codec, self.calibration)
         self._names = sorted(self.stores)
         self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
@@ -238,28 +238,28 @@ class TargetSet(Sequence[Target]):
         one's share of its image), ``fp16`` (latents uncoded)."""
         samples = sum(unit["samples"] for unit in self.stores.values())
         latents = sum(unit["bytes"]["latents"] for unit in self.stores.values())
-        pixels = sum(unit["bytes"]["pixels"] for unit in self.box.units.values() if "shard" in unit)
+        pixels = sum(unit["bytes"]["pixels"] for unit in self.artifact.units.values() if "shard" in unit)
         mean = {"latents": latents / samples, "pixels": pixels / samples}
         return {**mean, "fp16": float(2 * self.teacher.tokens * (self.teacher.dim + 1))}
 
 
-def stores_of(box: TargetsBox) -> dict[str, Store]:
+def stores_of(artifact: TargetsArtifact) -> dict[str, Store]:
     """The stores of a set by name. A replayed view's files are its latents and the images that it is cut from.
 
     Raises:
         ManifestError: the manifest knows a view and not its images.
     """
-    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
     stores = {}
-    for name, unit in box.units.items():
+    for name, unit in artifact.units.items():
         if "view" not in unit:
             continue
         if replayed:
-            images = box.units.get(images_name(unit["shard"]))
+            images = artifact.units.get(images_name(unit["shard"]))
             if images is None:
                 raise ManifestError(
                     f"the manifest lists view {name}, and not the images that it is cut from",
-                    where=box.root,
+                    where=artifact.root,
                     fix="restore manifest.json from a copy, or make the set again",
                 )
             unit = {**unit, "files": {**unit["files"], **images["files"]}}

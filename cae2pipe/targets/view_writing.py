@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.manifest_targets import Store
 from cae2pipe.artifacts.staging import Stage
 from cae2pipe.runtime.progress import Report
@@ -78,9 +78,9 @@ class ShardWriter:
                 store = StoreWriter(stage.path(store_path(view, self.shard.name)), layout)
                 self.views[view] = ViewWriter(stage, store)
             self.views[view].append(block)
-            report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.waits())
+            report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.idle_fraction())
 
-    def finish(self, box: TargetsBox, kept: ShardSet | None, report: Report) -> None:
+    def finish(self, artifact: TargetsArtifact, kept: ShardSet | None, report: Report) -> None:
         """Write the tars of stored views, finish the stores and list the views in the set.
 
         Args:
@@ -88,13 +88,13 @@ class ShardWriter:
         """
         for view, writer in sorted(self.views.items()):
             name = store_name(view, self.shard.name)
-            unit = self._finish_view(view, writer, box, kept)
-            if name in box.units and box.units[name]["files"] != unit["files"]:
+            unit = self._finish_view(view, writer, artifact, kept)
+            if name in artifact.units and artifact.units[name]["files"] != unit["files"]:
                 report.log(f"{name} does not come out as it was: runs that began with it cannot be resumed")
-            box.add(name, unit)
+            artifact.add(name, unit)
             writer.stage.discard()
 
-    def _finish_view(self, view: int, writer: ViewWriter, box: TargetsBox, kept: ShardSet | None) -> Store:
+    def _finish_view(self, view: int, writer: ViewWriter, artifact: TargetsArtifact, kept: ShardSet | None) -> Store:
         """Finish the store of one view, and its tar where views are stored; return the manifest's entry."""
         keys, labels, jpegs = self.keys, np.concatenate(self.labels), writer.jpegs
         name, zarr = self.shard.name, store_path(view, self.shard.name)
@@ -116,7 +116,7 @@ class ShardWriter:
             {"codec": layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
         )
         files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
-        images = box.units[images_name(name)] if kept else None
+        images = artifact.units[images_name(name)] if kept else None
         source = images["source"] if images and "shard" in images else self.shard.sha256
         return {
             "view": view,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import MismatchError, TeacherError
@@ -39,18 +39,18 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     return load_timm(settings, device)
 
 
-def set_teacher(box: TargetsBox, weights: Path | None, device: torch.device, option: str) -> Teacher:
+def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.device, option: str) -> Teacher:
     """The teacher that a target set was made with.
 
     Args:
-        box: the set's. device: where the teacher runs.
+        artifact: the set's. device: where the teacher runs.
         weights: its weights' file, where they came from one: sets do not say where files lie.
         option: how the user gives that file, for the message.
 
     Raises:
         TeacherError: it cannot be had. MismatchError: these are other weights.
     """
-    settings = build(TeacherSettings, box.identity["settings"]["teacher"], where=box.root)
+    settings = build(TeacherSettings, artifact.identity["settings"]["teacher"], where=artifact.root)
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
     try:
@@ -59,10 +59,10 @@ def set_teacher(box: TargetsBox, weights: Path | None, device: torch.device, opt
         if weights is not None:
             raise
         raise TeacherError(error.what, where=error.where, fix=f"give the file: {option}") from None
-    if teacher.info.weights != box.identity["teacher"]["weights"]:
+    if teacher.info.weights != artifact.identity["teacher"]["weights"]:
         raise MismatchError(
             "these are not the weights that this target set was made with",
-            where=weights or box.root,
+            where=weights or artifact.root,
             fix=f"give the file of the right ones: {option}",
         )
     return teacher

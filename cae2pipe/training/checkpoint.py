@@ -58,7 +58,7 @@ class Checkpoints:
             state = load_checkpoint(self.folder, report, run=self.run, like=like())
             return state["step"] if state else 0
 
-        start: int = world.lead(newest)
+        start: int = world.run_on_main(newest)
         if start:
             restore(state or read_checkpoint(self.folder, start))
         return start

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from cae2pipe.artifacts.places import open_file
+from cae2pipe.artifacts.storage import open_file
 from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError, DivergedError
@@ -61,7 +61,7 @@ def capture(
         "mean": step.objective.mean,
         "values": values,
     }
-    if world.leads:
+    if world.is_main:
         context["weights"] = weights
     latents = {"decoded": step.objective.target(step.latents(batch))}
     save_failure(path, batch, latents, context=context)
@@ -72,7 +72,7 @@ def capture(
         fix=f"`cae2pipe replay {path}` goes through the step again and says where it breaks; where nothing in the data "
         "is wrong, lower optimizer.lr",
     )
-    error.shown_elsewhere = not world.leads
+    error.shown_elsewhere = not world.is_main
     return error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.runtime.progress import Report
 
 METRICS_FILE = "metrics.jsonl"

@@ -15,9 +15,9 @@ from cae2pipe.models.export import student_normalise
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.codecs import Codec
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.aim import aim_of
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.parallel import blocks_of
+from cae2pipe.training.target_spec import target_spec
 
 TERMS = ("loss", "loss_visible", "loss_masked", "centred_cosine_visible", "centred_cosine_masked")
 """What an objective gives, in order. Only the first carries a gradient."""
@@ -111,8 +111,8 @@ class Objective(nn.Module):
 
 def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSettings) -> Objective:
     """The method with its loss against a set's latents, or against the pixels of its views."""
-    aim, bf16 = aim_of(settings, targets), settings.precision == "bf16"
-    return Objective(model, settings.loss, targets.layout.codec, aim.mean, aim.class_token, bf16)
+    spec, bf16 = target_spec(settings, targets), settings.precision == "bf16"
+    return Objective(model, settings.loss, targets.layout.codec, spec.mean, spec.class_token, bf16)
 
 
 def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:

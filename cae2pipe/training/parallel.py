@@ -19,7 +19,7 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return [block for part in module.modules() if isinstance(part, Stack) for block in part.blocks]
 
 
-def spread(objective: nn.Module, world: World) -> nn.Module:
+def wrap_model(objective: nn.Module, world: World) -> nn.Module:
     """The module to call: the objective itself, in DDP, or with its weights sharded in place (FSDP2).
 
     To be called before the optimizer is made: sharding replaces the weights.
@@ -56,7 +56,7 @@ def _sharded(objective: nn.Module, world: World) -> nn.Module:
 
 
 @contextmanager
-def without_exchange(module: Any, world: World) -> Iterator[None]:
+def no_sync(module: Any, world: World) -> Iterator[None]:
     """Within it, backward passes only add to this process's gradients: all parts of a batch but the last."""
     if world.parallel == "ddp":
         with module.no_sync():
@@ -69,6 +69,6 @@ def without_exchange(module: Any, world: World) -> Iterator[None]:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, as a plain one."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

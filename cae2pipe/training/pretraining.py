@@ -52,7 +52,7 @@ class Pretraining:
         self.checkpoints = checkpoints
         self.rates = scaled(settings.optimizer, settings.data.batch)
         self.telemetry: Telemetry | None = None
-        if self.world.leads:
+        if self.world.is_main:
             self.telemetry = Telemetry(
                 out,
                 settings,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cae2pipe.loading.batches import Batch, split
 from cae2pipe.runtime.world import World
 from cae2pipe.training.objective import TERMS, Objective
-from cae2pipe.training.parallel import whole, without_exchange
+from cae2pipe.training.parallel import full_tensor, no_sync
 
 Latents = Callable[[Batch], Mapping[str, Tensor]]
 """What an objective takes as latents, of a decoded batch on the device."""
@@ -96,7 +96,7 @@ class Step:
         self.clip = clip
         self.world = world
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.spoilt = torch.zeros((), device=world.device)
+        self.found_inf = torch.zeros((), device=world.device)
 
     def __call__(self, batch: Batch, lr: float, flags: Flags = NO_FLAGS) -> Outcome:
         """Train on this process's share of a batch at a learning rate; flags are added up over processes."""
@@ -104,11 +104,11 @@ class Step:
             group["lr"] = lr
         terms = self.backward(batch, self.accumulation)
         figures = self.world.sum(torch.cat([terms, flags.on(terms.device)]))
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         figures = torch.cat([figures, norm.reshape(1).float()])
         good = figures[0].isfinite() & norm.isfinite()
-        self.spoilt = torch.maximum(self.spoilt, (~good).float())
-        self.optimizer.found_inf = self.spoilt  # type: ignore[attr-defined]
+        self.found_inf = torch.maximum(self.found_inf, (~good).float())
+        self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
         return Outcome(batch, lr, *to_host(figures))
 
@@ -119,7 +119,7 @@ class Step:
         parts = split(batch, self.axes, accumulation)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            with nullcontext() if last else without_exchange(self.module, self.world):
+            with nullcontext() if last else no_sync(self.module, self.world):
                 terms = forward(self.module, part, self.latents(part))
                 # DDP and FSDP average over processes; the loss is a sum over them.
                 (terms[0] * self.world.ranks).backward()

@@ -82,7 +82,7 @@ def run_steps(
         began = time.monotonic()
         for item in items:
             now = time.monotonic()
-            overdue = world.leads and now - saved_at > 60 * checkpoints.minutes
+            overdue = world.is_main and now - saved_at > 60 * checkpoints.minutes
             flags = Flags(waited=now - began, stop=stop.exception is not None, checkpoint_due=overdue)
             full: str | None = None
             try:

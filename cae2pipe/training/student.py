@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae2pipe.artifacts.box import RunBox
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError
@@ -22,8 +22,8 @@ from cae2pipe.models.export import student_normalise
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.target_set import Target, TargetSet
-from cae2pipe.training.aim import aim_of
 from cae2pipe.training.checkpoint import load_checkpoint
+from cae2pipe.training.target_spec import target_spec
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class LatentPreview:
 
 def run_settings(run: Path) -> PretrainSettings:
     """The settings that a run was made with."""
-    return build_recorded(PretrainSettings, RunBox.open(run).identity["settings"], where=run)
+    return build_recorded(PretrainSettings, RunArtifact.open(run).identity["settings"], where=run)
 
 
 def teacher_of(targets: TargetSet) -> dict[str, Any]:
     """What a run's manifest holds of the teacher of its target set."""
-    made_by = targets.box.identity["teacher"]
-    return {**targets.box.facts["teacher"], "library": made_by["library"], "weights": made_by["weights"]}
+    made_by = targets.artifact.identity["teacher"]
+    return {**targets.artifact.facts["teacher"], "library": made_by["library"], "weights": made_by["weights"]}
 
 
-def same_teacher(run: RunBox, targets: TargetSet) -> bool:
+def same_teacher(run: RunArtifact, targets: TargetSet) -> bool:
     """Whether a run learnt from the teacher of a target set, as far as is known: older runs do not name its library and
     weights."""
     known = run.facts["teacher"]
@@ -67,9 +67,9 @@ def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method,
         DamageError: the run has no readable checkpoint.
     """
     settings = run_settings(run)
-    model = build_method(settings.method, settings.model, aim_of(settings, targets).dim)
+    model = build_method(settings.method, settings.model, target_spec(settings, targets).dim)
     like = {"model": model.state_dict()}
-    state = load_checkpoint(run / "checkpoints", report, run=RunBox.open(run).fingerprint, like=like)
+    state = load_checkpoint(run / "checkpoints", report, run=RunArtifact.open(run).fingerprint, like=like)
     if state is None:
         raise DamageError("the run has no readable checkpoint", where=run, fix="delete the run and train it again")
     model.load_state_dict(state["model"])

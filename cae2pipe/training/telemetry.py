@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.runtime.progress import Report
@@ -23,7 +23,7 @@ from cae2pipe.training.metrics import METRICS_FILE, MetricsFile
 from cae2pipe.training.objective import TERMS
 from cae2pipe.training.step import Outcome
 
-CLOCKED = ("images_per_s", "devices", "data_wait", "mfu", "memory_gb", "left_s")
+MACHINE_METRICS = ("images_per_s", "devices", "data_wait", "mfu", "memory_gb", "left_s")
 """Figures of a line that depend on the machine; all others a repeated run gives again."""
 
 

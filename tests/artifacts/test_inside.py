@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cae2pipe.artifacts.inside import inside
-from cae2pipe.artifacts.places import place
 from cae2pipe.artifacts.staging import Stage, stage_path
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.errors import BadInputError
 
 HOSTILE = ["/etc/x", "..", "a/../../x", "../x", "a//b", "", ".", "a/.", "a\\..\\b", "a\0b"]
@@ -21,7 +21,7 @@ HOSTILE = ["/etc/x", "..", "a/../../x", "../x", "a//b", "", ".", "a/.", "a\\..\\
 def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "precious").write_bytes(b"")
-    for root in (tmp_path / "root", place(f"memory://{uuid.uuid4().hex}")):
+    for root in (tmp_path / "root", to_path(f"memory://{uuid.uuid4().hex}")):
         for path in (inside, stage_path):
             with pytest.raises(BadInputError, match="no path inside the folder"):
                 path(root, name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.manifest import DIGESTED, decode_manifest, decode_unit, encode_unit, seal
 from cae2pipe.artifacts.manifest_kinds import TARGETS
@@ -176,8 +176,8 @@ def test_folders_of_earlier_formats_are_read_without_a_digest(manifest: Any) -> 
 
 
 def test_units_come_back_from_the_journal_as_they_were_written(target_root: Path) -> None:
-    box = open_box(target_root)
+    artifact = open_artifact(target_root)
     for form in (2, 3):
-        for name, unit in box.units.items():
+        for name, unit in artifact.units.items():
             data = encode_unit(TARGETS, form, name, unit=unit, where="")
             assert decode_unit(TARGETS, form, name, data=data, where="") == unit

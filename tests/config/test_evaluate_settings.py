@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cae2pipe.config.base import identity, load, preset_names, show
+from cae2pipe.config.base import fingerprinted, load, preset_names, show
 from cae2pipe.config.dense import DENSE
 from cae2pipe.config.evaluate import EVALUATIONS, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.config.stages import settings_class
@@ -79,8 +79,8 @@ def test_one_k_is_enough():
 
 def test_speed_changes_no_identity():
     fast = load(KnnSettings, "evaluate", "knn", ["speed.workers=3", "speed.batch=7", "speed.device=cpu"])
-    assert identity(fast) == identity(load(KnnSettings, "evaluate", "knn"))
-    assert identity(load(KnnSettings, "evaluate", "knn", ["features.crop=1"])) != identity(fast)
+    assert fingerprinted(fast) == fingerprinted(load(KnnSettings, "evaluate", "knn"))
+    assert fingerprinted(load(KnnSettings, "evaluate", "knn", ["features.crop=1"])) != fingerprinted(fast)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,16 @@ from contextlib import suppress
 import pytest
 import yaml
 
-from cae2pipe.config.base import Settings, identity, load, merge, parse_override, preset_names, read_preset, show
+from cae2pipe.config.base import (
+    Settings,
+    fingerprinted,
+    load,
+    merge,
+    parse_override,
+    preset_names,
+    read_preset,
+    show,
+)
 from cae2pipe.config.dense import DENSE
 from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.config.extract import ExtractSettings, ShardSettings
@@ -211,9 +220,9 @@ def test_identity_leaves_out_speed_places_and_amounts():
     base = load(ExtractSettings, "extract", "clip-b16")
     same = load(ExtractSettings, "extract", "clip-b16", ["speed.workers=3", "views=9", "teacher.weights=x.safetensors"])
     other = load(ExtractSettings, "extract", "clip-b16", ["codec.fidelity=0.99"])
-    assert identity(base) == identity(same)
-    assert identity(base) != identity(other)
-    assert "speed" not in identity(base)
+    assert fingerprinted(base) == fingerprinted(same)
+    assert fingerprinted(base) != fingerprinted(other)
+    assert "speed" not in fingerprinted(base)
 
 
 def test_overrides_are_yaml():

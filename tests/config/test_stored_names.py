@@ -8,7 +8,7 @@ import pytest
 
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.comparison.gathering import gather_runs
-from cae2pipe.config.base import STORED_NAMES, build, identity, load, recorded
+from cae2pipe.config.base import STORED_NAMES, build, fingerprinted, load, recorded
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import MismatchError, SettingsError
 from cae2pipe.runtime.progress import Silent
@@ -22,7 +22,7 @@ from cae2pipe.training.student import run_settings
 )
 def test_fingerprints_are_those_from_before(preset, digest):
     settings = load(PretrainSettings, "pretrain", preset)
-    stored = identity(settings)
+    stored = fingerprinted(settings)
     assert fingerprint(stored)[:16] == digest
     assert STORED_NAMES.keys() <= ModelSettings.model_fields.keys()
     assert set(STORED_NAMES.values()) <= stored["model"].keys()

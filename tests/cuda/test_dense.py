@@ -19,8 +19,8 @@ from cae2pipe.evaluation.encoders import load_encoder
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, full_batches
 from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.schedule import Chunk, full_batches
 from tests.cuda.simulated import on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -60,9 +60,9 @@ def check_on_device(learner: SegmentLearner | DetectLearner) -> None:
 def segment_learner(encoder: str, device: torch.device, bf16: bool) -> SegmentLearner:
     settings = SegmentSettings(image_size=48, decoder_width=16, batch=4, chunk=2, steps=2, warmup_steps=0, stride=20)
     segmenter = build_segmenter(backbone(encoder, device, 48, True), 3, settings)
-    course = full_batches(4, 4, 2, 1, 0, 2)
+    schedule = full_batches(4, 4, 2, 1, 0, 2)
     world, val = World(0, 1, device), SimpleNamespace()
-    return SegmentLearner(segmenter, settings, course, bf16=bf16, compiled=False, world=world, val=val)
+    return SegmentLearner(segmenter, settings, schedule, bf16=bf16, compiled=False, world=world, val=val)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -77,9 +77,9 @@ def test_a_step_of_segmentation(precision, encoder, cuda):
     with cuda:
         learner = segment_learner(encoder, CUDA, PRECISIONS[precision])
         chunks = [chunk.to(CUDA) for chunk in chunks]
-        cuda.waits.clear()
+        cuda.idle_fraction.clear()
         loss = learner.step(chunks, 0, 4)
-        assert cuda.waits == []
+        assert cuda.idle_fraction == []
         check_on_device(learner)
         predicted = learner.predict(image, (80, 140))
         assert (predicted.device, predicted.dtype, predicted.shape) == (CUDA, torch.int64, (80, 140))
@@ -94,8 +94,8 @@ def detect_learner(encoder: str, device: torch.device, bf16: bool, cascade: bool
     )
     detector = build_detector(backbone(encoder, device, None, False), 2, settings)
     val = SimpleNamespace(classes=["red", "blue"])
-    course, world = full_batches(4, 4, 2, 12, 0), World(0, 1, device)
-    return DetectLearner(detector, settings, course, bf16=bf16, world=world, val=val)
+    schedule, world = full_batches(4, 4, 2, 12, 0), World(0, 1, device)
+    return DetectLearner(detector, settings, schedule, bf16=bf16, world=world, val=val)
 
 
 def box_chunk(number: int) -> BoxChunk:

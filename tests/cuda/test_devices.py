@@ -9,7 +9,7 @@ import torch.distributed as dist
 from cae2pipe.errors import SettingsError
 from cae2pipe.runtime.device import pick_device, resolve_precision
 from cae2pipe.runtime.ranks import Rank
-from cae2pipe.runtime.world import joined
+from cae2pipe.runtime.world import init_distributed
 
 ALONE = Rank()
 
@@ -76,7 +76,7 @@ def test_processes_meet_on_the_devices_that_they_took(name, local, cuda, machine
         asked.setattr(torch.cuda, "is_available", lambda: True)
         rank = Rank(local, 2, local, 2)
         device = pick_device(name, rank)
-    with cuda, joined(rank, device, "ddp") as world:
+    with cuda, init_distributed(rank, device, "ddp") as world:
         assert world.device == device == torch.device("cuda", local)
         assert machine.current == local
     assert calls == ["nccl", device, "parted"]

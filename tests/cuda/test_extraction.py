@@ -59,9 +59,9 @@ def test_teachers(kind, precision, teachers, cuda):
     with cuda:
         teacher = load_teacher(settings, CUDA)
         images = pixels(side=40).to(CUDA)  # brought to its size on the device
-        cuda.waits.clear()
+        cuda.idle_fraction.clear()
         output = teacher(images)
-        assert cuda.waits == []
+        assert cuda.idle_fraction == []
         got = output.tokens, output.attention
     # Attention over the class token is always computed in float32.
     attends = output.attention is not None
@@ -104,9 +104,9 @@ def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
             array: data.tobytes() for array, data in arrays.items()
         }
         stored = {array: data.to(CUDA) for array, data in as_tensors(arrays).items()}
-        cuda.waits.clear()
+        cuda.idle_fraction.clear()
         decoded = codec.decode(stored)
-        assert cuda.waits == []
+        assert cuda.idle_fraction == []
         assert (decoded.device, decoded.dtype) == (CUDA, torch.float32)
     assert torch.equal(on_cpu(decoded), plain.decode(as_tensors(arrays)))
 

@@ -18,10 +18,10 @@ from cae2pipe.methods.registry import METHODS, build_method
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.aim import PixelTargets, aim_of
 from cae2pipe.training.objective import TERMS, compile_objective, make_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Flags, Step, cached, forward
+from cae2pipe.training.target_spec import PixelTargets, target_spec
 from tests.cuda.simulated import on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -76,8 +76,8 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
     def made(settings: PretrainSettings, device: torch.device) -> tuple[Step, Iterator[Batch]]:
         targets = TargetSet(target_root)
         torch.manual_seed(0)
-        aim = aim_of(settings, targets)
-        model = build_method(settings.method, settings.model, aim.dim).to(device)
+        spec = target_spec(settings, targets)
+        model = build_method(settings.method, settings.model, spec.dim).to(device)
         model.recompute(settings.speed.recompute)
         objective = make_objective(model, targets, settings).to(device).train()
         objective.codec.place(device)
@@ -105,7 +105,7 @@ def check_on_device(step: Step) -> None:
         tensors[f"gradient of {name}"] = parameter.grad
         for moment, tensor in step.optimizer.state[parameter].items():
             tensors[f"{moment} of {name}"] = tensor
-    tensors["spoilt"] = step.spoilt
+    tensors["spoilt"] = step.found_inf
     kinds = {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
     assert kinds == dict.fromkeys(tensors, (CUDA, FP32))
 
@@ -118,9 +118,9 @@ def compare(cuda, make, settings: PretrainSettings) -> None:
     with cuda:
         step, _ = make(settings, CUDA)
         batch = batch.to(CUDA)
-        cuda.waits.clear()
+        cuda.idle_fraction.clear()
         outcome = step(batch, 1e-3, Flags(waited=0.5, stop=True))
-        assert cuda.waits == []
+        assert cuda.idle_fraction == []
         check_on_device(step)
     values = outcome.values()
     assert [values[name] for name in TERMS] == pytest.approx(wanted, **NEAR[settings.precision])
@@ -172,9 +172,9 @@ def test_losses_on_stored_and_on_raw_latents(kind, target, latents, cuda, make):
         objective = step.objective.to(CUDA)
         objective.codec.place(CUDA)
         batch, given = batch.to(CUDA), {name: array.to(CUDA) for name, array in given.items()}
-        cuda.waits.clear()
+        cuda.idle_fraction.clear()
         terms = forward(objective, batch, given)
-        assert cuda.waits == []
+        assert cuda.idle_fraction == []
         assert (terms.device, terms.dtype) == (CUDA, FP32)
     torch.testing.assert_close(on_cpu(terms), wanted.detach())
 
@@ -193,7 +193,7 @@ def test_what_is_not_finite_changes_nothing_then_or_later(cuda, make):
         values = step(replace(batch, weights=batch.weights * torch.nan), 1e-3).values()
         assert values["loss"] != values["loss"]
         step(next(batches).to(CUDA), 1e-3)
-        assert on_cpu(step.spoilt).item() == 1
+        assert on_cpu(step.found_inf).item() == 1
         assert all(torch.equal(one, other) for one, other in zip(state(), before, strict=True))
 
 
@@ -201,9 +201,9 @@ def test_gradients_are_clipped_on_the_device(cuda, make):
     with cuda:
         step, batches = make(small("base", "optimizer.clip=0.5"), CUDA)
         batch = next(batches).to(CUDA)
-        cuda.waits.clear()
+        cuda.idle_fraction.clear()
         outcome = step(batch, 1e-3)
-        assert cuda.waits == []
+        assert cuda.idle_fraction == []
         count = sum(p.numel() for p in step.parameters)
         clipped = torch.cat([on_cpu(p.grad).flatten() for p in step.parameters])
     assert outcome.values()["grad_norm"] == pytest.approx(count**0.5)  # gradients of ones

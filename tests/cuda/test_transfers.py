@@ -10,7 +10,7 @@ from cae2pipe.loading.batches import Batch, join
 from cae2pipe.loading.device import on_device
 from cae2pipe.runtime.upload import pinned as pinned_items
 from cae2pipe.runtime.upload import uploaded
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 from cae2pipe.training.step import Outcome, to_host
 from tests.cuda.simulated import on_cpu
 
@@ -112,9 +112,9 @@ class Chunks(Reader):
 def test_chunks_come_pinned_and_in_order(device, cuda, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
-    course = Course(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
+    schedule = TrainSchedule(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
     with cuda:
-        chunks = Chunks(course, range(2), 0)
+        chunks = Chunks(schedule, range(2), 0)
         items = list(uploaded(pinned_items((chunks[n] for n in range(4)), device), device))
         assert [(chunk.step, chunk.number) for chunk in items] == [(0, 0), (0, 1), (1, 0), (1, 1)]
         for chunk in items:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import ScoresBox
+from cae2pipe.artifacts.artifact import ScoresArtifact
 from cae2pipe.config.evaluate import FinetuneSettings, TrainedSpeed
 from cae2pipe.dense.box_crops import BoxChunk
 from cae2pipe.evaluation.crop_batches import CropBatch
@@ -20,7 +20,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.upload import pinned, uploaded
 from cae2pipe.runtime.world import World
 from cae2pipe.supervised import loop
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 DEVICE = torch.device("cuda", 1)
 
@@ -149,14 +149,14 @@ def test_training_hands_on_what_was_read(kind, log, tmp_path):
         def state(self) -> dict[str, Any]:
             return {}
 
-    course = Course(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
+    schedule = TrainSchedule(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
     settings, learner = FinetuneSettings(speed=TrainedSpeed(workers=0)), Learner()
     world = World(0, 1, DEVICE)
-    ScoresBox.open_or_create(tmp_path, {"encoder": {}, "data": {}}, facts={}, fix="")
+    ScoresArtifact.open_or_create(tmp_path, {"encoder": {}, "data": {}}, facts={}, fix="")
     loop.train(
         learner,
-        course,
-        lambda start: Ready(course, range(2), start),
+        schedule,
+        lambda start: Ready(schedule, range(2), start),
         root=tmp_path,
         settings=settings,
         world=world,

@@ -11,7 +11,7 @@ from cae2pipe.errors import SourceError
 from cae2pipe.evaluation.chunk_reader import ChunkReader
 from cae2pipe.evaluation.crops import DrawnCrop
 from cae2pipe.evaluation.datasets import open_split
-from cae2pipe.supervised.course import full_batches
+from cae2pipe.supervised.schedule import full_batches
 from tests.conftest import write_photos
 
 

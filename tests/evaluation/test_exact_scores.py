@@ -22,7 +22,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages import evaluate_dense as dense_stage
-from cae2pipe.supervised.course import Chunk, all_images
+from cae2pipe.supervised.schedule import Chunk, all_images
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
@@ -84,7 +84,7 @@ def test_a_probe_on_new_crops(kind, backends):
         tokens = pixels[:, 0, :, :].float() / 255
         return tokens[:, 0] if kind == "linear" else tokens
 
-    course = all_images(8, 8, 2, 4, 2, 0)
+    schedule = all_images(8, 8, 2, 4, 2, 0)
     optimizer = lars(lars_groups(head, 0.1, 8, 8), 0.9) if kind == "linear" else torch.optim.SGD(head.parameters())
     for group in optimizer.param_groups:
         group.setdefault("peak", 0.1)
@@ -93,7 +93,7 @@ def test_a_probe_on_new_crops(kind, backends):
         head,
         inputs,
         optimizer=optimizer,
-        course=course,
+        schedule=schedule,
         warmup_epochs=0.5,
         batch=4,
         world=World(0, 1, torch.device("cpu")),

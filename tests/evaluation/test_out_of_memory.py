@@ -22,9 +22,9 @@ from cae2pipe.evaluation.linear import Probe
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.supervised.course import Chunk
 from cae2pipe.supervised.learner import TunedLearner, make_moments
 from cae2pipe.supervised.remedies import SMALLER, smaller_chunk
+from cae2pipe.supervised.schedule import Chunk
 
 COMMON = ["speed.workers=0", "speed.device=cpu", "speed.batch=4"]
 KINDS = {

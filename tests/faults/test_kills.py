@@ -24,7 +24,7 @@ from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
-from cae2pipe.training.telemetry import CLOCKED
+from cae2pipe.training.telemetry import MACHINE_METRICS
 from tests.conftest import contents, write_photos
 from tests.faults.victim import EXITS, FAULTS, Job, do, run
 from tests.ranks import imported
@@ -126,7 +126,7 @@ def left_by(job: Job) -> dict[str, bytes]:
     if job.name == "pretrain":
         files = {name: data for name, data in files.items() if not name.startswith("checkpoints/")}
         lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
-        kept = [{name: value for name, value in line.items() if name not in CLOCKED} for line in lines]
+        kept = [{name: value for name, value in line.items() if name not in MACHINE_METRICS} for line in lines]
         files["metrics.jsonl"] = json.dumps(kept).encode()
     return files
 

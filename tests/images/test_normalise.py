@@ -14,9 +14,9 @@ from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.targets.codecs import Fp16Codec
 from cae2pipe.targets.target_set import Target
 from cae2pipe.teachers.protocol import Teacher, TeacherInfo, TeacherOutput
-from cae2pipe.training.aim import PixelTargets, unfolded
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.student import as_pixels
+from cae2pipe.training.target_spec import PixelTargets, unfolded
 
 CPU = torch.device("cpu")
 PIXELS = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.errors import DamageError
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.loader import block_refs, load_batches
@@ -147,7 +147,7 @@ def test_damage_met_by_a_worker_process_arrives_whole(target_root, tmp_path, pre
     shutil.copytree(target_root, root)
     targets = TargetSet(root)
     plan = make_plan(targets, sorted(targets.stores), pretrain_settings(), 4)
-    for unit in open_box(root).units.values():
+    for unit in open_artifact(root).units.values():
         if "tar" in unit:
             data = bytearray((root / unit["tar"]).read_bytes())
             data[len(data) // 2] ^= 255

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
@@ -40,13 +40,13 @@ def test_nothing_is_unpacked_and_hidden_files_are_passed_over(photo_files, tmp_p
 
 
 def test_an_archive_on_another_place(photo_files, tmp_path):
-    remote = place("memory://archives/nested.tar")
+    remote = to_path("memory://archives/nested.tar")
     remote.write_bytes(tar_bytes(class_tars(photo_files)))
     source = scan(remote)
     assert {entry.path: read_piece(source.piece(entry)) for entry in source.entries} == photo_files
     for name, data in photo_files.items():
-        place(f"memory://folder/{name}").write_bytes(data)
-    source = scan(place("memory://folder"))
+        to_path(f"memory://folder/{name}").write_bytes(data)
+    source = scan(to_path("memory://folder"))
     assert source.classes == ["class0", "class1", "class2"]
     assert {entry.path: read_piece(source.piece(entry)) for entry in source.entries} == photo_files
 

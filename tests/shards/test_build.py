@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from cae2pipe.artifacts.box import ShardsBox
+from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.extract import ShardSettings
 from cae2pipe.errors import LockedError, ManifestError, MismatchError, SourceError
@@ -36,9 +36,9 @@ def test_what_cannot_be_decoded_is_listed_and_counted(source, tmp_path):
     rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert [reject["path"] for reject in rejects] == REJECTED
     assert all("cannot be decoded" in reject["reason"] for reject in rejects)
-    box = ShardsBox.open(tmp_path / "out")
-    assert box.facts["rejected"] == 3
-    assert box.complete
+    artifact = ShardsArtifact.open(tmp_path / "out")
+    assert artifact.facts["rejected"] == 3
+    assert artifact.complete
     assert shards.images == 24
     assert "24 images" in report.lines[-1]
     assert "3 could not be decoded" in report.lines[-1]

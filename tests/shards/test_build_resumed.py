@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cae2pipe.artifacts.box import check_files, open_box
+from cae2pipe.artifacts.artifact import check_files, open_artifact
 from cae2pipe.errors import DamageError, MismatchError, Terminated
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards import checking
@@ -122,7 +122,7 @@ def test_new_images_go_into_tars_of_their_own(source, tmp_path):
     assert [shard.name for shard in grown.shards] == [f"{n:06d}" for n in range(6)]
     after = snapshot(out)
     assert all(after[name] == before[name] for name in before if name.startswith(("tars/", "listing")))
-    assert open_box(out).facts["rejected"] == 4
+    assert open_artifact(out).facts["rejected"] == 4
     assert verify(out, Silent()).problems == []
     build_shard_set(source, out, chosen(), report)
     assert report.lines[-1].startswith("nothing to do")
@@ -177,9 +177,9 @@ def test_a_set_is_not_complete_from_the_moment_new_images_are_listed(source, tmp
     (source / "cat/more.jpg").write_bytes(encoded("JPEG", 50))
     with pytest.raises(KeyboardInterrupt):
         build_shard_set(source, out, chosen(), Stop(0, KeyboardInterrupt()))
-    box = open_box(out)
-    assert "listing-001" in box.units
-    assert not box.complete
+    artifact = open_artifact(out)
+    assert "listing-001" in artifact.units
+    assert not artifact.complete
 
 
 def test_a_tar_is_made_again_only_as_it_was(source, tmp_path):
@@ -201,7 +201,7 @@ def test_a_tar_is_made_again_only_as_it_was(source, tmp_path):
 def test_damage_is_found_by_the_manifest(source, tmp_path, name, damage):
     out = tmp_path / "out"
     build_shard_set(source, out, chosen(), Silent())
-    assert check_files(open_box(out)) == []
+    assert check_files(open_artifact(out)) == []
     path, data = out / name, bytearray((out / name).read_bytes())
     if damage == "deleted":
         path.unlink()
@@ -210,7 +210,7 @@ def test_damage_is_found_by_the_manifest(source, tmp_path, name, damage):
     else:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-    (problem,) = check_files(open_box(out))
+    (problem,) = check_files(open_artifact(out))
     assert problem.where == str(path)
     (problem,) = verify(out, Silent()).problems
     assert "--repair" in problem.fix

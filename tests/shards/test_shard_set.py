@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.runtime.progress import Silent
@@ -33,7 +33,7 @@ def test_what_a_set_says_of_itself(shards):
     assert again.classes == ["class0", "class1"]
     assert [(shard.name, shard.samples) for shard in again.shards] == [("000000", 4), ("000001", 4), ("000002", 2)]
     assert again.images == 10
-    files = {name: entry for unit in open_box(shards.root).units.values() for name, entry in unit["files"].items()}
+    files = {name: entry for unit in open_artifact(shards.root).units.values() for name, entry in unit["files"].items()}
     for shard in again.shards:
         name = shard.path.relative_to(shards.root).as_posix()
         assert shard.sha256 == files[name]["sha256"]

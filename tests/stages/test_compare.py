@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cae2pipe.api.comparisons import report_name
-from cae2pipe.artifacts.parts import Part
+from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.cli import app
 from cae2pipe.config.base import build, load, preset_names
 from cae2pipe.config.compare import GridSettings
@@ -158,10 +158,10 @@ def test_two_grids_in_one_folder_train_what_they_share_once(target_root, data, t
 
 def test_parts_share_the_runs_and_the_last_one_reports_all(target_root, data, tmp_path):
     out = tmp_path / "out"
-    first = compare(grid(), "losses", target_root, data, out, Silent(), part=Part(1, 2), speed=SPEED)
+    first = compare(grid(), "losses", target_root, data, out, Silent(), part=WorkShare(1, 2), speed=SPEED)
     assert first.done == 2
     assert "–" in (out / "reports" / "losses" / "report.md").read_text()
-    second = compare(grid(), "losses", target_root, data, out, Silent(), part=Part(2, 2), speed=SPEED)
+    second = compare(grid(), "losses", target_root, data, out, Silent(), part=WorkShare(2, 2), speed=SPEED)
     assert second.done == 4
 
 

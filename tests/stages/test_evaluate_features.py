@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.errors import SourceError
 from cae2pipe.evaluation import features as features_module
 from cae2pipe.evaluation.crop_batches import batch_for
@@ -93,7 +93,7 @@ def test_a_broken_off_extraction_goes_on_with_the_next_part(exported, data, tmp_
     monkeypatch.setattr(features_module, "write_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate("knn", str(exported), data, out, settings, Silent())
-    assert not open_box(out / "knn").complete
+    assert not open_artifact(out / "knn").complete
     done, parts = list(calls), 5 + 3  # 18 and 10 files in fours
     monkeypatch.setattr(
         features_module, "write_part", lambda path, *a, **k: (calls.append(path.name), write(path, *a, **k))

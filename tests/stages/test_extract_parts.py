@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.parts import Part
+from cae2pipe.artifacts.work_share import Part
 from cae2pipe.errors import BadInputError, LockedError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
@@ -26,7 +26,7 @@ def test_parts_make_what_one_process_makes(target_root, photos, tmp_path, extrac
     first, second = order
     extract_targets(photos, out, extract_settings(), Silent(), part=Part(first, 2))
     partial = TargetSet(out)
-    assert not partial.box.complete
+    assert not partial.artifact.complete
     assert 0 < len(partial.stores) < 6, "a partial set is a set"
     extract_targets(photos, out, extract_settings(), Silent(), part=Part(second, 2))
     assert contents(out) == contents(target_root)
@@ -50,7 +50,7 @@ def test_an_overlapping_part_is_refused_while_the_other_runs(photos, tmp_path, e
 def test_the_calibration_alone_can_be_made_first(target_root, photos, tmp_path, extract_settings) -> None:
     out = tmp_path / "set"
     extract_targets(photos, out, extract_settings(), Silent(), calibrate_only=True)
-    assert list(open_box(out).units) == [CODEC]
+    assert list(open_artifact(out).units) == [CODEC]
     extract_targets(photos, out, extract_settings(), Silent())
     assert contents(out) == contents(target_root)
 
@@ -70,7 +70,7 @@ def test_what_does_not_fit_the_disk_is_not_begun(photos, tmp_path, extract_setti
     monkeypatch.setattr(missing, "free_bytes", lambda path: 1000)
     with pytest.raises(BadInputError, match=r"need about .* and 1 kB are free"):
         extract_targets(photos, out, extract_settings(), Silent())
-    assert list(open_box(out).units) == [CODEC], "nothing but the calibration was made"
+    assert list(open_artifact(out).units) == [CODEC], "nothing but the calibration was made"
 
 
 def test_ranks_make_what_one_process_makes(target_root, photos, tmp_path, extract_settings) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cae2pipe.artifacts.box import TargetsBox, open_box
+from cae2pipe.artifacts.artifact import TargetsArtifact, open_artifact
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
@@ -27,7 +27,7 @@ def stores(root: Path) -> dict[str, bytes]:
 
 def test_the_set_is_complete_and_says_what_it_holds(target_root):
     targets = TargetSet(target_root)
-    assert targets.box.complete
+    assert targets.artifact.complete
     assert sorted(targets.stores) == [f"v{v:02d}/{s:06d}" for v in range(2) for s in range(3)]
     assert (targets.images, targets.views) == (150, 2)
     assert targets.classes == ["class0", "class1", "class2"]
@@ -149,16 +149,16 @@ def test_a_broken_off_run_goes_on_to_the_same_bytes(
     target_root, photos, tmp_path, extract_settings, monkeypatch, crash_at
 ):
     out = tmp_path / "set"
-    real_add, count = TargetsBox.add, 0
+    real_add, count = TargetsArtifact.add, 0
 
-    def add(self: TargetsBox, name: str, unit: dict) -> None:
+    def add(self: TargetsArtifact, name: str, unit: dict) -> None:
         nonlocal count
         count += 1
         if count == crash_at:
             raise KeyboardInterrupt
         real_add(self, name, unit)
 
-    monkeypatch.setattr(TargetsBox, "add", add)
+    monkeypatch.setattr(TargetsArtifact, "add", add)
     with pytest.raises(KeyboardInterrupt):
         extract_targets(photos, out, extract_settings(), Silent())
     monkeypatch.undo()
@@ -167,18 +167,18 @@ def test_a_broken_off_run_goes_on_to_the_same_bytes(
 
 
 def test_the_journal_of_a_killed_run_counts(target_root, photos, tmp_path, extract_settings, monkeypatch):
-    out, save = tmp_path / "set", TargetsBox.save
+    out, save = tmp_path / "set", TargetsArtifact.save
     with monkeypatch.context() as patch:
         # A SIGKILL leaves the journal: the manifest is never written.
-        patch.setattr(TargetsBox, "save", lambda self, complete=None: None if self.units else save(self))
+        patch.setattr(TargetsArtifact, "save", lambda self, complete=None: None if self.units else save(self))
         extract_targets(photos, out, extract_settings(), Silent())
-    assert open_box(out).units.keys() == open_box(target_root).units.keys()
-    assert not open_box(out).complete
+    assert open_artifact(out).units.keys() == open_artifact(target_root).units.keys()
+    assert not open_artifact(out).complete
 
 
 def test_the_format_is_that_of_the_version_that_began_the_set(target_root, photos, tmp_path, extract_settings):
     """Older versions refuse what they would misread; sets that they began stay readable for them."""
-    assert open_box(target_root).format == 3
+    assert open_artifact(target_root).format == 3
     old = tmp_path / "old"
     extract_targets(photos, old, extract_settings(views=1), Silent())
     manifest = json.loads((old / "manifest.json").read_text())

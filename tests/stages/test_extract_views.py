@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.errors import MismatchError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
@@ -79,7 +79,7 @@ def test_stored_and_replayed_views_are_not_mistaken_for_each_other(
         assert f"--set view.pixels={there}" in caught.value.fix
         assert contents(root) == before
     # Sets from before views were replayed do not say so, and are those of stored views.
-    assert "pixels" not in open_box(stored_root).identity["settings"]["view"]
+    assert "pixels" not in open_artifact(stored_root).identity["settings"]["view"]
     assert TargetSet(stored_root).replayed is None
 
 

@@ -23,9 +23,9 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.aim import PixelTargets, unfolded
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.target_spec import PixelTargets, unfolded
 
 
 class Toy(Method):

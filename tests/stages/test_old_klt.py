@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cae2pipe.artifacts.box import TargetsBox
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets import TargetSet, stored_calibration
@@ -21,7 +21,7 @@ SNIPPET = Path(__file__).parents[2] / "docs" / "read_with_zarr.py"
 def test_a_set_keeps_its_form(photos, extract_settings, tmp_path, monkeypatch):
     out = tmp_path / "old"
     with monkeypatch.context() as patched:
-        patched.setattr(stored_calibration, "rotates_tokens", lambda box: False)
+        patched.setattr(stored_calibration, "rotates_tokens", lambda artifact: False)
         stage.extract_targets(photos, out, extract_settings(views=1), Silent())
     stage.extract_targets(photos, out, extract_settings(views=2), Silent())
     targets = TargetSet(out)
@@ -35,6 +35,6 @@ def test_a_set_keeps_its_form(photos, extract_settings, tmp_path, monkeypatch):
     shutil.rmtree(out / "codec.zarr")
     stage.extract_targets(photos, out, extract_settings(views=2), Silent(), remake=[CODEC])
     assert {path: path.read_bytes() for path in (out / "codec.zarr").rglob("*") if path.is_file()} == before
-    assert TargetsBox.open(out).whole()
+    assert TargetsArtifact.open(out).whole()
     fresh = stage.extract_targets(photos, tmp_path / "new", extract_settings(views=1), Silent())
     assert type(TargetSet(fresh.root).layout.codec) is TokenKltCodec

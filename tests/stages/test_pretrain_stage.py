@@ -11,7 +11,7 @@ from cae2pipe.errors import DamageError, DivergedError, ManifestError, MismatchE
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
-from cae2pipe.training.telemetry import CLOCKED
+from cae2pipe.training.telemetry import MACHINE_METRICS
 from tests.conftest import contents, snapshot
 
 
@@ -26,7 +26,7 @@ def run(target_root, pretrain_settings, tmp_path_factory) -> Path:
 def figures(root: Path) -> list[dict]:
     """The metrics without what hangs on the clock."""
     return [
-        {name: value for name, value in line.items() if name not in CLOCKED}
+        {name: value for name, value in line.items() if name not in MACHINE_METRICS}
         for line in read_lines(root / "metrics.jsonl")
     ]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.cli import app
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import BadInputError, DamageError, ManifestError, MismatchError
@@ -56,7 +56,7 @@ def test_a_set_of_another_default_is_resumed_with_its_own(fp16, tmp_path):
 def test_what_comes_out_is_what_an_extraction_would_have_made(fp16, target_root, tmp_path):
     recode(fp16, tmp_path / "set", KLT, Silent())
     made, extracted = TargetSet(tmp_path / "set"), TargetSet(target_root)
-    assert made.box.complete
+    assert made.artifact.complete
     assert made.stores.keys() == extracted.stores.keys()
     assert made.fidelity()["mean"] == pytest.approx(extracted.fidelity()["mean"], abs=1e-5)
     assert made.bytes_per_view()["latents"] == pytest.approx(extracted.bytes_per_view()["latents"], rel=0.01)
@@ -78,8 +78,8 @@ def test_the_facts_are_saved_before_the_codec(fp16, tmp_path, monkeypatch):
     write, seen = stored_calibration.write_calibration, []
 
     def watched(path: Path, calibration: Calibration) -> None:
-        box = open_box(tmp_path / "set")
-        seen.append(("codec" in box.facts, "codec" in box.units))
+        artifact = open_artifact(tmp_path / "set")
+        seen.append(("codec" in artifact.facts, "codec" in artifact.units))
         write(path, calibration)
 
     monkeypatch.setattr(stored_calibration, "write_calibration", watched)

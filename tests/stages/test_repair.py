@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cae2pipe.artifacts.parts import parse_part
+from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.cli import app
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
 from cae2pipe.runtime.progress import Silent

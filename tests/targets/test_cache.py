@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 
-from cae2pipe.artifacts import places
-from cae2pipe.artifacts.places import file_sizes, place, put_bytes
+from cae2pipe.artifacts import storage
+from cae2pipe.artifacts.storage import file_sizes, put_bytes, to_path
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.cache import BlockCache, folder_bytes
@@ -72,10 +72,10 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path):
 
 
 def test_training_from_a_remote_set_reads_each_block_once(target_root, tmp_path, pretrain_settings, monkeypatch):
-    remote = place("memory://cached/set")
+    remote = to_path("memory://cached/set")
     for name in file_sizes(target_root):
         put_bytes(remote / name, (target_root / name).read_bytes())
-    read, fetched = places.read_range, []
+    read, fetched = storage.read_range, []
 
     def counted(path, offset, size):
         fetched.append((str(path), offset, size))

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.artifacts import places
+from cae2pipe.artifacts import storage
 from cae2pipe.artifacts.digest import sha256_file
-from cae2pipe.artifacts.places import (
+from cae2pipe.artifacts.storage import (
     create_exclusively,
     fetch_file,
     file_size,
     file_sizes,
     is_local,
-    place,
     put_bytes,
     read_bytes,
     read_many,
     read_range,
     remotely,
     remove,
+    to_path,
 )
 from cae2pipe.errors import BadInputError, StorageError
 
@@ -37,25 +37,25 @@ READERS: list[Callable[[Path, Path], object]] = [
 
 @pytest.fixture
 def remote() -> Path:
-    return place(f"memory://{uuid.uuid4().hex}")
+    return to_path(f"memory://{uuid.uuid4().hex}")
 
 
 def test_paths_stay_paths_and_urls_become_places(remote: Path) -> None:
-    assert place("a/b") == Path("a/b")
-    assert is_local(place("a/b"))
+    assert to_path("a/b") == Path("a/b")
+    assert is_local(to_path("a/b"))
     assert not is_local(remote)
     assert not is_local(remote / "x")
 
 
 def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(BadInputError, match="cannot be opened"):
-        place("nowhere://x")
+        to_path("nowhere://x")
 
 
 @pytest.mark.parametrize("text", ["http://", "s3:///", "://x", "memory://"])
 def test_a_url_that_names_nothing_is_refused(text):
     with pytest.raises(BadInputError, match="names nothing"):
-        place(text)
+        to_path(text)
 
 
 def test_files_are_written_listed_read_by_range_and_removed(remote: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_file_is_created_exclusively_once(remote: Path) -> None:
 
 def test_what_may_pass_is_tried_again_and_then_succeeds() -> None:
     waits: list[float] = []
-    answers = [TimeoutError("slow"), OSError(places.errno.EBUSY, "SlowDown"), ConnectionResetError()]
+    answers = [TimeoutError("slow"), OSError(storage.errno.EBUSY, "SlowDown"), ConnectionResetError()]
 
     def call() -> str:
         if answers:
@@ -87,7 +87,7 @@ def test_what_may_pass_is_tried_again_and_then_succeeds() -> None:
         return "done"
 
     assert remotely(Path("x"), call, waits.append) == "done"
-    assert waits == list(places.WAITS[:3])
+    assert waits == list(storage.WAITS[:3])
 
 
 def test_what_does_not_pass_is_explained_after_all_tries() -> None:
@@ -98,7 +98,7 @@ def test_what_does_not_pass_is_explained_after_all_tries() -> None:
 
     with pytest.raises(StorageError, match="did not answer in 5 tries: no answer") as caught:
         remotely(Path("x"), call, waits.append)
-    assert waits == list(places.WAITS)
+    assert waits == list(storage.WAITS)
     assert "same command" in str(caught.value.fix)
 
 

@@ -16,7 +16,7 @@ from cae2pipe.targets.target_set import TargetSet
 
 
 @dataclass(frozen=True)
-class Aim:
+class TargetSpec:
     """Tokens of ``dim`` dimensions, one for the class token or none, whose mean unit token is ``mean`` (dim,)."""
 
     dim: int
@@ -24,12 +24,12 @@ class Aim:
     mean: Tensor
 
 
-def aim_of(settings: PretrainSettings, targets: TargetSet) -> Aim:
-    """The aim of a run on a target set."""
+def target_spec(settings: PretrainSettings, targets: TargetSet) -> TargetSpec:
+    """What a run on a target set is trained towards."""
     if settings.loss.target == "pixels":
         dim = 3 * settings.model.patch_size**2
-        return Aim(dim, False, torch.zeros(dim))
-    return Aim(targets.teacher.dim, targets.teacher.class_token, targets.mean)
+        return TargetSpec(dim, False, torch.zeros(dim))
+    return TargetSpec(targets.teacher.dim, targets.teacher.class_token, targets.mean)
 
 
 class PixelTargets:

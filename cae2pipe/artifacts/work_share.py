@@ -10,7 +10,7 @@ from cae2pipe.errors import SettingsError
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkShare:
     """Part ``number`` (from 1) of ``count``."""
 
     number: int = 1
@@ -20,22 +20,22 @@ class Part:
         """Whether the unit at that place of the list is this part's."""
         return index % self.count == self.number - 1
 
-    def overlaps(self, other: Part) -> bool:
+    def overlaps(self, other: WorkShare) -> bool:
         """Whether some unit, in a list long enough, is owned by both."""
         return (self.number - other.number) % math.gcd(self.count, other.count) == 0
 
-    def split(self, rank: int, ranks: int) -> Part:
+    def split(self, rank: int, ranks: int) -> WorkShare:
         """One rank's share of this part: every ``ranks``-th of its units."""
-        return Part(self.number + self.count * rank, self.count * ranks)
+        return WorkShare(self.number + self.count * rank, self.count * ranks)
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
 
-WHOLE = Part()
+WHOLE = WorkShare()
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> WorkShare:
     """``3/8`` as a part.
 
     Raises:
@@ -46,4 +46,4 @@ def parse_part(text: str) -> Part:
         raise SettingsError(
             f"{text!r} is no part", where="--part", fix="give K/N with K from 1 to N, e.g. --part 3/8 on the third of 8"
         )
-    return Part(int(match[1]), int(match[2]))
+    return WorkShare(int(match[1]), int(match[2]))

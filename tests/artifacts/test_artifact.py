@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
+from cae2pipe.artifacts.artifact import MANIFEST, ShardsArtifact, check_files, is_artifact, open_artifact
 from cae2pipe.artifacts.atomic import remove_debris, replacing, temporary_path, write_json
-from cae2pipe.artifacts.box import MANIFEST, ShardsBox, check_files, is_box, open_box
 from cae2pipe.artifacts.difference import first_difference
 from cae2pipe.artifacts.digest import canonical_json, file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
@@ -20,44 +20,44 @@ from tests.conftest import snapshot
 
 def make(root, **settings):
     identity = {"settings": settings, "classes": ["a"]}
-    return ShardsBox.open_or_create(root, identity, facts={"rejected": 0}, fix="elsewhere")
+    return ShardsArtifact.open_or_create(root, identity, facts={"rejected": 0}, fix="elsewhere")
 
 
-def add(box, name, content=b"x" * 2048):
-    (box.root / "tars").mkdir(exist_ok=True)
+def add(artifact, name, content=b"x" * 2048):
+    (artifact.root / "tars").mkdir(exist_ok=True)
     files = [f"tars/{name}.tar", f"tars/{name}.json"]
     for path in files:
-        (box.root / path).write_bytes(content)
-    entries = {path: file_entry(box.root / path) for path in files}
-    box.add(name, {"files": entries, "samples": 1, "rejected": []})
+        (artifact.root / path).write_bytes(content)
+    entries = {path: file_entry(artifact.root / path) for path in files}
+    artifact.add(name, {"files": entries, "samples": 1, "rejected": []})
 
 
 def test_units_are_the_same_from_journal_and_from_manifest(tmp_path):
-    box = make(tmp_path / "box", seed=1)
-    add(box, "000000")
-    add(box, "000001")
-    from_journal = open_box(box.root)
+    artifact = make(tmp_path / "artifact", seed=1)
+    add(artifact, "000000")
+    add(artifact, "000001")
+    from_journal = open_artifact(artifact.root)
     assert not from_journal.complete
-    box.save(complete=True)
-    assert not (box.root / "journal").exists()
-    from_manifest = ShardsBox.open(box.root)
+    artifact.save(complete=True)
+    assert not (artifact.root / "journal").exists()
+    from_manifest = ShardsArtifact.open(artifact.root)
     assert from_manifest.units == from_journal.units
     assert from_manifest.complete
     assert from_manifest.facts == {"rejected": 0}
 
 
 def test_saving_twice_writes_once(tmp_path):
-    box = make(tmp_path / "box", seed=1)
-    box.save(complete=True)
-    before = (box.root / MANIFEST).stat().st_mtime_ns
-    open_box(box.root).save(complete=True)
-    assert (box.root / MANIFEST).stat().st_mtime_ns == before
+    artifact = make(tmp_path / "artifact", seed=1)
+    artifact.save(complete=True)
+    before = (artifact.root / MANIFEST).stat().st_mtime_ns
+    open_artifact(artifact.root).save(complete=True)
+    assert (artifact.root / MANIFEST).stat().st_mtime_ns == before
 
 
 def test_another_identity_is_refused_and_the_field_named(tmp_path):
-    make(tmp_path / "box", seed=1, samples=3)
+    make(tmp_path / "artifact", seed=1, samples=3)
     with pytest.raises(MismatchError, match=r"settings\.seed = 1, and 2") as caught:
-        make(tmp_path / "box", seed=2, samples=3)
+        make(tmp_path / "artifact", seed=2, samples=3)
     assert caught.value.fix == "elsewhere"
 
 
@@ -66,10 +66,10 @@ def test_foreign_folders_are_refused(tmp_path):
     with pytest.raises(ManifestError, match="not empty"):
         make(tmp_path)
     with pytest.raises(ManifestError, match=r"no manifest\.json"):
-        open_box(tmp_path)
+        open_artifact(tmp_path)
     with pytest.raises(ManifestError, match="no such folder"):
-        open_box(tmp_path / "none")
-    assert not is_box(tmp_path)
+        open_artifact(tmp_path / "none")
+    assert not is_artifact(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -86,36 +86,36 @@ def test_foreign_folders_are_refused(tmp_path):
     ],
 )
 def test_manifests_that_cannot_be_used(tmp_path, change, error, message):
-    make(tmp_path / "box", seed=1)
-    path = tmp_path / "box" / MANIFEST
+    make(tmp_path / "artifact", seed=1)
+    path = tmp_path / "artifact" / MANIFEST
     write_json(path, json.loads(path.read_text()) | change)
     with pytest.raises(error, match=message) as caught:
-        ShardsBox.open(tmp_path / "box")
+        ShardsArtifact.open(tmp_path / "artifact")
     assert caught.value.where == str(path)
 
 
 def test_a_folder_of_another_kind(make_run):
     run = make_run()
     with pytest.raises(ManifestError, match="holds 'run', and 'shards' is needed"):
-        ShardsBox.open(run)
-    assert not is_box(run, "shards")
+        ShardsArtifact.open(run)
+    assert not is_artifact(run, "shards")
 
 
 def test_a_manifest_is_damaged_and_no_other_folder(tmp_path):
     """Whoever asks what a folder is must not take a damaged shard set for images."""
-    make(tmp_path / "box", seed=1)
-    (tmp_path / "box" / MANIFEST).write_text("{")
+    make(tmp_path / "artifact", seed=1)
+    (tmp_path / "artifact" / MANIFEST).write_text("{")
     with pytest.raises(ManifestError, match="not valid JSON"):
-        is_box(tmp_path / "box")
-    (tmp_path / "box" / MANIFEST).write_text('{"name": "app"}')
-    assert not is_box(tmp_path / "box")
+        is_artifact(tmp_path / "artifact")
+    (tmp_path / "artifact" / MANIFEST).write_text('{"name": "app"}')
+    assert not is_artifact(tmp_path / "artifact")
 
 
 @pytest.mark.parametrize("how", ["a bit", "a line", "the digest", "a name", "another unit's"])
 def test_what_a_journal_says_is_checked_like_a_manifest(tmp_path, how):
-    box = make(tmp_path / "box", seed=1)
-    add(box, "000000")
-    path = box.root / "journal" / "000000.json"
+    artifact = make(tmp_path / "artifact", seed=1)
+    add(artifact, "000000")
+    path = artifact.root / "journal" / "000000.json"
     text = path.read_text()
     if how == "a bit":
         path.write_text(text.replace('"samples": 1', '"samples": 0'))
@@ -128,8 +128,8 @@ def test_what_a_journal_says_is_checked_like_a_manifest(tmp_path, how):
     else:
         path.rename(path.with_name("000001.json"))
     with pytest.raises((ManifestError, DamageError)) as caught:
-        open_box(box.root)
-    assert str(box.root / "journal") in caught.value.where
+        open_artifact(artifact.root)
+    assert str(artifact.root / "journal") in caught.value.where
 
 
 @pytest.mark.parametrize(
@@ -144,34 +144,34 @@ def test_what_a_journal_says_is_checked_like_a_manifest(tmp_path, how):
     ],
 )
 def test_nothing_is_written_that_would_not_be_read(tmp_path, name, change):
-    box = make(tmp_path / "box", seed=1)
-    add(box, "000000")
-    unit = {**box.units["000000"], **change}
+    artifact = make(tmp_path / "artifact", seed=1)
+    add(artifact, "000000")
+    unit = {**artifact.units["000000"], **change}
     before = snapshot(tmp_path)
     with pytest.raises((ManifestError, BadInputError)):
-        box.add(name, unit)
-    box.units[name] = unit
+        artifact.add(name, unit)
+    artifact.units[name] = unit
     with pytest.raises(ManifestError):
-        encode_manifest(box.kind, box.format, box.manifest(), box.root)
+        encode_manifest(artifact.kind, artifact.format, artifact.manifest(), artifact.root)
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", '{"some": "json"}'])
 def test_broken_manifests(tmp_path, text):
-    make(tmp_path / "box", seed=1)
-    (tmp_path / "box" / MANIFEST).write_text(text, encoding="latin-1")
+    make(tmp_path / "artifact", seed=1)
+    (tmp_path / "artifact" / MANIFEST).write_text(text, encoding="latin-1")
     with pytest.raises(ManifestError):
-        open_box(tmp_path / "box")
+        open_artifact(tmp_path / "artifact")
 
 
 def test_damage_is_found(tmp_path):
-    box = make(tmp_path / "box", seed=1)
+    artifact = make(tmp_path / "artifact", seed=1)
     for name in ("000000", "000001", "000002", "000003"):
-        add(box, name)
-    (box.root / "tars/000000.tar").unlink()
-    (box.root / "tars/000001.tar").write_bytes(b"dat")
-    (box.root / "tars/000002.tar").write_bytes(b"x" * 2047 + b"y")
-    problems = {problem.where.rsplit("/", 1)[1]: problem.what for problem in check_files(box)}
+        add(artifact, name)
+    (artifact.root / "tars/000000.tar").unlink()
+    (artifact.root / "tars/000001.tar").write_bytes(b"dat")
+    (artifact.root / "tars/000002.tar").write_bytes(b"x" * 2047 + b"y")
+    problems = {problem.where.rsplit("/", 1)[1]: problem.what for problem in check_files(artifact)}
     assert "missing" in problems["000000.tar"]
     assert "3 bytes instead of 2048" in problems["000001.tar"]
     assert "SHA-256" in problems["000002.tar"]
@@ -226,14 +226,14 @@ def test_a_planted_temporary_file_is_not_written_through(tmp_path):
 
 @pytest.mark.parametrize("name", ["journal", "tars", ".locks", "shards", ".locks/part-1-of-1"])
 def test_links_lead_no_writer_out_of_the_folder(tmp_path, name):
-    box = make(tmp_path / "box", seed=1)
-    link, outside = box.root / name, tmp_path / "outside"
+    artifact = make(tmp_path / "artifact", seed=1)
+    link, outside = artifact.root / name, tmp_path / "outside"
     if link.is_dir():
         shutil.rmtree(link)
     outside.mkdir()
     link.parent.mkdir(exist_ok=True)
     link.symlink_to(outside if "/" not in name else outside / "new")
-    with pytest.raises(BadInputError, match=r"symbolic link"), writing(box.root):
+    with pytest.raises(BadInputError, match=r"symbolic link"), writing(artifact.root):
         pass
     assert list(outside.iterdir()) == []
 

@@ -31,7 +31,7 @@ PASSING = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIM
 """What fsspec's file systems make of 500, 503, SlowDown and broken connections."""
 
 
-def place(text: str | os.PathLike[str]) -> Path:
+def to_path(text: str | os.PathLike[str]) -> Path:
     """A path or URL as a place.
 
     Raises:

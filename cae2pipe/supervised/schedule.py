@@ -24,7 +24,7 @@ from cae2pipe.runtime.keyed import keyed_permutation
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainSchedule:
     """``epochs`` of ``steps`` with ``chunks`` each, over ``used`` of ``images`` images an epoch; ``limit`` may end it
     within an epoch."""
 
@@ -74,7 +74,9 @@ def _share(items: int, parts: int, number: int) -> slice:
     return slice(items * number // parts, items * (number + 1) // parts)
 
 
-def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int, length: int | None = None) -> Course:
+def full_batches(
+    images: int, batch: int, chunk: int, epochs: int, seed: int, length: int | None = None
+) -> TrainSchedule:
     """Batches of one size in chunks of one size; what an epoch leaves over comes in another one. With ``length``, as
     many epochs as that many steps take.
 
@@ -88,7 +90,7 @@ def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int, le
         )
     steps = images // batch
     epochs = -(-length // steps) if length else epochs
-    return Course(
+    return TrainSchedule(
         images,
         used=steps * batch,
         steps=steps,
@@ -99,10 +101,10 @@ def full_batches(images: int, batch: int, chunk: int, epochs: int, seed: int, le
     )
 
 
-def all_images(images: int, batch: int, steps: int, chunk: int, epochs: int, seed: int) -> Course:
+def all_images(images: int, batch: int, steps: int, chunk: int, epochs: int, seed: int) -> TrainSchedule:
     """Every image in every epoch, in steps and chunks of nearly equal size."""
     chunks = max(1, math.ceil(min(batch, images) / chunk))
-    return Course(images, used=images, steps=steps, chunks=chunks, epochs=epochs, seed=seed)
+    return TrainSchedule(images, used=images, steps=steps, chunks=chunks, epochs=epochs, seed=seed)
 
 
 def check_share(chunks: int, ranks: int) -> None:
@@ -139,11 +141,11 @@ class Reader(ABC):
 
     root: Path
 
-    def __init__(self, course: Course, own: Sequence[int], start: int):
-        self.course, self.own, self.start = course, own, start
+    def __init__(self, schedule: TrainSchedule, own: Sequence[int], start: int):
+        self.schedule, self.own, self.start = schedule, own, start
 
     def __len__(self) -> int:
-        return (self.course.total - self.start) * len(self.own)
+        return (self.schedule.total - self.start) * len(self.own)
 
     @abstractmethod
     def __getitem__(self, index: int) -> Chunk: ...

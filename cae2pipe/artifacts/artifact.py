@@ -1,4 +1,4 @@
-"""A box: one folder made by one command, described by its ``manifest.json``.
+"""An artifact: one folder made by one command, described by its ``manifest.json``.
 
 The manifest holds
 
@@ -60,14 +60,14 @@ from cae2pipe.artifacts.manifest_scores import Result, ScoresFacts, ScoresIdenti
 from cae2pipe.artifacts.manifest_shards import ShardsFacts, ShardsIdentity
 from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
 from cae2pipe.artifacts.manifest_values import FileEntry, Unit
-from cae2pipe.artifacts.places import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
+from cae2pipe.artifacts.storage import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal"
 
 
-class Box(ABC, Generic[IdentityT, UnitT, FactsT]):
+class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
     """A folder with a manifest. ``facts`` are the manifest's other keys.
 
     Args:
@@ -115,7 +115,7 @@ class Box(ABC, Generic[IdentityT, UnitT, FactsT]):
         fix: str,
         called: Callable[[str], str] = str,
     ) -> Self:
-        """Open a box that is to be continued, or start it.
+        """Open an artifact that is to be continued, or start it.
 
         Args:
             called: what an error calls a field of the identity, given its dotted name.
@@ -137,20 +137,20 @@ class Box(ABC, Generic[IdentityT, UnitT, FactsT]):
     def open_same(
         cls, root: Path, identity: Mapping[str, object], fix: str, *, called: Callable[[str], str] = str
     ) -> Self:
-        """Open a box that was made with this identity. Raises as ``open_or_create``."""
-        box = cls.open(root)
-        if difference := first_difference(box.identity, identity):
+        """Open an artifact that was made with this identity. Raises as ``open_or_create``."""
+        artifact = cls.open(root)
+        if difference := first_difference(artifact.identity, identity):
             name, old, now = difference
             raise MismatchError(
                 f"this folder was made with {called(name)} = {abridged(old)}, and {abridged(now)} is asked for now",
                 where=root / MANIFEST,
                 fix=fix,
             )
-        return box
+        return artifact
 
     @classmethod
     def of(cls, root: Path, manifest: Manifest, journal: Mapping[Path, bytes]) -> Self:
-        """The box that a manifest and journal entries describe. Raises ManifestError: they are of another kind."""
+        """The artifact that a manifest and journal entries describe. Raises ManifestError: they are of another kind."""
         own = cls.rules().own(manifest)
         if own is None:
             raise ManifestError(
@@ -207,7 +207,7 @@ class Box(ABC, Generic[IdentityT, UnitT, FactsT]):
     def save(self, *, complete: bool | Callable[[Self], bool] | None = None) -> None:
         """Write the manifest with what other processes have added meanwhile, unless it is as it should be.
 
-        Journal entries that it now contains are removed. ``complete`` may be asked of the merged box.
+        Journal entries that it now contains are removed. ``complete`` may be asked of the merged artifact.
         """
         with holding(self.root, "manifest"):
             folded = []
@@ -224,7 +224,7 @@ class Box(ABC, Generic[IdentityT, UnitT, FactsT]):
             remove_empty(self.root / JOURNAL)
 
 
-class ShardsBox(Box[ShardsIdentity, ShardsUnit, ShardsFacts]):
+class ShardsArtifact(Artifact[ShardsIdentity, ShardsUnit, ShardsFacts]):
     """A shard set's folder."""
 
     @staticmethod
@@ -232,7 +232,7 @@ class ShardsBox(Box[ShardsIdentity, ShardsUnit, ShardsFacts]):
         return SHARDS
 
 
-class TargetsBox(Box[TargetsIdentity, TargetsUnit, TargetsFacts]):
+class TargetsArtifact(Artifact[TargetsIdentity, TargetsUnit, TargetsFacts]):
     """A target set's folder."""
 
     @staticmethod
@@ -240,7 +240,7 @@ class TargetsBox(Box[TargetsIdentity, TargetsUnit, TargetsFacts]):
         return TARGETS
 
 
-class RunBox(Box[RunIdentity, Encoder, RunFacts]):
+class RunArtifact(Artifact[RunIdentity, Encoder, RunFacts]):
     """A run's folder."""
 
     @staticmethod
@@ -248,7 +248,7 @@ class RunBox(Box[RunIdentity, Encoder, RunFacts]):
         return RUN
 
 
-class ScoresBox(Box[ScoresIdentity, Result, ScoresFacts]):
+class ScoresArtifact(Artifact[ScoresIdentity, Result, ScoresFacts]):
     """An evaluation's folder."""
 
     @staticmethod
@@ -256,26 +256,26 @@ class ScoresBox(Box[ScoresIdentity, Result, ScoresFacts]):
         return SCORES
 
 
-AnyBox = ShardsBox | TargetsBox | RunBox | ScoresBox
-BOXES: dict[str, type[ShardsBox] | type[TargetsBox] | type[RunBox] | type[ScoresBox]] = {
-    SHARDS.name: ShardsBox,
-    TARGETS.name: TargetsBox,
-    RUN.name: RunBox,
-    SCORES.name: ScoresBox,
+AnyArtifact = ShardsArtifact | TargetsArtifact | RunArtifact | ScoresArtifact
+ARTIFACTS: dict[str, type[ShardsArtifact] | type[TargetsArtifact] | type[RunArtifact] | type[ScoresArtifact]] = {
+    SHARDS.name: ShardsArtifact,
+    TARGETS.name: TargetsArtifact,
+    RUN.name: RunArtifact,
+    SCORES.name: ScoresArtifact,
 }
 
 
-def is_box(root: Path, kind: str | None = None) -> bool:
-    """Whether ``root`` holds a manifest of ours (of that kind). Raises as ``open_box`` where that is damaged."""
+def is_artifact(root: Path, kind: str | None = None) -> bool:
+    """Whether ``root`` holds a manifest of ours (of that kind). Raises as ``open_artifact`` where that is damaged."""
     if file_size(root / MANIFEST) is None:
         return False
     try:
-        box = open_box(root)
+        artifact = open_artifact(root)
     except ManifestError:
         if is_foreign(root):
             return False
         raise
-    return kind is None or box.kind == kind
+    return kind is None or artifact.kind == kind
 
 
 def is_foreign(root: Path) -> bool:
@@ -283,10 +283,10 @@ def is_foreign(root: Path) -> bool:
     return file_size(root / MANIFEST) is not None and is_ours(_manifest_bytes(root)) is False
 
 
-def open_box(root: Path) -> AnyBox:
-    """Read the manifest and journal of a folder of any kind. Raises as ``Box.open``."""
+def open_artifact(root: Path) -> AnyArtifact:
+    """Read the manifest and journal of a folder of any kind. Raises as ``Artifact.open``."""
     manifest, journal = _read(root, None)
-    return BOXES[manifest["kind"]].of(root, manifest, journal)
+    return ARTIFACTS[manifest["kind"]].of(root, manifest, journal)
 
 
 def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
@@ -337,12 +337,14 @@ def journal_entries(root: Path) -> list[Path]:
     return [root / JOURNAL / name for name in sorted(names) if not name.rsplit("/", 1)[-1].startswith(".")]
 
 
-def check_files(box: AnyBox, units: Iterable[str] | None = None, *, digests: bool = True) -> list[DamageError]:
+def check_files(
+    artifact: AnyArtifact, units: Iterable[str] | None = None, *, digests: bool = True
+) -> list[DamageError]:
     """Compare the files of the given units (default: all) with the manifest: presence, size and, if asked, SHA-256."""
     problems = []
-    for name in sorted(box.units) if units is None else units:
-        for relative, entry in box.units[name]["files"].items():
-            problem = check_file(box.root / relative, entry, digests=digests)
+    for name in sorted(artifact.units) if units is None else units:
+        for relative, entry in artifact.units[name]["files"].items():
+            problem = check_file(artifact.root / relative, entry, digests=digests)
             if problem:
                 problems.append(problem)
     return problems
