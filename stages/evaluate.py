@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Score:
+class Scored:
     """What an evaluation gives: ``val`` are the val images' predictions; ``trained`` and ``left_out`` count training
     images. ``files`` lie in its folder."""
 
@@ -139,10 +139,10 @@ def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings,
         score = SCORES[kind](job, settings)
         if score is None or not world.is_main:
             return {}
-        return finish(artifact, job, settings, score=score)
+        return write_scores(artifact, job, settings, score=score)
 
 
-def finish(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, score: Score) -> dict[str, Any]:
+def write_scores(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, score: Scored) -> dict[str, Any]:
     """Write the result down, and call the evaluation complete."""
     predictions, asked = score.val.predictions, artifact.identity
     log_rejects(job.val, score.val.rejected, job.report)
@@ -167,7 +167,7 @@ def finish(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, score: 
     return result
 
 
-def score_knn(job: Job, settings: KnnSettings) -> Score | None:
+def score_knn(job: Job, settings: KnnSettings) -> Scored | None:
     """Weighted nearest neighbours of the val images among the train images. ``by_feature`` has every k of the class
     token's and of the mean patch's; the headline is that of the first k."""
     central = CentralCrop(job.size, round(job.size / settings.features.crop))
@@ -200,10 +200,10 @@ def score_knn(job: Job, settings: KnnSettings) -> Score | None:
     }
     headline = SplitPredictions(by_feature[job.feature][numbers[0]], val_set.rejected)
     more = {"k": numbers[0], "by_feature": figures}
-    return Score(headline, more, trained=len(train_set.labels), left_out=len(train_set.rejected))
+    return Scored(headline, more, trained=len(train_set.labels), left_out=len(train_set.rejected))
 
 
-def score_linear(job: Job, settings: LinearSettings) -> Score | None:
+def score_linear(job: Job, settings: LinearSettings) -> Scored | None:
     """A linear classifier (paper, Table 9), on features of cached crops or on new crops in every epoch."""
     if settings.cached_crops:
         return score_cached_linear(job, settings)
@@ -216,7 +216,7 @@ def score_linear(job: Job, settings: LinearSettings) -> Score | None:
     return train_head(job, settings, head, inputs=inputs, optimizer=lars(groups, settings.momentum))
 
 
-def score_cached_linear(job: Job, settings: LinearSettings) -> Score | None:
+def score_cached_linear(job: Job, settings: LinearSettings) -> Scored | None:
     central = CentralCrop(job.size, round(job.size / settings.features.crop))
     drawn = [
         DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed, epoch=number)
@@ -236,10 +236,10 @@ def score_cached_linear(job: Job, settings: LinearSettings) -> Score | None:
         )
         scores = logits(probe, val_set.features[job.feature].to(device))
         predicted = SplitPredictions(from_scores(scores, val_labels, val_set.keys), val_set.rejected)
-    return Score(predicted, figures, trained=len(labels), left_out=len(train_sets[0].rejected))
+    return Scored(predicted, figures, trained=len(labels), left_out=len(train_sets[0].rejected))
 
 
-def score_attentive(job: Job, settings: AttentiveSettings) -> Score | None:
+def score_attentive(job: Job, settings: AttentiveSettings) -> Scored | None:
     """One cross-attention block with a learned query, and a linear classifier."""
     dim = measure(job, all_tokens)[-1]
     with seeded("probe", settings.seed):
@@ -257,7 +257,7 @@ def train_head(
     *,
     inputs: Inputs,
     optimizer: torch.optim.Optimizer,
-) -> Score:
+) -> Scored:
     """Train a head on new crops of every image in every epoch, and score it."""
     batch, steps = batch_and_steps(job.train.images, settings.batch)
     schedule = all_images(
@@ -279,10 +279,10 @@ def train_head(
     val = predict(learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
-    return Score(val, figures, job.train.images)
+    return Scored(val, figures, job.train.images)
 
 
-def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
+def score_finetune(job: Job, settings: FinetuneSettings) -> Scored:
     """The whole encoder trained as a classifier (paper, Table 10). The headline is the last epoch's score; ``best`` is
     the best epoch's, which the val images have picked."""
     world, classes = job.world, job.classes
@@ -317,10 +317,10 @@ def score_finetune(job: Job, settings: FinetuneSettings) -> Score:
         "train_loss": history[-1]["loss"],
         "history": history,
     }
-    return Score(last, figures, job.train.images, files=(BEST, LAST))
+    return Scored(last, figures, job.train.images, files=(BEST, LAST))
 
 
-SCORES: dict[str, Callable[[Job, Any], Score | None]] = {
+SCORES: dict[str, Callable[[Job, Any], Scored | None]] = {
     "knn": score_knn,
     "linear": score_linear,
     "attentive": score_attentive,

@@ -47,7 +47,7 @@ Part = TypeVar("Part", LabelledImages, CocoImages)
 
 
 @dataclass(frozen=True)
-class Job(Generic[Settings, Part]):
+class DenseJob(Generic[Settings, Part]):
     """One evaluation that has begun. ``train`` and ``val`` are what it trains and scores on."""
 
     encoder: FrozenEncoder
@@ -80,7 +80,7 @@ class Job(Generic[Settings, Part]):
 
 
 @dataclass(frozen=True)
-class Score:
+class DenseScored:
     """What an evaluation gives: the trained network, what the result says of it, its history and its pictures."""
 
     network: Normalised
@@ -155,7 +155,7 @@ def perform(
     *,
     settings: Settings,
     opened: Callable[[], tuple[Part, Part, dict[str, Any], list[str]]],
-    work: Callable[[Job[Settings, Part]], Score | None],
+    work: Callable[[DenseJob[Settings, Part]], DenseScored | None],
     headline: tuple[str, str],
     fixed_shapes: bool,
     report: Report,
@@ -189,7 +189,7 @@ def perform(
             report.log(note)
         check_share(settings.batch // settings.chunk, world.ranks)
         score = work(
-            Job(
+            DenseJob(
                 encoder=encoder,
                 spec=spec,
                 settings=settings,
@@ -201,10 +201,10 @@ def perform(
                 report=report,
             )
         )
-        return finish(artifact, spec, score) if score else {}
+        return write_dense_scores(artifact, spec, score) if score else {}
 
 
-def train_segmenter(job: Job[SegmentSettings, LabelledImages]) -> Score | None:
+def train_segmenter(job: DenseJob[SegmentSettings, LabelledImages]) -> DenseScored | None:
     settings, classes = job.settings, job.train.classes
     schedule = full_batches(
         len(job.train), settings.batch, settings.chunk, epochs=1, seed=settings.seed, length=settings.steps
@@ -237,10 +237,10 @@ def train_segmenter(job: Job[SegmentSettings, LabelledImages]) -> Score | None:
     )
     counts = {"train": len(job.train), "val": len(job.val)}
     figures = {**scores, "protocol": protocol, "classes": len(classes), "images": counts}
-    return Score(segmenter, figures, history, picture=None if sheet is None else png_bytes(sheet))
+    return DenseScored(segmenter, figures, history, picture=None if sheet is None else png_bytes(sheet))
 
 
-def train_detector(job: Job[DetectSettings, CocoImages]) -> Score | None:
+def train_detector(job: DenseJob[DetectSettings, CocoImages]) -> DenseScored | None:
     settings, classes = job.settings, job.train.classes
     schedule = full_batches(len(job.train), settings.batch, settings.chunk, epochs=settings.epochs, seed=settings.seed)
     backbone = prepared_encoder(
@@ -274,10 +274,10 @@ def train_detector(job: Job[DetectSettings, CocoImages]) -> Score | None:
         "images": {"train": len(job.train), "val": len(job.val)},
         "left_out": {"train": job.train.left_out, "val": job.val.left_out},
     }
-    return Score(detector, figures, history, picture=picture)
+    return DenseScored(detector, figures, history, picture=picture)
 
 
-def finish(artifact: ScoresArtifact, spec: str, score: Score) -> dict[str, Any]:
+def write_dense_scores(artifact: ScoresArtifact, spec: str, score: DenseScored) -> dict[str, Any]:
     """Write weights, pictures and result down, and close the artifact."""
     asked = artifact.identity
     save_weights(score.network.model, artifact.root / LAST)

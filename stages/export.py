@@ -14,7 +14,7 @@ from cae2pipe.comparison.scores import collect
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.evaluation.encoders import Student, display_name, load_encoder
 from cae2pipe.models.export import WEIGHTS
-from cae2pipe.models.formats import FORMATS, Layout, Shape
+from cae2pipe.models.formats import FORMATS, ExportLayout, Shape
 from cae2pipe.reporting.model_card import model_card
 
 CARD = "README.md"
@@ -70,7 +70,7 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
     return [out / name for name in (layout.weights, *layout.files, CARD)]
 
 
-def refuse_others(out: Path, layout: Layout) -> None:
+def refuse_others(out: Path, layout: ExportLayout) -> None:
     """Raise SourceError where a folder holds anything but an earlier export of the same format."""
     ours = {layout.weights, *layout.files, CARD}
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()

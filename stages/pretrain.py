@@ -72,7 +72,7 @@ def _train_run(
 ) -> RunArtifact:
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, world.device)})
     bf16 = settings.precision == "bf16"
-    artifact: RunArtifact = world.run_on_main(lambda: begin(out, targets, settings))
+    artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings))
     if artifact.complete and artifact.has("encoder"):
         report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
         return artifact
@@ -127,7 +127,7 @@ def _train_run(
         return artifact
     weights = training_state(model, optimizer)["model"]
     if world.is_main:
-        finish(artifact, settings, weights, target_dim=spec.dim)
+        finish_run(artifact, settings, weights, target_dim=spec.dim)
         report.log(f"wrote {out / 'encoder.safetensors'}")
     return artifact
 
@@ -142,14 +142,14 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
     return Checkpoints(out / "checkpoints", run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
 
 
-def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
+def begin_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
     """The run's folder, made or found again, without what a killed process left half-written."""
     artifact = open_run(out, targets, settings)
     remove_debris(out)
     return artifact
 
 
-def finish(artifact: RunArtifact, settings: PretrainSettings, weights: dict[str, Any], *, target_dim: int) -> None:
+def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[str, Any], *, target_dim: int) -> None:
     """Export the encoder, and call the run complete."""
     model = build_method(settings.method, settings.model, target_dim)
     model.load_state_dict(weights)

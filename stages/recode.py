@@ -22,7 +22,7 @@ from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, refuse_foreig
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.manifest_targets import Store
+from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.artifacts.storage import fetch_file, file_size, is_local
@@ -240,7 +240,7 @@ def recode_store(
     layout: StoreLayout,
     blocks: Iterator[RecodedBlock],
     report: Report,
-) -> Store:
+) -> StoreUnit:
     """Write one store and bring its tar along, where its views are stored; return the manifest's entry.
 
     Args:

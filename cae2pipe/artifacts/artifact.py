@@ -55,8 +55,8 @@ from cae2pipe.artifacts.manifest_kinds import (
     TargetsUnit,
     UnitT,
 )
-from cae2pipe.artifacts.manifest_run import Encoder, RunFacts, RunIdentity
-from cae2pipe.artifacts.manifest_scores import Result, ScoresFacts, ScoresIdentity
+from cae2pipe.artifacts.manifest_run import EncoderUnit, RunFacts, RunIdentity
+from cae2pipe.artifacts.manifest_scores import ResultUnit, ScoresFacts, ScoresIdentity
 from cae2pipe.artifacts.manifest_shards import ShardsFacts, ShardsIdentity
 from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
 from cae2pipe.artifacts.manifest_values import FileEntry, Unit
@@ -240,19 +240,19 @@ class TargetsArtifact(Artifact[TargetsIdentity, TargetsUnit, TargetsFacts]):
         return TARGETS
 
 
-class RunArtifact(Artifact[RunIdentity, Encoder, RunFacts]):
+class RunArtifact(Artifact[RunIdentity, EncoderUnit, RunFacts]):
     """A run's folder."""
 
     @staticmethod
-    def rules() -> Kind[RunIdentity, Encoder, RunFacts]:
+    def rules() -> Kind[RunIdentity, EncoderUnit, RunFacts]:
         return RUN
 
 
-class ScoresArtifact(Artifact[ScoresIdentity, Result, ScoresFacts]):
+class ScoresArtifact(Artifact[ScoresIdentity, ResultUnit, ScoresFacts]):
     """An evaluation's folder."""
 
     @staticmethod
-    def rules() -> Kind[ScoresIdentity, Result, ScoresFacts]:
+    def rules() -> Kind[ScoresIdentity, ResultUnit, ScoresFacts]:
         return SCORES
 
 

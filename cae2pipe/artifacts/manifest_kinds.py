@@ -16,14 +16,21 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from cae2pipe.artifacts import manifest_run, manifest_scores, manifest_shards, manifest_targets
-from cae2pipe.artifacts.manifest_run import Encoder, RunFacts, RunIdentity, RunManifest
-from cae2pipe.artifacts.manifest_scores import Result, ScoresFacts, ScoresIdentity, ScoresManifest
-from cae2pipe.artifacts.manifest_shards import Listing, ShardsFacts, ShardsIdentity, ShardsManifest, Tar
-from cae2pipe.artifacts.manifest_targets import Codec, Images, Store, TargetsFacts, TargetsIdentity, TargetsManifest
+from cae2pipe.artifacts.manifest_run import EncoderUnit, RunFacts, RunIdentity, RunManifest
+from cae2pipe.artifacts.manifest_scores import ResultUnit, ScoresFacts, ScoresIdentity, ScoresManifest
+from cae2pipe.artifacts.manifest_shards import ListingUnit, ShardsFacts, ShardsIdentity, ShardsManifest, TarUnit
+from cae2pipe.artifacts.manifest_targets import (
+    CodecUnit,
+    ImagesUnit,
+    StoreUnit,
+    TargetsFacts,
+    TargetsIdentity,
+    TargetsManifest,
+)
 from cae2pipe.artifacts.manifest_values import SHARD, VIEW, Unit
 
-ShardsUnit = Tar | Listing
-TargetsUnit = Store | Images | Codec
+ShardsUnit = TarUnit | ListingUnit
+TargetsUnit = StoreUnit | ImagesUnit | CodecUnit
 Manifest = ShardsManifest | TargetsManifest | RunManifest | ScoresManifest
 
 IdentityT = TypeVar("IdentityT", bound=Mapping[str, object])
@@ -109,7 +116,7 @@ TARGETS: Kind[TargetsIdentity, TargetsUnit, TargetsFacts] = Kind(
     manifest_targets.contradiction,
     TargetsFacts,
 )
-RUN: Kind[RunIdentity, Encoder, RunFacts] = Kind(
+RUN: Kind[RunIdentity, EncoderUnit, RunFacts] = Kind(
     "run",
     lambda manifest: manifest if manifest["kind"] == "run" else None,
     re.compile("encoder"),
@@ -117,7 +124,7 @@ RUN: Kind[RunIdentity, Encoder, RunFacts] = Kind(
     manifest_run.contradiction,
     RunFacts,
 )
-SCORES: Kind[ScoresIdentity, Result, ScoresFacts] = Kind(
+SCORES: Kind[ScoresIdentity, ResultUnit, ScoresFacts] = Kind(
     "scores",
     lambda manifest: manifest if manifest["kind"] == "scores" else None,
     re.compile("result"),
@@ -128,8 +135,8 @@ SCORES: Kind[ScoresIdentity, Result, ScoresFacts] = Kind(
 AnyKind = (
     Kind[ShardsIdentity, ShardsUnit, ShardsFacts]
     | Kind[TargetsIdentity, TargetsUnit, TargetsFacts]
-    | Kind[RunIdentity, Encoder, RunFacts]
-    | Kind[ScoresIdentity, Result, ScoresFacts]
+    | Kind[RunIdentity, EncoderUnit, RunFacts]
+    | Kind[ScoresIdentity, ResultUnit, ScoresFacts]
 )
 KINDS: dict[str, AnyKind] = {kind.name: kind for kind in (SHARDS, TARGETS, RUN, SCORES)}
 

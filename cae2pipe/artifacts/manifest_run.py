@@ -7,14 +7,14 @@ from typing import Annotated, Literal, NotRequired, final
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from cae2pipe.artifacts.manifest_values import OPEN, STRICT, Common, FileEntry, Sha256, StoreName, Teacher, Values
+from cae2pipe.artifacts.manifest_values import OPEN, STRICT, Common, FileEntry, Sha256, StoreName, TeacherEntry, Values
 
 EncoderFile = Annotated[str, Field(pattern=r"^(encoder\.safetensors|config\.json)$")]
 
 
 @final
 @with_config(STRICT)
-class Encoder(TypedDict):
+class EncoderUnit(TypedDict):
     """The unit ``encoder``: the exported encoder."""
 
     files: dict[EncoderFile, FileEntry]
@@ -29,7 +29,7 @@ class RunIdentity(TypedDict):
 
 
 @with_config(OPEN)
-class RunTeacher(Teacher):
+class RunTeacher(TeacherEntry):
     """``library`` and ``weights``: of what older runs do not say."""
 
     library: NotRequired[str]
@@ -50,15 +50,15 @@ class RunManifest(Common, RunFacts):
 
     kind: Literal["run"]
     identity: RunIdentity
-    units: dict[Annotated[str, Field(pattern="^encoder$")], Encoder]
+    units: dict[Annotated[str, Field(pattern="^encoder$")], EncoderUnit]
 
 
-def unit_model(name: str) -> type[Encoder]:
+def unit_model(name: str) -> type[EncoderUnit]:
     """The model of the unit of this name."""
-    return Encoder
+    return EncoderUnit
 
 
-def contradiction(name: str, unit: Encoder) -> str | None:
+def contradiction(name: str, unit: EncoderUnit) -> str | None:
     """What of a valid unit contradicts its name, or itself; None where nothing does."""
     missing = {"encoder.safetensors", "config.json"} - unit["files"].keys()
     return f"files: {min(missing)} is not among them" if missing else None

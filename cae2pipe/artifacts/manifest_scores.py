@@ -16,7 +16,7 @@ ResultFile = Annotated[str, Field(pattern=r"^[a-z_]{1,40}\.(json|npz|png|safeten
 
 @final
 @with_config(STRICT)
-class Result(TypedDict):
+class ResultUnit(TypedDict):
     """The unit ``result``: ``result.json``, predictions, pictures, weights."""
 
     files: dict[ResultFile, FileEntry]
@@ -54,14 +54,14 @@ class ScoresManifest(Common, ScoresFacts):
 
     kind: Literal["scores"]
     identity: ScoresIdentity
-    units: dict[Annotated[str, Field(pattern="^result$")], Result]
+    units: dict[Annotated[str, Field(pattern="^result$")], ResultUnit]
 
 
-def unit_model(name: str) -> type[Result]:
+def unit_model(name: str) -> type[ResultUnit]:
     """The model of the unit of this name."""
-    return Result
+    return ResultUnit
 
 
-def contradiction(name: str, unit: Result) -> str | None:
+def contradiction(name: str, unit: ResultUnit) -> str | None:
     """What of a valid unit contradicts its name, or itself; None where nothing does."""
     return None if RESULT in unit["files"] else f"files: {RESULT} is not among them"

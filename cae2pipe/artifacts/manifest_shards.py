@@ -35,7 +35,7 @@ class Rejected(TypedDict):
 
 @final
 @with_config(STRICT)
-class Tar(TypedDict):
+class TarUnit(TypedDict):
     """The unit ``000000``: a tar and its index, or nothing where every image was rejected."""
 
     files: dict[TarFile, FileEntry]
@@ -45,7 +45,7 @@ class Tar(TypedDict):
 
 @final
 @with_config(STRICT)
-class Listing(TypedDict):
+class ListingUnit(TypedDict):
     """The unit ``listing-000`` (or ``rejects``, which lists no ``images``)."""
 
     files: dict[OtherFile, FileEntry]
@@ -70,18 +70,18 @@ class ShardsManifest(Common, ShardsFacts):
 
     kind: Literal["shards"]
     identity: ShardsIdentity
-    units: dict[Annotated[str, Field(pattern=f"^({SHARD}|{LISTING}|rejects)$")], Tar | Listing]
+    units: dict[Annotated[str, Field(pattern=f"^({SHARD}|{LISTING}|rejects)$")], TarUnit | ListingUnit]
 
 
-def unit_model(name: str) -> type[Tar | Listing]:
+def unit_model(name: str) -> type[TarUnit | ListingUnit]:
     """The model of the unit of this name."""
-    return Tar if name.isdigit() else Listing
+    return TarUnit if name.isdigit() else ListingUnit
 
 
-def contradiction(name: str, unit: Tar | Listing) -> str | None:
+def contradiction(name: str, unit: TarUnit | ListingUnit) -> str | None:
     """What of a valid unit contradicts its name, or itself; None where nothing does."""
     files = unit["files"]
-    if unit_model(name) is not (Tar if "rejected" in unit else Listing):
+    if unit_model(name) is not (TarUnit if "rejected" in unit else ListingUnit):
         return "these are the fields of another kind of unit"
     if not name.isdigit():
         expected = {"rejects.jsonl"} if name == "rejects" else {f"{name}.jsonl.gz"}

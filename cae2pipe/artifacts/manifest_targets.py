@@ -20,7 +20,7 @@ from cae2pipe.artifacts.manifest_values import (
     Names,
     Sha256,
     ShardName,
-    Teacher,
+    TeacherEntry,
     Values,
 )
 
@@ -59,7 +59,7 @@ class ImagesBytes(TypedDict):
 
 @final
 @with_config(STRICT)
-class Store(TypedDict):
+class StoreUnit(TypedDict):
     """The unit ``v00/000123``: a view of a shard. ``recoded``: the fingerprint of the one it came from."""
 
     files: dict[StoreFile, FileEntry]
@@ -76,7 +76,7 @@ class Store(TypedDict):
 
 @final
 @with_config(STRICT)
-class Images(TypedDict):
+class ImagesUnit(TypedDict):
     """The unit ``images/000123``: the images that a shard's replayed views are cut from."""
 
     files: dict[ImagesFile, FileEntry]
@@ -89,7 +89,7 @@ class Images(TypedDict):
 
 @final
 @with_config(STRICT)
-class Codec(TypedDict):
+class CodecUnit(TypedDict):
     """The unit ``codec``: the calibration."""
 
     files: dict[CodecFile, FileEntry]
@@ -178,7 +178,7 @@ class TargetsFacts(TypedDict):
     """All but ``wanted`` are there once the set is calibrated."""
 
     classes: NotRequired[Names]
-    teacher: NotRequired[Teacher]
+    teacher: NotRequired[TeacherEntry]
     codec: NotRequired[CodecFacts]
     wanted: NotRequired[Wanted]
     versions: NotRequired[dict[str, str]]
@@ -195,27 +195,27 @@ class TargetsManifest(Common, TargetsFacts):
     units: dict[
         Annotated[str, Field(pattern=f"^(codec|images/{SHARD}|{VIEW}/{SHARD})$")],
         # The commonest first: it is tried first.
-        Annotated[Store | Images | Codec, Field(union_mode="left_to_right")],
+        Annotated[StoreUnit | ImagesUnit | CodecUnit, Field(union_mode="left_to_right")],
     ]
 
 
-def unit_model(name: str) -> type[Store | Images | Codec]:
+def unit_model(name: str) -> type[StoreUnit | ImagesUnit | CodecUnit]:
     """The model of the unit of this name."""
     if name == "codec":
-        return Codec
-    return Images if name.startswith("images/") else Store
+        return CodecUnit
+    return ImagesUnit if name.startswith("images/") else StoreUnit
 
 
-def contradiction(name: str, unit: Store | Images | Codec) -> str | None:
+def contradiction(name: str, unit: StoreUnit | ImagesUnit | CodecUnit) -> str | None:
     """What of a valid unit contradicts its name, or itself; None where nothing does."""
-    if unit_model(name) is not (Store if "view" in unit else Images if "shard" in unit else Codec):
+    if unit_model(name) is not (StoreUnit if "view" in unit else ImagesUnit if "shard" in unit else CodecUnit):
         return "these are the fields of another kind of unit"
     if "view" in unit:
         return _of_store(name, unit)
     return _of_images(name, unit) if "shard" in unit else None
 
 
-def _of_store(name: str, unit: Store) -> str | None:
+def _of_store(name: str, unit: StoreUnit) -> str | None:
     files, shard, tar, zarr = unit["files"], unit["shard"], unit["tar"], unit["zarr"]
     if name != f"v{unit['view']:02d}/{shard}" or zarr != f"latents/{name}.zarr":
         return "view, shard, zarr: these are not the unit's own"
@@ -232,7 +232,7 @@ def _of_store(name: str, unit: Store) -> str | None:
     return _too_small(unit)
 
 
-def _of_images(name: str, unit: Images) -> str | None:
+def _of_images(name: str, unit: ImagesUnit) -> str | None:
     tar = unit["tar"]
     if name != f"images/{unit['shard']}" or tar != f"{name}.tar":
         return "shard, tar: these are not the unit's own"
@@ -241,7 +241,7 @@ def _of_images(name: str, unit: Images) -> str | None:
     return _too_small(unit)
 
 
-def _too_small(unit: Store | Images) -> str | None:
+def _too_small(unit: StoreUnit | ImagesUnit) -> str | None:
     tar = unit["files"].get(unit["tar"])
     if tar is not None and unit["samples"] * SAMPLE_BYTES > tar["bytes"]:
         return f"samples: the tar is too small for {unit['samples']}"

@@ -61,7 +61,7 @@ class Common(TypedDict):
 
 
 @with_config(OPEN)
-class Teacher(TypedDict):
+class TeacherEntry(TypedDict):
     """What readers must know of a teacher."""
 
     name: str

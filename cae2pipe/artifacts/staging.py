@@ -34,16 +34,16 @@ def stage_path(root: Path, name: str) -> Path:
 
 
 @contextmanager
-def staged(root: Path, name: str) -> Iterator[Stage]:
+def staged(root: Path, name: str) -> Iterator[StagedUnit]:
     """A stage for the unit's files, removed in the end whatever happens."""
-    stage = Stage(root, name)
+    stage = StagedUnit(root, name)
     try:
         yield stage
     finally:
         stage.discard()
 
 
-class Stage:
+class StagedUnit:
     """Files of one unit of the artifact ``root``."""
 
     def __init__(self, root: Path, name: str):

@@ -24,7 +24,7 @@ def headlines(evaluation: str) -> tuple[str, str]:
     return HEADLINES.get(evaluation, ("top1", "top5"))
 
 
-class Images(BaseModel):
+class ScoredImages(BaseModel):
     """How many images an evaluation was made with."""
 
     model_config = ConfigDict(strict=True)
@@ -33,7 +33,7 @@ class Images(BaseModel):
     val: int = Field(ge=0)
 
 
-class Result(BaseModel):
+class ScoreResult(BaseModel):
     """What tables and reports take from a result: its other figures are there too."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -42,11 +42,11 @@ class Result(BaseModel):
     encoder: str
     feature: str = ""
     protocol: str
-    images: Images
+    images: ScoredImages
     best: dict[str, float] | None = None
 
     @model_validator(mode="after")
-    def _scored(self) -> Result:
+    def _scored(self) -> ScoreResult:
         for name in headlines(self.evaluation):
             figures = [self.model_extra or {}, *([] if self.best is None else [self.best])]
             if not all(isinstance(one.get(name), float | int) for one in figures):
@@ -76,10 +76,10 @@ class ScoreRow(TypedDict):
     metric: str
 
 
-def read_result(result: object, where: Path) -> Result:
+def read_result(result: object, where: Path) -> ScoreResult:
     """A manifest's ``result``. Raises ManifestError where it is not one of an evaluation; the field is named."""
     try:
-        return Result.model_validate(result)
+        return ScoreResult.model_validate(result)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, ("result", *first["loc"])))
@@ -90,7 +90,7 @@ def read_result(result: object, where: Path) -> Result:
 
 def score_artifacts(
     roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None
-) -> Iterator[tuple[Path, ScoresArtifact, Result]]:
+) -> Iterator[tuple[Path, ScoresArtifact, ScoreResult]]:
     """Every finished evaluation in or below some folders, with its artifact and result.
 
     ``damaged`` takes the errors of manifests that cannot be read; None: the first one is raised.
@@ -113,7 +113,7 @@ def score_artifacts(
                 yield folder, *finished
 
 
-def finished_score(folder: Path) -> tuple[ScoresArtifact, Result] | None:
+def finished_score(folder: Path) -> tuple[ScoresArtifact, ScoreResult] | None:
     """The artifact of a finished evaluation and its result; None: the folder holds something else.
 
     Raises:
@@ -150,7 +150,7 @@ def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -
     return sorted(rows.values(), key=lambda one: (one["evaluation"], -one["score"], str(one["folder"])))
 
 
-def row(result: Result, folder: Path) -> ScoreRow:
+def row(result: ScoreResult, folder: Path) -> ScoreRow:
     """What the table shows of one result."""
     first, second = headlines(result.evaluation)
     return {

@@ -110,7 +110,7 @@ def build_recorded(kind: type[S], values: Mapping[str, object], where: object) -
     return build(kind, recorded(kind, values), where)
 
 
-def section(values: Mapping[str, object], name: str, where: object) -> Mapping[str, object]:
+def section_of(values: Mapping[str, object], name: str, where: object) -> Mapping[str, object]:
     """A section of what a manifest holds of settings. Raises SettingsError where it is none."""
     inner = values.get(name)
     if not isinstance(inner, dict):
@@ -198,8 +198,8 @@ def parse_override(text: str) -> dict[str, Any]:
         raise SettingsError(f"the value is not valid YAML: {error}", where=f"--set {text}", fix="quote it") from None
     *sections, last = name.split(".")
     nested = {last: parsed}
-    for section in reversed(sections):
-        nested = {section: nested}
+    for section_of in reversed(sections):
+        nested = {section_of: nested}
     return nested
 
 

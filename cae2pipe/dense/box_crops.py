@@ -65,7 +65,7 @@ def cropped_objects(
     return image.crop((left, top, left + width, top + height)), Objects(boxes[kept], objects.labels[kept], masks)
 
 
-def draw_view(image: Image.Image, objects: Objects, settings: DetectSettings) -> tuple[Image.Image, Objects]:
+def draw_box_crop(image: Image.Image, objects: Objects, settings: DetectSettings) -> tuple[Image.Image, Objects]:
     """A training view, drawn from Python's generator: flipped or not, cropped or not, resized. A crop that would leave
     no object is not taken."""
     if random.random() < settings.flip:
@@ -116,7 +116,7 @@ class BoxReader(Reader):
         views = []
         for image in chosen.tolist():
             with seeded("boxes", self.settings.seed, self.schedule.epoch(step), image):
-                views.append(draw_view(*self.data.read(image), self.settings))
+                views.append(draw_box_crop(*self.data.read(image), self.settings))
         pixels = padded([np.asarray(image) for image, _ in views], self.fill)
         targets = tuple(
             {

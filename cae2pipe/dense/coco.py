@@ -92,7 +92,7 @@ def open_coco(root: Path, upright: bool | None = None) -> tuple[CocoImages, Coco
     Raises:
         SourceError: a part is missing, is not COCO's format, has no objects, or annotations do not fit their images.
     """
-    train, val = (open_part(root, names, upright, training) for names, training in ((TRAIN, True), (VAL, False)))
+    train, val = (open_coco_part(root, names, upright, training) for names, training in ((TRAIN, True), (VAL, False)))
     if train.classes != val.classes:
         odd = sorted({*train.classes} ^ {*val.classes}) or train.classes
         raise SourceError(
@@ -103,7 +103,7 @@ def open_coco(root: Path, upright: bool | None = None) -> tuple[CocoImages, Coco
     return train, val
 
 
-def open_part(root: Path, names: tuple[str, ...], upright: bool | None, training: bool) -> CocoImages:
+def open_coco_part(root: Path, names: tuple[str, ...], upright: bool | None, training: bool) -> CocoImages:
     """One part; in ``training`` without images that have no object."""
     name = next((name for name in names if (root / ANNOTATIONS / f"instances_{name}.json").is_file()), names[0])
     folder, path = root / name, root / ANNOTATIONS / f"instances_{name}.json"

@@ -223,7 +223,7 @@ def checked_side(value: object, what: str, path: Path) -> int | None:
     """A number of pixels, or None. Raises SourceError."""
     if value is None:
         return None
-    if is_number(value) and value >= 1 and value % 1 == 0:
+    if is_finite_number(value) and value >= 1 and value % 1 == 0:
         return int(value)
     raise SourceError(f"the {what} is {value!r}", where=path, fix="give pixels")
 
@@ -261,14 +261,14 @@ def normalised(
         x, y, right, low = box[0], box[1], box[0] + box[2], box[1] + box[3]
         runs, _ = rasterised([[x, y, right, y, right, low, x, low]], size)
     given = each.get("area")
-    area = float(given) if is_number(given) and given >= 0 else float(pixels or box[2] * box[3])
+    area = float(given) if is_finite_number(given) and given >= 0 else float(pixels or box[2] * box[3])
     return {"bbox": box, "area": area, "iscrowd": int(bool(crowd)), "segmentation": runs}
 
 
 def checked_box(box: object, which: str, image: ImageEntry, path: Path) -> list[float]:
     """Four floats x, y, width, height. Raises SourceError where these are no box on the image."""
     width, height = image["width"], image["height"]
-    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(is_finite_number(value) for value in box):
         what = f"the box of {which} is {box!r}, not four finite numbers"
     else:
         x, y, w, h = (float(value) for value in box)
@@ -306,7 +306,7 @@ def encoded(
     elif isinstance(segmentation, list):
         polygons = [each for each in segmentation if isinstance(each, list) and len(each) >= LEAST]
         left_out["polygons"] += len(segmentation) - len(polygons)
-        if not all(isinstance(each, list) and all(is_number(value) for value in each) for each in segmentation):
+        if not all(isinstance(each, list) and all(is_finite_number(value) for value in each) for each in segmentation):
             what = f"the segmentation of {which} is not a list of polygons of finite numbers x, y, x, y, ..."
         elif any(len(each) % 2 for each in polygons):
             what = f"a polygon of {which} has an odd number of coordinates"
@@ -378,7 +378,7 @@ def beyond(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
 
 def is_id(value: object) -> TypeGuard[Id]:
     """Whether it is a text, a whole number of any length, or a finite one."""
-    return (isinstance(value, str | int) and not isinstance(value, bool)) or is_number(value)
+    return (isinstance(value, str | int) and not isinstance(value, bool)) or is_finite_number(value)
 
 
 def id_order(value: object) -> tuple[bool, Id]:
@@ -386,6 +386,6 @@ def id_order(value: object) -> tuple[bool, Id]:
     return (True, str(value)) if isinstance(value, str) or not is_id(value) else (False, value)
 
 
-def is_number(value: object) -> TypeGuard[int | float]:
+def is_finite_number(value: object) -> TypeGuard[int | float]:
     """Whether it is a finite number. JSON's Infinity and NaN are read, and integers of any length."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15 and math.isfinite(value)

@@ -117,11 +117,11 @@ def open_label_maps(root: Path, settings: SegmentSettings) -> tuple[LabelledImag
     if len(names) > IGNORED:
         raise SettingsError(f"{len(names)} classes are more than {IGNORED}", where="classes", fix="give fewer")
     reduce_zero = settings.reduce_zero if settings.reduce_zero is not None else (root / ADE20K).is_file()
-    train, val = (open_part(root, part, names, int(reduce_zero), settings) for part in (TRAIN, VAL))
+    train, val = (open_maps_part(root, part, names, int(reduce_zero), settings) for part in (TRAIN, VAL))
     return train, val
 
 
-def open_part(
+def open_maps_part(
     root: Path, part: tuple[str, ...], names: list[str], first: int, settings: SegmentSettings
 ) -> LabelledImages:
     """One part, the size and the orientation of every file of which has been looked at."""

@@ -67,7 +67,7 @@ class ExactHead(RPNHead):
             return [self.cls_logits(h.float()) for h in hidden], [self.bbox_pred(h.float()) for h in hidden]
 
 
-class Stage(nn.Module):
+class CascadeStage(nn.Module):
     """One stage of box and mask heads.
 
     Args:
@@ -142,7 +142,8 @@ class MaskRCNN(nn.Module):
         stages = zip(settings.stage_iou, settings.stage_weights, strict=True)
         # Class by class in Mask R-CNN; one box for all of them in a cascade, as it was published.
         self.stages = nn.ModuleList(
-            Stage(classes, settings.cascade, iou, (weight, weight, weight / 2, weight / 2)) for iou, weight in stages
+            CascadeStage(classes, settings.cascade, iou, (weight, weight, weight / 2, weight / 2))
+            for iou, weight in stages
         )
 
     def features(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -177,7 +178,7 @@ class MaskRCNN(nn.Module):
         """Losses of all stages, each times its stage's weight."""
         losses: dict[str, Tensor] = {}
         for number, (stage, weight) in enumerate(zip(self.stages, self.settings.stage_loss, strict=True)):
-            assert isinstance(stage, Stage)
+            assert isinstance(stage, CascadeStage)
             sampled = [
                 training_sample(stage, proposed, target, self.settings)
                 for proposed, target in zip(proposals, targets, strict=True)
@@ -212,7 +213,7 @@ class MaskRCNN(nn.Module):
 
     def mask_loss(
         self,
-        stage: Stage,
+        stage: CascadeStage,
         features: OrderedDict[str, Tensor],
         sampled: list[Sample],
         sizes: list[tuple[int, int]],
@@ -241,7 +242,7 @@ class MaskRCNN(nn.Module):
         counts = [len(proposed) for proposed in proposals]
         scores: list[Tensor] = []
         for stage in self.stages:
-            assert isinstance(stage, Stage)
+            assert isinstance(stage, CascadeStage)
             logits, deltas = stage.boxes_and_scores(self.box_pool(features, proposals, sizes))
             scores.append(logits.softmax(dim=1))
             decoded = stage.decode(deltas, torch.cat(proposals))
@@ -256,7 +257,7 @@ class MaskRCNN(nn.Module):
         ]
         pooled = self.mask_pool(features, [each["boxes"] for each in picked], sizes)
         classes = torch.cat([each["labels"] for each in picked])
-        drawn = [stage.masks(pooled, classes).sigmoid() for stage in self.stages if isinstance(stage, Stage)]
+        drawn = [stage.masks(pooled, classes).sigmoid() for stage in self.stages if isinstance(stage, CascadeStage)]
         masks = torch.stack(drawn).mean(dim=0)
         for each, own in zip(picked, masks.split([len(each["boxes"]) for each in picked]), strict=True):
             each["masks"] = own
@@ -284,7 +285,9 @@ class Sample:
     proposed: Tensor
 
 
-def training_sample(stage: Stage, proposals: Tensor, target: dict[str, Tensor], settings: DetectSettings) -> Sample:
+def training_sample(
+    stage: CascadeStage, proposals: Tensor, target: dict[str, Tensor], settings: DetectSettings
+) -> Sample:
     """Proposals (P, 4) and true boxes, matched and sampled."""
     count = len(proposals)
     proposals = torch.cat([proposals, target["boxes"]])

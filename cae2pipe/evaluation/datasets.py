@@ -16,7 +16,7 @@ from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.errors import ImageError, ManifestError, SourceError
 from cae2pipe.evaluation.crops import Crop
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.shards.checking import Piece, read_piece
+from cae2pipe.shards.checking import FileSlice, read_piece
 from cae2pipe.shards.shard_set import KIND, ImageSample, ShardSet, read_image
 from cae2pipe.shards.source import scan
 
@@ -148,7 +148,7 @@ def _open_shards(root: Path, batch: int) -> Split:
 
 @dataclass(frozen=True)
 class _SourceRun:
-    images: tuple[tuple[Piece, str, int], ...]
+    images: tuple[tuple[FileSlice, str, int], ...]
 
     def __call__(self) -> list[ImageSample]:
         return [ImageSample(path, label, read_piece(piece)) for piece, path, label in self.images]
@@ -168,7 +168,7 @@ class _ShardRun:
 
 @dataclass(frozen=True)
 class _SourceSamples:
-    pieces: list[tuple[Piece, str]]
+    pieces: list[tuple[FileSlice, str]]
     labels: np.ndarray
 
     def read(self, index: int) -> ImageSample:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, check_files, is_artifact
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
-from cae2pipe.config.base import build_recorded, fingerprinted, load, preset_names, section
+from cae2pipe.config.base import build_recorded, fingerprinted, load, preset_names, section_of
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import LossSettings, ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
@@ -202,7 +202,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
 
 def class_token_trained(run: RunArtifact) -> bool:
     """Whether a run's loss fell on its class token: it counts among the visible, and pixels have none."""
-    loss = build_recorded(LossSettings, section(run.identity["settings"], "loss", run.root), where=run.root)
+    loss = build_recorded(LossSettings, section_of(run.identity["settings"], "loss", run.root), where=run.root)
     return bool(run.facts["teacher"]["class_token"] and loss.visible and loss.target != "pixels")
 
 
@@ -272,7 +272,7 @@ def random_student(name: str, seed: int, device: torch.device, precision: str) -
     class_token = True
     if is_artifact(Path(name), "run"):
         artifact = RunArtifact.open(Path(name))
-        settings = build_recorded(ModelSettings, section(artifact.identity["settings"], "model", name), where=name)
+        settings = build_recorded(ModelSettings, section_of(artifact.identity["settings"], "model", name), where=name)
         class_token = class_token_trained(artifact)
     elif Path(name).is_dir():
         raise SourceError("this folder is not a run", where=name, fix=f"give {FORMS}")

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.manifest_targets import Store
+from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.kept import view_pixels
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.loading.fresh import FreshViews
-from cae2pipe.loading.order import BlockRef, Piece, real_samples, steps_per_epoch, stream_pieces, windows
+from cae2pipe.loading.order import BlockRef, BlockSlice, real_samples, steps_per_epoch, stream_pieces, windows
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.targets.cache import BlockCache
@@ -43,7 +43,7 @@ class Plan:
     """
 
     root: Path
-    units: Mapping[str, Store]
+    units: Mapping[str, StoreUnit]
     blocks: list[BlockRef]
     layout: StoreLayout
     size: int
@@ -159,7 +159,7 @@ class StreamSource:
                 yield pool, int(position)
             skip = 0
 
-    def _read(self, pieces: tuple[Piece, ...]) -> Pool:
+    def _read(self, pieces: tuple[BlockSlice, ...]) -> Pool:
         pool = Pool([], [], [], [], {})
         names = (*self.plan.arrays, *self.plan.guides)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}

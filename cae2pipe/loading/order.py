@@ -27,7 +27,7 @@ class BlockRef:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BlockSlice:
     """A run of samples [low, high) of one view of a block; ``index`` points into the list of blocks."""
 
     index: int
@@ -40,7 +40,7 @@ class Piece:
 class Window:
     """Consecutive pieces of a stream and the order in which their samples are given out, int64 (samples,)."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[BlockSlice, ...]
     order: np.ndarray
 
 
@@ -53,12 +53,12 @@ def view_of(block: BlockRef, seed: int, epoch: int) -> int:
 
 def stream_pieces(
     blocks: Sequence[BlockRef], seed: int, epoch: int, streams: int, wanted: Sequence[int]
-) -> dict[int, list[Piece]]:
+) -> dict[int, list[BlockSlice]]:
     """The pieces of the ``wanted`` streams in an epoch, in order. All streams together hold every sample once."""
     line = keyed_permutation(len(blocks), "blocks", seed, epoch)
     ends = np.cumsum([blocks[index].samples for index in line])
     total = int(ends[-1])
-    result: dict[int, list[Piece]] = {}
+    result: dict[int, list[BlockSlice]] = {}
     for stream in wanted:
         start, stop = total * stream // streams, total * (stream + 1) // streams
         pieces = []
@@ -67,13 +67,13 @@ def stream_pieces(
             index = int(line[position])
             begin = int(ends[position]) - blocks[index].samples
             end = min(stop, int(ends[position]))
-            pieces.append(Piece(index, view_of(blocks[index], seed, epoch), low=start - begin, high=end - begin))
+            pieces.append(BlockSlice(index, view_of(blocks[index], seed, epoch), low=start - begin, high=end - begin))
             start, position = end, position + 1
         result[stream] = pieces
     return result
 
 
-def windows(pieces: Sequence[Piece], window: int, seed: int, epoch: int, stream: int) -> Iterator[Window]:
+def windows(pieces: Sequence[BlockSlice], window: int, seed: int, epoch: int, stream: int) -> Iterator[Window]:
     """A stream's pieces in windows of up to ``window`` of them, each shuffled by (seed, epoch, stream, number)."""
     for number, start in enumerate(range(0, len(pieces), window)):
         chosen = tuple(pieces[start : start + window])

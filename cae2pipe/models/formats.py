@@ -44,7 +44,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExportLayout:
     """``weights``: the file's name; ``metadata`` goes into it; ``files``: JSON beside it; ``usage``: Python lines."""
 
     weights: str
@@ -86,13 +86,15 @@ def config_of(shape: Shape) -> TimmConfig:
     }
 
 
-def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
+def to_timm(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
     """As timm reads folders and repositories of its hub."""
     usage = (
         'import timm\n\nencoder = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)\n'
         "tokens = encoder.forward_features(images)  # the class token, then the patches, after the final norm"
     )
-    return Layout("model.safetensors", dict(state), {"format": "pt"}, {"config.json": config_of(shape)}, "timm", usage)
+    return ExportLayout(
+        "model.safetensors", dict(state), {"format": "pt"}, {"config.json": config_of(shape)}, "timm", usage
+    )
 
 
 def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,7 +108,7 @@ def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> Layout:
+def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
     """As open_clip's native vision tower, for a model whose text tower is yet to be trained.
 
     Its patch embedding has no bias: that goes into the patches' positions. Its projection is the identity.
@@ -157,10 +159,10 @@ def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> Layout:
     )
     # With these the file alone is enough for a teacher preset of kind open_clip.
     metadata = {"vision_cfg": json.dumps(vision), "embed_dim": str(shape.width), "quick_gelu": "false"}
-    return Layout("visual.safetensors", own, metadata, {"open_clip_config.json": config}, "open_clip", usage)
+    return ExportLayout("visual.safetensors", own, metadata, {"open_clip_config.json": config}, "open_clip", usage)
 
 
-def to_hf(state: Mapping[str, Tensor], shape: Shape) -> Layout:
+def to_hf(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
     """As ``ViTModel`` of transformers."""
     state = folded(state)
     own = {
@@ -221,7 +223,7 @@ def to_hf(state: Mapping[str, Tensor], shape: Shape) -> Layout:
         'tokens = encoder(**prepare(image, return_tensors="pt")).last_hidden_state  # the class token, then the patches'
     )
     files = {"config.json": config, "preprocessor_config.json": preparation}
-    return Layout("model.safetensors", own, {"format": "pt"}, files, "transformers", usage)
+    return ExportLayout("model.safetensors", own, {"format": "pt"}, files, "transformers", usage)
 
 
 def _blocks(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -236,7 +238,7 @@ def _blocks(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
     return renamed
 
 
-FORMATS: dict[str, Callable[[Mapping[str, Tensor], Shape], Layout]] = {
+FORMATS: dict[str, Callable[[Mapping[str, Tensor], Shape], ExportLayout]] = {
     "timm": to_timm,
     "open_clip": to_open_clip,
     "hf": to_hf,

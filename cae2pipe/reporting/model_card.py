@@ -11,7 +11,7 @@ from cae2pipe.artifacts.manifest_run import RunTeacher
 from cae2pipe.comparison.scores import ScoreRow
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.models.formats import Layout, Shape
+from cae2pipe.models.formats import ExportLayout, Shape
 from cae2pipe.reporting.markdown import escaped
 from cae2pipe.reporting.results import as_markdown
 from cae2pipe.version import __version__
@@ -19,7 +19,9 @@ from cae2pipe.version import __version__
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
 
 
-def model_card(name: str, layout: Layout, shape: Shape, run: RunArtifact | None, scores: Sequence[ScoreRow]) -> str:
+def model_card(
+    name: str, layout: ExportLayout, shape: Shape, run: RunArtifact | None, scores: Sequence[ScoreRow]
+) -> str:
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 
     Args:

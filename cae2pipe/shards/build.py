@@ -19,7 +19,7 @@ from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.atomic import remove_debris, write_bytes
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.manifest_shards import Listing, Rejected, Tar
+from cae2pipe.artifacts.manifest_shards import ListingUnit, Rejected, TarUnit
 from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.artifacts.storage import file_size, is_local, read_bytes
@@ -81,7 +81,7 @@ def pack(
             name: run for name, run in runs.items() if (name in remake if remake is not None else name not in whole)
         }
         if not missing and artifact.has(REJECTS) and artifact.complete and remake is None:
-            finish(artifact)  # a run that was killed may have left its last words in the journal
+            finish_shards(artifact)  # a run that was killed may have left its last words in the journal
             report.log(f"nothing to do: {out} holds all {total - artifact.facts['rejected']} images of {source.root}")
             return ShardSet.open(out)
         report.total(total, "images", done=total - sum(map(len, missing.values())))
@@ -93,7 +93,7 @@ def pack(
                 artifact.add(
                     name, write_run(artifact.root, name, run, counted(islice(checked, len(run)), report), expected)
                 )
-        finish(artifact)
+        finish_shards(artifact)
         kept, rejected = sum(unit["samples"] for unit in artifact.units.values()), artifact.facts["rejected"]
         more = f"; {rejected} could not be decoded: see {out / 'rejects.jsonl'}" if rejected else ""
         report.log(f"wrote {kept} images{more}")
@@ -120,7 +120,7 @@ def counted(images: Iterator[Checked], report: Report) -> Iterator[Checked]:
 
 def write_run(
     root: Path, name: str, run: list[Entry], images: Iterator[Checked], expected: dict[str, FileEntry] | None = None
-) -> Tar:
+) -> TarUnit:
     """Write the tar of a run's images that can be decoded, and its index; return the manifest's entry.
 
     Args:
@@ -155,7 +155,7 @@ def write_run(
         return {"files": stage.commit(*pieces), "samples": len(checksums), "rejected": rejected}
 
 
-def finish(artifact: ShardsArtifact) -> None:
+def finish_shards(artifact: ShardsArtifact) -> None:
     """Write ``rejects.jsonl`` and the manifest, where they are not as they should be.
 
     Raises:
@@ -168,7 +168,7 @@ def finish(artifact: ShardsArtifact) -> None:
     if file_size(path) is None or read_bytes(path) != data:
         write_bytes(path, data)
     artifact.facts["rejected"] = len(rejects)
-    unit: Listing = {"files": {path.name: file_entry(path)}, "samples": 0}
+    unit: ListingUnit = {"files": {path.name: file_entry(path)}, "samples": 0}
     if artifact.units.get(REJECTS) != unit:
         artifact.add(REJECTS, unit)
     artifact.save(complete=True)

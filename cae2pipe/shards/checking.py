@@ -17,7 +17,7 @@ from cae2pipe.images.decode import decode_rgb
 from cae2pipe.runtime.processes import ahead, prepare_worker, refuse_import_of_main, shielded, worker_count, worker_died
 
 
-class Piece(NamedTuple):
+class FileSlice(NamedTuple):
     """``size`` bytes of a file from ``offset`` on; ``member``: what they are called inside it, "" for a whole file."""
 
     file: Path
@@ -37,7 +37,7 @@ class Checked(NamedTuple):
     reason: str | None
 
 
-Check = Callable[[Iterable[Piece]], Iterator[Checked]]
+Check = Callable[[Iterable[FileSlice]], Iterator[Checked]]
 """``check_image`` of each piece, in order, some images ahead of the caller."""
 
 CHUNK = 8
@@ -46,7 +46,7 @@ AHEAD = 3
 """Chunks a worker that are read ahead: what bounds memory."""
 
 
-def check_image(piece: Piece) -> Checked:
+def check_image(piece: FileSlice) -> Checked:
     """Read an image and decode it once.
 
     Raises:
@@ -60,7 +60,7 @@ def check_image(piece: Piece) -> Checked:
     return Checked(data, None)
 
 
-def read_piece(piece: Piece) -> bytes:
+def read_piece(piece: FileSlice) -> bytes:
     """Bytes of the source.
 
     Raises:
@@ -111,11 +111,11 @@ def checking(workers: int) -> Iterator[Check]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _chunks(pieces: Iterable[FileSlice]) -> Iterator[list[FileSlice]]:
     remaining = iter(pieces)
     while chunk := list(islice(remaining, CHUNK)):
         yield chunk
 
 
-def _check_chunk(pieces: list[Piece]) -> list[Checked]:
+def _check_chunk(pieces: list[FileSlice]) -> list[Checked]:
     return [check_image(piece) for piece in pieces]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cae2pipe.errors import SourceError
-from cae2pipe.shards.checking import Piece
+from cae2pipe.shards.checking import FileSlice
 from cae2pipe.shards.keys import sample_key
 from cae2pipe.shards.kinds import describe_kinds, stem
 
@@ -54,9 +54,9 @@ class Source:
     passed_over: Counter[str] = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
 
-    def piece(self, entry: Entry) -> Piece:
+    def piece(self, entry: Entry) -> FileSlice:
         """Where the image's bytes are to be read."""
-        return Piece(
+        return FileSlice(
             entry.file or self.root / entry.path, entry.offset, entry.bytes, entry.path if entry.offset else ""
         )
 

@@ -21,11 +21,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.digest import sha256_bytes
-from cae2pipe.artifacts.manifest_shards import Tar
+from cae2pipe.artifacts.manifest_shards import TarUnit
 from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
-from cae2pipe.shards.tar import index_tar, read_range
+from cae2pipe.shards.tar import index_tar, read_tar_range
 
 KIND = "shards"
 REJECTS = "rejects"
@@ -119,7 +119,7 @@ class ShardSet:
             return []
         start = wanted[0].offset
         try:
-            data = read_range(shard.path, start, wanted[-1].offset + wanted[-1].size - start)
+            data = read_tar_range(shard.path, start, wanted[-1].offset + wanted[-1].size - start)
         except DamageError as error:
             raise DamageError(error.what, where=error.where, fix=self.remedy) from None
         samples = []
@@ -140,7 +140,7 @@ def read_image(tar: Path, offset: int, size: int, crc32c: int) -> bytes:
         DamageError: the tar is missing or too short, or the bytes have changed.
     """
     try:
-        image = read_range(tar, offset, size)
+        image = read_tar_range(tar, offset, size)
     except DamageError as error:
         raise DamageError(error.what, where=error.where, fix=REMEDY) from None
     if google_crc32c.value(image) != crc32c:
@@ -148,7 +148,7 @@ def read_image(tar: Path, offset: int, size: int, crc32c: int) -> bytes:
     return image
 
 
-def make_shard(root: Path, name: str, unit: Tar) -> Shard:
+def make_shard(root: Path, name: str, unit: TarUnit) -> Shard:
     """A tar from the manifest's entry."""
     tar, index = (unit["files"][path]["sha256"] for path in (tar_path(name), index_path(name)))
     return Shard(name, unit["samples"], root / tar_path(name), tar, index)

@@ -66,7 +66,7 @@ def index_tar(path: Path) -> list[TarSample]:
                 if kind == IMAGE and key not in samples:
                     samples[key] = TarSample(key, labels.get(key, -1), offset, member.size)
                 elif kind == LABEL and key not in labels and member.size <= 12:
-                    labels[key] = int(read_range(path, offset, member.size))
+                    labels[key] = int(read_tar_range(path, offset, member.size))
                 else:
                     raise DamageError(f"the tar holds an unexpected member {member.name!r}", where=path)
     except TarFormatError as error:
@@ -74,13 +74,13 @@ def index_tar(path: Path) -> list[TarSample]:
     except (OSError, ValueError) as error:
         reraise_exhaustion(error)
         raise DamageError(f"this tar cannot be read: {error}", where=path) from None
-    read_range(path, end, 2 * tarfile.BLOCKSIZE)  # a tar may be cut off between two members
+    read_tar_range(path, end, 2 * tarfile.BLOCKSIZE)  # a tar may be cut off between two members
     if unpaired := samples.keys() ^ labels.keys():
         raise DamageError(f"sample {min(unpaired)!r} lacks its image or its label", where=path)
     return [TarSample(key, labels[key], sample.offset, sample.size) for key, sample in samples.items()]
 
 
-def read_range(path: Path, offset: int, size: int) -> bytes:
+def read_tar_range(path: Path, offset: int, size: int) -> bytes:
     """``size`` bytes from ``offset`` on. Raises DamageError where the file ends before."""
     try:
         data = storage.read_range(path, offset, size)

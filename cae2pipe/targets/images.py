@@ -11,7 +11,7 @@ from itertools import groupby
 import google_crc32c
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
-from cae2pipe.artifacts.manifest_targets import Images
+from cae2pipe.artifacts.manifest_targets import ImagesUnit
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError
@@ -25,7 +25,7 @@ from cae2pipe.targets.rendering import Reducer
 from cae2pipe.targets.store import REMEDY
 
 
-def images_units(artifact: TargetsArtifact) -> dict[str, Images]:
+def images_units(artifact: TargetsArtifact) -> dict[str, ImagesUnit]:
     """The manifest's entries of the images that a set's replayed views are cut from, by unit."""
     return {name: unit for name, unit in sorted(artifact.units.items()) if "shard" in unit and "view" not in unit}
 

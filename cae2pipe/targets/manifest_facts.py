@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from cae2pipe.artifacts.manifest_values import Teacher as TeacherEntry
+from cae2pipe.artifacts.manifest_values import TeacherEntry
 from cae2pipe.targets.calibration import Calibration, Fidelity, one_thread
 from cae2pipe.targets.encoding import encode_tokens
 from cae2pipe.targets.store import StoreLayout, pack_block

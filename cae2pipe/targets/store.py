@@ -25,7 +25,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from cae2pipe.artifacts.manifest_targets import Store
+from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.storage import file_size, is_local, read_bytes, read_range
 from cae2pipe.errors import DamageError
@@ -199,7 +199,7 @@ class StoreReader:
         cache: where pieces of remote files are kept.
     """
 
-    def __init__(self, root: Path, unit: Store, layout: StoreLayout, cache: BlockCache | None = None):
+    def __init__(self, root: Path, unit: StoreUnit, layout: StoreLayout, cache: BlockCache | None = None):
         self.root = root
         self._files = unit.get("files", {})
         self._cache = cache

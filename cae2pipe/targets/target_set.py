@@ -23,8 +23,8 @@ from torch import Tensor
 
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
-from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, Store, StoredCodec
-from cae2pipe.artifacts.manifest_values import Teacher as TeacherEntry
+from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, StoredCodec, StoreUnit
+from cae2pipe.artifacts.manifest_values import TeacherEntry
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
@@ -243,7 +243,7 @@ class TargetSet(Sequence[Target]):
         return {**mean, "fp16": float(2 * self.teacher.tokens * (self.teacher.dim + 1))}
 
 
-def stores_of(artifact: TargetsArtifact) -> dict[str, Store]:
+def stores_of(artifact: TargetsArtifact) -> dict[str, StoreUnit]:
     """The stores of a set by name. A replayed view's files are its latents and the images that it is cut from.
 
     Raises:

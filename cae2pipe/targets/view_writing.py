@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
-from cae2pipe.artifacts.manifest_targets import Store
-from cae2pipe.artifacts.staging import Stage
+from cae2pipe.artifacts.manifest_targets import StoreUnit
+from cae2pipe.artifacts.staging import StagedUnit
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import Shard, ShardSet, index_samples
 from cae2pipe.shards.tar import write_samples
@@ -31,7 +31,7 @@ class ViewWriter:
     block's cosines between true and stored tokens, float32 (b * T,).
     """
 
-    stage: Stage
+    stage: StagedUnit
     store: StoreWriter
     rendered: list[tuple[list[bytes], np.ndarray]] = field(default_factory=list)
     raw: list[Tensor] = field(default_factory=list)
@@ -74,7 +74,7 @@ class ShardWriter:
                 self.keys += rendered.keys
                 self.labels.append(rendered.labels)
             if view not in self.views:
-                stage = Stage(root, store_name(view, self.shard.name))
+                stage = StagedUnit(root, store_name(view, self.shard.name))
                 store = StoreWriter(stage.path(store_path(view, self.shard.name)), layout)
                 self.views[view] = ViewWriter(stage, store)
             self.views[view].append(block)
@@ -94,7 +94,9 @@ class ShardWriter:
             artifact.add(name, unit)
             writer.stage.discard()
 
-    def _finish_view(self, view: int, writer: ViewWriter, artifact: TargetsArtifact, kept: ShardSet | None) -> Store:
+    def _finish_view(
+        self, view: int, writer: ViewWriter, artifact: TargetsArtifact, kept: ShardSet | None
+    ) -> StoreUnit:
         """Finish the store of one view, and its tar where views are stored; return the manifest's entry."""
         keys, labels, jpegs = self.keys, np.concatenate(self.labels), writer.jpegs
         name, zarr = self.shard.name, store_path(view, self.shard.name)

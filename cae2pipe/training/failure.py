@@ -85,7 +85,7 @@ def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:
     try:
         with open_file(path) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        Record.model_validate(state)
+        FailureRecord.model_validate(state)
         return Batch(**state.pop("batch")), state.pop("latents"), state
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -105,7 +105,7 @@ def no_record(path: Path, reason: str) -> DamageError:
     )
 
 
-class Record(BaseModel):
+class FailureRecord(BaseModel):
     """What ``save_failure`` has written. Of several processes the leading one's alone has ``weights``."""
 
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cae2pipe.config.dense import DetectSettings
-from cae2pipe.dense.box_crops import cropped_objects, draw_view, flipped_objects, padded, resized_objects
+from cae2pipe.dense.box_crops import cropped_objects, draw_box_crop, flipped_objects, padded, resized_objects
 from cae2pipe.dense.coco import Objects
 
 
@@ -56,7 +56,7 @@ def test_drawn_views_keep_an_object_and_the_sizes_asked_for(view):
     random.seed(0)
     settings = DetectSettings(short_sides=(48, 64), long_side=100, crop=0.7)
     for _ in range(40):
-        image, objects = draw_view(*view, settings)
+        image, objects = draw_box_crop(*view, settings)
         assert len(objects.labels)
         assert max(image.size) <= 100
         assert min(image.size) in (48, 64) or max(image.size) == 100

@@ -39,13 +39,13 @@ def test_too_little_memory_is_not_blamed_on(name, short_of_memory):
 
 
 def test_too_many_open_files_are_not_blamed_on_what_is_opened(target_root):
-    from cae2pipe.shards.tar import index_tar, read_range
+    from cae2pipe.shards.tar import index_tar, read_tar_range
     from cae2pipe.targets.target_set import TargetSet
 
     targets = TargetSet(target_root)
     reader = targets.reader(min(targets.stores))
     tar = reader.tar
-    for read in (lambda: index_tar(tar), lambda: read_range(tar, 0, 10), lambda: reader.arrays(0)):
+    for read in (lambda: index_tar(tar), lambda: read_tar_range(tar, 0, 10), lambda: reader.arrays(0)):
         with limited(resource.RLIMIT_NOFILE, 0), pytest.raises(StorageError, match="too many files") as caught:
             read()
         assert "ulimit -n" in str(caught.value.fix)

@@ -13,7 +13,7 @@ from cae2pipe.errors import DamageError, MismatchError, Terminated
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards import checking
 from cae2pipe.shards.build import build_shard_set
-from cae2pipe.shards.checking import Checked, Piece
+from cae2pipe.shards.checking import Checked, FileSlice
 from cae2pipe.shards.keys import sample_key
 from cae2pipe.stages.verify import verify
 from tests.conftest import contents, snapshot
@@ -63,7 +63,7 @@ def test_a_run_broken_off_inside_a_tar_leaves_whole_tars_only(source, tmp_path, 
     build_shard_set(source, whole, chosen(), Silent())
     reads = iter(range(100))
 
-    def check_image(piece: Piece) -> Checked:
+    def check_image(piece: FileSlice) -> Checked:
         if next(reads) == 12:
             raise Terminated
         return real_check(piece)
