@@ -95,7 +95,7 @@ def samples(device: str, quick: bool) -> Iterator[tuple[int, tuple[Tensor, Tenso
 
 def unit_of(shards: ShardSet, teacher: Teacher, chosen: Any, parts: list[tuple[int, tuple[int, ...]]]) -> Tensor:
     tasks = [Task(shards.shards[0], block, views) for block, views in parts]
-    blocks = render_blocks(Renderer(shards, tasks, chosen.view, chosen.seed), 0)
+    blocks = render_blocks(Renderer(shards, tasks, chosen.view, seed=chosen.seed), 0)
     with torch.inference_mode():
         raw = [teacher(view.to(teacher.device)).tokens.cpu() for block in blocks for view in block.pixels]
     return unit_tokens(torch.cat(raw).clone())[0]
@@ -106,7 +106,7 @@ TOKENS = "components alone"
 
 def compared(fit: Tensor, test: Tensor) -> dict[str, dict[str, Any]]:
     """Bytes of every method at every fidelity."""
-    calibration, _ = calibrate(fit, "klt", 0.97, 1)
+    calibration, _ = calibrate(fit, "klt", 0.97, level=1)
     assert calibration.basis is not None
     assert calibration.token_basis is not None
     assert calibration.spread is not None
@@ -260,7 +260,9 @@ def chunk_bytes(laid: Tensor, method: Scalar) -> int:
     symbols = zigzag(laid.int())
     dtype = "<u2" if int(symbols.max()) > 255 else method.dtype
     blocks = [block.contiguous().numpy().astype(dtype) for block in symbols.split(BLOCK, 1)]
-    sizes = [sum(len(encode_chunk(b, method.level, name, method.one_block)) for b in blocks) for name in SHUFFLES]
+    sizes = [
+        sum(len(encode_chunk(b, method.level, name, one_block=method.one_block)) for b in blocks) for name in SHUFFLES
+    ]
     return round(min(sizes) / symbols.shape[1])
 
 
@@ -290,14 +292,14 @@ def timings(fit: Tensor, test: Tensor, rounds: int) -> dict[str, list[float]]:
     measures = {}
     shape, whole = (test.shape[2], BLOCK, test.shape[1]), test.split(BLOCK)
     for name, rotated in (("klt", True), (TOKENS, False)):
-        codec = make_codec("klt", calibrate(fit, "klt", 0.97, 1, rotated)[0])
+        codec = make_codec("klt", calibrate(fit, "klt", 0.97, level=1, rotate_tokens=rotated)[0])
         spec = codec.arrays()["symbols"]
 
         def pack(block: Tensor, codec=codec, spec=spec) -> bytes:
-            return encode_chunk(codec.encode(block)["symbols"], spec.level, spec.shuffle, spec.one_block)
+            return encode_chunk(codec.encode(block)["symbols"], spec.level, spec.shuffle, one_block=spec.one_block)
 
         def unpack(chunk: bytes) -> dict[str, Any]:
-            return {"symbols": decode_chunk(chunk, shape, "<u2", 1)}
+            return {"symbols": decode_chunk(chunk, shape, "<u2", level=1)}
 
         def decode(chunk: bytes, codec=codec) -> Tensor:
             return codec.decode(as_tensors(unpack(chunk)))

@@ -48,7 +48,7 @@ def main() -> None:
     rows, by_label, measures = [], {}, {}
     for name, fidelity in CODECS:
         label = f"{name} {fidelity}" if name == "klt" else name
-        calibration, _ = calibrate(fit, name, fidelity, 1)
+        calibration, _ = calibrate(fit, name, fidelity, level=1)
         codec = make_codec(name, calibration, 1)
         layout = StoreLayout(test.shape[1], test.shape[2], test.shape[1] - 1, False, codec)
         blocks = test.split(BLOCK)
@@ -82,7 +82,7 @@ def main() -> None:
             def work() -> None:
                 for block in chunks:
                     for name, spec in specs.items():
-                        decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, spec.level)
+                        decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, level=spec.level)
 
             return rate(work, len(test))
 
@@ -92,7 +92,7 @@ def main() -> None:
                     codec.decode(
                         as_tensors(
                             {
-                                name: decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, spec.level)
+                                name: decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, level=spec.level)
                                 for name, spec in specs.items()
                             }
                         )

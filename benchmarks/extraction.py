@@ -40,7 +40,7 @@ def main() -> None:
         shards = packed(source, scratch, chosen)
         teacher = teacher_of(chosen)
         batches = [block.pixels[0] for block in rendered(shards, chosen, 4)]
-        extract_targets(shards.root, scratch / "set", chosen, Silent(), calibrate_only=True)
+        extract_targets(shards.root, scratch / "set", chosen, report=Silent(), calibrate_only=True)
         meters: list[Meter] = []
         number = 0
 
@@ -59,7 +59,7 @@ def main() -> None:
             began, count = time.perf_counter(), max(1, 512 // len(batches[0]))
             width = lane_count(None, teacher.device)
             tasks = ((batches[number % len(batches)].to(teacher.device),) for number in range(count))
-            done = sum(in_threads(lambda batch: len(teacher(batch).tokens), tasks, width, width + 1))
+            done = sum(in_threads(lambda batch: len(teacher(batch).tokens), tasks, width, most=width + 1))
             if teacher.device.type == "cuda":
                 torch.cuda.synchronize()
             return done / (time.perf_counter() - began)

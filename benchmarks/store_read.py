@@ -29,7 +29,7 @@ def build(root: Path, codec: str) -> tuple[dict, StoreLayout]:
     """A store of random tokens: what is read does not hang on what they say."""
     generator = torch.Generator().manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(BLOCK, TOKENS, DIM, generator=generator), dim=-1)
-    calibration, _ = calibrate(unit, codec, 0.999, 1)
+    calibration, _ = calibrate(unit, codec, 0.999, level=1)
     layout = StoreLayout(TOKENS, DIM, TOKENS - 1, False, make_codec(codec, calibration))
     chunks = pack_block(layout, {**layout.codec.encode(unit), "norms": np.ones((BLOCK, TOKENS), dtype="<f2")})
     writer = StoreWriter(root / f"{codec}.zarr", layout)
@@ -40,8 +40,8 @@ def build(root: Path, codec: str) -> tuple[dict, StoreLayout]:
         [f"k{i}" for i in range(count)],
         np.zeros(count, dtype=np.int32),
         np.zeros((count, 11)),
-        np.zeros((count, 3), dtype=np.int64),
-        {},
+        members=np.zeros((count, 3), dtype=np.int64),
+        attributes={},
     )
     return {"tar": "none", "zarr": f"{codec}.zarr", "samples": count}, layout
 

@@ -101,7 +101,7 @@ class Bench:
                 "keep_epochs": self.keep,
             },
         }
-        return load(PretrainSettings, "pretrain", "small", (), values)
+        return load(PretrainSettings, "pretrain", "small", overrides=(), values=values)
 
     def targets(self, name: str, report: Report) -> Path:
         """A target set by name, made where it is missing: ``v32`` holds fp16 latents of 32 views, ``k999`` the same
@@ -110,7 +110,7 @@ class Bench:
         if name.startswith("k"):
             source = self.targets(f"v{self.stored}", report)
             if not self.holds(root, self.stored):
-                recode(source, root, CodecSettings(fidelity=fidelity_of(name[1:])), report)
+                recode(source, root, CodecSettings(fidelity=fidelity_of(name[1:])), report=report)
             return root
         made: dict[str, tuple[str, int, dict[str, Any]]] = {
             "held": ("val", HELD_OUT_VIEWS, {"name": "fp16"}),
@@ -119,7 +119,7 @@ class Bench:
         }
         part, views, codec = made[name]
         if not self.holds(root, views):
-            extract_targets(self.data / part, root, self.stage_1(views, codec), report)
+            extract_targets(self.data / part, root, self.stage_1(views, codec), report=report)
         return root
 
     def holds(self, root: Path, views: int) -> bool:
@@ -234,6 +234,6 @@ def train_alone(bench: Bench, arm: Arm) -> None:
 def train(bench: Bench, arm: Arm, report: Report) -> None:
     """Train an arm, or resume it. Raises MismatchError where its folder was made under other settings."""
     try:
-        pretrain(bench.work / arm.targets, bench.run(arm), bench.training(arm), report)
+        pretrain(bench.work / arm.targets, bench.run(arm), bench.training(arm), report=report)
     except LockedError:
         report.log(f"{arm.name}: another process is training it")

@@ -64,9 +64,11 @@ class Scorer:
         self.data = data
         self.held_out = held_out
         self.size = size
-        self.knn = load(KnnSettings, "evaluate", "knn", [f"k={neighbours}"])
+        self.knn = load(KnnSettings, "evaluate", "knn", overrides=[f"k={neighbours}"])
         # What `cae2pipe evaluate linear --fast` sets.
-        self.linear = load(LinearSettings, "evaluate", "linear", ["cached_crops=1", f"sweep={list(FAST_RATES)}"])
+        self.linear = load(
+            LinearSettings, "evaluate", "linear", overrides=["cached_crops=1", f"sweep={list(FAST_RATES)}"]
+        )
 
     @cached_property
     def splits(self) -> tuple[Split, Split]:
@@ -79,7 +81,7 @@ class Scorer:
         train, val = self.splits
         both = []
         for split in (train, val):
-            batches = list(crop_batches(split, range(len(split.runs)), crop, 0, CPU))
+            batches = list(crop_batches(split, range(len(split.runs)), crop, workers=0, device=CPU))
             labels = torch.cat([torch.from_numpy(batch.crops.labels) for batch in batches])
             labels = common_labels(labels, split.classes, train.classes)
             both.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
@@ -91,7 +93,7 @@ class Scorer:
         model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])
         vit = build_vit(timm_config(model.encoder))
         vit.load_state_dict(timm_state(model.encoder))
-        encoder = Student(vit, {}, class_token_trained(run), CPU)
+        encoder = Student(vit, {}, class_token_trained(run), device=CPU)
         train, val = ((class_tokens(encoder, crops.pixels), crops.labels) for crops in self.crops)
         return {
             "knn": self.knn_accuracy(train, val),
@@ -127,7 +129,7 @@ class Scorer:
         if not hasattr(self, "_batches"):
             # As many epochs as views show each view once.
             fixed = settings.model_copy(update={"seed": 0, "epochs": self.held_out.views})
-            plan = make_plan(self.held_out, sorted(self.held_out.stores), fixed, drop_columns)
+            plan = make_plan(self.held_out, sorted(self.held_out.stores), fixed, drop_columns=drop_columns)
             self._batches = list(load_batches(plan, 0, 0))
         return self._batches
 

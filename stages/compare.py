@@ -78,10 +78,10 @@ def compare(
     grid: GridSettings,
     name: str,
     targets: Path,
+    *,
     data: Path,
     out: Path,
     report: Report,
-    *,
     small: bool = False,
     part: WorkShare | None = None,
     speed: dict[str, Any] | None = None,
@@ -117,10 +117,10 @@ def report_grid(
     grid: GridSettings,
     name: str,
     targets: Path,
+    *,
     data: Path,
     out: Path,
     report: Report,
-    *,
     small: bool = False,
     speed: dict[str, Any] | None = None,
 ) -> Comparison:
@@ -151,7 +151,9 @@ def plan_grid(
     evaluations: dict[str, AnySettings] = {}
     for scored in grid.evaluate:
         values = merge(scored.set, {"speed": speed} if speed else {})
-        evaluations[scored.kind] = load(EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, (), values)
+        evaluations[scored.kind] = load(
+            EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, overrides=(), values=values
+        )
     target_set = TargetSet(targets)
     if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInputError("the output folder lies inside the target set", where=out, fix="give another folder")
@@ -185,7 +187,7 @@ def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple
             own = merge(variant.set, variant.small) if small else variant.set
             values = merge(merge(merge(common, own), {"seed": seed}), {"speed": speed} if speed else {})
             with variant_named(variant.name):
-                runs.append((index, load(PretrainSettings, "pretrain", grid.config, (), values)))
+                runs.append((index, load(PretrainSettings, "pretrain", grid.config, overrides=(), values=values)))
     return runs
 
 
@@ -253,9 +255,9 @@ def run_part(
         folder = out / "runs" / run.name
         try:
             with variant_named(grid.variants[run.variant].name):
-                pretrain(recoded(targets, run.codec, out, report), folder, run.settings, report)
+                pretrain(recoded(targets, run.codec, out, report=report), folder, run.settings, report=report)
             for kind, settings in plan.evaluations.items():
-                evaluate(kind, str(folder), data, out / "scores" / run.scored, settings, report)
+                evaluate(kind, str(folder), data, out=out / "scores" / run.scored, settings=settings, report=report)
         except forgiven as error:
             failed[f"{variant} ({error.what})"] = without_frames(error)
             report.log(f"{variant} cannot be finished: {error.what}; going on with the others")
@@ -291,7 +293,7 @@ def write_grid(
     return result
 
 
-def recoded(targets: Path, codec: CodecSettings | None, out: Path, report: Report) -> Path:
+def recoded(targets: Path, codec: CodecSettings | None, out: Path, *, report: Report) -> Path:
     """The target set that a run reads. Another process that makes the same one is waited for."""
     if codec is None:
         return targets
@@ -299,5 +301,5 @@ def recoded(targets: Path, codec: CodecSettings | None, out: Path, report: Repor
     name = f"{codec.name}-{codec.fidelity:g}-{of}" if codec.name == "klt" else f"{codec.name}-{of}"
     folder = out / "targets" / name
     with holding(out / "targets", name, lambda: report.log(f"waiting for {folder}, which another process makes")):
-        recode(targets, folder, codec, report)
+        recode(targets, folder, codec, report=report)
     return folder

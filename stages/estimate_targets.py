@@ -34,7 +34,7 @@ from cae2pipe.teachers.protocol import Teacher
 
 
 def estimate_targets(
-    source: Path, settings: ExtractSettings, report: Report, epochs: int | None = None
+    source: Path, settings: ExtractSettings, report: Report, *, epochs: int | None = None
 ) -> dict[str, Any]:
     """What the target set of a shard set or a folder of images would cost; nothing is written.
 
@@ -63,15 +63,17 @@ def estimate_targets(
         else:
             shards, images = sample_shards(source, Path(folder), settings)
         report.log(f"running the teacher on up to {settings.codec.calibration} of {images} images")
-        outputs, jpegs = run_sample(shards, teacher, settings, workers)
+        outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
         codec = settings.codec
         facts = teacher_facts(teacher, outputs[0])
         shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
-        prices = [price(outputs, name, shape, codec.fidelity, codec.level) for name in CODECS]
+        prices = [price(outputs, name, shape, fidelity=codec.fidelity, level=codec.level) for name in CODECS]
         report.log("extracting from them, to see how fast it goes")
         chosen = next(priced for priced in prices if priced.codec == codec.name)
         layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
-        meter = time_extraction(shards, teacher, layout, chosen.calibration, settings, workers)
+        meter = time_extraction(
+            shards, teacher, layout, calibration=chosen.calibration, settings=settings, workers=workers
+        )
 
     def pixels(views: int) -> float:
         """Bytes a view: its own, or its share of the image that so many views are cut from."""
@@ -80,7 +82,13 @@ def estimate_targets(
     teacher_per_s = meter.views / meter.teacher
     rows = []
     for priced in prices:
-        whole = project(images, settings.views, pixels(settings.views) + priced.latents, meter.rate(), teacher_per_s)
+        whole = project(
+            images,
+            settings.views,
+            pixels(settings.views) + priced.latents,
+            extracted_per_s=meter.rate(),
+            teacher_per_s=teacher_per_s,
+        )
         reached = {"mean": priced.fidelity.mean, "p1": priced.fidelity.p1}
         rows.append({"codec": priced.codec, "latents": round(priced.latents), **reached, **asdict(whole)})
     result = {
@@ -94,7 +102,9 @@ def estimate_targets(
     }
     if epochs is not None:
         views = recommend_views(epochs)
-        whole = project(images, views, pixels(views) + chosen.latents, meter.rate(), teacher_per_s)
+        whole = project(
+            images, views, pixels(views) + chosen.latents, extracted_per_s=meter.rate(), teacher_per_s=teacher_per_s
+        )
         result["recommended"] = {
             "epochs": epochs,
             "views": views,
@@ -111,7 +121,7 @@ def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tupl
     scanned = scan(source)
     entries = [entry for run in plan_runs([scanned.entries], settings.shard).values() for entry in run]
     entries = entries[: settings.codec.calibration]
-    unit = write_run(folder, "000000", entries, (check_image(scanned.piece(entry)) for entry in entries))
+    unit = write_run(folder, "000000", entries, images=(check_image(scanned.piece(entry)) for entry in entries))
     if not unit["samples"]:
         raise SourceError(
             f"none of the first {len(entries)} images can be decoded", where=source, fix="check the source"
@@ -123,6 +133,7 @@ def time_extraction(
     shards: ShardSet,
     teacher: Teacher,
     layout: StoreLayout,
+    *,
     calibration: Calibration,
     settings: ExtractSettings,
     workers: int,
@@ -140,8 +151,8 @@ def time_extraction(
         yield first
         yield from rendered
 
-    rendered = begun(render_blocks(Renderer(shards, tasks, settings.view, settings.seed), workers))
-    for _ in encode_ahead(rendered, teacher, layout, calibration, meter, lanes):
+    rendered = begun(render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed), workers))
+    for _ in encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes):
         pass
     meter.ended = time.perf_counter()
     return meter

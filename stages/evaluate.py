@@ -82,7 +82,7 @@ class Scored:
     files: tuple[str, ...] = ()
 
 
-def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings, report: Report) -> dict[str, Any]:
+def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettings, report: Report) -> dict[str, Any]:
     """Score the encoder ``spec`` on ``data``, which holds train and val, into ``out``/``kind``.
 
     Returns:

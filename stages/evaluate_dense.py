@@ -89,7 +89,7 @@ class DenseScored:
     picture: bytes | None
 
 
-def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report: Report) -> dict[str, Any]:
+def segment(spec: str, data: Path, out: Path, *, settings: SegmentSettings, report: Report) -> dict[str, Any]:
     """Train UperNet on the encoder ``spec`` and label maps, and score it, into ``out``/segment.
 
     Args:
@@ -120,7 +120,7 @@ def segment(spec: str, data: Path, out: Path, settings: SegmentSettings, report:
     )
 
 
-def detect(spec: str, data: Path, out: Path, settings: DetectSettings, report: Report) -> dict[str, Any]:
+def detect(spec: str, data: Path, out: Path, *, settings: DetectSettings, report: Report) -> dict[str, Any]:
     """Train Mask R-CNN, or its cascade, on the encoder ``spec`` and COCO's format, and score it, into ``out``/detect.
 
     Args:

@@ -20,7 +20,7 @@ from cae2pipe.reporting.model_card import model_card
 CARD = "README.md"
 
 
-def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
+def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]:
     """Write an encoder's weights, description and model card into the folder ``out``.
 
     Args:
@@ -58,7 +58,7 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
     layout = FORMATS[kind](state, shape)
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
     run = RunArtifact.open(folder) if is_artifact(folder, "run") else None
-    card = model_card(display_name(spec), layout, shape, run, collect(scores) if scores else [])
+    card = model_card(display_name(spec), layout, shape, run=run, scores=collect(scores) if scores else [])
     refuse_others(out, layout)
     out.mkdir(parents=True, exist_ok=True)
     remove_debris(out)

@@ -42,8 +42,8 @@ def extract_targets(
     source: Path,
     out: Path,
     settings: ExtractSettings,
-    report: Report,
     *,
+    report: Report,
     part: WorkShare = WHOLE,
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
@@ -74,9 +74,9 @@ def extract_targets(
         fix = "give another output folder, or the settings this one was made with"
         if begun:
             TargetsArtifact.open_same(out, content, fix)
-        shards = open_source(source, out, settings, report)
+        shards = open_source(source, out, settings, report=report)
         artifact = TargetsArtifact.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix)
-        missing = missing_units(artifact, shards, settings.views, part, remake)
+        missing = missing_units(artifact, shards, settings.views, part=part, remake=remake)
         remove_leftovers(out, missing, part)
         artifact.facts |= {"classes": shards.classes, "wanted": wanted(artifact, shards, settings.views)}
         if not missing and is_calibrated(artifact) and (artifact.complete or part != WHOLE) and remake is None:
@@ -99,7 +99,7 @@ def extract_targets(
         check_space(artifact, missing)
         try:
             reducing = [lacking.shard for lacking in missing if lacking.images]
-            make_images(artifact, shards, reducing, settings.view, workers, report)
+            make_images(artifact, shards, reducing, settings=settings.view, workers=workers, report=report)
             if any(lacking.views for lacking in missing):
                 make_views(
                     artifact, shards, missing, teacher=teacher, settings=settings, workers=workers, report=report
@@ -133,7 +133,7 @@ def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
         )
 
 
-def open_source(source: Path, out: Path, settings: ExtractSettings, report: Report) -> ShardSet:
+def open_source(source: Path, out: Path, settings: ExtractSettings, *, report: Report) -> ShardSet:
     """The shard set to read: the source itself, or one made from a folder of images inside ``out``."""
     if is_artifact(source, "shards"):
         return ShardSet.open(source)
@@ -141,7 +141,7 @@ def open_source(source: Path, out: Path, settings: ExtractSettings, report: Repo
         raise SourceError("this folder is not a shard set", where=source, fix="give a shard set or a folder of images")
     with holding(out, "sharding", lambda: report.log("waiting for another process to shard the images")):
         report.log(f"sharding {source} into {out / SHARDS_FOLDER}")
-        return build_shard_set(source, out / SHARDS_FOLDER, sharding(settings), report)
+        return build_shard_set(source, out / SHARDS_FOLDER, sharding(settings), report=report)
 
 
 def sharding(settings: ExtractSettings) -> ShardSettings:

@@ -43,7 +43,7 @@ from cae2pipe.training.student import teacher_of
 from cae2pipe.training.target_spec import PixelTargets, target_spec
 
 
-def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> RunArtifact:
+def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, *, report: Report) -> RunArtifact:
     """Train, or go on training, the run ``out`` on a target set; end with ``encoder.safetensors``.
 
     Raises:

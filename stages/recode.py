@@ -47,8 +47,8 @@ def recode(
     source: Path,
     out: Path,
     codec: CodecSettings,
-    report: Report,
     *,
+    report: Report,
     lossy_source: bool = False,
     workers: int = -1,
     remake: Collection[str] | None = None,
@@ -106,13 +106,13 @@ def recode(
         artifact.add_facts({**known, "extracted": made_with})
         tell_changes(artifact.facts, torch.device("cpu"), report)
         if not is_calibrated(artifact) or CODEC in (remake or ()):
-            recalibrate(artifact, targets, codec, report)
+            recalibrate(artifact, targets, codec, report=report)
         elif not missing and not images:
             report.log(f"nothing to do: {out} holds all {len(targets.stores)} stores of {source}")
         try:
             copy_images(artifact, targets, images)
             if missing:
-                recode_stores(artifact, targets, missing, worker_count(workers), report)
+                recode_stores(artifact, targets, missing, workers=worker_count(workers), report=report)
         finally:
             artifact.save(
                 complete=lambda merged: (
@@ -173,7 +173,7 @@ def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str])
         artifact.add(name, unit)
 
 
-def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
+def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSettings, *, report: Report) -> None:
     """Fit the codec on view 0 of the first images, as an extraction does.
 
     Raises:
@@ -192,7 +192,7 @@ def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSetti
         of_codec = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
         return {**provenance(torch.device("cpu")), "codec": of_codec}
 
-    store_calibration(artifact, codec, torch.cat(sample), facts, report)
+    store_calibration(artifact, codec, torch.cat(sample), facts=facts, report=report)
 
 
 def stored_unit(reader: StoreReader, block: int) -> Tensor:
@@ -210,7 +210,7 @@ class RecodedBlock(NamedTuple):
     centred: Tensor
 
 
-def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibration: Calibration) -> RecodedBlock:
+def recode_block(reader: StoreReader, block: int, layout: StoreLayout, *, calibration: Calibration) -> RecodedBlock:
     """Decode and encode a block; norms and attention stay as they are."""
     kept = [name for name in ("norms", "attention") if name in layout.blocked()]
     unit = stored_unit(reader, block)
@@ -219,7 +219,7 @@ def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibrati
 
 
 def recode_stores(
-    artifact: TargetsArtifact, targets: TargetSet, names: list[str], workers: int, report: Report
+    artifact: TargetsArtifact, targets: TargetSet, names: list[str], *, workers: int, report: Report
 ) -> None:
     """Write the stores of these names; threads work some blocks ahead."""
     calibration = read_calibration(artifact)
@@ -227,7 +227,7 @@ def recode_stores(
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
     readers = {name: targets.reader(name) for name in names}
     tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
-    with closing(in_threads(recode_block, tasks, workers, 2 * max(1, workers))) as blocks:
+    with closing(in_threads(recode_block, tasks, workers, most=2 * max(1, workers))) as blocks:
         for name in names:
             artifact.add(name, recode_store(artifact.root, targets, name, layout=layout, blocks=blocks, report=report))
 
@@ -265,8 +265,13 @@ def recode_store(
                 reader.keys(),
                 np.asarray(reader.labels()),
                 np.asarray(reader.draws()),
-                np.asarray(reader.members()),
-                {"codec": layout.codec.name, "view": unit["view"], "shard": unit["shard"], "fidelity": fidelity},
+                members=np.asarray(reader.members()),
+                attributes={
+                    "codec": layout.codec.name,
+                    "view": unit["view"],
+                    "shard": unit["shard"],
+                    "fidelity": fidelity,
+                },
             )
         finally:
             writer.close()

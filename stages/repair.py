@@ -54,7 +54,7 @@ def repair(
     elif result.kind == "targets" and "recoded" in TargetsArtifact.open(result.path).identity:
         original = _given(source, result.path, "the target set")
         codec = build(CodecSettings, TargetsArtifact.open(result.path).identity["settings"]["codec"], where=result.path)
-        recode(original, result.path, codec, report, lossy_source=True, workers=workers, remake=result.bad)
+        recode(original, result.path, codec, report=report, lossy_source=True, workers=workers, remake=result.bad)
     elif result.kind == "targets":
         inside = result.path / SHARDS_FOLDER
         shards = inside if is_artifact(inside, "shards") else _given(source, result.path, "the shard set")
@@ -70,7 +70,7 @@ def repair(
 def repair_shards(result: Verification, report: Report, source: Path, *, labels: Path | None, workers: int) -> None:
     raw = ShardsArtifact.open(result.path).identity["settings"]
     settings = build(ShardSettings, {**raw, "speed": {"workers": workers}}, where=result.path)
-    pack(scan(source, labels), result.path, settings, report, remake=result.bad)
+    pack(scan(source, labels), result.path, settings, report=report, remake=result.bad)
 
 
 def repair_targets(
@@ -87,7 +87,7 @@ def repair_targets(
     asked = artifact.facts.get("wanted")
     more = {"views": asked["views"] if asked else views, "speed": {"workers": workers, "device": device}}
     settings = build(ExtractSettings, {**raw, **more}, where=result.path)
-    extract_targets(source, result.path, settings, report, remake=result.bad)
+    extract_targets(source, result.path, settings, report=report, remake=result.bad)
 
 
 def _given(source: Path | None, path: Path, what: str) -> Path:

@@ -56,12 +56,14 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
     try:
         model = build_method(settings.method, settings.model, context["target_dim"])
         model.load_state_dict(weights)
-        objective = Objective(model, settings.loss, Fp16Codec(), context["mean"], context["class_token"], bf16)
+        objective = Objective(
+            model, settings.loss, Fp16Codec(), mean=context["mean"], class_token=context["class_token"], bf16=bf16
+        )
         return _again(
             objective.to(chosen_device).train(),
             batch.to(chosen_device),
             {name: tensor.to(chosen_device) for name, tensor in latents.items()},
-            context["values"],
+            recorded=context["values"],
         )
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reraise_exhaustion(error)
@@ -70,7 +72,7 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
 
 
 def _again(
-    objective: Objective, batch: Batch, latents: dict[str, Tensor], recorded: dict[str, float]
+    objective: Objective, batch: Batch, latents: dict[str, Tensor], *, recorded: dict[str, float]
 ) -> dict[str, Any]:
     model = objective.model
     broken: list[str] = []

@@ -42,6 +42,7 @@ def report_runs(
     runs: Sequence[Path],
     scores: Sequence[Path],
     targets: Path | None,
+    *,
     out: Path,
     report: Report,
     device: str = "auto",
@@ -65,19 +66,21 @@ def report_runs(
         )
     comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
-    write_report(comparison, targets, out, report, pick_device(device))
+    write_report(comparison, targets, out, report=report, device=pick_device(device))
     return comparison
 
 
-def write_report(comparison: Comparison, targets: Path | None, out: Path, report: Report, device: torch.device) -> None:
+def write_report(
+    comparison: Comparison, targets: Path | None, out: Path, *, report: Report, device: torch.device
+) -> None:
     """Write the report of a comparison."""
-    gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device)
+    gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device=device)
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
     report.log(f"wrote {out / HTML}: {comparison.done} of {comparison.wanted} scores")
 
 
-def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, device: torch.device) -> Gallery:
+def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:
     """Pictures of the first seed of every variant. What none can be made of is named, with the reason."""
     views = sample_views(targets)
     queries = [len(views) * number // QUERIES for number in range(QUERIES)]
@@ -121,7 +124,7 @@ def add_pictures(
         gallery.masks.append(masks)
     if settings.loss.target != "pixels":
         whose = name if model.masks else f"{name} (sees all patches)"
-        gallery.previews[whose] = preview_latents(model, settings, targets, shown, device)
+        gallery.previews[whose] = preview_latents(model, settings, targets, views=shown, device=device)
     gallery.neighbours.append(
         NeighbourRow(name, nearest_views(image_features(model, views, device), gallery.queries, NEAREST))
     )

@@ -19,8 +19,8 @@ def shard_images(
     source: Path,
     out: Path,
     settings: ShardSettings,
-    report: Report,
     *,
+    report: Report,
     labels: Path | None = None,
     expected: str | None = None,
 ) -> list[ShardSet]:
@@ -45,8 +45,8 @@ def shard_images(
         if expected is not None:
             check_expected(images, expected, split)
     if splits:
-        return [pack(images, out / split, settings, report) for split, images in scanned.items()]
+        return [pack(images, out / split, settings, report=report) for split, images in scanned.items()]
     images = scan(source, labels)
     if expected is not None:
         check_expected(images, expected)
-    return [pack(images, out, settings, report)]
+    return [pack(images, out, settings, report=report)]

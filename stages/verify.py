@@ -50,7 +50,7 @@ def verify(path: Path, report: Report) -> Verification:
     return result
 
 
-def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Audit:
+def verify_live(path: Path, count: int, weights: Path | None, *, device: str) -> Audit:
     """Run a target set's teacher again on ``count`` of its stored views.
 
     Args:
@@ -66,7 +66,7 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
 
     set_backends()
     targets = TargetSet(path)
-    teacher = set_teacher(targets.artifact, weights, pick_device(device), "--teacher-weights FILE")
+    teacher = set_teacher(targets.artifact, weights, pick_device(device), option="--teacher-weights FILE")
     return audit(targets, teacher, count)
 
 

@@ -157,7 +157,7 @@ def target_root(
     from cae2pipe.stages.extract_targets import extract_targets
 
     out = tmp_path_factory.mktemp("targets") / "set"
-    extract_targets(photos, out, extract_settings(), Silent())
+    extract_targets(photos, out, extract_settings(), report=Silent())
     return out
 
 
@@ -170,7 +170,7 @@ def stored_root(
     from cae2pipe.stages.extract_targets import extract_targets
 
     out = tmp_path_factory.mktemp("targets") / "stored"
-    extract_targets(photos, out, extract_settings(view={"pixels": "stored"}), Silent())
+    extract_targets(photos, out, extract_settings(view={"pixels": "stored"}), report=Silent())
     return out
 
 
@@ -207,7 +207,7 @@ def trained_run(
             out = tmp_path_factory.mktemp("runs") / f"run{len(made)}"
             # A test that asks for it may compute without gradients.
             with torch.enable_grad():
-                pretrain(target_root, out, pretrain_settings(**over), Silent())
+                pretrain(target_root, out, pretrain_settings(**over), report=Silent())
             made[key] = out
         return made[key]
 

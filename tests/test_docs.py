@@ -159,7 +159,7 @@ def parse(words: list[str]) -> None:
     preset = next((given[name] for name in ("preset", "grid", "config") if name in given), None)
     if preset and not preset.endswith(".yaml"):
         values = {"targets": "online"} if given.get("online") else {}
-        load(settings_class(stage, preset), stage, preset, given.get("set_") or [], values)
+        load(settings_class(stage, preset), stage, preset, overrides=given.get("set_") or [], values=values)
 
 
 def wrong_commands(page: Path) -> list[str]:

@@ -72,7 +72,7 @@ def without_waiting(state: State, found: Found) -> None:
         step = build_step(targets, settings, state.place)
         if name == "compiled":
             compile_objective(step.objective, step.world, state.backend)
-        plan = make_plan(targets, sorted(targets.stores), settings, step.model.drop_columns)
+        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=step.model.drop_columns)
         batches = list(on_device(load_parts(plan, 0, 0), step.axes, state.place))
         # Kernels are chosen, memory is taken and moments are made in the first steps.
         for batch in batches[:2]:

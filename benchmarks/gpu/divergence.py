@@ -53,7 +53,7 @@ def diverge(state: State, found: Found, name: str, settings: PretrainSettings, w
         return {"decoded": decoded}
 
     step.latents = poisoned
-    plan = make_plan(targets, sorted(targets.stores), settings, step.model.drop_columns)
+    plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=step.model.drop_columns)
     out = state.scratch / f"diverged-{name}"
     checkpoints, report = Checkpoints(out / "checkpoints", "", keep=2, minutes=10), Silent()
     raised: DivergedError | None = None

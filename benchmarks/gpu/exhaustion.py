@@ -81,7 +81,7 @@ def advice(state: State, found: Found) -> None:
     began = time.perf_counter()
     told: OutOfMemoryError | None = None
     try:
-        pretrain.pretrain(targets, out, settings, Silent())
+        pretrain.pretrain(targets, out, settings, report=Silent())
     except OutOfMemoryError as error:
         told = error.with_traceback(None)
     found.facts["advice after, in seconds"] = round(time.perf_counter() - began, 1)
@@ -97,7 +97,7 @@ def advice(state: State, found: Found) -> None:
     release(state)
     speed = settings.speed.model_copy(update={"accumulation": int(named[1])})
     again = settings.model_copy(update={"speed": speed})
-    pretrain.pretrain(targets, out, again, Silent())
+    pretrain.pretrain(targets, out, again, report=Silent())
     found.check("with which the run ends", (out / "encoder.safetensors").is_file())
 
 
@@ -159,7 +159,7 @@ def compiled_runs(state: State, found: Found) -> None:
         model = {**state.scale.model, "depth": 1, "predictor_depth": 0}
         settings = state.settings(seed=number, stop_after=3, model=model, precision="auto", speed=speed)
         with patch.object(pretrain, "compile_objective", counted), config.patch(recompile_limit=most):
-            pretrain.pretrain(state.targets().root, state.scratch / f"compiled-{number}", settings, Silent())
+            pretrain.pretrain(state.targets().root, state.scratch / f"compiled-{number}", settings, report=Silent())
         graphs.append(counter.frame_count)
     found.facts["graphs of each run"] = graphs
     found.check(f"each of {most + 1} runs in one process is compiled once", graphs == [1] * (most + 1))

@@ -91,7 +91,9 @@ def from_memory(targets: TargetSet, blocks: list[RenderedBlock], teacher: Teache
     """Extraction without rendering and writing: teacher, codec and packing, ``count`` blocks at once."""
     meter = Meter()
     total = len(blocks) * (2 if state.quick else 8)
-    for _ in encode_ahead(islice(cycle(blocks), total), teacher, targets.layout, targets.calibration, meter, count):
+    for _ in encode_ahead(
+        islice(cycle(blocks), total), teacher, targets.layout, calibration=targets.calibration, meter=meter, lanes=count
+    ):
         pass
     meter.ended = time.perf_counter()
     return meter
@@ -114,7 +116,7 @@ def stages_of_a_block(targets: TargetSet, blocks: list[RenderedBlock], teacher: 
         at.append(time.perf_counter())
         wait_for(device)
         at.append(time.perf_counter())
-        arrays, _, _ = encode_tokens(output.tokens, output.attention, targets.layout, targets.calibration)
+        arrays, _, _ = encode_tokens(output.tokens, output.attention, targets.layout, calibration=targets.calibration)
         at.append(time.perf_counter())
         pack_block(targets.layout, arrays)
         at.append(time.perf_counter())
@@ -133,7 +135,14 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     artifact = TargetsArtifact(out, targets.artifact.identity, units, facts=targets.artifact.facts)
     missing, workers = missing_units(artifact, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
-    make_images(artifact, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
+    make_images(
+        artifact,
+        shards,
+        [lacking.shard for lacking in missing],
+        settings=settings.view,
+        workers=workers,
+        report=Silent(),
+    )
     found.facts["images reduced a second"] = round(shards.images / (time.perf_counter() - began), 1)
     meter = make_views(artifact, shards, missing, teacher=teacher, settings=settings, workers=workers, report=Silent())
     shutil.rmtree(out)

@@ -46,7 +46,7 @@ def bit_for_bit(state: State, found: Found) -> None:
 def run(state: State, out: Path, compiled: bool, **over: Any) -> None:
     speed = {"deterministic": True, "compile": compiled}
     settings = state.settings(epochs=EPOCHS, precision="auto", speed=speed, **over)
-    pretrain(state.targets().root, out, settings, Silent())
+    pretrain(state.targets().root, out, settings, report=Silent())
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def bf16_against_fp32(state: State, found: Found) -> None:
 def batches_of(state: State, settings: PretrainSettings, step: Step, count: int) -> list[Batch]:
     """The first batches of a run, on the CPU."""
     targets = state.targets()
-    plan = make_plan(targets, sorted(targets.stores), settings, step.model.drop_columns)
+    plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=step.model.drop_columns)
     return list(islice(load_batches(plan, 0, 0), count))
 
 

@@ -106,7 +106,7 @@ def pretrain(
     }
     settings = resolve(PretrainSettings, "pretrain", config, overrides=overrides, values=values)
     with reporting(progress, "pretrain") as report:
-        train(to_path(targets), to_path(out), settings, report)
+        train(to_path(targets), to_path(out), settings, report=report)
     return Run(out)
 
 
@@ -125,7 +125,7 @@ def export(
     Raises:
         Cae2pipeError: with what was wrong, where, and what fixes it.
     """
-    return run_export(str(encoder), Path(out), format, [Path(folder) for folder in scores])
+    return run_export(str(encoder), Path(out), format, scores=[Path(folder) for folder in scores])
 
 
 def load_encoder(spec: str | Path, *, device: str = "auto", seed: int = 0) -> FrozenEncoder:

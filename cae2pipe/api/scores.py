@@ -55,8 +55,8 @@ def evaluate(
     evaluation: str,
     encoder: str | Path,
     data: str | Path,
-    out: str | Path,
     *,
+    out: str | Path,
     config: str | Path | Settings | None = None,
     overrides: Overrides = None,
     workers: int | None = None,
@@ -90,10 +90,10 @@ def evaluate(
             from cae2pipe.stages.evaluate_dense import detect, segment
 
             if isinstance(settings, SegmentSettings):
-                result = segment(str(encoder), Path(data), folder, settings, report)
+                result = segment(str(encoder), Path(data), folder, settings=settings, report=report)
             else:
-                result = detect(str(encoder), Path(data), folder, settings, report)
+                result = detect(str(encoder), Path(data), folder, settings=settings, report=report)
         else:
             assert isinstance(settings, AnySettings)
-            result = run_evaluate(evaluation, str(encoder), Path(data), folder, settings, report)
+            result = run_evaluate(evaluation, str(encoder), Path(data), out=folder, settings=settings, report=report)
     return Score(folder / evaluation, result) if result else None

@@ -53,7 +53,7 @@ def resolve(
     elif overrides is not None:
         texts = overrides
     if not isinstance(config, Settings):
-        return load(kind, stage, str(config), texts, changed)
+        return load(kind, stage, str(config), overrides=texts, values=changed)
     if not isinstance(config, kind):
         raise SettingsError(
             f"these are {type(config).__name__}, and {kind.__name__} are needed here",
@@ -63,7 +63,7 @@ def resolve(
     # What was not given is left out: some defaults depend on what the folder was begun with.
     given = config.model_dump(exclude_unset=True)
     if texts:
-        return load(kind, stage, None, texts, merge(given, changed))
+        return load(kind, stage, None, overrides=texts, values=merge(given, changed))
     return build(kind, merge(given, changed), where=f"{stage} settings")
 
 

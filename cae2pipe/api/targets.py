@@ -51,7 +51,7 @@ def shard(
             to_path(source),
             to_path(out),
             settings,
-            report,
+            report=report,
             labels=None if labels is None else to_path(labels),
             expected=expect,
         )
@@ -112,7 +112,9 @@ def extract_targets(
     )
     share = parse_part(part)
     with reporting(progress, "extract-targets") as report:
-        made = extract(to_path(source), to_path(out), settings, report, part=share, calibrate_only=calibrate_only)
+        made = extract(
+            to_path(source), to_path(out), settings, report=report, part=share, calibrate_only=calibrate_only
+        )
     return TargetSet(made.root) if any("view" in unit for unit in made.units.values()) else None
 
 
@@ -138,7 +140,7 @@ def estimate_targets(
         config, overrides, views=views, codec=codec, fidelity=fidelity, workers=workers, device=device
     )
     with reporting(progress, "estimate") as report:
-        return estimate(to_path(source), settings, report, epochs)
+        return estimate(to_path(source), settings, report, epochs=epochs)
 
 
 def recode(
@@ -163,5 +165,7 @@ def recode(
     """
     settings = build(CodecSettings, given(name=codec, fidelity=fidelity), "recode")
     with reporting(progress, "recode") as report:
-        made = run_recode(to_path(source), to_path(out), settings, report, lossy_source=lossy_source, workers=workers)
+        made = run_recode(
+            to_path(source), to_path(out), settings, report=report, lossy_source=lossy_source, workers=workers
+        )
     return TargetSet(made.root)

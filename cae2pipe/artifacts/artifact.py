@@ -389,6 +389,6 @@ def _manifest(
 
 def _write_manifest(root: Path, kind: str, form: int, *, manifest: Mapping[str, object]) -> None:
     path = root / MANIFEST
-    data = encode_manifest(kind, form, manifest, path)
+    data = encode_manifest(kind, form, manifest, where=path)
     if file_size(path) != len(data) or read_bytes(path) != data:
         write_bytes(path, data)

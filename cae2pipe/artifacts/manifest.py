@@ -31,7 +31,7 @@ BLANK = "0" * 64
 SHOWN = 120
 
 
-def encode_manifest(kind: str, form: int, manifest: Mapping[str, object], where: object) -> bytes:
+def encode_manifest(kind: str, form: int, manifest: Mapping[str, object], *, where: object) -> bytes:
     """The bytes of a manifest. Raises as ``decode_manifest``, so nothing is written that would not be read."""
     data = (seal if form >= DIGESTED[kind] else _text)(manifest)
     decode_manifest(data, where)

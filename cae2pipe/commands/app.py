@@ -79,6 +79,6 @@ def demo(
         def say(text: str) -> None:
             console.block(text)
 
-        result = run_demo(out, teacher, device, say)
+        result = run_demo(out, teacher, device, say=say)
         print_table(console, rows(result))
         say(f"\nreport: {out / 'report.html'}")

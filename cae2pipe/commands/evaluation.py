@@ -37,7 +37,7 @@ def evaluate_knn(
     set_: Set = None,
 ) -> None:
     """Accuracy of weighted nearest neighbours on frozen features."""
-    _run_evaluation("knn", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("knn", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
 def evaluate_linear(
@@ -61,7 +61,7 @@ def evaluate_linear(
     from cae2pipe.config.evaluate import FAST_RATES
 
     over = ["cached_crops=1", f"sweep={list(FAST_RATES)}", *(set_ or [])] if fast else set_
-    _run_evaluation("linear", encoder, data, out, config, over, workers=workers, device=device)
+    _run_evaluation("linear", encoder, data, out=out, config=config, set_=over, workers=workers, device=device)
 
 
 def evaluate_attentive(
@@ -74,7 +74,7 @@ def evaluate_attentive(
     set_: Set = None,
 ) -> None:
     """Accuracy of one cross-attention block and a linear classifier on frozen tokens."""
-    _run_evaluation("attentive", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("attentive", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
 def evaluate_finetune(
@@ -90,7 +90,7 @@ def evaluate_finetune(
     set_: Set = None,
 ) -> None:
     """Accuracy of the whole encoder trained as a classifier (paper, Table 10)."""
-    _run_evaluation("finetune", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("finetune", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
 def evaluate_segment(
@@ -112,7 +112,7 @@ def evaluate_segment(
     set_: Set = None,
 ) -> None:
     """Mean intersection over union of UperNet on the encoder (paper, Table 11). Needs the extra `dense`."""
-    _run_evaluation("segment", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("segment", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
 def evaluate_detect(
@@ -136,24 +136,24 @@ def evaluate_detect(
 ) -> None:
     """Average precision of Mask R-CNN on the encoder (paper, Table 12). Needs the extra `dense`."""
     over = ["cascade=true", *(set_ or [])] if cascade else set_
-    _run_evaluation("detect", encoder, data, out, config, over, workers=workers, device=device)
+    _run_evaluation("detect", encoder, data, out=out, config=config, set_=over, workers=workers, device=device)
 
 
 def _run_evaluation(
     kind: str,
     encoder: str,
     data: Path,
+    *,
     out: Path,
     config: str,
     set_: list[str] | None,
-    *,
     workers: int | None,
     device: str | None,
 ) -> None:
     with exits():
         from cae2pipe.api.scores import evaluate
 
-        score = evaluate(kind, encoder, data, out, config=config, overrides=set_, workers=workers, device=device)
+        score = evaluate(kind, encoder, data, out=out, config=config, overrides=set_, workers=workers, device=device)
         # Under torchrun one process has it.
         if score:
             _print_score(score.result)

@@ -67,13 +67,13 @@ def verify(
         if result.problems:
             raise typer.Exit(FAILURE)
         if live:
-            _verify_live(path, live, teacher_weights, device)
+            _verify_live(path, live, teacher_weights, device=device)
 
 
-def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> None:
+def _verify_live(path: Path, live: int, weights: Path | None, *, device: str) -> None:
     from cae2pipe.stages.verify import verify_live
 
-    audit = verify_live(path, live, weights, device)
+    audit = verify_live(path, live, weights, device=device)
     console.say(
         f"the teacher on {audit.views} stored views: mean cosine {audit.raw:.5f} ({audit.expected:.5f} by the "
         f"manifest), centred {audit.centred:.5f}, worst view {audit.worst:.5f} ({audit.worst_view})"

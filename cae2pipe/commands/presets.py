@@ -29,7 +29,7 @@ def config_show(
         from cae2pipe.config.base import load, show
         from cae2pipe.config.stages import settings_class
 
-        console.block(show(load(settings_class(stage, preset), stage, preset, set_ or [])))
+        console.block(show(load(settings_class(stage, preset), stage, preset, overrides=set_ or [])))
 
 
 def teachers_list() -> None:

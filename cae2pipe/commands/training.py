@@ -149,7 +149,9 @@ def compare(
         if jobs > 1:
             if part:
                 raise typer.BadParameter("--jobs shares out all runs itself: omit --part")
-            _compare_jobs(grid, targets, data, out, set_, small=small, jobs=jobs, workers=workers, device=device)
+            _compare_jobs(
+                grid, targets, data, out=out, set_=set_, small=small, jobs=jobs, workers=workers, device=device
+            )
             return
         from cae2pipe.api.comparisons import compare
 
@@ -165,9 +167,9 @@ def _compare_jobs(
     grid: str,
     targets: Path,
     data: Path,
+    *,
     out: Path,
     set_: list[str] | None,
-    *,
     small: bool,
     jobs: int,
     workers: int | None,
@@ -184,18 +186,18 @@ def _compare_jobs(
 
     if torchrun_rank().ranks > 1:
         raise typer.BadParameter("--jobs shares out all runs itself: omit torchrun")
-    settings = load(GridSettings, "compare", grid, set_ or [])
+    settings = load(GridSettings, "compare", grid, overrides=set_ or [])
     speed = section("speed", workers=workers, device=device).get("speed", {})
     # What is wrong with the grid is told once, not by every job.
     plan_grid(settings, targets, data, out=out, small=small, speed=speed)
     failed: Cae2pipeError | None = None
     try:
-        run_jobs(partial(_compare_part, settings, targets, data, out, small=small, speed=speed), jobs, device)
+        run_jobs(partial(_compare_part, settings, targets, out=data, part=out, small=small, speed=speed), jobs, device)
     except Cae2pipeError as error:
         failed = error
     name = report_name(grid, small)
     with progress("compare") as report:
-        comparison = report_grid(settings, name, targets, data, out, report, small=small, speed=speed)
+        comparison = report_grid(settings, name, targets, data=data, out=out, report=report, small=small, speed=speed)
     print_comparison(comparison, out / "reports" / name)
     if failed:
         raise failed
@@ -205,10 +207,10 @@ def _compare_part(
     settings: Any,
     targets: Path,
     data: Path,
+    *,
     out: Path,
     part: Any,
     device: str | None,
-    *,
     small: bool,
     speed: dict[str, Any],
 ) -> None:
@@ -243,7 +245,9 @@ def report(
         from cae2pipe.stages.report import report_runs
 
         with progress("report") as progress_report:
-            comparison = report_runs(runs, scores or [], targets, out, progress_report, device or "auto")
+            comparison = report_runs(
+                runs, scores or [], targets, out=out, report=progress_report, device=device or "auto"
+            )
         print_comparison(comparison, out)
 
 

@@ -26,6 +26,7 @@ def gather_grid(
     grid: GridSettings,
     planned: Sequence[tuple[int, str, str]],
     out: Path,
+    *,
     sets: Sequence[Path],
     failed: Sequence[str] = (),
 ) -> Comparison:
@@ -40,7 +41,7 @@ def gather_grid(
     for variant, name, scored in planned:
         folders = [out / "scores" / scored / scored_by.kind for scored_by in grid.evaluate]
         scores = read_scores([folder for folder in folders if is_artifact(folder, "scores")])
-        add_run(rows[variant], out / "runs" / name, scores, known, grid.along)
+        add_run(rows[variant], out / "runs" / name, scores, sets=known, along=grid.along)
     kinds = [scored_by.kind for scored_by in grid.evaluate]
     columns, protocols = fill_columns(rows, kinds)
     wanted = len(planned) * len(kinds)
@@ -78,7 +79,7 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
     for name, group in zip(told_apart(names, range(1, len(names) + 1)), groups.values(), strict=True):
         rows.append(Row(name))
         for run in group.values():
-            add_run(rows[-1], run, scores, known, "")
+            add_run(rows[-1], run, scores, sets=known, along="")
     columns, protocols = fill_columns(rows, [])
     return Comparison("Pretraining runs", "", columns, rows, protocols, len(runs) * len(columns))
 
@@ -137,7 +138,7 @@ def row_names(rows: Sequence[Mapping[str, object]]) -> list[str]:
     ]
 
 
-def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Mapping[str, Path], along: str) -> None:
+def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], *, sets: Mapping[str, Path], along: str) -> None:
     """Add a run to its variant. ``sets``: target sets by fingerprint."""
     if not is_artifact(run, "run"):
         return

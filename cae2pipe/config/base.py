@@ -204,7 +204,12 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def load(
-    kind: type[S], stage: str, preset: str | None, overrides: Sequence[str] = (), values: dict[str, Any] | None = None
+    kind: type[S],
+    stage: str,
+    preset: str | None,
+    *,
+    overrides: Sequence[str] = (),
+    values: dict[str, Any] | None = None,
 ) -> S:
     """Preset, then ``values`` (from dedicated options), then ``--set`` overrides, validated.
 

@@ -79,7 +79,7 @@ def picture(contents: DemoContents, pairs: int = 2) -> Picture:
     groups = []
     for preview in contents.previews:
         view = resized_picture(preview.view, PANEL, PANEL)
-        maps = [latent_colours(latents, rows, cols, basis) for latents in (preview.teacher, preview.student)]
+        maps = [latent_colours(latents, rows, cols, basis=basis) for latents in (preview.teacher, preview.student)]
         groups.append([view, hide_patches(view, preview.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
     captions: list[tuple[int, str]] = []
     strips: list[Picture] = []
@@ -183,8 +183,8 @@ def preview_card(preview: LatentPreview, grid: tuple[int, int], basis: ColourBas
             image(jpeg_uri(hide_patches(view, preview.mask)), "The view with its masked patches hidden"),
             "visible to it",
         ),
-        figure(latents_image(preview.teacher, grid, basis, "the teacher"), "teacher"),
-        figure(latents_image(preview.student, grid, basis, "the student"), "student"),
+        figure(latents_image(preview.teacher, grid, basis, whose="the teacher"), "teacher"),
+        figure(latents_image(preview.student, grid, basis, whose="the student"), "student"),
     ]
     heading = element("h3", name, " ", element("small", f"centred cosine where hidden {preview.cosine:.2f}"))
     return element("div", heading, element("div", *panels, class_="strip four"), class_="card")
@@ -212,15 +212,15 @@ def stored_card(one: StoredImage, grid: tuple[int, int], basis: ColourBasis) -> 
                     image(jpeg_uri(resized_picture(view, SHOWN, SHOWN)), f"View {number}"),
                     join_html((mark, f"view {number}{flipped}")),
                 ),
-                figure(latents_image(latents, grid, basis, f"the teacher, view {number}")),
+                figure(latents_image(latents, grid, basis, whose=f"the teacher, view {number}")),
             )
         )
     heading = element("h3", title(one.key))
     return element("div", heading, element("div", *columns[:5], class_="strip five"), class_="card")
 
 
-def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis, whose: str) -> Html:
-    return image(png_uri(latent_colours(latents, *grid, basis)), f"Latents of {whose} as colours", pixelated=True)
+def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis, *, whose: str) -> Html:
+    return image(png_uri(latent_colours(latents, *grid, basis=basis)), f"Latents of {whose} as colours", pixelated=True)
 
 
 def measures_table(result: Mapping[str, float]) -> Html:

@@ -47,6 +47,7 @@ def run_demo(
     out: Path,
     teacher: str = "lite0",
     device: str = "auto",
+    *,
     say: Callable[[str], None] = print,
     reports: Reports = progress,
 ) -> dict[str, float]:
@@ -85,7 +86,7 @@ def run_demo(
         "extract-targets", images / "train", targets, "--config", teacher, "--views", VIEWS, *given,
         own="cae2pipe extract-targets imagenet/train targets --config clip-b16",
     )  # fmt: skip
-    extract_to(images / "train", targets, teacher, VIEWS, device, reports)
+    extract_to(images / "train", targets, teacher, views=VIEWS, device=device, reports=reports)
 
     student = student_options(TargetSet(targets))
     announce(
@@ -93,15 +94,15 @@ def run_demo(
         "pretrain", targets, run, "--config", "demo", *student, *given,
         own="cae2pipe pretrain targets runs/base --config base",
     )  # fmt: skip
-    settings = load(PretrainSettings, "pretrain", "demo", student[1:], {"speed": {"device": device}})
+    settings = load(PretrainSettings, "pretrain", "demo", overrides=student[1:], values={"speed": {"device": device}})
     with reports("pretrain") as report:
-        pretrain(targets, run, settings, report)
+        pretrain(targets, run, settings, report=report)
 
     announce(
         "Targets of the test tiles, to see what the student predicts on images it never saw.",
         "extract-targets", images / "val", held_out, "--config", teacher, "--views", 1, *given,
     )  # fmt: skip
-    extract_to(images / "val", held_out, teacher, 1, device, reports)
+    extract_to(images / "val", held_out, teacher, views=1, device=device, reports=reports)
 
     knn = {}
     encoders = {"random": f"random:{run}", "pretrained": str(run), "teacher": f"teacher:{teacher}"}
@@ -116,7 +117,9 @@ def run_demo(
             own="cae2pipe evaluate knn runs/base imagenet scores/base" if name == "pretrained" else None,
         )  # fmt: skip
         with reports(f"knn, {name}") as report:
-            scores = evaluate("knn", encoder, images, out / "scores" / name, knn_settings(device), report)
+            scores = evaluate(
+                "knn", encoder, images, out=out / "scores" / name, settings=knn_settings(device), report=report
+            )
         knn[name] = float(scores["top1"])
 
     say("\nWhat came out: figures, report and picture")
@@ -128,8 +131,8 @@ def run_demo(
         result = {
             **stored_figures(stored),
             **loss_figures(lines),
-            "loss_mean_token": mean_over_views(MeanStudent(stored.mean), stored, run_with, chosen)["loss"],
-            "centred_cosine_masked": mean_over_views(model, test, run_with, chosen)["centred_cosine_masked"],
+            "loss_mean_token": mean_over_views(MeanStudent(stored.mean), stored, run_with, device=chosen)["loss"],
+            "centred_cosine_masked": mean_over_views(model, test, run_with, device=chosen)["centred_cosine_masked"],
             **{f"knn_{name}": value for name, value in knn.items()},
         }
         result = {name: round(value, 6) for name, value in result.items()}
@@ -143,7 +146,7 @@ def run_demo(
             losses=[(line["step"] / per_epoch, line["loss"]) for line in lines],
             bytes_per_view=codec_bytes(stored),
             stored=[read_stored(stored, images / "train", sample_key(name)) for name in STORED],
-            previews=previews_of(model, test, run_with, [sample_key(name) for name in PREDICTED], chosen),
+            previews=previews_of(model, test, run_with, keys=[sample_key(name) for name in PREDICTED], device=chosen),
             commands=commands,
         )
         write_bytes(out / "report.html", demo_page(contents).encode("utf-8"))
@@ -151,10 +154,12 @@ def run_demo(
     return result
 
 
-def extract_to(source: Path, out: Path, teacher: str, views: int, device: str, reports: Reports) -> None:
-    settings = load(ExtractSettings, "extract", teacher, (), {"views": views, "speed": {"device": device}})
+def extract_to(source: Path, out: Path, teacher: str, *, views: int, device: str, reports: Reports) -> None:
+    settings = load(
+        ExtractSettings, "extract", teacher, overrides=(), values={"views": views, "speed": {"device": device}}
+    )
     with reports("extract-targets") as report:
-        extract_targets(source, out, settings, report)
+        extract_targets(source, out, settings, report=report)
 
 
 def student_options(targets: TargetSet) -> list[str]:
@@ -165,7 +170,7 @@ def student_options(targets: TargetSet) -> list[str]:
 
 
 def knn_settings(device: str) -> KnnSettings:
-    return load(KnnSettings, "evaluate", "knn", (), {"speed": {"device": device}})
+    return load(KnnSettings, "evaluate", "knn", overrides=(), values={"speed": {"device": device}})
 
 
 def stored_figures(targets: TargetSet) -> dict[str, float]:

@@ -28,7 +28,7 @@ class MeanStudent(nn.Module):
         super().__init__()
         self.mean = mean
 
-    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Prediction:
         batch = len(pixels)
         token = self.mean.to(pixels.device)
         return Prediction(
@@ -39,11 +39,11 @@ class MeanStudent(nn.Module):
 
 
 def mean_over_views(
-    model: Method | MeanStudent, targets: TargetSet, settings: PretrainSettings, device: torch.device
+    model: Method | MeanStudent, targets: TargetSet, settings: PretrainSettings, *, device: torch.device
 ) -> dict[str, float]:
     """Loss and centred cosines of a model, mean over every view of every image of a set."""
     settings = settings.model_copy(update={"epochs": targets.views})
-    plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
+    plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=model.drop_columns)
     objective = make_objective(model, targets, settings).to(device)
     values: list[list[float]] = []
     images: list[int] = []
@@ -56,11 +56,13 @@ def mean_over_views(
 
 
 def previews_of(
-    model: Method, targets: TargetSet, settings: PretrainSettings, keys: Sequence[str], device: torch.device
+    model: Method, targets: TargetSet, settings: PretrainSettings, *, keys: Sequence[str], device: torch.device
 ) -> list[LatentPreview]:
     """What the student predicts for the first stored views with the given keys, in their order."""
     by_key: dict[str, Target] = {}
     for view in targets:
         if view.key in keys and view.key not in by_key:
             by_key[view.key] = view
-    return preview_latents(model, settings, targets, [by_key[key] for key in keys if key in by_key], device)
+    return preview_latents(
+        model, settings, targets, views=[by_key[key] for key in keys if key in by_key], device=device
+    )

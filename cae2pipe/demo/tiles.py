@@ -114,7 +114,7 @@ def find_photograph(photograph: Photograph) -> Path:
 
 
 def cut_tiles(
-    out: Path, seed: int, report: Report, photographs: tuple[Photograph, ...] = PHOTOGRAPHS
+    out: Path, seed: int, report: Report, *, photographs: tuple[Photograph, ...] = PHOTOGRAPHS
 ) -> dict[str, int]:
     """Write ``out/train/PHOTOGRAPH/*.jpg`` and ``out/val/PHOTOGRAPH/*.jpg``, whole or not at all.
 

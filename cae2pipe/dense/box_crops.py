@@ -55,7 +55,7 @@ def flipped_objects(image: Image.Image, objects: Objects) -> tuple[Image.Image, 
 
 
 def cropped_objects(
-    image: Image.Image, objects: Objects, left: int, top: int, width: int, height: int
+    image: Image.Image, objects: Objects, *, left: int, top: int, width: int, height: int
 ) -> tuple[Image.Image, Objects]:
     """A part of both; objects that are not on it, or less than a pixel of it, are gone."""
     shifted = objects.boxes - np.array([left, top, left, top], dtype=np.float32)
@@ -77,7 +77,7 @@ def draw_box_crop(image: Image.Image, objects: Objects, settings: DetectSettings
         width = random.randint(min(first.width, least), min(first.width, most))
         height = random.randint(min(first.height, least), min(first.height, most))
         left, top = random.randint(0, first.width - width), random.randint(0, first.height - height)
-        part, left_over = cropped_objects(first, there, left, top, width, height)
+        part, left_over = cropped_objects(first, there, left=left, top=top, width=width, height=height)
         if len(left_over.labels):
             image, objects = part, left_over
     side = random.choice(settings.short_sides)
@@ -102,6 +102,7 @@ class BoxReader(Reader):
         data: CocoImages,
         schedule: TrainSchedule,
         own: Sequence[int],
+        *,
         start: int,
         settings: DetectSettings,
         mean: tuple[float, ...],
@@ -134,7 +135,7 @@ class ScoredReader:
     """Val images at the size that they are scored at, uint8 (3, H, W), padded; with their height and width before the
     padding; picklable."""
 
-    def __init__(self, data: CocoImages, own: Sequence[int], settings: DetectSettings, mean: tuple[float, ...]):
+    def __init__(self, data: CocoImages, own: Sequence[int], settings: DetectSettings, *, mean: tuple[float, ...]):
         self.data, self.own, self.settings = data, own, settings
         self.fill = tuple(round(255 * channel) for channel in mean)
 

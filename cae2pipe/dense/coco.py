@@ -92,7 +92,9 @@ def open_coco(root: Path, upright: bool | None = None) -> tuple[CocoImages, Coco
     Raises:
         SourceError: a part is missing, is not COCO's format, has no objects, or annotations do not fit their images.
     """
-    train, val = (open_coco_part(root, names, upright, training) for names, training in ((TRAIN, True), (VAL, False)))
+    train, val = (
+        open_coco_part(root, names, upright, training=training) for names, training in ((TRAIN, True), (VAL, False))
+    )
     if train.classes != val.classes:
         odd = sorted({*train.classes} ^ {*val.classes}) or train.classes
         raise SourceError(
@@ -103,7 +105,7 @@ def open_coco(root: Path, upright: bool | None = None) -> tuple[CocoImages, Coco
     return train, val
 
 
-def open_coco_part(root: Path, names: tuple[str, ...], upright: bool | None, training: bool) -> CocoImages:
+def open_coco_part(root: Path, names: tuple[str, ...], upright: bool | None, *, training: bool) -> CocoImages:
     """One part; in ``training`` without images that have no object."""
     name = next((name for name in names if (root / ANNOTATIONS / f"instances_{name}.json").is_file()), names[0])
     folder, path = root / name, root / ANNOTATIONS / f"instances_{name}.json"
@@ -114,7 +116,7 @@ def open_coco_part(root: Path, names: tuple[str, ...], upright: bool | None, tra
             where=missing,
             fix="give a folder with train2017/, val2017/ and annotations/instances_train2017.json, ..._val2017.json",
         )
-    instances = read_instances(path, folder, upright, training)
+    instances = read_instances(path, folder, upright, training=training)
     objects: dict[int, list[Annotation]] = {each["id"]: [] for each in instances.images}
     left_out = Counter(instances.left_out)
     for each in instances.annotations:

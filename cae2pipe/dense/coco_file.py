@@ -104,7 +104,7 @@ class Instances:
         return {"images": self.images, "annotations": self.annotations, "categories": categories}
 
 
-def read_instances(path: Path, folder: Path, upright: bool | None, training: bool) -> Instances:
+def read_instances(path: Path, folder: Path, upright: bool | None, *, training: bool) -> Instances:
     """Read and check a whole file.
 
     Args:
@@ -132,7 +132,9 @@ def read_instances(path: Path, folder: Path, upright: bool | None, training: boo
     images = distinct_images(listed_images, path, left_out)
     if not listed:
         raise SourceError("there is not one annotation", where=path, fix="give boxes and masks to train on")
-    links = [checked_links(each, number, images, categories, path=path) for number, each in enumerate(listed, 1)]
+    links = [
+        checked_links(each, number, images, categories=categories, path=path) for number, each in enumerate(listed, 1)
+    ]
     with_any = {image for image, _ in links}
     wanted = [each for each in images.values() if not training or each.id in with_any]
     left_out["images"] = len(images) - len(wanted)
@@ -142,7 +144,7 @@ def read_instances(path: Path, folder: Path, upright: bool | None, training: boo
     for number, (row, file, sides) in enumerate(zip(wanted, paths, read_sides(paths), strict=True), 1):
         numbers[row.id] = number
         size = None if row.width is None or row.height is None else (row.width, row.height)
-        shown = is_upright(sides, size, upright, file, "the annotations")
+        shown = is_upright(sides, size, upright, where=file, whose="the annotations")
         width, height = size or (sides.upright if shown else sides.stored)
         entries.append({"id": number, "file_name": row.file_name, "width": width, "height": height, "upright": shown})
     annotations: list[Annotation] = []
@@ -229,7 +231,7 @@ def checked_side(value: object, what: str, path: Path) -> int | None:
 
 
 def checked_links(
-    each: Raw, position: int, images: Mapping[Id, object], categories: Mapping[Id, object], *, path: Path
+    each: Raw, position: int, images: Mapping[Id, object], *, categories: Mapping[Id, object], path: Path
 ) -> tuple[Id, Id]:
     """Image and category of an annotation. Raises SourceError where one of them is not listed."""
     image, category, which = each.get("image_id"), each.get("category_id"), called(each, position)
@@ -247,7 +249,7 @@ def normalised(
 ) -> ImageObject | None:
     """An annotation without its ids; None where it has neither a box nor a mask. Raises SourceError."""
     which, size = called(each, position), (image["width"], image["height"])
-    box, crowd = checked_box(each.get("bbox"), which, image, path), each.get("iscrowd") or 0
+    box, crowd = checked_box(each.get("bbox"), which, image, path=path), each.get("iscrowd") or 0
     if crowd not in (0, 1):
         raise SourceError(f"iscrowd of {which} is {crowd!r}", where=path, fix="give 0 or 1")
     runs, pixels = encoded(each.get("segmentation"), which, size, path=path, left_out=left_out)
@@ -265,7 +267,7 @@ def normalised(
     return {"bbox": box, "area": area, "iscrowd": int(bool(crowd)), "segmentation": runs}
 
 
-def checked_box(box: object, which: str, image: ImageEntry, path: Path) -> list[float]:
+def checked_box(box: object, which: str, image: ImageEntry, *, path: Path) -> list[float]:
     """Four floats x, y, width, height. Raises SourceError where these are no box on the image."""
     width, height = image["width"], image["height"]
     if not isinstance(box, list) or len(box) != 4 or not all(is_finite_number(value) for value in box):

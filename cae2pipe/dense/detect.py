@@ -71,7 +71,7 @@ class DetectLearner(TunedLearner):
         self.settings, self.schedule, self.val = settings, schedule, val
         detector = spread_norms(detector, world.ranks, world.device)
         model = detector.model
-        groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
+        groups = decay_groups(model.pyramid, model, settings.weight_decay, layer_decay=settings.layer_decay)
         super().__init__(detector, groups, betas=(settings.beta1, settings.beta2), world=world, bf16=bf16)
         self.scores: dict[str, Any] | None = None
 
@@ -89,7 +89,7 @@ class DetectLearner(TunedLearner):
     def rate(self, step: int) -> float:
         settings = self.settings
         lr = settings.lr * settings.batch / REFERENCE_BATCH
-        return step_rate(step, self.schedule.steps, settings.warmup_steps, lr, settings.drops)
+        return step_rate(step, self.schedule.steps, settings.warmup_steps, lr=lr, drops=settings.drops)
 
     def validate(self, epoch: int) -> dict[str, float] | None:
         every, last = self.settings.validate_epochs, epoch + 1 == self.schedule.epochs
@@ -107,7 +107,7 @@ class DetectLearner(TunedLearner):
 
     def detections(self, own: range) -> list[Detection]:
         """Detections on the val images ``own``, in COCO's format."""
-        reader = ScoredReader(self.val, own, self.settings, self.network.normalise.mean)
+        reader = ScoredReader(self.val, own, self.settings, mean=self.network.normalise.mean)
         workers = min(worker_count(self.settings.speed.workers), len(reader))
         items = in_order(reader, workers, preload=[ScoredReader.__module__])
         return [

@@ -28,7 +28,7 @@ def fitted_size(width: int, height: int, scale: tuple[float, float]) -> tuple[in
 
 
 def draw_crop(
-    image: Image.Image, labels: np.ndarray, settings: SegmentSettings, fill: tuple[int, ...]
+    image: Image.Image, labels: np.ndarray, settings: SegmentSettings, *, fill: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """A crop: resized at random, cut, flipped, distorted, filled up; drawn from Python's, numpy's and torch's
     generators.
@@ -82,6 +82,7 @@ class LabelCropReader(Reader):
         data: LabelledImages,
         schedule: TrainSchedule,
         own: Sequence[int],
+        *,
         start: int,
         settings: SegmentSettings,
         mean: tuple[float, ...],
@@ -95,7 +96,7 @@ class LabelCropReader(Reader):
         crops = []
         for image in self.schedule.chunk(step, number).tolist():
             with seeded("labels", self.settings.seed, self.schedule.epoch(step), image):
-                crops.append(draw_crop(*self.data.read(image), self.settings, self.fill))
+                crops.append(draw_crop(*self.data.read(image), self.settings, fill=self.fill))
         pixels = np.stack([crop.transpose(2, 0, 1) for crop, _ in crops])
         labels = np.stack([mask for _, mask in crops])
         return Chunk(step, number, torch.from_numpy(pixels), torch.from_numpy(labels).long())

@@ -69,7 +69,7 @@ class LabelledImages:
                 where=annotation,
                 fix="give labels of the image's size",
             )
-        return image, mapped(labels, len(self.classes), self.first, self.ignore, annotation)
+        return image, mapped(labels, len(self.classes), self.first, ignore=self.ignore, where=annotation)
 
 
 def read_labels(path: Path) -> np.ndarray:
@@ -92,7 +92,7 @@ def read_labels(path: Path) -> np.ndarray:
     return labels
 
 
-def mapped(labels: np.ndarray, classes: int, first: int, ignore: tuple[int, ...], where: Path) -> np.ndarray:
+def mapped(labels: np.ndarray, classes: int, first: int, *, ignore: tuple[int, ...], where: Path) -> np.ndarray:
     """Labels as they are trained on: classes from 0, and ``IGNORED``. Raises SourceError where one is neither."""
     void = np.isin(labels, [*ignore, *range(first)])
     own = labels.astype(np.int64) - first
@@ -117,18 +117,18 @@ def open_label_maps(root: Path, settings: SegmentSettings) -> tuple[LabelledImag
     if len(names) > IGNORED:
         raise SettingsError(f"{len(names)} classes are more than {IGNORED}", where="classes", fix="give fewer")
     reduce_zero = settings.reduce_zero if settings.reduce_zero is not None else (root / ADE20K).is_file()
-    train, val = (open_maps_part(root, part, names, int(reduce_zero), settings) for part in (TRAIN, VAL))
+    train, val = (open_maps_part(root, part, names, first=int(reduce_zero), settings=settings) for part in (TRAIN, VAL))
     return train, val
 
 
 def open_maps_part(
-    root: Path, part: tuple[str, ...], names: list[str], first: int, settings: SegmentSettings
+    root: Path, part: tuple[str, ...], names: list[str], *, first: int, settings: SegmentSettings
 ) -> LabelledImages:
     """One part, the size and the orientation of every file of which has been looked at."""
     pairs, notes, identity = _pairs(root, part)
     sides, sizes = (read_sides([pair[side] for pair in pairs]) for side in (0, 1))
     upright = [
-        is_upright(one, labels.stored, settings.upright, pair[1], "the labels")
+        is_upright(one, labels.stored, settings.upright, where=pair[1], whose="the labels")
         for pair, one, labels in zip(pairs, sides, sizes, strict=True)
     ]
     return LabelledImages(root, pairs, upright, names, first, settings.ignore, notes, identity)

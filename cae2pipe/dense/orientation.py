@@ -48,7 +48,7 @@ def read_sides(paths: Sequence[Path]) -> list[Sides]:
         return list(threads.map(_sides, paths))
 
 
-def is_upright(sides: Sides, size: Size | None, upright: bool | None, where: Path, whose: str) -> bool:
+def is_upright(sides: Sides, size: Size | None, upright: bool | None, *, where: Path, whose: str) -> bool:
     """Whether labels of ``size`` are of the image as viewers show it, not as it is stored.
 
     Args:

@@ -57,7 +57,9 @@ class Pyramid(nn.Module):
         return [scale(maps[tap]) for scale, tap in zip(self.scalers, self.taps, strict=True)]
 
 
-def decay_groups(pyramid: Pyramid, others: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    pyramid: Pyramid, others: nn.Module, weight_decay: float, *, layer_decay: float
+) -> list[dict[str, Any]]:
     """Parameter groups with ``lr_scale``: layer_decay^(L + 1 - i) for the encoder, where i is 0 for its embeddings and
     1 to L for its blocks; 1 for the rest of ``others``, which holds the pyramid. What has one dimension does not decay.
     """

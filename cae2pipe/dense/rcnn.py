@@ -45,7 +45,7 @@ class L1Proposals(RegionProposalNetwork):
     """torchvision's region proposals with an L1 loss of boxes (CAE's configuration)."""
 
     def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], *, regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         positive, negative = (torch.cat(drawn).nonzero().flatten() for drawn in self.fg_bg_sampler(labels))
         chosen = torch.cat([positive, negative])
@@ -75,7 +75,7 @@ class CascadeStage(nn.Module):
             is positive. weights: of the box coding.
     """
 
-    def __init__(self, classes: int, agnostic: bool, iou: float, weights: Weights):
+    def __init__(self, classes: int, agnostic: bool, iou: float, *, weights: Weights):
         super().__init__()
         self.agnostic, self.iou, self.weights = agnostic, iou, weights
         self.box_head = FastRCNNConvFCHead((CHANNELS, 7, 7), [CHANNELS] * 4, [1024], norm_layer=nn.BatchNorm2d)
@@ -142,7 +142,7 @@ class MaskRCNN(nn.Module):
         stages = zip(settings.stage_iou, settings.stage_weights, strict=True)
         # Class by class in Mask R-CNN; one box for all of them in a cascade, as it was published.
         self.stages = nn.ModuleList(
-            CascadeStage(classes, settings.cascade, iou, (weight, weight, weight / 2, weight / 2))
+            CascadeStage(classes, settings.cascade, iou, weights=(weight, weight, weight / 2, weight / 2))
             for iou, weight in stages
         )
 
@@ -165,7 +165,10 @@ class MaskRCNN(nn.Module):
         listed = ImageList(images, sizes)
         proposals, losses = self.rpn(listed, features, targets)
         if targets is not None:
-            return {**losses, **self.losses(features, [proposed.detach() for proposed in proposals], sizes, targets)}
+            return {
+                **losses,
+                **self.losses(features, [proposed.detach() for proposed in proposals], sizes, targets=targets),
+            }
         return self.detections(features, proposals, sizes)
 
     def losses(
@@ -173,6 +176,7 @@ class MaskRCNN(nn.Module):
         features: OrderedDict[str, Tensor],
         proposals: list[Tensor],
         sizes: list[tuple[int, int]],
+        *,
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Losses of all stages, each times its stage's weight."""
@@ -180,7 +184,7 @@ class MaskRCNN(nn.Module):
         for number, (stage, weight) in enumerate(zip(self.stages, self.settings.stage_loss, strict=True)):
             assert isinstance(stage, CascadeStage)
             sampled = [
-                training_sample(stage, proposed, target, self.settings)
+                training_sample(stage, proposed, target, settings=self.settings)
                 for proposed, target in zip(proposals, targets, strict=True)
             ]
             boxes = [each.boxes for each in sampled]
@@ -201,7 +205,7 @@ class MaskRCNN(nn.Module):
             box_loss = generalized_box_iou_loss(decoded[positive], matched[positive], reduction="sum")
             losses[f"class{number}"] = weight * F.cross_entropy(logits, labels)
             losses[f"box{number}"] = weight * self.settings.giou * box_loss / max(1, len(own))
-            losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes, targets)
+            losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes=sizes, targets=targets)
             if number + 1 < len(self.stages):
                 # True boxes come along with the next stage's sample in any case.
                 refined = decoded.detach().split([len(each) for each in boxes])
@@ -216,6 +220,7 @@ class MaskRCNN(nn.Module):
         stage: CascadeStage,
         features: OrderedDict[str, Tensor],
         sampled: list[Sample],
+        *,
         sizes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
@@ -286,7 +291,7 @@ class Sample:
 
 
 def training_sample(
-    stage: CascadeStage, proposals: Tensor, target: dict[str, Tensor], settings: DetectSettings
+    stage: CascadeStage, proposals: Tensor, target: dict[str, Tensor], *, settings: DetectSettings
 ) -> Sample:
     """Proposals (P, 4) and true boxes, matched and sampled."""
     count = len(proposals)

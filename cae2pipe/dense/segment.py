@@ -32,7 +32,7 @@ def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSetting
     with seeded("decoder", settings.seed):
         pyramid = Pyramid(backbone.model)
         width = settings.decoder_width or pyramid.width
-        model = UperNet(pyramid, classes, width, settings.dropout, settings.auxiliary > 0)
+        model = UperNet(pyramid, classes, width, dropout=settings.dropout, auxiliary=settings.auxiliary > 0)
     backbone.model = model.to(backbone.normalise.shift.device)
     return backbone
 
@@ -59,7 +59,7 @@ class SegmentLearner(TunedLearner):
         self.settings, self.schedule, self.val = settings, schedule, val
         segmenter = spread_norms(segmenter, world.ranks, world.device)
         model = segmenter.model
-        groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
+        groups = decay_groups(model.pyramid, model, settings.weight_decay, layer_decay=settings.layer_decay)
         if compiled:
             compile_in_place([model.pyramid])
         super().__init__(segmenter, groups, betas=(settings.beta1, settings.beta2), world=world, bf16=bf16)
@@ -78,7 +78,9 @@ class SegmentLearner(TunedLearner):
     def rate(self, step: int) -> float:
         settings, factor = self.settings, self.settings.batch / REFERENCE_BATCH
         lr, least = settings.lr * factor, settings.min_lr * factor
-        return polynomial_rate(step, self.schedule.total, settings.warmup_steps, lr, least, settings.power)
+        return polynomial_rate(
+            step, self.schedule.total, settings.warmup_steps, lr=lr, min_lr=least, power=settings.power
+        )
 
     def validate(self, epoch: int) -> dict[str, float] | None:
         every, last = self.settings.validate_epochs, (epoch + 1) * self.schedule.steps >= self.schedule.total
@@ -116,7 +118,7 @@ class SegmentLearner(TunedLearner):
             # The numpy array may lie in memory that cannot be written to.
             image = model.normalise(torch.tensor(pixels, device=device).permute(2, 0, 1)[None])[0]
             fill = torch.zeros(3, device=device)
-            scored = sliding_logits(logits, image, side, stride, self.settings.chunk, fill)
+            scored = sliding_logits(logits, image, side, stride=stride, batch=self.settings.chunk, fill=fill)
             return resized(scored[None], size)[0].argmax(dim=0)
 
 

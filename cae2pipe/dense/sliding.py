@@ -18,7 +18,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def sliding_logits(
-    logits: Callable[[Tensor], Tensor], image: Tensor, window: int, stride: int, batch: int, fill: Tensor
+    logits: Callable[[Tensor], Tensor], image: Tensor, window: int, *, stride: int, batch: int, fill: Tensor
 ) -> Tensor:
     """The mean of the windows' logits at every pixel.
 

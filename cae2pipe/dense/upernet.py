@@ -27,7 +27,7 @@ class UperNet(nn.Module):
         auxiliary: whether there is a head on the third map.
     """
 
-    def __init__(self, pyramid: Pyramid, classes: int, width: int, dropout: float, auxiliary: bool):
+    def __init__(self, pyramid: Pyramid, classes: int, width: int, *, dropout: float, auxiliary: bool):
         super().__init__()
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 

@@ -22,7 +22,7 @@ class ChunkReader(Reader):
     Raises SourceError or DamageError where files cannot be read, SourceError where nothing of a chunk can be decoded.
     """
 
-    def __init__(self, split: Split, schedule: TrainSchedule, own: Sequence[int], start: int, crop: DrawnCrop):
+    def __init__(self, split: Split, schedule: TrainSchedule, own: Sequence[int], *, start: int, crop: DrawnCrop):
         super().__init__(schedule, own, start)
         # Runs are another way to the same images, and as large.
         self.root, self.samples, self.crop = split.root, split.samples, crop

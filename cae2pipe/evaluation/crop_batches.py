@@ -36,7 +36,7 @@ class CropBatch:
 
 
 def crop_batches(
-    split: Split, runs: Sequence[int], crop: Crop, workers: int, device: torch.device
+    split: Split, runs: Sequence[int], crop: Crop, *, workers: int, device: torch.device
 ) -> Iterator[CropBatch]:
     """Crops of the split's ``runs``, in order, by ``workers`` processes as ``speed.workers`` has it.
 

@@ -199,7 +199,7 @@ class _ShardSamples:
         number, offset, size, checksum = self.places[index].tolist()
         path = self.shards.shards[number].path
         key = f"{path.name}+{offset}"
-        return ImageSample(key, int(self.labels[index]), read_image(path, offset, size, checksum))
+        return ImageSample(key, int(self.labels[index]), read_image(path, offset, size, crc32c=checksum))
 
 
 @dataclass(frozen=True)

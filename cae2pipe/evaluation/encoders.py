@@ -101,6 +101,7 @@ class Student(FrozenEncoder):
         model: Any,
         identity: dict[str, Any],
         trained_class_token: bool,
+        *,
         device: torch.device,
         precision: str = "fp32",
         ours: bool = True,
@@ -153,7 +154,7 @@ def display_name(spec: str) -> str:
     return path.parent.name if path.name == WEIGHTS else path.name
 
 
-def load_encoder(spec: str, seed: int, device: torch.device, precision: str = "fp32") -> FrozenEncoder:
+def load_encoder(spec: str, seed: int, device: torch.device, *, precision: str = "fp32") -> FrozenEncoder:
     """The encoder that ``spec`` names, in one of the forms above. ``seed`` is for ``random:``, ``precision`` (fp32 or
     bf16) for students: teachers keep their own.
 
@@ -169,7 +170,7 @@ def load_encoder(spec: str, seed: int, device: torch.device, precision: str = "f
     if not rest.partition("@")[0]:
         raise SourceError(f"{form}: is followed by a name", where=spec, fix=f"give {FORMS}")
     if form == "random":
-        return random_student(rest, seed, device, precision)
+        return random_student(rest, seed, device, precision=precision)
     return frozen_teacher(form, rest, device)
 
 
@@ -197,7 +198,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
     load_exported(model, folder / WEIGHTS)
     class_token = class_token_trained(run) if run else True
     digests = {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}
-    return Student(model, digests, class_token, device, precision)
+    return Student(model, digests, class_token, device=device, precision=precision)
 
 
 def class_token_trained(run: RunArtifact) -> bool:
@@ -220,7 +221,7 @@ def released_student(path: Path, device: torch.device, precision: str) -> Studen
     encoder = load_released(state, path)
     model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
-    return Student(model, {"sha256": sha256_file(path)}, True, device, precision)
+    return Student(model, {"sha256": sha256_file(path)}, True, device=device, precision=precision)
 
 
 def build_exported(path: Path, weights: int) -> tuple[Any, TimmConfig]:
@@ -262,7 +263,7 @@ def load_exported(model: Any, path: Path) -> None:
         raise SourceError(error.what, where=path, fix=f"give the {WEIGHTS} that belongs to the {CONFIG}") from None
 
 
-def random_student(name: str, seed: int, device: torch.device, precision: str) -> Student:
+def random_student(name: str, seed: int, device: torch.device, *, precision: str) -> Student:
     """The student of a run or of a preset as it is before training, or a model of timm with timm's initialisation."""
     import timm
 
@@ -279,14 +280,22 @@ def random_student(name: str, seed: int, device: torch.device, precision: str) -
     elif name not in preset_names("pretrain") and timm.is_model(name):
         torch.manual_seed(keyed_seed("random", seed))
         model = timm.create_model(name, pretrained=False, num_classes=0)
-        return Student(model, {"random": {"timm": name, "seed": seed}}, class_token, device, precision, ours=False)
+        return Student(
+            model, {"random": {"timm": name, "seed": seed}}, class_token, device=device, precision=precision, ours=False
+        )
     else:
         settings = load(PretrainSettings, "pretrain", name).model
     torch.manual_seed(keyed_seed("random", seed))
     encoder = build_encoder(settings)
     model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
-    return Student(model, {"random": {"model": fingerprinted(settings), "seed": seed}}, class_token, device, precision)
+    return Student(
+        model,
+        {"random": {"model": fingerprinted(settings), "seed": seed}},
+        class_token,
+        device=device,
+        precision=precision,
+    )
 
 
 def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
@@ -297,7 +306,9 @@ def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
     name, _, file = name.partition("@")
     weights = Path(file) if file else None
     if form == "teacher" and is_artifact(Path(name), "targets"):
-        return FrozenTeacher(set_teacher(TargetsArtifact.open(Path(name)), weights, device, f"teacher:{name}@FILE"))
+        return FrozenTeacher(
+            set_teacher(TargetsArtifact.open(Path(name)), weights, device, option=f"teacher:{name}@FILE")
+        )
     if form == "timm":
         settings = timm_settings(name)
         fix = "check the name, give timm:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"

@@ -78,8 +78,8 @@ def extract_features(
     folder: Path,
     encoder: FrozenEncoder,
     split: Split,
-    crop: Crop,
     *,
+    crop: Crop,
     workers: int,
     world: World,
     report: Report,
@@ -105,7 +105,9 @@ def extract_features(
     for part, path in own:
         if not path.exists():
             with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
-                write_part(path, encoder, split, part, crop=crop, workers=workers, device=world.device, report=report)
+                write_part(
+                    path, encoder, split, runs=part, crop=crop, workers=workers, device=world.device, report=report
+                )
     world.barrier()
     return gathered(split, paths, report) if world.is_main else None
 
@@ -161,8 +163,8 @@ def write_part(
     path: Path,
     encoder: FrozenEncoder,
     split: Split,
-    runs: range,
     *,
+    runs: range,
     crop: Crop,
     workers: int,
     device: torch.device,
@@ -171,7 +173,7 @@ def write_part(
     """Features are taken off the device when the part is done: the device never waits for the host."""
     features: dict[str, list[Tensor]] = {"class": [], "mean": []}
     labels, keys, rejected = [], [], []
-    for batch in crop_batches(split, runs, crop, workers, device):
+    for batch in crop_batches(split, runs, crop, workers=workers, device=device):
         crops = batch.crops
         if len(crops.labels):
             encoded = encoder(batch.pixels)

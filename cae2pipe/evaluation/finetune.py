@@ -32,7 +32,7 @@ REFERENCE_BATCH = 1024
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
-def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSettings, spec: str) -> Normalised:
+def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSettings, *, spec: str) -> Normalised:
     """The encoder as a classifier that can be trained. Raises SettingsError as ``prepared_encoder``."""
     classifier = prepared_encoder(
         encoder,
@@ -107,7 +107,14 @@ class FinetuneLearner(TunedLearner):
     def rate(self, step: int) -> float:
         factor = self.settings.batch / REFERENCE_BATCH
         lr, least = self.settings.lr * factor, self.settings.min_lr * factor
-        return learning_rate(step, self.schedule.steps, self.schedule.epochs, self.settings.warmup_epochs, lr, least)
+        return learning_rate(
+            step,
+            self.schedule.steps,
+            self.schedule.epochs,
+            warmup_epochs=self.settings.warmup_epochs,
+            lr=lr,
+            min_lr=least,
+        )
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:

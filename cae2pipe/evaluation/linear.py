@@ -122,7 +122,7 @@ def fit(
     for lr in rates:
         torch.manual_seed(settings.seed)
         probes.append(Probe(dim, classes).to(labels.device).train())
-        groups += lars_groups(probes[-1], lr, settings.batch, batch)
+        groups += lars_groups(probes[-1], lr, settings.batch, taken=batch)
     optimizer = lars(groups, settings.momentum)
     report.total(settings.epochs, "epochs")
     losses: list[list[float]] = []
@@ -133,7 +133,9 @@ def fit(
         for number, chosen in enumerate(order.tensor_split(steps)):
             step = epoch * steps + number
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, settings.epochs, settings.warmup_epochs, group["peak"], 0.0)
+                group["lr"] = learning_rate(
+                    step, steps, settings.epochs, warmup_epochs=settings.warmup_epochs, lr=group["peak"], min_lr=0.0
+                )
             seen, truth = features[chosen], labels[chosen]
             loss = torch.stack([F.cross_entropy(probe(seen), truth) for probe in probes])
             optimizer.zero_grad()
@@ -149,7 +151,7 @@ def fit(
     return probes, [list(own) for own in zip(*losses, strict=True)]
 
 
-def lars_groups(probe: Probe, lr: float, batch: int, taken: int) -> list[dict[str, Any]]:
+def lars_groups(probe: Probe, lr: float, batch: int, *, taken: int) -> list[dict[str, Any]]:
     """LARS's groups of a probe whose learning rate ``lr`` is that of a batch of 256, for ``batch`` as set and as taken.
 
     Without weight decay timm's Lars is plain SGD unless told to adapt; the bias is not adapted. LARS makes a step

@@ -47,7 +47,7 @@ def predict(
     outputs: dict[int, tuple[tuple[Tensor, Tensor], Tensor, list[str]]] = {}
     rejected: dict[int, list[dict[str, Any]]] = {}
     with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
-        for run, batch in zip(own, crop_batches(split, own, crop, workers, world.device), strict=True):
+        for run, batch in zip(own, crop_batches(split, own, crop, workers=workers, device=world.device), strict=True):
             crops = batch.crops
             rejected[run] = crops.rejected
             if len(crops.labels):

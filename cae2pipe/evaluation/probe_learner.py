@@ -107,7 +107,9 @@ class ProbeLearner:
             return outputs
 
     def _rate(self, step: int, peak: float) -> float:
-        return learning_rate(step, self.schedule.steps, self.schedule.epochs, self.warmup_epochs, peak, 0.0)
+        return learning_rate(
+            step, self.schedule.steps, self.schedule.epochs, warmup_epochs=self.warmup_epochs, lr=peak, min_lr=0.0
+        )
 
     def rate(self, step: int) -> float:
         return self._rate(step, self.optimizer.param_groups[0]["peak"])

@@ -47,6 +47,7 @@ def render_views(
     images: Sequence[Tensor],
     draws: np.ndarray | Tensor,
     size: int,
+    *,
     backend: str | Callable[..., Any] | None = None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
@@ -100,7 +101,7 @@ def render_views(
     return views
 
 
-def jittered(planes: Tensor, view: Tensor, pixels: Tensor, grey: Tensor, factors: Tensor, before: int) -> Tensor:
+def jittered(planes: Tensor, view: Tensor, pixels: Tensor, *, grey: Tensor, factors: Tensor, before: int) -> Tensor:
     """Images with brightness, contrast and saturation adjusted, each in its own order.
 
     Args:
@@ -136,7 +137,7 @@ def blended(base: Tensor, planes: Tensor, factor: Tensor) -> Tensor:
     return (product + base).clamp(0, 255).to(torch.uint8)
 
 
-def resampled(flat: Tensor, start: Tensor, step: Tensor, weights: Tensor) -> Tensor:
+def resampled(flat: Tensor, start: Tensor, step: Tensor, *, weights: Tensor) -> Tensor:
     """Weighted sums of pixels that lie ``step`` apart.
 
     Args:
@@ -214,7 +215,7 @@ class RenderPlan:
                 taps_across=int(taps[across[low:high]].max()),
                 taps_down=int(taps[down[low:high]].max()),
             )
-            for low, high in _cut(before, blocks, height, size)
+            for low, high in _cut(before, blocks, height, size=size)
         ]
         members = [group.views.stop - group.views.start for group in groups]
         offset = ends[:-1] - np.repeat([group.blocks.start for group in groups], members)
@@ -235,7 +236,7 @@ class RenderPlan:
         )
 
 
-def _cut(before: np.ndarray, blocks: np.ndarray, height: np.ndarray, size: int) -> list[tuple[int, int]]:
+def _cut(before: np.ndarray, blocks: np.ndarray, height: np.ndarray, *, size: int) -> list[tuple[int, int]]:
     """Where groups begin and end; heights fall within those of equal ``before``."""
     groups: list[tuple[int, int]] = []
     begin = taken = 0

@@ -61,7 +61,7 @@ def decode_view(data: bytes, size: int | None = None) -> np.ndarray:
 
 
 def decode_jpegs(
-    images: list[Tensor], keys: Sequence[str], device: torch.device, size: int | None = None
+    images: list[Tensor], keys: Sequence[str], device: torch.device, *, size: int | None = None
 ) -> list[Tensor]:
     """The pixels of JPEGs, uint8 (3, H, W) each on ``device``, decoded there: by nvJPEG on a CUDA device, whose pixels
     differ a little from ``open_jpeg``'s; by libjpeg on the CPU, with the same pixels.

@@ -32,7 +32,7 @@ def keep_image(image: Image.Image, settings: ViewSettings) -> bytes:
     return encode_jpeg(reduce_image(image, settings.kept_side), settings)
 
 
-def view_pixels(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, size: int) -> np.ndarray:
+def view_pixels(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, *, size: int) -> np.ndarray:
     """A view's pixels, uint8 (S, S, 3), from what is kept of it.
 
     Args:

@@ -60,7 +60,7 @@ class ViewDraw:
 DRAW_COLUMNS = tuple(field.name for field in fields(ViewDraw))
 
 
-def draw_view(settings: ViewSettings, seed: int, key: str, view: int, height: int, width: int) -> ViewDraw:
+def draw_view(settings: ViewSettings, seed: int, key: str, *, view: int, height: int, width: int) -> ViewDraw:
     """The draw of view ``view`` of the image with key ``key``, which is ``height`` x ``width`` pixels.
 
     It depends on the arguments alone. The number of uniforms is fixed, so that no draw shifts another.
@@ -68,7 +68,7 @@ def draw_view(settings: ViewSettings, seed: int, key: str, view: int, height: in
     uniforms = keyed_uniforms(ARTIFACTS + 4 * TRIES, "view", seed, key, view).tolist()
     low, span = 1 - settings.jitter, 2 * settings.jitter
     brightness, contrast, saturation = (low + span * u for u in uniforms[FACTORS])
-    top, left, box_height, box_width = draw_box(settings, uniforms[ARTIFACTS:], height, width)
+    top, left, box_height, box_width = draw_box(settings, uniforms[ARTIFACTS:], height, width=width)
     return ViewDraw(
         top=top,
         left=left,
@@ -84,7 +84,7 @@ def draw_view(settings: ViewSettings, seed: int, key: str, view: int, height: in
     )
 
 
-def draw_box(settings: ViewSettings, uniforms: list[float], height: int, width: int) -> tuple[int, int, int, int]:
+def draw_box(settings: ViewSettings, uniforms: list[float], height: int, *, width: int) -> tuple[int, int, int, int]:
     """Top, left, height, width of a random resized crop; four uniforms a try."""
     (small, large), (narrow, wide) = settings.scale, settings.ratio
     for area_draw, ratio_draw, top_draw, left_draw in zip(*[iter(uniforms)] * 4, strict=True):

@@ -143,14 +143,14 @@ class StreamSource:
         self.stream = stream
         # A reader keeps its store's index, keys and member offsets: about 0.2 MB.
         self._reader = functools.lru_cache(maxsize=64)(
-            lambda name: StoreReader(plan.root, plan.units[name], plan.layout, plan.cache)
+            lambda name: StoreReader(plan.root, plan.units[name], plan.layout, cache=plan.cache)
         )
 
     def samples(self, epoch: int, skip: int) -> Iterator[tuple[Pool, int]]:
         """The epoch's samples after the first ``skip``, as (pool, position in it). Skipped windows are not read."""
         plan = self.plan
-        pieces = stream_pieces(plan.blocks, plan.seed, epoch, plan.streams, [self.stream])[self.stream]
-        for window in windows(pieces, plan.window, plan.seed, epoch, self.stream):
+        pieces = stream_pieces(plan.blocks, plan.seed, epoch, streams=plan.streams, wanted=[self.stream])[self.stream]
+        for window in windows(pieces, plan.window, plan.seed, epoch=epoch, stream=self.stream):
             if skip >= len(window.order):
                 skip -= len(window.order)
                 continue
@@ -191,10 +191,12 @@ def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
         iterators = [source.samples(epoch, first * plan.per_stream) for source in sources]
         for step in range(first, plan.steps):
             picked = [_take(iterator, plan.per_stream) for iterator in iterators]
-            yield assemble(plan, epoch, epoch * plan.steps + step, streams, picked)
+            yield assemble(plan, epoch, epoch * plan.steps + step, streams=streams, picked=picked)
 
 
-def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[list[tuple[Pool, int] | None]]) -> Batch:
+def assemble(
+    plan: Plan, epoch: int, step: int, *, streams: range, picked: list[list[tuple[Pool, int] | None]]
+) -> Batch:
     """The batch part made of the samples picked from each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
     count, rows = len(flat), len(flat) * plan.repeat
@@ -212,7 +214,7 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     if plan.decode:
         for row, item in enumerate(flat):
             if item:
-                pixels[row] = _decode(plan, *item, epoch)
+                pixels[row] = _decode(plan, *item, epoch=epoch)
     drop = np.concatenate(
         [
             keyed_uniforms(len(items) * plan.repeat * plan.drop_columns, "drop", plan.seed, step, stream)
@@ -223,7 +225,7 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     return Batch(
         epoch=epoch,
         step=step,
-        real=real_samples(plan.samples, plan.streams, plan.per_stream, step % plan.steps),
+        real=real_samples(plan.samples, plan.streams, plan.per_stream, step=step % plan.steps),
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
         jpegs=torch.from_numpy(packed.copy()),
         sizes=torch.tensor([0 if plan.decode else len(image) for image in images]),
@@ -238,12 +240,12 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     )
 
 
-def _decode(plan: Plan, pool: Pool, position: int, epoch: int) -> np.ndarray:
+def _decode(plan: Plan, pool: Pool, position: int, *, epoch: int) -> np.ndarray:
     image, key = pool.images[position], pool.keys[position]
     if plan.fresh:
         return plan.fresh.render(image, key, epoch)
     try:
-        return view_pixels(image, pool.draws[position], plan.replayed, plan.size)
+        return view_pixels(image, pool.draws[position], plan.replayed, size=plan.size)
     except ImageError as error:
         raise DamageError(error.what, where=f"key {key}", fix=error.fix) from None
 

@@ -17,7 +17,7 @@ from cae2pipe.runtime.upload import upload_ahead
 
 
 def on_device(
-    steps: Iterator[list[Batch]], axes: Mapping[str, int], device: torch.device, backend: str | None = None
+    steps: Iterator[list[Batch]], axes: Mapping[str, int], device: torch.device, *, backend: str | None = None
 ) -> Iterator[Batch]:
     """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples. ``backend``: what
     compiles the cutting of replayed views, where the device does that; None: nothing.
@@ -35,8 +35,8 @@ def on_device(
     def move(parts: list[Batch]) -> Batch:
         return decoded(join([part.to(device) for part in parts], axes), device, backend)
 
-    with closing(in_threads(_pin, ((parts,) for parts in steps), 2, 3)) as pinned:
-        yield from upload_ahead(pinned, move, device, stream)
+    with closing(in_threads(_pin, ((parts,) for parts in steps), 2, most=3)) as pinned:
+        yield from upload_ahead(pinned, move, device, stream=stream)
 
 
 def _pin(parts: list[Batch]) -> list[Batch]:
@@ -59,10 +59,10 @@ def decoded(batch: Batch, device: torch.device, backend: str | None = None) -> B
         return replace(batch, pixels=whole)
     keys, size, replayed = [batch.keys[row] for row in jpegs], whole.shape[-1], batch.draws.shape[1] > 0
     try:
-        images = decode_jpegs(list(jpegs.values()), keys, device, None if replayed else size)
+        images = decode_jpegs(list(jpegs.values()), keys, device, size=None if replayed else size)
         if replayed:
             names = [f"key {key}" for key in keys]
-            pixels = render_views(images, batch.draws[list(jpegs)], size, backend, names)
+            pixels = render_views(images, batch.draws[list(jpegs)], size, backend=backend, names=names)
         else:
             pixels = torch.stack(images)
     except ImageError as error:

@@ -38,7 +38,9 @@ class FreshViews:
     def render(self, data: bytes, key: str, epoch: int) -> np.ndarray:
         """The view of an epoch, uint8 (H, W, 3). It never becomes a JPEG, as none did when this was published."""
         image = decode_rgb(data, where=f"{self.originals.root}, key {key}")
-        draw = draw_view(self.settings, keyed_seed("fresh", self.seed), key, epoch, image.height, image.width)
+        draw = draw_view(
+            self.settings, keyed_seed("fresh", self.seed), key, view=epoch, height=image.height, width=image.width
+        )
         return np.asarray(render_view(image, draw, self.settings))
 
 

@@ -46,7 +46,7 @@ class _Parts:
         return batches(self.plan, worker_streams(self.served, workers, worker), self.start)
 
 
-def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
+def load_parts(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
     """A rank's batches from global step ``start`` to the end of the last epoch, on the CPU, each in the parts that the
     workers give.
 
@@ -69,7 +69,7 @@ def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int =
         yield step
 
 
-def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+def load_batches(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
     """The same, whole."""
     axes = plan.layout.sample_axes()
     return (join(parts, axes) for parts in load_parts(plan, start, workers, rank=rank, ranks=ranks))

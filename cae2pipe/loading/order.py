@@ -52,7 +52,7 @@ def view_of(block: BlockRef, seed: int, epoch: int) -> int:
 
 
 def stream_pieces(
-    blocks: Sequence[BlockRef], seed: int, epoch: int, streams: int, wanted: Sequence[int]
+    blocks: Sequence[BlockRef], seed: int, epoch: int, *, streams: int, wanted: Sequence[int]
 ) -> dict[int, list[BlockSlice]]:
     """The pieces of the ``wanted`` streams in an epoch, in order. All streams together hold every sample once."""
     line = keyed_permutation(len(blocks), "blocks", seed, epoch)
@@ -73,7 +73,7 @@ def stream_pieces(
     return result
 
 
-def windows(pieces: Sequence[BlockSlice], window: int, seed: int, epoch: int, stream: int) -> Iterator[Window]:
+def windows(pieces: Sequence[BlockSlice], window: int, seed: int, *, epoch: int, stream: int) -> Iterator[Window]:
     """A stream's pieces in windows of up to ``window`` of them, each shuffled by (seed, epoch, stream, number)."""
     for number, start in enumerate(range(0, len(pieces), window)):
         chosen = tuple(pieces[start : start + window])
@@ -86,7 +86,7 @@ def steps_per_epoch(samples: int, batch: int, last_batch: str) -> int:
     return samples // batch if last_batch == "drop" else -(-samples // batch)
 
 
-def real_samples(samples: int, streams: int, per_stream: int, step: int) -> int:
+def real_samples(samples: int, streams: int, per_stream: int, *, step: int) -> int:
     """Samples, over all streams, that are not padding in step ``step`` of an epoch of ``samples``."""
     ends = [samples * stream // streams for stream in range(streams + 1)]
     lengths = np.diff(ends)

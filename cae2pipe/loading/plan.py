@@ -16,7 +16,7 @@ def chosen_stores(targets: TargetSet, settings: PretrainSettings) -> list[str]:
     return sorted(name for name, unit in targets.stores.items() if unit["view"] < views)
 
 
-def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, drop_columns: int) -> Plan:
+def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, *, drop_columns: int) -> Plan:
     """What the loader must know, from the set and the settings.
 
     Raises:

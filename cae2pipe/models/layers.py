@@ -13,7 +13,7 @@ EPS = 1e-6
 """Epsilon of every LayerNorm (released code)."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     """Multi-head attention of q (B, Q, C) over k and v (B, K, C), to (B, Q, C). C is a multiple of ``heads``."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = F.linear(x, self.qkv.weight, self.qkv_bias()).chunk(3, dim=-1)
-        projected: Tensor = self.proj(attend(q, k, v, self.heads))
+        projected: Tensor = self.proj(attend(q, k, v, heads=self.heads))
         return projected
 
 
@@ -142,7 +142,7 @@ class CrossAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = F.linear(q, self.q.weight, self.q_bias)
         v = F.linear(v, self.v.weight, self.v_bias)
-        projected: Tensor = self.proj(attend(q, self.k(k), v, self.heads))
+        projected: Tensor = self.proj(attend(q, self.k(k), v, heads=self.heads))
         return projected
 
 

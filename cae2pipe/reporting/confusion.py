@@ -43,11 +43,11 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Picture:
     draw = ImageDraw.Draw(page)
     draw.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline=GREY)
     draw.text((margin + side // 2, 16), f"predicted class ({len(names)})", fill=INK, font=font, anchor="mm")
-    turned(page, "true class", (16, margin + side // 2), font)
+    turned(page, "true class", (16, margin + side // 2), font=font)
     for number, label in enumerate(labels):
         middle = margin + CELL * number + CELL // 2
         draw.text((margin - 8, middle), label, fill=GREY, font=font, anchor="rm")
-        turned(page, label, (middle, margin - 8 - round(font.getlength(label)) // 2), font, GREY)
+        turned(page, label, (middle, margin - 8 - round(font.getlength(label)) // 2), font=font, fill=GREY)
         for column, share in enumerate(shares[number]):
             if counts[number, column]:
                 centre = margin + CELL * column + CELL // 2, middle
@@ -60,6 +60,7 @@ def turned(
     page: Image.Image,
     text: str,
     middle: tuple[int, int],
+    *,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     fill: tuple[int, int, int] = INK,
 ) -> None:

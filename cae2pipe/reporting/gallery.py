@@ -124,11 +124,11 @@ def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
     for index, one in enumerate(some):
         line: list[Child] = [
             photograph(resized_picture(one.view, SIDE, SIDE), "A stored view"),
-            latents(one.teacher, one.mask.shape, basis, "the teacher"),
+            latents(one.teacher, one.mask.shape, basis, whose="the teacher"),
         ]
         for name, previews in by_student.items():
             own = previews[index]
-            shown = latents(own.student, own.mask.shape, basis, name)
+            shown = latents(own.student, own.mask.shape, basis, whose=name)
             line.append(
                 element("div", shown, element("figcaption", BLANK if math.isnan(own.cosine) else f"{own.cosine:.2f}"))
             )
@@ -150,10 +150,10 @@ def photograph(picture: Picture, alt: str) -> Html:
     return image(jpeg_uri(picture, quality=80), alt)
 
 
-def latents(tokens: np.ndarray, shape: tuple[int, ...], basis: ColourBasis, whose: str) -> Html:
+def latents(tokens: np.ndarray, shape: tuple[int, ...], basis: ColourBasis, *, whose: str) -> Html:
     """Latents (P, D) as colours; tokens of length 0 are black."""
     rows, cols = shape
-    colours = latent_colours(tokens, rows, cols, basis)
+    colours = latent_colours(tokens, rows, cols, basis=basis)
     colours[~tokens.any(axis=1).reshape(shape)] = 0
     return image(png_uri(colours), f"Latents of {whose} as colours", pixelated=True)
 

@@ -20,7 +20,7 @@ PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
 
 
 def model_card(
-    name: str, layout: ExportLayout, shape: Shape, run: RunArtifact | None, scores: Sequence[ScoreRow]
+    name: str, layout: ExportLayout, shape: Shape, *, run: RunArtifact | None, scores: Sequence[ScoreRow]
 ) -> str:
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 

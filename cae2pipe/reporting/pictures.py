@@ -48,7 +48,7 @@ def colour_basis(latents: np.ndarray) -> ColourBasis:
     return ColourBasis(mean, axes, low, high)
 
 
-def latent_colours(latents: np.ndarray, rows: int, cols: int, basis: ColourBasis) -> Picture:
+def latent_colours(latents: np.ndarray, rows: int, cols: int, *, basis: ColourBasis) -> Picture:
     """Latents (rows * cols, D) as a picture with one pixel a patch, (rows, cols, 3)."""
     values = (np.asarray(latents, dtype=np.float64) - basis.mean) @ basis.axes
     span = np.maximum(basis.high - basis.low, 1e-12)
@@ -70,7 +70,7 @@ def resized_picture(picture: Picture, height: int, width: int) -> Picture:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def hide_patches(view: Picture, mask: np.ndarray, fill: Colour = (128, 128, 128), strength: float = 0.88) -> Picture:
+def hide_patches(view: Picture, mask: np.ndarray, fill: Colour = (128, 128, 128), *, strength: float = 0.88) -> Picture:
     """The view with its masked patches (mask: bool (rows, cols), True is masked) painted over, a hint left through."""
     hidden = enlarge(mask, view.shape[0], view.shape[1])[..., None]
     painted = view * (1 - strength) + np.array(fill) * strength
@@ -100,7 +100,7 @@ def tiled(rows: Sequence[Sequence[Picture]], gap: int = 6, fill: Colour = (255, 
     return sheet
 
 
-def captioned(sheet: Picture, captions: Sequence[tuple[int, str]], height: int = 30, margin: int = 12) -> Picture:
+def captioned(sheet: Picture, captions: Sequence[tuple[int, str]], height: int = 30, *, margin: int = 12) -> Picture:
     """A sheet on a white card with captions above, each centred about its x (pixels of the sheet)."""
     page = Image.new("RGB", (sheet.shape[1] + 2 * margin, sheet.shape[0] + height + 2 * margin), (255, 255, 255))
     page.paste(Image.fromarray(sheet), (margin, margin + height))

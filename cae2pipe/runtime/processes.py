@@ -36,7 +36,7 @@ def worker_count(setting: int, most: int | None = None) -> int:
 
 
 def ahead(
-    pool: Executor, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], most: int
+    pool: Executor, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], *, most: int
 ) -> Generator[T, None, None]:
     """``function(*task)`` of every task, in order, with up to ``most`` begun and not yet given out."""
     pending: deque[Future[T]] = deque()

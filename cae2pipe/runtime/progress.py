@@ -57,7 +57,7 @@ class Lines:
     """
 
     def __init__(
-        self, title: str, file: TextIO, clock: Callable[[], float] = time.monotonic, interval: float = 10.0
+        self, title: str, file: TextIO, clock: Callable[[], float] = time.monotonic, *, interval: float = 10.0
     ) -> None:
         self.title = title
         self.file = file

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def in_threads(
-    function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], threads: int, most: int
+    function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], threads: int, *, most: int
 ) -> Generator[T, None, None]:
     """``function(*task)`` of every task, in order, with up to ``most`` begun and not yet given out.
 
@@ -22,4 +22,4 @@ def in_threads(
     the cores; and some results would depend, in their last bits, on how many cores there are.
     """
     with ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from ahead(pool, function, tasks, most)
+        yield from ahead(pool, function, tasks, most=most)

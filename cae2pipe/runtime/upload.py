@@ -25,7 +25,7 @@ T = TypeVar("T", bound=Tensors)
 
 
 def upload_ahead(
-    items: Iterable[S], move: Callable[[S], T], device: torch.device, stream: torch.cuda.Stream
+    items: Iterable[S], move: Callable[[S], T], device: torch.device, *, stream: torch.cuda.Stream
 ) -> Iterator[T]:
     """``move(item)`` of every item, done on ``stream`` of ``device``. Each is begun before the last one is given
     out, to be used on the stream that is current then.
@@ -70,7 +70,7 @@ def pinned(items: Iterable[T], device: torch.device) -> Iterator[T]:
     def pin(item: T) -> T:
         return item.map(lambda tensor: tensor.pin_memory())
 
-    with closing(in_threads(pin, ((item,) for item in items), 2, 3)) as ready:
+    with closing(in_threads(pin, ((item,) for item in items), 2, most=3)) as ready:
         yield from ready
 
 
@@ -97,4 +97,4 @@ def uploaded(items: Iterable[T], device: torch.device, stream: torch.cuda.Stream
     def move(item: T) -> T:
         return item.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    yield from upload_ahead(items, move, device, stream)
+    yield from upload_ahead(items, move, device, stream=stream)

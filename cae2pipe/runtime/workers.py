@@ -78,7 +78,7 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
     started: list[_Worker] = []
     grace = GRACE
     try:
-        _start(source, workers, preload, started)
+        _start(source, workers, preload, started=started)
         # A list that ends in the middle of a round leaves some workers without an item in it, and so does a stream.
         turns, first = list(started), True
         while turns:
@@ -118,7 +118,7 @@ def _share(source: Listed[T] | Streamed[T], worker: int, workers: int) -> Iterat
 
 
 def _start(
-    source: Listed[object] | Streamed[object], workers: int, preload: Sequence[str], started: list[_Worker]
+    source: Listed[object] | Streamed[object], workers: int, preload: Sequence[str], *, started: list[_Worker]
 ) -> None:
     refuse_import_of_main()
     shorten_sockets()
@@ -209,7 +209,7 @@ def _join(workers: list[_Worker], seconds: float) -> None:
         worker.process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int) -> None:
+def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, *, workers: int) -> None:
     prepare_worker()
     torch.set_num_threads(1)
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()

@@ -128,7 +128,7 @@ def scan_class_tars(root: Path, tars: Sequence[Tar], passed_over: Counter[str] |
         ]
         passed_over += contents.passed_over
         notes += contents.notes
-    return make_source(root, sorted(labels), images, passed_over, notes)
+    return make_source(root, sorted(labels), images, passed_over=passed_over, notes=notes)
 
 
 def scan_tree(path: Path, contents: Contents) -> Source:
@@ -159,7 +159,7 @@ def scan_tree(path: Path, contents: Contents) -> Source:
         Found("/".join(names), labels.get(names[0], -1), image.bytes, path, image.offset)
         for names, image in zip(parts, contents.images, strict=True)
     ]
-    return make_source(path, sorted(tops), images, contents.passed_over, contents.notes)
+    return make_source(path, sorted(tops), images, passed_over=contents.passed_over, notes=contents.notes)
 
 
 def read_contents(path: Path, inner: Member | None = None) -> Contents:

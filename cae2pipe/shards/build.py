@@ -36,7 +36,7 @@ from cae2pipe.shards.source import scan
 from cae2pipe.shards.tar import write_samples
 
 
-def build_shard_set(source: Path, out: Path, settings: ShardSettings, report: Report) -> ShardSet:
+def build_shard_set(source: Path, out: Path, settings: ShardSettings, *, report: Report) -> ShardSet:
     """Make, or go on making, the shard set ``out`` from images.
 
     Raises:
@@ -45,11 +45,11 @@ def build_shard_set(source: Path, out: Path, settings: ShardSettings, report: Re
     """
     images = scan(source)
     refuse_inside(source, out)
-    return pack(images, out, settings, report)
+    return pack(images, out, settings, report=report)
 
 
 def pack(
-    source: Source, out: Path, settings: ShardSettings, report: Report, remake: Collection[str] | None = None
+    source: Source, out: Path, settings: ShardSettings, *, report: Report, remake: Collection[str] | None = None
 ) -> ShardSet:
     """``build_shard_set`` of a scanned source.
 
@@ -91,7 +91,10 @@ def pack(
             for name, run in missing.items():
                 expected = artifact.units[name]["files"] if name in artifact.units else None
                 artifact.add(
-                    name, write_run(artifact.root, name, run, counted(islice(checked, len(run)), report), expected)
+                    name,
+                    write_run(
+                        artifact.root, name, run, images=counted(islice(checked, len(run)), report), expected=expected
+                    ),
                 )
         finish_shards(artifact)
         kept, rejected = sum(unit["samples"] for unit in artifact.units.values()), artifact.facts["rejected"]
@@ -119,7 +122,7 @@ def counted(images: Iterator[Checked], report: Report) -> Iterator[Checked]:
 
 
 def write_run(
-    root: Path, name: str, run: list[Entry], images: Iterator[Checked], expected: dict[str, FileEntry] | None = None
+    root: Path, name: str, run: list[Entry], *, images: Iterator[Checked], expected: dict[str, FileEntry] | None = None
 ) -> TarUnit:
     """Write the tar of a run's images that can be decoded, and its index; return the manifest's entry.
 

@@ -103,7 +103,7 @@ def checking(workers: int) -> Iterator[Check]:
         with shielded():
             pool.submit(int)  # which starts all of them
         yield lambda pieces: chain.from_iterable(
-            ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), AHEAD * count)
+            ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), most=AHEAD * count)
         )
     except BrokenProcessPool:
         raise worker_died(None, gave=True) from None

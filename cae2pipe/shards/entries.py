@@ -75,6 +75,7 @@ def make_source(
     root: Path,
     classes: list[str],
     images: Iterable[Found],
+    *,
     passed_over: Counter[str] | None = None,
     notes: Iterable[str] = (),
 ) -> Source:

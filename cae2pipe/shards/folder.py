@@ -26,7 +26,7 @@ from cae2pipe.shards.kinds import (
 FIX_SOURCE = "give a folder of images (class/*.jpg, or *.jpg), a .tar, a folder of .tar, or a .txt list of paths"
 
 
-def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str], hidden: int = 0) -> Source:
+def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str], *, hidden: int = 0) -> Source:
     """The images of ``root``: ``class/**/*.jpg``, or ``*.jpg`` without classes.
 
     Args:
@@ -88,7 +88,7 @@ def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str
             listed.append(Found(path, label, file_bytes(root / path) if size is None else size))
         else:
             passed_over[kind(path)] += 1
-    return make_source(root, folders, listed, passed_over)
+    return make_source(root, folders, listed, passed_over=passed_over)
 
 
 def find_images(root: Path, files: Collection[str]) -> frozenset[str]:

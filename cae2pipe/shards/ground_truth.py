@@ -75,7 +75,7 @@ def with_ground_truth(source: Source, truth: GroundTruth) -> Source:
         labelled_images.append(
             Found(path, labels[name], entry.bytes, entry.file or source.root / entry.path, entry.offset)
         )
-    return make_source(source.root, truth.classes, labelled_images, source.passed_over, source.notes)
+    return make_source(source.root, truth.classes, labelled_images, passed_over=source.passed_over, notes=source.notes)
 
 
 def read_ground_truth(path: Path) -> GroundTruth:

@@ -46,7 +46,7 @@ def with_listings(source: Source, artifact: ShardsArtifact) -> list[list[Entry]]
         if rows is None:
             lost.append(name)
         else:
-            listed[name] = [_same(left, path, size, source, artifact) for path, size in rows]
+            listed[name] = [_same(left, path, size, source=source, artifact=artifact) for path, size in rows]
     for name in lost:
         # All that the other listings do not hold: if it was that, its digest says so.
         listed[name] = sorted(left.values(), key=lambda entry: entry.path)
@@ -88,7 +88,7 @@ def read_listing(artifact: ShardsArtifact, name: str) -> list[tuple[str, int]] |
     return [(path, size) for path, size in rows]
 
 
-def _same(left: dict[str, Entry], path: str, size: int, source: Source, artifact: ShardsArtifact) -> Entry:
+def _same(left: dict[str, Entry], path: str, size: int, *, source: Source, artifact: ShardsArtifact) -> Entry:
     entry = left.pop(path, None)
     if entry is None or entry.bytes != size:
         raise MismatchError(

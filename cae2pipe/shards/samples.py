@@ -109,7 +109,7 @@ def scan_samples(root: Path, tars: Sequence[Tar], passed_over: Counter[str] | No
     if kinds == {False} and any("/" in image.name for tar in tars for image in tar.contents.images):
         notes.append("these tars hold no labels (.cls); the folders in them are not taken for classes")
     most = max(image.label for image in listed) + 1
-    return make_source(root, sample_classes(root, most), listed, passed_over, notes)
+    return make_source(root, sample_classes(root, most), listed, passed_over=passed_over, notes=notes)
 
 
 def paired(contents: Contents, where: Path) -> list[int]:

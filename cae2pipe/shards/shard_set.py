@@ -133,7 +133,7 @@ class ShardSet:
         return samples
 
 
-def read_image(tar: Path, offset: int, size: int, crc32c: int) -> bytes:
+def read_image(tar: Path, offset: int, size: int, *, crc32c: int) -> bytes:
     """One image's bytes out of a tar.
 
     Raises:

@@ -60,7 +60,7 @@ def _scan(root: Path) -> Source:
         images = find_images(root, files)
         tars = [name for name in files if is_tar(name)]
         if not tars or images or folder_splits(root, files):
-            return scan_folder(root, files, images, hidden)
+            return scan_folder(root, files, images, hidden=hidden)
         if deeper := sorted(name for name in tars if "/" in name):
             raise SourceError(
                 f"there are tars in folders of this folder: {deeper[0]}",

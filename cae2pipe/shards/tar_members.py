@@ -63,7 +63,7 @@ def read_members(file: BinaryIO, start: int, size: int) -> Iterator[TarMember]:
                 raise TarFormatError(f"the archive is cut off inside {info.name!r}")
             end = following
             yield TarMember(info, start + begin + info.offset_data, archive)
-        begin = _following(file, start, begin + end, size)
+        begin = _following(file, start, begin + end, size=size)
         archive += 1
 
 
@@ -114,7 +114,7 @@ def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
         raise TarFormatError(f"this archive cannot be read: {error}") from None
 
 
-def _following(file: BinaryIO, start: int, end: int, size: int) -> int | None:
+def _following(file: BinaryIO, start: int, end: int, *, size: int) -> int | None:
     """Where another archive begins behind the one whose members end at ``end``; None where only zeros follow."""
     position = end
     while position < size:

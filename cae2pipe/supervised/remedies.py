@@ -28,7 +28,7 @@ def smaller_chunk(settings: Trained, images: int, ranks: int) -> int | None:
     return None
 
 
-def chunk_remedy(settings: Trained, images: int, ranks: int, begun: bool) -> str:
+def chunk_remedy(settings: Trained, images: int, ranks: int, *, begun: bool) -> str:
     """Where a training step's chunk of ``images`` does not fit. ``begun``: the output folder has a checkpoint."""
     chunk = smaller_chunk(settings, images, ranks)
     if chunk is None:

@@ -75,7 +75,7 @@ def _share(items: int, parts: int, number: int) -> slice:
 
 
 def full_batches(
-    images: int, batch: int, chunk: int, epochs: int, seed: int, length: int | None = None
+    images: int, batch: int, chunk: int, *, epochs: int, seed: int, length: int | None = None
 ) -> TrainSchedule:
     """Batches of one size in chunks of one size; what an epoch leaves over comes in another one. With ``length``, as
     many epochs as that many steps take.
@@ -101,7 +101,7 @@ def full_batches(
     )
 
 
-def all_images(images: int, batch: int, steps: int, chunk: int, epochs: int, seed: int) -> TrainSchedule:
+def all_images(images: int, batch: int, steps: int, *, chunk: int, epochs: int, seed: int) -> TrainSchedule:
     """Every image in every epoch, in steps and chunks of nearly equal size."""
     chunks = max(1, math.ceil(min(batch, images) / chunk))
     return TrainSchedule(images, used=images, steps=steps, chunks=chunks, epochs=epochs, seed=seed)

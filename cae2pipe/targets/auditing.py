@@ -51,7 +51,7 @@ def choose(targets: TargetSet, count: int, seed: int) -> dict[tuple[str, int], l
     return dict(chosen)
 
 
-def audit(targets: TargetSet, teacher: Teacher, count: int, seed: int = 0) -> Audit:
+def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) -> Audit:
     """Run the teacher on ``count`` random stored views.
 
     Raises:

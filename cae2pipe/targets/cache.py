@@ -31,7 +31,7 @@ class BlockCache:
         self._used = 0
         self._added = RECOUNT
 
-    def read(self, digest: str, offset: int, size: int, fetch: Callable[[], bytes]) -> bytes:
+    def read(self, digest: str, offset: int, size: int, *, fetch: Callable[[], bytes]) -> bytes:
         """The piece of the file with this SHA-256, from the cache or, and then into it, from ``fetch``."""
         name = hashlib.blake2b(f"{digest} {offset} {size}".encode(), digest_size=20).hexdigest()
         path = self.folder / name[:2] / name

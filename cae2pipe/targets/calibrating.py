@@ -72,7 +72,7 @@ def make_calibration(
     """
     codec = settings.codec
     report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
-    outputs, jpegs = run_sample(shards, teacher, settings, workers)
+    outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
         of_teacher = teacher_facts(teacher, outputs[0])
@@ -81,4 +81,4 @@ def make_calibration(
         return {"teacher": of_teacher, "codec": of_codec, **provenance(teacher.device)}
 
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    store_calibration(artifact, codec, unit, facts, report)
+    store_calibration(artifact, codec, unit, facts=facts, report=report)

@@ -94,7 +94,7 @@ def summarise(raw: Tensor, centred: Tensor) -> Fidelity:
 
 
 def calibrate(
-    unit: Tensor, codec: str, fidelity: float, level: int, rotate_tokens: bool = True
+    unit: Tensor, codec: str, fidelity: float, *, level: int, rotate_tokens: bool = True
 ) -> tuple[Calibration, Fidelity]:
     """Fit on three quarters of the samples, choose the step on the held-out quarter.
 
@@ -115,7 +115,7 @@ def calibrate(
         calibration = Calibration(mean.float())
         if codec == "klt":
             token_basis, spread = token_axes(fit, mean, basis) if rotate_tokens else (None, None)
-            step = find_step(test, mean, basis, fidelity, token_basis, spread)
+            step = find_step(test, mean, basis, fidelity=fidelity, token_basis=token_basis, spread=spread)
             calibration = Calibration(mean.float(), basis.float(), step)
             if token_basis is not None and spread is not None:
                 calibration = replace(calibration, token_basis=token_basis.float(), spread=spread.float())
@@ -161,6 +161,7 @@ def find_step(
     test: Tensor,
     mean: Tensor,
     basis: Tensor,
+    *,
     fidelity: float,
     token_basis: Tensor | None = None,
     spread: Tensor | None = None,
@@ -204,7 +205,7 @@ def find_shuffle(calibration: Calibration, block: Tensor, level: int) -> Calibra
     def size(candidate: Calibration) -> int:
         codec = make_codec("klt", candidate, level)
         spec = codec.arrays()[codec.main]
-        return len(encode_chunk(codec.encode(block)[codec.main], spec.level, spec.shuffle, spec.one_block))
+        return len(encode_chunk(codec.encode(block)[codec.main], spec.level, spec.shuffle, one_block=spec.one_block))
 
     return min(candidates, key=size)
 
@@ -219,7 +220,7 @@ def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
     assert calibration.step is not None
     step, shuffle = calibration.step, calibration.shuffle
     if calibration.token_basis is None or calibration.spread is None:
-        return KltCodec(calibration.mean, calibration.basis, step, level, shuffle)
+        return KltCodec(calibration.mean, calibration.basis, step, level=level, shuffle=shuffle)
     return TokenKltCodec(
         calibration.mean,
         calibration.basis,

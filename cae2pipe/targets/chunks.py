@@ -37,7 +37,7 @@ SHUFFLES: dict[Shuffle, int] = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BI
 """What Blosc does before it compresses, by the names that zarr gives it."""
 
 
-def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle", one_block: bool = False) -> bytes:
+def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle", *, one_block: bool = False) -> bytes:
     """An array's bytes with their checksum, compressed unless ``level`` is 0; ``shuffle`` is one of ``SHUFFLES``.
 
     ``one_block``: in one piece, instead of in pieces as large as Blosc finds right for the level.
@@ -51,7 +51,7 @@ def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle",
     return data + _checksum(data)
 
 
-def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: str, level: int) -> np.ndarray:
+def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: str, *, level: int) -> np.ndarray:
     """Inverse of ``encode_chunk``; read-only where the bytes are used in place.
 
     Raises:

@@ -116,7 +116,7 @@ class KltCodec:
     name = "klt"
     main = "symbols"
 
-    def __init__(self, mean: Tensor, basis: Tensor, step: float, level: int = 1, shuffle: Shuffle = "shuffle"):
+    def __init__(self, mean: Tensor, basis: Tensor, step: float, *, level: int = 1, shuffle: Shuffle = "shuffle"):
         self.mean = mean
         self.basis = basis
         self.step = step
@@ -191,7 +191,7 @@ class TokenKltCodec(KltCodec):
         level: int = 1,
         shuffle: Shuffle = "shuffle",
     ):
-        super().__init__(mean, basis, step, level, shuffle)
+        super().__init__(mean, basis, step, level=level, shuffle=shuffle)
         self.token_basis = token_basis
         self.spread = spread
 

@@ -125,6 +125,7 @@ def encode_ahead(
     blocks: Iterator[RenderedBlock],
     teacher: Teacher,
     layout: StoreLayout,
+    *,
     calibration: Calibration,
     meter: Meter,
     lanes: int,
@@ -148,7 +149,7 @@ def encode_ahead(
 
     with (
         extraction_memory(lanes, teacher.info.precision),
-        closing(in_threads(_encode, tasks(), lanes, lanes + 2)) as encoded,
+        closing(in_threads(_encode, tasks(), lanes, most=lanes + 2)) as encoded,
     ):
         while True:
             began, rendering = time.perf_counter(), meter.rendering
@@ -172,7 +173,7 @@ def run_teacher(
         return block, TeacherOutput(output.tokens.cpu(), attention)
 
     with extraction_memory(lanes, teacher.info.precision):
-        yield from in_threads(run, ((block,) for block in blocks), lanes, lanes + 1)
+        yield from in_threads(run, ((block,) for block in blocks), lanes, most=lanes + 1)
 
 
 class Lane(threading.local):
@@ -211,7 +212,13 @@ def _forward(teacher: Teacher, pixels: Tensor, lane: Lane | None) -> tuple[Teach
 
 @torch.inference_mode()
 def _encode(
-    block: RenderedBlock, index: int, lane: Lane | None, teacher: Teacher, layout: StoreLayout, calibration: Calibration
+    block: RenderedBlock,
+    index: int,
+    lane: Lane | None,
+    *,
+    teacher: Teacher,
+    layout: StoreLayout,
+    calibration: Calibration,
 ) -> EncodedBlock:
     task = block.task
     # A thread's current device is the first one, whatever the main thread's is; a stream brings its own.
@@ -219,12 +226,12 @@ def _encode(
     with within:
         output, ran = _forward(teacher, block.pixels[index], lane)
         check_features(output.tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[index]}")
-        arrays, raw, centred = encode_tokens(output.tokens, output.attention, layout, calibration)
+        arrays, raw, centred = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
     return EncodedBlock(block, index, pack_block(layout, arrays), raw, centred, ran())
 
 
 def encode_tokens(
-    tokens: Tensor, attention: Tensor | None, layout: StoreLayout, calibration: Calibration
+    tokens: Tensor, attention: Tensor | None, layout: StoreLayout, *, calibration: Calibration
 ) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
     """A block's arrays as they are stored, and how near their decoding comes: raw and centred cosines (b * T,)."""
     unit, norms = unit_tokens(tokens)

@@ -49,22 +49,26 @@ def tar_bytes(jpegs: Sequence[bytes]) -> float:
     return sum((3 - (-len(jpeg) // TAR_BLOCK)) * TAR_BLOCK for jpeg in jpegs) / len(jpegs)
 
 
-def price(outputs: Sequence[TeacherOutput], name: str, shape: StoreLayout, fidelity: float, level: int) -> CodecPrice:
+def price(
+    outputs: Sequence[TeacherOutput], name: str, shape: StoreLayout, *, fidelity: float, level: int
+) -> CodecPrice:
     """A codec's price from the teacher's outputs, one a block, on the CPU. ``shape``'s own codec is not looked at."""
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    calibration, reached = calibrate(unit, name, fidelity, level)
+    calibration, reached = calibrate(unit, name, fidelity, level=level)
     codec = make_codec(name, calibration, level)
     layout = StoreLayout(shape.tokens, shape.dim, shape.patches, shape.attention, codec)
     # Whole blocks only: a short one is padded, which says nothing of a large set.
     whole = [output for output in outputs if len(output.tokens) == BLOCK] or list(outputs)
     chunks = 0
     for output in whole:
-        arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration)
+        arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
         chunks += sum(map(len, pack_block(layout, arrays).values()))
     return CodecPrice(name, chunks / sum(len(output.tokens) for output in whole), reached, calibration)
 
 
-def project(images: int, views: int, bytes_per_view: float, extracted_per_s: float, teacher_per_s: float) -> Projection:
+def project(
+    images: int, views: int, bytes_per_view: float, *, extracted_per_s: float, teacher_per_s: float
+) -> Projection:
     """The whole set from a sample's figures.
 
     Args:

@@ -52,9 +52,9 @@ def make_views(
         task for lacking in missing if lacking.views for task in block_tasks(by_name[lacking.shard.name], lacking.views)
     ]
     report.total(sum(lacking.shard.samples * len(lacking.views) for lacking in missing), "views")
-    rendered = render_blocks(Renderer(shards, tasks, settings.view, settings.seed, kept=replayed), workers)
+    rendered = render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed, kept=replayed), workers)
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
-    encoded = encode_ahead(rendered, teacher, layout, calibration, meter, lanes)
+    encoded = encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes)
     writers: deque[ShardWriter] = deque()
     finishing: deque[Future[None]] = deque()
     # Workers are ended whatever happens here: one that is stuck would hold up the end of this process.

@@ -44,6 +44,7 @@ def make_images(
     artifact: TargetsArtifact,
     originals: ShardSet,
     shards: list[Shard],
+    *,
     settings: ViewSettings,
     workers: int,
     report: Report,

@@ -40,7 +40,7 @@ def codec_facts(
     latents = 0
     with one_thread():  # as when blocks are encoded
         for output in outputs:
-            arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration)
+            arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
             latents += sum(map(len, pack_block(layout, arrays).values()))
     return {
         "held_out_fidelity": asdict(fidelity),

@@ -34,6 +34,7 @@ def missing_units(
     artifact: TargetsArtifact,
     shards: ShardSet,
     views: int,
+    *,
     part: WorkShare = WHOLE,
     remake: Collection[str] | None = None,
 ) -> list[MissingUnits]:

@@ -72,7 +72,7 @@ class Renderer:
     """
 
     def __init__(
-        self, shards: ShardSet, tasks: Sequence[Task], settings: ViewSettings, seed: int, *, kept: bool = False
+        self, shards: ShardSet, tasks: Sequence[Task], settings: ViewSettings, *, seed: int, kept: bool = False
     ):
         self.shards = shards
         self.tasks = tasks
@@ -100,7 +100,7 @@ class Renderer:
             else:
                 image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
             for index, view in enumerate(task.views):
-                draw = draw_view(settings, self.seed, sample.key, view, image.height, image.width)
+                draw = draw_view(settings, self.seed, sample.key, view=view, height=image.height, width=image.width)
                 rendered = render_view(image, draw, settings)
                 if not replayed:
                     jpegs[index].append(encode_jpeg(rendered, settings))

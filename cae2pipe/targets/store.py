@@ -106,7 +106,9 @@ def pack_block(layout: StoreLayout, arrays: Mapping[str, np.ndarray]) -> dict[st
             padded = np.zeros(layout.shape(name, BLOCK), dtype=spec.dtype)
             padded[(slice(None),) * spec.sample_axis + (slice(0, count),)] = array
             array = padded
-        chunks[name] = encode_chunk(np.asarray(array, dtype=spec.dtype), spec.level, spec.shuffle, spec.one_block)
+        chunks[name] = encode_chunk(
+            np.asarray(array, dtype=spec.dtype), spec.level, spec.shuffle, one_block=spec.one_block
+        )
     return chunks
 
 
@@ -131,6 +133,7 @@ class StoreWriter:
         keys: Sequence[str],
         labels: np.ndarray,
         draws: np.ndarray,
+        *,
         members: np.ndarray,
         attributes: Mapping[str, Any],
     ) -> None:
@@ -199,7 +202,7 @@ class StoreReader:
         cache: where pieces of remote files are kept.
     """
 
-    def __init__(self, root: Path, unit: StoreUnit, layout: StoreLayout, cache: BlockCache | None = None):
+    def __init__(self, root: Path, unit: StoreUnit, layout: StoreLayout, *, cache: BlockCache | None = None):
         self.root = root
         self._files = unit.get("files", {})
         self._cache = cache
@@ -251,7 +254,7 @@ class StoreReader:
                     self._spans[name] = self._read_index(self._paths[name])
                 offset, length = self._spans[name][block].tolist()
                 data = self._read(self._paths[name], offset, length)
-                chunk = decode_chunk(data, self._shapes[name], spec.dtype, spec.level)
+                chunk = decode_chunk(data, self._shapes[name], spec.dtype, level=spec.level)
             except (ChunkError, OSError) as error:
                 raise self._damage(error, f"{self._paths[name]}, block {block}") from None
             result[name] = chunk[(slice(None),) * spec.sample_axis + (slice(0, count),)]
@@ -308,7 +311,7 @@ class StoreReader:
     def _read(self, path: Path, offset: int, length: int) -> bytes:
         if self._cache is None or is_local(path):
             return _read(path, offset, length)
-        return self._cache.read(self._entry(path)["sha256"], offset, length, lambda: _read(path, offset, length))
+        return self._cache.read(self._entry(path)["sha256"], offset, length, fetch=lambda: _read(path, offset, length))
 
     def _small_array(self, name: str, dtype: str, tail: tuple[int, ...] | None) -> np.ndarray:
         if name not in self._small:
@@ -317,7 +320,7 @@ class StoreReader:
                 data = read_bytes(path) if is_local(path) else self._read(path, 0, self._entry(path)["bytes"])
                 if tail is None:
                     tail = ((len(data) - 4) // self.samples,)
-                self._small[name] = decode_chunk(data, (self.samples, *tail), dtype, 0)
+                self._small[name] = decode_chunk(data, (self.samples, *tail), dtype, level=0)
             except (ChunkError, OSError) as error:
                 raise self._damage(error, str(path)) from None
         return self._small[name]

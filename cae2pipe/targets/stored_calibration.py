@@ -34,6 +34,7 @@ def store_calibration(
     artifact: TargetsArtifact,
     codec: CodecSettings,
     sample: Tensor,
+    *,
     facts: Callable[[Calibration, Fidelity], Mapping[str, Any]],
     report: Report,
 ) -> None:
@@ -46,7 +47,9 @@ def store_calibration(
     Raises:
         DamageError: the set had a calibration, and it does not come out the same.
     """
-    calibration, fidelity = calibrate(sample, codec.name, codec.fidelity, codec.level, rotates_tokens(artifact))
+    calibration, fidelity = calibrate(
+        sample, codec.name, codec.fidelity, level=codec.level, rotate_tokens=rotates_tokens(artifact)
+    )
     if CODEC in artifact.units:
         restore_calibration(artifact, calibration)
         return
@@ -136,7 +139,7 @@ def read_calibration(artifact: TargetsArtifact) -> Calibration:
     tokens = teacher["rows"] * teacher["cols"] + teacher["class_token"]
     rotated = artifact.identity["settings"]["codec"]["name"] == "klt"
     try:
-        calibration = decode_calibration(contents, tokens, teacher["dim"], path)
+        calibration = decode_calibration(contents, tokens, teacher["dim"], where=path)
         if rotated and calibration.basis is None:
             raise ChunkError("it has no basis, which the klt codec needs")
     except (ChunkError, DamageError) as error:
@@ -144,7 +147,7 @@ def read_calibration(artifact: TargetsArtifact) -> Calibration:
     return calibration
 
 
-def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, where: object) -> Calibration:
+def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, *, where: object) -> Calibration:
     """A calibration from the bytes of the files of ``codec.zarr``, by their paths in it.
 
     Args:
@@ -160,7 +163,7 @@ def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, whe
             raise ChunkError(f"{name} is missing")
         if len(contents[chunk]) != 4 * int(np.prod(shape)) + 4:
             raise ChunkError(f"{name} does not have the shape {shape}")
-        values = decode_chunk(contents[chunk], shape, "<f4", 0)
+        values = decode_chunk(contents[chunk], shape, "<f4", level=0)
         if not np.isfinite(values).all():
             raise ChunkError(f"{name} has values that are not finite")
         return torch.from_numpy(values.copy())

@@ -199,7 +199,7 @@ class TargetSet(Sequence[Target]):
         """
         return np.stack(
             [
-                view_pixels(block.jpegs[position], block.draws[position], self.replayed, self.view_size)
+                view_pixels(block.jpegs[position], block.draws[position], self.replayed, size=self.view_size)
                 for position in (range(len(block.jpegs)) if positions is None else positions)
             ]
         )

@@ -88,14 +88,14 @@ class ShardWriter:
         """
         for view, writer in sorted(self.views.items()):
             name = store_name(view, self.shard.name)
-            unit = self._finish_view(view, writer, artifact, kept)
+            unit = self._finish_view(view, writer, artifact, kept=kept)
             if name in artifact.units and artifact.units[name]["files"] != unit["files"]:
                 report.log(f"{name} does not come out as it was: runs that began with it cannot be resumed")
             artifact.add(name, unit)
             writer.stage.discard()
 
     def _finish_view(
-        self, view: int, writer: ViewWriter, artifact: TargetsArtifact, kept: ShardSet | None
+        self, view: int, writer: ViewWriter, artifact: TargetsArtifact, *, kept: ShardSet | None
     ) -> StoreUnit:
         """Finish the store of one view, and its tar where views are stored; return the manifest's entry."""
         keys, labels, jpegs = self.keys, np.concatenate(self.labels), writer.jpegs
@@ -114,8 +114,8 @@ class ShardWriter:
             keys,
             labels,
             np.concatenate([draws for _, draws in writer.rendered]),
-            members,
-            {"codec": layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
+            members=members,
+            attributes={"codec": layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
         )
         files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
         images = artifact.units[images_name(name)] if kept else None

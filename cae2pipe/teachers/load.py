@@ -39,7 +39,7 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     return load_timm(settings, device)
 
 
-def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.device, option: str) -> Teacher:
+def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.device, *, option: str) -> Teacher:
     """The teacher that a target set was made with.
 
     Args:

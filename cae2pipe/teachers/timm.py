@@ -56,7 +56,7 @@ class TimmViT(Teacher):
 class TimmFeatureMap(Teacher):
     """One feature map of a convolutional network. There is no class token."""
 
-    def __init__(self, model: Any, stage: int, info: TeacherInfo, device: torch.device):
+    def __init__(self, model: Any, stage: int, info: TeacherInfo, *, device: torch.device):
         super().__init__(info, device)
         self.model = model.to(device).eval().requires_grad_(False)
         self.stage = stage
@@ -99,7 +99,7 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
     )
     if settings.stage is None:
         return TimmViT(model, info, device)
-    return TimmFeatureMap(model, settings.stage, info, device)
+    return TimmFeatureMap(model, settings.stage, info, device=device)
 
 
 def build_model(settings: TeacherSettings) -> Any:

@@ -28,7 +28,7 @@ def failure_path(out: Path, step: int, rank: int) -> Path:
     return out / FOLDER / (f"step-{step:08d}.pt" if rank == 0 else f"step-{step:08d}-rank{rank}.pt")
 
 
-def save_failure(path: Path, batch: Batch, latents: dict[str, Tensor], context: dict[str, Any]) -> None:
+def save_failure(path: Path, batch: Batch, latents: dict[str, Tensor], *, context: dict[str, Any]) -> None:
     """Write a batch (keys, views, masks, drop path's uniforms: all that was drawn), the latents it was trained on,
     torch's random state, and ``context`` (tensors and plain values)."""
     plain = {field.name: getattr(batch, field.name) for field in fields(batch)}

@@ -36,7 +36,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, loss: LossSettings, codec: Codec, mean: Tensor, class_token: bool, bf16: bool
+        self, model: nn.Module, loss: LossSettings, codec: Codec, *, mean: Tensor, class_token: bool, bf16: bool
     ) -> None:
         super().__init__()
         self.model = model
@@ -53,6 +53,7 @@ class Objective(nn.Module):
         pixels: Tensor,
         latents: Mapping[str, Tensor],
         visible: Tensor,
+        *,
         masked: Tensor,
         drop: Tensor,
         weights: Tensor,
@@ -79,7 +80,7 @@ class Objective(nn.Module):
             prediction,
             target,
             visible,
-            masked,
+            masked=masked,
             settings=self.loss,
             weights=weights,
             has_class_token=self.class_token,
@@ -90,7 +91,7 @@ class Objective(nn.Module):
                 prediction,
                 target,
                 visible,
-                masked,
+                masked=masked,
                 mean=self.mean,
                 weights=weights,
                 has_class_token=self.class_token,
@@ -112,7 +113,9 @@ class Objective(nn.Module):
 def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSettings) -> Objective:
     """The method with its loss against a set's latents, or against the pixels of its views."""
     spec, bf16 = target_spec(settings, targets), settings.precision == "bf16"
-    return Objective(model, settings.loss, targets.layout.codec, spec.mean, spec.class_token, bf16)
+    return Objective(
+        model, settings.loss, targets.layout.codec, mean=spec.mean, class_token=spec.class_token, bf16=bf16
+    )
 
 
 def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -44,7 +46,15 @@ def make_moments(optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def scaled(settings: OptimizerSettings, batch: int) -> tuple[float, float, float]:
-    """Warm-up epochs, peak and final learning rate for a batch: rates scale linearly with it, unless told otherwise."""
+class Rates(NamedTuple):
+    """Of a batch: epochs of warm-up, peak and final learning rate."""
+
+    warmup_epochs: float
+    lr: float
+    min_lr: float
+
+
+def scaled(settings: OptimizerSettings, batch: int) -> Rates:
+    """The rates for a batch: they scale linearly with it, unless told otherwise."""
     factor = batch / REFERENCE_BATCH if settings.scale_lr else 1.0
-    return settings.warmup_epochs, settings.lr * factor, settings.min_lr * factor
+    return Rates(settings.warmup_epochs, settings.lr * factor, settings.min_lr * factor)

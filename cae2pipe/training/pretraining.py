@@ -74,7 +74,9 @@ class Pretraining:
         return with_room(batches, self.settings.loaded_batch // world.ranks, speed)
 
     def step(self, item: Batch, flags: Flags) -> Outcome:
-        return self._step(item, learning_rate(item.step, self.plan.steps, self.settings.epochs, *self.rates), flags)
+        return self._step(
+            item, learning_rate(item.step, self.plan.steps, self.settings.epochs, **self.rates._asdict()), flags
+        )
 
     def out_of_memory(self, item: Batch, reason: str) -> OutOfMemoryError:
         return explain_out_of_memory(self._step, item, self.settings.speed.recompute)

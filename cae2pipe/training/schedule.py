@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def learning_rate(
-    step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float, lr: float, min_lr: float
+    step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: float, lr: float, min_lr: float
 ) -> float:
     """Linear from 0 over the warm-up, then a cosine to ``min_lr``, which the last step reaches (paper, Table 8).
 
@@ -24,14 +24,14 @@ def learning_rate(
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def polynomial_rate(step: int, total: int, warmup: int, lr: float, min_lr: float, power: float) -> float:
+def polynomial_rate(step: int, total: int, warmup: int, *, lr: float, min_lr: float, power: float) -> float:
     """Linear over ``warmup`` steps to what a polynomial from ``lr`` to ``min_lr`` over ``total`` steps has come to
     (paper, Table 11; the shape is CAE's configuration)."""
     rate: float = min_lr + (lr - min_lr) * (1 - step / total) ** power
     return rate * (step + 1) / warmup if step < warmup else rate
 
 
-def step_rate(step: int, steps_per_epoch: int, warmup: int, lr: float, drops: Sequence[int]) -> float:
+def step_rate(step: int, steps_per_epoch: int, warmup: int, *, lr: float, drops: Sequence[int]) -> float:
     """Linear over ``warmup`` steps, then a tenth of itself after each of the epochs ``drops`` (paper, Table 12)."""
     rate = lr * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in drops)
     return rate * (step + 1) / warmup if step < warmup else rate

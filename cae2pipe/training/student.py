@@ -85,7 +85,7 @@ def mask_of(settings: PretrainSettings, view: Target) -> np.ndarray:
 
 @torch.no_grad()
 def preview_latents(
-    model: Method, settings: PretrainSettings, targets: TargetSet, views: Sequence[Target], device: torch.device
+    model: Method, settings: PretrainSettings, targets: TargetSet, *, views: Sequence[Target], device: torch.device
 ) -> list[LatentPreview]:
     """What a student that learns latents predicts of some stored views, under the masks of its first epoch."""
     model = model.to(device)
@@ -113,7 +113,7 @@ def preview_latents(
 
 
 @torch.no_grad()
-def image_features(model: Method, views: Sequence[Target], device: torch.device, batch: int = 64) -> Tensor:
+def image_features(model: Method, views: Sequence[Target], device: torch.device, *, batch: int = 64) -> Tensor:
     """The encoder's mean patch of each whole view, of unit length, (N, W) on the CPU."""
     encoder = model.to(device).encoder
     parts = [

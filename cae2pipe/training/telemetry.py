@@ -179,7 +179,7 @@ def wandb_id(marker: Path) -> str:
 TRACKERS: dict[str, type[TensorBoard | Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
-def make_tracker(name: str, out: Path, settings: PretrainSettings, start: int) -> TensorBoard | Wandb:
+def make_tracker(name: str, out: Path, settings: PretrainSettings, *, start: int) -> TensorBoard | Wandb:
     """A tracker by name. Raises SettingsError where its package is not installed."""
     try:
         return TRACKERS[name](out, settings, start)

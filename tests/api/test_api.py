@@ -77,7 +77,7 @@ def test_from_images_to_a_score(tmp_path, photos, extract_settings, pretrain_set
     for split in ("train", "val"):
         (data / split).symlink_to(photos)
     options = {"overrides": ["k=[1]"], "workers": 0, "device": "cpu"}
-    score = cae2pipe.evaluate("knn", run.path, str(data), str(tmp_path / "scores"), **options, **QUIET)
+    score = cae2pipe.evaluate("knn", run.path, str(data), out=str(tmp_path / "scores"), **options, **QUIET)
     assert score.top1 == score.result["top1"] == 1.0
     assert repr(score).startswith("Score(knn of run: top1=1.0000")
     assert (score.path / "result.json").is_file()
@@ -147,7 +147,7 @@ def test_overrides_have_three_forms(tmp_path):
         (lambda: cae2pipe.settings("pretrain", "base", {"optimizer..lr": 1}), "names no setting"),
         (lambda: cae2pipe.settings("pretrain", "base", {3: 1}), "names no setting"),
         (lambda: cae2pipe.settings("pretrain", "base", "optimizer.lr=1"), "is one text"),
-        (lambda: cae2pipe.evaluate("knm", "e", "d", "o"), "no evaluation 'knm'"),
+        (lambda: cae2pipe.evaluate("knm", "e", "d", out="o"), "no evaluation 'knm'"),
         (
             lambda: cae2pipe.pretrain("t", "o", config=cae2pipe.settings("shard", "default"), progress=False),
             "these are ShardSettings",

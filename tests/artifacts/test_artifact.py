@@ -152,7 +152,7 @@ def test_nothing_is_written_that_would_not_be_read(tmp_path, name, change):
         artifact.add(name, unit)
     artifact.units[name] = unit
     with pytest.raises(ManifestError):
-        encode_manifest(artifact.kind, artifact.format, artifact.manifest(), artifact.root)
+        encode_manifest(artifact.kind, artifact.format, artifact.manifest(), where=artifact.root)
     assert snapshot(tmp_path) == before
 
 

@@ -63,9 +63,11 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
     assert one["kb_pixels_once"] == pytest.approx(one["kb_latents"] + 3)
     assert one["held_out_loss"] < rows["v1-s0", 1]["held_out_loss"]
     # As the library itself scores the run that is finished.
-    linear = load(LinearSettings, "evaluate", "linear", ["cached_crops=1", f"sweep={list(FAST_RATES)}"])
-    for kind, settings in (("knn", load(KnnSettings, "evaluate", "knn", ["k=20"])), ("linear", linear)):
-        result = evaluate(kind, str(work / "runs" / "v1-s0"), bench.data, tmp_path / kind, settings, Silent())
+    linear = load(LinearSettings, "evaluate", "linear", overrides=["cached_crops=1", f"sweep={list(FAST_RATES)}"])
+    for kind, settings in (("knn", load(KnnSettings, "evaluate", "knn", overrides=["k=20"])), ("linear", linear)):
+        result = evaluate(
+            kind, str(work / "runs" / "v1-s0"), bench.data, out=tmp_path / kind, settings=settings, report=Silent()
+        )
         assert result["feature"] == "class"
         assert one[kind] == pytest.approx(100 * result["top1"], abs=0.01)
 

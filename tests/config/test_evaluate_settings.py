@@ -27,7 +27,7 @@ def test_every_evaluation_has_its_preset_and_every_preset_its_evaluation():
 
 
 def finetune(size: str, *overrides: str) -> FinetuneSettings:
-    return load(FinetuneSettings, "evaluate", f"finetune-{size}", overrides)
+    return load(FinetuneSettings, "evaluate", f"finetune-{size}", overrides=overrides)
 
 
 def test_fine_tuning_presets_are_the_papers_table_10():
@@ -73,14 +73,14 @@ def test_presets_are_the_published_protocols():
 
 
 def test_one_k_is_enough():
-    assert load(KnnSettings, "evaluate", "knn", ["k=5"]).k == (5,)
-    assert load(KnnSettings, "evaluate", "knn", ["k=[5, 1]"]).k == (5, 1)
+    assert load(KnnSettings, "evaluate", "knn", overrides=["k=5"]).k == (5,)
+    assert load(KnnSettings, "evaluate", "knn", overrides=["k=[5, 1]"]).k == (5, 1)
 
 
 def test_speed_changes_no_identity():
-    fast = load(KnnSettings, "evaluate", "knn", ["speed.workers=3", "speed.batch=7", "speed.device=cpu"])
+    fast = load(KnnSettings, "evaluate", "knn", overrides=["speed.workers=3", "speed.batch=7", "speed.device=cpu"])
     assert fingerprinted(fast) == fingerprinted(load(KnnSettings, "evaluate", "knn"))
-    assert fingerprinted(load(KnnSettings, "evaluate", "knn", ["features.crop=1"])) != fingerprinted(fast)
+    assert fingerprinted(load(KnnSettings, "evaluate", "knn", overrides=["features.crop=1"])) != fingerprinted(fast)
 
 
 @pytest.mark.parametrize(
@@ -106,5 +106,5 @@ def test_speed_changes_no_identity():
 )
 def test_what_does_not_fit_is_refused(name, override, message):
     with pytest.raises(SettingsError) as caught:
-        load(EVALUATIONS[name], "evaluate", name, [override])
+        load(EVALUATIONS[name], "evaluate", name, overrides=[override])
     assert message in str(caught.value)

@@ -34,7 +34,7 @@ PRESETS = [(stage, name) for stage in CLASSES for name in preset_names(stage)]
 
 
 def pretrain(*overrides: str, preset: str = "base") -> PretrainSettings:
-    return load(PretrainSettings, "pretrain", preset, overrides)
+    return load(PretrainSettings, "pretrain", preset, overrides=overrides)
 
 
 @pytest.mark.parametrize(("stage", "name"), PRESETS)
@@ -120,7 +120,7 @@ def test_every_number_has_bounds(stage):
     taken = []
     for name in fields(kind):
         with suppress(SettingsError):
-            value = load(kind, stage.split()[0], preset, [f"{name}={2**50}"])
+            value = load(kind, stage.split()[0], preset, overrides=[f"{name}={2**50}"])
             for part in name.split("."):
                 value = getattr(value, part)
             # Text, and rates that are divided by, may be anything.
@@ -146,7 +146,7 @@ def test_every_number_has_bounds(stage):
 def test_sizes_that_no_machine_could_bear(stage, override):
     kind, preset = SMALLEST[stage]
     with pytest.raises(SettingsError) as caught:
-        load(kind, stage.split()[0], preset, [override])
+        load(kind, stage.split()[0], preset, overrides=[override])
     assert override.split("=")[0].split(".")[-1] in str(caught.value)
 
 
@@ -218,8 +218,13 @@ def test_huge_is_the_designs():
 
 def test_identity_leaves_out_speed_places_and_amounts():
     base = load(ExtractSettings, "extract", "clip-b16")
-    same = load(ExtractSettings, "extract", "clip-b16", ["speed.workers=3", "views=9", "teacher.weights=x.safetensors"])
-    other = load(ExtractSettings, "extract", "clip-b16", ["codec.fidelity=0.99"])
+    same = load(
+        ExtractSettings,
+        "extract",
+        "clip-b16",
+        overrides=["speed.workers=3", "views=9", "teacher.weights=x.safetensors"],
+    )
+    other = load(ExtractSettings, "extract", "clip-b16", overrides=["codec.fidelity=0.99"])
     assert fingerprinted(base) == fingerprinted(same)
     assert fingerprinted(base) != fingerprinted(other)
     assert "speed" not in fingerprinted(base)

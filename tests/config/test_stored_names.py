@@ -37,7 +37,7 @@ def test_the_name_from_before_is_refused_and_the_present_one_named(stored, tmp_p
     file.write_text(f"extends: tiny\nmodel: {{{stored}: 2}}\n")
     for preset, overrides in (("tiny", [f"model.{stored}=2"]), (str(file), [])):
         with pytest.raises(SettingsError, match=f"unknown setting 'model.{stored}'") as caught:
-            load(PretrainSettings, "pretrain", preset, overrides)
+            load(PretrainSettings, "pretrain", preset, overrides=overrides)
         assert caught.value.fix == f"did you mean '{present}'?"
 
 
@@ -47,5 +47,5 @@ def test_a_run_keeps_the_names_and_is_told_by_the_present_ones(make_run, target_
     assert model["regressor_depth"] == 2
     assert run_settings(deep).model.predictor_depth == 2
     with pytest.raises(MismatchError, match=r"settings\.model\.predictor_depth = 2, and 1 is asked for"):
-        pretrain(target_root, deep, pretrain_settings(), Silent())
+        pretrain(target_root, deep, pretrain_settings(), report=Silent())
     assert [row.name for row in gather_runs([shallow, deep], {}, []).rows] == [shallow.name, "model.predictor_depth=2"]

@@ -94,7 +94,7 @@ def calls(monkeypatch) -> Calls:
 def parts(target_root, pretrain_settings):
     """Two batches without padding, each from two workers, and how they are joined."""
     targets = TargetSet(target_root)
-    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": "device"}), 4)
+    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": "device"}), drop_columns=4)
     return itertools.islice(load_parts(plan, 0, 2), 2), plan.layout.sample_axes()
 
 

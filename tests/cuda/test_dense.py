@@ -60,7 +60,7 @@ def check_on_device(learner: SegmentLearner | DetectLearner) -> None:
 def segment_learner(encoder: str, device: torch.device, bf16: bool) -> SegmentLearner:
     settings = SegmentSettings(image_size=48, decoder_width=16, batch=4, chunk=2, steps=2, warmup_steps=0, stride=20)
     segmenter = build_segmenter(backbone(encoder, device, 48, True), 3, settings)
-    schedule = full_batches(4, 4, 2, 1, 0, 2)
+    schedule = full_batches(4, 4, 2, epochs=1, seed=0, length=2)
     world, val = World(0, 1, device), SimpleNamespace()
     return SegmentLearner(segmenter, settings, schedule, bf16=bf16, compiled=False, world=world, val=val)
 
@@ -94,7 +94,7 @@ def detect_learner(encoder: str, device: torch.device, bf16: bool, cascade: bool
     )
     detector = build_detector(backbone(encoder, device, None, False), 2, settings)
     val = SimpleNamespace(classes=["red", "blue"])
-    schedule, world = full_batches(4, 4, 2, 12, 0), World(0, 1, device)
+    schedule, world = full_batches(4, 4, 2, epochs=12, seed=0), World(0, 1, device)
     return DetectLearner(detector, settings, schedule, bf16=bf16, world=world, val=val)
 
 

@@ -21,7 +21,10 @@ def test_views_are_rendered_where_images_are_without_waiting(device, cuda, monke
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, (20 + 7 * view, 60 - view, 3), dtype=np.uint8) for view in range(12)]
-    draws = [draw_view(CHOSEN, 0, "key", view, *array.shape[:2]) for view, array in enumerate(arrays)]
+    draws = [
+        draw_view(CHOSEN, 0, "key", view=view, height=array.shape[0], width=array.shape[1])
+        for view, array in enumerate(arrays)
+    ]
     views = [render_view(Image.fromarray(array), draw, CHOSEN) for array, draw in zip(arrays, draws, strict=True)]
     wanted = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
     with cuda:

@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def teachers(extract_settings, tmp_path_factory) -> dict[str, TeacherSettings]:
     """One of each kind, for small images."""
     folder = tmp_path_factory.mktemp("weights")
-    lite0 = load(ExtractSettings, "extract", "lite0", ["teacher.image_size=32"]).teacher
+    lite0 = load(ExtractSettings, "extract", "lite0", overrides=["teacher.image_size=32"]).teacher
     torch.manual_seed(0)
     models = {"vit": timm.create_model("test_vit", img_size=32), "lite0": load_teacher(lite0, CPU).model}
     for name, model in models.items():
@@ -95,7 +95,7 @@ def unit() -> Tensor:
 
 @pytest.mark.parametrize("name", CODECS)
 def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
-    calibration, _ = calibrate(unit, name, 0.999, 1)
+    calibration, _ = calibrate(unit, name, 0.999, level=1)
     plain, codec = make_codec(name, calibration), make_codec(name, calibration)
     arrays = plain.encode(unit)
     with cuda:
@@ -116,7 +116,7 @@ def test_blocks_are_those_of_the_cpu(name, unit, teachers, cuda, monkeypatch):
     """All of it: upload, teacher, norms, codec, check of the decoding, attention, packing."""
     # Other threads do not know of what is simulated in this one.
     monkeypatch.setattr(encoding, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
-    calibration, _ = calibrate(unit, name, 0.999, 1)
+    calibration, _ = calibrate(unit, name, 0.999, level=1)
     settings = teachers["open_clip"].model_copy(update={"precision": "fp32"})
 
     def blocks(teacher, codec):
@@ -124,7 +124,7 @@ def test_blocks_are_those_of_the_cpu(name, unit, teachers, cuda, monkeypatch):
         views = [pixels(5), pixels(5).flip(0)]
         rendered = RenderedBlock(task, ["key"] * 5, np.zeros(5), [], views, [])
         layout = StoreLayout(17, 16, 16, True, codec)
-        return list(encode_ahead(iter([rendered]), teacher, layout, calibration, Meter(), 2))
+        return list(encode_ahead(iter([rendered]), teacher, layout, calibration=calibration, meter=Meter(), lanes=2))
 
     wanted = blocks(load_teacher(settings, CPU), make_codec(name, calibration))
     with cuda:

@@ -32,7 +32,7 @@ NEAR = {"fp32": {"rel": 1e-5, "abs": 1e-6}, "bf16": {"rel": 2e-2, "abs": 2e-2}}
 def small(preset: str, *overrides: str, rows: int = 16) -> PretrainSettings:
     """A preset with a student that fits the tiny target set. Where its widths or heads do not fit each other, they
     still do not."""
-    model = load(PretrainSettings, "pretrain", preset, overrides).model
+    model = load(PretrainSettings, "pretrain", preset, overrides=overrides).model
     shape = {
         "width": 32,
         "depth": 2,
@@ -54,7 +54,7 @@ def small(preset: str, *overrides: str, rows: int = 16) -> PretrainSettings:
         "epochs": 2,
         "speed": {"workers": 0},
     }
-    return load(PretrainSettings, "pretrain", preset, overrides, sections)
+    return load(PretrainSettings, "pretrain", preset, overrides=overrides, values=sections)
 
 
 def presets() -> Iterator[tuple[str, str]]:
@@ -92,7 +92,7 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
             clip=settings.optimizer.clip,
             world=World(0, 1, device),
         )
-        plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
+        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=model.drop_columns)
         return step, iter(load_batches(plan, 0, 0))
 
     return made

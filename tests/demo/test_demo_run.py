@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def run(target_root, pretrain_settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     return out
 
 
@@ -36,7 +36,9 @@ def targets(target_root) -> TargetSet:
 
 
 def test_the_mean_target_has_the_loss_it_should(targets, pretrain_settings):
-    means = mean_over_views(MeanStudent(targets.mean), targets, pretrain_settings(mask={"strategy": "random"}), CPU)
+    means = mean_over_views(
+        MeanStudent(targets.mean), targets, pretrain_settings(mask={"strategy": "random"}), device=CPU
+    )
     tokens = []
     for name in targets.stores:
         reader = targets.reader(name)
@@ -55,9 +57,9 @@ def test_the_student_loaded_is_the_one_trained(run, targets):
     model, settings = load_student(run, targets, Silent())
     assert not model.training
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    means = mean_over_views(model, targets, settings, CPU)
+    means = mean_over_views(model, targets, settings, device=CPU)
     assert means["loss"] == pytest.approx(last["loss"], rel=0.1)
-    assert means["loss"] == mean_over_views(model, targets, settings, CPU)["loss"]
+    assert means["loss"] == mean_over_views(model, targets, settings, device=CPU)["loss"]
 
 
 def test_a_run_without_a_checkpoint(run, targets, tmp_path):
@@ -69,7 +71,7 @@ def test_a_run_without_a_checkpoint(run, targets, tmp_path):
 def test_previews(run, targets):
     model, settings = load_student(run, targets, Silent())
     keys = ["class1+image007", "class0+image003"]
-    previews = previews_of(model, targets, settings, keys, CPU)
+    previews = previews_of(model, targets, settings, keys=keys, device=CPU)
     assert [preview.key for preview in previews] == keys
     for preview in previews:
         assert preview.mask.sum() == settings.masked_patches
@@ -162,7 +164,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     monkeypatch.setattr(demo, "PREDICTED", ("class0/image001", "class1/image002", "class2/image003"))
     monkeypatch.setattr(demo, "VIEWS", 2)
     said: list[str] = []
-    result = demo.run_demo(out, "tiny-teacher", "cpu", said.append, quiet)
+    result = demo.run_demo(out, "tiny-teacher", "cpu", say=said.append, reports=quiet)
     text = "\n".join(said)
     assert (
         f"$ cae2pipe extract-targets {out}/images/train {out}/targets --config tiny-teacher --views 2 --device cpu"
@@ -180,5 +182,5 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     assert "class1, image002" in page
     assert "extract-targets imagenet/train" in page
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert demo.run_demo(out, "tiny-teacher", "cpu", said.append, quiet) == result
+    assert demo.run_demo(out, "tiny-teacher", "cpu", say=said.append, reports=quiet) == result
     assert (out / "report.html").read_text() == page

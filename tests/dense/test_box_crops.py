@@ -38,11 +38,11 @@ def test_each_change(view):
     agrees(*view)
     agrees(*flipped_objects(*view))
     agrees(*resized_objects(*view, (200, 60)))
-    image, objects = cropped_objects(*view, 30, 30, 50, 40)
+    image, objects = cropped_objects(*view, left=30, top=30, width=50, height=40)
     assert objects.labels.tolist() == [1, 2]
     assert objects.boxes.tolist() == [[0, 0, 20, 30], [40, 0, 50, 10]]
     agrees(image, objects)
-    assert cropped_objects(*view, 0, 62, 60, 18)[1].labels.tolist() == []
+    assert cropped_objects(*view, left=0, top=62, width=60, height=18)[1].labels.tolist() == []
 
 
 def test_twice_flipped_is_as_before(view):

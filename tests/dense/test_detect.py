@@ -110,7 +110,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def settings(*overrides: str) -> DetectSettings:
-    return load(DetectSettings, "evaluate", "detect", [*SHORT, *overrides])
+    return load(DetectSettings, "evaluate", "detect", overrides=[*SHORT, *overrides])
 
 
 def outcome(root: Path) -> dict[str, bytes]:
@@ -121,7 +121,7 @@ def outcome(root: Path) -> dict[str, bytes]:
 def whole(data, encoder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     report = Silent()
-    detect(str(encoder), data, out, settings(), report)
+    detect(str(encoder), data, out, settings=settings(), report=report)
     assert "train: 1 images without objects: not trained on" in report.lines
     return out
 
@@ -134,7 +134,7 @@ def test_what_is_left_behind(whole, data, encoder):
     assert {path.name for path in (whole / "detect").iterdir()} >= {"pictures.png", "last.safetensors"}
     assert verify(whole / "detect", Silent()).problems == []
     report = Silent()
-    assert detect(str(encoder), data, whole, settings(), report) == result
+    assert detect(str(encoder), data, whole, settings=settings(), report=report) == result
     assert any("nothing to do" in line for line in report.lines)
     listed = CliRunner().invoke(app, ["results", str(whole), "--format", "markdown"])
     assert "| AP^b " in listed.stdout
@@ -151,8 +151,8 @@ def test_stopped_and_resumed_it_gives_the_same_bytes(whole, data, encoder, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(DetectLearner, "step", step)
         with pytest.raises(Terminated):
-            detect(str(encoder), data, tmp_path / "out", settings(), Silent())
-    detect(str(encoder), data, tmp_path / "out", settings("speed.workers=1"), Silent())
+            detect(str(encoder), data, tmp_path / "out", settings=settings(), report=Silent())
+    detect(str(encoder), data, tmp_path / "out", settings=settings("speed.workers=1"), report=Silent())
     assert outcome(tmp_path / "out") == outcome(whole)
 
 
@@ -179,14 +179,16 @@ def test_the_end_of_the_memory(name, what, fix, data, encoder, tmp_path, monkeyp
 
     monkeypatch.setattr(MaskRCNN, name, full)
     with pytest.raises(OutOfMemoryError, match=f"^{what} does not fit") as caught:
-        detect(str(encoder), data, tmp_path / "out", settings("chunk=2", "epochs=1", "drops=[]"), Silent())
+        detect(
+            str(encoder), data, tmp_path / "out", settings=settings("chunk=2", "epochs=1", "drops=[]"), report=Silent()
+        )
     assert caught.value.fix == fix
 
 
 def test_bfloat16(data, encoder, tmp_path):
     for cascade in ("false", "true"):
         short = settings("precision=bf16", "epochs=1", "drops=[]", f"cascade={cascade}")
-        assert detect(str(encoder), data, tmp_path / cascade, short, Silent())["images"]["val"] == 3
+        assert detect(str(encoder), data, tmp_path / cascade, settings=short, report=Silent())["images"]["val"] == 3
 
 
 def test_objects_are_read_as_they_are(data):
@@ -249,12 +251,12 @@ def test_data_that_do_not_fit_are_refused_by_name(encoder, tmp_path, what, messa
     root = write_coco(tmp_path / "coco")
     spoil(root, what)
     with pytest.raises(SourceError, match=message) as caught:
-        detect(str(encoder), root, tmp_path / "out", settings(), Silent())
+        detect(str(encoder), root, tmp_path / "out", settings=settings(), report=Silent())
     assert caught.value.fix
 
 
 def test_without_the_extra_it_says_so(encoder, data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(SettingsError, match="need faster_coco_eval") as caught:
-        detect(str(encoder), data, tmp_path / "out", settings(), Silent())
+        detect(str(encoder), data, tmp_path / "out", settings=settings(), report=Silent())
     assert "cae2pipe[dense]" in caught.value.fix

@@ -21,7 +21,9 @@ def reader(tmp_path):
 
     def make(own=(0, 1), start=0, **settings) -> ChunkReader:
         crop = DrawnCrop(24, DrawSettings(**settings), (0.5, 0.5, 0.5), seed=3)
-        return ChunkReader(open_split(tmp_path / "images", 4), full_batches(12, 4, 2, 2, 0), own, start, crop)
+        return ChunkReader(
+            open_split(tmp_path / "images", 4), full_batches(12, 4, 2, epochs=2, seed=0), own, start=start, crop=crop
+        )
 
     return make
 
@@ -85,7 +87,7 @@ def test_labels_belong_to_their_pixels(tmp_path):
         for number in range(4):
             Image.new("RGB", (30, 30), colour).save(tmp_path / f"c{label}" / f"{number}.png")
     crop = DrawnCrop(8, DrawSettings(), (0.5, 0.5, 0.5), seed=0)
-    reader = ChunkReader(open_split(tmp_path, 4), full_batches(12, 6, 3, 1, 0), (0, 1), 0, crop)
+    reader = ChunkReader(open_split(tmp_path, 4), full_batches(12, 6, 3, epochs=1, seed=0), (0, 1), start=0, crop=crop)
     for index in range(len(reader)):
         chunk = reader[index]
         assert chunk.pixels.float().mean(dim=(2, 3)).argmax(dim=1).equal(chunk.labels)

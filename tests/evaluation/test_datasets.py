@@ -27,7 +27,7 @@ def write_data(root: Path, classes: int = 2) -> Path:
 
 
 def shard(source: Path, out: Path) -> Path:
-    build_shard_set(source, out, ShardSettings(samples=5, speed=ShardSpeed(workers=0)), Silent())
+    build_shard_set(source, out, ShardSettings(samples=5, speed=ShardSpeed(workers=0)), report=Silent())
     return out
 
 

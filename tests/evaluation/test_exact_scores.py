@@ -84,8 +84,10 @@ def test_a_probe_on_new_crops(kind, backends):
         tokens = pixels[:, 0, :, :].float() / 255
         return tokens[:, 0] if kind == "linear" else tokens
 
-    schedule = all_images(8, 8, 2, 4, 2, 0)
-    optimizer = lars(lars_groups(head, 0.1, 8, 8), 0.9) if kind == "linear" else torch.optim.SGD(head.parameters())
+    schedule = all_images(8, 8, 2, chunk=4, epochs=2, seed=0)
+    optimizer = (
+        lars(lars_groups(head, 0.1, 8, taken=8), 0.9) if kind == "linear" else torch.optim.SGD(head.parameters())
+    )
     for group in optimizer.param_groups:
         group.setdefault("peak", 0.1)
     learner = ProbeLearner(
@@ -143,8 +145,8 @@ def test_tf32_is_for_networks_that_are_trained(kind, over, precision, exported, 
     monkeypatch.setattr(stage, "load_encoder", watched(stage.load_encoder))
     monkeypatch.setattr(Student, "tokens", watched(Student.tokens))
     torch.set_float32_matmul_precision("medium")
-    settings = load(EVALUATIONS[kind], "evaluate", kind, [*over, "speed.device=cpu", "speed.workers=0"])
-    stage.evaluate(kind, str(exported), data, tmp_path / "out", settings, Silent())
+    settings = load(EVALUATIONS[kind], "evaluate", kind, overrides=[*over, "speed.device=cpu", "speed.workers=0"])
+    stage.evaluate(kind, str(exported), data, out=tmp_path / "out", settings=settings, report=Silent())
     assert set(seen) == {(precision, precision == "high")}
 
 
@@ -156,7 +158,7 @@ def test_dense_scores_say_it_first(kind, tmp_path, backends, monkeypatch):
     for name in ("open_label_maps", "open_coco"):
         monkeypatch.setattr(dense_stage, name, opened)
     torch.set_float32_matmul_precision("medium")
-    settings = load(DENSE[kind], "evaluate", kind, ["precision=bf16", "speed.device=cpu"])
+    settings = load(DENSE[kind], "evaluate", kind, overrides=["precision=bf16", "speed.device=cpu"])
     with pytest.raises(LookupError) as caught:
         getattr(dense_stage, kind)("x", tmp_path, tmp_path / "out", settings, Silent())
     # Images to detect on have many sizes: algorithms would be tried for each.

@@ -52,12 +52,12 @@ def data(tmp_path_factory) -> Path:
 
 def settings(kind: str, *over: str):
     name = "linear" if kind == "cached" else kind
-    return load(EVALUATIONS[name], "evaluate", name, [*COMMON, *KINDS[kind], *over])
+    return load(EVALUATIONS[name], "evaluate", name, overrides=[*COMMON, *KINDS[kind], *over])
 
 
 def score(kind: str, exported: Path, data: Path, out: Path, *over: str):
     name = "linear" if kind == "cached" else kind
-    return evaluate(name, str(exported), data, out, settings(kind, *over), Silent())
+    return evaluate(name, str(exported), data, out=out, settings=settings(kind, *over), report=Silent())
 
 
 def full(*args, **options):

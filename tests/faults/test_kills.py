@@ -65,14 +65,14 @@ def jobs(
     """Every job, with what makes its output folder as it is when the job begins."""
     settings = extract_settings()
     fp16 = tmp_path_factory.mktemp("fp16") / "set"
-    extract_targets(photos, fp16, extract_settings(codec={"name": "fp16"}), Silent())
+    extract_targets(photos, fp16, extract_settings(codec={"name": "fp16"}), report=Silent())
     few = tmp_path_factory.mktemp("few") / "photos"
     shutil.copytree(photos, few)
     for path in few.rglob("image00*.jpg"):
         path.unlink()
 
     def begun(out: Path) -> None:
-        build_shard_set(few, out, settings.shard, Silent())
+        build_shard_set(few, out, settings.shard, report=Silent())
 
     def damaged(out: Path) -> None:
         shutil.copytree(target_root, out)

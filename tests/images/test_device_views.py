@@ -51,7 +51,7 @@ def rows(draws: list[ViewDraw]) -> np.ndarray:
 def drawn(shapes: list[tuple[int, int]], size: int) -> tuple[list[Tensor], list[ViewDraw]]:
     """An image and a draw for each shape."""
     chosen = ViewSettings.model_construct(size=size)
-    draws = [draw_view(chosen, 0, "key", view, *shape) for view, shape in enumerate(shapes)]
+    draws = [draw_view(chosen, 0, "key", view=view, height=h, width=w) for view, (h, w) in enumerate(shapes)]
     return [noise(*shape, seed=view) for view, shape in enumerate(shapes)], draws
 
 
@@ -104,7 +104,8 @@ def test_real_photographs(real):
     for view, path in enumerate(sorted((real / "imagenet-samples").rglob("*.JPEG"))[:24]):
         image = from_pillow(Image.open(path).convert("RGB").reduce(1 + view % 2))
         images.append(image)
-        draws.append(draw_view(ViewSettings(), 1, path.stem, view, *image.shape[1:]))
+        height, width = image.shape[1:]
+        draws.append(draw_view(ViewSettings(), 1, path.stem, view=view, height=height, width=width))
     assert torch.equal(render_views(images, rows(draws), 224), by_pillow(images, draws, 224))
 
 
@@ -186,7 +187,7 @@ def test_compiled_functions_are_whole_graphs_and_give_the_same():
         for batch in range(3):
             shapes = [(40 + view + batch, 60 - view) for view in range(18 + 5 * batch)]
             images, draws = drawn(shapes, 47)
-            got = render_views(images, rows(draws), 47, counter)
+            got = render_views(images, rows(draws), 47, backend=counter)
             assert torch.equal(got, by_pillow(images, draws, 47))
             # Three ways to jitter, by what comes before contrast, and resampling across and down.
             assert counter.frame_count <= 5

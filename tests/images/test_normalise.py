@@ -71,7 +71,9 @@ def test_a_student_in_pretraining_keeps_its_bits(pretrain_settings):
             tokens = torch.ones(len(images), 1, 4)
             return Prediction(tokens, tokens, tokens)
 
-    objective = Objective(Sees(), pretrain_settings().loss, Fp16Codec(), torch.zeros(4), True, False)
+    objective = Objective(
+        Sees(), pretrain_settings().loss, Fp16Codec(), mean=torch.zeros(4), class_token=True, bf16=False
+    )
     patch = torch.zeros(2, 1, dtype=torch.int64)
     objective(PIXELS, {"raw": torch.ones(2, 3, 4)}, patch, patch + 1, patch, torch.ones(2), torch.tensor(2))
     assert torch.equal(objective.model.images, OF_SHARES)

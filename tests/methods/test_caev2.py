@@ -48,7 +48,7 @@ def pixels() -> torch.Tensor:
     ],
 )
 def test_parameters_of_the_official_recipe(size, dim, total, encoder):
-    settings = load(PretrainSettings, "pretrain", size, ["recipe=official"]).model
+    settings = load(PretrainSettings, "pretrain", size, overrides=["recipe=official"]).model
     with torch.device("meta"):
         model = CAEv2(settings, dim)
     # The released code's totals count a final norm of the regressor that it never uses, and no fixed positions.
@@ -59,7 +59,7 @@ def test_parameters_of_the_official_recipe(size, dim, total, encoder):
 
 
 def test_larges_regressor_has_twelve_heads_of_85_features():
-    settings = load(PretrainSettings, "pretrain", "large", ["recipe=official"]).model
+    settings = load(PretrainSettings, "pretrain", "large", overrides=["recipe=official"]).model
     with torch.device("meta"):
         model = CAEv2(settings, 768)
     assert model.regressor.blocks[0].attn.q.weight.shape == (1020, 1024)
@@ -175,7 +175,13 @@ def test_every_parameter_is_trained(pixels, class_token, over):
     prediction = model(pixels, VISIBLE, MASKED)
     target = torch.randn(2, 16 + class_token, DIM)
     terms = alignment_loss(
-        prediction, target, VISIBLE, MASKED, settings=LossSettings(), weights=torch.ones(2), has_class_token=class_token
+        prediction,
+        target,
+        VISIBLE,
+        masked=MASKED,
+        settings=LossSettings(),
+        weights=torch.ones(2),
+        has_class_token=class_token,
     )
     terms.total.backward()
     for name, parameter in model.named_parameters():

@@ -115,7 +115,7 @@ def test_every_parameter_is_trained_and_drop_path_is_drawn_from_outside(name, pi
     assert torch.equal(model(pixels, VISIBLE, MASKED, kept).masked, prediction.masked)
     target = torch.randn(2, 17, DIM, generator=torch.Generator().manual_seed(3))
     alignment_loss(
-        prediction, target, VISIBLE, MASKED, settings=LossSettings(), weights=torch.ones(2), has_class_token=True
+        prediction, target, VISIBLE, masked=MASKED, settings=LossSettings(), weights=torch.ones(2), has_class_token=True
     ).total.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
@@ -134,7 +134,7 @@ def test_caes_alignment_alone_sees_masked_pixels_and_gives_the_encoder_no_gradie
         before,
         torch.zeros(2, 17, DIM),
         VISIBLE,
-        MASKED,
+        masked=MASKED,
         settings=LossSettings(),
         weights=torch.ones(2),
         has_class_token=True,

@@ -67,7 +67,7 @@ def test_two_means_are_the_papers_equations(kind):
         prediction,
         target,
         visible,
-        masked,
+        masked=masked,
         settings=LossSettings(kind=kind),
         weights=torch.ones(3),
         has_class_token=True,
@@ -83,7 +83,7 @@ def test_one_mean_is_over_all_tokens(kind):
     seen, hidden = by_hand(prediction, target, visible, masked, kind)
     loss = LossSettings(kind=kind, reduction="one_mean")
     terms = alignment_loss(
-        prediction, target, visible, masked, settings=loss, weights=torch.ones(3), has_class_token=True
+        prediction, target, visible, masked=masked, settings=loss, weights=torch.ones(3), has_class_token=True
     )
     assert terms.total.item() == pytest.approx(mean(seen + hidden), rel=1e-5)
     assert terms.visible.item() == pytest.approx(mean(seen), rel=1e-5)
@@ -96,7 +96,7 @@ def test_a_teacher_without_class_token():
         prediction,
         target[:, 1:],
         visible,
-        masked,
+        masked=masked,
         settings=LossSettings(),
         weights=torch.ones(3),
         has_class_token=False,
@@ -105,7 +105,7 @@ def test_a_teacher_without_class_token():
     assert terms.total.item() == pytest.approx(mean(seen) + mean(hidden), rel=1e-5)
     one = LossSettings(reduction="one_mean")
     terms = alignment_loss(
-        prediction, target[:, 1:], visible, masked, settings=one, weights=torch.ones(3), has_class_token=False
+        prediction, target[:, 1:], visible, masked=masked, settings=one, weights=torch.ones(3), has_class_token=False
     )
     assert terms.total.item() == pytest.approx(mean(seen + hidden), rel=1e-5)
 
@@ -117,7 +117,7 @@ def test_weights_of_visible_and_masked(reduction):
     def total(**weights):
         loss = LossSettings(reduction=reduction, **weights)
         return alignment_loss(
-            prediction, target, visible, masked, settings=loss, weights=torch.ones(3), has_class_token=True
+            prediction, target, visible, masked=masked, settings=loss, weights=torch.ones(3), has_class_token=True
         ).total.item()
 
     seen, hidden = total(visible=1, masked=0), total(visible=0, masked=1)
@@ -132,7 +132,7 @@ def test_the_official_mean_shares_out_as_the_tokens_do():
             prediction,
             target,
             visible,
-            masked,
+            masked=masked,
             settings=LossSettings(reduction=reduction),
             weights=torch.ones(2),
             has_class_token=True,
@@ -149,7 +149,7 @@ def test_cosine_of_known_angles():
     )
     visible, masked = torch.tensor([[0, 2]]), torch.tensor([[1]])
     terms = alignment_loss(
-        prediction, target, visible, masked, settings=LossSettings(), weights=torch.ones(1), has_class_token=True
+        prediction, target, visible, masked=masked, settings=LossSettings(), weights=torch.ones(1), has_class_token=True
     )
     assert terms.visible.item() == pytest.approx((0 + 1 + 2) / 3)
     assert terms.masked.item() == pytest.approx(0.5)
@@ -163,7 +163,7 @@ def test_cosine_ignores_norms_and_the_others_do_not():
                 prediction,
                 scale * target,
                 visible,
-                masked,
+                masked=masked,
                 settings=LossSettings(kind=kind),
                 weights=torch.ones(3),
                 has_class_token=True,
@@ -214,11 +214,11 @@ def test_padding_that_is_not_finite_leaves_the_loss_finite():
     prediction, target, visible, masked = case()
     weights = torch.tensor([1.0, 1.0, 0.0])
     wanted = alignment_loss(
-        prediction, target, visible, masked, settings=LossSettings(), weights=weights, has_class_token=True
+        prediction, target, visible, masked=masked, settings=LossSettings(), weights=weights, has_class_token=True
     )
     target[2] = float("nan")
     terms = alignment_loss(
-        prediction, target, visible, masked, settings=LossSettings(), weights=weights, has_class_token=True
+        prediction, target, visible, masked=masked, settings=LossSettings(), weights=weights, has_class_token=True
     )
     torch.testing.assert_close(terms.total, wanted.total)
 
@@ -230,7 +230,7 @@ def test_a_batch_of_padding_alone_gives_zero(kind):
         prediction,
         0 * target,
         visible,
-        masked,
+        masked=masked,
         settings=LossSettings(kind=kind),
         weights=torch.zeros(3),
         has_class_token=True,
@@ -246,7 +246,7 @@ def test_a_real_target_of_zeros_gives_no_nan(kind):
         Prediction(*parts),
         0 * target,
         visible,
-        masked,
+        masked=masked,
         settings=LossSettings(kind=kind),
         weights=torch.ones(3),
         has_class_token=True,
@@ -262,11 +262,11 @@ def test_narrow_predictions_are_compared_in_fp32():
     wide = Prediction(*(tokens.float() for tokens in predicted(narrow)))
     with torch.autocast("cpu", torch.bfloat16):
         terms = alignment_loss(
-            narrow, target, visible, masked, settings=LossSettings(), weights=torch.ones(3), has_class_token=True
+            narrow, target, visible, masked=masked, settings=LossSettings(), weights=torch.ones(3), has_class_token=True
         )
     assert terms.total.dtype == torch.float32
     wanted = alignment_loss(
-        wide, target, visible, masked, settings=LossSettings(), weights=torch.ones(3), has_class_token=True
+        wide, target, visible, masked=masked, settings=LossSettings(), weights=torch.ones(3), has_class_token=True
     )
     torch.testing.assert_close(terms.total, wanted.total)
 
@@ -277,12 +277,12 @@ def test_without_a_regressor_the_masked_term_is_zero():
     for reduction in ("two_means", "one_mean"):
         loss = LossSettings(reduction=reduction, visible=2)
         terms = alignment_loss(
-            alone, target, visible, masked, settings=loss, weights=torch.ones(3), has_class_token=True
+            alone, target, visible, masked=masked, settings=loss, weights=torch.ones(3), has_class_token=True
         )
         assert terms.masked.item() == 0
         assert terms.total.item() == pytest.approx(2 * terms.visible.item())
     seen, hidden = centred_cosine(
-        alone, target, visible, masked, mean=torch.zeros(5), weights=torch.ones(3), has_class_token=True
+        alone, target, visible, masked=masked, mean=torch.zeros(5), weights=torch.ones(3), has_class_token=True
     )
     assert hidden.item() == 0
     assert seen.item() != 0
@@ -292,7 +292,7 @@ def test_centred_cosine_is_of_unit_tokens_about_the_mean():
     prediction, target, visible, masked = case()
     about = torch.randn(5, generator=torch.Generator().manual_seed(9)) / 3
     seen, hidden = centred_cosine(
-        prediction, target, visible, masked, mean=about, weights=torch.ones(3), has_class_token=True
+        prediction, target, visible, masked=masked, mean=about, weights=torch.ones(3), has_class_token=True
     )
     patches = F.normalize(target[:, 1:], dim=-1) - about
 
@@ -326,14 +326,14 @@ def test_centred_cosine_tells_a_copy_from_a_constant():
                 prediction,
                 target,
                 visible,
-                masked,
+                masked=masked,
                 settings=LossSettings(),
                 weights=torch.ones(8),
                 has_class_token=True,
             ).masked
         )
         centred = centred_cosine(
-            prediction, target, visible, masked, mean=about, weights=torch.ones(8), has_class_token=True
+            prediction, target, visible, masked=masked, mean=about, weights=torch.ones(8), has_class_token=True
         )[1]
         scores[name] = (raw.item(), centred.item())
     assert scores["copy"] == pytest.approx((1, 1), abs=1e-5)

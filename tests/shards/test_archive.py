@@ -56,7 +56,7 @@ def test_member_names_are_no_paths(tmp_path, photo_files):
     path = tmp_path / "evil.tar"
     path.write_bytes(tar_bytes({"/etc/passwd.jpg": image, "/etc/\x1b[31m\n.jpg": image}))
     before = tree(tmp_path)
-    shards = build_shard_set(path, tmp_path / "out", ALONE, Silent())
+    shards = build_shard_set(path, tmp_path / "out", ALONE, report=Silent())
     assert shards.images == 2
     assert shards.classes == ["etc"]
     assert {name for name in tree(tmp_path) if not name.startswith("out/")} == set(before)

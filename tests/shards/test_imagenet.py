@@ -81,7 +81,7 @@ class TestGroundTruth:
         archive, truth = flat
         labels = self.write(tmp_path, kind, truth)
         expected = packed(tmp_path / "sorted", tmp_path / "expected")
-        (shards,) = shard_images(archive, tmp_path / "out", ALONE, Silent(), labels=labels)
+        (shards,) = shard_images(archive, tmp_path / "out", ALONE, report=Silent(), labels=labels)
         assert contents(shards.root) == expected
 
     def test_the_official_archives_in_one_folder(self, flat, photo_files, tmp_path):
@@ -92,10 +92,10 @@ class TestGroundTruth:
         (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(class_tars(photo_files)))
         assert find_splits(folder).keys() == {"train", "val"}
         with pytest.raises(SourceError) as caught:
-            shard_images(folder, tmp_path / "out", ALONE, Silent())
+            shard_images(folder, tmp_path / "out", ALONE, report=Silent())
         assert "--labels ILSVRC2012_devkit_t12.tar.gz" in caught.value.fix
         (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(devkit(truth))
-        train, val = shard_images(folder, tmp_path / "out", ALONE, Silent())
+        train, val = shard_images(folder, tmp_path / "out", ALONE, report=Silent())
         assert (train.root.name, val.root.name) == ("train", "val")
         assert train.classes == val.classes == ["class0", "class1", "class2"]
 

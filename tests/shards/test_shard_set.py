@@ -23,7 +23,7 @@ def shards(tmp_path) -> ShardSet:
     """Ten images in three shards of four, four and two."""
     write_photos(tmp_path / "photos", classes=2, each=5)
     return build_shard_set(
-        tmp_path / "photos", tmp_path / "out", ShardSettings(samples=4, speed=ShardSpeed(workers=0)), Silent()
+        tmp_path / "photos", tmp_path / "out", ShardSettings(samples=4, speed=ShardSpeed(workers=0)), report=Silent()
     )
 
 

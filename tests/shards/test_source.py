@@ -102,7 +102,7 @@ def test_every_kind_is_packed_and_what_is_not_decoded_is_a_reject(tmp_path):
     (tmp_path / "s" / "notes.txt").write_text("x")
     report = Silent()
     shards = build_shard_set(
-        tmp_path / "s", tmp_path / "out", ShardSettings(samples=20, speed=ShardSpeed(workers=0)), report
+        tmp_path / "s", tmp_path / "out", ShardSettings(samples=20, speed=ShardSpeed(workers=0)), report=report
     )
     assert shards.images == len(KINDS)
     rejects = [json.loads(line)["path"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]

@@ -120,10 +120,10 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
 
     monkeypatch.setattr(stage, "pretrain", killed)
     with pytest.raises(Killed):
-        compare(grid(), "losses", target_root, data, out, Silent(), speed=SPEED)
+        compare(grid(), "losses", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     before = snapshot(out / "runs")
     monkeypatch.setattr(stage, "pretrain", real)
-    found = compare(grid(), "losses", target_root, data, out, Silent(), speed=SPEED)
+    found = compare(grid(), "losses", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     after = snapshot(out / "runs")
     assert before.items() <= after.items()
     assert (found.done, found.wanted) == (4, 4)
@@ -137,7 +137,7 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
     assert "http" not in page
     assert page.count("Latents of both as colours") == 4
     pages = contents(folder)
-    again = compare(grid(), "losses", target_root, data, out, Silent(), speed=SPEED)
+    again = compare(grid(), "losses", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     assert again == found
     assert snapshot(out / "runs") == after
     assert contents(folder) == pages
@@ -147,9 +147,9 @@ def test_two_grids_in_one_folder_train_what_they_share_once(target_root, data, t
     out, trained = tmp_path / "out", []
     real = stage.pretrain
     monkeypatch.setattr(stage, "pretrain", lambda t, folder, s, r: trained.append(folder.name) or real(t, folder, s, r))
-    compare(grid(seeds=0), "one", target_root, data, out, Silent(), speed=SPEED)
+    compare(grid(seeds=0), "one", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     alike = [{"name": "the same"}, {"name": "twice"}, {"name": "MSE", "set": {"loss": {"kind": "mse"}}}]
-    found = compare(grid(variants=alike, seeds=0), "two", target_root, data, out, Silent(), speed=SPEED)
+    found = compare(grid(variants=alike, seeds=0), "two", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     assert len(trained) == 4
     assert len(set(trained)) == len(list((out / "runs").iterdir())) == 3
     assert found.rows[0].scores == found.rows[1].scores
@@ -158,29 +158,33 @@ def test_two_grids_in_one_folder_train_what_they_share_once(target_root, data, t
 
 def test_parts_share_the_runs_and_the_last_one_reports_all(target_root, data, tmp_path):
     out = tmp_path / "out"
-    first = compare(grid(), "losses", target_root, data, out, Silent(), part=WorkShare(1, 2), speed=SPEED)
+    first = compare(
+        grid(), "losses", target_root, data=data, out=out, report=Silent(), part=WorkShare(1, 2), speed=SPEED
+    )
     assert first.done == 2
     assert "–" in (out / "reports" / "losses" / "report.md").read_text()
-    second = compare(grid(), "losses", target_root, data, out, Silent(), part=WorkShare(2, 2), speed=SPEED)
+    second = compare(
+        grid(), "losses", target_root, data=data, out=out, report=Silent(), part=WorkShare(2, 2), speed=SPEED
+    )
     assert second.done == 4
 
 
 def test_codecs_are_compared_on_recoded_sets(photos, extract_settings, data, tmp_path):
-    extract_targets(photos, tmp_path / "fp16", extract_settings(codec={"name": "fp16"}), Silent())
+    extract_targets(photos, tmp_path / "fp16", extract_settings(codec={"name": "fp16"}), report=Silent())
     variants = [{"name": "small", "codec": {"name": "klt", "fidelity": 0.9}}, {"name": "fp16"}]
     out = tmp_path / "out"
     codecs = grid(variants=variants, seeds=0, along="bytes")
-    found = compare(codecs, "codecs", tmp_path / "fp16", data, out, Silent(), speed=SPEED)
+    found = compare(codecs, "codecs", tmp_path / "fp16", data=data, out=out, report=Silent(), speed=SPEED)
     (recoded,) = (path for path in (out / "targets").iterdir() if path.name != ".locks")
     assert recoded.name.startswith("klt-0.9-")
     small, whole = found.rows
     assert small.latents < whole.latents
     assert (small.along, whole.along) == (small.latents, whole.latents)
     assert "stored latents, kB a view" in (out / "reports" / "codecs" / "report.html").read_text()
-    again = compare(codecs, "codecs", tmp_path / "fp16", data, out, Silent(), speed=SPEED)
+    again = compare(codecs, "codecs", tmp_path / "fp16", data=data, out=out, report=Silent(), speed=SPEED)
     assert again == found
     with pytest.raises(BadInputError, match="error would come on top"):
-        compare(codecs, "again", recoded, data, tmp_path / "other", Silent(), speed=SPEED)
+        compare(codecs, "again", recoded, data=data, out=tmp_path / "other", report=Silent(), speed=SPEED)
 
 
 def test_the_command(target_root, data, tmp_path):
@@ -206,7 +210,7 @@ def test_jobs_give_what_one_process_gives(target_root, data, tmp_path):
     arguments = ["compare", str(path), str(target_root), str(data), "--workers", "0", "--device", "cpu"]
     done = CliRunner().invoke(app, [*arguments, str(tmp_path / "two"), "--jobs", "2"])
     assert done.exit_code == 0, done.output
-    compare(grid(), "grid", target_root, data, tmp_path / "one", Silent(), speed=SPEED)
+    compare(grid(), "grid", target_root, data=data, out=tmp_path / "one", report=Silent(), speed=SPEED)
     one, two = (
         {name: content for name, content in contents(tmp_path / out).items() if name.endswith("encoder.safetensors")}
         for out in ("one", "two")
@@ -228,7 +232,7 @@ def test_processes_of_torchrun_share_every_run(target_root, data, tmp_path):
     assert done.returncode == 0, done.stderr
     # Told once, by the leading process.
     assert done.stdout.count("report.html") == 1
-    one = compare(grid(seeds=0), "grid", target_root, data, tmp_path / "one", Silent(), speed=SPEED)
+    one = compare(grid(seeds=0), "grid", target_root, data=data, out=tmp_path / "one", report=Silent(), speed=SPEED)
     assert f"{one.done} of {one.wanted} scores" in done.stderr
     for run in (tmp_path / "one" / "runs").iterdir():
         lines = [
@@ -292,7 +296,15 @@ def test_grids_that_cannot_be_meant(over, message):
 def test_what_does_not_fit_is_refused_before_anything_is_trained(over, message, target_root, data, tmp_path):
     first = [GRID["variants"][0], *over.pop("variants", [])]
     with pytest.raises(BadInputError, match=message):
-        compare(grid(variants=first, **over), "odd", target_root, data, tmp_path / "out", Silent(), speed=SPEED)
+        compare(
+            grid(variants=first, **over),
+            "odd",
+            target_root,
+            data=data,
+            out=tmp_path / "out",
+            report=Silent(),
+            speed=SPEED,
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -310,7 +322,15 @@ def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, d
     wild = {"name": "wild", "set": {"optimizer": {"lr": 1e30, "scale_lr": False, "clip": 1e30}, "epochs": 3}}
     out = tmp_path / "out"
     with pytest.raises(DivergedError):
-        compare(grid(variants=[wild, {"name": "good"}], seeds=0), "odd", target_root, data, out, Silent(), speed=SPEED)
+        compare(
+            grid(variants=[wild, {"name": "good"}], seeds=0),
+            "odd",
+            target_root,
+            data=data,
+            out=out,
+            report=Silent(),
+            speed=SPEED,
+        )
     text = (out / "reports" / "odd" / "report.md").read_text()
     assert "1 of 2 scores" in text
     assert "Not finished: wild, seed 0 (loss" in text
@@ -319,15 +339,15 @@ def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, d
 
 def test_other_scores_and_grown_targets_are_other_folders(photos, extract_settings, pretrain_settings, data, tmp_path):
     """One OUT for other evaluations, and for the same set with more views: nothing is mixed up."""
-    extract_targets(photos, tmp_path / "set", extract_settings(views=1), Silent())
+    extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())
     out = tmp_path / "out"
-    compare(grid(seeds=0), "one", tmp_path / "set", data, out, Silent(), speed=SPEED)
+    compare(grid(seeds=0), "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)
     runs = snapshot(out / "runs")
     other = grid(seeds=0, evaluate=[{"kind": "knn", "set": {"k": 7}}])
-    assert compare(other, "two", tmp_path / "set", data, out, Silent(), speed=SPEED).done == 2
+    assert compare(other, "two", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED).done == 2
     assert snapshot(out / "runs") == runs
-    extract_targets(photos, tmp_path / "set", extract_settings(views=2), Silent())
-    compare(grid(seeds=0), "one", tmp_path / "set", data, out, Silent(), speed=SPEED)
+    extract_targets(photos, tmp_path / "set", extract_settings(views=2), report=Silent())
+    compare(grid(seeds=0), "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)
     assert len(list((out / "runs").iterdir())) == 4
 
 

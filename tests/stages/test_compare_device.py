@@ -61,7 +61,13 @@ def test_twelve_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
     common = {**grid().set, "speed": {"compile": True}}
     with pytest.raises(DivergedError) as caught:
         compare(
-            grid(variants=variants, seeds=0, set=common), "ratios", target_root, data, tmp_path, Silent(), speed=SPEED
+            grid(variants=variants, seeds=0, set=common),
+            "ratios",
+            target_root,
+            data=data,
+            out=tmp_path,
+            report=Silent(),
+            speed=SPEED,
         )
     assert graphs == [1] * 12
     assert alive == [0] * 12
@@ -83,5 +89,5 @@ def test_memory_that_ends_in_one_run_is_free_for_the_next(target_root, data, tmp
     monkeypatch.setattr(stage, "pretrain", watched)
     monkeypatch.setattr(Step, "backward", ended)
     with pytest.raises(OutOfMemoryError, match="not even one image a pass"):
-        compare(grid(seeds=0), "losses", target_root, data, tmp_path, Silent(), speed=SPEED)
+        compare(grid(seeds=0), "losses", target_root, data=data, out=tmp_path, report=Silent(), speed=SPEED)
     assert alive == [0, 0]

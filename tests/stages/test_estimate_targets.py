@@ -21,7 +21,7 @@ def test_it_is_near_the_set_and_writes_nothing(target_root, photos, tmp_path, ex
     source = tmp_path / "source"
     settings = extract_settings()
     if packed:
-        build_shard_set(photos, source, settings.shard, Silent())
+        build_shard_set(photos, source, settings.shard, report=Silent())
     else:
         shutil.copytree(photos, source)
     before = sorted(path for path in tmp_path.rglob("*"))

@@ -15,7 +15,7 @@ from cae2pipe.supervised.schedule import all_images, full_batches
 @given(images=st.integers(2, 500), batch=st.integers(2, 64), chunk=st.integers(2, 40), epochs=st.integers(1, 3))
 def test_every_image_comes_once_an_epoch(images, batch, chunk, epochs):
     size, steps = batch_and_steps(images, batch)
-    schedule = all_images(images, size, steps, chunk, epochs, seed=1)
+    schedule = all_images(images, size, steps, chunk=chunk, epochs=epochs, seed=1)
     for epoch in range(epochs):
         own = range(epoch * schedule.steps, (epoch + 1) * schedule.steps)
         cut = [[schedule.chunk(step, number) for number in range(schedule.chunks)] for step in own]
@@ -27,7 +27,7 @@ def test_every_image_comes_once_an_epoch(images, batch, chunk, epochs):
 @given(chunks=st.integers(1, 6), chunk=st.integers(2, 16), more=st.integers(0, 200), seed=st.integers(0, 9))
 def test_full_batches_are_full_and_hold_no_image_twice(chunks, chunk, more, seed):
     batch = chunks * chunk
-    schedule = full_batches(batch + more, batch, chunk, 2, seed)
+    schedule = full_batches(batch + more, batch, chunk, epochs=2, seed=seed)
     seen = [schedule.chunk(step, number) for step in range(schedule.steps) for number in range(chunks)]
     assert {len(part) for part in seen} == {chunk}
     assert len(np.unique(np.concatenate(seen))) == schedule.steps * batch == schedule.used
@@ -35,13 +35,13 @@ def test_full_batches_are_full_and_hold_no_image_twice(chunks, chunk, more, seed
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    schedule, other = (all_images(50, 50, 1, 50, 2, seed) for seed in (0, 1))
+    schedule, other = (all_images(50, 50, 1, chunk=50, epochs=2, seed=seed) for seed in (0, 1))
     orders = [schedule.chunk(0, 0), schedule.chunk(1, 0), other.chunk(0, 0)]
     assert len({order.tobytes() for order in orders}) == 3
-    assert np.array_equal(schedule.chunk(1, 0), all_images(50, 50, 1, 50, 9, 0).chunk(1, 0))
+    assert np.array_equal(schedule.chunk(1, 0), all_images(50, 50, 1, chunk=50, epochs=9, seed=0).chunk(1, 0))
 
 
 def test_fewer_images_than_a_batch():
     with pytest.raises(SourceError, match="7 training images are fewer than one batch of 8") as caught:
-        full_batches(7, 8, 4, 1, 0)
+        full_batches(7, 8, 4, epochs=1, seed=0)
     assert "batch=6" in caught.value.fix

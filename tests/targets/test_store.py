@@ -19,7 +19,7 @@ def unit(samples: int = SAMPLES) -> torch.Tensor:
 @pytest.fixture(params=["klt", "int8", "fp16"])
 def written(request, tmp_path):
     tokens = unit()
-    calibration, _ = calibrate(tokens, request.param, 0.999, 1)
+    calibration, _ = calibrate(tokens, request.param, 0.999, level=1)
     layout = StoreLayout(TOKENS, DIM, TOKENS - 1, True, make_codec(request.param, calibration))
     norms = np.linspace(1, 2, SAMPLES * TOKENS).reshape(SAMPLES, TOKENS).astype("<f2")
     attention = (np.arange(SAMPLES * (TOKENS - 1)) % 256).reshape(SAMPLES, -1).astype("u1")
@@ -38,7 +38,7 @@ def written(request, tmp_path):
         chunks = pack_block(layout, {**arrays, "norms": norms[where], "attention": attention[where]})
         writer.append(chunks, len(norms[where]))
     labels = np.zeros(SAMPLES, dtype=np.int32)
-    writer.finish(keys, labels, np.zeros((SAMPLES, 11)), members, {"view": 0})
+    writer.finish(keys, labels, np.zeros((SAMPLES, 11)), members=members, attributes={"view": 0})
     entry = {"tar": "views.tar", "zarr": "000000.zarr", "samples": SAMPLES}
     return tmp_path, entry, layout, tokens, norms, attention, keys, jpegs
 

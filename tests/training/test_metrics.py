@@ -47,7 +47,7 @@ def test_resuming_keeps_them_and_the_file_as_it_was(make_run, target_root, pretr
     damaged = DAMAGED["not UTF-8"](path.read_bytes())
     path.write_bytes(damaged)
     report = Silent()
-    pretrain(target_root, run, pretrain_settings(), report)
+    pretrain(target_root, run, pretrain_settings(), report=report)
     lines, bad = read_metrics(path)
     assert bad == 0
     assert [line["step"] for line in lines] == [0, *range(2, 10)]
@@ -66,7 +66,7 @@ def test_a_file_that_is_lost_is_told_once(content, make_run, target_root, pretra
     path.unlink() if content is None else path.write_bytes(content)
     for stop, lost in ((5, "(0 to 3)"), (6, "(0 to 3)")):
         report = Silent()
-        pretrain(target_root, run, pretrain_settings(stop_after=stop), report)
+        pretrain(target_root, run, pretrain_settings(stop_after=stop), report=report)
         assert any(lost in line for line in report.lines)
     assert [line["step"] for line in read_metrics(path)[0]] == [4, 5]
     saved = sorted(found.name for found in run.glob("metrics.jsonl.*"))
@@ -78,7 +78,7 @@ def test_a_second_damage_leaves_the_first_copy_alone(make_run, target_root, pret
     for stop in (5, 6):
         path = run / "metrics.jsonl"
         path.write_bytes(with_line(path.read_bytes(), 0, lambda line: b"x\n"))
-        pretrain(target_root, run, pretrain_settings(stop_after=stop), Silent())
+        pretrain(target_root, run, pretrain_settings(stop_after=stop), report=Silent())
     assert sorted(found.name for found in run.glob("metrics.jsonl.*")) == [
         "metrics.jsonl.damaged",
         "metrics.jsonl.damaged1",

@@ -71,7 +71,7 @@ def launched(job, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(target_root, pretrain_settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     return out
 
 
@@ -100,7 +100,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(job, target_root
     assert 7 <= stopped < 10
     assert [path.stem for path in (out / "checkpoints").glob("*.pt")] == [f"step-{stopped:08d}"]
     # One process goes on where two stopped.
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     assert near(figures(out), figures(alone))
 
 
@@ -138,6 +138,6 @@ def test_sharding_changes_nothing_of_bfloat16(make, pretrain_settings, group_of_
 
 def test_a_share_that_cannot_be_cut_is_refused(target_root, pretrain_settings, tmp_path):
     with pytest.raises(SettingsError, match=r"speed\.accumulation") as caught:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"accumulation": 5}), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"accumulation": 5}), report=Silent())
     assert "speed.accumulation=4" in caught.value.fix
     assert not (tmp_path / "run").exists()
