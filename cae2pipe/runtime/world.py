@@ -109,7 +109,9 @@ def stage_world(
 
 
 @contextmanager
-def init_distributed(rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None) -> Iterator[World]:
+def init_distributed(
+    rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None
+) -> Iterator[World]:
     """The world of a training run; its processes meet here, and part at the end. Within another world, as where several
     trainings follow each other, they stay together: a second meeting of the same processes would not come about.
 
