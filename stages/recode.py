@@ -210,7 +210,7 @@ class RecodedBlock(NamedTuple):
     centred: Tensor
 
 
-def recode_block(reader: StoreReader, block: int, layout: StoreLayout, *, calibration: Calibration) -> RecodedBlock:
+def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibration: Calibration) -> RecodedBlock:
     """Decode and encode a block; norms and attention stay as they are."""
     kept = [name for name in ("norms", "attention") if name in layout.blocked()]
     unit = stored_unit(reader, block)

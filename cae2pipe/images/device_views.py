@@ -137,7 +137,7 @@ def blended(base: Tensor, planes: Tensor, factor: Tensor) -> Tensor:
     return (product + base).clamp(0, 255).to(torch.uint8)
 
 
-def resampled(flat: Tensor, start: Tensor, step: Tensor, *, weights: Tensor) -> Tensor:
+def resampled(flat: Tensor, start: Tensor, step: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of pixels that lie ``step`` apart.
 
     Args:
