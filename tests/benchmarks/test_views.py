@@ -71,7 +71,7 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
         assert result["feature"] == "class"
         assert one[kind] == pytest.approx(100 * result["top1"], abs=0.01)
 
-    monkeypatch.setattr(view_arms, "pretrain", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(view_arms, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     before = snapshot(work)
     again = measure("--only-score", "--arms", ARMS + ",fresh-s0", "--linear", "2", "--pixels-once", "3")
     assert again["rows"] == first["rows"]
@@ -87,7 +87,7 @@ def test_arms_of_another_device_are_drawn_beside(measure, tmp_path):
 
 
 def test_a_run_of_another_process_is_scored_as_far_as_it_is(measure, bench, work, monkeypatch):
-    def locked(*arguments):
+    def locked(*_, **__):
         raise LockedError("another process is writing this folder")
 
     measure("--arms", "v1-s0")

@@ -109,10 +109,10 @@ def test_every_thread_has_its_stream_and_the_bytes_are_the_same(
 
     monkeypatch.setattr(torch.Tensor, "to", moved)
 
-    def as_on_cuda(blocks, teacher, *more):
+    def as_on_cuda(blocks, teacher, *more, **named):
         device, teacher.device = teacher.device, fake
         try:
-            yield from real(blocks, teacher, *more)
+            yield from real(blocks, teacher, *more, **named)
         finally:
             teacher.device = device
 

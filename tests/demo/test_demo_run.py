@@ -148,7 +148,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     scores = iter([0.25, 0.5, 0.75] * 2)
     asked = []
 
-    def knn(kind, encoder, data, folder, settings, report):
+    def knn(kind, encoder, data, **_):
         asked.append(encoder)
         return {"top1": next(scores)}
 

@@ -174,7 +174,7 @@ def test_two_processes_and_the_cascade(data, encoder, tmp_path):
     ],
 )
 def test_the_end_of_the_memory(name, what, fix, data, encoder, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(MaskRCNN, name, full)

@@ -275,7 +275,7 @@ if __name__ == "__main__":
     for name, over in (("shm", {"speed": {"workers": 2}}), ("full", often)):
         try:
             with exits():
-                pretrain(targets, disk / name, build(PretrainSettings, merge(raw, over), "test"), Silent())
+                pretrain(targets, disk / name, build(PretrainSettings, merge(raw, over), "test"), report=Silent())
         except typer.Exit as left:
             print(name, "left with", left.exit_code, file=sys.stderr, flush=True)
     print(*sorted(path.name for path in (disk / "full/checkpoints").iterdir()))

@@ -112,11 +112,11 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
     class Killed(BaseException):
         pass
 
-    def killed(targets, folder, settings, report):
+    def killed(targets, folder, settings, *, report):
         if len(trained) == 2:
             raise Killed
         trained.append(folder.name)
-        return real(targets, folder, settings, report)
+        return real(targets, folder, settings, report=report)
 
     monkeypatch.setattr(stage, "pretrain", killed)
     with pytest.raises(Killed):
@@ -146,7 +146,9 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
 def test_two_grids_in_one_folder_train_what_they_share_once(target_root, data, tmp_path, monkeypatch):
     out, trained = tmp_path / "out", []
     real = stage.pretrain
-    monkeypatch.setattr(stage, "pretrain", lambda t, folder, s, r: trained.append(folder.name) or real(t, folder, s, r))
+    monkeypatch.setattr(
+        stage, "pretrain", lambda t, folder, s, **r: trained.append(folder.name) or real(t, folder, s, **r)
+    )
     compare(grid(seeds=0), "one", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     alike = [{"name": "the same"}, {"name": "twice"}, {"name": "MSE", "set": {"loss": {"kind": "mse"}}}]
     found = compare(grid(variants=alike, seeds=0), "two", target_root, data=data, out=out, report=Silent(), speed=SPEED)

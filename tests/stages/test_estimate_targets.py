@@ -53,11 +53,11 @@ def extract_command(source, out, settings, tmp_path, *more: str):
 def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_settings, monkeypatch) -> None:
     cost = {}
 
-    def kept(*arguments):
-        cost.update(estimate_targets(*arguments))
+    def kept(*arguments, **named):
+        cost.update(estimate_targets(*arguments, **named))
         return cost
 
-    monkeypatch.setattr("cae2pipe.stages.estimate_targets.estimate_targets", kept)
+    monkeypatch.setattr("cae2pipe.api.targets.estimate", kept)
     result = extract_command(
         photos, tmp_path / "set", extract_settings(), tmp_path, "--estimate", "--epochs", "45", "--fidelity", "0.99"
     )

@@ -178,7 +178,9 @@ def test_a_calibration_that_comes_out_otherwise_is_refused(copy, photos, teacher
     damage(copy / "codec.zarr/mean/c/0", "changed")
     before = snapshot(copy)
     real = stored_calibration.calibrate
-    monkeypatch.setattr(stored_calibration, "calibrate", lambda unit, *rest: real(unit * 0.999, *rest))
+    monkeypatch.setattr(
+        stored_calibration, "calibrate", lambda unit, *rest, **named: real(unit * 0.999, *rest, **named)
+    )
     with pytest.raises(DamageError, match="does not come out the same"):
         mended(copy, photos, teacher_file)
     assert snapshot(copy) == before
