@@ -125,11 +125,11 @@ def grid(state: State, found: Found) -> None:
     before: list[dict[str, float]] = []
     real = compare.pretrain
 
-    def watched(root: Path, folder: Path, run: PretrainSettings, report: Any) -> Any:
+    def watched(root: Path, folder: Path, run: PretrainSettings, *, report: Any) -> Any:
         steps = sum(type(thing) is Step for thing in gc.get_objects())
         held = torch.cuda.memory_allocated(state.place) / 1e6 if state.on_cuda else 0.0
         before.append({"steps": steps, "device_mb": round(held, 1)})
-        return real(root, folder, run, report)
+        return real(root, folder, run, report=report)
 
     release(state)
     with patch.object(compare, "pretrain", watched):

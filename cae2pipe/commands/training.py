@@ -192,7 +192,7 @@ def _compare_jobs(
     plan_grid(settings, targets, data, out=out, small=small, speed=speed)
     failed: Cae2pipeError | None = None
     try:
-        run_jobs(partial(_compare_part, settings, targets, out=data, part=out, small=small, speed=speed), jobs, device)
+        run_jobs(partial(_compare_part, settings, targets, data, out, small=small, speed=speed), jobs, device)
     except Cae2pipeError as error:
         failed = error
     name = report_name(grid, small)
@@ -207,10 +207,10 @@ def _compare_part(
     settings: Any,
     targets: Path,
     data: Path,
-    *,
     out: Path,
     part: Any,
     device: str | None,
+    *,
     small: bool,
     speed: dict[str, Any],
 ) -> None:

@@ -92,7 +92,7 @@ def check_image(piece, reads=iter(range(100)), real=checking.check_image):
 checking.check_image = check_image
 settings = ShardSettings(samples=8, speed=ShardSpeed(workers=0))
 from cae2pipe.runtime.progress import Silent
-build.build_shard_set(Path(sys.argv[1]), Path(sys.argv[2]), settings, Silent())
+build.build_shard_set(Path(sys.argv[1]), Path(sys.argv[2]), settings, report=Silent())
 """
 
 

@@ -32,7 +32,7 @@ def steps(monkeypatch) -> weakref.WeakSet:
             alive.add(self)
 
     monkeypatch.setattr(training, "Step", Watched)
-    monkeypatch.setattr(stage, "evaluate", lambda *arguments: None)
+    monkeypatch.setattr(stage, "evaluate", lambda *_, **__: None)
     return alive
 
 
