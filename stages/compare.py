@@ -1,13 +1,12 @@
-"""Many pretrainings side by side on one target set: train what is not trained yet, score it, write one report.
+"""A comparison of many pretraining runs on one target set: train and score what is missing, write one report.
 
-Every run is one that `pretrain` makes and every score one that `evaluate` makes, in folders of their own: both go on
-where they were, and do nothing where they are finished. So does this. A folder is named after what it was made from, so
-that grids in one OUT share what they have in common:
+Every run is made by `pretrain` and every score by `evaluate`, each in its own folder. Both resume, and skip finished
+work, and so does this stage. A folder is named after its inputs, so grids in one OUT share common runs:
 
 OUT/runs/caev2-s0-1a2b3c4d/             a run: method, seed, fingerprint of settings and stores
 OUT/scores/caev2-s0-1a2b3c4d-5e6f7a8b/  its scores: fingerprint of evaluations and data
-OUT/targets/klt-0.99-9c0d1e2f/          the target set recoded, where a grid compares codecs
-OUT/reports/table2/report.html          what came out of one grid
+OUT/targets/klt-0.99-9c0d1e2f/          the target set recoded, if a grid compares codecs
+OUT/reports/table2/report.html          the results of one grid
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ from cae2pipe.training.target_spec import target_spec
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a grid: its variant's index, its seed, its folder's name below runs and that of its scores, its
-    settings, and the codec that the target set is recoded with for it, if it is."""
+    """One run of a grid: the index of its variant, its seed, the names of its folders below runs and scores, its
+    settings, and the codec that the target set is recoded with for it, if any."""
 
     variant: int
     seed: int
@@ -67,8 +66,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class GridPlan:
-    """All that a grid is to do: its runs, seed by seed, so that one that is broken off has whole comparisons; and what
-    each is scored by."""
+    """The plan of a grid: its runs and the evaluations of each. Runs are ordered seed by seed, so that an interrupted
+    grid has complete comparisons."""
 
     runs: list[Planned]
     evaluations: dict[str, AnySettings]
@@ -86,18 +85,18 @@ def compare(
     part: WorkShare | None = None,
     speed: dict[str, Any] | None = None,
 ) -> Comparison | None:
-    """Train and score every run of a grid, or a part of them, and write the report of what is there.
+    """Train and score all runs of a grid, or a part of them, and write the report of all results so far.
 
-    Under torchrun its processes share every run; all but the leading one get None.
+    Under torchrun the processes share every run; only the leading one gets the result, the others None.
 
     Args:
-        name: the grid's, which its report's folder bears. targets: the target set. data: labelled images, as
-            evaluations take them. small: take the grid's small scale. part: which of the runs.
-        speed: ``device`` and ``workers`` for all.
+        name: of the grid and of its report's folder. targets: the target set. data: labelled images, as for
+        evaluations. small: use the grid's small scale. part: this process's share of the runs. speed: ``device`` and
+        ``workers`` for all runs.
 
     Raises:
-        As ``plan_grid``, ``recode``, ``pretrain`` and ``evaluate``. A run that diverges or does not fit the device does
-        not keep others from being made: what it raised is raised at the end.
+        As ``plan_grid``, ``recode``, ``pretrain`` and ``evaluate``. If a run diverges or does not fit the device, the
+        others still run, and its error is raised at the end.
     """
     speed = speed or {}
     result: Comparison | None = None
@@ -124,7 +123,7 @@ def report_grid(
     small: bool = False,
     speed: dict[str, Any] | None = None,
 ) -> Comparison:
-    """The report of what is there of a grid, without making any of it. Arguments as ``compare`` has them."""
+    """Write the report of a grid's results so far, without running anything. Arguments as in ``compare``."""
     plan = plan_grid(grid, targets, data, out=out, small=small, speed=speed)
     device = pick_device((speed or {}).get("device", "auto"))
     return write_grid(grid, name, plan, targets=targets, out=out, report=report, device=device)
@@ -139,15 +138,15 @@ def plan_grid(
     small: bool = False,
     speed: dict[str, Any] | None = None,
 ) -> GridPlan:
-    """Everything that a grid is to do, looked at before anything is trained.
+    """The plan of a grid, checked before anything is trained.
 
     Raises:
-        SettingsError: settings of a variant or of an evaluation do not fit, each other or the target set.
+        SettingsError: settings of a variant or of an evaluation do not fit each other or the target set.
         ManifestError, DamageError: not a target set that can be read. SourceError: not labelled images.
-        BadInputError: codecs are compared, and the target set does not hold fp16 latents.
+        BadInputError: codecs are compared, but the target set's latents are not fp16.
     """
     if small and not grid.small and not any(variant.small for variant in grid.variants):
-        raise SettingsError("this grid has no small scale", where=grid.title, fix="leave --small away")
+        raise SettingsError("this grid has no small scale", where=grid.title, fix="omit --small")
     evaluations: dict[str, AnySettings] = {}
     for scored in grid.evaluate:
         values = merge(scored.set, {"speed": speed} if speed else {})
@@ -156,7 +155,7 @@ def plan_grid(
         )
     target_set = TargetSet(targets)
     if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):
-        raise BadInputError("the output folder lies inside the target set", where=out, fix="give another folder")
+        raise BadInputError("the output folder is inside the target set", where=out, fix="use another folder")
     splits = open_data(data, batch=1)
     measured = [
         [split.identity for split in splits],
@@ -179,7 +178,7 @@ def plan_grid(
 
 
 def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple[int, PretrainSettings]]:
-    """The settings of every run, seed by seed, each with its variant's index. Raises SettingsError."""
+    """The settings of every run, seed by seed, each with the index of its variant. Raises SettingsError."""
     common = merge(grid.set, grid.small) if small else grid.set
     runs = []
     for seed in grid.seeds:
@@ -192,14 +191,15 @@ def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple
 
 
 def run_name(settings: PretrainSettings, targets: Any, codec: CodecSettings | None) -> str:
-    """The folder of a run on ``targets``, plain values that say what they are: what changes the result changes it."""
+    """The folder name of a run on ``targets``, plain values that identify them. It depends on everything that the
+    result depends on."""
     made_from = [fingerprinted(settings), targets, codec and fingerprinted(codec)]
     return f"{settings.method}-s{settings.seed}-{fingerprint(made_from)[:8]}"
 
 
 def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettings | None) -> None:
-    """Refuse a run that the target set, its method or its codec does not fit, or whose teacher or originals are not
-    there. An online teacher is loaded for that: seconds beside the hours that it saves."""
+    """Refuse a run that does not fit the target set, its method or its codec, or whose teacher or originals are
+    missing. An online teacher is loaded for this check, which takes seconds and may save hours."""
     check_fit(targets, settings, torchrun_rank().ranks)
     with torch.device("meta"):
         build_method(settings.method, settings.model, target_spec(settings, targets).dim)
@@ -211,16 +211,16 @@ def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettin
     stored = targets.artifact.identity["settings"]["codec"]["name"]
     if codec and stored != "fp16":
         raise BadInputError(
-            f"codecs are compared on recoded latents, and this set's are stored with {stored}, whose error would come "
-            "on top of theirs",
+            f"a comparison of codecs needs fp16 latents, but this set is stored with {stored}, whose error would be "
+            "added to theirs",
             where=targets.root,
-            fix="give a set that was extracted with --codec fp16",
+            fix="use a set extracted with --codec fp16",
         )
 
 
 @contextmanager
 def variant_named(name: str) -> Iterator[None]:
-    """Errors within name the variant, and settings as a grid is told them."""
+    """Within it, errors name the variant, and settings in the form that a grid takes."""
     try:
         yield
     except BadInputError as error:
@@ -239,13 +239,13 @@ def run_part(
     report: Report,
     part: WorkShare | None = None,
 ) -> dict[str, Cae2pipeError]:
-    """Train and score a part of a grid's runs. Gives what was raised by those that could not be finished.
+    """Train and score a part of a grid's runs. Returns the errors of those that could not be finished.
 
-    A loss that is not finite meets all processes of a run alike. A device's memory may end in one of several: there the
-    others could not go on.
+    A loss that is not finite occurs in all processes of a run. But memory may run out in only one of several processes,
+    and then the others could not continue.
     """
     forgiven = (DivergedError, OutOfMemoryError) if torchrun_rank().ranks == 1 else (DivergedError,)
-    # Variants that come to the same are one run.
+    # Variants with equal settings share one run.
     distinct = list({run.name: run for run in plan.runs}.values())
     own = [run for index, run in enumerate(distinct) if part is None or part.owns(index)]
     failed: dict[str, Cae2pipeError] = {}
@@ -260,14 +260,14 @@ def run_part(
                 evaluate(kind, str(folder), data, out=out / "scores" / run.scored, settings=settings, report=report)
         except forgiven as error:
             failed[f"{variant} ({error.what})"] = without_frames(error)
-            report.log(f"{variant} cannot be finished: {error.what}; going on with the others")
-        # The next one may need all of the device.
+            report.log(f"{variant} failed: {error.what}; continuing with the other runs")
+        # The next run may need all memory of the device.
         free_unused()
     return failed
 
 
 def without_frames(error: Cae2pipeError) -> Cae2pipeError:
-    """An error that is kept without what its traceback holds: the frames of a run, and with them its whole model."""
+    """The error without its traceback, whose frames would keep the model of a run in memory."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
@@ -283,7 +283,8 @@ def write_grid(
     device: torch.device,
     failed: dict[str, Cae2pipeError] | None = None,
 ) -> Comparison:
-    """The report of what is there of a grid. Parts that end at the same time write one after the other."""
+    """Write the report of a grid's results so far. A lock keeps parts that end at the same time from writing
+    together."""
     set_backends()
     with holding(out / "reports", name):
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
@@ -294,12 +295,12 @@ def write_grid(
 
 
 def recoded(targets: Path, codec: CodecSettings | None, out: Path, *, report: Report) -> Path:
-    """The target set that a run reads. Another process that makes the same one is waited for."""
+    """The target set that a run reads. Waits if another process is making the same one."""
     if codec is None:
         return targets
     of = fingerprint([TargetsArtifact.open(targets).fingerprint, fingerprinted(codec)])[:8]
     name = f"{codec.name}-{codec.fidelity:g}-{of}" if codec.name == "klt" else f"{codec.name}-{of}"
     folder = out / "targets" / name
-    with holding(out / "targets", name, lambda: report.log(f"waiting for {folder}, which another process makes")):
+    with holding(out / "targets", name, lambda: report.log(f"waiting for another process to make {folder}")):
         recode(targets, folder, codec, report=report)
     return folder

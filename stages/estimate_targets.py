@@ -1,4 +1,4 @@
-"""What stage 1 would cost, from a few hundred images: bytes, time and fidelity, for every codec. Nothing is kept."""
+"""Estimate of stage 1 from a few hundred images: bytes, time and fidelity for every codec. Nothing is kept."""
 
 from __future__ import annotations
 
@@ -36,23 +36,24 @@ from cae2pipe.teachers.protocol import Teacher
 def estimate_targets(
     source: Path, settings: ExtractSettings, report: Report, *, epochs: int | None = None
 ) -> dict[str, Any]:
-    """What the target set of a shard set or a folder of images would cost; nothing is written.
+    """Estimate the cost of the target set of a shard set or a folder of images; nothing is written.
 
     Args:
-        epochs: of the pretraining that the set is for; with it, the number of views is recommended.
+        epochs: epochs of the planned pretraining; if given, a number of views is recommended.
 
     Returns:
-        ``images``, ``views``, mean bytes of ``pixels`` a view, ``views_per_s`` and ``teacher_per_s`` on this device,
-        and ``codecs``: for each its bytes of ``latents`` a view, ``bytes`` and ``seconds`` in all, the held-out
-        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``. With ``epochs`` also ``recommended``: the ``views`` for so
-        many ``epochs``, their ``bytes`` and ``seconds`` in all with the codec of ``settings``, how often each is shown
-        (``showings``), and how often each of the ``views`` of ``settings`` would be (``showings_asked``).
+        ``images``, ``views``, mean bytes of ``pixels`` per view, ``views_per_s`` and ``teacher_per_s`` on this device,
+        and ``codecs``: for each the bytes of ``latents`` per view, ``bytes`` and ``seconds`` in total, the held-out
+        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``, the break-even epoch. With ``epochs`` also ``recommended``:
+        ``views`` for these ``epochs``, their ``bytes`` and ``seconds`` in total with the codec of ``settings``, how
+        often each is shown (``showings``), and how often each would be shown with the ``views`` of ``settings``
+        (``showings_asked``).
 
     Raises:
         SettingsError: less than one epoch.
     """
     if epochs is not None and epochs < 1:
-        raise SettingsError(f"{epochs} epochs show no view", where="--epochs", fix="give at least 1")
+        raise SettingsError(f"invalid number of epochs: {epochs}", where="--epochs", fix="use at least 1")
     set_backends()
     teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
     workers = worker_count(settings.speed.workers)
@@ -68,7 +69,7 @@ def estimate_targets(
         facts = teacher_facts(teacher, outputs[0])
         shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
         prices = [price(outputs, name, shape, fidelity=codec.fidelity, level=codec.level) for name in CODECS]
-        report.log("extracting from them, to see how fast it goes")
+        report.log("extracting from them to measure the speed")
         chosen = next(priced for priced in prices if priced.codec == codec.name)
         layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
         meter = time_extraction(
@@ -76,7 +77,7 @@ def estimate_targets(
         )
 
     def pixels(views: int) -> float:
-        """Bytes a view: its own, or its share of the image that so many views are cut from."""
+        """Bytes per view: its own, or its share of the image that ``views`` views are cut from."""
         return tar_bytes(jpegs) / (views if settings.view.pixels == "replayed" else 1)
 
     teacher_per_s = meter.views / meter.teacher
@@ -117,7 +118,7 @@ def estimate_targets(
 
 
 def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:
-    """The first images of what would be sharded, as a shard set in ``folder``; and how many there are in all."""
+    """The first images that would be sharded, as a shard set in ``folder``; and the total number of images."""
     scanned = scan(source)
     entries = [entry for run in plan_runs([scanned.entries], settings.shard).values() for entry in run]
     entries = entries[: settings.codec.calibration]
@@ -138,14 +139,14 @@ def time_extraction(
     settings: ExtractSettings,
     workers: int,
 ) -> Meter:
-    """Render, encode and pack views of a few blocks, as many at once as an extraction would."""
+    """Render, encode and pack views of a few blocks, as concurrently as an extraction."""
     views = tuple(range(settings.views))
     tasks = [task for shard in shards.shards for task in block_tasks(shard, views)]
     tasks = tasks[: max(4, 16 // len(views))]
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
 
     def begun(rendered: Iterator[RenderedBlock]) -> Iterator[RenderedBlock]:
-        # Workers take seconds to start, which a real run does once.
+        # Not timed: workers take seconds to start, once per run.
         first = next(rendered)
         meter.began = time.perf_counter()
         yield first

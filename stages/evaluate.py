@@ -1,8 +1,8 @@
 """Stage 3: score an encoder on labelled images.
 
-Read from top to bottom: open the data, load the encoder, score it, write ``result.json`` with predictions beside it.
-Under torchrun every process runs all of this on its share of the images; the leading one writes. There are two kinds of
-scores: on features that are computed once and kept (knn, linear with cached crops), and by training on new crops of
+Read from top to bottom: open the data, load the encoder, score it, write ``result.json`` and predictions. Under
+torchrun every process runs all of this on its share of the images; the leading one writes. There are two kinds of
+scores: on features that are computed once and cached (knn, linear with cached crops), and by training on new crops of
 every image in every epoch (linear, attentive, finetune).
 """
 
@@ -51,8 +51,8 @@ from cae2pipe.training.compilation import compiles
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: what all kinds of it are given. ``root`` is its own folder, ``shared`` the one above; ``feature``
-    of inputs of ``size`` pixels is what scores are taken of."""
+    """The inputs of one evaluation of any kind. ``root`` is its own folder, ``shared`` the one above. Scores are taken
+    on ``feature`` of inputs of ``size`` pixels."""
 
     encoder: FrozenEncoder
     spec: str
@@ -72,8 +72,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Scored:
-    """What an evaluation gives: ``val`` are the val images' predictions; ``trained`` and ``left_out`` count training
-    images. ``files`` lie in its folder."""
+    """The outcome of an evaluation: ``val`` are the predictions for the val images; ``trained`` and ``left_out`` count
+    training images; ``files`` are in its folder."""
 
     val: SplitPredictions
     figures: dict[str, Any]
@@ -83,10 +83,10 @@ class Scored:
 
 
 def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettings, report: Report) -> dict[str, Any]:
-    """Score the encoder ``spec`` on ``data``, which holds train and val, into ``out``/``kind``.
+    """Score the encoder ``spec`` on ``data``, a folder with train and val, into ``out``/``kind``.
 
     Returns:
-        What ``result.json`` holds; ``top1`` and ``top5`` are the accuracies. {} in all but the leading process.
+        The content of ``result.json``; ``top1`` and ``top5`` are the accuracies. {} in all but the leading process.
 
     Raises:
         SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError, DivergedError,
@@ -94,7 +94,7 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
     """
     with stage_world(settings.speed.device, report) as (world, report), ExitStack() as stack:
         precision = precision_of(settings, world.device)
-        # TF32 is for networks that are trained: neighbours and frozen features are compared in float32.
+        # TF32 is only for training networks; neighbours and frozen features are compared in float32.
         tuned = isinstance(settings, FinetuneSettings)
         set_backends(tuned and precision == "bf16", fixed_shapes=tuned)
         batch = batch_for(settings.speed.batch, world.device)
@@ -121,7 +121,7 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
         world.run_on_main(lambda: stack.enter_context(writing(out)))
         artifact, result = world.run_on_main(lambda: open_scores(root, asked))
         if result:
-            report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
+            report.log(f"nothing to do: {root} already has this score, top1 {result['top1']:.4f}")
             return result if world.is_main else {}
         job = Job(
             encoder=encoder,
@@ -135,7 +135,7 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
             world=world,
             report=report,
         )
-        # The leading process scores cached features alone.
+        # Only the leading process scores cached features.
         score = SCORES[kind](job, settings)
         if score is None or not world.is_main:
             return {}
@@ -143,7 +143,7 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
 
 
 def write_scores(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, score: Scored) -> dict[str, Any]:
-    """Write the result down, and call the evaluation complete."""
+    """Write the result, and mark the evaluation complete."""
     predictions, asked = score.val.predictions, artifact.identity
     log_rejects(job.val, score.val.rejected, job.report)
     result = {
@@ -168,8 +168,8 @@ def write_scores(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, s
 
 
 def score_knn(job: Job, settings: KnnSettings) -> Scored | None:
-    """Weighted nearest neighbours of the val images among the train images. ``by_feature`` has every k of the class
-    token's and of the mean patch's; the headline is that of the first k."""
+    """Weighted nearest neighbours of the val images among the train images. ``by_feature`` has the scores of every k
+    for class token and mean patch token; the main score is that of the first k."""
     central = CentralCrop(job.size, round(job.size / settings.features.crop))
     sets = features_of(job, settings, [central])
     if sets is None:
@@ -204,7 +204,7 @@ def score_knn(job: Job, settings: KnnSettings) -> Scored | None:
 
 
 def score_linear(job: Job, settings: LinearSettings) -> Scored | None:
-    """A linear classifier (paper, Table 9), on features of cached crops or on new crops in every epoch."""
+    """A linear classifier (paper, Table 9) on features of cached crops, or on new crops in every epoch."""
     if settings.cached_crops:
         return score_cached_linear(job, settings)
     inputs = pooled(job.feature)
@@ -283,8 +283,8 @@ def train_head(
 
 
 def score_finetune(job: Job, settings: FinetuneSettings) -> Scored:
-    """The whole encoder trained as a classifier (paper, Table 10). The headline is the last epoch's score; ``best`` is
-    the best epoch's, which the val images have picked."""
+    """The whole encoder trained as a classifier (paper, Table 10). The main score is that of the last epoch; ``best``
+    is that of the best epoch, selected on the val images."""
     world, classes = job.world, job.classes
     check_share(settings.batch // settings.chunk, world.ranks)
     schedule = full_batches(
@@ -309,7 +309,7 @@ def score_finetune(job: Job, settings: FinetuneSettings) -> Scored:
     )
     crop = DrawnCrop(job.size, settings.draw, classifier.normalise.mean, seed=settings.seed)
     history = trained(job, settings, learner, schedule=schedule, crop=crop)
-    # A run that was killed behind its last step has them still to make.
+    # A run that was killed after its last step has no predictions yet.
     last = learner.predicted or predicted(learner.logits)
     best = max((line for line in history if "top1" in line), key=lambda line: line["top1"])
     figures = {
@@ -332,8 +332,8 @@ SCORES: dict[str, Callable[[Job, Any], Scored | None]] = {
 def features_of(
     job: Job, settings: KnnSettings | LinearSettings, crops: list[Crop]
 ) -> tuple[list[FeatureSet], FeatureSet] | None:
-    """Features of the train images' crops and of the val images' first one, on the CPU; None in all but the leading
-    process."""
+    """Features of all crops of the train images and of the first crop of the val images, on the CPU; None in all but
+    the leading process."""
 
     def features(split: Split, crop: Crop) -> FeatureSet | None:
         return extract_features(
@@ -353,16 +353,16 @@ def features_of(
 
 
 def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) -> AbstractContextManager[None]:
-    """Around work on ``count`` features at once: where they do not fit the device, the CPU can take them."""
+    """Around work on ``count`` features at once: if they do not fit the device, advise to use the CPU."""
     precision = precision_of(settings, job.world.device)
     fix = cpu_remedy(f"features.precision={precision}", f"speed.batch={job.train.batch}")
-    return memory_advice(f"a set of {count} features", f"{fix} takes the same features", job.train.root)
+    return memory_advice(f"a set of {count} features", f"{fix} uses the same features", job.train.root)
 
 
 def trained(
     job: Job, settings: Trained, learner: Learner, *, schedule: TrainSchedule, crop: DrawnCrop
 ) -> list[dict[str, Any]]:
-    """Train on this process's crops; a line for every epoch."""
+    """Train on this process's crops; returns one line per epoch."""
     own = schedule.own(job.world.rank, job.world.ranks)
     return train(
         learner,
@@ -376,26 +376,28 @@ def trained(
 
 
 def measure(job: Job, inputs: Inputs) -> tuple[int, ...]:
-    """The shape of what a head takes of one image."""
+    """The shape of a head's input for one image."""
     black = torch.zeros((1, 3, job.size, job.size), dtype=torch.uint8, device=job.world.device)
     return tuple(inputs(job.encoder, black).shape)
 
 
 def neighbours(settings: KnnSettings, images: int, report: Report) -> tuple[int, ...]:
-    """The numbers of neighbours that a training set has; the others are named in the log.
+    """The values of k that are at most the number of training images; the log names the others.
 
     Raises:
-        SettingsError: the first one, which gives the headline, is not among them.
+        SettingsError: the first k, which gives the main score, is too large.
     """
     fitting = tuple(k for k in settings.k if k <= images)
     if settings.k[0] > images:
         raise SettingsError(
-            f"{settings.k[0]} neighbours are asked for, and there are {images} training images",
+            f"k is {settings.k[0]}, but there are only {images} training images",
             where="k",
             fix=f"--set 'k={list(fitting) or [max(1, images // 2)]}'",
         )
     if len(fitting) < len(settings.k):
-        report.log(f"left out k above the {images} training images: {sorted(set(settings.k) - set(fitting))}")
+        report.log(
+            f"ignored k above the number of training images ({images}): {sorted(set(settings.k) - set(fitting))}"
+        )
     return fitting
 
 

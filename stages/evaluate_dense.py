@@ -1,4 +1,5 @@
-"""Stage 3 on pixels and boxes: train a decoder with the encoder, score it, write ``result.json`` and pictures.
+"""Stage 3 for segmentation and detection: train a decoder with the encoder, score it, write ``result.json`` and
+pictures.
 
 Read from top to bottom. Under torchrun every process runs all of this on its share of the images; the leading one
 writes. Needs the extra ``dense``.
@@ -48,7 +49,7 @@ Part = TypeVar("Part", LabelledImages, CocoImages)
 
 @dataclass(frozen=True)
 class DenseJob(Generic[Settings, Part]):
-    """One evaluation that has begun. ``train`` and ``val`` are what it trains and scores on."""
+    """One evaluation in progress. ``train`` and ``val`` are its images for training and scoring."""
 
     encoder: FrozenEncoder
     spec: str
@@ -63,8 +64,8 @@ class DenseJob(Generic[Settings, Part]):
     def trained(
         self, learner: SegmentLearner | DetectLearner, schedule: TrainSchedule, reading: Callable[[range, int], Reader]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Scores and what training tells of each epoch. ``reading`` makes the reader of some chunks of every step, from
-        a step on."""
+        """Train; returns the scores and one line per epoch. ``reading`` makes the reader of some chunks of every step,
+        from a step on."""
         own = schedule.own(self.world.rank, self.world.ranks)
         history = train(
             learner,
@@ -75,13 +76,13 @@ class DenseJob(Generic[Settings, Part]):
             world=self.world,
             report=self.report,
         )
-        # A run that was killed behind its last step has them still to make.
+        # A run that was killed after its last step has no scores yet.
         return learner.scores or learner.score(), history
 
 
 @dataclass(frozen=True)
 class DenseScored:
-    """What an evaluation gives: the trained network, what the result says of it, its history and its pictures."""
+    """The outcome of an evaluation: the trained network, the entries of its result, its history and its pictures."""
 
     network: Normalised
     figures: dict[str, Any]
@@ -90,13 +91,13 @@ class DenseScored:
 
 
 def segment(spec: str, data: Path, out: Path, *, settings: SegmentSettings, report: Report) -> dict[str, Any]:
-    """Train UperNet on the encoder ``spec`` and label maps, and score it, into ``out``/segment.
+    """Train UperNet on the encoder ``spec`` with label maps, and score it, into ``out``/segment.
 
     Args:
-        data: holds images/{train,val} and annotations/{train,val}, and what its classes are called.
+        data: a folder with images/{train,val} and annotations/{train,val}, and the names of its classes.
 
     Returns:
-        What ``result.json`` holds; {} in all but the leading process.
+        The content of ``result.json``; {} in all but the leading process.
 
     Raises:
         SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError, DivergedError,
@@ -121,10 +122,11 @@ def segment(spec: str, data: Path, out: Path, *, settings: SegmentSettings, repo
 
 
 def detect(spec: str, data: Path, out: Path, *, settings: DetectSettings, report: Report) -> dict[str, Any]:
-    """Train Mask R-CNN, or its cascade, on the encoder ``spec`` and COCO's format, and score it, into ``out``/detect.
+    """Train Mask R-CNN or Cascade Mask R-CNN on the encoder ``spec`` with data in COCO's format, and score it, into
+    ``out``/detect.
 
     Args:
-        data: holds train2017, val2017 and annotations/instances_{train2017,val2017}.json.
+        data: a folder with train2017, val2017 and annotations/instances_{train2017,val2017}.json.
 
     Returns, raises: as ``segment``.
     """
@@ -143,7 +145,7 @@ def detect(spec: str, data: Path, out: Path, *, settings: DetectSettings, report
         opened=opened,
         work=train_detector,
         headline=("AP^b", "ap_box"),
-        fixed_shapes=False,  # images have many sizes: trying algorithms for each would never end
+        fixed_shapes=False,  # images have many sizes, and benchmarking algorithms for each would take too long
         report=report,
     )
 
@@ -160,12 +162,12 @@ def perform(
     fixed_shapes: bool,
     report: Report,
 ) -> dict[str, Any]:
-    """Train and score, or give the result that is there.
+    """Train and score, or return the existing result.
 
     Args:
-        opened: gives the data for training and for scores, what else tells them apart, and what the log is to say.
-        work: trains and scores; None in all but the leading process.
-        headline: what the log calls the score, and its name in the result.
+        opened: opens the data for training and scoring; also returns what else identifies them, and lines to log.
+        work: trains and scores; returns None in all but the leading process.
+        headline: the main score's name in the log, and its key in the result.
     """
     require_dense()
     with stage_world(settings.speed.device, report) as (world, report), ExitStack() as stack:
@@ -183,7 +185,7 @@ def perform(
         }
         artifact, result = world.run_on_main(lambda: open_scores(root, asked))
         if result:
-            report.log(f"nothing to do: {root} holds this score, {headline[0]} {result[headline[1]]:.4f}")
+            report.log(f"nothing to do: {root} already has this score, {headline[0]} {result[headline[1]]:.4f}")
             return result if world.is_main else {}
         for note in notes:
             report.log(note)
@@ -278,7 +280,7 @@ def train_detector(job: DenseJob[DetectSettings, CocoImages]) -> DenseScored | N
 
 
 def write_dense_scores(artifact: ScoresArtifact, spec: str, score: DenseScored) -> dict[str, Any]:
-    """Write weights, pictures and result down, and close the artifact."""
+    """Write weights, pictures and result, and mark the artifact complete."""
     asked = artifact.identity
     save_weights(score.network.model, artifact.root / LAST)
     files = {LAST: file_entry(artifact.root / LAST)}
@@ -302,7 +304,7 @@ def write_dense_scores(artifact: ScoresArtifact, spec: str, score: DenseScored) 
 
 
 def require_dense() -> None:
-    """Raise SettingsError where the extra is not installed."""
+    """Raise SettingsError if the extra is not installed."""
     try:
         import faster_coco_eval  # noqa: F401
         import segmentation_models_pytorch  # noqa: F401

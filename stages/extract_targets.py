@@ -1,9 +1,9 @@
-"""Stage 1: images to views and the teacher's latents.
+"""Stage 1: from images to views and the teacher's latents.
 
-Read from top to bottom: take this process's part, open the source, load the teacher, calibrate the codec once, then
-shard by shard render the views that are missing, run the teacher on what loaders of the set will see, encode and write.
-A finished (view, shard) pair is never made again; everything else is made so that the same inputs give the same bytes,
-however the work is split.
+Read from top to bottom: take this process's part, open the source, load the teacher, calibrate the codec once. Then,
+shard by shard, render the missing views, run the teacher on the pixels that loaders of the set will see, encode and
+write. A finished (view, shard) pair is never made again. The same inputs give the same bytes, however the work is
+split.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def extract_targets(
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
 ) -> TargetsArtifact:
-    """Make, or go on making, the target set ``out`` from a shard set or a folder of images.
+    """Make, or resume making, the target set ``out`` from a shard set or a folder of images.
 
     Args:
-        source: a shard set or a folder of images. ``out``: the target set's folder. Either may lie on a remote place.
-        part: which share of the shards is made here; torchrun's ranks share it.
+        source: a shard set or a folder of images. ``out``: the target set's folder. Both may be URLs of remote storage.
+        part: this process's share of the shards; torchrun's ranks divide it further.
         calibrate_only: stop once the set has its calibration.
-        remake: make these units again, whether they look whole or not, and nothing else.
+        remake: make exactly these units again, even if they look complete.
 
     Raises:
         SourceError, TeacherError, MismatchError, ManifestError, LockedError: see their messages.
@@ -63,7 +63,7 @@ def extract_targets(
     part = part.split(rank.rank, rank.ranks)
     set_backends()
     with writing(out, part):
-        # Whatever can be wrong is found before hours of sharding.
+        # Errors should show before hours of sharding.
         refuse_foreign(out)
         begun = file_size(out / MANIFEST) is not None
         if begun:
@@ -71,7 +71,7 @@ def extract_targets(
             refuse_other_pixels(out, settings)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
         content = {"settings": fingerprinted(settings), "teacher": teacher.info.identity()}
-        fix = "give another output folder, or the settings this one was made with"
+        fix = "use another output folder, or the settings this one was made with"
         if begun:
             TargetsArtifact.open_same(out, content, fix)
         shards = open_source(source, out, settings, report=report)
@@ -81,12 +81,12 @@ def extract_targets(
         artifact.facts |= {"classes": shards.classes, "wanted": wanted(artifact, shards, settings.views)}
         if not missing and is_calibrated(artifact) and (artifact.complete or part != WHOLE) and remake is None:
             holds = f"all {settings.views} views of " + (f"part {part}" if part != WHOLE else "all shards")
-            report.log(f"nothing to do: {out} holds {holds} ({len(shards.shards)} shards)")
+            report.log(f"nothing to do: {out} has {holds} ({len(shards.shards)} shards)")
             save_targets(artifact, shards, settings.views)
             return artifact
         workers = -(-worker_count(settings.speed.workers) // rank.on_machine)
         if not (is_shared(out) and is_shared(source)):
-            workers = 0  # what lies in this process's memory is seen by no other
+            workers = 0  # other processes cannot read what is in this process's memory
         tell_changes(artifact.facts, teacher.device, report)
         if remake is not None and CODEC in remake:
             make_calibration(artifact, shards, teacher, settings=settings, workers=workers, report=report)
@@ -94,7 +94,7 @@ def extract_targets(
             artifact, shards, teacher, settings=settings, workers=workers, part=part, report=report
         )
         if calibrate_only:
-            report.log("calibrated; nothing else was asked for")
+            report.log("calibration finished (--calibrate-only)")
             return artifact
         check_space(artifact, missing)
         try:
@@ -110,42 +110,42 @@ def extract_targets(
 
 
 def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report) -> ExtractSettings:
-    """The settings with what was not given as the set has been begun with: a changed default must neither refuse the
-    command that began it nor add views to it."""
+    """The settings, with values that were not given taken from the set: changed defaults must neither make the original
+    command fail nor add views."""
     updates: dict[str, Any] = {"codec": as_begun(settings.codec, artifact.identity["settings"]["codec"])}
-    # Early sets do not say what they were to hold.
+    # Sets of early versions do not record their planned content.
     if "views" not in settings.model_fields_set and "wanted" in artifact.facts:
         updates["views"] = artifact.facts["wanted"]["views"]
     begun = settings.model_copy(update=updates)
     if begun != settings:
-        report.log(f"as this set was begun: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
+        report.log(f"using the settings of this set: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
     return begun
 
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
-    """Raise MismatchError where a set's views are replayed and stored ones are asked for, or the reverse."""
+    """Raise MismatchError if a set's views are replayed and stored ones are requested, or the reverse."""
     there = recorded_view(TargetsArtifact.open(out).identity["settings"]).pixels
     if there != settings.view.pixels:
         raise MismatchError(
-            f"this set's views are {there}, and {settings.view.pixels} ones are asked for",
+            f"view.pixels mismatch: this set {there}, settings {settings.view.pixels}",
             where=out / MANIFEST,
-            fix=f"--set view.pixels={there}, or give another output folder",
+            fix=f"--set view.pixels={there}, or use another output folder",
         )
 
 
 def open_source(source: Path, out: Path, settings: ExtractSettings, *, report: Report) -> ShardSet:
-    """The shard set to read: the source itself, or one made from a folder of images inside ``out``."""
+    """The shard set to read: the source itself, or one inside ``out`` made from a folder of images."""
     if is_artifact(source, "shards"):
         return ShardSet.open(source)
     if is_artifact(source):
-        raise SourceError("this folder is not a shard set", where=source, fix="give a shard set or a folder of images")
+        raise SourceError("this folder is not a shard set", where=source, fix="use a shard set or a folder of images")
     with holding(out, "sharding", lambda: report.log("waiting for another process to shard the images")):
         report.log(f"sharding {source} into {out / SHARDS_FOLDER}")
         return build_shard_set(source, out / SHARDS_FOLDER, sharding(settings), report=report)
 
 
 def sharding(settings: ExtractSettings) -> ShardSettings:
-    """How images are sharded first: by as many workers as make the targets, unless it says itself by how many."""
+    """Settings of the sharding before extraction: the same number of workers, unless its own settings give one."""
     if settings.shard.speed.workers >= 0:
         return settings.shard
     speed = settings.shard.speed.model_copy(update={"workers": settings.speed.workers})
@@ -153,12 +153,12 @@ def sharding(settings: ExtractSettings) -> ShardSettings:
 
 
 def remove_leftovers(out: Path, missing: list[MissingUnits], part: WorkShare) -> None:
-    """Remove what a killed run left half-written, and never what another part is writing now."""
+    """Remove partial files of a killed run, but never those that another part is writing now."""
     if part == WHOLE and is_local(out):
         remove_debris(out)
     remove_stages(out, [name for lacking in missing for name in lacking.units])
 
 
 def save_targets(artifact: TargetsArtifact, shards: ShardSet, views: int) -> None:
-    """Write the manifest; the set is complete once every part has made its share."""
+    """Write the manifest; the set is complete once every part has finished its share."""
     artifact.save(complete=lambda merged: CODEC in merged.units and not missing_units(merged, shards, views))

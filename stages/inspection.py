@@ -1,6 +1,6 @@
-"""Inspect: what a folder is, what it was made from and what it holds.
+"""Inspect: the kind, origin and content of a folder.
 
-Not ``inspect.py``: where this folder is the current one, Python would take it for the standard library's.
+Not named ``inspect.py``: if this were the current folder, Python would import it instead of the standard library's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from cae2pipe.artifacts.artifact import (
 
 
 def inspect_folder(path: Path) -> dict[str, Any]:
-    """What a folder made by cae2pipe is, what it was made from and what it holds, as JSON values.
+    """Kind, origin and content of a folder made by cae2pipe, as JSON values.
 
     Raises:
-        ManifestError: not a folder of ours, or one of an unknown format.
+        ManifestError: the folder is not one of cae2pipe's, or has an unknown format version.
     """
     artifact = open_artifact(path)
     files = [entry for unit in artifact.units.values() for entry in unit["files"].values()]
@@ -56,7 +56,7 @@ def _targets(artifact: TargetsArtifact) -> dict[str, Any]:
     shards: dict[int, int] = {}
     for unit in targets.stores.values():
         shards[unit["view"]] = shards.get(unit["view"], 0) + 1
-    # Early sets do not say what they were to hold.
+    # Sets of early versions do not record their planned content.
     wanted = artifact.facts.get("wanted")
     views, images = (wanted["views"], wanted["images"]) if wanted else (targets.views, targets.images)
     stored = sum(unit["samples"] for unit in targets.stores.values())

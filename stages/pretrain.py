@@ -1,8 +1,8 @@
 """Stage 2: train the student from a target set.
 
-Read from top to bottom: open the set and check that student and set fit, build the model, go on from the newest
+Read from top to bottom: open the set and check that student and set fit, build the model, resume from the newest
 checkpoint, loop over steps, export the encoder. Under torchrun every process runs all of this on its share of each
-batch; the leading one writes. The teacher is only here where it is asked for, as the yardstick: ``targets: online``.
+batch; the leading one writes. The teacher only runs with ``targets: online``, as a baseline.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from cae2pipe.training.target_spec import PixelTargets, target_spec
 
 
 def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, *, report: Report) -> RunArtifact:
-    """Train, or go on training, the run ``out`` on a target set; end with ``encoder.safetensors``.
+    """Train the run ``out`` on a target set, or resume it; finally export ``encoder.safetensors``.
 
     Raises:
-        SettingsError: the student does not fit the set, or the processes the batch. MismatchError: the run was begun
-        under other settings. DamageError: stored data are damaged. DivergedError: loss or gradient is not finite.
-        OutOfMemoryError: a step does not fit the device. TeacherError: the online teacher cannot be had.
+        SettingsError: the student does not fit the set, or the number of processes the batch. MismatchError: the run
+        was started with other settings. DamageError: stored data are damaged. DivergedError: loss or gradient is not
+        finite. OutOfMemoryError: a step does not fit the device. TeacherError: the online teacher is not available.
     """
     speed = settings.speed
     with stage_world(speed.device, report, parallel=speed.parallel, patience=None) as (world, report):
@@ -59,7 +59,7 @@ def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, *, repor
 def pretrain_within(
     targets_root: Path, out: Path, settings: PretrainSettings, *, world: World, report: Report
 ) -> RunArtifact:
-    """``pretrain`` in processes that have met."""
+    """``pretrain`` within an initialised process group."""
     targets = world.main_first(lambda: TargetSet(targets_root))
     world.run_on_main(lambda: check_fit(targets, settings, world.ranks))
     with ExitStack() as stack:
@@ -74,7 +74,7 @@ def _train_run(
     bf16 = settings.precision == "bf16"
     artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings))
     if artifact.complete and artifact.has("encoder"):
-        report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
+        report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
     set_backends(bf16, settings.speed.deterministic, fixed_shapes=True)
     torch.manual_seed(keyed_seed("init", settings.seed))
@@ -95,7 +95,7 @@ def _train_run(
         report=report,
     )
     if start:
-        report.log(f"going on from step {start}")
+        report.log(f"resuming from step {start}")
     latents: Latents = cached
     if settings.loss.target == "pixels":
         latents = PixelTargets(settings.model.grid, world.device)
@@ -123,7 +123,7 @@ def _train_run(
     with closing(training):
         done = run_steps(training, start, limit, checkpoints=checkpoints, world=world, report=report)
     if done < total:
-        report.log(f"stopped after {done} of {total} steps, as stop_after asks")
+        report.log(f"stopped after {done} of {total} steps (stop_after)")
         return artifact
     weights = training_state(model, optimizer)["model"]
     if world.is_main:
@@ -133,7 +133,7 @@ def _train_run(
 
 
 def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: str) -> Checkpoints:
-    """The checkpoints of a run whose epochs have ``steps``; ``run`` is its fingerprint."""
+    """The checkpoints of a run with ``steps`` steps per epoch; ``run`` is its fingerprint."""
     speed = settings.speed
 
     def for_good(done: int) -> bool:
@@ -143,14 +143,14 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
 
 
 def begin_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
-    """The run's folder, made or found again, without what a killed process left half-written."""
+    """The run's folder, created or opened, without partial files of a killed process."""
     artifact = open_run(out, targets, settings)
     remove_debris(out)
     return artifact
 
 
 def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[str, Any], *, target_dim: int) -> None:
-    """Export the encoder, and call the run complete."""
+    """Export the encoder, and mark the run complete."""
     model = build_method(settings.method, settings.model, target_dim)
     model.load_state_dict(weights)
     export_encoder(model.encoder, artifact.root)
@@ -160,21 +160,22 @@ def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[
 
 
 def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
-    """The run's artifact; a new one writes down the stores it begins with, an old one must find them unchanged."""
+    """The run's artifact. A new one records the stores that it starts with; an existing one must find them
+    unchanged."""
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
     artifact = RunArtifact.open_or_create(
         out,
         {"settings": fingerprinted(settings), "targets": targets.artifact.fingerprint},
         facts={"stores": stores, "teacher": teacher_of(targets)},
-        fix="give another output folder, or the settings and target set that this run was begun with",
+        fix="use another output folder, or the settings and target set that this run was started with",
         called=present_name,
     )
     for name, digest in artifact.facts["stores"].items():
         if stores.get(name) != digest:
             what = "is no longer in" if name not in stores else "has changed in"
             raise MismatchError(
-                f"store {name}, which this run began with, {what} the target set",
+                f"store {name}, which this run started with, {what} the target set",
                 where=targets.root,
-                fix="bring the target set back as it was, or start a new run in another folder",
+                fix="restore the original target set, or start a new run in another folder",
             )
     return artifact

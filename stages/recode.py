@@ -1,9 +1,9 @@
-"""From one target set to another with a different codec or fidelity, without the teacher.
+"""Convert a target set to another codec or fidelity, without the teacher.
 
-The views' pixels are the same files (a second name of the same bytes, where both sets lie on one disk); latents are
-decoded, encoded anew and written as extraction writes them. A codec's calibration is made once, on the same images as
-an extraction's, and all arithmetic that ends in bytes runs on the CPU with one thread a block: the same set recodes to
-the same bytes, however many workers do it and wherever it was broken off.
+The pixels of the views are the same files (hard links if both sets are on one disk). Latents are decoded, encoded again
+and written as in extraction. A codec is calibrated once, on the same images as in an extraction. All arithmetic that
+determines bytes runs on the CPU with one thread per block, so the same set recodes to the same bytes, with any number
+of workers and after any interruption.
 """
 
 from __future__ import annotations
@@ -53,30 +53,28 @@ def recode(
     workers: int = -1,
     remake: Collection[str] | None = None,
 ) -> TargetsArtifact:
-    """Make, or go on making, the target set ``out`` from the target set ``source``.
+    """Make, or resume making, the target set ``out`` from the target set ``source``.
 
     Args:
-        codec: what the latents of ``out`` are compressed with.
-        lossy_source: allow a source that is not fp16; its codec's error comes on top of the new one's.
-        remake: make these units again, whether they look whole or not, and nothing else.
+        codec: the codec of the latents in ``out``.
+        lossy_source: allow a source that is not fp16; its codec's error is added to that of the new one.
+        remake: make exactly these units again, even if they look complete.
 
     Raises:
-        BadInputError: a lossy source. MismatchError: ``out`` was made from other targets or settings. ManifestError:
-            ``source`` is no target set, or ``out`` something else. DamageError: the source is damaged.
+        BadInputError: the source is lossy. MismatchError: ``out`` was made from other targets or settings.
+        ManifestError: ``source`` is not a target set, or ``out`` is something else. DamageError: the source is damaged.
     """
     set_backends()
     targets = TargetSet(source)
     old = targets.artifact.identity["settings"]["codec"]
     if old["name"] != "fp16" and not lossy_source:
         raise BadInputError(
-            f"this set's latents are stored with {old['name']}, whose error would come on top of the new one's",
+            f"this set's latents are stored with {old['name']}, whose error would be added to the new codec's",
             where=source,
-            fix="give a set that was extracted with --codec fp16, or allow it with --lossy-source",
+            fix="use a set extracted with --codec fp16, or allow this with --lossy-source",
         )
     if is_local(out) and is_local(source) and source.resolve() in out.resolve().parents:
-        raise BadInputError(
-            "the output folder lies inside the source", where=out, fix="give an output folder elsewhere"
-        )
+        raise BadInputError("the output folder is inside the source", where=out, fix="use another output folder")
     with writing(out):
         refuse_foreign(out)
         if file_size(out / MANIFEST) is not None:
@@ -89,7 +87,7 @@ def recode(
                 "recoded": {"codec": old, "calibration": targets.artifact.units[CODEC]["files"]},
             },
             facts={"classes": targets.classes},
-            fix="give another output folder, or the set and settings this one was made from",
+            fix="use another output folder, or the set and settings this one was made from",
         )
         missing = missing_stores(artifact, targets)
         images = missing_images(artifact, targets)
@@ -99,7 +97,7 @@ def recode(
         if is_local(out):
             remove_debris(out)
         remove_stages(out, [*missing, *images])
-        # Early sets do not say all of this.
+        # Sets of early versions do not record all of this.
         facts = targets.artifact.facts
         known = {name: value for name, value in facts.items() if name in ("classes", "teacher", "wanted")}
         made_with = {name: value for name, value in facts.items() if name in ("versions", "processor")}
@@ -108,7 +106,7 @@ def recode(
         if not is_calibrated(artifact) or CODEC in (remake or ()):
             recalibrate(artifact, targets, codec, report=report)
         elif not missing and not images:
-            report.log(f"nothing to do: {out} holds all {len(targets.stores)} stores of {source}")
+            report.log(f"nothing to do: {out} has all {len(targets.stores)} stores of {source}")
         try:
             copy_images(artifact, targets, images)
             if missing:
@@ -125,25 +123,25 @@ def recode(
 
 
 def missing_stores(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
-    """Stores of the source that are not there yet.
+    """Stores of the source that are not in ``artifact`` yet.
 
     Raises:
-        MismatchError: a store was recoded from another one of that name.
+        MismatchError: a store was recoded from a different store of that name.
     """
     whole = artifact.whole()
     for name, unit in targets.stores.items():
         own = artifact.units.get(name)
         if own and "view" in own and own["recoded"] != fingerprint(unit["files"]):
             raise MismatchError(
-                f"store {name} of the source is not the one that this set was recoded from",
+                f"store {name} of the source differs from the one that this set was recoded from",
                 where=targets.root,
-                fix="give the original source, or a new output folder",
+                fix="use the original source, or a new output folder",
             )
     return [name for name in sorted(targets.stores) if name not in whole]
 
 
 def missing_images(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
-    """Units of the source's images, which views are cut from, that are not there as the source has them."""
+    """Units of the source's images, from which views are cut, that are missing or differ from the source."""
     whole = artifact.whole()
     return [
         name
@@ -153,7 +151,7 @@ def missing_images(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
 
 
 def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str]) -> None:
-    """Bring units of images along.
+    """Copy units of images.
 
     Raises:
         DamageError: the source's are damaged.
@@ -177,7 +175,7 @@ def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSetti
     """Fit the codec on view 0 of the first images, as an extraction does.
 
     Raises:
-        DamageError: the set had a calibration, and it does not come out the same.
+        DamageError: the set had a calibration, and it cannot be reproduced.
     """
     report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
     sample, taken = [], 0
@@ -211,7 +209,7 @@ class RecodedBlock(NamedTuple):
 
 
 def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibration: Calibration) -> RecodedBlock:
-    """Decode and encode a block; norms and attention stay as they are."""
+    """Decode and encode a block; norms and attention are copied."""
     kept = [name for name in ("norms", "attention") if name in layout.blocked()]
     unit = stored_unit(reader, block)
     arrays, raw, centred = encode_unit_tokens(unit, layout, calibration)
@@ -221,7 +219,7 @@ def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibrati
 def recode_stores(
     artifact: TargetsArtifact, targets: TargetSet, names: list[str], *, workers: int, report: Report
 ) -> None:
-    """Write the stores of these names; threads work some blocks ahead."""
+    """Write the stores with these names; threads work some blocks ahead."""
     calibration = read_calibration(artifact)
     layout = make_layout(artifact.facts["teacher"], artifact.identity["settings"]["codec"], calibration)
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
@@ -241,10 +239,10 @@ def recode_store(
     blocks: Iterator[RecodedBlock],
     report: Report,
 ) -> StoreUnit:
-    """Write one store and bring its tar along, where its views are stored; return the manifest's entry.
+    """Write one store, and copy its tar if views are stored; return the manifest's entry.
 
     Args:
-        blocks: of this store, and then of others.
+        blocks: the blocks of this store, followed by those of others.
     """
     unit, reader = targets.stores[name], targets.reader(name)
     own = [unit["tar"]] if targets.replayed is None else []

@@ -1,4 +1,4 @@
-"""Repair: what ``verify`` finds damaged in a shard or target set is made again from its source, and nothing else."""
+"""Repair: rebuild from the source exactly those units of a shard or target set that ``verify`` finds damaged."""
 
 from __future__ import annotations
 
@@ -28,23 +28,22 @@ def repair(
     device: str = "auto",
     workers: int = -1,
 ) -> None:
-    """Make the damaged units of ``result`` again.
+    """Rebuild the damaged units of ``result``.
 
     Args:
-        source: the images, for a shard set or one inside a target set; the shard set, for any other target set; the
-            target set that a recoded one came from.
-        labels: ground truth, as it was given to ``cae2pipe shard``.
-        weights: the teacher's weights, where they came from a local file.
+        source: for a shard set, also one inside a target set, the images; for other target sets the shard set; for a
+        recoded target set the original target set. labels: the ground truth that was given to ``cae2pipe shard``.
+        weights: the teacher's weights, if they came from a local file.
 
     Raises:
-        BadInputError: the source is needed and was not given, or the folder is of another kind. MismatchError: the
-            source is no longer the one that the set was made from. DamageError: the calibration cannot be restored.
+        BadInputError: the source is needed but was not given, or folders of this kind cannot be repaired.
+        MismatchError: the source has changed since the set was made. DamageError: the calibration cannot be restored.
     """
     for inner in result.inner:
         repair(inner, report, source=source, labels=labels, weights=weights, device=device, workers=workers)
     if not result.bad:
         if result.kind in ("shards", "targets") and journal_entries(result.path):
-            with writing(result.path):  # what a run that was killed had finished
+            with writing(result.path):  # keeps what a killed run had finished
                 open_artifact(result.path).save()
         return
     report.log(f"making again in {result.path}: {', '.join(sorted(result.bad))}")
@@ -63,7 +62,7 @@ def repair(
         raise BadInputError(
             f"a {result.kind} folder cannot be repaired",
             where=result.path,
-            fix="delete the files that are damaged, and run the command that made it as before",
+            fix="delete the damaged files, and rerun the command that made the folder",
         )
 
 
@@ -78,7 +77,9 @@ def repair_targets(
 ) -> None:
     if not is_artifact(source, "shards"):
         raise BadInputError(
-            "this is not the shard set that the targets were made from", where=source, fix="give it: --source FOLDER"
+            "this is not the shard set that the targets were made from",
+            where=source,
+            fix="use the original one: --source FOLDER",
         )
     artifact = TargetsArtifact.open(result.path)
     raw = recorded(ExtractSettings, artifact.identity["settings"])
@@ -93,6 +94,6 @@ def repair_targets(
 def _given(source: Path | None, path: Path, what: str) -> Path:
     if source is None:
         raise BadInputError(
-            f"repairing this folder takes {what} that it was made from", where=path, fix="give it with --source PATH"
+            f"repairing this folder needs {what} that it was made from", where=path, fix="add --source PATH"
         )
     return source

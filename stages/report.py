@@ -1,4 +1,4 @@
-"""The report of some runs: read what they left behind, look at their students again, write one page.
+"""The report of some runs: read their outputs, load their students, write one page.
 
 Nothing is trained here. Pictures are made from stored views, with the students' newest checkpoints.
 """
@@ -31,11 +31,11 @@ from cae2pipe.training.student import image_features, load_student, mask_of, pre
 MARKDOWN, HTML = "report.md", "report.html"
 
 SHOWN = 4
-"""Stored views whose masks and latents are shown."""
+"""Number of stored views whose masks and latents are shown."""
 QUERIES, NEAREST = 3, 6
-"""Views whose neighbours are shown, and how many of them."""
+"""Numbers of queries and of neighbours for each."""
 BLOCKS = 8
-"""Blocks of 64 views that neighbours are looked for in."""
+"""Number of blocks of 64 views that are searched for neighbours."""
 
 
 def report_runs(
@@ -50,20 +50,17 @@ def report_runs(
     """Write ``report.html`` and ``report.md`` of some runs into ``out``.
 
     Args:
-        scores: folders that hold evaluations of them, at any depth. targets: the target set that pictures are made
-            from; None: no pictures.
+        scores: folders with their evaluations, at any depth. targets: the target set for pictures; None: no pictures.
 
     Raises:
-        ManifestError: a folder is no run, or ``targets`` no target set. SettingsError: a run is named twice.
+        ManifestError: a folder is not a run, or ``targets`` is not a target set. SettingsError: a run is given twice.
         SourceError: a folder of scores does not exist. BadInputError: ``out`` is a file.
     """
     resolved = [run.resolve() for run in runs]
     if len(set(resolved)) < len(resolved):
-        raise SettingsError("a run is named twice", where=", ".join(map(str, runs)), fix="name each once")
+        raise SettingsError("a run is given twice", where=", ".join(map(str, runs)), fix="give each run once")
     if out.is_file():
-        raise BadInputError(
-            "this is a file, and a folder is needed", where=out, fix="give another folder: --out FOLDER"
-        )
+        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
     comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
     write_report(comparison, targets, out, report=report, device=pick_device(device))
@@ -81,7 +78,7 @@ def write_report(
 
 
 def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:
-    """Pictures of the first seed of every variant. What none can be made of is named, with the reason."""
+    """Pictures of the first seed of every variant. Variants without pictures are listed with the reason."""
     views = sample_views(targets)
     queries = [len(views) * number // QUERIES for number in range(QUERIES)]
     teacher = F.normalize(patches(targets, views).mean(dim=1), dim=-1)
@@ -107,14 +104,14 @@ def add_pictures(
     report: Report,
     device: torch.device,
 ) -> None:
-    """A run's masks, what its student predicts, and what its encoder finds alike."""
+    """Add a run's masks, its student's predictions, and its encoder's nearest neighbours."""
     if not same_teacher(RunArtifact.open(run), targets):
-        raise SettingsError(f"it learnt from another teacher than {targets.teacher.name}")
+        raise SettingsError(f"teacher mismatch: the target set has {targets.teacher.name}")
     shown = views[:SHOWN]
     model, settings = load_student(run, targets, report)
     if settings.model.image_size != targets.view_size:
-        raise SettingsError(f"it takes {settings.model.image_size} pixels, and the views have {targets.view_size}")
-    patches_hidden = f"{settings.masked_patches} of {settings.model.grid**2} hidden"
+        raise SettingsError(f"image size mismatch: model {settings.model.image_size}, stored views {targets.view_size}")
+    patches_hidden = f"{settings.masked_patches} of {settings.model.grid**2} masked"
     masks = MaskRow(
         f"{settings.mask.strategy}, {patches_hidden}",
         [view.pixels for view in shown],
@@ -131,7 +128,7 @@ def add_pictures(
 
 
 def sample_views(targets: TargetSet) -> list[Target]:
-    """First views of some hundred images, taken block by block from all over the set."""
+    """First views of a few hundred images, in blocks from all parts of the set."""
     blocks = -(-targets.images // BLOCK)
     chosen = sorted({number * blocks // BLOCKS for number in range(BLOCKS)})
     return [targets[i] for block in chosen for i in range(block * BLOCK, min(targets.images, (block + 1) * BLOCK))]

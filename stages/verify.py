@@ -1,4 +1,4 @@
-"""Verify: whether a folder is as it was written, by its manifest; and whether a set's contents fit together."""
+"""Verify: check a folder against its manifest, and that the contents of a set fit together."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def verify(path: Path, report: Report) -> Verification:
-    """Check a folder: presence, size and SHA-256 of every file, files that the manifest does not know, and for shard
-    and target sets counts and keys. A shard set inside a target set is checked with it.
+    """Check a folder: presence, size and SHA-256 of every file, unlisted files, and for shard and target sets counts
+    and keys. A shard set inside a target set is checked with it.
 
     Raises:
-        ManifestError: not a folder of ours.
+        ManifestError: the folder is not one of cae2pipe's.
     """
     artifact = open_artifact(path)
     entries = {path: (name, entry) for name, unit in artifact.units.items() for path, entry in unit["files"].items()}
@@ -36,10 +36,10 @@ def verify(path: Path, report: Report) -> Verification:
             result.bad.add(unit)
         report.advance()
     result.own += [
-        DamageError("a file that the manifest does not know", where=path / name, fix="remove it")
+        DamageError("a file that is not in the manifest", where=path / name, fix="remove it")
         for name in _strangers(artifact, set(entries))
     ]
-    # Keys and counts are read from the files, so these must be sound first.
+    # Keys and counts are read from the files, so the files are checked first.
     if not result.own:
         for unit, problem in _check_contents(artifact):
             problem.fix = _remedy(artifact)
@@ -51,13 +51,14 @@ def verify(path: Path, report: Report) -> Verification:
 
 
 def verify_live(path: Path, count: int, weights: Path | None, *, device: str) -> Audit:
-    """Run a target set's teacher again on ``count`` of its stored views.
+    """Run a target set's teacher again on ``count`` stored views.
 
     Args:
-        weights: the teacher's weights, where they came from a local file: sets do not say where files lie.
+        weights: the teacher's weights, if they came from a local file, whose path sets do not record.
 
     Raises:
-        ManifestError: not a target set. TeacherError, MismatchError: the teacher cannot be had, or is another one.
+        ManifestError: the folder is not a target set. TeacherError, MismatchError: the teacher is not available, or is
+        another one.
     """
     from cae2pipe.runtime.device import pick_device, set_backends
     from cae2pipe.targets.auditing import audit
@@ -71,7 +72,7 @@ def verify_live(path: Path, count: int, weights: Path | None, *, device: str) ->
 
 
 def _strangers(artifact: AnyArtifact, known: set[str]) -> list[str]:
-    """Files, links and the like below the folders that the artifact fills, of which the manifest knows nothing."""
+    """Files, links and others below the folders of the artifact that are not in the manifest."""
     units = [IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER, CODEC_FOLDER]
     folders = {"shards": ["tars"], "targets": units}.get(artifact.kind, [])
     names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(artifact.root / folder))
@@ -79,7 +80,7 @@ def _strangers(artifact: AnyArtifact, known: set[str]) -> list[str]:
 
 
 def _check_contents(artifact: AnyArtifact) -> Iterator[tuple[str, DamageError]]:
-    """Units whose files contradict each other."""
+    """Units whose files are inconsistent."""
     from cae2pipe.shards.tar import index_tar
 
     if artifact.kind == "shards":
@@ -89,17 +90,17 @@ def _check_contents(artifact: AnyArtifact) -> Iterator[tuple[str, DamageError]]:
         for shard in shards.shards:
             index = [(sample.key, sample.label, sample.offset, sample.size) for sample in index_tar(shard.path)]
             if index != [row[:4] for row in shards.index(shard)] or len(index) != shard.samples:
-                yield shard.name, DamageError("the tar's samples are not those of its index", where=shard.path)
+                yield shard.name, DamageError("the samples in the tar differ from its index", where=shard.path)
     if artifact.kind == "targets":
         from cae2pipe.targets.target_set import TargetSet
 
         targets = TargetSet(artifact.root)
-        # Neighbours share a tar where views are replayed.
+        # Replayed views of a shard share a tar and are consecutive.
         indexed = functools.lru_cache(maxsize=1)(lambda tar: [sample.key for sample in index_tar(tar)])
         for name in sorted(targets.stores, key=lambda name: (targets.stores[name]["shard"], name)):
             reader = targets.reader(name)
             if indexed(reader.tar) != reader.keys():
-                yield name, DamageError("the store's keys are not those of its tar", where=f"{artifact.root}, {name}")
+                yield name, DamageError("the keys in the store differ from its tar", where=f"{artifact.root}, {name}")
 
 
 def _remedy(artifact: AnyArtifact) -> str:
@@ -111,4 +112,4 @@ def _remedy(artifact: AnyArtifact) -> str:
         shards = "" if file_size(artifact.root / SHARDS_FOLDER / MANIFEST) is not None else " --source SHARDS"
         return f"cae2pipe verify {artifact.root} --repair{shards}"
     again = {"run": "pretrain", "scores": "evaluate"}[artifact.kind]
-    return f"delete it, then run `cae2pipe {again}` as before"
+    return f"delete it, then rerun `cae2pipe {again}` with the same arguments"

@@ -1,4 +1,4 @@
-"""What is there of some runs, brought into rows and columns."""
+"""Gathers the results of runs into rows and columns."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def gather_grid(
     sets: Sequence[Path],
     failed: Sequence[str] = (),
 ) -> Comparison:
-    """All that is there of a grid below ``out``.
+    """All results of a grid below ``out``.
 
     Args:
-        planned: of each run the variant's number, the folder's name below runs, and that below scores.
-        sets: the target sets that were trained on. failed: what could not be finished.
+        planned: for each run the number of its variant, its folder's name below runs, and the one below scores.
+        sets: the target sets used for training. failed: jobs that could not be finished.
     """
     rows = [Row(variant.name, paper=variant.paper, line=variant.line) for variant in grid.variants]
     known = {open_artifact(path).fingerprint: path for path in sets}
@@ -49,11 +49,11 @@ def gather_grid(
 
 
 def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets: Sequence[Path]) -> Comparison:
-    """Some runs, those that differ by their seed alone in one row, named by the settings that set it apart, or else by
-    its folders.
+    """Some runs. Runs that differ only in their seed share a row, which is named by the settings that distinguish it,
+    or by its folders.
 
     Raises:
-        ManifestError: a folder is no run. SettingsError: two folders hold the same run.
+        ManifestError: a folder is not a run. SettingsError: two folders hold the same run.
     """
     groups: dict[str, dict[object, Path]] = {}
     differing: dict[str, dict[str, object]] = {}
@@ -61,15 +61,15 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
         artifact = RunArtifact.open(run)
         settings = dict(sorted(flat(recorded(PretrainSettings, artifact.identity["settings"])).items()))
         seed = settings.pop("seed")
-        # Not the set's own fingerprint, which is the same for other images and other numbers of views.
+        # Not the set's own fingerprint, which does not depend on the images and the number of views.
         settings["target set"] = fingerprint([artifact.identity["targets"], artifact.facts["stores"]])[:8]
         key = canonical_json(settings)
         other = groups.setdefault(key, {}).setdefault(seed, run)
         if other != run:
             raise SettingsError(
-                f"two of the runs are the same one, of seed {seed}: it would count twice",
+                f"two of the folders hold the same run (seed {seed}), which would count twice",
                 where=f"{other}, {run}",
-                fix="name one of them",
+                fix="give only one of them",
             )
         differing[key] = settings
     groups_named = zip(row_names(list(differing.values())), groups.values(), strict=True)
@@ -85,13 +85,13 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
 
 
 def folder_name(runs: Sequence[Path]) -> str:
-    """What runs are called that nothing but their seed sets apart."""
+    """The name of a row whose runs differ only in their seed."""
     return runs[0].name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
 
 
 def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Bring evaluations into columns: one for each way and each data that an evaluation was taken on. Fills ``scores``
-    and ``features`` of the rows; gives the columns, ``kinds`` first, and the protocol of each."""
+    """Assign evaluations to columns, one per protocol and data. Fills ``scores`` and ``features`` of the rows; returns
+    the columns, ``kinds`` first, and the protocol of each."""
     taken: dict[str, list[tuple[str, str]]] = {kind: [] for kind in kinds}
     for one in (one for row in rows for finished in row.results for one in finished):
         ways = taken.setdefault(one.evaluation, [])
@@ -127,8 +127,8 @@ def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def row_names(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """For each row the settings in which it is not as most rows are (of two as common, as the first), the method before
-    all; empty where there are none."""
+    """For each row the settings in which it differs from the most common value (of equally common ones, the first), the
+    method first; empty if there are none."""
     names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name != "method")
     values = {name: [canonical_json(row.get(name)) for row in rows] for name in names}
     usual = {name: max(each, key=each.count) for name, each in values.items()}
@@ -139,7 +139,7 @@ def row_names(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], *, sets: Mapping[str, Path], along: str) -> None:
-    """Add a run to its variant. ``sets``: target sets by fingerprint."""
+    """Add a run to the row of its variant. ``sets``: target sets by fingerprint."""
     if not is_artifact(run, "run"):
         return
     artifact = RunArtifact.open(run)
@@ -152,7 +152,7 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], *, sets: 
     if damaged:
         row.damaged[run] = damaged
     if not row.curves:
-        # Cosines with pixels say nothing beside those with latents.
+        # Cosines to pixels are not comparable with cosines to latents.
         names = [name for name in CURVES if name == "loss" or settings.loss.target != "pixels"]
         row.curves = {name: by_epoch(lines, name) for name in names}
     if not artifact.complete:
@@ -166,14 +166,14 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], *, sets: 
 
 
 def device_hours(lines: Sequence[dict[str, Any]]) -> float:
-    """Hours that all devices of a run were busy, together."""
+    """Device hours of a run, summed over devices."""
     timed = (line for line in lines if line["images_per_s"])
     seconds: float = sum(line["images"] / line["images_per_s"] * line.get("devices", 1) for line in timed)
     return seconds / 3600
 
 
 def by_epoch(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """A figure's mean over the steps of each epoch."""
+    """The mean of a figure over the steps of each epoch."""
     figures: dict[int, list[float]] = {}
     for line in lines:
         figures.setdefault(line["epoch"], []).append(line[name])

@@ -1,4 +1,4 @@
-"""Scores of many evaluations, read from the folders that they are in."""
+"""Scores of many evaluations, read from their folders."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cae2pipe.errors import Cae2pipeError, ManifestError, SourceError
 COLUMNS = ("encoder", "evaluation", "feature", "score", "also", "best", "train", "val", "protocol", "folder")
 
 HEADLINES = {"segment": ("miou", "pixel_accuracy"), "detect": ("ap_box", "ap_mask")}
-"""The score of an evaluation and what stands beside it; elsewhere top1 and top5."""
+"""The main score of an evaluation and a second one; the default is top1 and top5."""
 
 
 def headlines(evaluation: str) -> tuple[str, str]:
-    """The figure that an evaluation's score is, and the one that stands beside it."""
+    """The names of an evaluation's main score and of its second one."""
     return HEADLINES.get(evaluation, ("top1", "top5"))
 
 
 class ScoredImages(BaseModel):
-    """How many images an evaluation was made with."""
+    """Numbers of images of an evaluation."""
 
     model_config = ConfigDict(strict=True)
 
@@ -34,7 +34,7 @@ class ScoredImages(BaseModel):
 
 
 class ScoreResult(BaseModel):
-    """What tables and reports take from a result: its other figures are there too."""
+    """The fields of a result that tables and reports use; others are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -50,18 +50,18 @@ class ScoreResult(BaseModel):
         for name in headlines(self.evaluation):
             figures = [self.model_extra or {}, *([] if self.best is None else [self.best])]
             if not all(isinstance(one.get(name), float | int) for one in figures):
-                raise ValueError(f"{name} is no number")
+                raise ValueError(f"{name} is not a number")
         return self
 
     def figure(self, name: str) -> float:
-        """One of its scores, a share of 1."""
+        """One of its scores, in 0..1."""
         value: float = (self.model_extra or {})[name]
         return value
 
 
 class ScoreRow(TypedDict):
-    """What the table shows of one result. ``score``: a share of 1, of what ``metric`` names; ``also``: another figure
-    by its name; ``best``: the best epoch's score, where one was looked for; ``train``, ``val``: images."""
+    """The row of one result in the table. ``score``: in 0..1, of the figure ``metric``; ``also``: another figure by
+    name; ``best``: the best epoch's score, if epochs were scored; ``train``, ``val``: numbers of images."""
 
     encoder: str
     evaluation: str
@@ -77,7 +77,8 @@ class ScoreRow(TypedDict):
 
 
 def read_result(result: object, where: Path) -> ScoreResult:
-    """A manifest's ``result``. Raises ManifestError where it is not one of an evaluation; the field is named."""
+    """A manifest's ``result``. Raises ManifestError, which names the field, if it is not the result of an
+    evaluation."""
     try:
         return ScoreResult.model_validate(result)
     except ValidationError as error:
@@ -91,16 +92,16 @@ def read_result(result: object, where: Path) -> ScoreResult:
 def score_artifacts(
     roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None
 ) -> Iterator[tuple[Path, ScoresArtifact, ScoreResult]]:
-    """Every finished evaluation in or below some folders, with its artifact and result.
+    """All finished evaluations in or below some folders: their artifacts and results.
 
-    ``damaged`` takes the errors of manifests that cannot be read; None: the first one is raised.
+    ``damaged`` collects the errors of unreadable manifests; None: the first one is raised.
 
     Raises:
         SourceError: a folder does not exist. ManifestError, DamageError: a manifest cannot be read.
     """
     for root in roots:
         if not root.is_dir():
-            raise SourceError("no such folder", where=root, fix="give folders that `cae2pipe evaluate` wrote")
+            raise SourceError("no such folder", where=root, fix="give folders written by `cae2pipe evaluate`")
         for folder in sorted(path.parent for path in root.rglob(MANIFEST)):
             try:
                 finished = finished_score(folder)
@@ -131,11 +132,11 @@ def finished_score(folder: Path) -> tuple[ScoresArtifact, ScoreResult] | None:
 
 
 def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> list[ScoreRow]:
-    """A row for every finished evaluation in or below the given folders, the best of each kind of evaluation first.
+    """One row per finished evaluation in or below the given folders, the best of each kind of evaluation first.
     ``damaged`` as in ``score_artifacts``.
 
     Raises:
-        SourceError: a folder does not exist, or there is not one score.
+        SourceError: a folder does not exist, or there are no scores.
     """
     rows: dict[Path, ScoreRow] = {}
     roots = list(roots)
@@ -151,7 +152,7 @@ def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -
 
 
 def row(result: ScoreResult, folder: Path) -> ScoreRow:
-    """What the table shows of one result."""
+    """The row of one result."""
     first, second = headlines(result.evaluation)
     return {
         "encoder": result.encoder,

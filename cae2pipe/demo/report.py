@@ -1,4 +1,4 @@
-"""The demo's page and picture, put together from what the demo measured and read back."""
+"""The demo's page and picture, made from its measurements and stored data."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 PANEL = 132
 """Side of a panel of the picture in pixels."""
 SHOWN = 200
-"""Side of a view on the page in pixels: a view is 224, and the page is read at about this."""
+"""Side in pixels of a view on the page; views have 224 pixels and are displayed at about this size."""
 
 
 @dataclass(frozen=True)
 class DemoCommand:
-    """A command that the demo ran, and one sentence on what it does. ``own`` is the same for a user's own images."""
+    """A command that the demo ran, with a sentence on what it does. ``own``: the command for a user's own images."""
 
     text: str
     line: str
@@ -48,7 +48,7 @@ class DemoCommand:
 
 @dataclass(frozen=True)
 class DemoContents:
-    """All that the page shows.
+    """The content of the page.
 
     ``losses`` are points (epoch, loss); ``bytes_per_view`` has the keys ``fp16``, ``int8``, ``stored``, ``pixels``.
     """
@@ -65,7 +65,7 @@ class DemoContents:
 
 
 def shared_basis(contents: DemoContents) -> ColourBasis:
-    """One basis for every picture of latents, from the teacher's."""
+    """One colour basis for all pictures of latents, from the teacher's."""
     latents = [preview.teacher for preview in contents.previews]
     for one in contents.stored:
         latents += one.latents
@@ -73,7 +73,7 @@ def shared_basis(contents: DemoContents) -> ColourBasis:
 
 
 def picture(contents: DemoContents, pairs: int = 2) -> Picture:
-    """Test tiles in rows, ``pairs`` a row, each as view, masked view, teacher's latents and student's latents."""
+    """Test tiles in rows of ``pairs``, each as view, masked view, teacher's latents and student's latents."""
     basis = shared_basis(contents)
     rows, cols = contents.grid
     groups = []
@@ -91,14 +91,14 @@ def picture(contents: DemoContents, pairs: int = 2) -> Picture:
             left += 28
         short = (strips[0].shape[0] if strips else strip.shape[0]) - strip.shape[0]
         strips.append(np.pad(strip, ((0, short), (0, 0), (0, 0)), constant_values=255))
-        for column, text in enumerate(("view", "visible to it", "teacher", "student")):
+        for column, text in enumerate(("view", "visible", "teacher", "student")):
             captions.append((left + column * (PANEL + 6) + PANEL // 2, text))
         left += strip.shape[1]
     return captioned(np.concatenate(strips, axis=1), captions)
 
 
 def demo_page(contents: DemoContents) -> str:
-    """The page, one file that refers to nothing outside itself."""
+    """The page, one self-contained file."""
     basis = shared_basis(contents)
     result = contents.result
     grid = " × ".join(str(side) for side in contents.grid)
@@ -107,46 +107,53 @@ def demo_page(contents: DemoContents) -> str:
         element(
             "p",
             f"The teacher, {contents.teacher}, saw {result['views']:,.0f} views of each of {result['images']:,.0f} "
-            "tiles, once. Its latents were compressed and stored beside the pixels; the student was trained from that "
-            "store alone.",
+            "tiles, once. Its latents were compressed and stored with the pixels. The student was trained only from "
+            "that store.",
             class_="lead",
         ),
         headline(result),
         element("h2", "What the student predicts"),
         element(
             "p",
-            "Test tiles, cut from a part of each photograph that training never touched. The student sees the visible "
-            "patches and predicts the teacher's latents of all of them, hidden ones included. Colours are the first "
-            "three principal components of the teacher's latents, the same for all pictures on this page: equal "
-            "colours, like latents. A student trained for a minute gets the kind of surface right, and little detail.",
+            "Test tiles, cut from a part of each photograph that was not used in training. The student sees "
+            "the visible patches and predicts the teacher's latents of all patches, including masked ones. Colours are "
+            "the first three principal components of the teacher's latents, the same for all pictures on this page: "
+            "similar colours mean similar latents. After a minute of training a student predicts the kind of surface, "
+            "but little detail.",
         ),
         element(
             "div",
             *(preview_card(preview, contents.grid, basis) for preview in contents.previews),
             class_="examples",
         ),
-        element("h2", "The figures"),
+        element("h2", "Figures"),
         element("div", measures_table(result), class_="card"),
         element("h2", "What is stored"),
         element(
             "p",
-            f"Crop boxes, flips and colour jitter depend on the seed, the image's name and the view's number, and on "
-            f"nothing else. Below each view are the {grid} latents that the teacher gave for it.",
+            f"Crop boxes, flips and colour jitter depend only on the seed, the image's name and the view's number. "
+            f"Below each view are the {grid} latents that the teacher computed for it.",
         ),
         *(stored_card(one, contents.grid, basis) for one in contents.stored),
         element(
             "div",
-            figure(bytes_chart(contents), "Bytes a view. Latents in three codings, and the view's JPEG for scale."),
+            figure(
+                bytes_chart(contents), "Bytes per view: latents with three codecs, and the view's JPEG for comparison."
+            ),
             class_="card plot",
         ),
         element("h2", "Training"),
         element(
             "div",
-            figure(loss_chart(contents), "Visible plus masked alignment, at every step and as means of epochs."),
+            figure(loss_chart(contents), "Visible plus masked alignment, for every step and as mean per epoch."),
             class_="card plot",
         ),
-        element("h2", "The same on your own images"),
-        element("p", "What ran here, and what to run on a folder of your own. Every command goes on where it was."),
+        element("h2", "Running this on your own images"),
+        element(
+            "p",
+            "The commands of this demo, and those for a folder of your own. Every command resumes if it is "
+            "interrupted.",
+        ),
         own_commands(contents.commands),
         element("footer", footer_text()),
     ]
@@ -156,15 +163,16 @@ def demo_page(contents: DemoContents) -> str:
 def headline(result: Mapping[str, float]) -> Html:
     share = result["bytes_per_view"] / result["bytes_per_view_fp16"]
     cards = [
-        (f"{share:.0%}", f"of fp16's bytes for the latents, at a mean cosine of {result['fidelity_mean']:.4f}"),
-        (f"{result['centred_cosine_masked']:.2f}", "centred cosine with the teacher on hidden patches of test tiles"),
+        (f"{share:.0%}", f"of the bytes of fp16 latents, at a mean cosine of {result['fidelity_mean']:.4f}"),
+        (f"{result['centred_cosine_masked']:.2f}", "centred cosine with the teacher on masked patches of test tiles"),
         (
             f"{result['knn_random']:.0%} → {result['knn_pretrained']:.0%}",
-            f"test tiles recognised by nearest neighbours, before and after; the teacher: {result['knn_teacher']:.0%}",
+            "of test tiles recognised by nearest neighbours, before and after training; teacher: "
+            f"{result['knn_teacher']:.0%}",
         ),
         (
             f"{result['loss_last']:.2f}",
-            f"last loss; the mean target everywhere would cost {result['loss_mean_token']:.2f}",
+            f"final loss; predicting the mean target everywhere: {result['loss_mean_token']:.2f}",
         ),
     ]
     return element(
@@ -180,13 +188,13 @@ def preview_card(preview: LatentPreview, grid: tuple[int, int], basis: ColourBas
     panels = [
         figure(image(jpeg_uri(view), f"A view of {name}"), "view"),
         figure(
-            image(jpeg_uri(hide_patches(view, preview.mask)), "The view with its masked patches hidden"),
-            "visible to it",
+            image(jpeg_uri(hide_patches(view, preview.mask)), "The view with masked patches hidden"),
+            "visible",
         ),
         figure(latents_image(preview.teacher, grid, basis, whose="the teacher"), "teacher"),
         figure(latents_image(preview.student, grid, basis, whose="the student"), "student"),
     ]
-    heading = element("h3", name, " ", element("small", f"centred cosine where hidden {preview.cosine:.2f}"))
+    heading = element("h3", name, " ", element("small", f"centred cosine on masked patches {preview.cosine:.2f}"))
     return element("div", heading, element("div", *panels, class_="strip four"), class_="card")
 
 
@@ -241,10 +249,10 @@ def loss_chart(contents: DemoContents) -> Html:
     epochs = sorted({int(x) for x in xs})
     means = [float(np.mean([y for x, y in contents.losses if int(x) == epoch])) for epoch in epochs]
     return curves(
-        {"every step": Points(xs, ys, pale=True), "means of epochs": Points([e + 0.5 for e in epochs], means)},
+        {"every step": Points(xs, ys, pale=True), "mean per epoch": Points([e + 0.5 for e in epochs], means)},
         x_label="epoch",
         y_label="loss",
-        levels={"the mean target everywhere": contents.result["loss_mean_token"]},
+        levels={"mean target everywhere": contents.result["loss_mean_token"]},
     )
 
 
@@ -260,7 +268,7 @@ def bytes_chart(contents: DemoContents) -> Html:
         )
         for name, text in names.items()
     ]
-    return bars(rows, strong=list(names).index("stored"), x_label="kB a view")
+    return bars(rows, strong=list(names).index("stored"), x_label="kB per view")
 
 
 def own_commands(commands: Sequence[DemoCommand]) -> Html:

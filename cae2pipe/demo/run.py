@@ -1,6 +1,6 @@
-"""The demo: every stage once, on images that pip brings, each by the command a user would run.
+"""The demo: every stage once, on images from pip packages, each with the command a user would run.
 
-Read from top to bottom. Every stage skips what it finds done, so the demo goes on where it was interrupted.
+Read from top to bottom. Every stage skips finished work, so an interrupted demo resumes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from cae2pipe.training.student import load_student
 SEED = 0
 VIEWS = 4
 STORED = ("astronaut/00", "coffee/00")
-"""Training tiles whose stored views the page shows."""
+"""Number of training tiles whose stored views the page shows."""
 PREDICTED = ("motorcycle_left/05", "ihc/00", "coins/03", "astronaut/06", "retina/03", "camera/02")
-"""Test tiles whose predictions the page shows."""
+"""Number of test tiles whose predictions the page shows."""
 
 Reports = Callable[[str], AbstractContextManager[Report]]
 
@@ -54,17 +54,17 @@ def run_demo(
     """Run the whole pipeline into ``out``; write ``result.json``, ``report.html`` and ``picture.png``.
 
     Args:
-        out: the folder to make, or to go on with.
+        out: the output folder, created, or resumed if it exists.
         teacher: a preset of extract-targets.
-        device: of teacher and student.
+        device: device of teacher and student.
         say: prints a line.
-        reports: gives a stage its progress report.
+        reports: makes the progress report of a stage.
 
     Returns:
-        What ``result.json`` holds.
+        The content of ``result.json``.
 
     Raises:
-        SourceError: a package of photographs is missing. Everything the stages raise.
+        SourceError: a package of photographs is missing. Also all errors of the stages.
     """
     began = time.monotonic()
     images, targets, held_out, run = out / "images", out / "targets", out / "targets-val", out / "run"
@@ -77,12 +77,12 @@ def run_demo(
 
     given = [] if device == "auto" else ["--device", device]
 
-    say(f"The images: tiles of 16 photographs that scikit-image and scikit-learn ship, into {images}")
+    say(f"Images: tiles of 16 photographs from scikit-image and scikit-learn, written to {images}")
     with reports("tiles") as report:
         cut_tiles(images, SEED, report)
 
     announce(
-        "Stage 1: cut augmented views of every image and store the teacher's latents of each.",
+        "Stage 1: cut augmented views of every image and store the teacher's latents of each view.",
         "extract-targets", images / "train", targets, "--config", teacher, "--views", VIEWS, *given,
         own="cae2pipe extract-targets imagenet/train targets --config clip-b16",
     )  # fmt: skip
@@ -90,7 +90,7 @@ def run_demo(
 
     student = student_options(TargetSet(targets))
     announce(
-        "Stage 2: train a student from the store. The teacher is not needed any more.",
+        "Stage 2: train a student from the store. The teacher is no longer needed.",
         "pretrain", targets, run, "--config", "demo", *student, *given,
         own="cae2pipe pretrain targets runs/base --config base",
     )  # fmt: skip
@@ -99,7 +99,7 @@ def run_demo(
         pretrain(targets, run, settings, report=report)
 
     announce(
-        "Targets of the test tiles, to see what the student predicts on images it never saw.",
+        "Targets of the test tiles, to check the student's predictions on unseen images.",
         "extract-targets", images / "val", held_out, "--config", teacher, "--views", 1, *given,
     )  # fmt: skip
     extract_to(images / "val", held_out, teacher, views=1, device=device, reports=reports)
@@ -109,7 +109,7 @@ def run_demo(
     for name, encoder in encoders.items():
         announce(
             {
-                "random": "Score the student as it was before training: nearest neighbours among the training tiles.",
+                "random": "Score the student before training: nearest neighbours among the training tiles.",
                 "pretrained": "Score the trained student.",
                 "teacher": "Score the teacher.",
             }[name],
@@ -122,7 +122,7 @@ def run_demo(
             )
         knn[name] = float(scores["top1"])
 
-    say("\nWhat came out: figures, report and picture")
+    say("\nResults: figures, report and picture")
     chosen = pick_device(device)
     stored, test = TargetSet(targets), TargetSet(held_out)
     with reports("report") as report:
@@ -163,7 +163,7 @@ def extract_to(source: Path, out: Path, teacher: str, *, views: int, device: str
 
 
 def student_options(targets: TargetSet) -> list[str]:
-    """What the demo's student needs to be told where the teacher's grid is not its own 14 x 14: another patch size."""
+    """Options for a teacher whose grid is not the student's 14 x 14: another patch size."""
     patch = targets.view_size // targets.teacher.rows
     usual = load(PretrainSettings, "pretrain", "demo").model.patch_size
     return [] if patch == usual else ["--set", f"model.patch_size={patch}"]
@@ -174,7 +174,7 @@ def knn_settings(device: str) -> KnnSettings:
 
 
 def stored_figures(targets: TargetSet) -> dict[str, float]:
-    """What the store holds and how true it is."""
+    """Size and fidelity of the store."""
     sizes, fidelity = targets.bytes_per_view(), targets.fidelity()
     return {
         "images": targets.images,
@@ -187,22 +187,23 @@ def stored_figures(targets: TargetSet) -> dict[str, float]:
 
 
 def loss_figures(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """The first step's loss, and the mean over the last epoch's commands."""
+    """The loss of the first step, and the mean over the last epoch."""
     last = [line["loss"] for line in lines if line["epoch"] == lines[-1]["epoch"]]
     return {"loss_first": lines[0]["loss"], "loss_last": sum(last) / len(last)}
 
 
 def codec_bytes(targets: TargetSet) -> dict[str, float]:
-    """Bytes a view: as stored, and as the two simpler codecs would take (their sizes follow from the shape)."""
+    """Bytes per view: as stored, and with the two simpler codecs, whose sizes follow from the shape."""
     sizes = targets.bytes_per_view()
     teacher = targets.teacher
-    # One byte a component, an fp16 scale and an fp16 norm a token.
+    # One byte per component, one fp16 scale and one fp16 norm per token.
     int8 = float(teacher.tokens * (teacher.dim + 4))
     return {"fp16": sizes["fp16"], "int8": int8, "stored": sizes["latents"], "pixels": sizes["pixels"]}
 
 
 def write_result(path: Path, result: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Write ``result.json``, unless it holds these figures already: then its ``seconds`` are those of the work."""
+    """Write ``result.json``, unless it has the same figures already, whose ``seconds`` are then those of the actual
+    work."""
     if path.exists():
         old: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
         if {**old, "seconds": 0} == {**result, "seconds": 0}:

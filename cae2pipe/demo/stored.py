@@ -1,4 +1,4 @@
-"""What stage 1 stored of one image, read back from the target set."""
+"""Stored views of one image, read from the target set."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cae2pipe.targets.target_set import TargetSet
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image with its views: the tile (H, W, 3); per view the pixels (S, S, 3), the crop box in the tile's pixels
-    (left, top, right, bottom), whether it was flipped, and the teacher's unit latents (P, D)."""
+    """An image with its views: the tile (H, W, 3); per view the pixels (S, S, 3), the crop box (left, top, right,
+    bottom) in pixels of the tile, whether it was flipped, and the teacher's unit latents (P, D)."""
 
     key: str
     tile: np.ndarray
@@ -30,7 +30,7 @@ class StoredImage:
 
 
 def box_in_image(draw: ViewDraw) -> tuple[int, int, int, int]:
-    """A draw's crop box as (left, top, right, bottom) in the unflipped image: boxes are drawn in the flipped one."""
+    """A draw's crop box as (left, top, right, bottom) in the unflipped image; draws refer to the flipped one."""
     left = draw.source_width - draw.left - draw.width if draw.flip else draw.left
     return (left, draw.top, left + draw.width, draw.top + draw.height)
 
@@ -50,7 +50,7 @@ def read_stored(targets: TargetSet, images: Path, key: str) -> StoredImage:
         with torch.no_grad():
             tokens = F.normalize(targets.layout.codec.decode(arrays)[index], dim=-1)
         stored.views.append(targets.pixels(reader.block(block, ()), [index])[0])
-        # Draws of replayed views are made for the image as it is kept.
+        # Draws of replayed views refer to the reduced image.
         scale = stored.tile.shape[1] / draw.source_width
         left, top, right, bottom = (round(edge * scale) for edge in box_in_image(draw))
         stored.boxes.append((left, top, right, bottom))

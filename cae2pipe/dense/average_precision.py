@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, by faster-coco-eval."""
+"""COCO's average precision, computed by faster-coco-eval."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def average_precision(dataset: Dataset, detections: list[Detection]) -> dict[str
     """Scores of detections.
 
     Args:
-        dataset: COCO's instances. Ids of images and annotations are whole numbers from 1: an annotation with the id 0
-            counts as never found. No two categories share a name.
+        dataset: COCO's instances. Ids of images and annotations are integers from 1: an annotation with id 0 would
+        count as never detected. Names of categories are unique.
 
     Returns:
         ``ap_box`` and ``ap_mask``, means over IoU 0.5 to 0.95 and categories; under ``box`` and ``mask`` also
-        ``ap50``, ``ap75``, those of small, medium and large objects (None where there are none), and ``per_class``.
+        ``ap50``, ``ap75``, those of small, medium and large objects (None if there are none), and ``per_class``.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -49,7 +49,7 @@ def average_precision(dataset: Dataset, detections: list[Detection]) -> dict[str
             evaluation = COCOeval_faster(truth, truth.loadRes(detections), kind)
             evaluation.evaluate()
             evaluation.accumulate()
-        # IoU thresholds, recalls, categories, sizes, most detections an image; -1 where there is no such object.
+        # Axes: IoU thresholds, recalls, categories, sizes, maximum detections per image; -1 if there is no such object.
         precision = np.asarray(evaluation.eval["precision"])
         thresholds = np.asarray(evaluation.params.iouThrs)
 

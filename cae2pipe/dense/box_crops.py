@@ -1,4 +1,4 @@
-"""Training images with boxes and masks: flipped, cropped and resized as DETR does."""
+"""Training images with boxes and masks: flipped, cropped and resized as in DETR."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cae2pipe.runtime.seeded import seeded
 from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 FIRST_SIDES = (400, 500, 600)
-"""Short sides that an image is brought to before it is cropped (DETR)."""
+"""Short sides that an image is resized to before it is cropped (DETR)."""
 DIVISOR = 32
 """Padded sides are multiples of this."""
 
 
 @dataclass(frozen=True)
 class BoxChunk(Chunk):
-    """Images padded to one size: pixels uint8 (c, 3, H, W), ``sizes`` without the padding, and their objects; labels
-    int64 (c,) are the images' numbers."""
+    """Images padded to a common size: pixels uint8 (c, 3, H, W), ``sizes`` without the padding, and their objects;
+    labels int64 (c,) are image numbers."""
 
     sizes: tuple[tuple[int, int], ...] = ()
     targets: tuple[dict[str, Tensor], ...] = ()
@@ -57,7 +57,7 @@ def flipped_objects(image: Image.Image, objects: Objects) -> tuple[Image.Image, 
 def cropped_objects(
     image: Image.Image, objects: Objects, *, left: int, top: int, width: int, height: int
 ) -> tuple[Image.Image, Objects]:
-    """A part of both; objects that are not on it, or less than a pixel of it, are gone."""
+    """A crop of both; objects of which less than a pixel remains are removed."""
     shifted = objects.boxes - np.array([left, top, left, top], dtype=np.float32)
     boxes = np.clip(shifted, 0, np.array([width, height, width, height], dtype=np.float32))
     kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
@@ -66,8 +66,8 @@ def cropped_objects(
 
 
 def draw_box_crop(image: Image.Image, objects: Objects, settings: DetectSettings) -> tuple[Image.Image, Objects]:
-    """A training view, drawn from Python's generator: flipped or not, cropped or not, resized. A crop that would leave
-    no object is not taken."""
+    """A training view, drawn from Python's generator: optionally flipped, optionally cropped, resized. A crop that
+    would leave no object is skipped."""
     if random.random() < settings.flip:
         image, objects = flipped_objects(image, objects)
     if random.random() < settings.crop:
@@ -85,7 +85,7 @@ def draw_box_crop(image: Image.Image, objects: Objects, settings: DetectSettings
 
 
 def padded(images: Sequence[np.ndarray], fill: tuple[int, ...]) -> np.ndarray:
-    """Images uint8 (h, w, 3) of any sizes as one array (c, 3, H, W), filled up below and to the right."""
+    """Images uint8 (h, w, 3) of any sizes as one array (c, 3, H, W), padded below and to the right."""
     height, width = (-(-max(image.shape[axis] for image in images) // DIVISOR) * DIVISOR for axis in (0, 1))
     whole = np.empty((len(images), height, width, 3), dtype=np.uint8)
     whole[:] = fill
@@ -95,7 +95,7 @@ def padded(images: Sequence[np.ndarray], fill: tuple[int, ...]) -> np.ndarray:
 
 
 class BoxReader(Reader):
-    """Chunks of training views. Raises SourceError where an image does not fit its annotations."""
+    """Chunks of training views. Raises SourceError if an image does not fit its annotations."""
 
     def __init__(
         self,
@@ -132,8 +132,7 @@ class BoxReader(Reader):
 
 
 class ScoredReader:
-    """Val images at the size that they are scored at, uint8 (3, H, W), padded; with their height and width before the
-    padding; picklable."""
+    """Val images at the size for scoring, uint8 (3, H, W), padded; with height and width before padding; picklable."""
 
     def __init__(self, data: CocoImages, own: Sequence[int], settings: DetectSettings, *, mean: tuple[float, ...]):
         self.data, self.own, self.settings = data, own, settings

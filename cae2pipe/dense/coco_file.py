@@ -1,7 +1,7 @@
-"""COCO's instances files as tools write them, brought into one form before anything is trained or scored on them.
+"""COCO's instances files as various tools write them, converted to one form before training or scoring.
 
-What COCO's format leaves open (ids of any kind, sizes and areas that may be missing, three ways to write a mask) is the
-same behind ``read_instances``: ids count from 1, numbers are finite, every object has a mask of its image's size.
+COCO's format leaves much open: types of ids, missing sizes and areas, three representations of masks. After
+``read_instances`` ids count from 1, numbers are finite, and every object has a mask of its image's size.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from cae2pipe.runtime.foreign_names import told_apart
 SIDES = ("width", "height")
 LEAST = 6
 """Numbers of the shortest polygon: three points."""
-FORMAT = "give images, annotations and categories as COCO's instances files have them"
+FORMAT = "use a COCO instances file with images, annotations and categories"
 
 
 Raw = dict[str, object]
-"""An entry as a tool wrote it."""
+"""An entry as written by a tool."""
 Id = str | int | float
 
 
 class RunLengths(TypedDict, total=False):
-    """A mask as faster-coco-eval packs it: ``size`` is (height, width). Empty: no pixel."""
+    """A mask in faster-coco-eval's packed form: ``size`` is (height, width). An empty dictionary: no pixel."""
 
     size: list[int]
     counts: bytes
 
 
 class ImageEntry(TypedDict):
-    """``id`` from 1; ``upright``: whether width and height are of the image as viewers show it."""
+    """``id`` from 1; ``upright``: whether width and height refer to the image as viewers show it."""
 
     id: int
     file_name: str
@@ -70,7 +70,7 @@ class Category(TypedDict):
 
 
 class Dataset(TypedDict):
-    """A whole file, as COCO's own tools take it."""
+    """A whole file in the form that COCO's own tools take."""
 
     images: list[ImageEntry]
     annotations: list[Annotation]
@@ -79,7 +79,7 @@ class Dataset(TypedDict):
 
 @dataclass(frozen=True)
 class ImageRow:
-    """An image of the file as it is listed, under its own id. Without a size it has None."""
+    """An image as listed in the file, with its original id. Missing sizes are None."""
 
     id: Id
     file_name: str
@@ -89,8 +89,7 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Instances:
-    """A file in one form. ``classes``: names, of which none repeats. ``left_out``: what the file holds beside these,
-    counted."""
+    """A file in the common form. ``classes``: unique names. ``left_out``: counts of the entries that were not used."""
 
     images: list[ImageEntry]
     annotations: list[Annotation]
@@ -99,7 +98,7 @@ class Instances:
     identity: str
 
     def dataset(self) -> Dataset:
-        """As COCO's own tools take it."""
+        """The form that COCO's own tools take."""
         categories: list[Category] = [{"id": number, "name": name} for number, name in enumerate(self.classes, 1)]
         return {"images": self.images, "annotations": self.annotations, "categories": categories}
 
@@ -108,16 +107,16 @@ def read_instances(path: Path, folder: Path, upright: bool | None, *, training: 
     """Read and check a whole file.
 
     Args:
-        folder: of the images, whose headers are read; in ``training`` only of those with annotations, and the others
-            are not among ``images``. upright: which pixels boxes are of, where an image's EXIF orientation leaves it
-            open.
+        folder: of the images, whose headers are read. In ``training`` images without annotations are skipped and not in
+        ``images``. upright: whether boxes refer to images as viewers show them, if an image's EXIF orientation leaves
+        this open.
 
-    An annotation without a mask (no segmentation, only polygons of fewer than three points, or none of its pixels lies
-    inside the image) or whose box has no extent becomes a crowd where it lies: nothing to train on, and neither found
-    nor missed where it is scored. One that has neither is left out.
+    An annotation becomes a crowd if its box has no extent or it has no mask (no segmentation, only polygons of fewer
+    than three points, or no pixel inside the image): it is not used in training, and counts neither as detected nor as
+    missed in scoring. An annotation with neither box nor mask is dropped.
 
     Raises:
-        SourceError: something cannot be what was meant; says which annotation, image or category.
+        SourceError: an entry is invalid; the message names the annotation, image or category.
     """
     try:
         text = path.read_bytes()
@@ -131,7 +130,7 @@ def read_instances(path: Path, folder: Path, upright: bool | None, *, training: 
     categories = numbered_categories(listed_categories, path)
     images = distinct_images(listed_images, path, left_out)
     if not listed:
-        raise SourceError("there is not one annotation", where=path, fix="give boxes and masks to train on")
+        raise SourceError("there are no annotations", where=path, fix="add boxes and masks to train on")
     links = [
         checked_links(each, number, images, categories=categories, path=path) for number, each in enumerate(listed, 1)
     ]
@@ -158,30 +157,31 @@ def read_instances(path: Path, folder: Path, upright: bool | None, *, training: 
 
 
 def entries_of(data: object, name: str, path: Path) -> list[Raw]:
-    """One of the file's lists. Raises SourceError where there is none."""
+    """One of the file's lists. Raises SourceError if it is missing."""
     listed = data.get(name) if isinstance(data, dict) else None
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
-        raise SourceError(f"this is not COCO's instances format: there is no list {name!r}", where=path, fix=FORMAT)
+        raise SourceError(f"this is not a COCO instances file: there is no list {name!r}", where=path, fix=FORMAT)
     return listed
 
 
 def numbered_categories(listed: Sequence[Raw], path: Path) -> dict[Id, tuple[int, str]]:
-    """By each category's own id its number from 1, in the order of ids, and its name; one that repeats bears its id."""
+    """Maps each category's original id to its number from 1, in the order of ids, and its name; repeated names get the
+    id appended."""
     categories: list[tuple[Id, str]] = []
     for position, each in enumerate(listed, 1):
         number, name = each.get("id"), each.get("name")
         if not is_id(number) or not isinstance(name, str | int):
-            raise SourceError(f"category {position} of the list has no id, or no name", where=path, fix=FORMAT)
+            raise SourceError(f"category {position} in the list has no id or no name", where=path, fix=FORMAT)
         categories.append((number, str(name)))
     categories.sort(key=lambda category: id_order(category[0]))
     if twice := [number for number, count in Counter(number for number, _ in categories).items() if count > 1]:
-        raise SourceError(f"two categories have the id {twice[0]!r}", where=path, fix="give each its own id")
+        raise SourceError(f"two categories have the id {twice[0]!r}", where=path, fix="use unique ids")
     names = told_apart([name for _, name in categories], [f"id {number}" for number, _ in categories])
     return {own: (number, name) for number, ((own, _), name) in enumerate(zip(categories, names, strict=True), 1)}
 
 
 def distinct_images(listed: Sequence[Raw], path: Path, left_out: Counter[str]) -> dict[Id, ImageRow]:
-    """Each image by its own id, in the order of ids; an entry that repeats another one is counted."""
+    """Maps each original id to its image, in the order of ids; duplicate entries are counted."""
     rows: dict[Id, ImageRow] = {}
     files: dict[str, Id] = {}
     for each in sorted(listed, key=lambda each: id_order(each.get("id"))):
@@ -193,7 +193,7 @@ def distinct_images(listed: Sequence[Raw], path: Path, left_out: Counter[str]) -
             raise SourceError(
                 f"two images have the id {row.id!r}: {rows[row.id].file_name!r} and {row.file_name!r}",
                 where=path,
-                fix="give each its own id",
+                fix="use unique ids",
             )
         key = Path(row.file_name).as_posix()
         if key in files:
@@ -207,14 +207,14 @@ def distinct_images(listed: Sequence[Raw], path: Path, left_out: Counter[str]) -
 
 
 def checked_image(each: Raw, path: Path) -> ImageRow:
-    """An image of the file. Raises SourceError where id, name or size are none."""
+    """An image of the file. Raises SourceError if id, name or size are invalid."""
     number, name = each.get("id"), each.get("file_name")
     if not is_id(number):
         what = f"image {name!r} has no id" if number is None else f"the id of image {name!r} is {number!r}"
     elif not isinstance(name, str) or not name or "\0" in name:
         what = f"image {number!r} has no file name" if name is None else f"the file name of {number!r} is {name!r}"
     elif Path(name).is_absolute() or ".." in Path(name).parts:
-        what = f"file name {name!r} leads out of the folder"
+        what = f"file name {name!r} points outside the folder"
     else:
         width, height = (checked_side(each.get(side), f"{side} of image {number!r}", path) for side in SIDES)
         return ImageRow(number, name, width, height)
@@ -227,18 +227,18 @@ def checked_side(value: object, what: str, path: Path) -> int | None:
         return None
     if is_finite_number(value) and value >= 1 and value % 1 == 0:
         return int(value)
-    raise SourceError(f"the {what} is {value!r}", where=path, fix="give pixels")
+    raise SourceError(f"the {what} is {value!r}", where=path, fix="use a number of pixels")
 
 
 def checked_links(
     each: Raw, position: int, images: Mapping[Id, object], *, categories: Mapping[Id, object], path: Path
 ) -> tuple[Id, Id]:
-    """Image and category of an annotation. Raises SourceError where one of them is not listed."""
+    """Image and category of an annotation. Raises SourceError if one of them is not listed."""
     image, category, which = each.get("image_id"), each.get("category_id"), called(each, position)
     if not is_id(image) or image not in images:
-        what, fix = f"{which} is of image {image!r}, which is not listed", "list it, or remove the annotation"
+        what, fix = f"{which} refers to image {image!r}, which is not listed", "list it, or remove the annotation"
     elif not is_id(category) or category not in categories:
-        what, fix = f"{which} is of category {category!r}, which is not listed", "list the category"
+        what, fix = f"{which} refers to category {category!r}, which is not listed", "list the category"
     else:
         return image, category
     raise SourceError(what, where=path, fix=fix)
@@ -247,11 +247,11 @@ def checked_links(
 def normalised(
     each: Raw, position: int, image: ImageEntry, *, path: Path, left_out: Counter[str]
 ) -> ImageObject | None:
-    """An annotation without its ids; None where it has neither a box nor a mask. Raises SourceError."""
+    """An annotation without its ids; None if it has neither a box nor a mask. Raises SourceError."""
     which, size = called(each, position), (image["width"], image["height"])
     box, crowd = checked_box(each.get("bbox"), which, image, path=path), each.get("iscrowd") or 0
     if crowd not in (0, 1):
-        raise SourceError(f"iscrowd of {which} is {crowd!r}", where=path, fix="give 0 or 1")
+        raise SourceError(f"iscrowd of {which} is {crowd!r}", where=path, fix="use 0 or 1")
     runs, pixels = encoded(each.get("segmentation"), which, size, path=path, left_out=left_out)
     if not crowd and not (pixels and min(box[2:])):
         crowd, left_out["annotations"] = 1, left_out["annotations"] + 1
@@ -268,7 +268,7 @@ def normalised(
 
 
 def checked_box(box: object, which: str, image: ImageEntry, *, path: Path) -> list[float]:
-    """Four floats x, y, width, height. Raises SourceError where these are no box on the image."""
+    """Four floats x, y, width, height. Raises SourceError if they are not a box on the image."""
     width, height = image["width"], image["height"]
     if not isinstance(box, list) or len(box) != 4 or not all(is_finite_number(value) for value in box):
         what = f"the box of {which} is {box!r}, not four finite numbers"
@@ -277,32 +277,32 @@ def checked_box(box: object, which: str, image: ImageEntry, *, path: Path) -> li
         inside = w >= 0 and h >= 0 and x < width and y < height and x + w >= 0 and y + h >= 0
         if inside and not beyond([x, y, x + w, y + h], (width, height)):
             return [x, y, w, h]
-        what = f"the box {box} of {which} lies outside image {image['file_name']!r}, {width} x {height}"
-    raise SourceError(what, where=path, fix="give boxes as x, y, width, height in pixels of the image")
+        what = f"the box {box} of {which} is outside image {image['file_name']!r}, {width} x {height}"
+    raise SourceError(what, where=path, fix="use boxes x, y, width, height in pixels of the image")
 
 
 def encoded(
     segmentation: object, which: str, size: tuple[int, int], *, path: Path, left_out: Counter[str]
 ) -> tuple[RunLengths, int]:
-    """Run lengths {size, counts} of an annotation's mask, and how many pixels it has; polygons of fewer than three
-    points are left out and counted.
+    """Run lengths {size, counts} of an annotation's mask, and its number of pixels; polygons of fewer than three points
+    are ignored and counted.
 
     Args:
-        size: of the image, (width, height).
+        size: (width, height) of the image.
 
     Raises:
-        SourceError: it is neither polygons nor run lengths, or of another image.
+        SourceError: it is neither polygons nor run lengths, or does not fit the image's size.
     """
     what = ""
     if isinstance(segmentation, dict):
         counts, stated = segmentation.get("counts"), segmentation.get("size")
         lengths = counts if isinstance(counts, list) else run_lengths(counts)
         if stated != [size[1], size[0]]:
-            what = f"the mask of {which} is of size {stated!r} (height, width), and its image of {[size[1], size[0]]}"
+            what = f"mask size mismatch in {which}: mask {stated!r} (height, width), image {[size[1], size[0]]}"
         elif not lengths or not all(isinstance(each, int) and each >= 0 for each in lengths):
-            what = f"the mask of {which} holds no run lengths"
+            what = f"the mask of {which} has invalid run lengths"
         elif sum(lengths) != size[0] * size[1]:
-            what = f"the mask of {which} counts {sum(lengths)} pixels, and its image has {size[0] * size[1]}"
+            what = f"the run lengths of {which} cover {sum(lengths)} pixels, but its image has {size[0] * size[1]}"
         else:
             return from_lengths(lengths, size)
     elif isinstance(segmentation, list):
@@ -313,18 +313,18 @@ def encoded(
         elif any(len(each) % 2 for each in polygons):
             what = f"a polygon of {which} has an odd number of coordinates"
         elif any(beyond(each, size) for each in polygons):
-            what = f"a polygon of {which} lies far outside its image of {size[0]} x {size[1]}"
+            what = f"a polygon of {which} is far outside its image of {size[0]} x {size[1]}"
         else:
             return rasterised(polygons, size)
     elif segmentation is None:
         return {}, 0
     else:
         what = f"the segmentation of {which} is neither polygons nor run lengths"
-    raise SourceError(what, where=path, fix="give polygons [[x, y, x, y, ...]], or run lengths of the image's size")
+    raise SourceError(what, where=path, fix="use polygons [[x, y, x, y, ...]], or run lengths of the image's size")
 
 
 def rasterised(polygons: list[list[float]], size: tuple[int, int]) -> tuple[RunLengths, int]:
-    """Run lengths of polygons, and how many pixels they fill."""
+    """Run lengths of polygons, and their number of pixels."""
     from faster_coco_eval.core import mask
 
     if not polygons:
@@ -334,14 +334,14 @@ def rasterised(polygons: list[list[float]], size: tuple[int, int]) -> tuple[RunL
 
 
 def from_lengths(lengths: list[int], size: tuple[int, int]) -> tuple[RunLengths, int]:
-    """Run lengths as faster-coco-eval packs them, and how many pixels they fill."""
+    """Run lengths in faster-coco-eval's packed form, and their number of pixels."""
     from faster_coco_eval.core import mask
 
     return mask.frPyObjects({"size": [size[1], size[0]], "counts": lengths}, size[1], size[0]), sum(lengths[1::2])
 
 
 def extent(runs: RunLengths) -> list[float]:
-    """The box of a mask: x, y, width, height."""
+    """The bounding box of a mask: x, y, width, height."""
     from faster_coco_eval.core import mask
 
     box: list[float] = mask.toBbox(runs).tolist()
@@ -349,8 +349,9 @@ def extent(runs: RunLengths) -> list[float]:
 
 
 def run_lengths(packed: object) -> list[int]:
-    """The numbers of COCO's packed run lengths: six bits a character from "0" on, of which the highest says that more
-    follow; from the third number on, differences to the last but one. Empty where it is no such text."""
+    """The numbers in COCO's packed run lengths: six bits per character, counted from "0", of which the highest means
+    that more characters follow. From the third number on, differences to the number two before. Empty if the text is
+    invalid."""
     if not isinstance(packed, str):
         return []
     lengths: list[int] = []
@@ -369,25 +370,25 @@ def run_lengths(packed: object) -> list[int]:
 
 
 def called(each: Raw, position: int) -> str:
-    """What an annotation is called in errors: by its own id, or by its position in the list, from 1."""
-    return f"annotation {each['id']!r}" if is_id(each.get("id")) else f"annotation {position} of the list"
+    """An annotation's name in errors: its original id, or its position in the list, from 1."""
+    return f"annotation {each['id']!r}" if is_id(each.get("id")) else f"annotation {position} in the list"
 
 
 def beyond(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether x, y, x, y, ... reach further out of an image than it is wide and high: no rounding does."""
+    """Whether x, y, x, y, ... are outside an image by more than its width or height, which is not a rounding error."""
     return any(not -size[n % 2] <= value <= 2 * size[n % 2] for n, value in enumerate(coordinates))
 
 
 def is_id(value: object) -> TypeGuard[Id]:
-    """Whether it is a text, a whole number of any length, or a finite one."""
+    """Whether it is a string, an integer of any size, or a finite float."""
     return (isinstance(value, str | int) and not isinstance(value, bool)) or is_finite_number(value)
 
 
 def id_order(value: object) -> tuple[bool, Id]:
-    """Sorts numbers before texts."""
+    """Sort key: numbers before strings."""
     return (True, str(value)) if isinstance(value, str) or not is_id(value) else (False, value)
 
 
 def is_finite_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a finite number. JSON's Infinity and NaN are read, and integers of any length."""
+    """Whether it is a finite number. Python's JSON parser accepts Infinity, NaN and integers of any size."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15 and math.isfinite(value)

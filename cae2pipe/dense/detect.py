@@ -1,4 +1,5 @@
-"""Detection: Mask R-CNN or its cascade trained on COCO's format, scored by average precision (paper, Table 12)."""
+"""Detection: Mask R-CNN or Cascade Mask R-CNN, trained on COCO's format, scored by average precision (paper, Table
+12)."""
 
 from __future__ import annotations
 
@@ -27,21 +28,21 @@ from cae2pipe.supervised.schedule import Chunk, TrainSchedule
 from cae2pipe.training.schedule import step_rate
 
 SHOWN = 0.5
-"""Score from which a detection is drawn."""
+"""Minimum score of a detection in pictures."""
 
 Drawn = tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Pixels (H, W, 3), and boxes (n, 4) with labels (n,) from 1, the true and the found ones."""
+"""Pixels (H, W, 3), and boxes (n, 4) with labels (n,) from 1: true and detected ones."""
 
 
 class Detector(Normalised):
-    """A detector with the normalisation of its input."""
+    """A detector with normalisation of its input."""
 
     def forward(self, images: Tensor, sizes: Any, targets: Any = None) -> Any:  # type: ignore[override]
         return self.model(images, sizes, targets)
 
 
 def build_detector(backbone: Normalised, classes: int, settings: DetectSettings) -> Detector:
-    """Heads on an encoder that ``prepared_encoder`` has made, which takes images of any size from then on."""
+    """Heads on an encoder from ``prepared_encoder``, which is changed to accept images of any size."""
     take_any_size(backbone.model)
     with seeded("heads", settings.seed):
         model = MaskRCNN(Pyramid(backbone.model), classes, settings).to(backbone.normalise.shift.device)
@@ -52,10 +53,10 @@ class DetectLearner(TunedLearner):
     """Trains a detector.
 
     Args:
-        detector: from ``build_detector``. settings: all of them. schedule: the order. bf16: compute under autocast.
-            world: the processes. val: what to score on.
+        detector: from ``build_detector``. settings: all settings. schedule: the order of images. bf16: compute under
+        autocast. world: the processes. val: images for scoring.
 
-    Nothing is compiled: images have too many sizes.
+    Nothing is compiled, since images have too many sizes.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class DetectLearner(TunedLearner):
         return {name: self.scores[name] for name in ("ap_box", "ap_mask")}
 
     def score(self) -> dict[str, Any]:
-        """Scores over all val images, shared out among the processes."""
+        """Scores over all val images, which are divided among the processes."""
         self.world.broadcast_buffers(self.network)
         own = range(self.world.rank, len(self.val), self.world.ranks)
         detections = [detection for parts in self.world.gather(self.detections(own)) for detection in parts]
@@ -118,7 +119,7 @@ class DetectLearner(TunedLearner):
 
     @torch.no_grad()
     def detect(self, entry: ImageEntry, pixels: np.ndarray, size: tuple[int, int]) -> list[Detection]:
-        """What is found on one image, in pixels of the original. Raises OutOfMemoryError."""
+        """Detections on one image, in pixels of the original. Raises OutOfMemoryError."""
         from faster_coco_eval.core import mask
         from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -150,7 +151,7 @@ class DetectLearner(TunedLearner):
 
 
 def drawn_detections(learner: DetectLearner, count: int) -> list[Drawn]:
-    """Of the first ``count`` val images: pixels, true and found objects."""
+    """Pixels, true and detected objects of the first ``count`` val images."""
     count = min(count, len(learner.val))
     by_image: dict[int, list[Detection]] = {}
     for detection in learner.detections(range(count)):

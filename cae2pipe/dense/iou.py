@@ -1,4 +1,4 @@
-"""How well predicted label maps agree with the truth."""
+"""Agreement of predicted label maps with the true ones."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cae2pipe.dense.upernet import IGNORED
 
 
 def pixel_confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Pixels of each class (row) taken for each class (column), int64 (C, C), of label maps of one shape."""
+    """Numbers of pixels by true class (row) and predicted class (column), int64 (C, C), for label maps of equal
+    shape."""
     counted = labels != IGNORED
     cells = labels[counted].long() * classes + predicted[counted].long()
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
 
 
 def segmentation_scores(confusion: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """``miou``, ``pixel_accuracy``, ``mean_accuracy`` and ``per_class``, the IoU of every class that is there.
-
-    A class is there that has a pixel in the truth or in the predictions; accuracies are over those in the truth.
+    """``miou``, ``pixel_accuracy``, ``mean_accuracy`` and ``per_class``, the IoU of every class that occurs. A class
+    occurs if it has a pixel in the truth or in the predictions; accuracies are over classes in the truth.
     """
     counts = confusion.double().cpu()
     right, truth, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)

@@ -21,7 +21,7 @@ TRIES = 10
 
 
 def fitted_size(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int]:
-    """The largest size of the same shape whose long and short sides are at most ``scale``'s."""
+    """The largest size of the same aspect ratio whose long and short sides are at most those of ``scale``."""
     long, short = max(scale), min(scale)
     factor = min(long / max(width, height), short / min(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
@@ -30,11 +30,10 @@ def fitted_size(width: int, height: int, scale: tuple[float, float]) -> tuple[in
 def draw_crop(
     image: Image.Image, labels: np.ndarray, settings: SegmentSettings, *, fill: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A crop: resized at random, cut, flipped, distorted, filled up; drawn from Python's, numpy's and torch's
-    generators.
+    """A random crop: resized, cut, flipped, distorted, padded; drawn from Python's, numpy's and torch's generators.
 
     Args:
-        image: RGB. labels: uint8 (H, W). fill: colour of what lies outside.
+        image: RGB. labels: uint8 (H, W). fill: colour of the padding.
 
     Returns:
         uint8 (S, S, 3) and uint8 (S, S).
@@ -72,9 +71,8 @@ def _distortion() -> Any:
 
 
 class LabelCropReader(Reader):
-    """Chunks of drawn crops with label maps: labels are int64 (c, S, S).
-
-    Raises SourceError where a pair of files does not fit together.
+    """Chunks of random crops with label maps: labels are int64 (c, S, S). Raises SourceError if an image and its labels
+    do not fit together.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Mask R-CNN and Cascade Mask R-CNN on the pyramid of a vision transformer.
 
-Feature pyramid, region proposals, heads and pooling are torchvision's; what is ours are the stages (CAE's
-configuration: heads of four convolutions and one linear layer, a GIoU loss) and the cascade.
+Feature pyramid, region proposals, heads and pooling are torchvision's. The stages (CAE's configuration: heads of four
+convolutions and one linear layer, a GIoU loss) and the cascade are ours.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from cae2pipe.runtime.device import exact_float32
 
 CHANNELS = 256
 MASK = 28
-"""Side of predicted masks."""
+"""Side of predicted masks in pixels."""
 ANCHORS = ((32,), (64,), (128,), (256,), (512,))
 SMALLEST = 1e-2
-"""Pixels below which a detected box is none."""
+"""Minimum side of a detected box in pixels."""
 
 
 class L1Proposals(RegionProposalNetwork):
-    """torchvision's region proposals with an L1 loss of boxes (CAE's configuration)."""
+    """torchvision's region proposals with an L1 box loss (CAE's configuration)."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -56,9 +56,8 @@ class L1Proposals(RegionProposalNetwork):
 
 
 class ExactHead(RPNHead):
-    """torchvision's head of region proposals, whose objectness and deltas are float32 under autocast too.
-
-    In bfloat16 a coordinate above 512 pixels is a multiple of 4, and proposals would be suppressed on that grid.
+    """torchvision's head of region proposals, with float32 objectness and deltas even under autocast. In bfloat16 a
+    coordinate above 512 pixels is a multiple of 4, and proposals would be suppressed on that grid.
     """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -71,8 +70,8 @@ class CascadeStage(nn.Module):
     """One stage of box and mask heads.
 
     Args:
-        classes: without the background, which is class 0. agnostic: one box for all classes. iou: from which a proposal
-            is positive. weights: of the box coding.
+        classes: without the background, which is class 0. agnostic: one box for all classes. iou: minimum IoU of a
+        positive proposal. weights: of the box coding.
     """
 
     def __init__(self, classes: int, agnostic: bool, iou: float, *, weights: Weights):
@@ -97,7 +96,7 @@ class CascadeStage(nn.Module):
         return logits, deltas.unflatten(1, (-1, 4))
 
     def decode(self, deltas: Tensor, proposals: Tensor) -> Tensor:
-        """The boxes (P, boxes, 4) that deltas (P, boxes, 4) lead to from proposals (P, 4)."""
+        """The boxes (P, boxes, 4) after applying deltas (P, boxes, 4) to proposals (P, 4)."""
         boxes = deltas.shape[1]
         return decode_boxes(deltas.flatten(0, 1), proposals.repeat_interleave(boxes, dim=0), self.weights).view_as(
             deltas
@@ -111,12 +110,12 @@ class CascadeStage(nn.Module):
 
 
 class MaskRCNN(nn.Module):
-    """Detector of images of one size, normalised and padded (B, 3, H, W).
+    """Detector for normalised images padded to a common size (B, 3, H, W).
 
-    Under autocast convolutions are computed in its type; boxes, scores and what is pooled stay float32.
+    Under autocast only convolutions use its type; boxes, scores and pooled features stay float32.
 
     Args:
-        pyramid: the encoder. classes: how many, without the background. settings: all of them.
+        pyramid: the encoder. classes: number of classes without the background. settings: all settings.
     """
 
     def __init__(self, pyramid: Pyramid, classes: int, settings: DetectSettings):
@@ -140,7 +139,7 @@ class MaskRCNN(nn.Module):
         self.box_pool = MultiScaleRoIAlign(names, 7, 2)
         self.mask_pool = MultiScaleRoIAlign(names, 14, 2)
         stages = zip(settings.stage_iou, settings.stage_weights, strict=True)
-        # Class by class in Mask R-CNN; one box for all of them in a cascade, as it was published.
+        # Mask R-CNN has one box per class; a cascade one box for all classes, as published.
         self.stages = nn.ModuleList(
             CascadeStage(classes, settings.cascade, iou, weights=(weight, weight, weight / 2, weight / 2))
             for iou, weight in stages
@@ -154,12 +153,12 @@ class MaskRCNN(nn.Module):
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None
     ) -> Any:
-        """Losses by name, given targets: ``boxes`` (T, 4), ``labels`` (T,) from 1, ``masks`` uint8 (T, H, W) each; else
-        a dictionary for each image: ``boxes``, ``labels``, ``scores``, ``masks``, probabilities (D, 28, 28) within
-        their boxes.
+        """With targets, losses by name; a target has ``boxes`` (T, 4), ``labels`` (T,) from 1 and ``masks`` uint8 (T,
+        H, W). Without targets, a dictionary per image: ``boxes``, ``labels``, ``scores``, and ``masks``, probabilities
+        (D, 28, 28) within their boxes.
 
         Args:
-            sizes: height and width of each image without what it is padded with.
+            sizes: height and width of each image without padding.
         """
         features = self.features(images)
         listed = ImageList(images, sizes)
@@ -179,7 +178,7 @@ class MaskRCNN(nn.Module):
         *,
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Losses of all stages, each times its stage's weight."""
+        """Losses of all stages, each times the weight of its stage."""
         losses: dict[str, Tensor] = {}
         for number, (stage, weight) in enumerate(zip(self.stages, self.settings.stage_loss, strict=True)):
             assert isinstance(stage, CascadeStage)
@@ -198,7 +197,7 @@ class MaskRCNN(nn.Module):
             logits, deltas = stage.boxes_and_scores(self.box_pool(features, boxes, sizes))
             positive = (labels > 0).nonzero().flatten()
             own = torch.cat(boxes)
-            # Of the background there is no box: the one in its place has no loss.
+            # The background has no box; the output in its position has no loss.
             decoded = stage.decode(deltas, own)[
                 torch.arange(len(own), device=own.device), 0 if stage.agnostic else labels
             ]
@@ -207,7 +206,7 @@ class MaskRCNN(nn.Module):
             losses[f"box{number}"] = weight * self.settings.giou * box_loss / max(1, len(own))
             losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes=sizes, targets=targets)
             if number + 1 < len(self.stages):
-                # True boxes come along with the next stage's sample in any case.
+                # The next stage's sample includes the true boxes anyway.
                 refined = decoded.detach().split([len(each) for each in boxes])
                 proposals = [
                     clipped(moved[each.proposed], size)
@@ -229,7 +228,7 @@ class MaskRCNN(nn.Module):
         labels = torch.cat([each.labels[each.labels > 0] for each in sampled])
         logits = stage.masks(self.mask_pool(features, boxes, sizes), labels)
         if not len(labels):
-            # All weights take part, so that processes exchange the same gradients.
+            # All weights take part, so that all processes exchange the same gradients.
             return logits.sum() * 0
         truth = torch.cat(
             [
@@ -243,7 +242,7 @@ class MaskRCNN(nn.Module):
     def detections(
         self, features: OrderedDict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Boxes of the last stage, with class scores averaged over stages; masks averaged likewise."""
+        """Boxes of the last stage; class scores and masks are averaged over stages."""
         counts = [len(proposed) for proposed in proposals]
         scores: list[Tensor] = []
         for stage in self.stages:
@@ -269,7 +268,7 @@ class MaskRCNN(nn.Module):
         return picked
 
     def pick(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The best of an image's boxes (P, 1 + classes, 4) by class, after non-maximum suppression."""
+        """The best boxes of an image, of (P, 1 + classes, 4), after non-maximum suppression by class."""
         boxes = clip_boxes_to_image(boxes[:, 1:], size)
         extent = boxes[..., 2:] - boxes[..., :2]
         good = (scores[:, 1:] > self.settings.score) & (extent > SMALLEST).all(dim=2)
@@ -281,8 +280,8 @@ class MaskRCNN(nn.Module):
 
 @dataclass(frozen=True)
 class Sample:
-    """What a stage trains on of an image: boxes (S, 4), labels (S,) with 0 for the background, the index (S,) of the
-    true box that each is matched to, and which were proposed, bool (S,): the others are true boxes themselves."""
+    """A stage's training sample of an image: boxes (S, 4), labels (S,) with 0 for the background, the index (S,) of the
+    matched true box, and which boxes were proposed, bool (S,); the others are true boxes."""
 
     boxes: Tensor
     labels: Tensor
@@ -305,13 +304,13 @@ def training_sample(
 
 
 def masks_within(masks: Tensor, boxes: Tensor) -> Tensor:
-    """Masks (N, H, W) cut out by a box each (N, 4), as (N, 28, 28)."""
+    """Masks (N, H, W) cropped to one box each (N, 4), as (N, 28, 28)."""
     places = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype).unsqueeze(1)
     cut: Tensor = roi_align(masks.unsqueeze(1).to(boxes.dtype), torch.cat([places, boxes], dim=1), MASK, aligned=True)
     return cut[:, 0]
 
 
 def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes within an image, and not without extent: the next stage divides by it."""
+    """Boxes clipped to an image, with a minimum extent, by which the next stage divides."""
     boxes = clip_boxes_to_image(boxes, size)
     return torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 1.0)], dim=1)

@@ -28,7 +28,7 @@ from cae2pipe.training.schedule import polynomial_rate
 
 
 def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSettings) -> Normalised:
-    """UperNet on an encoder that ``trainable`` has made; both normalise their input alike."""
+    """UperNet on an encoder from ``prepared_encoder``; both normalise their input in the same way."""
     with seeded("decoder", settings.seed):
         pyramid = Pyramid(backbone.model)
         width = settings.decoder_width or pyramid.width
@@ -41,8 +41,8 @@ class SegmentLearner(TunedLearner):
     """Trains a segmenter.
 
     Args:
-        segmenter: from ``build_segmenter``. settings: all of them. schedule: the order. bf16: compute under autocast.
-        compiled: with torch.compile. world: the processes. val: what to score on.
+        segmenter: from ``build_segmenter``. settings: all settings. schedule: the order of images. bf16: compute under
+        autocast. compiled: use torch.compile. world: the processes. val: images for scoring.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class SegmentLearner(TunedLearner):
         return {name: self.scores[name] for name in ("miou", "pixel_accuracy", "mean_accuracy")}
 
     def score(self) -> dict[str, Any]:
-        """Scores over all val images, shared out among the processes."""
+        """Scores over all val images, which are divided among the processes."""
         self.world.broadcast_buffers(self.network)
         classes = len(self.val.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
@@ -104,7 +104,7 @@ class SegmentLearner(TunedLearner):
 
     @torch.no_grad()
     def predict(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """Labels int64 of ``size`` for an image, uint8 (h, w, 3), that is scaled already. Raises OutOfMemoryError."""
+        """Labels int64 of ``size`` for an already scaled image, uint8 (h, w, 3). Raises OutOfMemoryError."""
         model = self.network.eval()
         device = self.world.device
         side, stride = self.settings.image_size, self.settings.stride
@@ -115,7 +115,7 @@ class SegmentLearner(TunedLearner):
             return output
 
         with self.scoring_advice():
-            # The numpy array may lie in memory that cannot be written to.
+            # The numpy array may be in read-only memory.
             image = model.normalise(torch.tensor(pixels, device=device).permute(2, 0, 1)[None])[0]
             fill = torch.zeros(3, device=device)
             scored = sliding_logits(logits, image, side, stride=stride, batch=self.settings.chunk, fill=fill)
@@ -123,7 +123,7 @@ class SegmentLearner(TunedLearner):
 
 
 class ScaledReader:
-    """Val images at the size that they are scored at, uint8 (h, w, 3), with labels at their own size; picklable."""
+    """Val images at the size for scoring, uint8 (h, w, 3), with labels at original size; picklable."""
 
     def __init__(self, data: LabelledImages, own: range, scale: tuple[int, int]):
         self.data, self.own, self.scale = data, own, scale
@@ -139,7 +139,7 @@ class ScaledReader:
 def drawn_predictions(
     learner: SegmentLearner, data: LabelledImages, count: int
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of the first ``count`` images: pixels (H, W, 3), true and predicted labels (H, W)."""
+    """Pixels (H, W, 3), true and predicted labels (H, W) of the first ``count`` images."""
     drawn = []
     for index in range(min(count, len(data))):
         image, labels = data.read(index)

@@ -1,4 +1,4 @@
-"""Chunks of drawn crops, which classification is trained on."""
+"""Chunks of random crops for training on classification."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 
 class ChunkReader(Reader):
-    """Chunks of drawn crops for classification.
+    """Chunks of random crops for classification.
 
-    An image that cannot be decoded is replaced by the next one of its chunk that can.
+    An image that cannot be decoded is replaced by the next decodable one of its chunk.
 
-    Raises SourceError or DamageError where files cannot be read, SourceError where nothing of a chunk can be decoded.
+    Raises SourceError or DamageError if files cannot be read, SourceError if no image of a chunk can be decoded.
     """
 
     def __init__(self, split: Split, schedule: TrainSchedule, own: Sequence[int], *, start: int, crop: DrawnCrop):
         super().__init__(schedule, own, start)
-        # Runs are another way to the same images, and as large.
+        # Workers do not need the runs, which are another, equally large, list of the same images.
         self.root, self.samples, self.crop = split.root, split.samples, crop
 
     def __getitem__(self, index: int) -> Chunk:
@@ -44,9 +44,9 @@ class ChunkReader(Reader):
             pixels[position] = crop(decoded, image).transpose(2, 0, 1)
         if not pixels:
             raise SourceError(
-                f"not one of {len(chosen)} images that are trained on together can be decoded: {rejected[0]['reason']}",
+                f"none of the {len(chosen)} images of a chunk can be decoded: {rejected[0]['reason']}",
                 where=f"{self.root}, {rejected[0]['path']}",
-                fix="`cae2pipe shard` makes a shard set of what can be decoded",
+                fix="use `cae2pipe shard` to make a shard set of the images that can be decoded",
             )
         good = sorted(pixels)
         positions = [good[np.searchsorted(good, position) % len(good)] for position in range(len(chosen))]

@@ -27,7 +27,7 @@ from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.schedule import learning_rate
 
 REFERENCE_BATCH = 1024
-"""The batch that learning rates are given for."""
+"""The batch size that learning rates refer to."""
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 
@@ -51,10 +51,10 @@ class FinetuneLearner(TunedLearner):
     """Trains a classifier.
 
     Args:
-        classifier: from ``build_classifier``. classes: how many. settings: all of them.
-        schedule: the order. bf16: compute under autocast. compiled: with torch.compile. world: the processes.
-        predict: predictions for the val images of a function from pixels to logits.
-        root: where the best weights go.
+        classifier: from ``build_classifier``. classes: number of classes. settings: all settings.
+        schedule: the order of images. bf16: compute under autocast. compiled: use torch.compile. world: the processes.
+        predict: from a function from pixels to logits to predictions for the val images.
+        root: the folder for the best weights.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class FinetuneLearner(TunedLearner):
                 images, targets = self.mix(images, labels)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.module(images)
-        # Mixed targets are smoothed already.
+        # Mixup has smoothed these targets already.
         smoothing = 0.0 if self.mix else self.settings.smoothing
         return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
@@ -118,7 +118,7 @@ class FinetuneLearner(TunedLearner):
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """Logits of a batch for scores. What was compiled is the call in training: here batches have other sizes."""
+        """Logits of a batch for scores, not compiled: batches have other sizes than in training."""
         scored: Any = self.average.module if self.average else self.network
         scored.eval()
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
@@ -141,7 +141,7 @@ class FinetuneLearner(TunedLearner):
         return figures
 
     def save(self, name: str) -> None:
-        """The weights that are scored, under timm's names."""
+        """Save the weights that are scored, under timm's names."""
         if self.world.is_main:
             scored: Any = self.average.module if self.average else self.network
             save_weights(scored.model, self.root / name)
@@ -158,7 +158,7 @@ class FinetuneLearner(TunedLearner):
 
 
 def make_mixup(settings: FinetuneSettings, classes: int) -> Any:
-    """timm's Mixup and CutMix, which also smooth the labels; None where neither is asked for."""
+    """timm's Mixup and CutMix, which also smooth the labels; None if neither is enabled."""
     from timm.data import Mixup
 
     if not settings.mixup and not settings.cutmix:
@@ -167,7 +167,7 @@ def make_mixup(settings: FinetuneSettings, classes: int) -> Any:
 
 
 def averaged(classifier: Normalised, decay: float) -> Any:
-    """A moving average of the weights, or None."""
+    """An exponential moving average of the weights, or None."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     return AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None

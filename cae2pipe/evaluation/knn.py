@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours, as DINO scores frozen features."""
+"""Weighted k-nearest-neighbour classification of frozen features, as in DINO."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def knn_predictions(
     temperature: float,
     chunk: int = 256,
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """For every number of neighbours the classes with most votes, best first, and their shares of the votes.
+    """For every k the classes with most votes, best first, and their shares of the votes.
 
-    Cosines are float32, whatever autocast and TF32 say.
+    Cosines are computed in float32 regardless of autocast and TF32.
 
     Args:
-        train, test: features (N, D) and (M, D); normalised here.
+        train, test: features (N, D) and (M, D), which this function normalises.
         train_labels: int64 (N,).
         classes: number of classes.
         k: numbers of neighbours; those above N count as N.
         temperature: a neighbour with cosine c votes with exp(c / temperature).
-        chunk: test features at a time.
+        chunk: test features per matrix product.
 
     Returns:
-        int64 and float32 (M, up to 5), on the CPU. A class that no neighbour votes for is no prediction, and stands as
-        -1: ranking those by chance would count hits that depend on the device.
+        int64 and float32 (M, up to 5), on the CPU. -1 stands for no prediction: classes without votes are not ranked,
+        since their order would depend on the device.
     """
     most = min(max(k), len(train))
     rankings: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in k}

@@ -1,4 +1,4 @@
-"""A classifier's predictions for every image of a split, shared out among processes, each image once."""
+"""A classifier's predictions for every image of a split, divided among processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cae2pipe.supervised.remedies import batch_remedy
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """Predictions in the split's order, and what could not be decoded."""
+    """Predictions in the split's order, and the images that could not be decoded."""
 
     predictions: Predictions
     rejected: list[dict[str, Any]]
@@ -36,11 +36,11 @@ def predict(
     workers: int,
     world: World,
 ) -> SplitPredictions:
-    """Predictions of ``logits``, which takes pixels uint8 (B, 3, S, S) on the device and knows ``classes``; the same in
-    all processes.
+    """Predictions of ``logits``, a function of pixels uint8 (B, 3, S, S) on the device with outputs for ``classes``.
+    All processes get the same result.
 
     Raises:
-        SourceError: not one image can be decoded, or a file cannot be read. DamageError: a shard has changed.
+        SourceError: no image can be decoded, or a file cannot be read. DamageError: a shard has changed.
         OutOfMemoryError: a batch does not fit the device.
     """
     own = range(world.rank, len(split.runs), world.ranks)
@@ -53,12 +53,12 @@ def predict(
             if len(crops.labels):
                 labels = common_labels(torch.from_numpy(crops.labels), split.classes, classes)
                 outputs[run] = most_likely(logits(batch.pixels)), labels, crops.keys
-    # Each of them would have waited for the device.
+    # At the end, since each copy would have waited for the device.
     parts = {run: as_predictions(*each) for run, each in outputs.items()}
     for theirs, rejects in world.gather((parts, rejected)):
         parts |= theirs
         rejected |= rejects
     if not parts:
-        raise SourceError("not one image here can be decoded", where=split.root, fix="check the folder")
+        raise SourceError("no image here can be decoded", where=split.root, fix="check the folder")
     whole = joined_predictions([parts[run] for run in sorted(parts)])
     return SplitPredictions(whole, [reject for run in sorted(rejected) for reject in rejected[run]])

@@ -1,4 +1,4 @@
-"""Training of a head on a frozen encoder that sees new crops of every image in every epoch."""
+"""Training of a head on a frozen encoder with new crops of every image in every epoch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cae2pipe.supervised.schedule import Chunk, TrainSchedule
 from cae2pipe.training.schedule import learning_rate
 
 Inputs = Callable[[FrozenEncoder, Tensor], Tensor]
-"""From an encoder and pixels to what a head takes."""
+"""From an encoder and pixels to the input of a head."""
 
 
 def pooled(feature: str) -> Inputs:
-    """The class token's or the mean patch's features (B, D)."""
+    """The class token or the mean patch token (B, D)."""
 
     def inputs(encoder: FrozenEncoder, pixels: Tensor) -> Tensor:
         features = encoder(pixels)
@@ -38,18 +38,18 @@ def pooled(feature: str) -> Inputs:
 
 
 def all_tokens(encoder: FrozenEncoder, pixels: Tensor) -> Tensor:
-    """Class token and patches in one row (B, T, D)."""
+    """Class token and patches (B, T, D)."""
     return encoder.tokens(pixels).together()
 
 
 class ProbeLearner:
-    """Trains a head, in float32; the encoder stays as it is.
+    """Trains a head in float32; the encoder is frozen.
 
     Args:
-        encoder, head, inputs: pixels go through encoder and inputs to the head.
-        optimizer: of the head; each group has its ``peak`` learning rate.
-        schedule: the order. warmup_epochs: of it.
-        batch: images that pass the encoder together. world: the processes.
+        encoder, head, inputs: ``inputs`` computes the head's input from encoder and pixels.
+        optimizer: the head's; each group has its ``peak`` learning rate.
+        schedule: the order of images. warmup_epochs: epochs of linear warm-up.
+        batch: images per forward pass of the encoder. world: the processes.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ProbeLearner:
             total += loss.detach()
         if self.world.ranks > 1:
             for parameter in self.head.parameters():
-                # A process may have had no chunk at all.
+                # A process may have no chunk.
                 parameter.grad = self.world.sum(
                     torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 )
@@ -92,7 +92,7 @@ class ProbeLearner:
         return total
 
     def features(self, pixels: Tensor) -> Tensor:
-        """The head's input; the encoder's part of it has no gradient."""
+        """The head's input; the encoder gets no gradient."""
         parts = pixels.to(self.world.device).split(self.batch)
         together = len(parts[0])
         with memory_advice(f"a pass over {together} images", batch_remedy(together)):

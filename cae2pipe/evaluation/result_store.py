@@ -1,4 +1,4 @@
-"""The artifact of an evaluation: opened, its result read or saved, marked complete."""
+"""The artifact of an evaluation: opening it, reading or saving its result, marking it complete."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cae2pipe.supervised.loop import CHECKPOINTS, METRICS
 
 RESULT = "result.json"
 BULKY = ("losses", "history", "per_class", "settings")
-"""What ``result.json`` has and the manifest does without."""
+"""Entries of ``result.json`` that the manifest omits."""
 
 
 def open_scores(root: Path, asked: dict[str, Any]) -> tuple[ScoresArtifact, dict[str, Any] | None]:
-    """The artifact of an evaluation, created or opened, and its result where it is there already.
+    """The artifact of an evaluation, created or opened, and its result if it exists.
 
     Raises:
         MismatchError: the folder holds another evaluation.
@@ -28,20 +28,21 @@ def open_scores(root: Path, asked: dict[str, Any]) -> tuple[ScoresArtifact, dict
     remove_debris(root)
     result = stored_result(artifact)
     if result:
-        # A killed run may have left it open.
+        # A killed run may not have marked it complete.
         mark_complete(artifact, result)
     return artifact, result
 
 
 def forget_idle(root: Path) -> None:
-    """Remove the manifest of an attempt that has nothing to show, refused settings say: others may follow."""
+    """Remove the manifest of an attempt without results (after refused settings, for example), so that the folder can
+    be reused."""
     if is_artifact(root, "scores") and not ScoresArtifact.open(root).units and not any((root / CHECKPOINTS).glob("*")):
         (root / MANIFEST).unlink()
         (root / METRICS).unlink(missing_ok=True)
 
 
 def stored_result(artifact: ScoresArtifact) -> dict[str, Any] | None:
-    """The result that an artifact already holds, if its files are as they were written."""
+    """The result in an artifact, if its files are unchanged."""
     if "result" not in artifact.units:
         return None
     files = artifact.units["result"]["files"]
@@ -52,14 +53,14 @@ def stored_result(artifact: ScoresArtifact) -> dict[str, Any] | None:
 
 
 def save_result(artifact: ScoresArtifact, result: dict[str, Any], files: dict[str, Any]) -> None:
-    """Write the result, with the manifest's entries of the files that belong to it, and mark the artifact complete."""
+    """Write the result and the manifest's entries of its files, and mark the artifact complete."""
     write_json(artifact.root / RESULT, result)
     artifact.add("result", {"files": {**files, RESULT: file_entry(artifact.root / RESULT)}})
     mark_complete(artifact, result)
 
 
 def mark_complete(artifact: ScoresArtifact, result: dict[str, Any]) -> None:
-    """Mark an evaluation complete whose result is there, and remove what a killed one would have resumed from."""
+    """Mark an evaluation with a result complete, and remove the files that were only needed to resume it."""
     artifact.facts["result"] = {name: value for name, value in result.items() if name not in BULKY}
     artifact.save(complete=True)
     shutil.rmtree(artifact.root / CHECKPOINTS, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What one worker does: reads its streams' blocks, gathers the samples of each step, decodes their pixels.
+"""The work of one loader process: reads blocks of its streams, gathers the samples of each step, decodes their pixels.
 
-Workers undo Blosc and JPEG and draw masks; pixels leave them as uint8 and latents as the codec's integers, so that
-little crosses to the device and normalisation and decoding happen there, in a batch.
+Workers decompress Blosc chunks, decode JPEGs and draw masks. They return pixels as uint8 and latents as the codec's
+integers, so little data is copied to the device; normalisation and decoding of latents happen there, in a batch.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from cae2pipe.targets.store import StoreLayout, StoreReader
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the content of batches depends on; the same in every process.
+    """Everything that the content of batches depends on; the same in every process.
 
-    ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order. ``batch`` counts views as
-    they are loaded; each is given ``repeat`` masks. ``arrays`` names the blocked arrays that go to the device;
-    ``guides`` those that masks are drawn by, which stay in the workers. ``replayed``: how views are cut from the images
-    that the set keeps; None where it keeps the views. ``fresh``: views are cut from the originals instead. ``decode``:
-    False leaves JPEGs, and the cutting of views, to the device.
+    ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order. ``batch`` counts loaded
+    views; each gets ``repeat`` masks. ``arrays`` names the blocked arrays that go to the device; ``guides`` those that
+    guide the masks and stay in the workers. ``replayed``: how views are cut from the images that the set keeps; None if
+    it keeps the views. ``fresh``: views are cut from the originals instead. ``decode``: if False, JPEGs are decoded and
+    views cut on the device.
     """
 
     root: Path
@@ -67,12 +67,12 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Samples an epoch."""
+        """Samples per epoch."""
         return sum(block.samples for block in self.blocks)
 
     @property
     def steps(self) -> int:
-        """Steps an epoch."""
+        """Steps per epoch."""
         return steps_per_epoch(self.samples, self.batch, self.last_batch)
 
     @property
@@ -82,14 +82,14 @@ class Plan:
 
 @dataclass
 class Batch:
-    """A batch, or the part of it that some streams give: b views, in the order of their streams, under r masks each.
+    """A batch, or the part of it from some streams: b views in the order of their streams, with r masks each.
 
-    pixels (b, 3, S, S) uint8; arrays: the asked ones of the store over b views, uint16 as int16 bits; weights (b,)
-    float32, 0 for padding; visible (b r, V) and masked (b r, M) int64 patch indices, sorted, a view's masks side by
-    side; drop (b r, n) float32 uniforms for drop path; keys: b strings, empty for padding; views: which of its stored
-    views each shows; real: views of the whole global batch that are not padding. Where the device is to decode,
-    ``jpegs`` holds all JPEGs end to end, uint8, ``sizes`` (b,) their lengths, and ``pixels`` has no samples; ``draws``,
-    float64 (b, 11), says how replayed views are cut from them.
+    pixels (b, 3, S, S) uint8; arrays: the requested arrays of the store over b views, uint16 as int16 bits; weights
+    (b,) float32, 0 for padding; visible (b r, V) and masked (b r, M) int64 patch indices, sorted, the masks of a view
+    in consecutive rows; drop (b r, n) float32 uniforms for drop path; keys: b strings, empty for padding; views: the
+    number of each stored view; real: views of the whole global batch that are not padding. If the device decodes,
+    ``jpegs`` holds all JPEGs concatenated, uint8, ``sizes`` (b,) their lengths, and ``pixels`` has no samples;
+    ``draws``, float64 (b, 11), says how replayed views are cut from them.
     """
 
     epoch: int
@@ -108,7 +108,7 @@ class Batch:
     draws: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with ``function`` applied to its tensors. JPEGs, which are decoded from the host, stay."""
+        """The batch with ``function`` applied to its tensors. JPEGs stay on the host, from where they are decoded."""
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -125,8 +125,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one window: keys, views, images' bytes, draws (none of fresh views), and the blocked arrays over
-    all of them."""
+    """The samples of one window: keys, views, JPEG bytes, draws (none for fresh views), and the blocked arrays over all
+    of them."""
 
     keys: list[str]
     views: list[int]
@@ -136,12 +136,12 @@ class Pool:
 
 
 class StreamSource:
-    """Gives out one stream's samples, epoch by epoch."""
+    """Yields the samples of one stream, epoch by epoch."""
 
     def __init__(self, plan: Plan, stream: int):
         self.plan = plan
         self.stream = stream
-        # A reader keeps its store's index, keys and member offsets: about 0.2 MB.
+        # A reader holds its store's index, keys and member offsets: about 0.2 MB.
         self._reader = functools.lru_cache(maxsize=64)(
             lambda name: StoreReader(plan.root, plan.units[name], plan.layout, cache=plan.cache)
         )
@@ -184,7 +184,7 @@ class StreamSource:
 
 
 def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
-    """The parts of all batches from global step ``start`` on that ``streams`` give, to the last epoch's end."""
+    """The parts from ``streams`` of all batches, from global step ``start`` to the end of the last epoch."""
     sources = [StreamSource(plan, stream) for stream in streams]
     for epoch in range(start // plan.steps, plan.epochs):
         first = start % plan.steps if epoch == start // plan.steps else 0
@@ -197,7 +197,7 @@ def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
 def assemble(
     plan: Plan, epoch: int, step: int, *, streams: range, picked: list[list[tuple[Pool, int] | None]]
 ) -> Batch:
-    """The batch part made of the samples picked from each stream; None stands for padding."""
+    """The part of a batch with the given samples of each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
     count, rows = len(flat), len(flat) * plan.repeat
     pixels = np.zeros((count if plan.decode else 0, plan.size, plan.size, 3), dtype=np.uint8)
@@ -261,7 +261,7 @@ def _draws(plan: Plan, items: list[tuple[Pool, int] | None]) -> Tensor:
 def gather(plan: Plan, items: list[tuple[Pool, int] | None]) -> dict[str, np.ndarray]:
     """The plan's arrays over the given samples; zeros for padding.
 
-    Neighbours mostly come from one pool, whose rows are taken in one go.
+    Consecutive items mostly come from one pool, whose rows are copied together.
     """
     runs: list[tuple[Pool, list[int], list[int]]] = []
     for row, item in enumerate(items):
@@ -299,7 +299,7 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
 
 
 def split(batch: Batch, axes: Mapping[str, int], count: int) -> list[Batch]:
-    """A decoded batch in ``count`` equal parts; a view's masks stay together. ``axes`` as in ``join``."""
+    """A decoded batch in ``count`` equal parts; the masks of a view stay together. ``axes`` as in ``join``."""
     if count == 1:
         return [batch]
     size = len(batch.weights) // count

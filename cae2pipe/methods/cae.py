@@ -22,8 +22,8 @@ class CAE(Method):
 
     Source: Chen et al., 2023, with CLIP's latents in place of DALL-E's tokens; Figure 5 (b) and Table 1, row 1, of the
     paper. Its masked loss is ``loss.masked`` with ``loss.visible`` 0; the mean squared alignment of masked tokens is
-    added with weight 2. Simplified: the decoder is as deep as the regressor, and what the encoder makes of masked
-    patches comes from its present weights, without gradient. Visible tokens are reported as the head sees them.
+    added with weight 2. Simplified: the decoder is as deep as the regressor, and the encoder's latents of masked
+    patches come from its current weights, without gradient. Visible tokens are reported as the head sees them.
     """
 
     def __init__(self, settings: ModelSettings, target_dim: int):

@@ -16,7 +16,7 @@ class CAEv2(Method):
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
         width = settings.predictor_width
-        # Between encoder and both regressor and head, where their widths differ (Tiny).
+        # From the encoder to regressor and head, if their widths differ (Tiny).
         self.bridge = bridge(settings.width, width)
         self.regressor = predictor_stack(Regressor, settings) if settings.predictor_depth else None
         self.head = latent_head(settings, width, target_dim)

@@ -1,4 +1,4 @@
-"""MAE's graph: a decoder over visible latents and mask tokens predicts the teacher's latents, or pixels."""
+"""MAE: a decoder over visible latents and mask tokens predicts the teacher's latents, or pixels."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class MAE(Method):
 
     Source: He et al., 2022; Figure 5 (d) of the paper. Decoder depth, width and heads are ``predictor_*``. Targets are
     CLIP's latents, or with ``loss: {target: pixels, kind: mse}`` the patches' own normalised pixels, as published,
-    without a teacher. Masked tokens alone with ``loss.visible`` 0, as MAE has it; the decoder's visible tokens too with
-    1. Simplified: with LayerScale and without k's bias, as all encoders here; the class token has no loss on pixels.
+    without a teacher. With ``loss.visible`` 0, as in MAE, only masked tokens have a loss; with 1 also the decoder's
+    visible tokens. Simplified: with LayerScale and without a bias of k, as all encoders here; with pixels the class
+    token has no loss.
     """
 
     decoder_class: type[Decoder | PromptingDecoder] = Decoder
@@ -27,7 +28,7 @@ class MAE(Method):
         super().__init__(settings)
         if not settings.predictor_depth:
             raise SettingsError(
-                "a decoder of 0 blocks predicts nothing",
+                "method mae needs a decoder of at least one block",
                 where="model.predictor_depth",
                 fix="--set model.predictor_depth=1",
             )

@@ -1,4 +1,4 @@
-"""What an exported encoder's ``config.json`` may say: checked before a model is built from it."""
+"""Allowed content of an exported encoder's ``config.json``: checked before a model is built from it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.errors import SourceError
 
-FIX = "give a folder as `cae2pipe pretrain` or `cae2pipe export` writes it"
+FIX = "use a folder written by `cae2pipe pretrain` or `cae2pipe export`"
 
 Mean = Annotated[float, Field(ge=-10, le=10)]
 Deviation = Annotated[float, Field(gt=0, le=10)]
 
 
 class TimmConfig(TypedDict):
-    """A ``config.json`` in timm's format. Others of timm's fields may be there."""
+    """A ``config.json`` in timm's format. Other fields of timm are allowed."""
 
     architecture: str
     num_classes: NotRequired[int]
@@ -28,7 +28,7 @@ class TimmConfig(TypedDict):
 
 
 class ModelArguments(BaseModel):
-    """Arguments of timm's vision transformer. Others of its arguments may be there, numbers of moderate size."""
+    """Arguments of timm's vision transformer. Its other arguments are allowed if their numbers are of moderate size."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -47,7 +47,7 @@ class ModelArguments(BaseModel):
                 or (isinstance(value, int | float) and abs(value) <= 1024)
             )
             if not plain:
-                raise ValueError(f"{name} is no text and no number of at most 1024")
+                raise ValueError(f"{name} is neither text nor a number of at most 1024")
         return self
 
 
@@ -78,7 +78,8 @@ def read_description(path: Path, weights: int) -> TimmConfig:
         path: the file. weights: bytes of the weights file that it describes.
 
     Raises:
-        SourceError: it is not one; the field is named. Or the model would have more weights than the file can hold.
+        SourceError: the content is invalid (the message names the field), or the model would have more weights than the
+        file can hold.
     """
     config: TimmConfig = read_json(path, fix=FIX, error=SourceError, limit=2**20)
     try:
@@ -87,14 +88,14 @@ def read_description(path: Path, weights: int) -> TimmConfig:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise SourceError(
-            f"this does not describe a model of timm: {field}: {first['msg']}", where=path, fix=FIX
+            f"this does not describe a timm model: {field}: {first['msg']}", where=path, fix=FIX
         ) from None
     if "model_args" in config:
-        # A block has four square layers at least; each weight takes a byte at least.
+        # A block has at least four square layers, and a weight takes at least one byte.
         least = shape.embed_dim * (4 * shape.depth * shape.embed_dim + (shape.img_size // shape.patch_size) ** 2)
         if least > weights:
             raise SourceError(
-                f"this describes a model of over {least} weights, and the file of them has {weights} bytes",
+                f"this describes a model of over {least} weights, but the weights file has {weights} bytes",
                 where=path,
                 fix=FIX,
             )

@@ -17,7 +17,7 @@ from cae2pipe.models.formats import Shape, config_of
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-"""The student's normalisation, of pixels in [0, 1]: ImageNet's (released code)."""
+"""The student's normalisation of pixels in [0, 1]: ImageNet's (released code)."""
 
 WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
 
@@ -28,7 +28,7 @@ def student_normalise(device: torch.device | None = None) -> Normalise:
 
 
 def export_encoder(encoder: Encoder, folder: Path) -> None:
-    """Write the encoder so that ``timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)`` is it."""
+    """Write the encoder for ``timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)``."""
     write_safetensors(folder / WEIGHTS, timm_state(encoder), {"format": "pt"})
     text = json.dumps(timm_config(encoder), indent=1)
     write_bytes(folder / CONFIG, text.encode() + b"\n")
@@ -36,10 +36,7 @@ def export_encoder(encoder: Encoder, folder: Path) -> None:
 
 @torch.no_grad()
 def timm_state(encoder: Encoder) -> dict[str, Tensor]:
-    """Weights under timm's names, float32 on the CPU.
-
-    q's and v's biases become one bias with zeros for k.
-    """
+    """Weights under timm's names, float32 on the CPU. The biases of q and v become one bias with zeros for k."""
     assert encoder.patch_embed.bias is not None
     state: dict[str, Tensor] = {
         "cls_token": encoder.cls_token,

@@ -1,8 +1,6 @@
-"""An encoder in the layouts of other libraries: the names of its weights there, and the files that describe it.
-
-What comes in is a state of timm's plain vision transformer, with LayerScale or without. timm keeps LayerScale, the
-other two have it folded into the layers before it. All three layouts compute the same function;
-tests/models/test_formats.py holds them to it.
+"""An encoder in the layouts of other libraries: the names of its weights there, and the files that describe it. The
+input is a state of timm's plain vision transformer, with or without LayerScale. timm keeps LayerScale; for the other
+two it is folded into the preceding layers. All three layouts compute the same function (tests/models/test_formats.py).
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from cae2pipe.models.layers import EPS
 
 @dataclass(frozen=True)
 class Shape:
-    """What describes an encoder: pixels, blocks, and how its input is normalised. ``layer_scale``: whether its
-    blocks have LayerScale."""
+    """Shape of an encoder: pixels, blocks, and the normalisation of its input. ``layer_scale``: whether its blocks have
+    LayerScale."""
 
     image_size: int
     patch_size: int
@@ -45,7 +43,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class ExportLayout:
-    """``weights``: the file's name; ``metadata`` goes into it; ``files``: JSON beside it; ``usage``: Python lines."""
+    """``weights``: the file's name; ``metadata``: stored in it; ``files``: JSON files with it; ``usage``: Python
+    lines."""
 
     weights: str
     state: dict[str, Tensor]
@@ -68,7 +67,7 @@ def config_of(shape: Shape) -> TimmConfig:
             "embed_dim": shape.width,
             "depth": shape.depth,
             "num_heads": shape.heads,
-            # Says that LayerScale is there; its values are in the weights.
+            # Only enables LayerScale; its values are in the weights.
             **({"init_values": 1e-5} if shape.layer_scale else {}),
         },
         "pretrained_cfg": {
@@ -87,7 +86,7 @@ def config_of(shape: Shape) -> TimmConfig:
 
 
 def to_timm(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
-    """As timm reads folders and repositories of its hub."""
+    """The layout of timm's local folders and hub repositories."""
     usage = (
         'import timm\n\nencoder = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)\n'
         "tokens = encoder.forward_features(images)  # the class token, then the patches, after the final norm"
@@ -98,7 +97,7 @@ def to_timm(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
 
 
 def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same function without LayerScale: each gamma is multiplied into the layer before it."""
+    """The same function without LayerScale: each gamma is multiplied into the preceding layer."""
     result = {name: tensor for name, tensor in state.items() if not name.endswith(".gamma")}
     for name in state.keys() - result.keys():
         block, branch, _ = name.rsplit(".", 2)
@@ -109,9 +108,9 @@ def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
-    """As open_clip's native vision tower, for a model whose text tower is yet to be trained.
+    """The layout of open_clip's native vision tower, for a model whose text tower is not trained yet.
 
-    Its patch embedding has no bias: that goes into the patches' positions. Its projection is the identity.
+    Its patch embedding has no bias, so the bias is added to the patches' positions. Its projection is the identity.
     """
     state = folded(state)
     own: dict[str, Tensor] = {
@@ -155,15 +154,15 @@ def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
     usage = (
         "import open_clip\n\nmodel, _, preprocess = open_clip.create_model_and_transforms(\n"
         '    "local-dir:FOLDER", load_weights=False, pretrained_image_path="FOLDER/visual.safetensors"\n)\n'
-        "features = model.visual(images)  # the class token; the text tower is yet to be trained"
+        "features = model.visual(images)  # the class token; the text tower is not trained"
     )
-    # With these the file alone is enough for a teacher preset of kind open_clip.
+    # With this metadata the file alone is enough for a teacher preset of kind open_clip.
     metadata = {"vision_cfg": json.dumps(vision), "embed_dim": str(shape.width), "quick_gelu": "false"}
     return ExportLayout("visual.safetensors", own, metadata, {"open_clip_config.json": config}, "open_clip", usage)
 
 
 def to_hf(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
-    """As ``ViTModel`` of transformers."""
+    """The layout of ``ViTModel`` in transformers."""
     state = folded(state)
     own = {
         "embeddings.cls_token": state["cls_token"],
@@ -227,7 +226,7 @@ def to_hf(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
 
 
 def _blocks(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The blocks' tensors whose names begin as told, under the other names: ``0.ln_1.weight``."""
+    """The blocks' tensors whose names start with one of ``names``, renamed: ``0.ln_1.weight``."""
     renamed = {}
     for name, tensor in state.items():
         if name.startswith("blocks."):
@@ -243,4 +242,4 @@ FORMATS: dict[str, Callable[[Mapping[str, Tensor], Shape], ExportLayout]] = {
     "open_clip": to_open_clip,
     "hf": to_hf,
 }
-"""Layouts by the name of ``--format``."""
+"""Layouts by name, as given with ``--format``."""

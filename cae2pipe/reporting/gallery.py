@@ -30,7 +30,7 @@ SIDE = 112
 
 @dataclass(frozen=True)
 class MaskRow:
-    """Views (S, S, 3) under the masks, bool (rows, cols), of one way to draw them."""
+    """Views (S, S, 3) with masks, bool (rows, cols), of one masking strategy."""
 
     name: str
     views: Sequence[Picture]
@@ -39,7 +39,7 @@ class MaskRow:
 
 @dataclass(frozen=True)
 class NeighbourRow:
-    """By the features of ``name``: the indices of the views that are nearest to each query, nearest first."""
+    """For the features of ``name``: indices of the nearest views of each query, nearest first."""
 
     name: str
     nearest: Sequence[Sequence[int]]
@@ -47,8 +47,8 @@ class NeighbourRow:
 
 @dataclass
 class Gallery:
-    """What there is to show: ``previews`` are a student's on the same views each, by the student's name;
-    ``neighbours`` index ``views``, as ``queries`` do."""
+    """Content of the gallery. ``previews``: by student, all on the same views. ``neighbours`` and ``queries`` are
+    indices into ``views``."""
 
     masks: list[MaskRow] = field(default_factory=list)
     previews: dict[str, list[LatentPreview]] = field(default_factory=dict)
@@ -67,12 +67,12 @@ def nearest_views(features: Tensor, queries: Sequence[int], count: int) -> list[
 
 
 def gallery_html(gallery: Gallery) -> list[Html]:
-    """The gallery's sections; those that have nothing to show are left out."""
+    """The sections of the gallery; empty ones are omitted."""
     parts: list[Html] = []
     if gallery.masks:
         parts += [
             element("h2", "Masks"),
-            element("p", "Stored views as the students see them in their first epoch: grey patches are hidden."),
+            element("p", "Stored views as students see them in the first epoch. Grey patches are masked."),
             mask_table(gallery.masks),
         ]
     if gallery.previews:
@@ -81,9 +81,9 @@ def gallery_html(gallery: Gallery) -> list[Html]:
             element(
                 "p",
                 "Colours are the first three principal components of the teacher's latents, the same in all pictures: "
-                "equal colours, like latents. Students see the visible patches alone (under the masks above), and "
-                "predict the latents of all patches, or of visible ones alone (black: none). Below, the centred cosine "
-                "with the teacher on masked patches.",
+                "similar colours mean similar latents. Students see only the visible patches (with the masks above). "
+                "They predict the latents of all patches, or only of visible ones (black: no prediction). "
+                "Below each picture: the centred cosine with the teacher on masked patches.",
             ),
             latent_table(gallery.previews),
         ]
@@ -92,7 +92,7 @@ def gallery_html(gallery: Gallery) -> list[Html]:
             element("h2", "Nearest neighbours"),
             element(
                 "p",
-                f"Of {len(gallery.views)} stored views, those whose mean patch is nearest to the first one's.",
+                f"Of {len(gallery.views)} stored views, those whose mean patch token is nearest to the first view's.",
             ),
             *(
                 part
@@ -109,7 +109,7 @@ def mask_table(rows: Sequence[MaskRow]) -> Html:
     cells: list[list[Child]] = []
     for row in rows:
         shown = [
-            photograph(hide_patches(resized_picture(view, SIDE, SIDE), mask), f"A view under {row.name}")
+            photograph(hide_patches(resized_picture(view, SIDE, SIDE), mask), f"A view with {row.name}")
             for view, mask in zip(row.views, row.masks, strict=True)
         ]
         cells.append([row.name, *shown])
@@ -117,7 +117,7 @@ def mask_table(rows: Sequence[MaskRow]) -> Html:
 
 
 def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
-    """A line a view: the view, the teacher's latents, then for every student what it predicts."""
+    """One row per view: the view, the teacher's latents, and the prediction of every student."""
     some = next(iter(by_student.values()))
     basis = colour_basis(np.concatenate([preview.teacher for preview in some]))
     cells: list[list[Child]] = []
@@ -151,7 +151,7 @@ def photograph(picture: Picture, alt: str) -> Html:
 
 
 def latents(tokens: np.ndarray, shape: tuple[int, ...], basis: ColourBasis, *, whose: str) -> Html:
-    """Latents (P, D) as colours; tokens of length 0 are black."""
+    """Latents (P, D) as colours; tokens of norm 0 are black."""
     rows, cols = shape
     colours = latent_colours(tokens, rows, cols, basis=basis)
     colours[~tokens.any(axis=1).reshape(shape)] = 0
@@ -159,7 +159,7 @@ def latents(tokens: np.ndarray, shape: tuple[int, ...], basis: ColourBasis, *, w
 
 
 def grid(headers: Sequence[str], rows: Sequence[Sequence[Child]]) -> Html:
-    """Pictures in rows and columns that keep their size; wide ones scroll."""
+    """Pictures in rows and columns at fixed size; a wide grid scrolls."""
     head = [element("tr", *(element("th", text, scope="col") for text in headers))] if headers else []
     body = [element("tr", *(element("td", cell) for cell in row)) for row in rows]
     return element("div", element("table", *head, *body, class_="pictures"), class_="wide")

@@ -1,4 +1,4 @@
-"""One self-contained page: elements whose text is escaped, and a style that reads well by day and by night."""
+"""One self-contained page: elements with escaped text, and a style with light and dark mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
 
 class Html(str):
-    """Markup that is right already; any other string is text, and is escaped when it goes into an element."""
+    """Finished markup. Any other string is text, which elements escape."""
 
     __slots__ = ()
 
@@ -19,8 +19,8 @@ Child = str | int | float | None
 
 
 def element(tag: str, *children: Child, **attributes: str | int | float | None) -> Html:
-    """``<tag ...>children</tag>``. Attributes that are None are left out; ``class_`` stands for ``class``, and other
-    underscores for hyphens."""
+    """``<tag ...>children</tag>``. Attributes that are None are omitted; ``class_`` becomes ``class``, other
+    underscores become hyphens."""
     given = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{_html_text(value)}"'
         for name, value in attributes.items()
@@ -32,7 +32,7 @@ def element(tag: str, *children: Child, **attributes: str | int | float | None) 
 
 
 def join_html(children: tuple[Child, ...] | list[Html], separator: str = "") -> Html:
-    """Children one after the other, escaped unless they are markup; None is left out."""
+    """Children in order, escaped unless they are markup; None is omitted."""
     parts = (child if isinstance(child, Html) else _html_text(child) for child in children if child is not None)
     return Html(separator.join(parts))
 
@@ -59,7 +59,7 @@ def table(headers: list[str], rows: list[list[Child]], class_: str | None = None
 
 
 def page(title: str, body: Html) -> str:
-    """The whole document. It refers to nothing outside itself."""
+    """The whole document, which is self-contained."""
     head = join_html(
         [
             element("meta", charset="utf-8"),

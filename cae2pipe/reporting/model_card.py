@@ -1,4 +1,4 @@
-"""A model card: what an exported encoder is, what it was trained from, how to load it, how it scores."""
+"""A model card: architecture, training, usage and scores of an exported encoder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def model_card(
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 
     Args:
-        name: what the encoder is called. run: the artifact of the run that trained it, if it is known. scores: rows as
-            ``results`` collects them.
+        name: name of the encoder. run: the artifact of the run that trained it, if known. scores: rows as ``results``
+        collects them.
     """
     matter = yaml.safe_dump(
         {"library_name": layout.library, "pipeline_tag": "image-feature-extraction", "tags": ["cae2pipe", "vit"]},
@@ -67,7 +67,7 @@ def _training(run: RunArtifact) -> str:
 
 
 def _teacher(facts: RunTeacher) -> str:
-    """Older runs do not name its library and weights."""
+    """Older runs do not record its library and weights."""
     name = str(facts["name"])
     if "library" in facts:
         name += f" ({facts['library']}), weights {facts['weights'][:16]}"

@@ -19,19 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-"""Okabe and Ito's, and one more: told apart by all eyes. Further lines take them again, dashed."""
+"""Okabe and Ito's colours and one more, distinct for colour-blind people too. Further lines repeat them, dashed."""
 STYLES = ("-", "--", ":", "-.")
 INK = "#3c3f44"
 
 
 FEW = 12
-"""Points up to which each of a curve's has a marker."""
+"""Curves with at most this many points have markers."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """One curve: x and y values, and how far up and down each y may be off (empty: nothing is drawn). ``pale``: it only
-    stands behind another."""
+    """One curve: x and y values, and error bars of y (empty: none). ``pale``: it is background of another curve."""
 
     xs: Sequence[float]
     ys: Sequence[float]
@@ -43,7 +42,7 @@ def curves(
     lines: Mapping[str, Points], *, x_label: str, y_label: str, levels: Mapping[str, float] | None = None
 ) -> Html:
     """Curves over one axis, with markers where they have few points, and dashed horizontal ``levels``. A curve without
-    points keeps its colour for itself; an axis whose values are far apart is logarithmic."""
+    points still takes its colour; an axis with a large range is logarithmic."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(6.6, 3.6)
@@ -85,7 +84,7 @@ def curves(
 
 
 def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
-    """A line for each name, from top to bottom: every value a dot, their mean a bar across."""
+    """One line per name, from top to bottom: a dot for every value, a vertical bar for the mean."""
     names = list(rows)
     lines = sum(wrapped(name).count("\n") + 1 for name in names)
     figure, axes = _figure(6.6, 0.9 + 0.16 * len(names) + 0.18 * lines)
@@ -104,7 +103,7 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
 
 
 def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -> Html:
-    """Horizontal bars: (name, value, text beside the bar). The ``strong`` one is coloured, the others pale."""
+    """Horizontal bars: (name, value, text next to the bar). The ``strong`` one is coloured, the others are pale."""
     figure, axes = _figure(6.6, 0.9 + 0.36 * len(rows))
     colours = [COLOURS[0] if index == strong else "#c9c6bf" for index in range(len(rows))]
     drawn = axes.barh(range(len(rows)), [value for _, value, _ in rows], color=colours, height=0.62)
@@ -118,26 +117,26 @@ def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -
 
 
 def wrapped(name: str, width: int = 26, most: int = 4) -> str:
-    """A name in lines that leave room for the axes."""
+    """A name wrapped so that there is room for the axes."""
     lines = "\n".join(map(literal, textwrap.wrap(visible(name), width, max_lines=most, placeholder=" …")))
-    return " " + lines if lines.startswith("_") else lines  # which matplotlib would leave out of legends
+    return " " + lines if lines.startswith("_") else lines  # matplotlib omits names with "_" from legends
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib does not read as a formula."""
+    """Text escaped so that matplotlib does not parse it as a formula."""
     return visible(text).replace("$", "\\$")
 
 
 def svg(figure: Figure, alt: str) -> Html:
-    """A figure as a picture inside the page. Equal figures give equal bytes: it holds no date and no random name."""
+    """A figure as an inline picture. Equal figures give equal bytes: there is no date and no random id in it."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    # matplotlib reads it, and fails where it is no number, for the date that is not to be written.
+    # matplotlib parses this variable, and fails if it is not a number, even for the date that is not written.
     epoch = os.environ.pop("SOURCE_DATE_EPOCH", None)
     try:
         with rc_context({"svg.hashsalt": "cae2pipe"}), warnings.catch_warnings():
-            # Its font has no Chinese, say: boxes stand for such letters, and the table beside has the name.
+            # Its font lacks Chinese, for example: such letters become boxes, and the table has the full name.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     finally:
@@ -147,7 +146,7 @@ def svg(figure: Figure, alt: str) -> Html:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    # Not pyplot, which keeps every figure and picks a backend for the screen.
+    # Not pyplot, which keeps every figure and selects a backend for the screen.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -166,6 +165,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Beside the axes: it hides nothing, whatever the curves do."""
+    """A legend next to the axes, where it cannot hide curves."""
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)

@@ -1,4 +1,4 @@
-"""Scores of many evaluations side by side, as they are printed."""
+"""The printed table of the scores of many evaluations."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ NAMES = {
     "ap_box": "AP^b",
     "ap_mask": "AP^m",
 }
-"""What figures are called in print."""
+"""Printed names of figures."""
 
 
 def protocols(rows: Sequence[ScoreRow]) -> list[str]:
-    """The protocols of a table in the order in which they first come. Their numbers, from 1, stand in its rows."""
+    """The protocols in a table, in order of first occurrence. Rows refer to them by number, from 1."""
     return list(dict.fromkeys(row["protocol"] for row in rows))
 
 
 def shown(rows: Sequence[ScoreRow]) -> list[dict[str, str]]:
-    """Rows as they are printed: scores in percent, protocols by number."""
+    """Printed rows: scores in percent, protocols by number."""
     numbers = {text: str(number) for number, text in enumerate(protocols(rows), 1)}
 
     def percent(value: float) -> str:

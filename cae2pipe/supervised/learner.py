@@ -1,4 +1,4 @@
-"""What all learners share that train a whole network on labels: AdamW with a rate for each layer, chunk by chunk."""
+"""Base of all learners that train a whole network on labels: AdamW with layer-wise rates, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TunedLearner(ABC):
     """Trains a network.
 
     Args:
-        network: what is trained. groups: its parameters, each group with its ``lr_scale``. betas: AdamW's.
+        network: the network to train. groups: its parameters, each group with its ``lr_scale``. betas: AdamW's.
         world: the processes. bf16: compute under autocast. clip: largest gradient norm; None: no clipping.
     """
 
@@ -46,14 +46,14 @@ class TunedLearner(ABC):
 
     @abstractmethod
     def loss(self, chunk: Chunk) -> Tensor:
-        """The mean loss of a chunk. All that is drawn hangs on the seed, the step and the chunk."""
+        """The mean loss of a chunk. All random draws depend on the seed, the step and the chunk only."""
 
     @abstractmethod
     def rate(self, step: int) -> float:
-        """The learning rate of a step, which each group scales."""
+        """The learning rate of a step, which each group scales by its ``lr_scale``."""
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        """As ``loop.Learner`` has it."""
+        """See ``loop.Learner``."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
@@ -72,7 +72,8 @@ class TunedLearner(ABC):
         return total
 
     def scoring_advice(self) -> AbstractContextManager[None]:
-        """Around the scoring of one image, whose size no setting changes: where it does not fit, the CPU can score."""
+        """Around the scoring of one image, whose size no setting changes: if it does not fit, advise to score on the
+        CPU."""
         fix = cpu_remedy(f"precision={'bf16' if self.bf16 else 'fp32'}")
         return memory_advice("one image to be scored", f"{fix} resumes from the last checkpoint")
 

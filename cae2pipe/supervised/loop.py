@@ -1,4 +1,4 @@
-"""Supervised training, as the loop of all training takes it: steps of chunks, validation between epochs."""
+"""Supervised training for ``step_loop``: steps of chunks, validation between epochs."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 
 
 class Learner(Protocol):
-    """What is trained."""
+    """What supervised training trains."""
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        """Train on this process's chunks of a step of ``size`` images, which lie on the host, pinned where they are to
-        go to CUDA; gives the sum of their losses over ``size``, on the device. Gradients are exchanged within."""
+        """Train on this process's chunks of a step of ``size`` images. The chunks are on the host, in pinned memory if
+        the device is CUDA. Returns the sum of their losses divided by ``size``, on the device. Exchanges gradients."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
 
     def validate(self, epoch: int) -> dict[str, float] | None:
-        """Figures after an epoch, or None where it is not scored; called by all processes."""
+        """Scores after an epoch, or None if it is not scored; called by all processes."""
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that ``restore`` goes on from."""
+        """Tensors and plain values that ``restore`` takes."""
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
@@ -62,14 +62,14 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train to the end of the schedule, from the newest checkpoint below ``root`` if there is one.
 
-    ``reading`` makes the reader of this process's chunks from a step on. It stops as ``run_steps`` does.
+    ``reading`` makes the reader of this process's chunks from a step on. Stops are handled as in ``run_steps``.
 
     Returns:
-        A line for every epoch: its mean loss, and what ``validate`` gave.
+        One line per epoch: its mean loss, and the result of ``validate``.
 
     Raises:
-        DivergedError: a loss is not finite. OutOfMemoryError: a chunk does not fit the device. CompileError: it cannot
-        be compiled. SourceError, DamageError: as ``ChunkReader``.
+        DivergedError: a loss is not finite. OutOfMemoryError: a chunk does not fit the device. CompileError: a step
+        cannot be compiled. SourceError, DamageError: as ``ChunkReader``.
     """
     owner: str = world.run_on_main(lambda: ScoresArtifact.open(root).fingerprint)
     speed = settings.speed
@@ -79,13 +79,13 @@ def train(
     with closing(training):
         training.begin(reading(start), start)
         if start:
-            report.log(f"going on from step {start} of {schedule.total}")
+            report.log(f"resuming from step {start} of {schedule.total}")
         run_steps(training, start, schedule.total, checkpoints=checkpoints, world=world, report=report)
     return training.history
 
 
 class Figures(NamedTuple):
-    """What a step gave, perhaps still on its way to the host: the loss, then the flags."""
+    """The results of a step, perhaps still on their way to the host: the loss, then the flags."""
 
     step: int
     values: Tensor
@@ -94,10 +94,10 @@ class Figures(NamedTuple):
 
 
 class Supervised:
-    """Steps of chunks, a line a step, a line an epoch; a ``step_loop.Training``.
+    """Steps of chunks, with one line per step and one per epoch; a ``step_loop.Training``.
 
     Args:
-        root: where metrics and checkpoints go.
+        root: the folder of metrics and checkpoints.
     """
 
     reader: Reader
@@ -120,7 +120,7 @@ class Supervised:
         self.history, self.losses = state["record"]["history"], state["record"]["losses"]
 
     def begin(self, reader: Reader, start: int) -> None:
-        """Take what ``reader`` gives, and write metrics, from a step on."""
+        """Read items from ``reader``, and write metrics, from a step on."""
         self.reader = reader
         self.metrics = MetricsFile(self.root / METRICS, start, self.report) if self.world.is_main else None
         self.report.total(self.schedule.total, "steps", done=start)
@@ -144,7 +144,7 @@ class Supervised:
         """Log images that cannot be decoded, once each."""
         for reject in (reject for chunk in chunks for reject in chunk.rejected if reject["path"] not in self.named):
             self.named.add(reject["path"])
-            self.report.log(f"another image takes the place of {self.reader.root / reject['path']}: {reject['reason']}")
+            self.report.log(f"replaced {self.reader.root / reject['path']} by another image: {reject['reason']}")
 
     def out_of_memory(self, item: tuple[int, list[Chunk]], reason: str) -> OutOfMemoryError:
         step, chunks = item
@@ -160,7 +160,7 @@ class Supervised:
             raise DivergedError(
                 f"the loss is not finite at step {step}, in epoch {epoch}",
                 where="lr",
-                fix="lower lr, and give another output folder",
+                fix="lower lr, and use a new output folder",
             )
         self.losses.append(loss)
         rate, lr = self.schedule.size(step) / (outcome.at - self.last), self.learner.rate(step)
@@ -174,7 +174,7 @@ class Supervised:
         return self.schedule.ends_epoch(done - 1)
 
     def end_epoch(self, done: int) -> bool:
-        """Close an epoch; whether it was scored."""
+        """End an epoch; returns whether it was scored."""
         epoch = self.schedule.epoch(done - 1)
         line = {"epoch": epoch, "loss": sum(self.losses) / len(self.losses)}
         self.losses = []

@@ -1,8 +1,8 @@
 """The order of supervised training: pure functions of the number of images, the batch, the seed and the epoch.
 
-An epoch is a permutation of all images, cut into steps, and each step into chunks. A chunk is what passes the model
-together, and all that is drawn for it hangs on (seed, step, chunk): so it does not matter which process takes it, or
-where an earlier run was killed.
+An epoch is a permutation of all images, divided into steps, and each step into chunks. A chunk passes the model in one
+forward pass, and all random draws for it depend on (seed, step, chunk) only. So it does not matter which process takes
+it, or where an earlier run was killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cae2pipe.runtime.keyed import keyed_permutation
 
 @dataclass(frozen=True)
 class TrainSchedule:
-    """``epochs`` of ``steps`` with ``chunks`` each, over ``used`` of ``images`` images an epoch; ``limit`` may end it
+    """``epochs`` of ``steps`` with ``chunks`` each, using ``used`` of ``images`` images per epoch. ``limit`` may end it
     within an epoch."""
 
     images: int
@@ -38,15 +38,15 @@ class TrainSchedule:
 
     @property
     def total(self) -> int:
-        """Steps in all."""
+        """Steps in total."""
         return min(self.steps * self.epochs, self.limit or self.steps * self.epochs)
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch, or the whole, ends with a step."""
+        """Whether an epoch, or the whole training, ends with a step."""
         return (step + 1) % self.steps == 0 or step + 1 == self.total
 
     def own(self, rank: int, ranks: int) -> range:
-        """The chunks of every step that one of several processes takes."""
+        """The chunks of every step that belong to one of several processes."""
         return range(self.chunks * rank // ranks, self.chunks * (rank + 1) // ranks)
 
     def epoch(self, step: int) -> int:
@@ -77,11 +77,11 @@ def _share(items: int, parts: int, number: int) -> slice:
 def full_batches(
     images: int, batch: int, chunk: int, *, epochs: int, seed: int, length: int | None = None
 ) -> TrainSchedule:
-    """Batches of one size in chunks of one size; what an epoch leaves over comes in another one. With ``length``, as
-    many epochs as that many steps take.
+    """Batches of equal size in chunks of equal size; an epoch drops the rest, which differs from epoch to epoch. With
+    ``length``, as many epochs as that many steps need.
 
     Raises:
-        SourceError: there are fewer images than a batch has.
+        SourceError: there are fewer images than one batch needs.
     """
     if images < batch:
         raise SourceError(
@@ -108,10 +108,10 @@ def all_images(images: int, batch: int, steps: int, *, chunk: int, epochs: int, 
 
 
 def check_share(chunks: int, ranks: int) -> None:
-    """Raise SettingsError where the chunks of a step cannot be shared out evenly among processes."""
+    """Raise SettingsError if the chunks of a step cannot be divided evenly among processes."""
     if chunks % ranks:
         raise SettingsError(
-            f"{chunks} chunks a step cannot be shared out among {ranks} processes",
+            f"the number of chunks per step ({chunks}) is not divisible by the number of processes ({ranks})",
             where="chunk",
             fix=f"set chunk so that batch / chunk is a multiple of {ranks}",
         )
@@ -119,8 +119,8 @@ def check_share(chunks: int, ranks: int) -> None:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Crops of one chunk: pixels uint8 (c, 3, S, S) and labels int64 (c,), on the CPU or a device; ``rejected`` says
-    what could not be decoded."""
+    """Crops of one chunk: pixels uint8 (c, 3, S, S) and labels int64 (c,), on the CPU or a device; ``rejected`` lists
+    images that could not be decoded."""
 
     step: int
     number: int
@@ -129,7 +129,7 @@ class Chunk:
     rejected: tuple[dict[str, Any], ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with every tensor changed; to be overridden by chunks that hold more of them."""
+        """The chunk with ``change`` applied to every tensor; subclasses with more tensors override this."""
         return replace(self, pixels=change(self.pixels), labels=change(self.labels))
 
     def to(self, device: torch.device) -> Self:
@@ -137,7 +137,8 @@ class Chunk:
 
 
 class Reader(ABC):
-    """Gives the chunks ``own`` of every step from ``start`` on, in order; picklable. ``root`` is where images lie."""
+    """Yields the chunks ``own`` of every step from ``start`` on, in order; picklable. ``root`` is the folder of
+    images."""
 
     root: Path
 
@@ -151,6 +152,6 @@ class Reader(ABC):
     def __getitem__(self, index: int) -> Chunk: ...
 
     def place(self, index: int) -> tuple[int, int]:
-        """The global step and the chunk's number of an item."""
+        """The global step and the chunk number of an item."""
         step, position = divmod(index, len(self.own))
         return step + self.start, self.own[position]

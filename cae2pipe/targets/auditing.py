@@ -1,4 +1,4 @@
-"""Is what a target set holds what its teacher says? The teacher is run again on stored views, chosen at random."""
+"""Checks stored latents against the teacher, which is run again on stored views chosen at random."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.protocol import Teacher
 
 TOLERANCE = 1e-3
-"""Cosine that may be lost beside the codec's: bf16 against fp32 costs 1.8e-4, another processor far less."""
+"""Cosine that may be lost in addition to the codec's loss: bf16 instead of fp32 costs 1.8e-4, another processor far
+less."""
 
 
 @dataclass(frozen=True)
 class Audit:
     """Cosines between the teacher's tokens now and those stored: means over all, and the worst view's mean.
 
-    ``expected`` is the fidelity that the set says its codec reached.
+    ``expected`` is the fidelity that the set's manifest records.
     """
 
     views: int

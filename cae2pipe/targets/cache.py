@@ -1,8 +1,8 @@
 """A local cache of what training reads from a remote target set, of bounded size.
 
-Pieces are kept under the digest of their file, so a cache can serve several sets and never gives what has changed
-since. Once it is full it stays as it is: every epoch visits all blocks, and a cache that replaced its oldest would have
-thrown away each block by the time it is asked for again.
+Pieces are kept under the digest of their file, so a cache can serve several sets and never returns outdated data. A
+full cache evicts nothing. Every epoch visits all blocks, so a cache that evicted the oldest would have evicted each
+block by the time it is needed again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cae2pipe.artifacts.atomic import TEMPORARY
 from cae2pipe.artifacts.storage import read_bytes
 
 RECOUNT = 64
-"""Pieces that a process adds before it looks again at what others have added."""
+"""Pieces that a process adds before it checks again how much others have added."""
 
 
 class BlockCache:
@@ -58,7 +58,7 @@ class BlockCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data + google_crc32c.value(data).to_bytes(4, "little"))
             temporary.replace(path)
-        except OSError:  # a full disk is no reason to stop training
+        except OSError:  # a full disk must not stop training
             self._used = self.limit
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The calibration of a set that is extracted: made once, by whoever comes first."""
+"""The calibration of a set during extraction: made once, by the first process that needs it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def ensure_calibration(
     part: WorkShare,
     report: Report,
 ) -> TargetsArtifact:
-    """The artifact with its calibration, made or restored by whoever comes first while all others wait.
+    """The artifact with its calibration. The first process makes or restores it; all others wait.
 
     Raises:
-        BadInputError: several parts start without it where nobody can be kept from making it twice. DamageError: it was
-            there, and does not come out the same.
+        BadInputError: several parts start without a calibration on storage without locks, where two could make it.
+        DamageError: the lost calibration cannot be reproduced.
     """
     if is_calibrated(artifact):
         return artifact
@@ -68,7 +68,7 @@ def make_calibration(
     """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample.
 
     Raises:
-        DamageError: the set had a calibration, and it does not come out the same.
+        DamageError: the set had a calibration, and it cannot be reproduced.
     """
     codec = settings.codec
     report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")

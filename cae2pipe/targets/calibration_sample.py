@@ -16,8 +16,8 @@ from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 def run_sample(
     shards: ShardSet, teacher: Teacher, settings: ExtractSettings, *, workers: int
 ) -> tuple[list[TeacherOutput], list[bytes]]:
-    """The teacher's outputs, on the CPU, block by block, on view 0 of the first images; and what is kept of these
-    pixels, the views' JPEGs or those of the images that they are replayed from."""
+    """The teacher's outputs on view 0 of the first images, on the CPU, block by block; and the JPEGs that the set keeps
+    of them: of the views, or of the images that views are replayed from."""
     tasks, taken = [], 0
     for shard in shards.shards:
         for number in range(-(-shard.samples // BLOCK)):

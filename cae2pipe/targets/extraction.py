@@ -1,4 +1,4 @@
-"""The views that a set lacks: rendered, seen by the teacher, encoded and written, all at once."""
+"""Makes the missing views of a set: rendering, teacher, encoding and writing run concurrently."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def make_views(
     workers: int,
     report: Report,
 ) -> Meter:
-    """Render, encode and write all missing views; workers, device, packing and writing are at work at once.
+    """Render, encode and write all missing views; workers, device, packing and writing run concurrently.
 
     Args:
         shards: the originals. The images that replayed views are cut from must be in the set already.
-        missing: what to make; ``images`` in it are not looked at.
+        missing: what to make; its ``images`` are ignored.
 
     Raises:
         DamageError: an image cannot be read. TeacherError, OutOfMemoryError: as ``encode_ahead``.
@@ -57,10 +57,10 @@ def make_views(
     encoded = encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes)
     writers: deque[ShardWriter] = deque()
     finishing: deque[Future[None]] = deque()
-    # Workers are ended whatever happens here: one that is stuck would hold up the end of this process.
+    # Workers are always terminated here: one that is stuck would keep this process from exiting.
     with closing(rendered), ThreadPoolExecutor(1) as finisher:
         try:
-            # Blocks come in task order, so one shard's blocks are neighbours.
+            # Blocks come in task order, so the blocks of one shard are consecutive.
             for shard, blocks in groupby(encoded, key=lambda block: block.rendered.task.shard):
                 writer = ShardWriter(shard)
                 writers.append(writer)

@@ -1,7 +1,7 @@
-"""The images of a target set whose views are replayed: each kept once, reduced, in a tar a shard, with an index.
+"""The images of a target set whose views are replayed: each kept once, reduced, in one tar per shard, with an index.
 
 A shard's images are a unit of the set, ``images/000123``, written before the first view is cut from them. They are read
-as a shard set's originals are.
+like the originals of a shard set.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def images_units(artifact: TargetsArtifact) -> dict[str, ImagesUnit]:
 
 
 def kept_images(artifact: TargetsArtifact) -> ShardSet:
-    """Those images, to be read as a shard set's are."""
+    """Those images as a shard set."""
     shards = []
     for unit in images_units(artifact).values():
         tar, index = images_tar_path(unit["shard"]), images_index_path(unit["shard"])
@@ -52,7 +52,7 @@ def make_images(
     """Reduce the originals of some shards, and keep them.
 
     Raises:
-        DamageError: they were there once, views were cut from them, and they do not come out the same.
+        DamageError: views were cut from earlier versions of these images, and they cannot be reproduced.
     """
     if not shards:
         return
@@ -70,16 +70,16 @@ def make_images(
 
 
 def keep_images(artifact: TargetsArtifact, shard: Shard, samples: list[ImageSample]) -> None:
-    """Write the reduced images of a shard, and list them."""
+    """Write the reduced images of a shard, and add them to the manifest."""
     name, tar, index = images_name(shard.name), images_tar_path(shard.name), images_index_path(shard.name)
     with staged(artifact.root, name) as stage:
         write_samples(stage.path(tar), ((sample.key, sample.label, sample.data) for sample in samples))
         write_index(stage.path(index), stage.path(tar), [google_crc32c.value(sample.data) for sample in samples])
         if name in artifact.units and stage.entries(tar, index) != artifact.units[name]["files"]:
             raise DamageError(
-                f"the images of shard {shard.name} do not come out as they were when views were cut from them",
+                f"the images of shard {shard.name} differ from those that views were cut from",
                 where=artifact.root / tar,
-                fix="repair the set where it was made, restore the file from a copy, or make the set again",
+                fix="repair the set on the machine that made it, restore the file from a copy, or make the set again",
             )
         files = stage.commit(tar, index)
     artifact.add(

@@ -1,4 +1,4 @@
-"""What the manifest of a target set tells of its teacher and its codec."""
+"""The manifest entries of a target set about its teacher and its codec."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
 def teacher_facts(teacher: Teacher, output: TeacherOutput) -> TeacherEntry:
-    """What readers of a set must know of its teacher, given an output of it."""
+    """What readers of a set must know about its teacher, given one of its outputs."""
     info = teacher.info
     return {
         "name": info.name,
@@ -28,13 +28,13 @@ def teacher_facts(teacher: Teacher, output: TeacherOutput) -> TeacherEntry:
 def codec_facts(
     outputs: list[TeacherOutput], layout: StoreLayout, calibration: Calibration, *, fidelity: Fidelity, pixel_bytes: int
 ) -> dict[str, Any]:
-    """What calibration reached, and the bytes that it lets expect: of a view's latents, and of the pixels of a view, or
-    of an image where views are replayed.
+    """The fidelity that calibration reached, and the expected bytes: of a view's latents, and of the pixels of a view,
+    or of an image where views are replayed.
 
     Args:
         outputs: the teacher's, of the calibration sample, on the CPU.
-        fidelity: on held-out images.
-        pixel_bytes: of all the sample's JPEGs.
+        fidelity: measured on held-out images.
+        pixel_bytes: of all JPEGs of the sample.
     """
     samples = sum(len(output.tokens) for output in outputs)
     latents = 0

@@ -1,6 +1,6 @@
-"""A set's calibration on disk: ``codec.zarr``, written as a Zarr group, read and restored by the manifest's digests.
+"""A set's calibration on disk: ``codec.zarr``, a Zarr group, checked against the manifest's digests.
 
-Every array is one chunk, which is read directly: nothing in a set's metadata chooses how its bytes are taken.
+Every array is one chunk, which is read directly: no metadata of a set decides how its bytes are interpreted.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def store_calibration(
     facts: Callable[[Calibration, Fidelity], Mapping[str, Any]],
     report: Report,
 ) -> None:
-    """Fit a set's calibration and store it, or restore the one that it had.
+    """Fit a set's calibration and store it, or restore the one it had.
 
     Args:
         sample: unit tokens (N, T, D) of view 0 of the first images.
-        facts: what the manifest tells of a new calibration and of its fidelity on held-out images.
+        facts: makes the manifest entries from a new calibration and its fidelity on held-out images.
 
     Raises:
-        DamageError: the set had a calibration, and it does not come out the same.
+        DamageError: the set had a calibration, and it cannot be reproduced.
     """
     calibration, fidelity = calibrate(
         sample, codec.name, codec.fidelity, level=codec.level, rotate_tokens=rotates_tokens(artifact)
@@ -54,7 +54,7 @@ def store_calibration(
         restore_calibration(artifact, calibration)
         return
     artifact.add_facts(facts(calibration, fidelity))
-    # The facts first: a codec without them would be taken for a finished calibration.
+    # The facts first: a codec without them would count as a finished calibration.
     artifact.save()
     with staged(artifact.root, CODEC) as stage:
         write_calibration(stage.path(CODEC_FOLDER), calibration)
@@ -89,29 +89,29 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 
 
 def rotates_tokens(artifact: TargetsArtifact) -> bool:
-    """Whether the set's klt codec rotates along the tokens too. Sets that older versions calibrated never do."""
+    """Whether the set's klt codec also rotates along the tokens. In sets calibrated by older versions it does not."""
     files = artifact.units[CODEC]["files"] if CODEC in artifact.units else {}
     return not any("/basis/" in path for path in files) or any(f"/{TOKEN_BASIS}/" in path for path in files)
 
 
 def is_calibrated(artifact: TargetsArtifact) -> bool:
-    """Whether the set's calibration is there, byte for byte."""
+    """Whether the set's calibration is complete and unchanged, byte for byte."""
     return CODEC in artifact.units and not check_files(artifact, [CODEC])
 
 
 def restore_calibration(artifact: TargetsArtifact, calibration: Calibration) -> None:
-    """Put a lost calibration back, if it is the one that the stores were written with.
+    """Restore a lost calibration, if it equals the one that the stores were written with.
 
     Raises:
-        DamageError: it is another one.
+        DamageError: it differs.
     """
     with staged(artifact.root, CODEC) as stage:
         write_calibration(stage.path(CODEC_FOLDER), calibration)
         if stage.entries(CODEC_FOLDER) != artifact.units[CODEC]["files"]:
             raise DamageError(
-                "the set's calibration is damaged, and does not come out the same here",
+                "the set's calibration is damaged and cannot be reproduced on this machine",
                 where=artifact.root / CODEC_FOLDER,
-                fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
+                fix="repair it on a machine like the one that made it, restore it from a copy, or make the set again",
             )
         stage.commit(CODEC_FOLDER)
 
@@ -120,8 +120,8 @@ def read_calibration(artifact: TargetsArtifact) -> Calibration:
     """The calibration of a set.
 
     Raises:
-        DamageError: a file of it is missing or has changed since it was written, or is none of a calibration of this
-            set's codec and teacher.
+        DamageError: one of its files is missing or has changed since it was written, or does not fit the codec and
+        teacher of this set.
     """
     path = artifact.root / CODEC_FOLDER
     contents = {}
@@ -131,9 +131,9 @@ def read_calibration(artifact: TargetsArtifact) -> Calibration:
         except OSError as error:
             reraise_exhaustion(error)
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise _damage(f"a file of it {what}", artifact.root / name, artifact.root) from None
+            raise _damage(f"one of its files {what}", artifact.root / name, artifact.root) from None
         if sha256_bytes(data) != entry["sha256"]:
-            raise _damage("a file of it has changed since it was written", artifact.root / name, artifact.root)
+            raise _damage("one of its files has changed since it was written", artifact.root / name, artifact.root)
         contents[name.removeprefix(f"{CODEC_FOLDER}/")] = data
     teacher = artifact.facts["teacher"]
     tokens = teacher["rows"] * teacher["cols"] + teacher["class_token"]
@@ -141,20 +141,20 @@ def read_calibration(artifact: TargetsArtifact) -> Calibration:
     try:
         calibration = decode_calibration(contents, tokens, teacher["dim"], where=path)
         if rotated and calibration.basis is None:
-            raise ChunkError("it has no basis, which the klt codec needs")
+            raise ChunkError("the basis, which the klt codec needs, is missing")
     except (ChunkError, DamageError) as error:
         raise _damage(str(getattr(error, "what", error)), path, artifact.root) from None
     return calibration
 
 
 def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, *, where: object) -> Calibration:
-    """A calibration from the bytes of the files of ``codec.zarr``, by their paths in it.
+    """A calibration from the bytes of the files in ``codec.zarr``, by path in it.
 
     Args:
         tokens: T, tokens of a view. dim: D, their dimensions.
 
     Raises:
-        ChunkError: an array is missing, or does not have these dimensions. DamageError: the attributes are no JSON.
+        ChunkError: an array is missing, or does not have these dimensions. DamageError: the attributes are not JSON.
     """
 
     def array(name: str, *shape: int) -> Tensor:

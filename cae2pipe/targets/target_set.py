@@ -3,11 +3,11 @@
 OUT/manifest.json
 OUT/codec.zarr                       mean (D,), and for klt basis (D, D), step (1,), token_basis (T, T) and
                                      spread (T, D), without the last two in sets of older versions; attribute `shuffle`
-OUT/images/000123.tar                the images of shard 000123, reduced, where views are replayed from them,
-OUT/images/000123.json               and where each lies in it
-OUT/views/v00/000123.tar             else the pixels of its view 0
+OUT/images/000123.tar                the reduced images of shard 000123, if views are replayed from them
+OUT/images/000123.json               index of that tar
+OUT/views/v00/000123.tar             otherwise: the pixels of view 0 of shard 000123
 OUT/latents/v00/000123.zarr          the latents of the same samples in the same order
-OUT/shards/                          the shard set, where extract-targets was given a folder of images
+OUT/shards/                          the shard set, if extract-targets was given a folder of images
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ KIND = "targets"
 
 
 def recorded_view(settings: SettingsIdentity) -> ViewSettings:
-    """How views are drawn and kept, from the settings of a set's manifest.
+    """How views are drawn and kept, from the settings in a set's manifest.
 
     Raises:
-        ManifestError: no cae2pipe has written these.
+        ManifestError: the settings are not valid.
     """
     try:
         return build_recorded(ViewSettings, settings["view"], where="view")
@@ -58,7 +58,7 @@ def recorded_view(settings: SettingsIdentity) -> ViewSettings:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What readers must know of the teacher, from the manifest."""
+    """What readers must know about the teacher, from the manifest."""
 
     name: str
     dim: int
@@ -76,12 +76,12 @@ class TeacherFacts:
 
 
 class Target(NamedTuple):
-    """One stored view. Arrays are numpy's or torch's, as the set was opened.
+    """One stored view. Arrays are numpy's or torch's, as chosen when the set was opened.
 
     ``tokens`` (T, D) float32: the teacher's latents as stored, of unit length up to the codec's error; the class token
-    first, if the teacher has one. ``norms`` (T,) float32: their lengths before. ``pixels`` (H, W, 3) uint8: the view.
-    ``attention`` (P,) uint8: the teacher's class-to-patch attention, its largest value 255; None without one.
-    ``label`` points into the set's ``classes``, -1: none.
+    first, if the teacher has one. ``norms`` (T,) float32: their original lengths. ``pixels`` (H, W, 3) uint8: the view.
+    ``attention`` (P,) uint8: the teacher's class-to-patch attention, largest value 255; None without one.
+    ``label`` is an index into the set's ``classes``; -1: none.
     """
 
     key: str
@@ -94,18 +94,17 @@ class Target(NamedTuple):
 
 
 class TargetSet(Sequence[Target]):
-    """An opened target set: a sequence of its stored views, store after store, shards in order within each view.
-
-    A view is decoded with its whole block of 64, which is kept: going through in order is cheap, jumping about is not.
+    """An opened target set: a sequence of its stored views, store by store, shards in order within each view. A view is
+    decoded with its block of 64, and the last block is cached: sequential access is cheap, random is not.
     ``stores`` maps ``v00/000123`` to its manifest entry.
 
     Args:
         root: the set's folder or URL.
-        arrays: what items hold, ``numpy`` or ``torch``.
+        arrays: type of the arrays in items, ``numpy`` or ``torch``.
 
     Raises:
         ManifestError: not a target set, or one without calibration or stores.
-        DamageError: the calibration, or a file of a store, is missing or has another size than the manifest says.
+        DamageError: the calibration, or a file of a store, is missing or differs in size from its manifest entry.
     """
 
     def __init__(self, root: Path | str, arrays: Literal["numpy", "torch"] = "numpy"):
@@ -115,7 +114,7 @@ class TargetSet(Sequence[Target]):
         self.stores = stores_of(self.artifact)
         if CODEC not in self.artifact.units or not self.stores:
             raise ManifestError(
-                "this target set holds no finished store yet",
+                "this target set has no finished store yet",
                 where=root,
                 fix="run `cae2pipe extract-targets` with the same arguments as before",
             )
@@ -142,7 +141,7 @@ class TargetSet(Sequence[Target]):
         return f"TargetSet({str(self.root)!r}: {len(self)} views of {self.images} images, {tokens}, {codec})"
 
     def __len__(self) -> int:
-        """Stored views."""
+        """Number of stored views."""
         return int(self._ends[-1])
 
     @overload
@@ -153,7 +152,7 @@ class TargetSet(Sequence[Target]):
         """A stored view.
 
         Raises:
-            IndexError: there are fewer. DamageError: its block cannot be read.
+            IndexError: there are fewer views. DamageError: its block cannot be read.
         """
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
@@ -195,7 +194,7 @@ class TargetSet(Sequence[Target]):
         """The views of a block, or those at some positions in it, uint8 (b, H, W, 3).
 
         Raises:
-            ImageError: one cannot be decoded, or is not what its draw was made for.
+            ImageError: an image cannot be decoded, or is not the one its draw was made for.
         """
         return np.stack(
             [
@@ -206,12 +205,12 @@ class TargetSet(Sequence[Target]):
 
     @property
     def mean(self) -> Tensor:
-        """The mean unit token (D,) float32, which centred cosines are taken about."""
+        """The mean unit token (D,) float32, which is subtracted for centred cosines."""
         return self.calibration.mean
 
     @property
     def views(self) -> int:
-        """Views of the best-covered shard."""
+        """Views of the shard that has most."""
         last: int = max(unit["view"] for unit in self.stores.values())
         return last + 1
 
@@ -234,8 +233,8 @@ class TargetSet(Sequence[Target]):
         }
 
     def bytes_per_view(self) -> dict[str, float]:
-        """Mean bytes a view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs, where views are replayed each
-        one's share of its image), ``fp16`` (latents uncoded)."""
+        """Mean bytes per view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs; a replayed view counts its
+        share of the image), ``fp16`` (latents without a codec)."""
         samples = sum(unit["samples"] for unit in self.stores.values())
         latents = sum(unit["bytes"]["latents"] for unit in self.stores.values())
         pixels = sum(unit["bytes"]["pixels"] for unit in self.artifact.units.values() if "shard" in unit)
@@ -247,7 +246,7 @@ def stores_of(artifact: TargetsArtifact) -> dict[str, StoreUnit]:
     """The stores of a set by name. A replayed view's files are its latents and the images that it is cut from.
 
     Raises:
-        ManifestError: the manifest knows a view and not its images.
+        ManifestError: the manifest lists a view but not its images.
     """
     replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
     stores = {}
@@ -258,7 +257,7 @@ def stores_of(artifact: TargetsArtifact) -> dict[str, StoreUnit]:
             images = artifact.units.get(images_name(unit["shard"]))
             if images is None:
                 raise ManifestError(
-                    f"the manifest lists view {name}, and not the images that it is cut from",
+                    f"the manifest lists view {name}, but not the images that it is cut from",
                     where=artifact.root,
                     fix="restore manifest.json from a copy, or make the set again",
                 )

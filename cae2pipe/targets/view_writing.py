@@ -1,4 +1,4 @@
-"""The views of a shard while they are written: block after block into their stores, then the tars and entries."""
+"""Writes the views of a shard: block by block into their stores, then the tars and manifest entries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cae2pipe.targets.store import StoreLayout, StoreWriter
 
 @dataclass
 class ViewWriter:
-    """One view of one shard while it is written: its store, and what is kept of its blocks until the shard ends.
+    """One view of one shard while it is written: its store, and what is collected of its blocks until the shard ends.
 
     ``rendered``: a block's JPEGs (none where views are replayed) and draws, float64 (b, 11). ``raw`` and ``centred``: a
     block's cosines between true and stored tokens, float32 (b * T,).
@@ -42,7 +42,7 @@ class ViewWriter:
         return [jpeg for jpegs, _ in self.rendered for jpeg in jpegs]
 
     def append(self, block: EncodedBlock) -> None:
-        """Add the next block's encoding of this view."""
+        """Append the next encoded block of this view."""
         rendered = block.rendered
         self.store.append(block.chunks, len(rendered.keys))
         self.rendered.append((rendered.jpegs[block.index], rendered.draws[block.index]))
@@ -50,14 +50,14 @@ class ViewWriter:
         self.centred.append(block.centred)
 
     def discard(self) -> None:
-        """Close the store, and remove what was not put in place."""
+        """Close the store, and remove unfinished files."""
         self.store.close()
         self.stage.discard()
 
 
 @dataclass
 class ShardWriter:
-    """A shard's views while they are written: what they share, and a writer for each view by its number."""
+    """A shard's views while they are written: what they share, and a writer for each view, by number."""
 
     shard: Shard
     keys: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class ShardWriter:
     def append(
         self, blocks: Iterable[EncodedBlock], root: Path, layout: StoreLayout, *, meter: Meter, report: Report
     ) -> None:
-        """Append the shard's encoded blocks to its views' stores, which are begun in the set ``root``."""
+        """Append the shard's encoded blocks to the stores of its views in the set ``root``."""
         for block in blocks:
             view, rendered = block.view, block.rendered
             if view == next(iter(self.views), view):
@@ -81,7 +81,7 @@ class ShardWriter:
             report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.idle_fraction())
 
     def finish(self, artifact: TargetsArtifact, kept: ShardSet | None, report: Report) -> None:
-        """Write the tars of stored views, finish the stores and list the views in the set.
+        """Write the tars of stored views, finish the stores and add the views to the set.
 
         Args:
             kept: the images that replayed views are cut from; None where views are stored.
@@ -90,7 +90,7 @@ class ShardWriter:
             name = store_name(view, self.shard.name)
             unit = self._finish_view(view, writer, artifact, kept=kept)
             if name in artifact.units and artifact.units[name]["files"] != unit["files"]:
-                report.log(f"{name} does not come out as it was: runs that began with it cannot be resumed")
+                report.log(f"{name} differs from its earlier content: runs that started with it cannot be resumed")
             artifact.add(name, unit)
             writer.stage.discard()
 
@@ -133,6 +133,6 @@ class ShardWriter:
         }
 
     def discard(self) -> None:
-        """Give all views up."""
+        """Discard all views."""
         for writer in self.views.values():
             writer.discard()

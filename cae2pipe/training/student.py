@@ -1,4 +1,4 @@
-"""A trained student looked at again, all of it, and what it makes of stored views."""
+"""Loads a trained student with regressor and head, and computes its predictions for stored views."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from cae2pipe.training.target_spec import target_spec
 
 @dataclass(frozen=True)
 class LatentPreview:
-    """One stored view: its pixels, what was hidden, the teacher's unit latents and the student's.
+    """One stored view: its pixels, its mask, and the unit latents of teacher and student.
 
-    view (S, S, 3) uint8; mask bool (rows, cols), True is masked; teacher and student (P, D), the student's zero where
-    it predicts nothing; cosine: the mean centred cosine over the masked patches, NaN if it predicts none of them.
+    view (S, S, 3) uint8; mask bool (rows, cols), True is masked; teacher and student (P, D), the student's zero for
+    patches without a prediction; cosine: mean centred cosine over the masked patches, NaN if none is predicted.
     """
 
     key: str
@@ -48,14 +48,14 @@ def run_settings(run: Path) -> PretrainSettings:
 
 
 def teacher_of(targets: TargetSet) -> dict[str, Any]:
-    """What a run's manifest holds of the teacher of its target set."""
+    """The entry of a run's manifest about the teacher of its target set."""
     made_by = targets.artifact.identity["teacher"]
     return {**targets.artifact.facts["teacher"], "library": made_by["library"], "weights": made_by["weights"]}
 
 
 def same_teacher(run: RunArtifact, targets: TargetSet) -> bool:
-    """Whether a run learnt from the teacher of a target set, as far as is known: older runs do not name its library and
-    weights."""
+    """Whether a run was trained on the teacher of a target set. Older runs do not record its library and weights, which
+    are then not compared."""
     known = run.facts["teacher"]
     return all(known.get(name, value) == value for name, value in teacher_of(targets).items())
 
@@ -71,13 +71,13 @@ def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method,
     like = {"model": model.state_dict()}
     state = load_checkpoint(run / "checkpoints", report, run=RunArtifact.open(run).fingerprint, like=like)
     if state is None:
-        raise DamageError("the run has no readable checkpoint", where=run, fix="delete the run and train it again")
+        raise DamageError("the run has no readable checkpoint", where=run, fix="delete the run and train again")
     model.load_state_dict(state["model"])
     return model.eval(), settings
 
 
 def mask_of(settings: PretrainSettings, view: Target) -> np.ndarray:
-    """The mask, bool (rows, cols), that a run gives a stored view in its first epoch."""
+    """The mask, bool (rows, cols), of a stored view in the first epoch of a run."""
     grid, key = settings.model.grid, ("mask", settings.seed, 0, view.key)
     attention = None if view.attention is None else np.asarray(view.attention)
     return draw_mask(settings.mask.strategy, grid, grid, settings.masked_patches, *key, attention=attention)
@@ -87,7 +87,7 @@ def mask_of(settings: PretrainSettings, view: Target) -> np.ndarray:
 def preview_latents(
     model: Method, settings: PretrainSettings, targets: TargetSet, *, views: Sequence[Target], device: torch.device
 ) -> list[LatentPreview]:
-    """What a student that learns latents predicts of some stored views, under the masks of its first epoch."""
+    """Predictions of a student that learns latents, for some stored views under the masks of its first epoch."""
     model = model.to(device)
     masks = [mask_of(settings, view) for view in views]
     visible, masked = (torch.from_numpy(np.stack(part)) for part in zip(*map(split_indices, masks), strict=True))
@@ -114,7 +114,7 @@ def preview_latents(
 
 @torch.no_grad()
 def image_features(model: Method, views: Sequence[Target], device: torch.device, *, batch: int = 64) -> Tensor:
-    """The encoder's mean patch of each whole view, of unit length, (N, W) on the CPU."""
+    """The encoder's mean patch token of each unmasked view, of unit length, (N, W) on the CPU."""
     encoder = model.to(device).encoder
     parts = [
         encoder(as_pixels(views[low : low + batch], device))[:, 1:].mean(dim=1) for low in range(0, len(views), batch)
@@ -123,7 +123,7 @@ def image_features(model: Method, views: Sequence[Target], device: torch.device,
 
 
 def as_pixels(views: Sequence[Target], device: torch.device) -> Tensor:
-    """Views as students take them, (B, 3, S, S), normalised."""
+    """Views as input of a student, (B, 3, S, S), normalised."""
     pixels = torch.from_numpy(np.stack([view.pixels for view in views])).permute(0, 3, 1, 2).to(device)
     images: Tensor = student_normalise(device)(pixels)
     return images

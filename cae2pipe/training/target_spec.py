@@ -1,4 +1,4 @@
-"""What predictions are compared with: the teacher's latents, or the student's own patches of pixels."""
+"""The targets of predictions: the teacher's latents, or the pixels of the student's input patches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cae2pipe.targets.target_set import TargetSet
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Tokens of ``dim`` dimensions, one for the class token or none, whose mean unit token is ``mean`` (dim,)."""
+    """Target tokens of ``dim`` dimensions, with or without a class token; their mean unit token is ``mean`` (dim,)."""
 
     dim: int
     class_token: bool
@@ -25,7 +25,7 @@ class TargetSpec:
 
 
 def target_spec(settings: PretrainSettings, targets: TargetSet) -> TargetSpec:
-    """What a run on a target set is trained towards."""
+    """The targets of a run on a target set."""
     if settings.loss.target == "pixels":
         dim = 3 * settings.model.patch_size**2
         return TargetSpec(dim, False, torch.zeros(dim))
@@ -33,16 +33,16 @@ def target_spec(settings: PretrainSettings, targets: TargetSet) -> TargetSpec:
 
 
 class PixelTargets:
-    """A step's targets if they are pixels, as MAE has them: every patch of the student's input, brought to mean 0 and
+    """The targets of a step if they are pixels, as in MAE: every patch of the student's input, normalised to mean 0 and
     variance 1 over its own values.
 
     Args:
-        grid: patches along one side. device: of the batches.
+        grid: patches along one side. device: the device of the batches.
     """
 
     def __init__(self, grid: int, device: torch.device):
         self.grid = grid
-        # Brought there once: in every step the copy would wait for the device.
+        # Copied once: a copy in every step would wait for the device.
         self.normalise = student_normalise(device)
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
@@ -52,9 +52,9 @@ class PixelTargets:
 
 
 def unfolded(images: Tensor, grid: int) -> Tensor:
-    """Images (B, 3, S, S) as their grid x grid patches (B, grid * grid, 3 (S / grid)^2), channel by channel.
+    """Images (B, 3, S, S) as grid x grid patches (B, grid * grid, 3 (S / grid)^2), channel by channel.
 
-    ``F.unfold`` gives the same, with one kernel for each image on CUDA.
+    ``F.unfold`` computes the same, but launches one kernel per image on CUDA.
     """
     side = images.shape[-1] // grid
     cut = images.unflatten(3, (grid, side)).unflatten(2, (grid, side))

@@ -122,7 +122,7 @@ def whole(data, encoder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     report = Silent()
     detect(str(encoder), data, out, settings=settings(), report=report)
-    assert "train: 1 images without objects: not trained on" in report.lines
+    assert "train: 1 images without objects: not used in training" in report.lines
     return out
 
 
@@ -234,17 +234,17 @@ def spoil(root: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("outside", "the box .* of annotation 1 lies outside image '0.png', 80 x 60"),
+        ("outside", "the box .* of annotation 1 is outside image '0.png', 80 x 60"),
         ("image", "annotation 1 is of image 1234"),
-        ("category", "annotation 1 is of category 4321"),
-        ("empty", "not one annotation"),
+        ("category", "annotation 1 refers to category 4321"),
+        ("empty", "no annotations"),
         ("crowds", "no crowd"),
-        ("keys", "not COCO's instances format: there is no list 'categories'"),
+        ("keys", "not a COCO instances file: there is no list 'categories'"),
         ("others", "different categories: 'green'"),
         ("escape", "leads out of the folder"),
-        ("size", "the annotations are for 80 x 60 pixels, and the image has 10 x 10"),
+        ("size", "the annotations are for 80 x 60 pixels, but the image has 10 x 10"),
         ("gone", "cannot be read"),
-        ("folder", "this is missing"),
+        ("folder", "this file or folder is missing"),
     ],
 )
 def test_data_that_do_not_fit_are_refused_by_name(encoder, tmp_path, what, message):

@@ -34,7 +34,7 @@ KINDS = {
     "attentive": ["chunk=6", "epochs=1", "warmup_epochs=0"],
     "finetune": ["epochs=2", "warmup_epochs=0", "batch=12", "chunk=6"],
 }
-WITH_THEM = " --set features.precision=fp32 --set speed.batch=4 takes the same features"
+WITH_THEM = " --set features.precision=fp32 --set speed.batch=4 uses the same features"
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_with_a_checkpoint_other_chunks_need_another_folder(exported, data, tmp_
     with pytest.raises(OutOfMemoryError) as caught:
         score("finetune", exported, data, tmp_path)
     assert caught.value.where == "step 1"
-    assert caught.value.fix.startswith("--set chunk=2, and give another output folder")
+    assert caught.value.fix.startswith("--set chunk=2, and use a new output folder")
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Scores that are trained for on new crops: what they learn, going on after kills and stops, several processes."""
+"""Scores that are trained on new crops: their results, resuming after kills and stops, several processes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_killed_and_resumed_it_gives_the_same_bytes(kind, exported, data, tmp_pa
     assert sorted(path.stem for path in (tmp_path / "out" / kind / "checkpoints").iterdir())[-1] == "step-00000006"
     report = Silent()
     assert evaluate(kind, str(exported), data, out=tmp_path / "out", settings=often, report=report) == whole
-    assert any("going on from step 6" in line for line in report.lines)
+    assert any("resuming from step 6" in line for line in report.lines)
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
     steps = [line["step"] for line in read_lines(tmp_path / "out" / kind / "metrics.jsonl")]
     assert steps == list(range(len(steps)))
@@ -132,7 +132,7 @@ def test_sigterm_ends_the_step_and_keeps_it(kind, exported, data, tmp_path, monk
     assert any("stopped after 5 steps" in line for line in report.lines)
     monkeypatch.setattr(learner, "step", real)
     evaluate(kind, str(exported), data, out=tmp_path / "out", settings=settings(kind, *BRIEF[kind]), report=report)
-    assert any("going on from step 5" in line for line in report.lines)
+    assert any("resuming from step 5" in line for line in report.lines)
     evaluate(kind, str(exported), data, out=tmp_path / "whole", settings=settings(kind, *BRIEF[kind]), report=Silent())
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
@@ -271,7 +271,7 @@ def test_chunks_that_cannot_be_shared_out(data, tmp_path):
         world=stage.World(0, 3, None),
         report=Silent(),
     )
-    with pytest.raises(SettingsError, match="2 chunks a step cannot be shared out among 3"):
+    with pytest.raises(SettingsError, match=r"chunks per step \(2\) is not divisible by the number of processes \(3\)"):
         stage.score_finetune(job, settings("finetune"))
 
 

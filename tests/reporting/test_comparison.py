@@ -31,7 +31,7 @@ def test_the_report_says_where_the_papers_order_does_not_hold():
 def test_what_is_too_near_to_tell_is_said():
     rows = row("a", 0.50, 0.60, paper=75.0), row("b", 0.52, 0.57, paper=70.0), row("c", 0.2, 0.21, paper=60.0)
     (line,) = findings(comparison(*rows))
-    assert "holds, but for what is too near to tell: a, b. Here a ≈ b > c." in line
+    assert "holds, except for differences that are too small: a, b. Here a ≈ b > c." in line
     assert better(rows[0], rows[2], "linear")
     assert not better(rows[0], rows[1], "linear")
     (line,) = findings(comparison(*rows[:2]))
@@ -48,7 +48,7 @@ def test_a_difference_counts_from_two_standard_errors_on():
 
 def test_of_one_seed_there_is_no_verdict():
     (line,) = findings(comparison(row("a", 0.5, paper=2.0), row("b", 0.4, paper=1.0)))
-    assert line == ("linear: the paper's order is a > b; here, with one seed, which says nothing of chance, a > b.")
+    assert line == ("linear: the paper's order is a > b; here, with one seed and so without an error estimate, a > b.")
 
 
 def test_equal_figures_of_the_paper_have_no_order():
@@ -65,7 +65,7 @@ def test_no_order_without_two_rows_that_have_both():
 def test_no_column_is_lost_because_its_name_repeats():
     compared = Comparison("T", "", ["loss"], [Row("a", {"loss": [0.5]}, curves={"loss": [2.0]})], {}, 1)
     headers, (cell,) = cells(compared)
-    assert headers == ["variant", "loss (2)", "loss (3)", "kB a view", "device min a run"]
+    assert headers == ["variant", "loss (2)", "loss (3)", "kB per view", "device min per run"]
     assert cell[1:3] == ["50.0", "2.000"]
 
 
@@ -73,7 +73,7 @@ def test_the_table():
     first = row("a|b", 0.5, 0.6, paper=70.0, curves={"loss": [1.0, 0.5]}, hours=[0.5, 1.5], latents=5400.0)
     compared = comparison(first, row("c"))
     headers, rows = cells(compared)
-    assert headers == ["variant", "linear", "linear, paper", "loss", "kB a view", "device h a run"]
+    assert headers == ["variant", "linear", "linear, paper", "loss", "kB per view", "device h per run"]
     assert rows == [["a|b", "55.0 ± 7.1", "70.0", "0.500", "5.4", "1"], ["c", "–", "–", "–", "–", "–"]]
     text = comparison_markdown(compared)
     assert "| a\\|b | 55.0 ± 7.1 |" in text
@@ -82,7 +82,7 @@ def test_the_table():
 
 def test_short_runs_are_told_in_minutes():
     headers, rows = cells(comparison(row("a", 0.5, hours=[0.25, 0.75])))
-    assert (headers[-1], rows[0][-1]) == ("device min a run", "30")
+    assert (headers[-1], rows[0][-1]) == ("device min per run", "30")
 
 
 def test_scores_are_drawn_along_the_axis_and_the_rest_as_levels(monkeypatch):
@@ -92,7 +92,7 @@ def test_scores_are_drawn_along_the_axis_and_the_rest_as_levels(monkeypatch):
     monkeypatch.setattr(comparison_page, "curves", lambda lines, **options: seen.update(lines=lines, **options))
     rows = [row("2", 0.5, 0.7, along=2.0), row("1", 0.4, along=1.0), row("fresh", 0.9)]
     along_axis(rows, "linear", "data.views")
-    assert (seen["x_label"], seen["y_label"]) == ("stored views of an image", "linear, %")
+    assert (seen["x_label"], seen["y_label"]) == ("stored views per image", "linear, %")
     points = seen["lines"]["linear"]
     assert list(points.xs) == [1, 2]
     assert list(points.ys) == pytest.approx([40, 60])

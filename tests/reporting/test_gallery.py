@@ -38,7 +38,7 @@ def test_the_page_holds_what_there_is():
     )
     reader = read(join_html(gallery_html(gallery)))
     pictures = [attributes["alt"] for tag, attributes in reader.tags if tag == "img"]
-    assert pictures.count("A view under block, <1 of 4> hidden") == 2
+    assert pictures.count("A view with block, <1 of 4> hidden") == 2
     assert pictures.count("Latents of the teacher as colours") == 2
     assert pictures.count("Latents of other as colours") == 2
     assert pictures.count("The query") == 2

@@ -182,10 +182,10 @@ def test_codecs_are_compared_on_recoded_sets(photos, extract_settings, data, tmp
     small, whole = found.rows
     assert small.latents < whole.latents
     assert (small.along, whole.along) == (small.latents, whole.latents)
-    assert "stored latents, kB a view" in (out / "reports" / "codecs" / "report.html").read_text()
+    assert "stored latents, kB per view" in (out / "reports" / "codecs" / "report.html").read_text()
     again = compare(codecs, "codecs", tmp_path / "fp16", data=data, out=out, report=Silent(), speed=SPEED)
     assert again == found
-    with pytest.raises(BadInputError, match="error would come on top"):
+    with pytest.raises(BadInputError, match="error would be added"):
         compare(codecs, "again", recoded, data=data, out=tmp_path / "other", report=Silent(), speed=SPEED)
 
 
@@ -292,7 +292,7 @@ def test_grids_that_cannot_be_meant(over, message):
         ({"variants": [{"name": "odd", "set": {"data": {"views": 9}}}]}, r"(?s)9 views.*--set set\.data\.views=2"),
         ({"evaluate": [{"kind": "knn", "set": {"kk": 3}}]}, "unknown setting 'kk'"),
         ({"evaluate": [{"kind": "linear", "set": {"epochs": 3}}]}, "epochs"),
-        ({"variants": [{"name": "odd", "codec": {"name": "int8"}}]}, "error would come on top"),
+        ({"variants": [{"name": "odd", "codec": {"name": "int8"}}]}, "error would be added"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(over, message, target_root, data, tmp_path):

@@ -88,6 +88,6 @@ def test_memory_that_ends_in_one_run_is_free_for_the_next(target_root, data, tmp
 
     monkeypatch.setattr(stage, "pretrain", watched)
     monkeypatch.setattr(Step, "backward", ended)
-    with pytest.raises(OutOfMemoryError, match="not even one image a pass"):
+    with pytest.raises(OutOfMemoryError, match="not even one image per pass"):
         compare(grid(seeds=0), "losses", target_root, data=data, out=tmp_path, report=Silent(), speed=SPEED)
     assert alive == [0, 0]

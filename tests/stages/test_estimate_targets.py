@@ -79,7 +79,7 @@ def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_sett
 
 @pytest.mark.parametrize(
     ("options", "what"),
-    [(("--epochs", "300"), "add --estimate"), (("--estimate", "--epochs", "0"), "0 epochs show no view")],
+    [(("--epochs", "300"), "add --estimate"), (("--estimate", "--epochs", "0"), "invalid number of epochs: 0")],
 )
 def test_epochs_that_nothing_can_be_recommended_for_are_refused(
     photos, tmp_path, extract_settings, options, what

@@ -60,7 +60,7 @@ def test_a_second_run_does_nothing(exported, data, tmp_path, monkeypatch):
     report = Silent()
     assert evaluate("knn", str(exported), data, out=out, settings=knn(), report=report) == result
     assert snapshot(out) == before
-    assert report.lines == [f"nothing to do: {out / 'knn'} holds this score, top1 1.0000"]
+    assert report.lines == [f"nothing to do: {out / 'knn'} already has this score, top1 1.0000"]
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{}")])
@@ -186,20 +186,20 @@ def test_real_photographs_of_three_classes(real, tmp_path):
 
 
 def test_more_neighbours_than_images(exported, data, tmp_path):
-    with pytest.raises(SettingsError, match="20 neighbours are asked for, and there are 18") as caught:
+    with pytest.raises(SettingsError, match="k is 20, but there are only 18") as caught:
         evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn("k=[20, 10]"), report=Silent())
     assert caught.value.fix == "--set 'k=[10]'"
     report = Silent()
     result = evaluate("knn", str(exported), data, out=tmp_path / "out2", settings=knn("k=[10, 20]"), report=report)
     assert set(result["by_feature"]["mean"]) == {"10"}
-    assert any("left out k above the 18" in line for line in report.lines)
+    assert any("ignored k above the number of training images (18)" in line for line in report.lines)
 
 
 def test_one_class_alone(exported, data, tmp_path):
     for part in ("train", "val"):
         for name in ("dark", "red"):
             shutil.rmtree(data / part / name)
-    with pytest.raises(SourceError, match="one class only, 'bright'"):
+    with pytest.raises(SourceError, match="only one class, 'bright'"):
         evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=Silent())
 
 

@@ -86,7 +86,7 @@ def test_a_set_of_other_defaults_is_resumed_with_its_own(copy, photos, extract_s
     report.log = said.append
     extract_targets(photos, copy, given, report=report)
     assert contents(copy) == before
-    assert "as this set was begun: --views 2 --fidelity 0.999" in said
+    assert "using the settings of this set: --views 2 --fidelity 0.999" in said
     # What is given counts.
     with pytest.raises(MismatchError, match=r"codec\.fidelity"):
         extract_targets(photos, copy, extract_settings(codec={"fidelity": given.codec.fidelity}), report=Silent())

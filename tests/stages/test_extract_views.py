@@ -113,7 +113,7 @@ def test_a_view_that_comes_out_otherwise_is_told(stored_root, photos, tmp_path, 
     report = Silent()
     monkeypatch.setattr(report, "log", said.append)
     extract_targets(photos, root, extract_settings(view={"pixels": "stored"}), report=report)
-    assert [text for text in said if "does not come out as it was" in text and "v01/000001" in text]
+    assert [text for text in said if "differs from its earlier content" in text and "v01/000001" in text]
 
 
 def test_attention_is_kept_for_a_vit(target_root):

@@ -99,7 +99,7 @@ def test_a_damaged_record_is_refused_and_the_field_is_named(failed, tmp_path):
 
     batch = torch.load(whole, weights_only=True)["batch"]
     for name in ("settings", "mean", "values", "class_token", "target_dim", "batch", "latents"):
-        refused(f"not the record of a failed step \\({name}", **{name: None})
+        refused(f"not a record of a failed step \\({name}", **{name: None})
     refused("settings", settings=3)
     refused("not valid JSON", settings="{")
     refused("not valid JSON", settings="[" * 100000)
@@ -121,7 +121,7 @@ def test_a_damaged_record_is_refused_and_the_field_is_named(failed, tmp_path):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"rubbish")
-    with pytest.raises(DamageError, match="not the record"):
+    with pytest.raises(DamageError, match="not a record"):
         replay(path)
 
 
@@ -162,5 +162,5 @@ def test_memory_that_ends_in_the_compiler_is_no_compilers_failure(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(stage, "compile_objective", partial(stage.compile_objective, backend=full))
-    with pytest.raises(OutOfMemoryError, match="16 images a pass would fit"):
+    with pytest.raises(OutOfMemoryError, match="16 images per pass would fit"):
         pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"compile": True}), report=Silent())

@@ -116,7 +116,7 @@ def test_cached_and_online_runs_and_runs_on_fewer_views_are_other_rows(
 
 def test_a_copy_of_a_run_is_no_second_seed(made, tmp_path):
     shutil.copytree(made / "runs" / "seed0", tmp_path / "copy")
-    with pytest.raises(SettingsError, match="same one, of seed 0"):
+    with pytest.raises(SettingsError, match=r"the same run \(seed 0\)"):
         report_runs([made / "runs" / "seed0", tmp_path / "copy"], [], None, out=tmp_path / "out", report=Silent())
 
 

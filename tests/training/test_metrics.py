@@ -101,7 +101,7 @@ def test_a_report_is_drawn_from_the_good_lines(trained_run, tmp_path):
     path.write_bytes(path.read_bytes().replace(gone, b'"x"'))
     found = gather_runs([run], {}, [])
     assert [len(curve) for curve in found.rows[0].curves.values()] == [2, 2]
-    assert f"{run.name}: 1 damaged lines of metrics.jsonl are left out." in notes(found)
+    assert f"{run.name}: 1 damaged lines of metrics.jsonl are ignored." in notes(found)
 
 
 def test_ranges_of_numbers():
