@@ -1,4 +1,4 @@
-"""The command line, put together. Nothing heavy is imported before a command runs."""
+"""The command line as one app. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Show presets and resolved settings.", no_args_is_help=True)
-teachers_app = typer.Typer(help="List teacher presets; bring their weights to this machine.", no_args_is_help=True)
+teachers_app = typer.Typer(help="List teacher presets; download their weights.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Score an encoder.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(teachers_app, name="teachers")
@@ -52,12 +52,12 @@ app.command()(folders.verify)
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
         console.say(__version__)
         raise typer.Exit
-    # Reached without a command only through options that do nothing by themselves.
+    # Without a command, only options that do nothing on their own lead here.
     if context.invoked_subcommand is None:
         console.print(context.get_help())
 
@@ -65,12 +65,12 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="The folder to make, or to go on with.", parser=folder)
+        Path, typer.Argument(metavar="[OUT]", help="Output folder (created, or resumed if it exists).", parser=folder)
     ] = Path("demo"),
     teacher: Annotated[str, typer.Option(help="Teacher preset.")] = "lite0",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """The whole pipeline in minutes, on photographs that pip brings; ends with a table and a report."""
+    """Run the whole pipeline in minutes on photographs that pip installs; ends with a table and a report."""
     with exits():
         from cae2pipe.demo.measures import rows
         from cae2pipe.demo.run import run_demo
