@@ -49,7 +49,9 @@ def resolve(
     if isinstance(overrides, Mapping):
         changed = merge(changed, nested(overrides))
     elif isinstance(overrides, str):
-        raise SettingsError(f"{overrides!r} is a single string", where="overrides", fix="give a mapping or a list of strings")
+        raise SettingsError(
+            f"{overrides!r} is a single string", where="overrides", fix="give a mapping or a list of strings"
+        )
     elif overrides is not None:
         texts = overrides
     if not isinstance(config, Settings):
@@ -76,7 +78,9 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in overrides.items():
         if not isinstance(name, str) or not all(name.split(".")):
-            raise SettingsError(f"{name!r} is not the name of a setting", where="overrides", fix='e.g. {"optimizer.lr": 1e-3}')
+            raise SettingsError(
+                f"{name!r} is not the name of a setting", where="overrides", fix='e.g. {"optimizer.lr": 1e-3}'
+            )
         inner = nested(value) if isinstance(value, Mapping) else value
         for part in reversed(name.split(".")):
             inner = {part: inner}

@@ -131,7 +131,9 @@ def estimate_targets(
     device: str | None = None,
     progress: Progress = True,
 ) -> dict[str, Any]:
-    """Estimate size and time of a target set from a few hundred images; nothing is written: ``extract-targets --estimate``.
+    """Estimate size and time of a target set from a few hundred images: ``extract-targets --estimate``.
+
+    Nothing is written.
 
     Arguments as in ``extract_targets``. With ``epochs``, a number of views is recommended for a pretraining of that
     length. Returns and raises as ``cae2pipe.stages.estimate_targets.estimate_targets``.

@@ -35,8 +35,8 @@ def shard(
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="Ground truth of images without classes: ImageNet's development kit, a text file with one class per line, "
-            "or Kaggle's LOC_val_solution.csv.",
+            help="Ground truth of images without classes: ImageNet's development kit, a text file with one class per "
+            "line, or Kaggle's LOC_val_solution.csv.",
             parser=path_or_url,
         ),
     ] = None,
@@ -82,7 +82,8 @@ def extract_targets(
         bool, typer.Option("--estimate", help="Estimate size and time from a few hundred images; OUT is not touched.")
     ] = False,
     epochs: Annotated[
-        int | None, typer.Option(help="With --estimate: recommend a number of views for this many epochs of pretraining.")
+        int | None,
+        typer.Option(help="With --estimate: recommend a number of views for this many epochs of pretraining."),
     ] = None,
     calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="Calibrate the codec and stop.")] = False,
     set_: Set = None,
@@ -175,5 +176,6 @@ def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:
         )
         console.say(
             f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "
-            f"with {name}, {duration(advice['seconds'])} on this machine, each view shown {advice['showings']:.3g} times; {asked}"
+            f"with {name}, {duration(advice['seconds'])} on this machine, each view shown "
+            f"{advice['showings']:.3g} times; {asked}"
         )

@@ -33,10 +33,14 @@ def inspect(
 
 def verify(
     path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
-    repair: Annotated[bool, typer.Option("--repair", help="Rebuild exactly what is damaged, then check again.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rebuild exactly what is damaged, then check again.")
+    ] = False,
     source: Annotated[
         Path | None,
-        typer.Option(help="With --repair: the images or the shard set that the folder was made from.", parser=path_or_url),
+        typer.Option(
+            help="With --repair: the images or the shard set that the folder was made from.", parser=path_or_url
+        ),
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="With --repair: the ground truth that was given to shard.", parser=path_or_url)

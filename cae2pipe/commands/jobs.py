@@ -58,7 +58,8 @@ def failure(codes: list[int]) -> Cae2pipeError:
     memory = "if memory ran out, use fewer --jobs or --workers; " if killed else ""
     kind = BadInputError if set(failed.values()) == {BAD_INPUT} else Cae2pipeError
     return kind(
-        f"{len(failed)} of {len(codes)} processes failed: {names}", fix=f"{said}{memory}then rerun the same command to resume"
+        f"{len(failed)} of {len(codes)} processes failed: {names}",
+        fix=f"{said}{memory}then rerun the same command to resume",
     )
 
 

@@ -50,7 +50,9 @@ def folder(text: str | Path) -> Path:
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting (repeatable).")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes (default: one per core).")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder or URL (created, or resumed if it exists).", parser=folder)]
+Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Output folder or URL (created, or resumed if it exists).", parser=folder)
+]
 
 
 STOPS = {

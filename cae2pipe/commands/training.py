@@ -68,7 +68,9 @@ def replay(
         replayed = run(record, device or "auto", precision)
         names = (*replayed["terms"], "grad_norm")
         again = {**replayed["terms"], "grad_norm": replayed["grad_norm"]}
-        rows = [{"value": n, "recorded": f"{replayed['recorded'][n]:.6g}", "replayed": f"{again[n]:.6g}"} for n in names]
+        rows = [
+            {"value": n, "recorded": f"{replayed['recorded'][n]:.6g}", "replayed": f"{again[n]:.6g}"} for n in names
+        ]
         print_table(console, rows)
         print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in replayed["samples"]])
         for title, values in (
@@ -128,7 +130,9 @@ def compare(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="Output folder (created, or resumed if it exists); grids may share it.", parser=folder),
+        typer.Argument(
+            metavar="OUT", help="Output folder (created, or resumed if it exists); grids may share it.", parser=folder
+        ),
     ],
     small: Annotated[bool, typer.Option("--small", help="The grid's small scale, for few cores.")] = False,
     part: Annotated[
@@ -227,9 +231,7 @@ def _compare_part(
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of pretrain, finished or not.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder for report.html and report.md.", parser=folder)
-    ] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.", parser=folder)] = Path("report"),
     targets: Annotated[
         Path | None,
         typer.Option(help="A target set for pictures of masks, latents and neighbours.", parser=path_or_url),
@@ -239,7 +241,10 @@ def report(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Write one page about some runs: scores, losses, cost, pictures. Runs that differ only in their seed share a row."""
+    """Write one page about some runs: scores, losses, cost, pictures.
+
+    Runs that differ only in their seed share a row.
+    """
     with exits():
         from cae2pipe.runtime.progress import progress
         from cae2pipe.stages.report import report_runs

@@ -65,9 +65,9 @@ def set_backends(bf16: bool = False, deterministic: bool = False, fixed_shapes: 
 
     Every stage calls this first. Where a network is trained in bfloat16, TF32 may be used for the rest of float32: the
     latents' decoding, whose integers fit its 11 bits and whose basis is rounded by 5e-4 of each entry
-    (tests/training/test_objective.py measures the effect on a cosine). Otherwise float32 stays exact. Where shapes never
-    change, cuDNN may benchmark its algorithms once; which one is fastest, and therefore the last bits, may differ from
-    run to run, so extraction does not use this.
+    (tests/training/test_objective.py measures the effect on a cosine). Otherwise float32 stays exact. Where shapes
+    never change, cuDNN may benchmark its algorithms once; which one is fastest, and therefore the last bits, may differ
+    from run to run, so extraction does not use this.
     """
     torch.set_float32_matmul_precision("high" if bf16 else "highest")
     torch.backends.cudnn.allow_tf32 = bf16

@@ -69,7 +69,8 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
     it, and their workers import what it has not preloaded.
 
     Raises:
-        Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is raised
+        Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is
+            raised
         before the first item is yielded; or a stop was requested while waiting for an item.
     """
     if workers == 0:
@@ -96,7 +97,7 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
                 # Otherwise it would keep its memory while the next one is made.
                 del value
     except BaseException as error:
-        # After an error, do not wait for workers that may be stuck.
+        # On an interrupt, do not wait for workers that may be stuck.
         if isinstance(error, StoppedWaitingError) or not isinstance(error, (Exception, GeneratorExit)):
             grace = 0.0
         raise

@@ -109,8 +109,8 @@ def stage_world(
 
 @contextmanager
 def joined(rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None) -> Iterator[World]:
-    """The world of a training run: its process group is created here, and destroyed at the end. Inside another world, as
-    in several trainings one after the other, the existing group is used: a second one would not be created.
+    """The world of a training run: its process group is created here, and destroyed at the end. Inside another world,
+    as in several trainings one after the other, the existing group is used: a second one would not be created.
 
     Args:
         parallel: ddp or fsdp. patience: how long one process may wait for the others; None: torch's default.
