@@ -183,7 +183,7 @@ def results(
 ) -> None:
     """List the scores of many evaluations, each with its protocol.
 
-    If a manifest cannot be read, the others are still listed and the exit code is 1.
+    Unreadable manifests are reported; the exit code is then 1.
     """
     with exits():
         from cae2pipe.comparison.scores import collect

@@ -94,14 +94,14 @@ def test_speed_changes_no_identity():
         ("knn", "features.feature=cls", "features.feature"),
         ("knn", "features.crop=1.5", "features.crop"),
         ("linear", "batch=1", "batch"),
-        ("linear", "epochs=10", "warmup_epochs 10 leaves nothing of 10 epochs"),
+        ("linear", "epochs=10", "warmup_epochs .10. must be less than epochs .10."),
         ("linear", "lr=.inf", "lr"),
         ("linear", "sweep=[0.1]", "needs cached crops"),
-        ("finetune", "chunk=100", "chunk 100 does not divide batch 1024: set chunk=64"),
+        ("finetune", "chunk=100", "batch 1024 is not divisible by chunk 100: set chunk=64"),
         ("finetune", "chunk=1", "chunk"),
-        ("finetune", "batch=1025", "does not divide"),
+        ("finetune", "batch=1025", "is not divisible by"),
         ("finetune", "draw.scale=[0.5, 0.1]", "not a range"),
-        ("attentive", "warmup_epochs=90", "leaves nothing"),
+        ("attentive", "warmup_epochs=90", "must be less than epochs"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, override, message):

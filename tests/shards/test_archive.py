@@ -64,7 +64,7 @@ def test_member_names_are_no_paths(tmp_path, photo_files):
     assert keys == {"etc+passwd", "etc+~1b~5b31m~0a"}
     for name in ("a/../../../evil.jpg", "../evil.jpg", "a/../b.txt"):
         path.write_bytes(tar_bytes({"a/1.jpg": image, name: image}))
-        assert "leads out of the archive" in refused(path).what
+        assert "points outside of the archive" in refused(path).what
 
 
 def joined(*tars: dict[str, bytes], between: int = 0) -> bytes:
@@ -81,7 +81,7 @@ class TestJoined:
             path.write_bytes(joined(*halves, between=between))
             source = scan(path)
             assert {entry.path: read_piece(source.piece(entry)) for entry in source.entries} == photo_files
-            assert source.remarks() == [f"{path} is 2 archives, one behind the other: all are read"]
+            assert source.remarks() == [f"{path} consists of 2 concatenated archives: all are read"]
 
     def test_inside_another_archive(self, photo_files, tmp_path):
         tars = class_tars(photo_files)
