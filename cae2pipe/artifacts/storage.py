@@ -2,7 +2,7 @@
 
 A path is a ``pathlib.Path`` or, for a URL, a ``upath.UPath``, which has the same methods; annotations say ``Path`` for
 both. All access to remote bytes goes through the functions here: they read exact ranges, retry transient errors, and
-explain the others. Credentials and endpoints come from where fsspec looks for them  (AWS_PROFILE, AWS_ENDPOINT_URL,
+explain the others. Credentials and endpoints come from where fsspec looks for them (AWS_PROFILE, AWS_ENDPOINT_URL,
 ~/.config/fsspec, ...), never from a manifest.
 """
 

@@ -57,7 +57,7 @@ def shm_remedy(needed: int = 0) -> str:
     """The fix for too little shared memory; ``needed``: bytes."""
     size = max(1, -(-needed * 5 // 4 // 2**30))
     return (
-        f"enlarge it: `docker run --shm-size={size}g` or `--ipc=host`; without Docker `mount -o  remount,size={size}g "
+        f"enlarge it: `docker run --shm-size={size}g` or `--ipc=host`; without Docker `mount -o remount,size={size}g "
         f"{SHM}`; or use fewer --workers (--workers 0 needs none) or a smaller batch"
     )
 

@@ -26,7 +26,7 @@ META, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 LARGEST = 2**28
 """Largest unpacked development kit in bytes. ImageNet's has 7 million."""
 
-FIX_LABELS = f"give {DEVKIT}, a text file with one class a line, or Kaggle's LOC_val_solution.csv"
+FIX_LABELS = f"give {DEVKIT}, a text file with one class per line, or Kaggle's LOC_val_solution.csv"
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _same(left: dict[str, Entry], path: str, size: int, *, source: Source, artif
     entry = left.pop(path, None)
     if entry is None or entry.bytes != size:
         raise MismatchError(
-            f"the source has changed since this shard set was started: {path}  "
+            f"the source has changed since this shard set was started: {path} "
             + ("is no longer there" if entry is None else f"has {entry.bytes} bytes instead of {size}"),
             where=source.root,
             fix=f"restore that image, or give another output folder than {artifact.root}; images may only be added",

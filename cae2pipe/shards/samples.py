@@ -128,7 +128,7 @@ def paired(contents: Contents, where: Path) -> list[int]:
             name = name.rpartition(".")[0]
         if name not in contents.labels:
             raise SourceError(
-                f"{image.name!r} has no .cls", where=where, fix="give all samples a label, or none of them"
+                f"{image.name!r} has no .cls", where=where, fix="label all samples, or none of them"
             )
         label = contents.labels[name]
         if not re.fullmatch("[0-9]{1,9}", label.text):

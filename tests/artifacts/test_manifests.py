@@ -121,7 +121,7 @@ def test_whoever_makes_the_digests_fit_gets_no_path_past_the_door(manifest: Any)
         ('{"format": 3, "kind": "targets"}', "lacks complete, fingerprint, identity, units"),
         ('{"format": true, "kind": "targets"}', "has format True"),
         ('{"format": 9, "kind": "targets", "units": []}', "has format 9, and this version"),
-        ('{"format": 3, "kind": null}', "kind: None is none"),
+        ('{"format": 3, "kind": null}', "kind: None is unknown"),
         ('{"some": 1}', "was not written by cae2pipe"),
         ("3", "was not written by cae2pipe"),
     ],

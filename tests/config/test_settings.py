@@ -90,7 +90,7 @@ def test_every_field_is_documented(kind):
         (f"optimizer.lr={10**400}", "lr has more than 64 bits", None),
         ("model.depth=100000", "model.depth: Input should be less than or equal to 256", "--set model.depth"),
         ("model={width: 16384, depth: 256, heads: 16}", "billion weights: lower model.width", None),
-        ("model={image_size: 4096, patch_size: 1}", "set model.patch_size so that it is 256 at most", None),
+        ("model={image_size: 4096, patch_size: 1}", "set model.patch_size so that it is at most 256", None),
         ("speed.cache_gb=1e300", "speed.cache_gb", "--set"),
         ("seed='" + "x" * 10000 + "'", "xxx...", "--set seed"),
     ],
