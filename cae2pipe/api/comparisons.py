@@ -1,4 +1,4 @@
-"""Many runs from Python: grids, and pages about them."""
+"""Python API for many runs: grids, and pages about them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from cae2pipe.stages.report import HTML, report_runs
 
 @dataclass(frozen=True)
 class Compared:
-    """Runs side by side: ``page`` is the report, ``comparison`` what it was made from."""
+    """Runs side by side: ``page`` is the report, ``comparison`` the data in it."""
 
     page: Path
     comparison: Comparison
 
     def table(self) -> list[dict[str, str]]:
-        """A row for every variant, as text: scores with their spread over seeds, loss, bytes, time."""
+        """One row per variant, as text: scores with their spread over seeds, loss, bytes, time."""
         headers, rows = cells(self.comparison)
         return [dict(zip(headers, row, strict=True)) for row in rows]
 
     def findings(self) -> list[str]:
-        """What can be said of the order of the variants, a sentence each."""
+        """Whether the paper's order of the variants holds here, one sentence per score."""
         return list(findings(self.comparison))
 
 
 def report_name(grid: str, small: bool) -> str:
-    """What a grid's report is called: the preset, or the file without its folders and ending."""
+    """The name of a grid's report: the preset, or the file name without its suffix."""
     plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(grid).stem).strip("-") or "grid"
     return plain + ("-small" if small else "")
 
@@ -55,7 +55,7 @@ def compare(
     device: str | None = None,
     progress: Progress = True,
 ) -> Compared | None:
-    """Train and score every run of a grid, and write a report: ``cae2pipe compare``. What is there already stays.
+    """Train and score every run of a grid, and write a report: ``cae2pipe compare``. Existing results are reused.
 
     Args:
         grid: preset, YAML file or settings. targets: a target set. data: labelled images, as ``evaluate`` takes them.
@@ -65,10 +65,10 @@ def compare(
         workers: processes of every run. device: auto, cpu, cuda, cuda:1, ...
 
     Returns:
-        The comparison; None in all processes under torchrun but the main one.
+        The comparison; under torchrun, None in all processes but the main one.
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     settings = resolve(GridSettings, "compare", grid, overrides=overrides)
     called = name or report_name("grid" if isinstance(grid, Settings) else str(grid), small)
@@ -97,14 +97,14 @@ def report(
     device: str = "auto",
     progress: Progress = True,
 ) -> Compared:
-    """One page about some runs: ``cae2pipe report``.
+    """Write one page about some runs: ``cae2pipe report``.
 
     Args:
         runs: folders of ``pretrain``, finished or not. out: the folder of ``report.html`` and ``report.md``.
-        targets: a target set to make pictures from. scores: folders with evaluations of the runs, at any depth.
+        targets: a target set for pictures. scores: folders with evaluations of the runs, at any depth.
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     with reporting(progress, "report") as told:
         comparison = report_runs(

@@ -1,4 +1,4 @@
-"""Any folder from Python: what it is, and whether it is as it was written."""
+"""Python API for any folder that a stage made: what it is, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from cae2pipe.stages.verify import verify as run_verify
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What a folder made by cae2pipe is, what it was made from and what it holds: ``cae2pipe inspect``.
+    """What a folder made by cae2pipe is, what it was made from and what it contains: ``cae2pipe inspect``.
 
     Raises:
-        ManifestError: not a folder of ours.
+        ManifestError: the folder was not made by cae2pipe.
     """
     return inspect_folder(to_path(path))
 
 
 def verify(path: str | Path, *, progress: Progress = True) -> Verification:
-    """Check every file of a folder against its manifest: ``cae2pipe verify``. ``problems`` of the outcome lists what is
-    wrong, [] where all is well.
+    """Check every file of a folder against its manifest: ``cae2pipe verify``. ``problems`` of the result lists what is
+    wrong; it is empty if the folder is intact.
 
     Raises:
-        ManifestError: not a folder of ours.
+        ManifestError: the folder was not made by cae2pipe.
     """
     with reporting(progress, "verify") as report:
         return run_verify(to_path(path), report)
@@ -43,14 +43,14 @@ def repair(
     workers: int = -1,
     progress: Progress = True,
 ) -> Verification:
-    """Rebuild exactly what ``verify`` found damaged, and check again: ``cae2pipe verify --repair``.
+    """Rebuild exactly what is damaged, and check again: ``cae2pipe verify --repair``.
 
     Args:
-        source: the images or the shard set that the folder was made from. labels: the ground truth that ``shard`` was
-            given. teacher_weights: the teacher's weights, if they came from a local file.
+        source: the images or the shard set that the folder was made from. labels: the ground truth that was given
+            to ``shard``. teacher_weights: the teacher's weights, if they came from a local file.
 
     Raises:
-        Cae2pipeError: the folder cannot be repaired, with what would make it possible.
+        Cae2pipeError: the folder cannot be repaired; the message says what is missing.
     """
     with reporting(progress, "repair") as report:
         run_repair(

@@ -1,4 +1,4 @@
-"""Stage 2 from Python: runs, and the encoders that they end with."""
+"""Python API of stage 2: runs and their encoders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run:
     """A run of ``pretrain``, finished or not.
 
     Raises:
-        ManifestError: ``path`` is no run.
+        ManifestError: ``path`` is not a run.
     """
 
     def __init__(self, path: str | Path):
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def settings(self) -> PretrainSettings:
-        """What it was trained with."""
+        """The settings that it was trained with."""
         return run_settings(self.path)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ class Run:
         return read_lines(self.path / METRICS_FILE)
 
     def encoder(self) -> nn.Module:
-        """The encoder as a timm vision transformer, in eval mode on the CPU.
+        """Load the encoder as a timm vision transformer, in eval mode on the CPU.
 
         Its input is normalised by the ``mean`` and ``std`` of ``pretrained_cfg``.
 
@@ -91,12 +91,12 @@ def pretrain(
     Args:
         targets: a target set; a path or a URL. out: the run's folder.
         config: preset, YAML file or settings. overrides: settings to change.
-        epochs: passes over the data. repeat_masks: masks that each loaded view is trained under in one step.
+        epochs: passes over the data. repeat_masks: masks per loaded view and step.
         online: run the teacher in every step instead of reading its latents.
-        workers: processes; -1: one per core, 0: none but this one. device: auto, cpu, cuda, cuda:1, ...
+        workers: processes; -1: one per core, 0: work in this process. device: auto, cpu, cuda, cuda:1, ...
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     values = {
         **given(epochs=epochs),
@@ -113,40 +113,40 @@ def pretrain(
 def export(
     encoder: str | Path, out: str | Path, *, format: str = "timm", scores: Sequence[str | Path] = ()
 ) -> list[Path]:
-    """Write an encoder as timm, open_clip or transformers (``hf``) read it, with a model card: ``cae2pipe export``.
+    """Export an encoder for timm, open_clip or transformers (``hf``), with a model card: ``cae2pipe export``.
 
     Args:
-        encoder: a run, an encoder.safetensors, or a .pth that CAE's authors released. out: the folder to make.
+        encoder: a run, an encoder.safetensors, or a .pth released by CAE's authors. out: the output folder.
         scores: folders with evaluations for the model card.
 
     Returns:
         The files that were written.
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     return run_export(str(encoder), Path(out), format, scores=[Path(folder) for folder in scores])
 
 
 def load_encoder(spec: str | Path, *, device: str = "auto", seed: int = 0) -> FrozenEncoder:
-    """An encoder to take features from. ``encoder.tokens(pixels)`` and ``encoder(pixels)`` take uint8 (B, 3, S, S) on
+    """Load an encoder for features. ``encoder.tokens(pixels)`` and ``encoder(pixels)`` take uint8 (B, 3, S, S) on
     its device.
 
     Args:
         spec: a run, an encoder.safetensors, a released .pth, ``timm:NAME``, ``open_clip:NAME/TAG``, ``teacher:PRESET``,
-            ``random:PRESET``, ... seed: of ``random:``.
+            ``random:PRESET``, ... seed: for ``random:``.
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     set_backends()
     return load(str(spec), seed, pick_device(device))
 
 
 def register_method(name: str, builder: Builder) -> None:
-    """Make a method of your own known to settings as ``method=name``.
+    """Register your own method, for the setting ``method=name``.
 
     Args:
-        builder: gives the module; takes its settings and what its targets are.
+        builder: makes the module from its settings and the specification of its targets.
     """
     register(name, builder)

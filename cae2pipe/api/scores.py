@@ -1,4 +1,4 @@
-"""Stage 3 from Python: evaluations."""
+"""Python API of stage 3: evaluations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cae2pipe.stages.evaluate import evaluate as run_evaluate
 
 
 class Score:
-    """What an evaluation found. Its figures are attributes: ``score.top1``, ``score.top5``, ``score.miou``, ...
+    """The result of an evaluation. Its scores are attributes: ``score.top1``, ``score.top5``, ``score.miou``, ...
 
-    ``path`` is its folder, ``result`` all that ``result.json`` holds.
+    ``path`` is its folder, ``result`` the content of ``result.json``.
     """
 
     def __init__(self, path: Path, result: dict[str, Any]):
@@ -29,7 +29,7 @@ class Score:
         value = self.__dict__.get("result", {}).get(name)
         if isinstance(value, float | int) and not isinstance(value, bool):
             return value
-        raise AttributeError(f"this evaluation has no figure {name!r}")
+        raise AttributeError(f"this evaluation has no score {name!r}")
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name}={self.result[name]:.4f}" for name in headlines(self.evaluation))
@@ -42,12 +42,12 @@ class Score:
 
     @property
     def encoder(self) -> str:
-        """What the encoder is called."""
+        """The encoder's name."""
         return str(self.result["encoder"])
 
     @property
     def protocol(self) -> str:
-        """How the score was taken, in words."""
+        """How the score was computed, in words."""
         return str(self.result["protocol"])
 
 
@@ -67,16 +67,16 @@ def evaluate(
 
     Args:
         evaluation: knn, linear, attentive, finetune, segment or detect.
-        encoder: as ``load_encoder`` takes it. data: labelled images with train and val; for segment label maps, for
+        encoder: see ``load_encoder``. data: labelled images with train and val; for segment label maps, for
             detect a folder in COCO's format. out: the folder of scores; this one's is ``out/evaluation``.
-        config: preset (the evaluation's own where it is None), YAML file or settings. overrides: settings to change.
-        workers: processes; -1: one per core, 0: none but this one. device: auto, cpu, cuda, cuda:1, ...
+        config: preset (None: the evaluation's own), YAML file or settings. overrides: settings to change.
+        workers: processes; -1: one per core, 0: work in this process. device: auto, cpu, cuda, cuda:1, ...
 
     Returns:
-        The score; None in all processes under torchrun but the main one.
+        The score; under torchrun, None in all processes but the main one.
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
     if evaluation not in known:
@@ -86,7 +86,7 @@ def evaluate(
     folder = to_path(out)
     with reporting(progress, f"evaluate {evaluation}") as report:
         if isinstance(settings, SegmentSettings | DetectSettings):
-            # Needs an extra, which other evaluations do without.
+            # Needs an extra that other evaluations do not need.
             from cae2pipe.stages.evaluate_dense import detect, segment
 
             if isinstance(settings, SegmentSettings):

@@ -1,4 +1,4 @@
-"""From a preset, a file or settings, and what is to be changed in them, to validated settings."""
+"""Validated settings from a preset, a file or settings, with overrides."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cae2pipe.errors import SettingsError
 S = TypeVar("S", bound=Settings)
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
-"""Settings to change: ``{"optimizer.lr": 1e-3}``, ``{"optimizer": {"lr": 1e-3}}``, or, as the command line has them,
-``["optimizer.lr=1e-3"]``."""
+"""Settings to change: ``{"optimizer.lr": 1e-3}``, ``{"optimizer": {"lr": 1e-3}}``, or ``["optimizer.lr=1e-3"]`` as on
+the command line."""
 
 
 def presets(stage: str) -> list[str]:
@@ -28,7 +28,7 @@ def presets(stage: str) -> list[str]:
 
 
 def settings(stage: str, config: str | Path, overrides: Overrides = None) -> Settings:
-    """The settings that a preset or a YAML file comes to. Every function of this package takes them as ``config``.
+    """The resolved settings of a preset or a YAML file. Every function of this package takes them as ``config``.
 
     Args:
         stage: shard, extract, pretrain, evaluate or compare.
@@ -42,25 +42,27 @@ def settings(stage: str, config: str | Path, overrides: Overrides = None) -> Set
 def resolve(
     kind: type[S], stage: str, config: str | Path | Settings, *, overrides: Overrides, values: Mapping[str, Any] = {}
 ) -> S:
-    """Settings from ``config``, in which ``values`` (those of a function's own arguments) and then ``overrides`` are
-    changed. Raises SettingsError."""
+    """Settings from ``config``, changed by ``values`` (from a function's own arguments) and then by ``overrides``.
+    Raises SettingsError."""
     changed = dict(values)
     texts: Sequence[str] = ()
     if isinstance(overrides, Mapping):
         changed = merge(changed, nested(overrides))
     elif isinstance(overrides, str):
-        raise SettingsError(f"{overrides!r} is one text", where="overrides", fix="give a mapping or a list of texts")
+        raise SettingsError(
+            f"{overrides!r} is a single string", where="overrides", fix="give a mapping or a list of strings"
+        )
     elif overrides is not None:
         texts = overrides
     if not isinstance(config, Settings):
         return load(kind, stage, str(config), overrides=texts, values=changed)
     if not isinstance(config, kind):
         raise SettingsError(
-            f"these are {type(config).__name__}, and {kind.__name__} are needed here",
+            f"expected {kind.__name__}, got {type(config).__name__}",
             where="config",
             fix=f"give a preset, a YAML file, or what settings({stage!r}, ...) returns",
         )
-    # What was not given is left out: some defaults depend on what the folder was begun with.
+    # Only values that were given: some defaults depend on how the folder was started.
     given = config.model_dump(exclude_unset=True)
     if texts:
         return load(kind, stage, None, overrides=texts, values=merge(given, changed))
@@ -71,12 +73,14 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides with dotted names as nested dictionaries.
 
     Raises:
-        SettingsError: a name that is no text, or an empty one.
+        SettingsError: a name is not a string, or is empty.
     """
     result: dict[str, Any] = {}
     for name, value in overrides.items():
         if not isinstance(name, str) or not all(name.split(".")):
-            raise SettingsError(f"{name!r} names no setting", where="overrides", fix='e.g. {"optimizer.lr": 1e-3}')
+            raise SettingsError(
+                f"{name!r} is not the name of a setting", where="overrides", fix='e.g. {"optimizer.lr": 1e-3}'
+            )
         inner = nested(value) if isinstance(value, Mapping) else value
         for part in reversed(name.split(".")):
             inner = {part: inner}
@@ -90,6 +94,6 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def section(name: str, /, **values: Any) -> dict[str, Any]:
-    """``{name: values}`` of those that are not None, or {} where there is none."""
+    """``{name: values}`` of those that are not None, or {} if there are none."""
     known = given(**values)
     return {name: known} if known else {}

@@ -1,4 +1,4 @@
-"""Stage 1 from Python: shard sets and target sets."""
+"""Python API of stage 1: shard sets and target sets."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def shard(
 
     Args:
         source: a folder of images, ImageNet's archives, a tar, WebDataset tars, a list of paths, or a URL of one.
-        out: the folder or URL to make, or to add new images to.
+        out: the output folder or URL, created or extended with new images.
         config: preset, YAML file or settings. overrides: settings to change.
-        labels: ground truth of images without classes. expect: stop unless the source is all of this.
-        workers: processes; -1: one per core, 0: none but this one.
+        labels: ground truth of images without classes. expect: stop unless the source is exactly this data set.
+        workers: processes; -1: one per core, 0: work in this process.
 
     Returns:
-        One shard set, or one for each split of a source that has splits.
+        One shard set, or one per split if the source has splits.
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     settings = resolve(ShardSettings, "shard", config, overrides=overrides, values=section("speed", workers=workers))
     with reporting(progress, "shard") as report:
@@ -94,18 +94,18 @@ def extract_targets(
     """Write views and the teacher's latents of them into a target set: ``cae2pipe extract-targets``.
 
     Args:
-        source: a shard set or a folder of images; a path or a URL. out: the set to make, or to resume.
+        source: a shard set or a folder of images; a path or a URL. out: the target set, created or resumed.
         config: teacher preset, YAML file or settings. overrides: settings to change.
-        views: per image; 16 if neither given nor begun with another number. codec: klt, int8 or fp16. fidelity: klt's
+        views: per image; None: as the set was started, or 16. codec: klt, int8 or fp16. fidelity: klt's
             mean cosine.
         part: ``K/N``, one of N shares of the work. calibrate_only: calibrate the codec and stop.
-        workers: processes; -1: one per core, 0: none but this one. device: auto, cpu, cuda, cuda:1, ...
+        workers: processes; -1: one per core, 0: work in this process. device: auto, cpu, cuda, cuda:1, ...
 
     Returns:
-        The set, or None where it holds no view yet.
+        The set, or None if it has no view yet.
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     settings = extract_settings(
         config, overrides, views=views, codec=codec, fidelity=fidelity, workers=workers, device=device
@@ -131,10 +131,12 @@ def estimate_targets(
     device: str | None = None,
     progress: Progress = True,
 ) -> dict[str, Any]:
-    """What a target set would cost, from a few hundred images; nothing is written: ``extract-targets --estimate``.
+    """Estimate size and time of a target set from a few hundred images: ``extract-targets --estimate``.
 
-    Arguments as ``extract_targets`` has them; with ``epochs``, a number of views is recommended for a pretraining of
-    that length. Returns and raises as ``cae2pipe.stages.estimate_targets.estimate_targets``.
+    Nothing is written.
+
+    Arguments as in ``extract_targets``. With ``epochs``, a number of views is recommended for a pretraining of that
+    length. Returns and raises as ``cae2pipe.stages.estimate_targets.estimate_targets``.
     """
     settings = extract_settings(
         config, overrides, views=views, codec=codec, fidelity=fidelity, workers=workers, device=device
@@ -153,15 +155,15 @@ def recode(
     workers: int = -1,
     progress: Progress = True,
 ) -> TargetSet:
-    """Make a target set with another codec or fidelity from one there is, without the teacher: ``cae2pipe recode``.
+    """Make a target set with another codec or fidelity from an existing one, without the teacher: ``cae2pipe recode``.
 
     Args:
-        source: a target set, best one of fp16 latents. out: the set to make, or to resume.
-        codec: klt, int8 or fp16. fidelity: klt's mean cosine on held-out images; 0.97 if not given.
+        source: a target set, preferably of fp16 latents. out: the target set, created or resumed.
+        codec: klt, int8 or fp16. fidelity: klt's mean cosine on held-out images; None: 0.97.
         lossy_source: allow a source that is not fp16. workers: threads; -1: one per core.
 
     Raises:
-        Cae2pipeError: with what was wrong, where, and what fixes it.
+        Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     settings = build(CodecSettings, given(name=codec, fidelity=fidelity), "recode")
     with reporting(progress, "recode") as report:

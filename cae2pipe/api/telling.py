@@ -1,4 +1,4 @@
-"""Where a function tells of its progress."""
+"""Where a function reports its progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from cae2pipe.runtime.progress import Report, Silent, progress
 
 Progress = bool | Report
-"""True: a panel in a terminal, lines elsewhere, on stderr. False: nothing. Or an object that is told."""
+"""True: a panel in a terminal, lines elsewhere, on stderr. False: nothing. Or your own ``Report``."""
 
 
 @contextmanager

@@ -9,12 +9,12 @@ The manifest holds
 - facts of the kind (class names, teacher, codec, ...), and ``complete``;
 - ``digest``: of the manifest itself.
 
-``manifest_*.py`` say what each kind may hold. What is written and what is read passes the same models, so no name,
-path, type or number reaches the code that they do not allow.
+``manifest_*.py`` define what each kind may hold. Everything written or read is checked against the same models, so the
+code never sees a name, path, type or number that they do not allow.
 
-A unit is written first, then its entry in ``journal/``: the entry's presence is what makes the unit exist. At the end
-of a run the journal is folded into the manifest. A killed run leaves a journal, which is as good as the manifest;
-readers merge both. Several processes may add units at once; one at a time folds. Neither journal nor manifest holds
+A unit is written first, then its entry in ``journal/``: the unit exists once the entry is there. At the end of a run
+the journal is merged into the manifest. A killed run leaves a journal, which is as valid as the manifest: readers merge
+both. Several processes may add units at the same time; only one at a time merges. Neither journal nor manifest holds
 times, host names or absolute paths, so equal inputs give equal bytes.
 """
 
@@ -71,7 +71,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
     """A folder with a manifest. ``facts`` are the manifest's other keys.
 
     Args:
-        format: that of new folders of its kind, unless it is given.
+        format: of the manifest; None: the format of new folders.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
     @staticmethod
     @abstractmethod
     def rules() -> Kind[IdentityT, UnitT, FactsT]:
-        """What folders of the kind may hold."""
+        """The rules for folders of this kind."""
 
     @classmethod
     def open(cls, root: Path) -> Self:
         """Read a folder's manifest and journal.
 
         Raises:
-            ManifestError: no manifest, a broken one, another format, or another kind.
+            ManifestError: no manifest, or one that is damaged, or of another format or kind.
         """
         return cls.of(root, *_read(root, cls.rules().name))
 
@@ -115,10 +115,10 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         fix: str,
         called: Callable[[str], str] = str,
     ) -> Self:
-        """Open an artifact that is to be continued, or start it.
+        """Open an artifact to resume it, or start a new one.
 
         Args:
-            called: what an error calls a field of the identity, given its dotted name.
+            called: the name for an error of a field of the identity, given its dotted name.
 
         Raises:
             MismatchError: the folder was made with another identity; the first field that differs is named.
@@ -142,7 +142,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         if difference := first_difference(artifact.identity, identity):
             name, old, now = difference
             raise MismatchError(
-                f"this folder was made with {called(name)} = {abridged(old)}, and {abridged(now)} is asked for now",
+                f"this folder was made with {called(name)} = {abridged(old)}, and {abridged(now)} is requested now",
                 where=root / MANIFEST,
                 fix=fix,
             )
@@ -150,11 +150,11 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
 
     @classmethod
     def of(cls, root: Path, manifest: Manifest, journal: Mapping[Path, bytes]) -> Self:
-        """The artifact that a manifest and journal entries describe. Raises ManifestError: they are of another kind."""
+        """The artifact that a manifest and journal entries describe. Raises ManifestError for another kind."""
         own = cls.rules().own(manifest)
         if own is None:
             raise ManifestError(
-                f"this folder holds {manifest['kind']!r}, and {cls.rules().name!r} is needed here",
+                f"this is a folder of kind {manifest['kind']!r}, expected {cls.rules().name!r}",
                 where=root,
                 fix="check the path",
             )
@@ -179,24 +179,24 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         )
 
     def add_facts(self, facts: Mapping[str, object]) -> None:
-        """Set some of the manifest's other keys. Raises ValidationError where they are not as the kind's model."""
+        """Set some of the manifest's other keys. Raises ValidationError if they do not fit the kind's model."""
         self.facts = self.rules().read_facts({**self.facts, **facts})
 
     def add(self, name: str, unit: UnitT) -> None:
-        """Make a finished unit exist: its files must already bear their final names."""
+        """Register a finished unit: its files must already have their final names."""
         path = inside(self.root, f"{JOURNAL}/{name}.json")
         write_bytes(path, encode_unit(self.rules(), self.format, name, unit=unit, where=path))
         self.units[name] = unit
 
     def has(self, name: str) -> bool:
-        """Whether a unit is there, its files with their sizes. Changed bytes are `cae2pipe verify`'s to find."""
+        """Whether a unit exists and its files have the right sizes. Changed bytes are found by `cae2pipe verify`."""
         files = self.units[name]["files"] if name in self.units else None
         return files is not None and not any(
             check_file(self.root / path, entry, digests=False) for path, entry in files.items()
         )
 
     def whole(self) -> set[str]:
-        """Names of all units for which ``has`` holds, by one listing of the folder."""
+        """Names of all units for which ``has`` is true, from one listing of the folder."""
         sizes = file_sizes(self.root)
         return {
             name
@@ -205,9 +205,9 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         }
 
     def save(self, *, complete: bool | Callable[[Self], bool] | None = None) -> None:
-        """Write the manifest with what other processes have added meanwhile, unless it is as it should be.
+        """Write the manifest, with units that other processes have added meanwhile, unless it is up to date.
 
-        Journal entries that it now contains are removed. ``complete`` may be asked of the merged artifact.
+        Journal entries that it now contains are removed. ``complete`` may be a function of the merged artifact.
         """
         with holding(self.root, "manifest"):
             folded = []
@@ -266,7 +266,7 @@ ARTIFACTS: dict[str, type[ShardsArtifact] | type[TargetsArtifact] | type[RunArti
 
 
 def is_artifact(root: Path, kind: str | None = None) -> bool:
-    """Whether ``root`` holds a manifest of ours (of that kind). Raises as ``open_artifact`` where that is damaged."""
+    """Whether ``root`` has a manifest of cae2pipe (of that kind). Raises as ``open_artifact`` if it is damaged."""
     if file_size(root / MANIFEST) is None:
         return False
     try:
@@ -279,7 +279,7 @@ def is_artifact(root: Path, kind: str | None = None) -> bool:
 
 
 def is_foreign(root: Path) -> bool:
-    """Whether the manifest of ``root`` is a whole JSON file that something else wrote."""
+    """Whether the manifest of ``root`` is a valid JSON file that another program wrote."""
     return file_size(root / MANIFEST) is not None and is_ours(_manifest_bytes(root)) is False
 
 
@@ -290,24 +290,24 @@ def open_artifact(root: Path) -> AnyArtifact:
 
 
 def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
-    """A folder's manifest and the entries of its journal. ``kind``: what is to be said where there is none."""
+    """A folder's manifest and the entries of its journal. ``kind``: expected, for the error if there is none."""
     path = root / MANIFEST
-    # The journal first: an entry that has gone by then is in the manifest.
+    # The journal first: an entry that is removed meanwhile is in the manifest.
     journal = read_many(journal_entries(root))
     if file_size(path) is None:
         if is_local(path) and os.path.lexists(path):
-            raise ManifestError("this is no file, nor a link to one", where=path, fix=AGAIN)
+            raise ManifestError("this is neither a file nor a link to one", where=path, fix=AGAIN)
         if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in file_sizes(root)):
             raise ManifestError(
-                "this folder has lost its manifest.json, without which nothing says what in it is whole",
+                "this folder has lost its manifest.json, which lists its valid files",
                 where=root,
-                fix="restore the file from a copy, or make the folder again in another place",
+                fix="restore the file from a copy, or make the folder again under another path",
             )
         made_by = {"shards": "cae2pipe shard", "targets": "cae2pipe extract-targets", "run": "cae2pipe pretrain"}
         raise ManifestError(
             "no such folder"
             if is_local(root) and not root.is_dir()
-            else "this folder has no manifest.json: it is not one that cae2pipe made",
+            else "this folder has no manifest.json, so it was not made by cae2pipe",
             where=root,
             fix=f"give a folder made by `{made_by[kind]}`" if kind in made_by else "check the path",
         )
@@ -315,7 +315,7 @@ def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
 
 
 def refuse_foreign(root: Path) -> None:
-    """Raise ManifestError where ``root`` has no manifest and holds files that are not ours."""
+    """Raise ManifestError if ``root`` has no manifest but holds files of other programs."""
     if file_size(root / MANIFEST) is not None:
         return
     if is_local(root):
@@ -353,11 +353,11 @@ def check_files(
 def check_file(path: Path, entry: FileEntry, *, digests: bool = True) -> DamageError | None:
     size = file_size(path)
     if size is None:
-        what = "a file of the manifest is missing"
+        what = "a file that the manifest lists is missing"
     elif size != entry["bytes"]:
         what = f"the file has {size} bytes instead of {entry['bytes']}: truncated or replaced"
     elif digests and sha256_file(path) != entry["sha256"]:
-        what = "the file's content has changed: its SHA-256 is not the manifest's"
+        what = "the file's content has changed: its SHA-256 differs from the manifest's"
     else:
         return None
     return DamageError(what, where=path)

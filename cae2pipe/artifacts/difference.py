@@ -1,4 +1,4 @@
-"""In what two JSON values differ, for those who have to say so."""
+"""How two JSON values differ, for messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def first_difference(old: object, new: object, name: str = "") -> tuple[str, obj
 
 
 def abridged(value: object) -> str:
-    """A value as JSON, its beginning where it is long."""
+    """A value as JSON, truncated if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -15,7 +15,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 PIECE = 8 * 2**20
-"""Bytes of a remote file that are held at a time."""
+"""Bytes of a remote file that are read at a time."""
 
 
 def sha256_file(path: Path) -> str:
@@ -34,7 +34,7 @@ def sha256_file(path: Path) -> str:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """What a manifest keeps of one file: its size in bytes and its SHA-256. Raises OSError: it cannot be read."""
+    """A file's entry in a manifest: its size in bytes and its SHA-256. Raises OSError if it cannot be read."""
     size = file_size(path)
     if size is None:
         raise FileNotFoundError(path)

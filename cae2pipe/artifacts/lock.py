@@ -1,8 +1,8 @@
-"""Who may write what: one writer a part of a folder, one at a time for what all parts share.
+"""Write locks: one writer per part of a folder, and one at a time for what all parts share.
 
-On a local or shared file system a lock is the kernel's (``flock`` on a file in ``.locks/``): it goes with its process,
+On a local or shared file system a lock is the kernel's (``flock`` on a file in ``.locks/``): it ends with its process,
 however that ends. On object stores it is an object, created only if absent and renewed while its owner lives; one that
-has not been renewed for ``STALE`` seconds, or whose owner is known to be dead, is nobody's.
+has not been renewed for ``STALE`` seconds, or whose owner is known to be dead, counts as free.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from cae2pipe.errors import BadInputError, Cae2pipeError, LockedError, ManifestE
 
 FOLDER = ".locks"
 STALE = 120.0
-"""Seconds without a sign of life after which an object's owner is taken for dead."""
+"""Seconds without renewal after which a lock object's owner is considered dead."""
 BEAT = 20.0
-"""Seconds between signs of life."""
+"""Seconds between renewals."""
 POLL = 1.0
-"""Seconds between looks at a lock that is waited for."""
+"""Seconds between checks of a lock while waiting for it."""
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds this part or one that overlaps it.
-        BadInputError: the folder cannot be written, or what is written to it would go elsewhere by a symbolic link.
+        BadInputError: the folder cannot be written, or a symbolic link in it leads out of it.
     """
     if is_local(root):
         for name in (*FILLED, FOLDER, "shards", "metrics.jsonl"):
@@ -57,7 +57,7 @@ def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
     with _taken(root, _part_name(part)) as mine:
         if not mine:
             raise _locked(root, part, part)
-        # Both of two that start at once may see the other and stop; never do both go on.
+        # Two processes that start at the same time may both see the other and stop, but never both continue.
         for other in _other_parts(root, part):
             with _taken(root, _part_name(other)) as free:
                 if not free:
@@ -67,7 +67,7 @@ def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
 
 @contextmanager
 def holding(root: Path, name: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold what all parts share, such as the calibration; wait for whoever holds it, calling ``waiting`` once."""
+    """Hold what all parts share, such as the calibration. If it is held, call ``waiting`` once and wait."""
     waited = False
     while True:
         with _taken(root, name) as mine:
@@ -81,7 +81,7 @@ def holding(root: Path, name: str, waiting: Callable[[], None] | None = None) ->
 
 
 def can_lock(root: Path) -> bool:
-    """Whether locks mean anything here: not on object stores that cannot create a file only if absent."""
+    """Whether locks work here: not on object stores without conditional writes."""
     if is_local(root):
         return True
     probe = root / FOLDER / f"probe-{uuid.uuid4().hex}"
@@ -100,7 +100,7 @@ def _part_name(part: WorkShare) -> str:
 
 
 def _other_parts(root: Path, part: WorkShare) -> list[WorkShare]:
-    """Parts, other than this one, that overlap it and have ever been locked here."""
+    """Parts, other than this one, that overlap it and were ever locked here."""
     others = []
     for name in file_sizes(root / FOLDER):
         words = name.split("-")
@@ -127,11 +127,11 @@ def _taken(root: Path, name: str) -> AbstractContextManager[bool]:
 def _flock(root: Path, name: str) -> Iterator[bool]:
     try:
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
-        # Changes nothing, not even its time.
+        # Does not change the file, not even its time.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         file = os.fdopen(os.open(root / FOLDER / name, flags, 0o666), "ab")
     except (FileExistsError, NotADirectoryError):
-        raise BadInputError("this is a file, and a folder is needed", where=root, fix="give another folder") from None
+        raise BadInputError("this is a file, not a folder", where=root, fix="give another folder") from None
     except OSError as error:
         raise BadInputError(
             f"this folder cannot be written: {error.strerror}", where=root, fix="give another folder"
@@ -183,7 +183,7 @@ def _create(path: Path, owner: Owner) -> bool:
     except StorageError as error:
         if error.what != no_conditional_writes(path).what:
             raise
-        return True  # nothing can be locked here: see can_lock
+        return True  # locks do not work here: see can_lock
 
 
 def _sign(owner: Owner) -> bytes:
@@ -217,4 +217,4 @@ def _renew(path: Path, owner: Owner, stop: threading.Event) -> None:
         try:
             put_bytes(path, _sign(owner))
         except Cae2pipeError:
-            continue  # the work itself will meet what is wrong with the storage, and say so
+            continue  # the work itself will fail on this storage, and report it

@@ -1,7 +1,7 @@
 """Manifests and journal entries as bytes: checked by the model of their kind whenever they are read or written.
 
-Beside its model, a manifest of the formats in ``DIGESTED`` has a ``digest``: the SHA-256 of the file with 64 zeros in
-its place. Journal entries have one too. So every change of either is found, whatever it says.
+In addition, a manifest of the formats in ``DIGESTED`` has a ``digest``: the SHA-256 of the file with 64 zeros in its
+place. Journal entries have one too. Any change to either is detected.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from cae2pipe.artifacts.manifest_kinds import KINDS, FactsT, IdentityT, Kind, Ma
 from cae2pipe.errors import Cae2pipeError, DamageError, ManifestError
 
 FORMATS = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
-"""The newest format of each kind, which new folders are written in. Older ones are read, and stay so. Target sets of
-format 2 may have replayed views, and a klt that rotates along the tokens."""
+"""The newest format of each kind, used for new folders. Older folders are read, and keep their format. Target sets of
+format 2 may have replayed views, and a klt that also transforms along the tokens."""
 DIGESTED = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
-"""The formats from which on manifests and journal entries have a digest."""
+"""The first formats whose manifests and journal entries have a digest."""
 LIMIT = 2 * 2**30
-"""Bytes of the largest manifest that is read: that of 41,000 units has 120 MB."""
+"""Largest manifest that is read, in bytes; one of 41,000 units has 120 MB."""
 
 AGAIN = "restore the file from a copy, or make the folder again"
 BLANK = "0" * 64
@@ -32,7 +32,7 @@ SHOWN = 120
 
 
 def encode_manifest(kind: str, form: int, manifest: Mapping[str, object], *, where: object) -> bytes:
-    """The bytes of a manifest. Raises as ``decode_manifest``, so nothing is written that would not be read."""
+    """The bytes of a manifest. Raises as ``decode_manifest``, so that nothing unreadable is written."""
     data = (seal if form >= DIGESTED[kind] else _text)(manifest)
     decode_manifest(data, where)
     return data
@@ -42,11 +42,11 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
     """A manifest from its bytes.
 
     Args:
-        where: the file that errors name.
+        where: the file, for errors.
 
     Raises:
-        ManifestError: no manifest of ours, one of an unknown kind or format, or with a field that is not as its kind's
-            model has it; the field is named. DamageError: fingerprint or digest do not match.
+        ManifestError: not a manifest of cae2pipe, of an unknown kind or format, or with a field that does not fit its
+            kind's model; the field is named. DamageError: fingerprint or digest do not match.
     """
     try:
         manifest = manifests().validate_json(data)
@@ -83,7 +83,7 @@ def encode_unit(kind: Kind[IdentityT, UnitT, FactsT], form: int, name: str, *, u
 def decode_unit(kind: Kind[IdentityT, UnitT, FactsT], form: int, name: str, *, data: bytes, where: object) -> UnitT:
     """A unit from its journal entry's bytes. Raises as ``decode_manifest``."""
     if not kind.names(name):
-        raise ManifestError(f"{name!r} is no unit of a {kind.name} folder", where=where, fix="remove the file")
+        raise ManifestError(f"{name!r} is not a unit of a {kind.name} folder", where=where, fix="remove the file")
     value = parse_json(data, where, fix="remove the file, and run the same command again")
     digest = value.pop("digest", None) if isinstance(value, dict) else None
     try:
@@ -97,7 +97,7 @@ def decode_unit(kind: Kind[IdentityT, UnitT, FactsT], form: int, name: str, *, d
 
 
 def is_ours(data: bytes) -> bool | None:
-    """Whether these are the bytes of a manifest of ours, however damaged; None where that cannot be told."""
+    """Whether these are the bytes of a manifest of cae2pipe, even if damaged; None if that cannot be decided."""
     try:
         value = from_json(data, allow_inf_nan=False)
     except ValueError:
@@ -130,20 +130,20 @@ def _check_digest(digest: object, data: bytes, *, needed: bool, where: object) -
 
 
 def _refuse(error: ValidationError, data: bytes, where: object) -> NoReturn:
-    """Raise the ManifestError that says best what is wrong with a manifest."""
+    """Raise the ManifestError that best explains what is wrong with a manifest."""
     value = parse_json(data, where, fix=AGAIN)
     if not isinstance(value, dict) or "format" not in value or "kind" not in value:
         raise ManifestError("this manifest.json was not written by cae2pipe", where=where, fix="check the path")
     kind, form = value["kind"], value["format"]
     if not isinstance(kind, str) or kind not in FORMATS:
-        raise ManifestError(f"kind: {_short(kind)} is none that this version of cae2pipe knows", where=where, fix=AGAIN)
+        raise ManifestError(f"kind: {_short(kind)} is unknown to this version of cae2pipe", where=where, fix=AGAIN)
     if type(form) is not int or not 1 <= form <= FORMATS[kind]:
         raise _other_format(kind, form, where)
     errors = error.errors(include_url=False, include_context=False)
     if missing := sorted(str(e["loc"][1]) for e in errors if len(e["loc"]) == 2 and e["type"] == "missing"):
         raise ManifestError(f"the manifest lacks {', '.join(missing)}", where=where, fix=AGAIN)
-    # Places begin with the kind; those in units have the name of the model that was tried, and only that of the unit's
-    # name says something.
+    # Locations begin with the kind. In units they contain the name of the model that was tried; only the model of the
+    # unit's own name is relevant.
     for each in errors:
         if len(each["loc"]) > 3 and each["loc"][1] == "units" and KINDS[kind].names(str(each["loc"][2])):
             if each["loc"][3] == KINDS[kind].unit_model(str(each["loc"][2])).__name__:
@@ -164,7 +164,7 @@ def _other_format(kind: str, form: object, where: object) -> ManifestError:
 def _described(error: ErrorDetails, left_out: tuple[int, ...]) -> str:
     parts = [str(part) for index, part in enumerate(error["loc"]) if index not in left_out]
     got = error["input"]
-    shown = "" if error["type"] == "missing" or isinstance(got, dict | list) else f"; it is {_short(got)}"
+    shown = "" if error["type"] == "missing" or isinstance(got, dict | list) else f"; got {_short(got)}"
     return f"{_short('.'.join(parts), str)}: {error['msg']}{shown}"
 
 
@@ -174,4 +174,4 @@ def _short(value: object, show: Callable[[object], str] = repr) -> str:
 
 
 def _field(problem: str, where: object) -> Cae2pipeError:
-    return ManifestError(f"a field is not as cae2pipe writes it: {problem}", where=where, fix=AGAIN)
+    return ManifestError(f"invalid field: {problem}", where=where, fix=AGAIN)

@@ -1,7 +1,7 @@
-"""The kinds of manifest: what each one's units may be called and hold, and its types.
+"""The kinds of manifest: the names and contents of their units, and their types.
 
-A manifest is known to be of a kind by its field ``kind``, and a unit by its name: both are looked at here, and whoever
-has a manifest of a kind has the types of all that is in it.
+The kind of a manifest is in its field ``kind``, that of a unit follows from its name. Both are resolved here, so code
+that has a manifest of a kind also has the types of its contents.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FactsT = TypeVar("FactsT", bound=Mapping[str, object])
 
 
 class ManifestOf(TypedDict, Generic[IdentityT, UnitT]):
-    """What code that serves every kind sees of a manifest of one."""
+    """A manifest as seen by code for all kinds."""
 
     format: int
     identity: IdentityT
@@ -55,10 +55,10 @@ class Kind(Generic[IdentityT, UnitT, FactsT]):
     """A kind of manifest.
 
     Args:
-        own: the manifest, if it is of this kind.
-        unit_names: a regular expression. unit_model: the model of the unit of a name. contradiction: what of a valid
-            unit contradicts its name, or itself; None where nothing does.
-        facts: the model of what else such a manifest holds.
+        own: returns the manifest if it is of this kind.
+        unit_names: a regular expression. unit_model: the model of a unit, by its name. contradiction: how a valid
+            unit contradicts its name, or itself; None if it does not.
+        facts: the model of the manifest's other fields.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Kind(Generic[IdentityT, UnitT, FactsT]):
     facts: type[FactsT]
 
     def names(self, unit: str) -> bool:
-        """Whether a unit may be called so."""
+        """Whether a unit may have this name."""
         return self.unit_names.fullmatch(unit) is not None
 
     def contradictory(self, manifest: Manifest) -> tuple[str, str] | None:
@@ -81,19 +81,19 @@ class Kind(Generic[IdentityT, UnitT, FactsT]):
         return None
 
     def read_unit(self, name: str, value: object) -> UnitT:
-        """The unit of this name. Raises ValidationError where it is not as its model."""
+        """The unit of this name. Raises ValidationError if it does not fit its model."""
         model = self.unit_model(name)
         if model not in self._units:
             self._units[model] = TypeAdapter(model)
         return self._units[model].validate_python(value)
 
     def read_facts(self, fields: Mapping[str, object]) -> FactsT:
-        """The facts among the fields of a manifest. Raises ValidationError where they are not as their model."""
+        """The facts among the fields of a manifest. Raises ValidationError if they do not fit their model."""
         return self._facts.validate_python({name: value for name, value in fields.items() if name not in NO_FACTS})
 
     @functools.cached_property
     def _units(self) -> dict[type[UnitT], TypeAdapter[UnitT]]:
-        return {}  # each is made when the first of its units is read
+        return {}  # each is built when the first of its units is read
 
     @functools.cached_property
     def _facts(self) -> TypeAdapter[FactsT]:
@@ -143,5 +143,5 @@ KINDS: dict[str, AnyKind] = {kind.name: kind for kind in (SHARDS, TARGETS, RUN, 
 
 @functools.cache
 def manifests() -> TypeAdapter[Manifest]:
-    """What reads a manifest of any kind. Built when the first is read: not every command reads one."""
+    """The validator of manifests of any kind. Built on first use: not every command reads one."""
     return TypeAdapter(Annotated[Manifest, Field(discriminator="kind")])

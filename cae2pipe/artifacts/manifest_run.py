@@ -30,7 +30,7 @@ class RunIdentity(TypedDict):
 
 @with_config(OPEN)
 class RunTeacher(TeacherEntry):
-    """``library`` and ``weights``: of what older runs do not say."""
+    """``library`` and ``weights``: missing in older runs."""
 
     library: NotRequired[str]
     weights: NotRequired[str]
@@ -38,7 +38,7 @@ class RunTeacher(TeacherEntry):
 
 @with_config(OPEN)
 class RunFacts(TypedDict):
-    """``stores``: the fingerprints of the stores that it began with."""
+    """``stores``: the fingerprints of the stores that it was started with."""
 
     stores: dict[StoreName, Sha256]
     teacher: RunTeacher
@@ -54,11 +54,11 @@ class RunManifest(Common, RunFacts):
 
 
 def unit_model(name: str) -> type[EncoderUnit]:
-    """The model of the unit of this name."""
+    """The model of a unit, by its name."""
     return EncoderUnit
 
 
 def contradiction(name: str, unit: EncoderUnit) -> str | None:
-    """What of a valid unit contradicts its name, or itself; None where nothing does."""
+    """How a valid unit contradicts its name, or itself; None if it does not."""
     missing = {"encoder.safetensors", "config.json"} - unit["files"].keys()
-    return f"files: {min(missing)} is not among them" if missing else None
+    return f"files: {min(missing)} is missing" if missing else None

@@ -24,7 +24,7 @@ class ResultUnit(TypedDict):
 
 @with_config(OPEN)
 class EncoderIdentity(TypedDict):
-    """``sha256``: of an exported encoder's weights; ``config``: the fingerprint of its configuration."""
+    """``sha256``: of the exported encoder's weights; ``config``: the fingerprint of its configuration."""
 
     config: NotRequired[str]
     precision: NotRequired[str]
@@ -58,10 +58,10 @@ class ScoresManifest(Common, ScoresFacts):
 
 
 def unit_model(name: str) -> type[ResultUnit]:
-    """The model of the unit of this name."""
+    """The model of a unit, by its name."""
     return ResultUnit
 
 
 def contradiction(name: str, unit: ResultUnit) -> str | None:
-    """What of a valid unit contradicts its name, or itself; None where nothing does."""
-    return None if RESULT in unit["files"] else f"files: {RESULT} is not among them"
+    """How a valid unit contradicts its name, or itself; None if it does not."""
+    return None if RESULT in unit["files"] else f"files: {RESULT} is missing"

@@ -36,7 +36,7 @@ class Rejected(TypedDict):
 @final
 @with_config(STRICT)
 class TarUnit(TypedDict):
-    """The unit ``000000``: a tar and its index, or nothing where every image was rejected."""
+    """The unit ``000000``: a tar and its index, or nothing if every image was rejected."""
 
     files: dict[TarFile, FileEntry]
     samples: Count
@@ -74,12 +74,12 @@ class ShardsManifest(Common, ShardsFacts):
 
 
 def unit_model(name: str) -> type[TarUnit | ListingUnit]:
-    """The model of the unit of this name."""
+    """The model of a unit, by its name."""
     return TarUnit if name.isdigit() else ListingUnit
 
 
 def contradiction(name: str, unit: TarUnit | ListingUnit) -> str | None:
-    """What of a valid unit contradicts its name, or itself; None where nothing does."""
+    """How a valid unit contradicts its name, or itself; None if it does not."""
     files = unit["files"]
     if unit_model(name) is not (TarUnit if "rejected" in unit else ListingUnit):
         return "these are the fields of another kind of unit"
@@ -90,7 +90,7 @@ def contradiction(name: str, unit: TarUnit | ListingUnit) -> str | None:
     else:
         expected = {f"tars/{name}.tar", f"tars/{name}.json"} if unit["samples"] else set()
     if files.keys() != expected:
-        return f"files: these are not {', '.join(sorted(expected)) or 'none'}"
+        return f"files: expected {', '.join(sorted(expected)) or 'none'}"
     if unit["samples"] * SAMPLE_BYTES > sum(entry["bytes"] for entry in files.values()):
         return f"samples: the tar is too small for {unit['samples']}"
     return None

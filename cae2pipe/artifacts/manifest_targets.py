@@ -60,7 +60,7 @@ class ImagesBytes(TypedDict):
 @final
 @with_config(STRICT)
 class StoreUnit(TypedDict):
-    """The unit ``v00/000123``: a view of a shard. ``recoded``: the fingerprint of the one it came from."""
+    """The unit ``v00/000123``: a view of a shard. ``recoded``: the fingerprint of its source, if recoded."""
 
     files: dict[StoreFile, FileEntry]
     view: Annotated[int, Field(ge=0, lt=10**6)]
@@ -77,7 +77,7 @@ class StoreUnit(TypedDict):
 @final
 @with_config(STRICT)
 class ImagesUnit(TypedDict):
-    """The unit ``images/000123``: the images that a shard's replayed views are cut from."""
+    """The unit ``images/000123``: the images that a shard's replayed views are cropped from."""
 
     files: dict[ImagesFile, FileEntry]
     shard: ShardName
@@ -104,7 +104,7 @@ class CodecIdentity(TypedDict):
 
 
 class StoredCodec(TypedDict):
-    """What of ``CodecIdentity`` says how stores are read."""
+    """The part of ``CodecIdentity`` that determines how stores are read."""
 
     name: Literal["klt", "int8", "fp16"]
     level: int
@@ -126,7 +126,7 @@ class TeacherIdentity(TypedDict):
 
 @with_config(OPEN)
 class Recoded(TypedDict):
-    """What a recoded set came from."""
+    """The source of a recoded set."""
 
     codec: Values
     calibration: dict[CodecFile, FileEntry]
@@ -141,7 +141,7 @@ class TargetsIdentity(TypedDict):
 
 @with_config(OPEN)
 class Expected(TypedDict):
-    """Bytes that calibration expects: of a view's latents, and of the pixels of a view or an image."""
+    """Bytes predicted by calibration: of a view's latents, and of the pixels of a view or an image."""
 
     latents: Count
     pixels: Count
@@ -149,7 +149,7 @@ class Expected(TypedDict):
 
 @with_config(OPEN)
 class CodecFacts(TypedDict):
-    """What calibration found. ``step``: of klt."""
+    """The result of calibration. ``step``: klt only."""
 
     held_out_fidelity: FidelityReached
     step: float | None
@@ -158,7 +158,7 @@ class CodecFacts(TypedDict):
 
 @with_config(OPEN)
 class Wanted(TypedDict):
-    """What the whole set is to hold."""
+    """What the complete set will hold."""
 
     views: Annotated[int, Field(ge=1, le=10**6)]
     shards: Count
@@ -167,7 +167,7 @@ class Wanted(TypedDict):
 
 @with_config(OPEN)
 class Extracted(TypedDict):
-    """The provenance of the set that a recoded one came from."""
+    """The provenance of a recoded set's source."""
 
     versions: NotRequired[dict[str, str]]
     processor: NotRequired[str]
@@ -175,7 +175,7 @@ class Extracted(TypedDict):
 
 @with_config(OPEN)
 class TargetsFacts(TypedDict):
-    """All but ``wanted`` are there once the set is calibrated."""
+    """All but ``wanted`` are present once the set is calibrated."""
 
     classes: NotRequired[Names]
     teacher: NotRequired[TeacherEntry]
@@ -194,20 +194,20 @@ class TargetsManifest(Common, TargetsFacts):
     identity: TargetsIdentity
     units: dict[
         Annotated[str, Field(pattern=f"^(codec|images/{SHARD}|{VIEW}/{SHARD})$")],
-        # The commonest first: it is tried first.
+        # The most frequent first: models are tried in this order.
         Annotated[StoreUnit | ImagesUnit | CodecUnit, Field(union_mode="left_to_right")],
     ]
 
 
 def unit_model(name: str) -> type[StoreUnit | ImagesUnit | CodecUnit]:
-    """The model of the unit of this name."""
+    """The model of a unit, by its name."""
     if name == "codec":
         return CodecUnit
     return ImagesUnit if name.startswith("images/") else StoreUnit
 
 
 def contradiction(name: str, unit: StoreUnit | ImagesUnit | CodecUnit) -> str | None:
-    """What of a valid unit contradicts its name, or itself; None where nothing does."""
+    """How a valid unit contradicts its name, or itself; None if it does not."""
     if unit_model(name) is not (StoreUnit if "view" in unit else ImagesUnit if "shard" in unit else CodecUnit):
         return "these are the fields of another kind of unit"
     if "view" in unit:
@@ -218,26 +218,26 @@ def contradiction(name: str, unit: StoreUnit | ImagesUnit | CodecUnit) -> str | 
 def _of_store(name: str, unit: StoreUnit) -> str | None:
     files, shard, tar, zarr = unit["files"], unit["shard"], unit["tar"], unit["zarr"]
     if name != f"v{unit['view']:02d}/{shard}" or zarr != f"latents/{name}.zarr":
-        return "view, shard, zarr: these are not the unit's own"
+        return "view, shard, zarr: they do not match the unit's name"
     stored = tar == f"views/{name}.tar"
     if (not stored and tar != f"images/{shard}.tar") or stored != (tar in files):
-        return "tar: this is not the unit's own"
+        return "tar: it does not match the unit's name"
     own = files.keys() - {tar}
-    # What lies between two paths of one beginning has it too.
+    # In sorted order, all paths between two with this prefix have it too.
     if not (own and min(own).startswith(f"{zarr}/") and max(own).startswith(f"{zarr}/")):
-        return "files: not all of these are the unit's own"
+        return "files: not all of them belong to the unit"
     labels = files.get(f"{zarr}/labels/c/0")
     if labels is None or labels["bytes"] != 4 * unit["samples"] + 4:
-        return f"samples: the store does not have the labels of {unit['samples']}"
+        return f"samples: the store does not have {unit['samples']} labels"
     return _too_small(unit)
 
 
 def _of_images(name: str, unit: ImagesUnit) -> str | None:
     tar = unit["tar"]
     if name != f"images/{unit['shard']}" or tar != f"{name}.tar":
-        return "shard, tar: these are not the unit's own"
+        return "shard, tar: they do not match the unit's name"
     if unit["files"].keys() != {tar, f"{name}.json"}:
-        return f"files: these are not {tar} and {name}.json"
+        return f"files: expected {tar} and {name}.json"
     return _too_small(unit)
 
 

@@ -1,4 +1,4 @@
-"""The values that every kind of manifest is made of, and their limits. Types are strict and numbers finite."""
+"""The value types of all kinds of manifest, and their limits. Types are strict and numbers finite."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import ConfigDict, Field, JsonValue, with_config
 from typing_extensions import TypedDict
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""Of what no other version may add to."""
+"""For objects that other versions may not extend."""
 OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-"""Of what other versions may know more of."""
+"""For objects that other versions may extend."""
 
 SHARD = r"[0-9]{6,9}"
 """A shard's name: its number."""
@@ -33,7 +33,7 @@ Names = list[str]
 Values = dict[str, JsonValue]
 
 SAMPLE_BYTES = 1024
-"""Bytes that a sample takes in a tar, at least: two headers."""
+"""Fewest bytes of a sample in a tar: two headers."""
 
 
 @with_config(STRICT)
@@ -45,14 +45,14 @@ class FileEntry(TypedDict):
 
 
 class Unit(TypedDict):
-    """What every unit has."""
+    """The fields of every unit."""
 
     files: dict[str, FileEntry]
 
 
 @with_config(OPEN)
 class Common(TypedDict):
-    """What every manifest has, beside its ``kind``, ``identity`` and ``units``."""
+    """The fields of every manifest besides ``kind``, ``identity`` and ``units``."""
 
     format: Format
     fingerprint: Sha256
@@ -62,7 +62,7 @@ class Common(TypedDict):
 
 @with_config(OPEN)
 class TeacherEntry(TypedDict):
-    """What readers must know of a teacher."""
+    """What readers need to know about a teacher."""
 
     name: str
     dim: Size

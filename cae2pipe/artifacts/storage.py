@@ -1,8 +1,8 @@
-"""Where things lie: a local path, or a URL of any file system that fsspec knows (s3://, gs://, hf://, memory://).
+"""Storage: local paths, and URLs of any file system that fsspec knows (s3://, gs://, hf://, memory://).
 
-A place is a ``pathlib.Path`` or, for a URL, a ``upath.UPath``, which has the same methods; annotations say ``Path`` for
-both. What touches remote bytes goes through the functions here: they read exact ranges, try again what may pass, and
-explain what does not. Credentials and endpoints come from where fsspec looks for them (AWS_PROFILE, AWS_ENDPOINT_URL,
+A path is a ``pathlib.Path`` or, for a URL, a ``upath.UPath``, which has the same methods; annotations say ``Path`` for
+both. All access to remote bytes goes through the functions here: they read exact ranges, retry transient errors, and
+explain the others. Credentials and endpoints come from where fsspec looks for them (AWS_PROFILE, AWS_ENDPOINT_URL,
 ~/.config/fsspec, ...), never from a manifest.
 """
 
@@ -25,37 +25,38 @@ from cae2pipe.errors import BadInputError, StorageError
 T = TypeVar("T")
 
 WAITS = (0.2, 1.0, 3.0, 10.0)
-"""Seconds before each further try of a remote call that may pass."""
+"""Seconds before each retry of a remote call."""
 
 PASSING = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.EAGAIN}
-"""What fsspec's file systems make of 500, 503, SlowDown and broken connections."""
+"""The errors that fsspec's file systems raise for 500, 503, SlowDown and broken connections."""
 
 
 def to_path(text: str | os.PathLike[str]) -> Path:
-    """A path or URL as a place.
+    """A path object of a path or URL.
 
     Raises:
         BadInputError: no file system of that protocol is known or installed.
     """
     if not isinstance(text, str):
-        return Path(text) if isinstance(text, os.PathLike) else text  # a remote place already
+        return Path(text) if isinstance(text, os.PathLike) else text  # already a remote path
     if "://" not in text:
         return Path(text)
     protocol, _, rest = text.partition("://")
     if not protocol or not rest.strip("/"):
         raise BadInputError("this URL names nothing", where=text, fix="give PROTOCOL://BUCKET/FOLDER, or a path")
-    # Neither is imported for local work.
+    # Not imported for local work.
     from upath import UPath
 
     try:
-        # Listings change under us: other machines write here too.
+        # Listings are not cached: other machines write here too.
         remote = UPath(text, use_listings_cache=False)
         _ = remote.fs
     except (ImportError, ValueError) as error:
         raise BadInputError(
             f"this URL cannot be opened: {error}",
             where=text,
-            fix="install the file system's package (s3://: pip install s3fs; gs://: pip install gcsfs), or mend it",
+            fix="install the file system's package (s3://: pip install s3fs; gs://: pip install gcsfs), or correct the "
+            "URL",
         ) from None
     return cast(Path, remote)
 
@@ -65,12 +66,12 @@ def is_local(path: Path) -> bool:
 
 
 def is_shared(path: Path) -> bool:
-    """Whether other processes see what lies here: ``memory://`` is this process's own."""
+    """Whether other processes can access this path: ``memory://`` is local to this process."""
     return is_local(path) or cast(Any, path).protocol != "memory"
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file. FileNotFoundError where there is none; another OSError where it is no regular file."""
+    """A whole file. Raises FileNotFoundError if it does not exist, another OSError if it is not a regular file."""
     if is_local(path):
         with open_file(path) as file:
             return file.read()
@@ -83,8 +84,8 @@ def open_file(path: Path) -> io.BufferedReader:
     """A local regular file, opened for reading.
 
     Raises:
-        OSError: FileNotFoundError where there is none; IsADirectoryError; EINVAL for FIFOs, sockets and devices, which
-            are never waited for.
+        OSError: FileNotFoundError if it does not exist; IsADirectoryError; EINVAL for FIFOs, sockets and devices, which
+            would block.
     """
     return os.fdopen(_open(path)[0], "rb")
 
@@ -101,7 +102,7 @@ def _open(path: Path) -> tuple[int, int]:
 
 
 def read_many(paths: list[Path]) -> dict[Path, bytes]:
-    """Whole files, those that have gone left out: one round of concurrent requests where the place is remote."""
+    """Whole files, without those that no longer exist; remote files by one round of concurrent requests."""
     files = {}
     if paths and not is_local(paths[0]):
         fs, _ = _remote(paths[0])
@@ -121,14 +122,14 @@ def read_many(paths: list[Path]) -> dict[Path, bytes]:
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """``size`` bytes from ``offset`` on, fewer where the file ends before. Raises as ``read_bytes``."""
+    """``size`` bytes from ``offset`` on, fewer if the file ends before. Raises as ``read_bytes``."""
     if not is_local(path):
         fs, name = _remote(path)
         return remotely(path, lambda: fs.cat_file(name, start=offset, end=offset + size)) if size else b""
-    # Not path.open: this is called thousands of times a second.
+    # Not path.open: this is called thousands of times per second.
     descriptor, length = _open(path)
     try:
-        # A buffer of the asked size is made first, however short the file is.
+        # read() would allocate the requested size first, however short the file is.
         size = min(size, max(0, length - offset))
         data = os.pread(descriptor, size, offset)
         while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
@@ -139,7 +140,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes of a file, None where there is no file."""
+    """Size of a file in bytes, None if there is no file."""
     if is_local(path):
         return path.stat().st_size if path.is_file() else None
     fs, name = _remote(path)
@@ -151,7 +152,7 @@ def file_size(path: Path) -> int | None:
 
 
 def file_sizes(root: Path) -> dict[str, int]:
-    """Bytes of every file below ``root`` by its POSIX path relative to it; {} where there is no such folder."""
+    """Size in bytes of every file below ``root``, by its relative POSIX path; {} if there is no such folder."""
     if is_local(root):
         sizes = {}
         for folder, _, names in os.walk(root):
@@ -171,7 +172,7 @@ def file_sizes(root: Path) -> dict[str, int]:
 
 
 def entry_names(root: Path) -> list[str]:
-    """POSIX paths of everything below ``root`` but folders: files, links to anything, FIFOs."""
+    """POSIX paths of everything below ``root`` except folders: files, links to anything, FIFOs."""
     if not is_local(root):
         return list(file_sizes(root))
     entries = []
@@ -197,7 +198,7 @@ def put_file(local: Path, path: Path) -> None:
 
 
 def fetch_file(path: Path, local: Path) -> None:
-    """Bring a file to a local path; where both lie on one disk, as a second name of the same bytes.
+    """Copy a file to a local path; as a hard link if both are on one disk.
 
     Raises as ``read_bytes``.
     """
@@ -215,10 +216,10 @@ def fetch_file(path: Path, local: Path) -> None:
 
 
 def create_exclusively(path: Path, data: bytes) -> bool:
-    """Write a remote file unless there is one; whether it was written.
+    """Write a remote file unless it exists; returns whether it was written.
 
     Raises:
-        StorageError: the file system cannot tell, for lack of conditional writes.
+        StorageError: the file system has no conditional writes.
     """
     fs, name = _remote(path)
     _make_parent(fs, name)
@@ -226,17 +227,19 @@ def create_exclusively(path: Path, data: bytes) -> bool:
         remotely(path, lambda: fs.pipe_file(name, data, mode="create"))
     except FileExistsError:
         return False
-    except (NotImplementedError, TypeError, ValueError):  # what file systems say to a mode that they do not know
+    except (NotImplementedError, TypeError, ValueError):  # raised by file systems for an unknown mode
         raise no_conditional_writes(path) from None
     return True
 
 
 def no_conditional_writes(path: Path) -> StorageError:
-    return StorageError("this file system has no conditional writes", where=path, fix="do not write it from two places")
+    return StorageError(
+        "this file system has no conditional writes", where=path, fix="do not write to it from several processes"
+    )
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove files; those that have gone already are passed over."""
+    """Remove files; missing ones are ignored."""
     for path in paths:
         if is_local(path):
             path.unlink(missing_ok=True)
@@ -253,7 +256,7 @@ def make_folder(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Free bytes on the disk that holds ``path`` or will hold it; None for remote places."""
+    """Free bytes on the disk that holds ``path`` or will hold it; None for remote paths."""
     if not is_local(path):
         return None
     path = path.absolute()
@@ -263,7 +266,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def remotely(path: Path, call: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
-    """The call's result, tried again where the error may pass.
+    """The call's result, retried on transient errors.
 
     Raises:
         FileNotFoundError, FileExistsError: as they are; callers know what they mean.
@@ -274,7 +277,7 @@ def remotely(path: Path, call: Callable[[], T], sleep: Callable[[float], None] =
             return call()
         except (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, ValueError, MemoryError):
             raise
-        except Exception as error:  # every file system brings kinds of its own
+        except Exception as error:  # every file system has its own error classes
             if wait is None or not may_pass(error):
                 raise explain(path, error) from None
             sleep(wait)
@@ -282,7 +285,7 @@ def remotely(path: Path, call: Callable[[], T], sleep: Callable[[float], None] =
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same call may do better later: timeouts, refused or broken connections, 500, 503."""
+    """Whether an error is transient: timeouts, refused or broken connections, 500, 503."""
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return False
     if isinstance(error, TimeoutError | ConnectionError):
@@ -300,13 +303,13 @@ def explain(path: Path, error: Exception) -> StorageError | BadInputError:
             f"the storage refuses access: {text or kind}",
             where=path,
             fix="check the credentials (for s3://: AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and "
-            "what they allow",
+            "their permissions",
         )
     if may_pass(error):
         return StorageError(
             f"the storage did not answer in {len(WAITS) + 1} tries: {text or kind}",
             where=path,
-            fix="run the same command again when it does: what is finished is kept",
+            fix="run the same command again when it does; finished work is kept",
         )
     return StorageError(f"the storage failed: {kind}: {text}", where=path, fix="check the URL and the storage")
 
@@ -317,6 +320,6 @@ def _remote(path: Path) -> tuple[Any, str]:
 
 
 def _make_parent(fs: Any, name: str) -> None:
-    # Object stores would take the first part for a bucket to be made.
+    # Object stores would try to create the first part as a bucket.
     if fs.protocol == "memory":
         fs.makedirs(name.rsplit("/", 1)[0], exist_ok=True)

@@ -1,7 +1,7 @@
-"""Files of tensors, written so that a full disk is an OSError with a path, and the umask decides who may read them.
+"""Files of tensors, written so that a full disk raises an OSError with a path, and with permissions from the umask.
 
-torch and safetensors open a path by themselves: of a disk that is full they speak in RuntimeErrors of their own, and
-safetensors makes files that their owner alone may read.
+torch and safetensors open paths themselves: they report a full disk as their own RuntimeErrors, and safetensors
+creates files that only their owner may read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def write_torch(path: Path, state: object) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            # It is about the end of the archive, which torch tries to write after the disk has said no.
+            # It concerns the archive's end, which torch tries to write after the disk is full.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise

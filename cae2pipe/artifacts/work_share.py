@@ -1,4 +1,4 @@
-"""Splitting one job among processes and machines: part 3 of 8 owns every eighth unit, from the third on."""
+"""Splitting one job among processes and machines: part 3 of 8 owns every eighth unit, starting with the third."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class WorkShare:
     count: int = 1
 
     def owns(self, index: int) -> bool:
-        """Whether the unit at that place of the list is this part's."""
+        """Whether the unit at this index belongs to this part."""
         return index % self.count == self.number - 1
 
     def overlaps(self, other: WorkShare) -> bool:
@@ -36,14 +36,16 @@ WHOLE = WorkShare()
 
 
 def parse_part(text: str) -> WorkShare:
-    """``3/8`` as a part.
+    """Parse ``3/8`` as a part.
 
     Raises:
-        SettingsError: it is not of that form.
+        SettingsError: invalid format.
     """
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text.strip())
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise SettingsError(
-            f"{text!r} is no part", where="--part", fix="give K/N with K from 1 to N, e.g. --part 3/8 on the third of 8"
+            f"invalid --part {text!r}, expected K/N",
+            where="--part",
+            fix="give K/N with K from 1 to N, e.g. --part 3/8 on the third of 8 machines",
         )
     return WorkShare(int(match[1]), int(match[2]))

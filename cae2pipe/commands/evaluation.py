@@ -50,7 +50,7 @@ def evaluate_linear(
         typer.Option(
             "--fast",
             help="On features of the central crop, computed once, with six learning rates at once; the best on "
-            "held-out training images is taken.",
+            "held-out training images is chosen.",
         ),
     ] = False,
     workers: Workers = None,
@@ -99,8 +99,8 @@ def evaluate_segment(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="A folder with images/train, images/val, annotations/train, annotations/val, and classes.txt (a name "
-            "a line) or ADE20K's objectInfo150.txt.",
+            help="A folder with images/train, images/val, annotations/train, annotations/val, and classes.txt (one "
+            "name per line) or ADE20K's objectInfo150.txt.",
         ),
     ],
     out: Out,
@@ -154,7 +154,7 @@ def _run_evaluation(
         from cae2pipe.api.scores import evaluate
 
         score = evaluate(kind, encoder, data, out=out, config=config, overrides=set_, workers=workers, device=device)
-        # Under torchrun one process has it.
+        # Under torchrun, only one process has it.
         if score:
             _print_score(score.result)
 
@@ -179,10 +179,12 @@ class ResultsFormat(StrEnum):
 
 def results(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with scores, at any depth.")],
-    format_: Annotated[ResultsFormat, typer.Option("--format", help="How to print.")] = ResultsFormat.table,
+    format_: Annotated[ResultsFormat, typer.Option("--format", help="Output format.")] = ResultsFormat.table,
 ) -> None:
-    """All scores of many evaluations side by side, each with its protocol. Manifests that cannot be read are named, and
-    the exit code is 1."""
+    """List the scores of many evaluations, each with its protocol.
+
+    Unreadable manifests are reported; the exit code is then 1.
+    """
     with exits():
         from cae2pipe.comparison.scores import collect
         from cae2pipe.reporting.results import as_markdown, protocols, shown

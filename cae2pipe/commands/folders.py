@@ -1,4 +1,4 @@
-"""Any folder that a stage made: inspect, verify."""
+"""Commands for any folder that a stage made: inspect, verify."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a folder is, what it was made from, and what it holds."""
+    """Show what a folder is, what it was made from, and what it contains."""
     with exits():
         from cae2pipe.api import folders
         from cae2pipe.runtime.foreign_names import visible_json
@@ -24,7 +24,7 @@ def inspect(
 
         facts = folders.inspect(path)
         if as_json:
-            # What a small alphabet would have escaped is escaped as JSON has it.
+            # Characters that the terminal's encoding lacks are escaped as in JSON.
             plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
             sys.stdout.write(visible_json(facts, plain) + "\n")
         else:
@@ -33,13 +33,17 @@ def inspect(
 
 def verify(
     path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
-    repair: Annotated[bool, typer.Option("--repair", help="Make again exactly what is damaged, then check.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rebuild exactly what is damaged, then check again.")
+    ] = False,
     source: Annotated[
         Path | None,
-        typer.Option(help="With --repair: the images or the shard set that it was made from.", parser=path_or_url),
+        typer.Option(
+            help="With --repair: the images or the shard set that the folder was made from.", parser=path_or_url
+        ),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="With --repair: the ground truth that shard was given.", parser=path_or_url)
+        Path | None, typer.Option(help="With --repair: the ground truth that was given to shard.", parser=path_or_url)
     ] = None,
     live: Annotated[
         int, typer.Option(min=0, help="Target sets: also run the teacher again on this many stored views.")

@@ -25,7 +25,7 @@ def pretrain(
     config: Annotated[str, typer.Option(help="Preset (tiny, small, base, large, huge) or YAML file.")] = "base",
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     repeat_masks: Annotated[
-        int | None, typer.Option(help="Masks that each loaded view is trained under in one step: where reading limits.")
+        int | None, typer.Option(help="Masks per loaded view and step; use it if reading is the bottleneck.")
     ] = None,
     online: Annotated[
         bool, typer.Option("--online", help="Run the teacher in every step instead of reading its latents.")
@@ -36,8 +36,8 @@ def pretrain(
 ) -> None:
     """Stage 2: train a student from cached targets; ends with encoder.safetensors.
 
-    Under torchrun (torchrun --nproc-per-node N -m cae2pipe pretrain ...) the ranks share every batch. SIGTERM (exit
-    code 143) and SIGUSR1 (75) end the step, write a checkpoint and leave; the same command goes on.
+    Under torchrun (torchrun --nproc-per-node N -m cae2pipe pretrain ...) the ranks share every batch. On SIGTERM
+    (exit code 143) and SIGUSR1 (75) the step is finished and a checkpoint written; rerun the same command to resume.
     """
     with exits():
         from cae2pipe.api.runs import pretrain
@@ -56,11 +56,11 @@ def pretrain(
 
 
 def replay(
-    record: Annotated[Path, typer.Argument(metavar="FILE", help="A file of a run's folder failures/.")],
+    record: Annotated[Path, typer.Argument(metavar="FILE", help="A file from the folder failures/ of a run.")],
     device: Device = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; the run's own by default.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (default: the run's).")] = None,
 ) -> None:
-    """Go again through a training step that was not finite, and say which sample or module breaks it."""
+    """Replay a training step with a NaN or Inf, and show which sample or module causes it."""
     with exits():
         from cae2pipe.runtime.terminal import print_table
         from cae2pipe.stages.replay import replay as run
@@ -68,13 +68,15 @@ def replay(
         replayed = run(record, device or "auto", precision)
         names = (*replayed["terms"], "grad_norm")
         again = {**replayed["terms"], "grad_norm": replayed["grad_norm"]}
-        rows = [{"value": n, "recorded": f"{replayed['recorded'][n]:.6g}", "again": f"{again[n]:.6g}"} for n in names]
+        rows = [
+            {"value": n, "recorded": f"{replayed['recorded'][n]:.6g}", "replayed": f"{again[n]:.6g}"} for n in names
+        ]
         print_table(console, rows)
         print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in replayed["samples"]])
         for title, values in (
-            ("latents that are not finite", replayed["inputs"]),
-            ("first module with such an output", [replayed["module"]] if replayed["module"] else []),
-            ("weights with such gradients", first_few(replayed["gradients"])),
+            ("non-finite latents", replayed["inputs"]),
+            ("first module with a non-finite output", [replayed["module"]] if replayed["module"] else []),
+            ("weights with non-finite gradients", first_few(replayed["gradients"])),
         ):
             console.say(f"{title}: {', '.join(values) or 'none'}")
 
@@ -94,18 +96,18 @@ def export(
     encoder: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="A run folder, an encoder.safetensors, or a .pth that CAE's authors released."
+            metavar="RUN", help="A run folder, an encoder.safetensors, or a .pth released by CAE's authors."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.", parser=folder)],
-    format_: Annotated[ExportFormat, typer.Option("--format", help="Whose layout; hf is transformers' ViTModel.")] = (
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.", parser=folder)],
+    format_: Annotated[ExportFormat, typer.Option("--format", help="Target library; hf: transformers' ViTModel.")] = (
         ExportFormat.timm
     ),
     scores: Annotated[
-        list[Path] | None, typer.Option(help="A folder with evaluations for the model card; may be repeated.")
+        list[Path] | None, typer.Option(help="A folder with evaluations for the model card (repeatable).")
     ] = None,
 ) -> None:
-    """Write an encoder as timm, open_clip or transformers read it, with a model card."""
+    """Export an encoder for timm, open_clip or transformers, with a model card."""
     with exits():
         from cae2pipe.api.runs import export
 
@@ -128,14 +130,16 @@ def compare(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="The folder to make, or to go on with; grids may share one.", parser=folder),
+        typer.Argument(
+            metavar="OUT", help="Output folder (created, or resumed if it exists); grids may share it.", parser=folder
+        ),
     ],
     small: Annotated[bool, typer.Option("--small", help="The grid's small scale, for few cores.")] = False,
     part: Annotated[
-        str | None, typer.Option(help="K/N: only the K-th of N shares of the runs, e.g. one share a machine.")
+        str | None, typer.Option(help="K/N: only the K-th of N shares of the runs, e.g. one share per machine.")
     ] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at once, each in a process of its own and on a CUDA device of its own.")
+        int, typer.Option(min=1, help="Parallel runs, each in its own process and on its own CUDA device.")
     ] = 1,
     workers: Workers = None,
     device: Device = None,
@@ -143,12 +147,12 @@ def compare(
 ) -> None:
     """Train and score many variants on one target set; ends with OUT/reports/GRID/report.html and report.md.
 
-    Run again, it goes on: what is trained or scored already stays as it is, be it for another grid.
+    Rerun the same command to resume. Finished runs and scores are reused, also those of other grids.
     """
     with exits():
         if jobs > 1:
             if part:
-                raise typer.BadParameter("--jobs shares out all runs itself: omit --part")
+                raise typer.BadParameter("--jobs splits the runs itself: omit --part")
             _compare_jobs(
                 grid, targets, data, out=out, set_=set_, small=small, jobs=jobs, workers=workers, device=device
             )
@@ -158,7 +162,7 @@ def compare(
         compared = compare(
             grid, targets, data, out=out, overrides=set_, small=small, part=part, workers=workers, device=device
         )
-        # Under torchrun one process has it.
+        # Under torchrun, only one process has it.
         if compared:
             print_comparison(compared.comparison, compared.page.parent)
 
@@ -175,7 +179,7 @@ def _compare_jobs(
     workers: int | None,
     device: str | None,
 ) -> None:
-    """Share a grid's runs out among processes of this machine, and write the report of what they made."""
+    """Split a grid's runs among processes of this machine, then write the report."""
     from cae2pipe.api.comparisons import report_name
     from cae2pipe.config.base import load
     from cae2pipe.config.compare import GridSettings
@@ -185,10 +189,10 @@ def _compare_jobs(
     from cae2pipe.stages.compare import plan_grid, report_grid
 
     if torchrun_rank().ranks > 1:
-        raise typer.BadParameter("--jobs shares out all runs itself: omit torchrun")
+        raise typer.BadParameter("--jobs splits the runs itself: start it without torchrun")
     settings = load(GridSettings, "compare", grid, overrides=set_ or [])
     speed = section("speed", workers=workers, device=device).get("speed", {})
-    # What is wrong with the grid is told once, not by every job.
+    # So that errors in the grid are reported once, not by every job.
     plan_grid(settings, targets, data, out=out, small=small, speed=speed)
     failed: Cae2pipeError | None = None
     try:
@@ -227,19 +231,20 @@ def _compare_part(
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of pretrain, finished or not.")],
-    out: Annotated[
-        Path, typer.Option(help="The folder to write report.html and report.md into.", parser=folder)
-    ] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.", parser=folder)] = Path("report"),
     targets: Annotated[
         Path | None,
-        typer.Option(help="A target set to make pictures from: masks, latents, neighbours.", parser=path_or_url),
+        typer.Option(help="A target set for pictures of masks, latents and neighbours.", parser=path_or_url),
     ] = None,
     scores: Annotated[
-        list[Path] | None, typer.Option(help="A folder with evaluations of the runs, at any depth; may be repeated.")
+        list[Path] | None, typer.Option(help="A folder with evaluations of the runs, at any depth (repeatable).")
     ] = None,
     device: Device = None,
 ) -> None:
-    """One page about some runs: scores, losses, cost, pictures. Runs that differ by their seed alone share a row."""
+    """Write one page about some runs: scores, losses, cost, pictures.
+
+    Runs that differ only in their seed share a row.
+    """
     with exits():
         from cae2pipe.runtime.progress import progress
         from cae2pipe.stages.report import report_runs
@@ -252,7 +257,7 @@ def report(
 
 
 def print_comparison(comparison: Any, folder: Path) -> None:
-    """A comparison's table, what it says, and where its page is."""
+    """Print a comparison's table, its findings, and the path of its page."""
     from cae2pipe.reporting.comparison_text import cells, findings
     from cae2pipe.runtime.terminal import print_table
 

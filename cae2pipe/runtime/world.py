@@ -1,4 +1,4 @@
-"""The processes of a run: where they meet, and what they tell each other."""
+"""The processes of a run: their process group, and what they exchange."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(hours=2)
-"""For what the leading process does alone while the others wait: scores of cached features, pages."""
+"""For work of the main process while the others wait: scores of cached features, pages."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: ``rank`` of ``ranks``, on ``device``. ``parallel``: ddp, fsdp, or none of them."""
+    """This process among all: ``rank`` of ``ranks``, on ``device``. ``parallel``: ddp, fsdp, or neither."""
 
     rank: int
     ranks: int
@@ -47,18 +47,18 @@ class World:
         return tensor
 
     def barrier(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes have reached this point."""
         if self.ranks > 1:
             self.sum(torch.zeros(1, device=self.device)).item()
 
     def broadcast_buffers(self, module: nn.Module) -> None:
-        """Give all processes the leading one's buffers, such as running statistics."""
+        """Copy the main process's buffers, such as running statistics, to all processes."""
         if self.ranks > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of ranks, in all of them."""
+        """The values of all processes in the order of ranks, in every process."""
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
@@ -66,8 +66,7 @@ class World:
         return values
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives in the leading process, in all of them. An error there is raised everywhere, and shown
-        once."""
+        """The result of ``work`` in the main process, in all of them. An error is raised everywhere, and shown once."""
         if self.ranks == 1:
             return work()
         answer: list[Any] = [None, None]
@@ -84,7 +83,7 @@ class World:
         return result
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives, done by every process; an error that the leading one meets first is shown once."""
+        """The result of ``work``, done by the main process first and then by the others; its error is shown once."""
         done: list[T] = []
         self.run_on_main(lambda: done.append(work()))
         return done[0] if self.is_main else work()
@@ -94,14 +93,14 @@ class World:
 def stage_world(
     device: str, report: Report, *, parallel: str = "ddp", patience: timedelta | None = PATIENCE
 ) -> Iterator[tuple[World, Report]]:
-    """How a stage opens that torchrun may have started: its processes on their devices, and what each reports to.
+    """The processes of a stage that torchrun may have started, on their devices, and what each reports to.
 
     Args:
-        device: as ``pick_device`` takes it. report: the leading process's; what others say is not shown.
-        parallel, patience: as ``init_distributed`` has them.
+        device: as ``pick_device`` takes it. report: of the main process; the others show nothing.
+        parallel, patience: as for ``init_distributed``.
 
     Raises:
-        SettingsError: there is no such device, or torchrun's variables say nothing that can be.
+        SettingsError: there is no such device, or torchrun's variables are invalid.
     """
     rank = torchrun_rank()
     with init_distributed(rank, pick_device(device, rank), parallel, patience=patience) as world:
@@ -112,14 +111,14 @@ def stage_world(
 def init_distributed(
     rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None
 ) -> Iterator[World]:
-    """The world of a training run; its processes meet here, and part at the end. Within another world, as where several
-    trainings follow each other, they stay together: a second meeting of the same processes would not come about.
+    """The world of a training run: its process group is created here, and destroyed at the end. Inside another world,
+    as in several trainings one after the other, the existing group is used: a second one would not be created.
 
     Args:
         parallel: ddp or fsdp. patience: how long one process may wait for the others; None: torch's default.
 
     Raises:
-        SettingsError: nothing says where the processes meet.
+        SettingsError: the address of the process group is not set.
     """
     if rank.ranks == 1:
         yield World(0, 1, device)
@@ -127,7 +126,7 @@ def init_distributed(
     address, port = (os.environ.get(name, "") for name in MEETING)
     if not dist.is_initialized() and not (address and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
         raise SettingsError(
-            f"MASTER_ADDR={address!r} and MASTER_PORT={port!r} do not say where {rank.ranks} processes meet",
+            f"MASTER_ADDR={address!r} and MASTER_PORT={port!r} are no address for a group of {rank.ranks} processes",
             where="environment",
             fix="start with torchrun, which sets these variables",
         )
@@ -136,7 +135,7 @@ def init_distributed(
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield world
-        # One that left while others still work could bring them down.
+        # A process that exits while others still work could crash them.
         world.barrier()
     finally:
         if not inner:

@@ -1,9 +1,10 @@
-"""A source of images to a shard set.
+"""Build a shard set from a source of images.
 
-The order is one permutation of the whole source, cut into runs of ``samples`` files, one tar a run. Every image is
-decoded once to prove that it can be; what cannot is left out of its tar and listed in ``rejects.jsonl``, so a tar may
-hold fewer. A tar thus depends on the source and the settings alone: not on workers, nor on where a run was broken off.
-Images that are new in the source since the last run are one more permutation, with tars of their own.
+The order is one permutation of the whole source, split into groups of ``samples`` files, one tar per group. Every
+image is decoded once as a check; images that cannot be decoded are omitted from their tar and listed in
+``rejects.jsonl``, so a tar may hold fewer. A tar therefore depends only on the source and the settings, not on workers
+or on where a run was interrupted. Images that are new in the source since the last run get another permutation and
+their own tars.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from cae2pipe.shards.tar import write_samples
 
 
 def build_shard_set(source: Path, out: Path, settings: ShardSettings, *, report: Report) -> ShardSet:
-    """Make, or go on making, the shard set ``out`` from images.
+    """Create or resume the shard set ``out`` from images.
 
     Raises:
-        SourceError: the source cannot be used, or no image of it decoded. MismatchError: ``out`` was made from other
-            images or settings. ManifestError: ``out`` holds something else. LockedError: another process writes it.
+        SourceError: the source cannot be used, or none of its images decoded. MismatchError: ``out`` was made from
+            other images or settings. ManifestError: ``out`` holds something else. LockedError: another process
+            writes it.
     """
     images = scan(source)
     refuse_inside(source, out)
@@ -54,10 +56,10 @@ def pack(
     """``build_shard_set`` of a scanned source.
 
     Args:
-        remake: make these units again, whether they look whole or not, and nothing else.
+        remake: rebuild only these units, whether they look intact or not.
 
     Raises:
-        MismatchError: also where a tar that is made again comes out otherwise than the manifest says.
+        MismatchError: also if a rebuilt tar does not match the manifest.
     """
     if remake is None:
         for remark in source.remarks():
@@ -67,7 +69,7 @@ def pack(
             out,
             {"settings": fingerprinted(settings), "classes": source.classes},
             facts={"rejected": 0},
-            fix="give another output folder, or the source and settings this one was made from",
+            fix="give another output folder, or the source and settings that this one was made from",
         )
         if is_local(out):
             remove_debris(out)
@@ -75,18 +77,18 @@ def pack(
         runs = plan_runs(with_listings(source, artifact), settings)
         total = len(source.entries)
         if before and total > before:
-            report.log(f"new in {source.root}: {total - before} of {total} images, which go into tars of their own")
+            report.log(f"{total - before} of {total} images in {source.root} are new: adding tars for them")
         whole = artifact.whole()
         missing = {
             name: run for name, run in runs.items() if (name in remake if remake is not None else name not in whole)
         }
         if not missing and artifact.has(REJECTS) and artifact.complete and remake is None:
-            finish_shards(artifact)  # a run that was killed may have left its last words in the journal
+            finish_shards(artifact)  # a killed run may have left entries in the journal
             report.log(f"nothing to do: {out} holds all {total - artifact.facts['rejected']} images of {source.root}")
             return ShardSet.open(out)
         report.total(total, "images", done=total - sum(map(len, missing.values())))
         with checking(settings.speed.workers) as check:
-            # One stream over all runs: workers read ahead while a tar is finished.
+            # One stream over all tars: workers read ahead while a tar is finished.
             checked = check(source.piece(entry) for entry in chain.from_iterable(missing.values()))
             for name, run in missing.items():
                 expected = artifact.units[name]["files"] if name in artifact.units else None
@@ -124,13 +126,13 @@ def counted(images: Iterator[Checked], report: Report) -> Iterator[Checked]:
 def write_run(
     root: Path, name: str, run: list[Entry], *, images: Iterator[Checked], expected: dict[str, FileEntry] | None = None
 ) -> TarUnit:
-    """Write the tar of a run's images that can be decoded, and its index; return the manifest's entry.
+    """Write a tar of those images that can be decoded, and its index; return the manifest's entry.
 
     Args:
-        expected: the files of the same tar as they were made before, if it was.
+        expected: the files of the same tar from an earlier run, if there are any.
 
     Raises:
-        MismatchError: they come out otherwise now.
+        MismatchError: they differ now.
     """
     rejected: list[Rejected] = []
     checksums = []
@@ -151,18 +153,18 @@ def write_run(
             write_index(stage.path(index), stage.path(tar), checksums)
         if expected is not None and stage.entries(*pieces) != expected:
             raise MismatchError(
-                f"the images of tar {name} are no longer those that it was made from",
+                f"the images of tar {name} have changed since it was made",
                 where=root / tar,
-                fix="restore the source as it was, or make the shard set again in a new folder",
+                fix="restore the original source, or make the shard set again in a new folder",
             )
         return {"files": stage.commit(*pieces), "samples": len(checksums), "rejected": rejected}
 
 
 def finish_shards(artifact: ShardsArtifact) -> None:
-    """Write ``rejects.jsonl`` and the manifest, where they are not as they should be.
+    """Write ``rejects.jsonl`` and the manifest, unless they are up to date.
 
     Raises:
-        SourceError: not one image could be decoded.
+        SourceError: no image could be decoded.
     """
     rejects = rejected_images(artifact)
     rejects.sort(key=lambda reject: reject["path"])
@@ -179,27 +181,27 @@ def finish_shards(artifact: ShardsArtifact) -> None:
 
 
 def rejected_images(artifact: ShardsArtifact) -> list[Rejected]:
-    """The images that could not be decoded, tar after tar as the manifest has them."""
+    """The images that could not be decoded, in the order of tars."""
     return [reject for unit in artifact.units.values() if "rejected" in unit for reject in unit["rejected"]]
 
 
 def refuse_empty(artifact: ShardsArtifact) -> None:
-    """Raise SourceError where every image of the source was rejected."""
+    """Raise SourceError if every image of the source was rejected."""
     if any(unit["samples"] for unit in artifact.units.values()):
         return
     reasons = [reject["reason"] for reject in rejected_images(artifact)]
     raise SourceError(
-        f"none of the {len(reasons)} files can be decoded; one of them: {reasons[0]}",
+        f"none of the {len(reasons)} files can be decoded, e.g.: {reasons[0]}",
         where=artifact.root / "rejects.jsonl",
-        fix="check the source: its files bear image names and are not images",
+        fix="check the source: its files have image names but are not images",
     )
 
 
 def refuse_inside(source: Path, out: Path) -> None:
-    """Raise SourceError where the folder to make lies inside the source."""
+    """Raise SourceError if the output folder is inside the source."""
     if is_local(out) and is_local(source) and out.resolve().is_relative_to(source.resolve()):
         raise SourceError(
-            "the output folder lies inside the source, and would be taken for a class of it",
+            "the output folder is inside the source, and would be read as one of its classes",
             where=out,
             fix="give an output folder elsewhere",
         )

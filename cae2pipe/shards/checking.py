@@ -1,4 +1,4 @@
-"""Images read and proved to decode, by worker processes. Imports little, so that those start at once."""
+"""Worker processes that read images and check that they decode. Imports little, so that they start quickly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cae2pipe.runtime.processes import ahead, prepare_worker, refuse_import_of_m
 
 
 class FileSlice(NamedTuple):
-    """``size`` bytes of a file from ``offset`` on; ``member``: what they are called inside it, "" for a whole file."""
+    """``size`` bytes of a file from ``offset`` on; ``member``: their name inside an archive, "" for a whole file."""
 
     file: Path
     offset: int
@@ -31,26 +31,26 @@ class FileSlice(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """An image's bytes, and why they cannot be decoded, or None."""
+    """An image's bytes, and the reason why they cannot be decoded, or None."""
 
     data: bytes
     reason: str | None
 
 
 Check = Callable[[Iterable[FileSlice]], Iterator[Checked]]
-"""``check_image`` of each piece, in order, some images ahead of the caller."""
+"""``check_image`` of each piece, in order, working some images ahead of the caller."""
 
 CHUNK = 8
-"""Images that a worker is handed at a time."""
+"""Images that a worker gets at a time."""
 AHEAD = 3
-"""Chunks a worker that are read ahead: what bounds memory."""
+"""Chunks per worker that are read ahead; this bounds memory."""
 
 
 def check_image(piece: FileSlice) -> Checked:
     """Read an image and decode it once.
 
     Raises:
-        SourceError: it cannot be read, or has another size than when the source was scanned.
+        SourceError: it cannot be read, or its size has changed since the source was scanned.
     """
     data = read_piece(piece)
     try:
@@ -61,32 +61,32 @@ def check_image(piece: FileSlice) -> Checked:
 
 
 def read_piece(piece: FileSlice) -> bytes:
-    """Bytes of the source.
+    """Read bytes of the source.
 
     Raises:
-        SourceError: they cannot be read. Unlike an image that cannot be decoded, this may pass: it is no reject.
+        SourceError: they cannot be read. This may be transient, so it is not a reject.
     """
     try:
-        # A whole file is read to its end, so that one that has grown is noticed.
+        # A whole file is read to its end, to notice if it has grown.
         data = read_range(piece.file, piece.offset, piece.size) if piece.member else read_bytes(piece.file)
     except OSError as error:
         raise SourceError(
             f"this file cannot be read: {error.strerror or error}",
             where=piece.where,
-            fix="mend that, then run the same command again",
+            fix="fix its permissions or the storage, then run the same command again",
         ) from None
     if len(data) != piece.size:
         raise SourceError(
             f"this file has changed since the source was scanned: {len(data)} bytes instead of {piece.size}",
             where=piece.where,
-            fix="leave the source alone while it is packed, and give a new output folder",
+            fix="do not change the source while it is packed; give a new output folder",
         )
     return data
 
 
 @contextmanager
 def checking(workers: int) -> Iterator[Check]:
-    """``check_image`` over many pieces, in worker processes (-1: one a core; 0: none).
+    """``check_image`` over many pieces, in worker processes (-1: one per core; 0: none).
 
     Raises:
         WorkerError: a worker was killed.
@@ -94,14 +94,14 @@ def checking(workers: int) -> Iterator[Check]:
     if workers == 0:
         yield lambda pieces: map(check_image, pieces)
         return
-    # Not forkserver: there is one a process, and extraction starts it with its own modules loaded.
+    # Not forkserver: there is one per process, and extraction starts it with its own modules preloaded.
     context = multiprocessing.get_context("spawn")
     count = worker_count(workers)
     refuse_import_of_main()
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=prepare_worker)
     try:
         with shielded():
-            pool.submit(int)  # which starts all of them
+            pool.submit(int)  # starts all of them
         yield lambda pieces: chain.from_iterable(
             ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), most=AHEAD * count)
         )

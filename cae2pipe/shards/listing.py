@@ -1,8 +1,8 @@
-"""What a shard set was made from: one listing a generation, a line an image.
+"""What a shard set was made from: one listing per generation, with one line per image.
 
-A set may grow: images that are new in the source make a generation of their own, with further tars, and what is there
-stays as it is. A listing is what the generation's order is drawn from, so any tar can be made again at any time, and a
-source that is no longer the same is noticed file by file.
+A set may grow: images that are new in the source become another generation with further tars, and existing tars do not
+change. The generation's order is drawn from its listing, so any tar can be rebuilt at any time, and a changed source is
+noticed file by file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from cae2pipe.shards.entries import Entry, Source
 from cae2pipe.shards.name_lists import text_lines
 
 PREFIX = "listing-"
-"""Units of listings: ``listing-000``, ``listing-001``, ... Their files bear the same names, ending in .jsonl.gz."""
+"""Units of listings: ``listing-000``, ``listing-001``, ... Their files have the same names, with the suffix
+.jsonl.gz."""
 
 
 def generations(artifact: ShardsArtifact) -> list[str]:
@@ -32,11 +33,11 @@ def generations(artifact: ShardsArtifact) -> list[str]:
 
 
 def with_listings(source: Source, artifact: ShardsArtifact) -> list[list[Entry]]:
-    """The source's images by generation. What no listing holds becomes a new one, written here.
+    """The source's images by generation. Images that are in no listing become a new generation, written here.
 
     Raises:
-        MismatchError: an image that is listed is gone from the source, or has another size. DamageError: a listing is
-            lost, and the source cannot tell any more what it held.
+        MismatchError: a listed image is missing from the source, or has another size. DamageError: a listing is lost,
+            and cannot be restored from the source.
     """
     left = {entry.path: entry for entry in source.entries}
     listed: dict[str, list[Entry]] = {}
@@ -48,20 +49,20 @@ def with_listings(source: Source, artifact: ShardsArtifact) -> list[list[Entry]]
         else:
             listed[name] = [_same(left, path, size, source=source, artifact=artifact) for path, size in rows]
     for name in lost:
-        # All that the other listings do not hold: if it was that, its digest says so.
+        # Everything that is not in the other listings; the digest shows whether that is right.
         listed[name] = sorted(left.values(), key=lambda entry: entry.path)
         left = {}
         data = encode_listing(listed[name])
         if sha256_bytes(data) != artifact.units[name]["files"][_file(name)]["sha256"]:
             raise DamageError(
-                "this listing is lost, and the source is no longer the same",
+                "this listing is lost, and the source has changed",
                 where=artifact.root / _file(name),
                 fix="restore the file, or make the shard set again in a new folder",
             )
         write_bytes(artifact.root / _file(name), data)
     if left:
         if artifact.complete:
-            artifact.save(complete=False)  # from before the new images are listed until their tars are there
+            artifact.save(complete=False)  # until the tars of the new images are complete
         name = f"{PREFIX}{len(listed):03d}"
         listed[name] = sorted(left.values(), key=lambda entry: entry.path)
         data = encode_listing(listed[name])
@@ -77,7 +78,7 @@ def encode_listing(entries: Sequence[Entry]) -> bytes:
 
 
 def read_listing(artifact: ShardsArtifact, name: str) -> list[tuple[str, int]] | None:
-    """Paths and bytes of a generation's images; None where the listing is missing or damaged."""
+    """Paths and bytes of a generation's images; None if the listing is missing or damaged."""
     try:
         data = read_bytes(artifact.root / _file(name))
         if sha256_bytes(data) != artifact.units[name]["files"][_file(name)]["sha256"]:
@@ -92,10 +93,10 @@ def _same(left: dict[str, Entry], path: str, size: int, *, source: Source, artif
     entry = left.pop(path, None)
     if entry is None or entry.bytes != size:
         raise MismatchError(
-            f"the source has changed since this shard set was begun: {path} "
+            f"the source has changed since this shard set was started: {path} "
             + ("is no longer there" if entry is None else f"has {entry.bytes} bytes instead of {size}"),
             where=source.root,
-            fix=f"restore that image, or give another output folder than {artifact.root}; only adding images is growth",
+            fix=f"restore that image, or give another output folder than {artifact.root}; images may only be added",
         )
     return entry
 

@@ -2,9 +2,9 @@
 
 OUT/manifest.json
 OUT/tars/000000.tar          WebDataset tars of originals, shuffled over the whole source
-OUT/tars/000000.json         where each sample lies in the tar, and its checksum
-OUT/listing-000.jsonl.gz     the source's images, path and bytes, as the tars' order is drawn from them
-OUT/rejects.jsonl            what could not be decoded: path and reason, a line each
+OUT/tars/000000.json         each sample's position in the tar, and its checksum
+OUT/listing-000.jsonl.gz     the source's images, path and bytes, from which the tars' order is drawn
+OUT/rejects.jsonl            images that could not be decoded: path and reason, one per line
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ KIND = "shards"
 REJECTS = "rejects"
 """The unit of ``rejects.jsonl``."""
 
-REMEDY = "`cae2pipe verify FOLDER --repair --source IMAGES` makes it again"
+REMEDY = "`cae2pipe verify FOLDER --repair --source IMAGES` rebuilds it"
 
 
 class IndexedSample(NamedTuple):
-    """One sample of a tar: its key, its label (-1: none), and where its image's bytes lie, with their CRC-32C.
+    """One sample of a tar: its key, its label (-1: none), and the position of its image's bytes, with their CRC-32C.
 
-    The limits are those of an index that is read.
+    The limits apply when an index is read.
     """
 
     key: str
@@ -69,7 +69,7 @@ class ImageSample:
 
 @dataclass(frozen=True, repr=False)
 class ShardSet:
-    """The shards in order and the names of their labels. ``remedy``: what to do about damage."""
+    """The shards in order and the names of their labels. ``remedy``: how to repair damage."""
 
     root: Path
     classes: list[str]
@@ -88,7 +88,7 @@ class ShardSet:
             ManifestError: not a shard set.
         """
         artifact = ShardsArtifact.open(root)
-        # A tar may be empty, if all of its images were rejected.
+        # A tar is empty if all of its images were rejected.
         tars = ((name, unit) for name, unit in sorted(artifact.units.items()) if "rejected" in unit)
         shards = [make_shard(root, name, unit) for name, unit in tars if unit["samples"]]
         return cls(root, artifact.identity["classes"], shards)
@@ -98,10 +98,10 @@ class ShardSet:
         return sum(shard.samples for shard in self.shards)
 
     def index(self, shard: Shard) -> list[IndexedSample]:
-        """Where the shard's samples lie.
+        """The positions of the shard's samples.
 
         Raises:
-            DamageError: the index is missing, has changed, or is no index of so many samples.
+            DamageError: the index is missing, has changed, or has another number of samples.
         """
         try:
             return _index(shard)
@@ -134,7 +134,7 @@ class ShardSet:
 
 
 def read_image(tar: Path, offset: int, size: int, *, crc32c: int) -> bytes:
-    """One image's bytes out of a tar.
+    """One image's bytes from a tar.
 
     Raises:
         DamageError: the tar is missing or too short, or the bytes have changed.
@@ -163,7 +163,7 @@ def index_path(name: str) -> str:
 
 
 def index_samples(tar: Path, checksums: Sequence[int]) -> list[IndexedSample]:
-    """Where the samples of a tar lie, given their images' CRC-32C in order."""
+    """The positions of a tar's samples, given their images' CRC-32C in order."""
     return [
         IndexedSample(sample.key, sample.label, sample.offset, sample.size, checksum)
         for sample, checksum in zip(index_tar(tar), checksums, strict=True)
@@ -171,7 +171,7 @@ def index_samples(tar: Path, checksums: Sequence[int]) -> list[IndexedSample]:
 
 
 def write_index(path: Path, tar: Path, checksums: Sequence[int]) -> None:
-    """Write the index of a local tar, given its images' CRC-32C in order: a line a sample."""
+    """Write the index of a local tar, given its images' CRC-32C in order: one line per sample."""
     lines = ",\n".join(json.dumps(row) for row in index_samples(tar, checksums))
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
@@ -193,9 +193,9 @@ def _index(shard: Shard) -> list[IndexedSample]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise DamageError(f"the tar's index is not as it is written: {field}: {first['msg']}", where=path) from None
+        raise DamageError(f"the tar's index is invalid: {field}: {first['msg']}", where=path) from None
     if len(rows) != shard.samples:
-        raise DamageError(f"the tar's index has {len(rows)} samples, and the manifest {shard.samples}", where=path)
+        raise DamageError(f"the tar's index has {len(rows)} samples, but the manifest says {shard.samples}", where=path)
     return rows
 
 

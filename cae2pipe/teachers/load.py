@@ -1,4 +1,4 @@
-"""From settings to a teacher."""
+"""Loading a teacher from its settings."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     foreign = ("stage",) if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
     if misplaced := [name for name in foreign if getattr(settings, name) is not None]:
         raise TeacherError(
-            f"teacher.{misplaced[0]} means nothing to {settings.kind}",
+            f"teacher.{misplaced[0]} does not apply to teacher.kind {settings.kind}",
             where="teacher",
-            fix=f"leave it away, or change teacher.kind, which is {settings.kind}",
+            fix="omit it, or change teacher.kind",
         )
     if settings.weights is not None:
         check_present(settings.weights)
-    # Each library costs seconds to import: only the one asked for is.
+    # Each library takes seconds to import, so only the requested one is imported.
     if settings.kind == "open_clip":
         from cae2pipe.teachers.open_clip import load_open_clip
 
@@ -44,11 +44,11 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
 
     Args:
         artifact: the set's. device: where the teacher runs.
-        weights: its weights' file, where they came from one: sets do not say where files lie.
-        option: how the user gives that file, for the message.
+        weights: its weights file, if they came from one: target sets do not store paths.
+        option: the option for that file, for the message.
 
     Raises:
-        TeacherError: it cannot be had. MismatchError: these are other weights.
+        TeacherError: it cannot be loaded. MismatchError: the weights differ.
     """
     settings = build(TeacherSettings, artifact.identity["settings"]["teacher"], where=artifact.root)
     if weights is not None:
@@ -63,6 +63,6 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
         raise MismatchError(
             "these are not the weights that this target set was made with",
             where=weights or artifact.root,
-            fix=f"give the file of the right ones: {option}",
+            fix=f"give the right file: {option}",
         )
     return teacher

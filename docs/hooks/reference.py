@@ -60,6 +60,8 @@ def describe(path: tuple[str, ...], command: Any) -> Iterator[str]:
         names = {p.name: ", ".join(p.opts + p.secondary_opts) + takes(p, hints[p.name]) for p in options}
         rows = [(code(names[p.name]), required(p), text(p.help or "")) for p in options]
         yield table(("option", "default", "what"), rows)
+    if command.epilog:
+        yield f"```bash\n{command.epilog.removeprefix('Example: ')}\n```"
 
 
 def metavar(parameter: Any) -> str:

@@ -81,7 +81,7 @@ def test_from_images_to_a_score(tmp_path, photos, extract_settings, pretrain_set
     assert score.top1 == score.result["top1"] == 1.0
     assert repr(score).startswith("Score(knn of run: top1=1.0000")
     assert (score.path / "result.json").is_file()
-    with pytest.raises(AttributeError, match="no figure 'miou'"):
+    with pytest.raises(AttributeError, match="no score 'miou'"):
         _ = score.miou
 
     page = cae2pipe.report([str(run.path)], out=str(tmp_path / "report"), scores=[tmp_path / "scores"], **QUIET)
@@ -140,13 +140,13 @@ def test_overrides_have_three_forms(tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: cae2pipe.settings("pretrian", "base"), "no stage 'pretrian'"),
-        (lambda: cae2pipe.presets("train"), "no stage 'train'"),
-        (lambda: cae2pipe.settings("pretrain", "bsae"), "no preset 'bsae'"),
+        (lambda: cae2pipe.settings("pretrian", "base"), "unknown stage 'pretrian'"),
+        (lambda: cae2pipe.presets("train"), "unknown stage 'train'"),
+        (lambda: cae2pipe.settings("pretrain", "bsae"), "unknown pretrain preset 'bsae'"),
         (lambda: cae2pipe.settings("pretrain", "base", {"optimiser.lr": 1}), "unknown setting 'optimiser'"),
-        (lambda: cae2pipe.settings("pretrain", "base", {"optimizer..lr": 1}), "names no setting"),
-        (lambda: cae2pipe.settings("pretrain", "base", {3: 1}), "names no setting"),
-        (lambda: cae2pipe.settings("pretrain", "base", "optimizer.lr=1"), "is one text"),
+        (lambda: cae2pipe.settings("pretrain", "base", {"optimizer..lr": 1}), "is not the name of a setting"),
+        (lambda: cae2pipe.settings("pretrain", "base", {3: 1}), "is not the name of a setting"),
+        (lambda: cae2pipe.settings("pretrain", "base", "optimizer.lr=1"), "is a single string"),
         (lambda: cae2pipe.evaluate("knm", "e", "d", out="o"), "no evaluation 'knm'"),
         (
             lambda: cae2pipe.pretrain("t", "o", config=cae2pipe.settings("shard", "default"), progress=False),

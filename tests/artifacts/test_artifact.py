@@ -77,7 +77,7 @@ def test_foreign_folders_are_refused(tmp_path):
     [
         ({"format": 3}, ManifestError, "has format 3, and this version of cae2pipe reads format 2"),
         ({"format": "2"}, ManifestError, "has format '2', and this version"),
-        ({"kind": "shard"}, ManifestError, "kind: 'shard' is none that this version"),
+        ({"kind": "shard"}, ManifestError, "kind: 'shard' is unknown to this version"),
         ({"kind": ["shards"]}, ManifestError, "kind: .'shards'. is none"),
         ({"identity": {"settings": {"seed": 5}, "classes": []}}, DamageError, "does not match its fingerprint"),
         ({"complete": 1}, ManifestError, "complete: Input should be a valid boolean; it is 1"),

@@ -263,9 +263,9 @@ def test_crops_hold_pixels_with_their_labels(maps):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("chunk=3", "chunk 3 does not divide batch 4"),
+        ("chunk=3", "batch 4 is not divisible by chunk 3"),
         ("stride=40", "leaves gaps"),
-        ("warmup_steps=40", "leaves nothing"),
+        ("warmup_steps=40", "must be less than steps"),
         ("scale_range=[2, 1]", "not a range"),
     ],
 )

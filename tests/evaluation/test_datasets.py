@@ -167,4 +167,4 @@ def test_what_is_passed_over_is_said(tmp_path):
     data = write_data(tmp_path / "data")
     (data / "val" / "class0" / "notes.txt").write_text("x")
     train, val = open_data(data, 3)
-    assert (train.remarks, val.remarks) == ((), ("passed over 1 file that is no image: 1 .txt file",))
+    assert (train.remarks, val.remarks) == ((), ("skipped 1 file that is not an image: 1 .txt file",))

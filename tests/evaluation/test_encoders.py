@@ -248,7 +248,7 @@ def test_a_config_that_does_not_fit(exported, change, field):
 def test_weights_that_are_cut_off(exported):
     data = (exported / WEIGHTS).read_bytes()
     (exported / WEIGHTS).write_bytes(data[: len(data) // 2])
-    with pytest.raises(SourceError, match="not a whole safetensors file"):
+    with pytest.raises(SourceError, match="not a complete safetensors file"):
         load(exported)
 
 

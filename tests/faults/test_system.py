@@ -250,10 +250,10 @@ def test_every_further_ctrl_c_is_passed_on_to_the_jobs():
 def test_a_job_that_was_killed_is_said_to_be():
     one, two = failure([0, -signal.SIGKILL]), failure([2, -signal.SIGTERM, 1])
     assert one.what == "1 of 2 processes failed: 2 (killed by SIGKILL)"
-    assert "said above" not in str(one.fix)
+    assert "errors above" not in str(one.fix)
     assert "fewer --jobs" in str(one.fix)
     assert two.what == "3 of 3 processes failed: 1, 2 (killed by SIGTERM), 3"
-    assert "said above" in str(two.fix)
+    assert "errors above" in str(two.fix)
     assert (type(failure([2, 0])), type(one)) == (BadInputError, Cae2pipeError)
 
 

@@ -205,7 +205,7 @@ def test_memory_need_not_be_in_order():
 
 def test_a_draw_of_another_image_is_refused():
     images, draws = drawn([(30, 40), (40, 30)], 16)
-    with pytest.raises(ImageError, match="40 x 30 pixels, and this one has 30 x 40") as caught:
+    with pytest.raises(ImageError, match="40 x 30 pixels, but this one has 30 x 40") as caught:
         render_views([images[1], images[1]], rows(draws), 16)
     assert caught.value.where == "image 0 of the batch"
 
@@ -214,7 +214,7 @@ def test_a_draw_of_another_image_is_refused():
 def test_a_box_that_leaves_its_image_is_refused(column, value):
     draws = np.array([[0, 0, 30, 40, 0, 1, 1, 1, 0, 30, 40.0], [0, 10, 30, 30, 0, 1, 1, 1, 0, 30, 40]])
     draws[1, column] = value
-    with pytest.raises(ImageError, match="leaves its image of 40 x 30") as caught:
+    with pytest.raises(ImageError, match="not inside its image of 40 x 30") as caught:
         render_views([noise(30, 40)] * 2, draws, 16)
     assert caught.value.where == "image 1 of the batch"
 
@@ -222,5 +222,5 @@ def test_a_box_that_leaves_its_image_is_refused(column, value):
 def test_an_empty_batch_or_one_of_other_draws_is_refused():
     images, draws = drawn([(30, 40), (50, 20)], 16)
     for some, own in (([], np.zeros((0, 11))), (images[:1], rows(draws)), (images, rows(draws)[:, :10])):
-        with pytest.raises(ValueError, match="one row for each image"):
+        with pytest.raises(ValueError, match="one row per image"):
             render_views(some, own, 16)

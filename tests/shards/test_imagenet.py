@@ -102,7 +102,7 @@ class TestGroundTruth:
     def test_what_does_not_fit(self, flat, photo_files, tmp_path):
         archive, truth = flat
         (tmp_path / "short.txt").write_text("\n".join(truth[:-1]))
-        assert "11 labels, and the source 12" in refused(archive, labels=tmp_path / "short.txt").what
+        assert "11 labels, but the source has 12" in refused(archive, labels=tmp_path / "short.txt").what
         (tmp_path / "numbers.txt").write_text("1\n2\n")
         assert "development kit" in refused(archive, labels=tmp_path / "numbers.txt").what
         (tmp_path / "kit.tar.gz").write_bytes(gzip.compress(tar_bytes({"x": b""})))
@@ -113,7 +113,7 @@ class TestGroundTruth:
         (tmp_path / "kit.tar.gz").write_bytes(gzip.compress(endless))
         assert "contradict" in refused(archive, labels=tmp_path / "kit.tar.gz").what
         assert "no such file" in refused(archive, labels=tmp_path / "none").what
-        assert "have classes already" in refused(tmp_path / "photos", labels=tmp_path / "short.txt").what
+        assert "already have classes" in refused(tmp_path / "photos", labels=tmp_path / "short.txt").what
 
 
 class TestExpected:
@@ -146,7 +146,7 @@ class TestExpected:
             with pytest.raises(SettingsError):
                 check_expected(source, bad)
         (tmp_path / "bad.json").write_text("[]")
-        with pytest.raises(SettingsError, match="no reference manifest"):
+        with pytest.raises(SettingsError, match="unknown reference manifest"):
             check_expected(source, str(tmp_path / "bad.json"))
 
     def test_imagenet_on_the_command_line(self, photo_files, tmp_path):

@@ -261,7 +261,7 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants are called 'a'"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants have the name 'a'"),
         ({"seeds": [1, 1]}, "each once"),
         ({"evaluate": [{"kind": "knn"}, {"kind": "knn"}]}, "each once"),
         ({"variants": [{"name": "x", "sett": {}}]}, "unknown setting"),
@@ -269,7 +269,7 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
         ({"along": "mask.ratio.x"}, "no pretraining setting"),
         ({"along": "method"}, "method is no number"),
         ({"evaluate": []}, "evaluate"),
-        ({"set": {"seed": 3}}, "say seed, which `seeds` gives"),
+        ({"set": {"seed": 3}}, "cannot set seed, which is set by `seeds`"),
         ({"variants": [{"name": "x", "set": {"stop_after": 1}}]}, "cannot be scored"),
         ({"variants": [{"name": "x\ny"}]}, "name"),
         ({"variants": [{"name": "x", "paper": {"liner": 80.0}}]}, "liner"),

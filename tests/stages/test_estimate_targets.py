@@ -73,7 +73,7 @@ def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_sett
     said = " ".join(result.output.split())
     assert f"for 45 epochs, --views {advice['views']} is recommended" in said
     assert "with klt at 0.99," in said
-    assert "with --views 2 each would be shown 22.5 times" in said
+    assert "with --views 2 it would be shown 22.5 times" in said
     assert not (tmp_path / "set").exists()
 
 

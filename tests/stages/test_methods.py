@@ -117,8 +117,8 @@ def test_patches_are_those_of_unfold():
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"targets": "online", "loss": {"target": "pixels"}}, "without a teacher"),
-        ({"targets": "online", "views": "fresh", "mask": {"strategy": "attention"}}, "without attention"),
+        ({"targets": "online", "loss": {"target": "pixels"}}, "have no teacher"),
+        ({"targets": "online", "views": "fresh", "mask": {"strategy": "attention"}}, "have no attention"),
     ],
 )
 def test_settings_that_contradict_each_other(over, message, pretrain_settings):

@@ -115,9 +115,11 @@ def test_originals_that_are_missing_or_others_are_refused(
 def test_contradictions_are_refused(pretrain_settings):
     with pytest.raises(SettingsError, match="no cached targets"):
         pretrain_settings(views="fresh")
-    with pytest.raises(SettingsError, match=r"mask\.repeat 3 does not divide .* 32: set mask\.repeat to 2"):
+    with pytest.raises(
+        SettingsError, match=r"data\.batch .32. is not divisible by mask\.repeat .3.: set mask\.repeat to 2"
+    ):
         pretrain_settings(mask={"repeat": 3})
     with pytest.raises(SettingsError, match=r"loads 2 views, .* set data\.streams to 2"):
         pretrain_settings(mask={"repeat": 16})
-    with pytest.raises(SettingsError, match="cut by the workers"):
+    with pytest.raises(SettingsError, match="cropped by the workers"):
         pretrain_settings(targets="online", views="fresh", data={"decode": "device"})

@@ -63,7 +63,7 @@ def test_without_the_package_the_hub_is_asked(monkeypatch, hub_cache):
     monkeypatch.setattr(lite0, "PACKAGE", "no_such_package")
     assert lite0.lite0_file() is None
     settings = load(ExtractSettings, "extract", "lite0").teacher
-    with pytest.raises(TeacherError, match="not on this machine") as refused:
+    with pytest.raises(TeacherError, match="not cached") as refused:
         load_teacher(settings, CPU)
     assert "timm/tf_efficientnet_lite0.in1k" in str(refused.value)
     assert "cae2pipe teachers fetch lite0" in str(refused.value)
