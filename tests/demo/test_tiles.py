@@ -22,12 +22,12 @@ def test_training_and_test_tiles_share_no_pixel(width, height, seed):
         train = place_tile(width, height, "train", seed, number)
         val = place_tile(width, height, "val", seed, number)
         for tile in (train, val):
-            left, top, right, bottom = tile.artifact
+            left, top, right, bottom = tile.box
             assert 0 <= left < right <= width
             assert 0 <= top < bottom <= height
             assert SIDES[0] <= tile.side <= SIDES[1]
         cut = 2 * max(width, height) // 3
-        assert train.artifact[2 if across else 3] <= cut <= val.artifact[0 if across else 1]
+        assert train.box[2 if across else 3] <= cut <= val.box[0 if across else 1]
 
 
 def test_a_part_too_small_for_the_smallest_tile_gives_what_it_holds():
@@ -70,7 +70,7 @@ def test_the_tiles_are_the_photographs_pixels(tmp_path):
     cut_tiles(tmp_path / "out", 0, Silent(), photographs=ONE)
     with Image.open(find_photograph(ONE[0])) as file:
         photograph = file.convert("RGB")
-    artifact = place_tile(*photograph.size, "val", 0, "rocket", "val", 3).artifact
+    artifact = place_tile(*photograph.size, "val", 0, "rocket", "val", 3).box
     with Image.open(tmp_path / "out" / "val" / "rocket" / "03.jpg") as tile:
         error = np.asarray(tile, dtype=float) - np.asarray(photograph.crop(artifact), dtype=float)
     assert np.abs(error).mean() < 2
