@@ -28,7 +28,7 @@ class MeanStudent(nn.Module):
         super().__init__()
         self.mean = mean
 
-    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Prediction:
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         batch = len(pixels)
         token = self.mean.to(pixels.device)
         return Prediction(

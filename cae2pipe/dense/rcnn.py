@@ -45,7 +45,7 @@ class L1Proposals(RegionProposalNetwork):
     """torchvision's region proposals with an L1 loss of boxes (CAE's configuration)."""
 
     def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], *, regression_targets: list[Tensor]
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         positive, negative = (torch.cat(drawn).nonzero().flatten() for drawn in self.fg_bg_sampler(labels))
         chosen = torch.cat([positive, negative])

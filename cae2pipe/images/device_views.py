@@ -101,7 +101,7 @@ def render_views(
     return views
 
 
-def jittered(planes: Tensor, view: Tensor, pixels: Tensor, *, grey: Tensor, factors: Tensor, before: int) -> Tensor:
+def jittered(planes: Tensor, view: Tensor, pixels: Tensor, grey: Tensor, factors: Tensor, before: int) -> Tensor:
     """Images with brightness, contrast and saturation adjusted, each in its own order.
 
     Args:

@@ -38,7 +38,7 @@ class CAE(Method):
         self.decoder = predictor_stack(MaskedDecoder, settings)
         self.head = latent_head(settings, width, target_dim)
 
-    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Prediction:
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         first, second, third = self.split_drop(drop)
         tokens = self.bridge(self.encoder(pixels, visible, first))
         latents = self.regressor(tokens[:, 1:], visible, masked, second)

@@ -21,7 +21,7 @@ class CAEv2(Method):
         self.regressor = predictor_stack(Regressor, settings) if settings.predictor_depth else None
         self.head = latent_head(settings, width, target_dim)
 
-    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Prediction:
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         drops = self.split_drop(drop)
         tokens = self.bridge(self.encoder(pixels, visible, drops[0]))
         seen, hidden = self.head(tokens), None

@@ -25,6 +25,6 @@ class FeatureDistillation(Method):
         super().__init__(settings)
         self.head = latent_head(settings, settings.width, target_dim)
 
-    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Prediction:
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         latents = self.head(self.encoder(pixels, None, drop))
         return Prediction(latents[:, :1], gather_tokens(latents[:, 1:], visible), gather_tokens(latents[:, 1:], masked))

@@ -35,7 +35,7 @@ class MAE(Method):
         self.decoder = predictor_stack(self.decoder_class, settings)
         self.head = latent_head(settings, settings.predictor_width, target_dim)
 
-    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Prediction:
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         first, second = self.split_drop(drop)
         tokens = self.bridge(self.encoder(pixels, visible, first))
         latents = self.head(self.decoder(tokens, visible, masked, second))

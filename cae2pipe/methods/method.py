@@ -55,7 +55,7 @@ class Method(nn.Module, ABC):
                 module.checkpointing = on  # type: ignore[assignment]
 
     @abstractmethod
-    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Prediction:
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         """Predicted latents.
 
         Args:

@@ -26,7 +26,7 @@ class MVP(Method):
         self.head = latent_head(settings, settings.width, target_dim)
         truncated_normal(self.mask_token)
 
-    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Prediction:
+    def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         patches = self.encoder.embed(pixels)
         hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, masked, True)
         patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)

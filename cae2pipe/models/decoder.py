@@ -46,7 +46,7 @@ class Decoder(MaskedDecoder):
         truncated_normal(self.mask_token)
 
     def forward(  # type: ignore[override]
-        self, tokens: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None
+        self, tokens: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None
     ) -> Tensor:
         """Latents of all tokens.
 
@@ -99,7 +99,7 @@ class PromptingDecoder(Stack):
         self.apply(initialise)
         truncated_normal(self.mask_token)
 
-    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
         """Latents of all tokens, (B, 1 + V + M, W): class token, visible, masked. Arguments as ``Decoder`` has them."""
         seen = tokens[:, 1:] + self.pos_embed[visible]
         prompts = torch.cat([tokens[:, :1].to(seen.dtype), seen], dim=1)

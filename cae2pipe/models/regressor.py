@@ -36,7 +36,7 @@ class RegressorBlock(nn.Module):
         self.ls2 = LayerScale(width, layer_scale)
 
     def forward(
-        self, x: Tensor, context: Tensor, x_positions: Tensor, *, context_positions: Tensor, drop: Tensor | None
+        self, x: Tensor, context: Tensor, x_positions: Tensor, context_positions: Tensor, drop: Tensor | None
     ) -> Tensor:
         first, second = (None, None) if drop is None else drop.unbind(1)
         both = torch.cat([context, x], dim=1)
@@ -61,7 +61,7 @@ class Regressor(Stack):
         self.apply(initialise)
         truncated_normal(self.mask_token)
 
-    def forward(self, context: Tensor, visible: Tensor, masked: Tensor, *, drop: Tensor | None = None) -> Tensor:
+    def forward(self, context: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
         """Latents of the masked patches.
 
         Args:

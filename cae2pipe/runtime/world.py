@@ -98,18 +98,18 @@ def stage_world(
 
     Args:
         device: as ``pick_device`` takes it. report: the leading process's; what others say is not shown.
-        parallel, patience: as ``joined`` has them.
+        parallel, patience: as ``init_distributed`` has them.
 
     Raises:
         SettingsError: there is no such device, or torchrun's variables say nothing that can be.
     """
     rank = torchrun_rank()
-    with joined(rank, pick_device(device, rank), parallel, patience=patience) as world:
+    with init_distributed(rank, pick_device(device, rank), parallel, patience=patience) as world:
         yield world, report if world.is_main else Silent()
 
 
 @contextmanager
-def joined(rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None) -> Iterator[World]:
+def init_distributed(rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None) -> Iterator[World]:
     """The world of a training run; its processes meet here, and part at the end. Within another world, as where several
     trainings follow each other, they stay together: a second meeting of the same processes would not come about.
 

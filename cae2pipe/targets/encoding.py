@@ -215,7 +215,6 @@ def _encode(
     block: RenderedBlock,
     index: int,
     lane: Lane | None,
-    *,
     teacher: Teacher,
     layout: StoreLayout,
     calibration: Calibration,

@@ -53,7 +53,6 @@ class Objective(nn.Module):
         pixels: Tensor,
         latents: Mapping[str, Tensor],
         visible: Tensor,
-        *,
         masked: Tensor,
         drop: Tensor,
         weights: Tensor,

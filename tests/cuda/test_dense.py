@@ -77,9 +77,9 @@ def test_a_step_of_segmentation(precision, encoder, cuda):
     with cuda:
         learner = segment_learner(encoder, CUDA, PRECISIONS[precision])
         chunks = [chunk.to(CUDA) for chunk in chunks]
-        cuda.idle_fraction.clear()
+        cuda.waits.clear()
         loss = learner.step(chunks, 0, 4)
-        assert cuda.idle_fraction == []
+        assert cuda.waits == []
         check_on_device(learner)
         predicted = learner.predict(image, (80, 140))
         assert (predicted.device, predicted.dtype, predicted.shape) == (CUDA, torch.int64, (80, 140))

@@ -59,9 +59,9 @@ def test_teachers(kind, precision, teachers, cuda):
     with cuda:
         teacher = load_teacher(settings, CUDA)
         images = pixels(side=40).to(CUDA)  # brought to its size on the device
-        cuda.idle_fraction.clear()
+        cuda.waits.clear()
         output = teacher(images)
-        assert cuda.idle_fraction == []
+        assert cuda.waits == []
         got = output.tokens, output.attention
     # Attention over the class token is always computed in float32.
     attends = output.attention is not None
@@ -104,9 +104,9 @@ def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
             array: data.tobytes() for array, data in arrays.items()
         }
         stored = {array: data.to(CUDA) for array, data in as_tensors(arrays).items()}
-        cuda.idle_fraction.clear()
+        cuda.waits.clear()
         decoded = codec.decode(stored)
-        assert cuda.idle_fraction == []
+        assert cuda.waits == []
         assert (decoded.device, decoded.dtype) == (CUDA, torch.float32)
     assert torch.equal(on_cpu(decoded), plain.decode(as_tensors(arrays)))
 
@@ -115,7 +115,7 @@ def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
 def test_blocks_are_those_of_the_cpu(name, unit, teachers, cuda, monkeypatch):
     """All of it: upload, teacher, norms, codec, check of the decoding, attention, packing."""
     # Other threads do not know of what is simulated in this one.
-    monkeypatch.setattr(encoding, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
+    monkeypatch.setattr(encoding, "in_threads", lambda work, tasks, *_, **__: (work(*task) for task in tasks))
     calibration, _ = calibrate(unit, name, 0.999, level=1)
     settings = teachers["open_clip"].model_copy(update={"precision": "fp32"})
 

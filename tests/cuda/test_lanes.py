@@ -44,10 +44,10 @@ class Stream:
     """A stand-in that knows who works on it."""
 
     def __init__(self, device: torch.device):
-        self.device, self.owner, self.idle_fraction = device, threading.current_thread(), []
+        self.device, self.owner, self.waits = device, threading.current_thread(), []
 
     def wait_stream(self, other: str) -> None:
-        self.idle_fraction.append(other)
+        self.waits.append(other)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_every_thread_has_its_stream_and_the_bytes_are_the_same(
     monkeypatch.setattr("cae2pipe.teachers.protocol.CPU_BATCH", 64)
     extract_targets(photos, tmp_path / "set", extract_settings(speed={"lanes": 3}), report=Silent())
     assert 2 <= len(streams.made) <= 4, "one for each thread, the main one included"
-    assert all(stream.idle_fraction == ["default"] for stream in streams.made)
+    assert all(stream.waits == ["default"] for stream in streams.made)
     assert len(streams.used) == 2 * 5, "five blocks, two views"
     assert all(stream.owner is thread for stream, thread in streams.used)
     assert threading.main_thread() not in {thread for _, thread in streams.used}

@@ -39,7 +39,7 @@ KINDS = {
 def one_thread(monkeypatch):
     """Other threads do not know of what is simulated in this one."""
     for module in (upload, device):
-        monkeypatch.setattr(module, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
+        monkeypatch.setattr(module, "in_threads", lambda work, tasks, *_, **__: (work(*task) for task in tasks))
 
 
 @pytest.fixture(scope="module")

@@ -118,9 +118,9 @@ def compare(cuda, make, settings: PretrainSettings) -> None:
     with cuda:
         step, _ = make(settings, CUDA)
         batch = batch.to(CUDA)
-        cuda.idle_fraction.clear()
+        cuda.waits.clear()
         outcome = step(batch, 1e-3, Flags(waited=0.5, stop=True))
-        assert cuda.idle_fraction == []
+        assert cuda.waits == []
         check_on_device(step)
     values = outcome.values()
     assert [values[name] for name in TERMS] == pytest.approx(wanted, **NEAR[settings.precision])
@@ -172,9 +172,9 @@ def test_losses_on_stored_and_on_raw_latents(kind, target, latents, cuda, make):
         objective = step.objective.to(CUDA)
         objective.codec.place(CUDA)
         batch, given = batch.to(CUDA), {name: array.to(CUDA) for name, array in given.items()}
-        cuda.idle_fraction.clear()
+        cuda.waits.clear()
         terms = forward(objective, batch, given)
-        assert cuda.idle_fraction == []
+        assert cuda.waits == []
         assert (terms.device, terms.dtype) == (CUDA, FP32)
     torch.testing.assert_close(on_cpu(terms), wanted.detach())
 
@@ -201,9 +201,9 @@ def test_gradients_are_clipped_on_the_device(cuda, make):
     with cuda:
         step, batches = make(small("base", "optimizer.clip=0.5"), CUDA)
         batch = next(batches).to(CUDA)
-        cuda.idle_fraction.clear()
+        cuda.waits.clear()
         outcome = step(batch, 1e-3)
-        assert cuda.idle_fraction == []
+        assert cuda.waits == []
         count = sum(p.numel() for p in step.parameters)
         clipped = torch.cat([on_cpu(p.grad).flatten() for p in step.parameters])
     assert outcome.values()["grad_norm"] == pytest.approx(count**0.5)  # gradients of ones

@@ -151,7 +151,7 @@ def test_every_run_compiles_its_training_once_and_nothing_else(whole, maps, tmp_
 
 
 def test_an_image_too_large_for_the_device_is_scored_on_the_cpu(whole, maps, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     short = ["steps=2", "warmup_steps=0", "speed.checkpoint_minutes=1e-9"]

@@ -60,12 +60,12 @@ def test_originals_come_back_with_key_and_label(shards, tmp_path):
 def test_a_range_is_read_at_once(shards, monkeypatch):
     reads = []
 
-    def read_range(path: Path, offset: int, size: int) -> bytes:
+    def read_tar_range(path: Path, offset: int, size: int) -> bytes:
         reads.append(size)
         return path.read_bytes()[offset : offset + size]
 
     shards.index(shards.shards[0])
-    monkeypatch.setattr(shard_set, "read_range", read_range)
+    monkeypatch.setattr(shard_set, "read_tar_range", read_tar_range)
     samples = shards.read(shards.shards[0], 1, 4)
     assert len(reads) == 1
     assert reads[0] < sum(len(sample.data) for sample in samples) + 3 * 2048

@@ -28,7 +28,7 @@ def test_a_piece_is_fetched_once(tmp_path):
     assert [cache.read("d", 0, 3, fetch=source) for _ in range(3)] == [b"abc"] * 3
     assert source.fetched == 1
     again = pickle.loads(pickle.dumps(cache))
-    assert again.read("d", 0, 3, source) == b"abc"
+    assert again.read("d", 0, 3, fetch=source) == b"abc"
     assert source.fetched == 1
 
 
