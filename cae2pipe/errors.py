@@ -46,7 +46,7 @@ class Cae2pipeError(Exception):
         return "\n".join(lines)
 
 
-def _rebuild(kind: type[Cae2pipeError], what: str, where: str | None, *, fix: str | None) -> Cae2pipeError:
+def _rebuild(kind: type[Cae2pipeError], what: str, where: str | None, fix: str | None) -> Cae2pipeError:
     return kind(what, where=where, fix=fix)
 
 

@@ -209,7 +209,7 @@ def _join(workers: list[_Worker], seconds: float) -> None:
         worker.process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, *, workers: int) -> None:
+def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int) -> None:
     prepare_worker()
     torch.set_num_threads(1)
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
