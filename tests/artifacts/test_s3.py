@@ -17,7 +17,7 @@ from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.verify import verify
 from tests.conftest import contents
-from tests.storage.conftest import BUSY, FORBIDDEN
+from tests.artifacts.conftest import BUSY, FORBIDDEN
 
 
 def remote_contents(root: Path) -> dict[str, bytes]:
