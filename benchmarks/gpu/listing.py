@@ -1,4 +1,4 @@
-"""All parts, in order of their value."""
+"""All parts, the most important first."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from benchmarks.gpu.parts import Part
 
 SIZES = ("tiny", "small", "base", "large")
 
-# Estimates are seconds on one H100 with 16 cores, with nothing compiled before: most were measured. What runs beside
-# others costs the suite little more than the longest of them.
+# Estimates are seconds on one H100 with 16 cores and an empty compiler cache; most were measured. Concurrent parts take
+# little more time together than the longest of them.
 PARTS = (
     Part("A", "benchmarks.gpu.machine:describe", 8),
-    # Is a step right?
+    # Is a step correct?
     Part("B1", "benchmarks.gpu.steps:against_cpu", 90),
     Part("B2", "benchmarks.gpu.steps:bf16_against_fp32", 8),
     Part("B3", "benchmarks.gpu.compiled:against_eager", 21, arguments=("base",)),
@@ -48,8 +48,8 @@ PARTS = (
 
 
 def select(names: str | None, sizes: Sequence[str]) -> list[Part]:
-    """Parts by name, in their own order: all where ``names`` is None; a name stands for all that begin with it too
-    (``B`` for B1, B2, ..., ``C-base`` for its variants). Of speeds only those of ``sizes``.
+    """Parts by name, in the order of ``PARTS``; all if ``names`` is None. A name also selects all parts that start with
+    it (``B``: B1, B2, ...; ``C-base``: its variants). Speed parts are limited to ``sizes``.
 
     Raises:
         ValueError: an unknown name or size.
