@@ -1,4 +1,5 @@
-"""Preloaded last by processes that others are forked from: no child collects the garbage of what was imported."""
+"""Preloaded last by processes that others are forked from, so that the children's garbage collectors ignore imported
+objects."""
 
 import gc
 

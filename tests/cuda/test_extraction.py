@@ -1,4 +1,4 @@
-"""Extraction on a device: every teacher, every codec, and the blocks that they make together."""
+"""Extraction on a device: every teacher, every codec, and their blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def teachers(extract_settings, tmp_path_factory) -> dict[str, TeacherSettings]:
     return {
         "open_clip": extract_settings().teacher,
         "timm": TeacherSettings(kind="timm", name="test_vit", weights=folder / "vit.safetensors", image_size=32),
-        # From a file: where tensors are fake, torch.load, which reads the package's weights, gives fake ones.
+        # From a file: with fake tensors, torch.load of the package's weights would return fake ones.
         "lite0": lite0.model_copy(update={"weights": folder / "lite0.safetensors"}),
     }
 
@@ -58,7 +58,7 @@ def test_teachers(kind, precision, teachers, cuda):
     wanted = load_teacher(settings.model_copy(update={"precision": "fp32"}), CPU)(pixels(side=40))
     with cuda:
         teacher = load_teacher(settings, CUDA)
-        images = pixels(side=40).to(CUDA)  # brought to its size on the device
+        images = pixels(side=40).to(CUDA)  # resized on the device
         cuda.idle_fraction.clear()
         output = teacher(images)
         assert cuda.idle_fraction == []
@@ -75,7 +75,7 @@ def test_teachers(kind, precision, teachers, cuda):
 
 
 def test_a_teacher_in_the_step(teachers, cuda):
-    """Its latents take part in a backward pass, which what inference mode gave could not."""
+    """Its latents take part in a backward pass, which is impossible for tensors from inference mode."""
     with cuda:
         teacher = load_teacher(teachers["open_clip"], CUDA)
         latents = OnlineLatents(teacher)(SimpleNamespace(pixels=pixels().to(CUDA)))["raw"]
@@ -113,8 +113,8 @@ def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
 
 @pytest.mark.parametrize("name", CODECS)
 def test_blocks_are_those_of_the_cpu(name, unit, teachers, cuda, monkeypatch):
-    """All of it: upload, teacher, norms, codec, check of the decoding, attention, packing."""
-    # Other threads do not know of what is simulated in this one.
+    """All steps: upload, teacher, norms, codec, check of the decoding, attention, packing."""
+    # The simulation is limited to this thread.
     monkeypatch.setattr(encoding, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
     calibration, _ = calibrate(unit, name, 0.999, level=1)
     settings = teachers["open_clip"].model_copy(update={"precision": "fp32"})

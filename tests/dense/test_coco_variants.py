@@ -1,4 +1,4 @@
-"""COCO's instances files as tools write them: a detector that finds everything scores 1, or the file is refused."""
+"""COCO's instances files from various tools: a perfect detector scores 1, or the file is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.dense.coco_files import BOX, HEIGHT, PLACES, WIDTH, Data, corners, pl
 
 
 def perfect(val: CocoImages) -> list[dict[str, Any]]:
-    """Detections of all rectangles that there are, whatever the file says of them."""
+    """Detections of all rectangles, independent of the file."""
     numbers = {Path(each["file_name"]).name: each["id"] for each in val.dataset["images"]}
     return [
         {"image_id": numbers[f"{n}.png"], "category_id": label, "score": 1.0, "bbox": [*place, *BOX],
@@ -44,7 +44,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def each_annotation(**values: Any) -> Callable[[Data], None]:
-    """Set, or with ``...`` remove, fields of all annotations; functions are given the number, from 0."""
+    """Set, or with ``...`` remove, fields of all annotations; functions get the annotation's number, from 0."""
     return lambda data: change(data["annotations"], values)
 
 
@@ -78,7 +78,7 @@ def ids(images: Callable[[int], Any] = int, categories: Callable[[int], Any] = i
 
 
 def more(name: str, *entries: dict[str, Any]) -> Callable[[Data], None]:
-    """Add entries, each the first one with other values."""
+    """Add copies of the first entry with other values."""
     return lambda data: data[name].extend({**data[name][0], **entry} for entry in entries)
 
 

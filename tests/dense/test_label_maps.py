@@ -1,4 +1,4 @@
-"""Label maps and the files beside them: which way up labels see an image, what is left out, what is refused."""
+"""Label maps and other files: orientation of labels, ignored files, refused files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cae2pipe.errors import SourceError
 
 
 def write(root: Path, stored: tuple[int, int], orientation: int, labels: np.ndarray) -> Path:
-    """One image in train and in val, its left half as it is stored red, beside a label map."""
+    """One image in train and in val, whose left half as stored is red, and a label map."""
     pixels = np.zeros((stored[1], stored[0], 3), np.uint8)
     pixels[:, : stored[0] // 2, 0] = 255
     exif = Image.Exif()

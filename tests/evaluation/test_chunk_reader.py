@@ -1,4 +1,4 @@
-"""Chunks of drawn crops."""
+"""Chunks of random crops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_chunk_hangs_on_step_and_number_alone(reader, rand_augment):
     assert len(whole) == 12
     chunks = {(chunk.step, chunk.number): chunk for chunk in (whole[index] for index in range(len(whole)))}
     half, later = reader(own=(1,), rand_augment=rand_augment), reader(start=4, rand_augment=rand_augment)
-    np.random.seed(77)  # what others have drawn does not matter
+    np.random.seed(77)  # global random state does not matter
     for part in (half, later):
         for index in range(len(part)):
             chunk = part[index]

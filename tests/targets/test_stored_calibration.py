@@ -1,4 +1,4 @@
-"""The calibration on disk: every change of its bytes is damage with its remedy, whatever the metadata say."""
+"""The calibration on disk: every change of its bytes is an error with a fix, whatever the metadata."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_settings_that_fit_no_tower_are_refused(settings, over, message):
 
 @pytest.mark.parametrize("preset", ["clip-b16", "clip-l14", "clip-l14-196"])
 def test_presets_name_weights_that_open_clip_knows(preset, hub_cache):
-    """Without the weights a preset gets as far as the hub's cache, and says how to fill it."""
+    """Without weights, the error of a preset says how to fill the hub's cache."""
     with pytest.raises(TeacherError, match="not on this machine") as refused:
         load_teacher(load(ExtractSettings, "extract", preset).teacher, CPU)
     named = [name for name in ("clip-b16", "clip-l14") if f"teachers fetch {name}`" in str(refused.value)]
@@ -197,7 +197,7 @@ def test_presets_name_weights_that_open_clip_knows(preset, hub_cache):
 
 
 def test_pretrained_weights_come_from_the_hubs_cache(settings, teacher_file, pixels, hub_cache, monkeypatch):
-    """A tower by name and tag, its weights at hand: no network. The file holds a text tower, which is not built."""
+    """A tower by name and tag with cached weights: no network. The file contains a text tower, which is not built."""
     import open_clip.factory
     import open_clip.pretrained
 
