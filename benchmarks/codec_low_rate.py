@@ -198,8 +198,7 @@ def grid_cosines(tokens: int) -> Tensor:
 
 
 def predicted(fitted: Tensor, rotated: Tensor, plain: Callable[[Tensor, float], Tensor]) -> Scalar:
-    """Each patch minus a prediction from its decoded left, upper and upper left neighbours, with weights per
-    component."""
+    """Each patch minus a prediction from its decoded left, upper and upper left neighbours; weights per component."""
     side = math.isqrt(rotated.shape[1] - 1)
 
     def neighbours(grid: Tensor, row: int, col: int) -> Tensor:

@@ -95,8 +95,7 @@ def finish(
     settings: Mapping[str, Any],
     libraries: Sequence[str],
 ) -> None:
-    """Print rows and checks as tables and, with ``--out``, write the result. A missed goal is shown, but not an
-    error."""
+    """Print rows and checks as tables and, with ``--out``, write the result. A missed goal is not an error."""
     print_table(benchmark, rows)
     print_table("checks", checks)
     if options.out:

@@ -39,8 +39,7 @@ Points = list[tuple[int, float]]
 
 
 def product(fit: Tensor, test: Tensor, mean: Tensor, basis: Tensor) -> Points:
-    """Parts of equal size of the rotated token; components are distributed so that the products of their variances
-    agree."""
+    """Parts of equal size of the rotated token, with components distributed to equalise the products of variances."""
     dim = test.shape[2]
     fitted, rotated = (((unit - mean) @ basis).flatten(0, 1) for unit in (fit, test))
     logs = fitted.square().mean(0).log()

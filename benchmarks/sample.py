@@ -86,8 +86,7 @@ def write_noise(folder: Path, images: int, size: tuple[int, int]) -> None:
 
 
 def copies(source: Path, scratch: Path, count: int) -> Path:
-    """Several copies of the photographs, each in its own folders: with only a hundred images, edge effects would
-    dominate."""
+    """Several copies of the photographs, each in its own folders: with a hundred images edge effects would dominate."""
     for copy in range(count):
         for folder in source.iterdir():
             shutil.copytree(folder, scratch / "copies" / f"{folder.name}-{copy}")

@@ -88,8 +88,7 @@ class Scorer:
         return both[0], both[1]
 
     def score(self, run: RunArtifact, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
-        """``knn`` and, if requested, ``linear`` top-1 accuracy in percent, on the class token; and
-        ``held_out_loss``."""
+        """``held_out_loss``; ``knn`` and, if requested, ``linear`` top-1 accuracy of the class token in percent."""
         model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
         model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])
         vit = build_vit(timm_config(model.encoder))

@@ -1,5 +1,4 @@
-"""Preloaded last by processes that others are forked from, so that the children's garbage collectors ignore imported
-objects."""
+"""Preloaded last by processes that others are forked from: their garbage collectors ignore imported objects."""
 
 import gc
 

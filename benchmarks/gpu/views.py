@@ -31,8 +31,7 @@ VIEWS_A_TURN = 2048
 
 
 def rendering(state: State, found: Found) -> None:
-    """Views of images in memory compared with Pillow's; views of JPEGs decoded on the device compared with the CPU's;
-    rates."""
+    """Views of images in memory against Pillow's; views of JPEGs decoded on the device against the CPU's; rates."""
     settings = ViewSettings(size=state.scale.image)
     equality(state, found, settings)
     side, different = (state.scale.image * 10 // 7, 8) if state.quick else (SHORT_SIDE, DIFFERENT)

@@ -125,8 +125,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one window: keys, views, JPEG bytes, draws (none for fresh views), and the blocked arrays over all
-    of them."""
+    """The samples of one window: keys, views, JPEG bytes, draws (none for fresh views), and the blocked arrays."""
 
     keys: list[str]
     views: list[int]

@@ -1,5 +1,4 @@
-"""Commands on damaged folders and their allowed outcomes: a clear error, or exactly the result for undamaged
-folders."""
+"""Commands on damaged folders. Allowed outcomes: a clear error, or exactly the result for undamaged folders."""
 
 from __future__ import annotations
 

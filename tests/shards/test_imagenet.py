@@ -24,8 +24,7 @@ from tests.shards.archives import ALONE, class_tars, packed, refused, tar_bytes,
 
 
 def devkit(truth: list[str]) -> bytes:
-    """A development kit like ImageNet's: its numbers are not in the order of the synsets, and 1000 is not a leaf
-    here."""
+    """A development kit like ImageNet's: its numbers are not in the order of the synsets, and 1000 is not a leaf."""
     from scipy.io import savemat
 
     classes = sorted(set(truth), reverse=True)

@@ -104,8 +104,7 @@ def test_a_run_without_trained_class_token_is_scored_by_its_patches(make_run, da
 
 
 def test_the_same_weights_scored_by_another_feature_are_another_score(make_run, data, tmp_path):
-    """``auto`` is the class token for an exported file, and the mean patch for a run that did not train its class
-    token."""
+    """``auto``: the class token for an exported file, the mean patch for a run that did not train its class token."""
     run, bare = make_run(loss={"visible": 0.0}), tmp_path / "bare"
     bare.mkdir()
     for name in (WEIGHTS, CONFIG):
