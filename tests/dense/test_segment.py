@@ -220,13 +220,13 @@ def broken(root: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("label", "labels 77 are none of the 4 classes"),
+        ("label", r"label values \[77\] are outside 0..3"),
         ("size", "the labels are for 5 x 5 pixels"),
         ("colour", "mode is RGB"),
         ("nothing", "cannot be decoded"),
         ("missing", "image '0' has no labels"),
         ("folder", "no such folder"),
-        ("classes", "classes are not known"),
+        ("classes", "classes are unknown"),
         ("twice", "2 classes are listed, 1 of them different"),
     ],
 )

@@ -77,7 +77,7 @@ def test_what_cannot_be_decoded_is_replaced_within_its_chunk_and_named(reader, t
     assert chunk.pixels[0].equal(chunk.pixels[1])
     for path in (tmp_path / "images").rglob("*.jpg"):
         path.write_bytes(b"nothing")
-    with pytest.raises(SourceError, match="not one of 2 images"):
+    with pytest.raises(SourceError, match="none of the 2 images"):
         reader()[0]
 
 

@@ -183,7 +183,7 @@ def test_timm_with_a_file_takes_the_models_own_size(tmp_path):
         ("random:tinny", SettingsError, "nearest: 'tiny'"),
         ("random:.", SourceError, "not a run"),
         ("teacher:clip-b61", SettingsError, "nearest: 'clip-b16'"),
-        (".", SourceError, "holds no encoder.safetensors"),
+        (".", SourceError, "does not contain encoder.safetensors"),
     ],
 )
 def test_what_is_no_encoder_is_refused(spec, error, message, tmp_path, monkeypatch):

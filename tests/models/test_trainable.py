@@ -166,7 +166,7 @@ def test_what_can_be_fine_tuned(name):
 
 def test_more_tokens_before_the_patches_have_no_relative_positions():
     built = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=0)
-    with pytest.raises(SettingsError, match="not 2"):
+    with pytest.raises(SettingsError, match="this model has 2"):
         add_relative_positions(built, "deit")
 
 

@@ -35,7 +35,7 @@ def test_what_is_too_near_to_tell_is_said():
     assert better(rows[0], rows[2], "linear")
     assert not better(rows[0], rows[1], "linear")
     (line,) = findings(comparison(*rows[:2]))
-    assert "a > b, cannot be told here" in line
+    assert "a > b, can be neither confirmed nor rejected here" in line
 
 
 def test_a_difference_counts_from_two_standard_errors_on():

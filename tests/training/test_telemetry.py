@@ -112,7 +112,7 @@ def test_wandb_resumes_the_same_run(target_root, pretrain_settings, tmp_path, mo
 def test_an_id_of_wandb_that_is_none(tmp_path):
     assert wandb_id(tmp_path / "id.txt") == wandb_id(tmp_path / "id.txt")
     (tmp_path / "id.txt").write_text("../x")
-    with pytest.raises(SettingsError, match="no id of a run"):
+    with pytest.raises(SettingsError, match="not contain a wandb run id"):
         wandb_id(tmp_path / "id.txt")
 
 
