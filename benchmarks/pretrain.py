@@ -138,7 +138,7 @@ def measure(
     row: dict[str, Any] = {"size": size} | {name: figures(values, 2) for name, values in rates.items()}
     row |= {"/memory": round(kept, 3), "/online": round(gained, 2), "ceiling": round(ceiling, 2)}
     details = {
-        "units": "images a second",
+        "units": "images per second",
         "gmacs": round(forward_flops(settings, targets.teacher.dim) / 2e9, 2),
         "cached_over_fresh": round(median_ratio(rates["cached"], rates["fresh"]), 2),
         "data_wait": round(sum(waits) / len(waits), 4),

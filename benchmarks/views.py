@@ -11,7 +11,7 @@ resume, and the result is written after every arm. Of a run that another process
 are scored.
 
     python -m benchmarks.views --work FOLDER [--arms v1-s0,v32-k97-s0,fresh-s0] [--jobs 2] [--only-score]
-        [--picture docs/views.png] [--beside benchmarks/results/views-h100.json] [--device cuda]
+        [--picture docs/views.png] [--other benchmarks/results/views-h100.json] [--device cuda]
         [--out benchmarks/results/views-cpu.json]
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
         linear={"type": int, "help": "epochs between linear scores; default 100"},
         jobs={"type": int, "default": 1, "help": "arms to train at once, each in a process with one thread"},
         picture={"type": Path, "help": "file for a plot of accuracy over epochs and over kB"},
-        beside={"type": Path, "help": "a result on another device, whose additional arms are plotted too"},
+        other={"type": Path, "help": "a result on another device, whose additional arms are plotted too"},
         **{
             "only-score": {"action": "store_true", "help": "only score existing runs"},
             "pixels-once": {"type": float, "help": "kB of an image that is stored once to replay views from it"},
@@ -115,7 +115,7 @@ def measure(bench: Bench, arms: Sequence[Arm], options: Namespace, report: Repor
             if options.out:
                 write_result(options, "views", rows, checks, about, libraries)
             if options.picture and rows:
-                draw(rows + rows_beside(options.beside, rows), about["test_images"], options.picture)
+                draw(rows + rows_of_other_arms(options.other, rows), about["test_images"], options.picture)
     return all_rows(bench, done, options.pixels_once)
 
 
@@ -180,7 +180,7 @@ def all_rows(bench: Bench, runs: Mapping[Arm, RunArtifact], pixels_once: float |
     return [row for arm in ordered for row in arm_rows(bench, arm, runs[arm], pixels_once)]
 
 
-def rows_beside(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of_other_arms(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of another result for arms that are not in ``rows``."""
     own = {row["arm"] for row in rows}
     return [row for row in json.loads(path.read_text())["rows"] if row["arm"] not in own] if path else []

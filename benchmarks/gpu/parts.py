@@ -49,7 +49,7 @@ class Part:
         name: as in ``--parts``.
         run: ``module:function``, called with the state, the ``Found`` to fill, and ``arguments``.
         estimate: seconds on one H100.
-        lane: ``main``: in the suite's own process, one by one; ``beside``: in a separate process, concurrently with
+        lane: ``main``: in the suite's own process, one by one; ``concurrent``: in a separate process, concurrently with
         others; ``alone``: in the suite's process while nothing else runs, since it measures times; ``apart``: in a
         separate process while nothing else runs. needs_cuda: the reason for which it is skipped on a CPU.
     """
@@ -69,7 +69,7 @@ class Part:
     @property
     def child(self) -> bool:
         """Whether it runs in a separate process."""
-        return self.lane in ("beside", "apart")
+        return self.lane in ("concurrent", "apart")
 
 
 @dataclass

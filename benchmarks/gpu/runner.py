@@ -80,9 +80,9 @@ def run_suite(
 ) -> Record:
     """Run parts within ``budget`` seconds since ``began`` (``time.perf_counter``; None: now).
 
-    Parts of the lane ``beside`` start immediately in separate processes, a few at a time. Meanwhile the others run here
-    one by one; those that measure times wait until nothing else runs. A part whose estimate does not fit the remaining
-    budget is skipped. After a part has left the device unusable, the others run in separate processes.
+    Parts of the lane ``concurrent`` start immediately in separate processes, a few at a time. Meanwhile the others run
+    here one by one; those that measure times wait until nothing else runs. A part whose estimate does not fit the
+    remaining budget is skipped. After a part has left the device unusable, the others run in separate processes.
     """
     began = time.perf_counter() if began is None else began
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -92,7 +92,7 @@ def run_suite(
     # The current part of the main thread, for the watchdog.
     at: list[Part] = []
 
-    def beside(part: Part) -> None:
+    def concurrent(part: Part) -> None:
         if fits(part, record, budget):
             record.add(part, run_apart(part, state, limit(part, state), running))
 
@@ -100,10 +100,10 @@ def run_suite(
     watch.daemon = True
     watch.start()
     try:
-        side: list[Future[None]] = [pool.submit(beside, part) for part in parts if part.lane == "beside"]
+        side: list[Future[None]] = [pool.submit(concurrent, part) for part in parts if part.lane == "concurrent"]
         usable = True
         for part in parts:
-            if part.lane == "beside":
+            if part.lane == "concurrent":
                 continue
             if part.timed:
                 wait(side)

@@ -53,7 +53,7 @@ def test_every_part_is_ok_or_says_why_not(state, tmp_path):
 def test_a_part_that_fails_takes_no_other_along(state, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "limit", lambda part, state: 0.5 if part.name == "hangs" else 200)
     parts = [
-        Part("dies", f"{HERE}:dies", 1, "beside"),
+        Part("dies", f"{HERE}:dies", 1, "concurrent"),
         Part("raises", f"{HERE}:raises", 1),
         Part("misses", f"{HERE}:misses", 1),
         Part("not here", f"{HERE}:not_here", 1),
@@ -155,11 +155,11 @@ def test_estimates_fit_the_budget():
     """Concurrent parts must finish before the others do; variants of a size come last, and may be dropped."""
     parts = listing.PARTS
     core = [part for part in parts if part.name.count("-") < 2]
-    in_turn = sum(part.estimate for part in core if part.lane != "beside")
+    in_turn = sum(part.estimate for part in core if part.lane != "concurrent")
     first = sum(part.estimate for part in core if part.lane == "main")
-    beside = [part.estimate for part in parts if part.lane == "beside"]
-    assert in_turn + max(0, sum(beside) / 4 - first) <= 900 - 10
-    lanes = [part.timed for part in parts if part.lane != "beside"]
+    concurrent = [part.estimate for part in parts if part.lane == "concurrent"]
+    assert in_turn + max(0, sum(concurrent) / 4 - first) <= 900 - 10
+    lanes = [part.timed for part in parts if part.lane != "concurrent"]
     assert lanes == sorted(lanes)
 
 

@@ -78,12 +78,12 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
     assert snapshot(work) == before
 
 
-def test_arms_of_another_device_are_drawn_beside(measure, tmp_path):
+def test_arms_of_another_device_are_drawn_too(measure, tmp_path):
     rows = measure("--arms", ARMS)["rows"]
     own = [row for row in rows if row["arm"] == "v1-s0"]
-    beside = views.rows_beside(tmp_path / "result.json", own)
-    assert beside == [row for row in rows if row["arm"] == "v2-k90-s0"] != []
-    assert views.rows_beside(None, own) == []
+    others = views.rows_of_other_arms(tmp_path / "result.json", own)
+    assert others == [row for row in rows if row["arm"] == "v2-k90-s0"] != []
+    assert views.rows_of_other_arms(None, own) == []
 
 
 def test_a_run_of_another_process_is_scored_as_far_as_it_is(measure, bench, work, monkeypatch):

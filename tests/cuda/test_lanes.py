@@ -21,7 +21,7 @@ from tests.conftest import contents
 def test_a_device_is_busy_while_any_forward_runs() -> None:
     meter = Meter(lanes=1)
     assert meter.ran(0.0, 2.0) == 2.0
-    assert meter.ran(1.0, 1.5) == 0.0, "beside the first"
+    assert meter.ran(1.0, 1.5) == 0.0, "within the first"
     assert meter.ran(1.0, 3.0) == 1.0, "beyond the first"
     assert meter.ran(5.0, 6.0) == 1.0, "after a pause"
     assert meter.teacher == 4.0

@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[Callable[[Data], None], str]] = {
     "polygon_odd": (first(segmentation=[GOOD[:-1]]), "a polygon of annotation 1 has an odd number"),
     "polygon_far_outside": (first(segmentation=[[*GOOD[:-1], 1e9]]), "a polygon of annotation 1 is far outside"),
     "run_lengths_turned": (first(segmentation=lengths(size=[WIDTH, HEIGHT])), r"mask size mismatch in annotation 1"),
-    "run_lengths_short": (first(segmentation=lengths(counts=[5, 5])), "the run lengths of annotation 1 cover 10 pixels"),
+    "run_lengths_short": (first(segmentation=lengths(counts=[5, 5])), "annotation 1 cover 10 pixels"),
     "run_lengths_negative": (first(segmentation=lengths(counts=[-5, 1541])), "annotation 1 has invalid run lengths"),
     "run_lengths_no_numbers": (first(segmentation=lengths(counts=["a"])), "annotation 1 has invalid run lengths"),
     "run_lengths_missing": (first(segmentation={"size": [HEIGHT, WIDTH]}), "annotation 1 has invalid run lengths"),
