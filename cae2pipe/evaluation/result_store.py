@@ -34,7 +34,8 @@ def open_scores(root: Path, asked: dict[str, Any]) -> tuple[ScoresArtifact, dict
 
 
 def forget_idle(root: Path) -> None:
-    """Remove the manifest of an attempt without results, after refused settings say: the folder can be reused."""
+    """Remove the manifest of an attempt without results (after refused settings, for example), so that the folder can
+    be reused."""
     if is_artifact(root, "scores") and not ScoresArtifact.open(root).units and not any((root / CHECKPOINTS).glob("*")):
         (root / MANIFEST).unlink()
         (root / METRICS).unlink(missing_ok=True)

@@ -125,7 +125,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one window: keys, views, JPEG bytes, draws (none for fresh views), and the blocked arrays."""
+    """The samples of one window: keys, views, JPEG bytes, draws (none for fresh views), and the blocked arrays over all
+    of them."""
 
     keys: list[str]
     views: list[int]

@@ -58,7 +58,7 @@ def test_teachers(kind, precision, teachers, cuda):
     wanted = load_teacher(settings.model_copy(update={"precision": "fp32"}), CPU)(pixels(side=40))
     with cuda:
         teacher = load_teacher(settings, CUDA)
-        images = pixels(side=40).to(CUDA)  # resized on the device
+        images = pixels(side=40).to(CUDA)  # brought to its size on the device
         cuda.idle_fraction.clear()
         output = teacher(images)
         assert cuda.idle_fraction == []
@@ -113,8 +113,8 @@ def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
 
 @pytest.mark.parametrize("name", CODECS)
 def test_blocks_are_those_of_the_cpu(name, unit, teachers, cuda, monkeypatch):
-    """All steps: upload, teacher, norms, codec, check of the decoding, attention, packing."""
-    # The simulation is limited to this thread.
+    """All of it: upload, teacher, norms, codec, check of the decoding, attention, packing."""
+    # Other threads do not know of what is simulated in this one.
     monkeypatch.setattr(encoding, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
     calibration, _ = calibrate(unit, name, 0.999, level=1)
     settings = teachers["open_clip"].model_copy(update={"precision": "fp32"})

@@ -161,5 +161,5 @@ def test_dense_scores_say_it_first(kind, tmp_path, backends, monkeypatch):
     settings = load(DENSE[kind], "evaluate", kind, overrides=["precision=bf16", "speed.device=cpu"])
     with pytest.raises(LookupError) as caught:
         getattr(dense_stage, kind)("x", tmp_path, tmp_path / "out", settings, Silent())
-    # Detection has images of many sizes, and algorithms would be benchmarked for each.
+    # Images to detect on have many sizes: algorithms would be tried for each.
     assert caught.value.args == ("high", kind == "segment")

@@ -189,7 +189,7 @@ def test_settings_that_fit_no_tower_are_refused(settings, over, message):
 
 @pytest.mark.parametrize("preset", ["clip-b16", "clip-l14", "clip-l14-196"])
 def test_presets_name_weights_that_open_clip_knows(preset, hub_cache):
-    """Without weights, the error of a preset says how to fill the hub's cache."""
+    """Without the weights a preset gets as far as the hub's cache, and says how to fill it."""
     with pytest.raises(TeacherError, match="not on this machine") as refused:
         load_teacher(load(ExtractSettings, "extract", preset).teacher, CPU)
     named = [name for name in ("clip-b16", "clip-l14") if f"teachers fetch {name}`" in str(refused.value)]
