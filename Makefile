@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Real photographs and weights for some tests, if they are next to the checkout; otherwise those tests skip.
+# Real photographs and weights for some tests, where they lie beside the checkout; those tests skip without.
 export CAE2PIPE_REAL ?= $(wildcard $(abspath ../shared/real))
 export PYTHON
 
