@@ -160,8 +160,7 @@ def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[
 
 
 def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
-    """The run's artifact. A new one records the stores that it starts with; an existing one must find them
-    unchanged."""
+    """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
     artifact = RunArtifact.open_or_create(
         out,

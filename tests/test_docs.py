@@ -1,4 +1,4 @@
-"""The Markdown files of the repository: what they link to, name and show exists, and their commands can be parsed."""
+"""The Markdown files of the repository: links, names and figures exist, and commands can be parsed."""
 
 import functools
 import importlib.util
@@ -26,16 +26,16 @@ SITE = [page for page in PAGES if page.is_relative_to(ROOT / "docs")]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 EXTENDING = ROOT / "docs" / "extending.md"
 STAGES = {"shard": "shard", "extract-targets": "extract", "pretrain": "pretrain", "compare": "compare"}
-"""Commands whose settings are of one stage."""
+"""Commands that take the settings of one stage."""
 NAMES_PATH = re.compile(
     r"(?:\.ci|\.github|benchmarks|cae2pipe|configs|data_manifests|docs|stages|tests)(?:/[\w.*-]+)+/?"
 )
-"""What in code spans is taken for a path of the repository."""
+"""Code spans that count as paths of the repository."""
 
 
 @functools.cache
 def hook() -> ModuleType:
-    """What fills the generated pages when mkdocs builds the site."""
+    """The hook that fills the generated pages when mkdocs builds the site."""
     spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "hooks" / "reference.py")
     assert spec is not None
     assert spec.loader is not None
@@ -46,14 +46,14 @@ def hook() -> ModuleType:
 
 @functools.cache
 def parsed(page: Path) -> list[Token]:
-    """A page's tokens, with what is generated."""
+    """A page's tokens, including generated content."""
     text = hook().on_page_markdown(page.read_text(encoding="utf-8"))
     return MarkdownIt("commonmark").enable("table").parse(text)
 
 
 @functools.cache
 def inline(page: Path) -> list[list[Token]]:
-    """The inline tokens of each paragraph, heading and table cell; code blocks are none of them."""
+    """The inline tokens of each paragraph, heading and table cell, without code blocks."""
     return [token.children or [] for token in parsed(page) if token.type == "inline"]
 
 
@@ -64,7 +64,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @functools.cache
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub, and the site, give to a page's headings."""
+    """The anchors of a page's headings on GitHub and on the site."""
     tokens = parsed(page)
     slugs: Counter[str] = Counter()
     names = set()
@@ -79,7 +79,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """Relative links of a page whose file or heading is not there."""
+    """Relative links of a page to missing files or headings."""
     broken = []
     for token in (token for line in inline(page) for token in line):
         target = token.attrs.get("href" if token.type == "link_open" else "src")
@@ -139,7 +139,7 @@ def test_what_a_page_points_at_is_defined(page):
 
 
 def commands(block: str) -> Iterator[tuple[str, list[str]]]:
-    """The lines of a shell block that run cae2pipe, and the words behind it."""
+    """The lines of a shell block that run cae2pipe, and their arguments."""
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if "cae2pipe" in words and words[0] != "pip":
@@ -148,7 +148,7 @@ def commands(block: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def parse(words: list[str]) -> None:
-    """Parse a command line, and the settings that it names, without running it. Raises what is wrong with it."""
+    """Parse a command line and its settings without running it. Raises the errors in it."""
     command: Any = typer.main.get_command(app)
     path = []
     while hasattr(command, "commands"):

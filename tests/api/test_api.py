@@ -1,4 +1,4 @@
-"""What a script calls: from a folder of images to a score, with what it gives back, and what it says of mistakes."""
+"""The Python API, from a folder of images to a score: results and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes: whole or absent, journal as good as manifest, mismatches named."""
+"""Artifacts: complete or absent, journal equivalent to manifest, errors name the mismatch."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_folder_of_another_kind(make_run):
 
 
 def test_a_manifest_is_damaged_and_no_other_folder(tmp_path):
-    """Whoever asks what a folder is must not take a damaged shard set for images."""
+    """A damaged shard set must not be mistaken for a folder of images."""
     make(tmp_path / "artifact", seed=1)
     (tmp_path / "artifact" / MANIFEST).write_text("{")
     with pytest.raises(ManifestError, match="not valid JSON"):

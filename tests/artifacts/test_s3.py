@@ -1,4 +1,4 @@
-"""The whole pipeline on an object store, with its failures."""
+"""The whole pipeline on an object store, including failures."""
 
 from __future__ import annotations
 

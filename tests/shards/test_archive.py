@@ -1,4 +1,4 @@
-"""Archives as sources: every form gives the images of the folder, and nothing is unpacked."""
+"""Archives as sources: every form gives the same images as the folder, and nothing is unpacked."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def joined(*tars: dict[str, bytes], between: int = 0) -> bytes:
 
 
 class TestJoined:
-    """``cat a.tar b.tar``: an archive behind the first one's end."""
+    """``cat a.tar b.tar``: a second archive after the end of the first."""
 
     def test_all_images_are_taken_and_the_user_is_told(self, photo_files, tmp_path):
         halves = dict(list(photo_files.items())[:5]), dict(list(photo_files.items())[5:])

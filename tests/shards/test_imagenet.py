@@ -1,4 +1,4 @@
-"""ImageNet's official archives, its ground truth, and the reference manifest that a source is held against."""
+"""ImageNet's official archives, its ground truth, and the reference manifest that a source is compared with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.shards.archives import ALONE, class_tars, packed, refused, tar_bytes,
 
 
 def devkit(truth: list[str]) -> bytes:
-    """A development kit like ImageNet's: its numbers are not in the order of the synsets, and 1000 is no leaf here."""
+    """A development kit like ImageNet's: its numbers are not in the order of the synsets, and 1000 is not a leaf."""
     from scipy.io import savemat
 
     classes = sorted(set(truth), reverse=True)
@@ -49,7 +49,7 @@ def devkit(truth: list[str]) -> bytes:
 class TestGroundTruth:
     @pytest.fixture
     def flat(self, photo_files, tmp_path) -> tuple[Path, list[str]]:
-        """The images as ImageNet's validation archive has them, and their classes in the order of the names."""
+        """The images in the layout of ImageNet's validation archive, and their classes in the order of the names."""
         order = sorted(photo_files, key=lambda name: name.split("/")[1])
         names = [f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, 13)]
         (tmp_path / "val.tar").write_bytes(

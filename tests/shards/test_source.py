@@ -1,4 +1,4 @@
-"""Folders as sources: what is found, and every way in which a folder is refused."""
+"""Folders as sources: the images found, and every reason for which a folder is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tars of WebDataset's form: labels, keys and what is wrong with them."""
+"""Tars in WebDataset's format: labels, keys and errors."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_registers_are_left_out(pixels):
     assert whole.shape[1] == 1 + 3 + 16
     torch.testing.assert_close(output.tokens, whole[:, [0, *range(4, 20)]])
     assert output.attention.shape == (3, 16)
-    # What goes to the registers and to the class token is missing from the sum.
+    # Attention to the registers and to the class token is missing from the sum.
     assert bool((output.attention.sum(dim=1) < 0.95).all())
 
 
@@ -162,7 +162,7 @@ def test_weights_of_another_model_are_refused(vit, vit_file, tmp_path):
 
 
 def test_a_patch_of_another_size_is_not_resampled(vit, tmp_path):
-    """timm would resample both the kernel and the positions, and say nothing."""
+    """timm would silently resample both the kernel and the positions."""
     other = timm.create_model("test_vit", img_size=64, patch_size=8)
     save_file(other.state_dict(), tmp_path / "patch8.safetensors")
     with pytest.raises(TeacherError, match="of another shape"):
