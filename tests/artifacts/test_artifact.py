@@ -80,7 +80,7 @@ def test_foreign_folders_are_refused(tmp_path):
         ({"kind": "shard"}, ManifestError, "kind: 'shard' is unknown to this version"),
         ({"kind": ["shards"]}, ManifestError, "kind: .'shards'. is none"),
         ({"identity": {"settings": {"seed": 5}, "classes": []}}, DamageError, "does not match its fingerprint"),
-        ({"complete": 1}, ManifestError, "complete: Input should be a valid boolean; it is 1"),
+        ({"complete": 1}, ManifestError, "complete: Input should be a valid boolean; got 1"),
         ({"rejected": 1}, DamageError, "has changed since it was written"),
         ({"digest": "0" * 64}, DamageError, "has changed since it was written"),
     ],
