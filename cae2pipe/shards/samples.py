@@ -127,9 +127,7 @@ def paired(contents: Contents, where: Path) -> list[int]:
         while name not in contents.labels and "." in name.rpartition("/")[2]:
             name = name.rpartition(".")[0]
         if name not in contents.labels:
-            raise SourceError(
-                f"{image.name!r} has no .cls", where=where, fix="label all samples, or none of them"
-            )
+            raise SourceError(f"{image.name!r} has no .cls", where=where, fix="label all samples, or none of them")
         label = contents.labels[name]
         if not re.fullmatch("[0-9]{1,9}", label.text):
             raise SourceError(
