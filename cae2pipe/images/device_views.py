@@ -138,7 +138,7 @@ def blended(base: Tensor, planes: Tensor, factor: Tensor) -> Tensor:
 
 
 def resampled(flat: Tensor, start: Tensor, step: Tensor, *, weights: Tensor) -> Tensor:
-    """Weighted sums of pixels that lie ``step`` apart.
+    """Weighted sums of pixels ``step`` apart.
 
     Args:
         flat: uint8 (3, m). start: int64 (n, rows, columns), the index of the first tap of each output pixel.

@@ -96,8 +96,8 @@ def stage_world(
     """The processes of a stage that torchrun may have started, on their devices, and what each reports to.
 
     Args:
-        device: as ``pick_device`` takes it. report: the leading process's; what others say is not shown.
-        parallel, patience: as ``joined`` has them.
+        device: as ``pick_device`` takes it. report: of the main process; the others show nothing.
+        parallel, patience: as for ``joined``.
 
     Raises:
         SettingsError: there is no such device, or torchrun's variables are invalid.
@@ -109,8 +109,8 @@ def stage_world(
 
 @contextmanager
 def joined(rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None) -> Iterator[World]:
-    """The world of a training run; its processes meet here, and part at the end. Within another world, as where several
-    trainings follow each other, they stay together: a second meeting of the same processes would not come about.
+    """The world of a training run: its process group is created here, and destroyed at the end. Inside another world,
+    as in several trainings one after the other, the existing group is used: a second one would not be created.
 
     Args:
         parallel: ddp or fsdp. patience: how long one process may wait for the others; None: torch's default.
