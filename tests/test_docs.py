@@ -19,12 +19,14 @@ from markdown_it.token import Token
 from cae2pipe.commands.app import app
 from cae2pipe.config.base import load
 from cae2pipe.config.stages import settings_class
+from tests.test_language import strings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.md")])
 SITE = [page for page in PAGES if page.is_relative_to(ROOT / "docs")]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 EXTENDING = ROOT / "docs" / "extending.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 STAGES = {"shard": "shard", "extract-targets": "extract", "pretrain": "pretrain", "compare": "compare"}
 """Commands that take the settings of one stage."""
 NAMES_PATH = re.compile(
@@ -218,6 +220,29 @@ def test_settings_files_load(page, tmp_path):
         stage = "compare" if "variants:" in block else "extract" if "teacher:" in block else "pretrain"
         (tmp_path / "block.yaml").write_text(block)
         load(settings_class(stage, ""), stage, str(tmp_path / "block.yaml"))
+
+
+def quoted_messages(page: Path) -> list[str]:
+    """What a page says that cae2pipe prints: the first lines of errors in blocks, and text in double quotes."""
+    messages = re.findall(r"^error: (.*)$", "\n".join(blocks(page, "text")), re.MULTILINE)
+    for line in inline(page):
+        messages += re.findall(r'"(.+?)"', "".join(token.content for token in line if token.type == "text"))
+    return messages
+
+
+def constant_parts(message: str) -> list[str]:
+    """The words of a message between its placeholders: words with a digit or a dot inside count as such."""
+    parts = re.split(r"[^ ]*(?:\d|\w\.\w)[^ ]*", message)
+    return [part.strip(" :") for part in parts if " " in part.strip(" :")]
+
+
+def test_messages_that_a_page_quotes_are_ones():
+    paths = [*(ROOT / "stages").rglob("*.py"), *(ROOT / "cae2pipe").rglob("*.py")]
+    texts = "\n".join(text for path in paths for _, text in strings(path.read_text(encoding="utf-8"))).lower()
+    messages = quoted_messages(TROUBLESHOOTING)
+    assert len(messages) > 6
+    assert all(map(constant_parts, messages))
+    assert [part for message in messages for part in constant_parts(message) if part.lower() not in texts] == []
 
 
 @pytest.mark.parametrize("page", SITE, ids=lambda page: page.relative_to(ROOT).as_posix())

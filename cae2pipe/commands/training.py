@@ -127,7 +127,9 @@ def compare(
     targets: Annotated[
         Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=path_or_url)
     ],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Labelled images for evaluation: a folder with train and val.")
+    ],
     out: Annotated[
         Path,
         typer.Argument(

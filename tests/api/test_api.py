@@ -150,7 +150,7 @@ def test_overrides_have_three_forms(tmp_path):
         (lambda: cae2pipe.evaluate("knm", "e", "d", out="o"), "no evaluation 'knm'"),
         (
             lambda: cae2pipe.pretrain("t", "o", config=cae2pipe.settings("shard", "default"), progress=False),
-            "these are ShardSettings",
+            "expected PretrainSettings, got ShardSettings",
         ),
         (lambda: cae2pipe.extract_targets("s", "o", part="3-8"), "3-8"),
         (lambda: cae2pipe.Run("nowhere"), "no such folder"),

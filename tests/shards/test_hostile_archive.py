@@ -108,7 +108,7 @@ class TestHostile:
         image = photo_files["class0/image000.jpg"]
         for kind in (tarfile.CHRTYPE, tarfile.FIFOTYPE):
             error = refused(self.tar(tmp_path / "a.tar", b"", type=kind))
-            assert "is no file" in error.what
+            assert "is not a file" in error.what
         self.tar(tmp_path / "a.tar", image, type=b"M")
         assert "another volume" in refused(tmp_path / "a.tar").what
 

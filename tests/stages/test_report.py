@@ -93,7 +93,7 @@ def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
 
 
 def test_what_is_no_run_is_refused(made, target_root, tmp_path):
-    with pytest.raises(ManifestError, match="'run' is needed"):
+    with pytest.raises(ManifestError, match="expected 'run'"):
         report_runs([target_root], [], None, out=tmp_path / "out", report=Silent())
     with pytest.raises(SettingsError, match="twice"):
         report_runs(

@@ -155,7 +155,7 @@ def test_weights_of_another_model_are_refused(vit, vit_file, tmp_path):
     with pytest.raises(TeacherError, match=r"1 missing \(first: norm.bias"):
         load_teacher(vit_settings(tmp_path / "lacking.safetensors"), CPU)
     save_file(state | {"extra.weight": torch.zeros(1)}, tmp_path / "extra.safetensors")
-    with pytest.raises(TeacherError, match=r"1 left over \(first: extra.weight"):
+    with pytest.raises(TeacherError, match=r"1 unexpected \(first: extra.weight"):
         load_teacher(vit_settings(tmp_path / "extra.safetensors"), CPU)
     with pytest.raises(TeacherError, match="do not fit the model"):
         load_teacher(vit_settings(vit_file, name="test_vit2"), CPU)
