@@ -1,4 +1,4 @@
-"""A target set for training loops of one's own: batches of views with the teacher's latents, on a device."""
+"""A target set for your own training loops: batches of views with the teacher's latents, on a device."""
 
 from __future__ import annotations
 
