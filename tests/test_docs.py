@@ -16,6 +16,7 @@ import typer.main
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+import cae2pipe
 from cae2pipe.commands.app import app
 from cae2pipe.config.base import load
 from cae2pipe.config.stages import settings_class
@@ -259,3 +260,11 @@ def test_generated_pages_are_whole():
     assert headings <= anchors(pages[1])
     spans = set(code_spans(pages[1]))
     assert {"optimizer.lr", "codec.fidelity", "0.97", "speed.workers", "recipe=official"} <= spans
+
+
+def test_the_python_page_documents_every_public_name():
+    text = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    public = (getattr(cae2pipe, name) for name in cae2pipe.__all__ if name != "__version__")
+    documented = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert {f"{thing.__module__}.{thing.__name__}" for thing in public} <= set(documented)
+    assert len(set(documented)) == len(documented)

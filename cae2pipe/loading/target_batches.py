@@ -1,4 +1,4 @@
-"""A target set for training loops of one's own: batches of views with the teacher's latents, on a device."""
+"""A target set for your own training loops: batches of views with the teacher's latents, on a device."""
 
 from __future__ import annotations
 
@@ -70,14 +70,15 @@ class TargetBatches(IterableDataset[TargetBatch]):
         pixels: ``uint8``, or ``float``: from 0 to 1. Neither is normalised by a mean.
         views: use only the first so many stored views of each image. None: all.
         seed: of the order.
-        drop_last: leave out the last batch if it is smaller than the others. Otherwise it holds what remains of the
+        drop_last: omit the last batch if it is smaller than the others. Otherwise it holds what remains of the
             epoch; no sample is repeated to fill it.
         workers: processes that read and decode JPEGs; 0: none, in this process; -1: one per core, at most 8.
         device: where batches are, and latents are decoded: auto, cpu, cuda, cuda:1, ...
-        rank, ranks: which share of the epoch this process takes, of how many. All ranks get equally many batches. By
-            default as torch.distributed or torchrun says. If fewer samples than ranks remain for the last batch, these
-            are left out of the epoch.
-        cache: a local folder that keeps what was read of a remote set. cache_gb: gigabytes that it may hold.
+        rank: which share of every epoch this process takes, from 0. By default as torch.distributed or torchrun says.
+        ranks: how many shares there are. All get equally many batches. If fewer samples than ranks remain for the last
+            batch, these are omitted from the epoch.
+        cache: a local folder that keeps what was read of a remote set.
+        cache_gb: gigabytes that the cache may hold; what was read first stays.
 
     Raises:
         SettingsError: an argument is out of range. ManifestError, DamageError: as ``TargetSet``; DamageError also while

@@ -17,12 +17,15 @@ from torch.utils.data import DataLoader
 
 import cae2pipe
 from cae2pipe import TargetBatches, TargetSet
+from cae2pipe.artifacts.storage import put_bytes, to_path
 from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.errors import DamageError, SettingsError
 from cae2pipe.loading.order import BlockRef, rank_streams, stream_pieces
 from cae2pipe.loading.target_batches import STREAMS, streams_of_a_rank
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.targets.cache import folder_bytes
+from tests.conftest import contents
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "distil_resnet.py"
 
@@ -193,6 +196,16 @@ def test_a_set_that_lacks_views(photos, tmp_path, extract_settings):
     assert 0 < second < 150
     batches = TargetBatches(tmp_path, batch_size=64)
     assert Counter(view for _ in range(2) for _, view in seen(batches)) == {0: 300 - second, 1: second}
+
+
+def test_a_remote_set_is_read_through_the_cache(tmp_path, targets):
+    remote = to_path("memory://loops/set")
+    for name, data in contents(targets.root).items():
+        put_bytes(remote / name, data)
+    local = list(TargetBatches(targets, batch_size=64))
+    cached = TargetBatches(str(remote), batch_size=64, cache=tmp_path / "cache", cache_gb=0.1)
+    assert all(same(one, other) for one, other in zip(local, cached, strict=True))
+    assert folder_bytes(tmp_path / "cache") > 100_000
 
 
 def test_ranks_are_torchruns_unless_given(targets, monkeypatch):
