@@ -265,7 +265,7 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
         ({"variants": [{"name": "x", "sett": {}}]}, "unknown setting"),
         ({"along": "mask.ration"}, "no pretraining setting 'mask.ration'"),
         ({"along": "mask.ratio.x"}, "no pretraining setting"),
-        ({"along": "method"}, "method is not a number"),
+        ({"along": "method"}, "method is no"),
         ({"evaluate": []}, "evaluate"),
         ({"set": {"seed": 3}}, "cannot set seed, which is set by `seeds`"),
         ({"variants": [{"name": "x", "set": {"stop_after": 1}}]}, "cannot be scored"),
