@@ -90,8 +90,8 @@ def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
     shutil.rmtree(tmp_path / "bare" / "checkpoints")
     taught = made / "runs" / "seed1"
     shutil.copytree(taught, tmp_path / "other")
-    facts = json.loads((taught / "manifest.json").read_text())["facts"]
-    edit_manifest(tmp_path / "other", facts={**facts, "teacher": {**facts["teacher"], "name": "elsewhere"}})
+    teacher = json.loads((taught / "manifest.json").read_text())["teacher"]
+    edit_manifest(tmp_path / "other", teacher={**teacher, "name": "elsewhere"})
     chosen = [tmp_path / "bare", tmp_path / "other"]
     for run in chosen:
         report_runs([run], [], target_root, out=tmp_path / "out" / run.name, report=Silent(), device="cpu")
