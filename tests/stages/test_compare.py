@@ -259,7 +259,7 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants are called 'a'"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants have the name 'a'"),
         ({"seeds": [1, 1]}, "must be non-empty and unique"),
         ({"evaluate": [{"kind": "knn"}, {"kind": "knn"}]}, "name each evaluation once"),
         ({"variants": [{"name": "x", "sett": {}}]}, "unknown setting"),
@@ -287,10 +287,7 @@ def test_grids_that_cannot_be_meant(over, message):
             {"variants": [{"name": "odd", "set": {"method": "cae", "model": {"predictor_depth": 0}}}]},
             "needs a regressor",
         ),
-        (
-            {"variants": [{"name": "odd", "set": {"data": {"views": 9}}}]},
-            r"(?s)data.views is 9.*--set set\.data\.views=2",
-        ),
+        ({"variants": [{"name": "odd", "set": {"data": {"views": 9}}}]}, r"(?s)is 9, but.*--set set\.data\.views=2"),
         ({"evaluate": [{"kind": "knn", "set": {"kk": 3}}]}, "unknown setting 'kk'"),
         ({"evaluate": [{"kind": "linear", "set": {"epochs": 3}}]}, "epochs"),
         ({"variants": [{"name": "odd", "codec": {"name": "int8"}}]}, "error would be added"),
