@@ -47,5 +47,5 @@ def compiler_advice(setting: str = "speed.compile") -> Iterator[None]:
         raise CompileError(
             f"torch.compile failed: {type(inner).__name__}: {said[:300]}",
             where=setting,
-            fix=f"run without it: --set {setting}=false; or install a C compiler and Python's headers (python3-dev)",
+            fix=f"--set {setting}=false to run without it, or install a C compiler and Python's headers (python3-dev)",
         ) from None
