@@ -14,25 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_YET: tuple[str, ...] = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "benchmarks/",
-    "cae2pipe/comparison/",
-    "cae2pipe/demo/",
-    "cae2pipe/dense/",
-    "cae2pipe/evaluation/",
-    "cae2pipe/loading/",
-    "cae2pipe/methods/",
-    "cae2pipe/models/",
-    "cae2pipe/reporting/",
-    "cae2pipe/supervised/",
-    "cae2pipe/targets/",
-    "cae2pipe/training/",
-    "stages/",
-    "tests/",
-)
-"""Beginnings of the paths that are not checked yet."""
 
 UNITS = "bytes|views|images|epochs|samples|tokens|pixels|rows|requests|operations|floats|values|figures|masks|regions"
 EACH = (
@@ -154,8 +135,7 @@ def wrong(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_phrases(path):
-    if not path.relative_to(ROOT).as_posix().startswith(NOT_YET):
-        assert wrong(path) == []
+    assert wrong(path) == []
 
 
 @pytest.mark.parametrize(("pattern", "example", "instead"), PHRASES, ids=[example for _, example, _ in PHRASES])

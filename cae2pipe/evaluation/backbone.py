@@ -28,7 +28,7 @@ def prepared_encoder(
 
     Args:
         spec: the encoder as the user named it. image_size: side of the input; None: the encoder's own. layer_scale:
-        initial value for an encoder of ours without LayerScale. drop_path: largest rate. relative_positions: whether
+        initial value for one of our encoders without LayerScale. drop_path: largest rate. relative_positions: whether
         each block gets a bias by relative position.
 
     Raises:

@@ -67,7 +67,7 @@ def test_files_are_written_listed_read_by_range_and_removed(remote: Path) -> Non
     assert read_many([remote / "c", remote / "gone"]) == {remote / "c": b"x"}
     remove([remote / "c", remote / "gone"])
     assert file_size(remote / "c") is None
-    assert file_size(remote / "a") is None, "a folder is no file"
+    assert file_size(remote / "a") is None, "a folder is not a file"
     assert file_sizes(remote / "nothing") == {}
 
 
