@@ -11,7 +11,6 @@ import numpy as np
 from cae2pipe.demo.measures import MEASURES
 from cae2pipe.reporting.html import Child, Html, element, figure, image, join, page, table
 from cae2pipe.reporting.pictures import (
-    PALETTE,
     ColourBasis,
     Picture,
     captioned,
@@ -20,21 +19,18 @@ from cae2pipe.reporting.pictures import (
     hide_patches,
     jpeg_uri,
     latent_colours,
-    outline_boxes,
-    png_uri,
     resized,
     tiled,
 )
 from cae2pipe.reporting.plots import Points, bars, curves
+from cae2pipe.reporting.stored_images import SHOWN, latents_image, stored_card
 
 if TYPE_CHECKING:
-    from cae2pipe.demo.stored import StoredImage
+    from cae2pipe.targets.stored_image import StoredImage
     from cae2pipe.training.student import Forecast
 
 PANEL = 132
 """Side of a panel of the picture in pixels."""
-SHOWN = 200
-"""Side of a view on the page in pixels: a view is 224, and the page is read at about this."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def shared_basis(contents: Contents) -> ColourBasis:
     """One basis for every picture of latents, from the teacher's."""
     latents = [forecast.teacher for forecast in contents.forecasts]
     for one in contents.stored:
-        latents += one.latents
+        latents += [view.latents for view in one.views]
     return colour_basis(np.concatenate(latents))
 
 
@@ -133,7 +129,10 @@ def render(contents: Contents) -> str:
             f"Crop boxes, flips and colour jitter depend on the seed, the image's name and the view's number, and on "
             f"nothing else. Below each view are the {grid} latents that the teacher gave for it.",
         ),
-        *(stored_card(one, contents.grid, basis) for one in contents.stored),
+        *(
+            stored_card(one, contents.grid, basis, heading=title(one.key), caption="tile and crop boxes")
+            for one in contents.stored
+        ),
         element(
             "div",
             figure(bytes_chart(contents), "Bytes a view. Latents in three codings, and the view's JPEG for scale."),
@@ -188,39 +187,6 @@ def forecast_card(forecast: Forecast, grid: tuple[int, int], basis: ColourBasis)
     ]
     heading = element("h3", name, " ", element("small", f"centred cosine where hidden {forecast.cosine:.2f}"))
     return element("div", heading, element("div", *panels, class_="strip four"), class_="card")
-
-
-def stored_card(one: StoredImage, grid: tuple[int, int], basis: ColourBasis) -> Html:
-    side = max(one.tile.shape[:2])
-    tile = resized(one.tile, *(round(edge * 2 * SHOWN / side) for edge in one.tile.shape[:2]))
-    scale = tile.shape[1] / one.tile.shape[1]
-    boxes = [tuple(edge * scale for edge in box) for box in one.boxes]
-    columns = [
-        figure(
-            image(jpeg_uri(outline_boxes(tile, boxes), quality=90), "The tile with its crop boxes"),
-            "tile and crop boxes",
-        )
-    ]
-    for number, (view, latents) in enumerate(zip(one.views, one.latents, strict=True)):
-        colour = "#{:02x}{:02x}{:02x}".format(*PALETTE[number % len(PALETTE)])
-        mark = element("span", "■ ", style=f"color: {colour}")
-        flipped = ", flipped" if one.flipped[number] else ""
-        columns.append(
-            element(
-                "div",
-                figure(
-                    image(jpeg_uri(resized(view, SHOWN, SHOWN)), f"View {number}"),
-                    join((mark, f"view {number}{flipped}")),
-                ),
-                figure(latents_image(latents, grid, basis, f"the teacher, view {number}")),
-            )
-        )
-    heading = element("h3", title(one.key))
-    return element("div", heading, element("div", *columns[:5], class_="strip five"), class_="card")
-
-
-def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis, whose: str) -> Html:
-    return image(png_uri(latent_colours(latents, *grid, basis)), f"Latents of {whose} as colours", pixelated=True)
 
 
 def measures_table(result: Mapping[str, float]) -> Html:
