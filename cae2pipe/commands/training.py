@@ -207,26 +207,76 @@ def _compare_part(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of pretrain, finished or not.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN... | TARGETS", help="Runs of pretrain, finished or not; or one target set.", parser=place
+        ),
+    ],
     out: Annotated[
-        Path, typer.Option(help="The folder to write report.html and report.md into.", parser=folder)
+        Path, typer.Option(help="The folder to write report.html into, for runs also report.md.", parser=folder)
     ] = Path("report"),
     targets: Annotated[
-        Path | None, typer.Option(help="A target set to make pictures from: masks, latents, neighbours.", parser=place)
+        Path | None,
+        typer.Option(help="Runs: a target set to make pictures from: masks, latents, neighbours.", parser=place),
     ] = None,
     scores: Annotated[
-        list[Path] | None, typer.Option(help="A folder with evaluations of the runs, at any depth; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="Runs: a folder with evaluations of them, at any depth; may be repeated."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="A target set: the shard set that it was made from, for originals and rejects, unless it lies inside.",
+            parser=place,
+        ),
+    ] = None,
+    live: Annotated[
+        int,
+        typer.Option(
+            min=0, help="A target set: also run the teacher on this many stored views, and show its fidelity."
+        ),
+    ] = 0,
+    teacher_weights: Annotated[
+        Path | None, typer.Option(help="With --live: the teacher's weights, if they came from a local file.")
     ] = None,
     device: Device = None,
 ) -> None:
-    """One page about some runs: scores, losses, cost, pictures. Runs that differ by their seed alone share a row."""
+    """One page about some runs, or about a target set.
+
+    Of runs: scores, losses, cost, pictures; those that differ by their seed alone share a row. Of a target set: views,
+    latents, fidelity, bytes, coverage, classes, rejects.
+    """
     with exits():
         from cae2pipe.runtime.progress import progress
+        from cae2pipe.stages.report_targets import lone_target_set, report_targets
+
+        root = lone_target_set(paths)
+        of_runs = {"--targets": targets, "--scores": scores}
+        of_sets = {"--source": source, "--live": live, "--teacher-weights": teacher_weights}
+        refuse_given(of_sets if root is None else of_runs, "a target set" if root is None else "runs")
+        if root is not None:
+            with progress("report") as lines:
+                page = report_targets(
+                    root, out, lines, source=source, live=live, weights=teacher_weights, device=device or "auto"
+                )
+            console.say(f"report: {page}")
+            return
         from cae2pipe.stages.report import report_runs
 
-        with progress("report") as told:
-            found = report_runs(runs, scores or [], targets, out, told, device or "auto")
-        print_comparison(found, out)
+        with progress("report") as lines:
+            comparison = report_runs(paths, scores or [], targets, out, lines, device or "auto")
+        print_comparison(comparison, out)
+
+
+def refuse_given(options: dict[str, Any], kind: str) -> None:
+    """Raise SettingsError where an option is given that belongs to the report of another kind."""
+    from cae2pipe.errors import SettingsError
+
+    if given := [name for name, value in options.items() if value]:
+        raise SettingsError(
+            f"this option belongs to the report of {kind}", where=given[0], fix=f"omit it, or give {kind}"
+        )
 
 
 def print_comparison(found: Any, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cae2pipe.demo.measures import MEASURES
-from cae2pipe.reporting.html import Child, Html, element, figure, image, join, page, table
+from cae2pipe.reporting.html import Child, Html, element, figure, figures, image, join, mark, page, table
 from cae2pipe.reporting.pictures import (
     ColourBasis,
     Picture,
@@ -154,7 +154,7 @@ def render(contents: Contents) -> str:
 
 def headline(result: Mapping[str, float]) -> Html:
     share = result["bytes_per_view"] / result["bytes_per_view_fp16"]
-    cards = [
+    cards: list[tuple[Child, Child]] = [
         (f"{share:.0%}", f"of fp16's bytes for the latents, at a mean cosine of {result['fidelity_mean']:.4f}"),
         (f"{result['centred_cosine_masked']:.2f}", "centred cosine with the teacher on hidden patches of test tiles"),
         (
@@ -166,11 +166,7 @@ def headline(result: Mapping[str, float]) -> Html:
             f"last loss; the mean target everywhere would cost {result['loss_mean_token']:.2f}",
         ),
     ]
-    return element(
-        "div",
-        *(element("div", element("b", value), element("span", text), class_="card") for value, text in cards),
-        class_="figures",
-    )
+    return figures(cards)
 
 
 def forecast_card(forecast: Forecast, grid: tuple[int, int], basis: ColourBasis) -> Html:
@@ -196,10 +192,6 @@ def measures_table(result: Mapping[str, float]) -> Html:
         goal = join((measure.show_goal(result), " ", mark(met))) if met is not None else None
         lines.append([measure.name, measure.show(result), goal, measure.meaning])
     return table(["measure", "value", "goal", "meaning"], lines)
-
-
-def mark(met: bool) -> Html:
-    return element("span", "✓ reached" if met else "✗ missed", class_="good" if met else "bad")
 
 
 def loss_chart(contents: Contents) -> Html:

@@ -24,6 +24,8 @@ STYLES = ("-", "--", ":", "-.")
 INK = "#3c3f44"
 
 
+WIDTH = 4.8
+"""Inches of a plot: its letters stay legible where a phone shows it at two thirds of its size."""
 FEW = 12
 """Points up to which each of a curve's has a marker."""
 
@@ -46,7 +48,8 @@ def curves(
     points keeps its colour for itself; an axis whose values are far apart is logarithmic."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(6.6, 3.6)
+    legend = [wrapped(name) for name in (*lines, *(levels or {}))] if len(lines) + len(levels or {}) > 1 else []
+    figure, axes = _figure(WIDTH, 3.0 + _legend_height(legend))
     for place, (name, points) in enumerate(lines.items()):
         if not points.xs:
             continue
@@ -79,7 +82,7 @@ def curves(
         axes.set_yscale("log")
     axes.set_xlabel(literal(x_label))
     axes.set_ylabel(literal(y_label))
-    if len(lines) + len(levels or {}) > 1:
+    if legend:
         _legend(figure, axes)
     return svg(figure, f"{y_label} over {x_label}: {', '.join(lines)}")
 
@@ -88,7 +91,7 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
     """A line for each name, from top to bottom: every value a dot, their mean a bar across."""
     names = list(rows)
     lines = sum(wrapped(name).count("\n") + 1 for name in names)
-    figure, axes = _figure(6.6, 0.9 + 0.16 * len(names) + 0.18 * lines)
+    figure, axes = _figure(WIDTH, 0.9 + 0.16 * len(names) + 0.18 * lines)
     for place, name in enumerate(names):
         values = list(rows[name])
         if not values:
@@ -105,7 +108,7 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
 
 def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -> Html:
     """Horizontal bars: (name, value, text beside the bar). The ``strong`` one is coloured, the others pale."""
-    figure, axes = _figure(6.6, 0.9 + 0.36 * len(rows))
+    figure, axes = _figure(WIDTH, 0.9 + 0.36 * len(rows))
     colours = [COLOURS[0] if place == strong else "#c9c6bf" for place in range(len(rows))]
     drawn = axes.barh(range(len(rows)), [value for _, value, _ in rows], color=colours, height=0.62)
     axes.bar_label(drawn, [literal(text) for _, _, text in rows], padding=5, fontsize=9, color=INK)
@@ -165,7 +168,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _legend_height(names: Sequence[str]) -> float:
+    """Inches that a legend in two columns takes."""
+    return 0.1 + sum(0.17 * max(name.count("\n") + 1 for name in names[i : i + 2]) for i in range(0, len(names), 2))
+
+
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Beside the axes: it hides nothing, whatever the curves do."""
+    """Below the axes: it hides nothing, whatever the curves do, and leaves them the whole width."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+    figure.legend(
+        handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.5
+    )

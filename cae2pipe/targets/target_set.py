@@ -100,13 +100,20 @@ class TargetSet(Sequence[Target]):
     Args:
         root: the set's folder or URL.
         arrays: what items hold, ``numpy`` or ``torch``.
+        damaged: what to do about views of which a file is missing or has another size than the manifest says:
+            ``refuse`` them, or ``omit`` them from ``stores``; ``damage`` then lists what is wrong.
 
     Raises:
         ManifestError: not a target set, or one without calibration or stores.
         DamageError: the calibration, or a file of a store, is missing or has another size than the manifest says.
     """
 
-    def __init__(self, root: Path | str, arrays: Literal["numpy", "torch"] = "numpy"):
+    def __init__(
+        self,
+        root: Path | str,
+        arrays: Literal["numpy", "torch"] = "numpy",
+        damaged: Literal["refuse", "omit"] = "refuse",
+    ):
         self.root = root = place(root)
         self.arrays = arrays
         self.box: Box = open_box(root, KIND)
@@ -118,9 +125,18 @@ class TargetSet(Sequence[Target]):
                 fix="run `cae2pipe extract-targets` with the same arguments as before",
             )
         self.calibration = read_calibration(self.box)
+        self.damage: list[DamageError] = []
         for name in sorted(self.box.units.keys() - self.box.whole()):
             for problem in check_files(self.box, [name], digests=False):
-                raise DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root))
+                self.damage.append(DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root)))
+                if damaged == "refuse" or name == CODEC:
+                    raise self.damage[-1]
+        if self.damage:
+            lost = {problem.where for problem in self.damage}
+            files = {name: [str(root / path) for path in unit["files"]] for name, unit in self.stores.items()}
+            self.stores = {name: unit for name, unit in self.stores.items() if lost.isdisjoint(files[name])}
+            if not self.stores:
+                raise self.damage[0]
         self.teacher = TeacherFacts(**{name: self.box.facts["teacher"][name] for name in TeacherFacts.__annotations__})
         self.view = recorded_view(self.box.identity["settings"])
         self.view_size = self.view.size

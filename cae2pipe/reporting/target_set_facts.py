@@ -1,0 +1,64 @@
+"""What a target set was made from and with, in words, from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Rows = list[tuple[str, str]]
+
+
+def teacher_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
+    """The teacher. ``identity`` and ``facts`` are the manifest's."""
+    made, seen, settings = identity["teacher"], facts["teacher"], identity["settings"]["teacher"]
+    patches = f"{seen['rows']} × {seen['cols']} patches"
+    size = made.get("image_size", settings.get("image_size"))
+    return [
+        ("teacher", f"{made['name']}, of {made['library']}"),
+        ("weights", made["weights"]),
+        ("latents", f"{patches}{' and a class token' if seen['class_token'] else ''}, {seen['dim']} dimensions each"),
+        ("attention", "the class token's, stored for each patch" if seen["attention"] else "this teacher has none"),
+        *([("teacher's input", f"{size} pixels a side")] if size else []),
+        *([("precision", str(made["precision"]))] if "precision" in made else []),
+    ]
+
+
+def view_rows(identity: Mapping[str, Any]) -> Rows:
+    """How views are drawn and kept."""
+    view = identity["settings"]["view"]
+    low, high = view["scale"]
+    narrow, wide = view["ratio"]
+    # Sets of older versions do not name what there was no choice about.
+    replayed = view.get("pixels", "stored") == "replayed"
+    kept = "each image once, its views are cut from it when they are loaded" if replayed else "each view"
+    return [
+        ("views", f"{view['size']} pixels a side, crops of {low:.0%} to {high:.0%} of the image, {narrow:.3g} to "
+         f"{wide:.3g} times as wide as high"),
+        ("augmentation", f"flipped with probability {view['flip']:g}, colour jitter {view['jitter']:g}"),
+        ("pixels kept", f"{kept}; JPEG quality {view['quality']}, {view['subsampling']}"),
+        ("seed", str(identity["settings"].get("seed", "not recorded"))),
+    ]  # fmt: skip
+
+
+def codec_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
+    """The codec, and the one that the latents went through before."""
+    codec = identity["settings"]["codec"]
+    step = facts.get("codec", {}).get("step")
+    rows = [("codec", codec["name"] + (f", step {step:.4g}" if step else ""))]
+    if "recoded" in identity:
+        before = identity["recoded"]["codec"]
+        rows.append(("recoded", f"from a set of codec {before.get('name', 'unknown')}"))
+    return rows
+
+
+def provenance_rows(facts: Mapping[str, Any], *, format: int, fingerprint: str) -> Rows:
+    """What byte identity is promised for, and how the set is told from others."""
+    # A recoded set keeps what the first one was extracted with apart.
+    extracted = facts.get("extracted", facts)
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(extracted.get("versions", {}).items()))
+    return [
+        ("extracted with", versions or "not recorded"),
+        ("extracted on", extracted.get("processor", "not recorded")),
+        ("format", str(format)),
+        ("fingerprint", fingerprint),
+    ]
