@@ -6,6 +6,7 @@ Read from top to bottom. The set is not written to. It need not be complete; wha
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 

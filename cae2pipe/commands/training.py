@@ -209,9 +209,7 @@ def _compare_part(
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN... | TARGETS", help="Runs of pretrain, finished or not; or one target set.", parser=place
-        ),
+        typer.Argument(metavar="PATH...", help="Runs of pretrain, finished or not; or one target set.", parser=place),
     ],
     out: Annotated[
         Path, typer.Option(help="The folder to write report.html into, for runs also report.md.", parser=folder)
@@ -233,9 +231,7 @@ def report(
     ] = None,
     live: Annotated[
         int,
-        typer.Option(
-            min=0, help="A target set: also run the teacher on this many stored views, and show its fidelity."
-        ),
+        typer.Option(min=0, help="A target set: also run its teacher on this many stored views, for their fidelity."),
     ] = 0,
     teacher_weights: Annotated[
         Path | None, typer.Option(help="With --live: the teacher's weights, if they came from a local file.")

@@ -191,7 +191,7 @@ def measures_table(result: Mapping[str, float]) -> Html:
         met = measure.met(result)
         goal = join((measure.show_goal(result), " ", mark(met))) if met is not None else None
         lines.append([measure.name, measure.show(result), goal, measure.meaning])
-    return table(["measure", "value", "goal", "meaning"], lines)
+    return table(["measure", "value", "goal", "meaning"], lines, "texts")
 
 
 def loss_chart(contents: Contents) -> Html:

@@ -157,6 +157,7 @@ h3 small { color: var(--soft); font-weight: 400; }
 .strip div > figure + figure { margin-top: 0.5rem; }
 .strip > *, .examples > *, .figures > * { min-width: 0; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem; }
+.pair { margin: 1.2rem 0; }
 .pair .card { margin: 0; }
 @media (max-width: 34rem) {
   .strip.five, .strip.four { grid-template-columns: repeat(2, 1fr); }
@@ -179,22 +180,23 @@ h3 small { color: var(--soft); font-weight: 400; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { .facts { grid-template-columns: 1fr; gap: 0; } .facts dd { margin-bottom: 0.6rem; } }
 .small { color: var(--soft); font-size: 0.88rem; }
-.plot img { background: #ffffff; max-width: 40rem; }
-/* Plots are drawn on white: turned over, with hues as they were, they are on nearly the colour of a card. */
+.plot img { max-width: 36rem; }
+/* Plots are drawn for light cards: turned over, dark letters are light, and hues as they were. */
 @media (prefers-color-scheme: dark) { .plot img { filter: invert(0.88) hue-rotate(180deg); } }
-table.scores td { font-weight: 400; font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; }
+table.scores td:nth-child(2), table.texts td:nth-child(2), table.texts td:nth-child(3) { white-space: nowrap; }
+table.texts td:nth-child(2) { font-weight: 600; }
+table.texts td:last-child { min-width: 15rem; }
 table.pictures { width: auto; font-size: 0.8rem; }
 table.pictures th, table.pictures td {
-  padding: 0.2rem 0.3rem; border: 0; vertical-align: middle; font-weight: 400; white-space: normal; max-width: 7rem;
-  overflow-wrap: anywhere;
+  padding: 0.2rem 0.3rem; border: 0; vertical-align: middle; font-weight: 400; white-space: normal; max-width: 10rem;
+  min-width: 6.2rem; overflow-wrap: break-word;
 }
 table.pictures img { width: 6.2rem; min-width: 6.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.94rem; }
 th, td { text-align: left; padding: 0.5rem 1rem 0.5rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; font-size: 0.85rem; }
 tr:last-child td { border-bottom: 0; }
-td:nth-child(2) { font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: 600; }
-td:nth-child(3) { white-space: nowrap; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.88em; }
 td code { white-space: nowrap; }
 pre {

@@ -142,7 +142,9 @@ def svg(figure: Figure, alt: str) -> Html:
         with rc_context({"svg.hashsalt": "cae2pipe"}), warnings.catch_warnings():
             # Its font has no Chinese, say: boxes stand for such letters, and the table beside has the name.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+            nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+            # Transparent: what lies behind is the page's, by day and by night.
+            figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     finally:
         if epoch is not None:
             os.environ["SOURCE_DATE_EPOCH"] = epoch
