@@ -212,18 +212,19 @@ def choose_images(targets: TargetSet, count: int) -> list[tuple[str, int]]:
 
 def with_original(
     stored: StoredImage, originals: ShardSet | None, name: str, *, position: int, problems: list[str]
-) -> StoredImage:
-    """The image with its original as the picture, where that can be read."""
+) -> tuple[StoredImage, str]:
+    """The image with its original as the picture, where that can be read, and what the picture is."""
+    kept = "the original is not here" if stored.picture is None else "as the set keeps it"
     if originals is None:
-        return stored
+        return stored, kept
     shard = next(shard for shard in originals.shards if shard.name == name)
     where = f"{shard.path}, key {stored.key}"
     try:
         (sample,) = originals.read(shard, position, position + 1)
-        return replace(stored, picture=np.asarray(decode_rgb(sample.data, where=where)))
+        return replace(stored, picture=np.asarray(decode_rgb(sample.data, where=where))), "original"
     except (DamageError, ImageError) as error:
         problems.append(f"{error.where or where}: {error.what}")
-        return stored
+        return stored, kept
 
 
 def read_labels(targets: TargetSet, report: Report, problems: list[str]) -> np.ndarray:

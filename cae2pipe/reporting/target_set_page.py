@@ -34,7 +34,8 @@ class TargetSetContents:
     ``identity`` and ``facts`` are the manifest's, ``format`` and ``fingerprint`` too. ``fidelity``: means over the
     stores; ``stores``: samples and fidelity of each. ``array_shapes``: in words, by array. ``classes``: (name, images),
     None where the set has none; ``unlabelled``: images without a label. ``rejects``: (path, reason), None where there
-    is no shard set to ask. ``images``: what is stored of some images, and whether originals were at hand.
+    is no shard set to ask. ``images``: what is stored of some images, each with what its picture is;
+    ``originals``: whether the shard set was at hand.
     ``profile``: None where the teacher was not run. ``problems``: what could not be read, in words.
     ``commands``: what adds what is missing, by ``source``, ``live``, ``extend`` and ``repair``.
     """
@@ -54,7 +55,7 @@ class TargetSetContents:
     classes: Sequence[tuple[str, int]] | None
     unlabelled: int
     rejects: Sequence[tuple[str, str]] | None
-    images: Sequence[StoredImage]
+    images: Sequence[tuple[StoredImage, str]]
     originals: bool
     profile: FidelityProfile | None
     problems: Sequence[str]
@@ -73,7 +74,7 @@ class TargetSetContents:
 
 def target_set_html(contents: TargetSetContents) -> str:
     """The page."""
-    latents = [view.latents for stored in contents.images for view in stored.views]
+    latents = [view.latents for stored, _ in contents.images for view in stored.views]
     if contents.profile is not None:
         latents += [view.true for view in contents.profile.worst]
     basis = colour_basis(np.concatenate(latents)) if latents else None
@@ -187,14 +188,11 @@ def images_section(contents: TargetSetContents, basis: ColourBasis | None) -> li
         )
     )
     if not contents.originals:
-        kept = any(stored.picture is not None for stored in contents.images)
+        kept = any(stored.picture is not None for stored, _ in contents.images)
         drawn = "on the images as the set keeps them" if kept else "on grey, for this set keeps no images"
         text = f"Boxes are drawn {drawn}. To see them on the originals, give the shard set:"
         parts += hint(text, contents.commands["source"])
-    for stored in contents.images:
-        caption = "original" if contents.originals else "as the set keeps it"
-        if stored.picture is None:
-            caption = "the original is not here"
+    for stored, caption in contents.images:
         size = f"{stored.width} × {stored.height} pixels"
         heading = join((stored.key, " ", element("small", size)))
         parts.append(stored_card(stored, contents.grid, basis, heading=heading, caption=caption))

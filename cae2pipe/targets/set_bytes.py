@@ -14,7 +14,7 @@ from cae2pipe.targets.target_set import TargetSet
 class SetBytes:
     """Bytes of the files of a set with ``views`` stored views.
 
-    ``arrays``: of the stores, by array, ``metadata`` being Zarr's; ``pixels``: of the tars; ``other``: of the
+    ``arrays``: of the stores, by array, each with its metadata, ``metadata`` being that of whole stores; ``pixels``: of the tars; ``other``: of the
     calibration and of the indices of kept images. ``latents``: the part of ``arrays`` that holds the latents (the
     codec's arrays and the norms), for which ``fp16`` and ``int8`` are what those codecs would take: both follow from
     the shapes.
@@ -62,7 +62,7 @@ def set_bytes(targets: TargetSet) -> SetBytes:
 def _array(path: str) -> str:
     """The array that a file of a store belongs to."""
     name, _, rest = path.partition("/")
-    return name if rest and rest != "zarr.json" else "metadata"
+    return name if rest else "metadata"
 
 
 def array_shape(targets: TargetSet, name: str) -> str:
