@@ -105,6 +105,7 @@ def report_targets(
         for shard, position, stored in read_images(targets, report, problems)
     ]
     labels = read_labels(targets, report, problems)
+    listed = [unit for unit in targets.box.units.values() if "view" in unit]
     contents = TargetSetContents(
         name=targets.root.name,
         root=str(root),
@@ -112,7 +113,8 @@ def report_targets(
         facts=targets.box.facts,
         format=targets.box.format,
         fingerprint=targets.box.fingerprint,
-        image_count=targets.images,
+        view=targets.view,
+        image_count=sum({unit["shard"]: unit["samples"] for unit in listed}.values()),
         fidelity=targets.fidelity(),
         stores=targets.stores,
         sizes=set_bytes(targets),
@@ -125,7 +127,9 @@ def report_targets(
         originals=originals is not None,
         profile=profile,
         problems=problems,
-        commands=commands(targets, root, source=source, live=live, weights=weights),
+        commands=commands(
+            targets, root, source=source, live=live, weights=weights, inside=source is None and originals is not None
+        ),
     )
     write_bytes(out / HTML, target_set_html(contents).encode())
     unread = f"; {len(problems)} files could not be used, and are named there" if problems else ""
@@ -257,16 +261,19 @@ def rejected(originals: ShardSet) -> list[tuple[str, str]]:
     ]
 
 
-def commands(targets: TargetSet, root: Path, *, source: Path | None, live: int, weights: Path | None) -> dict[str, str]:
-    """What adds what the page lacks."""
+def commands(
+    targets: TargetSet, root: Path, *, source: Path | None, live: int, weights: Path | None, inside: bool
+) -> dict[str, str]:
+    """What adds what the page lacks. ``inside``: the shard set lies inside the target set."""
     given = [*(["--source", source] if source else []), *(["--live", live] if live else [])]
     given += ["--teacher-weights", weights] if weights else []
     recoded = "recoded" in targets.box.identity
+    made_from = ["--source", "TARGETS"] if recoded else [] if inside else ["--source", source or "SHARDS"]
     return {
         "source": line("report", root, *given, "--source", "SHARDS"),
         "live": line("report", root, *given, "--live", LIVE),
         "extend": line("recode", "TARGETS", root) if recoded else line("extract-targets", "SOURCE", root),
-        "repair": line("verify", root, "--repair"),
+        "repair": line("verify", root, "--repair", *made_from),
     }
 
 

@@ -161,5 +161,8 @@ def latents(tokens: np.ndarray, shape: tuple[int, ...], basis: ColourBasis, whos
 def grid(headers: Sequence[str], rows: Sequence[Sequence[Child]]) -> Html:
     """Pictures in rows and columns that keep their size; wide ones scroll."""
     head = [element("tr", *(element("th", text, scope="col") for text in headers))] if headers else []
-    body = [element("tr", *(element("td", cell) for cell in row)) for row in rows]
+    body = [
+        element("tr", *(element("td", cell, class_=None if isinstance(cell, Html) else "name") for cell in row))
+        for row in rows
+    ]
     return element("div", element("table", *head, *body, class_="pictures"), class_="wide")

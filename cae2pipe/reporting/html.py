@@ -184,14 +184,15 @@ h3 small { color: var(--soft); font-weight: 400; }
 /* Plots are drawn for light cards: turned over, dark letters are light, and hues as they were. */
 @media (prefers-color-scheme: dark) { .plot img { filter: invert(0.88) hue-rotate(180deg); } }
 td { font-variant-numeric: tabular-nums; }
-table.scores td:nth-child(2), table.texts td:nth-child(2), table.texts td:nth-child(3) { white-space: nowrap; }
+table.scores td + td, table.texts td:nth-child(2), table.texts td:nth-child(3) { white-space: nowrap; }
 table.texts td:nth-child(2) { font-weight: 600; }
 table.texts td:last-child { min-width: 15rem; }
 table.pictures { width: auto; font-size: 0.8rem; }
 table.pictures th, table.pictures td {
-  padding: 0.2rem 0.3rem; border: 0; vertical-align: middle; font-weight: 400; white-space: normal; max-width: 10rem;
+  padding: 0.2rem 0.3rem; border: 0; font-weight: 400; max-width: 10rem;
   min-width: 6.2rem; overflow-wrap: break-word;
 }
+table.pictures .name { min-width: 8.5rem; }
 table.pictures img { width: 6.2rem; min-width: 6.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.94rem; }
 th, td { text-align: left; padding: 0.5rem 1rem 0.5rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }

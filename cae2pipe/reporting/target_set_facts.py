@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cae2pipe.config.extract import ViewSettings
+
 Rows = list[tuple[str, str]]
 
 
@@ -23,21 +25,19 @@ def teacher_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
     ]
 
 
-def view_rows(identity: Mapping[str, Any]) -> Rows:
+def view_rows(view: ViewSettings, seed: object) -> Rows:
     """How views are drawn and kept."""
-    view = identity["settings"]["view"]
-    low, high = view["scale"]
-    narrow, wide = view["ratio"]
-    # Sets of older versions do not name what there was no choice about.
-    replayed = view.get("pixels", "stored") == "replayed"
+    low, high = view.scale
+    narrow, wide = view.ratio
+    crops = f"crops of {low:.0%} to {high:.0%} of the image, {narrow:.3g} to {wide:.3g} times as wide as high"
+    replayed = view.pixels == "replayed"
     kept = "each image once, its views are cut from it when they are loaded" if replayed else "each view"
     return [
-        ("views", f"{view['size']} pixels a side, crops of {low:.0%} to {high:.0%} of the image, {narrow:.3g} to "
-         f"{wide:.3g} times as wide as high"),
-        ("augmentation", f"flipped with probability {view['flip']:g}, colour jitter {view['jitter']:g}"),
-        ("pixels kept", f"{kept}; JPEG quality {view['quality']}, {view['subsampling']}"),
-        ("seed", str(identity["settings"].get("seed", "not recorded"))),
-    ]  # fmt: skip
+        ("views", f"{view.size} pixels a side, {crops}"),
+        ("augmentation", f"flipped with probability {view.flip:g}, colour jitter {view.jitter:g}"),
+        ("pixels kept", f"{kept}; JPEG quality {view.quality}, {view.subsampling}"),
+        ("seed", str(seed)),
+    ]
 
 
 def codec_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:

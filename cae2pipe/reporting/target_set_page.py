@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cae2pipe.config.extract import ViewSettings
 from cae2pipe.reporting.coverage_grid import coverage_grid
 from cae2pipe.reporting.fidelity_section import fidelity_section
 from cae2pipe.reporting.html import Child, Html, bar_list, element, facts, figures, join, mark, page, table
@@ -31,12 +32,12 @@ FIRST_CLASSES, LAST_CLASSES = 12, 4
 class TargetSetContents:
     """All that the page shows.
 
-    ``identity`` and ``facts`` are the manifest's, ``format`` and ``fingerprint`` too. ``fidelity``: means over the
-    stores; ``stores``: samples and fidelity of each. ``array_shapes``: in words, by array. ``classes``: (name, images),
-    None where the set has none; ``unlabelled``: images without a label. ``rejects``: (path, reason), None where there
-    is no shard set to ask. ``images``: what is stored of some images, each with what its picture is;
-    ``originals``: whether the shard set was at hand.
-    ``profile``: None where the teacher was not run. ``problems``: what could not be read, in words.
+    ``identity`` and ``facts`` are the manifest's, ``format`` and ``fingerprint`` too; ``view``: how views are drawn.
+    ``image_count``: of all shards that are named. ``fidelity``: means over the ``stores`` that can be read, which has
+    samples and fidelity of each. ``array_shapes``: in words, by array. ``classes``: (name, images), None where the set
+    has none; ``unlabelled``: images without a label. ``rejects``: (path, reason), None where there is no shard set to
+    ask. ``images``: what is stored of some images, each with what its picture is; ``originals``: whether the shard set
+    was at hand. ``profile``: None where the teacher was not run. ``problems``: what could not be read, in words.
     ``commands``: what adds what is missing, by ``source``, ``live``, ``extend`` and ``repair``.
     """
 
@@ -46,6 +47,7 @@ class TargetSetContents:
     facts: Mapping[str, Any]
     format: int
     fingerprint: str
+    view: ViewSettings
     image_count: int
     fidelity: Mapping[str, float]
     stores: Mapping[str, Mapping[str, Any]]
@@ -165,7 +167,7 @@ def fact_rows(contents: TargetSetContents) -> list[tuple[str, Child]]:
         ("folder", contents.root),
         ("holds", held + ("" if coverage.complete else ", in part")),
         *teacher_rows(contents.identity, contents.facts),
-        *view_rows(contents.identity),
+        *view_rows(contents.view, contents.identity["settings"].get("seed", "not recorded")),
         *codec_rows(contents.identity, contents.facts),
         *asked,
         *provenance_rows(contents.facts, format=contents.format, fingerprint=contents.fingerprint),

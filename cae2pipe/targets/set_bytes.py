@@ -14,10 +14,10 @@ from cae2pipe.targets.target_set import TargetSet
 class SetBytes:
     """Bytes of the files of a set with ``views`` stored views.
 
-    ``arrays``: of the stores, by array, each with its metadata, ``metadata`` being that of whole stores; ``pixels``: of the tars; ``other``: of the
-    calibration and of the indices of kept images. ``latents``: the part of ``arrays`` that holds the latents (the
-    codec's arrays and the norms), for which ``fp16`` and ``int8`` are what those codecs would take: both follow from
-    the shapes.
+    ``arrays``: of the stores, by array, each with its metadata, ``metadata`` being that of whole stores; ``pixels``: of
+    the tars; ``other``: of the calibration and of the indices of kept images. ``latents``: the part of ``arrays`` that
+    holds the latents (the codec's arrays and the norms), for which ``fp16`` and ``int8`` are what those codecs would
+    take: both follow from the shapes.
     """
 
     views: int

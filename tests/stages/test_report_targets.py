@@ -165,6 +165,7 @@ def test_missing_files_are_named_and_the_rest_is_shown(file, lost, copy, tmp_pat
     assert f"{copy / file}: a file of the manifest is missing" in page.text
     assert f"cae2pipe verify {copy} --repair" in page.text
     assert "orange is damaged" in page.text
+    assert "3 shards of 150 images, 2 views each, in part" in page.text
     with pytest.raises(DamageError, match="missing"):
         TargetSet(copy)
 
