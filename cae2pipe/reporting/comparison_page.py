@@ -13,23 +13,23 @@ AXES = {BYTES: "stored latents, kB a view", "mask.ratio": "mask ratio", "data.vi
 """What settings are called below an axis, where their own names do not do."""
 
 
-def comparison_html(found: Comparison, gallery: Gallery) -> str:
+def comparison_html(comparison: Comparison, gallery: Gallery) -> str:
     """The page: the table and what it says, scores and losses as plots, pictures, and where the runs lie."""
-    headers, rows = cells(found)
+    headers, rows = cells(comparison)
     children: list[list[Child]] = [list(row) for row in rows]
     body = [
-        element("h1", found.title),
-        *([element("p", found.about, class_="lead")] if found.about else []),
+        element("h1", comparison.title),
+        *([element("p", comparison.about, class_="lead")] if comparison.about else []),
         element("div", table(headers, children, class_="scores"), class_="card"),
-        *(element("p", line) for line in findings(found)),
-        *(element("p", line, class_="small") for line in notes(found)),
-        *score_plots(found),
-        *curve_plots(found),
+        *(element("p", line) for line in findings(comparison)),
+        *(element("p", line, class_="small") for line in notes(comparison)),
+        *score_plots(comparison),
+        *curve_plots(comparison),
         *gallery_html(gallery),
         element("h2", "Runs"),
-        table(["variant", "folders"], [[row.name, folders(row)] for row in found.rows]),
+        table(["variant", "folders"], [[row.name, folders(row)] for row in comparison.rows]),
     ]
-    return page(found.title, join([Html(part) for part in body], "\n"))
+    return page(comparison.title, join([Html(part) for part in body], "\n"))
 
 
 def card(plot: Html, caption: str) -> Html:
@@ -41,15 +41,15 @@ def pairs(cards: list[Html]) -> Html:
     return element("div", *cards, class_="pair")
 
 
-def score_plots(found: Comparison) -> list[Html]:
+def score_plots(comparison: Comparison) -> list[Html]:
     """Scores of every evaluation: along the comparison's axis where it has one, else a line a variant."""
     parts: list[Html] = []
-    for kind in found.columns:
-        scored = [row for row in found.rows if row.scores.get(kind)]
+    for kind in comparison.columns:
+        scored = [row for row in comparison.rows if row.scores.get(kind)]
         if len(scored) < 2:
             continue
-        if found.along and any(row.along is not None for row in scored):
-            plot = along_axis(scored, kind, found.along)
+        if comparison.along and any(row.along is not None for row in scored):
+            plot = along_axis(scored, kind, comparison.along)
             caption = f"{kind}: means over seeds; bars are standard deviations."
         else:
             plot = dots({row.name: [100 * value for value in row.scores[kind]] for row in scored}, x_label=f"{kind}, %")
@@ -76,7 +76,7 @@ def along_axis(rows: list[Row], kind: str, along: str) -> Html:
     return curves(drawn, x_label=AXES.get(along, along), y_label=f"{kind}, %", levels=levels)
 
 
-def curve_plots(found: Comparison) -> list[Html]:
+def curve_plots(comparison: Comparison) -> list[Html]:
     """What training told by epoch, the first seed of every variant."""
     parts = []
     captions = {
@@ -86,7 +86,7 @@ def curve_plots(found: Comparison) -> list[Html]:
     }
     for name, label in CURVES.items():
         # Those without such a curve keep their place, so that colours mean the same in both plots.
-        values = {row.name: row.curves.get(name, []) for row in found.rows}
+        values = {row.name: row.curves.get(name, []) for row in comparison.rows}
         drawn = {who: Points(range(1, len(v) + 1), v) if any(v) else Points([], []) for who, v in values.items()}
         if any(points.xs for points in drawn.values()):
             parts.append(card(curves(drawn, x_label="epoch", y_label=label), captions[name]))

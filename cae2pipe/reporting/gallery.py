@@ -96,8 +96,8 @@ def gallery_html(gallery: Gallery) -> list[Html]:
             ),
             *(
                 part
-                for place in range(len(gallery.queries))
-                for part in (element("h3", f"View {place + 1}"), neighbour_table(gallery, place))
+                for index in range(len(gallery.queries))
+                for part in (element("h3", f"View {index + 1}"), neighbour_table(gallery, index))
             ),
         ]
     if gallery.left_out:
@@ -116,33 +116,34 @@ def mask_table(rows: Sequence[MaskRow]) -> Html:
     return grid([], cells)
 
 
-def latent_table(found: dict[str, list[Forecast]]) -> Html:
+def latent_table(forecasts: dict[str, list[Forecast]]) -> Html:
     """A line a view: the view, the teacher's latents, then for every student what it predicts."""
-    some = next(iter(found.values()))
+    some = next(iter(forecasts.values()))
     basis = colour_basis(np.concatenate([forecast.teacher for forecast in some]))
     cells: list[list[Child]] = []
-    for place, one in enumerate(some):
+    for index, one in enumerate(some):
         line: list[Child] = [
             photograph(resized(one.view, SIDE, SIDE), "A stored view"),
             latents(one.teacher, one.mask.shape, basis, "the teacher"),
         ]
-        for name, forecasts in found.items():
-            own = forecasts[place]
+        for name, of_student in forecasts.items():
+            own = of_student[index]
             shown = latents(own.student, own.mask.shape, basis, name)
             line.append(
                 element("div", shown, element("figcaption", BLANK if math.isnan(own.cosine) else f"{own.cosine:.2f}"))
             )
         cells.append(line)
-    return grid(["view", "teacher", *found], cells)
+    return grid(["view", "teacher", *forecasts], cells)
 
 
-def neighbour_table(gallery: Gallery, place: int) -> Html:
-    query = photograph(resized(gallery.views[gallery.queries[place]], SIDE, SIDE), "The query")
+def neighbour_table(gallery: Gallery, query: int) -> Html:
+    """The neighbours of the query of this number, a line for each features."""
+    shown = photograph(resized(gallery.views[gallery.queries[query]], SIDE, SIDE), "The query")
     cells: list[list[Child]] = []
     for row in gallery.neighbours:
         alt = f"A neighbour by {row.name}"
-        near = [photograph(resized(gallery.views[index], SIDE, SIDE), alt) for index in row.nearest[place]]
-        cells.append([row.name, query, *near])
+        near = [photograph(resized(gallery.views[index], SIDE, SIDE), alt) for index in row.nearest[query]]
+        cells.append([row.name, shown, *near])
     return grid([], cells)
 
 

@@ -50,7 +50,7 @@ def curves(
 
     legend = [wrapped(name) for name in (*lines, *(levels or {}))] if len(lines) + len(levels or {}) > 1 else []
     figure, axes = _figure(WIDTH, 3.0 + _legend_height(legend))
-    for place, (name, points) in enumerate(lines.items()):
+    for index, (name, points) in enumerate(lines.items()):
         if not points.xs:
             continue
         few = len(points.xs) <= FEW
@@ -59,16 +59,16 @@ def curves(
             points.ys,
             yerr=list(points.errors) or None,
             label=wrapped(name),
-            color=COLOURS[place % len(COLOURS)],
-            linestyle=STYLES[place // len(COLOURS) % len(STYLES)],
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=STYLES[index // len(COLOURS) % len(STYLES)],
             linewidth=0.8 if points.pale else 1.6,
             alpha=0.4 if points.pale else 1,
             marker="o" if few else "",
             markersize=4.5,
             capsize=3,
         )
-    for place, (name, value) in enumerate((levels or {}).items(), len(lines)):
-        axes.axhline(value, label=wrapped(name), color=COLOURS[place % len(COLOURS)], linestyle="--", linewidth=1.3)
+    for index, (name, value) in enumerate((levels or {}).items(), len(lines)):
+        axes.axhline(value, label=wrapped(name), color=COLOURS[index % len(COLOURS)], linestyle="--", linewidth=1.3)
     positions = sorted({x for points in lines.values() for x in points.xs})
     if positions and positions[0] > 0 and positions[-1] / positions[0] >= 8 and len(positions) <= FEW:
         axes.set_xscale("log")
@@ -92,13 +92,13 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
     names = list(rows)
     lines = sum(wrapped(name).count("\n") + 1 for name in names)
     figure, axes = _figure(WIDTH, 0.9 + 0.16 * len(names) + 0.18 * lines)
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         values = list(rows[name])
         if not values:
             continue
-        axes.plot(values, [place] * len(values), "o", color=COLOURS[0], markersize=5, alpha=0.55, markeredgewidth=0)
+        axes.plot(values, [index] * len(values), "o", color=COLOURS[0], markersize=5, alpha=0.55, markeredgewidth=0)
         mean = sum(values) / len(values)
-        axes.plot([mean, mean], [place - 0.28, place + 0.28], color=COLOURS[1], linewidth=2.2)
+        axes.plot([mean, mean], [index - 0.28, index + 0.28], color=COLOURS[1], linewidth=2.2)
     axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(literal(x_label))
@@ -109,7 +109,7 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
 def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -> Html:
     """Horizontal bars: (name, value, text beside the bar). The ``strong`` one is coloured, the others pale."""
     figure, axes = _figure(WIDTH, 0.9 + 0.36 * len(rows))
-    colours = [COLOURS[0] if place == strong else "#c9c6bf" for place in range(len(rows))]
+    colours = [COLOURS[0] if index == strong else "#c9c6bf" for index in range(len(rows))]
     drawn = axes.barh(range(len(rows)), [value for _, value, _ in rows], color=colours, height=0.62)
     axes.bar_label(drawn, [literal(text) for _, _, text in rows], padding=5, fontsize=9, color=INK)
     axes.set_yticks(range(len(rows)), [literal(name) for name, _, _ in rows])

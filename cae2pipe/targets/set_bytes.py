@@ -71,6 +71,6 @@ def array_shape(targets: TargetSet, name: str) -> str:
     if name not in blocked:
         return ""
     axis = blocked[name].sample_axis
-    shape = [side for place, side in enumerate(targets.layout.shape(name, 1)) if place != axis]
+    shape = [side for index, side in enumerate(targets.layout.shape(name, 1)) if index != axis]
     types = {"<u2": "uint16", "<f2": "float16", "|u1": "uint8", "|i1": "int8"}
     return f"{' × '.join(map(str, shape))} {types[blocked[name].dtype]}"

@@ -13,12 +13,12 @@ from tests.conftest import edit_manifest
 
 def test_a_whole_set(target_root):
     targets = TargetSet(target_root)
-    found = coverage(targets)
-    assert found.shards == ["000000", "000001", "000002"]
-    assert found.complete
-    assert found.cells.shape == (2, 3)
-    assert found.names(ABSENT) == found.names(DAMAGED) == []
-    assert found.names(PRESENT) == sorted(targets.stores)
+    result = coverage(targets)
+    assert result.shards == ["000000", "000001", "000002"]
+    assert result.complete
+    assert result.cells.shape == (2, 3)
+    assert result.names(ABSENT) == result.names(DAMAGED) == []
+    assert result.names(PRESENT) == sorted(targets.stores)
     assert one_store_a_shard(targets) == ["v00/000000", "v00/000001", "v00/000002"]
 
 
@@ -32,11 +32,11 @@ def test_shards_without_a_name_yet(target_root, tmp_path):
     edit_manifest(tmp_path, wanted={"views": 2, "shards": 5, "images": 300})
     (tmp_path / "latents/v00/000001.zarr/norms/c/0/0").unlink()
     targets = TargetSet(tmp_path, damaged="omit")
-    found = coverage(targets, ["000003"])
-    assert found.shards == ["000000", "000001", "000002", "000003", ""]
-    assert found.names(ABSENT) == ["v00/000003", "v00/?", "v01/000003", "v01/?"]
-    assert found.names(DAMAGED) == ["v00/000001"]
-    assert not found.complete
+    result = coverage(targets, ["000003"])
+    assert result.shards == ["000000", "000001", "000002", "000003", ""]
+    assert result.names(ABSENT) == ["v00/000003", "v00/?", "v01/000003", "v01/?"]
+    assert result.names(DAMAGED) == ["v00/000001"]
+    assert not result.complete
     assert one_store_a_shard(targets) == ["v00/000000", "v01/000001", "v00/000002"]
 
 

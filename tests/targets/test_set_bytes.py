@@ -16,14 +16,14 @@ from tests.conftest import contents
 def test_all_files_are_counted_once(replayed, target_root, stored_root):
     root = target_root if replayed else stored_root
     targets = TargetSet(root)
-    found = set_bytes(targets)
+    sizes = set_bytes(targets)
     files = {name: data for name, data in contents(root).items() if not name.startswith(("shards/", "manifest.json"))}
-    assert found.total == sum(map(len, files.values()))
-    assert found.pixels == sum(len(data) for name, data in files.items() if name.endswith(".tar"))
-    assert found.arrays["norms"] == sum(len(data) for name, data in files.items() if "/norms/" in name)
-    assert found.views == len(targets)
-    assert found.latents / found.views == targets.bytes_per_view()["latents"]
-    assert found.fp16 / found.views == targets.bytes_per_view()["fp16"]
+    assert sizes.total == sum(map(len, files.values()))
+    assert sizes.pixels == sum(len(data) for name, data in files.items() if name.endswith(".tar"))
+    assert sizes.arrays["norms"] == sum(len(data) for name, data in files.items() if "/norms/" in name)
+    assert sizes.views == len(targets)
+    assert sizes.latents / sizes.views == targets.bytes_per_view()["latents"]
+    assert sizes.fp16 / sizes.views == targets.bytes_per_view()["fp16"]
     assert array_shape(targets, "symbols") == "16 × 17 uint16"
     assert array_shape(targets, "attention") == "16 uint8"
     assert array_shape(targets, "keys") == ""
@@ -33,10 +33,10 @@ def test_all_files_are_counted_once(replayed, target_root, stored_root):
 def test_the_codecs_sizes_follow_from_the_shapes(codec, target_root, tmp_path):
     recode(target_root, tmp_path / "set", CodecSettings(name=codec), Silent(), lossy_source=True, workers=0)
     targets = TargetSet(tmp_path / "set")
-    found = set_bytes(targets)
+    sizes = set_bytes(targets)
     arrays = [f"/{name}/c/" for name in targets.layout.codec.arrays()]
     stored = sum(len(data) for name, data in contents(tmp_path / "set").items() if any(part in name for part in arrays))
     # Stores are whole blocks of 64: 70 and 10 samples take 128 and 64. Norms are compressed, 2 bytes a token before.
     padded = 2 * (128 + 128 + 64)
-    expected = getattr(found, codec) / found.views - 2 * targets.teacher.tokens
+    expected = getattr(sizes, codec) / sizes.views - 2 * targets.teacher.tokens
     assert stored / padded == pytest.approx(expected, rel=0.02)
