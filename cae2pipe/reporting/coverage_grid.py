@@ -6,6 +6,7 @@ import numpy as np
 
 from cae2pipe.reporting.html import Html, element, figure, image
 from cae2pipe.reporting.pictures import png_uri
+from cae2pipe.reporting.wording import counted
 from cae2pipe.targets.coverage import ABSENT, DAMAGED, PRESENT, Coverage
 
 COLUMNS, ROWS = 128, 64
@@ -18,12 +19,12 @@ MISSING_COLOUR, PRESENT_COLOUR, DAMAGED_COLOUR = ((176, 172, 165), (0, 114, 178)
 def coverage_grid(coverage: Coverage) -> Html:
     """The grid with its caption. The longer of both axes lies across."""
     cells = coverage.cells
-    across, down = f"{cells.shape[1]} shards", f"{cells.shape[0]} views"
+    across, down = counted(cells.shape[1], "shard"), counted(cells.shape[0], "view")
     if cells.shape[0] > cells.shape[1]:
         cells, across, down = cells.T, down, across
     picture = grid_picture(cells)
     present = int((cells == PRESENT).sum())
-    text = f"{present} of {cells.size} stores: {down} from top to bottom, {across} from left to right. "
+    text = f"{present:,} of {cells.size:,} stores: {down} from top to bottom, {across} from left to right. "
     text += "Blue is there, grey is not" + (", orange is damaged." if (cells == DAMAGED).any() else ".")
     if picture.shape[1] == COLUMNS * CELL or picture.shape[0] == ROWS * CELL:
         text += " A cell may stand for several: the paler, the more of them are missing."

@@ -47,7 +47,8 @@ def fidelity_section(
     if profile is None:
         text = (
             "Not on this page: fidelity by principal component and by token, and the views that suffer most. They need "
-            "the teacher's own latents, and so the teacher, on some stored views:"
+            "the teacher's own latents, and so the teacher, on some stored views (add --teacher-weights FILE if its "
+            "weights came from a file):"
         )
         return [*parts, element("p", text, class_="small"), element("pre", live_command)]
     return [*parts, *live_parts(profile, grid, basis, recorded=fidelity["mean"])]

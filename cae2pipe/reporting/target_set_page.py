@@ -16,14 +16,13 @@ from cae2pipe.reporting.html import Child, Html, bar_list, element, facts, figur
 from cae2pipe.reporting.pictures import ColourBasis, colour_basis
 from cae2pipe.reporting.stored_images import stored_card
 from cae2pipe.reporting.target_set_facts import codec_rows, provenance_rows, teacher_rows, view_rows
+from cae2pipe.reporting.wording import NAMED, counted, listed
 from cae2pipe.runtime.progress import gigabytes
 from cae2pipe.targets.coverage import ABSENT, DAMAGED, Coverage
 from cae2pipe.targets.fidelity_profile import FidelityProfile
 from cae2pipe.targets.set_bytes import SetBytes
 from cae2pipe.targets.stored_image import StoredImage
 
-NAMED = 10
-"""Names of a list that are shown; the others are counted."""
 FIRST_CLASSES, LAST_CLASSES = 12, 4
 """Classes that are shown of very many: the largest and the smallest."""
 
@@ -244,20 +243,27 @@ def classes_section(contents: TargetSetContents) -> list[Html]:
     parts = [element("h2", "Classes")]
     if contents.classes is None:
         return [*parts, element("p", "The images have no classes; training from targets needs none.")]
-    rows = [(name, float(count), f"{count:,}") for name, count in contents.classes]
-    hidden = rows[FIRST_CLASSES : len(rows) - LAST_CLASSES]
-    if len(hidden) > 1:
-        mean = sum(value for _, value, _ in hidden) / len(hidden)
-        most, least = hidden[0][2], hidden[-1][2]
-        between = f"{most} each" if most == least else f"{least} to {most} each"
-        middle = [(f"{len(hidden):,} more classes", mean, between)]
-        rows = [*rows[:FIRST_CLASSES], *middle, *rows[len(rows) - LAST_CLASSES :]]
+    rows = class_bars(contents.classes)
     if contents.unlabelled:
         rows.append(("no class", float(contents.unlabelled), f"{contents.unlabelled:,}"))
     empty = sum(count == 0 for _, count in contents.classes)
     text = f"Images of each of {counted(len(contents.classes), 'class', 'classes')}, most first"
     text += f"; {empty:,} without any." if empty else "."
     return [*parts, element("p", text), element("div", bar_list(rows), class_="card")]
+
+
+def class_bars(classes: Sequence[tuple[str, int]]) -> list[tuple[str, float, str]]:
+    """A bar for each class, most images first; of very many, those between the largest and the smallest share one, as
+    long as their mean."""
+    rows = [(name, float(count), f"{count:,}") for name, count in classes]
+    hidden = rows[FIRST_CLASSES : len(rows) - LAST_CLASSES]
+    if len(hidden) < 2:
+        return rows
+    mean = sum(value for _, value, _ in hidden) / len(hidden)
+    most, least = hidden[0][2], hidden[-1][2]
+    between = f"{most} each" if most == least else f"{least} to {most} each"
+    middle = (f"{len(hidden):,} more classes", mean, between)
+    return [*rows[:FIRST_CLASSES], middle, *rows[len(rows) - LAST_CLASSES :]]
 
 
 def rejects_section(contents: TargetSetContents) -> list[Html]:
@@ -287,16 +293,6 @@ def rejects_section(contents: TargetSetContents) -> list[Html]:
 def hint(text: str, command: str) -> list[Html]:
     """What is not on the page, and the command that adds it."""
     return [element("p", text, class_="small"), element("pre", command)]
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def footer_text() -> str:

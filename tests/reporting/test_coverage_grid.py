@@ -40,7 +40,7 @@ def test_one_store_of_very_many_is_seen():
 
 def test_the_longer_axis_lies_across():
     text = coverage_grid(Coverage(["000000"], np.full((32, 1), PRESENT, dtype=np.uint8)))
-    assert "32 of 32 stores: 1 shards from top to bottom, 32 views from left to right" in text
+    assert "32 of 32 stores: 1 shard from top to bottom, 32 views from left to right" in text
 
 
 @given(st.data())
