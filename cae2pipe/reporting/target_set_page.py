@@ -184,8 +184,8 @@ def images_section(contents: TargetSetContents, basis: ColourBasis | None) -> li
             "p",
             f"Images from all over the set. Boxes are where views were cut from the image; a view is shown as the "
             f"student sees it, flipped and jittered. Below each are the {rows} × {cols} latents that the teacher gave "
-            "for it. Colours are their first three principal components, the same for all pictures on this page: "
-            "equal colours, like latents.",
+            "for it, as they are stored. Colours are their first three principal components, the same for all "
+            "pictures on this page: equal colours, like latents.",
         )
     )
     if not contents.originals:
