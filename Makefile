@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export CAE2PIPE_REAL ?= $(wildcard $(abspath ../shared/real))
 export PYTHON
 
-.PHONY: demo test faults fuzz coverage gpu versions check clean
+.PHONY: demo docs test faults fuzz coverage gpu versions check clean
 
 $(VENV)/.demo: pyproject.toml
 	.ci/install $(VENV) demo
@@ -16,8 +16,15 @@ $(VENV)/.installed: pyproject.toml
 	.ci/install $(VENV) dev
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml
+	.ci/install $(VENV) docs
+	touch $@
+
 demo: $(VENV)/.demo  ## the whole pipeline on photographs that pip brings, into demo/
 	$(BIN)/cae2pipe demo demo
+
+docs: $(VENV)/.docs  ## the documentation, into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -52,4 +59,4 @@ check: $(VENV)/.installed
 	$(BIN)/python -m pytest -q --noconftest --disable-plugin-autoload tests/test_docs.py
 
 clean:
-	rm -rf $(VENV) .versions .coverage.d demo build dist *.egg-info
+	rm -rf $(VENV) .versions .coverage.d demo site build dist *.egg-info

@@ -64,12 +64,12 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     checks, speeds = [], {}
     for size, (fit, test) in samples(options.device, options.quick):
-        found = compared(fit, test)
-        rows += [{"pixels": size, "method": name, **row} for name, row in found.items()]
+        by_method = compared(fit, test)
+        rows += [{"pixels": size, "method": name, **row} for name, row in by_method.items()]
         timed = timings(fit, test, 3 if options.quick else 9)
         speeds[size] = {name: figures(values, 0) for name, values in timed.items()}
         ratio = median_ratio(timed[f"{TOKENS}/decode"], timed["klt/decode"])
-        share = found["klt"]["0.97"] / found[TOKENS]["0.97"]
+        share = by_method["klt"]["0.97"] / by_method[TOKENS]["0.97"]
         checks += [
             at_most(f"{size} pixels, 0.97: bytes of klt against rotating components alone", share, 0.9),
             at_most(f"{size} pixels, 0.97: time of decoding klt, likewise", ratio, 1.15),
@@ -95,7 +95,7 @@ def samples(device: str, quick: bool) -> Iterator[tuple[int, tuple[Tensor, Tenso
 
 def unit_of(shards: ShardSet, teacher: Teacher, chosen: Any, parts: list[tuple[int, tuple[int, ...]]]) -> Tensor:
     tasks = [Task(shards.shards[0], block, views) for block, views in parts]
-    blocks = render_blocks(Renderer(shards, tasks, chosen.view, chosen.seed), 0)
+    blocks = render_blocks(Renderer(shards, tasks, chosen.view, seed=chosen.seed), 0)
     with torch.inference_mode():
         raw = [teacher(view.to(teacher.device)).tokens.cpu() for block in blocks for view in block.pixels]
     return unit_tokens(torch.cat(raw).clone())[0]
@@ -106,36 +106,36 @@ TOKENS = "components alone"
 
 def compared(fit: Tensor, test: Tensor) -> dict[str, dict[str, Any]]:
     """Bytes of every method at every fidelity."""
-    calibration, _ = calibrate(fit, "klt", 0.97, 1)
+    calibration, _ = calibrate(fit, "klt", 0.97, level=1)
     assert calibration.basis is not None
     assert calibration.token_basis is not None
     assert calibration.spread is not None
     bases = Bases(calibration.mean, calibration.basis, calibration.token_basis, calibration.spread)
     methods = scalars(fit, test, bases)
-    found: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    sizes: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for fidelity in FIDELITIES:
         for name, method in methods.items():
             step = largest(lambda step, method=method: cosine(test, method, step), fidelity)
             if step is None:
                 continue
             bins = method.bins(step)
-            found[name][str(fidelity)] = chunk_bytes(method.laid(bins), method)
+            sizes[name][str(fidelity)] = chunk_bytes(method.laid(bins), method)
             if fidelity == 0.97:
                 reached = quality(test, method.tokens(bins, step), bases.mean)
-                found[name] |= {"p1 at 0.97": round(reached.p1, 4), "centred at 0.97": round(reached.centred_mean, 4)}
+                sizes[name] |= {"p1 at 0.97": round(reached.p1, 4), "centred at 0.97": round(reached.centred_mean, 4)}
             if name in (TOKENS, "klt"):
                 bound = f"{name}: entropy of its rows, order 0"
-                found.setdefault(bound, {})[str(fidelity)] = round(entropy(method.laid(bins)) / len(test))
+                sizes.setdefault(bound, {})[str(fidelity)] = round(entropy(method.laid(bins)) / len(test))
     kept = [name for name in methods if "components kept" in name]
     for fidelity in map(str, FIDELITIES):
-        sizes = [found[name][fidelity] for name in kept if fidelity in found[name]]
-        if sizes:
-            found.setdefault("the same, the best count of components kept", {})[fidelity] = min(sizes)
+        best = [sizes[name][fidelity] for name in kept if fidelity in sizes[name]]
+        if best:
+            sizes.setdefault("the same, the best count of components kept", {})[fidelity] = min(best)
     for name in kept:
-        del found[name]
-    found["product quantisation, 256 codewords a part"] = between(product(fit, test, bases.mean, bases.basis))
-    found["residual quantisation, 256 codewords a stage"] = between(residual(fit, test, bases.mean, bases.basis))
-    return found
+        del sizes[name]
+    sizes["product quantisation, 256 codewords a part"] = between(product(fit, test, bases.mean, bases.basis))
+    sizes["residual quantisation, 256 codewords a stage"] = between(residual(fit, test, bases.mean, bases.basis))
+    return sizes
 
 
 def scalars(fit: Tensor, test: Tensor, bases: Bases) -> dict[str, Scalar]:
@@ -260,7 +260,9 @@ def chunk_bytes(laid: Tensor, method: Scalar) -> int:
     symbols = zigzag(laid.int())
     dtype = "<u2" if int(symbols.max()) > 255 else method.dtype
     blocks = [block.contiguous().numpy().astype(dtype) for block in symbols.split(BLOCK, 1)]
-    sizes = [sum(len(encode_chunk(b, method.level, name, method.one_block)) for b in blocks) for name in SHUFFLES]
+    sizes = [
+        sum(len(encode_chunk(b, method.level, name, one_block=method.one_block)) for b in blocks) for name in SHUFFLES
+    ]
     return round(min(sizes) / symbols.shape[1])
 
 
@@ -275,14 +277,14 @@ def entropy(laid: Tensor) -> float:
 
 def between(points: Points) -> dict[str, Any]:
     """Bytes at every fidelity within reach, linear between points in the logarithm of the distance."""
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for fidelity in FIDELITIES:
         for (few, low), (many, high) in pairwise(points):
             if low <= fidelity <= high:
                 share = math.log((1 - low) / (1 - fidelity)) / math.log((1 - low) / (1 - high))
-                found[str(fidelity)] = round(few + share * (many - few))
+                sizes[str(fidelity)] = round(few + share * (many - few))
     size, reached = points[-1]
-    return {**found, "reaches": f"{reached:.4f} at {size}"}
+    return {**sizes, "reaches": f"{reached:.4f} at {size}"}
 
 
 def timings(fit: Tensor, test: Tensor, rounds: int) -> dict[str, list[float]]:
@@ -290,14 +292,14 @@ def timings(fit: Tensor, test: Tensor, rounds: int) -> dict[str, list[float]]:
     measures = {}
     shape, whole = (test.shape[2], BLOCK, test.shape[1]), test.split(BLOCK)
     for name, rotated in (("klt", True), (TOKENS, False)):
-        codec = make_codec("klt", calibrate(fit, "klt", 0.97, 1, rotated)[0])
+        codec = make_codec("klt", calibrate(fit, "klt", 0.97, level=1, rotate_tokens=rotated)[0])
         spec = codec.arrays()["symbols"]
 
         def pack(block: Tensor, codec=codec, spec=spec) -> bytes:
-            return encode_chunk(codec.encode(block)["symbols"], spec.level, spec.shuffle, spec.one_block)
+            return encode_chunk(codec.encode(block)["symbols"], spec.level, spec.shuffle, one_block=spec.one_block)
 
         def unpack(chunk: bytes) -> dict[str, Any]:
-            return {"symbols": decode_chunk(chunk, shape, "<u2", 1)}
+            return {"symbols": decode_chunk(chunk, shape, "<u2", level=1)}
 
         def decode(chunk: bytes, codec=codec) -> Tensor:
             return codec.decode(as_tensors(unpack(chunk)))

@@ -20,7 +20,7 @@ from benchmarks.sample import crops, packed, rendered, settings, teacher_of, tok
 from cae2pipe.targets.calibration import calibrate, make_codec, summarise, token_cosines
 from cae2pipe.targets.chunks import BLOCK, decode_chunk
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
-from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.targets.store import StoreLayout, pack_block
 
 CODECS = (
     ("fp16", 0.999),
@@ -45,12 +45,12 @@ def main() -> None:
         shards = packed(crops(Path(scratch)), Path(scratch), chosen)
         unit, norms = unit_tokens(tokens_of(teacher_of(chosen), rendered(shards, chosen, FIT + TEST)))
     fit, test, norms = unit[: -TEST * BLOCK], unit[-TEST * BLOCK :], norms[-TEST * BLOCK :]
-    rows, found, measures = [], {}, {}
+    rows, by_label, measures = [], {}, {}
     for name, fidelity in CODECS:
         label = f"{name} {fidelity}" if name == "klt" else name
-        calibration, _ = calibrate(fit, name, fidelity, 1)
+        calibration, _ = calibrate(fit, name, fidelity, level=1)
         codec = make_codec(name, calibration, 1)
-        layout = Layout(test.shape[1], test.shape[2], test.shape[1] - 1, False, codec)
+        layout = StoreLayout(test.shape[1], test.shape[2], test.shape[1] - 1, False, codec)
         blocks = test.split(BLOCK)
         arrays = [
             {**codec.encode(block), "norms": some.numpy().astype("<f2")}
@@ -62,7 +62,7 @@ def main() -> None:
             for block, stored in zip(blocks, arrays, strict=True)
         ]
         reached = summarise(torch.cat([raw for raw, _ in cosines]), torch.cat([centred for _, centred in cosines]))
-        found[label] = {
+        by_label[label] = {
             "codec": label,
             "bytes": round(sum(len(data) for block in chunks for data in block.values()) / len(test)),
             "mean": reached.mean,
@@ -82,7 +82,7 @@ def main() -> None:
             def work() -> None:
                 for block in chunks:
                     for name, spec in specs.items():
-                        decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, spec.level)
+                        decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, level=spec.level)
 
             return rate(work, len(test))
 
@@ -92,7 +92,7 @@ def main() -> None:
                     codec.decode(
                         as_tensors(
                             {
-                                name: decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, spec.level)
+                                name: decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, level=spec.level)
                                 for name, spec in specs.items()
                             }
                         )
@@ -102,12 +102,12 @@ def main() -> None:
 
         measures |= {f"{label}/encode": encode, f"{label}/unpack": unpack, f"{label}/decode": decode}
     speeds = in_turns(measures, 3 if options.quick else 9)
-    for label, row in found.items():
-        row["of_int8"] = round(row["bytes"] / found["int8"]["bytes"], 3)
+    for label, row in by_label.items():
+        row["of_int8"] = round(row["bytes"] / by_label["int8"]["bytes"], 3)
         rows.append(row | {what: figures(speeds[f"{label}/{what}"], 0) for what in ("encode", "unpack", "decode")})
-    klt = found["klt 0.999"]
+    klt = by_label["klt 0.999"]
     checks = [
-        at_most("klt at 0.999: of int8's bytes", klt["bytes"] / found["int8"]["bytes"], 0.60),
+        at_most("klt at 0.999: of int8's bytes", klt["bytes"] / by_label["int8"]["bytes"], 0.60),
         at_least("klt at 0.999: mean cosine", klt["mean"], 0.999, 5),
         at_least("klt at 0.999: 1st percentile", klt["p1"], 0.998, 5),
         at_least("klt at 0.999: unpacking, views/s a core", statistics.median(speeds["klt 0.999/unpack"]), 5000, 0),

@@ -39,15 +39,17 @@ def main() -> None:
                 shutil.copy(path, scratch / "chosen" / kind.name)
         chosen = settings(options.device, scratch, views=1, codec={"name": "fp16"})
         with progress("curves") as report:
-            extract_targets(scratch / "chosen", scratch / "fp16", chosen, report)
-            recode(scratch / "fp16", scratch / "klt", CodecSettings(fidelity=0.999), report)
+            extract_targets(scratch / "chosen", scratch / "fp16", chosen, report=report)
+            recode(scratch / "fp16", scratch / "klt", CodecSettings(fidelity=0.999), report=report)
             runs = {"klt": ("klt", "cached"), "fp16": ("fp16", "cached"), "online": ("fp16", "online")}
             losses = {}
             for name, (root, kind) in runs.items():
                 weights = str(chosen.teacher.weights) if kind == "online" else None
                 values = {"epochs": epochs, "targets": kind, "teacher_weights": weights}
-                training = load(PretrainSettings, "pretrain", "demo", [f"speed.device={options.device}"], values)
-                pretrain(scratch / root, scratch / f"run-{name}", training, report)
+                training = load(
+                    PretrainSettings, "pretrain", "demo", overrides=[f"speed.device={options.device}"], values=values
+                )
+                pretrain(scratch / root, scratch / f"run-{name}", training, report=report)
                 losses[name] = [line["loss"] for line in read_lines(scratch / f"run-{name}" / "metrics.jsonl")]
     rows = []
     for name, values in losses.items():

@@ -17,14 +17,14 @@ import torch
 
 from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options
 from benchmarks.sample import copies, packed, photographs, rendered, settings, teacher_of
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.threads import in_threads
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.encoding import Meter, lane_count
 from cae2pipe.targets.extraction import make_views
-from cae2pipe.targets.missing import missing_views
+from cae2pipe.targets.missing import missing_units
 
 VIEWS = 4
 COPIES = 4
@@ -40,7 +40,7 @@ def main() -> None:
         shards = packed(source, scratch, chosen)
         teacher = teacher_of(chosen)
         batches = [block.pixels[0] for block in rendered(shards, chosen, 4)]
-        extract_targets(shards.root, scratch / "set", chosen, Silent(), calibrate_only=True)
+        extract_targets(shards.root, scratch / "set", chosen, report=Silent(), calibrate_only=True)
         meters: list[Meter] = []
         number = 0
 
@@ -59,7 +59,7 @@ def main() -> None:
             began, count = time.perf_counter(), max(1, 512 // len(batches[0]))
             width = lane_count(None, teacher.device)
             tasks = ((batches[number % len(batches)].to(teacher.device),) for number in range(count))
-            done = sum(in_threads(lambda batch: len(teacher(batch).tokens), tasks, width, width + 1))
+            done = sum(in_threads(lambda batch: len(teacher(batch).tokens), tasks, width, most=width + 1))
             if teacher.device.type == "cuda":
                 torch.cuda.synchronize()
             return done / (time.perf_counter() - began)
@@ -69,11 +69,17 @@ def main() -> None:
             number += 1
             out = scratch / f"set{number}"
             shutil.copytree(scratch / "set", out)
-            box = open_box(out)
-            missing = missing_views(box, shards, VIEWS)
+            artifact = open_artifact(out)
+            missing = missing_units(artifact, shards, VIEWS)
             meters.append(
                 make_views(
-                    box, shards, missing, teacher=teacher, settings=chosen, workers=worker_count(-1), report=Silent()
+                    artifact,
+                    shards,
+                    missing,
+                    teacher=teacher,
+                    settings=chosen,
+                    workers=worker_count(-1),
+                    report=Silent(),
                 )
             )
             shutil.rmtree(out)
@@ -90,7 +96,7 @@ def main() -> None:
             "what": f"extraction, {VIEWS} views",
             "views/s": figures(speeds["extraction"]),
             "of_teacher": round(ratio, 3),
-            "teacher_waits": round(last.waits(), 3),
+            "teacher_waits": round(last.idle_fraction(), 3),
             "waited_for_rendering_s": round(last.rendering, 1),
             "waited_for_packing_s": round(last.packing, 1),
         },

@@ -42,13 +42,13 @@ def rate(work: Callable[[], Any], count: int) -> float:
 
 def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each measure gives in each of ``rounds`` rounds, after one round that warms up and is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in measures}
+    values_of: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(rounds + 1):
         for name, measure in measures.items():
             value = measure()
             if turn:
-                found[name].append(value)
-    return found
+                values_of[name].append(value)
+    return values_of
 
 
 def figures(values: Sequence[float], digits: int = 1) -> dict[str, Any]:

@@ -40,13 +40,13 @@ def main() -> None:
         scratch = Path(folder)
         source = photographs(scratch, 100)
         originals_folder = copies(source, scratch, COPIES)
-        chosen = load(PretrainSettings, "pretrain", "tiny", (), TRAINING)
+        chosen = load(PretrainSettings, "pretrain", "tiny", overrides=(), values=TRAINING)
         plans = {}
         for pixels in ("stored", "replayed"):
             chosen_views = settings(options.device, scratch, views=1, view={"pixels": pixels})
-            extract_targets(originals_folder, scratch / pixels, chosen_views, Silent())
+            extract_targets(originals_folder, scratch / pixels, chosen_views, report=Silent())
             targets = TargetSet(scratch / pixels)
-            plans[pixels] = make_plan(targets, sorted(targets.stores), chosen, 0)
+            plans[pixels] = make_plan(targets, sorted(targets.stores), chosen, drop_columns=0)
         files = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
         crop = Compose(
             [

@@ -85,8 +85,8 @@ def make_targets(shards: ShardSet, scratch: Path, preset: str, device: str) -> t
     """A target set of one view from a CLIP tower with random weights, and the file of those."""
     weights = random_weights(preset, scratch)
     values = {"teacher": {"weights": str(weights), "pretrained": None}, "speed": {"device": device}, "views": 1}
-    settings = load(ExtractSettings, "extract", preset, (), values)
-    extract_targets(shards.root, scratch / preset, settings, Silent())
+    settings = load(ExtractSettings, "extract", preset, overrides=(), values=values)
+    extract_targets(shards.root, scratch / preset, settings, report=Silent())
     return TargetSet(scratch / preset), weights
 
 
@@ -97,7 +97,7 @@ def measure(
     steps = options.steps or (2 if device.type == "cpu" else 50)
     if device.type == "cpu" and size == "large":
         steps = 1
-    teacher = set_teacher(targets.box, weights, device, "")
+    teacher = set_teacher(targets.artifact, weights, device, option="")
     settings = settings_of(size, options.batch, device)
     torch.manual_seed(0)
     model = build_method(settings.method, settings.model, targets.teacher.dim).to(device)
@@ -112,7 +112,7 @@ def measure(
         return Step(objective, objective, optimizer, axes=axes, latents=latents, accumulation=1, clip=3.0, world=world)
 
     def stream(over: PretrainSettings) -> Iterator[Batch]:
-        plan = make_plan(targets, sorted(targets.stores), over, model.drop_columns)
+        plan = make_plan(targets, sorted(targets.stores), over, drop_columns=model.drop_columns)
         return on_device(load_parts(plan, 0, worker_count(-1, most=8)), targets.layout.sample_axes(), device)
 
     one = next(stream(settings))
@@ -156,7 +156,7 @@ def measure(
 def settings_of(size: str, batch: int, device: torch.device, over: dict[str, Any] | None = None) -> PretrainSettings:
     """A size's preset at a batch, without end, with ``over`` laid on top."""
     values = {"epochs": 100_000, "data": {"batch": batch, "streams": min(8, batch)}}
-    settings = load(PretrainSettings, "pretrain", size, (), merge(values, over or {}))
+    settings = load(PretrainSettings, "pretrain", size, overrides=(), values=merge(values, over or {}))
     settings = settings.model_copy(update={"precision": resolve_precision("auto", device)})
     set_backends(settings.precision == "bf16", fixed_shapes=True)
     return settings

@@ -45,7 +45,7 @@ def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:
         "speed": {"device": device},
         **over,
     }
-    return load(ExtractSettings, "extract", "vit-tiny-in21k", (), values)
+    return load(ExtractSettings, "extract", "vit-tiny-in21k", overrides=(), values=values)
 
 
 def random_weights(preset: str, scratch: Path, values: dict[str, Any] | None = None) -> Path:
@@ -104,11 +104,11 @@ def rendered(
 ) -> list[RenderedBlock]:
     """The first whole blocks of a shard set, rendered."""
     tasks = [Task(shard, block, views) for shard in shards.shards for block in range(shard.samples // BLOCK)][:blocks]
-    return list(render_blocks(Renderer(shards, tasks, chosen.view, chosen.seed), 0))
+    return list(render_blocks(Renderer(shards, tasks, chosen.view, seed=chosen.seed), 0))
 
 
 def packed(source: Path, scratch: Path, chosen: ExtractSettings, name: str = "shards") -> ShardSet:
-    return build_shard_set(source, scratch / name, chosen.shard, Silent())
+    return build_shard_set(source, scratch / name, chosen.shard, report=Silent())
 
 
 def teacher_of(chosen: ExtractSettings) -> Teacher:

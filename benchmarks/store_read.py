@@ -19,18 +19,18 @@ import torch
 from benchmarks.harness import at_most, figures, finish, in_turns, median_ratio, parse_options, rate
 from cae2pipe.targets.calibration import calibrate, make_codec
 from cae2pipe.targets.chunks import BLOCK, decode_index, index_size
-from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
+from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
 
 TOKENS, DIM, BLOCKS = 197, 512, 48
 """As CLIP's, and more than a processor's cache holds."""
 
 
-def build(root: Path, codec: str) -> tuple[dict, Layout]:
+def build(root: Path, codec: str) -> tuple[dict, StoreLayout]:
     """A store of random tokens: what is read does not hang on what they say."""
     generator = torch.Generator().manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(BLOCK, TOKENS, DIM, generator=generator), dim=-1)
-    calibration, _ = calibrate(unit, codec, 0.999, 1)
-    layout = Layout(TOKENS, DIM, TOKENS - 1, False, make_codec(codec, calibration))
+    calibration, _ = calibrate(unit, codec, 0.999, level=1)
+    layout = StoreLayout(TOKENS, DIM, TOKENS - 1, False, make_codec(codec, calibration))
     chunks = pack_block(layout, {**layout.codec.encode(unit), "norms": np.ones((BLOCK, TOKENS), dtype="<f2")})
     writer = StoreWriter(root / f"{codec}.zarr", layout)
     for _ in range(BLOCKS):
@@ -40,8 +40,8 @@ def build(root: Path, codec: str) -> tuple[dict, Layout]:
         [f"k{i}" for i in range(count)],
         np.zeros(count, dtype=np.int32),
         np.zeros((count, 11)),
-        np.zeros((count, 3), dtype=np.int64),
-        {},
+        members=np.zeros((count, 3), dtype=np.int64),
+        attributes={},
     )
     return {"tar": "none", "zarr": f"{codec}.zarr", "samples": count}, layout
 

@@ -1,9 +1,9 @@
 """Tables of figures in README.md and docs/, made from the JSON files in benchmarks/results/.
 
-A table stands between two comments, ``<!-- figures: NAME -->`` and ``<!-- figures end -->``.
+A table is between two comments, ``<!-- figures: NAME -->`` and ``<!-- figures end -->``.
 
     python -m benchmarks.tables            # print them
-    python -m benchmarks.tables --write    # put them where the comments are
+    python -m benchmarks.tables --write    # put them between the comments
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(\n<!-- figures end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)((?:(?!<!-- figures).)*?)(\n<!-- figures end -->)", re.DOTALL)
 SIGNS = {">=": "≥", "<=": "≤"}
 
 
@@ -35,13 +35,13 @@ def main() -> None:
 
 
 def pages() -> list[Path]:
-    """Where tables may stand."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """Pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str, results: Path) -> str:
     """A page with its tables as the results give them."""
-    return MARKED.sub(lambda found: found[1] + TABLES[found[2]](results) + found[4], text)
+    return MARKED.sub(lambda match: match[1] + TABLES[match[2]](results) + match[4], text)
 
 
 def performance(results: Path) -> str:
@@ -53,7 +53,7 @@ def performance(results: Path) -> str:
     alone = f": reading and CRC-32C alone take {checked['times_plain']:.2f}" if checked else ""
     rows = [
         (f"klt at 0.999: bytes against int8 (1st percentile {klt['p1']:.4f})", check(pareto, "of int8's"), 3, ""),
-        ("klt: unpacking, views/s a core", check(pareto, "unpacking"), 3, ""),
+        ("klt: unpacking, views/s per core", check(pareto, "unpacking"), 3, ""),
         ("int8 blocks with checksums: time against plain reading", check(store, "StoreReader"), 3, alone),
         ("block loader, stored views, against full-size photographs, one core", check(loader, "stored"), 2, ""),
         ("block loader, replayed views, against the same", check(loader, "replayed"), 2, ""),
@@ -61,20 +61,20 @@ def performance(results: Path) -> str:
     ]
     return table(
         ("what", "figure", "goal"),
-        [(what, significant(found["value"], digits), goal(found, why)) for what, found, digits, why in rows],
+        [(what, significant(row["value"], digits), goal(row, why)) for what, row, digits, why in rows],
     )
 
 
 def low_rate(results: Path) -> str:
-    """Bytes a view of the latent codec and of what else is known for it, at equal cosines."""
-    found = read(results, "codec_low_rate")
+    """Bytes per view of the latent codec and of what else is known for it, at equal cosines."""
+    result = read(results, "codec_low_rate")
     fidelities = ("0.999", "0.99", "0.97", "0.95", "0.9")
     rows = [
         (
             row["method"],
             *(f"{row[fidelity]:,}" if fidelity in row else "" for fidelity in fidelities),
         )
-        for row in found["rows"]
+        for row in result["rows"]
         if row["pixels"] == 224
     ]
     return table(("mean cosine", *fidelities), rows)
@@ -82,12 +82,12 @@ def low_rate(results: Path) -> str:
 
 def views(results: Path) -> str:
     """Scores after the last epoch by number and fidelity of views, means over the runs of all devices and seeds."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("views-*.json"))]
-    epochs, image = found[0]["settings"]["epochs"], found[0]["settings"]["pixels_once_kb"]
+    contents = [json.loads(path.read_text()) for path in sorted(results.glob("views-*.json"))]
+    epochs, image = contents[0]["settings"]["epochs"], contents[0]["settings"]["pixels_once_kb"]
     groups: dict[tuple[bool, int, float], list[dict[str, Any]]] = {}
-    for row in (row for each in found for row in each["rows"] if row["epoch"] == epochs):
+    for row in (row for each in contents for row in each["rows"] if row["epoch"] == epochs):
         groups.setdefault((row["arm"].startswith("fresh"), row["views"], -row["fidelity"]), []).append(row)
-    # kB of latents a view: of the most views, since rows are rounded; of sets of several versions, the smallest.
+    # kB of latents per view: of the most views, since rows are rounded; of sets of several versions, the smallest.
     view: dict[float, float] = {}
     for (_, count, minus), rows in sorted(groups.items(), key=lambda item: item[0][1]):
         view[minus] = min(row["kb_latents"] for row in rows) / count
@@ -105,13 +105,13 @@ def views(results: Path) -> str:
                 str(len(rows)),
             )
         )
-    heads = ("views", "fidelity", "kB an image", "showings", "training loss", "held-out loss", "kNN", "linear", "runs")
+    heads = ("views", "fidelity", "kB per image", "showings", "training loss", "held-out loss", "kNN", "linear", "runs")
     return table(heads, lines)
 
 
 def training(results: Path) -> str:
-    """Images a second of every size on a CPU, from memory, cached and online."""
-    found = read(results, "pretrain")
+    """Images per second of every size on a CPU, from memory, cached and online."""
+    result = read(results, "pretrain")
     heads = ("size", "memory", "cached", "online, stored views", "online, fresh crops")
     rows = [
         (
@@ -121,31 +121,31 @@ def training(results: Path) -> str:
             significant(row["/online"], 2),
             significant(row["ceiling"], 2),
         )
-        for row in found["rows"]
+        for row in result["rows"]
     ]
     return table((*heads, "cached / memory (goal 0.95)", "cached / online", "ceiling"), rows)
 
 
 def hours(results: Path) -> str:
     """Hours of 300 epochs of ImageNet-1K, computed from the rates."""
-    found = read(results, "pretrain")["settings"]["computed_hours"]
-    names = [name for name in found[0] if name != "size"]
-    rows = [(row["size"].capitalize(), *(f"{row[name]:,}" for name in names)) for row in found]
+    computed = read(results, "pretrain")["settings"]["computed_hours"]
+    names = [name for name in computed[0] if name != "size"]
+    rows = [(row["size"].capitalize(), *(f"{row[name]:,}" for name in names)) for row in computed]
     return table(("size", *(name.replace("V=", "V = ") for name in names)), rows)
 
 
 def gpu(results: Path) -> str:
     """What was measured on GPUs, a table for each."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
-    return "\n\n".join(gpu_table(each) for each in found) or "Nothing has been measured on a GPU."
+    contents = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
+    return "\n\n".join(gpu_table(each) for each in contents) or "Nothing has been measured on a GPU."
 
 
-def gpu_table(found: dict[str, Any]) -> str:
+def gpu_table(content: dict[str, Any]) -> str:
     """Training, loading and extraction on one device."""
-    versions, parts = found["versions"], found["parts"]
+    versions, parts = content["versions"], content["parts"]
     said = (
-        f"{found['device']}, {found['started'][:10]}, PyTorch {versions['torch']}, Python {versions['python']} "
-        f"(`python -m benchmarks.gpu`; {', '.join(sorted(set(found['stand_ins'].values())))}):"
+        f"{content['device']}, {content['started'][:10]}, PyTorch {versions['torch']}, Python {versions['python']} "
+        f"(`python -m benchmarks.gpu`; {', '.join(sorted(set(content['stand_ins'].values())))}):"
     )
     rows = [
         (f"{row['size'].capitalize()}, {row['variant']}, batch {row['batch']}", rate(row["images/s"]), share(row))
@@ -172,7 +172,7 @@ def gpu_table(found: dict[str, Any]) -> str:
         (row["what"], rate(row["views/s"]), of(row, "teacher_waits", "of the time the teacher waits"))
         for row in measured(parts, "E3")
     ]
-    return f"{said}\n\n" + table(("what", "images or views/s", "beside"), rows)
+    return f"{said}\n\n" + table(("what", "images or views/s", "also"), rows)
 
 
 def measured(parts: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -181,9 +181,9 @@ def measured(parts: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def rate(found: dict[str, Any]) -> str:
+def rate(figures: dict[str, Any]) -> str:
     """A rate's median. Files have two places."""
-    return significant(found["median"], 3, most=2)
+    return significant(figures["median"], 3, most=2)
 
 
 def share(row: dict[str, Any]) -> str:
@@ -198,20 +198,20 @@ def of(row: dict[str, Any], name: str, what: str) -> str:
 
 def read(results: Path, name: str) -> dict[str, Any]:
     """A benchmark's result on a CPU."""
-    found: dict[str, Any] = json.loads((results / f"{name}-cpu.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((results / f"{name}-cpu.json").read_text())
+    return result
 
 
-def check(found: dict[str, Any], part: str) -> dict[str, Any]:
+def check(result: dict[str, Any], part: str) -> dict[str, Any]:
     """The check whose name holds ``part``."""
-    row: dict[str, Any] = next(row for row in found["checks"] if part in row["name"])
+    row: dict[str, Any] = next(row for row in result["checks"] if part in row["name"])
     return row
 
 
-def goal(found: dict[str, Any], why: str) -> str:
+def goal(row: dict[str, Any], why: str) -> str:
     """A check's goal, and whether it was missed."""
-    sign, number = found["goal"].split()
-    return f"{SIGNS[sign]} {float(number):,g}" + ("" if found["ok"] else f", missed{why}")
+    sign, number = row["goal"].split()
+    return f"{SIGNS[sign]} {float(number):,g}" + ("" if row["ok"] else f", missed{why}")
 
 
 def significant(value: float, digits: int, most: int = 3) -> str:

@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness import real_folder
 from benchmarks.sample import settings as stage_1
 from benchmarks.sample import write_noise
-from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.artifact import is_artifact, open_artifact
 from cae2pipe.config.base import load
 from cae2pipe.config.extract import CodecSettings, ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
@@ -83,11 +83,11 @@ class Bench:
                 "depth": 4,
                 "heads": 3,
                 "image_size": self.size,
-                "regressor_depth": 1,
-                "regressor_width": 96,
-                "regressor_heads": 3,
+                "predictor_depth": 1,
+                "predictor_width": 96,
+                "predictor_heads": 3,
                 "layer_scale": 1.0,
-                "regressor_layer_scale": 1.0,
+                "predictor_layer_scale": 1.0,
                 "drop_path": 0,
             },
             "mask": {"ratio": 0.25},
@@ -101,7 +101,7 @@ class Bench:
                 "keep_epochs": self.keep,
             },
         }
-        return load(PretrainSettings, "pretrain", "small", (), values)
+        return load(PretrainSettings, "pretrain", "small", overrides=(), values=values)
 
     def targets(self, name: str, report: Report) -> Path:
         """A target set by name, made where it is missing: ``v32`` holds fp16 latents of 32 views, ``k999`` the same
@@ -110,7 +110,7 @@ class Bench:
         if name.startswith("k"):
             source = self.targets(f"v{self.stored}", report)
             if not self.holds(root, self.stored):
-                recode(source, root, CodecSettings(fidelity=fidelity_of(name[1:])), report)
+                recode(source, root, CodecSettings(fidelity=fidelity_of(name[1:])), report=report)
             return root
         made: dict[str, tuple[str, int, dict[str, Any]]] = {
             "held": ("val", HELD_OUT_VIEWS, {"name": "fp16"}),
@@ -119,12 +119,12 @@ class Bench:
         }
         part, views, codec = made[name]
         if not self.holds(root, views):
-            extract_targets(self.data / part, root, self.stage_1(views, codec), report)
+            extract_targets(self.data / part, root, self.stage_1(views, codec), report=report)
         return root
 
     def holds(self, root: Path, views: int) -> bool:
         """Whether a target set is finished and has so many views."""
-        return is_box(root, "targets") and open_box(root).complete and TargetSet(root).views >= views
+        return is_artifact(root, "targets") and open_artifact(root).complete and TargetSet(root).views >= views
 
 
 def all_images() -> Path:
@@ -157,13 +157,13 @@ def fidelity_of(digits: str) -> float:
 
 def parse_arm(name: str, bench: Bench) -> Arm:
     """``v32-s0``: 32 views at 0.999, seed 0; ``v32-k97-s0``: at 0.97; ``fresh-s0``: a fresh crop in every epoch."""
-    found = NAME.fullmatch(name)
-    if not found:
+    match = NAME.fullmatch(name)
+    if not match:
         sys.exit(f"{name!r} is not an arm: give v32-s0, v32-k97-s0 or fresh-s0 for 32 views, fidelity 0.97, seed 0")
-    seed = int(found["seed"])
-    if not found["views"]:
+    seed = int(match["seed"])
+    if not match["views"]:
         return Arm(name, "fresh", bench.epochs, 0.999, seed)
-    digits, views = found["digits"] or "999", int(found["views"])
+    digits, views = match["digits"] or "999", int(match["views"])
     if not 1 <= views <= bench.stored:
         sys.exit(f"{name}: the set has {bench.stored} views; give --stored {views}")
     return Arm(name, f"k{digits}", views, fidelity_of(digits), seed)
@@ -234,6 +234,6 @@ def train_alone(bench: Bench, arm: Arm) -> None:
 def train(bench: Bench, arm: Arm, report: Report) -> None:
     """Train an arm, or resume it. Raises MismatchError where its folder was made under other settings."""
     try:
-        pretrain(bench.work / arm.targets, bench.run(arm), bench.training(arm), report)
+        pretrain(bench.work / arm.targets, bench.run(arm), bench.training(arm), report=report)
     except LockedError:
         report.log(f"{arm.name}: another process is training it")

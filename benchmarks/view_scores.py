@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import FAST_RATES, KnnSettings, LinearSettings
 from cae2pipe.config.pretrain import PretrainSettings
@@ -64,9 +64,11 @@ class Scorer:
         self.data = data
         self.held_out = held_out
         self.size = size
-        self.knn = load(KnnSettings, "evaluate", "knn", [f"k={neighbours}"])
+        self.knn = load(KnnSettings, "evaluate", "knn", overrides=[f"k={neighbours}"])
         # What `cae2pipe evaluate linear --fast` sets.
-        self.linear = load(LinearSettings, "evaluate", "linear", ["cached_crops=1", f"sweep={list(FAST_RATES)}"])
+        self.linear = load(
+            LinearSettings, "evaluate", "linear", overrides=["cached_crops=1", f"sweep={list(FAST_RATES)}"]
+        )
 
     @cached_property
     def splits(self) -> tuple[Split, Split]:
@@ -77,21 +79,21 @@ class Scorer:
         """Of train and val, labels of both pointing into train's classes."""
         crop = CentralCrop(self.size, round(self.size / self.knn.features.crop))
         train, val = self.splits
-        found = []
+        both = []
         for split in (train, val):
-            batches = list(crop_batches(split, range(len(split.runs)), crop, 0, CPU))
+            batches = list(crop_batches(split, range(len(split.runs)), crop, workers=0, device=CPU))
             labels = torch.cat([torch.from_numpy(batch.crops.labels) for batch in batches])
             labels = common_labels(labels, split.classes, train.classes)
-            found.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
-        return found[0], found[1]
+            both.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
+        return both[0], both[1]
 
-    def score(self, run: Box, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
+    def score(self, run: RunArtifact, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
         """``knn`` and, where asked, ``linear`` top-1 accuracy in percent, on the class token; and ``held_out_loss``."""
         model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
         model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])
         vit = build_vit(timm_config(model.encoder))
         vit.load_state_dict(timm_state(model.encoder))
-        encoder = Student(vit, {}, class_token_trained(run), CPU)
+        encoder = Student(vit, {}, class_token_trained(run), device=CPU)
         train, val = ((class_tokens(encoder, crops.pixels), crops.labels) for crops in self.crops)
         return {
             "knn": self.knn_accuracy(train, val),
@@ -101,10 +103,10 @@ class Scorer:
 
     def knn_accuracy(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
         k = self.knn.k[0]
-        found = knn_predictions(
+        rankings = knn_predictions(
             *train, val[0], classes=len(self.splits[0].classes), k=[k], temperature=self.knn.temperature
         )
-        return percent(found[k][0][:, 0], val[1])
+        return percent(rankings[k][0][:, 0], val[1])
 
     def linear_accuracy(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
         classes = len(self.splits[0].classes)
@@ -127,7 +129,7 @@ class Scorer:
         if not hasattr(self, "_batches"):
             # As many epochs as views show each view once.
             fixed = settings.model_copy(update={"seed": 0, "epochs": self.held_out.views})
-            plan = make_plan(self.held_out, sorted(self.held_out.stores), fixed, drop_columns)
+            plan = make_plan(self.held_out, sorted(self.held_out.stores), fixed, drop_columns=drop_columns)
             self._batches = list(load_batches(plan, 0, 0))
         return self._batches
 
@@ -138,9 +140,9 @@ def class_tokens(encoder: Student, pixels: Tensor) -> Tensor:
     return torch.cat([encoder.tokens(part).together()[:, 0] for part in pixels.split(CPU_BATCH)])
 
 
-def percent(found: Tensor, labels: Tensor) -> float:
+def percent(predicted: Tensor, labels: Tensor) -> float:
     """How many of N classes, int64 (N,), are right."""
-    return 100 * float((found == labels).float().mean())
+    return 100 * float((predicted == labels).float().mean())
 
 
 def standard_error(score: float, images: int) -> float:
@@ -150,8 +152,8 @@ def standard_error(score: float, images: int) -> float:
 
 def kept_epochs(run: Path, steps: int, every: int) -> list[int]:
     """Epochs, of ``steps`` steps, after which a run has kept a checkpoint for good: one in ``every``."""
-    found = (step_of(path) for path in checkpoints(run / "checkpoints"))
-    return [step // steps for step in found if step % (steps * every) == 0]
+    kept = (step_of(path) for path in checkpoints(run / "checkpoints"))
+    return [step // steps for step in kept if step % (steps * every) == 0]
 
 
 def training_losses(run: Path) -> dict[int, float]:

@@ -32,9 +32,9 @@ from benchmarks.harness import at_least, at_most, finish, parse_options, write_r
 from benchmarks.view_arms import HELD_OUT_VIEWS, Arm, Bench, all_images, parse_arm, quick_images, trained
 from benchmarks.view_picture import draw
 from benchmarks.view_scores import Scorer, bytes_per_view, kept_epochs, standard_error, training_losses
+from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, is_artifact
 from cae2pipe.artifacts.atomic import write_json
-from cae2pipe.artifacts.box import Box, is_box, open_box, open_same
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import BadInputError, Terminated
 from cae2pipe.loading.order import steps_per_epoch
@@ -101,12 +101,12 @@ def measure(bench: Bench, arms: Sequence[Arm], options: Namespace, report: Repor
     scorer = None
     with closing(trained(bench, arms, 0 if options.only_score else options.jobs, report)) as ready:
         for arm in ready:
-            if not is_box(bench.run(arm), "run"):
+            if not is_artifact(bench.run(arm), "run"):
                 report.log(f"{arm.name}: not trained yet")
                 continue
             scorer = scorer or Scorer(bench.data, TargetSet(bench.targets("held", report)), bench.size)
             run, settings = adopted(bench, arm)
-            score_missing(bench, arm, run, settings, scorer, options.linear, report)
+            score_missing(bench, arm, run, settings=settings, scorer=scorer, linear=options.linear, report=report)
             done[arm] = run
             rows = all_rows(bench, done, options.pixels_once)
             checks, about, libraries = summary(rows, bench, options)
@@ -117,34 +117,34 @@ def measure(bench: Bench, arms: Sequence[Arm], options: Namespace, report: Repor
     return all_rows(bench, done, options.pixels_once)
 
 
-def scored_before(bench: Bench, arms: Sequence[Arm], report: Report) -> dict[Arm, Box]:
+def scored_before(bench: Bench, arms: Sequence[Arm], report: Report) -> dict[Arm, RunArtifact]:
     """Further arms that have scores, with their runs."""
-    found = {}
+    runs = {}
     for path in sorted((bench.work / "scores").glob("*.json")):
         if path.stem in {arm.name for arm in arms}:
             continue
         try:
             arm = parse_arm(path.stem, bench)
-            found[arm] = adopted(bench, arm)[0]
+            runs[arm] = adopted(bench, arm)[0]
         except (BadInputError, SystemExit) as error:
             report.log(f"left out {path.stem}, which was scored before: {error}")
-    return found
+    return runs
 
 
-def adopted(bench: Bench, arm: Arm) -> tuple[Box, PretrainSettings]:
+def adopted(bench: Bench, arm: Arm) -> tuple[RunArtifact, PretrainSettings]:
     """An arm's run, with its settings.
 
     Raises:
         MismatchError: the run was made under other settings, or from another target set.
     """
     settings = bench.training(arm)
-    targets = open_box(bench.work / arm.targets, "targets")
-    asked = {"settings": identity(settings), "targets": targets.fingerprint}
-    return open_same(bench.run(arm), "run", asked, fix="give the options that this run was made with"), settings
+    targets = TargetsArtifact.open(bench.work / arm.targets)
+    asked = {"settings": fingerprinted(settings), "targets": targets.fingerprint}
+    return RunArtifact.open_same(bench.run(arm), asked, fix="give the options that this run was made with"), settings
 
 
 def score_missing(
-    bench: Bench, arm: Arm, run: Box, settings: PretrainSettings, scorer: Scorer, linear: int, report: Report
+    bench: Bench, arm: Arm, run: RunArtifact, *, settings: PretrainSettings, scorer: Scorer, linear: int, report: Report
 ) -> None:
     """Score the checkpoints that have no scores yet, into ``WORK/scores``."""
     kept = read_scores(bench, arm, run)
@@ -152,18 +152,18 @@ def score_missing(
     steps = steps_per_epoch(images, settings.loaded_batch, settings.data.last_batch)
     for epoch in kept_epochs(run.root, steps, bench.keep):
         wanted = epoch % linear == 0
-        found = kept["epochs"].get(str(epoch))
-        if found and not (wanted and found["linear"] is None):
+        scores = kept["epochs"].get(str(epoch))
+        if scores and not (wanted and scores["linear"] is None):
             continue
-        kept["epochs"][str(epoch)] = found = scorer.score(run, settings, epoch * steps, wanted)
+        kept["epochs"][str(epoch)] = scores = scorer.score(run, settings, epoch * steps, wanted)
         write_json(scores_file(bench, arm), kept)
-        report.log(f"{arm.name}, epoch {epoch}: {shown(found)}")
+        report.log(f"{arm.name}, epoch {epoch}: {shown(scores)}")
 
 
-def read_scores(bench: Bench, arm: Arm, run: Box) -> dict[str, Any]:
+def read_scores(bench: Bench, arm: Arm, run: RunArtifact) -> dict[str, Any]:
     """What an arm's file of scores holds: by epoch, with what they depend on. Scores of another run are not taken."""
     path = scores_file(bench, arm)
-    made_from = {"run": run.fingerprint, "held_out": open_box(bench.work / "held", "targets").fingerprint}
+    made_from = {"run": run.fingerprint, "held_out": TargetsArtifact.open(bench.work / "held").fingerprint}
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return kept if kept.get("made_from") == made_from else {"made_from": made_from, "epochs": {}}
 
@@ -172,7 +172,7 @@ def scores_file(bench: Bench, arm: Arm) -> Path:
     return bench.work / "scores" / f"{arm.name}.json"
 
 
-def all_rows(bench: Bench, runs: Mapping[Arm, Box], pixels_once: float | None) -> list[dict[str, Any]]:
+def all_rows(bench: Bench, runs: Mapping[Arm, RunArtifact], pixels_once: float | None) -> list[dict[str, Any]]:
     """The rows of all arms: fewest views first, fresh crops last."""
     ordered = sorted(runs, key=lambda arm: (arm.targets == "fresh", arm.views, -arm.fidelity, arm.seed))
     return [row for arm in ordered for row in arm_rows(bench, arm, runs[arm], pixels_once)]
@@ -184,15 +184,17 @@ def rows_beside(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[dict[
     return [row for row in json.loads(path.read_text())["rows"] if row["arm"] not in own] if path else []
 
 
-def arm_rows(bench: Bench, arm: Arm, run: Box, pixels_once: float | None) -> list[dict[str, Any]]:
+def arm_rows(bench: Bench, arm: Arm, run: RunArtifact, pixels_once: float | None) -> list[dict[str, Any]]:
     """An arm's row for every checkpoint that has been scored."""
     losses = training_losses(run.root)
     stored = bytes_per_view(TargetSet(bench.work / arm.targets), arm.views)
     rows = []
-    for epoch, found in sorted((int(epoch), found) for epoch, found in read_scores(bench, arm, run)["epochs"].items()):
+    for epoch, scores in sorted(
+        (int(epoch), scores) for epoch, scores in read_scores(bench, arm, run)["epochs"].items()
+    ):
         row = {"arm": arm.name, "views": arm.views, "fidelity": arm.fidelity, "seed": arm.seed, "epoch": epoch}
-        row |= {name: None if found[name] is None else round(found[name], 2) for name in ("knn", "linear")}
-        row |= {"train_loss": round(losses[epoch], 4), "held_out_loss": round(found["held_out_loss"], 4)}
+        row |= {name: None if scores[name] is None else round(scores[name], 2) for name in ("knn", "linear")}
+        row |= {"train_loss": round(losses[epoch], 4), "held_out_loss": round(scores["held_out_loss"], 4)}
         latents, pixels = (arm.views * stored[name] / 1000 for name in ("latents", "pixels"))
         row |= {"kb_per_image": round(latents + pixels, 1), "kb_latents": round(latents, 1)}
         if pixels_once is not None:

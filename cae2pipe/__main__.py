@@ -1,4 +1,4 @@
-"""``python -m cae2pipe``, for torchrun and for places without the console script."""
+"""``python -m cae2pipe``, for torchrun, and where the console script is not installed."""
 
 from cae2pipe.cli import main
 

@@ -1,4 +1,4 @@
-"""The entry point. It sees to Ctrl-C and to the standard streams before it imports anything else."""
+"""The entry point. It handles Ctrl-C and the standard streams before it imports anything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def main() -> NoReturn:
-    """Run the command line, and leave with its exit code."""
+    """Run the command line and exit with its code."""
     interrupts: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -25,10 +25,10 @@ def main() -> NoReturn:
 
     code: int | str | None = FAILURE
     try:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise ignored, as under nohup
             signal.signal(signal.SIGINT, note)
         prepare_streams()
-        # Python's own process that removes what killed ones have left would tell of it below the error that matters.
+        # Python's resource tracker, which cleans up after killed processes, would print warnings below the real error.
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.getenv("PYTHONWARNINGS"), "ignore:resource_tracker")))
         from cae2pipe.commands.app import app
 
@@ -36,31 +36,31 @@ def main() -> NoReturn:
     except SystemExit as left:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         code = left.code if left.code is None or isinstance(left.code, int) else FAILURE
-        # Outside of a command typer catches it, and says nothing.
+        # Outside of a command typer catches Ctrl-C and prints nothing.
         if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
             sys.stderr.write("interrupted\n")
     except BaseException as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # An import that is broken off may say something else.
+        # An interrupted import may raise something else.
         if interrupts:
             sys.stderr.write("interrupted\n")
             code = INTERRUPTED
         else:
             code = _failed(error)
-    if not finish_streams(told=bool(code)):
+    if not finish_streams(error_shown=bool(code)):
         code = code or FAILURE
     sys.exit(code)
 
 
 def _failed(error: BaseException) -> int:
-    """Tell of an error that is no command's, such as that the help cannot be printed. A defect is raised again."""
-    from cae2pipe.commands.shared import show
-    from cae2pipe.runtime.system_errors import explain
+    """Report an error from outside of a command, such as help that cannot be printed. A defect is raised again."""
+    from cae2pipe.commands.shared import show_error
+    from cae2pipe.runtime.system_errors import explain_system_error
 
-    explained = explain(error)
+    explained = explain_system_error(error)
     if explained is None:
         raise error
-    show(explained)
+    show_error(explained)
     return explained.exit_code
 
 

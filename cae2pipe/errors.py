@@ -1,4 +1,4 @@
-"""The exceptions a user can meet.
+"""The exceptions that users can see.
 
 Every message says what was wrong, where it was (file, shard, block, key, setting) and what to do about it.
 The command line prints them without a traceback and ends with ``exit_code``.
@@ -20,12 +20,12 @@ class Cae2pipeError(Exception):
     Args:
         what: what was wrong, in one sentence.
         where: the file, shard, block, key or setting it was found in.
-        fix: the command or setting that mends it.
+        fix: the command or setting that fixes it.
     """
 
     exit_code = FAILURE
     shown_elsewhere = False
-    """Another process of the same job tells the user."""
+    """Another process of the same job reports it to the user."""
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None):
         # Exception pickles through self.args: everything is passed on so that errors survive worker processes.
@@ -77,7 +77,7 @@ class ManifestError(BadInputError):
 
 
 class MismatchError(BadInputError):
-    """A folder was made under other settings, or from other inputs, than the ones asked for."""
+    """A folder was made with settings or inputs that differ from the requested ones."""
 
 
 class DamageError(BadInputError):
@@ -89,7 +89,7 @@ class LockedError(BadInputError):
 
 
 class StorageError(Cae2pipeError):
-    """A remote file system failed, or a disk is full; the same command may do better later."""
+    """A remote file system failed, or a disk is full; the same command may succeed later."""
 
 
 class WorkerError(Cae2pipeError):
@@ -97,7 +97,7 @@ class WorkerError(Cae2pipeError):
 
 
 class DivergedError(Cae2pipeError):
-    """Training met a loss or a gradient that is not finite."""
+    """The loss or a gradient is not finite."""
 
 
 class OutOfMemoryError(Cae2pipeError):
@@ -109,7 +109,7 @@ class CompileError(Cae2pipeError):
 
 
 class Requeued(BaseException):
-    """SIGUSR1 arrived, as schedulers send it some time before they take the machine away: leave with code 75."""
+    """SIGUSR1 arrived, which schedulers send some time before they take the machine away: exit with code 75."""
 
 
 class Terminated(BaseException):

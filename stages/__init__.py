@@ -1,1 +1,1 @@
-"""The programs, each read from top to bottom: one stage a file."""
+"""The programs, each to be read from top to bottom: one stage per file."""

@@ -1,13 +1,12 @@
-"""Many pretrainings side by side on one target set: train what is not trained yet, score it, write one report.
+"""A comparison of many pretraining runs on one target set: train and score what is missing, write one report.
 
-Every run is one that `pretrain` makes and every score one that `evaluate` makes, in folders of their own: both go on
-where they were, and do nothing where they are finished. So does this. A folder is named after what it was made from, so
-that grids in one OUT share what they have in common:
+Every run is made by `pretrain` and every score by `evaluate`, each in its own folder. Both resume, and skip finished
+work, and so does this stage. A folder is named after its inputs, so grids in one OUT share common runs:
 
 OUT/runs/caev2-s0-1a2b3c4d/             a run: method, seed, fingerprint of settings and stores
 OUT/scores/caev2-s0-1a2b3c4d-5e6f7a8b/  its scores: fingerprint of evaluations and data
-OUT/targets/klt-0.99-9c0d1e2f/          the target set recoded, where a grid compares codecs
-OUT/reports/table2/report.html          what came out of one grid
+OUT/targets/klt-0.99-9c0d1e2f/          the target set recoded, if a grid compares codecs
+OUT/reports/table2/report.html          the results of one grid
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.box import MANIFEST, open_box
+from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
-from cae2pipe.artifacts.parts import Part
-from cae2pipe.artifacts.places import is_local
+from cae2pipe.artifacts.storage import is_local
+from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.comparison.gathering import gather_grid
 from cae2pipe.comparison.rows import Comparison
-from cae2pipe.config.base import identity, load, merge
+from cae2pipe.config.base import fingerprinted, load, merge
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
 from cae2pipe.config.extract import CodecSettings
@@ -40,23 +38,23 @@ from cae2pipe.loading.plan import chosen_stores
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.device_memory import free_unused
-from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.ranks import torchrun_rank
-from cae2pipe.runtime.world import joined
+from cae2pipe.runtime.world import stage_world
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report import write_report
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
-from cae2pipe.training.aim import aim_of
 from cae2pipe.training.fit import check_fit
+from cae2pipe.training.target_spec import target_spec
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a grid: its variant's place, its seed, its folder's name below runs and that of its scores, its
-    settings, and the codec that the target set is recoded with for it, if it is."""
+    """One run of a grid: the index of its variant, its seed, the names of its folders below runs and scores, its
+    settings, and the codec that the target set is recoded with for it, if any."""
 
     variant: int
     seed: int
@@ -68,8 +66,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class GridPlan:
-    """All that a grid is to do: its runs, seed by seed, so that one that is broken off has whole comparisons; and what
-    each is scored by."""
+    """The plan of a grid: its runs and the evaluations of each. Runs are ordered seed by seed, so that an interrupted
+    grid has complete comparisons."""
 
     runs: list[Planned]
     evaluations: dict[str, AnySettings]
@@ -79,130 +77,150 @@ def compare(
     grid: GridSettings,
     name: str,
     targets: Path,
+    *,
     data: Path,
     out: Path,
     report: Report,
-    *,
     small: bool = False,
-    part: Part | None = None,
+    part: WorkShare | None = None,
     speed: dict[str, Any] | None = None,
 ) -> Comparison | None:
-    """Train and score every run of a grid, or a part of them, and write the report of what is there.
+    """Train and score all runs of a grid, or a part of them, and write the report of all results so far.
 
-    Under torchrun its processes share every run; all but the leading one get None.
+    Under torchrun the processes share every run; only the leading one gets the result, the others None.
 
     Args:
-        name: the grid's, which its report's folder bears. targets: the target set. data: labelled images, as
-            evaluations take them. small: take the grid's small scale. part: which of the runs.
-        speed: ``device`` and ``workers`` for all.
+        name: of the grid and of its report's folder. targets: the target set. data: labelled images, as for
+        evaluations. small: use the grid's small scale. part: this process's share of the runs. speed: ``device`` and
+        ``workers`` for all runs.
 
     Raises:
-        As ``plan_grid``, ``recode``, ``pretrain`` and ``evaluate``. A run that diverges or does not fit the device does
-        not keep others from being made: what it raised is raised at the end.
+        As ``plan_grid``, ``recode``, ``pretrain`` and ``evaluate``. If a run diverges or does not fit the device, the
+        others still run, and its error is raised at the end.
     """
-    speed, rank = speed or {}, torchrun_rank()
-    device = pick_device(speed.get("device", "auto"), rank)
-    # The leading process makes pages while the others wait.
-    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world:
-        plan = world.lead_first(lambda: plan_grid(grid, targets, data, out, small, speed))
-        failed = run_part(grid, plan, targets, data, out, report if world.leads else Silent(), part)
-        found = write_grid(grid, name, plan, targets, out, report, device, failed) if world.leads else None
+    speed = speed or {}
+    result: Comparison | None = None
+    with stage_world(speed.get("device", "auto"), report) as (world, report):
+        plan = world.main_first(lambda: plan_grid(grid, targets, data, out=out, small=small, speed=speed))
+        failed = run_part(grid, plan, targets, data=data, out=out, report=report, part=part)
+        if world.is_main:
+            result = write_grid(
+                grid, name, plan, targets=targets, out=out, report=report, device=world.device, failed=failed
+            )
     if failed:
         raise next(iter(failed.values()))
-    return found
+    return result
 
 
 def report_grid(
     grid: GridSettings,
     name: str,
     targets: Path,
+    *,
     data: Path,
     out: Path,
     report: Report,
-    *,
     small: bool = False,
     speed: dict[str, Any] | None = None,
 ) -> Comparison:
-    """The report of what is there of a grid, without making any of it. Arguments as ``compare`` has them."""
-    plan, device = plan_grid(grid, targets, data, out, small, speed), pick_device((speed or {}).get("device", "auto"))
-    return write_grid(grid, name, plan, targets, out, report, device)
+    """Write the report of a grid's results so far, without running anything. Arguments as in ``compare``."""
+    plan = plan_grid(grid, targets, data, out=out, small=small, speed=speed)
+    device = pick_device((speed or {}).get("device", "auto"))
+    return write_grid(grid, name, plan, targets=targets, out=out, report=report, device=device)
 
 
 def plan_grid(
-    grid: GridSettings, targets: Path, data: Path, out: Path, small: bool = False, speed: dict[str, Any] | None = None
+    grid: GridSettings,
+    targets: Path,
+    data: Path,
+    *,
+    out: Path,
+    small: bool = False,
+    speed: dict[str, Any] | None = None,
 ) -> GridPlan:
-    """Everything that a grid is to do, looked at before anything is trained.
+    """The plan of a grid, checked before anything is trained.
 
     Raises:
-        SettingsError: settings of a variant or of an evaluation do not fit, each other or the target set.
+        SettingsError: settings of a variant or of an evaluation do not fit each other or the target set.
         ManifestError, DamageError: not a target set that can be read. SourceError: not labelled images.
-        BadInputError: codecs are compared, and the target set does not hold fp16 latents.
+        BadInputError: codecs are compared, but the target set's latents are not fp16.
     """
     if small and not grid.small and not any(variant.small for variant in grid.variants):
-        raise SettingsError("this grid has no small scale", where=grid.title, fix="leave --small away")
+        raise SettingsError("this grid has no small scale", where=grid.title, fix="omit --small")
     evaluations: dict[str, AnySettings] = {}
     for scored in grid.evaluate:
         values = merge(scored.set, {"speed": speed} if speed else {})
-        evaluations[scored.kind] = load(EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, (), values)
-    found = TargetSet(targets)
+        evaluations[scored.kind] = load(
+            EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, overrides=(), values=values
+        )
+    target_set = TargetSet(targets)
     if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):
-        raise BadInputError("the output folder lies inside the target set", where=out, fix="give another folder")
+        raise BadInputError("the output folder is inside the target set", where=out, fix="use another folder")
     splits = open_data(data, batch=1)
-    measured = [[split.identity for split in splits], {kind: identity(own) for kind, own in evaluations.items()}]
+    measured = [
+        [split.identity for split in splits],
+        {kind: fingerprinted(own) for kind, own in evaluations.items()},
+    ]
     runs = []
-    for place, settings in expand(grid, small, speed or {}):
-        variant = grid.variants[place]
+    for index, settings in expand(grid, small, speed or {}):
+        variant = grid.variants[index]
         with variant_named(variant.name):
-            check_run(found, settings, variant.codec)
-        stores = {name: fingerprint(found.stores[name]["files"]) for name in chosen_stores(found, settings)}
-        name = run_name(settings, [found.box.fingerprint, stores], variant.codec)
+            check_run(target_set, settings, variant.codec)
+        stores = {name: fingerprint(target_set.stores[name]["files"]) for name in chosen_stores(target_set, settings)}
+        name = run_name(settings, [target_set.artifact.fingerprint, stores], variant.codec)
         scored_as = f"{name}-{fingerprint(measured)[:8]}"
-        runs.append(Planned(place, settings.seed, name, scored_as, settings, variant.codec))
+        runs.append(
+            Planned(
+                variant=index, seed=settings.seed, name=name, scored=scored_as, settings=settings, codec=variant.codec
+            )
+        )
     return GridPlan(runs, evaluations)
 
 
 def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple[int, PretrainSettings]]:
-    """The settings of every run, seed by seed, each with its variant's place. Raises SettingsError."""
+    """The settings of every run, seed by seed, each with the index of its variant. Raises SettingsError."""
     common = merge(grid.set, grid.small) if small else grid.set
-    found = []
+    runs = []
     for seed in grid.seeds:
-        for place, variant in enumerate(grid.variants):
+        for index, variant in enumerate(grid.variants):
             own = merge(variant.set, variant.small) if small else variant.set
             values = merge(merge(merge(common, own), {"seed": seed}), {"speed": speed} if speed else {})
             with variant_named(variant.name):
-                found.append((place, load(PretrainSettings, "pretrain", grid.config, (), values)))
-    return found
+                runs.append((index, load(PretrainSettings, "pretrain", grid.config, overrides=(), values=values)))
+    return runs
 
 
 def run_name(settings: PretrainSettings, targets: Any, codec: CodecSettings | None) -> str:
-    """The folder of a run on ``targets``, plain values that say what they are: what changes the result changes it."""
-    made_from = [identity(settings), targets, codec and identity(codec)]
+    """The folder name of a run on ``targets``, plain values that identify them. It depends on everything that the
+    result depends on."""
+    made_from = [fingerprinted(settings), targets, codec and fingerprinted(codec)]
     return f"{settings.method}-s{settings.seed}-{fingerprint(made_from)[:8]}"
 
 
 def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettings | None) -> None:
-    """Refuse a run that the target set, its method or its codec does not fit, or whose teacher or originals are not
-    there. An online teacher is loaded for that: seconds beside the hours that it saves."""
+    """Refuse a run that does not fit the target set, its method or its codec, or whose teacher or originals are
+    missing. An online teacher is loaded for this check, which takes seconds and may save hours."""
     check_fit(targets, settings, torchrun_rank().ranks)
     with torch.device("meta"):
-        build_method(settings.method, settings.model, aim_of(settings, targets).dim)
+        build_method(settings.method, settings.model, target_spec(settings, targets).dim)
     if settings.views == "fresh":
         fresh_views(targets, settings)
     if settings.targets == "online":
-        set_teacher(targets.box, settings.teacher_weights, torch.device("cpu"), "--set teacher_weights=FILE")
-    stored = targets.box.identity["settings"]["codec"]["name"]
+        option = "--set teacher_weights=FILE"
+        set_teacher(targets.artifact, settings.teacher_weights, torch.device("cpu"), option=option)
+    stored = targets.artifact.identity["settings"]["codec"]["name"]
     if codec and stored != "fp16":
         raise BadInputError(
-            f"codecs are compared on recoded latents, and this set's are stored with {stored}, whose error would come "
-            "on top of theirs",
+            f"a comparison of codecs needs fp16 latents, but this set is stored with {stored}, whose error would be "
+            "added to theirs",
             where=targets.root,
-            fix="give a set that was extracted with --codec fp16",
+            fix="use a set extracted with --codec fp16",
         )
 
 
 @contextmanager
 def variant_named(name: str) -> Iterator[None]:
-    """Errors within name the variant, and settings as a grid is told them."""
+    """Within it, errors name the variant, and settings in the form that a grid takes."""
     try:
         yield
     except BadInputError as error:
@@ -212,17 +230,24 @@ def variant_named(name: str) -> Iterator[None]:
 
 
 def run_part(
-    grid: GridSettings, plan: GridPlan, targets: Path, data: Path, out: Path, report: Report, part: Part | None = None
+    grid: GridSettings,
+    plan: GridPlan,
+    targets: Path,
+    *,
+    data: Path,
+    out: Path,
+    report: Report,
+    part: WorkShare | None = None,
 ) -> dict[str, Cae2pipeError]:
-    """Train and score a part of a grid's runs. Gives what was raised by those that could not be finished.
+    """Train and score a part of a grid's runs. Returns the errors of those that could not be finished.
 
-    A loss that is not finite meets all processes of a run alike. A device's memory may end in one of several: there the
-    others could not go on.
+    A loss that is not finite occurs in all processes of a run. But memory may run out in only one of several processes,
+    and then the others could not continue.
     """
     forgiven = (DivergedError, OutOfMemoryError) if torchrun_rank().ranks == 1 else (DivergedError,)
-    # Variants that come to the same are one run.
+    # Variants with equal settings share one run.
     distinct = list({run.name: run for run in plan.runs}.values())
-    own = [run for place, run in enumerate(distinct) if part is None or part.owns(place)]
+    own = [run for index, run in enumerate(distinct) if part is None or part.owns(index)]
     failed: dict[str, Cae2pipeError] = {}
     for number, run in enumerate(own, 1):
         variant = f"{grid.variants[run.variant].name}, seed {run.seed}"
@@ -230,19 +255,19 @@ def run_part(
         folder = out / "runs" / run.name
         try:
             with variant_named(grid.variants[run.variant].name):
-                pretrain(recoded(targets, run.codec, out, report), folder, run.settings, report)
+                pretrain(recoded(targets, run.codec, out, report=report), folder, run.settings, report=report)
             for kind, settings in plan.evaluations.items():
-                evaluate(kind, str(folder), data, out / "scores" / run.scored, settings, report)
+                evaluate(kind, str(folder), data, out=out / "scores" / run.scored, settings=settings, report=report)
         except forgiven as error:
             failed[f"{variant} ({error.what})"] = without_frames(error)
-            report.log(f"{variant} cannot be finished: {error.what}; going on with the others")
-        # The next one may need all of the device.
+            report.log(f"{variant} failed: {error.what}; continuing with the other runs")
+        # The next run may need all memory of the device.
         free_unused()
     return failed
 
 
 def without_frames(error: Cae2pipeError) -> Cae2pipeError:
-    """An error that is kept without what its traceback holds: the frames of a run, and with them its whole model."""
+    """The error without its traceback, whose frames would keep the model of a run in memory."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
@@ -251,29 +276,31 @@ def write_grid(
     grid: GridSettings,
     name: str,
     plan: GridPlan,
+    *,
     targets: Path,
     out: Path,
     report: Report,
     device: torch.device,
     failed: dict[str, Cae2pipeError] | None = None,
 ) -> Comparison:
-    """The report of what is there of a grid. Parts that end at the same time write one after the other."""
+    """Write the report of a grid's results so far. A lock keeps parts that end at the same time from writing
+    together."""
     set_backends()
     with holding(out / "reports", name):
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
         runs = [(run.variant, run.name, run.scored) for run in plan.runs]
-        found = gather_grid(grid, runs, out, sets, list(failed or {}))
-        write_report(found, targets, out / "reports" / name, report, device)
-    return found
+        result = gather_grid(grid, runs, out, sets=sets, failed=list(failed or {}))
+        write_report(result, targets, out / "reports" / name, report=report, device=device)
+    return result
 
 
-def recoded(targets: Path, codec: CodecSettings | None, out: Path, report: Report) -> Path:
-    """The target set that a run reads. Another process that makes the same one is waited for."""
+def recoded(targets: Path, codec: CodecSettings | None, out: Path, *, report: Report) -> Path:
+    """The target set that a run reads. Waits if another process is making the same one."""
     if codec is None:
         return targets
-    of = fingerprint([open_box(targets, "targets").fingerprint, identity(codec)])[:8]
+    of = fingerprint([TargetsArtifact.open(targets).fingerprint, fingerprinted(codec)])[:8]
     name = f"{codec.name}-{codec.fidelity:g}-{of}" if codec.name == "klt" else f"{codec.name}-{of}"
     folder = out / "targets" / name
-    with holding(out / "targets", name, lambda: report.log(f"waiting for {folder}, which another process makes")):
-        recode(targets, folder, codec, report)
+    with holding(out / "targets", name, lambda: report.log(f"waiting for another process to make {folder}")):
+        recode(targets, folder, codec, report=report)
     return folder

@@ -1,4 +1,4 @@
-"""What stage 1 would cost, from a few hundred images: bytes, time and fidelity, for every codec. Nothing is kept."""
+"""Estimate of stage 1 from a few hundred images: bytes, time and fidelity for every codec. Nothing is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.box import is_box
+from cae2pipe.artifacts.artifact import is_artifact
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
@@ -27,60 +27,69 @@ from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, recommend_views, tar_bytes
 from cae2pipe.targets.manifest_facts import teacher_facts
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, block_tasks, render_blocks
-from cae2pipe.targets.store import Layout
+from cae2pipe.targets.store import StoreLayout
 from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
 
 
 def estimate_targets(
-    source: Path, settings: ExtractSettings, report: Report, epochs: int | None = None
+    source: Path, settings: ExtractSettings, report: Report, *, epochs: int | None = None
 ) -> dict[str, Any]:
-    """What the target set of a shard set or a folder of images would cost; nothing is written.
+    """Estimate the cost of the target set of a shard set or a folder of images; nothing is written.
 
     Args:
-        epochs: of the pretraining that the set is for; with it, the number of views is recommended.
+        epochs: epochs of the planned pretraining; if given, a number of views is recommended.
 
     Returns:
-        ``images``, ``views``, mean bytes of ``pixels`` a view, ``views_per_s`` and ``teacher_per_s`` on this device,
-        and ``codecs``: for each its bytes of ``latents`` a view, ``bytes`` and ``seconds`` in all, the held-out
-        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``. With ``epochs`` also ``recommended``: the ``views`` for so
-        many ``epochs``, their ``bytes`` and ``seconds`` in all with the codec of ``settings``, how often each is shown
-        (``showings``), and how often each of the ``views`` of ``settings`` would be (``showings_asked``).
+        ``images``, ``views``, mean bytes of ``pixels`` per view, ``views_per_s`` and ``teacher_per_s`` on this device,
+        and ``codecs``: for each the bytes of ``latents`` per view, ``bytes`` and ``seconds`` in total, the held-out
+        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``, the break-even epoch. With ``epochs`` also ``recommended``:
+        ``views`` for these ``epochs``, their ``bytes`` and ``seconds`` in total with the codec of ``settings``, how
+        often each is shown (``showings``), and how often each would be shown with the ``views`` of ``settings``
+        (``showings_asked``).
 
     Raises:
         SettingsError: less than one epoch.
     """
     if epochs is not None and epochs < 1:
-        raise SettingsError(f"{epochs} epochs show no view", where="--epochs", fix="give at least 1")
+        raise SettingsError(f"invalid number of epochs: {epochs}", where="--epochs", fix="use at least 1")
     set_backends()
     teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
     workers = worker_count(settings.speed.workers)
     with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:
-        if is_box(source, "shards"):
+        if is_artifact(source, "shards"):
             shards = ShardSet.open(source)
             images = shards.images
         else:
             shards, images = sample_shards(source, Path(folder), settings)
         report.log(f"running the teacher on up to {settings.codec.calibration} of {images} images")
-        outputs, jpegs = run_sample(shards, teacher, settings, workers)
+        outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
         codec = settings.codec
         facts = teacher_facts(teacher, outputs[0])
         shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
-        prices = [price(outputs, name, shape, codec.fidelity, codec.level) for name in CODECS]
-        report.log("extracting from them, to see how fast it goes")
+        prices = [price(outputs, name, shape, fidelity=codec.fidelity, level=codec.level) for name in CODECS]
+        report.log("extracting from them to measure the speed")
         chosen = next(priced for priced in prices if priced.codec == codec.name)
         layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
-        meter = time_extraction(shards, teacher, layout, chosen.calibration, settings, workers)
+        meter = time_extraction(
+            shards, teacher, layout, calibration=chosen.calibration, settings=settings, workers=workers
+        )
 
     def pixels(views: int) -> float:
-        """Bytes a view: its own, or its share of the image that so many views are cut from."""
+        """Bytes per view: its own, or its share of the image that ``views`` views are cut from."""
         return tar_bytes(jpegs) / (views if settings.view.pixels == "replayed" else 1)
 
     teacher_per_s = meter.views / meter.teacher
     rows = []
     for priced in prices:
-        whole = project(images, settings.views, pixels(settings.views) + priced.latents, meter.rate(), teacher_per_s)
+        whole = project(
+            images,
+            settings.views,
+            pixels(settings.views) + priced.latents,
+            extracted_per_s=meter.rate(),
+            teacher_per_s=teacher_per_s,
+        )
         reached = {"mean": priced.fidelity.mean, "p1": priced.fidelity.p1}
         rows.append({"codec": priced.codec, "latents": round(priced.latents), **reached, **asdict(whole)})
     result = {
@@ -89,12 +98,14 @@ def estimate_targets(
         "pixels": round(pixels(settings.views)),
         "views_per_s": meter.rate(),
         "teacher_per_s": teacher_per_s,
-        "verdict": meter.verdict(),
+        "verdict": meter.bottleneck(),
         "codecs": rows,
     }
     if epochs is not None:
         views = recommend_views(epochs)
-        whole = project(images, views, pixels(views) + chosen.latents, meter.rate(), teacher_per_s)
+        whole = project(
+            images, views, pixels(views) + chosen.latents, extracted_per_s=meter.rate(), teacher_per_s=teacher_per_s
+        )
         result["recommended"] = {
             "epochs": epochs,
             "views": views,
@@ -107,11 +118,11 @@ def estimate_targets(
 
 
 def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:
-    """The first images of what would be sharded, as a shard set in ``folder``; and how many there are in all."""
+    """The first images that would be sharded, as a shard set in ``folder``; and the total number of images."""
     scanned = scan(source)
     entries = [entry for run in plan_runs([scanned.entries], settings.shard).values() for entry in run]
     entries = entries[: settings.codec.calibration]
-    unit = write_run(folder, "000000", entries, (check_image(scanned.piece(entry)) for entry in entries))
+    unit = write_run(folder, "000000", entries, images=(check_image(scanned.piece(entry)) for entry in entries))
     if not unit["samples"]:
         raise SourceError(
             f"none of the first {len(entries)} images can be decoded", where=source, fix="check the source"
@@ -122,26 +133,27 @@ def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tupl
 def time_extraction(
     shards: ShardSet,
     teacher: Teacher,
-    layout: Layout,
+    layout: StoreLayout,
+    *,
     calibration: Calibration,
     settings: ExtractSettings,
     workers: int,
 ) -> Meter:
-    """Render, encode and pack views of a few blocks, as many at once as an extraction would."""
+    """Render, encode and pack views of a few blocks, as concurrently as an extraction."""
     views = tuple(range(settings.views))
     tasks = [task for shard in shards.shards for task in block_tasks(shard, views)]
     tasks = tasks[: max(4, 16 // len(views))]
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
 
     def begun(rendered: Iterator[RenderedBlock]) -> Iterator[RenderedBlock]:
-        # Workers take seconds to start, which a real run does once.
+        # Not timed: workers take seconds to start, once per run.
         first = next(rendered)
         meter.began = time.perf_counter()
         yield first
         yield from rendered
 
-    rendered = begun(render_blocks(Renderer(shards, tasks, settings.view, settings.seed), workers))
-    for _ in encode_ahead(rendered, teacher, layout, calibration, meter, lanes):
+    rendered = begun(render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed), workers))
+    for _ in encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes):
         pass
     meter.ended = time.perf_counter()
     return meter

@@ -1,8 +1,8 @@
 """Stage 3: score an encoder on labelled images.
 
-Read from top to bottom: open the data, load the encoder, score it, write ``result.json`` with predictions beside it.
-Under torchrun every process runs all of this on its share of the images; the leading one writes. There are two kinds of
-scores: on features that are computed once and kept (knn, linear with cached crops), and by training on new crops of
+Read from top to bottom: open the data, load the encoder, score it, write ``result.json`` and predictions. Under
+torchrun every process runs all of this on its share of the images; the leading one writes. There are two kinds of
+scores: on features that are computed once and cached (knn, linear with cached crops), and by training on new crops of
 every image in every epoch (linear, attentive, finetune).
 """
 
@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.artifact import ScoresArtifact
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.evaluate import AnySettings, AttentiveSettings, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.attentive import AttentiveProbe, head_count
@@ -29,34 +28,36 @@ from cae2pipe.evaluation.chunk_reader import ChunkReader
 from cae2pipe.evaluation.crop_batches import batch_for
 from cae2pipe.evaluation.crops import CentralCrop, Crop, DrawnCrop
 from cae2pipe.evaluation.datasets import Split, common_labels, open_data
-from cae2pipe.evaluation.encoders import FrozenEncoder, label, load_encoder
+from cae2pipe.evaluation.encoders import FrozenEncoder, display_name, load_encoder
 from cae2pipe.evaluation.features import FeatureSet, extract_features, log_rejects, resolve_feature, resolve_size
 from cae2pipe.evaluation.finetune import BEST, LAST, FinetuneLearner, build_classifier
-from cae2pipe.evaluation.keeping import begin, keep
 from cae2pipe.evaluation.knn import knn_predictions
 from cae2pipe.evaluation.linear import Probe, batch_and_steps, lars, lars_groups, logits, train_probe
-from cae2pipe.evaluation.predicting import Found, predict
-from cae2pipe.evaluation.probing import Inputs, ProbeLearner, all_tokens, pooled
+from cae2pipe.evaluation.predict import SplitPredictions, predict
+from cae2pipe.evaluation.probe_learner import Inputs, ProbeLearner, all_tokens, pooled
 from cae2pipe.evaluation.protocols import protocol
+from cae2pipe.evaluation.result_store import open_scores, save_result
 from cae2pipe.evaluation.scores import Predictions, accuracy, from_scores, per_class, write_predictions
-from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.device import resolve_precision, set_backends
 from cae2pipe.runtime.device_memory import memory_advice
-from cae2pipe.runtime.progress import Report, Silent
-from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.seeded import seeded
-from cae2pipe.runtime.world import World, joined
-from cae2pipe.supervised.course import Course, all_images, check_share, full_batches
-from cae2pipe.supervised.loop import train
-from cae2pipe.supervised.remedies import cpu_remedy
+from cae2pipe.runtime.world import World, stage_world
+from cae2pipe.supervised.loop import Learner, train
+from cae2pipe.supervised.remedies import Trained, cpu_remedy
+from cae2pipe.supervised.schedule import TrainSchedule, all_images, check_share, full_batches
 from cae2pipe.training.compilation import compiles
 
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: what all kinds of it are given. ``root`` is its own folder, ``shared`` the one above."""
+    """The inputs of one evaluation of any kind. ``root`` is its own folder, ``shared`` the one above. Scores are taken
+    on ``feature`` of inputs of ``size`` pixels."""
 
     encoder: FrozenEncoder
     spec: str
+    feature: str
+    size: int
     train: Split
     val: Split
     shared: Path
@@ -70,109 +71,106 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Score:
-    """What an evaluation found; ``trained`` and ``left_out`` count training images. ``files`` lie in its folder."""
+class Scored:
+    """The outcome of an evaluation: ``val`` are the predictions for the val images; ``trained`` and ``left_out`` count
+    training images; ``files`` are in its folder."""
 
-    found: Found
+    val: SplitPredictions
     figures: dict[str, Any]
     trained: int
     left_out: int = 0
     files: tuple[str, ...] = ()
 
 
-def evaluate(kind: str, spec: str, data: Path, out: Path, settings: AnySettings, report: Report) -> dict[str, Any]:
-    """Score the encoder ``spec`` on ``data``, which holds train and val, into ``out``/``kind``.
+def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettings, report: Report) -> dict[str, Any]:
+    """Score the encoder ``spec`` on ``data``, a folder with train and val, into ``out``/``kind``.
 
     Returns:
-        What ``result.json`` holds; ``top1`` and ``top5`` are the accuracies. {} in all but the leading process.
+        The content of ``result.json``; ``top1`` and ``top5`` are the accuracies. {} in all but the leading process.
 
     Raises:
         SourceError, SettingsError, ManifestError, TeacherError, MismatchError, DamageError, DivergedError,
         OutOfMemoryError: see their messages.
     """
-    rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank)
-    # TF32 is for networks that are trained: neighbours and frozen features are compared in float32.
-    tuned = isinstance(settings, FinetuneSettings)
-    set_backends(tuned and precision_of(settings, device) == "bf16", fixed_shapes=tuned)
-    # The leading process scores cached features alone.
-    with joined(rank, device, "ddp", rank.ranks, timedelta(hours=2)) as world, ExitStack() as stack:
-        return _evaluate(kind, spec, data, out, settings, world, stack, report if world.leads else Silent())
+    with stage_world(settings.speed.device, report) as (world, report), ExitStack() as stack:
+        precision = precision_of(settings, world.device)
+        # TF32 is only for training networks; neighbours and frozen features are compared in float32.
+        tuned = isinstance(settings, FinetuneSettings)
+        set_backends(tuned and precision == "bf16", fixed_shapes=tuned)
+        batch = batch_for(settings.speed.batch, world.device)
+        train_split, val_split = world.main_first(lambda: open_data(data, batch))
+        for split in (train_split, val_split):
+            for remark in split.remarks:
+                report.log(f"{split.root}: {remark}")
+        encoder = world.main_first(lambda: load_encoder(spec, settings.seed, world.device, precision=precision))
+        resolved = fingerprinted(settings)
+        if isinstance(settings, FinetuneSettings):
+            size, feature = settings.image_size or encoder.image_size, "mean"
+            resolved |= {"precision": precision}
+        else:
+            size, feature = resolve_size(settings.features, encoder), resolve_feature(settings.features, encoder)
+        root = out / kind
+        asked = {
+            "evaluation": kind,
+            "settings": resolved,
+            "encoder": encoder.identity,
+            "feature": "tokens" if kind == "attentive" else feature,
+            "image_size": size,
+            "data": {"train": train_split.identity, "val": val_split.identity},
+        }
+        world.run_on_main(lambda: stack.enter_context(writing(out)))
+        artifact, result = world.run_on_main(lambda: open_scores(root, asked))
+        if result:
+            report.log(f"nothing to do: {root} already has this score, top1 {result['top1']:.4f}")
+            return result if world.is_main else {}
+        job = Job(
+            encoder=encoder,
+            spec=spec,
+            feature=feature,
+            size=size,
+            train=train_split,
+            val=val_split,
+            shared=out,
+            root=root,
+            world=world,
+            report=report,
+        )
+        # Only the leading process scores cached features.
+        score = SCORES[kind](job, settings)
+        if score is None or not world.is_main:
+            return {}
+        return write_scores(artifact, job, settings, score=score)
 
 
-def _evaluate(
-    kind: str,
-    spec: str,
-    data: Path,
-    out: Path,
-    settings: AnySettings,
-    world: World,
-    stack: ExitStack,
-    report: Report,
-) -> dict[str, Any]:
-    batch = batch_for(settings.speed.batch, world.device)
-    train_split, val_split = world.lead_first(lambda: open_data(data, batch))
-    for split in (train_split, val_split):
-        for remark in split.remarks:
-            report.log(f"{split.root}: {remark}")
-    precision = precision_of(settings, world.device)
-    encoder = world.lead_first(lambda: load_encoder(spec, settings.seed, world.device, precision))
-    if isinstance(settings, FinetuneSettings):
-        size, feature = settings.image_size or encoder.image_size, "mean"
-        resolved = identity(settings) | {"precision": precision}
-    else:
-        size, feature = resolve_size(settings.features, encoder), resolve_feature(settings.features, encoder)
-        resolved = identity(settings)
-    root = out / kind
-    asked = {
-        "evaluation": kind,
-        "settings": resolved,
-        "encoder": encoder.identity,
-        "feature": "tokens" if kind == "attentive" else feature,
-        "image_size": size,
-        "data": {"train": train_split.identity, "val": val_split.identity},
-    }
-    world.lead(lambda: stack.enter_context(writing(out)))
-    box, result = world.lead(lambda: begin(root, asked))
-    if result:
-        report.log(f"nothing to do: {root} holds this score, top1 {result['top1']:.4f}")
-        return result if world.leads else {}
-    job = Job(encoder, spec, train_split, val_split, out, root, world, report)
-    score = SCORES[kind](job, settings, feature, size)
-    if score is None or not world.leads:
-        return {}
-    return finish(box, job, kind, settings, size, score)
-
-
-def finish(box: Box, job: Job, kind: str, settings: AnySettings, size: int, score: Score) -> dict[str, Any]:
-    """Write down what was found, and call the evaluation complete."""
-    predictions, asked = score.found.predictions, box.identity
-    log_rejects(job.val, score.found.rejected, job.report)
+def write_scores(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, score: Scored) -> dict[str, Any]:
+    """Write the result, and mark the evaluation complete."""
+    predictions, asked = score.val.predictions, artifact.identity
+    log_rejects(job.val, score.val.rejected, job.report)
     result = {
-        "evaluation": kind,
-        "encoder": label(job.spec),
+        "evaluation": asked["evaluation"],
+        "encoder": display_name(job.spec),
         "feature": asked["feature"],
         **accuracy(predictions),
         **score.figures,
-        "protocol": protocol(settings, size),
+        "protocol": protocol(settings, job.size),
         "classes": len(job.classes),
         "images": {"train": score.trained, "val": len(predictions.labels)},
-        "rejected": {"train": score.left_out, "val": len(score.found.rejected)},
+        "rejected": {"train": score.left_out, "val": len(score.val.rejected)},
         "per_class": per_class(predictions, job.classes),
         "settings": asked["settings"],
         "encoder_identity": asked["encoder"],
         "data": asked["data"],
-        "fingerprint": box.fingerprint,
+        "fingerprint": artifact.fingerprint,
     }
     files = write_predictions(job.root, predictions, job.classes)
-    keep(box, result, files | {name: file_entry(job.root / name) for name in score.files})
+    save_result(artifact, result, files | {name: file_entry(job.root / name) for name in score.files})
     return result
 
 
-def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score | None:
-    """Weighted nearest neighbours of the val images among the train images. ``by_feature`` has every k of the class
-    token's and of the mean patch's; the headline is that of the first k."""
-    central = CentralCrop(size, round(size / settings.features.crop))
+def score_knn(job: Job, settings: KnnSettings) -> Scored | None:
+    """Weighted nearest neighbours of the val images among the train images. ``by_feature`` has the scores of every k
+    for class token and mean patch token; the main score is that of the first k."""
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
     sets = features_of(job, settings, [central])
     if sets is None:
         return None
@@ -182,7 +180,7 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
     labels = common_labels(val_set.labels, job.val.classes, job.classes).numpy()
 
     def predictions(kind: str) -> dict[int, Predictions]:
-        found = knn_predictions(
+        nearest = knn_predictions(
             train_set.features[kind].to(device),
             train_set.labels.to(device),
             val_set.features[kind].to(device),
@@ -190,32 +188,38 @@ def score_knn(job: Job, settings: KnnSettings, feature: str, size: int) -> Score
             k=numbers,
             temperature=settings.temperature,
         )
-        return {k: Predictions(best.numpy(), share.numpy(), labels, val_set.keys) for k, (best, share) in found.items()}
+        return {
+            k: Predictions(best.numpy(), share.numpy(), labels=labels, keys=val_set.keys)
+            for k, (best, share) in nearest.items()
+        }
 
     with frozen_advice(job, settings, len(train_set.labels)):
         by_feature = {kind: predictions(kind) for kind in train_set.features}
-    figures = {kind: {str(k): accuracy(found) for k, found in each.items()} for kind, each in by_feature.items()}
-    headline = Found(by_feature[feature][numbers[0]], val_set.rejected)
+    figures = {
+        kind: {str(k): accuracy(predicted) for k, predicted in each.items()} for kind, each in by_feature.items()
+    }
+    headline = SplitPredictions(by_feature[job.feature][numbers[0]], val_set.rejected)
     more = {"k": numbers[0], "by_feature": figures}
-    return Score(headline, more, len(train_set.labels), len(train_set.rejected))
+    return Scored(headline, more, trained=len(train_set.labels), left_out=len(train_set.rejected))
 
 
-def score_linear(job: Job, settings: LinearSettings, feature: str, size: int) -> Score | None:
-    """A linear classifier (paper, Table 9), on features of cached crops or on new crops in every epoch."""
+def score_linear(job: Job, settings: LinearSettings) -> Scored | None:
+    """A linear classifier (paper, Table 9) on features of cached crops, or on new crops in every epoch."""
     if settings.cached_crops:
-        return score_cached_linear(job, settings, feature, size)
-    dim = measure(job, pooled(feature), size)[-1]
+        return score_cached_linear(job, settings)
+    inputs = pooled(job.feature)
+    dim = measure(job, inputs)[-1]
     with seeded("probe", settings.seed):
         head = Probe(dim, len(job.classes)).to(job.world.device)
     batch, _ = batch_and_steps(job.train.images, settings.batch)
-    optimizer = lars(lars_groups(head, settings.lr, settings.batch, batch), settings.momentum)
-    return train_head(job, settings, head, pooled(feature), optimizer, size)
+    groups = lars_groups(head, settings.lr, settings.batch, taken=batch)
+    return train_head(job, settings, head, inputs=inputs, optimizer=lars(groups, settings.momentum))
 
 
-def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: int) -> Score | None:
-    central = CentralCrop(size, round(size / settings.features.crop))
+def score_cached_linear(job: Job, settings: LinearSettings) -> Scored | None:
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
     drawn = [
-        DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed, number)
+        DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed, epoch=number)
         for number in range(1, settings.cached_crops)
     ]
     sets = features_of(job, settings, [central, *drawn])
@@ -226,89 +230,97 @@ def score_cached_linear(job: Job, settings: LinearSettings, feature: str, size: 
     val_labels = common_labels(val_set.labels, job.val.classes, job.classes)
     labels = train_sets[0].labels
     with frozen_advice(job, settings, len(labels) * len(train_sets)):
-        crops = [found.features[feature].to(device) for found in train_sets]
+        crops = [each.features[job.feature].to(device) for each in train_sets]
         probe, figures = train_probe(
             crops, labels.to(device), classes=len(job.classes), settings=settings, report=job.report
         )
-        found = from_scores(logits(probe, val_set.features[feature].to(device)), val_labels, val_set.keys)
-    return Score(Found(found, val_set.rejected), figures, len(labels), len(train_sets[0].rejected))
+        scores = logits(probe, val_set.features[job.feature].to(device))
+        predicted = SplitPredictions(from_scores(scores, val_labels, val_set.keys), val_set.rejected)
+    return Scored(predicted, figures, trained=len(labels), left_out=len(train_sets[0].rejected))
 
 
-def score_attentive(job: Job, settings: AttentiveSettings, feature: str, size: int) -> Score | None:
+def score_attentive(job: Job, settings: AttentiveSettings) -> Scored | None:
     """One cross-attention block with a learned query, and a linear classifier."""
-    dim = measure(job, all_tokens, size)[-1]
-    heads = head_count(dim, settings.heads)
+    dim = measure(job, all_tokens)[-1]
     with seeded("probe", settings.seed):
-        head = AttentiveProbe(dim, len(job.classes), heads).to(job.world.device)
+        head = AttentiveProbe(dim, len(job.classes), head_count(dim, settings.heads)).to(job.world.device)
     batch, _ = batch_and_steps(job.train.images, settings.batch)
     groups = [{"params": list(head.parameters()), "peak": settings.lr * batch / 8192}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=True)
-    return train_head(job, settings, head, all_tokens, optimizer, size)
+    return train_head(job, settings, head, inputs=all_tokens, optimizer=optimizer)
 
 
 def train_head(
     job: Job,
     settings: LinearSettings | AttentiveSettings,
     head: Probe | AttentiveProbe,
+    *,
     inputs: Inputs,
     optimizer: torch.optim.Optimizer,
-    size: int,
-) -> Score:
+) -> Scored:
     """Train a head on new crops of every image in every epoch, and score it."""
     batch, steps = batch_and_steps(job.train.images, settings.batch)
-    course = all_images(job.train.images, batch, steps, settings.chunk, settings.epochs, settings.seed)
+    schedule = all_images(
+        job.train.images, batch, steps, chunk=settings.chunk, epochs=settings.epochs, seed=settings.seed
+    )
     learner = ProbeLearner(
-        job.encoder, head, inputs, optimizer, course, settings.warmup_epochs, job.train.batch, job.world
-    )
-    crop = DrawnCrop(size, settings.draw, (0.5, 0.5, 0.5), settings.seed)
-    history = train(
-        learner,
-        course,
-        reading(job, course, crop),
-        root=job.root,
-        settings=settings,
+        job.encoder,
+        head,
+        inputs,
+        optimizer=optimizer,
+        schedule=schedule,
+        warmup_epochs=settings.warmup_epochs,
+        batch=job.train.batch,
         world=job.world,
-        report=job.report,
     )
-    central = CentralCrop(size, round(size / settings.features.crop))
-    found = predict(learner.logits, job.val, job.classes, central, settings.speed.workers, job.world)
+    crop = DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed)
+    history = trained(job, settings, learner, schedule=schedule, crop=crop)
+    central = CentralCrop(job.size, round(job.size / settings.features.crop))
+    val = predict(learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}
-    return Score(found, figures, job.train.images)
+    return Scored(val, figures, job.train.images)
 
 
-def score_finetune(job: Job, settings: FinetuneSettings, feature: str, size: int) -> Score:
-    """The whole encoder trained as a classifier (paper, Table 10). The headline is the last epoch's score; ``best`` is
-    the best epoch's, which the val images have picked."""
+def score_finetune(job: Job, settings: FinetuneSettings) -> Scored:
+    """The whole encoder trained as a classifier (paper, Table 10). The main score is that of the last epoch; ``best``
+    is that of the best epoch, selected on the val images."""
     world, classes = job.world, job.classes
     check_share(settings.batch // settings.chunk, world.ranks)
-    course = full_batches(job.train.images, settings.batch, settings.chunk, settings.epochs, settings.seed)
-    classifier = build_classifier(job.encoder, len(classes), settings, job.spec)
-    central = CentralCrop(size, round(size / settings.crop))
-
-    def predicted(scores: Callable[[Tensor], Tensor]) -> Found:
-        return predict(scores, job.val, classes, central, settings.speed.workers, world)
-
-    bf16 = precision_of(settings, world.device) == "bf16"
-    compiled = compiles(settings.speed.compile, world.device)
-    learner = FinetuneLearner(classifier, len(classes), settings, course, bf16, compiled, world, predicted, job.root)
-    crop = DrawnCrop(size, settings.draw, classifier.normalise.mean, settings.seed)
-    history = train(
-        learner, course, reading(job, course, crop), root=job.root, settings=settings, world=world, report=job.report
+    schedule = full_batches(
+        job.train.images, settings.batch, settings.chunk, epochs=settings.epochs, seed=settings.seed
     )
-    # A run that was killed behind its last step has them still to make.
-    found = learner.found or predicted(learner.logits)
-    scored = [line for line in history if "top1" in line]
-    best = max(scored, key=lambda line: line["top1"])
+    classifier = build_classifier(job.encoder, len(classes), settings, spec=job.spec)
+    central = CentralCrop(job.size, round(job.size / settings.crop))
+
+    def predicted(scores: Callable[[Tensor], Tensor]) -> SplitPredictions:
+        return predict(scores, job.val, classes, crop=central, workers=settings.speed.workers, world=world)
+
+    learner = FinetuneLearner(
+        classifier,
+        len(classes),
+        settings,
+        schedule=schedule,
+        bf16=precision_of(settings, world.device) == "bf16",
+        compiled=compiles(settings.speed.compile, world.device),
+        world=world,
+        predict=predicted,
+        root=job.root,
+    )
+    crop = DrawnCrop(job.size, settings.draw, classifier.normalise.mean, seed=settings.seed)
+    history = trained(job, settings, learner, schedule=schedule, crop=crop)
+    # A run that was killed after its last step has no predictions yet.
+    last = learner.predicted or predicted(learner.logits)
+    best = max((line for line in history if "top1" in line), key=lambda line: line["top1"])
     figures = {
         "best": {name: best[name] for name in ("epoch", "top1", "top5")},
         "train_loss": history[-1]["loss"],
         "history": history,
     }
-    return Score(found, figures, job.train.images, files=(BEST, LAST))
+    return Scored(last, figures, job.train.images, files=(BEST, LAST))
 
 
-SCORES: dict[str, Callable[[Job, Any, str, int], Score | None]] = {
+SCORES: dict[str, Callable[[Job, Any], Scored | None]] = {
     "knn": score_knn,
     "linear": score_linear,
     "attentive": score_attentive,
@@ -320,53 +332,72 @@ SCORES: dict[str, Callable[[Job, Any, str, int], Score | None]] = {
 def features_of(
     job: Job, settings: KnnSettings | LinearSettings, crops: list[Crop]
 ) -> tuple[list[FeatureSet], FeatureSet] | None:
-    """Features of the train images' crops and of the val images' first one, on the CPU; None in all but the leading
-    process."""
+    """Features of all crops of the train images and of the first crop of the val images, on the CPU; None in all but
+    the leading process."""
 
     def features(split: Split, crop: Crop) -> FeatureSet | None:
-        folder = job.shared / "features"
-        return extract_features(folder, job.encoder, split, crop, settings.speed.workers, job.world, job.report)
+        return extract_features(
+            job.shared / "features",
+            job.encoder,
+            split,
+            crop=crop,
+            workers=settings.speed.workers,
+            world=job.world,
+            report=job.report,
+        )
 
     train_sets = [features(job.train, crop) for crop in crops]
     val_set = features(job.val, crops[0])
-    found = [features for features in train_sets if features is not None]
-    return (found, val_set) if val_set is not None else None
+    own = [features for features in train_sets if features is not None]
+    return (own, val_set) if val_set is not None else None
 
 
 def frozen_advice(job: Job, settings: KnnSettings | LinearSettings, count: int) -> AbstractContextManager[None]:
-    """Around work on ``count`` features at once: where they do not fit the device, the CPU can take them."""
+    """Around work on ``count`` features at once: if they do not fit the device, advise to use the CPU."""
     precision = precision_of(settings, job.world.device)
     fix = cpu_remedy(f"features.precision={precision}", f"speed.batch={job.train.batch}")
-    return memory_advice(f"a set of {count} features", f"{fix} takes the same features", job.train.root)
+    return memory_advice(f"a set of {count} features", f"{fix} uses the same features", job.train.root)
 
 
-def reading(job: Job, course: Course, crop: DrawnCrop) -> Callable[[int], ChunkReader]:
-    """What makes the reader of this process's training crops from a step on."""
-    own = course.own(job.world.rank, job.world.ranks)
-    return lambda start: ChunkReader(job.train, course, own, start, crop)
+def trained(
+    job: Job, settings: Trained, learner: Learner, *, schedule: TrainSchedule, crop: DrawnCrop
+) -> list[dict[str, Any]]:
+    """Train on this process's crops; returns one line per epoch."""
+    own = schedule.own(job.world.rank, job.world.ranks)
+    return train(
+        learner,
+        schedule,
+        lambda start: ChunkReader(job.train, schedule, own, start=start, crop=crop),
+        root=job.root,
+        settings=settings,
+        world=job.world,
+        report=job.report,
+    )
 
 
-def measure(job: Job, inputs: Inputs, size: int) -> tuple[int, ...]:
-    """The shape of what a head takes of one image."""
-    black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=job.world.device)
+def measure(job: Job, inputs: Inputs) -> tuple[int, ...]:
+    """The shape of a head's input for one image."""
+    black = torch.zeros((1, 3, job.size, job.size), dtype=torch.uint8, device=job.world.device)
     return tuple(inputs(job.encoder, black).shape)
 
 
 def neighbours(settings: KnnSettings, images: int, report: Report) -> tuple[int, ...]:
-    """The numbers of neighbours that a training set has; the others are named in the log.
+    """The values of k that are at most the number of training images; the log names the others.
 
     Raises:
-        SettingsError: the first one, which gives the headline, is not among them.
+        SettingsError: the first k, which gives the main score, is too large.
     """
     fitting = tuple(k for k in settings.k if k <= images)
     if settings.k[0] > images:
         raise SettingsError(
-            f"{settings.k[0]} neighbours are asked for, and there are {images} training images",
+            f"k is {settings.k[0]}, but there are only {images} training images",
             where="k",
             fix=f"--set 'k={list(fitting) or [max(1, images // 2)]}'",
         )
     if len(fitting) < len(settings.k):
-        report.log(f"left out k above the {images} training images: {sorted(set(settings.k) - set(fitting))}")
+        report.log(
+            f"ignored k above the number of training images ({images}): {sorted(set(settings.k) - set(fitting))}"
+        )
     return fitting
 
 

@@ -1,4 +1,4 @@
-"""Hand an encoder on: into a folder as another library reads it, with a model card."""
+"""Export an encoder to a folder in another library's layout, with a model card."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from pathlib import Path
 
 import torch
 
+from cae2pipe.artifacts.artifact import RunArtifact, is_artifact
 from cae2pipe.artifacts.atomic import remove_debris, write_bytes
-from cae2pipe.artifacts.box import is_box, open_box
 from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.comparison.scores import collect
 from cae2pipe.errors import SettingsError, SourceError
-from cae2pipe.evaluation.encoders import Student, label, load_encoder
+from cae2pipe.evaluation.encoders import Student, display_name, load_encoder
 from cae2pipe.models.export import WEIGHTS
-from cae2pipe.models.formats import FORMATS, Layout, Shape
+from cae2pipe.models.formats import FORMATS, ExportLayout, Shape
 from cae2pipe.reporting.model_card import model_card
 
 CARD = "README.md"
 
 
-def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
+def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]:
     """Write an encoder's weights, description and model card into the folder ``out``.
 
     Args:
-        spec: a run folder, an exported file or a released checkpoint, as ``load_encoder`` takes them.
-        out: the folder to make; files of an earlier export are replaced.
+        spec: a run folder, an exported file or a released checkpoint, as for ``load_encoder``.
+        out: the output folder; files of an earlier export are replaced.
         kind: one of ``FORMATS``.
-        scores: folders with evaluations that the card is to show.
+        scores: folders with evaluations to show on the card.
 
     Raises:
-        SourceError: no such encoder, or a folder that holds something else. SettingsError: an unknown format, or an
-            encoder that is another library's. ManifestError: a run that is not finished. DamageError: its files have
-            changed.
+        SourceError: there is no such encoder, or the folder holds something else. SettingsError: the format is unknown,
+        or the encoder is from another library. ManifestError: the run is not finished. DamageError: its files have
+        changed.
     """
     if kind not in FORMATS:
         raise SettingsError(f"unknown format {kind!r}", where="--format", fix=f"use one of {', '.join(FORMATS)}")
@@ -41,7 +41,7 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
         raise SettingsError(
             "this encoder comes from another library",
             where=spec,
-            fix="give a run folder, an encoder.safetensors or a released .pth",
+            fix="use a run folder, an encoder.safetensors or a released .pth",
         )
     model = encoder.model
     shape = Shape(
@@ -57,8 +57,8 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     layout = FORMATS[kind](state, shape)
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
-    run = open_box(folder) if is_box(folder, "run") else None
-    card = model_card(label(spec), layout, shape, run, collect(scores) if scores else [])
+    run = RunArtifact.open(folder) if is_artifact(folder, "run") else None
+    card = model_card(display_name(spec), layout, shape, run=run, scores=collect(scores) if scores else [])
     refuse_others(out, layout)
     out.mkdir(parents=True, exist_ok=True)
     remove_debris(out)
@@ -70,14 +70,14 @@ def export(spec: str, out: Path, kind: str, scores: list[Path]) -> list[Path]:
     return [out / name for name in (layout.weights, *layout.files, CARD)]
 
 
-def refuse_others(out: Path, layout: Layout) -> None:
-    """Raise SourceError where a folder holds anything but an earlier export of the same format."""
+def refuse_others(out: Path, layout: ExportLayout) -> None:
+    """Raise SourceError if a folder holds anything but an earlier export of the same format."""
     ours = {layout.weights, *layout.files, CARD}
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     foreign = sorted(name for name in names - ours if not name.startswith("."))
     if foreign or (names and layout.weights not in names):
         raise SourceError(
-            f"the folder is not empty (it holds {(foreign or sorted(names))[0]!r})",
+            f"the folder is not empty (it contains {(foreign or sorted(names))[0]!r})",
             where=out,
-            fix="give a new or an empty folder",
+            fix="use a new or an empty folder",
         )

@@ -1,9 +1,9 @@
-"""Stage 1: images to views and the teacher's latents.
+"""Stage 1: from images to views and the teacher's latents.
 
-Read from top to bottom: take this process's part, open the source, load the teacher, calibrate the codec once, then
-shard by shard render the views that are missing, run the teacher on what loaders of the set will see, encode and write.
-A finished (view, shard) pair is never made again; everything else is made so that the same inputs give the same bytes,
-however the work is split.
+Read from top to bottom: take this process's part, open the source, load the teacher, calibrate the codec once. Then,
+shard by shard, render the missing views, run the teacher on the pixels that loaders of the set will see, encode and
+write. A finished (view, shard) pair is never made again. The same inputs give the same bytes, however the work is
+split.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, is_artifact, refuse_foreign
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import MANIFEST, Box, is_box, open_box, open_or_create, open_same, refuse_foreign
 from cae2pipe.artifacts.lock import holding, writing
-from cae2pipe.artifacts.parts import WHOLE, Part
-from cae2pipe.artifacts.places import file_size, is_local, is_shared
 from cae2pipe.artifacts.provenance import tell_changes
 from cae2pipe.artifacts.staging import remove_stages
-from cae2pipe.config.base import identity
-from cae2pipe.config.extract import ExtractSettings, as_begun
+from cae2pipe.artifacts.storage import file_size, is_local, is_shared
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
+from cae2pipe.config.base import fingerprinted
+from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
@@ -31,10 +31,10 @@ from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.calibrating import ensure_calibration, make_calibration
 from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
-from cae2pipe.targets.missing import MissingUnits, check_space, missing_views, wanted
+from cae2pipe.targets.missing import MissingUnits, check_space, missing_units, wanted
 from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER
 from cae2pipe.targets.stored_calibration import is_calibrated
-from cae2pipe.targets.target_set import KIND, recorded_view
+from cae2pipe.targets.target_set import recorded_view
 from cae2pipe.teachers.load import load_teacher
 
 
@@ -42,19 +42,19 @@ def extract_targets(
     source: Path,
     out: Path,
     settings: ExtractSettings,
-    report: Report,
     *,
-    part: Part = WHOLE,
+    report: Report,
+    part: WorkShare = WHOLE,
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
-) -> Box:
-    """Make, or go on making, the target set ``out`` from a shard set or a folder of images.
+) -> TargetsArtifact:
+    """Make, or resume making, the target set ``out`` from a shard set or a folder of images.
 
     Args:
-        source: a shard set or a folder of images. ``out``: the target set's folder. Either may lie on a remote place.
-        part: which share of the shards is made here; torchrun's ranks share it.
+        source: a shard set or a folder of images. ``out``: the target set's folder. Both may be URLs of remote storage.
+        part: this process's share of the shards; torchrun's ranks divide it further.
         calibrate_only: stop once the set has its calibration.
-        remake: make these units again, whether they look whole or not, and nothing else.
+        remake: make exactly these units again, even if they look complete.
 
     Raises:
         SourceError, TeacherError, MismatchError, ManifestError, LockedError: see their messages.
@@ -63,90 +63,102 @@ def extract_targets(
     part = part.split(rank.rank, rank.ranks)
     set_backends()
     with writing(out, part):
-        # Whatever can be wrong is found before hours of sharding.
+        # Errors should show before hours of sharding.
         refuse_foreign(out)
         begun = file_size(out / MANIFEST) is not None
         if begun:
-            settings = resumed(open_box(out, KIND), settings, report)
+            settings = resumed(TargetsArtifact.open(out), settings, report)
             refuse_other_pixels(out, settings)
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
-        content = {"settings": identity(settings), "teacher": teacher.info.identity()}
-        fix = "give another output folder, or the settings this one was made with"
+        content = {"settings": fingerprinted(settings), "teacher": teacher.info.identity()}
+        fix = "use another output folder, or the settings this one was made with"
         if begun:
-            open_same(out, KIND, content, fix)
-        shards = open_source(source, out, settings, report)
-        box = open_or_create(out, KIND, content, facts={"classes": shards.classes}, fix=fix)
-        missing = missing_views(box, shards, settings.views, part, remake)
+            TargetsArtifact.open_same(out, content, fix)
+        shards = open_source(source, out, settings, report=report)
+        artifact = TargetsArtifact.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix)
+        missing = missing_units(artifact, shards, settings.views, part=part, remake=remake)
         remove_leftovers(out, missing, part)
-        box.facts |= {"classes": shards.classes, "wanted": wanted(box, shards, settings.views)}
-        if not missing and is_calibrated(box) and (box.complete or part != WHOLE) and remake is None:
+        artifact.facts |= {"classes": shards.classes, "wanted": wanted(artifact, shards, settings.views)}
+        if not missing and is_calibrated(artifact) and (artifact.complete or part != WHOLE) and remake is None:
             holds = f"all {settings.views} views of " + (f"part {part}" if part != WHOLE else "all shards")
-            report.log(f"nothing to do: {out} holds {holds} ({len(shards.shards)} shards)")
-            save_targets(box, shards, settings.views)
-            return box
+            report.log(f"nothing to do: {out} has {holds} ({len(shards.shards)} shards)")
+            save_targets(artifact, shards, settings.views)
+            return artifact
         workers = -(-worker_count(settings.speed.workers) // rank.on_machine)
         if not (is_shared(out) and is_shared(source)):
-            workers = 0  # what lies in this process's memory is seen by no other
-        tell_changes(box.facts, teacher.device, report)
+            workers = 0  # other processes cannot read what is in this process's memory
+        tell_changes(artifact.facts, teacher.device, report)
         if remake is not None and CODEC in remake:
-            make_calibration(box, shards, teacher, settings=settings, workers=workers, report=report)
-        box = ensure_calibration(box, shards, teacher, settings=settings, workers=workers, part=part, report=report)
+            make_calibration(artifact, shards, teacher, settings=settings, workers=workers, report=report)
+        artifact = ensure_calibration(
+            artifact, shards, teacher, settings=settings, workers=workers, part=part, report=report
+        )
         if calibrate_only:
-            report.log("calibrated; nothing else was asked for")
-            return box
-        check_space(box, missing)
+            report.log("calibration finished (--calibrate-only)")
+            return artifact
+        check_space(artifact, missing)
         try:
             reducing = [lacking.shard for lacking in missing if lacking.images]
-            make_images(box, shards, reducing, settings.view, workers, report)
+            make_images(artifact, shards, reducing, settings=settings.view, workers=workers, report=report)
             if any(lacking.views for lacking in missing):
-                make_views(box, shards, missing, teacher=teacher, settings=settings, workers=workers, report=report)
+                make_views(
+                    artifact, shards, missing, teacher=teacher, settings=settings, workers=workers, report=report
+                )
         finally:
-            save_targets(box, shards, settings.views)
-        return box
+            save_targets(artifact, shards, settings.views)
+        return artifact
 
 
-def resumed(box: Box, settings: ExtractSettings, report: Report) -> ExtractSettings:
-    """The settings with what was not given as the set has been begun with: a changed default must neither refuse the
-    command that began it nor add views to it."""
-    updates: dict[str, Any] = {"codec": as_begun(settings.codec, box.identity["settings"]["codec"])}
-    # Early sets do not say what they were to hold.
-    if "views" not in settings.model_fields_set and "wanted" in box.facts:
-        updates["views"] = box.facts["wanted"]["views"]
+def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report) -> ExtractSettings:
+    """The settings, with values that were not given taken from the set: changed defaults must neither make the original
+    command fail nor add views."""
+    updates: dict[str, Any] = {"codec": as_begun(settings.codec, artifact.identity["settings"]["codec"])}
+    # Sets of early versions do not record their planned content.
+    if "views" not in settings.model_fields_set and "wanted" in artifact.facts:
+        updates["views"] = artifact.facts["wanted"]["views"]
     begun = settings.model_copy(update=updates)
     if begun != settings:
-        report.log(f"as this set was begun: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
+        report.log(f"using the settings of this set: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
     return begun
 
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
-    """Raise MismatchError where a set's views are replayed and stored ones are asked for, or the reverse."""
-    there = recorded_view(open_box(out, KIND).identity["settings"]).pixels
+    """Raise MismatchError if a set's views are replayed and stored ones are requested, or the reverse."""
+    there = recorded_view(TargetsArtifact.open(out).identity["settings"]).pixels
     if there != settings.view.pixels:
         raise MismatchError(
-            f"this set's views are {there}, and {settings.view.pixels} ones are asked for",
+            f"view.pixels mismatch: this set {there}, settings {settings.view.pixels}",
             where=out / MANIFEST,
-            fix=f"--set view.pixels={there}, or give another output folder",
+            fix=f"--set view.pixels={there}, or use another output folder",
         )
 
 
-def open_source(source: Path, out: Path, settings: ExtractSettings, report: Report) -> ShardSet:
-    """The shard set to read: the source itself, or one made from a folder of images inside ``out``."""
-    if is_box(source, "shards"):
+def open_source(source: Path, out: Path, settings: ExtractSettings, *, report: Report) -> ShardSet:
+    """The shard set to read: the source itself, or one inside ``out`` made from a folder of images."""
+    if is_artifact(source, "shards"):
         return ShardSet.open(source)
-    if is_box(source):
-        raise SourceError("this folder is not a shard set", where=source, fix="give a shard set or a folder of images")
+    if is_artifact(source):
+        raise SourceError("this folder is not a shard set", where=source, fix="use a shard set or a folder of images")
     with holding(out, "sharding", lambda: report.log("waiting for another process to shard the images")):
         report.log(f"sharding {source} into {out / SHARDS_FOLDER}")
-        return build_shard_set(source, out / SHARDS_FOLDER, settings.shard, report)
+        return build_shard_set(source, out / SHARDS_FOLDER, sharding(settings), report=report)
 
 
-def remove_leftovers(out: Path, missing: list[MissingUnits], part: Part) -> None:
-    """Remove what a killed run left half-written, and never what another part is writing now."""
+def sharding(settings: ExtractSettings) -> ShardSettings:
+    """Settings of the sharding before extraction: the same number of workers, unless its own settings give one."""
+    if settings.shard.speed.workers >= 0:
+        return settings.shard
+    speed = settings.shard.speed.model_copy(update={"workers": settings.speed.workers})
+    return settings.shard.model_copy(update={"speed": speed})
+
+
+def remove_leftovers(out: Path, missing: list[MissingUnits], part: WorkShare) -> None:
+    """Remove partial files of a killed run, but never those that another part is writing now."""
     if part == WHOLE and is_local(out):
         remove_debris(out)
     remove_stages(out, [name for lacking in missing for name in lacking.units])
 
 
-def save_targets(box: Box, shards: ShardSet, views: int) -> None:
-    """Write the manifest; the set is complete once every part has made its share."""
-    box.save(complete=lambda merged: CODEC in merged.units and not missing_views(merged, shards, views))
+def save_targets(artifact: TargetsArtifact, shards: ShardSet, views: int) -> None:
+    """Write the manifest; the set is complete once every part has finished its share."""
+    artifact.save(complete=lambda merged: CODEC in merged.units and not missing_units(merged, shards, views))

@@ -1,6 +1,6 @@
-"""Inspect: what a folder is, what it was made from and what it holds.
+"""Inspect: the kind, origin and content of a folder.
 
-Not ``inspect.py``: where this folder is the current one, Python would take it for the standard library's.
+Not named ``inspect.py``: if this were the current folder, Python would import it instead of the standard library's.
 """
 
 from __future__ import annotations
@@ -8,82 +8,95 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import Box, open_box
+from cae2pipe.artifacts.artifact import (
+    AnyArtifact,
+    RunArtifact,
+    ScoresArtifact,
+    ShardsArtifact,
+    TargetsArtifact,
+    open_artifact,
+)
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What a folder made by cae2pipe is, what it was made from and what it holds, as JSON values.
+def inspect_folder(path: Path) -> dict[str, Any]:
+    """Kind, origin and content of a folder made by cae2pipe, as JSON values.
 
     Raises:
-        ManifestError: not a folder of ours, or one of an unknown format.
+        ManifestError: the folder is not one of cae2pipe's, or has an unknown format version.
     """
-    box = open_box(path)
-    files = [entry for unit in box.units.values() for entry in unit.get("files", {}).values()]
+    artifact = open_artifact(path)
+    files = [entry for unit in artifact.units.values() for entry in unit["files"].values()]
     facts: dict[str, Any] = {
         "path": str(path),
-        "kind": box.kind,
-        "complete": box.complete,
-        "fingerprint": box.fingerprint,
+        "kind": artifact.kind,
+        "complete": artifact.complete,
+        "fingerprint": artifact.fingerprint,
         "files": len(files),
         "bytes": sum(entry["bytes"] for entry in files),
     }
-    facts.update(_KINDS.get(box.kind, lambda _: {})(box))
-    facts["made_from"] = box.identity
+    facts.update(_of_kind(artifact))
+    facts["made_from"] = artifact.identity
     return facts
 
 
-def _shards(box: Box) -> dict[str, Any]:
+def _shards(artifact: ShardsArtifact) -> dict[str, Any]:
     return {
-        "shards": sum(unit["samples"] > 0 for unit in box.units.values()),
-        "images": sum(unit["samples"] for unit in box.units.values()),
-        "rejected": box.facts.get("rejected", 0),
-        "classes": len(box.identity.get("classes", [])),
-        "generations": [unit["images"] for name, unit in sorted(box.units.items()) if "images" in unit],
+        "shards": sum(unit["samples"] > 0 for unit in artifact.units.values()),
+        "images": sum(unit["samples"] for unit in artifact.units.values()),
+        "rejected": artifact.facts.get("rejected", 0),
+        "classes": len(artifact.identity["classes"]),
+        "generations": [unit["images"] for name, unit in sorted(artifact.units.items()) if "images" in unit],
     }
 
 
-def _targets(box: Box) -> dict[str, Any]:
+def _targets(artifact: TargetsArtifact) -> dict[str, Any]:
     from cae2pipe.targets.target_set import TargetSet
 
-    targets = TargetSet(box.root)
+    targets = TargetSet(artifact.root)
     shards: dict[int, int] = {}
     for unit in targets.stores.values():
         shards[unit["view"]] = shards.get(unit["view"], 0) + 1
-    # Early sets do not say what they were to hold.
-    asked = box.facts.get("wanted", {"views": targets.views, "images": targets.images})
+    # Sets of early versions do not record their planned content.
+    wanted = artifact.facts.get("wanted")
+    views, images = (wanted["views"], wanted["images"]) if wanted else (targets.views, targets.images)
     stored = sum(unit["samples"] for unit in targets.stores.values())
     return {
-        "teacher": box.facts["teacher"],
-        "asked_for": asked,
-        "share_made": round(stored / max(1, asked["images"] * asked["views"]), 4),
+        "teacher": artifact.facts["teacher"],
+        "asked_for": wanted or {"views": views, "images": images},
+        "share_made": round(stored / max(1, images * views), 4),
         "images": targets.images,
         "views": targets.views,
         "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
         "pixels": targets.view.pixels,
-        "codec": box.identity["settings"]["codec"]["name"],
+        "codec": artifact.identity["settings"]["codec"]["name"],
         "fidelity": targets.fidelity(),
         "bytes_per_view": {name: round(value, 1) for name, value in targets.bytes_per_view().items()},
     }
 
 
-def _run(box: Box) -> dict[str, Any]:
+def _run(artifact: RunArtifact) -> dict[str, Any]:
     from cae2pipe.training.checkpoint import checkpoints
-    from cae2pipe.training.metrics import read_metrics
+    from cae2pipe.training.metrics import METRICS_FILE, read_metrics
 
-    lines, damaged = read_metrics(box.root / "metrics.jsonl")
+    lines, damaged = read_metrics(artifact.root / METRICS_FILE)
     last = lines[-1] if lines else {}
     return {
-        "teacher": box.facts["teacher"],
-        "stores": len(box.facts["stores"]),
+        "teacher": artifact.facts["teacher"],
+        "stores": len(artifact.facts["stores"]),
         "steps": len(lines),
         "damaged_lines": damaged,
         "last_step": {name: last[name] for name in ("epoch", "loss", "centred_cosine_masked") if name in last},
-        "checkpoints": [path.name for path in checkpoints(box.root / "checkpoints")],
+        "checkpoints": [path.name for path in checkpoints(artifact.root / "checkpoints")],
     }
 
 
-def _scores(box: Box) -> dict[str, Any]:
-    return dict(box.facts)
-
-
-_KINDS = {"shards": _shards, "targets": _targets, "run": _run, "scores": _scores}
+def _of_kind(artifact: AnyArtifact) -> dict[str, Any]:
+    match artifact:
+        case ShardsArtifact():
+            return _shards(artifact)
+        case TargetsArtifact():
+            return _targets(artifact)
+        case RunArtifact():
+            return _run(artifact)
+        case ScoresArtifact():
+            return dict(artifact.facts)

@@ -1,8 +1,8 @@
 """Stage 2: train the student from a target set.
 
-Read from top to bottom: open the set and check that student and set fit, build the model, go on from the newest
+Read from top to bottom: open the set and check that student and set fit, build the model, resume from the newest
 checkpoint, loop over steps, export the encoder. Under torchrun every process runs all of this on its share of each
-batch; the leading one writes. The teacher is only here where it is asked for, as the yardstick: ``targets: online``.
+batch; the leading one writes. The teacher only runs with ``targets: online``, as a baseline.
 """
 
 from __future__ import annotations
@@ -13,82 +13,81 @@ from typing import Any
 
 import torch
 
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import Box, open_or_create
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import MismatchError
 from cae2pipe.loading.plan import chosen_stores, make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import export_encoder
-from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
+from cae2pipe.runtime.device import resolve_precision, set_backends
 from cae2pipe.runtime.keyed import keyed_seed
-from cae2pipe.runtime.progress import Report, Silent
-from cae2pipe.runtime.ranks import torchrun_rank
-from cae2pipe.runtime.world import World, joined
+from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.world import World, stage_world
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
-from cae2pipe.training.aim import PixelTargets, aim_of
-from cae2pipe.training.checkpoint import (
-    Checkpoints,
-    restore_training,
-    training_state,
-)
+from cae2pipe.training.checkpoint import Checkpoints, restore_training, training_state
 from cae2pipe.training.compilation import compiles
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer
-from cae2pipe.training.parallel import spread
+from cae2pipe.training.parallel import wrap_model
 from cae2pipe.training.pretraining import Pretraining
 from cae2pipe.training.step import Latents, Step, cached
 from cae2pipe.training.step_loop import run_steps
 from cae2pipe.training.student import teacher_of
+from cae2pipe.training.target_spec import PixelTargets, target_spec
 
 
-def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, report: Report) -> Box:
-    """Train, or go on training, the run ``out`` on a target set; end with ``encoder.safetensors``.
+def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, *, report: Report) -> RunArtifact:
+    """Train the run ``out`` on a target set, or resume it; finally export ``encoder.safetensors``.
 
     Raises:
-        SettingsError: the student does not fit the set, or the processes the batch. MismatchError: the run was begun
-        under other settings. DamageError: stored data are damaged. DivergedError: loss or gradient is not finite.
-        OutOfMemoryError: a step does not fit the device. TeacherError: the online teacher cannot be had.
+        SettingsError: the student does not fit the set, or the number of processes the batch. MismatchError: the run
+        was started with other settings. DamageError: stored data are damaged. DivergedError: loss or gradient is not
+        finite. OutOfMemoryError: a step does not fit the device. TeacherError: the online teacher is not available.
     """
-    rank = torchrun_rank()
-    device = pick_device(settings.speed.device, rank)
-    with joined(rank, device, settings.speed.parallel, settings.data.streams) as world:
-        return _pretrain(targets_root, out, settings, world, report if world.leads else Silent())
+    speed = settings.speed
+    with stage_world(speed.device, report, parallel=speed.parallel, patience=None) as (world, report):
+        return pretrain_within(targets_root, out, settings, world=world, report=report)
 
 
-def _pretrain(targets_root: Path, out: Path, settings: PretrainSettings, world: World, report: Report) -> Box:
-    targets = world.lead_first(lambda: TargetSet(targets_root))
-    world.lead(lambda: check_fit(targets, settings, world.ranks))
+def pretrain_within(
+    targets_root: Path, out: Path, settings: PretrainSettings, *, world: World, report: Report
+) -> RunArtifact:
+    """``pretrain`` within an initialised process group."""
+    targets = world.main_first(lambda: TargetSet(targets_root))
+    world.run_on_main(lambda: check_fit(targets, settings, world.ranks))
     with ExitStack() as stack:
-        world.lead(lambda: stack.enter_context(writing(out)))
-        return _train_run(targets, out, settings, world, report)
+        world.run_on_main(lambda: stack.enter_context(writing(out)))
+        return _train_run(targets, out, settings, world=world, report=report)
 
 
-def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world: World, report: Report) -> Box:
+def _train_run(
+    targets: TargetSet, out: Path, settings: PretrainSettings, *, world: World, report: Report
+) -> RunArtifact:
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, world.device)})
     bf16 = settings.precision == "bf16"
-    box: Box = world.lead(lambda: begin(out, targets, settings))
-    if box.complete and box.has("encoder"):
-        report.log(f"nothing to do: {out} holds a finished run of {settings.epochs} epochs")
-        return box
+    artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings))
+    if artifact.complete and artifact.has("encoder"):
+        report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
+        return artifact
     set_backends(bf16, settings.speed.deterministic, fixed_shapes=True)
     torch.manual_seed(keyed_seed("init", settings.seed))
-    aim = aim_of(settings, targets)
-    model = build_method(settings.method, settings.model, aim.dim).to(world.device)
+    spec = target_spec(settings, targets)
+    model = build_method(settings.method, settings.model, spec.dim).to(world.device)
     model.recompute(settings.speed.recompute)
-    plan = make_plan(targets, sorted(box.facts["stores"]), settings, model.drop_columns)
+    plan = make_plan(targets, sorted(artifact.facts["stores"]), settings, drop_columns=model.drop_columns)
     objective = make_objective(model, targets, settings).to(world.device).train()
     if compiles(settings.speed.compile, world.device):
         compile_objective(objective, world)
-    module = spread(objective, world)
+    module = wrap_model(objective, world)
     optimizer = build_optimizer(model, settings.optimizer)
-    checkpoints = checkpoints_of(out, settings, plan.steps, run=box.fingerprint)
+    checkpoints = checkpoints_of(out, settings, plan.steps, run=artifact.fingerprint)
     start = checkpoints.resume(
         lambda: {"model": model.state_dict(), "optimizer": {"state": {}, "param_groups": []}},
         lambda state: restore_training(model, optimizer, state),
@@ -96,14 +95,16 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
         report=report,
     )
     if start:
-        report.log(f"going on from step {start}")
+        report.log(f"resuming from step {start}")
     latents: Latents = cached
     if settings.loss.target == "pixels":
         latents = PixelTargets(settings.model.grid, world.device)
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
         weights = settings.teacher_weights
-        latents = OnlineLatents(world.lead_first(lambda: set_teacher(targets.box, weights, world.device, option)))
+        latents = OnlineLatents(
+            world.main_first(lambda: set_teacher(targets.artifact, weights, world.device, option=option))
+        )
     step = Step(
         module,
         objective,
@@ -116,30 +117,23 @@ def _train_run(targets: TargetSet, out: Path, settings: PretrainSettings, world:
     )
     total = plan.steps * settings.epochs
     training = Pretraining(
-        step,
-        plan,
-        settings,
-        checkpoints=checkpoints,
-        target_dim=aim.dim,
-        start=start,
-        out=out,
-        report=report,
+        step, plan, settings, checkpoints=checkpoints, target_dim=spec.dim, start=start, out=out, report=report
     )
     limit = min(total, settings.stop_after or total)
     with closing(training):
         done = run_steps(training, start, limit, checkpoints=checkpoints, world=world, report=report)
     if done < total:
-        report.log(f"stopped after {done} of {total} steps, as stop_after asks")
-        return box
+        report.log(f"stopped after {done} of {total} steps (stop_after)")
+        return artifact
     weights = training_state(model, optimizer)["model"]
-    if world.leads:
-        finish(box, settings, weights, aim.dim)
+    if world.is_main:
+        finish_run(artifact, settings, weights, target_dim=spec.dim)
         report.log(f"wrote {out / 'encoder.safetensors'}")
-    return box
+    return artifact
 
 
 def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: str) -> Checkpoints:
-    """The checkpoints of a run whose epochs have ``steps``; ``run`` is its fingerprint."""
+    """The checkpoints of a run with ``steps`` steps per epoch; ``run`` is its fingerprint."""
     speed = settings.speed
 
     def for_good(done: int) -> bool:
@@ -148,39 +142,40 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
     return Checkpoints(out / "checkpoints", run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
 
 
-def begin(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
-    """The run's folder, made or found again, without what a killed process left half-written."""
-    box = open_run(out, targets, settings)
+def begin_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
+    """The run's folder, created or opened, without partial files of a killed process."""
+    artifact = open_run(out, targets, settings)
     remove_debris(out)
-    return box
+    return artifact
 
 
-def finish(box: Box, settings: PretrainSettings, weights: dict[str, Any], target_dim: int) -> None:
-    """Export the encoder, and call the run complete."""
+def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[str, Any], *, target_dim: int) -> None:
+    """Export the encoder, and mark the run complete."""
     model = build_method(settings.method, settings.model, target_dim)
     model.load_state_dict(weights)
-    export_encoder(model.encoder, box.root)
-    files = {name: file_entry(box.root / name) for name in ("encoder.safetensors", "config.json")}
-    box.add("encoder", {"files": files})
-    box.save(complete=True)
+    export_encoder(model.encoder, artifact.root)
+    files = {name: file_entry(artifact.root / name) for name in ("encoder.safetensors", "config.json")}
+    artifact.add("encoder", {"files": files})
+    artifact.save(complete=True)
 
 
-def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> Box:
-    """The run's box; a new one writes down the stores it begins with, an old one must find them unchanged."""
+def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
+    """The run's artifact. A new one records the stores that it starts with; an existing one must find them
+    unchanged."""
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
-    box = open_or_create(
+    artifact = RunArtifact.open_or_create(
         out,
-        "run",
-        {"settings": identity(settings), "targets": targets.box.fingerprint},
+        {"settings": fingerprinted(settings), "targets": targets.artifact.fingerprint},
         facts={"stores": stores, "teacher": teacher_of(targets)},
-        fix="give another output folder, or the settings and target set that this run was begun with",
+        fix="use another output folder, or the settings and target set that this run was started with",
+        called=present_name,
     )
-    for name, digest in box.facts["stores"].items():
+    for name, digest in artifact.facts["stores"].items():
         if stores.get(name) != digest:
             what = "is no longer in" if name not in stores else "has changed in"
             raise MismatchError(
-                f"store {name}, which this run began with, {what} the target set",
+                f"store {name}, which this run started with, {what} the target set",
                 where=targets.root,
-                fix="bring the target set back as it was, or start a new run in another folder",
+                fix="restore the original target set, or start a new run in another folder",
             )
-    return box
+    return artifact

@@ -1,9 +1,9 @@
-"""From one target set to another with a different codec or fidelity, without the teacher.
+"""Convert a target set to another codec or fidelity, without the teacher.
 
-The views' pixels are the same files (a second name of the same bytes, where both sets lie on one disk); latents are
-decoded, encoded anew and written as extraction writes them. A codec's calibration is made once, on the same images as
-an extraction's, and all arithmetic that ends in bytes runs on the CPU with one thread a block: the same set recodes to
-the same bytes, however many workers do it and wherever it was broken off.
+The pixels of the views are the same files (hard links if both sets are on one disk). Latents are decoded, encoded again
+and written as in extraction. A codec is calibrated once, on the same images as in an extraction. All arithmetic that
+determines bytes runs on the CPU with one thread per block, so the same set recodes to the same bytes, with any number
+of workers and after any interruption.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, refuse_foreign
 from cae2pipe.artifacts.atomic import remove_debris
-from cae2pipe.artifacts.box import MANIFEST, Box, open_box, open_or_create, refuse_foreign
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.places import fetch_file, file_size, is_local
+from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import remove_stages, staged
-from cae2pipe.config.base import identity
+from cae2pipe.artifacts.storage import fetch_file, file_size, is_local
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import CodecSettings, as_begun
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
 from cae2pipe.runtime.device import set_backends
@@ -34,129 +35,130 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration, Fidelity, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
-from cae2pipe.targets.encoding import encode_unit
+from cae2pipe.targets.encoding import encode_unit_tokens
 from cae2pipe.targets.images import images_units
 from cae2pipe.targets.paths import CODEC
-from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
+from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import is_calibrated, read_calibration, store_calibration
-from cae2pipe.targets.target_set import KIND, TargetSet, make_layout
+from cae2pipe.targets.target_set import TargetSet, make_layout
 
 
 def recode(
     source: Path,
     out: Path,
     codec: CodecSettings,
-    report: Report,
     *,
+    report: Report,
     lossy_source: bool = False,
     workers: int = -1,
     remake: Collection[str] | None = None,
-) -> Box:
-    """Make, or go on making, the target set ``out`` from the target set ``source``.
+) -> TargetsArtifact:
+    """Make, or resume making, the target set ``out`` from the target set ``source``.
 
     Args:
-        codec: what the latents of ``out`` are compressed with.
-        lossy_source: allow a source that is not fp16; its codec's error comes on top of the new one's.
-        remake: make these units again, whether they look whole or not, and nothing else.
+        codec: the codec of the latents in ``out``.
+        lossy_source: allow a source that is not fp16; its codec's error is added to that of the new one.
+        remake: make exactly these units again, even if they look complete.
 
     Raises:
-        BadInputError: a lossy source. MismatchError: ``out`` was made from other targets or settings. ManifestError:
-            ``source`` is no target set, or ``out`` something else. DamageError: the source is damaged.
+        BadInputError: the source is lossy. MismatchError: ``out`` was made from other targets or settings.
+        ManifestError: ``source`` is not a target set, or ``out`` is something else. DamageError: the source is damaged.
     """
     set_backends()
     targets = TargetSet(source)
-    old = targets.box.identity["settings"]["codec"]
+    old = targets.artifact.identity["settings"]["codec"]
     if old["name"] != "fp16" and not lossy_source:
         raise BadInputError(
-            f"this set's latents are stored with {old['name']}, whose error would come on top of the new one's",
+            f"this set's latents are stored with {old['name']}, whose error would be added to the new codec's",
             where=source,
-            fix="give a set that was extracted with --codec fp16, or allow it with --lossy-source",
+            fix="use a set extracted with --codec fp16, or allow this with --lossy-source",
         )
     if is_local(out) and is_local(source) and source.resolve() in out.resolve().parents:
-        raise BadInputError(
-            "the output folder lies inside the source", where=out, fix="give an output folder elsewhere"
-        )
+        raise BadInputError("the output folder is inside the source", where=out, fix="use another output folder")
     with writing(out):
         refuse_foreign(out)
         if file_size(out / MANIFEST) is not None:
-            codec = as_begun(codec, open_box(out, KIND).identity["settings"]["codec"])
-        box = open_or_create(
+            codec = as_begun(codec, TargetsArtifact.open(out).identity["settings"]["codec"])
+        artifact = TargetsArtifact.open_or_create(
             out,
-            KIND,
             {
-                "settings": {**targets.box.identity["settings"], "codec": identity(codec)},
-                "teacher": targets.box.identity["teacher"],
-                "recoded": {"codec": old, "calibration": targets.box.units[CODEC]["files"]},
+                "settings": {**targets.artifact.identity["settings"], "codec": fingerprinted(codec)},
+                "teacher": targets.artifact.identity["teacher"],
+                "recoded": {"codec": old, "calibration": targets.artifact.units[CODEC]["files"]},
             },
             facts={"classes": targets.classes},
-            fix="give another output folder, or the set and settings this one was made from",
+            fix="use another output folder, or the set and settings this one was made from",
         )
-        missing = missing_stores(box, targets)
-        images = missing_images(box, targets)
+        missing = missing_stores(artifact, targets)
+        images = missing_images(artifact, targets)
         if remake is not None:
             missing = sorted(targets.stores.keys() & set(remake))
-            images = sorted(set(images) | (images_units(targets.box).keys() & set(remake)))
+            images = sorted(set(images) | (images_units(targets.artifact).keys() & set(remake)))
         if is_local(out):
             remove_debris(out)
         remove_stages(out, [*missing, *images])
-        # Early sets do not say all of this.
-        facts = targets.box.facts
-        box.facts |= {name: facts[name] for name in ("classes", "teacher", "wanted") if name in facts}
-        box.facts["extracted"] = {name: facts[name] for name in ("versions", "processor") if name in facts}
-        tell_changes(box.facts, torch.device("cpu"), report)
-        if not is_calibrated(box) or CODEC in (remake or ()):
-            make_calibration(box, targets, codec, report)
+        # Sets of early versions do not record all of this.
+        facts = targets.artifact.facts
+        known = {name: value for name, value in facts.items() if name in ("classes", "teacher", "wanted")}
+        made_with = {name: value for name, value in facts.items() if name in ("versions", "processor")}
+        artifact.add_facts({**known, "extracted": made_with})
+        tell_changes(artifact.facts, torch.device("cpu"), report)
+        if not is_calibrated(artifact) or CODEC in (remake or ()):
+            recalibrate(artifact, targets, codec, report=report)
         elif not missing and not images:
-            report.log(f"nothing to do: {out} holds all {len(targets.stores)} stores of {source}")
+            report.log(f"nothing to do: {out} has all {len(targets.stores)} stores of {source}")
         try:
-            copy_images(box, targets, images)
+            copy_images(artifact, targets, images)
             if missing:
-                recode_stores(box, targets, missing, worker_count(workers), report)
+                recode_stores(artifact, targets, missing, workers=worker_count(workers), report=report)
         finally:
-            box.save(
+            artifact.save(
                 complete=lambda merged: (
-                    targets.box.complete and not missing_stores(merged, targets) and not missing_images(merged, targets)
+                    targets.artifact.complete
+                    and not missing_stores(merged, targets)
+                    and not missing_images(merged, targets)
                 )
             )
-        return box
+        return artifact
 
 
-def missing_stores(box: Box, targets: TargetSet) -> list[str]:
-    """Stores of the source that are not there yet.
+def missing_stores(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
+    """Stores of the source that are not in ``artifact`` yet.
 
     Raises:
-        MismatchError: a store was recoded from another one of that name.
+        MismatchError: a store was recoded from a different store of that name.
     """
-    whole = box.whole()
+    whole = artifact.whole()
     for name, unit in targets.stores.items():
-        if name in box.units and box.units[name]["recoded"] != fingerprint(unit["files"]):
+        own = artifact.units.get(name)
+        if own and "view" in own and own["recoded"] != fingerprint(unit["files"]):
             raise MismatchError(
-                f"store {name} of the source is not the one that this set was recoded from",
+                f"store {name} of the source differs from the one that this set was recoded from",
                 where=targets.root,
-                fix="give the original source, or a new output folder",
+                fix="use the original source, or a new output folder",
             )
     return [name for name in sorted(targets.stores) if name not in whole]
 
 
-def missing_images(box: Box, targets: TargetSet) -> list[str]:
-    """Units of the source's images, which views are cut from, that are not there as the source has them."""
-    whole = box.whole()
+def missing_images(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
+    """Units of the source's images, from which views are cut, that are missing or differ from the source."""
+    whole = artifact.whole()
     return [
         name
-        for name, unit in images_units(targets.box).items()
-        if name not in whole or box.units[name]["files"] != unit["files"]
+        for name, unit in images_units(targets.artifact).items()
+        if name not in whole or artifact.units[name]["files"] != unit["files"]
     ]
 
 
-def copy_images(box: Box, targets: TargetSet, names: list[str]) -> None:
-    """Bring units of images along.
+def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str]) -> None:
+    """Copy units of images.
 
     Raises:
         DamageError: the source's are damaged.
     """
     for name in names:
-        unit = images_units(targets.box)[name]
-        with staged(box.root, name) as stage:
+        unit = images_units(targets.artifact)[name]
+        with staged(artifact.root, name) as stage:
             for path in unit["files"]:
                 fetch_file(targets.root / path, stage.path(path))
             if stage.entries(*unit["files"]) != unit["files"]:
@@ -166,14 +168,14 @@ def copy_images(box: Box, targets: TargetSet, names: list[str]) -> None:
                     fix=f"cae2pipe verify {targets.root} --repair",
                 )
             stage.commit(*unit["files"])
-        box.add(name, unit)
+        artifact.add(name, unit)
 
 
-def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report: Report) -> None:
+def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSettings, *, report: Report) -> None:
     """Fit the codec on view 0 of the first images, as an extraction does.
 
     Raises:
-        DamageError: the set had a calibration, and it does not come out the same.
+        DamageError: the set had a calibration, and it cannot be reproduced.
     """
     report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
     sample, taken = [], 0
@@ -188,7 +190,7 @@ def make_calibration(box: Box, targets: TargetSet, codec: CodecSettings, report:
         of_codec = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
         return {**provenance(torch.device("cpu")), "codec": of_codec}
 
-    store_calibration(box, codec, torch.cat(sample), facts, report)
+    store_calibration(artifact, codec, torch.cat(sample), facts=facts, report=report)
 
 
 def stored_unit(reader: StoreReader, block: int) -> Tensor:
@@ -197,7 +199,7 @@ def stored_unit(reader: StoreReader, block: int) -> Tensor:
     return unit_tokens(codec.decode(as_tensors(reader.arrays(block, list(codec.arrays())))))[0]
 
 
-class Recoded(NamedTuple):
+class RecodedBlock(NamedTuple):
     """A block of the new store: chunks by array, its samples, raw and centred cosines of its tokens."""
 
     chunks: dict[str, bytes]
@@ -206,40 +208,44 @@ class Recoded(NamedTuple):
     centred: Tensor
 
 
-def recode_block(reader: StoreReader, block: int, layout: Layout, calibration: Calibration) -> Recoded:
-    """Decode and encode a block; norms and attention stay as they are."""
+def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibration: Calibration) -> RecodedBlock:
+    """Decode and encode a block; norms and attention are copied."""
     kept = [name for name in ("norms", "attention") if name in layout.blocked()]
     unit = stored_unit(reader, block)
-    arrays, raw, centred = encode_unit(unit, layout, calibration)
-    return Recoded(pack_block(layout, {**arrays, **reader.arrays(block, kept)}), len(unit), raw, centred)
+    arrays, raw, centred = encode_unit_tokens(unit, layout, calibration)
+    return RecodedBlock(pack_block(layout, {**arrays, **reader.arrays(block, kept)}), len(unit), raw, centred)
 
 
-def recode_stores(box: Box, targets: TargetSet, names: list[str], workers: int, report: Report) -> None:
-    """Write the stores of these names; threads work some blocks ahead."""
-    calibration = read_calibration(box)
-    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
+def recode_stores(
+    artifact: TargetsArtifact, targets: TargetSet, names: list[str], *, workers: int, report: Report
+) -> None:
+    """Write the stores with these names; threads work some blocks ahead."""
+    calibration = read_calibration(artifact)
+    layout = make_layout(artifact.facts["teacher"], artifact.identity["settings"]["codec"], calibration)
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
     readers = {name: targets.reader(name) for name in names}
     tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
-    with closing(in_threads(recode_block, tasks, workers, 2 * max(1, workers))) as blocks:
+    with closing(in_threads(recode_block, tasks, workers, most=2 * max(1, workers))) as blocks:
         for name in names:
-            replayed = targets.replayed is not None
-            unit = recode_store(box.root, name, targets.stores[name], readers[name], layout, blocks, replayed, report)
-            box.add(name, unit)
+            artifact.add(name, recode_store(artifact.root, targets, name, layout=layout, blocks=blocks, report=report))
 
 
 def recode_store(
     root: Path,
+    targets: TargetSet,
     name: str,
-    unit: dict[str, Any],
-    reader: StoreReader,
-    layout: Layout,
-    blocks: Iterator[Recoded],
-    replayed: bool,
+    *,
+    layout: StoreLayout,
+    blocks: Iterator[RecodedBlock],
     report: Report,
-) -> dict[str, Any]:
-    """Write one store and bring its tar along, where its views are stored; return the manifest's entry."""
-    own = [] if replayed else [unit["tar"]]
+) -> StoreUnit:
+    """Write one store, and copy its tar if views are stored; return the manifest's entry.
+
+    Args:
+        blocks: the blocks of this store, followed by those of others.
+    """
+    unit, reader = targets.stores[name], targets.reader(name)
+    own = [unit["tar"]] if targets.replayed is None else []
     with staged(root, name) as stage:
         for tar in own:
             fetch_file(reader.root / tar, stage.path(tar))
@@ -252,13 +258,18 @@ def recode_store(
                 raw.append(block.raw)
                 centred.append(block.centred)
                 report.advance(block.samples)
-            fidelity = asdict(summarise(torch.cat(raw), torch.cat(centred)))
+            fidelity = summarise(torch.cat(raw), torch.cat(centred)).entry()
             writer.finish(
                 reader.keys(),
                 np.asarray(reader.labels()),
                 np.asarray(reader.draws()),
-                np.asarray(reader.members()),
-                {"codec": layout.codec.name, "view": unit["view"], "shard": unit["shard"], "fidelity": fidelity},
+                members=np.asarray(reader.members()),
+                attributes={
+                    "codec": layout.codec.name,
+                    "view": unit["view"],
+                    "shard": unit["shard"],
+                    "fidelity": fidelity,
+                },
             )
         finally:
             writer.close()
@@ -267,9 +278,13 @@ def recode_store(
                 "the source's tar is damaged", where=reader.tar, fix=f"cae2pipe verify {reader.root} --repair"
             )
         files = stage.commit(*own, unit["zarr"])
-    kept = {key: unit[key] for key in ("view", "shard", "source", "samples", "tar", "zarr")}
     return {
-        **kept,
+        "view": unit["view"],
+        "shard": unit["shard"],
+        "source": unit["source"],
+        "samples": unit["samples"],
+        "tar": unit["tar"],
+        "zarr": unit["zarr"],
         "files": files,
         "fidelity": fidelity,
         "bytes": {"latents": layout.latent_bytes(unit["zarr"], files), "pixels": unit["bytes"]["pixels"]},

@@ -1,10 +1,10 @@
-"""Repair: what ``verify`` finds damaged in a shard or target set is made again from its source, and nothing else."""
+"""Repair: rebuild from the source exactly those units of a shard or target set that ``verify`` finds damaged."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.box import is_box, journal_entries, open_box
+from cae2pipe.artifacts.artifact import ShardsArtifact, TargetsArtifact, is_artifact, journal_entries, open_artifact
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.config.base import build, recorded
@@ -28,70 +28,72 @@ def repair(
     device: str = "auto",
     workers: int = -1,
 ) -> None:
-    """Make the damaged units of ``result`` again.
+    """Rebuild the damaged units of ``result``.
 
     Args:
-        source: the images, for a shard set or one inside a target set; the shard set, for any other target set; the
-            target set that a recoded one came from.
-        labels: ground truth, as it was given to ``cae2pipe shard``.
-        weights: the teacher's weights, where they came from a local file.
+        source: for a shard set, also one inside a target set, the images; for other target sets the shard set; for a
+        recoded target set the original target set. labels: the ground truth that was given to ``cae2pipe shard``.
+        weights: the teacher's weights, if they came from a local file.
 
     Raises:
-        BadInputError: the source is needed and was not given, or the folder is of another kind. MismatchError: the
-            source is no longer the one that the set was made from. DamageError: the calibration cannot be restored.
+        BadInputError: the source is needed but was not given, or folders of this kind cannot be repaired.
+        MismatchError: the source has changed since the set was made. DamageError: the calibration cannot be restored.
     """
     for inner in result.inner:
         repair(inner, report, source=source, labels=labels, weights=weights, device=device, workers=workers)
     if not result.bad:
         if result.kind in ("shards", "targets") and journal_entries(result.path):
-            with writing(result.path):  # what a run that was killed had finished
-                open_box(result.path).save()
+            with writing(result.path):  # keeps what a killed run had finished
+                open_artifact(result.path).save()
         return
     report.log(f"making again in {result.path}: {', '.join(sorted(result.bad))}")
     if result.kind == "shards":
         images = _given(source, result.path, "the images")
         repair_shards(result, report, images, labels=labels, workers=workers)
-    elif result.kind == "targets" and "recoded" in open_box(result.path).identity:
+    elif result.kind == "targets" and "recoded" in TargetsArtifact.open(result.path).identity:
         original = _given(source, result.path, "the target set")
-        codec = build(CodecSettings, open_box(result.path).identity["settings"]["codec"], where=result.path)
-        recode(original, result.path, codec, report, lossy_source=True, workers=workers, remake=result.bad)
+        codec = build(CodecSettings, TargetsArtifact.open(result.path).identity["settings"]["codec"], where=result.path)
+        recode(original, result.path, codec, report=report, lossy_source=True, workers=workers, remake=result.bad)
     elif result.kind == "targets":
         inside = result.path / SHARDS_FOLDER
-        shards = inside if is_box(inside, "shards") else _given(source, result.path, "the shard set")
+        shards = inside if is_artifact(inside, "shards") else _given(source, result.path, "the shard set")
         repair_targets(result, report, shards, weights=weights, device=device, workers=workers)
     else:
         raise BadInputError(
             f"a {result.kind} folder cannot be repaired",
             where=result.path,
-            fix="delete the files that are damaged, and run the command that made it as before",
+            fix="delete the damaged files, and rerun the command that made the folder",
         )
 
 
 def repair_shards(result: Verification, report: Report, source: Path, *, labels: Path | None, workers: int) -> None:
-    raw = open_box(result.path).identity["settings"]
+    raw = ShardsArtifact.open(result.path).identity["settings"]
     settings = build(ShardSettings, {**raw, "speed": {"workers": workers}}, where=result.path)
-    pack(scan(source, labels), result.path, settings, report, remake=result.bad)
+    pack(scan(source, labels), result.path, settings, report=report, remake=result.bad)
 
 
 def repair_targets(
     result: Verification, report: Report, source: Path, *, weights: Path | None, device: str, workers: int
 ) -> None:
-    if not is_box(source, "shards"):
+    if not is_artifact(source, "shards"):
         raise BadInputError(
-            "this is not the shard set that the targets were made from", where=source, fix="give it: --source FOLDER"
+            "this is not the shard set that the targets were made from",
+            where=source,
+            fix="use the original one: --source FOLDER",
         )
-    box = open_box(result.path)
-    raw = recorded(ExtractSettings, box.identity["settings"])
+    artifact = TargetsArtifact.open(result.path)
+    raw = recorded(ExtractSettings, artifact.identity["settings"])
     raw["teacher"] = {**raw["teacher"], **({} if weights is None else {"weights": str(weights)})}
-    views = max((unit["view"] + 1 for unit in box.units.values() if "view" in unit), default=1)
-    more = {"views": box.facts.get("wanted", {}).get("views", views), "speed": {"workers": workers, "device": device}}
+    views = max((unit["view"] + 1 for unit in artifact.units.values() if "view" in unit), default=1)
+    asked = artifact.facts.get("wanted")
+    more = {"views": asked["views"] if asked else views, "speed": {"workers": workers, "device": device}}
     settings = build(ExtractSettings, {**raw, **more}, where=result.path)
-    extract_targets(source, result.path, settings, report, remake=result.bad)
+    extract_targets(source, result.path, settings, report=report, remake=result.bad)
 
 
 def _given(source: Path | None, path: Path, what: str) -> Path:
     if source is None:
         raise BadInputError(
-            f"repairing this folder takes {what} that it was made from", where=path, fix="give it with --source PATH"
+            f"repairing this folder needs {what} that it was made from", where=path, fix="add --source PATH"
         )
     return source

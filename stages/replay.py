@@ -1,4 +1,4 @@
-"""Replay: go again through a step whose loss or gradient was not finite, and say where it breaks."""
+"""Replay a step whose loss or gradient was not finite, and find where it fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cae2pipe.artifacts.json_files import parse_json
-from cae2pipe.config.base import build
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError, SettingsError
 from cae2pipe.loading.batches import Batch, split
@@ -25,22 +25,23 @@ from cae2pipe.training.step import forward
 
 
 def replay(path: Path, device: str = "auto", precision: str | None = None) -> dict[str, Any]:
-    """The failed step again, from the record that ``pretrain`` left of it.
+    """Repeat a failed step from the record that ``pretrain`` wrote.
 
     Args:
-        path: ``failures/step-....pt`` of a run. device: where. precision: fp32 or bf16; the run's by default.
+        path: ``failures/step-....pt`` of a run. device: where to compute. precision: fp32 or bf16; by default the
+        run's.
 
     Returns:
-        ``terms`` and ``grad_norm`` as they come out now, ``recorded`` as they did; ``samples``: key, view and loss of
-        the samples whose loss is not finite, else of the five worst; ``inputs``: samples whose latents are not finite;
-        ``module``: the first module, in the order of computation, with an output that is not finite, or None;
-        ``gradients``: weights with such gradients.
+        ``terms`` and ``grad_norm``: the new values, ``recorded``: the original ones; ``samples``: key, view and loss of
+        the samples whose loss is not finite, or of the five with the largest loss; ``inputs``: samples whose latents
+        are not finite; ``module``: the first module, in the order of computation, with an output that is not finite, or
+        None; ``gradients``: weights with gradients that are not finite.
 
     Raises:
-        DamageError: no such record, or one whose parts do not fit together. SettingsError: an unknown precision.
+        DamageError: there is no such record, or its parts do not fit together. SettingsError: the precision is unknown.
     """
     if precision not in (None, "fp32", "bf16"):
-        raise SettingsError(f"unknown precision {precision!r}", where="--precision", fix="give fp32 or bf16")
+        raise SettingsError(f"unknown precision {precision!r}", where="--precision", fix="use fp32 or bf16")
     batch, latents, context = load_failure(path)
     weights = context.get("weights")
     if weights is None and "-rank" in path.name:
@@ -48,20 +49,22 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
         weights = lead.get("weights")
     if weights is None:
         raise no_record(path, "it has no weights")
-    values = parse_json(context["settings"], path, fix="give another record", error=DamageError)
-    settings = build(PretrainSettings, values, where=path)
+    values = parse_json(context["settings"], path, fix="use another record", error=DamageError)
+    settings = build_recorded(PretrainSettings, values, where=path)
     chosen_device = pick_device(device)
     bf16 = (precision or settings.precision) == "bf16"
     set_backends(bf16, deterministic=False)
     try:
         model = build_method(settings.method, settings.model, context["target_dim"])
         model.load_state_dict(weights)
-        objective = Objective(model, settings.loss, Fp16Codec(), context["mean"], context["class_token"], bf16)
+        objective = Objective(
+            model, settings.loss, Fp16Codec(), mean=context["mean"], class_token=context["class_token"], bf16=bf16
+        )
         return _again(
             objective.to(chosen_device).train(),
             batch.to(chosen_device),
             {name: tensor.to(chosen_device) for name, tensor in latents.items()},
-            context["values"],
+            recorded=context["values"],
         )
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reraise_exhaustion(error)
@@ -70,7 +73,7 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
 
 
 def _again(
-    objective: Objective, batch: Batch, latents: dict[str, Tensor], recorded: dict[str, float]
+    objective: Objective, batch: Batch, latents: dict[str, Tensor], *, recorded: dict[str, float]
 ) -> dict[str, Any]:
     model = objective.model
     broken: list[str] = []
@@ -108,7 +111,7 @@ def _bad_rows(tensor: Tensor, weights: Tensor) -> list[int]:
 
 @torch.no_grad()
 def _samples(objective: Objective, batch: Batch, latents: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Samples whose loss alone is not finite, at most twenty; if there are none, the five with the largest."""
+    """At most twenty samples whose own loss is not finite; if there are none, the five with the largest loss."""
     rows: list[tuple[float, str, int]] = []
     for row, part in enumerate(split(replace(batch, arrays={}), {}, len(batch.weights))):
         if batch.keys[row]:

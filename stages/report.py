@@ -1,4 +1,4 @@
-"""The report of some runs: read what they left behind, look at their students again, write one page.
+"""The report of some runs: read their outputs, load their students, write one page.
 
 Nothing is trained here. Pictures are made from stored views, with the students' newest checkpoints.
 """
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.box import open_box
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.comparison.scores import read_scores
@@ -26,22 +26,23 @@ from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import Target, TargetSet
-from cae2pipe.training.student import forecasts, image_features, load_student, mask_of, same_teacher
+from cae2pipe.training.student import image_features, load_student, mask_of, preview_latents, same_teacher
 
 MARKDOWN, HTML = "report.md", "report.html"
 
 SHOWN = 4
-"""Stored views whose masks and latents are shown."""
+"""Number of stored views whose masks and latents are shown."""
 QUERIES, NEAREST = 3, 6
-"""Views whose neighbours are shown, and how many of them."""
+"""Numbers of queries and of neighbours for each."""
 BLOCKS = 8
-"""Blocks of 64 views that neighbours are looked for in."""
+"""Number of blocks of 64 views that are searched for neighbours."""
 
 
 def report_runs(
     runs: Sequence[Path],
     scores: Sequence[Path],
     targets: Path | None,
+    *,
     out: Path,
     report: Report,
     device: str = "auto",
@@ -49,38 +50,37 @@ def report_runs(
     """Write ``report.html`` and ``report.md`` of some runs into ``out``.
 
     Args:
-        scores: folders that hold evaluations of them, at any depth. targets: the target set that pictures are made
-            from; None: no pictures.
+        scores: folders with their evaluations, at any depth. targets: the target set for pictures; None: no pictures.
 
     Raises:
-        ManifestError: a folder is no run, or ``targets`` no target set. SettingsError: a run is named twice.
+        ManifestError: a folder is not a run, or ``targets`` is not a target set. SettingsError: a run is given twice.
         SourceError: a folder of scores does not exist. BadInputError: ``out`` is a file.
     """
     resolved = [run.resolve() for run in runs]
     if len(set(resolved)) < len(resolved):
-        raise SettingsError("a run is named twice", where=", ".join(map(str, runs)), fix="name each once")
+        raise SettingsError("a run is given twice", where=", ".join(map(str, runs)), fix="give each run once")
     if out.is_file():
-        raise BadInputError(
-            "this is a file, and a folder is needed", where=out, fix="give another folder: --out FOLDER"
-        )
+        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
     comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
-    write_report(comparison, targets, out, report, pick_device(device))
+    write_report(comparison, targets, out, report=report, device=pick_device(device))
     return comparison
 
 
-def write_report(comparison: Comparison, targets: Path | None, out: Path, report: Report, device: torch.device) -> None:
+def write_report(
+    comparison: Comparison, targets: Path | None, out: Path, *, report: Report, device: torch.device
+) -> None:
     """Write the report of a comparison."""
-    gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device)
+    gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device=device)
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
     report.log(f"wrote {out / HTML}: {comparison.done} of {comparison.wanted} scores")
 
 
-def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, device: torch.device) -> Gallery:
-    """Pictures of the first seed of every variant. What none can be made of is named, with the reason."""
+def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:
+    """Pictures of the first seed of every variant. Variants without pictures are listed with the reason."""
     views = sample_views(targets)
-    shown, queries = views[:SHOWN], [len(views) * number // QUERIES for number in range(QUERIES)]
+    queries = [len(views) * number // QUERIES for number in range(QUERIES)]
     teacher = F.normalize(patches(targets, views).mean(dim=1), dim=-1)
     gallery = Gallery(views=[view.pixels for view in views], queries=queries)
     gallery.neighbours.append(NeighbourRow("teacher", nearest_views(teacher, queries, NEAREST)))
@@ -88,7 +88,7 @@ def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, dev
         if row.runs:
             report.log(f"pictures of {row.name}")
             try:
-                add_pictures(gallery, row.name, row.runs[0], targets, views, shown, report, device)
+                add_pictures(gallery, row.name, row.runs[0], targets=targets, views=views, report=report, device=device)
             except Cae2pipeError as error:
                 gallery.left_out.append(f"{row.name} ({error.what})")
     return gallery
@@ -98,19 +98,20 @@ def add_pictures(
     gallery: Gallery,
     name: str,
     run: Path,
+    *,
     targets: TargetSet,
     views: Sequence[Target],
-    shown: Sequence[Target],
     report: Report,
     device: torch.device,
 ) -> None:
-    """A run's masks, what its student predicts, and what its encoder finds alike."""
-    if not same_teacher(open_box(run, "run"), targets):
-        raise SettingsError(f"it learnt from another teacher than {targets.teacher.name}")
+    """Add a run's masks, its student's predictions, and its encoder's nearest neighbours."""
+    if not same_teacher(RunArtifact.open(run), targets):
+        raise SettingsError(f"teacher mismatch: the target set has {targets.teacher.name}")
+    shown = views[:SHOWN]
     model, settings = load_student(run, targets, report)
     if settings.model.image_size != targets.view_size:
-        raise SettingsError(f"it takes {settings.model.image_size} pixels, and the views have {targets.view_size}")
-    patches_hidden = f"{settings.masked_patches} of {settings.model.grid**2} hidden"
+        raise SettingsError(f"image size mismatch: model {settings.model.image_size}, stored views {targets.view_size}")
+    patches_hidden = f"{settings.masked_patches} of {settings.model.grid**2} masked"
     masks = MaskRow(
         f"{settings.mask.strategy}, {patches_hidden}",
         [view.pixels for view in shown],
@@ -120,14 +121,14 @@ def add_pictures(
         gallery.masks.append(masks)
     if settings.loss.target != "pixels":
         whose = name if model.masks else f"{name} (sees all patches)"
-        gallery.forecasts[whose] = forecasts(model, settings, targets, shown, device)
+        gallery.previews[whose] = preview_latents(model, settings, targets, views=shown, device=device)
     gallery.neighbours.append(
         NeighbourRow(name, nearest_views(image_features(model, views, device), gallery.queries, NEAREST))
     )
 
 
 def sample_views(targets: TargetSet) -> list[Target]:
-    """First views of some hundred images, taken block by block from all over the set."""
+    """First views of a few hundred images, in blocks from all parts of the set."""
     blocks = -(-targets.images // BLOCK)
     chosen = sorted({number * blocks // BLOCKS for number in range(BLOCKS)})
     return [targets[i] for block in chosen for i in range(block * BLOCK, min(targets.images, (block + 1) * BLOCK))]

@@ -1,23 +1,24 @@
-"""The report of a target set: read samples of what it holds, run its teacher again if asked to, write one page.
+"""The report of a target set: read samples of it, optionally run its teacher again, write one page.
 
-Read from top to bottom. The set is not written to. It need not be complete; what is damaged is named on the page.
+The set is only read. It may be incomplete; what is damaged is named on the page.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from cae2pipe.artifacts.artifact import MANIFEST, ShardsArtifact, is_artifact
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.box import MANIFEST, is_box, open_box
-from cae2pipe.artifacts.places import file_size
+from cae2pipe.artifacts.storage import file_size
 from cae2pipe.errors import BadInputError, DamageError, ImageError, MismatchError, SettingsError
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.reporting.target_set_page import TargetSetContents, target_set_html
+from cae2pipe.reporting.wording import counted
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.keyed import keyed_permutation, keyed_uniforms
 from cae2pipe.runtime.progress import Report
@@ -35,28 +36,36 @@ from cae2pipe.teachers.protocol import Teacher
 
 HTML = "report.html"
 IMAGES, VIEWS = 6, 4
-"""Images that are shown, and views of each."""
+"""Numbers of images that are shown, and of views of each."""
 WORST = 4
-"""Views that are shown of those that suffer most."""
+"""Number of views that are shown of those with the lowest cosine."""
 LIVE = 256
-"""Views that the page recommends to run the teacher on."""
+"""Number of views that the page recommends to run the teacher on."""
 READERS = 8
-"""Threads that read labels: of a remote set, each store's takes a round trip."""
+"""Number of threads that read labels: of a remote set, each store's labels take a round trip."""
 SEED = 0
 
 
-def lone_target_set(paths: Sequence[Path]) -> Path | None:
-    """The target set that was given in place of runs; None where there is none among the folders.
+@dataclass(frozen=True)
+class TargetSetReport:
+    """A page about a target set: its path, and the problems with the set that it names."""
+
+    page: Path
+    problems: tuple[str, ...]
+
+
+def only_target_set(paths: Sequence[Path]) -> Path | None:
+    """The target set, if one is given instead of runs; None if no folder is a target set.
 
     Raises:
-        SettingsError: it is not the only folder. ManifestError, DamageError: a manifest is damaged.
+        SettingsError: it is not the only folder. ManifestError: a manifest is damaged.
     """
-    sets = [path for path in paths if is_box(path, KIND)]
+    sets = [path for path in paths if is_artifact(path, KIND)]
     if sets and len(paths) > 1:
         raise SettingsError(
-            "a report is of some runs, or of one target set",
+            "a report is about some runs, or about one target set",
             where=f"{sets[0]}, which is a target set",
-            fix="give it alone; with --targets, it is where the report of runs takes its pictures from",
+            fix="give only the target set; for pictures in a report about runs, give it with --targets",
         )
     return sets[0] if sets else None
 
@@ -64,55 +73,49 @@ def lone_target_set(paths: Sequence[Path]) -> Path | None:
 def report_targets(
     root: Path,
     out: Path,
-    report: Report,
     *,
+    report: Report,
     source: Path | None = None,
     live: int = 0,
     weights: Path | None = None,
     device: str = "auto",
-) -> Path:
+) -> TargetSetReport:
     """Write ``report.html`` about a target set into ``out``. Equal sets and arguments give equal bytes.
 
     Args:
         root: the set's folder or URL.
-        source: the shard set that it was made from; by default the one inside the target set, if there is one.
-        live: stored views to run the teacher on again, for the fidelity by component and token.
-        weights: the teacher's weights, where they came from a local file.
-        device: where the teacher runs.
-
-    Returns:
-        The page's path.
+        source: the shard set that it was made from (default: the one inside the target set, if there is one).
+        live: number of stored views to run the teacher on again, for the fidelity by component and token.
+        weights: the teacher's weights file, if they came from one. device: where the teacher runs.
 
     Raises:
-        ManifestError: not a target set, or not a shard set. MismatchError: the source, or the weights, are others.
-        TeacherError: the teacher cannot be had. DamageError: the set's calibration is damaged, or all of its views.
-        BadInputError: ``out`` is a file.
+        ManifestError: not a target set, or not a shard set. MismatchError: another source, or other weights.
+        TeacherError: the teacher cannot be loaded. DamageError: the set's calibration, or all of its views, are
+        damaged. BadInputError: ``out`` is a file.
     """
     if file_size(out) is not None:
-        raise BadInputError(
-            "this is a file, and a folder is needed", where=out, fix="give another folder: --out FOLDER"
-        )
+        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
     targets = TargetSet(root, damaged="omit")
     problems = [f"{problem.where}: {problem.what}" for problem in targets.damage]
     originals = open_originals(targets, source, problems)
     profile = None
     if live:
         set_backends()
-        teacher = set_teacher(targets.box, weights, pick_device(device), "--teacher-weights FILE")
+        teacher = set_teacher(targets.artifact, weights, pick_device(device), option="--teacher-weights FILE")
         profile = profile_fidelity(targets, teacher, live, report=report, problems=problems)
     images = [
         with_original(stored, originals, shard, position=position, problems=problems)
         for shard, position, stored in read_images(targets, report, problems)
     ]
     labels = read_labels(targets, report, problems)
-    listed = [unit for unit in targets.box.units.values() if "view" in unit]
+    listed = [unit for unit in targets.artifact.units.values() if "view" in unit]
     contents = TargetSetContents(
         name=targets.root.name,
         root=str(root),
-        identity=targets.box.identity,
-        facts=targets.box.facts,
-        format=targets.box.format,
-        fingerprint=targets.box.fingerprint,
+        identity=targets.artifact.identity,
+        facts=targets.artifact.facts,
+        format=targets.artifact.format,
+        fingerprint=targets.artifact.fingerprint,
         view=targets.view,
         image_count=sum({unit["shard"]: unit["samples"] for unit in listed}.values()),
         fidelity=targets.fidelity(),
@@ -132,16 +135,16 @@ def report_targets(
         ),
     )
     write_bytes(out / HTML, target_set_html(contents).encode())
-    unread = f"; {len(problems)} files could not be used, and are named there" if problems else ""
-    report.log(f"wrote {out / HTML}{unread}")
-    return out / HTML
+    unusable = f"; it names {counted(len(problems), 'problem')} with files of the set" if problems else ""
+    report.log(f"wrote {out / HTML}{unusable}")
+    return TargetSetReport(out / HTML, tuple(problems))
 
 
 def open_originals(targets: TargetSet, source: Path | None, problems: list[str]) -> ShardSet | None:
-    """The shard set that a target set was made from, if it is at hand.
+    """The shard set that a target set was made from, if it is available.
 
     Raises:
-        MismatchError: ``source`` is another one. ManifestError, DamageError: ``source`` is none.
+        MismatchError: ``source`` is another one. ManifestError, DamageError: ``source`` is not an intact shard set.
     """
     path = source or targets.root / SHARDS_FOLDER
     if source is None and file_size(path / MANIFEST) is None:
@@ -153,7 +156,7 @@ def open_originals(targets: TargetSet, source: Path | None, problems: list[str])
         for name, sha256 in sorted(made_from.items()):
             if there.get(name) != sha256:
                 raise MismatchError(
-                    f"shard {name} of the source is not the one that this target set was made from",
+                    f"shard {name} of the source differs from the one that this target set was made from",
                     where=path,
                     fix="give the original source, or omit --source",
                 )
@@ -168,14 +171,14 @@ def open_originals(targets: TargetSet, source: Path | None, problems: list[str])
 def profile_fidelity(
     targets: TargetSet, teacher: Teacher, count: int, *, report: Report, problems: list[str]
 ) -> FidelityProfile | None:
-    """Run the teacher on ``count`` stored views, spread over the set by a keyed draw."""
+    """Run the teacher on ``count`` random stored views."""
     chosen = choose(targets, count, SEED)
     builder = ProfileBuilder(targets, WORST)
     report.log("running the teacher on stored views")
     report.total(sum(map(len, chosen.values())), "views")
     for (name, block), positions in chosen.items():
         try:
-            builder.add(run_teacher_on(targets, teacher, name, block, positions=positions))
+            builder.add(run_teacher_on(targets, teacher, name, block=block, positions=positions))
         except (DamageError, ImageError) as error:
             problems.append(f"{error.where or name}: {error.what}")
         report.advance(len(positions))
@@ -183,7 +186,7 @@ def profile_fidelity(
 
 
 def read_images(targets: TargetSet, report: Report, problems: list[str]) -> list[tuple[str, int, StoredImage]]:
-    """What is stored of some images, with the shard and the position of each."""
+    """Some stored images, each with its shard and its position in it."""
     report.log("reading some images")
     result = []
     for shard, position in choose_images(targets, IMAGES):
@@ -199,7 +202,8 @@ def read_images(targets: TargetSet, report: Report, problems: list[str]) -> list
 
 
 def choose_images(targets: TargetSet, count: int) -> list[tuple[str, int]]:
-    """Shards and positions of ``count`` images (all, if there are fewer): one from each of as many equal stretches."""
+    """Shards and positions of ``count`` images (all, if there are fewer), a random one from each of ``count`` equal
+    ranges."""
     samples = {unit["shard"]: unit["samples"] for unit in targets.stores.values()}
     shards = sorted(samples)
     ends = np.cumsum([samples[shard] for shard in shards])
@@ -217,8 +221,8 @@ def choose_images(targets: TargetSet, count: int) -> list[tuple[str, int]]:
 def with_original(
     stored: StoredImage, originals: ShardSet | None, name: str, *, position: int, problems: list[str]
 ) -> tuple[StoredImage, str]:
-    """The image with its original as the picture, where that can be read, and what the picture is."""
-    kept = "the original is not here" if stored.picture is None else "as the set keeps it"
+    """The image with its original as the picture, if that can be read, and a caption of the picture."""
+    kept = "original not available" if stored.picture is None else "reduced image"
     if originals is None:
         return stored, kept
     shard = next(shard for shard in originals.shards if shard.name == name)
@@ -232,7 +236,7 @@ def with_original(
 
 
 def read_labels(targets: TargetSet, report: Report, problems: list[str]) -> np.ndarray:
-    """Labels of all images, int32; of those that cannot be read, none are there."""
+    """Labels of all images, int32, without those of shards that cannot be read."""
     names = one_store_a_shard(targets)
     report.log("reading the labels")
     report.total(len(names), "shards")
@@ -244,7 +248,7 @@ def read_labels(targets: TargetSet, report: Report, problems: list[str]) -> np.n
             return error
 
     labels = [np.empty(0, dtype=np.int32)]
-    for result in in_threads(read, ((name,) for name in names), READERS, 2 * READERS):
+    for result in in_threads(read, ((name,) for name in names), READERS, most=2 * READERS):
         if isinstance(result, DamageError):
             problems.append(f"{result.where}: {result.what}")
         else:
@@ -255,19 +259,22 @@ def read_labels(targets: TargetSet, report: Report, problems: list[str]) -> np.n
 
 def rejected(originals: ShardSet) -> list[tuple[str, str]]:
     """Path and reason of every image of the source that could not be decoded."""
-    units = open_box(originals.root).units
+    units = ShardsArtifact.open(originals.root).units
     return [
-        (reject["path"], reject["reason"]) for _, unit in sorted(units.items()) for reject in unit.get("rejected", [])
+        (reject["path"], reject["reason"])
+        for _, unit in sorted(units.items())
+        if "rejected" in unit
+        for reject in unit["rejected"]
     ]
 
 
 def commands(
     targets: TargetSet, root: Path, *, source: Path | None, live: int, weights: Path | None, inside: bool
 ) -> dict[str, str]:
-    """What adds what the page lacks. ``inside``: the shard set lies inside the target set."""
+    """The commands that add what is missing. ``inside``: the shard set is inside the target set."""
     given = [*(["--source", source] if source else []), *(["--live", live] if live else [])]
     given += ["--teacher-weights", weights] if weights else []
-    recoded = "recoded" in targets.box.identity
+    recoded = "recoded" in targets.artifact.identity
     made_from = ["--source", "TARGETS"] if recoded else [] if inside else ["--source", source or "SHARDS"]
     return {
         "source": line("report", root, *given, "--source", "SHARDS"),

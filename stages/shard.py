@@ -1,6 +1,6 @@
-"""Shard: images, as they lie, into shuffled WebDataset tars, each image checked to decode.
+"""Shard: pack the original files of images into shuffled WebDataset tars; each image is checked by decoding it.
 
-Read from top to bottom: find the splits, scan each and compare it with what is expected, pack one after the other.
+Read from top to bottom: find the splits, scan each and compare it with the reference, pack them one by one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ def shard_images(
     source: Path,
     out: Path,
     settings: ShardSettings,
-    report: Report,
     *,
+    report: Report,
     labels: Path | None = None,
     expected: str | None = None,
 ) -> list[ShardSet]:
-    """One shard set in ``out``, or one in ``out``/SPLIT for each split of a source ``split/class/*.jpg``.
+    """Make one shard set in ``out``, or one in ``out``/SPLIT for each split of a source ``split/class/*.jpg``.
 
     Args:
-        labels: ground truth of images without classes; where there are splits, of those that have none.
-        expected: a reference manifest that the source is to match (``cae2pipe/shards/expected.py``).
+        labels: ground truth of images without classes; with several splits, of those without classes.
+        expected: a reference manifest that the source must match (``cae2pipe/shards/expected.py``).
 
     Raises:
         SourceError, MismatchError, ManifestError, LockedError: as ``build_shard_set``. Every split is scanned before
@@ -37,7 +37,7 @@ def shard_images(
     splits = find_splits(source)
     refuse_inside(source, out)
     if splits:
-        report.log(f"{source} holds {', '.join(splits)}: a shard set for each")
+        report.log(f"{source} contains {', '.join(splits)}: making a shard set of each")
     scanned = {}
     for split, folder in splits.items():
         scanned[split] = scan(folder, labels if split.lower().startswith("val") else None)
@@ -45,8 +45,8 @@ def shard_images(
         if expected is not None:
             check_expected(images, expected, split)
     if splits:
-        return [pack(images, out / split, settings, report) for split, images in scanned.items()]
+        return [pack(images, out / split, settings, report=report) for split, images in scanned.items()]
     images = scan(source, labels)
     if expected is not None:
         check_expected(images, expected)
-    return [pack(images, out, settings, report)]
+    return [pack(images, out, settings, report=report)]

@@ -1,4 +1,4 @@
-"""Verify: whether a folder is as it was written, by its manifest; and whether a set's contents fit together."""
+"""Verify: check a folder against its manifest, and that the contents of a set fit together."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cae2pipe.artifacts.box import MANIFEST, Box, check_file, open_box
-from cae2pipe.artifacts.places import entry_names, file_size
+from cae2pipe.artifacts.artifact import MANIFEST, AnyArtifact, check_file, open_artifact
+from cae2pipe.artifacts.storage import entry_names, file_size
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.progress import Report
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 
 def verify(path: Path, report: Report) -> Verification:
-    """Check a folder: presence, size and SHA-256 of every file, files that the manifest does not know, and for shard
-    and target sets counts and keys. A shard set inside a target set is checked with it.
+    """Check a folder: presence, size and SHA-256 of every file, unlisted files, and for shard and target sets counts
+    and keys. A shard set inside a target set is checked with it.
 
     Raises:
-        ManifestError: not a folder of ours.
+        ManifestError: the folder is not one of cae2pipe's.
     """
-    box = open_box(path)
-    entries = {path: (name, entry) for name, unit in box.units.items() for path, entry in unit.get("files", {}).items()}
-    result = Verification(path, box.kind, len(entries))
+    artifact = open_artifact(path)
+    entries = {path: (name, entry) for name, unit in artifact.units.items() for path, entry in unit["files"].items()}
+    result = Verification(path, artifact.kind, len(entries))
     report.total(len(entries), "files")
     for name, (unit, entry) in sorted(entries.items()):
         if problem := check_file(path / name, entry):
-            problem.fix = _remedy(box)
+            problem.fix = _remedy(artifact)
             result.own.append(problem)
             result.bad.add(unit)
         report.advance()
     result.own += [
-        DamageError("a file that the manifest does not know", where=path / name, fix="remove it")
-        for name in _strangers(box, set(entries))
+        DamageError("a file that is not in the manifest", where=path / name, fix="remove it")
+        for name in _strangers(artifact, set(entries))
     ]
-    # Keys and counts are read from the files, so these must be sound first.
+    # Keys and counts are read from the files, so the files are checked first.
     if not result.own:
-        for unit, problem in _check_contents(box):
-            problem.fix = _remedy(box)
+        for unit, problem in _check_contents(artifact):
+            problem.fix = _remedy(artifact)
             result.own.append(problem)
             result.bad.add(unit)
     if file_size(path / SHARDS_FOLDER / MANIFEST) is not None:
@@ -50,14 +50,15 @@ def verify(path: Path, report: Report) -> Verification:
     return result
 
 
-def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Audit:
-    """Run a target set's teacher again on ``count`` of its stored views.
+def verify_live(path: Path, count: int, weights: Path | None, *, device: str) -> Audit:
+    """Run a target set's teacher again on ``count`` stored views.
 
     Args:
-        weights: the teacher's weights, where they came from a local file: sets do not say where files lie.
+        weights: the teacher's weights, if they came from a local file, whose path sets do not record.
 
     Raises:
-        ManifestError: not a target set. TeacherError, MismatchError: the teacher cannot be had, or is another one.
+        ManifestError: the folder is not a target set. TeacherError, MismatchError: the teacher is not available, or is
+        another one.
     """
     from cae2pipe.runtime.device import pick_device, set_backends
     from cae2pipe.targets.auditing import audit
@@ -66,49 +67,49 @@ def verify_live(path: Path, count: int, weights: Path | None, device: str) -> Au
 
     set_backends()
     targets = TargetSet(path)
-    teacher = set_teacher(targets.box, weights, pick_device(device), "--teacher-weights FILE")
+    teacher = set_teacher(targets.artifact, weights, pick_device(device), option="--teacher-weights FILE")
     return audit(targets, teacher, count)
 
 
-def _strangers(box: Box, known: set[str]) -> list[str]:
-    """Files, links and the like below the folders that the box fills, of which the manifest knows nothing."""
+def _strangers(artifact: AnyArtifact, known: set[str]) -> list[str]:
+    """Files, links and others below the folders of the artifact that are not in the manifest."""
     units = [IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER, CODEC_FOLDER]
-    folders = {"shards": ["tars"], "targets": units}.get(box.kind, [])
-    names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(box.root / folder))
+    folders = {"shards": ["tars"], "targets": units}.get(artifact.kind, [])
+    names = sorted(f"{folder}/{name}" for folder in folders for name in entry_names(artifact.root / folder))
     return [name for name in names if name not in known]
 
 
-def _check_contents(box: Box) -> Iterator[tuple[str, DamageError]]:
-    """Units whose files contradict each other."""
+def _check_contents(artifact: AnyArtifact) -> Iterator[tuple[str, DamageError]]:
+    """Units whose files are inconsistent."""
     from cae2pipe.shards.tar import index_tar
 
-    if box.kind == "shards":
+    if artifact.kind == "shards":
         from cae2pipe.shards.shard_set import ShardSet
 
-        shards = ShardSet.open(box.root)
+        shards = ShardSet.open(artifact.root)
         for shard in shards.shards:
             index = [(sample.key, sample.label, sample.offset, sample.size) for sample in index_tar(shard.path)]
             if index != [row[:4] for row in shards.index(shard)] or len(index) != shard.samples:
-                yield shard.name, DamageError("the tar's samples are not those of its index", where=shard.path)
-    if box.kind == "targets":
+                yield shard.name, DamageError("the samples in the tar differ from its index", where=shard.path)
+    if artifact.kind == "targets":
         from cae2pipe.targets.target_set import TargetSet
 
-        targets = TargetSet(box.root)
-        # Neighbours share a tar where views are replayed.
+        targets = TargetSet(artifact.root)
+        # Replayed views of a shard share a tar and are consecutive.
         indexed = functools.lru_cache(maxsize=1)(lambda tar: [sample.key for sample in index_tar(tar)])
         for name in sorted(targets.stores, key=lambda name: (targets.stores[name]["shard"], name)):
             reader = targets.reader(name)
             if indexed(reader.tar) != reader.keys():
-                yield name, DamageError("the store's keys are not those of its tar", where=f"{box.root}, {name}")
+                yield name, DamageError("the keys in the store differ from its tar", where=f"{artifact.root}, {name}")
 
 
-def _remedy(box: Box) -> str:
-    if box.kind == "shards":
-        return f"cae2pipe verify {box.root} --repair --source IMAGES"
-    if "recoded" in box.identity:
-        return f"cae2pipe verify {box.root} --repair --source TARGETS"
-    if box.kind == "targets":
-        shards = "" if file_size(box.root / SHARDS_FOLDER / MANIFEST) is not None else " --source SHARDS"
-        return f"cae2pipe verify {box.root} --repair{shards}"
-    again = {"run": "pretrain", "scores": "evaluate"}[box.kind]
-    return f"delete it, then run `cae2pipe {again}` as before"
+def _remedy(artifact: AnyArtifact) -> str:
+    if artifact.kind == "shards":
+        return f"cae2pipe verify {artifact.root} --repair --source IMAGES"
+    if "recoded" in artifact.identity:
+        return f"cae2pipe verify {artifact.root} --repair --source TARGETS"
+    if artifact.kind == "targets":
+        shards = "" if file_size(artifact.root / SHARDS_FOLDER / MANIFEST) is not None else " --source SHARDS"
+        return f"cae2pipe verify {artifact.root} --repair{shards}"
+    again = {"run": "pretrain", "scores": "evaluate"}[artifact.kind]
+    return f"delete it, then rerun `cae2pipe {again}` with the same arguments"

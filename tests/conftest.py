@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -12,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis
 import numpy as np
@@ -134,9 +135,9 @@ def pretrain_settings() -> Callable[..., PretrainSettings]:
                 "image_size": SIZE,
                 "patch_size": PATCH,
                 "drop_path": 0.1,
-                "regressor_depth": 1,
-                "regressor_width": 32,
-                "regressor_heads": 2,
+                "predictor_depth": 1,
+                "predictor_width": 32,
+                "predictor_heads": 2,
             },
             "mask": {"ratio": 0.4},
             "optimizer": {"warmup_epochs": 1},
@@ -157,7 +158,7 @@ def target_root(
     from cae2pipe.stages.extract_targets import extract_targets
 
     out = tmp_path_factory.mktemp("targets") / "set"
-    extract_targets(photos, out, extract_settings(), Silent())
+    extract_targets(photos, out, extract_settings(), report=Silent())
     return out
 
 
@@ -170,8 +171,24 @@ def stored_root(
     from cae2pipe.stages.extract_targets import extract_targets
 
     out = tmp_path_factory.mktemp("targets") / "stored"
-    extract_targets(photos, out, extract_settings(view={"pixels": "stored"}), Silent())
+    extract_targets(photos, out, extract_settings(view={"pixels": "stored"}), report=Silent())
     return out
+
+
+@pytest.fixture(scope="session")
+def recoded_root(tmp_path_factory: pytest.TempPathFactory, target_root: Path) -> Callable[[str], Path]:
+    """``target_root`` with another codec. Not to be written to."""
+    from cae2pipe.config.extract import CodecSettings
+    from cae2pipe.runtime.progress import Silent
+    from cae2pipe.stages.recode import recode
+
+    @functools.cache
+    def recoded(codec: Literal["int8", "fp16"]) -> Path:
+        out = tmp_path_factory.mktemp("recoded") / "set"
+        recode(target_root, out, CodecSettings(name=codec), report=Silent(), lossy_source=True, workers=0)
+        return out
+
+    return recoded
 
 
 @pytest.fixture
@@ -207,7 +224,7 @@ def trained_run(
             out = tmp_path_factory.mktemp("runs") / f"run{len(made)}"
             # A test that asks for it may compute without gradients.
             with torch.enable_grad():
-                pretrain(target_root, out, pretrain_settings(**over), Silent())
+                pretrain(target_root, out, pretrain_settings(**over), report=Silent())
             made[key] = out
         return made[key]
 

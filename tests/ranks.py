@@ -25,6 +25,7 @@ PRELOAD = [
     "open_clip",
     "timm",
     "torch.distributed.fsdp",
+    "tests.freeze_imports",
 ]
 _ready: list[ForkServerContext] = []
 
@@ -68,8 +69,10 @@ def launch(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> Don
             process.start()
         for process in processes:
             process.join()
-        told = ("".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{name}"))) for name in ("out", "err"))
-        return Done([process.exitcode for process in processes], *told)
+        output = (
+            "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{name}"))) for name in ("out", "err")
+        )
+        return Done([process.exitcode for process in processes], *output)
 
 
 def command(*arguments: object, ranks: int = 2) -> Done:

@@ -28,8 +28,10 @@ def over(seconds: Counter[str]) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    found = [each for group in terminalreporter.stats.values() for each in group if isinstance(each, pytest.TestReport)]
-    seconds = by_folder(found)
+    reports = [
+        each for group in terminalreporter.stats.values() for each in group if isinstance(each, pytest.TestReport)
+    ]
+    seconds = by_folder(reports)
     if len(seconds) > 1:
         terminalreporter.section("seconds by folder")
         terminalreporter.write_line(", ".join(f"{folder} {took:.0f}" for folder, took in seconds.most_common()))

@@ -47,15 +47,16 @@ def test_every_command_has_help(command):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
+    assert result.output.rstrip().splitlines()[-1].startswith(f" Example: cae2pipe {command} ")
 
 
 def test_help_gives_the_defaults_of_the_settings():
     from cae2pipe.config.extract import CodecSettings, ExtractSettings
 
     views, fidelity = ExtractSettings.model_fields["views"].default, CodecSettings().fidelity
-    for command, told in (("extract-targets", f"an image; {views} if"), ("recode", f"held-out images; {fidelity} if")):
+    for command, text in (("extract-targets", f"(default: {views})"), ("recode", f"(default: {fidelity})")):
         result = runner.invoke(app, [command, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
-        assert told in " ".join(result.output.replace("│", " ").split())
+        assert text in " ".join(result.output.replace("│", " ").split())
     assert recommend_views(300) <= views
 
 

@@ -91,6 +91,7 @@ def terminal() -> Terminal:
 
 
 @with_examples
+@example("\U0001f3fb")  # a skin tone alone, whose width is 0
 @given(TEXT)
 def test_terminals_show_names(name):
     console = terminal()

@@ -19,6 +19,7 @@ LAYERS = (
     "cli",
     "commands",
     "demo",
+    "api",
     "stages",
     "evaluation dense",
     "reporting supervised",
@@ -74,9 +75,11 @@ def module_of(name: str) -> str:
 def upward(module: str, code: str) -> list[str]:
     """What a module imports from other packages than those below its own."""
     own = module.split(".")[1]
-    found = ((line, name, module_of(name).split(".")[1]) for line, name in imported(code))
+    imports = ((line, name, module_of(name).split(".")[1]) for line, name in imported(code))
     return [
-        f"{module}, line {line}: {name}" for line, name, other in found if other != own and HEIGHT[other] >= HEIGHT[own]
+        f"{module}, line {line}: {name}"
+        for line, name, other in imports
+        if other != own and HEIGHT[other] >= HEIGHT[own]
     ]
 
 
@@ -87,8 +90,8 @@ def test_every_package_has_its_layer():
 
 
 def test_packages_import_what_is_below_them():
-    found = [line for module, path in MODULES.items() for line in upward(module, path.read_text())]
-    assert not found, "\n".join(found)
+    lines = [line for module, path in MODULES.items() for line in upward(module, path.read_text())]
+    assert not lines, "\n".join(lines)
 
 
 RUN_BY = {"compare": {"evaluate", "pretrain", "recode", "report"}, "repair": {"extract_targets", "recode"}}

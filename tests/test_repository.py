@@ -26,9 +26,9 @@ def test_pre_commit_runs_what_make_check_runs():
     assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in repo["hooks"])
 
 
-def test_continuous_integration_runs_make_check_and_make_test_on_every_python():
+def test_continuous_integration_runs_check_docs_and_tests_on_every_python():
     job = read_yaml((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]["tests"]
-    assert [step["run"] for step in job["steps"] if "run" in step] == ["make check", "make test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make check", "make docs", "make test"]
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
     assert job["strategy"]["matrix"]["python"] == re.findall(r"Python :: (3\.\d+)", "\n".join(classifiers))
 

@@ -72,7 +72,7 @@ def without_waiting(state: State, found: Found) -> None:
         step = build_step(targets, settings, state.place)
         if name == "compiled":
             compile_objective(step.objective, step.world, state.backend)
-        plan = make_plan(targets, sorted(targets.stores), settings, step.model.drop_columns)
+        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=step.model.drop_columns)
         batches = list(on_device(load_parts(plan, 0, 0), step.axes, state.place))
         # Kernels are chosen, memory is taken and moments are made in the first steps.
         for batch in batches[:2]:
@@ -82,7 +82,7 @@ def without_waiting(state: State, found: Found) -> None:
         try:
             outcomes: list[Outcome] = [step(batch, LR, Flags(waited=0.5)) for batch in batches[2:4]]
             stream = on_device(load_parts(plan, 4, 0), step.axes, state.place)
-            outcomes += [step(batch, LR, (0.5, 0.0)) for batch, _ in zip(stream, range(2), strict=False)]
+            outcomes += [step(batch, LR, Flags(waited=0.5)) for batch, _ in zip(stream, range(2), strict=False)]
             for outcome, _ in pairwise(outcomes):
                 read.append(outcome.values()["loss"])
         finally:

@@ -42,10 +42,10 @@ def segmentation(state: State, found: Found) -> None:
         "pictures": 1,
         "speed": {"device": state.device, "workers": 0 if state.quick else 4},
     }
-    settings = load(SegmentSettings, "evaluate", "segment", (), values)
+    settings = load(SegmentSettings, "evaluate", "segment", overrides=(), values=values)
     data = state.once("maps", lambda folder: write_maps(folder, side))
     began = time.perf_counter()
-    result = segment(str(state.encoder()), data, state.scratch / "segmented", settings, Silent())
+    result = segment(str(state.encoder()), data, state.scratch / "segmented", settings=settings, report=Silent())
     told(found, "segment", result, result["miou"], time.perf_counter() - began)
 
 
@@ -81,11 +81,11 @@ def detection(state: State, found: Found) -> None:
 
     for cascade in (False,) if state.quick else (False, True):
         name = "detect, cascade" if cascade else "detect"
-        settings = load(DetectSettings, "evaluate", "detect", (), {**values, "cascade": cascade})
+        settings = load(DetectSettings, "evaluate", "detect", overrides=(), values={**values, "cascade": cascade})
         out = state.scratch / name.replace(", ", "-")
         began = time.perf_counter()
         with patch.object(RegionProposalNetwork, "forward", watched):
-            result = detect(str(state.encoder()), data, out, settings, Silent())
+            result = detect(str(state.encoder()), data, out, settings=settings, report=Silent())
         told(found, name, result, result["ap_box"], time.perf_counter() - began)
     found.check(f"proposals are float32 ({', '.join(map(str, types))})", types == {torch.float32})
 

@@ -21,7 +21,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
 from cae2pipe.stages.replay import replay
 from cae2pipe.training.checkpoint import Checkpoints, training_state
-from cae2pipe.training.parallel import spread
+from cae2pipe.training.parallel import wrap_model
 from cae2pipe.training.pretraining import Pretraining
 from cae2pipe.training.step import Step
 from cae2pipe.training.step_loop import run_steps
@@ -39,7 +39,7 @@ def diverge(state: State, found: Found, name: str, settings: PretrainSettings, w
     """Train on latents of which one step's are NaN, and look at what is left of it."""
     targets = state.targets()
     step = build_step(targets, settings, state.place, world)
-    step.module = spread(step.objective, world)
+    step.module = wrap_model(step.objective, world)
     rebuild_optimizer(step, settings)
     before: list[dict[str, Any]] = []
 
@@ -53,7 +53,7 @@ def diverge(state: State, found: Found, name: str, settings: PretrainSettings, w
         return {"decoded": decoded}
 
     step.latents = poisoned
-    plan = make_plan(targets, sorted(targets.stores), settings, step.model.drop_columns)
+    plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=step.model.drop_columns)
     out = state.scratch / f"diverged-{name}"
     checkpoints, report = Checkpoints(out / "checkpoints", "", keep=2, minutes=10), Silent()
     raised: DivergedError | None = None

@@ -64,7 +64,7 @@ def limited(state: State, found: Found) -> Iterator[None]:
 
 def large(state: State) -> dict[str, Any]:
     """Settings of a run that does not fit: Small at a batch of 128, two steps."""
-    small = {"width": 384, "depth": 12, "heads": 6, "regressor_width": 384, "regressor_heads": 12}
+    small = {"width": 384, "depth": 12, "heads": 6, "predictor_width": 384, "predictor_heads": 12}
     batch = 32 if state.quick else 128
     return {
         "model": {**state.scale.model, **({} if state.quick else small)},
@@ -81,7 +81,7 @@ def advice(state: State, found: Found) -> None:
     began = time.perf_counter()
     told: OutOfMemoryError | None = None
     try:
-        pretrain.pretrain(targets, out, settings, Silent())
+        pretrain.pretrain(targets, out, settings, report=Silent())
     except OutOfMemoryError as error:
         told = error.with_traceback(None)
     found.facts["advice after, in seconds"] = round(time.perf_counter() - began, 1)
@@ -97,7 +97,7 @@ def advice(state: State, found: Found) -> None:
     release(state)
     speed = settings.speed.model_copy(update={"accumulation": int(named[1])})
     again = settings.model_copy(update={"speed": speed})
-    pretrain.pretrain(targets, out, again, Silent())
+    pretrain.pretrain(targets, out, again, report=Silent())
     found.check("with which the run ends", (out / "encoder.safetensors").is_file())
 
 
@@ -125,16 +125,16 @@ def grid(state: State, found: Found) -> None:
     before: list[dict[str, float]] = []
     real = compare.pretrain
 
-    def watched(root: Path, folder: Path, run: PretrainSettings, report: Any) -> Any:
+    def watched(root: Path, folder: Path, run: PretrainSettings, *, report: Any) -> Any:
         steps = sum(type(thing) is Step for thing in gc.get_objects())
         held = torch.cuda.memory_allocated(state.place) / 1e6 if state.on_cuda else 0.0
         before.append({"steps": steps, "device_mb": round(held, 1)})
-        return real(root, folder, run, report)
+        return real(root, folder, run, report=report)
 
     release(state)
     with patch.object(compare, "pretrain", watched):
-        plan = compare.plan_grid(settings, targets, data, out, False, speed)
-        failed = compare.run_part(settings, plan, targets, data, out, Silent())
+        plan = compare.plan_grid(settings, targets, data, out=out, speed=speed)
+        failed = compare.run_part(settings, plan, targets, data=data, out=out, report=Silent())
     found.facts["before each run"] = before
     kinds = [type(error) for error in failed.values()]
     found.check("the first run is told as out of memory, the second ends", kinds == [OutOfMemoryError])
@@ -156,10 +156,10 @@ def compiled_runs(state: State, found: Found) -> None:
             real(objective, world, backend)
 
         speed = {"compile": True, "workers": 0}
-        model = {**state.scale.model, "depth": 1, "regressor_depth": 0}
+        model = {**state.scale.model, "depth": 1, "predictor_depth": 0}
         settings = state.settings(seed=number, stop_after=3, model=model, precision="auto", speed=speed)
         with patch.object(pretrain, "compile_objective", counted), config.patch(recompile_limit=most):
-            pretrain.pretrain(state.targets().root, state.scratch / f"compiled-{number}", settings, Silent())
+            pretrain.pretrain(state.targets().root, state.scratch / f"compiled-{number}", settings, report=Silent())
         graphs.append(counter.frame_count)
     found.facts["graphs of each run"] = graphs
     found.check(f"each of {most + 1} runs in one process is compiled once", graphs == [1] * (most + 1))

@@ -14,7 +14,7 @@ from benchmarks.gpu.state import State
 from benchmarks.harness import at_least, figures
 from benchmarks.pretrain import wait_for
 from benchmarks.sample import rendered
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Silent
@@ -22,7 +22,7 @@ from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.encoding import Meter, encode_ahead, encode_tokens
 from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
-from cae2pipe.targets.missing import missing_views
+from cae2pipe.targets.missing import missing_units
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store import pack_block
@@ -63,7 +63,7 @@ def rates(state: State, found: Found) -> None:
         {
             "what": f"extraction of {meter.views} photographs, {worker_count(settings.speed.workers)} workers",
             "views/s": figures([meter.rate()]),
-            "teacher_waits": round(meter.waits(), 3),
+            "teacher_waits": round(meter.idle_fraction(), 3),
             "waited_for_rendering_s": round(meter.rendering, 1),
             "waited_for_packing_s": round(meter.packing, 1),
         }
@@ -91,7 +91,9 @@ def from_memory(targets: TargetSet, blocks: list[RenderedBlock], teacher: Teache
     """Extraction without rendering and writing: teacher, codec and packing, ``count`` blocks at once."""
     meter = Meter()
     total = len(blocks) * (2 if state.quick else 8)
-    for _ in encode_ahead(islice(cycle(blocks), total), teacher, targets.layout, targets.calibration, meter, count):
+    for _ in encode_ahead(
+        islice(cycle(blocks), total), teacher, targets.layout, calibration=targets.calibration, meter=meter, lanes=count
+    ):
         pass
     meter.ended = time.perf_counter()
     return meter
@@ -114,7 +116,7 @@ def stages_of_a_block(targets: TargetSet, blocks: list[RenderedBlock], teacher: 
         at.append(time.perf_counter())
         wait_for(device)
         at.append(time.perf_counter())
-        arrays, _, _ = encode_tokens(output.tokens, output.attention, targets.layout, targets.calibration)
+        arrays, _, _ = encode_tokens(output.tokens, output.attention, targets.layout, calibration=targets.calibration)
         at.append(time.perf_counter())
         pack_block(targets.layout, arrays)
         at.append(time.perf_counter())
@@ -129,12 +131,19 @@ def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teac
     settings = state.clip_settings()
     out = state.scratch / "extracted-again"
     shutil.copytree(targets.root / CODEC_FOLDER, out / CODEC_FOLDER)
-    units = {CODEC: targets.box.units[CODEC]}
-    box = Box(out, targets.box.kind, targets.box.identity, units, targets.box.facts)
-    missing, workers = missing_views(box, shards, settings.views), worker_count(settings.speed.workers)
+    units = {CODEC: targets.artifact.units[CODEC]}
+    artifact = TargetsArtifact(out, targets.artifact.identity, units, facts=targets.artifact.facts)
+    missing, workers = missing_units(artifact, shards, settings.views), worker_count(settings.speed.workers)
     began = time.perf_counter()
-    make_images(box, shards, [lacking.shard for lacking in missing], settings.view, workers, Silent())
+    make_images(
+        artifact,
+        shards,
+        [lacking.shard for lacking in missing],
+        settings=settings.view,
+        workers=workers,
+        report=Silent(),
+    )
     found.facts["images reduced a second"] = round(shards.images / (time.perf_counter() - began), 1)
-    meter = make_views(box, shards, missing, teacher=teacher, settings=settings, workers=workers, report=Silent())
+    meter = make_views(artifact, shards, missing, teacher=teacher, settings=settings, workers=workers, report=Silent())
     shutil.rmtree(out)
     return meter

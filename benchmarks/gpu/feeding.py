@@ -79,8 +79,10 @@ def stream(
     """Batches of a target set on the device."""
     values = settings.model_dump(mode="json")
     values["data"]["decode"] = decode
-    plan = make_plan(targets, sorted(targets.stores), build(PretrainSettings, values, "the loader"), columns)
-    return on_device(load_parts(plan, 0, workers), targets.layout.sample_axes(), state.place, state.backend)
+    plan = make_plan(
+        targets, sorted(targets.stores), build(PretrainSettings, values, "the loader"), drop_columns=columns
+    )
+    return on_device(load_parts(plan, 0, workers), targets.layout.sample_axes(), state.place, backend=state.backend)
 
 
 def shared_memory() -> int:

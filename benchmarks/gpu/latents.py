@@ -81,7 +81,7 @@ def codecs(state: State, found: Found) -> None:
     unit, _ = unit_tokens(torch.randn(2 * count, tokens, dim) @ mixing + 0.5)
     fit, test = unit[:count], unit[count:]
     for name in CODECS:
-        calibration, _ = calibrate(fit, name, 0.999, 1)
+        calibration, _ = calibrate(fit, name, 0.999, level=1)
         codec = make_codec(name, calibration)
         here, there = codec.encode(test), codec.encode(test.to(state.place))
         first, second = (torch.from_numpy(arrays[codec.main].astype("f8")) for arrays in (here, there))

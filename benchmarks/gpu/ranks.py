@@ -16,7 +16,7 @@ from benchmarks.gpu.state import State
 from benchmarks.harness import at_most
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
-from cae2pipe.stages.pretrain import _pretrain
+from cae2pipe.stages.pretrain import pretrain_within
 
 PATIENCE = timedelta(seconds=60)
 
@@ -63,5 +63,6 @@ def trained(state: State, parallel: str, name: str = "whole", **over: Any) -> Pa
     out = state.scratch / f"{parallel}-{name}"
     kind = "ddp" if parallel == "none" else parallel
     settings = state.settings(speed={"parallel": kind, "workers": 0}, **over)
-    _pretrain(state.targets().root, out, settings, World(0, 1, state.place, parallel), Silent())
+    world = World(0, 1, state.place, parallel)
+    pretrain_within(state.targets().root, out, settings, world=world, report=Silent())
     return out

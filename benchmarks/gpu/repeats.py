@@ -17,7 +17,7 @@ from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
-from cae2pipe.training.telemetry import CLOCKED
+from cae2pipe.training.telemetry import MACHINE_METRICS
 
 EPOCHS = 4
 """Twenty steps."""
@@ -46,13 +46,13 @@ def bit_for_bit(state: State, found: Found) -> None:
 def run(state: State, out: Path, compiled: bool, **over: Any) -> None:
     speed = {"deterministic": True, "compile": compiled}
     settings = state.settings(epochs=EPOCHS, precision="auto", speed=speed, **over)
-    pretrain(state.targets().root, out, settings, Silent())
+    pretrain(state.targets().root, out, settings, report=Silent())
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     """A run's lines without what depends on the clock."""
     lines = read_lines(out / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name not in CLOCKED} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MACHINE_METRICS} for line in lines]
 
 
 def weights(out: Path) -> bytes:

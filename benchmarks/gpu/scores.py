@@ -63,12 +63,18 @@ def trained(state: State, found: Found) -> None:
 def score(state: State, found: Found, kind: str, name: str, over: dict[str, Any]) -> dict[str, Any]:
     """Evaluate the made-up encoder on the made-up images; a row, and a check that the result is there."""
     values = {"speed": {"device": state.device, "workers": 0 if state.quick else 4, "batch": 16}}
-    settings = load(EVALUATIONS[kind], "evaluate", kind, (), values | {k: v for k, v in over.items() if k != "speed"})
+    settings = load(
+        EVALUATIONS[kind],
+        "evaluate",
+        kind,
+        overrides=(),
+        values=values | {k: v for k, v in over.items() if k != "speed"},
+    )
     if "speed" in over:
         settings = settings.model_copy(update={"speed": settings.speed.model_copy(update=over["speed"])})
     out = state.scratch / f"scores-{kind}-{name}"
     began = time.perf_counter()
-    result = evaluate(kind, str(state.encoder()), state.labelled(), out, settings, Silent())
+    result = evaluate(kind, str(state.encoder()), state.labelled(), out=out, settings=settings, report=Silent())
     seconds = time.perf_counter() - began
     found.rows.append(
         {

@@ -148,10 +148,10 @@ def in_memory(
     model.recompute(settings.speed.recompute)
     tokens = settings.model.grid**2 + 1
     bases = (torch.linalg.qr(torch.randn(size, size)).Q for size in (dim, tokens))
-    codec = TokenKltCodec(torch.zeros(dim), *bases, torch.rand(tokens, dim), 0.02)
+    codec = TokenKltCodec(torch.zeros(dim), *bases, spread=torch.rand(tokens, dim), step=0.02)
     bf16 = settings.precision == "bf16"
     mean = torch.nn.functional.normalize(torch.randn(dim), dim=0) / 2
-    objective = Objective(model, settings.loss, codec, mean, True, bf16).to(state.place).train()
+    objective = Objective(model, settings.loss, codec, mean=mean, class_token=True, bf16=bf16).to(state.place).train()
     world = World(0, 1, state.place)
     if compiled:
         compile_objective(objective, world)

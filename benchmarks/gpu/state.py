@@ -48,9 +48,9 @@ class Scale:
             "heads": self.heads,
             "image_size": self.image,
             "patch_size": self.patch,
-            "regressor_depth": 1,
-            "regressor_width": self.width,
-            "regressor_heads": self.heads,
+            "predictor_depth": 1,
+            "predictor_width": self.width,
+            "predictor_heads": self.heads,
         }
 
     @property
@@ -147,7 +147,7 @@ class State:
             "data": {"batch": 32, "streams": 4, "window": 2},
             "speed": {"workers": 0, "device": self.device, "compile": False},
         }
-        return load(PretrainSettings, "pretrain", preset, (), merge(values, over))
+        return load(PretrainSettings, "pretrain", preset, overrides=(), values=merge(values, over))
 
     def targets(self) -> TargetSet:
         """The small target set: noise, and a small teacher with random weights, which ran on the CPU."""
@@ -158,7 +158,7 @@ class State:
         side = self.scale.image * 5 // 4
         write_noise(self.scratch / "noise" / "class", IMAGES, (side, side))
         settings = build(ExtractSettings, self.extraction("cpu", weights), "the small target set")
-        extract_targets(self.scratch / "noise", folder, settings, Silent())
+        extract_targets(self.scratch / "noise", folder, settings, report=Silent())
 
     def extraction(self, device: str, weights: Path) -> dict[str, Any]:
         """Settings of extraction with the small teacher."""
@@ -185,7 +185,7 @@ class State:
             "codec": {"calibration": 64},
             "speed": {"device": self.device},
         }
-        return load(ExtractSettings, "extract", "clip-b16", (), merge(values, over))
+        return load(ExtractSettings, "extract", "clip-b16", overrides=(), values=merge(values, over))
 
     def shards(self) -> ShardSet:
         """Photographs for extraction, as many as the scale says: copies of a hundred, or of noise."""
@@ -194,7 +194,7 @@ class State:
             source = photographs(self.scratch / "originals", 8 if self.quick else 100)
             found = sum(path.is_file() for path in source.rglob("*"))
             source = copies(source, self.scratch / "originals", -(-self.scale.photographs // found))
-            build_shard_set(source, folder, self.clip_settings().shard, Silent())
+            build_shard_set(source, folder, self.clip_settings().shard, report=Silent())
 
         return ShardSet.open(self.once("shards", make))
 
@@ -203,7 +203,7 @@ class State:
 
         def make(folder: Path) -> None:
             settings = self.clip_settings(view={"pixels": pixels})
-            extract_targets(self.shards().root, folder, settings, Silent())
+            extract_targets(self.shards().root, folder, settings, report=Silent())
 
         return TargetSet(self.once(f"clip-targets-{pixels}", make))
 

@@ -22,10 +22,10 @@ from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.aim import PixelTargets, aim_of
 from cae2pipe.training.objective import make_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Latents, Step, cached
+from cae2pipe.training.target_spec import PixelTargets, target_spec
 
 METHODS = {
     "caev2": "base",
@@ -93,7 +93,7 @@ def bf16_against_fp32(state: State, found: Found) -> None:
 def batches_of(state: State, settings: PretrainSettings, step: Step, count: int) -> list[Batch]:
     """The first batches of a run, on the CPU."""
     targets = state.targets()
-    plan = make_plan(targets, sorted(targets.stores), settings, step.model.drop_columns)
+    plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=step.model.drop_columns)
     return list(islice(load_batches(plan, 0, 0), count))
 
 
@@ -102,7 +102,7 @@ def build_step(
 ) -> Step:
     """A step on ``device``, whose weights are drawn on the CPU, where the draw is the same everywhere."""
     torch.manual_seed(0)
-    model = build_method(settings.method, settings.model, aim_of(settings, targets).dim)
+    model = build_method(settings.method, settings.model, target_spec(settings, targets).dim)
     model.recompute(settings.speed.recompute)
     objective = make_objective(model, targets, settings).to(device).train()
     latents: Latents = cached

@@ -59,13 +59,13 @@ def equality(state: State, found: Found, settings: ViewSettings) -> None:
     for view in range(count):
         height, width = rng.integers(1 if view % 16 == 0 else largest // 10, largest, 2).tolist()
         images.append(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        draws.append(draw_view(settings, 0, "key", view, height, width))
+        draws.append(draw_view(settings, 0, "key", view=view, height=height, width=width))
     pairs = zip(images, draws, strict=True)
     wanted = torch.stack([planes(render_view(Image.fromarray(image), draw, settings)) for image, draw in pairs])
     there = [planes(image).to(state.place) for image in images]
     rows = np.stack([draw.to_row() for draw in draws])
     for name, backend in (("as it is", None), (state.backend, state.backend)):
-        got = render_views(there, rows, settings.size, backend)
+        got = render_views(there, rows, settings.size, backend=backend)
         different = int((got.cpu() != wanted).sum())
         found.checks.append(at_most(f"{name}: pixels of {count} views that differ from Pillow's", different, 0, 0))
     if state.on_cuda:
@@ -84,7 +84,10 @@ def against_cpu(
 ) -> None:
     """Views of JPEGs decoded on the device against those that the CPU decodes and renders."""
     pixels = [decode_view(jpeg) for jpeg in jpegs]
-    draws = [draw_view(settings, 0, "key", n, *image.shape[:2]) for n, image in enumerate(pixels)]
+    draws = [
+        draw_view(settings, 0, "key", view=n, height=image.shape[0], width=image.shape[1])
+        for n, image in enumerate(pixels)
+    ]
     pairs = zip(pixels, draws, strict=True)
     wanted = torch.stack([planes(render_view(Image.fromarray(image), draw, settings)) for image, draw in pairs])
     got = render_views(decode(jpegs), np.stack([draw.to_row() for draw in draws]), settings.size)
@@ -108,17 +111,24 @@ def rates(
     chosen = [jpegs[n % len(jpegs)] for n in range(batch)]
     pixels = [decode_view(jpeg) for jpeg in jpegs]
     images = [planes(pixels[n % len(pixels)]).to(state.place) for n in range(batch)]
-    rows = np.stack([draw_view(settings, 0, "key", n, *i.shape[1:]).to_row() for n, i in enumerate(images)])
+    rows = np.stack(
+        [
+            draw_view(settings, 0, "key", view=n, height=i.shape[1], width=i.shape[2]).to_row()
+            for n, i in enumerate(images)
+        ]
+    )
     work: dict[str, Callable[[], Any]] = {
         "rendered": lambda: render_views(images, rows, size),
-        f"rendered, compiled by {backend}": lambda: render_views(images, rows, size, backend),
+        f"rendered, compiled by {backend}": lambda: render_views(images, rows, size, backend=backend),
     }
     if decode:
         stored = [views[n % len(views)] for n in range(batch)]
         work |= {
             f"decoded, short side {min(images[0].shape[1:])}": lambda: decode(chosen),
             "decoded and rendered": lambda: render_views(decode(chosen), rows, size),
-            f"decoded and rendered, compiled by {backend}": lambda: render_views(decode(chosen), rows, size, backend),
+            f"decoded and rendered, compiled by {backend}": lambda: render_views(
+                decode(chosen), rows, size, backend=backend
+            ),
             f"stored views of {size} decoded": lambda: decode(stored),
         }
     times = 1 if state.quick else VIEWS_A_TURN // batch

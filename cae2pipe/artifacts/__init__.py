@@ -1,1 +1,1 @@
-"""What every stored folder shares: manifests, digests, atomic writes, locks."""
+"""Shared by all stored folders: manifests, digests, atomic writes, locks."""

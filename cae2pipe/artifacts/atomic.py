@@ -1,7 +1,7 @@
-"""Writes that are whole or absent: a temporary name, fsync, rename, fsync of the folder. Object stores write so anyway.
+"""Atomic writes: a temporary name, fsync, rename, fsync of the folder. Writes to object stores are always atomic.
 
-Temporary names start with ``.tmp-`` and lie beside their target, so that the rename never crosses a file system and
-the debris of a killed process can be found and removed.
+Temporary names start with ``.tmp-`` and are in the same folder as their target, so that the rename stays on one file
+system, and leftovers of a killed process can be found and removed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from cae2pipe.artifacts.places import is_local, put_bytes
+from cae2pipe.artifacts.storage import is_local, put_bytes
 
 TEMPORARY = ".tmp-"
 FILLED = ("journal", "tars", "images", "views", "latents", "codec.zarr", "checkpoints", "features")
-"""The folders that commands fill in the folder that they are given."""
+"""The subfolders that commands write to in their output folder."""
 
 
 def temporary_path(path: Path) -> Path:
@@ -35,7 +34,7 @@ def fsync_path(path: Path) -> None:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Move a finished file or folder to its final name, durably. An older folder of that name is replaced."""
+    """Move a finished file or folder to its final name, durably. An existing folder of that name is replaced."""
     if temporary.is_dir():
         for entry in temporary.rglob("*"):
             fsync_path(entry)
@@ -53,13 +52,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write a file to; it takes its final name when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
-    # A link would be written through.
+    # Otherwise the link's target would be written.
     remove_any(temporary)
     try:
         yield temporary
         commit(temporary, path)
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # as write() leaves it
+        if error.filename is None and error.errno is not None:  # as after write()
             error.filename = str(path)
         raise
     finally:
@@ -74,15 +73,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_bytes(path, text.encode("utf-8") + b"\n")
 
 
 def remove_debris(root: Path) -> list[Path]:
-    """Remove what a killed process left half-written in ``root`` and return what was removed.
+    """Remove unfinished files of a killed process from ``root``, and return their paths.
 
-    Only folders of ``FILLED`` are entered, and of these none that another command writes, by its manifest or locks.
+    Only folders of ``FILLED`` are searched, except those that another command writes, by their manifest or locks.
     """
     debris = []
     for folder, names, files in os.walk(root):
@@ -109,7 +108,7 @@ def remove_any(path: Path) -> None:
 
 
 def remove_empty(root: Path) -> None:
-    """Remove ``root`` and its folders where they hold nothing."""
+    """Remove ``root`` and its folders if they are empty."""
     for folder, _, _ in os.walk(root, topdown=False):
         with suppress(OSError):  # not empty, or another process was faster
             Path(folder).rmdir()

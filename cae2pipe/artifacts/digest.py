@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from cae2pipe.artifacts.places import file_size, is_local, open_file, read_range
+from cae2pipe.artifacts.manifest_values import FileEntry
+from cae2pipe.artifacts.storage import file_size, is_local, open_file, read_range
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -15,7 +15,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 PIECE = 8 * 2**20
-"""Bytes of a remote file that are held at a time."""
+"""Bytes of a remote file that are read at a time."""
 
 
 def sha256_file(path: Path) -> str:
@@ -33,22 +33,19 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest keeps of one file: its size in bytes and its SHA-256."""
-    return {"bytes": file_size(path), "sha256": sha256_file(path)}
+def file_entry(path: Path) -> FileEntry:
+    """A file's entry in a manifest: its size in bytes and its SHA-256. Raises OSError if it cannot be read."""
+    size = file_size(path)
+    if size is None:
+        raise FileNotFoundError(path)
+    return {"bytes": size, "sha256": sha256_file(path)}
 
 
-def tree_entries(root: Path, base: Path) -> dict[str, dict[str, Any]]:
-    """``file_entry`` of every file below ``root``, keyed by its POSIX path relative to ``base``, sorted."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(base).as_posix(): file_entry(path) for path in files}
-
-
-def canonical_json(value: Any) -> str:
+def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text. NaN is refused (ValueError)."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """SHA-256 of the canonical JSON of ``value``."""
     return sha256_bytes(canonical_json(value).encode("ascii"))

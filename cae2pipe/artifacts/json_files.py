@@ -1,7 +1,7 @@
-"""JSON that is read back: one reader for every document that a folder of ours holds.
+"""Reading JSON: one reader for every document in a folder of cae2pipe.
 
-Whatever the bytes are, the result is a value that Python can walk, print and write again, or one error that names the
-file: no nesting that exhausts the stack, no NaN or infinity, no integer beyond 64 bits, no lone surrogate.
+Whatever the bytes are, the result is a value that Python can traverse, print and write again, or one error that names
+the file: no nesting that exhausts the stack, no NaN or infinity, no integer beyond 64 bits, no lone surrogate.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from cae2pipe.artifacts.places import file_size, read_bytes
+from cae2pipe.artifacts.storage import file_size, read_bytes
 from cae2pipe.errors import Cae2pipeError, ManifestError
 
 LIMIT = 256 * 2**20
-"""Bytes of the largest document that is read, unless a caller says otherwise."""
+"""Largest document that is read by default, in bytes."""
 
 
 def parse_json(data: bytes | str, where: object, *, fix: str, error: type[Cae2pipeError] = ManifestError) -> Any:
     """The value of a JSON document.
 
     Args:
-        where: the file, or the line of it, that an error names.
-        fix: what mends the file. error: the kind that is raised.
+        where: the file, or its line, for errors.
+        fix: how to repair the file. error: the class to raise.
 
     Raises:
         ``error``: not UTF-8, not JSON, nested more than 200 deep, or a number that is not finite or has over 64 bits.
@@ -41,8 +41,8 @@ def read_json(path: Path, *, fix: str, error: type[Cae2pipeError] = ManifestErro
     """The value of a JSON file.
 
     Raises:
-        ``error``: as ``parse_json``, or the file has more than ``limit`` bytes. OSError: it cannot be read, or is no
-            regular file; FileNotFoundError where there is none.
+        ``error``: as ``parse_json``, or the file has more than ``limit`` bytes. OSError: it cannot be read, or is not
+            a regular file; FileNotFoundError if it does not exist.
     """
     return parse_json(read_document(path, fix=fix, error=error, limit=limit), path, fix=fix, error=error)
 
@@ -51,12 +51,12 @@ def read_document(path: Path, *, fix: str, error: type[Cae2pipeError] = Manifest
     """A whole file of at most ``limit`` bytes. Raises as ``read_json``."""
     size = file_size(path)
     if size is not None and size > limit:
-        raise error(f"the file has {size} bytes, and no more than {limit} are read", where=path, fix=fix)
+        raise error(f"the file is too large: {size} bytes, at most {limit} are read", where=path, fix=fix)
     return read_bytes(path)
 
 
-def check_numbers(value: Any) -> None:
-    """Raise ValueError where a JSON value holds a float that is not finite, or an integer of more than 64 bits."""
+def check_numbers(value: object) -> None:
+    """Raise ValueError if a JSON value holds a non-finite float or an integer of more than 64 bits."""
     left = [value]
     while left:
         item = left.pop()

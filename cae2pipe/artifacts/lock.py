@@ -1,8 +1,8 @@
-"""Who may write what: one writer a part of a folder, one at a time for what all parts share.
+"""Write locks: one writer per part of a folder, and one at a time for what all parts share.
 
-On a local or shared file system a lock is the kernel's (``flock`` on a file in ``.locks/``): it goes with its process,
+On a local or shared file system a lock is the kernel's (``flock`` on a file in ``.locks/``): it ends with its process,
 however that ends. On object stores it is an object, created only if absent and renewed while its owner lives; one that
-has not been renewed for ``STALE`` seconds, or whose owner is known to be dead, is nobody's.
+has not been renewed for ``STALE`` seconds, or whose owner is known to be dead, counts as free.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from cae2pipe.artifacts.atomic import FILLED
 from cae2pipe.artifacts.inside import refuse_link
 from cae2pipe.artifacts.json_files import parse_json
-from cae2pipe.artifacts.parts import WHOLE, Part
-from cae2pipe.artifacts.places import (
+from cae2pipe.artifacts.storage import (
     create_exclusively,
     file_sizes,
     is_local,
@@ -32,24 +31,25 @@ from cae2pipe.artifacts.places import (
     read_bytes,
     remove,
 )
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.errors import BadInputError, Cae2pipeError, LockedError, ManifestError, StorageError
 
 FOLDER = ".locks"
 STALE = 120.0
-"""Seconds without a sign of life after which an object's owner is taken for dead."""
+"""Seconds without renewal after which a lock object's owner is considered dead."""
 BEAT = 20.0
-"""Seconds between signs of life."""
+"""Seconds between renewals."""
 POLL = 1.0
-"""Seconds between looks at a lock that is waited for."""
+"""Seconds between checks of a lock while waiting for it."""
 
 
 @contextmanager
-def writing(root: Path, part: Part = WHOLE) -> Iterator[None]:
+def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
     """Hold a part of the folder (default: all of it).
 
     Raises:
         LockedError: another process holds this part or one that overlaps it.
-        BadInputError: the folder cannot be written, or what is written to it would go elsewhere by a symbolic link.
+        BadInputError: the folder cannot be written, or a symbolic link in it leads out of it.
     """
     if is_local(root):
         for name in (*FILLED, FOLDER, "shards", "metrics.jsonl"):
@@ -57,7 +57,7 @@ def writing(root: Path, part: Part = WHOLE) -> Iterator[None]:
     with _taken(root, _part_name(part)) as mine:
         if not mine:
             raise _locked(root, part, part)
-        # Both of two that start at once may see the other and stop; never do both go on.
+        # Two processes that start at the same time may both see the other and stop, but never both continue.
         for other in _other_parts(root, part):
             with _taken(root, _part_name(other)) as free:
                 if not free:
@@ -67,21 +67,21 @@ def writing(root: Path, part: Part = WHOLE) -> Iterator[None]:
 
 @contextmanager
 def holding(root: Path, name: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold what all parts share, such as the calibration; wait for whoever holds it, calling ``waiting`` once."""
-    told = False
+    """Hold what all parts share, such as the calibration. If it is held, call ``waiting`` once and wait."""
+    waited = False
     while True:
         with _taken(root, name) as mine:
             if mine:
                 yield
                 return
-        if waiting and not told:
+        if waiting and not waited:
             waiting()
-            told = True
+            waited = True
         time.sleep(POLL)
 
 
 def can_lock(root: Path) -> bool:
-    """Whether locks mean anything here: not on object stores that cannot create a file only if absent."""
+    """Whether locks work here: not on object stores without conditional writes."""
     if is_local(root):
         return True
     probe = root / FOLDER / f"probe-{uuid.uuid4().hex}"
@@ -95,30 +95,30 @@ def can_lock(root: Path) -> bool:
         remove([probe])
 
 
-def _part_name(part: Part) -> str:
+def _part_name(part: WorkShare) -> str:
     return f"part-{part.number}-of-{part.count}"
 
 
-def _other_parts(root: Path, part: Part) -> list[Part]:
-    """Parts, other than this one, that overlap it and have ever been locked here."""
+def _other_parts(root: Path, part: WorkShare) -> list[WorkShare]:
+    """Parts, other than this one, that overlap it and were ever locked here."""
     others = []
     for name in file_sizes(root / FOLDER):
         words = name.split("-")
         if words[0] == "part" and len(words) == 4 and words[1].isdigit() and words[3].isdigit():
-            other = Part(int(words[1]), int(words[3]))
+            other = WorkShare(int(words[1]), int(words[3]))
             if other != part and other.overlaps(part):
                 others.append(other)
     return others
 
 
-def _locked(root: Path, part: Part, other: Part) -> LockedError:
+def _locked(root: Path, part: WorkShare, other: WorkShare) -> LockedError:
     what = "another process is writing this folder"
     if part != WHOLE or other != WHOLE:
         what += f": part {other}" + (f", which overlaps part {part}" if part != other else "")
     return LockedError(what, where=root, fix="wait for it to end, or stop it; then run the same command again")
 
 
-def _taken(root: Path, name: str) -> Any:
+def _taken(root: Path, name: str) -> AbstractContextManager[bool]:
     """A context manager that gives True where the lock was free and is now held, else False."""
     return _flock(root, name) if is_local(root) else _lease(root, name)
 
@@ -127,11 +127,11 @@ def _taken(root: Path, name: str) -> Any:
 def _flock(root: Path, name: str) -> Iterator[bool]:
     try:
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
-        # Changes nothing, not even its time.
+        # Does not change the file, not even its time.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         file = os.fdopen(os.open(root / FOLDER / name, flags, 0o666), "ab")
     except (FileExistsError, NotADirectoryError):
-        raise BadInputError("this is a file, and a folder is needed", where=root, fix="give another folder") from None
+        raise BadInputError("this is a file, not a folder", where=root, fix="give another folder") from None
     except OSError as error:
         raise BadInputError(
             f"this folder cannot be written: {error.strerror}", where=root, fix="give another folder"
@@ -148,7 +148,7 @@ def _flock(root: Path, name: str) -> Iterator[bool]:
 @contextmanager
 def _lease(root: Path, name: str) -> Iterator[bool]:
     path = root / FOLDER / name
-    owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+    owner: Owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     if not _create(path, owner):
         yield False
         return
@@ -163,7 +163,15 @@ def _lease(root: Path, name: str) -> Iterator[bool]:
         remove([path])
 
 
-def _create(path: Path, owner: dict[str, Any]) -> bool:
+class Owner(TypedDict):
+    """Who holds a lease."""
+
+    id: str
+    host: str
+    pid: int
+
+
+def _create(path: Path, owner: Owner) -> bool:
     data = _sign(owner)
     try:
         if create_exclusively(path, data):
@@ -175,10 +183,10 @@ def _create(path: Path, owner: dict[str, Any]) -> bool:
     except StorageError as error:
         if error.what != no_conditional_writes(path).what:
             raise
-        return True  # nothing can be locked here: see can_lock
+        return True  # locks do not work here: see can_lock
 
 
-def _sign(owner: dict[str, Any]) -> bytes:
+def _sign(owner: Owner) -> bytes:
     return json.dumps({**owner, "time": time.time()}).encode()
 
 
@@ -204,9 +212,9 @@ def _process_lives(pid: int) -> bool:
     return True
 
 
-def _renew(path: Path, owner: dict[str, Any], stop: threading.Event) -> None:
+def _renew(path: Path, owner: Owner, stop: threading.Event) -> None:
     while not stop.wait(BEAT):
         try:
             put_bytes(path, _sign(owner))
         except Cae2pipeError:
-            continue  # the work itself will meet what is wrong with the storage, and say so
+            continue  # the work itself will fail on this storage, and report it

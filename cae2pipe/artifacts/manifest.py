@@ -1,83 +1,55 @@
 """Manifests and journal entries as bytes: checked by the model of their kind whenever they are read or written.
 
-Beside its model, a manifest of the formats in ``DIGESTED`` has a ``digest``: the SHA-256 of the file with 64 zeros in
-its place. Journal entries have one too. So every change of either is found, whatever it says.
+In addition, a manifest of the formats in ``DIGESTED`` has a ``digest``: the SHA-256 of the file with 64 zeros in its
+place. Journal entries have one too. Any change to either is detected.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import re
-from types import ModuleType
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, from_json
 
-from cae2pipe.artifacts import manifest_run, manifest_scores, manifest_shards, manifest_targets
 from cae2pipe.artifacts.digest import fingerprint, sha256_bytes
 from cae2pipe.artifacts.json_files import check_numbers, parse_json
-from cae2pipe.artifacts.manifest_values import SHARD, VIEW
+from cae2pipe.artifacts.manifest_kinds import KINDS, FactsT, IdentityT, Kind, Manifest, UnitT, manifests
 from cae2pipe.errors import Cae2pipeError, DamageError, ManifestError
 
 FORMATS = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
-"""The newest format of each kind, which new folders are written in. Older ones are read, and stay so. Target sets of
-format 2 may have replayed views, and a klt that rotates along the tokens."""
+"""The newest format of each kind, used for new folders. Older folders are read, and keep their format. Target sets of
+format 2 may have replayed views, and a klt that also transforms along the tokens."""
 DIGESTED = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
-"""The formats from which on manifests and journal entries have a digest."""
+"""The first formats whose manifests and journal entries have a digest."""
 LIMIT = 2 * 2**30
-"""Bytes of the largest manifest that is read: that of 41,000 units has 120 MB."""
+"""Largest manifest that is read, in bytes; one of 41,000 units has 120 MB."""
 
-RULES: dict[str, ModuleType] = {
-    "shards": manifest_shards,
-    "targets": manifest_targets,
-    "run": manifest_run,
-    "scores": manifest_scores,
-}
 AGAIN = "restore the file from a copy, or make the folder again"
 BLANK = "0" * 64
 SHOWN = 120
 
-Manifest = Annotated[
-    manifest_shards.ShardsManifest
-    | manifest_targets.TargetsManifest
-    | manifest_run.RunManifest
-    | manifest_scores.ScoresManifest,
-    Field(discriminator="kind"),
-]
 
-
-@functools.cache
-def _manifests() -> TypeAdapter[Any]:
-    # Built when the first manifest is read: not every command reads one.
-    return TypeAdapter(Manifest)
-
-
-@functools.cache
-def _units(model: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(model)
-
-
-def encode_manifest(manifest: dict[str, Any], where: object) -> bytes:
-    """The bytes of a manifest. Raises as ``decode_manifest``, so nothing is written that would not be read."""
-    data = (seal if manifest["format"] >= DIGESTED[manifest["kind"]] else _text)(manifest)
+def encode_manifest(kind: str, form: int, manifest: Mapping[str, object], *, where: object) -> bytes:
+    """The bytes of a manifest. Raises as ``decode_manifest``, so that nothing unreadable is written."""
+    data = (seal if form >= DIGESTED[kind] else _text)(manifest)
     decode_manifest(data, where)
     return data
 
 
-def decode_manifest(data: bytes, where: object) -> dict[str, Any]:
+def decode_manifest(data: bytes, where: object) -> Manifest:
     """A manifest from its bytes.
 
     Args:
-        where: the file that errors name.
+        where: the file, for errors.
 
     Raises:
-        ManifestError: no manifest of ours, one of an unknown kind or format, or with a field that is not as its kind's
-            model has it; the field is named. DamageError: fingerprint or digest do not match.
+        ManifestError: not a manifest of cae2pipe, of an unknown kind or format, or with a field that does not fit its
+            kind's model; the field is named. DamageError: fingerprint or digest do not match.
     """
     try:
-        manifest: dict[str, Any] = _manifests().validate_json(data)
+        manifest = manifests().validate_json(data)
         check_numbers([value for name, value in manifest.items() if name != "units"])
     except ValidationError as error:
         _refuse(error, data, where)
@@ -85,10 +57,9 @@ def decode_manifest(data: bytes, where: object) -> dict[str, Any]:
         raise ManifestError(f"the manifest cannot be used: {error}", where=where, fix=AGAIN) from None
     if manifest["format"] > FORMATS[manifest["kind"]]:
         raise _other_format(manifest["kind"], manifest["format"], where)
-    contradiction = RULES[manifest["kind"]].contradiction
-    for name, unit in manifest["units"].items():
-        if problem := contradiction(name, unit):
-            raise _field(f"units.{name}: {problem}", where)
+    if contradiction := KINDS[manifest["kind"]].contradictory(manifest):
+        name, problem = contradiction
+        raise _field(f"units.{name}: {problem}", where)
     if manifest["kind"] == "targets" and "codec" in manifest["units"]:
         for name in ("classes", "teacher", "codec"):
             if name not in manifest:
@@ -97,51 +68,36 @@ def decode_manifest(data: bytes, where: object) -> dict[str, Any]:
         raise DamageError(
             "the manifest's identity does not match its fingerprint", where=where, fix="make the folder again"
         )
-    _check_digest(manifest, data, manifest["format"] >= DIGESTED[manifest["kind"]], where)
+    digest = manifest.pop("digest", None)
+    _check_digest(digest, data, needed=manifest["format"] >= DIGESTED[manifest["kind"]], where=where)
     return manifest
 
 
-def encode_unit(kind: str, format: int, name: str, unit: dict[str, Any], where: object) -> bytes:
+def encode_unit(kind: Kind[IdentityT, UnitT, FactsT], form: int, name: str, *, unit: UnitT, where: object) -> bytes:
     """The bytes of a unit's journal entry. Raises as ``decode_unit``."""
-    data = (seal if format >= DIGESTED[kind] else _text)(unit)
-    decode_unit(kind, format, name, data, where)
+    data = (seal if form >= DIGESTED[kind.name] else _text)(unit)
+    decode_unit(kind, form, name, data=data, where=where)
     return data
 
 
-def decode_unit(kind: str, format: int, name: str, data: bytes, where: object) -> dict[str, Any]:
+def decode_unit(kind: Kind[IdentityT, UnitT, FactsT], form: int, name: str, *, data: bytes, where: object) -> UnitT:
     """A unit from its journal entry's bytes. Raises as ``decode_manifest``."""
-    if not is_unit_name(kind, name):
-        raise ManifestError(f"{name!r} is no unit of a {kind} folder", where=where, fix="remove the file")
+    if not kind.names(name):
+        raise ManifestError(f"{name!r} is not a unit of a {kind.name} folder", where=where, fix="remove the file")
     value = parse_json(data, where, fix="remove the file, and run the same command again")
     digest = value.pop("digest", None) if isinstance(value, dict) else None
     try:
-        unit: dict[str, Any] = _units(RULES[kind].unit_model(name)).validate_python(value)
+        unit = kind.read_unit(name, value)
     except ValidationError as error:
-        raise _field(_told(error.errors(include_url=False)[0], ()), where) from None
-    if problem := RULES[kind].contradiction(name, unit):
+        raise _field(_described(error.errors(include_url=False)[0], ()), where) from None
+    if problem := kind.contradiction(name, unit):
         raise _field(problem, where)
-    _check_digest({"digest": digest} if digest else {}, data, format >= DIGESTED[kind], where)
+    _check_digest(digest or None, data, needed=form >= DIGESTED[kind.name], where=where)
     return unit
 
 
-@functools.cache
-def _unit_names(kind: str) -> re.Pattern[str]:
-    names = {
-        "shards": rf"{SHARD}|{manifest_shards.LISTING}|rejects",
-        "targets": rf"codec|images/{SHARD}|{VIEW}/{SHARD}",
-        "run": "encoder",
-        "scores": "result",
-    }
-    return re.compile(names[kind])
-
-
-def is_unit_name(kind: str, name: str) -> bool:
-    """Whether a unit of this kind of folder may be called so."""
-    return _unit_names(kind).fullmatch(name) is not None
-
-
 def is_ours(data: bytes) -> bool | None:
-    """Whether these are the bytes of a manifest of ours, however damaged; None where that cannot be told."""
+    """Whether these are the bytes of a manifest of cae2pipe, even if damaged; None if that cannot be decided."""
     try:
         value = from_json(data, allow_inf_nan=False)
     except ValueError:
@@ -149,12 +105,12 @@ def is_ours(data: bytes) -> bool | None:
     return isinstance(value, dict) and "format" in value and "kind" in value
 
 
-def _text(value: dict[str, Any]) -> bytes:
+def _text(value: Mapping[str, object]) -> bytes:
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8") + b"\n"
 
 
-def seal(value: dict[str, Any]) -> bytes:
+def seal(value: Mapping[str, object]) -> bytes:
     """The bytes of a manifest or an entry with its digest."""
     data = _text({**value, "digest": BLANK})
     return data.replace(_line(BLANK), _line(sha256_bytes(data)), 1)
@@ -164,8 +120,7 @@ def _line(digest: str) -> bytes:
     return b'\n "digest": "%s"' % digest.encode()
 
 
-def _check_digest(value: dict[str, Any], data: bytes, needed: bool, where: object) -> None:
-    digest = value.pop("digest", None)
+def _check_digest(digest: object, data: bytes, *, needed: bool, where: object) -> None:
     if digest is None and not needed:
         return
     if digest is None or sha256_bytes(data.replace(_line(str(digest)), _line(BLANK), 1)) != digest:
@@ -175,48 +130,48 @@ def _check_digest(value: dict[str, Any], data: bytes, needed: bool, where: objec
 
 
 def _refuse(error: ValidationError, data: bytes, where: object) -> NoReturn:
-    """Raise the ManifestError that says best what is wrong with a manifest."""
+    """Raise the ManifestError that best explains what is wrong with a manifest."""
     value = parse_json(data, where, fix=AGAIN)
     if not isinstance(value, dict) or "format" not in value or "kind" not in value:
         raise ManifestError("this manifest.json was not written by cae2pipe", where=where, fix="check the path")
-    kind, found = value["kind"], value["format"]
+    kind, form = value["kind"], value["format"]
     if not isinstance(kind, str) or kind not in FORMATS:
-        raise ManifestError(f"kind: {_short(kind)} is none that this version of cae2pipe knows", where=where, fix=AGAIN)
-    if type(found) is not int or not 1 <= found <= FORMATS[kind]:
-        raise _other_format(kind, found, where)
-    errors: list[Any] = error.errors(include_url=False, include_context=False)
+        raise ManifestError(f"kind: {_short(kind)} is unknown to this version of cae2pipe", where=where, fix=AGAIN)
+    if type(form) is not int or not 1 <= form <= FORMATS[kind]:
+        raise _other_format(kind, form, where)
+    errors = error.errors(include_url=False, include_context=False)
     if missing := sorted(str(e["loc"][1]) for e in errors if len(e["loc"]) == 2 and e["type"] == "missing"):
         raise ManifestError(f"the manifest lacks {', '.join(missing)}", where=where, fix=AGAIN)
-    # Places begin with the kind; those in units have the name of the model that was tried, and only that of the unit's
-    # name says something.
+    # Locations begin with the kind. In units they contain the name of the model that was tried; only the model of the
+    # unit's own name is relevant.
     for each in errors:
-        if len(each["loc"]) > 3 and each["loc"][1] == "units" and is_unit_name(kind, str(each["loc"][2])):
-            if each["loc"][3] == RULES[kind].unit_model(str(each["loc"][2])).__name__:
-                raise _field(_told(each, (0, 3)), where)
+        if len(each["loc"]) > 3 and each["loc"][1] == "units" and KINDS[kind].names(str(each["loc"][2])):
+            if each["loc"][3] == KINDS[kind].unit_model(str(each["loc"][2])).__name__:
+                raise _field(_described(each, (0, 3)), where)
         else:
-            raise _field(_told(each, (0,)), where)
-    raise _field(_told(errors[0], (0,)), where)
+            raise _field(_described(each, (0,)), where)
+    raise _field(_described(errors[0], (0,)), where)
 
 
-def _other_format(kind: str, found: Any, where: object) -> ManifestError:
+def _other_format(kind: str, form: object, where: object) -> ManifestError:
     return ManifestError(
-        f"the manifest has format {_short(found)}, and this version of cae2pipe reads format {FORMATS[kind]}",
+        f"the manifest has format {_short(form)}, and this version of cae2pipe reads format {FORMATS[kind]}",
         where=where,
         fix="use the version of cae2pipe that wrote it (newer formats need a newer version)",
     )
 
 
-def _told(found: Any, left_out: tuple[int, ...]) -> str:
-    parts = [str(part) for position, part in enumerate(found["loc"]) if position not in left_out]
-    got = found["input"]
-    shown = "" if found["type"] == "missing" or isinstance(got, dict | list) else f"; it is {_short(got)}"
-    return f"{_short('.'.join(parts), str)}: {found['msg']}{shown}"
+def _described(error: ErrorDetails, left_out: tuple[int, ...]) -> str:
+    parts = [str(part) for index, part in enumerate(error["loc"]) if index not in left_out]
+    got = error["input"]
+    shown = "" if error["type"] == "missing" or isinstance(got, dict | list) else f"; got {_short(got)}"
+    return f"{_short('.'.join(parts), str)}: {error['msg']}{shown}"
 
 
-def _short(value: Any, show: Any = repr) -> str:
+def _short(value: object, show: Callable[[object], str] = repr) -> str:
     text = str(show(value))
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def _field(problem: str, where: object) -> Cae2pipeError:
-    return ManifestError(f"a field is not as cae2pipe writes it: {problem}", where=where, fix=AGAIN)
+    return ManifestError(f"invalid field: {problem}", where=where, fix=AGAIN)

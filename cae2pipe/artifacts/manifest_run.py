@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired, final
 
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from cae2pipe.artifacts.manifest_values import OPEN, STRICT, FileEntry, Format, Sha256, StoreName, Teacher, Values
+from cae2pipe.artifacts.manifest_values import OPEN, STRICT, Common, FileEntry, Sha256, StoreName, TeacherEntry, Values
 
-EncoderFile = Literal["encoder.safetensors", "config.json"]
+EncoderFile = Annotated[str, Field(pattern=r"^(encoder\.safetensors|config\.json)$")]
 
 
-class Encoder(TypedDict):
+@final
+@with_config(STRICT)
+class EncoderUnit(TypedDict):
     """The unit ``encoder``: the exported encoder."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     files: dict[EncoderFile, FileEntry]
 
 
-class Identity(TypedDict):
+@with_config(OPEN)
+class RunIdentity(TypedDict):
     """``targets``: the target set's fingerprint."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     settings: Values
     targets: Sha256
 
 
-class RunManifest(TypedDict):
-    """``manifest.json`` of a run. ``stores``: the fingerprints of the stores that it began with."""
+@with_config(OPEN)
+class RunTeacher(TeacherEntry):
+    """``library`` and ``weights``: missing in older runs."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    library: NotRequired[str]
+    weights: NotRequired[str]
 
-    format: Format
-    kind: Literal["run"]
-    identity: Identity
-    fingerprint: Sha256
-    digest: NotRequired[Sha256]
-    units: dict[Literal["encoder"], Encoder]
-    complete: bool
+
+@with_config(OPEN)
+class RunFacts(TypedDict):
+    """``stores``: the fingerprints of the stores that it was started with."""
+
     stores: dict[StoreName, Sha256]
-    teacher: Teacher
+    teacher: RunTeacher
 
 
-def unit_model(name: str) -> type[Any]:
-    """The model of the unit of this name."""
-    return Encoder
+@with_config(OPEN)
+class RunManifest(Common, RunFacts):
+    """``manifest.json`` of a run."""
+
+    kind: Literal["run"]
+    identity: RunIdentity
+    units: dict[Annotated[str, Field(pattern="^encoder$")], EncoderUnit]
 
 
-def contradiction(name: str, unit: dict[str, Any]) -> str | None:
-    """What of a valid unit contradicts its name, or itself; None where nothing does."""
+def unit_model(name: str) -> type[EncoderUnit]:
+    """The model of a unit, by its name."""
+    return EncoderUnit
+
+
+def contradiction(name: str, unit: EncoderUnit) -> str | None:
+    """How a valid unit contradicts its name, or itself; None if it does not."""
     missing = {"encoder.safetensors", "config.json"} - unit["files"].keys()
-    return f"files: {min(missing)} is not among them" if missing else None
+    return f"files: {min(missing)} is missing" if missing else None

@@ -2,46 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired, final
 
-from pydantic import Field
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from cae2pipe.artifacts.manifest_values import OPEN, STRICT, FileEntry, Format, Sha256, Values
+from cae2pipe.artifacts.manifest_values import OPEN, STRICT, Common, FileEntry, Values
 
 RESULT = "result.json"
 
 ResultFile = Annotated[str, Field(pattern=r"^[a-z_]{1,40}\.(json|npz|png|safetensors)$")]
 
 
-class Result(TypedDict):
+@final
+@with_config(STRICT)
+class ResultUnit(TypedDict):
     """The unit ``result``: ``result.json``, predictions, pictures, weights."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     files: dict[ResultFile, FileEntry]
 
 
-class ScoresManifest(TypedDict):
-    """``manifest.json`` of an evaluation. ``result``: the short parts of ``result.json``."""
+@with_config(OPEN)
+class EncoderIdentity(TypedDict):
+    """``sha256``: of the exported encoder's weights; ``config``: the fingerprint of its configuration."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    config: NotRequired[str]
+    precision: NotRequired[str]
+    sha256: NotRequired[str]
 
-    format: Format
-    kind: Literal["scores"]
-    identity: Values
-    fingerprint: Sha256
-    digest: NotRequired[Sha256]
-    units: dict[Literal["result"], Result]
-    complete: bool
+
+@with_config(OPEN)
+class ScoresIdentity(TypedDict):
+    data: Values
+    encoder: EncoderIdentity
+    evaluation: NotRequired[str]
+    feature: NotRequired[str]
+    image_size: NotRequired[int]
+    settings: NotRequired[Values]
+
+
+@with_config(OPEN)
+class ScoresFacts(TypedDict):
+    """``result``: the short parts of ``result.json``."""
+
     result: NotRequired[Values]
 
 
-def unit_model(name: str) -> type[Any]:
-    """The model of the unit of this name."""
-    return Result
+@with_config(OPEN)
+class ScoresManifest(Common, ScoresFacts):
+    """``manifest.json`` of an evaluation."""
+
+    kind: Literal["scores"]
+    identity: ScoresIdentity
+    units: dict[Annotated[str, Field(pattern="^result$")], ResultUnit]
 
 
-def contradiction(name: str, unit: dict[str, Any]) -> str | None:
-    """What of a valid unit contradicts its name, or itself; None where nothing does."""
-    return None if RESULT in unit["files"] else f"files: {RESULT} is not among them"
+def unit_model(name: str) -> type[ResultUnit]:
+    """The model of a unit, by its name."""
+    return ResultUnit
+
+
+def contradiction(name: str, unit: ResultUnit) -> str | None:
+    """How a valid unit contradicts its name, or itself; None if it does not."""
+    return None if RESULT in unit["files"] else f"files: {RESULT} is missing"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired, final
 
-from pydantic import Field
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from cae2pipe.artifacts.manifest_values import (
@@ -12,11 +12,10 @@ from cae2pipe.artifacts.manifest_values import (
     SAMPLE_BYTES,
     SHARD,
     STRICT,
+    Common,
     Count,
     FileEntry,
-    Format,
     Names,
-    Sha256,
     Values,
 )
 
@@ -26,66 +25,63 @@ TarFile = Annotated[str, Field(pattern=rf"^tars/{SHARD}\.(tar|json)$")]
 OtherFile = Annotated[str, Field(pattern=rf"^({LISTING}\.jsonl\.gz|rejects\.jsonl)$")]
 
 
+@with_config(STRICT)
 class Rejected(TypedDict):
     """An image of the source that cannot be decoded."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     path: str
     reason: str
 
 
-class Tar(TypedDict):
-    """The unit ``000000``: a tar and its index, or nothing where every image was rejected."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
+@final
+@with_config(STRICT)
+class TarUnit(TypedDict):
+    """The unit ``000000``: a tar and its index, or nothing if every image was rejected."""
 
     files: dict[TarFile, FileEntry]
     samples: Count
     rejected: list[Rejected]
 
 
-class Listing(TypedDict):
+@final
+@with_config(STRICT)
+class ListingUnit(TypedDict):
     """The unit ``listing-000`` (or ``rejects``, which lists no ``images``)."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     files: dict[OtherFile, FileEntry]
     samples: Literal[0]
     images: NotRequired[Count]
 
 
-class Identity(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-
+@with_config(OPEN)
+class ShardsIdentity(TypedDict):
     settings: Values
     classes: Names
 
 
-class ShardsManifest(TypedDict):
-    """``manifest.json`` of a shard set."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-
-    format: Format
-    kind: Literal["shards"]
-    identity: Identity
-    fingerprint: Sha256
-    digest: NotRequired[Sha256]
-    units: dict[Annotated[str, Field(pattern=f"^({SHARD}|{LISTING}|rejects)$")], Tar | Listing]
-    complete: bool
+@with_config(OPEN)
+class ShardsFacts(TypedDict):
     rejected: NotRequired[Count]
 
 
-def unit_model(name: str) -> type[Any]:
-    """The model of the unit of this name."""
-    return Tar if name.isdigit() else Listing
+@with_config(OPEN)
+class ShardsManifest(Common, ShardsFacts):
+    """``manifest.json`` of a shard set."""
+
+    kind: Literal["shards"]
+    identity: ShardsIdentity
+    units: dict[Annotated[str, Field(pattern=f"^({SHARD}|{LISTING}|rejects)$")], TarUnit | ListingUnit]
 
 
-def contradiction(name: str, unit: dict[str, Any]) -> str | None:
-    """What of a valid unit contradicts its name, or itself; None where nothing does."""
+def unit_model(name: str) -> type[TarUnit | ListingUnit]:
+    """The model of a unit, by its name."""
+    return TarUnit if name.isdigit() else ListingUnit
+
+
+def contradiction(name: str, unit: TarUnit | ListingUnit) -> str | None:
+    """How a valid unit contradicts its name, or itself; None if it does not."""
     files = unit["files"]
-    if unit_model(name) is not (Tar if "rejected" in unit else Listing):
+    if unit_model(name) is not (TarUnit if "rejected" in unit else ListingUnit):
         return "these are the fields of another kind of unit"
     if not name.isdigit():
         expected = {"rejects.jsonl"} if name == "rejects" else {f"{name}.jsonl.gz"}
@@ -94,7 +90,7 @@ def contradiction(name: str, unit: dict[str, Any]) -> str | None:
     else:
         expected = {f"tars/{name}.tar", f"tars/{name}.json"} if unit["samples"] else set()
     if files.keys() != expected:
-        return f"files: these are not {', '.join(sorted(expected)) or 'none'}"
+        return f"files: expected {', '.join(sorted(expected)) or 'none'}"
     if unit["samples"] * SAMPLE_BYTES > sum(entry["bytes"] for entry in files.values()):
         return f"samples: the tar is too small for {unit['samples']}"
     return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired, final
 
-from pydantic import Field
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from cae2pipe.artifacts.manifest_values import (
@@ -14,13 +14,13 @@ from cae2pipe.artifacts.manifest_values import (
     SHARD,
     STRICT,
     VIEW,
+    Common,
     Count,
     FileEntry,
-    Format,
     Names,
     Sha256,
     ShardName,
-    Teacher,
+    TeacherEntry,
     Values,
 )
 
@@ -32,10 +32,9 @@ CodecFile = Annotated[str, Field(pattern=rf"^codec\.zarr{INSIDE_ZARR}$", max_len
 Samples = Annotated[int, Field(ge=1, lt=2**53)]
 
 
+@with_config(STRICT)
 class FidelityReached(TypedDict):
     """Cosines between true and stored tokens: mean and 1st percentile, raw and with the mean token removed."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     mean: float
     p1: float
@@ -43,23 +42,25 @@ class FidelityReached(TypedDict):
     centred_p1: float
 
 
-class StoreBytes(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
+FIGURES: tuple[Literal["mean", "p1", "centred_mean", "centred_p1"], ...]
+FIGURES = ("mean", "p1", "centred_mean", "centred_p1")
 
+
+@with_config(STRICT)
+class StoreBytes(TypedDict):
     latents: Count
     pixels: Count
 
 
+@with_config(STRICT)
 class ImagesBytes(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-
     pixels: Count
 
 
-class Store(TypedDict):
-    """The unit ``v00/000123``: a view of a shard. ``recoded``: the fingerprint of the one it came from."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
+@final
+@with_config(STRICT)
+class StoreUnit(TypedDict):
+    """The unit ``v00/000123``: a view of a shard. ``recoded``: the fingerprint of its source, if recoded."""
 
     files: dict[StoreFile, FileEntry]
     view: Annotated[int, Field(ge=0, lt=10**6)]
@@ -73,10 +74,10 @@ class Store(TypedDict):
     recoded: NotRequired[Sha256]
 
 
-class Images(TypedDict):
-    """The unit ``images/000123``: the images that a shard's replayed views are cut from."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
+@final
+@with_config(STRICT)
+class ImagesUnit(TypedDict):
+    """The unit ``images/000123``: the images that a shard's replayed views are cropped from."""
 
     files: dict[ImagesFile, FileEntry]
     shard: ShardName
@@ -86,112 +87,98 @@ class Images(TypedDict):
     bytes: ImagesBytes
 
 
-class Codec(TypedDict):
+@final
+@with_config(STRICT)
+class CodecUnit(TypedDict):
     """The unit ``codec``: the calibration."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     files: dict[CodecFile, FileEntry]
     samples: Samples
 
 
+@with_config(OPEN)
 class CodecIdentity(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-
     name: Literal["klt", "int8", "fp16"]
     fidelity: Annotated[float, Field(gt=0.5, lt=1)]
     level: Annotated[int, Field(ge=1, le=9)]
 
 
-class SettingsIdentity(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+class StoredCodec(TypedDict):
+    """The part of ``CodecIdentity`` that determines how stores are read."""
 
+    name: Literal["klt", "int8", "fp16"]
+    level: int
+
+
+@with_config(OPEN)
+class SettingsIdentity(TypedDict):
     codec: CodecIdentity
     view: Values
     teacher: Values
 
 
+@with_config(OPEN)
 class TeacherIdentity(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-
     name: str
     library: str
     weights: str
 
 
+@with_config(OPEN)
 class Recoded(TypedDict):
-    """What a recoded set came from."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    """The source of a recoded set."""
 
     codec: Values
     calibration: dict[CodecFile, FileEntry]
 
 
-class Identity(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-
+@with_config(OPEN)
+class TargetsIdentity(TypedDict):
     settings: SettingsIdentity
     teacher: TeacherIdentity
     recoded: NotRequired[Recoded]
 
 
+@with_config(OPEN)
 class Expected(TypedDict):
-    """Bytes that calibration expects: of a view's latents, and of the pixels of a view or an image."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    """Bytes predicted by calibration: of a view's latents, and of the pixels of a view or an image."""
 
     latents: Count
     pixels: Count
 
 
+@with_config(OPEN)
 class CodecFacts(TypedDict):
-    """What calibration found. ``step``: of klt."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    """The result of calibration. ``step``: klt only."""
 
     held_out_fidelity: FidelityReached
     step: float | None
     expected_bytes: NotRequired[Expected]
 
 
+@with_config(OPEN)
 class Wanted(TypedDict):
-    """What the whole set is to hold."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    """What the complete set will hold."""
 
     views: Annotated[int, Field(ge=1, le=10**6)]
     shards: Count
     images: Count
 
 
+@with_config(OPEN)
 class Extracted(TypedDict):
-    """The provenance of the set that a recoded one came from."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    """The provenance of a recoded set's source."""
 
     versions: NotRequired[dict[str, str]]
     processor: NotRequired[str]
 
 
-class TargetsManifest(TypedDict):
-    """``manifest.json`` of a target set."""
+@with_config(OPEN)
+class TargetsFacts(TypedDict):
+    """All but ``wanted`` are present once the set is calibrated."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-
-    format: Format
-    kind: Literal["targets"]
-    identity: Identity
-    fingerprint: Sha256
-    digest: NotRequired[Sha256]
-    units: dict[
-        Annotated[str, Field(pattern=f"^(codec|images/{SHARD}|{VIEW}/{SHARD})$")],
-        # The commonest first: it is tried first.
-        Annotated[Store | Images | Codec, Field(union_mode="left_to_right")],
-    ]
-    complete: bool
     classes: NotRequired[Names]
-    teacher: NotRequired[Teacher]
+    teacher: NotRequired[TeacherEntry]
     codec: NotRequired[CodecFacts]
     wanted: NotRequired[Wanted]
     versions: NotRequired[dict[str, str]]
@@ -199,40 +186,63 @@ class TargetsManifest(TypedDict):
     extracted: NotRequired[Extracted]
 
 
-def unit_model(name: str) -> type[Any]:
-    """The model of the unit of this name."""
+@with_config(OPEN)
+class TargetsManifest(Common, TargetsFacts):
+    """``manifest.json`` of a target set."""
+
+    kind: Literal["targets"]
+    identity: TargetsIdentity
+    units: dict[
+        Annotated[str, Field(pattern=f"^(codec|images/{SHARD}|{VIEW}/{SHARD})$")],
+        # The most frequent first: models are tried in this order.
+        Annotated[StoreUnit | ImagesUnit | CodecUnit, Field(union_mode="left_to_right")],
+    ]
+
+
+def unit_model(name: str) -> type[StoreUnit | ImagesUnit | CodecUnit]:
+    """The model of a unit, by its name."""
     if name == "codec":
-        return Codec
-    return Images if name.startswith("images/") else Store
+        return CodecUnit
+    return ImagesUnit if name.startswith("images/") else StoreUnit
 
 
-def contradiction(name: str, unit: dict[str, Any]) -> str | None:
-    """What of a valid unit contradicts its name, or itself; None where nothing does."""
-    files = unit["files"]
-    if unit_model(name) is not (Store if "view" in unit else Images if "shard" in unit else Codec):
+def contradiction(name: str, unit: StoreUnit | ImagesUnit | CodecUnit) -> str | None:
+    """How a valid unit contradicts its name, or itself; None if it does not."""
+    if unit_model(name) is not (StoreUnit if "view" in unit else ImagesUnit if "shard" in unit else CodecUnit):
         return "these are the fields of another kind of unit"
-    if name == "codec":
-        return None
-    shard, tar = unit["shard"], unit["tar"]
-    if name.startswith("images/"):
-        if name != f"images/{shard}" or tar != f"{name}.tar":
-            return "shard, tar: these are not the unit's own"
-        if files.keys() != {tar, f"{name}.json"}:
-            return f"files: these are not {tar} and {name}.json"
-    else:
-        zarr = unit["zarr"]
-        if name != f"v{unit['view']:02d}/{shard}" or zarr != f"latents/{name}.zarr":
-            return "view, shard, zarr: these are not the unit's own"
-        stored = tar == f"views/{name}.tar"
-        if (not stored and tar != f"images/{shard}.tar") or stored != (tar in files):
-            return "tar: this is not the unit's own"
-        own = files.keys() - {tar}
-        # What lies between two paths of one beginning has it too.
-        if not (own and min(own).startswith(f"{zarr}/") and max(own).startswith(f"{zarr}/")):
-            return "files: not all of these are the unit's own"
-        labels = files.get(f"{zarr}/labels/c/0")
-        if labels is None or labels["bytes"] != 4 * unit["samples"] + 4:
-            return f"samples: the store does not have the labels of {unit['samples']}"
-    if tar in files and unit["samples"] * SAMPLE_BYTES > files[tar]["bytes"]:
+    if "view" in unit:
+        return _of_store(name, unit)
+    return _of_images(name, unit) if "shard" in unit else None
+
+
+def _of_store(name: str, unit: StoreUnit) -> str | None:
+    files, shard, tar, zarr = unit["files"], unit["shard"], unit["tar"], unit["zarr"]
+    if name != f"v{unit['view']:02d}/{shard}" or zarr != f"latents/{name}.zarr":
+        return "view, shard, zarr: they do not match the unit's name"
+    stored = tar == f"views/{name}.tar"
+    if (not stored and tar != f"images/{shard}.tar") or stored != (tar in files):
+        return "tar: it does not match the unit's name"
+    own = files.keys() - {tar}
+    # In sorted order, all paths between two with this prefix have it too.
+    if not (own and min(own).startswith(f"{zarr}/") and max(own).startswith(f"{zarr}/")):
+        return "files: not all of them belong to the unit"
+    labels = files.get(f"{zarr}/labels/c/0")
+    if labels is None or labels["bytes"] != 4 * unit["samples"] + 4:
+        return f"samples: the store does not have {unit['samples']} labels"
+    return _too_small(unit)
+
+
+def _of_images(name: str, unit: ImagesUnit) -> str | None:
+    tar = unit["tar"]
+    if name != f"images/{unit['shard']}" or tar != f"{name}.tar":
+        return "shard, tar: they do not match the unit's name"
+    if unit["files"].keys() != {tar, f"{name}.json"}:
+        return f"files: expected {tar} and {name}.json"
+    return _too_small(unit)
+
+
+def _too_small(unit: StoreUnit | ImagesUnit) -> str | None:
+    tar = unit["files"].get(unit["tar"])
+    if tar is not None and unit["samples"] * SAMPLE_BYTES > tar["bytes"]:
         return f"samples: the tar is too small for {unit['samples']}"
     return None

@@ -1,16 +1,16 @@
-"""The values that every kind of manifest is made of, and their limits. Types are strict and numbers finite."""
+"""The value types of all kinds of manifest, and their limits. Types are strict and numbers finite."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NotRequired
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue, with_config
 from typing_extensions import TypedDict
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""Of what no other version may add to."""
+"""For objects that other versions may not extend."""
 OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-"""Of what other versions may know more of."""
+"""For objects that other versions may extend."""
 
 SHARD = r"[0-9]{6,9}"
 """A shard's name: its number."""
@@ -33,22 +33,36 @@ Names = list[str]
 Values = dict[str, JsonValue]
 
 SAMPLE_BYTES = 1024
-"""Bytes that a sample takes in a tar, at least: two headers."""
+"""Fewest bytes of a sample in a tar: two headers."""
 
 
+@with_config(STRICT)
 class FileEntry(TypedDict):
     """A file of a unit, under its path relative to the folder."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     bytes: Count
     sha256: Sha256
 
 
-class Teacher(TypedDict):
-    """What readers must know of a teacher."""
+class Unit(TypedDict):
+    """The fields of every unit."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    files: dict[str, FileEntry]
+
+
+@with_config(OPEN)
+class Common(TypedDict):
+    """The fields of every manifest besides ``kind``, ``identity`` and ``units``."""
+
+    format: Format
+    fingerprint: Sha256
+    digest: NotRequired[Sha256]
+    complete: bool
+
+
+@with_config(OPEN)
+class TeacherEntry(TypedDict):
+    """What readers need to know about a teacher."""
 
     name: str
     dim: Size

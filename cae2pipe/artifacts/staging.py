@@ -1,8 +1,8 @@
-"""Units on the way: written file by file beside their goal, then put in place whole.
+"""Staged units: written file by file to a temporary folder, then moved to their final path as a whole.
 
-A local unit's files lie in a folder ``.tmp-NAME`` of the box until they are flushed and renamed. A remote one's lie in
-the machine's folder for temporary files until they are uploaded. Either way the unit exists only from the moment on
-that the box lists it, so what a killed run leaves is debris and never half a unit.
+A local unit's files are in a folder ``.tmp-NAME`` of the artifact until they are flushed and renamed. A remote one's
+are in the machine's folder for temporary files until they are uploaded. Either way the unit exists only once the
+artifact lists it, so a killed run leaves temporary files but never half a unit.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from cae2pipe.artifacts.atomic import TEMPORARY, fsync_path, remove_any
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.inside import inside
-from cae2pipe.artifacts.places import is_local, put_file
+from cae2pipe.artifacts.manifest_values import FileEntry
+from cae2pipe.artifacts.storage import is_local, put_file
 
 
 def stage_path(root: Path, name: str) -> Path:
-    """The local folder in which the unit's files are collected. Raises BadInputError where the name is no unit's."""
+    """The local folder in which the unit's files are collected. Raises BadInputError if the name is invalid."""
     inside(root, name)
     flat = TEMPORARY + name.replace("/", "+")
     if is_local(root):
         return root / flat
-    # The same for the next run, so that it finds the debris of this one.
-    box = hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"cae2pipe-{os.getuid()}" / box / flat
+    # The same path in the next run, so that it finds this run's leftovers.
+    artifact = hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"cae2pipe-{os.getuid()}" / artifact / flat
 
 
 @contextmanager
-def staged(root: Path, name: str) -> Iterator[Stage]:
-    """A stage for the unit's files, removed in the end whatever happens."""
-    stage = Stage(root, name)
+def staged(root: Path, name: str) -> Iterator[StagedUnit]:
+    """A staging folder for the unit's files, always removed at the end."""
+    stage = StagedUnit(root, name)
     try:
         yield stage
     finally:
         stage.discard()
 
 
-class Stage:
-    """Files of one unit of the box ``root``."""
+class StagedUnit:
+    """Files of one unit of the artifact ``root``."""
 
     def __init__(self, root: Path, name: str):
         self.root = root
@@ -53,19 +53,19 @@ class Stage:
         self.folder.mkdir(parents=True, mode=0o700 if not is_local(root) else 0o777)
 
     def path(self, relative: str) -> Path:
-        """Where to write the file or folder that will be ``root / relative``. Raises as ``inside``."""
+        """Where to write the file or folder whose final path is ``root / relative``. Raises as ``inside``."""
         inside(self.root, relative)
         path = self.folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def entries(self, *pieces: str) -> dict[str, dict[str, Any]]:
+    def entries(self, *pieces: str) -> dict[str, FileEntry]:
         """Size and SHA-256 of every file at these relative paths, by its path relative to the root."""
         files = sorted(path for piece in pieces for path in _files(self.folder / piece))
         return {path.relative_to(self.folder).as_posix(): file_entry(path) for path in files}
 
-    def commit(self, *pieces: str) -> dict[str, dict[str, Any]]:
-        """Put the files and folders at these relative paths in place, durably, instead of what is there.
+    def commit(self, *pieces: str) -> dict[str, FileEntry]:
+        """Move the files and folders at these relative paths to their final paths, durably, replacing existing ones.
 
         Returns:
             As ``entries``.
@@ -95,7 +95,7 @@ class Stage:
 
 
 def remove_stages(root: Path, names: list[str]) -> None:
-    """Remove what a killed run left of these units."""
+    """Remove temporary files of these units that a killed run left."""
     for name in names:
         remove_any(stage_path(root, name))
 

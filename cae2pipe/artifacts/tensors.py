@@ -1,13 +1,12 @@
-"""Files of tensors, written so that a full disk is an OSError with a path, and the umask decides who may read them.
+"""Files of tensors, written so that a full disk raises an OSError with a path, and with permissions from the umask.
 
-torch and safetensors open a path by themselves: of a disk that is full they speak in RuntimeErrors of their own, and
-safetensors makes files that their owner alone may read.
+torch and safetensors open paths themselves: they report a full disk as their own RuntimeErrors, and safetensors
+creates files that only their owner may read.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +14,13 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import replacing, write_bytes
 
 
-def write_torch(path: Path, state: Any) -> None:
+def write_torch(path: Path, state: object) -> None:
     """Tensors and plain values as ``torch.save`` writes them. Raises OSError."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            # It is about the end of the archive, which torch tries to write after the disk has said no.
+            # It concerns the archive's end, which torch tries to write after the disk is full.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise

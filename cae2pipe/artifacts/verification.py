@@ -1,4 +1,4 @@
-"""What the check of a folder against its manifest came to."""
+"""The result of checking a folder against its manifest."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cae2pipe.errors import Cae2pipeError
 
 @dataclass
 class Verification:
-    """The outcome of ``verify``: ``problems`` of this folder, the units (``bad``) they are in, and the outcome of the
-    shard set inside, if there is one."""
+    """The result of ``verify``: ``problems`` of this folder, the units (``bad``) that they are in, and the result for
+    the shard set inside, if there is one."""
 
     path: Path
     kind: str
@@ -27,5 +27,6 @@ class Verification:
     def summary(self) -> str:
         files = self.files + sum(inner.files for inner in self.inner)
         if self.problems:
-            return f"{self.path}: {len(self.problems)} problems in {files} files of this {self.kind} folder"
-        return f"{self.path}: all {files} files of this {self.kind} folder are as the manifest says"
+            plural = "s" * (len(self.problems) != 1)
+            return f"{self.path}: {len(self.problems)} problem{plural} in {files} files of this {self.kind} folder"
+        return f"{self.path}: all {files} files of this {self.kind} folder match the manifest"

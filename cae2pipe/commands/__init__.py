@@ -1,1 +1,1 @@
-"""What the command line can do, a file for each group of commands. They parse, call a stage and print."""
+"""The commands, one file per group. They parse arguments, call the API or a stage, and print."""

@@ -1,4 +1,4 @@
-"""The command line, put together. Nothing heavy is imported before a command runs."""
+"""The command line as one app. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from cae2pipe.commands import data, evaluation, folders, presets, training
 from cae2pipe.commands.shared import console, exits, folder
 from cae2pipe.version import __version__
 
+
+def example(arguments: str) -> str:
+    """The last line of a command's help."""
+    return f"Example: cae2pipe {arguments}"
+
+
 app = typer.Typer(
     name="cae2pipe",
     help="Pretrain vision transformers from cached CLIP targets (CAE v2). Images are sharded, a frozen teacher's patch "
@@ -20,57 +26,67 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Show presets and resolved settings.", no_args_is_help=True)
-teachers_app = typer.Typer(help="List teacher presets; bring their weights to this machine.", no_args_is_help=True)
+teachers_app = typer.Typer(help="List teacher presets; download their weights.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Score an encoder.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(teachers_app, name="teachers")
 app.add_typer(config_app, name="config")
 
-app.command()(data.shard)
-app.command("extract-targets")(data.extract_targets)
-app.command()(data.recode)
-app.command()(training.pretrain)
-app.command()(training.replay)
-app.command()(training.export)
-app.command()(training.compare)
-app.command()(training.report)
-evaluate_app.command("knn")(evaluation.evaluate_knn)
-evaluate_app.command("linear")(evaluation.evaluate_linear)
-evaluate_app.command("attentive")(evaluation.evaluate_attentive)
-evaluate_app.command("finetune")(evaluation.evaluate_finetune)
-evaluate_app.command("segment")(evaluation.evaluate_segment)
-evaluate_app.command("detect")(evaluation.evaluate_detect)
-app.command()(evaluation.results)
-config_app.command("list")(presets.config_list)
-config_app.command("show")(presets.config_show)
-teachers_app.command("list")(presets.teachers_list)
-teachers_app.command("fetch")(presets.teachers_fetch)
-app.command()(folders.inspect)
-app.command()(folders.verify)
+app.command(epilog=example("shard photos/train shards"))(data.shard)
+app.command("extract-targets", epilog=example("extract-targets shards targets --config clip-b16"))(data.extract_targets)
+app.command(epilog=example("recode targets-fp16 targets --codec klt --fidelity 0.97"))(data.recode)
+app.command(epilog=example("pretrain targets runs/base --config base"))(training.pretrain)
+app.command(epilog=example("replay runs/base/failures/step-00012345.pt"))(training.replay)
+app.command(epilog=example("export runs/base exported --format timm"))(training.export)
+app.command(epilog=example("compare table2 targets imagenet compared"))(training.compare)
+app.command(epilog=example("report runs/base runs/mvp --scores scores --targets targets"))(training.report)
+evaluate_app.command("knn", epilog=example("evaluate knn runs/base imagenet scores/base"))(evaluation.evaluate_knn)
+evaluate_app.command("linear", epilog=example("evaluate linear runs/base imagenet scores/base"))(
+    evaluation.evaluate_linear
+)
+evaluate_app.command("attentive", epilog=example("evaluate attentive runs/base imagenet scores/base"))(
+    evaluation.evaluate_attentive
+)
+evaluate_app.command("finetune", epilog=example("evaluate finetune runs/base imagenet scores/base"))(
+    evaluation.evaluate_finetune
+)
+evaluate_app.command("segment", epilog=example("evaluate segment runs/base ade20k scores/base"))(
+    evaluation.evaluate_segment
+)
+evaluate_app.command("detect", epilog=example("evaluate detect runs/base coco scores/base --cascade"))(
+    evaluation.evaluate_detect
+)
+app.command(epilog=example("results scores --format markdown"))(evaluation.results)
+config_app.command("list", epilog=example("config list"))(presets.config_list)
+config_app.command("show", epilog=example("config show pretrain base"))(presets.config_show)
+teachers_app.command("list", epilog=example("teachers list"))(presets.teachers_list)
+teachers_app.command("fetch", epilog=example("teachers fetch clip-b16"))(presets.teachers_fetch)
+app.command(epilog=example("inspect targets"))(folders.inspect)
+app.command(epilog=example("verify targets --repair --source shards"))(folders.verify)
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
         console.say(__version__)
         raise typer.Exit
-    # Reached without a command only through options that do nothing by themselves.
+    # Without a command, only options that do nothing on their own lead here.
     if context.invoked_subcommand is None:
         console.print(context.get_help())
 
 
-@app.command()
+@app.command(epilog=example("demo demo"))
 def demo(
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="The folder to make, or to go on with.", parser=folder)
+        Path, typer.Argument(metavar="[OUT]", help="Output folder (created, or resumed if it exists).", parser=folder)
     ] = Path("demo"),
     teacher: Annotated[str, typer.Option(help="Teacher preset.")] = "lite0",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """The whole pipeline in minutes, on photographs that pip brings; ends with a table and a report."""
+    """Run the whole pipeline in minutes on photographs that pip installs; ends with a table and a report."""
     with exits():
         from cae2pipe.demo.measures import rows
         from cae2pipe.demo.run import run_demo
@@ -79,6 +95,6 @@ def demo(
         def say(text: str) -> None:
             console.block(text)
 
-        result = run_demo(out, teacher, device, say)
+        result = run_demo(out, teacher, device, say=say)
         print_table(console, rows(result))
         say(f"\nreport: {out / 'report.html'}")

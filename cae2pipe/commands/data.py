@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, place, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, path_or_url
 
 if TYPE_CHECKING:
     from cae2pipe.config.extract import CodecSettings
@@ -27,7 +27,7 @@ def shard(
             metavar="SOURCE",
             help="A folder of images (class/*.jpg, or *.jpg, or splits of those), ImageNet's archives or their folder, "
             "a tar of images, a folder of WebDataset tars, or a .txt list of paths; or the URL of one.",
-            parser=place,
+            parser=path_or_url,
         ),
     ],
     out: Out,
@@ -35,56 +35,55 @@ def shard(
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="Ground truth of images without classes: ImageNet's development kit, a text file with a class a line, "
-            "or Kaggle's LOC_val_solution.csv.",
-            parser=place,
+            help="Ground truth of images without classes: ImageNet's development kit, a text file with one class per "
+            "line, or Kaggle's LOC_val_solution.csv.",
+            parser=path_or_url,
         ),
     ] = None,
     expect: Annotated[
         str | None,
-        typer.Option(help="Stop unless the source is all of this: imagenet1k, imagenet1k/val, or FILE.json."),
+        typer.Option(help="Stop unless the source is exactly this data set: imagenet1k, imagenet1k/val, or FILE.json."),
     ] = None,
     workers: Workers = None,
     set_: Set = None,
 ) -> None:
     """Pack images into shuffled WebDataset tars, checking that each can be decoded.
 
-    Run again with more images in SOURCE, it adds tars for the new ones.
+    If SOURCE has new images, run the same command again to add tars for them.
     """
     with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.extract import ShardSettings
-        from cae2pipe.runtime.progress import progress
-        from cae2pipe.stages.shard import shard_images
+        from cae2pipe.api.targets import shard
 
-        settings = load(ShardSettings, "shard", config, set_ or [], section("speed", workers=workers))
-        with progress("shard") as report:
-            shard_images(source, out, settings, report, labels=labels, expected=expect)
+        shard(source, out, config=config, overrides=set_, labels=labels, expect=expect, workers=workers)
 
 
 def extract_targets(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A shard set (folder or URL), or a folder of images.", parser=place)
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A shard set (folder or URL), or a folder of images.", parser=path_or_url
+        ),
     ],
     out: Out,
     config: Annotated[str, typer.Option(help="Teacher preset or YAML file.")] = "clip-b16",
     views: Annotated[
-        int | None, typer.Option(help="Views an image; 16 if not given. Ask for more later to add them.")
+        int | None, typer.Option(help="Views per image (default: 16). Run again with a larger number to add views.")
     ] = None,
     codec: Annotated[CodecName | None, typer.Option(help="How latents are compressed.")] = None,
     fidelity: Annotated[
-        float | None, typer.Option(help="klt: mean cosine to reach on held-out images; 0.97 if not given.")
+        float | None, typer.Option(help="klt: mean cosine to reach on held-out images (default: 0.97).")
     ] = None,
     workers: Workers = None,
     device: Device = None,
-    part: Annotated[str, typer.Option(help="K/N: make the K-th of N shares, e.g. 3/8 on the third of 8 machines.")] = (
+    part: Annotated[str, typer.Option(help="K/N: only the K-th of N shares, e.g. 3/8 on the third of 8 machines.")] = (
         "1/1"
     ),
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Say what it would cost, from a few hundred images; OUT is not touched.")
+        bool, typer.Option("--estimate", help="Estimate size and time from a few hundred images; OUT is not touched.")
     ] = False,
     epochs: Annotated[
-        int | None, typer.Option(help="With --estimate: epochs of the pretraining, to recommend a number of views for.")
+        int | None,
+        typer.Option(help="With --estimate: recommend a number of views for this many epochs of pretraining."),
     ] = None,
     calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="Calibrate the codec and stop.")] = False,
     set_: Set = None,
@@ -94,66 +93,55 @@ def extract_targets(
     Under torchrun (torchrun --nproc-per-node N -m cae2pipe extract-targets ...) the ranks share the work.
     """
     with exits():
-        from cae2pipe.artifacts.parts import parse_part
-        from cae2pipe.config.base import load
-        from cae2pipe.config.extract import ExtractSettings
+        from cae2pipe.api import targets
         from cae2pipe.errors import SettingsError
-        from cae2pipe.runtime.progress import progress
 
         if epochs is not None and not estimate:
             raise SettingsError(
                 "a target set does not depend on how many epochs are trained on it",
                 where="--epochs",
-                fix="add --estimate to have views recommended for so many epochs, or omit --epochs",
+                fix="add --estimate to get a recommended number of views, or omit --epochs",
             )
-        values = {
-            **({} if views is None else {"views": views}),
-            **section("codec", name=codec.value if codec else None, fidelity=fidelity),
-            **section("speed", workers=workers, device=device),
-        }
-        settings = load(ExtractSettings, "extract", config, set_ or [], values)
-        from cae2pipe.stages.estimate_targets import estimate_targets
-        from cae2pipe.stages.extract_targets import extract_targets as run
-
+        settings = targets.extract_settings(
+            config,
+            set_,
+            views=views,
+            codec=codec.value if codec else None,
+            fidelity=fidelity,
+            workers=workers,
+            device=device,
+        )
         if estimate:
-            with progress("estimate") as report:
-                result = estimate_targets(source, settings, report, epochs)
-            _print_estimate(result, settings.codec)
-            return
-        with progress("extract-targets") as report:
-            run(source, out, settings, report, part=parse_part(part), calibrate_only=calibrate_only)
+            _print_estimate(targets.estimate_targets(source, config=settings, epochs=epochs), settings.codec)
+        else:
+            targets.extract_targets(source, out, config=settings, part=part, calibrate_only=calibrate_only)
 
 
 def recode(
     source: Annotated[
         Path,
-        typer.Argument(metavar="SET", help="A target set, best one of --codec fp16 (folder or URL).", parser=place),
+        typer.Argument(
+            metavar="SET", help="A target set, preferably of --codec fp16 (folder or URL).", parser=path_or_url
+        ),
     ],
     out: Out,
     codec: Annotated[CodecName, typer.Option(help="How latents are compressed in OUT.")] = CodecName.klt,
     fidelity: Annotated[
-        float | None, typer.Option(help="klt: mean cosine to reach on held-out images; 0.97 if not given.")
+        float | None, typer.Option(help="klt: mean cosine to reach on held-out images (default: 0.97).")
     ] = None,
     lossy_source: Annotated[
-        bool, typer.Option("--lossy-source", help="Allow a set that is not fp16: its error comes on top.")
+        bool, typer.Option("--lossy-source", help="Allow a set that is not fp16; its error adds to the new codec's.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Threads; -1: one a core.")] = -1,
+    workers: Annotated[int, typer.Option(help="Threads; -1: one per core.")] = -1,
 ) -> None:
-    """Make a target set with another codec or fidelity from one there is, without the teacher.
+    """Make a target set with another codec or fidelity from an existing one, without the teacher.
 
-    On one disk the views' pixels are shared, not copied.
+    If both are on the same disk, pixels are hard-linked, not copied.
     """
     with exits():
-        from cae2pipe.config.base import build
-        from cae2pipe.config.extract import CodecSettings
-        from cae2pipe.runtime.progress import progress
+        from cae2pipe.api.targets import recode
 
-        values = {"name": codec.value} | ({} if fidelity is None else {"fidelity": fidelity})
-        settings = build(CodecSettings, values, "recode")
-        from cae2pipe.stages.recode import recode as run
-
-        with progress("recode") as report:
-            run(source, out, settings, report, lossy_source=lossy_source, workers=workers)
+        recode(source, out, codec=codec.value, fidelity=fidelity, lossy_source=lossy_source, workers=workers)
 
 
 def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:
@@ -163,30 +151,31 @@ def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:
     rows = [
         {
             "codec": row["codec"],
-            "pixels a view": gigabytes(cost["pixels"]),
-            "latents a view": gigabytes(row["latents"]),
-            "in all": gigabytes(row["bytes"]),
+            "pixels per view": gigabytes(cost["pixels"]),
+            "latents per view": gigabytes(row["latents"]),
+            "total": gigabytes(row["bytes"]),
             "mean cosine": f"{row['mean']:.5f}",
             "1st percentile": f"{row['p1']:.5f}",
-            "time here": duration(row["seconds"]),
-            "paid from epoch": row["paid_from_epoch"],
+            "time": duration(row["seconds"]),
+            "break-even epoch": row["paid_from_epoch"],
         }
         for row in cost["codecs"]
     ]
     print_table(console, rows)
     console.say(
-        f"{cost['images']} images in {cost['views']} views; here {cost['views_per_s']:.1f} views a second, the "
-        f"teacher alone {cost['teacher_per_s']:.1f}: {cost['verdict']}"
+        f"{cost['images']} images, {cost['views']} views each; this machine makes {cost['views_per_s']:.1f} views per "
+        f"second, the teacher alone {cost['teacher_per_s']:.1f}: {cost['verdict']}"
     )
     if "recommended" in cost:
         advice = cost["recommended"]
         name = f"klt at {codec.fidelity:g}" if codec.name == "klt" else codec.name
         asked = (
-            "as asked for"
+            "as requested"
             if advice["views"] == cost["views"]
-            else f"with --views {cost['views']} each would be shown {advice['showings_asked']:.3g} times"
+            else f"with --views {cost['views']} it would be shown {advice['showings_asked']:.3g} times"
         )
         console.say(
             f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "
-            f"with {name}, {duration(advice['seconds'])} here, each view shown {advice['showings']:.3g} times; {asked}"
+            f"with {name}, {duration(advice['seconds'])} on this machine, each view shown "
+            f"{advice['showings']:.3g} times; {asked}"
         )

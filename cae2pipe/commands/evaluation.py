@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, section, show
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, show_error
 from cae2pipe.errors import FAILURE, Cae2pipeError
 
 Encoder = Annotated[
@@ -37,7 +37,7 @@ def evaluate_knn(
     set_: Set = None,
 ) -> None:
     """Accuracy of weighted nearest neighbours on frozen features."""
-    _evaluate("knn", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("knn", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
 def evaluate_linear(
@@ -50,7 +50,7 @@ def evaluate_linear(
         typer.Option(
             "--fast",
             help="On features of the central crop, computed once, with six learning rates at once; the best on "
-            "held-out training images is taken.",
+            "held-out training images is chosen.",
         ),
     ] = False,
     workers: Workers = None,
@@ -61,7 +61,7 @@ def evaluate_linear(
     from cae2pipe.config.evaluate import FAST_RATES
 
     over = ["cached_crops=1", f"sweep={list(FAST_RATES)}", *(set_ or [])] if fast else set_
-    _evaluate("linear", encoder, data, out, config, over, workers=workers, device=device)
+    _run_evaluation("linear", encoder, data, out=out, config=config, set_=over, workers=workers, device=device)
 
 
 def evaluate_attentive(
@@ -74,7 +74,7 @@ def evaluate_attentive(
     set_: Set = None,
 ) -> None:
     """Accuracy of one cross-attention block and a linear classifier on frozen tokens."""
-    _evaluate("attentive", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("attentive", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
 def evaluate_finetune(
@@ -90,7 +90,7 @@ def evaluate_finetune(
     set_: Set = None,
 ) -> None:
     """Accuracy of the whole encoder trained as a classifier (paper, Table 10)."""
-    _evaluate("finetune", encoder, data, out, config, set_, workers=workers, device=device)
+    _run_evaluation("finetune", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
 def evaluate_segment(
@@ -99,8 +99,8 @@ def evaluate_segment(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="A folder with images/train, images/val, annotations/train, annotations/val, and classes.txt (a name "
-            "a line) or ADE20K's objectInfo150.txt.",
+            help="A folder with images/train, images/val, annotations/train, annotations/val, and classes.txt (one "
+            "name per line) or ADE20K's objectInfo150.txt.",
         ),
     ],
     out: Out,
@@ -112,19 +112,7 @@ def evaluate_segment(
     set_: Set = None,
 ) -> None:
     """Mean intersection over union of UperNet on the encoder (paper, Table 11). Needs the extra `dense`."""
-    with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.dense import SegmentSettings
-        from cae2pipe.runtime.progress import progress
-
-        over = section("speed", workers=workers, device=device)
-        settings = load(SegmentSettings, "evaluate", config, set_ or [], over)
-        from cae2pipe.stages.evaluate_dense import segment
-
-        with progress("evaluate segment") as report:
-            result = segment(encoder, data, out, settings, report)
-        if result:
-            _print_score(result)
+    _run_evaluation("segment", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
 def evaluate_detect(
@@ -147,37 +135,28 @@ def evaluate_detect(
     set_: Set = None,
 ) -> None:
     """Average precision of Mask R-CNN on the encoder (paper, Table 12). Needs the extra `dense`."""
-    with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.dense import DetectSettings
-        from cae2pipe.runtime.progress import progress
-
-        over = section("speed", workers=workers, device=device) | ({"cascade": True} if cascade else {})
-        settings = load(DetectSettings, "evaluate", config, set_ or [], over)
-        from cae2pipe.stages.evaluate_dense import detect
-
-        with progress("evaluate detect") as report:
-            result = detect(encoder, data, out, settings, report)
-        if result:
-            _print_score(result)
+    over = ["cascade=true", *(set_ or [])] if cascade else set_
+    _run_evaluation("detect", encoder, data, out=out, config=config, set_=over, workers=workers, device=device)
 
 
-def _evaluate(
-    kind: str, encoder: str, data: Path, out: Path, config: str, set_: list[str] | None, **speed: Any
+def _run_evaluation(
+    kind: str,
+    encoder: str,
+    data: Path,
+    *,
+    out: Path,
+    config: str,
+    set_: list[str] | None,
+    workers: int | None,
+    device: str | None,
 ) -> None:
     with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.evaluate import EVALUATIONS
-        from cae2pipe.runtime.progress import progress
+        from cae2pipe.api.scores import evaluate
 
-        settings = load(EVALUATIONS[kind], "evaluate", config, set_ or [], section("speed", **speed))
-        from cae2pipe.stages.evaluate import evaluate
-
-        with progress(f"evaluate {kind}") as report:
-            result = evaluate(kind, encoder, data, out, settings, report)
-        # Under torchrun one process has it.
-        if result:
-            _print_score(result)
+        score = evaluate(kind, encoder, data, out=out, config=config, overrides=set_, workers=workers, device=device)
+        # Under torchrun, only one process has it.
+        if score:
+            _print_score(score.result)
 
 
 def _print_score(result: dict[str, Any]) -> None:
@@ -200,10 +179,12 @@ class ResultsFormat(StrEnum):
 
 def results(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with scores, at any depth.")],
-    format_: Annotated[ResultsFormat, typer.Option("--format", help="How to print.")] = ResultsFormat.table,
+    format_: Annotated[ResultsFormat, typer.Option("--format", help="Output format.")] = ResultsFormat.table,
 ) -> None:
-    """All scores of many evaluations side by side, each with its protocol. Manifests that cannot be read are named, and
-    the exit code is 1."""
+    """List the scores of many evaluations, each with its protocol.
+
+    Unreadable manifests are reported; the exit code is then 1.
+    """
     with exits():
         from cae2pipe.comparison.scores import collect
         from cae2pipe.reporting.results import as_markdown, protocols, shown
@@ -218,6 +199,6 @@ def results(
         else:
             console.block(as_markdown(rows) if format_ is ResultsFormat.markdown else json.dumps(rows, indent=1))
         for error in damaged:
-            show(error)
+            show_error(error)
     if damaged:
         raise typer.Exit(FAILURE)

@@ -1,4 +1,4 @@
-"""Any folder that a stage made: inspect, verify."""
+"""Commands for any folder that a stage made: inspect, verify."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Annotated
 
 import typer
 
-from cae2pipe.commands.shared import console, errors, exits, place
+from cae2pipe.commands.shared import console, errors, exits, path_or_url
 from cae2pipe.errors import FAILURE
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a folder is, what it was made from, and what it holds."""
+    """Show what a folder is, what it was made from, and what it contains."""
     with exits():
+        from cae2pipe.api import folders
         from cae2pipe.runtime.foreign_names import visible_json
         from cae2pipe.runtime.terminal import print_facts
-        from cae2pipe.stages.inspection import describe
 
-        facts = describe(path)
+        facts = folders.inspect(path)
         if as_json:
-            # What a small alphabet would have escaped is escaped as JSON has it.
+            # Characters that the terminal's encoding lacks are escaped as in JSON.
             plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
             sys.stdout.write(visible_json(facts, plain) + "\n")
         else:
@@ -32,14 +32,18 @@ def inspect(
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=place)],
-    repair: Annotated[bool, typer.Option("--repair", help="Make again exactly what is damaged, then check.")] = False,
+    path: Annotated[Path, typer.Argument(help="Any folder made by cae2pipe, or its URL.", parser=path_or_url)],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rebuild exactly what is damaged, then check again.")
+    ] = False,
     source: Annotated[
         Path | None,
-        typer.Option(help="With --repair: the images or the shard set that it was made from.", parser=place),
+        typer.Option(
+            help="With --repair: the images or the shard set that the folder was made from.", parser=path_or_url
+        ),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="With --repair: the ground truth that shard was given.", parser=place)
+        Path | None, typer.Option(help="With --repair: the ground truth that was given to shard.", parser=path_or_url)
     ] = None,
     live: Annotated[
         int, typer.Option(min=0, help="Target sets: also run the teacher again on this many stored views.")
@@ -52,36 +56,32 @@ def verify(
 ) -> None:
     """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
     with exits():
-        from cae2pipe.runtime.progress import progress
-        from cae2pipe.stages.verify import verify as check
+        from cae2pipe.api import folders
 
-        with progress("verify") as report:
-            result = check(path, report)
+        result = folders.verify(path)
         for problem in result.problems:
             errors.problem(problem)
         if repair:
-            from cae2pipe.stages.repair import repair as mend
-
-            with progress("repair") as report:
-                mend(result, report, source=source, labels=labels, weights=teacher_weights, device=device)
-                result = check(path, report) if result.problems else result
+            result = folders.repair(
+                result, source=source, labels=labels, teacher_weights=teacher_weights, device=device
+            )
             for problem in result.problems:
                 errors.problem(problem)
         console.say(result.summary())
         if result.problems:
             raise typer.Exit(FAILURE)
         if live:
-            _verify_live(path, live, teacher_weights, device)
+            _verify_live(path, live, teacher_weights, device=device)
 
 
-def _verify_live(path: Path, live: int, weights: Path | None, device: str) -> None:
+def _verify_live(path: Path, live: int, weights: Path | None, *, device: str) -> None:
     from cae2pipe.stages.verify import verify_live
 
-    found = verify_live(path, live, weights, device)
+    audit = verify_live(path, live, weights, device=device)
     console.say(
-        f"the teacher on {found.views} stored views: mean cosine {found.raw:.5f} ({found.expected:.5f} by the "
-        f"manifest), centred {found.centred:.5f}, worst view {found.worst:.5f} ({found.worst_view})"
+        f"the teacher on {audit.views} stored views: mean cosine {audit.raw:.5f} ({audit.expected:.5f} by the "
+        f"manifest), centred {audit.centred:.5f}, worst view {audit.worst:.5f} ({audit.worst_view})"
     )
-    if not found.sound:
+    if not audit.sound:
         errors.say("these are not the teacher's latents of these views", style="bold red")
         raise typer.Exit(FAILURE)

@@ -10,7 +10,7 @@ from cae2pipe.commands.shared import Set, console, exits
 
 
 def config_list() -> None:
-    """The presets of every stage."""
+    """List the presets of every stage."""
     with exits():
         from cae2pipe.config.base import preset_names
         from cae2pipe.config.stages import STAGES
@@ -24,16 +24,16 @@ def config_show(
     preset: Annotated[str, typer.Argument(help="Preset or YAML file.")],
     set_: Set = None,
 ) -> None:
-    """The resolved settings of a preset, each with a line of documentation."""
+    """Show the resolved settings of a preset, each with a line of documentation."""
     with exits():
         from cae2pipe.config.base import load, show
         from cae2pipe.config.stages import settings_class
 
-        console.block(show(load(settings_class(stage, preset), stage, preset, set_ or [])))
+        console.block(show(load(settings_class(stage, preset), stage, preset, overrides=set_ or [])))
 
 
 def teachers_list() -> None:
-    """Teacher presets, and whether their weights are at hand."""
+    """List teacher presets and whether their weights are cached."""
     with exits():
         from cae2pipe.runtime.terminal import print_table
         from cae2pipe.teachers.presets import list_presets
@@ -42,7 +42,7 @@ def teachers_list() -> None:
 
 
 def teachers_fetch(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
-    """Bring a preset's weights into the local cache, for use without a network."""
+    """Download a preset's weights into the local cache, for use without a network."""
     with exits():
         from cae2pipe.teachers.presets import fetch
 

@@ -1,4 +1,4 @@
-"""What all commands share: common options, and how errors become messages and exit codes."""
+"""What all commands share: common options, and the messages and exit codes of errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.artifacts.places import place as _place
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.errors import (
     INTERRUPTED,
     REQUEUE,
@@ -21,54 +21,56 @@ from cae2pipe.errors import (
     Terminated,
 )
 from cae2pipe.runtime.foreign_names import visible, why_not_utf8
-from cae2pipe.runtime.system_errors import explain
+from cae2pipe.runtime.system_errors import explain_system_error
 from cae2pipe.runtime.terminal import Terminal
 
 console = Terminal()
 errors = Terminal(stderr=True)
 
 
-def place(text: str | Path) -> Path:
-    """A path or URL of the command line. typer hands defaults, which are paths already, through it too."""
+def path_or_url(text: str | Path) -> Path:
+    """A path or URL of the command line. typer also passes defaults through it, which are paths already."""
     if not str(text).strip():
-        raise typer.BadParameter("this name is empty, perhaps because a variable of the shell is not set")
+        raise typer.BadParameter("this name is empty; perhaps a shell variable is not set")
     try:
-        return _place(text)
+        return to_path(text)
     except Cae2pipeError as error:
         raise typer.BadParameter(visible(str(error), keep="\n")) from None
 
 
 def folder(text: str | Path) -> Path:
-    """A folder or URL of the command line that is to be written to."""
+    """A folder or URL of the command line to write to."""
     try:
         str(text).encode()
     except UnicodeEncodeError:
         raise typer.BadParameter("; ".join(why_not_utf8(str(text)))) from None
-    return place(text)
+    return path_or_url(text)
 
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting; may be repeated.")]
-Workers = Annotated[int | None, typer.Option(help="Worker processes. Default: one a core.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting (repeatable).")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes (default: one per core).")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder or URL to make, or to go on with.", parser=folder)]
+Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Output folder or URL (created, or resumed if it exists).", parser=folder)
+]
 
 
 STOPS = {
     KeyboardInterrupt: ("interrupted", INTERRUPTED),
     Terminated: ("terminated", TERMINATED),
-    Requeued: ("asked to leave", REQUEUE),
+    Requeued: ("SIGUSR1 received", REQUEUE),
 }
-"""What is said where a command is stopped, and its exit code."""
+"""What a stopped command prints, and its exit code."""
 
 
-def show(error: Cae2pipeError) -> None:
+def show_error(error: Cae2pipeError) -> None:
     """Print an error as users see it."""
     errors.problem(error, "error:")
 
 
 @contextmanager
 def exits() -> Iterator[None]:
-    """Turn what a command raises into a message and an exit code; a defect of ours keeps its traceback."""
+    """Turn a command's errors into a message and an exit code. A defect of cae2pipe keeps its traceback."""
 
     kinds = {signal.SIGTERM: Terminated, signal.SIGUSR1: Requeued}
 
@@ -78,7 +80,7 @@ def exits() -> Iterator[None]:
     old: dict[int, Any] = {number: signal.signal(number, leave) for number in kinds}
 
     def left(code: int) -> typer.Exit:
-        # From here on a further signal could only spoil the end.
+        # A further signal could only disturb the exit.
         for number in (signal.SIGINT, *kinds):
             old.setdefault(number, signal.getsignal(number))
             signal.signal(number, signal.SIG_IGN)
@@ -89,14 +91,14 @@ def exits() -> Iterator[None]:
     except (KeyboardInterrupt, Terminated, Requeued) as asked:
         what, code = STOPS[type(asked)]
         end = left(code)
-        errors.print(f"{what}; the same command goes on from here")
+        errors.print(f"{what}; rerun the same command to resume")
         raise end from None
     except Exception as error:
-        explained = error if isinstance(error, Cae2pipeError) else explain(error)
+        explained = error if isinstance(error, Cae2pipeError) else explain_system_error(error)
         if explained is None:
             raise
         if not explained.shown_elsewhere:
-            show(explained)
+            show_error(explained)
         raise typer.Exit(explained.exit_code) from None
     finally:
         for number, handler in old.items():

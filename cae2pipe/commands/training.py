@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -12,19 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from cae2pipe.commands.jobs import run_jobs
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, place, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, path_or_url, section
 
 
 def pretrain(
     targets: Annotated[
         Path,
-        typer.Argument(metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=place),
+        typer.Argument(
+            metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=path_or_url
+        ),
     ],
     out: Out,
     config: Annotated[str, typer.Option(help="Preset (tiny, small, base, large, huge) or YAML file.")] = "base",
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     repeat_masks: Annotated[
-        int | None, typer.Option(help="Masks that each loaded view is trained under in one step: where reading limits.")
+        int | None, typer.Option(help="Masks per loaded view and step; use it if reading is the bottleneck.")
     ] = None,
     online: Annotated[
         bool, typer.Option("--online", help="Run the teacher in every step instead of reading its latents.")
@@ -35,52 +36,52 @@ def pretrain(
 ) -> None:
     """Stage 2: train a student from cached targets; ends with encoder.safetensors.
 
-    Under torchrun (torchrun --nproc-per-node N -m cae2pipe pretrain ...) the ranks share every batch. SIGTERM (exit
-    code 143) and SIGUSR1 (75) end the step, write a checkpoint and leave; the same command goes on.
+    Under torchrun (torchrun --nproc-per-node N -m cae2pipe pretrain ...) the ranks share every batch. On SIGTERM
+    (exit code 143) and SIGUSR1 (75) the step is finished and a checkpoint written; rerun the same command to resume.
     """
     with exits():
-        from cae2pipe.config.base import load
-        from cae2pipe.config.pretrain import PretrainSettings
-        from cae2pipe.runtime.progress import progress
+        from cae2pipe.api.runs import pretrain
 
-        values = {
-            **({} if epochs is None else {"epochs": epochs}),
-            **({"targets": "online"} if online else {}),
-            **section("mask", repeat=repeat_masks),
-            **section("speed", workers=workers, device=device),
-        }
-        settings = load(PretrainSettings, "pretrain", config, set_ or [], values)
-        from cae2pipe.stages.pretrain import pretrain as run
-
-        with progress("pretrain") as report:
-            run(targets, out, settings, report)
+        pretrain(
+            targets,
+            out,
+            config=config,
+            overrides=set_,
+            epochs=epochs,
+            repeat_masks=repeat_masks,
+            online=online,
+            workers=workers,
+            device=device,
+        )
 
 
 def replay(
-    record: Annotated[Path, typer.Argument(metavar="FILE", help="A file of a run's folder failures/.")],
+    record: Annotated[Path, typer.Argument(metavar="FILE", help="A file from the folder failures/ of a run.")],
     device: Device = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; the run's own by default.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (default: the run's).")] = None,
 ) -> None:
-    """Go again through a training step that was not finite, and say which sample or module breaks it."""
+    """Replay a training step with a NaN or Inf, and show which sample or module causes it."""
     with exits():
         from cae2pipe.runtime.terminal import print_table
         from cae2pipe.stages.replay import replay as run
 
-        found = run(record, device or "auto", precision)
-        names = (*found["terms"], "grad_norm")
-        again = {**found["terms"], "grad_norm": found["grad_norm"]}
-        rows = [{"value": n, "recorded": f"{found['recorded'][n]:.6g}", "again": f"{again[n]:.6g}"} for n in names]
+        replayed = run(record, device or "auto", precision)
+        names = (*replayed["terms"], "grad_norm")
+        again = {**replayed["terms"], "grad_norm": replayed["grad_norm"]}
+        rows = [
+            {"value": n, "recorded": f"{replayed['recorded'][n]:.6g}", "replayed": f"{again[n]:.6g}"} for n in names
+        ]
         print_table(console, rows)
-        print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in found["samples"]])
+        print_table(console, [row | {"loss": f"{row['loss']:.6g}"} for row in replayed["samples"]])
         for title, values in (
-            ("latents that are not finite", found["inputs"]),
-            ("first module with such an output", [found["module"]] if found["module"] else []),
-            ("weights with such gradients", shortened(found["gradients"])),
+            ("non-finite latents", replayed["inputs"]),
+            ("first module with a non-finite output", [replayed["module"]] if replayed["module"] else []),
+            ("weights with non-finite gradients", first_few(replayed["gradients"])),
         ):
             console.say(f"{title}: {', '.join(values) or 'none'}")
 
 
-def shortened(names: list[str], most: int = 5) -> list[str]:
+def first_few(names: list[str], most: int = 5) -> list[str]:
     """The first few of many names, and how many more there are."""
     return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
 
@@ -95,22 +96,22 @@ def export(
     encoder: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="A run folder, an encoder.safetensors, or a .pth that CAE's authors released."
+            metavar="RUN", help="A run folder, an encoder.safetensors, or a .pth released by CAE's authors."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.", parser=folder)],
-    format_: Annotated[ExportFormat, typer.Option("--format", help="Whose layout; hf is transformers' ViTModel.")] = (
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.", parser=folder)],
+    format_: Annotated[ExportFormat, typer.Option("--format", help="Target library; hf: transformers' ViTModel.")] = (
         ExportFormat.timm
     ),
     scores: Annotated[
-        list[Path] | None, typer.Option(help="A folder with evaluations for the model card; may be repeated.")
+        list[Path] | None, typer.Option(help="A folder with evaluations for the model card (repeatable).")
     ] = None,
 ) -> None:
-    """Write an encoder as timm, open_clip or transformers read it, with a model card."""
+    """Export an encoder for timm, open_clip or transformers, with a model card."""
     with exits():
-        from cae2pipe.stages.export import export as write
+        from cae2pipe.api.runs import export
 
-        for path in write(encoder, out, format_.value, scores or []):
+        for path in export(encoder, out, format=format_.value, scores=scores or []):
             console.say(str(path))
 
 
@@ -124,19 +125,21 @@ def compare(
         ),
     ],
     targets: Annotated[
-        Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=place)
+        Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=path_or_url)
     ],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="The folder to make, or to go on with; grids may share one.", parser=folder),
+        typer.Argument(
+            metavar="OUT", help="Output folder (created, or resumed if it exists); grids may share it.", parser=folder
+        ),
     ],
     small: Annotated[bool, typer.Option("--small", help="The grid's small scale, for few cores.")] = False,
     part: Annotated[
-        str | None, typer.Option(help="K/N: only the K-th of N shares of the runs, e.g. one share a machine.")
+        str | None, typer.Option(help="K/N: only the K-th of N shares of the runs, e.g. one share per machine.")
     ] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at once, each in a process of its own and on a CUDA device of its own.")
+        int, typer.Option(min=1, help="Parallel runs, each in its own process and on its own CUDA device.")
     ] = 1,
     workers: Workers = None,
     device: Device = None,
@@ -144,46 +147,64 @@ def compare(
 ) -> None:
     """Train and score many variants on one target set; ends with OUT/reports/GRID/report.html and report.md.
 
-    Run again, it goes on: what is trained or scored already stays as it is, be it for another grid.
+    Rerun the same command to resume. Finished runs and scores are reused, also those of other grids.
     """
     with exits():
-        from cae2pipe.artifacts.parts import parse_part
-        from cae2pipe.config.base import load
-        from cae2pipe.config.compare import GridSettings
-        from cae2pipe.errors import Cae2pipeError
-        from cae2pipe.runtime.progress import progress
-        from cae2pipe.runtime.ranks import torchrun_rank
-
-        settings = load(GridSettings, "compare", grid, set_ or [])
-        from cae2pipe.stages import compare as stage
-
-        name = report_name(grid, small)
-        speed = section("speed", workers=workers, device=device).get("speed", {})
-        run: Callable[..., Any] = partial(stage.compare, part=parse_part(part) if part else None)
-        jobs_failed: Cae2pipeError | None = None
         if jobs > 1:
-            if part or torchrun_rank().ranks > 1:
-                raise typer.BadParameter("--jobs shares out all runs itself: leave --part and torchrun away")
-            # What is wrong with the grid is told once, not by every job.
-            stage.plan_grid(settings, targets, data, out, small, speed)
-            work = partial(_compare_part, settings, targets, data, out, small, speed)
-            try:
-                run_jobs(work, jobs, device)
-            except Cae2pipeError as error:
-                jobs_failed = error
-            run = stage.report_grid
-        with progress("compare") as report:
-            found = run(settings, name, targets, data, out, report, small=small, speed=speed)
-        if found:
-            print_comparison(found, out / "reports" / name)
-        if jobs_failed:
-            raise jobs_failed
+            if part:
+                raise typer.BadParameter("--jobs splits the runs itself: omit --part")
+            _compare_jobs(
+                grid, targets, data, out=out, set_=set_, small=small, jobs=jobs, workers=workers, device=device
+            )
+            return
+        from cae2pipe.api.comparisons import compare
+
+        compared = compare(
+            grid, targets, data, out=out, overrides=set_, small=small, part=part, workers=workers, device=device
+        )
+        # Under torchrun, only one process has it.
+        if compared:
+            print_comparison(compared.comparison, compared.page.parent)
 
 
-def report_name(grid: str, small: bool) -> str:
-    """What a grid's report is called: the preset, or the file without its folders and ending."""
-    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(grid).stem).strip("-") or "grid"
-    return plain + ("-small" if small else "")
+def _compare_jobs(
+    grid: str,
+    targets: Path,
+    data: Path,
+    *,
+    out: Path,
+    set_: list[str] | None,
+    small: bool,
+    jobs: int,
+    workers: int | None,
+    device: str | None,
+) -> None:
+    """Split a grid's runs among processes of this machine, then write the report."""
+    from cae2pipe.api.comparisons import report_name
+    from cae2pipe.config.base import load
+    from cae2pipe.config.compare import GridSettings
+    from cae2pipe.errors import Cae2pipeError
+    from cae2pipe.runtime.progress import progress
+    from cae2pipe.runtime.ranks import torchrun_rank
+    from cae2pipe.stages.compare import plan_grid, report_grid
+
+    if torchrun_rank().ranks > 1:
+        raise typer.BadParameter("--jobs splits the runs itself: start it without torchrun")
+    settings = load(GridSettings, "compare", grid, overrides=set_ or [])
+    speed = section("speed", workers=workers, device=device).get("speed", {})
+    # So that errors in the grid are reported once, not by every job.
+    plan_grid(settings, targets, data, out=out, small=small, speed=speed)
+    failed: Cae2pipeError | None = None
+    try:
+        run_jobs(partial(_compare_part, settings, targets, data, out, small=small, speed=speed), jobs, device)
+    except Cae2pipeError as error:
+        failed = error
+    name = report_name(grid, small)
+    with progress("compare") as report:
+        comparison = report_grid(settings, name, targets, data=data, out=out, report=report, small=small, speed=speed)
+    print_comparison(comparison, out / "reports" / name)
+    if failed:
+        raise failed
 
 
 def _compare_part(
@@ -191,17 +212,19 @@ def _compare_part(
     targets: Path,
     data: Path,
     out: Path,
-    small: bool,
-    speed: dict[str, Any],
     part: Any,
     device: str | None,
+    *,
+    small: bool,
+    speed: dict[str, Any],
 ) -> None:
     from cae2pipe.runtime.progress import Lines
     from cae2pipe.stages.compare import plan_grid, run_part
 
     own = {**speed, "device": device} if device else speed
-    plan = plan_grid(settings, targets, data, out, small, own)
-    failed = run_part(settings, plan, targets, data, out, Lines(f"compare {part}", sys.stderr), part)
+    plan = plan_grid(settings, targets, data, out=out, small=small, speed=own)
+    report = Lines(f"compare {part}", sys.stderr)
+    failed = run_part(settings, plan, targets, data=data, out=out, report=report, part=part)
     if failed:
         raise next(iter(failed.values()))
 
@@ -209,78 +232,78 @@ def _compare_part(
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Runs of pretrain, finished or not; or one target set.", parser=place),
+        typer.Argument(
+            metavar="PATH...", help="Runs of pretrain, finished or not; or one target set.", parser=path_or_url
+        ),
     ],
-    out: Annotated[
-        Path, typer.Option(help="The folder to write report.html into, for runs also report.md.", parser=folder)
-    ] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder for report.html and, for runs, report.md.", parser=folder)] = Path(
+        "report"
+    ),
     targets: Annotated[
         Path | None,
-        typer.Option(help="Runs: a target set to make pictures from: masks, latents, neighbours.", parser=place),
+        typer.Option(help="For runs: a target set for pictures of masks, latents and neighbours.", parser=path_or_url),
     ] = None,
     scores: Annotated[
         list[Path] | None,
-        typer.Option(help="Runs: a folder with evaluations of them, at any depth; may be repeated."),
+        typer.Option(help="For runs: a folder with evaluations of them, at any depth (repeatable)."),
     ] = None,
     source: Annotated[
         Path | None,
         typer.Option(
-            help="A target set: the shard set that it was made from, for originals and rejects, unless it lies inside.",
-            parser=place,
+            help="For a target set: its shard set, for originals and rejected images (default: the one inside it).",
+            parser=path_or_url,
         ),
     ] = None,
     live: Annotated[
         int,
-        typer.Option(min=0, help="A target set: also run its teacher on this many stored views, for their fidelity."),
+        typer.Option(
+            min=0,
+            help="For a target set: also run its teacher on N stored views, to show where latents lose fidelity.",
+            metavar="N",
+        ),
     ] = 0,
     teacher_weights: Annotated[
         Path | None, typer.Option(help="With --live: the teacher's weights, if they came from a local file.")
     ] = None,
     device: Device = None,
 ) -> None:
-    """One page about some runs, or about a target set.
+    """Write one page about some runs, or about a target set.
 
-    Of runs: scores, losses, cost, pictures; those that differ by their seed alone share a row. Of a target set: views,
-    latents, fidelity, bytes, coverage, classes, rejects.
+    Of runs: scores, losses, cost, pictures; runs that differ only in their seed share a row. Of a target set: views,
+    latents, fidelity, bytes, coverage, classes, rejected images.
     """
     with exits():
-        from cae2pipe.runtime.progress import progress
-        from cae2pipe.stages.report_targets import lone_target_set, report_targets
+        from cae2pipe.api import comparisons
+        from cae2pipe.stages.report_targets import only_target_set
 
-        root = lone_target_set(paths)
+        target_set = only_target_set(paths)
         of_runs = {"--targets": targets, "--scores": scores}
         of_sets = {"--source": source, "--live": live, "--teacher-weights": teacher_weights}
-        refuse_given(of_sets if root is None else of_runs, "a target set" if root is None else "runs")
-        if root is not None:
-            with progress("report") as lines:
-                page = report_targets(
-                    root, out, lines, source=source, live=live, weights=teacher_weights, device=device or "auto"
-                )
-            console.say(f"report: {page}")
-            return
-        from cae2pipe.stages.report import report_runs
-
-        with progress("report") as lines:
-            comparison = report_runs(paths, scores or [], targets, out, lines, device or "auto")
-        print_comparison(comparison, out)
+        refuse_given(of_sets if target_set is None else of_runs, "runs" if target_set is None else "a target set")
+        if target_set is not None:
+            shown = comparisons.report_targets(
+                target_set, out=out, source=source, live=live, teacher_weights=teacher_weights, device=device or "auto"
+            )
+            console.say(f"report: {shown.page}")
+        else:
+            compared = comparisons.report(paths, out=out, targets=targets, scores=scores or (), device=device or "auto")
+            print_comparison(compared.comparison, out)
 
 
 def refuse_given(options: dict[str, Any], kind: str) -> None:
-    """Raise SettingsError where an option is given that belongs to the report of another kind."""
+    """Raise SettingsError if an option is given that does not apply to the report of ``kind``."""
     from cae2pipe.errors import SettingsError
 
     if given := [name for name, value in options.items() if value]:
-        raise SettingsError(
-            f"this option belongs to the report of {kind}", where=given[0], fix=f"omit it, or give {kind}"
-        )
+        raise SettingsError(f"this option does not apply to a report of {kind}", where=given[0], fix="omit it")
 
 
-def print_comparison(found: Any, folder: Path) -> None:
-    """A comparison's table, what it says, and where its page is."""
+def print_comparison(comparison: Any, folder: Path) -> None:
+    """Print a comparison's table, its findings, and the path of its page."""
     from cae2pipe.reporting.comparison_text import cells, findings
     from cae2pipe.runtime.terminal import print_table
 
-    headers, rows = cells(found)
+    headers, rows = cells(comparison)
     print_table(console, [dict(zip(headers, row, strict=True)) for row in rows])
-    for line in (*findings(found), f"report: {folder / 'report.html'}"):
+    for line in (*findings(comparison), f"report: {folder / 'report.html'}"):
         console.say(line)

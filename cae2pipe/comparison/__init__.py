@@ -1,1 +1,1 @@
-"""Finished runs and scores, gathered into the rows and columns that reports draw."""
+"""Gathers finished runs and scores into the rows and columns of reports."""

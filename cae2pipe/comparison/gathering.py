@@ -1,4 +1,4 @@
-"""What is there of some runs, brought into rows and columns."""
+"""Gathers the results of runs into rows and columns."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.artifact import RunArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.comparison.rows import CURVES, Comparison, Finished, Row
 from cae2pipe.comparison.scores import read_scores
-from cae2pipe.config.compare import BYTES, GridSettings, setting
+from cae2pipe.config.base import recorded
+from cae2pipe.config.compare import BYTES, GridSettings, numeric_setting
+from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.runtime.foreign_names import told_apart
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.metrics import read_metrics
+from cae2pipe.training.metrics import METRICS_FILE, read_metrics
 from cae2pipe.training.student import run_settings
 
 
@@ -24,21 +26,22 @@ def gather_grid(
     grid: GridSettings,
     planned: Sequence[tuple[int, str, str]],
     out: Path,
+    *,
     sets: Sequence[Path],
     failed: Sequence[str] = (),
 ) -> Comparison:
-    """All that is there of a grid below ``out``.
+    """All results of a grid below ``out``.
 
     Args:
-        planned: of each run the variant's place, the folder's name below runs, and that below scores.
-        sets: the target sets that were trained on. failed: what could not be finished.
+        planned: for each run the number of its variant, its folder's name below runs, and the one below scores.
+        sets: the target sets used for training. failed: jobs that could not be finished.
     """
     rows = [Row(variant.name, paper=variant.paper, line=variant.line) for variant in grid.variants]
-    known = {open_box(path).fingerprint: path for path in sets}
-    for place, name, scored in planned:
+    known = {open_artifact(path).fingerprint: path for path in sets}
+    for variant, name, scored in planned:
         folders = [out / "scores" / scored / scored_by.kind for scored_by in grid.evaluate]
-        scores = read_scores([folder for folder in folders if is_box(folder, "scores")])
-        add_run(rows[place], out / "runs" / name, scores, known, grid.along)
+        scores = read_scores([folder for folder in folders if is_artifact(folder, "scores")])
+        add_run(rows[variant], out / "runs" / name, scores, sets=known, along=grid.along)
     kinds = [scored_by.kind for scored_by in grid.evaluate]
     columns, protocols = fill_columns(rows, kinds)
     wanted = len(planned) * len(kinds)
@@ -46,51 +49,51 @@ def gather_grid(
 
 
 def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets: Sequence[Path]) -> Comparison:
-    """Some runs, those that differ by their seed alone in one row, named by the settings that set it apart, or else by
-    its folders.
+    """Some runs. Runs that differ only in their seed share a row, which is named by the settings that distinguish it,
+    or by its folders.
 
     Raises:
-        ManifestError: a folder is no run. SettingsError: two folders hold the same run.
+        ManifestError: a folder is not a run. SettingsError: two folders hold the same run.
     """
-    groups: dict[str, dict[int, Path]] = {}
-    differing: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[object, Path]] = {}
+    differing: dict[str, dict[str, object]] = {}
     for run in runs:
-        box = open_box(run, "run")
-        settings = flat(box.identity["settings"])
+        artifact = RunArtifact.open(run)
+        settings = dict(sorted(flat(recorded(PretrainSettings, artifact.identity["settings"])).items()))
         seed = settings.pop("seed")
-        # Not the set's own fingerprint, which is the same for other images and other numbers of views.
-        settings["target set"] = fingerprint([box.identity["targets"], box.facts["stores"]])[:8]
+        # Not the set's own fingerprint, which does not depend on the images and the number of views.
+        settings["target set"] = fingerprint([artifact.identity["targets"], artifact.facts["stores"]])[:8]
         key = canonical_json(settings)
         other = groups.setdefault(key, {}).setdefault(seed, run)
         if other != run:
             raise SettingsError(
-                f"two of the runs are the same one, of seed {seed}: it would count twice",
+                f"two of the folders hold the same run (seed {seed}), which would count twice",
                 where=f"{other}, {run}",
-                fix="name one of them",
+                fix="give only one of them",
             )
         differing[key] = settings
     groups_named = zip(row_names(list(differing.values())), groups.values(), strict=True)
     names = [name or folder_name(list(group.values())) for name, group in groups_named]
     rows = []
-    known = {open_box(path).fingerprint: path for path in sets}
+    known = {open_artifact(path).fingerprint: path for path in sets}
     for name, group in zip(told_apart(names, range(1, len(names) + 1)), groups.values(), strict=True):
         rows.append(Row(name))
         for run in group.values():
-            add_run(rows[-1], run, scores, known, "")
+            add_run(rows[-1], run, scores, sets=known, along="")
     columns, protocols = fill_columns(rows, [])
     return Comparison("Pretraining runs", "", columns, rows, protocols, len(runs) * len(columns))
 
 
 def folder_name(runs: Sequence[Path]) -> str:
-    """What runs are called that nothing but their seed sets apart."""
+    """The name of a row whose runs differ only in their seed."""
     return runs[0].name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
 
 
 def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Bring evaluations into columns: one for each way and each data that an evaluation was taken on. Fills ``scores``
-    and ``features`` of the rows; gives the columns, ``kinds`` first, and the protocol of each."""
+    """Assign evaluations to columns, one per protocol and data. Fills ``scores`` and ``features`` of the rows; returns
+    the columns, ``kinds`` first, and the protocol of each."""
     taken: dict[str, list[tuple[str, str]]] = {kind: [] for kind in kinds}
-    for one in (one for row in rows for found in row.results for one in found):
+    for one in (one for row in rows for finished in row.results for one in finished):
         ways = taken.setdefault(one.evaluation, [])
         if (one.protocol, one.data) not in ways:
             ways.append((one.protocol, one.data))
@@ -105,8 +108,8 @@ def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], 
             for row in rows:
                 own = [
                     o
-                    for found in row.results
-                    for o in found
+                    for finished in row.results
+                    for o in finished
                     if (o.evaluation, o.protocol, o.data) == (kind, protocol, data)
                 ]
                 row.scores[column] = [one.score for one in own]
@@ -115,63 +118,63 @@ def fill_columns(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[list[str], 
     return columns, protocols
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested settings under dotted names."""
-    found: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return settings
 
 
-def row_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each row the settings in which it is not as most rows are (of two as common, as the first), the method before
-    all; empty where there are none."""
+def row_names(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """For each row the settings in which it differs from the most common value (of equally common ones, the first), the
+    method first; empty if there are none."""
     names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name != "method")
     values = {name: [canonical_json(row.get(name)) for row in rows] for name in names}
-    usual = {name: max(found, key=found.count) for name, found in values.items()}
+    usual = {name: max(each, key=each.count) for name, each in values.items()}
     return [
-        ", ".join(f"{name}={row.get(name)}" for name in names if values[name][place] != usual[name])
-        for place, row in enumerate(rows)
+        ", ".join(f"{name}={row.get(name)}" for name in names if values[name][index] != usual[name])
+        for index, row in enumerate(rows)
     ]
 
 
-def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], sets: Mapping[str, Path], along: str) -> None:
-    """Add a run to its variant. ``sets``: target sets by fingerprint."""
-    if not is_box(run, "run"):
+def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], *, sets: Mapping[str, Path], along: str) -> None:
+    """Add a run to the row of its variant. ``sets``: target sets by fingerprint."""
+    if not is_artifact(run, "run"):
         return
-    box = open_box(run)
+    artifact = RunArtifact.open(run)
     settings = run_settings(run)
-    targets = sets.get(box.identity["targets"])
+    targets = sets.get(artifact.identity["targets"])
     if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":
         row.latents = TargetSet(targets).bytes_per_view()["latents"]
-    row.along = row.latents if along == BYTES else setting(settings, along) if along else None
-    lines, damaged = read_metrics(run / "metrics.jsonl", (*CURVES, "images", "images_per_s"))
+    row.along = row.latents if along == BYTES else numeric_setting(settings, along) if along else None
+    lines, damaged = read_metrics(run / METRICS_FILE, (*CURVES, "images", "images_per_s"))
     if damaged:
         row.damaged[run] = damaged
     if not row.curves:
-        # Cosines with pixels say nothing beside those with latents.
+        # Cosines to pixels are not comparable with cosines to latents.
         names = [name for name in CURVES if name == "loss" or settings.loss.target != "pixels"]
         row.curves = {name: by_epoch(lines, name) for name in names}
-    if not box.complete:
+    if not artifact.complete:
         epoch = lines[-1]["epoch"] + 1 if lines else 0
         row.unfinished.append((run, f"unfinished, epoch {epoch} of {settings.epochs}"))
         return
     row.runs.append(run)
     if lines:
         row.hours.append(device_hours(lines))
-    row.results.append(scores.get(box.units["encoder"]["files"][WEIGHTS]["sha256"], []))
+    row.results.append(scores.get(artifact.units["encoder"]["files"][WEIGHTS]["sha256"], []))
 
 
 def device_hours(lines: Sequence[dict[str, Any]]) -> float:
-    """Hours that all devices of a run were busy, together."""
+    """Device hours of a run, summed over devices."""
     timed = (line for line in lines if line["images_per_s"])
     seconds: float = sum(line["images"] / line["images_per_s"] * line.get("devices", 1) for line in timed)
     return seconds / 3600
 
 
 def by_epoch(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """A figure's mean over the steps of each epoch."""
-    found: dict[int, list[float]] = {}
+    """The mean of a figure over the steps of each epoch."""
+    figures: dict[int, list[float]] = {}
     for line in lines:
-        found.setdefault(line["epoch"], []).append(line[name])
-    return [statistics.fmean(found[epoch]) for epoch in sorted(found)]
+        figures.setdefault(line["epoch"], []).append(line[name])
+    return [statistics.fmean(figures[epoch]) for epoch in sorted(figures)]

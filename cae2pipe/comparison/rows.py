@@ -1,4 +1,4 @@
-"""Runs side by side, as plain values."""
+"""A comparison of runs, as plain values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 CURVES = {"loss": "loss", "centred_cosine_masked": "centred cosine, masked patches"}
-"""Figures of ``metrics.jsonl`` that are drawn over epochs, with what they are called."""
+"""Figures of ``metrics.jsonl`` that are plotted over epochs, with their labels."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished evaluation of an encoder: what it is called, its headline as a share of 1, how and on which data it
-    was taken, and what of the encoder it read."""
+    """A finished evaluation of an encoder: its name, its main score in 0..1, its protocol and data, and the features of
+    the encoder that it used."""
 
     evaluation: str
     score: float
@@ -29,12 +29,12 @@ class Finished:
 class Row:
     """One variant, over its seeds.
 
-    ``scores`` by column, one a seed, as shares of 1; ``paper``: the paper's own, in percent; ``runs``: folders of what
-    is finished; ``unfinished``: other folders, with how far they are; ``curves``: means by epoch of the first run, by
-    name as in ``CURVES``; ``hours``: device hours of each finished run; ``latents``: bytes that stored latents take a
-    view, where the target set is known; ``features``: what of the encoder each column's scores read; ``along``: where
-    on the comparison's axis, ``line`` on which curve; ``results``: finished evaluations, run by run; ``damaged``: lines
-    of ``metrics.jsonl`` that cannot be read, of each run that has some.
+    ``scores`` by column, one per seed, in 0..1; ``paper``: the paper's own, in percent; ``runs``: folders of finished
+    runs; ``unfinished``: other folders, with their progress; ``curves``: means by epoch of the first run, by name as in
+    ``CURVES``; ``hours``: device hours of each finished run; ``latents``: bytes per view of stored latents, if the
+    target set is known; ``features``: features of the encoder that each column's scores use; ``along``: position on the
+    comparison's axis, ``line``: the curve it belongs to; ``results``: finished evaluations, run by run; ``damaged``:
+    how many lines of ``metrics.jsonl`` are unreadable, for each run that has such lines.
     """
 
     name: str
@@ -56,18 +56,17 @@ class Row:
         return statistics.fmean(self.scores[column]) if self.scores.get(column) else None
 
     def error(self, column: str) -> float:
-        """The standard error of that mean; 0 for a single seed, which says nothing of it."""
-        found = self.scores[column]
-        return statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+        """The standard error of that mean; 0 for a single seed, which gives no estimate."""
+        scores = self.scores[column]
+        return statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
 
 
 @dataclass
 class Comparison:
-    """What is there of a grid, or of some runs.
+    """The results of a grid, or of some runs.
 
-    ``columns``: of scores, an evaluation each; ``protocols``: how each column's scores were taken; ``wanted``: scores
-    that there are to be, in all; ``along``: what the axis measures, or empty; ``failed``: what could not be finished,
-    and why.
+    ``columns``: of scores, one per evaluation; ``protocols``: the protocol of each column; ``wanted``: total number of
+    planned scores; ``along``: label of the axis, or empty; ``failed``: jobs that could not be finished, with reasons.
     """
 
     title: str
@@ -81,9 +80,9 @@ class Comparison:
 
     @property
     def done(self) -> int:
-        return sum(len(found) for row in self.rows for found in row.scores.values())
+        return sum(len(scores) for row in self.rows for scores in row.scores.values())
 
     @property
     def seeds(self) -> int:
-        """Runs of the variant that has most."""
+        """Number of runs of the variant with the most."""
         return max((len(row.runs) for row in self.rows), default=0)

@@ -1,14 +1,14 @@
-"""Scores of many evaluations, read from the folders that they are in."""
+"""Scores of many evaluations, read from their folders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cae2pipe.artifacts.box import MANIFEST, Box, is_foreign, open_box
+from cae2pipe.artifacts.artifact import MANIFEST, ScoresArtifact, is_foreign, open_artifact
 from cae2pipe.artifacts.digest import canonical_json
 from cae2pipe.comparison.rows import Finished
 from cae2pipe.errors import Cae2pipeError, ManifestError, SourceError
@@ -16,16 +16,16 @@ from cae2pipe.errors import Cae2pipeError, ManifestError, SourceError
 COLUMNS = ("encoder", "evaluation", "feature", "score", "also", "best", "train", "val", "protocol", "folder")
 
 HEADLINES = {"segment": ("miou", "pixel_accuracy"), "detect": ("ap_box", "ap_mask")}
-"""The score of an evaluation and what stands beside it; elsewhere top1 and top5."""
+"""The main score of an evaluation and a second one; the default is top1 and top5."""
 
 
 def headlines(evaluation: str) -> tuple[str, str]:
-    """The figure that an evaluation's score is, and the one that stands beside it."""
+    """The names of an evaluation's main score and of its second one."""
     return HEADLINES.get(evaluation, ("top1", "top5"))
 
 
-class Images(BaseModel):
-    """How many images an evaluation was made with."""
+class ScoredImages(BaseModel):
+    """Numbers of images of an evaluation."""
 
     model_config = ConfigDict(strict=True)
 
@@ -33,8 +33,8 @@ class Images(BaseModel):
     val: int = Field(ge=0)
 
 
-class Result(BaseModel):
-    """What tables and reports take from a result: its other figures are there too."""
+class ScoreResult(BaseModel):
+    """The fields of a result that tables and reports use; others are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -42,55 +42,80 @@ class Result(BaseModel):
     encoder: str
     feature: str = ""
     protocol: str
-    images: Images
+    images: ScoredImages
     best: dict[str, float] | None = None
 
     @model_validator(mode="after")
-    def _scored(self) -> Result:
+    def _scored(self) -> ScoreResult:
         for name in headlines(self.evaluation):
             figures = [self.model_extra or {}, *([] if self.best is None else [self.best])]
-            if not all(isinstance(found.get(name), float | int) for found in figures):
-                raise ValueError(f"{name} is no number")
+            if not all(isinstance(one.get(name), float | int) for one in figures):
+                raise ValueError(f"{name} is not a number")
         return self
 
+    def figure(self, name: str) -> float:
+        """One of its scores, in 0..1."""
+        value: float = (self.model_extra or {})[name]
+        return value
 
-def check_result(result: Any, where: Path) -> None:
-    """Raise ManifestError where a manifest's ``result`` is not one of an evaluation; the field is named."""
+
+class ScoreRow(TypedDict):
+    """The row of one result in the table. ``score``: in 0..1, of the figure ``metric``; ``also``: another figure by
+    name; ``best``: the best epoch's score, if epochs were scored; ``train``, ``val``: numbers of images."""
+
+    encoder: str
+    evaluation: str
+    feature: str
+    score: float
+    also: dict[str, float]
+    best: float | None
+    train: int
+    val: int
+    protocol: str
+    folder: str
+    metric: str
+
+
+def read_result(result: object, where: Path) -> ScoreResult:
+    """A manifest's ``result``. Raises ManifestError, which names the field, if it is not the result of an
+    evaluation."""
     try:
-        Result.model_validate(result)
+        return ScoreResult.model_validate(result)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, ("result", *first["loc"])))
+        field = ".".join(map(str, ("result", *first["loc"])))
         raise ManifestError(
-            f"{place}: {first['msg']}", where=where, fix="delete the folder, then run `cae2pipe evaluate` again"
+            f"{field}: {first['msg']}", where=where, fix="delete the folder, then run `cae2pipe evaluate` again"
         ) from None
 
 
-def score_boxes(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> Iterator[tuple[Path, Box]]:
-    """Every finished evaluation in or below some folders, with its box.
+def score_artifacts(
+    roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None
+) -> Iterator[tuple[Path, ScoresArtifact, ScoreResult]]:
+    """All finished evaluations in or below some folders: their artifacts and results.
 
-    ``damaged`` takes the errors of manifests that cannot be read; None: the first one is raised.
+    ``damaged`` collects the errors of unreadable manifests; None: the first one is raised.
 
     Raises:
         SourceError: a folder does not exist. ManifestError, DamageError: a manifest cannot be read.
     """
     for root in roots:
         if not root.is_dir():
-            raise SourceError("no such folder", where=root, fix="give folders that `cae2pipe evaluate` wrote")
+            raise SourceError("no such folder", where=root, fix="give folders written by `cae2pipe evaluate`")
         for folder in sorted(path.parent for path in root.rglob(MANIFEST)):
             try:
-                box = finished_score(folder)
+                finished = finished_score(folder)
             except Cae2pipeError as error:
                 if damaged is None:
                     raise
                 damaged.append(error)
                 continue
-            if box:
-                yield folder, box
+            if finished:
+                yield folder, *finished
 
 
-def finished_score(folder: Path) -> Box | None:
-    """The box of a finished evaluation; None: the folder holds something else.
+def finished_score(folder: Path) -> tuple[ScoresArtifact, ScoreResult] | None:
+    """The artifact of a finished evaluation and its result; None: the folder holds something else.
 
     Raises:
         ManifestError, DamageError: its manifest cannot be read.
@@ -98,45 +123,50 @@ def finished_score(folder: Path) -> Box | None:
     try:
         if is_foreign(folder):
             return None
-        box = open_box(folder)
+        artifact = open_artifact(folder)
     except OSError as error:
         raise ManifestError(f"this cannot be read: {error.strerror}", where=folder / MANIFEST) from None
-    if box.kind != "scores" or not box.facts.get("result"):
+    if not isinstance(artifact, ScoresArtifact) or not (result := artifact.facts.get("result")):
         return None
-    check_result(box.facts["result"], folder / MANIFEST)
-    return box
+    return artifact, read_result(result, folder / MANIFEST)
 
 
-def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> list[dict[str, Any]]:
-    """A row for every finished evaluation in or below the given folders, the best of each kind of evaluation first.
-    ``damaged`` as in ``score_boxes``.
+def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -> list[ScoreRow]:
+    """One row per finished evaluation in or below the given folders, the best of each kind of evaluation first.
+    ``damaged`` as in ``score_artifacts``.
 
     Raises:
-        SourceError: a folder does not exist, or there is not one score.
+        SourceError: a folder does not exist, or there are no scores.
     """
-    rows: dict[Path, dict[str, Any]] = {}
+    rows: dict[Path, ScoreRow] = {}
     roots = list(roots)
-    for folder, box in score_boxes(roots, damaged):
-        rows[folder.resolve()] = row(box.facts["result"], folder)
+    for folder, _, result in score_artifacts(roots, damaged):
+        rows[folder.resolve()] = row(result, folder)
     if not rows and not damaged:
         raise SourceError(
             "there is no finished evaluation here",
             where=", ".join(str(root) for root in roots),
             fix="run `cae2pipe evaluate knn ENCODER DATA OUT`, then give OUT",
         )
-    return sorted(rows.values(), key=lambda found: (found["evaluation"], -found["score"], str(found["folder"])))
+    return sorted(rows.values(), key=lambda one: (one["evaluation"], -one["score"], str(one["folder"])))
 
 
-def row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the table shows of one result: ``score`` and ``also`` are pairs of name and value; ``best`` is the best
-    epoch's score, where one was looked for."""
-    first, second = headlines(result["evaluation"])
-    found = {name: result.get(name, "") for name in ("encoder", "evaluation", "feature", "protocol")}
-    counts = {part: result["images"][part] for part in ("train", "val")}
-    best = result["best"][first] if result.get("best") else None
-    scores = {"score": result[first], "metric": first, "also": {second: result[second]}, "best": best}
-    everything = {**found, **counts, **scores, "folder": str(folder)}
-    return {name: everything[name] for name in (*COLUMNS, "metric")}
+def row(result: ScoreResult, folder: Path) -> ScoreRow:
+    """The row of one result."""
+    first, second = headlines(result.evaluation)
+    return {
+        "encoder": result.encoder,
+        "evaluation": result.evaluation,
+        "feature": result.feature,
+        "score": result.figure(first),
+        "also": {second: result.figure(second)},
+        "best": result.best[first] if result.best else None,
+        "train": result.images.train,
+        "val": result.images.val,
+        "protocol": result.protocol,
+        "folder": str(folder),
+        "metric": first,
+    }
 
 
 def read_scores(roots: Iterable[Path]) -> dict[str, list[Finished]]:
@@ -145,14 +175,13 @@ def read_scores(roots: Iterable[Path]) -> dict[str, list[Finished]]:
     Raises:
         SourceError: a folder does not exist. ManifestError, DamageError: a manifest below it cannot be read.
     """
-    found: dict[str, list[Finished]] = {}
-    for _, box in score_boxes(roots):
-        result = box.facts["result"]
-        digest = box.identity["encoder"].get("sha256")
+    scores: dict[str, list[Finished]] = {}
+    for _, artifact, result in score_artifacts(roots):
+        digest = artifact.identity["encoder"].get("sha256")
         if digest:
-            headline = headlines(result["evaluation"])[0]
-            data = canonical_json(box.identity["data"])
-            one = Finished(result["evaluation"], result[headline], result["protocol"], data, result.get("feature", ""))
-            if one not in found.setdefault(digest, []):
-                found[digest].append(one)
-    return found
+            score = result.figure(headlines(result.evaluation)[0])
+            data = canonical_json(artifact.identity["data"])
+            one = Finished(result.evaluation, score, result.protocol, data, result.feature)
+            if one not in scores.setdefault(digest, []):
+                scores[digest].append(one)
+    return scores

@@ -1,15 +1,15 @@
-"""Typed settings: presets in YAML, overrides, validation, documentation, identity.
+"""Typed settings: presets in YAML, overrides, validation, documentation, fingerprints.
 
-A settings class documents every field in the docstring below it. Fields that only change speed live in a section called
-``speed``; fields that only say where something lies, or how much of it to make, are declared with ``outside()``.
-Neither enters fingerprints: everything else does.
+A settings class documents every field in the docstring below it. Fields that only change speed are in a section called
+``speed``; fields that only say where something is, or how much of it to make, are declared with
+``not_fingerprinted()``. Neither enters fingerprints; everything else does.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -37,40 +37,50 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_numbers(cls, values: Any) -> Any:
-        """Refuse true and false where numbers are asked for, and numbers that no manifest can hold."""
+        """Refuse true and false for numbers, and numbers that a manifest cannot hold."""
         for name, info in cls.model_fields.items() if isinstance(values, dict) else ():
             value = values.get(name)
             items = value if isinstance(value, list | tuple) else [value]
             if any(isinstance(item, bool) for item in items) and not takes(info.annotation, bool):
-                raise ValueError(f"{name} takes neither true nor false")
+                raise ValueError(f"{name} must be a number, not true or false")
             if any(isinstance(item, int) and abs(item) >= 2**63 for item in items):
-                raise ValueError(f"{name} is a number of more than 64 bits")
+                raise ValueError(f"{name} has more than 64 bits")
         return values
 
 
 def takes(annotation: Any, kind: type) -> bool:
-    """Whether values of a kind fit an annotation as they are."""
+    """Whether values of a type fit an annotation without conversion."""
     return annotation in (kind, Any) or any(takes(part, kind) for part in get_args(annotation))
 
 
 S = TypeVar("S", bound=Settings)
 
+STORED_NAMES = {
+    "predictor_depth": "regressor_depth",
+    "predictor_width": "regressor_width",
+    "predictor_heads": "regressor_heads",
+    "predictor_layer_scale": "regressor_layer_scale",
+}
+"""Renamed settings, with the old names that manifests and fingerprints keep, so that existing folders can be
+resumed."""
+PRESENT_NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 
-def outside(default: Any = ..., **options: Any) -> Any:
-    """A field that does not enter fingerprints: a place, or an amount that may grow."""
+
+def not_fingerprinted(default: Any = ..., **options: Any) -> Any:
+    """A field that does not enter fingerprints: a path, or an amount that may grow."""
     return Field(default, json_schema_extra={"identity": False}, **options)
 
 
 def added(default: Any, before: Any, **options: Any) -> Any:
-    """A field that folders made by older versions do not mention; what they were made with is ``before``.
+    """A field that folders of older versions do not have; they were made with the value ``before``.
 
-    It enters fingerprints only where it has another value, so that those of older folders stay.
+    It enters fingerprints only with another value, so that fingerprints of older folders do not change.
     """
     return Field(default, json_schema_extra={"before": before}, **options)
 
 
-def identity(settings: Settings) -> dict[str, Any]:
-    """The settings that change the result, as plain JSON values."""
+def fingerprinted(settings: Settings) -> dict[str, Any]:
+    """The settings that change the result, as plain JSON values under their names in manifests."""
     result = {}
     for name, info in type(settings).model_fields.items():
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
@@ -79,13 +89,14 @@ def identity(settings: Settings) -> dict[str, Any]:
         value = getattr(settings, name)
         if "before" in extra and value == extra["before"]:
             continue
-        result[name] = identity(value) if isinstance(value, Settings) else settings.model_dump(mode="json")[name]
+        plain = fingerprinted(value) if isinstance(value, Settings) else settings.model_dump(mode="json")[name]
+        result[STORED_NAMES.get(name, name)] = plain
     return result
 
 
-def recorded(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest holds of settings, completed by what was true before a field was ``added``."""
-    result = dict(values)
+def recorded(kind: type[Settings], values: Mapping[str, object]) -> dict[str, Any]:
+    """A manifest's settings under their current names, with ``before`` values for fields ``added`` later."""
+    result: dict[str, Any] = {PRESENT_NAMES.get(name, name): value for name, value in values.items()}
     for name, info in kind.model_fields.items():
         extra, inner = info.json_schema_extra, info.annotation
         if isinstance(extra, dict) and "before" in extra:
@@ -95,13 +106,31 @@ def recorded(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def build_recorded(kind: type[S], values: Mapping[str, object], where: object) -> S:
+    """The settings in a manifest. Raises SettingsError if they are invalid."""
+    return build(kind, recorded(kind, values), where)
+
+
+def section_of(values: Mapping[str, object], name: str, where: object) -> Mapping[str, object]:
+    """A section of a manifest's settings. Raises SettingsError if it is not a section."""
+    inner = values.get(name)
+    if not isinstance(inner, dict):
+        raise SettingsError(f"settings.{name} is not a mapping", where=where)
+    return inner
+
+
+def present_name(name: str) -> str:
+    """The current name of a setting, given its dotted name in a manifest."""
+    return ".".join(PRESENT_NAMES.get(part, part) for part in name.split("."))
+
+
 def package_folder(name: str) -> Path:
-    """A folder of data files in the package: ``configs``, say."""
+    """A folder of data files in the package, such as ``configs``."""
     return Path(str(importlib.resources.files("cae2pipe"))) / name
 
 
 def preset_names(stage: str) -> list[str]:
-    """Presets by name. Files whose names begin with ``_`` are parts of others."""
+    """The names of presets. Files whose names begin with ``_`` are included by others."""
     names = sorted(path.stem for path in (package_folder("configs") / stage).glob("*.yaml"))
     return [name for name in names if not name.startswith("_")]
 
@@ -109,7 +138,7 @@ def preset_names(stage: str) -> list[str]:
 def read_preset(stage: str, name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     """The raw values of a preset by name, or of a YAML file by path. ``extends: NAME`` at its top starts from another.
 
-    ``below``: those that extend this one.
+    ``below``: the presets that extend this one.
 
     Raises:
         SettingsError: unknown preset, unreadable file, presets that extend each other in a circle.
@@ -124,7 +153,7 @@ def read_preset(stage: str, name: str, below: tuple[str, ...] = ()) -> dict[str,
         if not path.is_file():
             known = preset_names(stage)
             raise SettingsError(
-                f"there is no preset {name!r} for {stage}{_nearest(name, known)}",
+                f"unknown {stage} preset {name!r}{_nearest(name, known)}",
                 where=f"{stage} preset {name}",
                 fix=f"use one of {', '.join(known)}, or the path of a YAML file",
             )
@@ -134,20 +163,20 @@ def read_preset(stage: str, name: str, below: tuple[str, ...] = ()) -> dict[str,
     except FileNotFoundError:
         raise SettingsError("no such settings file", where=path, fix="check the path") from None
     except IsADirectoryError:
-        raise SettingsError("this is a folder, and a YAML file is needed", where=path, fix="check the path") from None
+        raise SettingsError("this is a folder, not a YAML file", where=path, fix="check the path") from None
     except OSError as error:
         raise SettingsError(f"this cannot be read: {error.strerror}", where=path, fix="check the path") from None
     except ValueError as error:
         raise SettingsError(f"this is not valid YAML: {error}", where=path, fix="correct the file") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise SettingsError("a settings file holds names and values", where=path, fix="correct the file")
+        raise SettingsError("a settings file must be a mapping", where=path, fix="correct the file")
     parent = values.pop("extends", None)
     return merge(read_preset(stage, str(parent), (*below, name)), values) if parent else values
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the values of ``over`` laid on top, section by section."""
+    """``base`` overridden by the values of ``over``, section by section."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -163,27 +192,34 @@ def parse_override(text: str) -> dict[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")) or name.count(".") > 9:
-        raise SettingsError(f"{text!r} is not of the form section.name=value", where="--set", fix="e.g. --set seed=1")
+        raise SettingsError(
+            f"invalid override {text!r}, expected section.name=value", where="--set", fix="e.g. --set seed=1"
+        )
     try:
         parsed = read_yaml(value)
     except ValueError as error:
         raise SettingsError(f"the value is not valid YAML: {error}", where=f"--set {text}", fix="quote it") from None
     *sections, last = name.split(".")
     nested = {last: parsed}
-    for section in reversed(sections):
-        nested = {section: nested}
+    for section_of in reversed(sections):
+        nested = {section_of: nested}
     return nested
 
 
 def load(
-    kind: type[S], stage: str, preset: str | None, overrides: Sequence[str] = (), values: dict[str, Any] | None = None
+    kind: type[S],
+    stage: str,
+    preset: str | None,
+    *,
+    overrides: Sequence[str] = (),
+    values: dict[str, Any] | None = None,
 ) -> S:
     """Preset, then ``values`` (from dedicated options), then ``--set`` overrides, validated.
 
-    A preset may hold ``recipes: {NAME: {...}}``: what it changes where the setting ``recipe`` is NAME. Overrides win.
+    A preset may have ``recipes: {NAME: {...}}``: settings that apply if ``recipe`` is NAME. Overrides take precedence.
 
     Raises:
-        SettingsError: anything that does not fit, with the nearest known name for an unknown key.
+        SettingsError: an invalid value, or an unknown key, with the nearest known name.
     """
     raw = read_preset(stage, preset) if preset else {}
     recipes = raw.pop("recipes", {})
@@ -193,40 +229,41 @@ def load(
     recipe = str(over.get("recipe", raw.get("recipe", "")))
     for name, part in (("recipes", recipes), (f"recipes.{recipe}", part_of(recipes, recipe))):
         if not isinstance(part, dict):
-            raise SettingsError(f"{name} holds no names and values", where=preset, fix="correct the file")
+            raise SettingsError(f"{name} is not a mapping", where=preset, fix="correct the file")
     raw = merge(merge(raw, part_of(recipes, recipe)), over)
     return build(kind, raw, where=f"{stage} settings" + (f", preset {preset}" if preset else ""))
 
 
 def part_of(recipes: Any, name: str) -> Any:
-    """What a preset's ``recipes`` hold under a name."""
+    """The entry of a preset's ``recipes`` under a name."""
     return recipes.get(name, {}) if isinstance(recipes, dict) else {}
 
 
-def build(kind: type[S], raw: dict[str, Any], where: object) -> S:
-    """Validate raw values into a settings object (SettingsError where they do not fit)."""
+def build(kind: type[S], raw: Mapping[str, object], where: object) -> S:
+    """Validate raw values into a settings object. Raises SettingsError if they are invalid."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        place = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _known_names(kind, first["loc"][:-1])
-            nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-            fix = f"did you mean {nearest[0]!r}?" if nearest else f"known names here: {', '.join(known)}"
-            raise SettingsError(f"unknown setting {place!r}{more}", where=where, fix=fix) from None
+            known, unknown = _known_names(kind, first["loc"][:-1]), str(first["loc"][-1])
+            nearest = [name for name in known if name == PRESENT_NAMES.get(unknown)]
+            nearest = nearest or difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+            fix = f"did you mean {nearest[0]!r}?" if nearest else f"known names: {', '.join(known)}"
+            raise SettingsError(f"unknown setting {field!r}{more}", where=where, fix=fix) from None
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, SettingsError):
             raise cause from None
-        got = "" if isinstance(first["input"], dict) else f"; it is {shortened(repr(first['input']))}"
-        if cause:  # one of our own cross-field checks: it says itself what to change
+        got = "" if isinstance(first["input"], dict) else f"; got {shortened(repr(first['input']))}"
+        if cause:  # one of our cross-field checks, whose message says what to change
             raise SettingsError(f"{cause}{more}", where=where) from None
-        raise SettingsError(f"{place}: {first['msg']}{got}{more}", where=where, fix=f"--set {place}=...") from None
+        raise SettingsError(f"{field}: {first['msg']}{got}{more}", where=where, fix=f"--set {field}=...") from None
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """The beginning of a long text."""
+    """A long text, truncated."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,12 +14,12 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class EvaluateSpeed(Settings):
-    """What changes only the speed."""
+    """Settings that only change the speed."""
 
     device: str = "auto"
     """Device of the encoder: auto, cpu, cuda, cuda:1, ..."""
     workers: int = Field(default=-1, ge=-1, le=1024)
-    """Processes that decode images; -1: one a core; 0: none, in the main process."""
+    """Processes that decode images; -1: one per core; 0: decode in the main process."""
     batch: int | None = Field(default=None, ge=1, le=2**20)
     """Images that pass the encoder together. null: 256 on CUDA, 64 elsewhere."""
 
@@ -28,17 +28,17 @@ class FeatureSettings(Settings):
     """How images become features."""
 
     feature: Feature = "auto"
-    """class: the class token; mean: the mean of the patches; auto: the class token where a loss fell on it."""
+    """class: the class token; mean: the mean of the patches; auto: the class token if it was trained by a loss."""
     image_size: int | None = Field(default=None, ge=16, le=4096)
     """Side of the crop in pixels. null: the encoder's own."""
     crop: float = Field(default=0.875, ge=0.1, le=1)
-    """Side of the central crop over the resized image's shorter side: 224 of 256."""
+    """Ratio of the central crop's side to the resized image's shorter side, such as 224 / 256."""
     precision: Precision = "auto"
-    """Arithmetic of a student: auto is bf16 autocast on CUDA, fp32 elsewhere. Teachers keep their own."""
+    """Arithmetic of a student: auto is bf16 autocast on CUDA, fp32 elsewhere. Teachers have their own."""
 
 
 class DrawSettings(Settings):
-    """Crops drawn for training: random resized, bicubic, flipped or not."""
+    """Random crops for training: resized, bicubic, with a random flip."""
 
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
@@ -58,10 +58,10 @@ class DrawSettings(Settings):
 
 
 class TrainedSpeed(EvaluateSpeed):
-    """What changes only the speed."""
+    """Settings that only change the speed."""
 
     compile: bool | None = None
-    """Compile what is trained with the encoder (torch.compile); not for detection. null: on CUDA only."""
+    """Compile the trained model (torch.compile); not for detection. null: on CUDA only."""
     checkpoint_minutes: float = Field(default=10.0, gt=0, le=1e6)
     """Minutes between checkpoints."""
     keep: int = Field(default=2, ge=1, le=10**6)
@@ -73,27 +73,27 @@ class KnnSettings(Settings):
 
     features: FeatureSettings = FeatureSettings()
     k: tuple[int, ...] = (20, 10, 100, 200)
-    """Numbers of neighbours, or one. The first one's accuracy is the headline."""
+    """One or several numbers of neighbours. The first one gives the main score."""
     temperature: float = Field(default=0.07, gt=0, le=1e6)
-    """A neighbour with cosine c weighs exp(c / temperature)."""
+    """A neighbour with cosine c has the weight exp(c / temperature)."""
     seed: int = Field(default=0, ge=0)
     """Seed of `random:` encoders."""
     speed: EvaluateSpeed = EvaluateSpeed()
 
     @field_validator("k", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _one(cls, value: object) -> object:
         return (value,) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _counts(self) -> KnnSettings:
         if not 1 <= len(self.k) <= 100 or min(self.k) < 1:
-            raise ValueError("k must hold at least one number, and at most 100, each at least 1")
+            raise ValueError("k must be 1 to 100 numbers, each at least 1")
         return self
 
 
 FAST_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Learning rates that a fast linear evaluation tries, about the paper's 0.1."""
+"""Learning rates that a fast linear evaluation tries, around the paper's 0.1."""
 
 
 class LinearSettings(Settings):
@@ -102,21 +102,21 @@ class LinearSettings(Settings):
     features: FeatureSettings = FeatureSettings()
     draw: DrawSettings = DrawSettings()
     cached_crops: int = Field(default=0, ge=0, le=1000)
-    """0: new crops of every image in every epoch, as published. n: features of n crops an image are computed once, the
-    central one and n - 1 drawn ones, and epochs take turns with them."""
+    """0: new crops of every image in every epoch, as published. n: features of n crops per image are computed once,
+    the central one and n - 1 random ones, and epochs use them in turn."""
     epochs: Epochs = 90
     warmup_epochs: float = Field(default=10, ge=0, le=1e6)
     """Epochs of linear warm-up, by step."""
     batch: int = Field(default=16384, ge=2, le=2**24)
-    """Images a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
+    """Images per step. Sets below 16 batches use smaller ones, down to 64, so that an epoch has up to 16 steps."""
     chunk: int = Field(default=256, ge=2, le=2**24)
-    """Images whose statistics the BatchNorm takes together, as a device does its share (released code). Cached crops
-    are normalised by the whole batch."""
+    """Images per BatchNorm statistic, like one device's share of a batch (released code). Cached crops are normalised
+    over the whole batch."""
     lr: float = Field(default=0.1, gt=0)
-    """Peak learning rate of LARS at a batch of 256; it scales linearly with `batch`, as set here."""
+    """Peak learning rate of LARS at a batch of 256; it scales linearly with `batch` as set here."""
     sweep: tuple[float, ...] = ()
-    """With cached crops: learning rates to train with at once, as `lr` counts them. The one that is best on held-out
-    training images takes lr's place. Empty: lr it is."""
+    """With cached crops: learning rates, scaled like `lr`, to train with in parallel. The best one on held-out training
+    images is used instead of `lr`. Empty: `lr` is used."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of each training class that a sweep holds out."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -128,7 +128,7 @@ class LinearSettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> LinearSettings:
         if any(not 0 < lr <= 1e4 for lr in self.sweep):
-            raise ValueError("sweep holds learning rates above 0, and at most 1e4")
+            raise ValueError("sweep must be learning rates above 0 and at most 1e4")
         if self.sweep and not self.cached_crops:
             raise ValueError("a sweep needs cached crops: set cached_crops to 1 or more, or give --fast")
         check_warmup(self.warmup_epochs, self.epochs)
@@ -141,16 +141,16 @@ class AttentiveSettings(Settings):
     features: FeatureSettings = FeatureSettings()
     draw: DrawSettings = DrawSettings()
     heads: int | None = Field(default=None, ge=1, le=16384)
-    """Heads of the cross-attention. null: one for every 64 dimensions."""
+    """Heads of the cross-attention. null: one per 64 dimensions."""
     epochs: Epochs = 90
     warmup_epochs: float = Field(default=10, ge=0, le=1e6)
     """Epochs of linear warm-up, by step."""
     batch: int = Field(default=8192, ge=2, le=2**24)
-    """Images a step. Sets below 16 batches take smaller ones, down to 64, so that an epoch has up to 16 steps."""
+    """Images per step. Sets below 16 batches use smaller ones, down to 64, so that an epoch has up to 16 steps."""
     chunk: int = Field(default=256, ge=2, le=2**24)
-    """Images whose statistics the BatchNorm takes together, as a device does its share (released code)."""
+    """Images per BatchNorm statistic, like one device's share of a batch (released code)."""
     lr: float = Field(default=0.4, gt=0)
-    """Peak learning rate of SGD with Nesterov momentum at a batch of 8192; it scales linearly with the batch taken."""
+    """Peak learning rate of SGD with Nesterov momentum at a batch of 8192; it scales linearly with the actual batch."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD's momentum."""
     seed: int = Field(default=0, ge=0)
@@ -167,53 +167,53 @@ class FinetuneSettings(Settings):
     """The whole encoder trained as a classifier (paper, Table 10)."""
 
     recipe: Literal["paper", "official"] = "paper"
-    """paper: as the paper says; official: as its authors' scripts do. Presets set the fields that differ."""
+    """paper: as in the paper; official: as in its authors' scripts. Presets set the fields that differ."""
     image_size: int | None = Field(default=None, ge=16, le=4096)
-    """Side of the input in pixels. null: the encoder's own. Another one resamples its positions."""
+    """Side of the input in pixels. null: the encoder's own. For another size, position embeddings are resampled."""
     crop: float = Field(default=0.875, ge=0.1, le=1)
-    """Side of the central crop over the resized image's shorter side, for scores: 224 of 256."""
+    """Ratio of the central crop's side to the resized image's shorter side in evaluation, such as 224 / 256."""
     draw: DrawSettings = DrawSettings(rand_augment=9)
     erase: float = Field(default=0.25, ge=0, le=1)
-    """Probability of random erasing, with noise (released code; the paper is silent)."""
+    """Probability of random erasing, with noise (released code; not in the paper)."""
     mixup: float = Field(default=0.8, ge=0, le=1e3)
     """Mixup's alpha; 0: none."""
     cutmix: float = Field(default=1.0, ge=0, le=1e3)
-    """CutMix's alpha; 0: none. With both, each chunk takes one of them, with equal chances."""
+    """CutMix's alpha; 0: none. With both, each chunk uses one of them, with equal probability."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Largest drop path rate; rates rise linearly from 0 over the depth."""
     relative_positions: bool = True
-    """Add a relative position bias to each block's attention, zero at first (released code)."""
+    """Add a relative position bias to each block's attention, initially zero (released code)."""
     layer_scale: float | None = Field(default=0.1, gt=0, le=1e3)
-    """LayerScale for an encoder of ours that has none, as older versions wrote them: the weights before it are divided
-    by it. null: they are trained as they are. An encoder with LayerScale starts from what it has learnt."""
+    """LayerScale for an encoder without it, as older versions of cae2pipe exported them: the weights before it are
+    divided by it. null: no LayerScale is added. An encoder with LayerScale keeps its learnt values."""
     head_scale: float = Field(default=0.001, gt=0, le=1e3)
-    """What the classifier's initial weights are multiplied with (released code)."""
+    """Factor of the classifier's initial weights (released code)."""
     epochs: Epochs = 100
     warmup_epochs: float = Field(default=5, ge=0, le=1e6)
     """Epochs of linear warm-up from 0, by step."""
     batch: int = Field(default=1024, ge=2, le=2**20)
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     chunk: int = Field(default=128, ge=2, le=2**20)
-    """Images that pass forward and backward together, and that share a draw of Mixup. Divides the batch; the number of
+    """Images that pass forward and backward together, and that share one Mixup draw. Divides the batch; the number of
     chunks is a multiple of the number of processes."""
     lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate of the classifier at a batch of 1024; it scales linearly with the batch."""
     min_lr: float = Field(default=1e-6, ge=0)
     """Learning rate at the end of the cosine, scaled like lr."""
     layer_decay: float = Field(default=0.75, gt=0, le=1)
-    """What the learning rate is multiplied with from each block to the one before it."""
+    """Factor of the learning rate from each block to the one before it."""
     beta1: Beta1 = 0.9
     beta2: Beta2 = 0.999
     weight_decay: float = Field(default=0.05, ge=0, le=1e4)
-    """Decay of weights with two or more dimensions, but not of the class token and of positions."""
+    """Decay of weights with two or more dimensions, except the class token and position embeddings."""
     clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; null: no clipping (released code)."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights that is scored in their place; 0: none."""
+    """Decay of a moving average of the weights, which is evaluated instead of them; 0: none."""
     validate_epochs: int = Field(default=1, ge=1, le=10**6)
-    """Score on the val images every so many epochs, and at the end."""
+    """Epochs between evaluations on the val images; the last epoch is always evaluated."""
     precision: Precision = "auto"
     """Arithmetic: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights are always fp32."""
     seed: int = Field(default=0, ge=0)
@@ -224,22 +224,22 @@ class FinetuneSettings(Settings):
     def _fits(self) -> FinetuneSettings:
         check_chunks(self.batch, self.chunk)
         if self.chunk % 2 and (self.mixup or self.cutmix):
-            raise ValueError(f"Mixup and CutMix need chunks of an even number, not {self.chunk}")
+            raise ValueError(f"Mixup and CutMix need an even chunk, not {self.chunk}")
         check_warmup(self.warmup_epochs, self.epochs)
         return self
 
 
 def check_chunks(batch: int, chunk: int) -> None:
-    """Raise ValueError where a batch is not whole chunks."""
+    """Raise ValueError if a batch is not a whole number of chunks."""
     if batch % chunk:
         near = max(d for d in range(1, min(chunk, batch) + 1) if batch % d == 0)
-        raise ValueError(f"chunk {chunk} does not divide batch {batch}: set chunk={near}")
+        raise ValueError(f"batch {batch} is not divisible by chunk {chunk}: set chunk={near}")
 
 
 def check_warmup(warmup_epochs: float, epochs: int) -> None:
-    """Raise ValueError where a warm-up takes all the time."""
+    """Raise ValueError if the warm-up takes the whole training."""
     if warmup_epochs >= epochs:
-        raise ValueError(f"warmup_epochs {warmup_epochs:g} leaves nothing of {epochs} epochs: lower it")
+        raise ValueError(f"warmup_epochs ({warmup_epochs:g}) must be less than epochs ({epochs}): lower it")
 
 
 AnySettings = KnnSettings | LinearSettings | AttentiveSettings | FinetuneSettings
@@ -249,4 +249,4 @@ EVALUATIONS: dict[str, type[AnySettings]] = {
     "attentive": AttentiveSettings,
     "finetune": FinetuneSettings,
 }
-"""Evaluations by name, which is also that of their preset, or how their presets' names begin."""
+"""Evaluations by name, which is also the name of their preset, or its beginning."""

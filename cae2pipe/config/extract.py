@@ -8,19 +8,20 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cae2pipe.config.base import Settings, added, outside
+from cae2pipe.artifacts.manifest_targets import CodecIdentity
+from cae2pipe.config.base import Settings, added, not_fingerprinted
 
 ENLARGED = 1.28
-"""How many times a crop of a kept image is enlarged, at most: what short side 320 means for views of 224 pixels."""
+"""Largest enlargement of a crop of a kept image: that of short side 320 for views of 224 pixels."""
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class ShardSpeed(Settings):
-    """What changes only the speed."""
+    """Settings that only change the speed."""
 
     workers: int = Field(default=-1, ge=-1, le=1024)
-    """Processes that read and check images; -1: one a core."""
+    """Processes that read and check images; -1: one per core."""
 
 
 class ShardSettings(Settings):
@@ -29,7 +30,7 @@ class ShardSettings(Settings):
     seed: int = Field(default=0, ge=0)
     """Seed of the shuffle over the whole data set."""
     samples: int = Field(default=1024, ge=1, le=10**6)
-    """Images a tar. Multiples of 64 fill the blocks of the target set."""
+    """Images per tar. Multiples of 64 fill the blocks of the target set."""
     speed: ShardSpeed = ShardSpeed()
 
 
@@ -42,29 +43,29 @@ class TeacherSettings(Settings):
     """The model's name in that library, e.g. ViT-B-16-quickgelu."""
     pretrained: str | None = None
     """The pretrained tag, e.g. openai; unused when `weights` names a file."""
-    weights: Path | None = outside(None)
+    weights: Path | None = not_fingerprinted(None)
     """A local weights file (safetensors, or a torch file of tensors). Its content enters the fingerprint."""
     vision_cfg: dict[str, Any] | None = None
-    """open_clip only: the tower's own shape, for weights that no named model fits."""
+    """open_clip only: the tower's configuration, for weights that fit no named model."""
     embed_dim: int | None = Field(default=None, ge=1, le=65536)
     """open_clip only, with `vision_cfg`: the projection's width."""
     quick_gelu: bool | None = None
-    """open_clip only: force QuickGELU on or off. None: as the named model says."""
+    """open_clip only: force QuickGELU on or off. None: as in the named model."""
     image_size: int = Field(default=224, ge=16, le=4096)
     """Side, in pixels, of the teacher's own input; stored views are resized to it."""
     stage: int | None = Field(default=None, ge=-64, le=64)
     """timm convolutional networks: index of the feature map (as in features_only) that gives the latents."""
     mean: tuple[float, float, float] | None = None
-    """Channel means of the teacher's input. None: as the model's own configuration says."""
+    """Channel means of the teacher's input. None: from the model's configuration."""
     std: tuple[float, float, float] | None = None
-    """Channel standard deviations of the teacher's input. None: as the model's own configuration says."""
+    """Channel standard deviations of the teacher's input. None: from the model's configuration."""
     precision: Precision = "auto"
-    """Arithmetic of the teacher. auto: fp16 on CUDA, as published; fp32 elsewhere."""
+    """Arithmetic of the teacher. auto: fp16 on CUDA (as published), fp32 elsewhere."""
 
     @model_validator(mode="after")
     def _divides(self) -> TeacherSettings:
         if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"teacher.std {self.std} is not above 0")
+            raise ValueError(f"teacher.std must be above 0, not {self.std}")
         return self
 
 
@@ -82,16 +83,15 @@ class ViewSettings(Settings):
     jitter: float = Field(default=0.4, ge=0, lt=1)
     """Strength of brightness, contrast and saturation jitter: factors uniform in 1 -+ jitter."""
     pixels: Literal["replayed", "stored"] = added("replayed", before="stored")
-    """replayed: each image is kept once, and its views are cut from it again whenever they are loaded, which takes
-    fewer bytes from three views on. stored: each view is kept, which loads faster and suits few views."""
+    """replayed: each image is stored once, and its views are cropped from it whenever they are loaded, which needs
+    fewer bytes for three or more views. stored: each view is stored, which loads faster and suits few views."""
     short_side: int | None = added(None, before=None, ge=16, le=16384)
-    """Short side of the images that are kept for replayed views, in pixels; larger ones are reduced to it. null: as
-    long as it takes for no crop to be enlarged more than 1.28 times (320 for views of 224 pixels), where the original
-    has the pixels."""
+    """Short side of the images stored for replayed views, in pixels; larger images are reduced to it. null: so that no
+    crop is enlarged more than 1.28 times (320 for views of 224 pixels), unless the original is smaller."""
     quality: int = Field(default=90, ge=1, le=100)
-    """JPEG quality of what is kept, views or images."""
+    """JPEG quality of stored views or images."""
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:2:0"
-    """JPEG chroma subsampling of what is kept."""
+    """JPEG chroma subsampling of stored views or images."""
 
     @model_validator(mode="after")
     def _ranges(self) -> ViewSettings:
@@ -100,13 +100,13 @@ class ViewSettings(Settings):
         if not 0.01 <= self.ratio[0] <= self.ratio[1] <= 100:
             raise ValueError("view.ratio must satisfy 0.01 <= smallest <= largest <= 100")
         if self.short_side is not None and self.pixels == "stored":
-            raise ValueError("view.short_side is of images kept for replayed views: set view.pixels=replayed")
+            raise ValueError("view.short_side only applies to replayed views: set view.pixels=replayed")
         return self
 
     @property
     def kept_side(self) -> int:
-        """Short side of the images that are kept for replayed views, in pixels, at most."""
-        # The smallest crop's short side, as a share of the image's: of a square one, others have more.
+        """Largest short side of the images stored for replayed views, in pixels."""
+        # The smallest crop's short side as a share of the image's, if that is square; others have more.
         smallest = math.sqrt(self.scale[0] * min(self.ratio[0], 1 / self.ratio[1]))
         return self.short_side or math.ceil(self.size / smallest / ENLARGED)
 
@@ -115,10 +115,10 @@ class CodecSettings(Settings):
     """How latents are compressed."""
 
     name: Literal["klt", "int8", "fp16"] = "klt"
-    """klt: error-bounded transform codec; int8: one scale a token; fp16: the reference."""
+    """klt: error-bounded transform codec; int8: one scale per token; fp16: the reference."""
     fidelity: float = Field(default=0.97, gt=0.5, lt=1)
-    """klt only: mean cosine between decoded and true tokens, reached on held-out samples. More bytes than the default's
-    are better spent on more views (benchmarks/views.py)."""
+    """klt only: mean cosine between decoded and true tokens, reached on held-out samples. Instead of a higher
+    fidelity than the default, store more views (benchmarks/views.py)."""
     level: int = Field(default=1, ge=1, le=9)
     """klt only: zstd level. Level 1 is within 3% of level 5 in size and encodes about 3 times as fast."""
     calibration: int = Field(default=512, ge=1, le=10**6)
@@ -126,35 +126,35 @@ class CodecSettings(Settings):
 
 
 class ExtractSpeed(Settings):
-    """What changes only the speed."""
+    """Settings that only change the speed."""
 
     workers: int = Field(default=-1, ge=-1, le=1024)
-    """Processes that decode, crop and encode images; -1: one a core; 0: none, in the main process."""
+    """Processes that decode, crop and encode images; -1: one per core; 0: decode in the main process."""
     device: str = "auto"
     """Device of the teacher: auto, cpu, cuda, cuda:1, ..."""
     lanes: int | None = Field(default=None, ge=1, le=1024)
-    """Blocks of 64 views that the teacher is given at once, each in a thread: fewer need less memory. null: 4
-    on a CUDA device; one for each core on a CPU, where a thread computes alone."""
+    """Blocks of 64 views that the teacher processes in parallel, one thread each; fewer need less memory. null: 4 on a
+    CUDA device; one per core on a CPU."""
 
 
 class ExtractSettings(Settings):
-    """Everything `cae2pipe extract-targets` can be told."""
+    """All settings of `cae2pipe extract-targets`."""
 
     teacher: TeacherSettings
-    views: int = outside(16, ge=1, le=10**6)
-    """Views an image: one for every twenty epochs of the pretraining, the default for 300. More can be added later by
-    asking for more."""
+    views: int = not_fingerprinted(16, ge=1, le=10**6)
+    """Views per image: one per twenty epochs of pretraining; the default suits 300 epochs. To add views later, run
+    again with a larger number."""
     view: ViewSettings = ViewSettings()
     codec: CodecSettings = CodecSettings()
     seed: int = Field(default=0, ge=0)
-    """Seed of the views' draws."""
-    shard: ShardSettings = outside(ShardSettings())
+    """Seed of the views' random draws."""
+    shard: ShardSettings = not_fingerprinted(ShardSettings())
     speed: ExtractSpeed = ExtractSpeed()
 
 
-def as_begun(codec: CodecSettings, stored: dict[str, Any]) -> CodecSettings:
-    """The codec's settings for a set that has been begun: a fidelity that was not given is the set's own, for defaults
-    change between versions. ``stored``: the codec's settings as the set's manifest has them."""
+def as_begun(codec: CodecSettings, stored: CodecIdentity) -> CodecSettings:
+    """The codec's settings for an existing set: a fidelity that was not given is the set's own, since defaults change
+    between versions. ``stored``: the codec's settings in the set's manifest."""
     if "fidelity" in codec.model_fields_set:
         return codec
     return codec.model_copy(update={"fidelity": stored["fidelity"]})

@@ -1,4 +1,4 @@
-"""Fields that several settings have: what they mean and which values they take. Defaults are each settings' own."""
+"""Fields that several settings classes share: their meaning and valid values. Each class has its own defaults."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ DropPath = Annotated[float, Field(ge=0, lt=1, description="Largest drop path rat
 InitialLayerScale = Annotated[float | None, Field(gt=0, le=1e3, description="As in fine-tuning.")]
 ValidateEpochs = Annotated[
     int,
-    Field(ge=0, le=10**6, description="Score on the val images every so many epochs too; 0: at the end only."),
+    Field(ge=0, le=10**6, description="Epochs between evaluations on the val images; 0: at the end only."),
 ]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cae2pipe.config.base import Settings, outside
+from cae2pipe.config.base import Settings, not_fingerprinted
 from cae2pipe.config.fields import Beta1
 
 Recipe = Literal["paper", "official"]
@@ -30,14 +30,15 @@ class ModelSettings(Settings):
     """Initial LayerScale of the encoder's blocks (1e-5 for Large)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Largest drop path rate; rates rise linearly from 0 over the depth, in the encoder and in the regressor."""
-    regressor_depth: int = Field(default=4, ge=0, le=256)
-    """Regressor blocks; 0 leaves the visible loss alone (paper Table 4)."""
-    regressor_width: int = Field(default=768, ge=8, le=16384)
-    """Width of the regressor. Where it differs from the encoder's, a Linear and a LayerNorm lie between."""
-    regressor_heads: int = Field(default=12, ge=1, le=1024)
-    """Attention heads of the regressor. Large has 16 in the paper, 12 of 85 features in the released code."""
-    regressor_layer_scale: float = Field(default=0.1, gt=0, le=1e3)
-    """Initial LayerScale of the regressor's blocks."""
+    predictor_depth: int = Field(default=4, ge=0, le=256)
+    """Blocks of the module that predicts the masked patches: the regressor of CAE v2 and CAE, or MAE's decoder. 0: only
+    the visible loss (paper, Table 4)."""
+    predictor_width: int = Field(default=768, ge=8, le=16384)
+    """Its width. If that differs from the encoder's, a Linear and a LayerNorm are in between."""
+    predictor_heads: int = Field(default=12, ge=1, le=1024)
+    """Its attention heads. Large has 16 in the paper, 12 of 85 features in the released code."""
+    predictor_layer_scale: float = Field(default=0.1, gt=0, le=1e3)
+    """Initial LayerScale of its blocks."""
     head: Literal["fc-ln", "ln-fc"] = "fc-ln"
     """Order of the head shared by encoder and regressor: paper fc-ln, released code ln-fc."""
 
@@ -49,21 +50,23 @@ class ModelSettings(Settings):
             )
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
-        if self.regressor_depth and self.regressor_width < self.regressor_heads:
+        if self.predictor_depth and self.predictor_width < self.predictor_heads:
             raise ValueError(
-                f"model.regressor_width {self.regressor_width} leaves nothing to each of model.regressor_heads "
-                f"{self.regressor_heads}: set model.regressor_heads to at most {self.regressor_width}"
+                f"model.predictor_width {self.predictor_width} is less than model.predictor_heads "
+                f"{self.predictor_heads}: set model.predictor_heads to at most {self.predictor_width}"
             )
         if self.grid > 256:
             raise ValueError(
-                f"model.image_size {self.image_size} with model.patch_size {self.patch_size} makes {self.grid} patches "
-                "a side: set model.patch_size so that it is 256 at most"
+                f"model.image_size {self.image_size} with model.patch_size {self.patch_size} gives {self.grid} patches "
+                "per side: set model.patch_size so that it is at most 256"
             )
-        weights = 12 * (self.depth * self.width**2 + self.regressor_depth * self.regressor_width**2)
+        weights = 12 * (self.depth * self.width**2 + self.predictor_depth * self.predictor_width**2)
         if weights > 10**11:
-            raise ValueError(f"a student of {weights / 1e9:.0f} billion weights: lower model.width or model.depth")
-        if self.width % 4 or self.regressor_width % 4:
-            raise ValueError("widths must be multiples of 4: sin-cos positions take a quarter each")
+            raise ValueError(
+                f"the student would have {weights / 1e9:.0f} billion weights: lower model.width or model.depth"
+            )
+        if self.width % 4 or self.predictor_width % 4:
+            raise ValueError("widths must be multiples of 4, for sin-cos positions")
         return self
 
     @property
@@ -76,15 +79,15 @@ class MaskSettings(Settings):
     """Which patches are hidden (paper, section 2.3, Table 5)."""
 
     strategy: Literal["block", "random", "attention"] = "block"
-    """block: BEiT's random blocks; random: independent patches; attention: what the teacher's class token attends to is
-    likelier to stay visible (MILAN), for which the target set must hold attention: a ViT teacher's does."""
+    """block: BEiT's random blocks; random: independent patches; attention: patches that the teacher's class token
+    attends to are more likely to stay visible (MILAN); the target set must hold attention (ViT teachers)."""
     ratio: float = Field(default=0.5, gt=0, lt=1)
     """Share of patches masked."""
     count: int | None = Field(default=None, ge=1, le=65536)
-    """Masked patches, exactly. null: ratio x patches, rounded (30 / 49 / 98 / 118 in the released code)."""
+    """Exact number of masked patches. null: ratio x patches, rounded (30 / 49 / 98 / 118 in the released code)."""
     repeat: int = Field(default=1, ge=1, le=1024)
-    """Masks that each loaded view is trained under in one step. A step then loads data.batch / repeat views, for when
-    reading is what limits; an epoch takes as many more steps, so divide epochs by it for the same work."""
+    """Masks per loaded view and step. A step then loads data.batch / repeat views, for when reading is the bottleneck;
+    an epoch has `repeat` times as many steps, so divide epochs by it for the same work."""
 
 
 class LossSettings(Settings):
@@ -93,8 +96,8 @@ class LossSettings(Settings):
     kind: Literal["cosine", "mse", "smooth_l1"] = "cosine"
     """Distance between predicted and target latents (paper Table 3)."""
     target: Literal["as_is", "layer_norm", "pixels"] = "as_is"
-    """as_is: the teacher's latents; layer_norm: the same, each token brought to mean 0 and variance 1 over its channels
-    (FD, MaskDistill); pixels: each patch's own pixels, normalised in the same way, and no teacher (MAE)."""
+    """as_is: the teacher's latents; layer_norm: the same, with each token normalised over its channels to mean 0 and
+    variance 1 (FD, MaskDistill); pixels: each patch's own pixels, normalised alike, without a teacher (MAE)."""
     reduction: Literal["two_means", "one_mean"] = "two_means"
     """two_means: mean over visible plus mean over masked tokens; one_mean: one mean over all of them."""
     visible: float = Field(default=1.0, ge=0, le=1e6)
@@ -105,7 +108,7 @@ class LossSettings(Settings):
     @model_validator(mode="after")
     def _some(self) -> LossSettings:
         if self.visible == self.masked == 0:
-            raise ValueError("loss.visible and loss.masked are both 0: nothing would be learnt")
+            raise ValueError("loss.visible and loss.masked are both 0: set one of them above 0")
         return self
 
 
@@ -115,7 +118,7 @@ class OptimizerSettings(Settings):
     lr: float = Field(default=1.5e-3, gt=0)
     """Peak learning rate at a batch of 2048."""
     scale_lr: bool = True
-    """Scale lr and min_lr linearly with the batch; false: take them as they are."""
+    """Scale lr and min_lr linearly with the batch; false: use them unscaled."""
     min_lr: float = Field(default=1e-5, ge=0)
     """Learning rate at the end of the cosine, scaled like lr."""
     beta1: Beta1 = 0.9
@@ -133,76 +136,76 @@ class DataSettings(Settings):
     """The order of samples."""
 
     batch: int = Field(default=2048, ge=1, le=2**20)
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     views: int | None = Field(default=None, ge=1, le=10**6)
-    """Stored views of each image that are trained on: the first so many. null: all."""
+    """Number of stored views per image that are trained on, from the first. null: all."""
     streams: int = Field(default=64, ge=1, le=2**20)
-    """Streams the epoch is cut into. Divides the batch; a multiple of the number of processes."""
+    """Streams that the epoch is split into. Divides the batch; a multiple of the number of processes."""
     window: int = Field(default=4, ge=1, le=2**20)
-    """Blocks of 64 samples among which a stream shuffles."""
+    """Size of a stream's shuffle window, in blocks of 64 samples."""
     last_batch: Literal["pad", "drop"] = "pad"
-    """pad: the last batch is filled up with samples of weight 0; drop: it is left out (released code)."""
+    """pad: the last batch is padded with samples of weight 0; drop: it is omitted (released code)."""
     decode: Literal["workers", "device"] = "workers"
-    """Where JPEGs are decoded, and replayed views cut from them: by the workers, as for the teacher; or on the device
-    (torchcodec; on CUDA by nvJPEG, whose pixels differ a little), for when cores are short."""
+    """Where JPEGs are decoded and replayed views cropped: in the workers, as for the teacher; or on the device
+    (torchcodec; on CUDA by nvJPEG, whose pixels differ slightly), if there are too few CPU cores."""
 
     @model_validator(mode="after")
     def _divides(self) -> DataSettings:
         if self.batch % self.streams:
             raise ValueError(
-                f"data.streams {self.streams} does not divide data.batch {self.batch}: "
+                f"data.batch ({self.batch}) is not divisible by data.streams ({self.streams}): "
                 f"set data.streams to {_divisor(self.batch, self.streams)}, or data.batch to a multiple of it"
             )
         return self
 
 
 class TrainSpeed(Settings):
-    """What changes the speed, and nothing of the result but the order in which numbers are added up."""
+    """Settings that only change the speed; results differ at most by the order of floating-point sums."""
 
     device: str = "auto"
-    """Device of the student: auto, cpu, cuda, cuda:1, ... Under torchrun each process takes one of its own."""
+    """Device of the student: auto, cpu, cuda, cuda:1, ... Under torchrun each process uses its own."""
     accumulation: int = Field(default=1, ge=1, le=2**20)
-    """Parts that a process's share of the batch is cut into, one forward and backward pass each: for less memory."""
+    """Forward and backward passes that a process's share of the batch is split into, to save memory."""
     recompute: bool = False
-    """Keep only the inputs of each block and compute the rest again in the backward pass: for much less memory."""
+    """Keep only the inputs of each block and recompute the rest in the backward pass, to save much memory."""
     compile: bool | None = None
     """Compile the student (torch.compile). null: on CUDA only."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes train: ddp keeps all weights in each of them, fsdp shards weights and optimizer (FSDP2)."""
     deterministic: bool = False
-    """Ask torch for deterministic algorithms, so that a run on CUDA repeats to the bit. The CPU's do so anyway."""
+    """Use torch's deterministic algorithms, so that CUDA runs are reproducible bit for bit. CPU runs always are."""
     workers: int = Field(default=-1, ge=-1, le=1024)
-    """Processes that read and decode blocks; -1: one a core, at most 8; 0: none, in the main process."""
+    """Processes that read and decode blocks; -1: one per core, at most 8; 0: read in the main process."""
     cache: Path | None = None
-    """A local folder in which blocks of a remote target set are kept for later epochs. None: nothing is kept."""
+    """A local folder that caches blocks of a remote target set for later epochs. None: no cache."""
     cache_gb: float = Field(default=100.0, gt=0, le=1e9)
-    """Gigabytes that the cache may hold; what was read first stays."""
+    """Largest size of the cache in gigabytes; blocks that were read first are kept."""
     checkpoint_minutes: float = Field(default=10.0, gt=0, le=1e6)
     """Minutes between checkpoints."""
     keep: int = Field(default=2, ge=1, le=10**6)
     """Newest checkpoints kept."""
     keep_epochs: int = Field(default=0, ge=0, le=10**6)
-    """Also keep, for good, a checkpoint after every so many epochs; 0: none."""
+    """Epochs between checkpoints that are kept permanently; 0: none."""
     peak_tflops: float | None = Field(default=None, gt=0, le=1e9)
-    """The device's peak, in 10^12 operations a second, that MFU is a share of. null: what is known of the device."""
+    """The device's peak for MFU, in 10^12 operations per second. null: a known value for the device."""
 
 
 class PretrainSettings(Settings):
-    """Everything `cae2pipe pretrain` can be told."""
+    """All settings of `cae2pipe pretrain`."""
 
     recipe: Recipe = "paper"
-    """paper: as the paper says; official: as its authors' released code does. Presets set the fields that differ."""
+    """paper: as in the paper; official: as in its authors' released code. Presets set the fields that differ."""
     method: str = "caev2"
-    """The pretraining method: caev2, cae, mvp, mae, milan or fd. Presets of rivals, such as mvp, set the loss and the
-    masks that go with it."""
+    """The pretraining method: caev2, cae, mvp, mae, milan or fd. Presets of other methods, such as mvp, set the
+    matching loss and masks."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order, masks and drop path."""
     targets: Literal["cached", "online"] = "cached"
     """cached: latents from the target set; online: the teacher runs in every step, as published."""
     views: Literal["stored", "fresh"] = "stored"
-    """stored: the target set's views; fresh (with online targets): new crops of the originals in every epoch."""
+    """stored: the target set's views; fresh (only with online targets): new crops of the originals in every epoch."""
     epochs: int = Field(default=300, ge=1, le=10**6)
-    """Passes over the data. One pass shows one view of every image."""
+    """Passes over the data. One pass uses one view of every image."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the student: auto is bf16 autocast on CUDA, fp32 elsewhere. Weights and loss are always fp32."""
     model: ModelSettings = ModelSettings()
@@ -210,14 +213,14 @@ class PretrainSettings(Settings):
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     data: DataSettings = DataSettings()
-    stop_after: int | None = outside(None, ge=1, le=10**12)
-    """Stop after this many steps, as if interrupted: the same command goes on. For trials."""
-    originals: Path | None = outside(None)
-    """The shard set that fresh views are cut from. null: the one inside the target set."""
-    teacher_weights: Path | None = outside(None)
-    """The online teacher's weights, where they came from a local file: sets do not say where files lie."""
-    track: list[Literal["tensorboard", "wandb"]] = outside([])
-    """Also write the metrics there."""
+    stop_after: int | None = not_fingerprinted(None, ge=1, le=10**12)
+    """Stop after this many steps, as if interrupted; rerun the same command to resume. For trials."""
+    originals: Path | None = not_fingerprinted(None)
+    """The shard set that fresh views are cropped from. null: the one inside the target set."""
+    teacher_weights: Path | None = not_fingerprinted(None)
+    """The online teacher's weights, if they came from a local file: target sets do not store paths."""
+    track: list[Literal["tensorboard", "wandb"]] = not_fingerprinted([])
+    """Also write metrics to these trackers."""
     speed: TrainSpeed = TrainSpeed()
 
     @model_validator(mode="after")
@@ -226,44 +229,44 @@ class PretrainSettings(Settings):
         if not 0 < self.masked_patches < patches:
             raise ValueError(
                 f"mask.ratio {self.mask.ratio} masks {self.masked_patches} of {patches} patches: "
-                "at least one must be masked and one visible; set mask.ratio between the two"
+                "at least one must be masked and one visible; change mask.ratio"
             )
         if self.data.batch % self.mask.repeat:
             raise ValueError(
-                f"mask.repeat {self.mask.repeat} does not divide data.batch {self.data.batch}: "
+                f"data.batch ({self.data.batch}) is not divisible by mask.repeat ({self.mask.repeat}): "
                 f"set mask.repeat to {_divisor(self.data.batch, self.mask.repeat)}"
             )
         if self.loaded_batch % self.data.streams:
             raise ValueError(
-                f"with mask.repeat {self.mask.repeat} a step loads {self.loaded_batch} views, which data.streams "
-                f"{self.data.streams} does not divide: set data.streams to "
+                f"with mask.repeat {self.mask.repeat} a step loads {self.loaded_batch} views, not divisible by "
+                f"data.streams ({self.data.streams}): set data.streams to "
                 f"{_divisor(self.loaded_batch, self.data.streams)}"
             )
         if self.views == "fresh" and self.targets == "cached":
-            raise ValueError("views: fresh has no cached targets: set targets=online, or views=stored")
+            raise ValueError("fresh views have no cached targets: set targets=online, or views=stored")
         if self.views == "fresh" and self.data.decode == "device":
-            raise ValueError("fresh views are cut by the workers: set data.decode=workers")
+            raise ValueError("fresh views are cropped by the workers: set data.decode=workers")
         if self.views == "fresh" and self.mask.strategy == "attention":
-            raise ValueError("fresh views come without attention: set mask.strategy=block, or views=stored")
+            raise ValueError("fresh views have no attention: set mask.strategy=block, or views=stored")
         if self.targets == "online" and self.loss.target == "pixels":
-            raise ValueError("pixels are targets without a teacher: set targets=cached, or loss.target=as_is")
-        if self.model.regressor_depth == 0 and self.loss.visible == 0:
-            raise ValueError("model.regressor_depth 0 predicts no masked patches: loss.visible must be above 0")
+            raise ValueError("pixel targets have no teacher: set targets=cached, or loss.target=as_is")
+        if self.model.predictor_depth == 0 and self.loss.visible == 0:
+            raise ValueError("with model.predictor_depth 0 there is no masked loss: set loss.visible above 0")
         if self.optimizer.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"optimizer.warmup_epochs {self.optimizer.warmup_epochs} leaves nothing of {self.epochs} epochs: "
-                f"set optimizer.warmup_epochs below epochs"
+                f"optimizer.warmup_epochs ({self.optimizer.warmup_epochs}) must be less than epochs ({self.epochs}): "
+                "lower it"
             )
         return self
 
     @property
     def masked_patches(self) -> int:
-        """Patches masked in every image."""
+        """Masked patches per image."""
         return self.mask.count or round(self.mask.ratio * self.model.grid**2)
 
     @property
     def loaded_batch(self) -> int:
-        """Views loaded a step, over all devices: each is trained under `mask.repeat` masks."""
+        """Views loaded per step, over all devices; each is trained with `mask.repeat` masks."""
         return self.data.batch // self.mask.repeat
 
 

@@ -1,4 +1,4 @@
-"""Which settings class a stage's presets are of."""
+"""The settings class of each stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ STAGES = ("shard", "extract", "pretrain", "evaluate", "compare")
 
 
 def settings_class(stage: str, preset: str) -> type[Settings]:
-    """The class of a stage's settings; evaluations have one each. Raises SettingsError for an unknown stage."""
+    """The class of a stage's settings; each evaluation has its own. Raises SettingsError for an unknown stage."""
+    check_stage(stage)
     if stage == "shard":
         from cae2pipe.config.extract import ShardSettings
 
@@ -35,8 +36,15 @@ def settings_class(stage: str, preset: str) -> type[Settings]:
 
         known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
         return next((kind for name, kind in known.items() if Path(preset).stem.startswith(name)), KnnSettings)
+    raise AssertionError(stage)
+
+
+def check_stage(stage: str) -> None:
+    """Raise SettingsError for an unknown stage."""
+    if stage in STAGES:
+        return
     nearest = difflib.get_close_matches(stage, STAGES, n=1)
     raise SettingsError(
-        f"there is no stage {stage!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
+        f"unknown stage {stage!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
         fix=f"use one of {', '.join(STAGES)}",
     )

@@ -1,6 +1,6 @@
-"""YAML as its version 1.2 reads it (core schema): ``yes``, ``on``, ``1:30`` and dates are text, ``1e5`` is a number.
+"""YAML 1.2 (core schema): ``yes``, ``on``, ``1:30`` and dates are text, ``1e5`` is a number.
 
-PyYAML reads version 1.1, where ``epochs: 1:30`` is 90 and ``epochs: yes`` is 1; of two equal keys it takes the last.
+PyYAML reads version 1.1, where ``epochs: 1:30`` is 90 and ``epochs: yes`` is 1; of two equal keys it uses the last.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 LARGEST, DEEPEST = 10_000, 50
-"""Values of a document at most, each as often as it is referred to, and values within each other."""
+"""Limits of a document: number of values, with repeated references counted each time, and nesting depth."""
 
 
 class CoreLoader(yaml.SafeLoader):
-    """Scalars of the core schema; no key twice, no merge keys, no values within themselves."""
+    """Scalars of the core schema; no duplicate keys, merge keys or recursive values."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own attribute
 
@@ -24,13 +24,13 @@ class CoreLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for name in names:
             if name.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{name.value!r} is there twice", problem_mark=name.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {name.value!r}", problem_mark=name.start_mark)
             seen.add(name.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     def flatten_mapping(self, node: Any) -> None:
-        """Merge keys are none of the core schema."""
+        """Merge keys are not part of the core schema."""
 
 
 def _integer(loader: CoreLoader, node: Any) -> int:
@@ -60,8 +60,8 @@ def read_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        ValueError: not YAML, a key twice, nested too deep, too large, or a number of too many digits; the message says
-            where.
+        ValueError: not YAML, a duplicate key, nested too deeply, too large, or a number with too many digits. The
+            message says where.
     """
     try:
         loader = CoreLoader(text)
@@ -76,19 +76,19 @@ def read_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def _count(node: Any, above: tuple[int, ...] = ()) -> int:
-    """Values of a node, each as often as it is referred to."""
+    """Number of values in a node, with repeated references counted each time."""
     if id(node) in above:
-        raise yaml.MarkedYAMLError(problem="a value within itself", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
     if isinstance(node, yaml.ScalarNode):
         if any("\ud800" <= char <= "\udfff" for char in node.value):
-            raise yaml.MarkedYAMLError(problem="half of a character", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem="half of a surrogate pair", problem_mark=node.start_mark)
         return 1
     if len(above) >= DEEPEST:
-        raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=node.start_mark)
     parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
     total = 1
     for part in parts:

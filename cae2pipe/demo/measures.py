@@ -1,4 +1,4 @@
-"""What the demo measures, what each figure means, and which goals it has."""
+"""The demo's measures: their meaning and their goals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Measure:
         return f"{sign} {bound:,.{self.digits}f}"
 
     def met(self, result: Result) -> bool | None:
-        """Whether the goal is reached; None where there is none."""
+        """Whether the goal is reached; None without a goal."""
         if self.goal is None:
             return None
         sign, bound = self.goal(result)
@@ -37,18 +37,18 @@ class Measure:
 
 
 MEASURES = (
-    Measure("images", "training images", "Tiles that went through stage 1.", 0),
-    Measure("views", "views an image", "Augmented views of each tile, seen once by the teacher and then stored.", 0),
+    Measure("images", "training images", "Tiles processed by stage 1.", 0),
+    Measure("views", "views per image", "Augmented views of each tile, seen once by the teacher and then stored.", 0),
     Measure(
         "bytes_per_view_fp16",
-        "bytes a view, fp16",
-        "What the teacher's latents and their norms take in half precision.",
+        "bytes per view, fp16",
+        "Size of the teacher's latents and their norms in half precision.",
         0,
     ),
     Measure(
         "bytes_per_view",
-        "bytes a view, stored",
-        "What they take as stored: rotated, rounded, packed. Pixels are not counted.",
+        "bytes per view, stored",
+        "Their size as stored: rotated, rounded, compressed. Without pixels.",
         0,
         lambda r: ("≤", 0.15 * r["bytes_per_view_fp16"]),
     ),
@@ -59,32 +59,28 @@ MEASURES = (
         5,
         lambda r: ("≥", 0.97),
     ),
-    Measure("fidelity_p1", "fidelity, 1st percentile", "The same cosine for the worst hundredth of the tokens.", 5),
-    Measure(
-        "loss_first", "loss, first step", "An untrained student's distance from the targets: visible plus masked.", 3
-    ),
+    Measure("fidelity_p1", "fidelity, 1st percentile", "The same cosine, 1st percentile over all tokens.", 5),
+    Measure("loss_first", "loss, first step", "Loss of the untrained student: visible plus masked.", 3),
     Measure(
         "loss_last",
         "loss, last epoch",
-        "The trained student's, mean over its last epoch.",
+        "Loss of the trained student, mean over its last epoch.",
         3,
         lambda r: ("<", r["loss_mean_token"]),
     ),
-    Measure(
-        "loss_mean_token", "loss of the mean token", "What answering with the mean target everywhere would cost.", 3
-    ),
+    Measure("loss_mean_token", "loss of the mean token", "The loss of predicting the mean target everywhere.", 3),
     Measure(
         "centred_cosine_masked",
         "centred cosine, masked",
-        "On test tiles: agreement with the teacher where the student saw nothing, beyond the mean target. "
-        "Answering with the mean scores about 0.",
+        "On test tiles: agreement with the teacher on masked patches, beyond the mean target. "
+        "Predicting the mean scores about 0.",
         3,
         lambda r: ("≥", 0.15),
     ),
     Measure(
         "knn_random",
         "kNN, untrained student",
-        "Test tiles whose photograph is recognised, same network before training.",
+        "Share of test tiles whose photograph is recognised, same network before training.",
         3,
     ),
     Measure(
@@ -94,7 +90,7 @@ MEASURES = (
         3,
         lambda r: ("≥", r["knn_random"] + 0.05),
     ),
-    Measure("knn_teacher", "kNN, teacher", "The same for the teacher's own features.", 3),
+    Measure("knn_teacher", "kNN, teacher", "The same for the teacher's features.", 3),
     Measure("seconds", "seconds", "From the first command to this report.", 0),
 )
 

@@ -1,4 +1,4 @@
-"""The demo's page and picture, put together from what the demo measured and read back."""
+"""The demo's page and picture, made from its measurements and stored data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cae2pipe.demo.measures import MEASURES
-from cae2pipe.reporting.html import Child, Html, element, figure, figures, image, join, mark, page, table
+from cae2pipe.reporting.html import Child, Html, element, figure, figures, image, join_html, mark, page, table
 from cae2pipe.reporting.pictures import (
     ColourBasis,
     Picture,
@@ -19,7 +19,7 @@ from cae2pipe.reporting.pictures import (
     hide_patches,
     jpeg_uri,
     latent_colours,
-    resized,
+    resized_picture,
     tiled,
 )
 from cae2pipe.reporting.plots import Points, bars, curves
@@ -27,24 +27,24 @@ from cae2pipe.reporting.stored_images import SHOWN, latents_image, stored_card
 
 if TYPE_CHECKING:
     from cae2pipe.targets.stored_image import StoredImage
-    from cae2pipe.training.student import Forecast
+    from cae2pipe.training.student import LatentPreview
 
 PANEL = 132
 """Side of a panel of the picture in pixels."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """A command that the demo ran, and one sentence on what it does. ``own`` is the same for a user's own images."""
+class DemoCommand:
+    """A command that the demo ran, with a sentence on what it does. ``own``: the command for a user's own images."""
 
     text: str
-    command: str
+    line: str
     own: str | None = None
 
 
 @dataclass(frozen=True)
-class Contents:
-    """All that the page shows.
+class DemoContents:
+    """The content of the page.
 
     ``losses`` are points (epoch, loss); ``bytes_per_view`` has the keys ``fp16``, ``int8``, ``stored``, ``pixels``.
     """
@@ -56,27 +56,27 @@ class Contents:
     losses: Sequence[tuple[float, float]]
     bytes_per_view: Mapping[str, float]
     stored: Sequence[StoredImage]
-    forecasts: Sequence[Forecast]
-    steps: Sequence[Step]
+    previews: Sequence[LatentPreview]
+    commands: Sequence[DemoCommand]
 
 
-def shared_basis(contents: Contents) -> ColourBasis:
-    """One basis for every picture of latents, from the teacher's."""
-    latents = [forecast.teacher for forecast in contents.forecasts]
+def shared_basis(contents: DemoContents) -> ColourBasis:
+    """One colour basis for all pictures of latents, from the teacher's."""
+    latents = [preview.teacher for preview in contents.previews]
     for one in contents.stored:
         latents += [view.latents for view in one.views]
     return colour_basis(np.concatenate(latents))
 
 
-def picture(contents: Contents, pairs: int = 2) -> Picture:
-    """Test tiles in rows, ``pairs`` a row, each as view, masked view, teacher's latents and student's latents."""
+def picture(contents: DemoContents, pairs: int = 2) -> Picture:
+    """Test tiles in rows of ``pairs``, each as view, masked view, teacher's latents and student's latents."""
     basis = shared_basis(contents)
     rows, cols = contents.grid
     groups = []
-    for forecast in contents.forecasts:
-        view = resized(forecast.view, PANEL, PANEL)
-        maps = [latent_colours(latents, rows, cols, basis) for latents in (forecast.teacher, forecast.student)]
-        groups.append([view, hide_patches(view, forecast.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
+    for preview in contents.previews:
+        view = resized_picture(preview.view, PANEL, PANEL)
+        maps = [latent_colours(latents, rows, cols, basis=basis) for latents in (preview.teacher, preview.student)]
+        groups.append([view, hide_patches(view, preview.mask), *(enlarge(m, PANEL, PANEL) for m in maps)])
     captions: list[tuple[int, str]] = []
     strips: list[Picture] = []
     left = 0
@@ -87,14 +87,14 @@ def picture(contents: Contents, pairs: int = 2) -> Picture:
             left += 28
         short = (strips[0].shape[0] if strips else strip.shape[0]) - strip.shape[0]
         strips.append(np.pad(strip, ((0, short), (0, 0), (0, 0)), constant_values=255))
-        for column, text in enumerate(("view", "visible to it", "teacher", "student")):
+        for column, text in enumerate(("view", "visible", "teacher", "student")):
             captions.append((left + column * (PANEL + 6) + PANEL // 2, text))
         left += strip.shape[1]
     return captioned(np.concatenate(strips, axis=1), captions)
 
 
-def render(contents: Contents) -> str:
-    """The page, one file that refers to nothing outside itself."""
+def demo_page(contents: DemoContents) -> str:
+    """The page, one self-contained file."""
     basis = shared_basis(contents)
     result = contents.result
     grid = " × ".join(str(side) for side in contents.grid)
@@ -103,31 +103,32 @@ def render(contents: Contents) -> str:
         element(
             "p",
             f"The teacher, {contents.teacher}, saw {result['views']:,.0f} views of each of {result['images']:,.0f} "
-            "tiles, once. Its latents were compressed and stored beside the pixels; the student was trained from that "
-            "store alone.",
+            "tiles, once. Its latents were compressed and stored with the pixels. The student was trained only from "
+            "that store.",
             class_="lead",
         ),
         headline(result),
         element("h2", "What the student predicts"),
         element(
             "p",
-            "Test tiles, cut from a part of each photograph that training never touched. The student sees the visible "
-            "patches and predicts the teacher's latents of all of them, hidden ones included. Colours are the first "
-            "three principal components of the teacher's latents, the same for all pictures on this page: equal "
-            "colours, like latents. A student trained for a minute gets the kind of surface right, and little detail.",
+            "Test tiles, cut from a part of each photograph that was not used in training. The student sees "
+            "the visible patches and predicts the teacher's latents of all patches, including masked ones. Colours are "
+            "the first three principal components of the teacher's latents, the same for all pictures on this page: "
+            "similar colours mean similar latents. After a minute of training a student predicts the kind of surface, "
+            "but little detail.",
         ),
         element(
             "div",
-            *(forecast_card(forecast, contents.grid, basis) for forecast in contents.forecasts),
+            *(preview_card(preview, contents.grid, basis) for preview in contents.previews),
             class_="examples",
         ),
-        element("h2", "The figures"),
+        element("h2", "Figures"),
         element("div", measures_table(result), class_="card"),
         element("h2", "What is stored"),
         element(
             "p",
-            f"Crop boxes, flips and colour jitter depend on the seed, the image's name and the view's number, and on "
-            f"nothing else. Below each view are the {grid} latents that the teacher gave for it.",
+            f"Crop boxes, flips and colour jitter depend only on the seed, the image's name and the view's number. "
+            f"Below each view are the {grid} latents that the teacher computed for it.",
         ),
         *(
             stored_card(one, contents.grid, basis, heading=title(one.key), caption="tile and crop boxes")
@@ -135,53 +136,60 @@ def render(contents: Contents) -> str:
         ),
         element(
             "div",
-            figure(bytes_chart(contents), "Bytes a view. Latents in three codings, and the view's JPEG for scale."),
+            figure(
+                bytes_chart(contents), "Bytes per view: latents with three codecs, and the view's JPEG for comparison."
+            ),
             class_="card plot",
         ),
         element("h2", "Training"),
         element(
             "div",
-            figure(loss_chart(contents), "Visible plus masked alignment, at every step and as means of epochs."),
+            figure(loss_chart(contents), "Visible plus masked alignment, for every step and as mean per epoch."),
             class_="card plot",
         ),
-        element("h2", "The same on your own images"),
-        element("p", "What ran here, and what to run on a folder of your own. Every command goes on where it was."),
-        own_commands(contents.steps),
+        element("h2", "Running this on your own images"),
+        element(
+            "p",
+            "The commands of this demo, and those for a folder of your own. Every command resumes if it is "
+            "interrupted.",
+        ),
+        own_commands(contents.commands),
         element("footer", footer_text()),
     ]
-    return page("cae2pipe demo", join(body, "\n"))
+    return page("cae2pipe demo", join_html(body, "\n"))
 
 
 def headline(result: Mapping[str, float]) -> Html:
     share = result["bytes_per_view"] / result["bytes_per_view_fp16"]
     cards: list[tuple[Child, Child]] = [
-        (f"{share:.0%}", f"of fp16's bytes for the latents, at a mean cosine of {result['fidelity_mean']:.4f}"),
-        (f"{result['centred_cosine_masked']:.2f}", "centred cosine with the teacher on hidden patches of test tiles"),
+        (f"{share:.0%}", f"of the bytes of fp16 latents, at a mean cosine of {result['fidelity_mean']:.4f}"),
+        (f"{result['centred_cosine_masked']:.2f}", "centred cosine with the teacher on masked patches of test tiles"),
         (
             f"{result['knn_random']:.0%} → {result['knn_pretrained']:.0%}",
-            f"test tiles recognised by nearest neighbours, before and after; the teacher: {result['knn_teacher']:.0%}",
+            "of test tiles recognised by nearest neighbours, before and after training; teacher: "
+            f"{result['knn_teacher']:.0%}",
         ),
         (
             f"{result['loss_last']:.2f}",
-            f"last loss; the mean target everywhere would cost {result['loss_mean_token']:.2f}",
+            f"final loss; predicting the mean target everywhere: {result['loss_mean_token']:.2f}",
         ),
     ]
     return figures(cards)
 
 
-def forecast_card(forecast: Forecast, grid: tuple[int, int], basis: ColourBasis) -> Html:
-    view = resized(forecast.view, SHOWN, SHOWN)
-    name = title(forecast.key)
+def preview_card(preview: LatentPreview, grid: tuple[int, int], basis: ColourBasis) -> Html:
+    view = resized_picture(preview.view, SHOWN, SHOWN)
+    name = title(preview.key)
     panels = [
         figure(image(jpeg_uri(view), f"A view of {name}"), "view"),
         figure(
-            image(jpeg_uri(hide_patches(view, forecast.mask)), "The view with its masked patches hidden"),
-            "visible to it",
+            image(jpeg_uri(hide_patches(view, preview.mask)), "The view with masked patches hidden"),
+            "visible",
         ),
-        figure(latents_image(forecast.teacher, grid, basis, "the teacher"), "teacher"),
-        figure(latents_image(forecast.student, grid, basis, "the student"), "student"),
+        figure(latents_image(preview.teacher, grid, basis, whose="the teacher"), "teacher"),
+        figure(latents_image(preview.student, grid, basis, whose="the student"), "student"),
     ]
-    heading = element("h3", name, " ", element("small", f"centred cosine where hidden {forecast.cosine:.2f}"))
+    heading = element("h3", name, " ", element("small", f"centred cosine on masked patches {preview.cosine:.2f}"))
     return element("div", heading, element("div", *panels, class_="strip four"), class_="card")
 
 
@@ -189,24 +197,24 @@ def measures_table(result: Mapping[str, float]) -> Html:
     lines: list[list[Child]] = []
     for measure in MEASURES:
         met = measure.met(result)
-        goal = join((measure.show_goal(result), " ", mark(met))) if met is not None else None
+        goal = join_html((measure.show_goal(result), " ", mark(met))) if met is not None else None
         lines.append([measure.name, measure.show(result), goal, measure.meaning])
     return table(["measure", "value", "goal", "meaning"], lines, "texts")
 
 
-def loss_chart(contents: Contents) -> Html:
+def loss_chart(contents: DemoContents) -> Html:
     xs, ys = zip(*contents.losses, strict=True)
     epochs = sorted({int(x) for x in xs})
     means = [float(np.mean([y for x, y in contents.losses if int(x) == epoch])) for epoch in epochs]
     return curves(
-        {"every step": Points(xs, ys, pale=True), "means of epochs": Points([e + 0.5 for e in epochs], means)},
+        {"every step": Points(xs, ys, pale=True), "mean per epoch": Points([e + 0.5 for e in epochs], means)},
         x_label="epoch",
         y_label="loss",
-        levels={"the mean target everywhere": contents.result["loss_mean_token"]},
+        levels={"mean target everywhere": contents.result["loss_mean_token"]},
     )
 
 
-def bytes_chart(contents: Contents) -> Html:
+def bytes_chart(contents: DemoContents) -> Html:
     sizes = contents.bytes_per_view
     names = {"fp16": "latents, fp16", "int8": "latents, int8", "stored": f"latents, {contents.codec} (stored)"}
     names["pixels"] = "pixels, JPEG"
@@ -218,24 +226,24 @@ def bytes_chart(contents: Contents) -> Html:
         )
         for name, text in names.items()
     ]
-    return bars(rows, strong=list(names).index("stored"), x_label="kB a view")
+    return bars(rows, strong=list(names).index("stored"), x_label="kB per view")
 
 
-def own_commands(steps: Sequence[Step]) -> Html:
+def own_commands(commands: Sequence[DemoCommand]) -> Html:
     lines = []
-    for step in steps:
-        lines.append(element("i", f"# {step.text}\n"))
-        lines.append(element("span", f"{step.command}\n\n"))
+    for command in commands:
+        lines.append(element("i", f"# {command.text}\n"))
+        lines.append(element("span", f"{command.line}\n\n"))
     own = [
-        join((element("i", f"# instead of: {step.command}\n"), f"{step.own}\n\n"))
-        for step in steps
-        if step.own is not None
+        join_html((element("i", f"# instead of: {command.line}\n"), f"{command.own}\n\n"))
+        for command in commands
+        if command.own is not None
     ]
-    return join(
+    return join_html(
         [
-            element("pre", join(lines)),
+            element("pre", join_html(lines)),
             element("p", "With CLIP as the teacher, and the paper's Base student:"),
-            element("pre", join(own)),
+            element("pre", join_html(own)),
         ]
     )
 
@@ -249,7 +257,7 @@ def title(key: str) -> str:
 def footer_text() -> Html:
     from cae2pipe.version import __version__
 
-    return join(
+    return join_html(
         (
             f"Made by cae2pipe {__version__}. ",
             "Photographs: those shipped with scikit-image and scikit-learn; china and flower by danielbuechele and "

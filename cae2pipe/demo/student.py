@@ -1,4 +1,4 @@
-"""The trained student looked at again: its loss beside the mean target's, and what it predicts on test tiles."""
+"""The trained student: its loss compared with that of the mean target, and its predictions on test tiles."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cae2pipe.methods.method import Method
 from cae2pipe.targets.target_set import Target, TargetSet
 from cae2pipe.training.objective import TERMS, make_objective
 from cae2pipe.training.step import forward
-from cae2pipe.training.student import Forecast, forecasts
+from cae2pipe.training.student import LatentPreview, preview_latents
 
 
 class MeanStudent(nn.Module):
-    """Answers with the set's mean token everywhere: the student that has learnt nothing of the image."""
+    """Predicts the set's mean token everywhere, independent of the image."""
 
     drop_columns = 0
 
@@ -39,11 +39,11 @@ class MeanStudent(nn.Module):
 
 
 def mean_over_views(
-    model: Method | MeanStudent, targets: TargetSet, settings: PretrainSettings, device: torch.device
+    model: Method | MeanStudent, targets: TargetSet, settings: PretrainSettings, *, device: torch.device
 ) -> dict[str, float]:
-    """Loss and centred cosines of a model, mean over every view of every image of a set."""
+    """Loss and centred cosines of a model, averaged over all views of all images of a set."""
     settings = settings.model_copy(update={"epochs": targets.views})
-    plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
+    plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=model.drop_columns)
     objective = make_objective(model, targets, settings).to(device)
     values: list[list[float]] = []
     images: list[int] = []
@@ -55,12 +55,14 @@ def mean_over_views(
     return dict(zip(TERMS, np.average(values, axis=0, weights=images).tolist(), strict=True))
 
 
-def forecasts_of(
-    model: Method, targets: TargetSet, settings: PretrainSettings, keys: Sequence[str], device: torch.device
-) -> list[Forecast]:
-    """What the student predicts for the first stored views with the given keys, in their order."""
-    found: dict[str, Target] = {}
+def previews_of(
+    model: Method, targets: TargetSet, settings: PretrainSettings, *, keys: Sequence[str], device: torch.device
+) -> list[LatentPreview]:
+    """Predictions for the first stored views with the given keys, in their order."""
+    by_key: dict[str, Target] = {}
     for view in targets:
-        if view.key in keys and view.key not in found:
-            found[view.key] = view
-    return forecasts(model, settings, targets, [found[key] for key in keys if key in found], device)
+        if view.key in keys and view.key not in by_key:
+            by_key[view.key] = view
+    return preview_latents(
+        model, settings, targets, views=[by_key[key] for key in keys if key in by_key], device=device
+    )

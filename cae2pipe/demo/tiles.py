@@ -1,8 +1,6 @@
-"""The demo's images: tiles of the photographs that scikit-image and scikit-learn ship.
-
-The files are read from the installed packages' own folders, so nothing is imported or downloaded. A photograph is a
-class. Its longer axis is cut at two thirds: training tiles come from before the cut, test tiles from behind it, so that
-no pixel is in both.
+"""The demo's images: tiles of the photographs in scikit-image and scikit-learn. The files are read from the folders of
+the installed packages, so nothing is imported or downloaded. A photograph is a class. Its longer axis is split at two
+thirds: training tiles come from before the split, test tiles from after it, so that no pixel is in both.
 """
 
 from __future__ import annotations
@@ -24,9 +22,9 @@ from cae2pipe.runtime.progress import Report
 SIDES = (110, 200)
 """Smallest and largest side of a tile in pixels."""
 LONGEST = 720
-"""Larger photographs are shrunk to this longer side: at full size a tile of the retina shows one colour."""
+"""Larger photographs are reduced to this longer side: at full size a tile of the retina shows one colour only."""
 SPLITS = {"train": 24, "val": 9}
-"""Tiles a photograph."""
+"""Tiles per photograph."""
 RECORD = "tiles.json"
 
 
@@ -59,7 +57,7 @@ PHOTOGRAPHS = (
     *(Photograph(name, "skimage", f"data/{name}.{kind}") for name, kind in _SKIMAGE.items()),
     *(Photograph(name, "sklearn", f"datasets/images/{name}.jpg") for name in ("china", "flower")),
 )
-"""All that the two wheels hold of photographs and micrographs large enough; the rest are drawings and test patterns."""
+"""All sufficiently large photographs and micrographs in the two wheels; the others are drawings and test patterns."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,8 @@ class Tile:
 
 
 def place_tile(width: int, height: int, split: str, *key: str | int) -> Tile:
-    """A tile of the ``train`` or ``val`` part of a photograph of that size; it depends on ``key`` alone.
-
-    The side is uniform in ``SIDES``, or up to what the part holds; the place is uniform over the part.
+    """A tile of the ``train`` or ``val`` part of a photograph of that size, determined by ``key``. The side is uniform
+    in ``SIDES``, limited by the part's size; the position is uniform over the part.
     """
     across = width >= height
     cut = 2 * max(width, height) // 3
@@ -107,22 +104,23 @@ def find_photograph(photograph: Photograph) -> Path:
             return path
     what = f"the package {photograph.package!r} " + ("is not installed" if spec is None else "lacks a photograph")
     raise SourceError(
-        f"{what}; the demo cuts its images from it",
+        f"{what}, from which the demo cuts its images",
         where=f"{photograph.package}/{photograph.file}",
         fix="pip install 'cae2pipe[demo]'",
     )
 
 
 def cut_tiles(
-    out: Path, seed: int, report: Report, photographs: tuple[Photograph, ...] = PHOTOGRAPHS
+    out: Path, seed: int, report: Report, *, photographs: tuple[Photograph, ...] = PHOTOGRAPHS
 ) -> dict[str, int]:
-    """Write ``out/train/PHOTOGRAPH/*.jpg`` and ``out/val/PHOTOGRAPH/*.jpg``, whole or not at all.
+    """Write ``out/train/PHOTOGRAPH/*.jpg`` and ``out/val/PHOTOGRAPH/*.jpg`` atomically.
 
     Returns:
-        Tiles of each split.
+        The number of tiles in each split.
 
     Raises:
-        SourceError: a photograph is missing. MismatchError: ``out`` holds something else, or tiles of other settings.
+        SourceError: a photograph is missing. MismatchError: ``out`` holds something else, or tiles with different
+        settings.
     """
     record = {
         "seed": seed,
@@ -156,15 +154,15 @@ def cut_tiles(
 
 
 def check_tiles(out: Path, record: Mapping[str, object], counts: dict[str, int]) -> None:
-    """Refuse a folder whose tiles are not those asked for. Raises MismatchError."""
+    """Refuse a folder with other tiles. Raises MismatchError."""
     try:
         old = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         old = None
-    found = {split: sum(1 for _ in (out / split).glob("*/*.jpg")) for split in counts}
-    if old != record or found != counts:
+    present = {split: sum(1 for _ in (out / split).glob("*/*.jpg")) for split in counts}
+    if old != record or present != counts:
         raise MismatchError(
-            "this folder does not hold the demo's tiles" if old is None else "some of the demo's tiles differ",
+            "this folder does not contain the demo's tiles" if old is None else "some of the demo's tiles differ",
             where=out,
-            fix="remove the folder, or give the demo another one",
+            fix="remove the folder, or use another output folder for the demo",
         )

@@ -1,1 +1,1 @@
-"""Segmentation and detection on a trained encoder. Needs the extra ``dense``; nothing else imports it."""
+"""Segmentation and detection with a trained encoder. Needs the extra ``dense``; no other package imports this one."""

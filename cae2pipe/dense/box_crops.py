@@ -1,4 +1,4 @@
-"""Training images with boxes and masks: flipped, cropped and resized as DETR does."""
+"""Training images with boxes and masks: flipped, cropped and resized as in DETR."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.coco import CocoImages, Objects
 from cae2pipe.dense.label_crops import fitted_size
 from cae2pipe.runtime.seeded import seeded
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 FIRST_SIDES = (400, 500, 600)
-"""Short sides that an image is brought to before it is cropped (DETR)."""
+"""Short sides that an image is resized to before it is cropped (DETR)."""
 DIVISOR = 32
 """Padded sides are multiples of this."""
 
 
 @dataclass(frozen=True)
 class BoxChunk(Chunk):
-    """Images padded to one size: pixels uint8 (c, 3, H, W), ``sizes`` without the padding, and their objects; labels
-    int64 (c,) are the images' numbers."""
+    """Images padded to a common size: pixels uint8 (c, 3, H, W), ``sizes`` without the padding, and their objects;
+    labels int64 (c,) are image numbers."""
 
     sizes: tuple[tuple[int, int], ...] = ()
     targets: tuple[dict[str, Tensor], ...] = ()
@@ -55,9 +55,9 @@ def flipped_objects(image: Image.Image, objects: Objects) -> tuple[Image.Image, 
 
 
 def cropped_objects(
-    image: Image.Image, objects: Objects, left: int, top: int, width: int, height: int
+    image: Image.Image, objects: Objects, *, left: int, top: int, width: int, height: int
 ) -> tuple[Image.Image, Objects]:
-    """A part of both; objects that are not on it, or less than a pixel of it, are gone."""
+    """A crop of both; objects of which less than a pixel remains are removed."""
     shifted = objects.boxes - np.array([left, top, left, top], dtype=np.float32)
     boxes = np.clip(shifted, 0, np.array([width, height, width, height], dtype=np.float32))
     kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
@@ -65,9 +65,9 @@ def cropped_objects(
     return image.crop((left, top, left + width, top + height)), Objects(boxes[kept], objects.labels[kept], masks)
 
 
-def draw_view(image: Image.Image, objects: Objects, settings: DetectSettings) -> tuple[Image.Image, Objects]:
-    """A training view, drawn from Python's generator: flipped or not, cropped or not, resized. A crop that would leave
-    no object is not taken."""
+def draw_box_crop(image: Image.Image, objects: Objects, settings: DetectSettings) -> tuple[Image.Image, Objects]:
+    """A training view, drawn from Python's generator: optionally flipped, optionally cropped, resized. A crop that
+    would leave no object is skipped."""
     if random.random() < settings.flip:
         image, objects = flipped_objects(image, objects)
     if random.random() < settings.crop:
@@ -77,7 +77,7 @@ def draw_view(image: Image.Image, objects: Objects, settings: DetectSettings) ->
         width = random.randint(min(first.width, least), min(first.width, most))
         height = random.randint(min(first.height, least), min(first.height, most))
         left, top = random.randint(0, first.width - width), random.randint(0, first.height - height)
-        part, left_over = cropped_objects(first, there, left, top, width, height)
+        part, left_over = cropped_objects(first, there, left=left, top=top, width=width, height=height)
         if len(left_over.labels):
             image, objects = part, left_over
     side = random.choice(settings.short_sides)
@@ -85,38 +85,39 @@ def draw_view(image: Image.Image, objects: Objects, settings: DetectSettings) ->
 
 
 def padded(images: Sequence[np.ndarray], fill: tuple[int, ...]) -> np.ndarray:
-    """Images uint8 (h, w, 3) of any sizes as one array (c, 3, H, W), filled up below and to the right."""
+    """Images uint8 (h, w, 3) of any sizes as one array (c, 3, H, W), padded below and to the right."""
     height, width = (-(-max(image.shape[axis] for image in images) // DIVISOR) * DIVISOR for axis in (0, 1))
     whole = np.empty((len(images), height, width, 3), dtype=np.uint8)
     whole[:] = fill
-    for place, image in zip(whole, images, strict=True):
-        place[: image.shape[0], : image.shape[1]] = image
+    for part, image in zip(whole, images, strict=True):
+        part[: image.shape[0], : image.shape[1]] = image
     return np.ascontiguousarray(whole.transpose(0, 3, 1, 2))
 
 
 class BoxReader(Reader):
-    """Chunks of training views. Raises SourceError where an image does not fit its annotations."""
+    """Chunks of training views. Raises SourceError if an image does not fit its annotations."""
 
     def __init__(
         self,
         data: CocoImages,
-        course: Course,
+        schedule: TrainSchedule,
         own: Sequence[int],
+        *,
         start: int,
         settings: DetectSettings,
         mean: tuple[float, ...],
     ):
-        super().__init__(course, own, start)
+        super().__init__(schedule, own, start)
         self.root, self.data, self.settings = data.root, data, settings
         self.fill = tuple(round(255 * channel) for channel in mean)
 
     def __getitem__(self, index: int) -> BoxChunk:
         step, number = self.place(index)
-        chosen = self.course.chunk(step, number)
+        chosen = self.schedule.chunk(step, number)
         views = []
         for image in chosen.tolist():
-            with seeded("boxes", self.settings.seed, self.course.epoch(step), image):
-                views.append(draw_view(*self.data.read(image), self.settings))
+            with seeded("boxes", self.settings.seed, self.schedule.epoch(step), image):
+                views.append(draw_box_crop(*self.data.read(image), self.settings))
         pixels = padded([np.asarray(image) for image, _ in views], self.fill)
         targets = tuple(
             {
@@ -131,10 +132,9 @@ class BoxReader(Reader):
 
 
 class ScoredReader:
-    """Val images at the size that they are scored at, uint8 (3, H, W), padded; with their height and width before the
-    padding; picklable."""
+    """Val images at the size for scoring, uint8 (3, H, W), padded; with height and width before padding; picklable."""
 
-    def __init__(self, data: CocoImages, own: Sequence[int], settings: DetectSettings, mean: tuple[float, ...]):
+    def __init__(self, data: CocoImages, own: Sequence[int], settings: DetectSettings, *, mean: tuple[float, ...]):
         self.data, self.own, self.settings = data, own, settings
         self.fill = tuple(round(255 * channel) for channel in mean)
 

@@ -1,4 +1,4 @@
-"""Boxes (x1, y1, x2, y2) in pixels: differences coded and decoded, proposals matched to the truth and sampled."""
+"""Boxes (x1, y1, x2, y2) in pixels: encoding and decoding of deltas, matching and sampling of proposals."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torchvision.ops import box_iou
 Weights = tuple[float, float, float, float]
 
 LARGEST = math.log(1000 / 16)
-"""Of the logarithm of a width or height that a box may grow by: beyond, exp would overflow."""
+"""Maximum logarithm of the growth of a width or height: beyond it exp could overflow."""
 
 
 def encode_boxes(truth: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
-    """What leads from ``boxes`` to ``truth``, both (N, 4): shifts of the centre in widths and heights, logarithms of
-    growth, each times its weight (R-CNN)."""
+    """Deltas from ``boxes`` to ``truth``, both (N, 4): shifts of the centre in units of width and height, and
+    logarithms of growth, each times its weight (R-CNN)."""
     x, y, w, h = _centred(boxes)
     tx, ty, tw, th = _centred(truth)
-    found = torch.stack([(tx - x) / w, (ty - y) / h, (tw / w).log(), (th / h).log()], dim=1)
-    return found * found.new_tensor(weights)
+    deltas = torch.stack([(tx - x) / w, (ty - y) / h, (tw / w).log(), (th / h).log()], dim=1)
+    return deltas * deltas.new_tensor(weights)
 
 
 def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
-    """The boxes (N, 4) that ``deltas`` (N, 4), as ``encode_boxes`` gives them, lead to."""
+    """The boxes (N, 4) after applying ``deltas`` (N, 4) of ``encode_boxes``."""
     x, y, w, h = _centred(boxes)
     dx, dy, dw, dh = (deltas / deltas.new_tensor(weights)).unbind(1)
     x, y = x + dx * w, y + dy * h
@@ -38,8 +38,8 @@ def _centred(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def match_boxes(proposals: Tensor, truth: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """For every proposal (P, 4) the true box (T, 4) that it overlaps most, int64 (P,), and whether their IoU is at
-    least ``threshold``, bool (P,). Without true boxes all are background."""
+    """For every proposal (P, 4) the index of the true box (T, 4) with the largest IoU, int64 (P,), and whether that IoU
+    is at least ``threshold``, bool (P,). Without true boxes all proposals are background."""
     if not len(truth):
         none = torch.zeros(len(proposals), dtype=torch.int64, device=proposals.device)
         return none, none.bool()
@@ -48,8 +48,8 @@ def match_boxes(proposals: Tensor, truth: Tensor, threshold: float) -> tuple[Ten
 
 
 def sample_proposals(positive: Tensor, count: int, share: float) -> Tensor:
-    """Indices of at most ``count`` proposals, of which at most ``share`` are positive (bool (P,)), drawn at random from
-    torch's generator; positives first."""
+    """Indices of at most ``count`` random proposals from torch's generator, positives first. At most ``share`` of them
+    are positive (bool (P,))."""
     wanted = min(int(count * share), int(positive.sum()))
     negative = min(count - wanted, int((~positive).sum()))
 

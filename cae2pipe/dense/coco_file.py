@@ -1,7 +1,7 @@
-"""COCO's instances files as tools write them, brought into one form before anything is trained or scored on them.
+"""COCO's instances files as various tools write them, converted to one form before training or scoring.
 
-What COCO's format leaves open (ids of any kind, sizes and areas that may be missing, three ways to write a mask) is the
-same behind ``read_instances``: ids count from 1, numbers are finite, every object has a mask of its image's size.
+COCO's format leaves much open: types of ids, missing sizes and areas, three representations of masks. After
+``read_instances`` ids count from 1, numbers are finite, and every object has a mask of its image's size.
 """
 
 from __future__ import annotations
@@ -9,183 +9,250 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypedDict, TypeGuard
 
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.dense.orientation import is_upright, read_sides
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.foreign_names import told_apart
 
+SIDES = ("width", "height")
 LEAST = 6
 """Numbers of the shortest polygon: three points."""
-FORMAT = "give images, annotations and categories as COCO's instances files have them"
+FORMAT = "use a COCO instances file with images, annotations and categories"
+
+
+Raw = dict[str, object]
+"""An entry as written by a tool."""
+Id = str | int | float
+
+
+class RunLengths(TypedDict, total=False):
+    """A mask in faster-coco-eval's packed form: ``size`` is (height, width). An empty dictionary: no pixel."""
+
+    size: list[int]
+    counts: bytes
+
+
+class ImageEntry(TypedDict):
+    """``id`` from 1; ``upright``: whether width and height refer to the image as viewers show it."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    upright: bool
+
+
+class ImageObject(TypedDict):
+    """An annotation without its ids: ``bbox`` as four floats x, y, width, height, ``iscrowd`` as 0 or 1."""
+
+    bbox: list[float]
+    area: float
+    iscrowd: int
+    segmentation: RunLengths
+
+
+class Annotation(ImageObject):
+    """``id`` from 1, ``category_id`` from 1: the position in ``Instances.classes``."""
+
+    id: int
+    image_id: int
+    category_id: int
+
+
+class Category(TypedDict):
+    id: int
+    name: str
+
+
+class Dataset(TypedDict):
+    """A whole file in the form that COCO's own tools take."""
+
+    images: list[ImageEntry]
+    annotations: list[Annotation]
+    categories: list[Category]
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """An image as listed in the file, with its original id. Missing sizes are None."""
+
+    id: Id
+    file_name: str
+    width: int | None
+    height: int | None
 
 
 @dataclass(frozen=True)
 class Instances:
-    """A file in one form.
+    """A file in the common form. ``classes``: unique names. ``left_out``: counts of the entries that were not used."""
 
-    ``images``: ``id`` from 1, ``file_name``, ``width``, ``height``, and ``upright``: whether these are of the image as
-    viewers show it. ``annotations``: ``id`` from 1, ``image_id``, ``category_id`` from 1 (the place in ``classes``),
-    ``bbox`` as four floats x, y, width, height, ``area``, ``iscrowd`` as 0 or 1, and ``segmentation`` as run lengths
-    {size, counts}. ``classes``: names, of which none repeats. ``left_out``: what the file holds beside these, counted.
-    """
-
-    images: list[dict[str, Any]]
-    annotations: list[dict[str, Any]]
+    images: list[ImageEntry]
+    annotations: list[Annotation]
     classes: list[str]
     left_out: dict[str, int]
     identity: str
 
-    def dataset(self) -> dict[str, Any]:
-        """As COCO's own tools take it."""
-        categories = [{"id": number, "name": name} for number, name in enumerate(self.classes, 1)]
+    def dataset(self) -> Dataset:
+        """The form that COCO's own tools take."""
+        categories: list[Category] = [{"id": number, "name": name} for number, name in enumerate(self.classes, 1)]
         return {"images": self.images, "annotations": self.annotations, "categories": categories}
 
 
-def read_instances(path: Path, folder: Path, upright: bool | None, training: bool) -> Instances:
+def read_instances(path: Path, folder: Path, upright: bool | None, *, training: bool) -> Instances:
     """Read and check a whole file.
 
     Args:
-        folder: of the images, whose headers are read; in ``training`` only of those with annotations, and the others
-            are not among ``images``. upright: which pixels boxes are of, where an image's EXIF orientation leaves it
-            open.
+        folder: of the images, whose headers are read. In ``training`` images without annotations are skipped and not in
+        ``images``. upright: whether boxes refer to images as viewers show them, if an image's EXIF orientation leaves
+        this open.
 
-    An annotation without a mask (no segmentation, only polygons of fewer than three points, or none of its pixels lies
-    inside the image) or whose box has no extent becomes a crowd where it lies: nothing to train on, and neither found
-    nor missed where it is scored. One that has neither is left out.
+    An annotation becomes a crowd if its box has no extent or it has no mask (no segmentation, only polygons of fewer
+    than three points, or no pixel inside the image): it is not used in training, and counts neither as detected nor as
+    missed in scoring. An annotation with neither box nor mask is dropped.
 
     Raises:
-        SourceError: something cannot be what was meant; says which annotation, image or category.
+        SourceError: an entry is invalid; the message names the annotation, image or category.
     """
     try:
         text = path.read_bytes()
         data = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"this is not JSON: {error}", where=path, fix=FORMAT) from None
-    lists = []
-    for name in ("images", "annotations", "categories"):
-        found = data.get(name) if isinstance(data, dict) else None
-        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-            raise SourceError(f"this is not COCO's instances format: there is no list {name!r}", where=path, fix=FORMAT)
-        lists.append(found)
+    listed_images, listed, listed_categories = (
+        entries_of(data, name, path) for name in ("images", "annotations", "categories")
+    )
     left_out = Counter[str]()
-    categories = numbered_categories(lists[2], path)
-    images = distinct_images(lists[0], path, left_out)
-    if not lists[1]:
-        raise SourceError("there is not one annotation", where=path, fix="give boxes and masks to train on")
-    for place, each in enumerate(lists[1], 1):
-        check_links(each, place, images, categories, path)
-    with_any = {each["image_id"] for each in lists[1]}
-    wanted = [each for each in images.values() if not training or each["id"] in with_any]
+    categories = numbered_categories(listed_categories, path)
+    images = distinct_images(listed_images, path, left_out)
+    if not listed:
+        raise SourceError("there are no annotations", where=path, fix="add boxes and masks to train on")
+    links = [
+        checked_links(each, number, images, categories=categories, path=path) for number, each in enumerate(listed, 1)
+    ]
+    with_any = {image for image, _ in links}
+    wanted = [each for each in images.values() if not training or each.id in with_any]
     left_out["images"] = len(images) - len(wanted)
-    numbers = {}
-    entries = []
-    for number, (entry, sides) in enumerate(zip(wanted, read_sides(places_of(wanted, folder)), strict=True), 1):
-        numbers[entry["id"]] = number
-        size = None if entry["width"] is None or entry["height"] is None else (entry["width"], entry["height"])
-        shown = is_upright(sides, size, upright, folder / entry["file_name"], "the annotations")
+    numbers: dict[Id, int] = {}
+    entries: list[ImageEntry] = []
+    paths = [folder / each.file_name for each in wanted]
+    for number, (row, file, sides) in enumerate(zip(wanted, paths, read_sides(paths), strict=True), 1):
+        numbers[row.id] = number
+        size = None if row.width is None or row.height is None else (row.width, row.height)
+        shown = is_upright(sides, size, upright, where=file, whose="the annotations")
         width, height = size or (sides.upright if shown else sides.stored)
-        name = entry["file_name"]
-        entries.append({"id": number, "file_name": name, "width": width, "height": height, "upright": shown})
-    annotations: list[dict[str, Any]] = []
-    for place, each in enumerate(lists[1], 1):
-        number = numbers[each["image_id"]]
-        found = normalised(each, place, entries[number - 1], path, left_out)
-        if found:
-            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": categories[each["category_id"]][0]}
-            annotations.append(ids | found)
+        entries.append({"id": number, "file_name": row.file_name, "width": width, "height": height, "upright": shown})
+    annotations: list[Annotation] = []
+    for position, (each, (image, category)) in enumerate(zip(listed, links, strict=True), 1):
+        number = numbers[image]
+        content = normalised(each, position, entries[number - 1], path=path, left_out=left_out)
+        if content:
+            kind, _ = categories[category]
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": kind, **content})
     return Instances(entries, annotations, [name for _, name in categories.values()], left_out, sha256_bytes(text))
 
 
-def numbered_categories(listed: Sequence[dict[str, Any]], path: Path) -> dict[Any, tuple[int, str]]:
-    """By each category's own id its number from 1, in the order of ids, and its name; one that repeats bears its id."""
-    for place, each in enumerate(listed, 1):
-        if not is_id(each.get("id")) or not isinstance(each.get("name"), str | int):
-            raise SourceError(f"category {place} of the list has no id, or no name", where=path, fix=FORMAT)
-    ordered = sorted(listed, key=lambda each: id_order(each["id"]))
-    if twice := [number for number, count in Counter(each["id"] for each in ordered).items() if count > 1]:
-        raise SourceError(f"two categories have the id {twice[0]!r}", where=path, fix="give each its own id")
-    marks = [f"id {each['id']}" for each in ordered]
-    names = told_apart([str(each["name"]) for each in ordered], marks)
-    return {each["id"]: (number, name) for number, (each, name) in enumerate(zip(ordered, names, strict=True), 1)}
+def entries_of(data: object, name: str, path: Path) -> list[Raw]:
+    """One of the file's lists. Raises SourceError if it is missing."""
+    listed = data.get(name) if isinstance(data, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        raise SourceError(f"this is not a COCO instances file: there is no list {name!r}", where=path, fix=FORMAT)
+    return listed
 
 
-def distinct_images(listed: Sequence[dict[str, Any]], path: Path, left_out: Counter[str]) -> dict[Any, dict[str, Any]]:
-    """``id``, ``file_name``, ``width`` and ``height`` (None where they are missing) of each image by its own id, in the
-    order of ids; an entry that repeats another one is counted."""
-    found: dict[Any, dict[str, Any]] = {}
-    files: dict[str, Any] = {}
+def numbered_categories(listed: Sequence[Raw], path: Path) -> dict[Id, tuple[int, str]]:
+    """Maps each category's original id to its number from 1, in the order of ids, and its name; repeated names get the
+    id appended."""
+    categories: list[tuple[Id, str]] = []
+    for position, each in enumerate(listed, 1):
+        number, name = each.get("id"), each.get("name")
+        if not is_id(number) or not isinstance(name, str | int):
+            raise SourceError(f"category {position} in the list has no id or no name", where=path, fix=FORMAT)
+        categories.append((number, str(name)))
+    categories.sort(key=lambda category: id_order(category[0]))
+    if twice := [number for number, count in Counter(number for number, _ in categories).items() if count > 1]:
+        raise SourceError(f"two categories have the id {twice[0]!r}", where=path, fix="use unique ids")
+    names = told_apart([name for _, name in categories], [f"id {number}" for number, _ in categories])
+    return {own: (number, name) for number, ((own, _), name) in enumerate(zip(categories, names, strict=True), 1)}
+
+
+def distinct_images(listed: Sequence[Raw], path: Path, left_out: Counter[str]) -> dict[Id, ImageRow]:
+    """Maps each original id to its image, in the order of ids; duplicate entries are counted."""
+    rows: dict[Id, ImageRow] = {}
+    files: dict[str, Id] = {}
     for each in sorted(listed, key=lambda each: id_order(each.get("id"))):
-        number: Any = each.get("id")
-        name: Any = each.get("file_name")
-        what = ""
-        if not is_id(number):
-            what = f"image {name!r} has no id" if number is None else f"the id of image {name!r} is {number!r}"
-        elif not isinstance(name, str) or not name or "\0" in name:
-            what = f"image {number!r} has no file name" if name is None else f"the file name of {number!r} is {name!r}"
-        elif Path(name).is_absolute() or ".." in Path(name).parts:
-            what = f"file name {name!r} leads out of the folder"
-        if what:
-            raise SourceError(what, where=path, fix=FORMAT)
-        entry: dict[str, Any] = {
-            "id": number,
-            "file_name": name,
-            "width": each.get("width"),
-            "height": each.get("height"),
-        }
-        for side in ("width", "height"):
-            if entry[side] is not None and not (is_number(entry[side]) and entry[side] >= 1 and entry[side] % 1 == 0):
-                raise SourceError(f"the {side} of image {number!r} is {entry[side]!r}", where=path, fix="give pixels")
-            entry[side] = None if entry[side] is None else int(entry[side])
-        if entry == found.get(number):
+        row = checked_image(each, path)
+        if row == rows.get(row.id):
             left_out["entries"] += 1
             continue
-        if number in found:
+        if row.id in rows:
             raise SourceError(
-                f"two images have the id {number!r}: {found[number]['file_name']!r} and {name!r}",
+                f"two images have the id {row.id!r}: {rows[row.id].file_name!r} and {row.file_name!r}",
                 where=path,
-                fix="give each its own id",
+                fix="use unique ids",
             )
-        key = Path(name).as_posix()
+        key = Path(row.file_name).as_posix()
         if key in files:
             raise SourceError(
-                f"image {name!r} is listed with two ids, {files[key]!r} and {number!r}", where=path, fix="list it once"
+                f"image {row.file_name!r} is listed with two ids, {files[key]!r} and {row.id!r}",
+                where=path,
+                fix="list it once",
             )
-        found[number], files[key] = entry, number
-    return found
+        rows[row.id], files[key] = row, row.id
+    return rows
 
 
-def places_of(images: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    return [folder / each["file_name"] for each in images]
-
-
-def check_links(
-    each: dict[str, Any], place: int, images: dict[Any, Any], categories: dict[Any, Any], path: Path
-) -> None:
-    """Raise SourceError for an annotation of an image or a category that is not listed."""
-    image, category, which = each.get("image_id"), each.get("category_id"), called(each, place)
-    if not is_id(image) or image not in images:
-        what, fix = f"{which} is of image {image!r}, which is not listed", "list it, or remove the annotation"
-    elif not is_id(category) or category not in categories:
-        what, fix = f"{which} is of category {category!r}, which is not listed", "list the category"
+def checked_image(each: Raw, path: Path) -> ImageRow:
+    """An image of the file. Raises SourceError if id, name or size are invalid."""
+    number, name = each.get("id"), each.get("file_name")
+    if not is_id(number):
+        what = f"image {name!r} has no id" if number is None else f"the id of image {name!r} is {number!r}"
+    elif not isinstance(name, str) or not name or "\0" in name:
+        what = f"image {number!r} has no file name" if name is None else f"the file name of {number!r} is {name!r}"
+    elif Path(name).is_absolute() or ".." in Path(name).parts:
+        what = f"file name {name!r} points outside the folder"
     else:
-        return
+        width, height = (checked_side(each.get(side), f"{side} of image {number!r}", path) for side in SIDES)
+        return ImageRow(number, name, width, height)
+    raise SourceError(what, where=path, fix=FORMAT)
+
+
+def checked_side(value: object, what: str, path: Path) -> int | None:
+    """A number of pixels, or None. Raises SourceError."""
+    if value is None:
+        return None
+    if is_finite_number(value) and value >= 1 and value % 1 == 0:
+        return int(value)
+    raise SourceError(f"the {what} is {value!r}", where=path, fix="use a number of pixels")
+
+
+def checked_links(
+    each: Raw, position: int, images: Mapping[Id, object], *, categories: Mapping[Id, object], path: Path
+) -> tuple[Id, Id]:
+    """Image and category of an annotation. Raises SourceError if one of them is not listed."""
+    image, category, which = each.get("image_id"), each.get("category_id"), called(each, position)
+    if not is_id(image) or image not in images:
+        what, fix = f"{which} refers to image {image!r}, which is not listed", "list it, or remove the annotation"
+    elif not is_id(category) or category not in categories:
+        what, fix = f"{which} refers to category {category!r}, which is not listed", "list the category"
+    else:
+        return image, category
     raise SourceError(what, where=path, fix=fix)
 
 
 def normalised(
-    each: dict[str, Any], place: int, image: dict[str, Any], path: Path, left_out: Counter[str]
-) -> dict[str, Any] | None:
-    """An annotation without its ids; None where it has neither a box nor a mask. Raises SourceError."""
-    which, size = called(each, place), (image["width"], image["height"])
-    box, crowd = checked_box(each.get("bbox"), which, image, path), each.get("iscrowd") or 0
+    each: Raw, position: int, image: ImageEntry, *, path: Path, left_out: Counter[str]
+) -> ImageObject | None:
+    """An annotation without its ids; None if it has neither a box nor a mask. Raises SourceError."""
+    which, size = called(each, position), (image["width"], image["height"])
+    box, crowd = checked_box(each.get("bbox"), which, image, path=path), each.get("iscrowd") or 0
     if crowd not in (0, 1):
-        raise SourceError(f"iscrowd of {which} is {crowd!r}", where=path, fix="give 0 or 1")
-    runs, pixels = encoded(each.get("segmentation"), which, size, path, left_out)
+        raise SourceError(f"iscrowd of {which} is {crowd!r}", where=path, fix="use 0 or 1")
+    runs, pixels = encoded(each.get("segmentation"), which, size, path=path, left_out=left_out)
     if not crowd and not (pixels and min(box[2:])):
         crowd, left_out["annotations"] = 1, left_out["annotations"] + 1
     if not min(box[2:]):
@@ -196,68 +263,68 @@ def normalised(
         x, y, right, low = box[0], box[1], box[0] + box[2], box[1] + box[3]
         runs, _ = rasterised([[x, y, right, y, right, low, x, low]], size)
     given = each.get("area")
-    area = float(given) if is_number(given) and given >= 0 else float(pixels or box[2] * box[3])
-    return {"bbox": box, "area": area, "iscrowd": int(crowd), "segmentation": runs}
+    area = float(given) if is_finite_number(given) and given >= 0 else float(pixels or box[2] * box[3])
+    return {"bbox": box, "area": area, "iscrowd": int(bool(crowd)), "segmentation": runs}
 
 
-def checked_box(box: Any, which: str, image: dict[str, Any], path: Path) -> list[float]:
-    """Four floats x, y, width, height. Raises SourceError where these are no box on the image."""
+def checked_box(box: object, which: str, image: ImageEntry, *, path: Path) -> list[float]:
+    """Four floats x, y, width, height. Raises SourceError if they are not a box on the image."""
     width, height = image["width"], image["height"]
-    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(is_finite_number(value) for value in box):
         what = f"the box of {which} is {box!r}, not four finite numbers"
     else:
         x, y, w, h = (float(value) for value in box)
         inside = w >= 0 and h >= 0 and x < width and y < height and x + w >= 0 and y + h >= 0
         if inside and not beyond([x, y, x + w, y + h], (width, height)):
             return [x, y, w, h]
-        what = f"the box {box} of {which} lies outside image {image['file_name']!r}, {width} x {height}"
-    raise SourceError(what, where=path, fix="give boxes as x, y, width, height in pixels of the image")
+        what = f"the box {box} of {which} is outside image {image['file_name']!r}, {width} x {height}"
+    raise SourceError(what, where=path, fix="use boxes x, y, width, height in pixels of the image")
 
 
 def encoded(
-    segmentation: Any, which: str, size: tuple[int, int], path: Path, left_out: Counter[str]
-) -> tuple[dict[str, Any], int]:
-    """Run lengths {size, counts} of an annotation's mask, and how many pixels it has; polygons of fewer than three
-    points are left out and counted.
+    segmentation: object, which: str, size: tuple[int, int], *, path: Path, left_out: Counter[str]
+) -> tuple[RunLengths, int]:
+    """Run lengths {size, counts} of an annotation's mask, and its number of pixels; polygons of fewer than three points
+    are ignored and counted.
 
     Args:
-        size: of the image, (width, height).
+        size: (width, height) of the image.
 
     Raises:
-        SourceError: it is neither polygons nor run lengths, or of another image.
+        SourceError: it is neither polygons nor run lengths, or does not fit the image's size.
     """
     what = ""
     if isinstance(segmentation, dict):
         counts, stated = segmentation.get("counts"), segmentation.get("size")
         lengths = counts if isinstance(counts, list) else run_lengths(counts)
         if stated != [size[1], size[0]]:
-            what = f"the mask of {which} is of size {stated!r} (height, width), and its image of {[size[1], size[0]]}"
+            what = f"mask size mismatch in {which}: mask {stated!r} (height, width), image {[size[1], size[0]]}"
         elif not lengths or not all(isinstance(each, int) and each >= 0 for each in lengths):
-            what = f"the mask of {which} holds no run lengths"
+            what = f"the mask of {which} has invalid run lengths"
         elif sum(lengths) != size[0] * size[1]:
-            what = f"the mask of {which} counts {sum(lengths)} pixels, and its image has {size[0] * size[1]}"
+            what = f"the run lengths of {which} cover {sum(lengths)} pixels, but its image has {size[0] * size[1]}"
         else:
             return from_lengths(lengths, size)
     elif isinstance(segmentation, list):
         polygons = [each for each in segmentation if isinstance(each, list) and len(each) >= LEAST]
         left_out["polygons"] += len(segmentation) - len(polygons)
-        if not all(isinstance(each, list) and all(is_number(value) for value in each) for each in segmentation):
+        if not all(isinstance(each, list) and all(is_finite_number(value) for value in each) for each in segmentation):
             what = f"the segmentation of {which} is not a list of polygons of finite numbers x, y, x, y, ..."
         elif any(len(each) % 2 for each in polygons):
             what = f"a polygon of {which} has an odd number of coordinates"
         elif any(beyond(each, size) for each in polygons):
-            what = f"a polygon of {which} lies far outside its image of {size[0]} x {size[1]}"
+            what = f"a polygon of {which} is far outside its image of {size[0]} x {size[1]}"
         else:
             return rasterised(polygons, size)
     elif segmentation is None:
         return {}, 0
     else:
         what = f"the segmentation of {which} is neither polygons nor run lengths"
-    raise SourceError(what, where=path, fix="give polygons [[x, y, x, y, ...]], or run lengths of the image's size")
+    raise SourceError(what, where=path, fix="use polygons [[x, y, x, y, ...]], or run lengths of the image's size")
 
 
-def rasterised(polygons: list[list[float]], size: tuple[int, int]) -> tuple[dict[str, Any], int]:
-    """Run lengths of polygons, and how many pixels they fill."""
+def rasterised(polygons: list[list[float]], size: tuple[int, int]) -> tuple[RunLengths, int]:
+    """Run lengths of polygons, and their number of pixels."""
     from faster_coco_eval.core import mask
 
     if not polygons:
@@ -266,27 +333,28 @@ def rasterised(polygons: list[list[float]], size: tuple[int, int]) -> tuple[dict
     return runs, int(mask.area(runs))
 
 
-def from_lengths(lengths: list[int], size: tuple[int, int]) -> tuple[dict[str, Any], int]:
-    """Run lengths as faster-coco-eval packs them, and how many pixels they fill."""
+def from_lengths(lengths: list[int], size: tuple[int, int]) -> tuple[RunLengths, int]:
+    """Run lengths in faster-coco-eval's packed form, and their number of pixels."""
     from faster_coco_eval.core import mask
 
     return mask.frPyObjects({"size": [size[1], size[0]], "counts": lengths}, size[1], size[0]), sum(lengths[1::2])
 
 
-def extent(runs: dict[str, Any]) -> list[float]:
-    """The box of a mask: x, y, width, height."""
+def extent(runs: RunLengths) -> list[float]:
+    """The bounding box of a mask: x, y, width, height."""
     from faster_coco_eval.core import mask
 
-    found: list[float] = mask.toBbox(runs).tolist()
-    return found
+    box: list[float] = mask.toBbox(runs).tolist()
+    return box
 
 
-def run_lengths(packed: Any) -> list[int]:
-    """The numbers of COCO's packed run lengths: six bits a character from "0" on, of which the highest says that more
-    follow; from the third number on, differences to the last but one. Empty where it is no such text."""
+def run_lengths(packed: object) -> list[int]:
+    """The numbers in COCO's packed run lengths: six bits per character, counted from "0", of which the highest means
+    that more characters follow. From the third number on, differences to the number two before. Empty if the text is
+    invalid."""
     if not isinstance(packed, str):
         return []
-    found: list[int] = []
+    lengths: list[int] = []
     value = shift = 0
     for char in packed:
         code = ord(char) - 48
@@ -296,31 +364,31 @@ def run_lengths(packed: Any) -> list[int]:
         shift += 5
         if not code & 32:
             value -= (code & 16) << (shift - 4)
-            found.append(value + (found[-2] if len(found) > 2 else 0))
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
             value = shift = 0
-    return [] if shift else found
+    return [] if shift else lengths
 
 
-def called(each: dict[str, Any], place: int) -> str:
-    """What an annotation is called in errors: by its own id, or by its place in the list, from 1."""
-    return f"annotation {each['id']!r}" if is_id(each.get("id")) else f"annotation {place} of the list"
+def called(each: Raw, position: int) -> str:
+    """An annotation's name in errors: its original id, or its position in the list, from 1."""
+    return f"annotation {each['id']!r}" if is_id(each.get("id")) else f"annotation {position} in the list"
 
 
 def beyond(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether x, y, x, y, ... reach further out of an image than it is wide and high: no rounding does."""
+    """Whether x, y, x, y, ... are outside an image by more than its width or height, which is not a rounding error."""
     return any(not -size[n % 2] <= value <= 2 * size[n % 2] for n, value in enumerate(coordinates))
 
 
-def is_id(value: Any) -> bool:
-    """Whether it is a text, a whole number of any length, or a finite one."""
-    return (isinstance(value, str | int) and not isinstance(value, bool)) or is_number(value)
+def is_id(value: object) -> TypeGuard[Id]:
+    """Whether it is a string, an integer of any size, or a finite float."""
+    return (isinstance(value, str | int) and not isinstance(value, bool)) or is_finite_number(value)
 
 
-def id_order(value: Any) -> tuple[bool, Any]:
-    """Sorts numbers before texts."""
+def id_order(value: object) -> tuple[bool, Id]:
+    """Sort key: numbers before strings."""
     return (True, str(value)) if isinstance(value, str) or not is_id(value) else (False, value)
 
 
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a finite number. JSON's Infinity and NaN are read, and integers of any length."""
+def is_finite_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a finite number. Python's JSON parser accepts Infinity, NaN and integers of any size."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15 and math.isfinite(value)

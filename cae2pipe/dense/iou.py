@@ -1,4 +1,4 @@
-"""How well predicted label maps agree with the truth."""
+"""Agreement of predicted label maps with the true ones."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from cae2pipe.dense.upernet import IGNORED
 
 
-def pixel_confusion(found: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Pixels of each class (row) taken for each class (column), int64 (C, C), of label maps of one shape."""
+def pixel_confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Numbers of pixels by true class (row) and predicted class (column), int64 (C, C), for label maps of equal
+    shape."""
     counted = labels != IGNORED
-    cells = labels[counted].long() * classes + found[counted].long()
+    cells = labels[counted].long() * classes + predicted[counted].long()
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
 
 
 def segmentation_scores(confusion: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """``miou``, ``pixel_accuracy``, ``mean_accuracy`` and ``per_class``, the IoU of every class that is there.
-
-    A class is there that has a pixel in the truth or in the predictions; accuracies are over those in the truth.
+    """``miou``, ``pixel_accuracy``, ``mean_accuracy`` and ``per_class``, the IoU of every class that occurs. A class
+    occurs if it has a pixel in the truth or in the predictions; accuracies are over classes in the truth.
     """
     counts = confusion.double().cpu()
-    right, truth, found = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
-    union = truth + found - right
+    right, truth, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    union = truth + predicted - right
     present = union > 0
     iou = right / union.clamp(min=1)
     known = truth > 0

@@ -15,26 +15,25 @@ from cae2pipe.config.dense import SegmentSettings
 from cae2pipe.dense.label_maps import LabelledImages
 from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.runtime.seeded import seeded
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 TRIES = 10
 
 
 def fitted_size(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int]:
-    """The largest size of the same shape whose long and short sides are at most ``scale``'s."""
+    """The largest size of the same aspect ratio whose long and short sides are at most those of ``scale``."""
     long, short = max(scale), min(scale)
     factor = min(long / max(width, height), short / min(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def draw_crop(
-    image: Image.Image, labels: np.ndarray, settings: SegmentSettings, fill: tuple[int, ...]
+    image: Image.Image, labels: np.ndarray, settings: SegmentSettings, *, fill: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A crop: resized at random, cut, flipped, distorted, filled up; drawn from Python's, numpy's and torch's
-    generators.
+    """A random crop: resized, cut, flipped, distorted, padded; drawn from Python's, numpy's and torch's generators.
 
     Args:
-        image: RGB. labels: uint8 (H, W). fill: colour of what lies outside.
+        image: RGB. labels: uint8 (H, W). fill: colour of the padding.
 
     Returns:
         uint8 (S, S, 3) and uint8 (S, S).
@@ -72,30 +71,30 @@ def _distortion() -> Any:
 
 
 class LabelCropReader(Reader):
-    """Chunks of drawn crops with label maps: labels are int64 (c, S, S).
-
-    Raises SourceError where a pair of files does not fit together.
+    """Chunks of random crops with label maps: labels are int64 (c, S, S). Raises SourceError if an image and its labels
+    do not fit together.
     """
 
     def __init__(
         self,
         data: LabelledImages,
-        course: Course,
+        schedule: TrainSchedule,
         own: Sequence[int],
+        *,
         start: int,
         settings: SegmentSettings,
         mean: tuple[float, ...],
     ):
-        super().__init__(course, own, start)
+        super().__init__(schedule, own, start)
         self.root, self.data, self.settings = data.root, data, settings
         self.fill = tuple(round(255 * channel) for channel in mean)
 
     def __getitem__(self, index: int) -> Chunk:
         step, number = self.place(index)
         crops = []
-        for image in self.course.chunk(step, number).tolist():
-            with seeded("labels", self.settings.seed, self.course.epoch(step), image):
-                crops.append(draw_crop(*self.data.read(image), self.settings, self.fill))
+        for image in self.schedule.chunk(step, number).tolist():
+            with seeded("labels", self.settings.seed, self.schedule.epoch(step), image):
+                crops.append(draw_crop(*self.data.read(image), self.settings, fill=self.fill))
         pixels = np.stack([crop.transpose(2, 0, 1) for crop, _ in crops])
         labels = np.stack([mask for _, mask in crops])
         return Chunk(step, number, torch.from_numpy(pixels), torch.from_numpy(labels).long())

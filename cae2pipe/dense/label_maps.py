@@ -1,4 +1,4 @@
-"""Images with a label for every pixel: two folders of files of one name, and a list of classes."""
+"""Images with a label for every pixel: two folders with files of the same names, and a list of classes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CLASSES, ADE20K = "classes.txt", "objectInfo150.txt"
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """One part of the data: pairs of files, and what the labels in them mean. Picklable.
+    """One part of the data: pairs of files, and the meaning of their labels. Picklable.
 
-    Labels of classes begin at ``first``; those in ``ignore`` do not count, nor does 0 where ``first`` is 1.
-    ``upright``: of each pair, whether labels are of the image as viewers show it, not as it is stored. ``notes``: what
-    the log is to say of files that are not read.
+    Labels of classes start at ``first``; those in ``ignore`` do not count, nor does 0 if ``first`` is 1. ``upright``:
+    for each pair, whether labels refer to the image as viewers show it, not as it is stored. ``notes``: log lines about
+    files that are not read.
     """
 
     root: Path
@@ -50,7 +50,7 @@ class LabelledImages:
         """An image in RGB and its labels, uint8 (H, W): classes from 0, and ``IGNORED``.
 
         Raises:
-            SourceError: a file cannot be read or decoded, sizes differ, or a label is none of the classes.
+            SourceError: a file cannot be read or decoded, sizes differ, or a label is not in the classes.
         """
         path, annotation = self.pairs[index]
         try:
@@ -58,49 +58,49 @@ class LabelledImages:
             labels = read_labels(annotation)
         except OSError as error:
             raise SourceError(
-                f"this file cannot be read: {error.strerror or error}", where=error.filename, fix="mend that"
+                f"this file cannot be read: {error.strerror or error}", where=error.filename, fix="make it readable"
             ) from None
         except ImageError as error:
             raise SourceError(error.what, where=path, fix="replace the image, or remove it with its labels") from None
         if labels.shape != (image.height, image.width):
             raise SourceError(
-                f"the labels have {labels.shape[1]} x {labels.shape[0]} pixels, and the image {image.width} x "
+                f"size mismatch: labels {labels.shape[1]} x {labels.shape[0]} pixels, image {image.width} x "
                 f"{image.height}",
                 where=annotation,
-                fix="give labels of the image's size",
+                fix="use labels of the image's size",
             )
-        return image, mapped(labels, len(self.classes), self.first, self.ignore, annotation)
+        return image, mapped(labels, len(self.classes), self.first, ignore=self.ignore, where=annotation)
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """A label map as it is in its file, (H, W). Raises SourceError where it is none."""
+    """A label map as stored, (H, W). Raises SourceError if the file is not one."""
     data = path.read_bytes()
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode, labels = image.mode, np.asarray(image)
-    except Exception as error:  # Pillow's plugins raise many kinds
+    except Exception as error:  # Pillow's plugins raise many types
         reraise_exhaustion(error)
         raise SourceError(
             f"this label map cannot be decoded: {describe_failure(error)}", where=path, fix="replace it"
         ) from None
     if labels.ndim != 2 or labels.dtype.kind not in "uib":
         raise SourceError(
-            f"a label map has one whole number a pixel, and this file's mode is {mode}",
+            f"a label map needs one integer per pixel, but this file's mode is {mode}",
             where=path,
-            fix="give PNGs of mode L or P whose values are the labels, not colours",
+            fix="use PNGs of mode L or P whose values are labels, not colours",
         )
     return labels
 
 
-def mapped(labels: np.ndarray, classes: int, first: int, ignore: tuple[int, ...], where: Path) -> np.ndarray:
-    """Labels as they are trained on: classes from 0, and ``IGNORED``. Raises SourceError where one is neither."""
+def mapped(labels: np.ndarray, classes: int, first: int, *, ignore: tuple[int, ...], where: Path) -> np.ndarray:
+    """Labels for training: classes from 0, and ``IGNORED``. Raises SourceError if one is neither."""
     void = np.isin(labels, [*ignore, *range(first)])
     own = labels.astype(np.int64) - first
     wrong = ~void & ((own < 0) | (own >= classes))
     if wrong.any():
         values = ", ".join(map(str, np.unique(labels[wrong])[:5].tolist()))
         raise SourceError(
-            f"labels {values} are none of the {classes} classes, which begin at {first}, nor ignored",
+            f"label values [{values}] are outside {first}..{first + classes - 1} and not in `ignore`",
             where=where,
             fix=f"set classes, reduce_zero, or ignore: --set 'ignore=[{values}]'",
         )
@@ -111,31 +111,33 @@ def open_label_maps(root: Path, settings: SegmentSettings) -> tuple[LabelledImag
     """Train and val of a folder with images/{train,val} and annotations/{train,val}.
 
     Raises:
-        SourceError: a folder is missing or empty, or images have no labels. SettingsError: the classes are not known.
+        SourceError: a folder is missing or empty, or images have no labels. SettingsError: the classes are unknown.
     """
     names = class_names(root, settings)
     if len(names) > IGNORED:
-        raise SettingsError(f"{len(names)} classes are more than {IGNORED}", where="classes", fix="give fewer")
+        raise SettingsError(
+            f"there are {len(names)} classes; at most {IGNORED} are supported", where="classes", fix="use fewer classes"
+        )
     reduce_zero = settings.reduce_zero if settings.reduce_zero is not None else (root / ADE20K).is_file()
-    train, val = (open_part(root, part, names, int(reduce_zero), settings) for part in (TRAIN, VAL))
+    train, val = (open_maps_part(root, part, names, first=int(reduce_zero), settings=settings) for part in (TRAIN, VAL))
     return train, val
 
 
-def open_part(
-    root: Path, part: tuple[str, ...], names: list[str], first: int, settings: SegmentSettings
+def open_maps_part(
+    root: Path, part: tuple[str, ...], names: list[str], *, first: int, settings: SegmentSettings
 ) -> LabelledImages:
-    """One part, the size and the orientation of every file of which has been looked at."""
+    """One part, with size and orientation of every file checked."""
     pairs, notes, identity = _pairs(root, part)
-    sides, sizes = (read_sides([pair[place] for pair in pairs]) for place in (0, 1))
+    sides, sizes = (read_sides([pair[side] for pair in pairs]) for side in (0, 1))
     upright = [
-        is_upright(one, labels.stored, settings.upright, pair[1], "the labels")
+        is_upright(one, labels.stored, settings.upright, where=pair[1], whose="the labels")
         for pair, one, labels in zip(pairs, sides, sizes, strict=True)
     ]
     return LabelledImages(root, pairs, upright, names, first, settings.ignore, notes, identity)
 
 
 def class_names(root: Path, settings: SegmentSettings) -> list[str]:
-    """What the classes are called: a line each of classes.txt, ADE20K's own table, or their numbers."""
+    """Names of the classes: from classes.txt (one per line), from ADE20K's own table, or numbers."""
     if settings.classes is None and (root / CLASSES).is_file():
         names = listed_names((root / CLASSES).read_text(encoding="utf-8-sig"), root / CLASSES)
     elif settings.classes is None and (root / ADE20K).is_file():
@@ -145,29 +147,29 @@ def class_names(root: Path, settings: SegmentSettings) -> list[str]:
         return [str(number) for number in range(settings.classes)]
     else:
         raise SettingsError(
-            f"the classes are not known: there is no {CLASSES} and no {ADE20K}",
+            f"the classes are unknown: there is no {CLASSES} and no {ADE20K}",
             where=root,
-            fix=f"write {CLASSES}, a name a line in the order of the labels, or --set classes=N",
+            fix=f"write {CLASSES} with one name per line in the order of the labels, or use --set classes=N",
         )
     if len(names) < 2 or len(set(names)) < len(names):
         raise SettingsError(
             f"{len(names)} classes are listed, {len(set(names))} of them different: at least two, each once, are "
             "needed",
             where=root / (CLASSES if (root / CLASSES).is_file() else ADE20K),
-            fix="mend the list",
+            fix="correct the list",
         )
     return names
 
 
 def _pairs(root: Path, part: tuple[str, ...]) -> tuple[list[tuple[Path, Path]], list[str], str]:
-    """Pairs of files, notes on those that are in no pair, and the fingerprint of names and sizes."""
+    """Pairs of files, notes on unpaired files, and the fingerprint of names and sizes."""
     name = next((name for name in part if (root / IMAGES / name).is_dir()), None)
     if name is None or not (root / ANNOTATIONS / name).is_dir():
         missing = root / (IMAGES if name is None else ANNOTATIONS) / (name or part[0])
         raise SourceError(
-            "there is no such folder",
+            "no such folder",
             where=missing,
-            fix="give a folder that holds images/train, images/val, annotations/train and annotations/val",
+            fix="use a folder with images/train, images/val, annotations/train and annotations/val",
         )
     notes: list[str] = []
     images, annotations = (files_by_stem(root / kind / name, notes) for kind in (IMAGES, ANNOTATIONS))
@@ -181,19 +183,19 @@ def _pairs(root: Path, part: tuple[str, ...]) -> tuple[list[tuple[Path, Path]], 
             fix="add label maps of the same names, or remove the images",
         )
     if lone := sorted(annotations.keys() - images.keys()):
-        notes.append(f"{root / ANNOTATIONS / name}: {len(lone)} label maps have no image, e.g. {lone[0]!r}: left out")
+        notes.append(f"{root / ANNOTATIONS / name}: ignored {len(lone)} label maps without an image, e.g. {lone[0]!r}")
     pairs = [(path, annotations[key]) for key, path in images.items()]
     sizes = [[key, *(file.stat().st_size for file in (images[key], annotations[key]))] for key in images]
     return pairs, notes, fingerprint(sizes)
 
 
 def files_by_stem(folder: Path, notes: list[str]) -> dict[str, Path]:
-    """The images at any depth below a folder by their names without suffix; other files are noted.
+    """Maps names without suffix to the images at any depth below a folder; other files are noted.
 
     Raises:
-        SourceError: two differ by their suffix alone.
+        SourceError: two names differ only in their suffix.
     """
-    found: dict[str, Path] = {}
+    by_stem: dict[str, Path] = {}
     others = Counter[str]()
     for path in sorted(folder.rglob("*")):
         if path.name.startswith(".") or path.is_dir():
@@ -202,12 +204,12 @@ def files_by_stem(folder: Path, notes: list[str]) -> dict[str, Path]:
             others[path.suffix or "without suffix"] += 1
             continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
-        if stem in found:
+        if stem in by_stem:
             raise SourceError(
-                f"two files are called {stem!r}: {found[stem].name} and {path.name}", where=folder, fix="remove one"
+                f"two files are named {stem!r}: {by_stem[stem].name} and {path.name}", where=folder, fix="remove one"
             )
-        found[stem] = path
+        by_stem[stem] = path
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        notes.append(f"{folder}: {others.total()} files are not named as images are: left out ({kinds})")
-    return found
+        notes.append(f"{folder}: ignored {others.total()} files without an image suffix ({kinds})")
+    return by_stem

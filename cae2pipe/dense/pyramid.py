@@ -11,18 +11,21 @@ STRIDES = (4, 8, 16, 32)
 
 
 def taps(depth: int) -> list[int]:
-    """The blocks that maps are taken from: 3, 5, 7 and 11 of 12, 7, 11, 15 and 23 of 24 (released code)."""
+    """Indices of the blocks whose outputs become maps: 3, 5, 7 and 11 of 12; 7, 11, 15 and 23 of 24 (released code)."""
     return [max(0, depth * parts // 6 - 1) for parts in (2, 3, 4, 6)]
 
 
 class Pyramid(nn.Module):
-    """The encoder's maps after its taps, brought to strides 4, 8, 16 and 32 of pixels (B, 3, H, W), each (B, W, h, w).
+    """The encoder's maps after its taps, resampled to strides 4, 8, 16 and 32 of pixels (B, 3, H, W), each (B, W, h,
+    w).
 
-    Two transposed convolutions with a norm and a GELU between, one, none, a max-pool (released code). For patches of
-    16 pixels; with others all strides change alike. Blocks and norms behind the last tap are taken off the encoder.
+    In this order: two transposed convolutions with a norm and a GELU in between, one, none, a max-pool (released code).
+    The strides are for patches of 16 pixels and scale with the patch size. Blocks and norms after the last tap are
+    removed from the encoder.
 
     Args:
-        encoder: a plain vision transformer of timm. norm: makes the norm between the convolutions from channels.
+        encoder: a plain vision transformer of timm. norm: from a number of channels to the norm between the
+        convolutions.
     """
 
     def __init__(self, encoder: Any, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
@@ -48,23 +51,26 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        # Few blocks have two taps in one place.
-        places = sorted(set(self.taps))
-        found = self.encoder.forward_intermediates(
-            pixels, indices=places, norm=False, output_fmt="NCHW", intermediates_only=True
+        # With few blocks, two taps may be the same block.
+        indices = sorted(set(self.taps))
+        taken = self.encoder.forward_intermediates(
+            pixels, indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        maps = dict(zip(places, found, strict=True))
+        maps = dict(zip(indices, taken, strict=True))
         return [scale(maps[tap]) for scale, tap in zip(self.scalers, self.taps, strict=True)]
 
 
-def decay_groups(pyramid: Pyramid, others: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    pyramid: Pyramid, others: nn.Module, weight_decay: float, *, layer_decay: float
+) -> list[dict[str, Any]]:
     """Parameter groups with ``lr_scale``: layer_decay^(L + 1 - i) for the encoder, where i is 0 for its embeddings and
-    1 to L for its blocks; 1 for the rest of ``others``, which holds the pyramid. What has one dimension does not decay.
+    1 to L for its blocks; 1 for the rest of ``others``, which contains the pyramid. One-dimensional parameters have no
+    weight decay.
     """
     from timm.optim import param_groups_layer_decay
 
     encoder = pyramid.encoder
-    # timm counts layers up to the last one that has weights, which is a block here.
+    # timm counts layers up to the last one with weights, which is a block here.
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         encoder, weight_decay, no_weight_decay_list=encoder.no_weight_decay(), layer_decay=layer_decay
     )

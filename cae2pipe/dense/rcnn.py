@@ -1,7 +1,7 @@
 """Mask R-CNN and Cascade Mask R-CNN on the pyramid of a vision transformer.
 
-Feature pyramid, region proposals, heads and pooling are torchvision's; what is ours are the stages (CAE's
-configuration: heads of four convolutions and one linear layer, a GIoU loss) and the cascade.
+Feature pyramid, region proposals, heads and pooling are torchvision's. The stages (CAE's configuration: heads of four
+convolutions and one linear layer, a GIoU loss) and the cascade are ours.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from cae2pipe.runtime.device import exact_float32
 
 CHANNELS = 256
 MASK = 28
-"""Side of predicted masks."""
+"""Side of predicted masks in pixels."""
 ANCHORS = ((32,), (64,), (128,), (256,), (512,))
 SMALLEST = 1e-2
-"""Pixels below which a detected box is none."""
+"""Minimum side of a detected box in pixels."""
 
 
 class L1Proposals(RegionProposalNetwork):
-    """torchvision's region proposals with an L1 loss of boxes (CAE's configuration)."""
+    """torchvision's region proposals with an L1 box loss (CAE's configuration)."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(found).nonzero().flatten() for found in self.fg_bg_sampler(labels))
+        positive, negative = (torch.cat(drawn).nonzero().flatten() for drawn in self.fg_bg_sampler(labels))
         chosen = torch.cat([positive, negative])
         truth, deltas = torch.cat(labels), torch.cat(regression_targets)
         boxes = F.l1_loss(pred_bbox_deltas[positive].float(), deltas[positive], reduction="sum") / max(1, len(chosen))
@@ -56,9 +56,8 @@ class L1Proposals(RegionProposalNetwork):
 
 
 class ExactHead(RPNHead):
-    """torchvision's head of region proposals, whose objectness and deltas are float32 under autocast too.
-
-    In bfloat16 a coordinate above 512 pixels is a multiple of 4, and proposals would be suppressed on that grid.
+    """torchvision's head of region proposals, with float32 objectness and deltas even under autocast. In bfloat16 a
+    coordinate above 512 pixels is a multiple of 4, and proposals would be suppressed on that grid.
     """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -67,15 +66,15 @@ class ExactHead(RPNHead):
             return [self.cls_logits(h.float()) for h in hidden], [self.bbox_pred(h.float()) for h in hidden]
 
 
-class Stage(nn.Module):
+class CascadeStage(nn.Module):
     """One stage of box and mask heads.
 
     Args:
-        classes: without the background, which is class 0. agnostic: one box for all classes. iou: from which a proposal
-            is positive. weights: of the box coding.
+        classes: without the background, which is class 0. agnostic: one box for all classes. iou: minimum IoU of a
+        positive proposal. weights: of the box coding.
     """
 
-    def __init__(self, classes: int, agnostic: bool, iou: float, weights: Weights):
+    def __init__(self, classes: int, agnostic: bool, iou: float, *, weights: Weights):
         super().__init__()
         self.agnostic, self.iou, self.weights = agnostic, iou, weights
         self.box_head = FastRCNNConvFCHead((CHANNELS, 7, 7), [CHANNELS] * 4, [1024], norm_layer=nn.BatchNorm2d)
@@ -97,7 +96,7 @@ class Stage(nn.Module):
         return logits, deltas.unflatten(1, (-1, 4))
 
     def decode(self, deltas: Tensor, proposals: Tensor) -> Tensor:
-        """The boxes (P, boxes, 4) that deltas (P, boxes, 4) lead to from proposals (P, 4)."""
+        """The boxes (P, boxes, 4) after applying deltas (P, boxes, 4) to proposals (P, 4)."""
         boxes = deltas.shape[1]
         return decode_boxes(deltas.flatten(0, 1), proposals.repeat_interleave(boxes, dim=0), self.weights).view_as(
             deltas
@@ -105,18 +104,18 @@ class Stage(nn.Module):
 
     def masks(self, pooled: Tensor, classes: Tensor) -> Tensor:
         """Mask logits (P, 28, 28) of the given classes (P,)."""
-        found = self.mask_predictor(self.mask_head(pooled)).float()
-        logits: Tensor = found[torch.arange(len(found), device=found.device), classes]
+        every = self.mask_predictor(self.mask_head(pooled)).float()
+        logits: Tensor = every[torch.arange(len(every), device=every.device), classes]
         return logits
 
 
 class MaskRCNN(nn.Module):
-    """Detector of images of one size, normalised and padded (B, 3, H, W).
+    """Detector for normalised images padded to a common size (B, 3, H, W).
 
-    Under autocast convolutions are computed in its type; boxes, scores and what is pooled stay float32.
+    Under autocast only convolutions use its type; boxes, scores and pooled features stay float32.
 
     Args:
-        pyramid: the encoder. classes: how many, without the background. settings: all of them.
+        pyramid: the encoder. classes: number of classes without the background. settings: all settings.
     """
 
     def __init__(self, pyramid: Pyramid, classes: int, settings: DetectSettings):
@@ -140,31 +139,35 @@ class MaskRCNN(nn.Module):
         self.box_pool = MultiScaleRoIAlign(names, 7, 2)
         self.mask_pool = MultiScaleRoIAlign(names, 14, 2)
         stages = zip(settings.stage_iou, settings.stage_weights, strict=True)
-        # Class by class in Mask R-CNN; one box for all of them in a cascade, as it was published.
+        # Mask R-CNN has one box per class; a cascade one box for all classes, as published.
         self.stages = nn.ModuleList(
-            Stage(classes, settings.cascade, iou, (weight, weight, weight / 2, weight / 2)) for iou, weight in stages
+            CascadeStage(classes, settings.cascade, iou, weights=(weight, weight, weight / 2, weight / 2))
+            for iou, weight in stages
         )
 
     def features(self, images: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.pyramid(images)
-        found: OrderedDict[str, Tensor] = self.fpn(OrderedDict((str(n), level) for n, level in enumerate(maps)))
-        return OrderedDict((name, level.float()) for name, level in found.items())
+        levels: OrderedDict[str, Tensor] = self.fpn(OrderedDict((str(n), level) for n, level in enumerate(maps)))
+        return OrderedDict((name, level.float()) for name, level in levels.items())
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None
     ) -> Any:
-        """Losses by name, given targets: ``boxes`` (T, 4), ``labels`` (T,) from 1, ``masks`` uint8 (T, H, W) each; else
-        a dictionary for each image: ``boxes``, ``labels``, ``scores``, ``masks``, probabilities (D, 28, 28) within
-        their boxes.
+        """With targets, losses by name; a target has ``boxes`` (T, 4), ``labels`` (T,) from 1 and ``masks`` uint8 (T,
+        H, W). Without targets, a dictionary per image: ``boxes``, ``labels``, ``scores``, and ``masks``, probabilities
+        (D, 28, 28) within their boxes.
 
         Args:
-            sizes: height and width of each image without what it is padded with.
+            sizes: height and width of each image without padding.
         """
         features = self.features(images)
         listed = ImageList(images, sizes)
         proposals, losses = self.rpn(listed, features, targets)
         if targets is not None:
-            return {**losses, **self.losses(features, [found.detach() for found in proposals], sizes, targets)}
+            return {
+                **losses,
+                **self.losses(features, [proposed.detach() for proposed in proposals], sizes, targets=targets),
+            }
         return self.detections(features, proposals, sizes)
 
     def losses(
@@ -172,15 +175,16 @@ class MaskRCNN(nn.Module):
         features: OrderedDict[str, Tensor],
         proposals: list[Tensor],
         sizes: list[tuple[int, int]],
+        *,
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Losses of all stages, each times its stage's weight."""
+        """Losses of all stages, each times the weight of its stage."""
         losses: dict[str, Tensor] = {}
         for number, (stage, weight) in enumerate(zip(self.stages, self.settings.stage_loss, strict=True)):
-            assert isinstance(stage, Stage)
+            assert isinstance(stage, CascadeStage)
             sampled = [
-                training_sample(stage, found, target, self.settings)
-                for found, target in zip(proposals, targets, strict=True)
+                training_sample(stage, proposed, target, settings=self.settings)
+                for proposed, target in zip(proposals, targets, strict=True)
             ]
             boxes = [each.boxes for each in sampled]
             labels = torch.cat([each.labels for each in sampled])
@@ -193,28 +197,29 @@ class MaskRCNN(nn.Module):
             logits, deltas = stage.boxes_and_scores(self.box_pool(features, boxes, sizes))
             positive = (labels > 0).nonzero().flatten()
             own = torch.cat(boxes)
-            # Of the background there is no box: the one in its place has no loss.
+            # The background has no box; the output in its position has no loss.
             decoded = stage.decode(deltas, own)[
                 torch.arange(len(own), device=own.device), 0 if stage.agnostic else labels
             ]
             box_loss = generalized_box_iou_loss(decoded[positive], matched[positive], reduction="sum")
             losses[f"class{number}"] = weight * F.cross_entropy(logits, labels)
             losses[f"box{number}"] = weight * self.settings.giou * box_loss / max(1, len(own))
-            losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes, targets)
+            losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes=sizes, targets=targets)
             if number + 1 < len(self.stages):
-                # True boxes come along with the next stage's sample in any case.
-                refined = decoded.detach().split([len(found) for found in boxes])
+                # The next stage's sample includes the true boxes anyway.
+                refined = decoded.detach().split([len(each) for each in boxes])
                 proposals = [
-                    clipped(found[each.proposed], size)
-                    for found, each, size in zip(refined, sampled, sizes, strict=True)
+                    clipped(moved[each.proposed], size)
+                    for moved, each, size in zip(refined, sampled, sizes, strict=True)
                 ]
         return losses
 
     def mask_loss(
         self,
-        stage: Stage,
+        stage: CascadeStage,
         features: OrderedDict[str, Tensor],
         sampled: list[Sample],
+        *,
         sizes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
@@ -223,13 +228,13 @@ class MaskRCNN(nn.Module):
         labels = torch.cat([each.labels[each.labels > 0] for each in sampled])
         logits = stage.masks(self.mask_pool(features, boxes, sizes), labels)
         if not len(labels):
-            # All weights take part, so that processes exchange the same gradients.
+            # All weights take part, so that all processes exchange the same gradients.
             return logits.sum() * 0
         truth = torch.cat(
             [
-                masks_within(target["masks"][each.index[each.labels > 0]], found)
-                for found, each, target in zip(boxes, sampled, targets, strict=True)
-                if len(found)
+                masks_within(target["masks"][each.index[each.labels > 0]], own)
+                for own, each, target in zip(boxes, sampled, targets, strict=True)
+                if len(own)
             ]
         )
         return F.binary_cross_entropy_with_logits(logits, truth)
@@ -237,46 +242,46 @@ class MaskRCNN(nn.Module):
     def detections(
         self, features: OrderedDict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Boxes of the last stage, with class scores averaged over stages; masks averaged likewise."""
-        counts = [len(found) for found in proposals]
+        """Boxes of the last stage; class scores and masks are averaged over stages."""
+        counts = [len(proposed) for proposed in proposals]
         scores: list[Tensor] = []
         for stage in self.stages:
-            assert isinstance(stage, Stage)
+            assert isinstance(stage, CascadeStage)
             logits, deltas = stage.boxes_and_scores(self.box_pool(features, proposals, sizes))
             scores.append(logits.softmax(dim=1))
             decoded = stage.decode(deltas, torch.cat(proposals))
             if stage.agnostic:
                 refined = decoded[:, 0].split(counts)
-                proposals = [clipped(found, size) for found, size in zip(refined, sizes, strict=True)]
+                proposals = [clipped(moved, size) for moved, size in zip(refined, sizes, strict=True)]
         decoded = decoded.expand(-1, self.classes + 1, -1)
         mean = torch.stack(scores).mean(dim=0)
-        found = [
+        picked = [
             self.pick(boxes, own, size)
             for boxes, own, size in zip(decoded.split(counts), mean.split(counts), sizes, strict=True)
         ]
-        pooled = self.mask_pool(features, [each["boxes"] for each in found], sizes)
-        classes = torch.cat([each["labels"] for each in found])
-        drawn = [stage.masks(pooled, classes).sigmoid() for stage in self.stages if isinstance(stage, Stage)]
+        pooled = self.mask_pool(features, [each["boxes"] for each in picked], sizes)
+        classes = torch.cat([each["labels"] for each in picked])
+        drawn = [stage.masks(pooled, classes).sigmoid() for stage in self.stages if isinstance(stage, CascadeStage)]
         masks = torch.stack(drawn).mean(dim=0)
-        for each, own in zip(found, masks.split([len(each["boxes"]) for each in found]), strict=True):
+        for each, own in zip(picked, masks.split([len(each["boxes"]) for each in picked]), strict=True):
             each["masks"] = own
-        return found
+        return picked
 
     def pick(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The best of an image's boxes (P, 1 + classes, 4) by class, after non-maximum suppression."""
+        """The best boxes of an image, of (P, 1 + classes, 4), after non-maximum suppression by class."""
         boxes = clip_boxes_to_image(boxes[:, 1:], size)
         extent = boxes[..., 2:] - boxes[..., :2]
         good = (scores[:, 1:] > self.settings.score) & (extent > SMALLEST).all(dim=2)
-        place, label = good.nonzero(as_tuple=True)
-        chosen, sure = boxes[place, label], scores[place, label + 1]
+        proposal, label = good.nonzero(as_tuple=True)
+        chosen, sure = boxes[proposal, label], scores[proposal, label + 1]
         kept = batched_nms(chosen, sure, label, self.settings.nms)[: self.settings.detections]
         return {"boxes": chosen[kept], "labels": label[kept] + 1, "scores": sure[kept]}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a stage trains on of an image: boxes (S, 4), labels (S,) with 0 for the background, the index (S,) of the
-    true box that each is matched to, and which were proposed, bool (S,): the others are true boxes themselves."""
+    """A stage's training sample of an image: boxes (S, 4), labels (S,) with 0 for the background, the index (S,) of the
+    matched true box, and which boxes were proposed, bool (S,); the others are true boxes."""
 
     boxes: Tensor
     labels: Tensor
@@ -284,7 +289,9 @@ class Sample:
     proposed: Tensor
 
 
-def training_sample(stage: Stage, proposals: Tensor, target: dict[str, Tensor], settings: DetectSettings) -> Sample:
+def training_sample(
+    stage: CascadeStage, proposals: Tensor, target: dict[str, Tensor], *, settings: DetectSettings
+) -> Sample:
     """Proposals (P, 4) and true boxes, matched and sampled."""
     count = len(proposals)
     proposals = torch.cat([proposals, target["boxes"]])
@@ -297,13 +304,13 @@ def training_sample(stage: Stage, proposals: Tensor, target: dict[str, Tensor], 
 
 
 def masks_within(masks: Tensor, boxes: Tensor) -> Tensor:
-    """Masks (N, H, W) cut out by a box each (N, 4), as (N, 28, 28)."""
+    """Masks (N, H, W) cropped to one box each (N, 4), as (N, 28, 28)."""
     places = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype).unsqueeze(1)
     cut: Tensor = roi_align(masks.unsqueeze(1).to(boxes.dtype), torch.cat([places, boxes], dim=1), MASK, aligned=True)
     return cut[:, 0]
 
 
 def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes within an image, and not without extent: the next stage divides by it."""
+    """Boxes clipped to an image, with a minimum extent, by which the next stage divides."""
     boxes = clip_boxes_to_image(boxes, size)
     return torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 1.0)], dim=1)

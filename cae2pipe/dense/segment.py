@@ -20,19 +20,19 @@ from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, Course
 from cae2pipe.supervised.learner import TunedLearner
 from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.schedule import Chunk, TrainSchedule
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.schedule import polynomial_rate
 
 
 def build_segmenter(backbone: Normalised, classes: int, settings: SegmentSettings) -> Normalised:
-    """UperNet on an encoder that ``trainable`` has made; both normalise their input alike."""
+    """UperNet on an encoder from ``prepared_encoder``; both normalise their input in the same way."""
     with seeded("decoder", settings.seed):
         pyramid = Pyramid(backbone.model)
         width = settings.decoder_width or pyramid.width
-        model = UperNet(pyramid, classes, width, settings.dropout, settings.auxiliary > 0)
+        model = UperNet(pyramid, classes, width, dropout=settings.dropout, auxiliary=settings.auxiliary > 0)
     backbone.model = model.to(backbone.normalise.shift.device)
     return backbone
 
@@ -41,27 +41,28 @@ class SegmentLearner(TunedLearner):
     """Trains a segmenter.
 
     Args:
-        segmenter: from ``build_segmenter``. settings: all of them. course: the order. bf16: compute under autocast.
-        compiled: with torch.compile. world: the processes. val: what to score on.
+        segmenter: from ``build_segmenter``. settings: all settings. schedule: the order of images. bf16: compute under
+        autocast. compiled: use torch.compile. world: the processes. val: images for scoring.
     """
 
     def __init__(
         self,
         segmenter: Normalised,
         settings: SegmentSettings,
-        course: Course,
+        schedule: TrainSchedule,
+        *,
         bf16: bool,
         compiled: bool,
         world: World,
         val: LabelledImages,
     ):
-        self.settings, self.course, self.val = settings, course, val
+        self.settings, self.schedule, self.val = settings, schedule, val
         segmenter = spread_norms(segmenter, world.ranks, world.device)
         model = segmenter.model
-        groups = decay_groups(model.pyramid, model, settings.weight_decay, settings.layer_decay)
+        groups = decay_groups(model.pyramid, model, settings.weight_decay, layer_decay=settings.layer_decay)
         if compiled:
             compile_in_place([model.pyramid])
-        super().__init__(segmenter, groups, (settings.beta1, settings.beta2), world, bf16)
+        super().__init__(segmenter, groups, betas=(settings.beta1, settings.beta2), world=world, bf16=bf16)
         self.scores: dict[str, Any] | None = None
 
     def loss(self, chunk: Chunk) -> Tensor:
@@ -71,56 +72,58 @@ class SegmentLearner(TunedLearner):
             seeded("chunk", self.settings.seed, chunk.step, chunk.number),
             torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            found = self.module(images)
-        return segmentation_loss(found, labels, self.settings.auxiliary)
+            outputs = self.module(images)
+        return segmentation_loss(outputs, labels, self.settings.auxiliary)
 
     def rate(self, step: int) -> float:
         settings, factor = self.settings, self.settings.batch / REFERENCE_BATCH
         lr, least = settings.lr * factor, settings.min_lr * factor
-        return polynomial_rate(step, self.course.total, settings.warmup_steps, lr, least, settings.power)
+        return polynomial_rate(
+            step, self.schedule.total, settings.warmup_steps, lr=lr, min_lr=least, power=settings.power
+        )
 
     def validate(self, epoch: int) -> dict[str, float] | None:
-        every, last = self.settings.validate_epochs, (epoch + 1) * self.course.steps >= self.course.total
+        every, last = self.settings.validate_epochs, (epoch + 1) * self.schedule.steps >= self.schedule.total
         if not last and (not every or (epoch + 1) % every):
             return None
         self.scores = self.score()
         return {name: self.scores[name] for name in ("miou", "pixel_accuracy", "mean_accuracy")}
 
     def score(self) -> dict[str, Any]:
-        """Scores over all val images, shared out among the processes."""
-        self.world.share(self.network)
+        """Scores over all val images, which are divided among the processes."""
+        self.world.broadcast_buffers(self.network)
         classes = len(self.val.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
         own = range(self.world.rank, len(self.val), self.world.ranks)
         reader = ScaledReader(self.val, own, self.settings.scale)
         workers = min(worker_count(self.settings.speed.workers), len(reader))
         for pixels, labels in in_order(reader, workers, preload=[__name__]):
-            found = self.predict(pixels, labels.shape)
-            confusion += pixel_confusion(found, torch.from_numpy(labels).to(found.device), classes)
+            predicted = self.predict(pixels, labels.shape)
+            confusion += pixel_confusion(predicted, torch.from_numpy(labels).to(predicted.device), classes)
         return segmentation_scores(self.world.sum(confusion), self.val.classes)
 
     @torch.no_grad()
     def predict(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """Labels int64 of ``size`` for an image, uint8 (h, w, 3), that is scaled already. Raises OutOfMemoryError."""
+        """Labels int64 of ``size`` for an already scaled image, uint8 (h, w, 3). Raises OutOfMemoryError."""
         model = self.network.eval()
         device = self.world.device
         side, stride = self.settings.image_size, self.settings.stride
 
         def logits(windows: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                found: Tensor = model(windows)[0]
-            return found
+                output: Tensor = model(windows)[0]
+            return output
 
         with self.scoring_advice():
-            # The numpy array may lie in memory that cannot be written to.
+            # The numpy array may be in read-only memory.
             image = model.normalise(torch.tensor(pixels, device=device).permute(2, 0, 1)[None])[0]
             fill = torch.zeros(3, device=device)
-            found = sliding_logits(logits, image, side, stride, self.settings.chunk, fill)
-            return resized(found[None], size)[0].argmax(dim=0)
+            scored = sliding_logits(logits, image, side, stride=stride, batch=self.settings.chunk, fill=fill)
+            return resized(scored[None], size)[0].argmax(dim=0)
 
 
 class ScaledReader:
-    """Val images at the size that they are scored at, uint8 (h, w, 3), with labels at their own size; picklable."""
+    """Val images at the size for scoring, uint8 (h, w, 3), with labels at original size; picklable."""
 
     def __init__(self, data: LabelledImages, own: range, scale: tuple[int, int]):
         self.data, self.own, self.scale = data, own, scale
@@ -136,10 +139,10 @@ class ScaledReader:
 def drawn_predictions(
     learner: SegmentLearner, data: LabelledImages, count: int
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of the first ``count`` images: pixels (H, W, 3), true and predicted labels (H, W)."""
-    found = []
+    """Pixels (H, W, 3), true and predicted labels (H, W) of the first ``count`` images."""
+    drawn = []
     for index in range(min(count, len(data))):
         image, labels = data.read(index)
         scaled = np.asarray(image.resize(fitted_size(*image.size, learner.settings.scale), Image.Resampling.BILINEAR))
-        found.append((np.asarray(image), labels, learner.predict(scaled, labels.shape).cpu().numpy().astype(np.uint8)))
-    return found
+        drawn.append((np.asarray(image), labels, learner.predict(scaled, labels.shape).cpu().numpy().astype(np.uint8)))
+    return drawn

@@ -1,4 +1,4 @@
-"""Logits of an image of any size from windows of one size."""
+"""Logits of an image of any size from windows of a fixed size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side of ``length``: every ``stride``, the last one flush with the end."""
+    """Start positions of windows along a side of ``length``: every ``stride``, the last window aligned with the end."""
     if length <= window:
         return [0]
     count = -(-(length - window) // stride) + 1
@@ -18,14 +18,14 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def sliding_logits(
-    logits: Callable[[Tensor], Tensor], image: Tensor, window: int, stride: int, batch: int, fill: Tensor
+    logits: Callable[[Tensor], Tensor], image: Tensor, window: int, *, stride: int, batch: int, fill: Tensor
 ) -> Tensor:
-    """The mean of the windows' logits at every pixel.
+    """The mean over windows of the logits at every pixel.
 
     Args:
-        logits: from images (b, 3, window, window) to (b, C, window, window).
-        image: (3, H, W). A side shorter than the window is filled up with ``fill`` (3,), below and to the right.
-        window, stride: in pixels. batch: windows at a time.
+        logits: function from images (b, 3, window, window) to (b, C, window, window).
+        image: (3, H, W). A side shorter than the window is padded with ``fill`` (3,), below and to the right.
+        window, stride: in pixels. batch: windows per forward pass.
 
     Returns:
         (C, H, W).
@@ -44,10 +44,10 @@ def sliding_logits(
     seen = torch.zeros(padded.shape[-2:], device=image.device)
     for low in range(0, len(corners), batch):
         some = corners[low : low + batch]
-        found = logits(torch.stack([padded[:, top : top + window, left : left + window] for top, left in some]))
+        scored = logits(torch.stack([padded[:, top : top + window, left : left + window] for top, left in some]))
         if total is None:
-            total = found.new_zeros(found.shape[1], *padded.shape[-2:], dtype=torch.float32)
-        for (top, left), own in zip(some, found, strict=True):
+            total = scored.new_zeros(scored.shape[1], *padded.shape[-2:], dtype=torch.float32)
+        for (top, left), own in zip(some, scored, strict=True):
             total[:, top : top + window, left : left + window] += own
             seen[top : top + window, left : left + window] += 1
     assert total is not None

@@ -12,33 +12,34 @@ from cae2pipe.dense.pyramid import Pyramid
 from cae2pipe.runtime.device import exact_float32
 
 IGNORED = 255
-"""The label of pixels that do not count."""
+"""The label of ignored pixels."""
 AUXILIARY_WIDTH = 256
 
 
 class UperNet(nn.Module):
-    """Images, normalised (B, 3, H, W), to float32 logits (B, classes, H, W); in training also the auxiliary head's.
+    """Normalised images (B, 3, H, W) to float32 logits (B, classes, H, W); in training also those of the auxiliary
+    head.
 
-    The decoder is segmentation-models-pytorch's, which norms its input maps too. Logits are brought to the input's size
-    bilinearly.
+    The decoder is segmentation-models-pytorch's, which also normalises its input maps. Logits are resized bilinearly to
+    the input's size.
 
     Args:
-        pyramid: the encoder. classes: how many. width: channels of the decoder. dropout: before the classifiers.
-        auxiliary: whether there is a head on the third map.
+        pyramid: the encoder. classes: number of classes. width: channels of the decoder. dropout: before the
+        classifiers. auxiliary: whether there is a head on the third map.
     """
 
-    def __init__(self, pyramid: Pyramid, classes: int, width: int, dropout: float, auxiliary: bool):
+    def __init__(self, pyramid: Pyramid, classes: int, width: int, *, dropout: float, auxiliary: bool):
         super().__init__()
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
         self.pyramid = pyramid
-        # Two places stand for maps at strides 1 and 2, which UperNet does not read.
+        # The first two entries stand for maps at strides 1 and 2, which UperNet does not read.
         self.decoder = UPerNetDecoder([0, 0, *[pyramid.width] * 4], encoder_depth=5, decoder_channels=width)
         self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, classes, 1))
         self.auxiliary = auxiliary_head(pyramid.width, classes, dropout) if auxiliary else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        # What may be compiled is the pyramid's call in training: in scoring the last windows are fewer.
+        # Only the pyramid's call in training may be compiled: in scoring the last batch of windows is smaller.
         maps = self.pyramid(images) if self.training else self.pyramid.forward(images)
         size = images.shape[-2:]
         decoded = self.decoder([None, None, *maps])
@@ -64,24 +65,24 @@ def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
 
-def segmentation_loss(found: tuple[Tensor, Tensor | None], labels: Tensor, auxiliary: float) -> Tensor:
-    """Mean cross-entropy over all pixels, to which those that do not count add nothing, with the auxiliary head's times
-    its weight.
+def segmentation_loss(outputs: tuple[Tensor, Tensor | None], labels: Tensor, auxiliary: float) -> Tensor:
+    """Mean cross-entropy over all pixels, where ignored pixels count as zero, plus the auxiliary head's times its
+    weight.
 
     Args:
-        found: logits (B, C, H, W), of both heads. labels: int64 (B, H, W), ``IGNORED`` where they do not count.
+        outputs: logits (B, C, H, W) of both heads. labels: int64 (B, H, W), ``IGNORED`` for ignored pixels.
     """
     losses = [
         F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
-        for logits in found
+        for logits in outputs
         if logits is not None
     ]
     return losses[0] + auxiliary * losses[1] if len(losses) > 1 else losses[0]
 
 
 def spread_norms(model: nn.Module, ranks: int, device: torch.device) -> Any:
-    """Let BatchNorm take its statistics over all processes, where the device can (CUDA). That exchange is not compiled:
-    torch.compile cannot follow it (pytorch#161302)."""
+    """Synchronise BatchNorm's statistics over all processes if the device supports it (CUDA). This exchange is excluded
+    from compilation, since torch.compile cannot trace it (pytorch#161302)."""
     if ranks == 1 or device.type != "cuda":
         return model
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,1 +1,1 @@
-"""Scores of encoders on frozen features."""
+"""Scores of encoders: on frozen features, and fine-tuned as classifiers."""

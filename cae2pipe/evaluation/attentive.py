@@ -38,10 +38,10 @@ class AttentiveProbe(nn.Module):
 
 
 def head_count(dim: int, asked: int | None) -> int:
-    """Heads of the cross-attention over ``dim`` features: those asked for, or one for every 64.
+    """Heads of the cross-attention over ``dim`` features: the requested number, or one per 64 features.
 
     Raises:
-        SettingsError: they do not divide the features.
+        SettingsError: it does not divide the number of features.
     """
     heads = asked or max(1, dim // 64)
     if dim % heads:

@@ -1,4 +1,4 @@
-"""An encoder of any form as a network that can be trained on labels."""
+"""Any encoder as a network that can be trained on labels."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from cae2pipe.supervised.normalised import Normalised
 def prepared_encoder(
     encoder: FrozenEncoder,
     spec: str,
+    *,
     image_size: int | None,
     layer_scale: float | None,
     drop_path: float,
     relative_positions: bool,
 ) -> Normalised:
-    """The encoder, all of it trained but fixed positions. ``encoder`` is changed, and of no further use.
+    """The encoder with all weights trainable except fixed positions. ``encoder`` is changed in place and must not be
+    used any more.
 
     Args:
-        spec: what the user calls it. image_size: side of the input, None: its own. layer_scale: what an encoder of ours
-            gets that has none. drop_path: largest rate. relative_positions: whether each block gets a bias by them.
+        spec: the encoder as the user named it. image_size: side of the input; None: the encoder's own. layer_scale:
+        initial value for an encoder of ours without LayerScale. drop_path: largest rate. relative_positions: whether
+        each block gets a bias by relative position.
 
     Raises:
         SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.

@@ -1,4 +1,4 @@
-"""BatchNorm whose running statistics are the same however chunks are shared out among processes."""
+"""BatchNorm whose running statistics do not depend on how chunks are divided among processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cae2pipe.runtime.world import World
 class ChunkNorm(nn.Module):
     """BatchNorm without affine over features (B, D), eps 1e-6 (released code).
 
-    In training every chunk is normalised by its own statistics, as on a device of its own. ``settle`` moves the running
-    ones once a step, by the mean over the chunks since the last call.
+    In training every chunk is normalised by its own statistics, as on a separate device. ``update_running_stats``
+    updates the running statistics once per step, by the mean over the chunks since the last call.
     """
 
     def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-6):
@@ -24,7 +24,7 @@ class ChunkNorm(nn.Module):
         self.seen: Tensor
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
-        # Sums of the chunks' means and variances, and how many they are.
+        # Sums of the chunks' means and variances, and the number of chunks.
         self.register_buffer("seen", torch.zeros(2 * dim + 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ class ChunkNorm(nn.Module):
         return F.batch_norm(x, None, None, training=True, eps=self.eps)
 
     @torch.no_grad()
-    def settle(self, world: World | None = None) -> None:
-        """Move the running statistics; to be called by all processes, after a step."""
+    def update_running_stats(self, world: World | None = None) -> None:
+        """Update the running statistics. Must be called by all processes after a step."""
         if world:
             world.sum(self.seen)
         mean, variance = (self.seen[:-1] / self.seen[-1]).chunk(2)

@@ -1,4 +1,4 @@
-"""A split's crops on the device, run by run."""
+"""Crops of a split on the device, run by run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cae2pipe.runtime.upload import pinned, uploaded
 from cae2pipe.runtime.workers import in_order
 
 CPU_BATCH, CUDA_BATCH = 64, 256
-"""Images that pass an encoder together where nothing else is asked for: a CUDA device is idle with fewer."""
+"""Default number of images per forward pass: with fewer, a CUDA device is partly idle."""
 
 
 def batch_for(setting: int | None, device: torch.device) -> int:
-    """Images that pass an encoder together, of ``speed.batch``."""
+    """Images per forward pass of an encoder, from the setting ``speed.batch``."""
     return setting or (CUDA_BATCH if device.type == "cuda" else CPU_BATCH)
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """A run's crops: ``pixels`` uint8 (b, 3, S, S) on the device; ``crops`` as they were read."""
+    """The crops of a run: ``pixels`` uint8 (b, 3, S, S) on the device; ``crops`` as read."""
 
     pixels: Tensor
     crops: Crops
@@ -36,9 +36,9 @@ class CropBatch:
 
 
 def crop_batches(
-    split: Split, runs: Sequence[int], crop: Crop, workers: int, device: torch.device
+    split: Split, runs: Sequence[int], crop: Crop, *, workers: int, device: torch.device
 ) -> Iterator[CropBatch]:
-    """Crops of the split's ``runs``, in order, by ``workers`` processes as ``speed.workers`` has it.
+    """Crops of the split's ``runs``, in order, from ``workers`` processes (see ``speed.workers``).
 
     Raises:
         SourceError, DamageError: as ``CropReader``. torch.OutOfMemoryError: two batches do not fit the device.

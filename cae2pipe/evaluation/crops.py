@@ -1,4 +1,4 @@
-"""What encoders see of an image: the central crop for scores, drawn crops for training."""
+"""Input crops of encoders: the central crop for scoring, random crops for training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Crop(Protocol):
 
 @dataclass(frozen=True)
 class CentralCrop:
-    """The central ``size`` pixels of an image whose shorter side becomes ``resize``."""
+    """The central ``size`` pixels of an image, after resizing its shorter side to ``resize``."""
 
     size: int
     resize: int
@@ -37,9 +37,9 @@ class CentralCrop:
 
 @dataclass(frozen=True)
 class DrawnCrop:
-    """A random resized crop, flipped or not, with RandAugment or without: the same for equal (seed, epoch, key).
+    """A random resized crop with optional flip and RandAugment: the same for equal (seed, epoch, key).
 
-    ``mean`` is the colour, of pixels in [0, 1], that RandAugment fills empty corners with.
+    ``mean`` is the colour, in [0, 1], with which RandAugment fills empty corners.
     """
 
     size: int
@@ -56,7 +56,7 @@ class DrawnCrop:
 
 @cache
 def _transform(size: int, settings: DrawSettings, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
-    """timm's training transform up to where it becomes a tensor, in timm's order."""
+    """timm's training transform up to the conversion to a tensor, in timm's order."""
     from timm.data.auto_augment import rand_augment_transform
     from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
     from torchvision.transforms import Compose, RandomHorizontalFlip
@@ -70,7 +70,8 @@ def _transform(size: int, settings: DrawSettings, mean: tuple[float, ...]) -> Ca
             "translate_const": int(size * 0.45),
             "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
             "interpolation": str_to_pil_interp("bicubic"),
-            # At 10 timm asks for images of no bits, which were black once, and which Pillow refuses by now.
+            # At magnitude 10 timm requests images of 0 bits. Older versions of Pillow made them black, newer ones
+            # refuse.
             "magnitude_max": 9.99,
         }
         steps.append(rand_augment_transform(f"rand-m{settings.rand_augment}-mstd0.5-inc1", hints))

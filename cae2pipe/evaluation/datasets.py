@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import is_box, open_box
+from cae2pipe.artifacts.artifact import ShardsArtifact, is_artifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.errors import ImageError, ManifestError, SourceError
 from cae2pipe.evaluation.crops import Crop
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.shards.checking import Piece, read_piece
+from cae2pipe.shards.checking import FileSlice, read_piece
 from cae2pipe.shards.shard_set import KIND, ImageSample, ShardSet, read_image
 from cae2pipe.shards.source import scan
 
@@ -24,23 +24,23 @@ TRAIN, VAL = ("train", "training"), ("val", "validation", "valid", "test")
 
 
 class Samples(Protocol):
-    """Images that are read one by one, in any order; picklable."""
+    """Random access to single images; picklable."""
 
     @property
     def labels(self) -> np.ndarray:
         """int64 (N,)."""
 
     def read(self, index: int) -> ImageSample:
-        """One image. Raises SourceError or DamageError where its bytes cannot be read or have changed."""
+        """One image. Raises SourceError or DamageError if its bytes cannot be read or have changed."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One labelled part of the data: ``runs`` of up to ``batch`` images are what is read at once, ``samples`` the same
-    images one by one.
+    """One labelled part of the data. ``runs`` of up to ``batch`` images are read at once; ``samples`` gives single
+    images.
 
-    ``identity`` is what the part is taken to be: a folder's paths and sizes, an archive's or list's labels and classes
-    too, a shard set's digests and classes. ``remarks`` are lines to log: what of a folder was passed over.
+    ``identity`` identifies the content: a folder's paths and sizes, for an archive or list also labels and classes, a
+    shard set's digests and classes. ``remarks`` are lines to log about skipped files of a folder.
     """
 
     root: Path
@@ -61,19 +61,17 @@ def open_data(root: Path, batch: int) -> tuple[Split, Split]:
 
     Raises:
         SourceError: a part is missing or unlabelled, a class has fewer than two training images, or ``val`` has classes
-            that ``train`` lacks. ManifestError: a shard set that is not finished.
+            that ``train`` lacks. ManifestError: a shard set is not finished.
     """
     train, val = (open_split(find_part(root, names), batch) for names in (TRAIN, VAL))
     for split in (train, val):
         if not split.classes:
-            raise SourceError(
-                "these images have no classes", where=split.root, fix="give folders of the form train/class/*.jpg"
-            )
+            raise SourceError("these images have no classes", where=split.root, fix="arrange them as train/CLASS/*.jpg")
     if len(train.classes) < 2:
         raise SourceError(
-            f"there is one class only, {train.classes[0]!r}: every encoder would be right",
+            f"there is only one class, {train.classes[0]!r}, so every score would be 100 %",
             where=train.root,
-            fix="give a folder per class",
+            fix="use one folder per class",
         )
     counts = np.bincount(train.samples.labels, minlength=len(train.classes))
     if few := [f"{name!r} ({count})" for name, count in zip(train.classes, counts.tolist(), strict=True) if count < 2]:
@@ -81,20 +79,20 @@ def open_data(root: Path, batch: int) -> tuple[Split, Split]:
         raise SourceError(
             f"classes with fewer than two training images: {', '.join(few[:3])}{more}",
             where=train.root,
-            fix="give them more images, or leave the classes out of train and val",
+            fix="add images, or remove the classes from train and val",
         )
     if unknown := sorted(set(val.classes) - set(train.classes)):
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise SourceError(
-            f"{val.root.name} has a class that {train.root.name} lacks: {unknown[0]!r}{more}",
+            f"{val.root.name} has a class that is not in {train.root.name}: {unknown[0]!r}{more}",
             where=root,
-            fix="give both the same class folders; those of val must be among those of train",
+            fix="use the same class folders in both; train must have all classes of val",
         )
     return train, val
 
 
 def common_labels(labels: Tensor, own: list[str], common: list[str]) -> Tensor:
-    """Labels int64 (N,) that point into ``own`` as ones that point into ``common``, which holds those classes too."""
+    """Labels int64 (N,), indices into ``own``, as indices into ``common``, which contains the same classes."""
     return torch.tensor([common.index(name) for name in own], dtype=torch.int64)[labels]
 
 
@@ -103,14 +101,12 @@ def find_part(root: Path, names: tuple[str, ...]) -> Path:
         if (root / name).is_dir():
             return root / name
     what = f"there is no {names[0]!r} in this folder" if root.is_dir() else "no such folder"
-    raise SourceError(
-        what, where=root, fix="give a folder that holds train and val: folders class/*.jpg, or shard sets"
-    )
+    raise SourceError(what, where=root, fix="use a folder with train and val, each with CLASS/*.jpg, or a shard set")
 
 
 def open_split(root: Path, batch: int) -> Split:
     """A folder of images or a shard set, in runs of up to ``batch`` images."""
-    if is_box(root, KIND):
+    if is_artifact(root, KIND):
         return _open_shards(root, batch)
     source = scan(root)
     entries = source.entries
@@ -118,7 +114,7 @@ def open_split(root: Path, batch: int) -> Split:
         _SourceRun(tuple((source.piece(entry), entry.path, entry.label) for entry in entries[low : low + batch]))
         for low in range(0, len(entries), batch)
     ]
-    # In folders of files the path says the class.
+    # In a folder the path determines the class.
     labels = any(entry.file for entry in entries)
     content = fingerprint(
         [[entry.path, entry.bytes, *([entry.label] if labels else [])] for entry in entries]
@@ -130,9 +126,9 @@ def open_split(root: Path, batch: int) -> Split:
 
 
 def _open_shards(root: Path, batch: int) -> Split:
-    if not open_box(root, KIND).complete:
+    if not ShardsArtifact.open(root).complete:
         raise ManifestError(
-            "this shard set is not finished: a score would be that of a part",
+            "this shard set is not finished, so a score would cover only a part of it",
             where=root,
             fix="run `cae2pipe shard` with the same arguments as before",
         )
@@ -148,7 +144,7 @@ def _open_shards(root: Path, batch: int) -> Split:
 
 @dataclass(frozen=True)
 class _SourceRun:
-    images: tuple[tuple[Piece, str, int], ...]
+    images: tuple[tuple[FileSlice, str, int], ...]
 
     def __call__(self) -> list[ImageSample]:
         return [ImageSample(path, label, read_piece(piece)) for piece, path, label in self.images]
@@ -168,7 +164,7 @@ class _ShardRun:
 
 @dataclass(frozen=True)
 class _SourceSamples:
-    pieces: list[tuple[Piece, str]]
+    pieces: list[tuple[FileSlice, str]]
     labels: np.ndarray
 
     def read(self, index: int) -> ImageSample:
@@ -178,7 +174,7 @@ class _SourceSamples:
 
 @dataclass(frozen=True)
 class _ShardSamples:
-    """Keeps a few numbers an image, not the shards' indexes: a shuffled epoch would read those again and again."""
+    """Keeps a few numbers per image instead of the shards' indexes, which a shuffled epoch would read repeatedly."""
 
     shards: ShardSet
     labels: np.ndarray
@@ -199,12 +195,12 @@ class _ShardSamples:
         number, offset, size, checksum = self.places[index].tolist()
         path = self.shards.shards[number].path
         key = f"{path.name}+{offset}"
-        return ImageSample(key, int(self.labels[index]), read_image(path, offset, size, checksum))
+        return ImageSample(key, int(self.labels[index]), read_image(path, offset, size, crc32c=checksum))
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Crops of a run: pixels uint8 (b, S, S, 3), labels int64 (b,), keys, and what could not be decoded."""
+    """Crops of a run: pixels uint8 (b, S, S, 3), labels int64 (b,), keys, and the images that could not be decoded."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -213,9 +209,8 @@ class Crops:
 
 
 class CropReader:
-    """Decodes and crops run by run; picklable, so that workers can hold it.
-
-    Raises SourceError or DamageError where a run's files cannot be read.
+    """Decodes and crops run by run; picklable for worker processes. Raises SourceError or DamageError if a run's files
+    cannot be read.
     """
 
     def __init__(self, split: Split, runs: Sequence[int], crop: Crop):

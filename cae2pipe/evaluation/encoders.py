@@ -1,10 +1,10 @@
-"""From what a user calls an encoder to a function of pixels.
+"""From the name of an encoder, as the user gives it, to a function of pixels.
 
 runs/base                        a run of `cae2pipe pretrain`, or any folder with encoder.safetensors and config.json
-runs/base/encoder.safetensors    the exported file, config.json beside it
-random:runs/base, random:tiny    the student of a run or of a pretraining preset as it is before training
-random:NAME                      a model of timm as it is before training
-caev2_base.pth                   an encoder that the authors of CAE or CAE v2 released
+runs/base/encoder.safetensors    the exported file, with config.json in the same folder
+random:runs/base, random:tiny    the student of a run or of a pretraining preset before training
+random:NAME                      a timm model before training
+caev2_base.pth                   an encoder released by the authors of CAE or CAE v2
 timm:NAME, timm:NAME@FILE        a vision transformer of timm, with the hub's weights or a local file's
 open_clip:NAME/TAG, ...@FILE     a vision tower of open_clip, with the hub's weights or a local file's
 teacher:clip-b16[@FILE]          a teacher preset, or a YAML file of extract-targets
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box, check_files, is_box, open_box
+from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, check_files, is_artifact
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
-from cae2pipe.config.base import build, identity, load, preset_names
+from cae2pipe.config.base import build_recorded, fingerprinted, load, preset_names, section_of
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
-from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
+from cae2pipe.config.pretrain import LossSettings, ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
 from cae2pipe.images.normalise import Normalise
-from cae2pipe.models.description import FIX, read_description
+from cae2pipe.models.description import FIX, TimmConfig, read_description
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.keyed import keyed_seed
@@ -44,13 +44,13 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of a batch: class_token (B, D) or None, and the patch tokens (B, P, D), float32."""
+    """Tokens of a batch: class_token (B, D) or None, and the patch tokens (B, P, D), float32."""
 
     class_token: Tensor | None
     patches: Tensor
 
     def together(self) -> Tensor:
-        """All of them in one row, the class token first."""
+        """All tokens (B, T, D), the class token first."""
         if self.class_token is None:
             return self.patches
         return torch.cat([self.class_token.unsqueeze(1), self.patches], dim=1)
@@ -58,17 +58,17 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Features:
-    """Of a batch: class_token (B, D) or None, and the mean of the patch tokens (B, D), float32."""
+    """Features of a batch: class_token (B, D) or None, and the mean of the patch tokens (B, D), float32."""
 
     class_token: Tensor | None
     mean: Tensor
 
 
 class FrozenEncoder(ABC):
-    """An encoder to be scored. ``trained_class_token`` says whether a loss fell on its class token.
+    """An encoder to be scored. ``trained_class_token``: whether its class token had a loss.
 
-    ``identity`` holds plain values that the scores depend on; ``image_size`` is in pixels; ``resizes``: it brings
-    images of another size to its own.
+    ``identity`` holds plain values that the scores depend on; ``image_size`` is in pixels; ``resizes``: whether it
+    resizes images of another size to its own.
     """
 
     identity: dict[str, Any]
@@ -82,16 +82,16 @@ class FrozenEncoder(ABC):
         """Tokens of pixels, uint8 (B, 3, S, S) on the encoder's device."""
 
     def __call__(self, pixels: Tensor) -> Features:
-        """Features of pixels, as ``tokens`` takes them."""
-        found = self.tokens(pixels)
-        return Features(found.class_token, found.patches.mean(dim=1))
+        """Features of pixels, which are as in ``tokens``."""
+        tokens = self.tokens(pixels)
+        return Features(tokens.class_token, tokens.patches.mean(dim=1))
 
 
 class Student(FrozenEncoder):
-    """An exported student, or another vision transformer of timm. Its own configuration has mean and std.
+    """An exported student, or another vision transformer of timm. Mean and std are from its configuration.
 
-    ``ours``: this pipeline or CAE's authors trained it, or it is one of theirs before training. On CUDA the forward
-    pass is in bfloat16 autocast unless ``precision`` says fp32.
+    ``ours``: whether it was trained by this pipeline or CAE's authors, or is such a model before training. On CUDA the
+    forward pass uses bfloat16 autocast unless ``precision`` is fp32.
     """
 
     resizes = False
@@ -101,6 +101,7 @@ class Student(FrozenEncoder):
         model: Any,
         identity: dict[str, Any],
         trained_class_token: bool,
+        *,
         device: torch.device,
         precision: str = "fp32",
         ours: bool = True,
@@ -126,7 +127,7 @@ class Student(FrozenEncoder):
 
 
 class FrozenTeacher(FrozenEncoder):
-    """A teacher, or any model that teachers can be: its tokens as they would be targets."""
+    """A teacher, or any model that can be one: its tokens are those that would be targets."""
 
     resizes = True
 
@@ -143,8 +144,8 @@ class FrozenTeacher(FrozenEncoder):
         return Tokens(tokens[:, 0], tokens[:, 1:])
 
 
-def label(spec: str) -> str:
-    """What results call an encoder: ``spec`` without its folders, so that no manifest holds a path of one machine."""
+def display_name(spec: str) -> str:
+    """An encoder's name in results: ``spec`` without its folders, so that no manifest contains local paths."""
     form, colon, rest = spec.partition(":")
     if colon and form in KINDS:
         name, at, file = rest.partition("@")
@@ -153,23 +154,24 @@ def label(spec: str) -> str:
     return path.parent.name if path.name == WEIGHTS else path.name
 
 
-def load_encoder(spec: str, seed: int, device: torch.device, precision: str = "fp32") -> FrozenEncoder:
-    """The encoder that ``spec`` names, in one of the forms above. ``seed`` is for ``random:``, ``precision`` (fp32 or
-    bf16) for students: teachers keep their own.
+def load_encoder(spec: str, seed: int, device: torch.device, *, precision: str = "fp32") -> FrozenEncoder:
+    """The encoder that ``spec`` names, in one of the forms above. ``seed`` is for ``random:``. ``precision`` (fp32 or
+    bf16) is for students; teachers use their own.
 
     Raises:
-        SourceError: no such thing. ManifestError: a run that is not finished. DamageError: a run's files have changed.
-        TeacherError: weights that are missing or do not fit. MismatchError: not the weights that made a target set.
+        SourceError: there is no such encoder. ManifestError: a run is not finished. DamageError: a run's files have
+        changed. TeacherError: weights are missing or do not fit. MismatchError: these are not the weights that made a
+        target set.
     """
     form, colon, rest = spec.partition(":")
     if not colon or form not in KINDS:
-        if is_box(Path(spec), "targets"):
+        if is_artifact(Path(spec), "targets"):
             return frozen_teacher("teacher", spec, device)
         return trained_student(Path(spec), device, precision)
     if not rest.partition("@")[0]:
-        raise SourceError(f"{form}: is followed by a name", where=spec, fix=f"give {FORMS}")
+        raise SourceError(f"{form}: must be followed by a name", where=spec, fix=f"give {FORMS}")
     if form == "random":
-        return random_student(rest, seed, device, precision)
+        return random_student(rest, seed, device, precision=precision)
     return frozen_teacher(form, rest, device)
 
 
@@ -179,16 +181,16 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
         return released_student(path, device, precision)
     folder = path.parent if path.name == WEIGHTS else path
     if not folder.is_dir():
-        raise SourceError("there is no such encoder", where=path, fix=f"give {FORMS}")
-    run = open_box(folder) if is_box(folder, "run") else None
+        raise SourceError("no such encoder", where=path, fix=f"give {FORMS}")
+    run = RunArtifact.open(folder) if is_artifact(folder, "run") else None
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         if run:
             raise ManifestError(
                 "this run is not finished: it has no encoder yet",
                 where=folder,
-                fix="run `cae2pipe pretrain` with the same arguments as before, to its end",
+                fix="rerun `cae2pipe pretrain` with the same arguments until it has finished",
             )
-        raise SourceError(f"this folder holds no {WEIGHTS} with its {CONFIG}", where=folder, fix=f"give {FORMS}")
+        raise SourceError(f"this folder does not contain {WEIGHTS} and {CONFIG}", where=folder, fix=f"give {FORMS}")
     if run:
         for problem in check_files(run, [name for name in run.units if name == "encoder"]):
             problem.fix = "delete it, then run `cae2pipe pretrain` as before"
@@ -197,22 +199,22 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
     load_exported(model, folder / WEIGHTS)
     class_token = class_token_trained(run) if run else True
     digests = {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}
-    return Student(model, digests, class_token, device, precision)
+    return Student(model, digests, class_token, device=device, precision=precision)
 
 
-def class_token_trained(run: Box) -> bool:
-    """Whether a run's loss fell on its class token: it counts among the visible, and pixels have none."""
-    loss = run.identity["settings"]["loss"]
-    return bool(run.facts["teacher"]["class_token"] and loss["visible"] and loss.get("target") != "pixels")
+def class_token_trained(run: RunArtifact) -> bool:
+    """Whether a run's class token had a loss: it counts as visible, and pixel targets have none."""
+    loss = build_recorded(LossSettings, section_of(run.identity["settings"], "loss", run.root), where=run.root)
+    return bool(run.facts["teacher"]["class_token"] and loss.visible and loss.target != "pixels")
 
 
 def released_student(path: Path, device: torch.device, precision: str) -> Student:
-    """The encoder of a checkpoint in the naming of CAE's authors."""
+    """The encoder of a checkpoint released by CAE's authors."""
     from cae2pipe.models.export import timm_config, timm_state
     from cae2pipe.models.released import load_released
 
     if not path.is_file():
-        raise SourceError("there is no such encoder", where=path, fix=f"give {FORMS}")
+        raise SourceError("no such encoder", where=path, fix=f"give {FORMS}")
     try:
         state = read_weights(path)
     except TeacherError as error:
@@ -220,31 +222,31 @@ def released_student(path: Path, device: torch.device, precision: str) -> Studen
     encoder = load_released(state, path)
     model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
-    return Student(model, {"sha256": sha256_file(path)}, True, device, precision)
+    return Student(model, {"sha256": sha256_file(path)}, True, device=device, precision=precision)
 
 
-def build_exported(path: Path, weights: int) -> tuple[Any, dict[str, Any]]:
-    """The model that a ``config.json`` describes, whose weights take so many bytes on the disk, and the config.
+def build_exported(path: Path, weights: int) -> tuple[Any, TimmConfig]:
+    """The model that a ``config.json`` describes, and the config. ``weights``: bytes of the weights file.
 
-    timm's own ``local-dir:`` would prefer a ``model.safetensors`` that lies beside, whatever we take the digest of.
+    timm's own ``local-dir:`` would prefer a ``model.safetensors`` in the same folder to the file whose digest we take.
 
     Raises:
-        SourceError: not a description of a model of timm.
+        SourceError: it does not describe a timm model.
     """
     config = read_description(path, weights)
     try:
         return build_vit(config), config
-    except Exception as error:  # timm raises many kinds
+    except Exception as error:  # timm raises many types
         reraise_exhaustion(error)
-        raise SourceError(f"this does not describe a model of timm: {error}", where=path, fix=FIX) from None
+        raise SourceError(f"this does not describe a timm model: {error}", where=path, fix=FIX) from None
 
 
-def build_vit(config: dict[str, Any]) -> Any:
+def build_vit(config: TimmConfig) -> Any:
     """timm's model with the architecture of an exported ``config.json``."""
     import timm
 
     if not timm.is_model(config["architecture"]):
-        raise ValueError(f"no architecture {config['architecture']!r}")
+        raise ValueError(f"unknown architecture {config['architecture']!r}")
     return timm.create_model(
         config["architecture"],
         pretrained=False,
@@ -259,34 +261,42 @@ def load_exported(model: Any, path: Path) -> None:
     try:
         load_strictly(model, read_weights(path), where=path)
     except TeacherError as error:
-        raise SourceError(error.what, where=path, fix=f"give the {WEIGHTS} that belongs to the {CONFIG}") from None
+        raise SourceError(error.what, where=path, fix=f"use the {WEIGHTS} that belongs to the {CONFIG}") from None
 
 
-def random_student(name: str, seed: int, device: torch.device, precision: str) -> Student:
-    """The student of a run or of a preset as it is before training, or a model of timm with timm's initialisation."""
+def random_student(name: str, seed: int, device: torch.device, *, precision: str) -> Student:
+    """The student of a run or of a preset before training, or a timm model with timm's initialisation."""
     import timm
 
     from cae2pipe.models.encoder import build_encoder
     from cae2pipe.models.export import timm_config, timm_state
 
     class_token = True
-    if is_box(Path(name), "run"):
-        box = open_box(Path(name))
-        settings = build(ModelSettings, box.identity["settings"]["model"], where=name)
-        class_token = class_token_trained(box)
+    if is_artifact(Path(name), "run"):
+        artifact = RunArtifact.open(Path(name))
+        settings = build_recorded(ModelSettings, section_of(artifact.identity["settings"], "model", name), where=name)
+        class_token = class_token_trained(artifact)
     elif Path(name).is_dir():
         raise SourceError("this folder is not a run", where=name, fix=f"give {FORMS}")
     elif name not in preset_names("pretrain") and timm.is_model(name):
         torch.manual_seed(keyed_seed("random", seed))
         model = timm.create_model(name, pretrained=False, num_classes=0)
-        return Student(model, {"random": {"timm": name, "seed": seed}}, class_token, device, precision, ours=False)
+        return Student(
+            model, {"random": {"timm": name, "seed": seed}}, class_token, device=device, precision=precision, ours=False
+        )
     else:
         settings = load(PretrainSettings, "pretrain", name).model
     torch.manual_seed(keyed_seed("random", seed))
     encoder = build_encoder(settings)
     model = build_vit(timm_config(encoder))
     model.load_state_dict(timm_state(encoder))
-    return Student(model, {"random": {"model": identity(settings), "seed": seed}}, class_token, device, precision)
+    return Student(
+        model,
+        {"random": {"model": fingerprinted(settings), "seed": seed}},
+        class_token,
+        device=device,
+        precision=precision,
+    )
 
 
 def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
@@ -296,14 +306,16 @@ def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
 
     name, _, file = name.partition("@")
     weights = Path(file) if file else None
-    if form == "teacher" and is_box(Path(name), "targets"):
-        return FrozenTeacher(set_teacher(open_box(Path(name)), weights, device, f"teacher:{name}@FILE"))
+    if form == "teacher" and is_artifact(Path(name), "targets"):
+        return FrozenTeacher(
+            set_teacher(TargetsArtifact.open(Path(name)), weights, device, option=f"teacher:{name}@FILE")
+        )
     if form == "timm":
         settings = timm_settings(name)
-        fix = "check the name, give timm:NAME@FILE, or teacher:FILE.yaml with all that a teacher can be told"
+        fix = "check the name, or use timm:NAME@FILE, or teacher:FILE.yaml with all teacher settings"
     elif form == "open_clip":
         settings = open_clip_settings(name)
-        fix = "give open_clip:NAME/TAG or open_clip:NAME@FILE, or all that a teacher can be told: teacher:FILE.yaml"
+        fix = "use open_clip:NAME/TAG or open_clip:NAME@FILE, or teacher:FILE.yaml with all teacher settings"
     else:
         settings, fix = load(ExtractSettings, "extract", name).teacher, None
     if weights:
@@ -311,12 +323,12 @@ def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
     try:
         return FrozenTeacher(load_teacher(settings, device))
     except TeacherError as error:
-        # Some remedies speak of settings, which these forms do not have.
+        # Some fixes name settings, which these forms do not have.
         raise TeacherError(error.what, where=error.where, fix=fix or error.fix) from None
 
 
 def timm_settings(name: str) -> TeacherSettings:
-    """A model of timm at the size of its own input."""
+    """A timm model at its native input size."""
     from timm.models import get_pretrained_cfg
 
     config = get_pretrained_cfg(name)
@@ -325,7 +337,7 @@ def timm_settings(name: str) -> TeacherSettings:
 
 
 def open_clip_settings(name: str) -> TeacherSettings:
-    """A vision tower of open_clip, ``NAME`` or ``NAME/TAG``, at the size of its own input."""
+    """A vision tower of open_clip, ``NAME`` or ``NAME/TAG``, at its native input size."""
     from open_clip import get_model_config
 
     name, _, tag = name.partition("/")

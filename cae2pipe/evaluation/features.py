@@ -1,4 +1,4 @@
-"""Features of a split, computed once and kept in parts: a broken-off run goes on, and the next score reuses them."""
+"""Features of a split, computed once and stored in parts: interrupted runs resume, and later scores reuse them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
 from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.artifacts.tensors import write_safetensors
-from cae2pipe.config.base import identity
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.evaluate import FeatureSettings
 from cae2pipe.errors import DamageError, SettingsError, SourceError
 from cae2pipe.evaluation.crop_batches import crop_batches
@@ -29,13 +29,13 @@ from cae2pipe.runtime.world import World
 from cae2pipe.supervised.remedies import batch_remedy
 
 PART = 8192
-"""Images a part, about."""
+"""Approximate number of images per part."""
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features (N, D) float32 by kind (``class``, where there is a class token, and ``mean``), labels (N,) int64 and
-    keys of what could be decoded; ``rejected`` lists the rest."""
+    """Features (N, D) float32 by kind (``class``, if there is a class token, and ``mean``), labels (N,) int64 and keys
+    of the decoded images; ``rejected`` lists the others."""
 
     features: dict[str, Tensor]
     labels: Tensor
@@ -47,7 +47,7 @@ def resolve_feature(settings: FeatureSettings, encoder: FrozenEncoder) -> str:
     """``class`` or ``mean``.
 
     Raises:
-        SettingsError: a class token is asked for and there is none.
+        SettingsError: the class token is requested and there is none.
     """
     if settings.feature == "class" and not encoder.has_class_token:
         raise SettingsError(
@@ -62,12 +62,12 @@ def resolve_size(settings: FeatureSettings, encoder: FrozenEncoder) -> int:
     """Side of the crop in pixels.
 
     Raises:
-        SettingsError: the encoder takes images of its own size alone.
+        SettingsError: the encoder only takes images of its own size.
     """
     size = settings.image_size or encoder.image_size
     if size != encoder.image_size and not encoder.resizes:
         raise SettingsError(
-            f"this encoder takes {encoder.image_size} pixels, and crops of {size} are asked for",
+            f"image size mismatch: encoder {encoder.image_size} pixels, features.image_size {size}",
             where="features.image_size",
             fix=f"omit it, or --set features.image_size={encoder.image_size}",
         )
@@ -78,47 +78,50 @@ def extract_features(
     folder: Path,
     encoder: FrozenEncoder,
     split: Split,
+    *,
     crop: Crop,
     workers: int,
     world: World,
     report: Report,
 ) -> FeatureSet | None:
-    """The features of a split's crops, from ``folder`` where an earlier run left them.
+    """The features of a split's crops; parts that exist in ``folder`` are reused.
 
-    Several processes share the parts out; all but the leading one get None.
+    The parts are divided among the processes; only the leading one gets the result, the others None.
 
     Raises:
-        SourceError: not one image can be decoded, a file cannot be read, or features are not finite.
+        SourceError: no image can be decoded, a file cannot be read, or features are not finite.
         DamageError: a shard has changed. OutOfMemoryError: a batch does not fit the device.
     """
-    # A folder's identity is made of names and sizes, which may be the same in train and val.
+    # A folder's identity consists of names and sizes, which may be the same in train and val.
     key = fingerprint([encoder.identity, split.root.name, split.identity, description(crop)])[:16]
     per_part = max(1, PART // split.batch)
     parts = [range(low, min(low + per_part, len(split.runs))) for low in range(0, len(split.runs), per_part)]
-    # Runs hang on the batch: parts of another batch are other parts.
+    # Runs depend on the batch size, and so do the parts.
     paths = [folder / f"{key}-{split.batch}-{number:05d}.safetensors" for number in range(len(parts))]
-    world.lead(lambda: clear(folder, paths, report))
+    world.run_on_main(lambda: clear(folder, paths, report))
     own = [(part, path) for part, path in zip(parts, paths, strict=True)][world.rank :: world.ranks]
     done = sum(len(part) for part, path in own if path.exists())
     report.total(sum(len(part) for part, _ in own), f"batches of {split.root.name}", done=done)
     for part, path in own:
         if not path.exists():
             with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):
-                write_part(path, encoder, split, part, crop, workers, world.device, report)
-    world.meet()
-    return gathered(split, paths, report) if world.leads else None
+                write_part(
+                    path, encoder, split, runs=part, crop=crop, workers=workers, device=world.device, report=report
+                )
+    world.barrier()
+    return gathered(split, paths, report) if world.is_main else None
 
 
 def description(crop: Crop) -> dict[str, Any]:
-    """What features hang on of a crop, as plain values."""
+    """The properties of a crop that features depend on, as plain values."""
     if isinstance(crop, CentralCrop):
         return {"size": crop.size, "resize": crop.resize}
     assert isinstance(crop, DrawnCrop)
-    return {"size": crop.size, "draw": identity(crop.settings), "seed": crop.seed, "number": crop.epoch}
+    return {"size": crop.size, "draw": fingerprinted(crop.settings), "seed": crop.seed, "number": crop.epoch}
 
 
 def clear(folder: Path, paths: list[Path], report: Report) -> None:
-    """Make the folder, and remove from it what a killed run left and what cannot be read."""
+    """Make the folder, and remove leftovers of a killed run and unreadable parts from it."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_debris(folder)
     for path in paths:
@@ -127,88 +130,89 @@ def clear(folder: Path, paths: list[Path], report: Report) -> None:
         try:
             read_part(path)
         except DamageError as error:
-            report.log(f"{path} is damaged, or of an older version ({error.what}): made again")
+            report.log(f"{path} is damaged, or from an older version ({error.what}): computing it again")
             path.unlink()
 
 
 def gathered(split: Split, paths: list[Path], report: Report) -> FeatureSet:
-    """The parts as one."""
-    found = [read_part(path) for path in paths]
-    # A part without a single image does not know how wide features are.
-    filled = [part.features for part in found if len(part.labels)]
+    """The parts as one set."""
+    parts = [read_part(path) for path in paths]
+    # A part without images does not know the width of features.
+    filled = [part.features for part in parts if len(part.labels)]
     whole = FeatureSet(
         {kind: torch.cat([features[kind] for features in filled]) for kind in (filled[0] if filled else ())},
-        torch.cat([part.labels for part in found]),
-        [key for part in found for key in part.keys],
-        [reject for part in found for reject in part.rejected],
+        torch.cat([part.labels for part in parts]),
+        [key for part in parts for key in part.keys],
+        [reject for part in parts for reject in part.rejected],
     )
     log_rejects(split, whole.rejected, report)
     if not len(whole.labels):
-        raise SourceError("not one image here can be decoded", where=split.root, fix="check the folder")
+        raise SourceError("no image here can be decoded", where=split.root, fix="check the folder")
     return whole
 
 
 def log_rejects(split: Split, rejected: list[dict[str, Any]], report: Report) -> None:
-    """Name what could not be decoded."""
+    """Log the images that could not be decoded."""
     for reject in rejected[:10]:
-        report.log(f"left out: {split.root / reject['path']}: {reject['reason']}")
+        report.log(f"skipped {split.root / reject['path']}: {reject['reason']}")
     if len(rejected) > 10:
-        report.log(f"left out {len(rejected) - 10} more images that cannot be decoded")
+        report.log(f"skipped {len(rejected) - 10} more images that cannot be decoded")
 
 
 def write_part(
     path: Path,
     encoder: FrozenEncoder,
     split: Split,
+    *,
     runs: range,
     crop: Crop,
     workers: int,
     device: torch.device,
     report: Report,
 ) -> None:
-    """Features are taken off the device when the part is done: the device never waits for the host."""
+    """Compute and write a part. Features are copied to the host at the end, so the device never waits for it."""
     features: dict[str, list[Tensor]] = {"class": [], "mean": []}
     labels, keys, rejected = [], [], []
-    for batch in crop_batches(split, runs, crop, workers, device):
+    for batch in crop_batches(split, runs, crop, workers=workers, device=device):
         crops = batch.crops
         if len(crops.labels):
-            found = encoder(batch.pixels)
-            features["mean"].append(found.mean)
-            if found.class_token is not None:
-                # Not a view, which would keep all tokens.
-                features["class"].append(found.class_token.clone())
+            encoded = encoder(batch.pixels)
+            features["mean"].append(encoded.mean)
+            if encoded.class_token is not None:
+                # A copy: a view would keep all tokens in memory.
+                features["class"].append(encoded.class_token.clone())
             labels.append(torch.from_numpy(crops.labels))
         keys += crops.keys
         rejected += crops.rejected
         report.advance(1)
     tensors = {kind: torch.cat(parts).cpu() for kind, parts in features.items() if parts}
-    if not all(torch.isfinite(found).all() for found in tensors.values()):
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise SourceError(
-            "the encoder's features are not finite: a score would mean nothing",
+            "the encoder's features are not finite",
             where=split.root,
             fix="check the encoder's weights; on CUDA, try --device cpu, which computes in fp32",
         )
     known = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
     samples = {"keys": keys, "rejected": rejected}
-    # In one piece: safetensors writes several in any order.
+    # A single entry, since safetensors writes several in any order.
     about = {"samples": json.dumps({**samples, "crc32c": checksum(tensors, known, samples)})}
     write_safetensors(path, {**tensors, "labels": known}, about)
 
 
 def checksum(features: dict[str, Tensor], labels: Tensor, samples: dict[str, Any]) -> int:
-    """CRC-32C over a part: names, types, shapes and bytes of its tensors, and what it says of its samples."""
-    found: int = google_crc32c.value(canonical_json(samples).encode())
+    """CRC-32C over a part: names, types, shapes and bytes of its tensors, and its entries about samples."""
+    crc: int = google_crc32c.value(canonical_json(samples).encode())
     for name, tensor in [*sorted(features.items()), ("labels", labels)]:
-        found = google_crc32c.extend(found, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found = google_crc32c.extend(found, tensor.numpy().tobytes())
-    return found
+        crc = google_crc32c.extend(crc, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        crc = google_crc32c.extend(crc, tensor.numpy().tobytes())
+    return crc
 
 
 def read_part(path: Path) -> FeatureSet:
     """A part as it was written.
 
     Raises:
-        DamageError: it has changed since, is no whole file, or was written by a version without checksums.
+        DamageError: it has changed, is incomplete, or was written by a version without checksums.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -220,7 +224,7 @@ def read_part(path: Path) -> FeatureSet:
             features = {name: file.get_tensor(name) for name in sorted(file.keys())}
         labels, written = features.pop("labels"), samples.pop("crc32c")
         if checksum(features, labels, samples) != written:
-            raise DamageError("its checksum is another", where=path)
+            raise DamageError("the checksum does not match", where=path)
         return FeatureSet(features, labels, samples["keys"], samples["rejected"])
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         reraise_exhaustion(error)

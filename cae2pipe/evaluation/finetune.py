@@ -13,48 +13,48 @@ from torch import Tensor
 from cae2pipe.config.evaluate import FinetuneSettings
 from cae2pipe.evaluation.backbone import prepared_encoder
 from cae2pipe.evaluation.encoders import FrozenEncoder
-from cae2pipe.evaluation.predicting import Found
+from cae2pipe.evaluation.predict import SplitPredictions
 from cae2pipe.evaluation.scores import accuracy
 from cae2pipe.evaluation.weights import save_weights
 from cae2pipe.models.trainable import layer_decay_groups, set_classifier
 from cae2pipe.runtime.device import exact_float32
 from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, Course
 from cae2pipe.supervised.learner import TunedLearner
 from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.schedule import Chunk, TrainSchedule
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.schedule import learning_rate
 
 REFERENCE_BATCH = 1024
-"""The batch that learning rates are given for."""
+"""The batch size that learning rates refer to."""
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
-def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSettings, spec: str) -> Normalised:
+def build_classifier(encoder: FrozenEncoder, classes: int, settings: FinetuneSettings, *, spec: str) -> Normalised:
     """The encoder as a classifier that can be trained. Raises SettingsError as ``prepared_encoder``."""
-    found = prepared_encoder(
+    classifier = prepared_encoder(
         encoder,
         spec,
-        settings.image_size,
-        settings.layer_scale,
-        settings.drop_path,
-        settings.relative_positions,
+        image_size=settings.image_size,
+        layer_scale=settings.layer_scale,
+        drop_path=settings.drop_path,
+        relative_positions=settings.relative_positions,
     )
     with seeded("classifier", settings.seed):
-        set_classifier(found.model, classes, settings.head_scale)
-    return found
+        set_classifier(classifier.model, classes, settings.head_scale)
+    return classifier
 
 
 class FinetuneLearner(TunedLearner):
     """Trains a classifier.
 
     Args:
-        classifier: from ``build_classifier``. classes: how many. settings: all of them.
-        course: the order. bf16: compute under autocast. compiled: with torch.compile. world: the processes.
-        predict: predictions for the val images of a function from pixels to logits.
-        root: where the best weights go.
+        classifier: from ``build_classifier``. classes: number of classes. settings: all settings.
+        schedule: the order of images. bf16: compute under autocast. compiled: use torch.compile. world: the processes.
+        predict: from a function from pixels to logits to predictions for the val images.
+        root: the folder for the best weights.
     """
 
     def __init__(
@@ -62,25 +62,27 @@ class FinetuneLearner(TunedLearner):
         classifier: Normalised,
         classes: int,
         settings: FinetuneSettings,
-        course: Course,
+        *,
+        schedule: TrainSchedule,
         bf16: bool,
         compiled: bool,
         world: World,
-        predict: Callable[[Callable[[Tensor], Tensor]], Found],
+        predict: Callable[[Callable[[Tensor], Tensor]], SplitPredictions],
         root: Path,
     ):
         from timm.data.random_erasing import RandomErasing
 
-        self.settings, self.course, self.predict, self.root = settings, course, predict, root
+        self.settings, self.schedule, self.predict, self.root = settings, schedule, predict, root
         self.erase = RandomErasing(settings.erase, mode="pixel", device=world.device)
         self.mix = make_mixup(settings, classes)
         groups = layer_decay_groups(classifier.model, settings.weight_decay, settings.layer_decay)
         self.average = averaged(classifier, settings.ema)
         if compiled:
             compile_in_place([classifier])
-        super().__init__(classifier, groups, (settings.beta1, settings.beta2), world, bf16, settings.clip)
+        betas = settings.beta1, settings.beta2
+        super().__init__(classifier, groups, betas=betas, world=world, bf16=bf16, clip=settings.clip)
         self.best = -1.0
-        self.found: Found | None = None
+        self.predicted: SplitPredictions | None = None
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
         total = super().step(chunks, step, size)
@@ -98,18 +100,25 @@ class FinetuneLearner(TunedLearner):
                 images, targets = self.mix(images, labels)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.module(images)
-        # Mixed targets are smoothed already.
+        # Mixup has smoothed these targets already.
         smoothing = 0.0 if self.mix else self.settings.smoothing
         return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
     def rate(self, step: int) -> float:
         factor = self.settings.batch / REFERENCE_BATCH
         lr, least = self.settings.lr * factor, self.settings.min_lr * factor
-        return learning_rate(step, self.course.steps, self.course.epochs, self.settings.warmup_epochs, lr, least)
+        return learning_rate(
+            step,
+            self.schedule.steps,
+            self.schedule.epochs,
+            warmup_epochs=self.settings.warmup_epochs,
+            lr=lr,
+            min_lr=least,
+        )
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """Logits of a batch for scores. What was compiled is the call in training: here batches have other sizes."""
+        """Logits of a batch for scores, not compiled: batches have other sizes than in training."""
         scored: Any = self.average.module if self.average else self.network
         scored.eval()
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
@@ -119,11 +128,11 @@ class FinetuneLearner(TunedLearner):
         return logits
 
     def validate(self, epoch: int) -> dict[str, float] | None:
-        last = epoch + 1 == self.course.epochs
+        last = epoch + 1 == self.schedule.epochs
         if (epoch + 1) % self.settings.validate_epochs and not last:
             return None
-        self.found = self.predict(self.logits)
-        figures = accuracy(self.found.predictions)
+        self.predicted = self.predict(self.logits)
+        figures = accuracy(self.predicted.predictions)
         if figures["top1"] > self.best:
             self.best = figures["top1"]
             self.save(BEST)
@@ -132,8 +141,8 @@ class FinetuneLearner(TunedLearner):
         return figures
 
     def save(self, name: str) -> None:
-        """The weights that are scored, under timm's names."""
-        if self.world.leads:
+        """Save the weights that are scored, under timm's names."""
+        if self.world.is_main:
             scored: Any = self.average.module if self.average else self.network
             save_weights(scored.model, self.root / name)
 
@@ -149,7 +158,7 @@ class FinetuneLearner(TunedLearner):
 
 
 def make_mixup(settings: FinetuneSettings, classes: int) -> Any:
-    """timm's Mixup and CutMix, which also smooth the labels; None where neither is asked for."""
+    """timm's Mixup and CutMix, which also smooth the labels; None if neither is enabled."""
     from timm.data import Mixup
 
     if not settings.mixup and not settings.cutmix:
@@ -158,7 +167,7 @@ def make_mixup(settings: FinetuneSettings, classes: int) -> Any:
 
 
 def averaged(classifier: Normalised, decay: float) -> Any:
-    """A moving average of the weights, or None."""
+    """An exponential moving average of the weights, or None."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     return AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours, as DINO scores frozen features."""
+"""Weighted k-nearest-neighbour classification of frozen features, as in DINO."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def knn_predictions(
     temperature: float,
     chunk: int = 256,
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """For every number of neighbours the classes with most votes, best first, and their shares of the votes.
+    """For every k the classes with most votes, best first, and their shares of the votes.
 
-    Cosines are float32, whatever autocast and TF32 say.
+    Cosines are computed in float32 regardless of autocast and TF32.
 
     Args:
-        train, test: features (N, D) and (M, D); normalised here.
+        train, test: features (N, D) and (M, D), which this function normalises.
         train_labels: int64 (N,).
         classes: number of classes.
         k: numbers of neighbours; those above N count as N.
         temperature: a neighbour with cosine c votes with exp(c / temperature).
-        chunk: test features at a time.
+        chunk: test features per matrix product.
 
     Returns:
-        int64 and float32 (M, up to 5), on the CPU. A class that no neighbour votes for is no prediction, and stands as
-        -1: ranking those by chance would count hits that depend on the device.
+        int64 and float32 (M, up to 5), on the CPU. -1 stands for no prediction: classes without votes are not ranked,
+        since their order would depend on the device.
     """
     most = min(max(k), len(train))
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in k}
+    rankings: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in k}
     with exact_float32(train.device):
         train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
         for low in range(0, len(test), chunk):
@@ -51,8 +51,8 @@ def knn_predictions(
                 votes = torch.zeros(len(labels), classes, device=train.device)
                 votes.scatter_add_(1, labels[:, :count], weights[:, :count])
                 best, share = ranked(votes / votes.sum(dim=1, keepdim=True))
-                found[count].append((best.masked_fill(share <= 0, -1).cpu(), share.cpu()))
+                rankings[count].append((best.masked_fill(share <= 0, -1).cpu(), share.cpu()))
     return {
         count: (torch.cat([best for best, _ in parts]), torch.cat([share for _, share in parts]))
-        for count, parts in found.items()
+        for count, parts in rankings.items()
     }

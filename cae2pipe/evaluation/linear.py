@@ -20,8 +20,8 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.training.schedule import learning_rate
 
 SMALL_SET_STEPS, SMALL_SET_BATCH = 16, 64
-"""Steps an epoch below which the batch is made smaller, and how small: LARS needs some hundreds of steps to get
-anywhere, and BatchNorm some dozens of samples."""
+"""Below this number of steps per epoch the batch is reduced, down to this size: LARS needs hundreds of steps to
+converge, and BatchNorm dozens of samples."""
 
 
 class Probe(nn.Module):
@@ -42,26 +42,29 @@ class Probe(nn.Module):
 def train_probe(
     crops: Sequence[Tensor], labels: Tensor, *, classes: int, settings: LinearSettings, report: Report
 ) -> tuple[Probe, dict[str, Any]]:
-    """Train on fixed features, one (N, D) for each cached crop, in float32. Equal seeds give equal results.
+    """Train on fixed features, one (N, D) per cached crop, in float32. Equal seeds give equal results.
 
-    With ``settings.sweep`` the learning rate is the one of those that is best on held-out training images; the test
-    images have no part in it.
+    With ``settings.sweep`` the learning rate is the one that is best on held-out training images; test images are not
+    used for that.
 
     Returns:
-        The probe, and ``lr``; ``losses``, the mean training loss of every epoch, and ``train_loss``, the last of them;
-        after a sweep ``held_out``, the accuracy there of every rate.
+        The probe, and ``lr``; ``losses``, the mean training loss of every epoch; ``train_loss``, the last of them;
+        after a sweep ``held_out``, the held-out accuracy of every rate.
 
     Raises:
-        SourceError: a single training image, or too few to hold some out. DivergedError: the loss is not finite.
+        SourceError: there is only one training image, or too few for a held-out set. DivergedError: the loss is not
+        finite.
     """
     rate, more = settings.lr, {}
     with exact_float32(labels.device):
         if settings.sweep:
-            found = sweep(crops, labels, classes=classes, settings=settings, report=report)
-            # Of equals the smallest: it is the farthest from diverging.
-            rate = min(found, key=lambda lr: (-found[lr], lr))
-            more = {"held_out": {f"{lr:g}": score for lr, score in found.items()}}
-            report.log(f"lr {rate:g} is the best of {len(found)}: {found[rate]:.4f} on held-out training images")
+            accuracies = sweep(crops, labels, classes=classes, settings=settings, report=report)
+            # Of equal ones the smallest, which is least likely to diverge.
+            rate = min(accuracies, key=lambda lr: (-accuracies[lr], lr))
+            more = {"held_out": {f"{lr:g}": score for lr, score in accuracies.items()}}
+            report.log(
+                f"lr {rate:g} is the best of {len(accuracies)}: {accuracies[rate]:.4f} on held-out training images"
+            )
         probes, losses = fit(crops, labels, classes=classes, settings=settings, rates=[rate], report=report)
     broken = next((epoch for epoch, loss in enumerate(losses[0]) if not math.isfinite(loss)), None)
     if broken is not None:
@@ -72,13 +75,13 @@ def train_probe(
 def sweep(
     crops: Sequence[Tensor], labels: Tensor, *, classes: int, settings: LinearSettings, report: Report
 ) -> dict[float, float]:
-    """Top-1 accuracy on the first crops of held-out training images for every learning rate, all trained at once on the
-    other images."""
+    """Top-1 accuracy on the first crops of held-out training images for every learning rate. All are trained together
+    on the other images."""
     held = held_out(labels, settings.held_out, settings.seed)
     if not held.any() or int((~held).sum()) < 2:
         raise SourceError(
             f"{len(labels)} training images are too few to hold {settings.held_out:g} of each class out",
-            fix="give more, raise held_out, or leave the sweep out",
+            fix="add images, raise held_out, or omit the sweep",
         )
     rates = list(dict.fromkeys(settings.sweep))
     others = [features[~held] for features in crops]
@@ -91,7 +94,7 @@ def sweep(
 
 
 def held_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Which of N images are held out, bool (N,): ``share`` of each class, drawn by the seed; never all of one."""
+    """Which of N images are held out, bool (N,): ``share`` of each class, drawn by the seed; never a whole class."""
     held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     for label in labels.unique().tolist():
         own = (labels == label).nonzero().flatten()
@@ -109,7 +112,7 @@ def fit(
     rates: Sequence[float],
     report: Report,
 ) -> tuple[list[Probe], list[list[float]]]:
-    """A probe for each learning rate, trained side by side on the same batches, and each one's loss by epoch."""
+    """One probe per learning rate, all trained on the same batches, and the loss of each by epoch."""
     images, dim = crops[0].shape
     if images < 2:
         raise SourceError("a linear probe needs at least two training images", fix="give more, or use `evaluate knn`")
@@ -120,7 +123,7 @@ def fit(
     for lr in rates:
         torch.manual_seed(settings.seed)
         probes.append(Probe(dim, classes).to(labels.device).train())
-        groups += lars_groups(probes[-1], lr, settings.batch, batch)
+        groups += lars_groups(probes[-1], lr, settings.batch, taken=batch)
     optimizer = lars(groups, settings.momentum)
     report.total(settings.epochs, "epochs")
     losses: list[list[float]] = []
@@ -131,14 +134,16 @@ def fit(
         for number, chosen in enumerate(order.tensor_split(steps)):
             step = epoch * steps + number
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, settings.epochs, settings.warmup_epochs, group["peak"], 0.0)
+                group["lr"] = learning_rate(
+                    step, steps, settings.epochs, warmup_epochs=settings.warmup_epochs, lr=group["peak"], min_lr=0.0
+                )
             seen, truth = features[chosen], labels[chosen]
             loss = torch.stack([F.cross_entropy(probe(seen), truth) for probe in probes])
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
             for probe in probes:
-                probe.norm.settle()
+                probe.norm.update_running_stats()
             total += loss.detach() * len(chosen)
         losses.append((total / images).tolist())
         report.advance(1, loss=min(losses[-1]))
@@ -147,11 +152,13 @@ def fit(
     return probes, [list(own) for own in zip(*losses, strict=True)]
 
 
-def lars_groups(probe: Probe, lr: float, batch: int, taken: int) -> list[dict[str, Any]]:
-    """LARS's groups of a probe whose learning rate ``lr`` is that of a batch of 256, for ``batch`` as set and as taken.
+def lars_groups(probe: Probe, lr: float, batch: int, *, taken: int) -> list[dict[str, Any]]:
+    """LARS's parameter groups of a probe. ``lr`` refers to a batch of 256, ``batch`` is the setting, ``taken`` the
+    actual batch.
 
-    Without weight decay timm's Lars is plain SGD unless told to adapt; the bias is not adapted. LARS makes a step
-    relative to the weights' norm, so a smaller batch calls for no smaller rate: with it, small sets would not train.
+    Without weight decay timm's Lars is plain SGD unless adaptation is forced; the bias is not adapted. LARS steps are
+    relative to the norm of the weights, so a smaller batch does not need a smaller rate; with one, small sets would not
+    train.
     """
     return [
         {"params": [probe.head.weight], "always_adapt": True, "peak": lr * batch / 256},
@@ -160,7 +167,7 @@ def lars_groups(probe: Probe, lr: float, batch: int, taken: int) -> list[dict[st
 
 
 def lars(groups: list[dict[str, Any]], momentum: float) -> torch.optim.Optimizer:
-    """timm's LARS without weight decay. Rates are set from outside."""
+    """timm's LARS without weight decay. The caller sets the rates."""
     from timm.optim import Lars
 
     optimizer: torch.optim.Optimizer = Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0, trust_coeff=0.001)
@@ -168,7 +175,7 @@ def lars(groups: list[dict[str, Any]], momentum: float) -> torch.optim.Optimizer
 
 
 def batch_and_steps(images: int, batch: int) -> tuple[int, int]:
-    """The batch for a set of at least two images, and the steps an epoch; no step has fewer than two images."""
+    """The batch for a set of at least two images, and the steps per epoch; no step has fewer than two images."""
     batch = min(batch, images, max(math.ceil(images / SMALL_SET_STEPS), SMALL_SET_BATCH))
     return batch, min(math.ceil(images / batch), images // 2)
 
@@ -177,5 +184,5 @@ def batch_and_steps(images: int, batch: int) -> tuple[int, int]:
 def logits(probe: Probe, features: Tensor) -> Tensor:
     """Logits (N, classes) of features (N, D), in float32."""
     with exact_float32(features.device):
-        found: Tensor = probe.eval()(features)
-        return found
+        outputs: Tensor = probe.eval()(features)
+        return outputs

@@ -1,4 +1,4 @@
-"""How a score was taken, in a line: without it the number says little."""
+"""The protocol of a score in one line."""
 
 from __future__ import annotations
 

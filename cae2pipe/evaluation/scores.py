@@ -1,4 +1,4 @@
-"""From ranked classes to what a result says of them: accuracies, predictions on the disk, a confusion picture."""
+"""From ranked classes to accuracies, stored predictions and a picture of the confusion matrix."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cae2pipe.artifacts.atomic import replacing, write_bytes
 from cae2pipe.artifacts.digest import file_entry
 
 MOST = 5
-"""Ranks that are kept."""
+"""Number of ranks that are kept."""
 PREDICTIONS, CONFUSION = "predictions.npz", "confusion.png"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of N images: the classes that an encoder ranks first, best first, int64 (N, r); how sure it is of each, float32
+    """Predictions for N images: the r highest-ranked classes, best first, int64 (N, r); the confidence in each, float32
     (N, r); labels int64 (N,); keys. A class of -1 is no prediction."""
 
     ranked: np.ndarray
@@ -31,13 +31,13 @@ class Predictions:
 
 
 def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes of highest scores (B, classes) and those scores, each (B, r)."""
+    """The r highest-ranked classes of scores (B, classes), and their scores, each (B, r)."""
     best = scores.topk(min(MOST, scores.shape[1]), dim=1)
     return best.indices, best.values
 
 
 def joined_predictions(parts: Sequence[Predictions]) -> Predictions:
-    """Parts one after the other."""
+    """The parts concatenated."""
     return Predictions(
         np.concatenate([part.ranked for part in parts]),
         np.concatenate([part.confidence for part in parts]),
@@ -46,59 +46,59 @@ def joined_predictions(parts: Sequence[Predictions]) -> Predictions:
     )
 
 
-def accuracy(found: Predictions) -> dict[str, float]:
+def accuracy(predictions: Predictions) -> dict[str, float]:
     """Top-1 and top-5 accuracy."""
-    hits = found.ranked == found.labels[:, None]
+    hits = predictions.ranked == predictions.labels[:, None]
     return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(axis=1).mean())}
 
 
-def per_class(found: Predictions, classes: Sequence[str]) -> dict[str, float]:
-    """Top-1 accuracy by class, of those that have images."""
-    hits = found.ranked[:, 0] == found.labels
-    totals = np.bincount(found.labels, minlength=len(classes))
-    right = np.bincount(found.labels[hits], minlength=len(classes))
+def per_class(predictions: Predictions, classes: Sequence[str]) -> dict[str, float]:
+    """Top-1 accuracy by class, for classes with images."""
+    hits = predictions.ranked[:, 0] == predictions.labels
+    totals = np.bincount(predictions.labels, minlength=len(classes))
+    right = np.bincount(predictions.labels[hits], minlength=len(classes))
     return {name: float(right[n] / totals[n]) for n, name in enumerate(classes) if totals[n]}
 
 
-def confusion(found: Predictions, classes: int) -> np.ndarray:
-    """How many images of each class (row) were taken for each class (column), int64 (classes, classes)."""
-    first = found.ranked[:, 0]
+def confusion(predictions: Predictions, classes: int) -> np.ndarray:
+    """Numbers of images by true class (row) and predicted class (column), int64 (classes, classes)."""
+    first = predictions.ranked[:, 0]
     some = first >= 0
-    cells = np.bincount(found.labels[some] * classes + first[some], minlength=classes * classes)
+    cells = np.bincount(predictions.labels[some] * classes + first[some], minlength=classes * classes)
     return cells.reshape(classes, classes)
 
 
-def write_predictions(root: Path, found: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """``predictions.npz`` and ``confusion.png``; gives their entries in the manifest."""
+def write_predictions(root: Path, predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
+    """Write ``predictions.npz`` and ``confusion.png``; returns their manifest entries."""
     from cae2pipe.reporting.confusion import draw_confusion
     from cae2pipe.reporting.pictures import png_bytes
 
-    names = np.array(found.keys, dtype=np.str_)
+    names = np.array(predictions.keys, dtype=np.str_)
     with replacing(root / PREDICTIONS) as temporary, temporary.open("wb") as file:
-        # numpy stamps no times into its archives: equal predictions give equal bytes.
+        # numpy writes no timestamps into its archives, so equal predictions give equal bytes.
         np.savez_compressed(
             file,
-            ranked=found.ranked,
-            confidence=found.confidence,
-            labels=found.labels,
+            ranked=predictions.ranked,
+            confidence=predictions.confidence,
+            labels=predictions.labels,
             keys=names,
             classes=np.array(list(classes), dtype=np.str_),
         )
-    write_bytes(root / CONFUSION, png_bytes(draw_confusion(confusion(found, len(classes)), classes)))
+    write_bytes(root / CONFUSION, png_bytes(draw_confusion(confusion(predictions, len(classes)), classes)))
     return {name: file_entry(root / name) for name in (PREDICTIONS, CONFUSION)}
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``ranked`` of the softmax of logits (B, classes), where they are."""
+    """``ranked`` of the softmax of logits (B, classes), on their device."""
     return ranked(torch.softmax(logits.float(), dim=1))
 
 
-def predictions(found: tuple[Tensor, Tensor], labels: Tensor, keys: list[str]) -> Predictions:
-    """What ``ranked`` or ``most_likely`` has found, off the device."""
-    best, sure = found
+def as_predictions(ranking: tuple[Tensor, Tensor], labels: Tensor, keys: list[str]) -> Predictions:
+    """Predictions on the host from the result of ``ranked`` or ``most_likely``."""
+    best, sure = ranking
     return Predictions(best.cpu().numpy(), sure.cpu().numpy(), labels.cpu().numpy(), keys)
 
 
 def from_scores(scores: Tensor, labels: Tensor, keys: list[str]) -> Predictions:
     """Predictions from logits (N, classes): the confidence is the softmax."""
-    return predictions(most_likely(scores), labels, keys)
+    return as_predictions(most_likely(scores), labels, keys)

@@ -1,4 +1,4 @@
-"""Trained weights on the disk."""
+"""Saving of trained weights."""
 
 from __future__ import annotations
 

@@ -13,32 +13,32 @@ from cae2pipe.images.metadata import turn_upright, without_metadata
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is decoded. Pillow knows more, but hands some of it (EPS, say) to other programs."""
+"""Decoded formats. Pillow supports more, but runs other programs for some of them (such as EPS)."""
 
 ROOM = 2**28
-"""Bytes that must be free for a failure to be the image's. A progressive JPEG of 32 megapixels takes 8 a pixel."""
+"""Free bytes required to blame a failure on the image. A progressive JPEG of 32 megapixels takes 8 bytes per pixel."""
 
 STRIP = 2**22
-"""Pixels that are converted at a time. Pillow refuses more than 179 million, and takes 4 bytes for one: the largest
-images take 1.5 GB, decoded and as RGB, whatever their mode."""
+"""Pixels that are converted at a time. Pillow refuses images of more than 179 million pixels, and uses 4 bytes per
+pixel: the largest images take 1.5 GB, decoded and as RGB, whatever their mode."""
 
 
 def decode_rgb(data: bytes, where: object, upright: bool = True) -> Image.Image:
     """Decode an image of any of ``FORMATS``, whatever its name says, into RGB.
 
-    EXIF orientation is applied (unless ``upright`` is false), transparency laid over white, 16-bit grey scaled to 8
-    bits; palettes, greyscale and CMYK are converted. Of an animation the first frame is taken. Pixels decide: EXIF, XMP
-    or texts that are broken cost an image its orientation at most.
+    EXIF orientation is applied (unless ``upright`` is false), transparency composed on white, 16-bit grey scaled to
+    8 bits; palettes, greyscale and CMYK are converted. The first frame of an animation is used. Damaged EXIF, XMP or
+    text at most loses the image's orientation.
 
     Args:
         data: the file's bytes.
-        where: what to call the image in errors.
+        where: the image's name for errors.
 
     Raises:
-        ImageError: whatever is wrong with the bytes. MemoryError: memory has ended, which says nothing about them.
+        ImageError: the bytes are invalid. MemoryError: memory has run out, which says nothing about the bytes.
     """
     try:
-        # What Pillow warns of (odd EXIF, palettes with transparency, large pictures) either decodes or raises.
+        # Images that Pillow warns about (odd EXIF, palettes with transparency, large size) either decode or raise.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = open_pixels(data)
@@ -47,10 +47,11 @@ def decode_rgb(data: bytes, where: object, upright: bool = True) -> Image.Image:
         raise ImageError(
             f"this image is too large: {describe_failure(error)}", where=where, fix="scale it down, or remove it"
         ) from None
-    except Exception as error:  # Pillow's plugins raise many kinds: OSError, SyntaxError, struct.error, ValueError, ...
+    except Exception as error:  # Pillow's plugins raise many types: OSError, SyntaxError, struct.error, ValueError, ...
         reraise_exhaustion(error)
-        # libjpeg (of progressive files) and libwebp report the end of memory as broken data: MemoryError, if so.
-        bytes(ROOM)  # reserved and never touched, which takes no time
+        # libjpeg (for progressive files) and libwebp report a lack of memory as damaged data: then this raises
+        # MemoryError.
+        bytes(ROOM)  # allocated but never touched, which takes no time
         reason = describe_failure(error)
         raise ImageError(f"this image cannot be decoded: {reason}", where=where, fix="replace or remove it") from None
 
@@ -58,7 +59,7 @@ def decode_rgb(data: bytes, where: object, upright: bool = True) -> Image.Image:
 def open_pixels(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """An image with its pixels loaded, in the mode and orientation of the file.
 
-    Metadata that Pillow refuses are left out. Raises what Pillow raises.
+    Metadata that Pillow rejects is dropped. Raises Pillow's errors.
     """
     try:
         return _load(data, formats)
@@ -83,7 +84,7 @@ def _load(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 
 def describe_failure(error: Exception) -> str:
-    """What Pillow said, in one line and without memory addresses: equal bytes give equal reasons."""
+    """Pillow's message in one line and without memory addresses, so that equal bytes give equal reasons."""
     return str(error).replace("\n", " ").split("<_io")[0].strip() or type(error).__name__
 
 
@@ -93,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.width * image.height <= STRIP:
         return _convert(image)
-    # A conversion takes several copies of what it converts.
+    # A conversion makes several copies of its input.
     whole = Image.new("RGB", image.size)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
@@ -103,7 +104,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _convert(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # I;16 and relatives, and I, which is how Pillow opens some 16-bit files
+    if image.mode.startswith("I"):  # I;16 and its variants, and I, as which Pillow opens some 16-bit files
         # 65535 / 257 is 255: white stays white.
         levels = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")

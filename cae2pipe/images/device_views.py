@@ -1,10 +1,9 @@
-"""Views rendered in batches on any device, bit for bit as ``render_view`` does it with Pillow.
+"""Rendering views in batches on any device, bit for bit like ``render_view`` with Pillow.
 
-Pillow resamples 8-bit images with integers, blends them in single precision and takes means of integers, so that equal
-pixels are a matter of the same operations in the same order. Its Resample.c, Blend.c, Convert.c and ImageStat.py are
-what is followed here. Where a compiler contracts Blend.c's multiplication and addition into one rounding, as it may on
-processors that have such an instruction in their base set, Pillow gives other pixels now and then. Pillow's wheels for
-x86-64 round twice.
+Pillow resamples 8-bit images with integers, blends them in single precision and takes means of integers, so that the
+same operations in the same order give equal pixels. This module follows its Resample.c, Blend.c, Convert.c and
+ImageStat.py. If a compiler fuses Blend.c's multiplication and addition into one rounding, as it may on processors with
+such an instruction in their base set, a few of Pillow's pixels differ. Pillow's wheels for x86-64 round twice.
 """
 
 from __future__ import annotations
@@ -21,80 +20,84 @@ from torch import Tensor
 from cae2pipe.errors import ImageError
 from cae2pipe.images.views import DRAW_COLUMNS, ORDERS
 
-COLUMN = {name: place for place, name in enumerate(DRAW_COLUMNS)}
+COLUMN = {name: index for index, name in enumerate(DRAW_COLUMNS)}
 SLOTS = np.array([[COLUMN[name] for name in order] for order in ORDERS])
 """(6, 3): which columns of a draw hold the factors of its first, second and third operation."""
 
 LANES = 1024
-"""Pixels in a block. An image is a whole number of blocks, the last one filled up with black, so that what belongs to
-an image can be broadcast and summed by blocks, however much sizes differ."""
+"""Pixels in a block. An image is a whole number of blocks, the last one padded with black, so that values per image can
+be broadcast and summed by blocks, whatever the sizes."""
 
 PRECISION_BITS = 32 - 8 - 2
 """Fractional bits of a tap's weight, as in Resample.c."""
 
 GROUP_BYTES = 2**28
-"""Views are rendered in groups whose temporary tensors take at most this much together; a view that takes more by
-itself is a group of its own. Fused by a compiler they take far less."""
+"""Largest size of the temporary tensors of a group of views, in bytes; a view that needs more forms its own group.
+Fused by a compiler they take far less."""
 JITTER_BYTES, RESAMPLE_BYTES = 64, 64
-"""Temporaries without a compiler, at most: per pixel of the images, and per pixel of what a resampling pass gives."""
+"""Largest size of temporaries without a compiler: per pixel of the images, and per output pixel of a resampling
+pass."""
 
 TAPS_STEP = 8
 """Compiled code is specialised to a number of taps: they are rounded up to multiples of this. Boxes of up to twice the
-size of a view have 8 at most."""
+size of a view have at most 8."""
 
 
 def render_views(
     images: Sequence[Tensor],
     draws: np.ndarray | Tensor,
     size: int,
+    *,
     backend: str | Callable[..., Any] | None = None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """The views of RGB images, uint8 (n, 3, size, size), on the images' device. The host never waits for it.
+    """The views of RGB images, uint8 (n, 3, size, size), on the images' device. The host never waits for the device.
 
     Args:
         images: n > 0 images, uint8 (3, h, w), of any sizes, all on one device.
-        draws: float64 (n, 11) on the host, columns as in ``DRAW_COLUMNS``; a row for each image.
+        draws: float64 (n, 11) on the host, columns as in ``DRAW_COLUMNS``; one row per image.
         backend: of ``torch.compile``, for the inner functions; None runs them as they are.
-        names: what to call the images in errors.
+        names: the images' names for errors.
 
     Raises:
-        ImageError: a draw was made for an image of another size, or its box leaves the image.
+        ImageError: a draw was made for an image of another size, or its box is not inside the image.
     """
     rows = np.asarray(draws, dtype=np.float64)
     if rows.shape != (len(images), len(DRAW_COLUMNS)) or not images:
-        raise ValueError(f"{len(images)} images and draws of shape {rows.shape}: give one row for each image")
+        raise ValueError(f"{len(images)} images and draws of shape {rows.shape}: give one row per image")
     _check(images, rows, names or [f"image {row} of the batch" for row in range(len(images))])
-    plan = Plan.of(rows, size, compiled=backend is not None)
+    plan = RenderPlan.of(rows, size, compiled=backend is not None)
     device = images[0].device
     numbers, view_of_block = _upload(plan.numbers, device), _upload(plan.view_of_block, device)
     factors, first, weights = (_upload(array, device) for array in (plan.factors, plan.first, plan.weights))
     views = images[0].new_empty(len(images), 3, size, size)
     for group in plan.groups:
         own = numbers[:, group.views]
-        planes = _planes([images[place] for place in plan.order[group.views].tolist()])
+        planes = _planes([images[index] for index in plan.order[group.views].tolist()])
         jitter, resample = (_inner(function, backend) for function in (jittered, resampled))
-        # Copies, since a compiler would specialise to where in the batch's tensors they lie.
+        # Copies, since a compiler would specialise on their offset in the batch's tensors.
         planes = jitter(
             planes,
             view_of_block[group.blocks].clone(),
-            own[Plan.PIXELS].clone(),
-            own[Plan.GREY :].to(torch.int16),
+            own[RenderPlan.PIXELS].clone(),
+            own[RenderPlan.GREY :].to(torch.int16),
             factors[:, group.views].clone(),
             group.before,
         )
-        corner, stride, step = (own[row][:, None, None].clone() for row in (Plan.CORNER, Plan.STRIDE, Plan.STEP))
-        # Across: every row of the boxes, from left to right of the view, which is leftwards where it is flipped.
+        corner, stride, step = (
+            own[row][:, None, None].clone() for row in (RenderPlan.CORNER, RenderPlan.STRIDE, RenderPlan.STEP)
+        )
+        # Across: every row of the boxes, from left to right of the view, which is right to left if it is flipped.
         lines = torch.arange(group.height, device=device)[:, None]
-        start = corner + lines * stride + step * first[own[Plan.ACROSS]][:, None, :]
-        across = weights[: group.taps_across, own[Plan.ACROSS]][:, :, None, :]
+        start = corner + lines * stride + step * first[own[RenderPlan.ACROSS]][:, None, :]
+        across = weights[: group.taps_across, own[RenderPlan.ACROSS]][:, :, None, :]
         planes = resample(planes.view(3, -1), start, step, across)
-        # Down: (n, height, size) lie one after another, a step of ``size`` from row to row.
-        lines = torch.arange(len(corner), device=device)[:, None] * group.height + first[own[Plan.DOWN]]
+        # Down: (n, height, size) are contiguous, with a stride of ``size`` between rows.
+        lines = torch.arange(len(corner), device=device)[:, None] * group.height + first[own[RenderPlan.DOWN]]
         start = lines[:, :, None] * size + torch.arange(size, device=device)
-        down = weights[: group.taps_down, own[Plan.DOWN]][:, :, :, None]
+        down = weights[: group.taps_down, own[RenderPlan.DOWN]][:, :, :, None]
         planes = resample(planes.view(3, -1), start, torch.full_like(step, size), down)
-        views.index_copy_(0, own[Plan.PLACE], planes.transpose(0, 1))
+        views.index_copy_(0, own[RenderPlan.POSITION], planes.transpose(0, 1))
     return views
 
 
@@ -102,14 +105,14 @@ def jittered(planes: Tensor, view: Tensor, pixels: Tensor, grey: Tensor, factors
     """Images with brightness, contrast and saturation adjusted, each in its own order.
 
     Args:
-        planes: uint8 (3, blocks, LANES), black where images end. view: int64 (blocks,), whose block it is.
+        planes: uint8 (3, blocks, LANES), black where images end. view: int64 (blocks,), the view of each block.
         pixels: int64 (n,), of each image. grey: int16 (3, n), 1 where an operation is saturation, else 0.
-        factors: (3, n), of each operation, in float32's precision. before: operations that come before contrast.
+        factors: (3, n), of each operation, in float32's precision. before: number of operations before contrast.
     """
     grey, factors = grey[:, view, None], factors[:, view, None]
     for slot in range(before):
         planes = blended(luminance(planes) * grey[slot], planes, factors[slot])
-    # Black stays black up to here, and adds nothing to the sum.
+    # Black has stayed black so far, and adds nothing to the sum.
     sums = torch.zeros_like(pixels).index_add_(0, view, luminance(planes).sum(1))
     mean = (2 * sums + pixels) // (2 * pixels)
     planes = blended(mean.to(torch.int16)[view, None], planes, factors[before])
@@ -127,7 +130,7 @@ def luminance(planes: Tensor) -> Tensor:
 def blended(base: Tensor, planes: Tensor, factor: Tensor) -> Tensor:
     """Pillow's ``Image.blend`` of int16 ``base`` and uint8 ``planes``, in single precision.
 
-    The product is rounded before it is added. A compiler may contract both into one operation, which rounds once,
+    The product is rounded before it is added. A compiler may fuse both into one operation, which rounds once,
     unless ``factor`` is float64: then the product is exact, and the conversion rounds it.
     """
     product = (factor * (planes.to(torch.int16) - base)).to(torch.float32)
@@ -135,11 +138,11 @@ def blended(base: Tensor, planes: Tensor, factor: Tensor) -> Tensor:
 
 
 def resampled(flat: Tensor, start: Tensor, step: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of pixels that lie ``step`` apart.
+    """Weighted sums of pixels ``step`` apart.
 
     Args:
-        flat: uint8 (3, m). start: int64 (n, rows, columns), where the first tap of each output pixel lies.
-        step: int64 (n, 1, 1). weights: int32 (taps, n, rows or 1, columns or 1); where the image ends they are 0.
+        flat: uint8 (3, m). start: int64 (n, rows, columns), the index of the first tap of each output pixel.
+        step: int64 (n, 1, 1). weights: int32 (taps, n, rows or 1, columns or 1); 0 beyond the image.
 
     Returns:
         uint8 (3, n, rows, columns).
@@ -157,8 +160,8 @@ def _inner(function: Callable[..., Any], backend: str | Callable[..., Any] | Non
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbours in a plan's order, rendered at once: their views and blocks, how many operations come before contrast,
-    rows of the tallest box, and the most taps of any."""
+    """Consecutive views in a plan's order, rendered together: their views and blocks, the number of operations before
+    contrast, the rows of the tallest box, and the largest number of taps."""
 
     views: slice
     blocks: slice
@@ -169,18 +172,18 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is known on the host of how to render n views.
+class RenderPlan:
+    """How to render n views, as computed on the host.
 
     order: (n,), images sorted into groups. numbers: int64 (11, n) in this order, rows as named below.
-    factors: (3, n). view_of_block: int64 (blocks,), counted within a group. first: int64 (lengths, size) and weights:
-    int32 (taps, lengths, size), of all lengths that the boxes' sides have.
+    factors: (3, n). view_of_block: int64 (blocks,), relative to its group. first: int64 (lengths, size) and weights:
+    int32 (taps, lengths, size), for all side lengths of the boxes.
     """
 
-    CORNER, STRIDE, STEP, PIXELS, ACROSS, DOWN, PLACE, GREY = range(8)
-    """Rows of ``numbers``: where the view's upper left pixel lies, counted from the group's first block; pixels to the
-    next row; +1, or -1 where it is flipped; pixels of the image; the lengths of the box's sides, as places in
-    ``first``; the view's place in the batch; from GREY on three rows that say which operations are saturation."""
+    CORNER, STRIDE, STEP, PIXELS, ACROSS, DOWN, POSITION, GREY = range(8)
+    """Rows of ``numbers``: index of the view's upper left pixel, from the group's first block; pixels to the next row;
+    +1, or -1 if it is flipped; pixels of the image; the lengths of the box's sides, as indices into ``first``; the
+    view's position in the batch; from GREY on, three rows that mark the saturation operations."""
 
     order: np.ndarray
     groups: list[Group]
@@ -191,10 +194,10 @@ class Plan:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, draws: np.ndarray, size: int, compiled: bool) -> Plan:
+    def of(cls, draws: np.ndarray, size: int, compiled: bool) -> RenderPlan:
         slots = SLOTS[draws[:, COLUMN["order"]].astype(int)]
         before = (slots == COLUMN["contrast"]).argmax(1)
-        # The tallest box of a group says how many rows are resampled for all.
+        # The tallest box of a group determines how many rows are resampled for all.
         order = np.lexsort((-draws[:, COLUMN["height"]], before))
         draws, slots, before = draws[order], slots[order], before[order]
         top, left, height, width, flip, *_, tall, wide = draws.T.astype(np.int64)
@@ -212,7 +215,7 @@ class Plan:
                 taps_across=int(taps[across[low:high]].max()),
                 taps_down=int(taps[down[low:high]].max()),
             )
-            for low, high in _cut(before, blocks, height, size)
+            for low, high in _cut(before, blocks, height, size=size)
         ]
         members = [group.views.stop - group.views.start for group in groups]
         offset = ends[:-1] - np.repeat([group.blocks.start for group in groups], members)
@@ -220,7 +223,7 @@ class Plan:
         side = np.where(flip == 1, wide - 1 - left, left)
         corner = offset * LANES + top * wide + side
         grey = (slots == COLUMN["saturation"]).T
-        # Blend.c takes single precision.
+        # Blend.c uses single precision.
         factors = np.take_along_axis(draws, slots, 1).T.astype(np.float32)
         return cls(
             order=order,
@@ -233,9 +236,9 @@ class Plan:
         )
 
 
-def _cut(before: np.ndarray, blocks: np.ndarray, height: np.ndarray, size: int) -> list[tuple[int, int]]:
-    """Where groups begin and end; heights fall within those of equal ``before``."""
-    found: list[tuple[int, int]] = []
+def _cut(before: np.ndarray, blocks: np.ndarray, height: np.ndarray, *, size: int) -> list[tuple[int, int]]:
+    """Where groups begin and end; heights decrease within equal ``before``."""
+    groups: list[tuple[int, int]] = []
     begin = taken = 0
     for view, (own, count) in enumerate(zip(before.tolist(), blocks.tolist(), strict=True)):
         taken += count
@@ -243,27 +246,27 @@ def _cut(before: np.ndarray, blocks: np.ndarray, height: np.ndarray, size: int) 
         resampling = RESAMPLE_BYTES * (view - begin + 1) * rows * size
         full = max(JITTER_BYTES * taken * LANES, resampling) > GROUP_BYTES
         if view > begin and (full or own != before[begin]):
-            found.append((begin, view))
+            groups.append((begin, view))
             begin, taken = view, count
-    return [*found, (begin, len(before))]
+    return [*groups, (begin, len(before))]
 
 
 def _tables(lengths: np.ndarray, size: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``first`` and ``weights`` of a plan, and (lengths,) how many taps each has, rounded up to a multiple of step."""
+    """``first`` and ``weights`` of a plan, and the taps of each (lengths,), rounded up to a multiple of step."""
     each = [bicubic_taps(length, size) for length in lengths.tolist()]
     taps = np.array([-(-len(own) // step) * step for _, own in each])
     weights = np.zeros((taps.max(), len(lengths), size), dtype=np.int32)
-    for place, (_, own) in enumerate(each):
-        weights[: len(own), place] = own
+    for index, (_, own) in enumerate(each):
+        weights[: len(own), index] = own
     return np.stack([first for first, _ in each]), weights, taps
 
 
 @lru_cache(maxsize=2048)
 def bicubic_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """How ``size`` pixels are made of ``length`` by Pillow's antialiased bicubic: int64 (size,), the first pixel that
-    counts, and int32 (taps, size), the weights of it and those after it in 2^-22.
+    """Pillow's antialiased bicubic resampling of ``length`` to ``size`` pixels: int64 (size,), the first source pixel,
+    and int32 (taps, size), the weights of it and those after it in units of 2^-22.
 
-    Each operation in double precision and in the order of Resample.c: the last bit decides how a weight is rounded.
+    Each operation in double precision and in the order of Resample.c: the last bit affects how a weight is rounded.
     """
     scale = length / size
     stretch = max(scale, 1.0)
@@ -271,9 +274,9 @@ def bicubic_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     center = (np.arange(size) + 0.5) * scale
     first = np.maximum(np.trunc(center - support + 0.5), 0)
     count = np.minimum(np.trunc(center + support + 0.5), length) - first
-    place = np.arange(count.max())[:, None]
-    weights = _bicubic(np.abs((place + first - center + 0.5) * (1.0 / stretch)))
-    weights[place >= count] = 0
+    tap = np.arange(count.max())[:, None]
+    weights = _bicubic(np.abs((tap + first - center + 0.5) * (1.0 / stretch)))
+    weights[tap >= count] = 0
     total = np.zeros(size)
     for row in weights:  # numpy's sum would add in another order
         total += row
@@ -302,24 +305,24 @@ def _planes(images: list[Tensor]) -> Tensor:
 
 def _check(images: Sequence[Tensor], draws: np.ndarray, names: Sequence[str]) -> None:
     top, left, height, width, *_, tall, wide = draws.T
-    found = np.array([tuple(image.shape[1:]) for image in images])
-    for row in np.flatnonzero((found != np.stack((tall, wide), 1)).any(1))[:1]:
+    sizes = np.array([tuple(image.shape[1:]) for image in images])
+    for row in np.flatnonzero((sizes != np.stack((tall, wide), 1)).any(1))[:1]:
         raise ImageError(
             f"the view was drawn for an image of {int(wide[row])} x {int(tall[row])} pixels, "
-            f"and this one has {found[row, 1]} x {found[row, 0]}",
+            f"but this one has {sizes[row, 1]} x {sizes[row, 0]}",
             where=names[row],
             fix="give the image that the view was drawn from",
         )
     inside = (top >= 0) & (left >= 0) & (height >= 1) & (width >= 1) & (top + height <= tall) & (left + width <= wide)
     for row in np.flatnonzero(~inside)[:1]:
         raise ImageError(
-            f"the view's box leaves its image of {int(wide[row])} x {int(tall[row])} pixels",
+            f"the view's box is not inside its image of {int(wide[row])} x {int(tall[row])} pixels",
             where=names[row],
-            fix="give the draw as it was made",
+            fix="give the original draw",
         )
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
-    # From other memory the copy would wait for the work that the device has before it.
+    # From pageable memory the copy would wait for the device's queued work.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

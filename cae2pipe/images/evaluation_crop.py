@@ -1,4 +1,4 @@
-"""The crop that encoders are scored on."""
+"""The crop that encoders are evaluated on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def evaluation_crop(image: Image.Image, size: int = 224, resize: int = 256) -> Image.Image:
-    """The shorter side to ``resize`` pixels (bicubic), then the central ``size`` x ``size`` pixels.
+    """Resize the shorter side to ``resize`` pixels (bicubic), then take the central ``size`` x ``size`` pixels.
 
     Rounds as torchvision's ``Resize`` and ``CenterCrop`` do. ``resize`` is at least ``size``.
     """

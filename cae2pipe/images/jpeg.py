@@ -1,4 +1,5 @@
-"""From stored views' JPEG bytes to pixels. Every stored view is decoded here; users' images in ``decode.py``."""
+"""From stored views' JPEG bytes to pixels. Every stored view is decoded here; users' images are decoded in
+``decode.py``."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ from cae2pipe.runtime.exhaustion import reraise_exhaustion
 VERIFY = "run `cae2pipe verify`"
 
 MEMORY_ENDED = re.compile(r"out of memory|aten::empty|failed.*: 5$", re.MULTILINE | re.IGNORECASE)
-"""How a device's decoder says that memory has ended. Neither library lets torch.OutOfMemoryError through: torchvision
-quotes it, torchcodec has only its text or, before torch 2.13, the call's name; nvJPEG's own allocations end with its
+"""How a device's decoder reports that memory has run out. Neither library raises torch.OutOfMemoryError: torchvision
+quotes it, torchcodec has only its text or, before torch 2.13, the call's name; nvJPEG's own allocations fail with
 status 5 (NVJPEG_STATUS_ALLOCATOR_FAILURE)."""
 
 
 def open_jpeg(data: bytes) -> Image.Image:
-    """A JPEG that a target set holds, decoded on the CPU: a stored view, or an image that views are cut from.
+    """A JPEG that a target set holds, decoded on the CPU: a stored view, or an image that views are cropped from.
 
     Raises:
         ImageError: the bytes are not an RGB JPEG.
@@ -34,7 +35,7 @@ def open_jpeg(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
         image.load()
-    except Exception as error:  # DecompressionBombError, struct.error and others have no base in common
+    except Exception as error:  # DecompressionBombError, struct.error and others have no common base
         reraise_exhaustion(error)
         raise ImageError(f"a stored JPEG cannot be decoded: {describe_failure(error)}", fix=VERIFY) from None
     if image.mode != "RGB":
@@ -47,7 +48,7 @@ def decode_view(data: bytes, size: int | None = None) -> np.ndarray:
 
     Args:
         data: the JPEG's bytes.
-        size: pixels a side that the view must have.
+        size: required side of the view in pixels.
 
     Raises:
         ImageError: the bytes are not an RGB JPEG, or not of this size.
@@ -61,31 +62,31 @@ def decode_view(data: bytes, size: int | None = None) -> np.ndarray:
 
 
 def decode_jpegs(
-    images: list[Tensor], keys: Sequence[str], device: torch.device, size: int | None = None
+    images: list[Tensor], keys: Sequence[str], device: torch.device, *, size: int | None = None
 ) -> list[Tensor]:
     """The pixels of JPEGs, uint8 (3, H, W) each on ``device``, decoded there: by nvJPEG on a CUDA device, whose pixels
-    differ a little from ``open_jpeg``'s; by libjpeg on the CPU, with the same pixels.
+    differ slightly from ``open_jpeg``'s; by libjpeg on the CPU, with the same pixels.
 
     Waits for the current stream, and for the decoder.
 
     Args:
-        images: n > 0 JPEGs, uint8 (bytes,) on the host. keys: what to call them in errors. size: pixels a side that
-            stored views must have.
+        images: n > 0 JPEGs, uint8 (bytes,) on the host. keys: their names for errors. size: required side of
+            stored views in pixels.
 
     Raises:
-        ImageError: the CPU's decoder refuses one of them, which is named. SettingsError: nothing decodes on a device.
-        torch.OutOfMemoryError: memory has ended. torch.AcceleratorError, Cae2pipeError: the device or its decoder
+        ImageError: the CPU's decoder rejects one of them, which is named. SettingsError: there is no device decoder.
+        torch.OutOfMemoryError: memory has run out. torch.AcceleratorError, Cae2pipeError: the device or its decoder
             failed.
     """
     decode = device_decoder()
     if device.type == "cuda":
-        # The decoder's outputs may be memory that work on this stream still reads. torchvision decodes on a stream of
-        # its own that does not wait for this one, and nvJPEG's hardware engine waits for none (torchcodec from 0.17 on
-        # synchronises for that reason).
+        # The decoder's outputs may use memory that work on this stream still reads. torchvision decodes on its own
+        # stream, which does not wait for this one, and nvJPEG's hardware engine waits for none (torchcodec 0.17 and
+        # newer synchronise for that reason).
         torch.cuda.current_stream(device).synchronize()
     try:
         with warnings.catch_warnings():
-            # torchvision's, from 0.29 on.
+            # From torchvision 0.29 on.
             warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
             pixels: list[Tensor] = list(decode(images, mode="RGB", device=device))
         others = [view.shape for view in pixels if size is not None and view.shape != (3, size, size)]
@@ -95,7 +96,7 @@ def decode_jpegs(
     except RuntimeError as error:
         reraise_exhaustion(error)
         said = str(error)
-    # What a decoder says does not tell a damaged JPEG from a device that fails: the CPU's decoder does.
+    # The decoder's error does not distinguish a damaged JPEG from a failing device; the CPU's decoder does.
     for image, key in zip(images, keys, strict=True):
         try:
             decode_view(image.numpy().tobytes(), size)
@@ -105,32 +106,32 @@ def decode_jpegs(
 
 
 def device_failure(said: str, device: torch.device) -> Exception:
-    """The error to raise for what a device's decoder said of sound JPEGs."""
+    """The error to raise if a device's decoder failed on valid JPEGs."""
     first = next(iter(said.splitlines()), "")
     if MEMORY_ENDED.search(said):
         return torch.OutOfMemoryError(f"no memory left on {device} to decode JPEGs: {first}")
     return Cae2pipeError(
         f"{device} cannot decode JPEGs that the CPU can: {first}",
         where="data.decode",
-        fix="--set data.decode=workers decodes them on the CPU",
+        fix="decode them on the CPU: --set data.decode=workers",
     )
 
 
 @functools.cache
 def device_decoder() -> Callable[..., Iterable[Tensor]]:
-    """torchcodec's ``decode_jpeg``, or torchvision's, deprecated since 0.29, where torchcodec cannot be loaded.
+    """torchcodec's ``decode_jpeg``, or torchvision's, deprecated since 0.29, if torchcodec cannot be loaded.
 
     Both take a list of JPEGs, uint8 (bytes,) on the host, a mode and a device, and give tensors (3, H, W) on it.
 
     Raises:
-        SettingsError: torchvision has none any more, either.
+        SettingsError: torchvision no longer has one either.
     """
     try:
         from torchcodec.decoders import decode_jpeg as by_torchcodec
 
         return by_torchcodec
-    # OSError: a wheel for another CUDA version than torch's does not find its libraries. Before 0.16 torchcodec had no
-    # images, and its older versions wanted FFmpeg (RuntimeError).
+    # OSError: a wheel for another CUDA version than torch's does not find its libraries. Before 0.16 torchcodec did
+    # not decode images, and older versions needed FFmpeg (RuntimeError).
     except (ImportError, OSError, RuntimeError) as error:
         reraise_exhaustion(error)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -141,7 +142,7 @@ def device_decoder() -> Callable[..., Iterable[Tensor]]:
         return decoder
     except ImportError:
         raise SettingsError(
-            f"decoding JPEGs on a device needs torchcodec 0.16 or newer, and it cannot be loaded: {reason}",
+            f"decoding JPEGs on a device needs torchcodec 0.16 or newer, which cannot be loaded: {reason}",
             where="data.decode",
             fix="pip install 'cae2pipe[nvjpeg]', with a torchcodec for the CUDA version of torch; or "
             "--set data.decode=workers",

@@ -1,7 +1,7 @@
-"""Images as a target set keeps them: once each, reduced; their views are cut from them again whenever they are loaded.
+"""Images as a target set stores them: once each, reduced; views are cropped from them whenever they are loaded.
 
-A view is a known crop, flip and jitter of one image. What a set of replayed views calls its images are those kept here:
-draws are made for their sizes, and the teacher sees what is cut from their JPEGs, as all who load the set do later.
+A view is a known crop, flip and jitter of one image. The images of a set with replayed views are those stored here:
+draws are made for their sizes, and the teacher sees crops of their JPEGs, as training does later.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from cae2pipe.images.jpeg import VERIFY, decode_view, open_jpeg
 from cae2pipe.images.views import ViewDraw, encode_jpeg, render_view, resize
 
 LONGEST = 65500
-"""Pixels that a side of a JPEG may have, in libjpeg."""
+"""Largest side of a JPEG in pixels, in libjpeg."""
 
 
 def reduce_image(image: Image.Image, side: int) -> Image.Image:
-    """An RGB image reduced to a short side of ``side`` pixels and a long side that a JPEG holds; smaller ones stay."""
+    """An RGB image reduced to a short side of ``side`` pixels and a long side that a JPEG allows, if it is larger."""
     factor = min(side / min(image.size), LONGEST / max(image.size))
     if factor >= 1:
         return image
@@ -28,19 +28,19 @@ def reduce_image(image: Image.Image, side: int) -> Image.Image:
 
 
 def keep_image(image: Image.Image, settings: ViewSettings) -> bytes:
-    """The JPEG that is kept of an RGB image. Its bytes depend on the image's pixels and the settings alone."""
+    """The stored JPEG of an RGB image. Its bytes depend only on the image's pixels and the settings."""
     return encode_jpeg(reduce_image(image, settings.kept_side), settings)
 
 
-def view_pixels(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, size: int) -> np.ndarray:
-    """A view's pixels, uint8 (S, S, 3), from what is kept of it.
+def view_pixels(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, *, size: int) -> np.ndarray:
+    """A view's pixels, uint8 (S, S, 3), from the stored JPEG.
 
     Args:
-        jpeg: the view, or the image that it is cut from. draw: its row of draws (11,). replayed: how views are cut,
-            None where they are stored. size: their side in pixels.
+        jpeg: the view, or the image that it is cropped from. draw: its row of draws (11,). replayed: how views are
+            cropped, None if they are stored. size: their side in pixels.
 
     Raises:
-        ImageError: no RGB JPEG, or not one of the size that is known.
+        ImageError: not an RGB JPEG, or one of another size.
     """
     if replayed is None:
         return decode_view(jpeg, size)

@@ -1,4 +1,4 @@
-"""What lies in an image's file beside its pixels: EXIF, XMP, texts, which may be broken while the pixels are whole."""
+"""Metadata of image files: EXIF, XMP, texts, which may be damaged although the pixels are intact."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by EXIF orientation."""
+"""The operation that turns an image upright, by EXIF orientation."""
 
 PNG = b"\x89PNG\r\n\x1a\n"
 KEPT_CHUNKS = (b"tRNS", b"eXIf")
-"""Ancillary PNG chunks that matter here. Critical ones begin with a capital letter."""
+"""Ancillary PNG chunks that affect pixels or orientation. Critical ones begin with a capital letter."""
 
 TIFF_STRUCTURE = frozenset(
     {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289, 292, 293, 297, 317}
@@ -34,14 +34,14 @@ TIFF_STRUCTURE = frozenset(
 
 
 def read_orientation(image: Image.Image) -> int:
-    """An image's EXIF orientation, 1 to 8; 1 where none can be read."""
+    """An image's EXIF orientation, 1 to 8; 1 if none can be read."""
     orientation: object = None
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception as error:  # Pillow raises many kinds: ValueError, SyntaxError, struct.error, ...
+    except Exception as error:  # Pillow raises many types: ValueError, SyntaxError, struct.error, ...
         reraise_exhaustion(error)
     if orientation is None and isinstance(exif := image.info.get("exif"), bytes):
-        # Pillow gives up at the first broken tag.
+        # Pillow stops at the first damaged tag.
         orientation = _orientation_tag(exif)
     return orientation if isinstance(orientation, int) and orientation in TRANSPOSITIONS else 1
 
@@ -61,16 +61,16 @@ def _orientation_tag(exif: bytes) -> int | None:
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; the same object where that is 1.
+    """The image rotated according to its EXIF orientation; the same object if that is 1.
 
-    ``ImageOps.exif_transpose`` writes the EXIF block again, and fails where that is broken.
+    ``ImageOps.exif_transpose`` rewrites the EXIF block, and fails if that is damaged.
     """
     orientation = read_orientation(image)
     return image if orientation == 1 else image.transpose(TRANSPOSITIONS[orientation])
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A JPEG, PNG, TIFF or AVIF with the parts left out that pixels do not depend on; other data as they are."""
+    """A JPEG, PNG, TIFF or AVIF without the parts that pixels do not depend on; other data unchanged."""
     try:
         if data.startswith(b"\xff\xd8"):
             return _bare_jpeg(data)
@@ -81,13 +81,13 @@ def without_metadata(data: bytes) -> bytes:
     except (IndexError, struct.error):
         return data
     if data[4:8] == b"ftyp":
-        # An item of a type that no decoder knows is passed over.
+        # Decoders skip items of unknown types.
         return re.sub(rb"(infe.{8}(?:..)?)Exif", rb"\1free", data, flags=re.DOTALL)
     return data
 
 
 def _bare_jpeg(data: bytes) -> bytes:
-    """Keeps JFIF and Adobe, which say how colours are stored, and EXIF."""
+    """Keeps JFIF and Adobe, which define how colours are stored, and EXIF."""
     kept, position = [data[:2]], 2
     while data[position] == 0xFF and (marker := data[position + 1]) != 0xDA:
         if marker == 0xFF:  # padding
@@ -119,6 +119,6 @@ def _bare_tiff(data: bytes) -> bytes:
     (count,) = struct.unpack_from(order + "H", data, start)
     entries = [data[start + 2 + 12 * number :][:12] for number in range(count)]
     kept = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] in TIFF_STRUCTURE]
-    # No further directory: of many pages the first is taken.
+    # No further directory: only the first of several pages is used.
     directory = struct.pack(order + "H", len(kept)) + b"".join(kept) + bytes(4)
     return data[:start] + directory + data[start + len(directory) :]

@@ -1,4 +1,4 @@
-"""Pixels to the input of a network: every channel to mean 0 and standard deviation 1."""
+"""Normalisation of pixels for a network: every channel to mean 0 and standard deviation 1."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 class Normalise(nn.Module):
     """Normalisation of pixels in [0, 255].
 
-    ``unit_range`` divides by 255 first; without it, mean and deviation are brought to the pixels' range instead. The
-    two differ in the last bits of float32, on which the bytes of stored latents, scores and loss curves depend:
-    teachers and encoders under evaluation have the second, a student in pretraining the first.
+    ``unit_range`` divides by 255 first; without it, mean and deviation are scaled to the pixels' range instead. The two
+    differ in the last bits of float32, on which the bytes of stored latents, scores and loss curves depend: teachers
+    and evaluated encoders use the second, a student in pretraining the first.
 
     Args:
-        mean, std: of each channel, of pixels in [0, 1].
+        mean, std: of each channel, for pixels in [0, 1].
     """
 
     def __init__(

@@ -20,13 +20,13 @@ from cae2pipe.errors import ImageError
 from cae2pipe.runtime.keyed import keyed_uniforms
 
 ORDERS = tuple(permutations(("brightness", "contrast", "saturation")))
-"""Orders of the jitter's operations; a draw's ``order`` points into them."""
+"""Orders of the jitter's operations; a draw's ``order`` is an index into them."""
 
 TRIES = 10
-"""Crop boxes tried before the largest central one is taken, as in torchvision's RandomResizedCrop."""
+"""Crop boxes to try before using the largest central one, as in torchvision's RandomResizedCrop."""
 
-FLIP, ORDER, FACTORS, BOXES = 0, 1, slice(2, 5), 5
-"""Where in the key's uniforms each draw lies. Part of the format: another place gives other views."""
+FLIP, ORDER, FACTORS, ARTIFACTS = 0, 1, slice(2, 5), 5
+"""The index of each draw in the key's uniforms. Part of the format: another index gives other views."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ class ViewDraw:
 DRAW_COLUMNS = tuple(field.name for field in fields(ViewDraw))
 
 
-def draw_view(settings: ViewSettings, seed: int, key: str, view: int, height: int, width: int) -> ViewDraw:
+def draw_view(settings: ViewSettings, seed: int, key: str, *, view: int, height: int, width: int) -> ViewDraw:
     """The draw of view ``view`` of the image with key ``key``, which is ``height`` x ``width`` pixels.
 
-    It depends on the arguments alone. The number of uniforms is fixed, so that no draw shifts another.
+    It depends only on the arguments. The number of uniforms is fixed, so that no draw shifts another.
     """
-    uniforms = keyed_uniforms(BOXES + 4 * TRIES, "view", seed, key, view).tolist()
+    uniforms = keyed_uniforms(ARTIFACTS + 4 * TRIES, "view", seed, key, view).tolist()
     low, span = 1 - settings.jitter, 2 * settings.jitter
     brightness, contrast, saturation = (low + span * u for u in uniforms[FACTORS])
-    top, left, box_height, box_width = draw_box(settings, uniforms[BOXES:], height, width)
+    top, left, box_height, box_width = draw_box(settings, uniforms[ARTIFACTS:], height, width=width)
     return ViewDraw(
         top=top,
         left=left,
@@ -84,8 +84,8 @@ def draw_view(settings: ViewSettings, seed: int, key: str, view: int, height: in
     )
 
 
-def draw_box(settings: ViewSettings, uniforms: list[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random resized crop; four uniforms a try."""
+def draw_box(settings: ViewSettings, uniforms: list[float], height: int, *, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a random resized crop; four uniforms per try."""
     (small, large), (narrow, wide) = settings.scale, settings.ratio
     for area_draw, ratio_draw, top_draw, left_draw in zip(*[iter(uniforms)] * 4, strict=True):
         area = height * width * (small + (large - small) * area_draw)
@@ -101,8 +101,8 @@ def draw_box(settings: ViewSettings, uniforms: list[float], height: int, width: 
 def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> Image.Image:
     """The view of an RGB image: ``settings.size`` pixels square.
 
-    Gives the published order's pixels, bit for bit, without jittering the whole image: every operation but contrast's
-    mean works on each pixel by itself, so only what comes before that mean has to see the pixels outside the box.
+    Gives the pixels of the published order, bit for bit, without jittering the whole image: every operation except
+    contrast's mean is per pixel, so only operations before that mean need the pixels outside the box.
 
     Raises:
         ImageError: the draw was made for an image of another size.
@@ -110,7 +110,7 @@ def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> I
     if image.size != (draw.source_width, draw.source_height):
         raise ImageError(
             f"the view was drawn for an image of {draw.source_width} x {draw.source_height} pixels, "
-            f"and this one has {image.width} x {image.height}",
+            f"but this one has {image.width} x {image.height}",
             fix="give the original that the view was drawn from",
         )
     order = ORDERS[draw.order]
@@ -129,9 +129,9 @@ def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> I
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic and antialiased, first across, then down: the same pixels whatever Pillow's version.
+    """Bicubic and antialiased, first across, then down: the same pixels with every version of Pillow.
 
-    In one call Pillow 13 chooses the order itself, and each pass rounds to whole levels.
+    In a single call Pillow 13 chooses the order itself, and each pass rounds to whole levels.
     """
     across = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return across.resize((width, height), Image.Resampling.BICUBIC)
@@ -147,8 +147,8 @@ def _grey_mean(image: Image.Image) -> int:
 
 
 def encode_jpeg(image: Image.Image, settings: ViewSettings) -> bytes:
-    """An RGB image as JPEG bytes, which depend on its pixels and the settings alone."""
+    """An RGB image as JPEG bytes, which depend only on its pixels and the settings."""
     buffer = io.BytesIO()
-    # Left to itself, Pillow would copy a comment of the original.
+    # By default Pillow would copy the original's comment.
     image.save(buffer, "JPEG", quality=settings.quality, subsampling=settings.subsampling, comment=b"")
     return buffer.getvalue()

@@ -1,7 +1,7 @@
-"""What one worker does: reads its streams' blocks, gathers the samples of each step, decodes their pixels.
+"""The work of one loader process: reads blocks of its streams, gathers the samples of each step, decodes their pixels.
 
-Workers undo Blosc and JPEG and draw masks; pixels leave them as uint8 and latents as the codec's integers, so that
-little crosses to the device and normalisation and decoding happen there, in a batch.
+Workers decompress Blosc chunks, decode JPEGs and draw masks. They return pixels as uint8 and latents as the codec's
+integers, so little data is copied to the device; normalisation and decoding of latents happen there, in a batch.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.kept import view_pixels
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.loading.fresh import FreshViews
-from cae2pipe.loading.order import BlockRef, Piece, real_samples, steps_per_epoch, stream_pieces, windows
+from cae2pipe.loading.order import BlockRef, BlockSlice, real_samples, steps_per_epoch, stream_pieces, windows
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.paths import store_name
-from cae2pipe.targets.store import Layout, StoreReader
+from cae2pipe.targets.store import StoreLayout, StoreReader
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the content of batches depends on; the same in every process.
+    """Everything that the content of batches depends on; the same in every process.
 
-    ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order. ``batch`` counts views as
-    they are loaded; each is given ``repeat`` masks. ``arrays`` names the blocked arrays that go to the device;
-    ``guides`` those that masks are drawn by, which stay in the workers. ``replayed``: how views are cut from the images
-    that the set keeps; None where it keeps the views. ``fresh``: views are cut from the originals instead. ``decode``:
-    False leaves JPEGs, and the cutting of views, to the device.
+    ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order. ``batch`` counts loaded
+    views; each gets ``repeat`` masks. ``arrays`` names the blocked arrays that go to the device; ``guides`` those that
+    guide the masks and stay in the workers. ``replayed``: how views are cut from the images that the set keeps; None if
+    it keeps the views. ``fresh``: views are cut from the originals instead. ``decode``: if False, JPEGs are decoded and
+    views cut on the device.
     """
 
     root: Path
-    units: dict[str, dict[str, Any]]
+    units: Mapping[str, StoreUnit]
     blocks: list[BlockRef]
-    layout: Layout
+    layout: StoreLayout
     size: int
     seed: int
     epochs: int
@@ -66,12 +67,12 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Samples an epoch."""
+        """Samples per epoch."""
         return sum(block.samples for block in self.blocks)
 
     @property
     def steps(self) -> int:
-        """Steps an epoch."""
+        """Steps per epoch."""
         return steps_per_epoch(self.samples, self.batch, self.last_batch)
 
     @property
@@ -81,14 +82,14 @@ class Plan:
 
 @dataclass
 class Batch:
-    """A batch, or the part of it that some streams give: b views, in the order of their streams, under r masks each.
+    """A batch, or the part of it from some streams: b views in the order of their streams, with r masks each.
 
-    pixels (b, 3, S, S) uint8; arrays: the asked ones of the store over b views, uint16 as int16 bits; weights (b,)
-    float32, 0 for padding; visible (b r, V) and masked (b r, M) int64 patch indices, sorted, a view's masks side by
-    side; drop (b r, n) float32 uniforms for drop path; keys: b strings, empty for padding; views: which of its stored
-    views each shows; real: views of the whole global batch that are not padding. Where the device is to decode,
-    ``jpegs`` holds all JPEGs end to end, uint8, ``sizes`` (b,) their lengths, and ``pixels`` has no samples; ``draws``,
-    float64 (b, 11), says how replayed views are cut from them.
+    pixels (b, 3, S, S) uint8; arrays: the requested arrays of the store over b views, uint16 as int16 bits; weights
+    (b,) float32, 0 for padding; visible (b r, V) and masked (b r, M) int64 patch indices, sorted, the masks of a view
+    in consecutive rows; drop (b r, n) float32 uniforms for drop path; keys: b strings, empty for padding; views: the
+    number of each stored view; real: views of the whole global batch that are not padding. If the device decodes,
+    ``jpegs`` holds all JPEGs concatenated, uint8, ``sizes`` (b,) their lengths, and ``pixels`` has no samples;
+    ``draws``, float64 (b, 11), says how replayed views are cut from them.
     """
 
     epoch: int
@@ -107,7 +108,7 @@ class Batch:
     draws: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with ``function`` applied to its tensors. JPEGs, which are decoded from the host, stay."""
+        """The batch with ``function`` applied to its tensors. JPEGs stay on the host, from where they are decoded."""
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -124,8 +125,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one window: keys, views, images' bytes, draws (none of fresh views), and the blocked arrays over
-    all of them."""
+    """The samples of one window: keys, views, JPEG bytes, draws (none for fresh views), and the blocked arrays over all
+    of them."""
 
     keys: list[str]
     views: list[int]
@@ -135,21 +136,21 @@ class Pool:
 
 
 class StreamSource:
-    """Gives out one stream's samples, epoch by epoch."""
+    """Yields the samples of one stream, epoch by epoch."""
 
     def __init__(self, plan: Plan, stream: int):
         self.plan = plan
         self.stream = stream
-        # A reader keeps its store's index, keys and member offsets: about 0.2 MB.
+        # A reader holds its store's index, keys and member offsets: about 0.2 MB.
         self._reader = functools.lru_cache(maxsize=64)(
-            lambda name: StoreReader(plan.root, plan.units[name], plan.layout, plan.cache)
+            lambda name: StoreReader(plan.root, plan.units[name], plan.layout, cache=plan.cache)
         )
 
     def samples(self, epoch: int, skip: int) -> Iterator[tuple[Pool, int]]:
         """The epoch's samples after the first ``skip``, as (pool, position in it). Skipped windows are not read."""
         plan = self.plan
-        pieces = stream_pieces(plan.blocks, plan.seed, epoch, plan.streams, [self.stream])[self.stream]
-        for window in windows(pieces, plan.window, plan.seed, epoch, self.stream):
+        pieces = stream_pieces(plan.blocks, plan.seed, epoch, streams=plan.streams, wanted=[self.stream])[self.stream]
+        for window in windows(pieces, plan.window, plan.seed, epoch=epoch, stream=self.stream):
             if skip >= len(window.order):
                 skip -= len(window.order)
                 continue
@@ -158,7 +159,7 @@ class StreamSource:
                 yield pool, int(position)
             skip = 0
 
-    def _read(self, pieces: tuple[Piece, ...]) -> Pool:
+    def _read(self, pieces: tuple[BlockSlice, ...]) -> Pool:
         pool = Pool([], [], [], [], {})
         names = (*self.plan.arrays, *self.plan.guides)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -183,18 +184,20 @@ class StreamSource:
 
 
 def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
-    """The parts of all batches from global step ``start`` on that ``streams`` give, to the last epoch's end."""
+    """The parts from ``streams`` of all batches, from global step ``start`` to the end of the last epoch."""
     sources = [StreamSource(plan, stream) for stream in streams]
     for epoch in range(start // plan.steps, plan.epochs):
         first = start % plan.steps if epoch == start // plan.steps else 0
         iterators = [source.samples(epoch, first * plan.per_stream) for source in sources]
         for step in range(first, plan.steps):
             picked = [_take(iterator, plan.per_stream) for iterator in iterators]
-            yield assemble(plan, epoch, epoch * plan.steps + step, streams, picked)
+            yield assemble(plan, epoch, epoch * plan.steps + step, streams=streams, picked=picked)
 
 
-def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[list[tuple[Pool, int] | None]]) -> Batch:
-    """The batch part made of the samples picked from each stream; None stands for padding."""
+def assemble(
+    plan: Plan, epoch: int, step: int, *, streams: range, picked: list[list[tuple[Pool, int] | None]]
+) -> Batch:
+    """The part of a batch with the given samples of each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
     count, rows = len(flat), len(flat) * plan.repeat
     pixels = np.zeros((count if plan.decode else 0, plan.size, plan.size, 3), dtype=np.uint8)
@@ -211,7 +214,7 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     if plan.decode:
         for row, item in enumerate(flat):
             if item:
-                pixels[row] = _decode(plan, *item, epoch)
+                pixels[row] = _decode(plan, *item, epoch=epoch)
     drop = np.concatenate(
         [
             keyed_uniforms(len(items) * plan.repeat * plan.drop_columns, "drop", plan.seed, step, stream)
@@ -222,7 +225,7 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     return Batch(
         epoch=epoch,
         step=step,
-        real=real_samples(plan.samples, plan.streams, plan.per_stream, step % plan.steps),
+        real=real_samples(plan.samples, plan.streams, plan.per_stream, step=step % plan.steps),
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
         jpegs=torch.from_numpy(packed.copy()),
         sizes=torch.tensor([0 if plan.decode else len(image) for image in images]),
@@ -237,12 +240,12 @@ def assemble(plan: Plan, epoch: int, step: int, streams: range, picked: list[lis
     )
 
 
-def _decode(plan: Plan, pool: Pool, position: int, epoch: int) -> np.ndarray:
+def _decode(plan: Plan, pool: Pool, position: int, *, epoch: int) -> np.ndarray:
     image, key = pool.images[position], pool.keys[position]
     if plan.fresh:
         return plan.fresh.render(image, key, epoch)
     try:
-        return view_pixels(image, pool.draws[position], plan.replayed, plan.size)
+        return view_pixels(image, pool.draws[position], plan.replayed, size=plan.size)
     except ImageError as error:
         raise DamageError(error.what, where=f"key {key}", fix=error.fix) from None
 
@@ -258,7 +261,7 @@ def _draws(plan: Plan, items: list[tuple[Pool, int] | None]) -> Tensor:
 def gather(plan: Plan, items: list[tuple[Pool, int] | None]) -> dict[str, np.ndarray]:
     """The plan's arrays over the given samples; zeros for padding.
 
-    Neighbours mostly come from one pool, whose rows are taken in one go.
+    Consecutive items mostly come from one pool, whose rows are copied together.
     """
     runs: list[tuple[Pool, list[int], list[int]]] = []
     for row, item in enumerate(items):
@@ -296,7 +299,7 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
 
 
 def split(batch: Batch, axes: Mapping[str, int], count: int) -> list[Batch]:
-    """A decoded batch in ``count`` equal parts; a view's masks stay together. ``axes`` as in ``join``."""
+    """A decoded batch in ``count`` equal parts; the masks of a view stay together. ``axes`` as in ``join``."""
     if count == 1:
         return [batch]
     size = len(batch.weights) // count

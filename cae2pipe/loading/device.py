@@ -1,4 +1,4 @@
-"""From the workers' parts to whole batches on the device, copied while the step before is computed."""
+"""From the workers' parts to whole batches on the device, copied while the previous step is computed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cae2pipe.runtime.upload import upload_ahead
 
 
 def on_device(
-    steps: Iterator[list[Batch]], axes: Mapping[str, int], device: torch.device, backend: str | None = None
+    steps: Iterator[list[Batch]], axes: Mapping[str, int], device: torch.device, *, backend: str | None = None
 ) -> Iterator[Batch]:
-    """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples. ``backend``: what
-    compiles the cutting of replayed views, where the device does that; None: nothing.
+    """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples. ``backend``: compiler
+    for the cutting of replayed views on the device; None: eager.
 
-    To a CUDA device parts are copied as they come from the workers and joined there: joining hundreds of megabytes a
-    step on the host would hold up the loop. Threads bring them into pinned memory, a stream of its own carries them
-    over, and the next batch is on its way before the last one is given out.
+    Parts are copied to a CUDA device as they come from the workers and joined there: joining hundreds of megabytes per
+    step on the host would delay the loop. Threads copy them into pinned memory, a separate CUDA stream copies them to
+    the device, and the copy of the next batch starts before the current one is returned.
     """
     if device.type != "cuda":
         for parts in steps:
@@ -35,8 +35,8 @@ def on_device(
     def move(parts: list[Batch]) -> Batch:
         return decoded(join([part.to(device) for part in parts], axes), device, backend)
 
-    with closing(in_threads(_pin, ((parts,) for parts in steps), 2, 3)) as pinned:
-        yield from upload_ahead(pinned, move, device, stream)
+    with closing(in_threads(_pin, ((parts,) for parts in steps), 2, most=3)) as pinned:
+        yield from upload_ahead(pinned, move, device, stream=stream)
 
 
 def _pin(parts: list[Batch]) -> list[Batch]:
@@ -44,11 +44,12 @@ def _pin(parts: list[Batch]) -> list[Batch]:
 
 
 def decoded(batch: Batch, device: torch.device, backend: str | None = None) -> Batch:
-    """The batch with its JPEGs decoded on the device, and replayed views cut from them, where they have come this far.
+    """The batch with its JPEGs decoded on the device and replayed views cut from them, if workers left this to the
+    device.
 
     Raises:
-        DamageError: one is not a JPEG of a view, or not of the image that a view was drawn for. Else as
-            ``decode_jpegs``.
+        DamageError: one is not a JPEG of a view, or not of the image that a view was drawn for. Others as
+        ``decode_jpegs``.
     """
     if len(batch.pixels) == len(batch.weights):
         return batch
@@ -59,10 +60,10 @@ def decoded(batch: Batch, device: torch.device, backend: str | None = None) -> B
         return replace(batch, pixels=whole)
     keys, size, replayed = [batch.keys[row] for row in jpegs], whole.shape[-1], batch.draws.shape[1] > 0
     try:
-        images = decode_jpegs(list(jpegs.values()), keys, device, None if replayed else size)
+        images = decode_jpegs(list(jpegs.values()), keys, device, size=None if replayed else size)
         if replayed:
             names = [f"key {key}" for key in keys]
-            pixels = render_views(images, batch.draws[list(jpegs)], size, backend, names)
+            pixels = render_views(images, batch.draws[list(jpegs)], size, backend=backend, names=names)
         else:
             pixels = torch.stack(images)
     except ImageError as error:

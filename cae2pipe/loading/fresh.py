@@ -1,4 +1,4 @@
-"""Views cut anew from the originals in every epoch, as published: what the cache stands in for."""
+"""Fresh views cut from the originals in every epoch, as published; the cache replaces this."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cae2pipe.artifacts.box import is_box
+from cae2pipe.artifacts.artifact import is_artifact
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import ManifestError, MismatchError
@@ -22,7 +22,7 @@ from cae2pipe.targets.target_set import TargetSet
 class FreshViews:
     """The originals that a target set was made from, and how views are cut from them.
 
-    ``seed`` is the run's: no draw repeats one of the stored views.
+    ``seed`` is the run's, so no draw repeats one of a stored view.
     """
 
     originals: ShardSet
@@ -36,16 +36,18 @@ class FreshViews:
         return self.originals.read(own, block * BLOCK, min((block + 1) * BLOCK, own.samples))
 
     def render(self, data: bytes, key: str, epoch: int) -> np.ndarray:
-        """The view of an epoch, uint8 (H, W, 3). It never becomes a JPEG, as none did when this was published."""
+        """The view of an epoch, uint8 (H, W, 3). It is never encoded as a JPEG, as in the published method."""
         image = decode_rgb(data, where=f"{self.originals.root}, key {key}")
-        draw = draw_view(self.settings, keyed_seed("fresh", self.seed), key, epoch, image.height, image.width)
+        draw = draw_view(
+            self.settings, keyed_seed("fresh", self.seed), key, view=epoch, height=image.height, width=image.width
+        )
         return np.asarray(render_view(image, draw, self.settings))
 
 
 def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
-    """The originals behind a target set. Raises MismatchError where they are others, ManifestError where none are."""
+    """The originals of a target set. Raises MismatchError if they differ, ManifestError if there are none."""
     root = settings.originals or targets.root / "shards"
-    if not is_box(root, "shards"):
+    if not is_artifact(root, "shards"):
         raise ManifestError(
             "fresh views need the shard set that the targets were made from", where=root, fix="--set originals=FOLDER"
         )
@@ -57,6 +59,6 @@ def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
             raise MismatchError(
                 f"store {name} was not made from this shard set",
                 where=root,
-                fix="give the shard set that the targets were made from: --set originals=FOLDER",
+                fix="use the shard set that the targets were made from: --set originals=FOLDER",
             )
-    return FreshViews(originals, shards, targets.view, settings.seed)
+    return FreshViews(originals, shards, settings=targets.view, seed=settings.seed)

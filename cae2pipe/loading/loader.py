@@ -1,7 +1,7 @@
 """Batches from worker processes, in order.
 
-Every worker serves a contiguous share of the rank's streams and gives its part of every step. Items are taken from
-workers in turn, so each run of W items makes one step.
+Every worker serves a contiguous share of the rank's streams and yields its part of every step. Items are taken from the
+W workers in turn, so W consecutive items make one step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cae2pipe.targets.target_set import TargetSet
 
 
 def block_refs(targets: TargetSet, stores: list[str] | None = None) -> list[BlockRef]:
-    """The readable blocks of a set, sorted by shard and number, each with the views that exist of it.
+    """The readable blocks of a set, sorted by shard and number, each with its existing views.
 
-    ``stores`` restricts them to those a run began with.
+    ``stores`` restricts them to the stores that a run started with.
     """
     views: dict[str, list[int]] = {}
     samples: dict[str, int] = {}
@@ -28,7 +28,7 @@ def block_refs(targets: TargetSet, stores: list[str] | None = None) -> list[Bloc
         views.setdefault(unit["shard"], []).append(unit["view"])
         samples[unit["shard"]] = unit["samples"]
     return [
-        BlockRef(shard, block, min(BLOCK, samples[shard] - block * BLOCK), tuple(sorted(views[shard])))
+        BlockRef(shard, block, samples=min(BLOCK, samples[shard] - block * BLOCK), views=tuple(sorted(views[shard])))
         for shard in sorted(views)
         for block in range(-(-samples[shard] // BLOCK))
     ]
@@ -36,7 +36,7 @@ def block_refs(targets: TargetSet, stores: list[str] | None = None) -> list[Bloc
 
 @dataclass(frozen=True)
 class _Parts:
-    """The steps' parts, stream by stream."""
+    """The parts of all steps, divided by streams."""
 
     plan: Plan
     served: range
@@ -46,14 +46,14 @@ class _Parts:
         return batches(self.plan, worker_streams(self.served, workers, worker), self.start)
 
 
-def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
-    """A rank's batches from global step ``start`` to the end of the last epoch, on the CPU, each in the parts that the
-    workers give.
+def load_parts(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
+    """A rank's batches from global step ``start`` to the end of the last epoch, on the CPU, each as a list of the
+    workers' parts.
 
     Args:
-        plan: what the batches hold.
+        plan: the content of the batches.
         start: the first step, counted over all epochs.
-        workers: processes; 0: none. More than the rank has streams are not started.
+        workers: number of processes, 0 for none; at most one per stream of the rank is started.
         rank, ranks: which share of the streams.
     """
     served = rank_streams(plan.streams, ranks, rank)
@@ -69,7 +69,7 @@ def load_parts(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int =
         yield step
 
 
-def load_batches(plan: Plan, start: int, workers: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """The same, whole."""
+def load_batches(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """As ``load_parts``, with the parts of each batch joined."""
     axes = plan.layout.sample_axes()
-    return (join(parts, axes) for parts in load_parts(plan, start, workers, rank, ranks))
+    return (join(parts, axes) for parts in load_parts(plan, start, workers, rank=rank, ranks=ranks))

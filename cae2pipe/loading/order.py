@@ -1,9 +1,9 @@
-"""The order of samples: pure functions of (blocks, seed, epoch), which know nothing of ranks, workers or files.
+"""The order of samples: pure functions of (blocks, seed, epoch), independent of ranks, workers and files.
 
-The blocks of the set are permuted by (seed, epoch). Each shows one view; over V epochs it shows every view it has once.
-The permuted blocks make one line of samples, cut into S equal streams; a cut through a block means that two streams
-read it. A stream shuffles within windows of a few blocks and gives batch / S samples a step. A global batch is the
-concatenation of what all streams give, so it does not depend on who serves which stream.
+The blocks of the set are permuted by (seed, epoch). In each epoch a block shows one view; in V epochs it shows each of
+its V views once. The permuted blocks form one sequence of samples, which is cut into S equal streams; if a cut is
+inside a block, two streams read it. A stream shuffles within windows of a few blocks and yields batch / S samples per
+step. A global batch is the concatenation over all streams, so it does not depend on which process serves which stream.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cae2pipe.runtime.keyed import keyed_permutation
 
 @dataclass(frozen=True)
 class BlockRef:
-    """A block that can be read: the shard and its block number, how many samples it holds, which views exist."""
+    """A readable block: its shard and block number, its number of samples, and its existing views."""
 
     shard: str
     block: int
@@ -27,8 +27,8 @@ class BlockRef:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of samples [low, high) of one view of a block; ``index`` points into the list of blocks."""
+class BlockSlice:
+    """The samples [low, high) of one view of a block; ``index`` is the block's index in the list of blocks."""
 
     index: int
     view: int
@@ -38,9 +38,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive pieces of a stream and the order in which their samples are given out, int64 (samples,)."""
+    """Consecutive pieces of a stream and the order of their samples, int64 (samples,)."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[BlockSlice, ...]
     order: np.ndarray
 
 
@@ -52,13 +52,13 @@ def view_of(block: BlockRef, seed: int, epoch: int) -> int:
 
 
 def stream_pieces(
-    blocks: Sequence[BlockRef], seed: int, epoch: int, streams: int, wanted: Sequence[int]
-) -> dict[int, list[Piece]]:
-    """The pieces of the ``wanted`` streams in an epoch, in order. All streams together hold every sample once."""
+    blocks: Sequence[BlockRef], seed: int, epoch: int, *, streams: int, wanted: Sequence[int]
+) -> dict[int, list[BlockSlice]]:
+    """The pieces of the ``wanted`` streams in an epoch, in order. All streams together contain every sample once."""
     line = keyed_permutation(len(blocks), "blocks", seed, epoch)
     ends = np.cumsum([blocks[index].samples for index in line])
     total = int(ends[-1])
-    result: dict[int, list[Piece]] = {}
+    result: dict[int, list[BlockSlice]] = {}
     for stream in wanted:
         start, stop = total * stream // streams, total * (stream + 1) // streams
         pieces = []
@@ -67,13 +67,13 @@ def stream_pieces(
             index = int(line[position])
             begin = int(ends[position]) - blocks[index].samples
             end = min(stop, int(ends[position]))
-            pieces.append(Piece(index, view_of(blocks[index], seed, epoch), start - begin, end - begin))
+            pieces.append(BlockSlice(index, view_of(blocks[index], seed, epoch), low=start - begin, high=end - begin))
             start, position = end, position + 1
         result[stream] = pieces
     return result
 
 
-def windows(pieces: Sequence[Piece], window: int, seed: int, epoch: int, stream: int) -> Iterator[Window]:
+def windows(pieces: Sequence[BlockSlice], window: int, seed: int, *, epoch: int, stream: int) -> Iterator[Window]:
     """A stream's pieces in windows of up to ``window`` of them, each shuffled by (seed, epoch, stream, number)."""
     for number, start in enumerate(range(0, len(pieces), window)):
         chosen = tuple(pieces[start : start + window])
@@ -82,11 +82,11 @@ def windows(pieces: Sequence[Piece], window: int, seed: int, epoch: int, stream:
 
 
 def steps_per_epoch(samples: int, batch: int, last_batch: str) -> int:
-    """Steps in an epoch: the last batch is padded (``pad``) or left out (``drop``)."""
+    """Steps per epoch: the last batch is padded (``pad``) or dropped (``drop``)."""
     return samples // batch if last_batch == "drop" else -(-samples // batch)
 
 
-def real_samples(samples: int, streams: int, per_stream: int, step: int) -> int:
+def real_samples(samples: int, streams: int, per_stream: int, *, step: int) -> int:
     """Samples, over all streams, that are not padding in step ``step`` of an epoch of ``samples``."""
     ends = [samples * stream // streams for stream in range(streams + 1)]
     lengths = np.diff(ends)
@@ -94,10 +94,11 @@ def real_samples(samples: int, streams: int, per_stream: int, step: int) -> int:
 
 
 def rank_streams(streams: int, ranks: int, rank: int) -> range:
-    """The streams a rank serves: a contiguous run, so that ranks in order give the global batch in order."""
+    """The streams of a rank: a contiguous range, so the ranks' parts in order make the global batch in order."""
     return range(streams * rank // ranks, streams * (rank + 1) // ranks)
 
 
 def worker_streams(served: range, workers: int, worker: int) -> range:
-    """The share of one worker in a rank's streams, contiguous for the same reason. Empty if workers outnumber them."""
+    """One worker's share of a rank's streams, contiguous for the same reason; may be empty if there are more
+    workers."""
     return served[len(served) * worker // workers : len(served) * (worker + 1) // workers]

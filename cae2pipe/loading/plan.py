@@ -1,4 +1,4 @@
-"""What a run loads: the stores of a target set that it is trained on, and all that its settings say of batches."""
+"""The loading plan of a run: the stores of a target set that it trains on, and its settings for batches."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cae2pipe.targets.target_set import TargetSet
 
 
 def chosen_stores(targets: TargetSet, settings: PretrainSettings) -> list[str]:
-    """Names of the stores that are trained on: all, or those of the first views."""
+    """Names of the stores to train on: all, or those of the first views."""
     views = settings.data.views or targets.views
     return sorted(name for name, unit in targets.stores.items() if unit["view"] < views)
 
 
-def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, drop_columns: int) -> Plan:
-    """What the loader must know, from the set and the settings.
+def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, *, drop_columns: int) -> Plan:
+    """The loader's plan, from the set and the settings.
 
     Raises:
         MismatchError: the originals of fresh views are not those of the set. ManifestError: there are none.

@@ -1,1 +1,1 @@
-"""Pretraining methods: forward, loss and choice of mask, one file each."""
+"""Pretraining methods, one file each, and their losses."""

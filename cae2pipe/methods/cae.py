@@ -8,7 +8,7 @@ from torch import Tensor
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.methods.method import Method, bridge, latent_head, regressor_stack
+from cae2pipe.methods.method import Method, bridge, latent_head, predictor_stack
 from cae2pipe.models.decoder import MaskedDecoder
 from cae2pipe.models.regressor import Regressor
 
@@ -22,20 +22,20 @@ class CAE(Method):
 
     Source: Chen et al., 2023, with CLIP's latents in place of DALL-E's tokens; Figure 5 (b) and Table 1, row 1, of the
     paper. Its masked loss is ``loss.masked`` with ``loss.visible`` 0; the mean squared alignment of masked tokens is
-    added with weight 2. Simplified: the decoder is as deep as the regressor, and what the encoder makes of masked
-    patches comes from its present weights, without gradient. Visible tokens are reported as the head sees them.
+    added with weight 2. Simplified: the decoder is as deep as the regressor, and the encoder's latents of masked
+    patches come from its current weights, without gradient. Visible tokens are reported as the head sees them.
     """
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
-        if not settings.regressor_depth:
+        if not settings.predictor_depth:
             raise SettingsError(
-                "method cae needs a regressor", where="model.regressor_depth", fix="--set model.regressor_depth=4"
+                "method cae needs a regressor", where="model.predictor_depth", fix="--set model.predictor_depth=4"
             )
-        width = settings.regressor_width
+        width = settings.predictor_width
         self.bridge = bridge(settings.width, width)
-        self.regressor = regressor_stack(Regressor, settings)
-        self.decoder = regressor_stack(MaskedDecoder, settings)
+        self.regressor = predictor_stack(Regressor, settings)
+        self.decoder = predictor_stack(MaskedDecoder, settings)
         self.head = latent_head(settings, width, target_dim)
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:

@@ -6,19 +6,19 @@ from torch import Tensor
 
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.methods.method import Method, bridge, latent_head, regressor_stack
+from cae2pipe.methods.method import Method, bridge, latent_head, predictor_stack
 from cae2pipe.models.regressor import Regressor
 
 
 class CAEv2(Method):
-    """The student in training: its regressor is ``settings.regressor_*``."""
+    """The student in training: its regressor is ``settings.predictor_*``."""
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
-        width = settings.regressor_width
-        # Between encoder and both regressor and head, where their widths differ (Tiny).
+        width = settings.predictor_width
+        # From the encoder to regressor and head, if their widths differ (Tiny).
         self.bridge = bridge(settings.width, width)
-        self.regressor = regressor_stack(Regressor, settings) if settings.regressor_depth else None
+        self.regressor = predictor_stack(Regressor, settings) if settings.predictor_depth else None
         self.head = latent_head(settings, width, target_dim)
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:

@@ -14,9 +14,9 @@ class FeatureDistillation(Method):
     """The encoder sees all patches; nothing is masked.
 
     Source: FD (Wei et al., 2022): smooth-L1 on layer-normalised targets
-    (``loss: {kind: smooth_l1, target: layer_norm, reduction: one_mean}``). The mask drawn by the loader only says which
-    of the tokens are reported as masked. Simplified: fixed sin-cos positions in place of shared relative ones, and
-    smooth-L1 that turns linear at 1.
+    (``loss: {kind: smooth_l1, target: layer_norm, reduction: one_mean}``). The loader's mask only determines which
+    tokens are reported as masked. Simplified: fixed sin-cos positions instead of shared relative ones, and smooth-L1
+    with its transition at 1.
     """
 
     masks = False

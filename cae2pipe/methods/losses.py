@@ -1,4 +1,4 @@
-"""Latent alignment: how far the student's tokens are from the teacher's (paper, equations 1 and 2)."""
+"""Latent alignment: the distance of the student's tokens from the teacher's (paper, equations 1 and 2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cae2pipe.models.layers import gather_tokens
 class Prediction:
     """Predicted latents: class_token (B, 1, D), visible (B, V, D), masked (B, M, D) or None without a regressor.
 
-    ``extra`` (B, n): a loss of the method's own for each of some tokens, whose mean is added as it is.
+    ``extra`` (B, n): an additional loss of the method per token, whose mean is added unweighted.
     """
 
     class_token: Tensor
@@ -48,11 +48,10 @@ def token_distance(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, weights: Tensor, real: Tensor | None = None) -> Tensor:
-    """Mean of values (B, L) over the samples that count, weights (B,). Padding's values are left out, even NaN.
-
-    Its gradient is zero where its values are finite, as they are for the zeros that the loader pads with.
-    ``real``: how many samples count in the whole batch, where these are a part of it: the parts' means add up to the
-    batch's. Default: those here.
+    """Mean of values (B, L) over the samples that count, weights (B,). Values of padding are ignored, even NaN. Their
+    gradient is zero if they are finite, as they are for the zeros that the loader pads with.
+    ``real``: the number of samples that count in the whole batch, if these are a part of it: the sum over parts is then
+    the batch's mean. Default: the number in ``weights``.
     """
     kept = values.masked_fill((weights == 0).unsqueeze(1), 0)
     return (kept.mean(dim=1) * weights).sum() / (weights.sum() if real is None else real).clamp_min(1)
@@ -63,6 +62,7 @@ def alignment_loss(
     target: Tensor,
     visible: Tensor,
     masked: Tensor,
+    *,
     settings: LossSettings,
     weights: Tensor,
     has_class_token: bool,
@@ -75,9 +75,8 @@ def alignment_loss(
         target: (B, 1 + P, D) with the class token first, or (B, P, D) where the teacher has none.
         visible, masked: (B, V) and (B, M) patch indices.
         settings: distance, reduction and weights. ``two_means`` is the paper's sum of two means; ``one_mean`` the
-            released code's mean over all tokens. The class token counts among the visible.
-        weights: (B,), 0 for padding.
-        has_class_token: whether the target's first token is one.
+        released code's mean over all tokens. The class token counts as visible. weights: (B,), 0 for padding.
+        has_class_token: whether the target's first token is a class token.
         real: as in ``weighted_mean``.
     """
     if settings.target == "layer_norm":
@@ -107,12 +106,14 @@ def centred_cosine(
     target: Tensor,
     visible: Tensor,
     masked: Tensor,
+    *,
     mean: Tensor,
     weights: Tensor,
     has_class_token: bool,
     real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cosine of predicted and true unit patch tokens about the set's mean unit token (D,): visible, masked.
+    """Mean cosine of predicted and true unit patch tokens after subtracting the set's mean unit token (D,): visible,
+    masked.
 
     Predicting the mean everywhere scores about 0.5 raw and 0 here.
     """

@@ -1,4 +1,4 @@
-"""MAE's graph: a decoder over visible latents and mask tokens predicts the teacher's latents, or pixels."""
+"""MAE: a decoder over visible latents and mask tokens predicts the teacher's latents, or pixels."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from torch import Tensor
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.methods.method import Method, bridge, latent_head, regressor_stack
+from cae2pipe.methods.method import Method, bridge, latent_head, predictor_stack
 from cae2pipe.models.decoder import Decoder, PromptingDecoder
 
 
 class MAE(Method):
     """A decoder with self-attention over visible latents and mask tokens, all of which it updates.
 
-    Source: He et al., 2022; Figure 5 (d) of the paper. Decoder depth, width and heads are ``regressor_*``. Targets are
+    Source: He et al., 2022; Figure 5 (d) of the paper. Decoder depth, width and heads are ``predictor_*``. Targets are
     CLIP's latents, or with ``loss: {target: pixels, kind: mse}`` the patches' own normalised pixels, as published,
-    without a teacher. Masked tokens alone with ``loss.visible`` 0, as MAE has it; the decoder's visible tokens too with
-    1. Simplified: with LayerScale and without k's bias, as all encoders here; the class token has no loss on pixels.
+    without a teacher. With ``loss.visible`` 0, as in MAE, only masked tokens have a loss; with 1 also the decoder's
+    visible tokens. Simplified: with LayerScale and without a bias of k, as all encoders here; with pixels the class
+    token has no loss.
     """
 
     decoder_class: type[Decoder | PromptingDecoder] = Decoder
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
-        if not settings.regressor_depth:
+        if not settings.predictor_depth:
             raise SettingsError(
-                "a decoder of 0 blocks predicts nothing",
-                where="model.regressor_depth",
-                fix="--set model.regressor_depth=1",
+                "method mae needs a decoder of at least one block",
+                where="model.predictor_depth",
+                fix="--set model.predictor_depth=1",
             )
-        self.bridge = bridge(settings.width, settings.regressor_width)
-        self.decoder = regressor_stack(self.decoder_class, settings)
-        self.head = latent_head(settings, settings.regressor_width, target_dim)
+        self.bridge = bridge(settings.width, settings.predictor_width)
+        self.decoder = predictor_stack(self.decoder_class, settings)
+        self.head = latent_head(settings, settings.predictor_width, target_dim)
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         first, second = self.split_drop(drop)

@@ -1,4 +1,4 @@
-"""What every pretraining method is: an encoder, and what predicts the teacher's latents from it."""
+"""Base class of pretraining methods: an encoder, and the modules that predict the teacher's latents from it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class Method(nn.Module, ABC):
-    """A student in training. ``encoder`` is what is exported; the rest is left behind.
+    """A student in training. Only ``encoder`` is exported.
 
-    Its losses are those of ``methods.losses``, which the run's settings choose and weigh. Its stacks of
-    blocks are attributes of its own: each has its columns of ``drop``, in the order in which they were set, the
-    encoder's first.
+    Its losses are those of ``methods.losses``, selected and weighted by the run's settings. Its stacks of blocks are
+    attributes of the method: each has its columns of ``drop``, in the order in which they were set, the encoder's
+    first.
 
     Args:
-        settings: its shape.
+        settings: shape of the student.
 
     ``masks``: masked patches are hidden from it.
     """
@@ -41,7 +41,7 @@ class Method(nn.Module, ABC):
         return sum(self._drop_columns())
 
     def split_drop(self, drop: Tensor | None) -> Sequence[Tensor | None]:
-        """Each stack's columns of ``drop``, as ``forward`` takes it. An encoder alone takes all of them."""
+        """Each stack's columns of ``drop``, which is as in ``forward``. Without other stacks the encoder takes all."""
         columns = self._drop_columns()
         return [None] * len(columns) if drop is None else drop.split(columns, dim=1)
 
@@ -49,7 +49,7 @@ class Method(nn.Module, ABC):
         return [child.drop_columns for child in self.children() if isinstance(child, Stack)]
 
     def recompute(self, on: bool) -> None:
-        """Whether activations inside blocks are computed again in the backward pass rather than kept."""
+        """Set whether activations inside blocks are recomputed in the backward pass instead of kept."""
         for module in self.modules():
             if hasattr(module, "checkpointing"):
                 module.checkpointing = on  # type: ignore[assignment]
@@ -65,20 +65,20 @@ class Method(nn.Module, ABC):
         """
 
 
-def regressor_stack(kind: Callable[..., T], settings: ModelSettings) -> T:
-    """A regressor or decoder of the shape that ``regressor_*`` describe, freshly initialised."""
+def predictor_stack(kind: Callable[..., T], settings: ModelSettings) -> T:
+    """A regressor or decoder of the shape that ``predictor_*`` describe, freshly initialised."""
     return kind(
-        width=settings.regressor_width,
-        depth=settings.regressor_depth,
-        heads=settings.regressor_heads,
+        width=settings.predictor_width,
+        depth=settings.predictor_depth,
+        heads=settings.predictor_heads,
         grid=settings.grid,
-        layer_scale=settings.regressor_layer_scale,
+        layer_scale=settings.predictor_layer_scale,
         drop=settings.drop_path,
     )
 
 
 def latent_head(settings: ModelSettings, width: int, target_dim: int) -> nn.Sequential:
-    """From tokens to latents: paper a Linear and a LayerNorm, released code the other way round."""
+    """From tokens to latents: in the paper Linear, then LayerNorm; in the released code the reverse."""
     linear = nn.Linear(width, target_dim)
     if settings.head == "fc-ln":
         head = nn.Sequential(linear, nn.LayerNorm(target_dim, eps=EPS))
@@ -89,7 +89,7 @@ def latent_head(settings: ModelSettings, width: int, target_dim: int) -> nn.Sequ
 
 
 def bridge(width: int, other: int) -> nn.Module:
-    """Between tokens of two widths, where they differ."""
+    """Linear and LayerNorm between tokens of different widths; the identity if they are equal."""
     if width == other:
         return nn.Identity()
     between = nn.Sequential(nn.Linear(width, other), nn.LayerNorm(other, eps=EPS))

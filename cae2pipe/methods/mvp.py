@@ -1,4 +1,4 @@
-"""BEiT's graph with a teacher's latents as targets: MVP and MaskDistill."""
+"""BEiT's architecture with a teacher's latents as targets: MVP and MaskDistill."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from cae2pipe.models.truncated_normal import truncated_normal
 
 
 class MVP(Method):
-    """Mask tokens take the masked patches' places inside the encoder (BEiT), whose output is aligned with CLIP's.
+    """Mask tokens replace masked patches inside the encoder (BEiT), whose output is aligned with CLIP's.
 
-    Source: MVP (Wei et al., 2022), Figure 5 (c) of the paper; MaskDistill (Peng et al., 2022) is the same graph with a
-    smooth-L1 loss on layer-normalised targets (``loss: {kind: smooth_l1, target: layer_norm}``). Masked tokens alone
-    with ``loss.visible`` 0, as published; all tokens with 1. Simplified: fixed sin-cos positions, no relative bias.
+    Source: MVP (Wei et al., 2022), Figure 5 (c) of the paper; MaskDistill (Peng et al., 2022) is the same architecture
+    with a smooth-L1 loss on layer-normalised targets (``loss: {kind: smooth_l1, target: layer_norm}``). With
+    ``loss.visible`` 0, as published, only masked tokens have a loss; with 1 all tokens. Simplified: fixed sin-cos
+    positions, no relative bias.
     """
 
     def __init__(self, settings: ModelSettings, target_dim: int):

@@ -1,4 +1,4 @@
-"""Methods by name. A method of one's own takes a file with its class and a line: ``register("name", Class)``."""
+"""Methods by name. To add one, write a file with its class and the line ``register("name", Class)``."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ METHODS: dict[str, Builder] = {
 
 
 def register(name: str, builder: Builder) -> None:
-    """Make a method known by a name."""
+    """Register a method under a name."""
     METHODS[name] = builder
 
 
 def check_method(name: str) -> None:
-    """Raise SettingsError for a name that is not known."""
+    """Raise SettingsError for an unknown name."""
     if name not in METHODS:
         nearest = difflib.get_close_matches(name, METHODS, n=1)
         raise SettingsError(
-            f"there is no method {name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
+            f"unknown method {name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
             where="method",
             fix=f"use one of {', '.join(METHODS)}",
         )

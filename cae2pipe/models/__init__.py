@@ -1,1 +1,1 @@
-"""The student: layers, encoder, regressor, masks, export."""
+"""The student: layers, encoder, regressor, decoders, masks, export."""

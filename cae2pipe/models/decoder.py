@@ -1,5 +1,5 @@
-"""Decoders: self-attention over visible latents and mask tokens (MAE) or over masked latents alone (CAE), and attention
-of mask tokens to visible latents that stay as they are (MILAN)."""
+"""Decoders: self-attention over visible latents and mask tokens (MAE) or over masked latents only (CAE), and attention
+of mask tokens to visible latents that are not updated (MILAN)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MaskedDecoder(Stack):
 
 
 class Decoder(MaskedDecoder):
-    """The same over class token, visible latents and a mask token in each masked place (MAE)."""
+    """The same over class token, visible latents and a mask token for each masked patch (MAE)."""
 
     def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
         super().__init__(width=width, depth=depth, heads=heads, grid=grid, layer_scale=layer_scale, drop=drop)
@@ -66,8 +66,8 @@ class Decoder(MaskedDecoder):
 
 
 class PromptingBlock(nn.Module):
-    """A pre-norm block whose queries are the mask tokens alone; keys and values are all tokens. Drop path's factors are
-    given: (B, 2) or None."""
+    """A pre-norm block whose queries are only the mask tokens; keys and values are all tokens. The caller gives the
+    factors of drop path: (B, 2) or None."""
 
     def __init__(self, width: int, heads: int, layer_scale: float):
         super().__init__()
@@ -86,7 +86,7 @@ class PromptingBlock(nn.Module):
 
 
 class PromptingDecoder(Stack):
-    """Mask tokens are updated block by block; class token and visible latents prompt them, and are never updated
+    """Mask tokens are updated block by block. Class token and visible latents prompt them and are never updated
     (MILAN)."""
 
     def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
@@ -100,7 +100,7 @@ class PromptingDecoder(Stack):
         truncated_normal(self.mask_token)
 
     def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Latents of all tokens, (B, 1 + V + M, W): class token, visible, masked. Arguments as ``Decoder`` has them."""
+        """Latents of all tokens, (B, 1 + V + M, W): class token, visible, masked. Arguments as in ``Decoder``."""
         seen = tokens[:, 1:] + self.pos_embed[visible]
         prompts = torch.cat([tokens[:, :1].to(seen.dtype), seen], dim=1)
         x = (self.mask_token.to(tokens.dtype) + self.pos_embed[masked]).to(seen.dtype)

@@ -1,23 +1,34 @@
-"""What an exported encoder's ``config.json`` may say: checked before a model is built from it."""
+"""Allowed content of an exported encoder's ``config.json``: checked before a model is built from it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.errors import SourceError
 
-FIX = "give a folder as `cae2pipe pretrain` or `cae2pipe export` writes it"
+FIX = "use a folder written by `cae2pipe pretrain` or `cae2pipe export`"
 
 Mean = Annotated[float, Field(ge=-10, le=10)]
 Deviation = Annotated[float, Field(gt=0, le=10)]
 
 
+class TimmConfig(TypedDict):
+    """A ``config.json`` in timm's format. Other fields of timm are allowed."""
+
+    architecture: str
+    num_classes: NotRequired[int]
+    num_features: NotRequired[int]
+    global_pool: NotRequired[str]
+    model_args: NotRequired[dict[str, Any]]
+    pretrained_cfg: dict[str, JsonValue]
+
+
 class ModelArguments(BaseModel):
-    """Arguments of timm's vision transformer. Others of its arguments may be there, numbers of moderate size."""
+    """Arguments of timm's vision transformer. Its other arguments are allowed if their numbers are of moderate size."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -36,7 +47,7 @@ class ModelArguments(BaseModel):
                 or (isinstance(value, int | float) and abs(value) <= 1024)
             )
             if not plain:
-                raise ValueError(f"{name} is no text and no number of at most 1024")
+                raise ValueError(f"{name} is neither text nor a number of at most 1024")
         return self
 
 
@@ -60,33 +71,32 @@ class Description(BaseModel):
     model_args: ModelArguments = ModelArguments()
 
 
-def read_description(path: Path, weights: int) -> dict[str, Any]:
+def read_description(path: Path, weights: int) -> TimmConfig:
     """The values of a ``config.json``.
 
     Args:
         path: the file. weights: bytes of the weights file that it describes.
 
     Raises:
-        SourceError: it is not one; the field is named. Or the model would have more weights than the file can hold.
+        SourceError: the content is invalid (the message names the field), or the model would have more weights than the
+        file can hold.
     """
-    config = read_json(path, fix=FIX, error=SourceError, limit=2**20)
+    config: TimmConfig = read_json(path, fix=FIX, error=SourceError, limit=2**20)
     try:
-        found = Description.model_validate(config)
+        shape = Description.model_validate(config).model_args
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
+        field = ".".join(map(str, first["loc"])) or "the file"
         raise SourceError(
-            f"this does not describe a model of timm: {place}: {first['msg']}", where=path, fix=FIX
+            f"this does not describe a timm model: {field}: {first['msg']}", where=path, fix=FIX
         ) from None
-    shape = found.model_args
     if "model_args" in config:
-        # A block has four square layers at least; each weight takes a byte at least.
+        # A block has at least four square layers, and a weight takes at least one byte.
         least = shape.embed_dim * (4 * shape.depth * shape.embed_dim + (shape.img_size // shape.patch_size) ** 2)
         if least > weights:
             raise SourceError(
-                f"this describes a model of over {least} weights, and the file of them has {weights} bytes",
+                f"this describes a model of over {least} weights, but the weights file has {weights} bytes",
                 where=path,
                 fix=FIX,
             )
-    values: dict[str, Any] = config
-    return values
+    return config

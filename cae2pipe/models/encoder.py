@@ -1,4 +1,4 @@
-"""The student's encoder: a ViT that sees visible patches alone (paper, section 2.2)."""
+"""The student's encoder: a ViT on the visible patches only (paper, section 2.2)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def build_encoder(settings: ModelSettings) -> Encoder:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with LayerScale and drop path, whose factors are given: (B, 2) or None."""
+    """Pre-norm attention and MLP, each with LayerScale and drop path, whose factors the caller gives: (B, 2) or
+    None."""
 
     def __init__(self, width: int, heads: int, layer_scale: float):
         super().__init__()
@@ -52,10 +53,10 @@ class Block(nn.Module):
 
 
 class Encoder(Stack):
-    """A ViT with fixed sin-cos positions and a class token, whose own position is zero.
+    """A ViT with fixed sin-cos positions and a class token, whose position is zero.
 
     Args:
-        width, depth, heads: of the blocks.
+        width, depth, heads: shape of the blocks.
         image_size, patch_size: in pixels.
         layer_scale: initial LayerScale.
         drop: largest drop path rate.
@@ -93,7 +94,7 @@ class Encoder(Stack):
 
         Args:
             pixels: (B, 3, H, W), normalised.
-            visible: (B, V) int64, the patches to see; None: all.
+            visible: (B, V) int64, the visible patches; None: all.
             drop: (B, drop_columns) uniforms in [0, 1); None: no drop path.
 
         Returns:
@@ -105,13 +106,13 @@ class Encoder(Stack):
         return self.attend(x, drop)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Patches of pixels (B, 3, H, W), without positions, (B, P, W)."""
+        """Patch embeddings (B, P, W) of pixels (B, 3, H, W), without positions."""
         patches: Tensor = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         return patches
 
     def attend(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
-        """All blocks and the final norm over patches (B, L, W) with their positions, and a class token before them,
-        (B, 1 + L, W). ``drop`` as in ``forward``."""
+        """Prepends the class token to patches with positions (B, L, W), and applies all blocks and the final norm: (B,
+        1 + L, W). ``drop`` as in ``forward``."""
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         tokens: Tensor = self.norm(self.run(x, drop))
         return tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +11,13 @@ from torch import Tensor
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.images.normalise import Normalise
+from cae2pipe.models.description import TimmConfig
 from cae2pipe.models.encoder import Block, Encoder
-from cae2pipe.models.formats import Shape, to_timm
+from cae2pipe.models.formats import Shape, config_of
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-"""The student's normalisation, of pixels in [0, 1]: ImageNet's (released code)."""
+"""The student's normalisation of pixels in [0, 1]: ImageNet's (released code)."""
 
 WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
 
@@ -28,7 +28,7 @@ def student_normalise(device: torch.device | None = None) -> Normalise:
 
 
 def export_encoder(encoder: Encoder, folder: Path) -> None:
-    """Write the encoder so that ``timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)`` is it."""
+    """Write the encoder for ``timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)``."""
     write_safetensors(folder / WEIGHTS, timm_state(encoder), {"format": "pt"})
     text = json.dumps(timm_config(encoder), indent=1)
     write_bytes(folder / CONFIG, text.encode() + b"\n")
@@ -36,10 +36,7 @@ def export_encoder(encoder: Encoder, folder: Path) -> None:
 
 @torch.no_grad()
 def timm_state(encoder: Encoder) -> dict[str, Tensor]:
-    """Weights under timm's names, float32 on the CPU.
-
-    q's and v's biases become one bias with zeros for k.
-    """
+    """Weights under timm's names, float32 on the CPU. The biases of q and v become one bias with zeros for k."""
     assert encoder.patch_embed.bias is not None
     state: dict[str, Tensor] = {
         "cls_token": encoder.cls_token,
@@ -71,17 +68,17 @@ def timm_state(encoder: Encoder) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
 
 
-def timm_config(encoder: Encoder) -> dict[str, Any]:
+def timm_config(encoder: Encoder) -> TimmConfig:
     """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
-    shape = Shape(
-        image_size=encoder.image_size,
-        patch_size=encoder.patch_size,
-        width=encoder.width,
-        depth=len(encoder.blocks),
-        heads=encoder.heads,
-        mean=PIXEL_MEAN,
-        std=PIXEL_STD,
-        layer_scale=True,
+    return config_of(
+        Shape(
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            width=encoder.width,
+            depth=len(encoder.blocks),
+            heads=encoder.heads,
+            mean=PIXEL_MEAN,
+            std=PIXEL_STD,
+            layer_scale=True,
+        )
     )
-    config: dict[str, Any] = to_timm({}, shape).files[CONFIG]
-    return config

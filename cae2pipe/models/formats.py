@@ -1,8 +1,6 @@
-"""An encoder in the layouts of other libraries: the names of its weights there, and the files that describe it.
-
-What comes in is a state of timm's plain vision transformer, with LayerScale or without. timm keeps LayerScale, the
-other two have it folded into the layers before it. All three layouts compute the same function;
-tests/models/test_formats.py holds them to it.
+"""An encoder in the layouts of other libraries: the names of its weights there, and the files that describe it. The
+input is a state of timm's plain vision transformer, with or without LayerScale. timm keeps LayerScale; for the other
+two it is folded into the preceding layers. All three layouts compute the same function (tests/models/test_formats.py).
 """
 
 from __future__ import annotations
@@ -15,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cae2pipe.models.description import TimmConfig
 from cae2pipe.models.layers import EPS
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What describes an encoder: pixels, blocks, and how its input is normalised. ``layer_scale``: whether its
-    blocks have LayerScale."""
+    """Shape of an encoder: pixels, blocks, and the normalisation of its input. ``layer_scale``: whether its blocks have
+    LayerScale."""
 
     image_size: int
     patch_size: int
@@ -43,8 +42,9 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """``weights``: the file's name; ``metadata`` goes into it; ``files``: JSON beside it; ``usage``: Python lines."""
+class ExportLayout:
+    """``weights``: the file's name; ``metadata``: stored in it; ``files``: JSON files with it; ``usage``: Python
+    lines."""
 
     weights: str
     state: dict[str, Tensor]
@@ -54,9 +54,9 @@ class Layout:
     usage: str
 
 
-def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
-    """As timm reads folders and repositories of its hub."""
-    config = {
+def config_of(shape: Shape) -> TimmConfig:
+    """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
+    return {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,
         "num_features": shape.width,
@@ -67,7 +67,7 @@ def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
             "embed_dim": shape.width,
             "depth": shape.depth,
             "num_heads": shape.heads,
-            # Says that LayerScale is there; its values are in the weights.
+            # Only enables LayerScale; its values are in the weights.
             **({"init_values": 1e-5} if shape.layer_scale else {}),
         },
         "pretrained_cfg": {
@@ -83,15 +83,21 @@ def to_timm(state: Mapping[str, Tensor], shape: Shape) -> Layout:
             "classifier": "head",
         },
     }
+
+
+def to_timm(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
+    """The layout of timm's local folders and hub repositories."""
     usage = (
         'import timm\n\nencoder = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)\n'
         "tokens = encoder.forward_features(images)  # the class token, then the patches, after the final norm"
     )
-    return Layout("model.safetensors", dict(state), {"format": "pt"}, {"config.json": config}, "timm", usage)
+    return ExportLayout(
+        "model.safetensors", dict(state), {"format": "pt"}, {"config.json": config_of(shape)}, "timm", usage
+    )
 
 
 def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same function without LayerScale: each gamma is multiplied into the layer before it."""
+    """The same function without LayerScale: each gamma is multiplied into the preceding layer."""
     result = {name: tensor for name, tensor in state.items() if not name.endswith(".gamma")}
     for name in state.keys() - result.keys():
         block, branch, _ = name.rsplit(".", 2)
@@ -101,10 +107,10 @@ def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> Layout:
-    """As open_clip's native vision tower, for a model whose text tower is yet to be trained.
+def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
+    """The layout of open_clip's native vision tower, for a model whose text tower is not trained yet.
 
-    Its patch embedding has no bias: that goes into the patches' positions. Its projection is the identity.
+    Its patch embedding has no bias, so the bias is added to the patches' positions. Its projection is the identity.
     """
     state = folded(state)
     own: dict[str, Tensor] = {
@@ -148,15 +154,15 @@ def to_open_clip(state: Mapping[str, Tensor], shape: Shape) -> Layout:
     usage = (
         "import open_clip\n\nmodel, _, preprocess = open_clip.create_model_and_transforms(\n"
         '    "local-dir:FOLDER", load_weights=False, pretrained_image_path="FOLDER/visual.safetensors"\n)\n'
-        "features = model.visual(images)  # the class token; the text tower is yet to be trained"
+        "features = model.visual(images)  # the class token; the text tower is not trained"
     )
-    # With these the file alone is enough for a teacher preset of kind open_clip.
+    # With this metadata the file alone is enough for a teacher preset of kind open_clip.
     metadata = {"vision_cfg": json.dumps(vision), "embed_dim": str(shape.width), "quick_gelu": "false"}
-    return Layout("visual.safetensors", own, metadata, {"open_clip_config.json": config}, "open_clip", usage)
+    return ExportLayout("visual.safetensors", own, metadata, {"open_clip_config.json": config}, "open_clip", usage)
 
 
-def to_hf(state: Mapping[str, Tensor], shape: Shape) -> Layout:
-    """As ``ViTModel`` of transformers."""
+def to_hf(state: Mapping[str, Tensor], shape: Shape) -> ExportLayout:
+    """The layout of ``ViTModel`` in transformers."""
     state = folded(state)
     own = {
         "embeddings.cls_token": state["cls_token"],
@@ -216,24 +222,24 @@ def to_hf(state: Mapping[str, Tensor], shape: Shape) -> Layout:
         'tokens = encoder(**prepare(image, return_tensors="pt")).last_hidden_state  # the class token, then the patches'
     )
     files = {"config.json": config, "preprocessor_config.json": preparation}
-    return Layout("model.safetensors", own, {"format": "pt"}, files, "transformers", usage)
+    return ExportLayout("model.safetensors", own, {"format": "pt"}, files, "transformers", usage)
 
 
 def _blocks(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The blocks' tensors whose names begin as told, under the other names: ``0.ln_1.weight``."""
-    found = {}
+    """The blocks' tensors whose names start with one of ``names``, renamed: ``0.ln_1.weight``."""
+    renamed = {}
     for name, tensor in state.items():
         if name.startswith("blocks."):
             number, rest = name.removeprefix("blocks.").split(".", 1)
             for theirs, ours in names.items():
                 if rest.startswith(theirs):
-                    found[f"{number}.{ours}{rest.removeprefix(theirs)}"] = tensor
-    return found
+                    renamed[f"{number}.{ours}{rest.removeprefix(theirs)}"] = tensor
+    return renamed
 
 
-FORMATS: dict[str, Callable[[Mapping[str, Tensor], Shape], Layout]] = {
+FORMATS: dict[str, Callable[[Mapping[str, Tensor], Shape], ExportLayout]] = {
     "timm": to_timm,
     "open_clip": to_open_clip,
     "hf": to_hf,
 }
-"""Layouts by the name of ``--format``."""
+"""Layouts by name, as given with ``--format``."""

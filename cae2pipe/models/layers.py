@@ -1,4 +1,4 @@
-"""What encoder and regressor share: attention, MLP, LayerScale, drop path, initialisation."""
+"""Layers shared by encoder, regressor and decoders: attention, MLP, LayerScale, drop path, initialisation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ EPS = 1e-6
 """Epsilon of every LayerNorm (released code)."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     """Multi-head attention of q (B, Q, C) over k and v (B, K, C), to (B, Q, C). C is a multiple of ``heads``."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Tokens (B, P, D) at indices (B, L), those of one row all different, to (B, L, D).
+    """Tokens (B, P, D) at indices (B, L), which are unique within each row, to (B, L, D).
 
-    Rows of one long list are selected, not elements gathered: on a CPU 3 times as fast, backward pass included
-    (64 x 196 tokens of 384, half of them selected, two x86-64 cores); on CUDA the deterministic backward pass then
-    sorts B x L indices instead of B x L x D.
+    Selects rows of the flattened (B * P, D) tensor instead of gathering elements. On a CPU this is 3 times as fast
+    including the backward pass (64 x 196 tokens of 384, half of them selected, two x86-64 cores). On CUDA the
+    deterministic backward pass sorts B x L indices instead of B x L x D.
     """
     rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * tokens.shape[1]
     chosen: Tensor = tokens.flatten(0, 1).index_select(0, (indices + rows).flatten()).unflatten(0, indices.shape)
@@ -32,28 +32,28 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def drop_path(x: Tensor, factor: Tensor | None) -> Tensor:
-    """A residual branch (B, L, C) times each sample's factor (B,), as ``drop_factors`` gives it; None: as it is."""
+    """A residual branch (B, L, C) times each sample's factor (B,) from ``drop_factors``; None: unchanged."""
     return x if factor is None else x * factor.to(x.dtype).view(-1, 1, 1)
 
 
 def drop_factors(uniforms: Tensor, rates: Tensor) -> Tensor:
-    """What each residual branch is multiplied with, (B, n): 0 where a uniform (B, n) is below its rate (n,), else
-    1 / (1 - rate).
+    """Factors of the residual branches, (B, n): 0 where a uniform (B, n) is below its rate (n,), otherwise 1 / (1 -
+    rate).
 
-    The uniforms are given, not drawn here: they hang on the step and the stream, so that a batch split over any number
-    of devices drops the same branches.
+    The caller gives the uniforms. They depend on the step and the stream, so a batch split over any number of devices
+    drops the same branches.
     """
     return (uniforms >= rates) / (1 - rates)
 
 
 def drop_rates(largest: float, depth: int) -> Tensor:
-    """Rates of the two branches of each of ``depth`` blocks (2 depth,), linear from 0 to ``largest``."""
+    """Rates of both branches of each of ``depth`` blocks (2 depth,), linear from 0 to ``largest``."""
     rates = [largest * number / max(1, depth - 1) for number in range(depth)]
     return torch.tensor(rates).repeat_interleave(2)
 
 
 def run_block(block: nn.Module, again: bool, *inputs: Tensor | None) -> Tensor:
-    """A block's output; ``again``: keep only its inputs, and compute the rest a second time in the backward pass."""
+    """A block's output; ``again``: keep only its inputs, and recompute the rest in the backward pass."""
     if not again:
         output: Tensor = block(*inputs)
         return output
@@ -63,10 +63,9 @@ def run_block(block: nn.Module, again: bool, *inputs: Tensor | None) -> Tensor:
 
 
 class Stack(nn.Module):
-    """A module with blocks that run one after the other, each with two residual branches, whose drop path rates rise
-    linearly.
+    """A module with a sequence of blocks, each with two residual branches, whose drop path rates rise linearly.
 
-    ``checkpointing``: in training, activations inside blocks are computed again in the backward pass, not kept.
+    ``checkpointing``: in training, activations inside blocks are recomputed in the backward pass, not kept.
     """
 
     blocks: nn.ModuleList
@@ -74,7 +73,7 @@ class Stack(nn.Module):
     checkpointing = False
 
     def stack(self, blocks: Iterable[nn.Module], drop: float) -> None:
-        """Take the blocks on; ``drop`` is the last one's rate."""
+        """Register the blocks; ``drop`` is the rate of the last one."""
         self.blocks = nn.ModuleList(blocks)
         self.register_buffer("drop_rates", drop_rates(drop, len(self.blocks)), persistent=False)
 
@@ -84,8 +83,8 @@ class Stack(nn.Module):
         return 2 * len(self.blocks)
 
     def run(self, x: Tensor, drop: Tensor | None, *context: Tensor) -> Tensor:
-        """All blocks over a stream (B, L, W). ``drop``: (B, drop_columns) uniforms, None or in eval mode: no drop path;
-        ``context``: what every block is given besides."""
+        """All blocks applied to a residual stream (B, L, W). ``drop``: (B, drop_columns) uniforms; with None or in eval
+        mode no drop path. ``context``: further inputs of every block."""
         factors = None if drop is None or not self.training else drop_factors(drop, self.drop_rates)
         for number, block in enumerate(self.blocks):
             own = None if factors is None else factors[:, 2 * number : 2 * number + 2]
@@ -94,7 +93,7 @@ class Stack(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Linears Xavier-uniform with zero bias (released code). For ``Module.apply``."""
+    """Xavier-uniform weights and zero biases for Linears (released code). For ``Module.apply``."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -113,19 +112,19 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def qkv_bias(self) -> Tensor:
-        """The bias of the joint projection (3 W,): k has none, since it would cancel in the softmax."""
+        """The bias of the joint projection (3 W,): zero for k, whose bias would cancel in the softmax."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = F.linear(x, self.qkv.weight, self.qkv_bias()).chunk(3, dim=-1)
-        projected: Tensor = self.proj(attend(q, k, v, self.heads))
+        projected: Tensor = self.proj(attend(q, k, v, heads=self.heads))
         return projected
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention of q (B, Q, W) over k, v (B, K, W), with biases on q and v only.
 
-    A head has width // heads features: where that leaves a remainder, q, k and v are narrower than the stream.
+    A head has width // heads features: if that leaves a remainder, q, k and v are narrower than the stream.
     """
 
     def __init__(self, width: int, heads: int):
@@ -142,12 +141,12 @@ class CrossAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = F.linear(q, self.q.weight, self.q_bias)
         v = F.linear(v, self.v.weight, self.v_bias)
-        projected: Tensor = self.proj(attend(q, self.k(k), v, self.heads))
+        projected: Tensor = self.proj(attend(q, self.k(k), v, heads=self.heads))
         return projected
 
 
 class Mlp(nn.Module):
-    """Two layers with an exact GELU between, four times as wide inside."""
+    """Two layers with an exact GELU in between; the hidden layer is four times as wide."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -160,7 +159,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel."""
+    """A learned factor per channel."""
 
     def __init__(self, width: int, initial: float):
         super().__init__()

@@ -12,26 +12,26 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.runtime.keyed import keyed_permutation, keyed_uniforms
 
 SMALLEST_BLOCK = 16
-"""Patches of the smallest block drawn, as long as that many are still to be masked."""
+"""Minimum patches of a block, while at least that many are still to be masked."""
 SMALLEST_ASPECT = 0.3
-"""Blocks' height / width is log-uniform between this and its inverse."""
+"""The aspect ratio (height / width) of blocks is log-uniform between this and its inverse."""
 TRIES = 32
-"""Blocks tried from one lot of uniforms: six masks in seven take no second lot."""
+"""Blocks tried from one batch of uniforms: six masks of seven need no second batch."""
 LOTS = 20
-"""Lots after which single patches fill what is left: all but never reached at the paper's ratios."""
+"""Batches of uniforms after which single patches fill the rest: almost never reached at the paper's ratios."""
 
 
 def draw_mask(
     strategy: str, rows: int, cols: int, count: int, *key: str | int, attention: np.ndarray | None = None
 ) -> np.ndarray:
-    """A mask with exactly ``count`` patches masked, bool (rows, cols), drawn from ``key`` and ``attention`` alone.
+    """A mask with exactly ``count`` patches masked, bool (rows, cols), determined by ``key`` and ``attention`` only.
 
     Args:
         strategy: ``block``, ``random`` or ``attention``.
         rows, cols: the grid of patches.
         count: masked patches, below rows x cols.
         key: what the draw depends on, such as ("mask", seed, epoch, sample key).
-        attention: (rows x cols,), not negative: for ``attention``. None: equal everywhere.
+        attention: (rows x cols,), not negative, for strategy ``attention``. None: uniform.
 
     Raises:
         SettingsError: unknown strategy.
@@ -44,25 +44,25 @@ def draw_mask(
         even = np.ones(rows * cols) if attention is None else attention
         return attention_mask(rows, cols, count, even, *key)
     raise SettingsError(
-        f"there is no mask strategy {strategy!r}", where="mask.strategy", fix="use block, random or attention"
+        f"unknown mask strategy {strategy!r}", where="mask.strategy", fix="use block, random or attention"
     )
 
 
 def random_mask(rows: int, cols: int, count: int, *key: str | int) -> np.ndarray:
-    """Independent patches."""
+    """Patches masked independently."""
     mask = np.zeros(rows * cols, dtype=bool)
     mask[keyed_permutation(rows * cols, *key)[:count]] = True
     return mask.reshape(rows, cols)
 
 
 def attention_mask(rows: int, cols: int, count: int, attention: np.ndarray, *key: str | int) -> np.ndarray:
-    """Visible patches are drawn one after the other without replacement, each with a probability in proportion to its
-    attention among those left (MILAN's semantic aware sampling): what the teacher looks at tends to be seen.
+    """Draws visible patches one by one without replacement, with probabilities proportional to attention (MILAN's
+    semantic aware sampling): patches that the teacher attends to tend to be visible.
 
-    Stored attention is rounded to 255 steps: what came out as 0 counts as a quarter of one.
+    Stored attention is rounded to 255 steps; 0 counts as a quarter of a step.
     """
     weights = np.maximum(attention.astype(np.float64), 0.25 if attention.dtype == np.uint8 else 1e-12)
-    # The order in which exponential clocks of these rates ring is such a draw.
+    # Sorting exponential variables of these rates is such a draw.
     clocks = -np.log1p(-keyed_uniforms(rows * cols, *key)) / weights
     mask = np.zeros(rows * cols, dtype=bool)
     mask[np.argsort(clocks, kind="stable")[rows * cols - count :]] = True
@@ -70,7 +70,7 @@ def attention_mask(rows: int, cols: int, count: int, attention: np.ndarray, *key
 
 
 def block_mask(rows: int, cols: int, count: int, *key: str | int) -> np.ndarray:
-    """BEiT's random blocks (paper, section 2.3); single patches fill what ``place_blocks`` had to leave."""
+    """BEiT's random blocks (paper, section 2.3); single patches fill what ``place_blocks`` leaves."""
     bits = functools.reduce(operator.or_, place_blocks(rows, cols, count, *key), 0)
     data = np.frombuffer(bits.to_bytes(-(-rows * cols // 8), "little"), dtype=np.uint8)
     flat = np.unpackbits(data, count=rows * cols, bitorder="little").astype(bool)
@@ -81,32 +81,32 @@ def block_mask(rows: int, cols: int, count: int, *key: str | int) -> np.ndarray:
 
 
 def place_blocks(rows: int, cols: int, count: int, *key: str | int) -> list[int]:
-    """Blocks that together cover ``count`` patches, or fewer where none fits any more.
+    """Blocks that together cover ``count`` patches, or fewer if no further block fits.
 
-    A block's area is uniform between 16 and what remains, its aspect log-uniform; it is accepted if it is smaller than
-    the grid and adds between 1 and what remains. The released code tries ten times a block and then begins the same
-    block again: no try hangs on the one before, so that here they simply follow each other.
+    A block's area is uniform between 16 and the remaining count, its aspect ratio log-uniform. It is accepted if it is
+    smaller than the grid and adds between 1 and the remaining count. The released code tries ten times per block and
+    then starts the same block again; tries are independent, so here they simply follow each other.
 
     Returns:
-        Each block as the bits of one integer, row by row: quicker than slices of an array on so few patches.
+        Each block as the bits of one integer, row by row: faster than array slices for this few patches.
     """
     blocks: list[int] = []
     covered, remaining = 0, count
     columns = _columns(rows, cols)
     stretch = -math.log(SMALLEST_ASPECT)
     for lot in range(LOTS):
-        # Uniforms come in lots: one call to the generator costs as much as the whole search for a block.
+        # Uniforms are drawn in batches: one call to the generator costs as much as the whole search for a block.
         uniforms = keyed_uniforms(4 * TRIES, *key, lot).tolist()
-        for place in range(0, 4 * TRIES, 4):
+        for first in range(0, 4 * TRIES, 4):
             if not remaining:
                 return blocks
-            area = SMALLEST_BLOCK + uniforms[place] * (remaining - SMALLEST_BLOCK)
-            aspect = math.exp((2 * uniforms[place + 1] - 1) * stretch)
+            area = SMALLEST_BLOCK + uniforms[first] * (remaining - SMALLEST_BLOCK)
+            aspect = math.exp((2 * uniforms[first + 1] - 1) * stretch)
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < height < rows and 0 < width < cols):
                 continue
-            top = int(uniforms[place + 2] * (rows - height + 1))
-            left = int(uniforms[place + 3] * (cols - width + 1))
+            top = int(uniforms[first + 2] * (rows - height + 1))
+            left = int(uniforms[first + 3] * (cols - width + 1))
             block = ((1 << width) - 1) * columns[height] << (top * cols + left)
             added = (block & ~covered).bit_count()
             if 0 < added <= remaining:
@@ -118,7 +118,7 @@ def place_blocks(rows: int, cols: int, count: int, *key: str | int) -> list[int]
 
 @functools.lru_cache
 def _columns(rows: int, cols: int) -> tuple[int, ...]:
-    """For every height up to ``rows``: the leftmost patch of that many rows, as bits."""
+    """For every height up to ``rows``: the leftmost patches of that many rows, as bits."""
     return tuple(sum(1 << (cols * row) for row in range(height)) for height in range(rows + 1))
 
 

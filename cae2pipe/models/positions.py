@@ -11,7 +11,7 @@ TEMPERATURE = 10000.0
 def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
     """Positions of a grid of patches, row by row, (rows * cols, width) float32.
 
-    The channels are four quarters: sines and cosines of the row, sines and cosines of the column (released code).
+    The channels are four quarters: sines, then cosines of the row, then of the column (released code).
     """
     quarter = width // 4
     assert quarter * 4 == width, "the width must be a multiple of 4"

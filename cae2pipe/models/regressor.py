@@ -19,7 +19,8 @@ from cae2pipe.models.truncated_normal import truncated_normal
 
 
 class RegressorBlock(nn.Module):
-    """Mask tokens attend to visible latents and to each other. Drop path's factors are given: (B, 2) or None.
+    """Mask tokens attend to visible latents and to each other. The caller gives the factors of drop path: (B, 2) or
+    None.
 
     As in the released code, the norm before the MLP replaces the stream itself.
     """
@@ -49,7 +50,7 @@ class RegressorBlock(nn.Module):
 class Regressor(Stack):
     """Blocks of cross-attention whose keys and values are the visible latents, never updated, and the mask tokens.
 
-    The released code adds a final norm that it never uses; it is left out here.
+    The released code defines a final norm that it never uses; it is omitted here.
     """
 
     def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):

@@ -1,4 +1,4 @@
-"""Relative positions: a learnt bias on attention scores for each pair of tokens, by how the two lie to each other.
+"""Relative positions: a learnt bias on attention scores for each pair of tokens, by their relative position.
 
 As in BEiT and the released code.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @torch.library.custom_op("cae2pipe::relative_bias", mutates_args=())
 def relative_bias(table: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """The bias (H, N, N), contiguous, of a table (R, H) and the rows (N * N,) of it that the pairs of tokens take.
+    """The bias (H, N, N), contiguous, from a table (R, H) and the row of each pair of tokens (N * N,).
 
-    An operator of its own, and of three dimensions, so that a compiler leaves its strides alone: what inductor computes
-    it lays out as it likes, and what has four dimensions and a convolution downstream as channels-last. The attention
-    kernels on CUDA then refuse it in the backward pass ("last dimension must be contiguous"; torch 2.11).
+    A custom operator with a three-dimensional result, so that a compiler does not change its strides. Inductor chooses
+    the layout of what it computes itself, and uses channels-last for four dimensions followed by a convolution. The
+    attention kernels on CUDA then fail in the backward pass ("last dimension must be contiguous"; torch 2.11).
     """
     return table.t()[:, index].reshape(-1, tokens, tokens).contiguous()
 

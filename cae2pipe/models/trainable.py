@@ -1,6 +1,6 @@
-"""timm's vision transformer made ready to be trained on labels: what BEiT, CAE and their kin change about it.
+"""Prepares timm's vision transformer for training on labels: the changes made by BEiT, CAE and related methods.
 
-All of it happens in place and leaves the function of the network as it was, but for the classifier.
+All changes are in place and preserve the function of the network, except for the classifier.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cae2pipe.models.truncated_normal import truncated_normal
 
 
 def check_trainable(model: Any, where: object) -> None:
-    """Refuse what is not a plain vision transformer of timm. Raises SettingsError."""
+    """Refuse anything but a plain vision transformer of timm. Raises SettingsError."""
     from timm.models.vision_transformer import Block, VisionTransformer
 
     blocks = getattr(model, "blocks", ())
@@ -26,17 +26,18 @@ def check_trainable(model: Any, where: object) -> None:
     raise SettingsError(
         f"{type(model).__name__} cannot be fine-tuned: only timm's plain vision transformers can",
         where=where,
-        fix="give a run, an exported or released encoder, or timm:NAME of a vit_ or deit_ model; OpenAI's CLIP is "
+        fix="use a run, an exported or released encoder, or timm:NAME of a vit_ or deit_ model; OpenAI's CLIP is "
         "timm:vit_base_patch16_clip_quickgelu_224.openai",
     )
 
 
 def resize_input(model: Any, size: int) -> None:
-    """Take images of another size: positions are resampled. Raises SettingsError where the size is no whole patches."""
+    """Change the input size and resample positions. Raises SettingsError unless it is a multiple of the
+    patch size."""
     patch = model.patch_embed.patch_size[0]
     if size % patch:
         raise SettingsError(
-            f"image_size {size} is not a multiple of the encoder's patch, {patch}",
+            f"image_size {size} is not a multiple of the encoder's patch size, {patch}",
             where="image_size",
             fix=f"--set image_size={max(1, round(size / patch)) * patch}",
         )
@@ -46,7 +47,7 @@ def resize_input(model: Any, size: int) -> None:
 
 @torch.no_grad()
 def freeze_fixed_positions(model: Any) -> None:
-    """Leave sin-cos positions as they are; learned ones are trained on."""
+    """Freeze sin-cos positions; learned positions stay trainable."""
     rows, cols = model.patch_embed.grid_size
     own = model.pos_embed
     if own is None or own.shape[-1] % 4:
@@ -58,10 +59,10 @@ def freeze_fixed_positions(model: Any) -> None:
 
 @torch.no_grad()
 def unfold_layer_scale(model: Any, initial: float) -> None:
-    """Give each branch that has no LayerScale one of ``initial``, and divide the weights before it by that.
+    """Give each branch without LayerScale one of ``initial``, and divide the preceding weights by it.
 
-    In pretraining these weights stood under a LayerScale, which older versions multiplied into them on export. Trained
-    as they are, the same learning rate would move them that much farther.
+    In pretraining these weights were followed by a LayerScale, which older versions multiplied into them on export.
+    Without this, the same learning rate would change them by that much more.
     """
     from timm.layers import LayerScale
 
@@ -76,13 +77,13 @@ def unfold_layer_scale(model: Any, initial: float) -> None:
 
 
 def add_relative_positions(model: Any, where: object) -> None:
-    """Give each block a table of biases by relative position that is added to its attention scores, zero at first
+    """Give each block a table of biases by relative position, which is added to its attention scores and starts at zero
     (released code). Raises SettingsError for models with more than a class token before the patches."""
     from timm.layers import RelPosBias
 
     if model.num_prefix_tokens > 1:
         raise SettingsError(
-            f"relative positions allow one token before the patches, not {model.num_prefix_tokens}",
+            f"relative positions allow at most one token before the patches; this model has {model.num_prefix_tokens}",
             where=where,
             fix="--set relative_positions=false",
         )
@@ -102,7 +103,7 @@ def _with_bias(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -
 
 
 def set_drop_path(model: Any, largest: float) -> None:
-    """Drop path in every block, its rate rising linearly from 0 over the depth."""
+    """Set drop path in every block, with a rate that rises linearly from 0 over the depth."""
     from timm.layers import DropPath
 
     depth = len(model.blocks)
@@ -112,9 +113,9 @@ def set_drop_path(model: Any, largest: float) -> None:
 
 
 def set_classifier(model: Any, classes: int, scale: float) -> None:
-    """A classifier on the mean of the patches, which pass the encoder's final norm after that, as ``fc_norm``.
+    """Set a classifier on the mean patch token. The encoder's final norm comes after the mean, as ``fc_norm``.
 
-    Weights are drawn with a standard deviation of 0.02 and multiplied with ``scale``.
+    Weights are drawn with a standard deviation of 0.02 and multiplied by ``scale``.
     """
     if isinstance(model.fc_norm, nn.Identity):
         model.fc_norm, model.norm = model.norm, nn.Identity()
@@ -130,9 +131,9 @@ def set_classifier(model: Any, classes: int, scale: float) -> None:
 
 
 def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of a bare timm model, each with ``lr_scale``: layer_decay^(L + 1 - i), where i is 0 for the
-    embeddings, 1 to L for the blocks, L + 1 for what follows. What has one dimension does not decay, nor do class token
-    and positions."""
+    """Parameter groups of a plain timm model, each with ``lr_scale``: layer_decay^(L + 1 - i), where i is 0 for the
+    embeddings, 1 to L for the blocks, L + 1 for what follows. One-dimensional parameters, class token and positions
+    have no weight decay."""
     from timm.optim import param_groups_layer_decay
 
     groups: list[dict[str, Any]] = param_groups_layer_decay(
@@ -142,12 +143,12 @@ def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> l
 
 
 def take_any_size(model: Any) -> None:
-    """Take images of any size, whole patches or filled up to them; positions are resampled for each, bicubically."""
+    """Accept images of any size, padded to whole patches; positions are resampled bicubically for each."""
     from timm.layers.format import Format
 
     model.dynamic_img_size = True
     model.patch_embed.strict_img_size = False
     model.patch_embed.dynamic_img_pad = True
-    # Tokens stay a grid until positions are on them.
+    # Tokens keep the grid shape until positions are added.
     model.patch_embed.flatten = False
     model.patch_embed.output_fmt = Format.NHWC

@@ -1,4 +1,4 @@
-"""Boxes on photographs: the truth and what was detected side by side."""
+"""Boxes on photographs: true and detected objects side by side."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cae2pipe.reporting.pictures import Picture, captioned, png_bytes, tiled
 from cae2pipe.runtime.foreign_names import visible
 
 SIDE = 320
-"""Pixels of the square that each picture is fitted into."""
+"""Side in pixels of the square that each picture is fitted into."""
 
 Boxes = tuple[np.ndarray, np.ndarray]
 
 
 def box_picture(image: Picture, boxes: Boxes, names: Sequence[str]) -> Picture:
-    """A photograph on a grey square, its boxes (n, 4) outlined and named in their classes' colours; labels
-    are from 1."""
+    """A photograph on a grey square, with boxes (n, 4) outlined and labelled in the colours of their classes; labels
+    start at 1."""
     scale = SIDE / max(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     page = Image.new("RGB", (SIDE, SIDE), (235, 235, 235))
@@ -36,9 +36,9 @@ def box_picture(image: Picture, boxes: Boxes, names: Sequence[str]) -> Picture:
 
 
 def box_sheet(drawn: Sequence[tuple[Picture, Boxes, Boxes]], names: Sequence[str]) -> bytes | None:
-    """A PNG with a row for every image, the truth on the left; None where there is none."""
+    """A PNG with one row per image, true boxes on the left; None without images."""
     if not drawn:
         return None
-    rows = [[box_picture(image, boxes, names) for boxes in (truth, found)] for image, truth, found in drawn]
+    rows = [[box_picture(image, boxes, names) for boxes in (truth, detected)] for image, truth, detected in drawn]
     captions = [((SIDE + 6) * n + SIDE // 2, text) for n, text in enumerate(("truth", "detections"))]
     return png_bytes(captioned(tiled(rows), captions))

@@ -1,4 +1,4 @@
-"""The report of a comparison as one page that refers to nothing outside itself."""
+"""The report of a comparison as one self-contained page."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from cae2pipe.comparison.rows import CURVES, Comparison, Row
 from cae2pipe.config.compare import BYTES
 from cae2pipe.reporting.comparison_text import cells, findings, folders, notes
 from cae2pipe.reporting.gallery import Gallery, gallery_html
-from cae2pipe.reporting.html import Child, Html, element, figure, join, page, table
+from cae2pipe.reporting.html import Child, Html, element, figure, join_html, page, table
 from cae2pipe.reporting.plots import Points, curves, dots
 
-AXES = {BYTES: "stored latents, kB a view", "mask.ratio": "mask ratio", "data.views": "stored views of an image"}
-"""What settings are called below an axis, where their own names do not do."""
+AXES = {BYTES: "stored latents, kB per view", "mask.ratio": "mask ratio", "data.views": "stored views per image"}
+"""Axis labels of settings whose own names would not explain them."""
 
 
 def comparison_html(comparison: Comparison, gallery: Gallery) -> str:
-    """The page: the table and what it says, scores and losses as plots, pictures, and where the runs lie."""
+    """The page: table and findings, plots of scores and losses, pictures, and the folders of the runs."""
     headers, rows = cells(comparison)
     children: list[list[Child]] = [list(row) for row in rows]
     body = [
@@ -29,7 +29,7 @@ def comparison_html(comparison: Comparison, gallery: Gallery) -> str:
         element("h2", "Runs"),
         table(["variant", "folders"], [[row.name, folders(row)] for row in comparison.rows]),
     ]
-    return page(comparison.title, join([Html(part) for part in body], "\n"))
+    return page(comparison.title, join_html([Html(part) for part in body], "\n"))
 
 
 def card(plot: Html, caption: str) -> Html:
@@ -37,12 +37,12 @@ def card(plot: Html, caption: str) -> Html:
 
 
 def pairs(cards: list[Html]) -> Html:
-    """Cards side by side where there is room; one alone has the whole width."""
+    """Cards side by side if there is room; a single card takes the whole width."""
     return element("div", *cards, class_="pair")
 
 
 def score_plots(comparison: Comparison) -> list[Html]:
-    """Scores of every evaluation: along the comparison's axis where it has one, else a line a variant."""
+    """Scores of every evaluation: over the comparison's axis if it has one, otherwise one line per variant."""
     parts: list[Html] = []
     for kind in comparison.columns:
         scored = [row for row in comparison.rows if row.scores.get(kind)]
@@ -53,13 +53,13 @@ def score_plots(comparison: Comparison) -> list[Html]:
             caption = f"{kind}: means over seeds; bars are standard deviations."
         else:
             plot = dots({row.name: [100 * value for value in row.scores[kind]] for row in scored}, x_label=f"{kind}, %")
-            caption = f"{kind}: a dot a seed, means as bars."
+            caption = f"{kind}: one dot per seed; bars are means."
         parts.append(card(plot, caption))
     return [element("h2", "Scores"), pairs(parts)] if parts else []
 
 
 def along_axis(rows: list[Row], kind: str, along: str) -> Html:
-    """Scores over where variants stand; those that stand nowhere are levels."""
+    """Scores over the variants' positions on the axis; variants without a position are horizontal levels."""
     unit = 1000 if along == BYTES else 1
     lines: dict[str, list[Row]] = {}
     for row in rows:
@@ -77,15 +77,15 @@ def along_axis(rows: list[Row], kind: str, along: str) -> Html:
 
 
 def curve_plots(comparison: Comparison) -> list[Html]:
-    """What training told by epoch, the first seed of every variant."""
+    """Training metrics by epoch, for the first seed of every variant."""
     parts = []
     captions = {
-        "loss": "Loss by epoch, first seed. Variants with other losses have other scales.",
-        "centred_cosine_masked": "How near predictions of masked patches come to their targets, about the mean token: "
-        "0 for a student that has learnt the mean alone. Methods that mask nothing see these patches.",
+        "loss": "Loss by epoch, first seed. Variants with different losses have different scales.",
+        "centred_cosine_masked": "Cosine of predictions and targets of masked patches, after subtracting the mean "
+        "token: 0 for a student that has only learnt the mean. Methods without masking see these patches.",
     }
     for name, label in CURVES.items():
-        # Those without such a curve keep their place, so that colours mean the same in both plots.
+        # Variants without such a curve keep their position, so that colours mean the same in both plots.
         values = {row.name: row.curves.get(name, []) for row in comparison.rows}
         drawn = {who: Points(range(1, len(v) + 1), v) if any(v) else Points([], []) for who, v in values.items()}
         if any(points.xs for points in drawn.values()):

@@ -1,4 +1,4 @@
-"""What a comparison says: its table, whether the paper's order holds, and the report in Markdown."""
+"""A comparison as text: its table, whether the paper's order holds, and the report in Markdown."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cae2pipe.runtime.foreign_names import told_apart
 
 BLANK = "–"
 READ = {"mean": "the mean patch", "class": "the class token"}
-"""What features are called in print."""
+"""Names of features in tables."""
 
 
-def spread(values: Sequence[float]) -> str:
-    """Percent: the mean, with the standard deviation over seeds where there are several."""
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """The mean in percent, with the standard deviation over seeds if there are several."""
     if not values:
         return BLANK
     mean = f"{100 * statistics.fmean(values):.1f}"
@@ -25,13 +25,12 @@ def spread(values: Sequence[float]) -> str:
 
 
 SURE = 2.0
-"""Standard errors of a difference from which on it counts: with one, two equal variants would be told apart one time in
-three."""
+"""Minimum significant difference in standard errors. With 1, two equal variants would differ in one case of three."""
 
 
 def order_of(rows: Sequence[Row], column: str) -> str:
-    """Names from the best to the worst; ``≈`` between neighbours that cannot be told apart, ``>`` also where a single
-    seed says nothing of that."""
+    """Names from best to worst; ``≈`` between neighbours without a significant difference, ``>`` otherwise, and if a
+    single seed gives no estimate."""
     ranked = sorted(rows, key=lambda row: -(row.mean(column) or 0.0))
     return chained(ranked, lambda before, after: " > " if better(before, after, column) else " ≈ ")
 
@@ -49,46 +48,46 @@ def better(first: Row, second: Row, column: str) -> bool:
     return a - b > SURE * math.hypot(first.error(column), second.error(column))
 
 
-def findings(found: Comparison) -> list[str]:
-    """For each column that the paper has too: whether its order of the variants holds here."""
+def findings(comparison: Comparison) -> list[str]:
+    """For each column that the paper also has: whether its order of the variants holds here."""
     lines = []
-    for column in found.columns:
-        rows = [row for row in found.rows if column in row.paper and row.mean(column) is not None]
+    for column in comparison.columns:
+        rows = [row for row in comparison.rows if column in row.paper and row.mean(column) is not None]
         if len(rows) > 1:
             lines.append(finding(rows, column))
     return lines
 
 
 def finding(rows: Sequence[Row], column: str) -> str:
-    """Whether the paper's order of some variants, all of which have its figure and one here, holds."""
+    """Whether the paper's order of some variants holds. All of them have a figure in the paper and here."""
     ranked = sorted(rows, key=lambda row: -row.paper[column])
     paper = chained(ranked, lambda before, after: " > " if before.paper[column] > after.paper[column] else " = ")
     here = order_of(rows, column)
     if min(len(row.scores[column]) for row in rows) == 1:
-        return f"{column}: the paper's order is {paper}; here, with one seed, which says nothing of chance, {here}."
+        return f"{column}: the paper's order is {paper}; here, with one seed and so without an error estimate, {here}."
     pairs = [(a, b) for a in rows for b in rows if a.paper[column] > b.paper[column]]
     against = [f"{b.name} is above {a.name}" for a, b in pairs if better(b, a, column)]
     unsure = [f"{a.name}, {b.name}" for a, b in pairs if not better(a, b, column)]
     if against:
         verdict = "does not hold: " + "; ".join(against)
     elif pairs and len(unsure) == len(pairs):
-        verdict = "cannot be told here: all are too near each other"
+        verdict = "can be neither confirmed nor rejected here: all differences are too small"
     elif unsure:
-        verdict = "holds, but for what is too near to tell: " + "; ".join(unsure)
+        verdict = "holds, except for differences that are too small: " + "; ".join(unsure)
     else:
         verdict = "holds"
     return f"{column}: the paper's order, {paper}, {verdict}. Here {here}."
 
 
-def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
+def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the table."""
-    papers = [column for column in found.columns if any(column in row.paper for row in found.rows)]
-    long = any(hours >= 1 for row in found.rows for hours in row.hours)
-    time = "device h a run" if long else "device min a run"
-    headers = ["variant", *found.columns, *(f"{column}, paper" for column in papers), "loss", "kB a view", time]
+    papers = [column for column in comparison.columns if any(column in row.paper for row in comparison.rows)]
+    long = any(hours >= 1 for row in comparison.rows for hours in row.hours)
+    time = "device h per run" if long else "device min per run"
+    headers = ["variant", *comparison.columns, *(f"{column}, paper" for column in papers), "loss", "kB per view", time]
     rows = []
-    for row in found.rows:
-        scores = [score_cell(found, row, column) for column in found.columns]
+    for row in comparison.rows:
+        scores = [score_cell(comparison, row, column) for column in comparison.columns]
         paper = [f"{row.paper[column]:.1f}" if column in row.paper else BLANK for column in papers]
         losses = row.curves.get("loss")
         loss = f"{losses[-1]:.3f}" if losses else BLANK
@@ -98,43 +97,45 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     return told_apart(headers, range(1, len(headers) + 1)), rows
 
 
-def score_cell(found: Comparison, row: Row, column: str) -> str:
-    """A score with its spread; where not all rows of the column read the same of the encoder, also what was read."""
-    text = spread(row.scores.get(column, []))
-    several = len({other.features[column] for other in found.rows if column in other.features}) > 1
+def score_cell(comparison: Comparison, row: Row, column: str) -> str:
+    """A score with its standard deviation, and with the features used, if they are not the same in all rows of the
+    column."""
+    text = mean_and_deviation(row.scores.get(column, []))
+    several = len({other.features[column] for other in comparison.rows if column in other.features}) > 1
     return f"{text} ({row.features[column]})" if several and column in row.features else text
 
 
-def notes(found: Comparison) -> list[str]:
-    """What must be known to read the table."""
-    lines = [f"Not finished: {text}" for text in found.failed]
-    for run, damaged in (item for row in found.rows for item in row.damaged.items()):
-        lines.append(f"{run.name}: {damaged} damaged lines of metrics.jsonl are left out.")
+def notes(comparison: Comparison) -> list[str]:
+    """Notes below the table."""
+    lines = [f"Not finished: {text}" for text in comparison.failed]
+    for run, damaged in (item for row in comparison.rows for item in row.damaged.items()):
+        lines.append(f"{run.name}: {damaged} damaged lines of metrics.jsonl are ignored.")
     lines.append(
-        f"{found.done} of {found.wanted} scores, {found.seeds} seed{'s' if found.seeds != 1 else ''}; percent, mean ± "
-        f"standard deviation over seeds. One variant is above another (>) where their means are more than {SURE:g} "
-        "standard errors of the difference apart. loss: mean of the last epoch of the first seed, each variant's own; "
-        "kB a view: stored latents; the time is that of training alone, over all devices."
+        f"{comparison.done} of {comparison.wanted} scores, {comparison.seeds} "
+        f"seed{'s' if comparison.seeds != 1 else ''}; percent, mean ± standard "
+        f"deviation over seeds. One variant is above another (>) if their means differ by more than {SURE:g} "
+        "standard errors of the difference. loss: each variant's own, mean of the last epoch of the first seed; "
+        "kB per view: stored latents; time: training only, over all devices."
     )
-    for column, protocol in found.protocols.items():
-        features = sorted({row.features[column] for row in found.rows if column in row.features} - {""})
+    for column, protocol in comparison.protocols.items():
+        features = sorted({row.features[column] for row in comparison.rows if column in row.features} - {""})
         on = f"; on {', '.join(READ.get(name, name) for name in features)}" if features else ""
         lines.append(f"{column}: {protocol}{on}.")
     return lines
 
 
 def folders(row: Row) -> str:
-    """The folders of a row's runs, with how far those are that are not finished."""
+    """The folders of a row's runs, with the progress of unfinished ones."""
     names = [run.name for run in row.runs] + [f"{run.name} ({how})" for run, how in row.unfinished]
     return ", ".join(names) or BLANK
 
 
-def comparison_markdown(found: Comparison) -> str:
+def comparison_markdown(comparison: Comparison) -> str:
     """The report in Markdown."""
-    headers, rows = cells(found)
-    about = " ".join(found.about.split())
-    lines = [f"# {escaped(found.title)}", "", *([escaped(about), ""] if about else [])]
+    headers, rows = cells(comparison)
+    about = " ".join(comparison.about.split())
+    lines = [f"# {escaped(comparison.title)}", "", *([escaped(about), ""] if about else [])]
     lines += [*markdown_table(headers, rows), ""]
-    lines += [*(f"- {escaped(line)}" for line in (*findings(found), *notes(found))), ""]
-    lines += markdown_table(["variant", "runs"], [[row.name, folders(row)] for row in found.rows])
+    lines += [*(f"- {escaped(line)}" for line in (*findings(comparison), *notes(comparison))), ""]
+    lines += markdown_table(["variant", "runs"], [[row.name, folders(row)] for row in comparison.rows])
     return "\n".join(lines).rstrip() + "\n"

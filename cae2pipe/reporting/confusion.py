@@ -1,4 +1,4 @@
-"""Which classes are taken for which, as a picture."""
+"""A confusion matrix as a picture."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cae2pipe.reporting.pictures import Picture
 from cae2pipe.runtime.foreign_names import visible
 
 NAMED = 40
-"""Classes up to which their names are written beside rows and columns, and shares into the cells."""
+"""Maximum number of classes for which rows and columns have names and cells contain shares."""
 CELL, SIDE = 44, 880
-"""Pixels of a cell that has a name, and of the whole square where there are no names."""
+"""Pixels of a cell with names, and of the whole square without names."""
 DARK = np.array([0, 78, 130])
 INK, GREY = (40, 40, 40), (110, 110, 110)
 LONGEST = 18
@@ -23,9 +23,9 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Picture:
     """A square whose rows are true classes and whose columns are predicted ones.
 
     Args:
-        counts: int (C, C), images of the row's class taken for the column's. names: of the C classes.
+        counts: int (C, C), images by true class (row) and predicted class (column). names: of the C classes.
 
-    Colours are shares of a row, whose square root is drawn: rare confusions are what one looks for.
+    Colours show the square root of the share within a row, so that rare confusions are visible.
     """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
@@ -43,16 +43,16 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Picture:
     draw = ImageDraw.Draw(page)
     draw.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline=GREY)
     draw.text((margin + side // 2, 16), f"predicted class ({len(names)})", fill=INK, font=font, anchor="mm")
-    turned(page, "true class", (16, margin + side // 2), font)
+    turned(page, "true class", (16, margin + side // 2), font=font)
     for number, label in enumerate(labels):
         middle = margin + CELL * number + CELL // 2
         draw.text((margin - 8, middle), label, fill=GREY, font=font, anchor="rm")
-        turned(page, label, (middle, margin - 8 - round(font.getlength(label)) // 2), font, GREY)
+        turned(page, label, (middle, margin - 8 - round(font.getlength(label)) // 2), font=font, fill=GREY)
         for column, share in enumerate(shares[number]):
             if counts[number, column]:
-                place = margin + CELL * column + CELL // 2, middle
+                centre = margin + CELL * column + CELL // 2, middle
                 colour = (255, 255, 255) if share > 0.35 else INK
-                draw.text(place, f"{100 * share:.0f}", fill=colour, font=small, anchor="mm")
+                draw.text(centre, f"{100 * share:.0f}", fill=colour, font=small, anchor="mm")
     return np.asarray(page)
 
 
@@ -60,10 +60,11 @@ def turned(
     page: Image.Image,
     text: str,
     middle: tuple[int, int],
+    *,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     fill: tuple[int, int, int] = INK,
 ) -> None:
-    """Write text upwards, centred on a point."""
+    """Draw text upwards, centred on a point."""
     card = Image.new("RGB", (round(font.getlength(text)) + 4, 22), (255, 255, 255))
     ImageDraw.Draw(card).text((card.width // 2, 11), text, fill=fill, font=font, anchor="mm")
     card = card.rotate(90, expand=True)

@@ -1,4 +1,4 @@
-"""How near stored latents come to the teacher's: what is recorded, and what the teacher says when it is run again."""
+"""Fidelity of stored latents: the recorded one, and that of views on which the teacher is run again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cae2pipe.reporting.html import Child, Html, element, figure, figures, image, table
-from cae2pipe.reporting.pictures import ColourBasis, heat_map, jpeg_uri, png_uri, resized
+from cae2pipe.reporting.pictures import ColourBasis, heat_map, jpeg_uri, png_uri, resized_picture
 from cae2pipe.reporting.plots import Points, curves
 from cae2pipe.reporting.stored_images import SHOWN, latents_image
 from cae2pipe.targets.fidelity_profile import FidelityProfile, LiveView
@@ -27,28 +27,28 @@ def fidelity_section(
     basis: ColourBasis | None,
     live_command: str,
 ) -> list[Html]:
-    """The section.
+    """The section on fidelity.
 
     Args:
-        stores: samples and recorded fidelity of each store. fidelity: their mean. asked: the mean cosine asked for.
-        held_out: what calibration reached on images that it was not fitted to. profile: of views that the teacher was
-            run on again, or None; ``live_command`` is what adds it.
+        stores: samples and recorded fidelity of each store. fidelity: their mean. asked: the requested mean cosine.
+        held_out: the calibration's result on images that it was not fitted to. profile: of views on which the teacher
+            was run again, or None; ``live_command`` adds it.
     """
-    goal = "" if asked is None else f" Asked for was a mean cosine of {asked:g}."
+    goal = "" if asked is None else f" The requested mean cosine is {asked:g}."
     parts = [
         element("h2", "Fidelity"),
         element(
             "p",
-            "Cosines between the latents as they are stored and as the teacher gave them, recorded during extraction; "
-            f"centred ones are taken about the set's mean token, and are the stricter measure.{goal}",
+            "Cosines between stored latents and the teacher's, recorded during extraction. Centred cosines, with the "
+            f"set's mean token subtracted, are the stricter measure.{goal}",
         ),
         element("div", store_table(stores, fidelity, held_out), class_="card"),
     ]
     if profile is None:
         text = (
-            "Not on this page: fidelity by principal component and by token, and the views that suffer most. They need "
-            "the teacher's own latents, and so the teacher, on some stored views (add --teacher-weights FILE if its "
-            "weights came from a file):"
+            "Not on this page: fidelity by principal component and by token, and the views with the lowest cosine. "
+            "This command runs the teacher on some stored views to add them (add --teacher-weights FILE if its weights "
+            "came from a file):"
         )
         return [*parts, element("p", text, class_="small"), element("pre", live_command)]
     return [*parts, *live_parts(profile, grid, basis, recorded=fidelity["mean"])]
@@ -57,7 +57,7 @@ def fidelity_section(
 def store_table(
     stores: Mapping[str, Mapping[str, Any]], fidelity: Mapping[str, float], held_out: Mapping[str, float]
 ) -> Html:
-    """The recorded fidelity: of calibration, of the whole set, and of the worst stores."""
+    """The recorded fidelity of the calibration, the whole set, and the worst stores."""
 
     def row(name: str, samples: str, values: Mapping[str, float]) -> list[Child]:
         shown = (values[key] for key in ("mean", "p1", "centred_mean", "centred_p1"))
@@ -76,27 +76,27 @@ def store_table(
 def live_parts(
     profile: FidelityProfile, grid: tuple[int, int], basis: ColourBasis | None, *, recorded: float
 ) -> list[Html]:
-    """What the teacher says when it is run again."""
+    """Fidelity of the views on which the teacher was run again."""
     lost = int((profile.error > 0.5 * profile.variance).sum())
     count = len(profile.variance)
     patches = profile.by_token[len(profile.by_token) - grid[0] * grid[1] :]
     low, high = float(patches.min()), float(patches.max())
-    first = f" The class token's: {profile.by_token[0]:.4f}." if len(profile.by_token) > len(patches) else ""
+    first = f" Class token: {profile.by_token[0]:.4f}." if len(profile.by_token) > len(patches) else ""
     drawn = png_uri(heat_map(patches.reshape(grid), low, high))
     components = figure(
         component_curves(profile),
         "By component: variance of the teacher's latents along their principal axes, and the mean squared error of "
-        "what is stored along the same ones. Where both meet, nothing of a component is kept.",
+        "stored latents along the same axes. Where both curves meet, a component is lost.",
     )
     tokens = figure(
-        element("div", image(drawn, "Mean centred cosine of every patch", pixelated=True), style="max-width: 18rem"),
-        f"By token: mean centred cosine of every patch, {low:.4f} (dark violet) to {high:.4f} (yellow).{first}",
+        element("div", image(drawn, "Mean centred cosine of each patch", pixelated=True), style="max-width: 18rem"),
+        f"By token: mean centred cosine of each patch, {low:.4f} (dark violet) to {high:.4f} (yellow).{first}",
     )
     return [
         element("h3", f"The teacher on {profile.views:,} stored views"),
         figures(
             [
-                (f"{profile.raw:.4f}", f"mean cosine now; the set records {recorded:.4f}"),
+                (f"{profile.raw:.4f}", f"mean cosine now; recorded for the set: {recorded:.4f}"),
                 (f"{profile.centred:.4f}", "mean centred cosine"),
                 (f"{lost} of {count}", "principal components lose more than half of their variance"),
             ]
@@ -104,7 +104,7 @@ def live_parts(
         element(
             "div", element("div", components, class_="card plot"), element("div", tokens, class_="card"), class_="pair"
         ),
-        element("h3", "Views that suffer most"),
+        element("h3", "Views with the lowest cosine"),
         element("div", *worst_cards(profile.worst, grid, basis), class_="examples"),
     ]
 
@@ -115,7 +115,7 @@ def component_curves(profile: FidelityProfile) -> Html:
     return curves(
         {
             "the teacher's latents": Points(xs, profile.variance.tolist()),
-            "error of the stored": Points(xs, np.maximum(profile.error, floor).tolist()),
+            "error of stored latents": Points(xs, np.maximum(profile.error, floor).tolist()),
         },
         x_label="principal component",
         y_label="variance",
@@ -123,7 +123,7 @@ def component_curves(profile: FidelityProfile) -> Html:
 
 
 def worst_cards(views: Sequence[LiveView], grid: tuple[int, int], basis: ColourBasis | None) -> list[Html]:
-    """A card for each view; maps of cosines share their colours."""
+    """One card per view; all maps of cosines have the same scale."""
     if basis is None or not views:
         return []
     cosines = np.concatenate([view.cosines for view in views])
@@ -134,9 +134,9 @@ def worst_cards(views: Sequence[LiveView], grid: tuple[int, int], basis: ColourB
 def worst_card(view: LiveView, grid: tuple[int, int], basis: ColourBasis, *, low: float, high: float) -> Html:
     heat = heat_map(view.cosines.reshape(grid), low, high)
     panels = [
-        figure(image(jpeg_uri(resized(view.pixels, SHOWN, SHOWN)), f"View {view.name}"), "view"),
-        figure(latents_image(view.true, grid, basis, "the teacher"), "teacher"),
-        figure(latents_image(view.stored, grid, basis, "the set"), "stored"),
+        figure(image(jpeg_uri(resized_picture(view.pixels, SHOWN, SHOWN)), f"View {view.name}"), "view"),
+        figure(latents_image(view.true, grid, basis, whose="the teacher"), "teacher"),
+        figure(latents_image(view.stored, grid, basis, whose="the set"), "stored"),
         figure(
             image(png_uri(heat), "Centred cosine of each patch", pixelated=True), f"cosine, {low:.2f} to {high:.2f}"
         ),

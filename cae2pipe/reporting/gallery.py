@@ -20,9 +20,9 @@ from cae2pipe.reporting.pictures import (
     jpeg_uri,
     latent_colours,
     png_uri,
-    resized,
+    resized_picture,
 )
-from cae2pipe.training.student import Forecast
+from cae2pipe.training.student import LatentPreview
 
 SIDE = 112
 """Side of a view on the page, in pixels."""
@@ -30,7 +30,7 @@ SIDE = 112
 
 @dataclass(frozen=True)
 class MaskRow:
-    """Views (S, S, 3) under the masks, bool (rows, cols), of one way to draw them."""
+    """Views (S, S, 3) with masks, bool (rows, cols), of one masking strategy."""
 
     name: str
     views: Sequence[Picture]
@@ -39,7 +39,7 @@ class MaskRow:
 
 @dataclass(frozen=True)
 class NeighbourRow:
-    """By the features of ``name``: the indices of the views that are nearest to each query, nearest first."""
+    """For the features of ``name``: indices of the nearest views of each query, nearest first."""
 
     name: str
     nearest: Sequence[Sequence[int]]
@@ -47,11 +47,11 @@ class NeighbourRow:
 
 @dataclass
 class Gallery:
-    """What there is to show: ``forecasts`` are a student's on the same views each, by the student's name;
-    ``neighbours`` index ``views``, as ``queries`` do."""
+    """Content of the gallery. ``previews``: by student, all on the same views. ``neighbours`` and ``queries`` are
+    indices into ``views``."""
 
     masks: list[MaskRow] = field(default_factory=list)
-    forecasts: dict[str, list[Forecast]] = field(default_factory=dict)
+    previews: dict[str, list[LatentPreview]] = field(default_factory=dict)
     views: list[Picture] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
     neighbours: list[NeighbourRow] = field(default_factory=list)
@@ -67,37 +67,37 @@ def nearest_views(features: Tensor, queries: Sequence[int], count: int) -> list[
 
 
 def gallery_html(gallery: Gallery) -> list[Html]:
-    """The gallery's sections; those that have nothing to show are left out."""
+    """The sections of the gallery; empty ones are omitted."""
     parts: list[Html] = []
     if gallery.masks:
         parts += [
             element("h2", "Masks"),
-            element("p", "Stored views as the students see them in their first epoch: grey patches are hidden."),
+            element("p", "Stored views as students see them in the first epoch. Grey patches are masked."),
             mask_table(gallery.masks),
         ]
-    if gallery.forecasts:
+    if gallery.previews:
         parts += [
             element("h2", "Latents of teacher and students"),
             element(
                 "p",
                 "Colours are the first three principal components of the teacher's latents, the same in all pictures: "
-                "equal colours, like latents. Students see the visible patches alone (under the masks above), and "
-                "predict the latents of all patches, or of visible ones alone (black: none). Below, the centred cosine "
-                "with the teacher on masked patches.",
+                "similar colours mean similar latents. Students see only the visible patches (with the masks above). "
+                "They predict the latents of all patches, or only of visible ones (black: no prediction). "
+                "Below each picture: the centred cosine with the teacher on masked patches.",
             ),
-            latent_table(gallery.forecasts),
+            latent_table(gallery.previews),
         ]
     if gallery.neighbours:
         parts += [
             element("h2", "Nearest neighbours"),
             element(
                 "p",
-                f"Of {len(gallery.views)} stored views, those whose mean patch is nearest to the first one's.",
+                f"Of {len(gallery.views)} stored views, those whose mean patch token is nearest to the first view's.",
             ),
             *(
                 part
-                for index in range(len(gallery.queries))
-                for part in (element("h3", f"View {index + 1}"), neighbour_table(gallery, index))
+                for number in range(len(gallery.queries))
+                for part in (element("h3", f"View {number + 1}"), neighbour_table(gallery, number))
             ),
         ]
     if gallery.left_out:
@@ -109,41 +109,41 @@ def mask_table(rows: Sequence[MaskRow]) -> Html:
     cells: list[list[Child]] = []
     for row in rows:
         shown = [
-            photograph(hide_patches(resized(view, SIDE, SIDE), mask), f"A view under {row.name}")
+            photograph(hide_patches(resized_picture(view, SIDE, SIDE), mask), f"A view with {row.name}")
             for view, mask in zip(row.views, row.masks, strict=True)
         ]
         cells.append([row.name, *shown])
     return grid([], cells)
 
 
-def latent_table(forecasts: dict[str, list[Forecast]]) -> Html:
-    """A line a view: the view, the teacher's latents, then for every student what it predicts."""
-    some = next(iter(forecasts.values()))
-    basis = colour_basis(np.concatenate([forecast.teacher for forecast in some]))
+def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
+    """One row per view: the view, the teacher's latents, and the prediction of every student."""
+    some = next(iter(by_student.values()))
+    basis = colour_basis(np.concatenate([preview.teacher for preview in some]))
     cells: list[list[Child]] = []
     for index, one in enumerate(some):
         line: list[Child] = [
-            photograph(resized(one.view, SIDE, SIDE), "A stored view"),
-            latents(one.teacher, one.mask.shape, basis, "the teacher"),
+            photograph(resized_picture(one.view, SIDE, SIDE), "A stored view"),
+            latents(one.teacher, one.mask.shape, basis, whose="the teacher"),
         ]
-        for name, of_student in forecasts.items():
-            own = of_student[index]
-            shown = latents(own.student, own.mask.shape, basis, name)
+        for name, previews in by_student.items():
+            own = previews[index]
+            shown = latents(own.student, own.mask.shape, basis, whose=name)
             line.append(
                 element("div", shown, element("figcaption", BLANK if math.isnan(own.cosine) else f"{own.cosine:.2f}"))
             )
         cells.append(line)
-    return grid(["view", "teacher", *forecasts], cells)
+    return grid(["view", "teacher", *by_student], cells)
 
 
-def neighbour_table(gallery: Gallery, query: int) -> Html:
-    """The neighbours of the query of this number, a line for each features."""
-    shown = photograph(resized(gallery.views[gallery.queries[query]], SIDE, SIDE), "The query")
+def neighbour_table(gallery: Gallery, number: int) -> Html:
+    """The neighbours of query ``number``, one row for the features of each encoder."""
+    query = photograph(resized_picture(gallery.views[gallery.queries[number]], SIDE, SIDE), "The query")
     cells: list[list[Child]] = []
     for row in gallery.neighbours:
         alt = f"A neighbour by {row.name}"
-        near = [photograph(resized(gallery.views[index], SIDE, SIDE), alt) for index in row.nearest[query]]
-        cells.append([row.name, shown, *near])
+        near = [photograph(resized_picture(gallery.views[index], SIDE, SIDE), alt) for index in row.nearest[number]]
+        cells.append([row.name, query, *near])
     return grid([], cells)
 
 
@@ -151,16 +151,16 @@ def photograph(picture: Picture, alt: str) -> Html:
     return image(jpeg_uri(picture, quality=80), alt)
 
 
-def latents(tokens: np.ndarray, shape: tuple[int, ...], basis: ColourBasis, whose: str) -> Html:
-    """Latents (P, D) as colours; tokens of length 0 are black."""
+def latents(tokens: np.ndarray, shape: tuple[int, ...], basis: ColourBasis, *, whose: str) -> Html:
+    """Latents (P, D) as colours; tokens of norm 0 are black."""
     rows, cols = shape
-    colours = latent_colours(tokens, rows, cols, basis)
+    colours = latent_colours(tokens, rows, cols, basis=basis)
     colours[~tokens.any(axis=1).reshape(shape)] = 0
     return image(png_uri(colours), f"Latents of {whose} as colours", pixelated=True)
 
 
 def grid(headers: Sequence[str], rows: Sequence[Sequence[Child]]) -> Html:
-    """Pictures in rows and columns that keep their size; wide ones scroll."""
+    """Pictures in rows and columns at fixed size; a wide grid scrolls."""
     head = [element("tr", *(element("th", text, scope="col") for text in headers))] if headers else []
     body = [
         element("tr", *(element("td", cell, class_=None if isinstance(cell, Html) else "name") for cell in row))

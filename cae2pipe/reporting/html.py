@@ -1,4 +1,4 @@
-"""One self-contained page: elements whose text is escaped, and a style that reads well by day and by night."""
+"""One self-contained page: elements with escaped text, and a style with light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
 
 class Html(str):
-    """Markup that is right already; any other string is text, and is escaped when it goes into an element."""
+    """Finished markup. Any other string is text, which elements escape."""
 
     __slots__ = ()
 
@@ -20,25 +20,25 @@ Child = str | int | float | None
 
 
 def element(tag: str, *children: Child, **attributes: str | int | float | None) -> Html:
-    """``<tag ...>children</tag>``. Attributes that are None are left out; ``class_`` stands for ``class``, and other
-    underscores for hyphens."""
+    """``<tag ...>children</tag>``. Attributes that are None are omitted; ``class_`` becomes ``class``, other
+    underscores become hyphens."""
     given = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{_text(value)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{_html_text(value)}"'
         for name, value in attributes.items()
         if value is not None
     )
     if tag in _VOID and not children:
         return Html(f"<{tag}{given} />")
-    return Html(f"<{tag}{given}>{join(children)}</{tag}>")
+    return Html(f"<{tag}{given}>{join_html(children)}</{tag}>")
 
 
-def join(children: tuple[Child, ...] | list[Html], separator: str = "") -> Html:
-    """Children one after the other, escaped unless they are markup; None is left out."""
-    parts = (child if isinstance(child, Html) else _text(child) for child in children if child is not None)
+def join_html(children: tuple[Child, ...] | list[Html], separator: str = "") -> Html:
+    """Children in order, escaped unless they are markup; None is omitted."""
+    parts = (child if isinstance(child, Html) else _html_text(child) for child in children if child is not None)
     return Html(separator.join(parts))
 
 
-def _text(value: str | float) -> str:
+def _html_text(value: str | float) -> str:
     return _html.escape(visible(str(value), keep="\n"), quote=True)
 
 
@@ -53,14 +53,14 @@ def image(uri: str, alt: str, pixelated: bool = False) -> Html:
 
 def table(headers: list[str], rows: list[list[Child]], class_: str | None = None) -> Html:
     head = element("tr", *(element("th", header, scope="col") for header in headers))
-    body = join([element("tr", *(element("td", cell) for cell in row)) for row in rows], "\n")
+    body = join_html([element("tr", *(element("td", cell) for cell in row)) for row in rows], "\n")
     return element(
         "div", element("table", element("thead", head), element("tbody", body), class_=class_), class_="wide"
     )
 
 
 def figures(cards: Sequence[tuple[Child, Child]]) -> Html:
-    """Figures in large type, each with what it is below."""
+    """Figures in large type, each with a caption below."""
     drawn = [element("div", element("b", value), element("span", text), class_="card") for value, text in cards]
     return element("div", *drawn, class_="figures")
 
@@ -70,7 +70,7 @@ def mark(met: bool) -> Html:
 
 
 def bar_list(rows: Sequence[tuple[str, float, str]]) -> Html:
-    """Horizontal bars, a line each: (name, value, text beside the bar). The longest bar is as long as there is room."""
+    """Horizontal bars, one line each: (name, value, text next to the bar). The longest bar fills the width."""
     most = max((value for _, value, _ in rows), default=0) or 1
     lines = [
         element(
@@ -85,13 +85,15 @@ def bar_list(rows: Sequence[tuple[str, float, str]]) -> Html:
 
 
 def facts(rows: Sequence[tuple[str, Child]]) -> Html:
-    """Names and values, in two columns where there is room."""
-    return element("dl", *(join((element("dt", name), element("dd", value))) for name, value in rows), class_="facts")
+    """Names and values, in two columns if there is room."""
+    return element(
+        "dl", *(join_html((element("dt", name), element("dd", value))) for name, value in rows), class_="facts"
+    )
 
 
 def page(title: str, body: Html) -> str:
-    """The whole document. It refers to nothing outside itself."""
-    head = join(
+    """The whole document, which is self-contained."""
+    head = join_html(
         [
             element("meta", charset="utf-8"),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -181,7 +183,7 @@ h3 small { color: var(--soft); font-weight: 400; }
 @media (max-width: 40rem) { .facts { grid-template-columns: 1fr; gap: 0; } .facts dd { margin-bottom: 0.6rem; } }
 .small { color: var(--soft); font-size: 0.88rem; }
 .plot img { max-width: 36rem; }
-/* Plots are drawn for light cards: turned over, dark letters are light, and hues as they were. */
+/* Plots are drawn for light cards: inverted, dark letters become light, and hues are kept. */
 @media (prefers-color-scheme: dark) { .plot img { filter: invert(0.88) hue-rotate(180deg); } }
 td { font-variant-numeric: tabular-nums; }
 table.scores td + td, table.texts td:nth-child(2), table.texts td:nth-child(3) { white-space: nowrap; }

@@ -1,4 +1,4 @@
-"""Markdown made of text that others chose."""
+"""Markdown with escaped text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from cae2pipe.runtime.foreign_names import visible
 
 ACTS = re.compile(r"[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])")
-"""Characters that may act anywhere in a line. Underscores within words never do."""
+"""Characters that may be markup anywhere in a line. Underscores within words never are."""
 FIRST = re.compile(r"^(\s*\d*)([-+=.)])(?=\s|[-=\s]*$)")
-"""What makes a list, or a heading of the line above, at the beginning of a line."""
+"""Start of a line that makes a list, or a heading of the line above."""
 LINK = re.compile(r"(?<=[A-Za-z])(:)(?=//)|(?<=www)(\.)", re.IGNORECASE)
-"""What GitHub's Markdown makes a link of by itself."""
+"""Text that GitHub's Markdown turns into a link automatically."""
 
 
 def escaped(text: str) -> str:
-    r"""Text that Markdown shows as it is, in one line, also in a table's cell; a newline is shown as ``\n``."""
+    r"""Text that Markdown renders literally, in one line, also in a table cell; a newline becomes ``\n``."""
     safe = ACTS.sub(r"\\\g<0>", visible(text))
     return FIRST.sub(r"\1\\\2", LINK.sub(r"\\\g<0>", safe))
 

@@ -1,16 +1,17 @@
-"""A model card: what an exported encoder is, what it was trained from, how to load it, how it scores."""
+"""A model card: architecture, training, usage and scores of an exported encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
-from cae2pipe.artifacts.box import Box
-from cae2pipe.config.base import build
+from cae2pipe.artifacts.artifact import RunArtifact
+from cae2pipe.artifacts.manifest_run import RunTeacher
+from cae2pipe.comparison.scores import ScoreRow
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.models.formats import Layout, Shape
+from cae2pipe.models.formats import ExportLayout, Shape
 from cae2pipe.reporting.markdown import escaped
 from cae2pipe.reporting.results import as_markdown
 from cae2pipe.version import __version__
@@ -18,12 +19,14 @@ from cae2pipe.version import __version__
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
 
 
-def model_card(name: str, layout: Layout, shape: Shape, run: Box | None, scores: Sequence[dict[str, Any]]) -> str:
+def model_card(
+    name: str, layout: ExportLayout, shape: Shape, *, run: RunArtifact | None, scores: Sequence[ScoreRow]
+) -> str:
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 
     Args:
-        name: what the encoder is called. run: the box of the run that trained it, if it is known. scores: rows as
-            ``results`` collects them.
+        name: name of the encoder. run: the artifact of the run that trained it, if known. scores: rows as ``results``
+        collects them.
     """
     matter = yaml.safe_dump(
         {"library_name": layout.library, "pipeline_tag": "image-feature-extraction", "tags": ["cae2pipe", "vit"]},
@@ -46,8 +49,8 @@ def model_card(name: str, layout: Layout, shape: Shape, run: Box | None, scores:
     return "\n\n".join(parts) + "\n"
 
 
-def _training(run: Box) -> str:
-    settings = build(PretrainSettings, run.identity["settings"], where=run.root)
+def _training(run: RunArtifact) -> str:
+    settings = build_recorded(PretrainSettings, run.identity["settings"], where=run.root)
     loss, masks = settings.loss, settings.mask
     rows = {
         "method": f"{settings.method} ({PAPER}), recipe {settings.recipe}",
@@ -63,8 +66,8 @@ def _training(run: Box) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(str(value))} |" for name, value in rows.items())])
 
 
-def _teacher(facts: dict[str, Any]) -> str:
-    """Older runs do not name its library and weights."""
+def _teacher(facts: RunTeacher) -> str:
+    """Older runs do not record its library and weights."""
     name = str(facts["name"])
     if "library" in facts:
         name += f" ({facts['library']}), weights {facts['weights'][:16]}"

@@ -1,7 +1,7 @@
 """Latents, masks and views as pictures: pure functions of numpy arrays.
 
-Pictures are uint8 (H, W, 3). Latents become colours by their first three principal components over a basis that all
-pictures of a page share, so that equal colours mean like latents wherever they stand.
+Pictures are uint8 (H, W, 3). The colours of latents are their first three principal components. All pictures of a page
+share one basis, so similar colours mean similar latents everywhere on it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Picture = np.ndarray
 Colour = tuple[int, int, int]
 
 PALETTE: tuple[Colour, ...] = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167))
-"""Okabe and Ito's colours, which also those tell apart who are colour-blind: one a view."""
+"""Okabe and Ito's colours, which are distinct for colour-blind people too: one per view."""
 
 
 @dataclass(frozen=True)
 class ColourBasis:
-    """How latents become colours: ``mean`` (D,), ``axes`` (D, 3), and the values ``low`` and ``high`` (3,) that are
-    shown as 0 and 255."""
+    """Mapping from latents to colours: ``mean`` (D,), ``axes`` (D, 3), and the values ``low`` and ``high`` (3,) that
+    map to 0 and 255."""
 
     mean: np.ndarray
     axes: np.ndarray
@@ -33,14 +33,14 @@ class ColourBasis:
 
 
 def colour_basis(latents: np.ndarray) -> ColourBasis:
-    """The first three principal axes of latents (..., D), D >= 3, with the range of their middle 98%.
+    """The first three principal axes of latents (..., D), D >= 3, with the range of the middle 98% on each.
 
     An axis' sign is arbitrary: its component of largest magnitude is made positive.
     """
     flat = np.asarray(latents, dtype=np.float64).reshape(-1, latents.shape[-1])
     mean = flat.mean(axis=0)
     centred = flat - mean
-    # eigh of the (D, D) covariance, not an SVD of all tokens: there are thousands of these.
+    # eigh of the (D, D) covariance, not an SVD of all tokens, of which there are thousands.
     axes = np.linalg.eigh(centred.T @ centred)[1][:, :-4:-1]
     largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0)
     axes = axes * np.where(largest < 0, -1.0, 1.0)
@@ -48,8 +48,8 @@ def colour_basis(latents: np.ndarray) -> ColourBasis:
     return ColourBasis(mean, axes, low, high)
 
 
-def latent_colours(latents: np.ndarray, rows: int, cols: int, basis: ColourBasis) -> Picture:
-    """Latents (rows * cols, D) as a picture with one pixel a patch, (rows, cols, 3)."""
+def latent_colours(latents: np.ndarray, rows: int, cols: int, *, basis: ColourBasis) -> Picture:
+    """Latents (rows * cols, D) as a picture with one pixel per patch, (rows, cols, 3)."""
     values = (np.asarray(latents, dtype=np.float64) - basis.mean) @ basis.axes
     span = np.maximum(basis.high - basis.low, 1e-12)
     share = np.clip((values - basis.low) / span, 0, 1)
@@ -58,7 +58,7 @@ def latent_colours(latents: np.ndarray, rows: int, cols: int, basis: ColourBasis
 
 
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
-"""Viridis at five places: lightness grows with the value, for all eyes."""
+"""Viridis at five points: lightness increases with the value, so it is readable without colour vision too."""
 
 
 def heat_map(values: np.ndarray, low: float, high: float) -> Picture:
@@ -70,20 +70,20 @@ def heat_map(values: np.ndarray, low: float, high: float) -> Picture:
 
 
 def enlarge(picture: Picture, height: int, width: int) -> Picture:
-    """Every pixel repeated into a block: for patch grids, whose edges are meant to be seen."""
+    """Every pixel enlarged to a block: for patch grids, whose edges should be visible."""
     rows = np.arange(height) * picture.shape[0] // height
     cols = np.arange(width) * picture.shape[1] // width
     enlarged: Picture = picture[rows][:, cols]
     return enlarged
 
 
-def resized(picture: Picture, height: int, width: int) -> Picture:
+def resized_picture(picture: Picture, height: int, width: int) -> Picture:
     """A photograph at another size."""
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def hide_patches(view: Picture, mask: np.ndarray, fill: Colour = (128, 128, 128), strength: float = 0.88) -> Picture:
-    """The view with its masked patches (mask: bool (rows, cols), True is masked) painted over, a hint left through."""
+def hide_patches(view: Picture, mask: np.ndarray, fill: Colour = (128, 128, 128), *, strength: float = 0.88) -> Picture:
+    """The view with its masked patches (mask: bool (rows, cols), True is masked) painted over, slightly transparent."""
     hidden = enlarge(mask, view.shape[0], view.shape[1])[..., None]
     painted = view * (1 - strength) + np.array(fill) * strength
     return np.where(hidden, np.round(painted), view).astype(np.uint8)
@@ -100,7 +100,7 @@ def outline_boxes(picture: Picture, boxes: Sequence[tuple[float, float, float, f
 
 
 def tiled(rows: Sequence[Sequence[Picture]], gap: int = 6, fill: Colour = (255, 255, 255)) -> Picture:
-    """Pictures of one size laid out in rows, ``gap`` pixels apart; short rows are filled up."""
+    """Pictures of equal size laid out in rows, ``gap`` pixels apart; short rows are padded."""
     height, width = rows[0][0].shape[:2]
     columns = max(len(row) for row in rows)
     sheet = np.empty((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), dtype=np.uint8)
@@ -112,7 +112,7 @@ def tiled(rows: Sequence[Sequence[Picture]], gap: int = 6, fill: Colour = (255, 
     return sheet
 
 
-def captioned(sheet: Picture, captions: Sequence[tuple[int, str]], height: int = 30, margin: int = 12) -> Picture:
+def captioned(sheet: Picture, captions: Sequence[tuple[int, str]], height: int = 30, *, margin: int = 12) -> Picture:
     """A sheet on a white card with captions above, each centred about its x (pixels of the sheet)."""
     page = Image.new("RGB", (sheet.shape[1] + 2 * margin, sheet.shape[0] + height + 2 * margin), (255, 255, 255))
     page.paste(Image.fromarray(sheet), (margin, margin + height))

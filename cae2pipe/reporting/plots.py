@@ -19,21 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-"""Okabe and Ito's, and one more: told apart by all eyes. Further lines take them again, dashed."""
+"""Okabe and Ito's colours and one more, distinct for colour-blind people too. Further lines repeat them, dashed."""
 STYLES = ("-", "--", ":", "-.")
 INK = "#3c3f44"
 
 
 WIDTH = 4.8
-"""Inches of a plot: its letters stay legible where a phone shows it at two thirds of its size."""
+"""Width of a plot in inches: its text stays legible when a phone shows it at two thirds of its size."""
 FEW = 12
-"""Points up to which each of a curve's has a marker."""
+"""Curves with at most this many points have markers."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """One curve: x and y values, and how far up and down each y may be off (empty: nothing is drawn). ``pale``: it only
-    stands behind another."""
+    """One curve: x and y values, and error bars of y (empty: none). ``pale``: it is background of another curve."""
 
     xs: Sequence[float]
     ys: Sequence[float]
@@ -45,7 +44,7 @@ def curves(
     lines: Mapping[str, Points], *, x_label: str, y_label: str, levels: Mapping[str, float] | None = None
 ) -> Html:
     """Curves over one axis, with markers where they have few points, and dashed horizontal ``levels``. A curve without
-    points keeps its colour for itself; an axis whose values are far apart is logarithmic."""
+    points still takes its colour; an axis with a large range is logarithmic."""
     from matplotlib.ticker import MaxNLocator
 
     legend = [wrapped(name) for name in (*lines, *(levels or {}))] if len(lines) + len(levels or {}) > 1 else []
@@ -88,17 +87,17 @@ def curves(
 
 
 def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
-    """A line for each name, from top to bottom: every value a dot, their mean a bar across."""
+    """One line per name, from top to bottom: a dot for every value, a vertical bar for the mean."""
     names = list(rows)
     lines = sum(wrapped(name).count("\n") + 1 for name in names)
     figure, axes = _figure(WIDTH, 0.9 + 0.16 * len(names) + 0.18 * lines)
-    for index, name in enumerate(names):
+    for height, name in enumerate(names):
         values = list(rows[name])
         if not values:
             continue
-        axes.plot(values, [index] * len(values), "o", color=COLOURS[0], markersize=5, alpha=0.55, markeredgewidth=0)
+        axes.plot(values, [height] * len(values), "o", color=COLOURS[0], markersize=5, alpha=0.55, markeredgewidth=0)
         mean = sum(values) / len(values)
-        axes.plot([mean, mean], [index - 0.28, index + 0.28], color=COLOURS[1], linewidth=2.2)
+        axes.plot([mean, mean], [height - 0.28, height + 0.28], color=COLOURS[1], linewidth=2.2)
     axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(literal(x_label))
@@ -107,7 +106,7 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
 
 
 def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -> Html:
-    """Horizontal bars: (name, value, text beside the bar). The ``strong`` one is coloured, the others pale."""
+    """Horizontal bars: (name, value, text next to the bar). The ``strong`` one is coloured, the others are pale."""
     figure, axes = _figure(WIDTH, 0.9 + 0.36 * len(rows))
     colours = [COLOURS[0] if index == strong else "#c9c6bf" for index in range(len(rows))]
     drawn = axes.barh(range(len(rows)), [value for _, value, _ in rows], color=colours, height=0.62)
@@ -121,29 +120,29 @@ def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -
 
 
 def wrapped(name: str, width: int = 26, most: int = 4) -> str:
-    """A name in lines that leave room for the axes."""
+    """A name wrapped so that there is room for the axes."""
     lines = "\n".join(map(literal, textwrap.wrap(visible(name), width, max_lines=most, placeholder=" …")))
-    return " " + lines if lines.startswith("_") else lines  # which matplotlib would leave out of legends
+    return " " + lines if lines.startswith("_") else lines  # matplotlib omits names with "_" from legends
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib does not read as a formula."""
+    """Text escaped so that matplotlib does not parse it as a formula."""
     return visible(text).replace("$", "\\$")
 
 
 def svg(figure: Figure, alt: str) -> Html:
-    """A figure as a picture inside the page. Equal figures give equal bytes: it holds no date and no random name."""
+    """A figure as an inline picture. Equal figures give equal bytes: there is no date and no random id in it."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    # matplotlib reads it, and fails where it is no number, for the date that is not to be written.
+    # matplotlib parses this variable, and fails if it is not a number, even for the date that is not written.
     epoch = os.environ.pop("SOURCE_DATE_EPOCH", None)
     try:
         with rc_context({"svg.hashsalt": "cae2pipe"}), warnings.catch_warnings():
-            # Its font has no Chinese, say: boxes stand for such letters, and the table beside has the name.
+            # Its font lacks Chinese, for example: such letters become boxes, and the table has the full name.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-            # Transparent: what lies behind is the page's, by day and by night.
+            # Transparent, so that the page's background shows in light and dark mode.
             figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     finally:
         if epoch is not None:
@@ -152,7 +151,7 @@ def svg(figure: Figure, alt: str) -> Html:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    # Not pyplot, which keeps every figure and picks a backend for the screen.
+    # Not pyplot, which keeps every figure and selects a backend for the screen.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -171,12 +170,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend_height(names: Sequence[str]) -> float:
-    """Inches that a legend in two columns takes."""
+    """Height in inches of a legend in two columns."""
     return 0.1 + sum(0.17 * max(name.count("\n") + 1 for name in names[i : i + 2]) for i in range(0, len(names), 2))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the axes: it hides nothing, whatever the curves do, and leaves them the whole width."""
+    """A legend below the axes, where it cannot hide curves and leaves them the whole width."""
     handles, names = axes.get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.5

@@ -1,11 +1,10 @@
-"""Scores of many evaluations side by side, as they are printed."""
+"""The printed table of the scores of many evaluations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from cae2pipe.comparison.scores import COLUMNS
+from cae2pipe.comparison.scores import COLUMNS, ScoreRow
 from cae2pipe.reporting.markdown import escaped, markdown_table
 
 NAMES = {
@@ -16,35 +15,36 @@ NAMES = {
     "ap_box": "AP^b",
     "ap_mask": "AP^m",
 }
-"""What figures are called in print."""
+"""Printed names of figures."""
 
 
-def protocols(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The protocols of a table in the order in which they first come. Their numbers, from 1, stand in its rows."""
-    return list(dict.fromkeys(found["protocol"] for found in rows))
+def protocols(rows: Sequence[ScoreRow]) -> list[str]:
+    """The protocols in a table, in order of first occurrence. Rows refer to them by number, from 1."""
+    return list(dict.fromkeys(row["protocol"] for row in rows))
 
 
-def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Rows as they are printed: scores in percent, protocols by number."""
+def shown(rows: Sequence[ScoreRow]) -> list[dict[str, str]]:
+    """Printed rows: scores in percent, protocols by number."""
     numbers = {text: str(number) for number, text in enumerate(protocols(rows), 1)}
 
     def percent(value: float) -> str:
         return f"{100 * value:.1f}"
 
     rows_shown = []
-    for found in rows:
-        (name, value), *_ = found["also"].items()
+    for row in rows:
+        (name, value), *_ = row["also"].items()
         cells = {
-            "score": f"{NAMES[found['metric']]} {percent(found['score'])}",
+            "score": f"{NAMES[row['metric']]} {percent(row['score'])}",
             "also": f"{NAMES[name]} {percent(value)}",
-            "best": "" if found["best"] is None else percent(found["best"]),
-            "protocol": numbers[found["protocol"]],
+            "best": "" if row["best"] is None else percent(row["best"]),
+            "protocol": numbers[row["protocol"]],
         }
-        rows_shown.append({column: cells.get(column, str(found[column])) for column in COLUMNS})
+        plain: dict[str, object] = {**row}
+        rows_shown.append({column: cells.get(column, str(plain[column])) for column in COLUMNS})
     return rows_shown
 
 
-def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+def as_markdown(rows: Sequence[ScoreRow]) -> str:
     """The table in Markdown, and the protocols below it."""
-    lines = markdown_table(COLUMNS, [list(found.values()) for found in shown(rows)])
+    lines = markdown_table(COLUMNS, [list(row.values()) for row in shown(rows)])
     return "\n".join([*lines, "", *(f"{number}. {escaped(text)}" for number, text in enumerate(protocols(rows), 1))])

@@ -1,10 +1,10 @@
-"""Stored images on a page: crop boxes on the image, and below each view the teacher's latents of it as colours."""
+"""Stored images on a page: crop boxes on the image, and each view above its latents as colours."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from cae2pipe.reporting.html import Child, Html, element, figure, image, join
+from cae2pipe.reporting.html import Child, Html, element, figure, image, join_html
 from cae2pipe.reporting.pictures import (
     PALETTE,
     ColourBasis,
@@ -13,24 +13,24 @@ from cae2pipe.reporting.pictures import (
     latent_colours,
     outline_boxes,
     png_uri,
-    resized,
+    resized_picture,
 )
 from cae2pipe.targets.stored_image import StoredImage
 
 SHOWN = 200
-"""Side of a view on the page in pixels: a view is 224, and the page is read at about this."""
+"""Side in pixels of a view on the page; views have 224 pixels and are displayed at about this size."""
 MOST = 4
-"""Views of an image that are shown: one for each colour of the palette."""
+"""Maximum number of views shown per image: one per colour of the palette."""
 EMPTY = (150, 150, 150)
 
 
 def stored_card(
     stored: StoredImage, grid: tuple[int, int], basis: ColourBasis, *, heading: Child, caption: str
 ) -> Html:
-    """An image with its crop boxes, then its first ``MOST`` views, each above its latents.
+    """An image with its crop boxes, then up to ``MOST`` views, each above its latents.
 
     Args:
-        grid: rows and columns of the latents. caption: what the image is called.
+        grid: rows and columns of the latents. caption: of the image.
     """
     views = stored.views[:MOST]
     columns = [figure(image(jpeg_uri(boxed(stored), quality=90), f"{stored.key} with its crop boxes"), caption)]
@@ -42,25 +42,25 @@ def stored_card(
             element(
                 "div",
                 figure(
-                    image(jpeg_uri(resized(view.pixels, SHOWN, SHOWN)), f"{stored.key}, {name}"),
-                    join((mark, name, ", flipped" if view.flipped else None)),
+                    image(jpeg_uri(resized_picture(view.pixels, SHOWN, SHOWN)), f"{stored.key}, {name}"),
+                    join_html((mark, name, ", flipped" if view.flipped else None)),
                 ),
-                figure(latents_image(view.latents, grid, basis, f"the teacher, {name}")),
+                figure(latents_image(view.latents, grid, basis, whose=f"the teacher, {name}")),
             )
         )
     return element("div", element("h3", heading), element("div", *columns, class_="strip five"), class_="card")
 
 
 def boxed(stored: StoredImage) -> Picture:
-    """The image with the crop boxes of the views shown, twice as large as a view at most; grey where it is not kept."""
+    """The image with the crop boxes of the views shown, its longer side twice a view's; grey if it is not kept."""
     scale = 2 * SHOWN / max(stored.height, stored.width)
     height, width = (max(1, round(edge * scale)) for edge in (stored.height, stored.width))
     empty = np.full((height, width, 3), EMPTY, dtype=np.uint8)
-    picture = empty if stored.picture is None else resized(stored.picture, height, width)
+    picture = empty if stored.picture is None else resized_picture(stored.picture, height, width)
     boxes = [tuple(edge * scale for edge in view.box) for view in stored.views[:MOST]]
     return outline_boxes(picture, [(left, top, right, bottom) for left, top, right, bottom in boxes])
 
 
-def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis, whose: str) -> Html:
-    """Latents (P, D) as colours, a pixel a patch."""
-    return image(png_uri(latent_colours(latents, *grid, basis)), f"Latents of {whose} as colours", pixelated=True)
+def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis, *, whose: str) -> Html:
+    """Latents (P, D) as colours, one pixel per patch."""
+    return image(png_uri(latent_colours(latents, *grid, basis=basis)), f"Latents of {whose} as colours", pixelated=True)

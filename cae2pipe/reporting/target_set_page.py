@@ -1,4 +1,4 @@
-"""The page about a target set: plain values to one document that refers to nothing outside itself."""
+"""The page about a target set: plain values to one self-contained document."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.reporting.coverage_grid import coverage_grid
 from cae2pipe.reporting.fidelity_section import fidelity_section
-from cae2pipe.reporting.html import Child, Html, bar_list, element, facts, figures, join, mark, page, table
+from cae2pipe.reporting.html import Child, Html, bar_list, element, facts, figures, join_html, mark, page, table
 from cae2pipe.reporting.pictures import ColourBasis, colour_basis
 from cae2pipe.reporting.stored_images import stored_card
 from cae2pipe.reporting.target_set_facts import codec_rows, provenance_rows, teacher_rows, view_rows
@@ -24,20 +24,20 @@ from cae2pipe.targets.set_bytes import SetBytes
 from cae2pipe.targets.stored_image import StoredImage
 
 FIRST_CLASSES, LAST_CLASSES = 12, 4
-"""Classes that are shown of very many: the largest and the smallest."""
+"""Numbers of classes that are shown of a long list: the largest and the smallest."""
 
 
 @dataclass(frozen=True)
 class TargetSetContents:
-    """All that the page shows.
+    """What the page shows.
 
-    ``identity`` and ``facts`` are the manifest's, ``format`` and ``fingerprint`` too; ``view``: how views are drawn.
-    ``image_count``: of all shards that are named. ``fidelity``: means over the ``stores`` that can be read, which has
-    samples and fidelity of each. ``array_shapes``: in words, by array. ``classes``: (name, images), None where the set
-    has none; ``unlabelled``: images without a label. ``rejects``: (path, reason), None where there is no shard set to
-    ask. ``images``: what is stored of some images, each with what its picture is; ``originals``: whether the shard set
-    was at hand. ``profile``: None where the teacher was not run. ``problems``: what could not be read, in words.
-    ``commands``: what adds what is missing, by ``source``, ``live``, ``extend`` and ``repair``.
+    ``identity``, ``facts``, ``format`` and ``fingerprint`` are the manifest's; ``view``: how views are drawn.
+    ``image_count``: of all shards in the manifest. ``fidelity``: means over the ``stores`` that can be read.
+    ``array_shapes``: in words, by array. ``classes``: (name, images), None if the set has none; ``unlabelled``: number
+    of images without a label. ``rejects``: (path, reason), None without a shard set. ``images``: some stored images,
+    each with the caption of its picture; ``originals``: whether the shard set was available. ``profile``: None if the
+    teacher was not run. ``problems``: files that could not be read, in words. ``commands``: those that add what is
+    missing, by ``source``, ``live``, ``extend`` and ``repair``.
     """
 
     name: str
@@ -68,7 +68,7 @@ class TargetSetContents:
 
     @property
     def asked(self) -> float | None:
-        """The mean cosine that was asked for; None for codecs without a choice."""
+        """The requested mean cosine; None for codecs without that setting."""
         codec = self.identity["settings"]["codec"]
         return codec["fidelity"] if codec["name"] == "klt" else None
 
@@ -103,14 +103,14 @@ def target_set_html(contents: TargetSetContents) -> str:
         *rejects_section(contents),
         element("footer", footer_text()),
     ]
-    return page(f"Target set {contents.name}", join(body, "\n"))
+    return page(f"Target set {contents.name}", join_html(body, "\n"))
 
 
 def lead(contents: TargetSetContents) -> str:
     coverage = contents.coverage
     return (
-        f"{contents.facts['teacher']['name']} saw up to {coverage.views} views of {contents.image_count:,} images. Its "
-        f"latents are stored with codec {contents.identity['settings']['codec']['name']}."
+        f"Latents of {contents.facts['teacher']['name']} for up to {coverage.views} views of each of "
+        f"{contents.image_count:,} images, stored with codec {contents.identity['settings']['codec']['name']}."
     )
 
 
@@ -119,31 +119,31 @@ def headline(contents: TargetSetContents) -> Html:
     present = float((coverage.cells == 1).mean())
     cards: list[tuple[Child, Child]] = [
         (f"{sizes.views:,}", f"stored views, of {contents.image_count:,} images"),
-        (f"{contents.fidelity['mean']:.4f}", "mean cosine between stored and true latents, as recorded"),
-        (gigabytes(sizes.total), f"on the disk: {gigabytes(sizes.total / sizes.views)} per view"),
-        (f"{sizes.latents / sizes.fp16:.0%}", "of fp16's bytes for the latents"),
-        (f"{floor_percent(present)}%", "of the stores asked for are there"),
+        (f"{contents.fidelity['mean']:.4f}", "recorded mean cosine between stored latents and the teacher's"),
+        (gigabytes(sizes.total), f"on disk: {gigabytes(sizes.total / sizes.views)} per view"),
+        (f"{sizes.latents / sizes.fp16:.0%}", "of the bytes of fp16 latents"),
+        (f"{floor_percent(present)}%", "of the requested stores exist"),
     ]
     return figures(cards)
 
 
 def floor_percent(share: float) -> int:
-    """A share in percent: 100 only where nothing is missing."""
+    """A share in percent, rounded down: 100 only if nothing is missing."""
     return int(share * 100 + 1e-9)
 
 
 def problems_section(contents: TargetSetContents) -> list[Html]:
-    """What is missing or damaged, with the commands that help."""
+    """Missing and damaged stores, with the commands that make or repair them."""
     coverage = contents.coverage
     parts: list[Html] = []
     if absent := coverage.names(ABSENT):
-        parts.append(element("p", f"{counted(len(absent), 'store')} of {coverage.cells.size} are not there yet: "
+        parts.append(element("p", f"{counted(len(absent), 'store')} of {coverage.cells.size} do not exist yet: "
                              f"{listed(absent)}."))  # fmt: skip
         parts.append(element("pre", contents.commands["extend"]))
     damaged = coverage.names(DAMAGED)
     if damaged or contents.problems:
         if damaged:
-            text = f"{counted(len(damaged), 'store')} cannot be used, for a file is missing or cut off: "
+            text = f"{counted(len(damaged), 'store')} cannot be used, because a file is missing or truncated: "
             parts.append(element("p", f"{text}{listed(damaged)}."))
         lines = [element("li", problem) for problem in contents.problems[:NAMED]]
         if len(contents.problems) > NAMED:
@@ -151,7 +151,7 @@ def problems_section(contents: TargetSetContents) -> list[Html]:
         if lines:
             parts.append(element("ul", *lines))
         parts.append(element("pre", contents.commands["repair"]))
-    return [element("h2", "What is missing"), element("div", *parts, class_="card")] if parts else []
+    return [element("h2", "Missing or damaged"), element("div", *parts, class_="card")] if parts else []
 
 
 def fact_rows(contents: TargetSetContents) -> list[tuple[str, Child]]:
@@ -160,11 +160,11 @@ def fact_rows(contents: TargetSetContents) -> list[tuple[str, Child]]:
     if contents.asked is not None:
         reached = contents.fidelity["mean"]
         text = f"mean cosine {contents.asked:g}; stored {reached:.5f} "
-        asked = [("fidelity asked", join((text, mark(reached >= contents.asked))))]
+        asked = [("requested fidelity", join_html((text, mark(reached >= contents.asked))))]
     held = f"{coverage.cells.shape[1]:,} shards of {contents.image_count:,} images, {coverage.views} views each"
     return [
         ("folder", contents.root),
-        ("holds", held + ("" if coverage.complete else ", in part")),
+        ("content", held + ("" if coverage.complete else ", incomplete")),
         *teacher_rows(contents.identity, contents.facts),
         *view_rows(contents.view, contents.identity["settings"].get("seed", "not recorded")),
         *codec_rows(contents.identity, contents.facts),
@@ -174,7 +174,7 @@ def fact_rows(contents: TargetSetContents) -> list[tuple[str, Child]]:
 
 
 def images_section(contents: TargetSetContents, basis: ColourBasis | None) -> list[Html]:
-    """Some images, their views, and the teacher's latents."""
+    """Some images, their views, and the stored latents."""
     parts = [element("h2", "Views and the teacher's latents")]
     if basis is None:
         return [*parts, element("p", "No view could be read.")]
@@ -182,26 +182,26 @@ def images_section(contents: TargetSetContents, basis: ColourBasis | None) -> li
     parts.append(
         element(
             "p",
-            f"Images from all over the set. Boxes are where views were cut from the image; a view is shown as the "
-            f"student sees it, flipped and jittered. Below each are the {rows} × {cols} latents that the teacher gave "
-            "for it, as they are stored. Colours are their first three principal components, the same for all "
-            "pictures on this page: equal colours, like latents.",
+            "Images from all parts of the set, with the crop boxes of their views. Views are shown as the student sees "
+            f"them, flipped and with colour jitter. Below each view are its {rows} × {cols} stored latents. Colours "
+            "are their first three principal components, with one basis for the whole page: similar colours mean "
+            "similar latents.",
         )
     )
     if not contents.originals:
         kept = any(stored.picture is not None for stored, _ in contents.images)
-        drawn = "on the images as the set keeps them" if kept else "on grey, for this set keeps no images"
-        text = f"Boxes are drawn {drawn}. To see them on the originals, give the shard set:"
+        drawn = "on the reduced images of the set" if kept else "on grey, because this set has no whole images"
+        text = f"Boxes are drawn {drawn}. To draw them on the originals, give the shard set:"
         parts += hint(text, contents.commands["source"])
     for stored, caption in contents.images:
         size = f"{stored.width} × {stored.height} pixels"
-        heading = join((stored.key, " ", element("small", size)))
+        heading = join_html((stored.key, " ", element("small", size)))
         parts.append(stored_card(stored, contents.grid, basis, heading=heading, caption=caption))
     return parts
 
 
 def bytes_section(contents: TargetSetContents) -> list[Html]:
-    """Bytes per view and in total, beside the codecs without a choice."""
+    """Bytes per view and in total, compared with fp16 and int8."""
     sizes = contents.sizes
     rows: list[list[Child]] = []
 
@@ -210,7 +210,7 @@ def bytes_section(contents: TargetSetContents) -> list[Html]:
 
     for name, size in sizes.arrays.items():
         row(name, contents.array_shapes.get(name, ""), size)
-    row("pixels", "JPEGs in tars", sizes.pixels)
+    row("pixels", "JPEG files in tars", sizes.pixels)
     row("other", "calibration, indices of images", sizes.other)
     row("total", "", sizes.total)
     bars = [
@@ -224,16 +224,16 @@ def bytes_section(contents: TargetSetContents) -> list[Html]:
     ]
     return [
         element("h2", "Bytes"),
-        element("p", f"Per view, and as shares of the latents in fp16. {sizes.views:,} views are stored."),
+        element("p", f"Per view, and relative to fp16 latents. {sizes.views:,} views are stored."),
         element("div", bar_list(bars), class_="card"),
-        element("div", table(["array", "per view", "in total", "share", "of one view"], rows, "scores"), class_="card"),
+        element("div", table(["array", "per view", "total", "share", "shape per view"], rows, "scores"), class_="card"),
     ]
 
 
 def coverage_section(contents: TargetSetContents) -> list[Html]:
     return [
         element("h2", "Coverage"),
-        element("p", "A store is one view of all images of a shard."),
+        element("p", "A store holds one view of each image of a shard."),
         element("div", coverage_grid(contents.coverage), class_="card"),
     ]
 
@@ -242,19 +242,19 @@ def classes_section(contents: TargetSetContents) -> list[Html]:
     """Images of every class; the middle of a long list is collapsed."""
     parts = [element("h2", "Classes")]
     if contents.classes is None:
-        return [*parts, element("p", "The images have no classes; training from targets needs none.")]
+        return [*parts, element("p", "The images have no classes. Pretraining needs none.")]
     rows = class_bars(contents.classes)
     if contents.unlabelled:
         rows.append(("no class", float(contents.unlabelled), f"{contents.unlabelled:,}"))
     empty = sum(count == 0 for _, count in contents.classes)
     text = f"Images of each of {counted(len(contents.classes), 'class', 'classes')}, most first"
-    text += f"; {empty:,} without any." if empty else "."
+    text += f"; {empty:,} without images." if empty else "."
     return [*parts, element("p", text), element("div", bar_list(rows), class_="card")]
 
 
 def class_bars(classes: Sequence[tuple[str, int]]) -> list[tuple[str, float, str]]:
-    """A bar for each class, most images first; of very many, those between the largest and the smallest share one, as
-    long as their mean."""
+    """One bar per class, most images first. In a long list, the classes between the largest and the smallest share a
+    bar, which shows their mean."""
     rows = [(name, float(count), f"{count:,}") for name, count in classes]
     hidden = rows[FIRST_CLASSES : len(rows) - LAST_CLASSES]
     if len(hidden) < 2:
@@ -267,10 +267,12 @@ def class_bars(classes: Sequence[tuple[str, int]]) -> list[tuple[str, float, str
 
 
 def rejects_section(contents: TargetSetContents) -> list[Html]:
-    """Images of the source that are not in the set, by reason."""
+    """Images of the source that could not be decoded, by reason."""
     parts = [element("h2", "Rejected images")]
     if contents.rejects is None:
-        text = "Images that could not be decoded are listed in the shard set, which is not here. To see them:"
+        text = (
+            "Images that could not be decoded are listed in the shard set, which is not inside this set. To show them:"
+        )
         return [*parts, *hint(text, contents.commands["source"])]
     if not contents.rejects:
         return [*parts, element("p", "None: every image of the source could be decoded.")]
@@ -286,12 +288,12 @@ def rejects_section(contents: TargetSetContents) -> list[Html]:
     return [
         *parts,
         element("p", f"{counted(len(contents.rejects), 'image')} of the source could not be decoded."),
-        element("div", table(["reason", "images", "first of them"], rows), class_="card"),
+        element("div", table(["reason", "images", "first image"], rows), class_="card"),
     ]
 
 
 def hint(text: str, command: str) -> list[Html]:
-    """What is not on the page, and the command that adds it."""
+    """A text on what is not on the page, and the command that adds it."""
     return [element("p", text, class_="small"), element("pre", command)]
 
 

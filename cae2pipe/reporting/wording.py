@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NAMED = 10
-"""Names of a list that are shown; the others are counted."""
+"""Number of names of a list that are shown; the others are counted."""
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
@@ -14,6 +14,6 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and the number of the others."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -1,1 +1,1 @@
-"""Running work: processes, threads and ranks, devices, signals, random draws, progress, and what the system refuses."""
+"""Running work: processes, threads and ranks, devices, signals, random draws, progress, and system errors."""

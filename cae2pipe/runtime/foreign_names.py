@@ -1,4 +1,4 @@
-"""Names that others chose (of files, classes, runs, keys) are data: how they are shown, and told apart."""
+"""Untrusted names (of files, classes, runs, keys): how they are shown and distinguished."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 JOINERS = "\u200c\u200d"
 """Invisible, but part of how words are spelt in several scripts, and of emoji."""
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode's categories of what acts instead of being seen: controls; formats, such as those that reverse the direction
-of writing; surrogates, which stand for bytes that are not UTF-8; separators of lines and of paragraphs."""
+"""Unicode categories of characters that have an effect instead of a shape: controls; formats, such as those that
+reverse the writing direction; surrogates, which stand for bytes that are not UTF-8; line and paragraph separators."""
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""Text for a terminal or a page: what would act instead of being seen is escaped, as ``\x1b`` or ``\u202e``.
+    r"""Text for a terminal or a page: characters with an effect are escaped, as ``\x1b`` or ``\u202e``.
 
     Args:
-        keep: characters that may act nevertheless: a newline, in text of several lines.
+        keep: characters to keep: a newline, in multi-line text.
     """
     if text.isprintable():
         return text
@@ -29,13 +29,13 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def visible_json(value: Any, plain: bool = False) -> str:
-    """JSON in which nothing acts: that is escaped, and all that is not ASCII where ``plain``."""
+    """JSON without characters that have an effect: they are escaped, with ``plain`` also all that is not ASCII."""
     text = json.dumps(value, indent=1, ensure_ascii=plain)
     return "".join(json.dumps(char)[1:-1] if _acts(char) and char != "\n" else char for char in text)
 
 
 def told_apart(names: Sequence[str], marks: Sequence[object]) -> list[str]:
-    """Names of which none repeats: those that do bear their mark, as ``red (2)``. Marks must differ."""
+    """Unique names: repeated ones get their mark, as ``red (2)``. Marks must differ."""
     names = list(names)
     while len(set(names)) < len(names):
         counts = Counter(names)
@@ -52,7 +52,7 @@ def _escaped(char: str) -> str:
 
 
 def why_not_utf8(name: str) -> tuple[str, str]:
-    """What is wrong with a name of a disk or of the command line that is not UTF-8 as Python has it, and the remedy."""
+    """What is wrong with a name from a disk or the command line that is not UTF-8, and the fix."""
     raw = os.fsencode(name)
     try:
         raw.decode()

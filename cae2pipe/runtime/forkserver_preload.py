@@ -1,7 +1,7 @@
-"""Imported first of all by the server process that workers are started from, and by nothing else.
+"""Imported first by the server process that starts workers, and by nothing else.
 
-It leaves the process group: Ctrl-C, and what torchrun and schedulers send to a whole group, then reaches the main
-process alone, which finishes its step and needs its workers for that.
+It leaves the process group. Ctrl-C, and signals that torchrun and schedulers send to the whole group, then reach
+only the main process, which needs its workers to finish its step.
 """
 
 import os

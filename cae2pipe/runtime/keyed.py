@@ -1,7 +1,7 @@
-"""Random draws that depend on named keys and on nothing else.
+"""Random draws that depend only on named keys.
 
-Every draw in cae2pipe comes from here: from a counter-based generator (Philox 4x64) whose 128-bit key is a hash of what
-the draw is for, such as ("view", seed, sample key, view). Only raw generator words are used, never the methods of
+Every draw in cae2pipe comes from here: from a counter-based generator (Philox 4x64) whose 128-bit key is a hash of the
+draw's purpose, such as ("view", seed, sample key, view). Only raw generator words are used, not the methods of
 numpy's Generator, whose streams may change between numpy versions.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def _hash(parts: tuple[str | int, ...]) -> bytes:
-    # The type marks and the separator keep ("a", 1) and ("a1",) apart.
+    # Type marks and the separator distinguish ("a", 1) from ("a1",).
     text = "\x1f".join(f"i{part}" if isinstance(part, int) else f"s{part}" for part in parts)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 

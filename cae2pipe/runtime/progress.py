@@ -1,4 +1,4 @@
-"""How a long job tells what it does: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a long job: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Report(Protocol):
-    """What stages talk to. Fields of ``advance`` are figures to show, such as ``loss`` or ``images_per_s``."""
+    """What stages report to. Fields of ``advance`` are figures to show, such as ``loss`` or ``images_per_s``."""
 
     def total(self, n: int, unit: str, done: int = 0) -> None:
         """Work of ``n`` units begins, of which an earlier run did ``done``."""
@@ -27,11 +27,11 @@ class Report(Protocol):
         """``n`` more units are done."""
 
     def log(self, text: str) -> None:
-        """Something worth a line."""
+        """Write a line."""
 
 
 class Silent:
-    """Shows nothing, and keeps what was logged."""
+    """Shows nothing, and keeps the logged lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -50,14 +50,14 @@ class Lines:
     """Plain lines, one every ``interval`` seconds at most, for logs and pipes.
 
     Args:
-        title: what the job is called.
+        title: the job's name.
         file: where lines go.
         clock: seconds, monotonic.
         interval: seconds between lines.
     """
 
     def __init__(
-        self, title: str, file: TextIO, clock: Callable[[], float] = time.monotonic, interval: float = 10.0
+        self, title: str, file: TextIO, clock: Callable[[], float] = time.monotonic, *, interval: float = 10.0
     ) -> None:
         self.title = title
         self.file = file
@@ -65,7 +65,7 @@ class Lines:
         self.interval = interval
         self._n = 0
         self._done = 0
-        self._first = 0  # what an earlier run did says nothing of this one's speed
+        self._first = 0  # an earlier run's work does not count for the speed
         self._unit = ""
         self._began = self._shown = clock()
 
@@ -78,7 +78,7 @@ class Lines:
         now = self.clock()
         if now - self._shown >= self.interval or self._done == self._n:
             self._shown = now
-            parts = [f"{self._done}/{self._n} {self._unit}", *(f"{k} {show(v)}" for k, v in fields.items())]
+            parts = [f"{self._done}/{self._n} {self._unit}", *(f"{k} {four_digits(v)}" for k, v in fields.items())]
             fresh = self._done - self._first
             if self._done < self._n:
                 parts.append(f"left {duration((now - self._began) / fresh * (self._n - self._done))}")
@@ -92,13 +92,13 @@ class Lines:
         self.file.flush()
 
 
-def show(value: float) -> str:
+def four_digits(value: float) -> str:
     """A figure with four significant digits."""
     return f"{value:.4g}"
 
 
 def gigabytes(count: float) -> str:
-    """Bytes in the largest unit that leaves at least one before the point: ``1500000000`` as ``1.5 GB``."""
+    """Bytes in the largest unit in which the value is at least 1: ``1500000000`` as ``1.5 GB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -115,7 +115,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """A report on stderr: a bar where that is a terminal, lines elsewhere."""
+    """A report on stderr: a bar on a terminal, lines elsewhere."""
     if not sys.stderr.isatty():
         yield Lines(title, sys.stderr)
         return
@@ -154,7 +154,7 @@ def _bars(console: Terminal) -> Progress:
 
 
 class _Panel:
-    """A rich bar with the newest figures below it, behind the protocol."""
+    """The protocol as a rich bar with the latest figures below it."""
 
     def __init__(self, bars: Progress, title: str) -> None:
         self.bars = bars
@@ -166,7 +166,9 @@ class _Panel:
         from rich.columns import Columns
         from rich.text import Text
 
-        cells = [Text.assemble((visible(name), "dim"), f" {show(value)}") for name, value in self._fields.items()]
+        cells = [
+            Text.assemble((visible(name), "dim"), f" {four_digits(value)}") for name, value in self._fields.items()
+        ]
         return Columns(cells, padding=(0, 3), equal=True)
 
     def total(self, n: int, unit: str, done: int = 0) -> None:

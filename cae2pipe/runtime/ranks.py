@@ -22,17 +22,17 @@ class Rank:
 
 
 def torchrun_rank() -> Rank:
-    """From the variables that torchrun sets; a lone process where one of them is missing.
+    """From the variables that torchrun sets; a single process if one of them is missing.
 
     Raises:
-        SettingsError: one is no number, or they contradict each other.
+        SettingsError: one is not a number, or they contradict each other.
     """
     if any(name not in os.environ for name in TORCHRUN):
         return Rank()
     values = {name: os.environ[name] for name in TORCHRUN}
     for name, value in values.items():
         if not re.fullmatch(r"[0-9]{1,9}", value):
-            raise _not_torchruns(f"{name}={value!r} is no number")
+            raise _not_torchruns(f"{name}={value!r} is not a number")
     numbers = {name: int(value) for name, value in values.items()}
     for below, above in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if numbers[below] >= numbers[above]:
@@ -47,5 +47,5 @@ def _not_torchruns(what: str) -> SettingsError:
         what,
         where="environment",
         fix="start with torchrun, which sets these variables; or `unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE` "
-        "for a lone process",
+        "for a single process",
     )

@@ -14,10 +14,10 @@ from cae2pipe.runtime.keyed import keyed_seed
 
 @contextmanager
 def seeded(*key: str | int) -> Iterator[None]:
-    """Within it the generators of random, numpy and torch draw from a key; afterwards those of the CPU go on as before.
+    """Seeds the generators of random, numpy and torch from a key; afterwards those of the CPU continue as before.
 
-    Transforms, Mixup and drop path of libraries draw from these, and would otherwise hang on who has done what before.
-    A device's generator is seeded, but not put back: reading its state would wait for the device.
+    Libraries' transforms, Mixup and drop path draw from these, and would otherwise depend on all draws before.
+    A device's generator is seeded but not restored: reading its state would wait for the device.
     """
     seed = keyed_seed(*key)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 during training: finish the step, write a checkpoint, then leave."""
+"""Ctrl-C, SIGTERM and SIGUSR1 during training: finish the step, write a checkpoint, then exit."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ T = TypeVar("T")
 
 
 class StopRequest:
-    """What has been asked for so far: ``exception`` is None until a signal arrives."""
+    """A pending request to stop: ``exception`` is None until a signal arrives."""
 
     exception: type[BaseException] | None = None
 
 
 class StoppedWaitingError(WorkerError):
-    """A stop was asked for while no item came."""
+    """A stop was requested while waiting for an item."""
 
 
 _current: list[StopRequest] = []
 
 
 def stop_asked() -> bool:
-    """Whether a signal has been noted. For what waits: it has nothing to finish."""
+    """Whether a signal has arrived. For code that only waits, and has nothing to finish."""
     return any(request.exception is not None for request in _current)
 
 
 @contextmanager
 def deferred_stop() -> Iterator[StopRequest]:
-    """Within this block a first signal is only noted; a second one acts at once.
+    """Inside this block a first signal is only recorded; a second one takes effect at once.
 
-    A failure of the workers that comes with a signal is the stop that was asked for: workers have left the process
-    group, but a scheduler may signal every process of a job; and where no item comes, waiting for it ends so.
+    A failure of the workers together with a signal counts as that stop: workers have left the process group, but a
+    scheduler may signal every process of a job; and waiting for an item ends in such a failure.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -70,11 +70,11 @@ def deferred_stop() -> Iterator[StopRequest]:
 
 
 def until_stopped(items: Iterator[T], stop: StopRequest) -> Iterator[T]:
-    """The items; they end where the workers fail, or no item comes, after a signal.
+    """The items; after a signal they end if the workers fail or no item comes.
 
     Raises:
-        What was asked for, where no item comes to one of several processes: the others may be in the middle of a step,
-        and could not write a checkpoint with it.
+        The signal's exception, if one of several processes gets no item: the others may be in the middle of a step, and
+        could not write a checkpoint with it.
     """
     try:
         yield from items

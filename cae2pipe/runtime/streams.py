@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or of a small alphabet must not end a command, or only in good order."""
+"""Standard streams that are closed, full or not UTF-8 must not crash a command."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ STDOUT = "standard output"
 
 
 def prepare_streams() -> None:
-    """Make ``sys.stdout`` and ``sys.stderr`` such that names which they cannot print are escaped, that an error in
-    writing to stdout says where it was, and one in writing to stderr, which only tells of the work, is passed over.
+    """Prepare ``sys.stdout`` and ``sys.stderr``: names that they cannot print are escaped, an error in writing to
+    stdout says so, and one in writing to stderr, which only shows progress, is ignored.
     """
-    # What is opened next would get the number of a closed one, and with it all that is printed there.
+    # The next opened file would get the number of a closed stream, and with it everything printed there.
     for number in range(3):
         try:
             os.fstat(number)
@@ -27,17 +27,17 @@ def prepare_streams() -> None:
     sys.unraisablehook = _keep_interrupts
 
 
-def finish_streams(told: bool) -> bool:
-    """Write out what is left; whether that went well. If not, the user is told of it, or has been ``told`` of an error
+def finish_streams(error_shown: bool) -> bool:
+    """Flush the streams; returns whether that succeeded. If not, the user is told, unless an error has been shown
     already."""
     with suppress(OSError):
         sys.stderr.flush()
     try:
         sys.stdout.flush()
     except OSError as error:
-        if not told:
+        if not error_shown:
             sys.stderr.write(f"error: {STDOUT} cannot be written: {error.strerror}\n")
-        # The interpreter would try again as it exits.
+        # The interpreter would try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return False
     return True
@@ -58,20 +58,20 @@ class _Stream(io.FileIO):
             return len(memoryview(data).cast("B"))
 
 
-def _opened(number: int, found: Any, forgiving: bool) -> Any:
-    if found is not None and not (isinstance(found, io.TextIOWrapper) and _number(found) == number):
-        return found  # somebody has put another one in its place
+def _opened(number: int, stream: Any, forgiving: bool) -> Any:
+    if stream is not None and not (isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == number):
+        return stream  # it has been replaced, as by a test
     raw = _Stream(number, forgiving)
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
-        encoding=found.encoding if found else "utf-8",
+        encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
         line_buffering=forgiving or raw.isatty(),
-        write_through=bool(found and found.write_through),
+        write_through=bool(stream and stream.write_through),
     )
 
 
-def _number(stream: io.TextIOWrapper) -> int | None:
+def _descriptor(stream: io.TextIOWrapper) -> int | None:
     try:
         return stream.fileno()
     except OSError:
@@ -80,7 +80,7 @@ def _number(stream: io.TextIOWrapper) -> int | None:
 
 def _keep_interrupts(unraisable: Any) -> None:
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        # It came where nothing can be raised, as in a destructor: again, where it can.
+        # It arrived where nothing can be raised, as in a destructor: raise it again later.
         if threading.main_thread().is_alive():
             import _thread
 

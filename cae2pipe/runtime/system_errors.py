@@ -1,4 +1,4 @@
-"""What the operating system's errors mean to a user: the one place that says so."""
+"""What the operating system's errors mean to a user; the only place for these texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from cae2pipe.errors import BadInputError, Cae2pipeError, OutOfMemoryError, StorageError
 from cae2pipe.runtime.streams import STDOUT
 
-AGAIN = "then run the same command again: what is finished is kept"
+AGAIN = "then run the same command again; finished work is kept"
 
 ASKED = {
     errno.EACCES: "change its permissions (`ls -ld` shows them), or give another path",
@@ -26,7 +26,7 @@ ASKED = {
     errno.ENODEV: "give the path of a file or folder",
     errno.ENXIO: "give the path of a file or folder",
 }
-"""Remedies of what the user asked for and cannot have."""
+"""Fixes of errors in what the user asked for."""
 
 FAILED = {
     errno.ENOSPC: f"free some space, {AGAIN}",
@@ -36,12 +36,12 @@ FAILED = {
     errno.ENFILE: "raise the limit (sysctl fs.file-max), or use fewer --workers",
     errno.EAGAIN: "raise the limit on processes (ulimit -u), or use fewer --workers",
     errno.ENOLCK: "mount the file system with locks (NFS: with lockd running), or use a local folder",
-    errno.ENOTSUP: "use a local folder: this file system lacks what is needed, such as locks",
-    errno.EPIPE: "what read it has ended",
+    errno.ENOTSUP: "use a local folder: this file system lacks a feature, such as locks",
+    errno.EPIPE: "the program that reads the output has ended",
     errno.EIO: f"check the disk or the network storage (dmesg), {AGAIN}",
     errno.ESTALE: f"mount the network storage again, {AGAIN}",
 }
-"""Remedies of what may do better elsewhere or later."""
+"""Fixes of errors that may not occur elsewhere or later."""
 
 FULL = {
     errno.ENOSPC: "the disk is full",
@@ -51,34 +51,34 @@ FULL = {
 }
 
 
-def explain(error: BaseException) -> Cae2pipeError | None:
-    """The error to show instead of one that the operating system, or a library that speaks for it, has raised; None for
-    one of another kind, which is a defect."""
+def explain_system_error(error: BaseException) -> Cae2pipeError | None:
+    """The error to show instead of one raised by the operating system, or by a library on its behalf; None for any
+    other error, which is a defect."""
     text = str(error)
     if isinstance(error, MemoryError):
         return host_memory()
     if isinstance(error, OSError):
         return None if error.errno is None else _os_error(error)
-    kind = type(error).__name__  # by its name: commands that need no torch do not wait for its import
-    if kind == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
-        return _os_error(OSError(int(found[1]), os.strerror(int(found[1]))))
+    kind = type(error).__name__  # by name, so that commands without torch do not import it
+    if kind == "SafetensorError" and (match := re.search(r"os error (\d+)", text)):
+        return _os_error(OSError(int(match[1]), os.strerror(int(match[1]))))
     if isinstance(error, ImportError) and re.search("failed to map segment|[Cc]annot allocate memory", text):
-        return host_memory()  # a library of torch's
+        return host_memory()  # one of torch's libraries
     if isinstance(error, RuntimeError):
         if "DefaultCPUAllocator" in text:  # torch's MemoryError
             return host_memory()
         if kind == "OutOfMemoryError":
             return OutOfMemoryError(
                 f"the device has run out of memory: {text.splitlines()[0]}",
-                fix="end what else uses the device (nvidia-smi lists it), or choose another one: --device, where the "
-                "command has it, or CUDA_VISIBLE_DEVICES",
+                fix="stop other programs that use the device (nvidia-smi lists them), or choose another one: --device, "
+                "if the command has it, or CUDA_VISIBLE_DEVICES",
             )
-        if found := re.match(r"Symlink loop from (.*)", text):  # pathlib before Python 3.13
-            return _os_error(OSError(errno.ELOOP, os.strerror(errno.ELOOP), found[1].strip("'")))
+        if match := re.match(r"Symlink loop from (.*)", text):  # pathlib before Python 3.13
+            return _os_error(OSError(errno.ELOOP, os.strerror(errno.ELOOP), match[1].strip("'")))
         if "can't start new thread" in text:
             return _os_error(OSError(errno.EAGAIN, "no more threads can be started"))
     if isinstance(error, ValueError) and re.search("embedded null (byte|character)", text):
-        return BadInputError("a path holds a NUL character", fix="give a path without it")
+        return BadInputError("a path contains a NUL character", fix="give a path without it")
     if isinstance(error, UnicodeEncodeError):
         name = error.object if len(error.object) < 300 else "..."
         return BadInputError(f"a name cannot be written as {error.encoding}: {name!r}", fix="rename it")
@@ -86,10 +86,10 @@ def explain(error: BaseException) -> Cae2pipeError | None:
 
 
 def host_memory() -> OutOfMemoryError:
-    """The error to show where the machine's memory, not a device's, has run out."""
+    """The error to show if the machine's memory, not a device's, has run out."""
     return OutOfMemoryError(
         "this machine has run out of memory",
-        fix="end what else uses it, use fewer --workers, where the command has them, or a smaller batch",
+        fix="stop other programs, use fewer --workers (if the command has them), or a smaller batch",
     )
 
 
@@ -105,4 +105,4 @@ def _os_error(error: OSError) -> Cae2pipeError:
     where = os.fsdecode(where) if isinstance(where, bytes) else where
     if number in ASKED:
         return BadInputError(what, where=where, fix=ASKED[number])
-    return StorageError(what, where=where, fix=FAILED.get(number, f"see to that, {AGAIN}"))
+    return StorageError(what, where=where, fix=FAILED.get(number, f"remove the cause, {AGAIN}"))

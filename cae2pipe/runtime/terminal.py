@@ -1,4 +1,4 @@
-"""The terminal: lines, tables and facts, in which what others chose is text and nothing else."""
+"""The terminal: lines, tables and facts, in which untrusted names are plain text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cae2pipe.runtime.foreign_names import visible
 
 
 class Terminal(Console):
-    """A console that shows every string as it is: no markup, no emoji by name, no escape sequences."""
+    """A console that shows every string literally: no markup, no emoji by name, no escape sequences."""
 
     def render_str(self, text: str, *, style: str | Style = "", **options: Any) -> Text:
         justify, overflow = options.get("justify"), options.get("overflow")
@@ -30,7 +30,7 @@ class Terminal(Console):
         self.print(text, soft_wrap=True)
 
     def problem(self, error: Cae2pipeError, title: str | None = None) -> None:
-        """What was wrong, where, and what to do about it. Text of others cannot pass for another of these."""
+        """Print what was wrong, where, and how to fix it. Untrusted text cannot imitate these lines."""
         if title:
             self.print(title, style="bold red", end=" ")
         self.print(error.what.replace("\n", "\n    "), soft_wrap=True)
@@ -40,10 +40,10 @@ class Terminal(Console):
 
 
 def print_table(terminal: Terminal, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of equal keys as a table; the keys are the headers."""
+    """Print rows of equal keys as a table; the keys are the headers."""
     table = Table(box=None, pad_edge=False)
     for name in rows[0] if rows else []:
-        # A mark that combines with the letter before it has no width of its own, and neither would its column.
+        # Some characters have zero width: a column of width zero would show nothing.
         table.add_column(visible(name), overflow="fold", min_width=1)
     for row in rows:
         table.add_row(*(visible(str(value)) for value in row.values()))
@@ -51,7 +51,7 @@ def print_table(terminal: Terminal, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_facts(terminal: Terminal, facts: Mapping[str, Any]) -> None:
-    """Nested facts, as YAML reads them."""
+    """Print nested facts as YAML."""
     import yaml
 
     text = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)

@@ -1,4 +1,4 @@
-"""Tensor work in threads: some tasks ahead of the caller, results in order."""
+"""Tensor work in threads: tasks run ahead of the caller, results come in order."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def in_threads(
-    function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], threads: int, most: int
+    function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], threads: int, *, most: int
 ) -> Generator[T, None, None]:
-    """``function(*task)`` of every task, in order, with up to ``most`` begun and not yet given out.
+    """``function(*task)`` of every task, in order, with up to ``most`` started and not yet yielded.
 
-    Each thread computes alone. Otherwise it would bring a team of OpenMP threads along, and the teams would fight for
-    the cores; and some results would depend, in their last bits, on how many cores there are.
+    Each thread computes alone. Otherwise each would start a team of OpenMP threads, and the teams would compete for
+    the cores; and the last bits of some results would depend on the number of cores.
     """
     with ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from ahead(pool, function, tasks, most)
+        yield from ahead(pool, function, tasks, most=most)

@@ -1,5 +1,5 @@
-"""Items with tensors on their way to a device: pinned by threads, carried over by a stream of their own while the one
-before is worked on."""
+"""Uploading items with tensors to a device: pinned by threads, and copied on a separate stream while the previous item
+is in use."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ T = TypeVar("T", bound=Tensors)
 
 
 def upload_ahead(
-    items: Iterable[S], move: Callable[[S], T], device: torch.device, stream: torch.cuda.Stream
+    items: Iterable[S], move: Callable[[S], T], device: torch.device, *, stream: torch.cuda.Stream
 ) -> Iterator[T]:
-    """``move(item)`` of every item, done on ``stream`` of ``device``. Each is begun before the last one is given
-    out, to be used on the stream that is current then.
+    """``move(item)`` of every item, done on ``stream`` of ``device``. Each is started before the last one is yielded,
+    and used on the stream that is current then.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room for two of them.
+        torch.OutOfMemoryError: the device has no memory for two of them.
     """
 
     def begun(item: S) -> tuple[T, torch.cuda.Event]:
@@ -62,7 +62,7 @@ def upload_ahead(
 
 
 def pinned(items: Iterable[T], device: torch.device) -> Iterator[T]:
-    """The items; those that are to go to CUDA in pinned memory, where threads bring some of them ahead of their use."""
+    """The items; for CUDA in pinned memory, to which threads copy some of them ahead of their use."""
     if device.type != "cuda":
         yield from items
         return
@@ -70,24 +70,24 @@ def pinned(items: Iterable[T], device: torch.device) -> Iterator[T]:
     def pin(item: T) -> T:
         return item.map(lambda tensor: tensor.pin_memory())
 
-    with closing(in_threads(pin, ((item,) for item in items), 2, 3)) as ready:
+    with closing(in_threads(pin, ((item,) for item in items), 2, most=3)) as ready:
         yield from ready
 
 
 def upload_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream to upload on; None where it needs none. One that uploads often keeps its own: the allocator keeps memory
-    for each stream that it has seen."""
+    """A stream to upload on; None if the device needs none. Code that uploads often should reuse its stream: the
+    allocator keeps memory for each stream that it has seen."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def uploaded(items: Iterable[T], device: torch.device, stream: torch.cuda.Stream | None = None) -> Iterator[T]:
-    """The items on the device. To CUDA a stream carries each, on its way before the last one is given out.
+    """The items on the device. For CUDA, each is copied on a stream that starts before the last one is yielded.
 
     Args:
-        stream: from ``upload_stream``; None: one is made.
+        stream: from ``upload_stream``; None: a new one.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room for two of them.
+        torch.OutOfMemoryError: the device has no memory for two of them.
     """
     stream = stream or upload_stream(device)
     if stream is None:
@@ -97,4 +97,4 @@ def uploaded(items: Iterable[T], device: torch.device, stream: torch.cuda.Stream
     def move(item: T) -> T:
         return item.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    yield from upload_ahead(items, move, device, stream)
+    yield from upload_ahead(items, move, device, stream=stream)

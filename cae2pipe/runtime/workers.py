@@ -1,9 +1,9 @@
-"""Worker processes that give out items in order.
+"""Worker processes that return items in order.
 
-Each worker has a connection of its own to the main process and makes every so-manieth item. No item can be lost: it is
-put into shared memory by the thread that made it, where a failure takes the item's place, and a worker that dies closes
-its connection, whatever it was doing. (torch's DataLoader pickles in a thread whose errors are printed and forgotten,
-and its workers write to one pipe, which stays locked when one of them is killed at it.)
+Each of N workers has its own connection to the main process and makes every N-th item. No item can be lost: it is put
+into shared memory by the thread that made it, where a failure takes the item's place, and a worker that dies closes
+its connection, whatever it was doing. (torch's DataLoader pickles in a thread whose errors are only printed, and its
+workers write to one pipe, which stays locked if a worker is killed while it writes.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -34,38 +34,44 @@ from cae2pipe.runtime.signals import StoppedWaitingError, stop_asked
 
 PRELOAD = ("cae2pipe.runtime.forkserver_preload", __name__)
 POLL = 0.5
-"""Seconds between looks at whether to stop, while the next item is not there."""
+"""Seconds between checks for a stop while waiting for the next item."""
 PATIENCE = 3.0
-"""Seconds that the next item is waited for where a stop has been asked for."""
+"""Seconds to wait for the next item after a stop has been requested."""
 GRACE = 2.0
-"""Seconds that workers are given to end by themselves."""
+"""Seconds for workers to end on their own."""
 
 
-class Listed(Protocol):
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Listed(Protocol[T_co]):
     """Items by number; picklable, as a torch ``Dataset`` is."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> T_co: ...
 
 
-class Streamed(Protocol):
-    """Items that each worker makes its own stream of; picklable."""
+@runtime_checkable
+class Streamed(Protocol[T_co]):
+    """Items of which each worker makes its own stream; picklable."""
 
-    def share(self, worker: int, workers: int) -> Iterator[Any]:
-        """The items of worker number ``worker``. They are given out in turn, one of each worker."""
+    def share(self, worker: int, workers: int) -> Iterator[T_co]:
+        """The items of worker number ``worker``. Items are yielded in turn, one from each worker."""
 
 
-def in_order(source: Listed | Streamed, workers: int, preload: Sequence[str] = ()) -> Generator[Any, None, None]:
-    """The items of a source, as they are, made by ``workers`` processes (0: in this one) and given out in order.
+def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[str] = ()) -> Generator[T, None, None]:
+    """The items of a source, made by ``workers`` processes (0: in this one) and yielded in order.
 
-    Workers are started from a clean server process: fork would copy a CUDA context or a thread pool half-alive. It
-    imports the modules ``preload`` once for all of them. There is one server a process: later calls find it as the
-    first one has started it, and their workers import for themselves what it lacks.
+    Workers are started from a clean server process: fork would copy a CUDA context or a thread pool in a broken
+    state. It imports the modules ``preload`` once for all of them. There is one server per process: later calls reuse
+    it, and their workers import what it has not preloaded.
 
     Raises:
-        Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is said
-        before the first item is given out; or a stop was asked for while no item came.
+        Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is
+            raised
+        before the first item is yielded; or a stop was requested while waiting for an item.
     """
     if workers == 0:
         yield from _share(source, 0, 1)
@@ -73,8 +79,8 @@ def in_order(source: Listed | Streamed, workers: int, preload: Sequence[str] = (
     started: list[_Worker] = []
     grace = GRACE
     try:
-        _start(source, workers, preload, started)
-        # A list that ends in the middle of a round leaves some workers without an item in it, and so does a stream.
+        _start(source, workers, preload, started=started)
+        # A list or stream may end in the middle of a round, which then has no item from some workers.
         turns, first = list(started), True
         while turns:
             for worker in list(turns):
@@ -88,10 +94,10 @@ def in_order(source: Listed | Streamed, workers: int, preload: Sequence[str] = (
                     check_room(shared, workers, len(source) if isinstance(source, Sized) else None)
                     first = False
                 yield value
-                # Else it would share the memory of the next one.
+                # Otherwise it would keep its memory while the next one is made.
                 del value
     except BaseException as error:
-        # Who is in a hurry does not wait for workers that may be stuck.
+        # On an interrupt, do not wait for workers that may be stuck.
         if isinstance(error, StoppedWaitingError) or not isinstance(error, (Exception, GeneratorExit)):
             grace = 0.0
         raise
@@ -106,13 +112,15 @@ class _Worker:
     gave: bool = False
 
 
-def _share(source: Any, worker: int, workers: int) -> Iterator[Any]:
-    if hasattr(source, "share"):
-        return iter(source.share(worker, workers))
+def _share(source: Listed[T] | Streamed[T], worker: int, workers: int) -> Iterator[T]:
+    if isinstance(source, Streamed):
+        return source.share(worker, workers)
     return (source[index] for index in range(worker, len(source), workers))
 
 
-def _start(source: Any, workers: int, preload: Sequence[str], started: list[_Worker]) -> None:
+def _start(
+    source: Listed[object] | Streamed[object], workers: int, preload: Sequence[str], *, started: list[_Worker]
+) -> None:
     refuse_import_of_main()
     shorten_sockets()
     context = multiprocessing.get_context("forkserver")
@@ -124,7 +132,7 @@ def _start(source: Any, workers: int, preload: Sequence[str], started: list[_Wor
             try:
                 process.start()
             except (EOFError, ConnectionError) as error:
-                # It, or the server, died before it had read what it is to do.
+                # The worker, or the server, died before it had read its task.
                 raise worker_died(process.exitcode if process.pid else None, gave=False) from error
             finally:
                 there.close()
@@ -142,26 +150,26 @@ def _receive(worker: _Worker) -> tuple[str, Any, int]:
         raise _died(worker) from None
     kind, value = _fetched(worker, message, began)
     worker.gave = True
-    with suppress(OSError):  # it has ended, or died: its connection will say so
+    with suppress(OSError):  # it has ended or died: its connection will show that
         worker.connection.send_bytes(b"")
     return kind, value, int.from_bytes(message[-8:], "little")
 
 
 def _fetched(worker: _Worker, message: bytes, began: float) -> tuple[str, Any]:
-    """What a message holds. A thread fetches its shared memory from the worker, which may be stuck: a stop is heeded
-    meanwhile."""
-    found: queue.SimpleQueue[tuple[str, Any] | BaseException] = queue.SimpleQueue()
+    """The content of a message. A thread fetches its shared memory from the worker, which may be stuck; a stop takes
+    effect meanwhile."""
+    fetches: queue.SimpleQueue[tuple[str, Any] | BaseException] = queue.SimpleQueue()
 
     def fetch() -> None:
         try:
-            found.put(pickle.loads(message))
+            fetches.put(pickle.loads(message))
         except BaseException as error:
-            found.put(error)
+            fetches.put(error)
 
     threading.Thread(target=fetch, daemon=True).start()
     while True:
         try:
-            fetched = found.get(timeout=POLL)
+            fetched = fetches.get(timeout=POLL)
         except queue.Empty:
             _heed_stop(began)
             continue
@@ -174,7 +182,7 @@ def _fetched(worker: _Worker, message: bytes, began: float) -> tuple[str, Any]:
 
 def _heed_stop(began: float) -> None:
     if stop_asked() and time.monotonic() - began > PATIENCE:
-        raise StoppedWaitingError("asked to stop while waiting for a worker", fix="run the same command again")
+        raise StoppedWaitingError("stopped while waiting for a worker", fix="run the same command again")
 
 
 def _died(worker: _Worker) -> WorkerError:
@@ -183,7 +191,7 @@ def _died(worker: _Worker) -> WorkerError:
 
 
 def _end(started: list[_Worker], grace: float) -> None:
-    """End the workers. However many are stuck, all get ``grace`` seconds together, and as many again once told."""
+    """Stop the workers. All of them together get ``grace`` seconds to end, and the same again after SIGTERM."""
     for worker in started:
         worker.connection.close()
     _join(started, grace)
@@ -191,7 +199,7 @@ def _end(started: list[_Worker], grace: float) -> None:
         worker.process.terminate()
     _join(started, grace)
     for worker in started:
-        # A process that is stopped heeds nothing else.
+        # A suspended process reacts to nothing else.
         worker.process.kill()
         worker.process.join()
 
@@ -202,7 +210,7 @@ def _join(workers: list[_Worker], seconds: float) -> None:
         worker.process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _work(connection: Connection, source: Any, number: int, workers: int) -> None:
+def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int) -> None:
     prepare_worker()
     torch.set_num_threads(1)
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -216,7 +224,7 @@ def _work(connection: Connection, source: Any, number: int, workers: int) -> Non
             ready.put(message)
             if last:
                 break
-        # The main process fetches shared memory from this one: it must not end before it is told to.
+        # The main process fetches shared memory from this one, so it must not end before it is told to.
         while True:
             connection.recv_bytes()
     except (EOFError, OSError):
@@ -227,11 +235,11 @@ def _send(connection: Connection, ready: queue.SimpleQueue[bytes]) -> None:
     try:
         while True:
             connection.send_bytes(ready.get())
-    except BaseException:  # the main process is gone, or else has to learn that this one has failed
+    except BaseException:  # the main process is gone, or must be told that this one failed
         os._exit(1)
 
 
-def _next_message(items: Iterator[Any]) -> tuple[bytes, bool]:
+def _next_message(items: Iterator[object]) -> tuple[bytes, bool]:
     """The next item, the end, or an error in its place; and whether that is the last message."""
     try:
         try:
@@ -244,7 +252,7 @@ def _next_message(items: Iterator[Any]) -> tuple[bytes, bool]:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that comes out of pickling as it was, with the worker's traceback where it is a defect."""
+    """An error that survives pickling, with the worker's traceback if it is a defect."""
     if not isinstance(error, (Cae2pipeError, OSError, MemoryError)):
         error.add_note(f"in a worker process: {traceback.format_exc()}")
     try:
@@ -267,7 +275,7 @@ class _Pickler(ForkingPickler):
         return NotImplemented
 
 
-def _pack(kind: str, value: Any) -> bytes:
+def _pack(kind: str, value: object) -> bytes:
     """A message, with the bytes of shared memory that it takes at its end, where pickle does not look.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The processes of a run: where they meet, and what they tell each other."""
+"""The processes of a run: their process group, and what they exchange."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cae2pipe.errors import Cae2pipeError, SettingsError
-from cae2pipe.runtime.ranks import Rank
+from cae2pipe.runtime.device import pick_device
+from cae2pipe.runtime.progress import Report, Silent
+from cae2pipe.runtime.ranks import Rank, torchrun_rank
 
 T = TypeVar("T")
 
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(hours=2)
+"""For work of the main process while the others wait: scores of cached features, pages."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: ``rank`` of ``ranks``, on ``device``. ``parallel``: ddp, fsdp, or none of them."""
+    """This process among all: ``rank`` of ``ranks``, on ``device``. ``parallel``: ddp, fsdp, or neither."""
 
     rank: int
     ranks: int
@@ -32,7 +36,7 @@ class World:
     parallel: str = "none"
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and reports for all."""
         return self.rank == 0
 
@@ -42,90 +46,97 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def meet(self) -> None:
-        """Wait until all processes have come here."""
+    def barrier(self) -> None:
+        """Wait until all processes have reached this point."""
         if self.ranks > 1:
             self.sum(torch.zeros(1, device=self.device)).item()
 
-    def share(self, module: nn.Module) -> None:
-        """Give all processes the leading one's buffers, such as running statistics."""
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Copy the main process's buffers, such as running statistics, to all processes."""
         if self.ranks > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of ranks, in all of them."""
+        """The values of all processes in the order of ranks, in every process."""
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value)
         return values
 
-    def lead(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives in the leading process, in all of them. An error there is raised everywhere, and shown
-        once."""
+    def run_on_main(self, work: Callable[[], T]) -> T:
+        """The result of ``work`` in the main process, in all of them. An error is raised everywhere, and shown once."""
         if self.ranks == 1:
             return work()
-        told: list[Any] = [None, None]
-        if self.leads:
+        answer: list[Any] = [None, None]
+        if self.is_main:
             try:
-                told[0] = work()
+                answer[0] = work()
             except Cae2pipeError as error:
-                told[1] = error
-        dist.broadcast_object_list(told, src=0, device=self.device)
-        if told[1] is not None:
-            told[1].shown_elsewhere = not self.leads
-            raise told[1]
-        result: T = told[0]
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0, device=self.device)
+        if answer[1] is not None:
+            answer[1].shown_elsewhere = not self.is_main
+            raise answer[1]
+        result: T = answer[0]
         return result
 
-    def lead_first(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives, done by every process; an error that the leading one meets first is shown once."""
+    def main_first(self, work: Callable[[], T]) -> T:
+        """The result of ``work``, done by the main process first and then by the others; its error is shown once."""
         done: list[T] = []
-        self.lead(lambda: done.append(work()))
-        return done[0] if self.leads else work()
+        self.run_on_main(lambda: done.append(work()))
+        return done[0] if self.is_main else work()
 
 
 @contextmanager
-def joined(
-    rank: Rank, device: torch.device, parallel: str, streams: int, patience: timedelta | None = None
-) -> Iterator[World]:
-    """The world of a training run; its processes meet here, and part at the end. Within another world, as where several
-    trainings follow each other, they stay together: a second meeting of the same processes would not come about.
+def stage_world(
+    device: str, report: Report, *, parallel: str = "ddp", patience: timedelta | None = PATIENCE
+) -> Iterator[tuple[World, Report]]:
+    """The processes of a stage that torchrun may have started, on their devices, and what each reports to.
 
     Args:
-        streams: what is to be shared out evenly.
-        patience: how long one process may wait for the others; None: torch's default.
+        device: as ``pick_device`` takes it. report: of the main process; the others show nothing.
+        parallel, patience: as for ``init_distributed``.
 
     Raises:
-        SettingsError: the streams cannot be shared out evenly, or nothing says where the processes meet.
+        SettingsError: there is no such device, or torchrun's variables are invalid.
     """
-    if streams % rank.ranks:
-        error = SettingsError(
-            f"data.streams {streams} cannot be shared out among {rank.ranks} processes",
-            where="data.streams",
-            fix=f"set data.streams to a multiple of {rank.ranks} that divides data.batch, or start another number of "
-            "processes",
-        )
-        error.shown_elsewhere = rank.rank > 0
-        raise error
+    rank = torchrun_rank()
+    with init_distributed(rank, pick_device(device, rank), parallel, patience=patience) as world:
+        yield world, report if world.is_main else Silent()
+
+
+@contextmanager
+def init_distributed(
+    rank: Rank, device: torch.device, parallel: str, *, patience: timedelta | None = None
+) -> Iterator[World]:
+    """The world of a training run: its process group is created here, and destroyed at the end. Inside another world,
+    as in several trainings one after the other, the existing group is used: a second one would not be created.
+
+    Args:
+        parallel: ddp or fsdp. patience: how long one process may wait for the others; None: torch's default.
+
+    Raises:
+        SettingsError: the address of the process group is not set.
+    """
     if rank.ranks == 1:
         yield World(0, 1, device)
         return
     address, port = (os.environ.get(name, "") for name in MEETING)
     if not dist.is_initialized() and not (address and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
         raise SettingsError(
-            f"MASTER_ADDR={address!r} and MASTER_PORT={port!r} do not say where {rank.ranks} processes meet",
+            f"MASTER_ADDR={address!r} and MASTER_PORT={port!r} are no address for a group of {rank.ranks} processes",
             where="environment",
             fix="start with torchrun, which sets these variables",
         )
-    world, inner = World(rank.rank, rank.ranks, device, parallel), dist.is_initialized()
+    world, inner = World(rank.rank, rank.ranks, device, parallel=parallel), dist.is_initialized()
     if not inner:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield world
-        # One that left while others still work could bring them down.
-        world.meet()
+        # A process that exits while others still work could crash them.
+        world.barrier()
     finally:
         if not inner:
             dist.destroy_process_group()

@@ -1,13 +1,13 @@
-"""Tars as a source, read where they lie: nothing is unpacked, an image is a range of bytes of its archive.
+"""Tars as a source, read in place: nothing is unpacked, an image is a range of bytes of its archive.
 
-Four forms are told apart by what they hold:
+Four forms are distinguished by their contents:
 
-- a tar of tars, one a class, named by it: ImageNet's ``ILSVRC2012_img_train.tar``, or a folder of such tars;
-- a tar of class folders, ``class/*.jpg``, as ``tar`` makes of an image folder;
-- a tar of images alone: ImageNet's ``ILSVRC2012_img_val.tar``, whose classes a ground-truth file tells;
+- a tar of tars, one per class and named after it: ImageNet's ``ILSVRC2012_img_train.tar``, or a folder of such tars;
+- a tar of class folders, ``class/*.jpg``, made from an image folder;
+- a tar of images alone: ImageNet's ``ILSVRC2012_img_val.tar``, whose classes are in a ground-truth file;
 - WebDataset tars, one, a folder or a tar of them: ``.cls`` members are labels (``samples.py``).
 
-Members' names are compared and become keys; they are never used as paths.
+Members' names are compared and become keys, but are never used as paths.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from cae2pipe.artifacts.places import file_size, is_local
+from cae2pipe.artifacts.storage import file_size, is_local
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.entries import SPLITS, Found, Source, is_utf8, labelled, make_source
 from cae2pipe.shards.folder import file_bytes
@@ -35,12 +35,12 @@ from cae2pipe.shards.samples import CLASSES, Contents, Member, Tar, scan_samples
 from cae2pipe.shards.tar_members import BLOCK, TarFormatError, TarMember, blocks, read_members
 
 FIX_ARCHIVE = (
-    "download or copy the archive again (compare its checksum with the one published), then run the same command"
+    "download or copy the archive again (compare its checksum with the published one), then run the same command"
 )
 
 ARCHIVES = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z", ".rar")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
-"""How gzip, bzip2, xz, Zstandard and zip begin."""
+"""The first bytes of gzip, bzip2, xz, Zstandard and zip files."""
 
 _SYNSET = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"\d{3}$")
@@ -50,7 +50,7 @@ def scan_archive(path: Path) -> Source:
     """The images of one tar.
 
     Raises:
-        SourceError: the tar is broken or cut off, or its form is none of those above.
+        SourceError: the tar is damaged or truncated, or has none of the forms above.
     """
     contents = read_contents(path)
     if not contents.tars:
@@ -58,9 +58,9 @@ def scan_archive(path: Path) -> Source:
     if contents.images or contents.labels:
         other = contents.images[0].name if contents.images else min(contents.labels.values()).name
         raise SourceError(
-            f"this archive holds tars ({contents.tars[0].name}) beside images or labels ({other})",
+            f"this archive holds both tars ({contents.tars[0].name}) and images or labels ({other})",
             where=path,
-            fix="give an archive of one kind",
+            fix="give an archive with only one of them",
         )
     tars = [Tar(_stem(tar.name), path, read_contents(path, tar)) for tar in contents.tars]
     if any(tar.contents.labels for tar in tars):
@@ -69,7 +69,7 @@ def scan_archive(path: Path) -> Source:
 
 
 def scan_tar(path: Path, contents: Contents) -> Source:
-    """The images of one tar that holds no tars."""
+    """The images of one tar without tars in it."""
     if contents.labels:
         return scan_samples(path, [Tar(_stem(path.name), path, contents)])
     if not contents.images:
@@ -81,23 +81,23 @@ def scan_tar(path: Path, contents: Contents) -> Source:
 
 
 def scan_tars(root: Path, names: list[str], others: Sequence[str]) -> Source:
-    """The images of a folder of tars: WebDataset's, or one tar a class.
+    """The images of a folder of tars: WebDataset's, or one tar per class.
 
     Args:
-        names: of the tars in the folder. others: files beside them.
+        names: of the tars in the folder. others: the other files in it.
 
     Raises:
         SourceError: as ``scan_archive``.
     """
     if archives := sorted(name for name in others if kind(name) in ARCHIVES):
         raise SourceError(
-            f"archives that are not read lie beside the tars: {describe_kinds(map(kind, archives))}",
+            f"besides tars this folder holds archives that cannot be read: {describe_kinds(map(kind, archives))}",
             where=root / archives[0],
-            fix="decompress or unpack them, or move them elsewhere",
+            fix="decompress or unpack them, or move them to another folder",
         )
     tars = [Tar(_stem(name), root / name, read_contents(root / name)) for name in sorted(names)]
     passed_over = Counter(kind(name) for name in others if name != CLASSES)
-    # Tars of images alone: numbered ones are WebDataset's, without labels; others are named by their class.
+    # Tars with only images: numbered ones are WebDataset's, without labels; others are named after their class.
     numbered = all(_NUMBERED.search(tar.name) and not _SYNSET.fullmatch(tar.name) for tar in tars)
     if numbered or any(tar.contents.labels for tar in tars):
         return scan_samples(root, tars, passed_over)
@@ -108,33 +108,35 @@ def scan_tars(root: Path, names: list[str], others: Sequence[str]) -> Source:
 
 
 def scan_class_tars(root: Path, tars: Sequence[Tar], passed_over: Counter[str] | None = None) -> Source:
-    """Images of tars that are named by their class."""
+    """Images of tars that are named after their class."""
     labels = labelled(tar.name for tar in tars)
     if len(labels) < len(tars):
-        raise SourceError("two tars have one name, which would be their class", where=root, fix="rename one of them")
-    found, notes, passed_over = [], list[str](), Counter(passed_over or {})
+        raise SourceError(
+            "two tars have the same name, and therefore the same class", where=root, fix="rename one of them"
+        )
+    images, notes, passed_over = [], list[str](), Counter(passed_over or {})
     for name, path, contents in tars:
         contents.refuse_tars(path)
         if not contents.images:
             raise SourceError(f"the tar of class {name!r} holds no images", where=path, fix="remove it, or add images")
         if len(folders := _top_folders(contents)) > 1:
             raise SourceError(
-                f"this tar would be the class {name!r}, and holds the folders {folders[0]} and {folders[1]}",
+                f"this tar would be the class {name!r}, but holds several folders: {folders[0]} and {folders[1]}",
                 where=path,
-                fix="unpack these tars into one folder, or make one tar of them",
+                fix="unpack these tars into one folder, or merge them into one tar",
             )
-        found += [
+        images += [
             Found(f"{name}/{image.name}", labels[name], image.bytes, path, image.offset) for image in contents.images
         ]
         passed_over += contents.passed_over
         notes += contents.notes
-    return make_source(root, sorted(labels), found, passed_over, notes)
+    return make_source(root, sorted(labels), images, passed_over=passed_over, notes=notes)
 
 
 def scan_tree(path: Path, contents: Contents) -> Source:
-    """Images in the folders of one tar, as if it were unpacked."""
+    """Images in the folders of one tar, as if unpacked."""
     parts = [image.name.split("/") for image in contents.images]
-    # `tar` is often given the folder above: train/class/1.jpg, data/train/class/1.jpg.
+    # Often the parent folder was packed: train/class/1.jpg, data/train/class/1.jpg.
     top, depth = 0, min(map(len, parts))
     while len({names[top] for names in parts}) == 1 and depth - top > 1:
         if depth - top < 3 and parts[0][top].lower() not in SPLITS:
@@ -146,27 +148,27 @@ def scan_tree(path: Path, contents: Contents) -> Source:
         raise SourceError(
             f"this archive holds the splits {', '.join(sorted(tops))}, not classes",
             where=path,
-            fix="unpack it, and give the folder",
+            fix="unpack it and give the folder",
         )
     if tops and (beside := [names[0] for names in parts if len(names) == 1]):
         raise SourceError(
-            f"images lie both beside the class folders ({min(beside)}) and in them ({min(tops)}/)",
+            f"there are images both outside of class folders ({min(beside)}) and in them ({min(tops)}/)",
             where=path,
-            fix="give an archive of one kind",
+            fix="give an archive with only one of them",
         )
     labels = labelled(tops)
-    found = [
+    images = [
         Found("/".join(names), labels.get(names[0], -1), image.bytes, path, image.offset)
         for names, image in zip(parts, contents.images, strict=True)
     ]
-    return make_source(path, sorted(tops), found, contents.passed_over, contents.notes)
+    return make_source(path, sorted(tops), images, passed_over=contents.passed_over, notes=contents.notes)
 
 
 def read_contents(path: Path, inner: Member | None = None) -> Contents:
-    """What a tar holds, from its headers; ``inner``: of a tar that is a member of ``path``.
+    """The contents of a tar, from its headers; ``inner``: a tar that is a member of ``path``.
 
     Raises:
-        SourceError: no tar, a compressed one, one that is cut off or broken, or links instead of files.
+        SourceError: not a tar, a compressed, truncated or damaged one, or one with links instead of files.
     """
     where = f"{path}, member {inner.name}" if inner else str(path)
     start = inner.offset if inner else 0
@@ -208,14 +210,14 @@ def read_contents(path: Path, inner: Member | None = None) -> Contents:
                 else error.fix or FIX_ARCHIVE,
             ) from None
     if archives > 1:
-        contents.notes.append(f"{where} is {archives} archives, one behind the other: all are read")
+        contents.notes.append(f"{where} consists of {archives} concatenated archives: all are read")
     if start + size - end < 2 * BLOCK:
-        contents.notes.append(f"{where} has no end mark: it may have been cut off between two files")
+        contents.notes.append(f"{where} has no end mark: it may have been truncated between two files")
     return contents
 
 
 def _checked_name(member: TarMember, where: str) -> str | None:
-    """A plain file's name, relative and POSIX; None for folders, hidden files, and what is no file and no image."""
+    """A plain file's relative POSIX name; None for folders, hidden files, and special files without an image name."""
     info = member.info
     if info.isdir():
         return None
@@ -223,19 +225,23 @@ def _checked_name(member: TarMember, where: str) -> str | None:
         raise SourceError(f"{info.name!r} is a link, not a file", where=where, fix="pack the files: tar --dereference")
     if info.type == b"M":
         raise SourceError(
-            f"{info.name!r} continues a file of another volume", where=where, fix="join the volumes, or pack them anew"
+            f"{info.name!r} continues a file of another volume",
+            where=where,
+            fix="join the volumes, or pack the files again",
         )
-    # As `tar` does where it unpacks: a leading slash does not count.
+    # A leading slash is ignored, as when `tar` unpacks.
     name = PurePosixPath(info.name.lstrip("/")).as_posix()
     parts = name.split("/")
     if any(part.startswith(".") and part != ".." for part in parts):
         return None
     if not info.isreg():
         if is_image(name):
-            raise SourceError(f"{name!r} bears an image's name and is no file", where=where, fix="pack without it")
+            raise SourceError(f"{name!r} has an image's name but is not a file", where=where, fix="pack without it")
         return None
     if ".." in parts:
-        raise SourceError(f"the name {name!r} leads out of the archive", where=where, fix="pack files below one folder")
+        raise SourceError(
+            f"the name {name!r} points outside of the archive", where=where, fix="pack files below one folder"
+        )
     if not is_utf8(name):
         raise SourceError(f"a name is not valid UTF-8: {name!r}", where=where, fix="rename it")
     return name

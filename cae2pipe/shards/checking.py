@@ -1,4 +1,4 @@
-"""Images read and proved to decode, by worker processes. Imports little, so that those start at once."""
+"""Worker processes that read images and check that they decode. Imports little, so that they start quickly."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from cae2pipe.artifacts.places import read_bytes, read_range
+from cae2pipe.artifacts.storage import read_bytes, read_range
 from cae2pipe.errors import ImageError, SourceError
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.runtime.processes import ahead, prepare_worker, refuse_import_of_main, shielded, worker_count, worker_died
 
 
-class Piece(NamedTuple):
-    """``size`` bytes of a file from ``offset`` on; ``member``: what they are called inside it, "" for a whole file."""
+class FileSlice(NamedTuple):
+    """``size`` bytes of a file from ``offset`` on; ``member``: their name inside an archive, "" for a whole file."""
 
     file: Path
     offset: int
@@ -31,26 +31,26 @@ class Piece(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """An image's bytes, and why they cannot be decoded, or None."""
+    """An image's bytes, and the reason why they cannot be decoded, or None."""
 
     data: bytes
     reason: str | None
 
 
-Check = Callable[[Iterable[Piece]], Iterator[Checked]]
-"""``check_image`` of each piece, in order, some images ahead of the caller."""
+Check = Callable[[Iterable[FileSlice]], Iterator[Checked]]
+"""``check_image`` of each piece, in order, working some images ahead of the caller."""
 
 CHUNK = 8
-"""Images that a worker is handed at a time."""
+"""Images that a worker gets at a time."""
 AHEAD = 3
-"""Chunks a worker that are read ahead: what bounds memory."""
+"""Chunks per worker that are read ahead; this bounds memory."""
 
 
-def check_image(piece: Piece) -> Checked:
+def check_image(piece: FileSlice) -> Checked:
     """Read an image and decode it once.
 
     Raises:
-        SourceError: it cannot be read, or has another size than when the source was scanned.
+        SourceError: it cannot be read, or its size has changed since the source was scanned.
     """
     data = read_piece(piece)
     try:
@@ -60,33 +60,33 @@ def check_image(piece: Piece) -> Checked:
     return Checked(data, None)
 
 
-def read_piece(piece: Piece) -> bytes:
-    """Bytes of the source.
+def read_piece(piece: FileSlice) -> bytes:
+    """Read bytes of the source.
 
     Raises:
-        SourceError: they cannot be read. Unlike an image that cannot be decoded, this may pass: it is no reject.
+        SourceError: they cannot be read. This may be transient, so it is not a reject.
     """
     try:
-        # A whole file is read to its end, so that one that has grown is noticed.
+        # A whole file is read to its end, to notice if it has grown.
         data = read_range(piece.file, piece.offset, piece.size) if piece.member else read_bytes(piece.file)
     except OSError as error:
         raise SourceError(
             f"this file cannot be read: {error.strerror or error}",
             where=piece.where,
-            fix="mend that, then run the same command again",
+            fix="fix its permissions or the storage, then run the same command again",
         ) from None
     if len(data) != piece.size:
         raise SourceError(
             f"this file has changed since the source was scanned: {len(data)} bytes instead of {piece.size}",
             where=piece.where,
-            fix="leave the source alone while it is packed, and give a new output folder",
+            fix="do not change the source while it is packed; give a new output folder",
         )
     return data
 
 
 @contextmanager
 def checking(workers: int) -> Iterator[Check]:
-    """``check_image`` over many pieces, in worker processes (-1: one a core; 0: none).
+    """``check_image`` over many pieces, in worker processes (-1: one per core; 0: none).
 
     Raises:
         WorkerError: a worker was killed.
@@ -94,16 +94,16 @@ def checking(workers: int) -> Iterator[Check]:
     if workers == 0:
         yield lambda pieces: map(check_image, pieces)
         return
-    # Not forkserver: there is one a process, and extraction starts it with its own modules loaded.
+    # Not forkserver: there is one per process, and extraction starts it with its own modules preloaded.
     context = multiprocessing.get_context("spawn")
     count = worker_count(workers)
     refuse_import_of_main()
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=prepare_worker)
     try:
         with shielded():
-            pool.submit(int)  # which starts all of them
+            pool.submit(int)  # starts all of them
         yield lambda pieces: chain.from_iterable(
-            ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), AHEAD * count)
+            ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), most=AHEAD * count)
         )
     except BrokenProcessPool:
         raise worker_died(None, gave=True) from None
@@ -111,11 +111,11 @@ def checking(workers: int) -> Iterator[Check]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _chunks(pieces: Iterable[FileSlice]) -> Iterator[list[FileSlice]]:
     remaining = iter(pieces)
     while chunk := list(islice(remaining, CHUNK)):
         yield chunk
 
 
-def _check_chunk(pieces: list[Piece]) -> list[Checked]:
+def _check_chunk(pieces: list[FileSlice]) -> list[Checked]:
     return [check_image(piece) for piece in pieces]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from cae2pipe.artifacts.places import file_sizes, is_local, read_range
+from cae2pipe.artifacts.storage import file_sizes, is_local, read_range
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.foreign_names import why_not_utf8
 from cae2pipe.shards.entries import SPLITS, Found, Source, is_utf8, labelled, make_source
@@ -26,16 +26,16 @@ from cae2pipe.shards.kinds import (
 FIX_SOURCE = "give a folder of images (class/*.jpg, or *.jpg), a .tar, a folder of .tar, or a .txt list of paths"
 
 
-def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str], hidden: int = 0) -> Source:
+def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str], *, hidden: int = 0) -> Source:
     """The images of ``root``: ``class/**/*.jpg``, or ``*.jpg`` without classes.
 
     Args:
         root: the folder. files: ``list_files`` of it. images: those of them that are images (``find_images``).
-            hidden: files and folders that were passed over for their names.
+            hidden: number of hidden files and folders.
 
     Raises:
-        SourceError: no images, a class without images, images both beside and in folders, two files with one key,
-            several splits, labels that only tars may hold, or something that cannot be read.
+        SourceError: no images, a class without images, images both outside of class folders and in them, two files with
+            the same key, several splits, labels that only tars may have, or something unreadable.
     """
     if splits := folder_splits(root, files):
         example = next((name for name in splits if name.lower().startswith("train")), splits[0])
@@ -52,18 +52,18 @@ def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str
         )
     if tars := sorted(filter(is_tar, files)):
         raise SourceError(
-            f"this folder holds tars ({tars[0]}) beside images ({min(images)})",
+            f"this folder holds both tars ({tars[0]}) and images ({min(images)})",
             where=root,
-            fix="move one of them elsewhere",
+            fix="move the tars or the images to another folder",
         )
     folders = subfolders(root, files)
     counts = Counter(path.split("/", 1)[0] for path in images if "/" in path)
     beside = sorted(path for path in images if "/" not in path)
     if beside and counts:
         raise SourceError(
-            f"images lie both beside the class folders ({beside[0]}) and in them ({min(counts)}/)",
+            f"there are images both outside of class folders ({beside[0]}) and in them ({min(counts)}/)",
             where=root,
-            fix="move them into a class folder, or give a folder of one kind",
+            fix="move all images into class folders, or none",
         )
     if empty := [name for name in folders if not counts[name]]:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
@@ -75,24 +75,24 @@ def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str
         )
     if not folders and (texts := sorted(path for path in files if kind(path) == ".cls")):
         raise SourceError(
-            f"labels lie beside these images ({texts[0]}), which are read from WebDataset tars alone",
+            f"there are label files next to these images ({texts[0]}), which are only read from WebDataset tars",
             where=root,
-            fix="pack the folder: tar -cf images.tar --sort=name FOLDER; or move the labels elsewhere",
+            fix="pack the folder: tar -cf images.tar --sort=name FOLDER; or move the labels to another folder",
         )
     labels = labelled(folders)
-    found = []
+    listed = []
     passed_over = Counter({"hidden": hidden} if hidden else {})
     for path, size in sorted(files.items()):
         if path in images:
             label = labels[path.split("/", 1)[0]] if labels else -1
-            found.append(Found(path, label, file_bytes(root / path) if size is None else size))
+            listed.append(Found(path, label, file_bytes(root / path) if size is None else size))
         else:
             passed_over[kind(path)] += 1
-    return make_source(root, folders, found, passed_over)
+    return make_source(root, folders, listed, passed_over=passed_over)
 
 
 def find_images(root: Path, files: Collection[str]) -> frozenset[str]:
-    """Those of the files that are images, by their suffix or, where that says nothing, by how they begin."""
+    """Those of the files that are images, by their suffix or, if that is unknown, by their first bytes."""
     return frozenset(
         path for path in files if is_image(path) or (may_be_image(path) and begins_as_image(_read_head(root / path)))
     )
@@ -102,7 +102,7 @@ def _read_head(path: Path) -> bytes:
     if not is_local(path):
         return read_range(path, 0, HEAD)
     try:
-        # A pipe is not waited for.
+        # Do not wait for a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return b""
@@ -117,7 +117,7 @@ def _read_head(path: Path) -> bytes:
 def folder_splits(root: Path, files: dict[str, int | None]) -> list[str]:
     """The splits of a folder ``split/class/*.jpg``, ``split/*.jpg`` or ``split/*.tar``, sorted; [] for any other.
 
-    Splits bear one of the names ``SPLITS``, and nothing beside them holds images: ``train``, ``car`` and ``plane``
+    Splits have a name from ``SPLITS``, and no other folder holds images: ``train``, ``car`` and ``plane``
     are classes.
     """
     usable = [path for path in files if is_image(path) or is_tar(path)]
@@ -132,16 +132,16 @@ def folder_splits(root: Path, files: dict[str, int | None]) -> list[str]:
 
 
 def subfolders(root: Path, files: dict[str, int | None]) -> list[str]:
-    """The folders in ``root``, sorted. Object stores know none that are empty."""
+    """The folders in ``root``, sorted. Object stores have no empty folders."""
     if is_local(root):
         return sorted(entry.name for entry in _visible(root) if _is_folder(entry))
     return sorted({path.split("/", 1)[0] for path in files if "/" in path})
 
 
 def list_files(root: Path) -> tuple[dict[str, int | None], int]:
-    """All files below ``root`` that are not hidden, by POSIX path; with their bytes where the listing says them.
+    """All files below ``root`` that are not hidden, by POSIX path, with their size if the listing has it.
 
-    Also how many files and folders are hidden.
+    Also returns the number of hidden files and folders.
     """
     if is_local(root):
         paths = list(_walk(root))
@@ -157,13 +157,13 @@ def _is_hidden(path: str) -> bool:
 
 
 def refuse_no_folder(root: Path) -> None:
-    """Raise SourceError where a local folder is not there."""
+    """Raise SourceError if a local folder does not exist."""
     if is_local(root) and not root.is_dir():
         raise SourceError("no such file or folder", where=root, fix=FIX_SOURCE)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, but for hidden files and folders."""
+    """A folder's entries without hidden files and folders."""
     return [entry for entry in _listed(folder) if not _is_hidden(entry.name)]
 
 
@@ -173,7 +173,7 @@ def _listed(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise SourceError(
-            f"this folder cannot be read: {error.strerror}", where=folder, fix="mend that, or remove the folder"
+            f"this folder cannot be read: {error.strerror}", where=folder, fix="fix its permissions, or remove it"
         ) from None
 
 
@@ -186,14 +186,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _walk(root: Path) -> Iterator[str]:
     """POSIX paths, relative to ``root``, of all files below it, and of hidden folders. Links are followed."""
-    # Each folder with those that lead to it, as (device, inode): a link to one of them would never end.
+    # Each folder with its ancestors as (device, inode): a link to one of them would be an endless loop.
     pending = [("", frozenset[tuple[int, int]]())]
     while pending:
         base, above = pending.pop()
         status = (root / base).stat()
         if (status.st_dev, status.st_ino) in above:
             raise SourceError(
-                "this link leads to a folder that holds it", where=root / base, fix="remove the link, then run again"
+                "this link points to a folder that contains it",
+                where=root / base,
+                fix="remove the link, then run the same command again",
             )
         above |= {(status.st_dev, status.st_ino)}
         for entry in _listed(root / base):
@@ -208,12 +210,16 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 def file_bytes(path: Path) -> int:
-    """The size of a file, of a link's goal where it is one."""
+    """The size of a file, or of a link's target."""
     try:
         status = path.stat()
     except OSError as error:
-        what = "this link leads nowhere" if path.is_symlink() else f"this file cannot be read: {error.strerror}"
-        raise SourceError(what, where=path, fix="mend or remove it") from None
+        what = (
+            "the target of this link does not exist"
+            if path.is_symlink()
+            else f"this file cannot be read: {error.strerror}"
+        )
+        raise SourceError(what, where=path, fix="repair or remove it") from None
     if not stat.S_ISREG(status.st_mode):
-        raise SourceError("this bears the name of an image or archive and is not a file", where=path, fix="remove it")
+        raise SourceError("this has the name of an image or archive but is not a file", where=path, fix="remove it")
     return status.st_size

@@ -1,7 +1,7 @@
-"""Ground truth for images that lie in no class folders: ImageNet's validation set.
+"""Ground truth for images without class folders: ImageNet's validation set.
 
-Three forms are read: ImageNet's development kit (``ILSVRC2012_devkit_t12.tar.gz``, or its folder), a text file with a
-class a line in the order of the images' names, and Kaggle's ``LOC_val_solution.csv``.
+Three forms are read: ImageNet's development kit (``ILSVRC2012_devkit_t12.tar.gz``, or its folder), a text file with
+one class per line in the order of the images' names, and Kaggle's ``LOC_val_solution.csv``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cae2pipe.artifacts.places import file_size, is_local, read_bytes
+from cae2pipe.artifacts.storage import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.entries import Found, Source, labelled, make_source
@@ -24,14 +24,14 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 META, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 
 LARGEST = 2**28
-"""Bytes of a development kit, unpacked. ImageNet's has 7 million."""
+"""Largest unpacked development kit in bytes. ImageNet's has 7 million."""
 
-FIX_LABELS = f"give {DEVKIT}, a text file with one class a line, or Kaggle's LOC_val_solution.csv"
+FIX_LABELS = f"give {DEVKIT}, a text file with one class per line, or Kaggle's LOC_val_solution.csv"
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """All classes, sorted, and the class of each image: by its name without suffix, or in the order of the names."""
+    """All classes, sorted, and the class of each image, by its name without suffix or in the order of names."""
 
     path: Path
     classes: list[str]
@@ -40,25 +40,24 @@ class GroundTruth:
 
 
 def with_ground_truth(source: Source, truth: GroundTruth) -> Source:
-    """The source with its images as if each lay in the folder of its class, so that archives and unpacked folders
-    give the same tars.
+    """The source with its images as if in class folders, so that archives and unpacked folders give the same tars.
 
     Raises:
-        SourceError: the source has classes already, an image has none, or the file is for another number of images.
+        SourceError: the source already has classes, an image has no label, or the number of images does not match.
     """
     if source.classes:
         raise SourceError(
-            f"these images have classes already, e.g. {source.classes[0]!r}",
+            f"these images already have classes, e.g. {source.classes[0]!r}",
             where=source.root,
-            fix="leave out --labels",
+            fix="omit --labels",
         )
     images = sorted(source.entries, key=lambda entry: _name(entry.path))
     if truth.in_order is not None:
         if len(truth.in_order) != len(images):
             raise SourceError(
-                f"this file has {len(truth.in_order)} labels, and the source {len(images)} images",
+                f"this file has {len(truth.in_order)} labels, but the source has {len(images)} images",
                 where=truth.path,
-                fix="give all images that it was made for (ImageNet's validation set: 50000)",
+                fix="give all images of the file (ImageNet's validation set: 50000)",
             )
         names = truth.in_order
     else:
@@ -69,18 +68,20 @@ def with_ground_truth(source: Source, truth: GroundTruth) -> Source:
             )
         names = [truth.by_name[_name(entry.path)] for entry in images]
     labels = labelled(truth.classes)
-    found = []
+    labelled_images = []
     for entry, name in zip(images, names, strict=True):
         path = f"{name}/{entry.path.rpartition('/')[2]}"
-        found.append(Found(path, labels[name], entry.bytes, entry.file or source.root / entry.path, entry.offset))
-    return make_source(source.root, truth.classes, found, source.passed_over, source.notes)
+        labelled_images.append(
+            Found(path, labels[name], entry.bytes, entry.file or source.root / entry.path, entry.offset)
+        )
+    return make_source(source.root, truth.classes, labelled_images, passed_over=source.passed_over, notes=source.notes)
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
     """Read a ground-truth file of any of the three forms.
 
     Raises:
-        SourceError: it is missing, or none of them.
+        SourceError: it is missing, or has none of these forms.
     """
     if is_local(path) and path.is_dir():
         folder = path / "data" if (path / "data").is_dir() else path
@@ -91,14 +92,14 @@ def read_ground_truth(path: Path) -> GroundTruth:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise SourceError("this is no file of labels", where=path, fix=FIX_LABELS) from None
+        raise SourceError("this is not a label file", where=path, fix=FIX_LABELS) from None
     if text.startswith("ImageId,"):
         try:
             rows = [row for row in csv.reader(io.StringIO(text)) if row][1:]
         except csv.Error as error:
-            raise SourceError(f"this is no table: {error}", where=path, fix=FIX_LABELS) from None
+            raise SourceError(f"this is not a CSV table: {error}", where=path, fix=FIX_LABELS) from None
         if bad := next((row for row in rows if len(row) < 2 or not row[1].split()), None):
-            raise SourceError(f"a line without a class: {bad}", where=path, fix=FIX_LABELS)
+            raise SourceError(f"this line has no class: {bad}", where=path, fix=FIX_LABELS)
         by_name: dict[str, str] = {}
         for row in rows:
             image, name = row[0].removesuffix(".JPEG"), row[1].split()[0]
@@ -110,7 +111,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     names = listed_names(text, path)
     if names and all(name.isdigit() for name in names):
         raise SourceError(
-            "this file holds ImageNet's own numbers, which only its development kit can explain",
+            "this file holds ImageNet's class numbers, whose names are only in the development kit",
             where=path,
             fix=f"give {DEVKIT}, which holds this file and the names",
         )
@@ -126,33 +127,33 @@ def _devkit(path: Path, files: dict[str, bytes]) -> GroundTruth:
         raise SourceError(
             "scipy is needed to read ImageNet's development kit",
             where=path,
-            fix="pip install 'cae2pipe[imagenet]', or give a text file with one synset a line",
+            fix="pip install 'cae2pipe[imagenet]', or give a text file with one synset per line",
         ) from None
     try:
         synsets = loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"]
         leaves = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
         truth = [leaves[int(line)] for line in files[TRUTH].split()]
-    except Exception as error:  # scipy raises kinds of its own, and zlib's
+    except Exception as error:  # scipy raises its own errors and zlib's
         reraise_exhaustion(error)
         raise SourceError(f"this development kit cannot be read: {error}", where=path, fix=FIX_LABELS) from None
     return GroundTruth(path, sorted(leaves.values()), in_order=truth)
 
 
 def _members(path: Path, data: bytes) -> dict[str, bytes]:
-    """The two files of a development kit's archive that are wanted."""
-    found = {}
+    """The two needed files of a development kit's archive."""
+    members = {}
     try:
         if data[:2] == b"\x1f\x8b":
             data = zlib.decompressobj(wbits=31).decompress(data, LARGEST)
         for info, offset, _ in read_members(io.BytesIO(data), 0, len(data)):
             name = info.name.rpartition("/")[2]
             if name in (META, TRUTH) and info.isreg():
-                found[name] = data[offset : offset + info.size]
+                members[name] = data[offset : offset + info.size]
     except (TarFormatError, zlib.error) as error:
         raise SourceError(f"this archive cannot be read: {error}", where=path, fix=FIX_LABELS) from None
-    if missing := {META, TRUTH} - found.keys():
-        raise SourceError(f"this archive holds no {min(missing)}", where=path, fix=FIX_LABELS)
-    return found
+    if missing := {META, TRUTH} - members.keys():
+        raise SourceError(f"this archive does not contain {min(missing)}", where=path, fix=FIX_LABELS)
+    return members
 
 
 def _read(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Which files of a source are images: by their suffix, or else by how they begin."""
+"""Which files of a source are images: by their suffix, or else by their first bytes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ SUFFIXES = _suffixes(
     "jpg jpeg jpe jfif pjpeg pjp mpo png apng webp bmp gif tif tiff ppm pgm pbm pnm pfm "
     "jp2 j2k j2c jpc jpf jpx avif avifs"
 )
-"""Images, of formats that are decoded."""
+"""Images in formats that are decoded."""
 
 FOREIGN = _suffixes(
     "heic heif hif jxl tga icb vda vst dib ico cur icns pcx dcx sgi bw rgb rgba ras dds qoi xbm xpm blp im msp exr hdr "
     "pxr fits dcm"
 )
-"""Images too, of formats that are not: they become rejects, unless their content is another format's."""
+"""Images in formats that are not decoded: they become rejects, unless their content has a supported format."""
 
 PLAIN = _suffixes(
     "txt cls json jsonl xml csv tsv md html yaml yml py sh npy npz mat h5 pkl pt pth safetensors parquet log "
     "dng cr2 cr3 nef nrw arw orf rw2 raf pef srw"
 )
-"""No images, whatever they begin with: labels, texts, arrays, and cameras' raw data, which begin as TIFFs do."""
+"""Not images, whatever their first bytes: labels, texts, arrays, and camera raw files, which look like TIFFs."""
 
 HEAD = 32
 """Bytes of a file that ``begins_as_image`` looks at."""
@@ -42,12 +42,12 @@ _HEADS = re.compile(
 
 
 def suffix(path: str) -> str:
-    """``.jpg`` of a POSIX path, in small letters; "" where there is none."""
+    """``.jpg`` of a POSIX path, in lower case; "" if there is none."""
     return os.path.splitext(path)[1].lower()  # noqa: PTH122 - a Path for each of a million names is slow
 
 
 def is_image(path: str) -> bool:
-    """Whether a file's suffix is that of an image, in any case."""
+    """Whether a file's suffix is that of an image, in upper or lower case."""
     return suffix(path) in SUFFIXES or suffix(path) in FOREIGN
 
 
@@ -56,7 +56,7 @@ def is_tar(path: str) -> bool:
 
 
 def may_be_image(path: str) -> bool:
-    """Whether only the content can tell if the file is an image."""
+    """Whether only the content shows if the file is an image."""
     return not is_image(path) and not is_tar(path) and suffix(path) not in PLAIN
 
 
@@ -66,18 +66,18 @@ def begins_as_image(head: bytes) -> bool:
 
 
 def stem(path: str) -> str:
-    """A path without an image's suffix; whole where it bears none (``scan.001`` is not ``scan``)."""
+    """A path without an image's suffix; unchanged if it has none (``scan.001`` is not ``scan``)."""
     return path[: -len(suffix(path))] if is_image(path) else path
 
 
 def kind(path: str) -> str:
-    """What a file is counted as where files are passed over: its suffix."""
+    """The kind of a skipped file: its suffix."""
     return suffix(path) or "suffixless"
 
 
 def describe_kinds(kinds: Iterable[str] | Counter[str], most: int = 3) -> str:
     """``12 .txt files, 1 .csv file``: the most frequent kinds first."""
     counts = Counter(kinds)
-    told = [f"{count} {kind} file{'s' * (count > 1)}" for kind, count in counts.most_common(most)]
+    shown = [f"{count} {kind} file{'s' * (count > 1)}" for kind, count in counts.most_common(most)]
     rest = sum(counts.values()) - sum(count for _, count in counts.most_common(most))
-    return ", ".join(told + [f"{rest} more"] * (rest > 0))
+    return ", ".join(shown + [f"{rest} more"] * (rest > 0))

@@ -1,8 +1,8 @@
-"""What a shard set was made from: one listing a generation, a line an image.
+"""What a shard set was made from: one listing per generation, with one line per image.
 
-A set may grow: images that are new in the source make a generation of their own, with further tars, and what is there
-stays as it is. A listing is what the generation's order is drawn from, so any tar can be made again at any time, and a
-source that is no longer the same is noticed file by file.
+A set may grow: images that are new in the source become another generation with further tars, and existing tars do not
+change. The generation's order is drawn from its listing, so any tar can be rebuilt at any time, and a changed source is
+noticed file by file.
 """
 
 from __future__ import annotations
@@ -13,61 +13,63 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.box import Box
 from cae2pipe.artifacts.digest import sha256_bytes
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.manifest_values import FileEntry
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.errors import DamageError, MismatchError
 from cae2pipe.shards.entries import Entry, Source
 from cae2pipe.shards.name_lists import text_lines
 
 PREFIX = "listing-"
-"""Units of listings: ``listing-000``, ``listing-001``, ... Their files bear the same names, ending in .jsonl.gz."""
+"""Units of listings: ``listing-000``, ``listing-001``, ... Their files have the same names, with the suffix
+.jsonl.gz."""
 
 
-def generations(box: Box) -> list[str]:
+def generations(artifact: ShardsArtifact) -> list[str]:
     """The names of a shard set's listings, oldest first."""
-    return sorted(name for name in box.units if name.startswith(PREFIX))
+    return sorted(name for name in artifact.units if name.startswith(PREFIX))
 
 
-def with_listings(source: Source, box: Box) -> list[list[Entry]]:
-    """The source's images by generation. What no listing holds becomes a new one, written here.
+def with_listings(source: Source, artifact: ShardsArtifact) -> list[list[Entry]]:
+    """The source's images by generation. Images that are in no listing become a new generation, written here.
 
     Raises:
-        MismatchError: an image that is listed is gone from the source, or has another size. DamageError: a listing is
-            lost, and the source cannot tell any more what it held.
+        MismatchError: a listed image is missing from the source, or has another size. DamageError: a listing is lost,
+            and cannot be restored from the source.
     """
     left = {entry.path: entry for entry in source.entries}
-    found: dict[str, list[Entry]] = {}
+    listed: dict[str, list[Entry]] = {}
     lost = []
-    for name in generations(box):
-        rows = read_listing(box, name)
+    for name in generations(artifact):
+        rows = read_listing(artifact, name)
         if rows is None:
             lost.append(name)
         else:
-            found[name] = [_same(left, path, size, source, box) for path, size in rows]
+            listed[name] = [_same(left, path, size, source=source, artifact=artifact) for path, size in rows]
     for name in lost:
-        # All that the other listings do not hold: if it was that, its digest says so.
-        found[name] = sorted(left.values(), key=lambda entry: entry.path)
+        # Everything that is not in the other listings; the digest shows whether that is right.
+        listed[name] = sorted(left.values(), key=lambda entry: entry.path)
         left = {}
-        data = encode_listing(found[name])
-        if sha256_bytes(data) != box.units[name]["files"][_file(name)]["sha256"]:
+        data = encode_listing(listed[name])
+        if sha256_bytes(data) != artifact.units[name]["files"][_file(name)]["sha256"]:
             raise DamageError(
-                "this listing is lost, and the source is no longer the same",
-                where=box.root / _file(name),
+                "this listing is lost, and the source has changed",
+                where=artifact.root / _file(name),
                 fix="restore the file, or make the shard set again in a new folder",
             )
-        write_bytes(box.root / _file(name), data)
+        write_bytes(artifact.root / _file(name), data)
     if left:
-        if box.complete:
-            box.save(complete=False)  # from before the new images are listed until their tars are there
-        name = f"{PREFIX}{len(found):03d}"
-        found[name] = sorted(left.values(), key=lambda entry: entry.path)
-        data = encode_listing(found[name])
-        write_bytes(box.root / _file(name), data)
-        files = {_file(name): {"bytes": len(data), "sha256": sha256_bytes(data)}}
-        box.add(name, {"files": files, "samples": 0, "images": len(found[name])})
-    return [found[name] for name in sorted(found)]
+        if artifact.complete:
+            artifact.save(complete=False)  # until the tars of the new images are complete
+        name = f"{PREFIX}{len(listed):03d}"
+        listed[name] = sorted(left.values(), key=lambda entry: entry.path)
+        data = encode_listing(listed[name])
+        write_bytes(artifact.root / _file(name), data)
+        files: dict[str, FileEntry] = {_file(name): {"bytes": len(data), "sha256": sha256_bytes(data)}}
+        artifact.add(name, {"files": files, "samples": 0, "images": len(listed[name])})
+    return [listed[name] for name in sorted(listed)]
 
 
 def encode_listing(entries: Sequence[Entry]) -> bytes:
@@ -75,11 +77,11 @@ def encode_listing(entries: Sequence[Entry]) -> bytes:
     return gzip.compress("".join(lines).encode("utf-8"), 6, mtime=0)
 
 
-def read_listing(box: Box, name: str) -> list[tuple[str, int]] | None:
-    """Paths and bytes of a generation's images; None where the listing is missing or damaged."""
+def read_listing(artifact: ShardsArtifact, name: str) -> list[tuple[str, int]] | None:
+    """Paths and bytes of a generation's images; None if the listing is missing or damaged."""
     try:
-        data = read_bytes(box.root / _file(name))
-        if sha256_bytes(data) != box.units[name]["files"][_file(name)]["sha256"]:
+        data = read_bytes(artifact.root / _file(name))
+        if sha256_bytes(data) != artifact.units[name]["files"][_file(name)]["sha256"]:
             return None
         rows: list[Any] = [json.loads(line) for line in text_lines(gzip.decompress(data).decode("utf-8"))]
     except (FileNotFoundError, OSError, EOFError, zlib.error, ValueError):
@@ -87,14 +89,14 @@ def read_listing(box: Box, name: str) -> list[tuple[str, int]] | None:
     return [(path, size) for path, size in rows]
 
 
-def _same(left: dict[str, Entry], path: str, size: int, source: Source, box: Box) -> Entry:
+def _same(left: dict[str, Entry], path: str, size: int, *, source: Source, artifact: ShardsArtifact) -> Entry:
     entry = left.pop(path, None)
     if entry is None or entry.bytes != size:
         raise MismatchError(
-            f"the source has changed since this shard set was begun: {path} "
+            f"the source has changed since this shard set was started: {path} "
             + ("is no longer there" if entry is None else f"has {entry.bytes} bytes instead of {size}"),
             where=source.root,
-            fix=f"restore that image, or give another output folder than {box.root}; only adding images is growth",
+            fix=f"restore that image, or give another output folder than {artifact.root}; images may only be added",
         )
     return entry
 

@@ -1,5 +1,5 @@
-"""WebDataset's tars: ``NAME.cls`` is the label of the image ``NAME.jpg``, and of ``NAME.ANYTHING.jpg`` that has none of
-its own. Names may hold dots. ``classes.txt`` beside the tars may name the labels, a line each.
+"""WebDataset's tars: ``NAME.cls`` is the label of the image ``NAME.jpg``, and of ``NAME.ANYTHING.jpg`` without its
+own label. Names may contain dots. ``classes.txt`` next to the tars may name the labels, one per line.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from cae2pipe.artifacts.places import file_size, is_local, read_bytes
+from cae2pipe.artifacts.storage import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.entries import Found, Source, make_source
 from cae2pipe.shards.kinds import is_tar, stem
 from cae2pipe.shards.name_lists import listed_names
 
 CLASSES = "classes.txt"
-"""Names of the labels of WebDataset tars, a line each."""
+"""Names of the labels of WebDataset tars, one per line."""
 
 MOST_LABELS = 100_000
-"""Labels that need no ``classes.txt``. Each becomes a class of the manifest, whether it has images or not."""
+"""Largest number of labels without ``classes.txt``. Each becomes a class of the manifest, with or without images."""
 
 LONGEST_LABEL = 64
 
 
 class Member(NamedTuple):
-    """A file in a tar: its name, and where its bytes lie in the tar's file."""
+    """A file in a tar: its name, and the position of its bytes in the tar's file."""
 
     name: str
     offset: int
@@ -43,7 +43,7 @@ class Label(NamedTuple):
 
 @dataclass
 class Contents:
-    """What one tar holds: images, tars, labels by name without ``.cls``; other files by kind, and lines to log."""
+    """The contents of one tar: images, tars, labels by name without ``.cls``; other files by kind, and lines to log."""
 
     images: list[Member] = field(default_factory=list)
     tars: list[Member] = field(default_factory=list)
@@ -52,33 +52,31 @@ class Contents:
     notes: list[str] = field(default_factory=list)
 
     def add_label(self, member: Member, file: BinaryIO, where: str) -> None:
-        """Read a ``.cls``. Raises SourceError where it is too long for a label, or the second of its name."""
+        """Read a ``.cls``. Raises SourceError if it is too long for a label, or a duplicate."""
         name = member.name[: -len(".cls")]
         if name in self.labels:
             raise SourceError(
                 f"this archive holds the label {member.name!r} twice",
                 where=where,
-                fix="pack the files anew (tar -r adds a second copy)",
+                fix="pack the files again (tar -r adds a second copy)",
             )
         if member.bytes > LONGEST_LABEL:
             raise SourceError(
-                f"{member.name} is no label: it has {member.bytes} bytes",
+                f"{member.name} is not a label: it has {member.bytes} bytes",
                 where=where,
-                fix="labels are numbers from 0 on",
+                fix="labels are numbers starting at 0",
             )
         file.seek(member.offset)
         self.labels[name] = Label(member.name, file.read(member.bytes).decode("utf-8", "replace").strip())
 
     def refuse_tars(self, where: Path) -> None:
-        """Raise SourceError where tars lie in this one, which is inside another or beside others."""
+        """Raise SourceError if this tar, which is inside another or in a folder of tars, contains tars."""
         if self.tars:
-            raise SourceError(
-                f"there is a tar in this tar: {self.tars[0].name}", where=where, fix="give tars of images"
-            )
+            raise SourceError(f"this tar contains a tar: {self.tars[0].name}", where=where, fix="give tars of images")
 
 
 class Tar(NamedTuple):
-    """A tar of a source: its name without ``.tar``, the file it lies in, and what it holds."""
+    """A tar of a source: its name without ``.tar``, the file that it is in, and its contents."""
 
     name: str
     path: Path
@@ -86,36 +84,40 @@ class Tar(NamedTuple):
 
 
 def scan_samples(root: Path, tars: Sequence[Tar], passed_over: Counter[str] | None = None) -> Source:
-    """Images of WebDataset tars: keys are the tar's name and the sample's, since samples of two tars may share one.
+    """Images of WebDataset tars: a key is the tar's name and the sample's, which alone may not be unique.
 
     Raises:
-        SourceError: a label without an image, an image without a label beside others that have one, no number, or
-            labels far beyond those that are named or plausible.
+        SourceError: a label without an image, an image without a label among labelled ones, a label that is not a
+            number, or one that is too large.
     """
     if len({tar.name for tar in tars}) < len(tars):
-        raise SourceError("two tars have one name", where=root, fix="rename one of them")
-    found, notes, passed_over = [], list[str](), Counter(passed_over or {})
+        raise SourceError("two tars have the same name", where=root, fix="rename one of them")
+    listed, notes, passed_over = [], list[str](), Counter(passed_over or {})
     for name, path, contents in tars:
         contents.refuse_tars(path)
         for image, label in zip(contents.images, paired(contents, path), strict=True):
-            found.append(Found(f"{name}/{image.name}", label, image.bytes, path, image.offset))
+            listed.append(Found(f"{name}/{image.name}", label, image.bytes, path, image.offset))
         passed_over += contents.passed_over
         notes += contents.notes
-    kinds = {image.label >= 0 for image in found}
+    kinds = {image.label >= 0 for image in listed}
     if len(kinds) > 1:
-        raise SourceError("some of these tars have labels, and some have none", where=root, fix="give tars of one kind")
-    if not found:
+        raise SourceError(
+            "some of these tars have labels, others have none",
+            where=root,
+            fix="give only tars with labels, or only tars without",
+        )
+    if not listed:
         raise SourceError("no images in these tars", where=root, fix="give WebDataset tars of images")
     if kinds == {False} and any("/" in image.name for tar in tars for image in tar.contents.images):
-        notes.append("these tars hold no labels (.cls); the folders in them are not taken for classes")
-    most = max(image.label for image in found) + 1
-    return make_source(root, sample_classes(root, most), found, passed_over, notes)
+        notes.append("these tars hold no labels (.cls); folders in them are not used as classes")
+    most = max(image.label for image in listed) + 1
+    return make_source(root, sample_classes(root, most), listed, passed_over=passed_over, notes=notes)
 
 
 def paired(contents: Contents, where: Path) -> list[int]:
-    """The label of each image of a tar; -1 for all where it holds none.
+    """The label of each image of a tar; -1 for all if it has no labels.
 
-    An image's label bears the longest name that the image's begins with, up to one of its dots.
+    An image's label is the one with the longest name that is a prefix of the image's name, ending before a dot.
     """
     if not contents.labels:
         return [-1] * len(contents.images)
@@ -125,13 +127,13 @@ def paired(contents: Contents, where: Path) -> list[int]:
         while name not in contents.labels and "." in name.rpartition("/")[2]:
             name = name.rpartition(".")[0]
         if name not in contents.labels:
-            raise SourceError(f"{image.name!r} has no .cls", where=where, fix="give all samples a label, or none")
+            raise SourceError(f"{image.name!r} has no .cls", where=where, fix="label all samples, or none of them")
         label = contents.labels[name]
         if not re.fullmatch("[0-9]{1,9}", label.text):
             raise SourceError(
-                f"{label.name!r} is no label: {label.text[:20]!r}",
+                f"{label.name!r} is not a label: {label.text[:20]!r}",
                 where=where,
-                fix=f"labels are numbers from 0 on; name them in a {CLASSES} beside the tars",
+                fix=f"labels are numbers starting at 0; name them in a {CLASSES} next to the tars",
             )
         used.add(name)
         labels.append(int(label.text))
@@ -146,20 +148,20 @@ def paired(contents: Contents, where: Path) -> list[int]:
 
 
 def sample_classes(root: Path, count: int) -> list[str]:
-    """The names of ``count`` labels from ``classes.txt`` beside the tars, or else their numbers.
+    """The names of ``count`` labels from ``classes.txt`` next to the tars, or else their numbers.
 
     Raises:
-        SourceError: it names fewer, or one twice; or there is none, and too many labels.
+        SourceError: it names fewer labels, or one twice; or there is no such file, and there are too many labels.
     """
     path = (root.parent if is_tar(root.name) else root) / CLASSES
     if is_local(path) and path.exists() and not path.is_file():
-        raise SourceError("this is not a file", where=path, fix="remove it, or give the labels' names, a line each")
+        raise SourceError("this is not a file", where=path, fix="remove it, or list the labels' names, one per line")
     if not count or file_size(path) is None:
         if count > MOST_LABELS:
             raise SourceError(
-                f"a .cls holds the label {count - 1}",
+                f"a .cls has the label {count - 1}, which is too large",
                 where=root,
-                fix=f"number labels from 0 on; name more than {MOST_LABELS} in a {CLASSES} beside the tars",
+                fix=f"number labels from 0; to use more than {MOST_LABELS}, name them in a {CLASSES} next to the tars",
             )
         return [str(label) for label in range(count)]
     try:
@@ -169,8 +171,8 @@ def sample_classes(root: Path, count: int) -> list[str]:
     names = listed_names(text, path)
     if len(names) < count or len(set(names)) < len(names):
         raise SourceError(
-            f"this file names {len(set(names))} different labels in {len(names)} lines, and the tars use {count}",
+            f"this file names {len(set(names))} different labels in {len(names)} lines, but the tars use {count}",
             where=path,
-            fix="one line a label, all different (ImageNet: synsets, since two classes are called crane)",
+            fix="write one line per label, all different (ImageNet: synsets, since two classes have the name crane)",
         )
     return names

@@ -2,41 +2,42 @@
 
 OUT/manifest.json
 OUT/tars/000000.tar          WebDataset tars of originals, shuffled over the whole source
-OUT/tars/000000.json         where each sample lies in the tar, and its checksum
-OUT/listing-000.jsonl.gz     the source's images, path and bytes, as the tars' order is drawn from them
-OUT/rejects.jsonl            what could not be decoded: path and reason, a line each
+OUT/tars/000000.json         each sample's position in the tar, and its checksum
+OUT/listing-000.jsonl.gz     the source's images, path and bytes, from which the tars' order is drawn
+OUT/rejects.jsonl            images that could not be decoded: path and reason, one per line
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import google_crc32c
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.digest import sha256_bytes
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.manifest_shards import TarUnit
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
-from cae2pipe.shards.tar import index_tar, read_range
+from cae2pipe.shards.tar import index_tar, read_tar_range
 
 KIND = "shards"
 REJECTS = "rejects"
 """The unit of ``rejects.jsonl``."""
 
-REMEDY = "`cae2pipe verify FOLDER --repair --source IMAGES` makes it again"
+REMEDY = "`cae2pipe verify FOLDER --repair --source IMAGES` rebuilds it"
 
 
 class IndexedSample(NamedTuple):
-    """One sample of a tar: its key, its label (-1: none), and where its image's bytes lie, with their CRC-32C.
+    """One sample of a tar: its key, its label (-1: none), and the position of its image's bytes, with their CRC-32C.
 
-    The limits are those of an index that is read.
+    The limits apply when an index is read.
     """
 
     key: str
@@ -66,14 +67,18 @@ class ImageSample:
     data: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShardSet:
-    """The shards in order and the names of their labels. ``remedy``: what to do about damage."""
+    """The shards in order and the names of their labels. ``remedy``: how to repair damage."""
 
     root: Path
     classes: list[str]
     shards: list[Shard]
     remedy: str = REMEDY
+
+    def __repr__(self) -> str:
+        classes, tars = len(self.classes), len(self.shards)
+        return f"ShardSet({str(self.root)!r}: {self.images} images, {classes} classes, {tars} tars)"
 
     @classmethod
     def open(cls, root: Path) -> ShardSet:
@@ -82,20 +87,21 @@ class ShardSet:
         Raises:
             ManifestError: not a shard set.
         """
-        box = open_box(root, KIND)
-        # A tar may be empty, if all of its images were rejected.
-        shards = [make_shard(root, name, unit) for name, unit in sorted(box.units.items()) if unit["samples"]]
-        return cls(root, list(box.identity["classes"]), shards)
+        artifact = ShardsArtifact.open(root)
+        # A tar is empty if all of its images were rejected.
+        tars = ((name, unit) for name, unit in sorted(artifact.units.items()) if "rejected" in unit)
+        shards = [make_shard(root, name, unit) for name, unit in tars if unit["samples"]]
+        return cls(root, artifact.identity["classes"], shards)
 
     @property
     def images(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
     def index(self, shard: Shard) -> list[IndexedSample]:
-        """Where the shard's samples lie.
+        """The positions of the shard's samples.
 
         Raises:
-            DamageError: the index is missing, has changed, or is no index of so many samples.
+            DamageError: the index is missing, has changed, or has another number of samples.
         """
         try:
             return _index(shard)
@@ -113,7 +119,7 @@ class ShardSet:
             return []
         start = wanted[0].offset
         try:
-            data = read_range(shard.path, start, wanted[-1].offset + wanted[-1].size - start)
+            data = read_tar_range(shard.path, start, wanted[-1].offset + wanted[-1].size - start)
         except DamageError as error:
             raise DamageError(error.what, where=error.where, fix=self.remedy) from None
         samples = []
@@ -127,14 +133,14 @@ class ShardSet:
         return samples
 
 
-def read_image(tar: Path, offset: int, size: int, crc32c: int) -> bytes:
-    """One image's bytes out of a tar.
+def read_image(tar: Path, offset: int, size: int, *, crc32c: int) -> bytes:
+    """One image's bytes from a tar.
 
     Raises:
         DamageError: the tar is missing or too short, or the bytes have changed.
     """
     try:
-        image = read_range(tar, offset, size)
+        image = read_tar_range(tar, offset, size)
     except DamageError as error:
         raise DamageError(error.what, where=error.where, fix=REMEDY) from None
     if google_crc32c.value(image) != crc32c:
@@ -142,7 +148,7 @@ def read_image(tar: Path, offset: int, size: int, crc32c: int) -> bytes:
     return image
 
 
-def make_shard(root: Path, name: str, unit: Mapping[str, Any]) -> Shard:
+def make_shard(root: Path, name: str, unit: TarUnit) -> Shard:
     """A tar from the manifest's entry."""
     tar, index = (unit["files"][path]["sha256"] for path in (tar_path(name), index_path(name)))
     return Shard(name, unit["samples"], root / tar_path(name), tar, index)
@@ -157,7 +163,7 @@ def index_path(name: str) -> str:
 
 
 def index_samples(tar: Path, checksums: Sequence[int]) -> list[IndexedSample]:
-    """Where the samples of a tar lie, given their images' CRC-32C in order."""
+    """The positions of a tar's samples, given their images' CRC-32C in order."""
     return [
         IndexedSample(sample.key, sample.label, sample.offset, sample.size, checksum)
         for sample, checksum in zip(index_tar(tar), checksums, strict=True)
@@ -165,7 +171,7 @@ def index_samples(tar: Path, checksums: Sequence[int]) -> list[IndexedSample]:
 
 
 def write_index(path: Path, tar: Path, checksums: Sequence[int]) -> None:
-    """Write the index of a local tar, given its images' CRC-32C in order: a line a sample."""
+    """Write the index of a local tar, given its images' CRC-32C in order: one line per sample."""
     lines = ",\n".join(json.dumps(row) for row in index_samples(tar, checksums))
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
@@ -185,11 +191,11 @@ def _index(shard: Shard) -> list[IndexedSample]:
     try:
         rows: list[IndexedSample] = _rows().validate_json(data, strict=True)
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        place = ".".join(map(str, found["loc"]))
-        raise DamageError(f"the tar's index is not as it is written: {place}: {found['msg']}", where=path) from None
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise DamageError(f"the tar's index is invalid: {field}: {first['msg']}", where=path) from None
     if len(rows) != shard.samples:
-        raise DamageError(f"the tar's index has {len(rows)} samples, and the manifest {shard.samples}", where=path)
+        raise DamageError(f"the tar's index has {len(rows)} samples, but the manifest says {shard.samples}", where=path)
     return rows
 
 

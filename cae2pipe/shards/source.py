@@ -1,11 +1,11 @@
-"""What a user gives as images, told apart: a folder, an archive, WebDataset tars, a list."""
+"""Recognises the form of a source of images: a folder, an archive, WebDataset tars, a list."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from cae2pipe.artifacts.box import is_box
-from cae2pipe.artifacts.places import file_size
+from cae2pipe.artifacts.artifact import is_artifact
+from cae2pipe.artifacts.storage import file_size
 from cae2pipe.errors import SourceError
 from cae2pipe.shards.archive import scan_archive, scan_tars
 from cae2pipe.shards.entries import Source
@@ -23,13 +23,13 @@ def scan(root: Path, labels: Path | None = None) -> Source:
 
     Args:
         root: a folder of images, an archive, a folder of tars, or a list of paths.
-        labels: ground truth for images without classes. ImageNet's validation archive finds its development kit
-            without being told, if that lies beside it.
+        labels: ground truth for images without classes. The development kit of ImageNet's validation archive is
+            used automatically if it is in the same folder.
 
     Raises:
         SourceError: what is wrong with the source, and where.
     """
-    if is_box(root):
+    if is_artifact(root):
         raise SourceError(
             "this folder was made by cae2pipe",
             where=root,
@@ -42,7 +42,7 @@ def scan(root: Path, labels: Path | None = None) -> Source:
             raise SourceError(
                 "the classes of ImageNet's validation images are not in their archive",
                 where=root,
-                fix=f"give its ground truth: --labels {DEVKIT} (or put that beside the archive)",
+                fix=f"give its ground truth: --labels {DEVKIT} (or put that file next to the archive)",
             )
     return source if labels is None else with_ground_truth(source, read_ground_truth(labels))
 
@@ -54,31 +54,33 @@ def _scan(root: Path) -> Source:
                 return scan_archive(root)
             if root.name.lower().endswith(SUFFIX):
                 return scan_list(root)
-            raise SourceError("this is a file, and neither a .tar nor a .txt list", where=root, fix=FIX_SOURCE)
+            raise SourceError("this file is neither a .tar nor a .txt list", where=root, fix=FIX_SOURCE)
         refuse_no_folder(root)
         files, hidden = list_files(root)
         images = find_images(root, files)
         tars = [name for name in files if is_tar(name)]
         if not tars or images or folder_splits(root, files):
-            return scan_folder(root, files, images, hidden)
+            return scan_folder(root, files, images, hidden=hidden)
         if deeper := sorted(name for name in tars if "/" in name):
             raise SourceError(
-                f"there are tars in folders of this folder: {deeper[0]}",
+                f"there are tars in subfolders of this folder: {deeper[0]}",
                 where=root,
-                fix="give a folder that holds them itself",
+                fix="give the folder that directly contains them",
             )
         return scan_tars(root, tars, sorted(files.keys() - set(tars)))
     except OSError as error:
         raise SourceError(
-            f"this source cannot be read: {error.strerror or error}", where=error.filename or root, fix="mend that"
+            f"this source cannot be read: {error.strerror or error}",
+            where=error.filename or root,
+            fix="fix its permissions",
         ) from None
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """The splits of a folder, by name: its sub-folders train, val, ...; or ImageNet's official archives. {} if none.
+    """The splits of a folder, by name: its subfolders train, val, ...; or ImageNet's official archives. {} if none.
 
     Raises:
-        SourceError: no such folder, or one that cannot be read.
+        SourceError: the folder does not exist or cannot be read.
     """
     if file_size(root) is not None:
         return {}

@@ -1,4 +1,4 @@
-"""WebDataset tars: written so that equal samples give equal bytes, read by ranges.
+"""WebDataset tars: written so that equal samples give equal bytes, read in ranges.
 
 A sample is two members: ``KEY.cls``, its label in digits, and ``KEY.jpg``, the image's bytes, whatever its format.
 Members' names are compared and never used as paths.
@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cae2pipe.artifacts import places
-from cae2pipe.artifacts.places import file_size
+from cae2pipe.artifacts import storage
+from cae2pipe.artifacts.storage import file_size
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.shards.tar_members import TarFormatError, blocks, read_members
@@ -24,7 +24,7 @@ IMAGE, LABEL = "jpg", "cls"
 
 @dataclass(frozen=True)
 class TarSample:
-    """One sample of a tar: its key, its label, and where its image's bytes lie."""
+    """One sample of a tar: its key, its label, and the position of its image's bytes."""
 
     key: str
     label: int
@@ -33,8 +33,8 @@ class TarSample:
 
 
 def write_samples(path: Path, samples: Iterable[tuple[str, int, bytes]]) -> None:
-    """Write (key, label, image bytes) in order. Nothing but these enters the file."""
-    # webdataset brings torch along: seconds that readers of tars need not wait for.
+    """Write (key, label, image bytes) in order. The file depends on nothing else."""
+    # webdataset imports torch, which takes seconds that readers of tars need not spend.
     from webdataset import TarWriter
 
     with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
@@ -43,10 +43,10 @@ def write_samples(path: Path, samples: Iterable[tuple[str, int, bytes]]) -> None
 
 
 def index_tar(path: Path) -> list[TarSample]:
-    """The samples of a tar, from its headers alone.
+    """The samples of a tar, from its headers.
 
     Raises:
-        DamageError: no tar, a tar that is cut off or broken, or members that are not pairs of image and label.
+        DamageError: not a tar, a truncated or damaged one, or members that are not pairs of image and label.
     """
     samples: dict[str, TarSample] = {}
     labels: dict[str, int] = {}
@@ -66,7 +66,7 @@ def index_tar(path: Path) -> list[TarSample]:
                 if kind == IMAGE and key not in samples:
                     samples[key] = TarSample(key, labels.get(key, -1), offset, member.size)
                 elif kind == LABEL and key not in labels and member.size <= 12:
-                    labels[key] = int(read_range(path, offset, member.size))
+                    labels[key] = int(read_tar_range(path, offset, member.size))
                 else:
                     raise DamageError(f"the tar holds an unexpected member {member.name!r}", where=path)
     except TarFormatError as error:
@@ -74,16 +74,16 @@ def index_tar(path: Path) -> list[TarSample]:
     except (OSError, ValueError) as error:
         reraise_exhaustion(error)
         raise DamageError(f"this tar cannot be read: {error}", where=path) from None
-    read_range(path, end, 2 * tarfile.BLOCKSIZE)  # a tar may be cut off between two members
+    read_tar_range(path, end, 2 * tarfile.BLOCKSIZE)  # a tar may be truncated between two members
     if unpaired := samples.keys() ^ labels.keys():
         raise DamageError(f"sample {min(unpaired)!r} lacks its image or its label", where=path)
     return [TarSample(key, labels[key], sample.offset, sample.size) for key, sample in samples.items()]
 
 
-def read_range(path: Path, offset: int, size: int) -> bytes:
-    """``size`` bytes from ``offset`` on. Raises DamageError where the file ends before."""
+def read_tar_range(path: Path, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset`` on. Raises DamageError if the file ends before that."""
     try:
-        data = places.read_range(path, offset, size)
+        data = storage.read_range(path, offset, size)
     except OSError as error:
         reraise_exhaustion(error)
         raise DamageError(f"this tar cannot be read: {error.strerror}", where=path) from None

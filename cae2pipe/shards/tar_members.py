@@ -1,7 +1,7 @@
-"""The members of tars by their headers, whatever those claim: no header makes this loop, or read what is not there.
+"""The members of tars, from their headers. No header, however wrong, causes an endless loop or a read beyond the file.
 
-What ``tarfile`` passes over in silence is an error here: a broken header, which it takes for the archive's end, and
-contradictory sizes. Archives that lie one behind the other in a file, as ``cat a.tar b.tar`` joins them, are all read.
+Errors that ``tarfile`` ignores silently are raised here: a damaged header, which it takes for the archive's end, and
+contradictory sizes. Concatenated archives in one file, as from ``cat a.tar b.tar``, are all read.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from cae2pipe.errors import Cae2pipeError
 
 LONGEST_HEADER = 2**20
-"""Bytes that an extended header may have. They hold names and file attributes."""
+"""Largest extended header in bytes. They hold names and file attributes."""
 
 BLOCK = tarfile.BLOCKSIZE
 
 _DIGITS = re.compile(rb"\d{256}")
-"""tarfile before Python 3.11.10 searches extended headers in a time that grows with the square of such a run."""
+"""tarfile before Python 3.11.10 takes time quadratic in the length of such a run to search extended headers."""
 
 
 class TarFormatError(Exception):
-    """What is wrong with a tar; ``fix``: what helps, "" where only another copy does."""
+    """What is wrong with a tar; ``fix``: how to fix it, "" if only another copy helps."""
 
     def __init__(self, what: str, fix: str = ""):
         super().__init__(what)
@@ -31,7 +31,7 @@ class TarFormatError(Exception):
 
 
 class TarMember(NamedTuple):
-    """A member: its header, where its bytes begin in the file, and the number of its archive, from 0 on."""
+    """A member: its header, where its bytes begin in the file, and the number of its archive, starting at 0."""
 
     info: tarfile.TarInfo
     offset: int
@@ -39,10 +39,10 @@ class TarMember(NamedTuple):
 
 
 def read_members(file: BinaryIO, start: int, size: int) -> Iterator[TarMember]:
-    """Every member of the archives in ``size`` bytes of ``file`` from ``start`` on.
+    """Every member of the archives in ``size`` bytes of ``file``, starting at ``start``.
 
     Raises:
-        TarFormatError: no tar, one that is cut off or broken, a sparse member, or something else behind its end.
+        TarFormatError: not a tar, a truncated or damaged one, a sparse member, or other data after its end.
     """
     begin: int | None = 0
     archive = 0
@@ -50,30 +50,30 @@ def read_members(file: BinaryIO, start: int, size: int) -> Iterator[TarMember]:
         end = 0
         tar = _open(_Headers(file, start + begin, size - begin), at=start + begin, first=archive == 0)
         while (info := _next(tar)) is not None:
-            tar.members.clear()  # type: ignore[attr-defined] # a million of them would weigh a gigabyte
+            tar.members.clear()  # type: ignore[attr-defined] # a million of them would take a gigabyte
             if info.issparse():
-                raise TarFormatError(f"{info.name!r} is stored as a sparse file", "pack it plainly")
+                raise TarFormatError(f"{info.name!r} is stored as a sparse file", "pack it without --sparse")
             following: int = tar.offset
             stored = blocks(info.size) if info.isreg() else following - info.offset_data
             if info.size < 0 or info.offset < end or stored < 0 or following != info.offset_data + stored:
                 raise TarFormatError(
-                    f"the headers of {info.name!r} contradict one another at byte {start + begin + end}"
+                    f"the headers of {info.name!r} contradict each other at byte {start + begin + end}"
                 )
             if info.isreg() and info.offset_data + info.size > size - begin:
-                raise TarFormatError(f"the archive is cut off inside {info.name!r}")
+                raise TarFormatError(f"the archive is truncated inside {info.name!r}")
             end = following
             yield TarMember(info, start + begin + info.offset_data, archive)
-        begin = _following(file, start, begin + end, size)
+        begin = _following(file, start, begin + end, size=size)
         archive += 1
 
 
 def blocks(size: int) -> int:
-    """Bytes that a member of ``size`` bytes takes in a tar."""
+    """Size in a tar of a member of ``size`` bytes, padded to whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
 class _Headers:
-    """A part of a file as tarfile sees it, which here reads headers alone."""
+    """A part of a file for tarfile, which here only reads headers."""
 
     def __init__(self, file: BinaryIO, start: int, size: int):
         self.file, self.start, self.size, self.position = file, start, size, 0
@@ -100,8 +100,8 @@ def _open(headers: _Headers, at: int, first: bool) -> tarfile.TarFile:
         return tarfile.open(fileobj=cast(Any, headers), mode="r:", encoding="utf-8")
     except (OSError, MemoryError, Cae2pipeError):
         raise
-    except Exception as error:  # tarfile raises ValueError, IndexError, RecursionError and others beside its own
-        what = "this archive cannot be read" if first else f"what follows the archive's end at byte {at} is no tar"
+    except Exception as error:  # tarfile raises ValueError, IndexError, RecursionError and others besides its own
+        what = "this archive cannot be read" if first else f"the data after the archive's end at byte {at} is not a tar"
         raise TarFormatError(f"{what}: {error}") from None
 
 
@@ -114,8 +114,8 @@ def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
         raise TarFormatError(f"this archive cannot be read: {error}") from None
 
 
-def _following(file: BinaryIO, start: int, end: int, size: int) -> int | None:
-    """Where another archive begins behind the one whose members end at ``end``; None where only zeros follow."""
+def _following(file: BinaryIO, start: int, end: int, *, size: int) -> int | None:
+    """Where another archive begins after the one whose members end at ``end``; None if only zeros follow."""
     position = end
     while position < size:
         file.seek(start + position)
@@ -124,9 +124,9 @@ def _following(file: BinaryIO, start: int, end: int, size: int) -> int | None:
             break
         if rest := data.lstrip(b"\0"):
             begin = (position + len(data) - len(rest)) // BLOCK * BLOCK
-            # An archive ends in two blocks of zeros. Where one is missing a header is broken, or was.
+            # An archive ends in two blocks of zeros. If one is missing, a header is damaged or overwritten.
             if begin - end < 2 * BLOCK:
-                raise TarFormatError(f"the archive is broken at byte {start + end}")
+                raise TarFormatError(f"the archive is damaged at byte {start + end}")
             return begin
         position += len(data)
     return None

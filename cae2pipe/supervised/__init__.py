@@ -1,1 +1,1 @@
-"""Training on labels of any kind: the order of chunks, the loop, and what learners share."""
+"""Training on labels of any kind: the order of chunks, the loop, and the base of learners."""

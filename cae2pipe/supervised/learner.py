@@ -1,4 +1,4 @@
-"""What all learners share that train a whole network on labels: AdamW with a rate for each layer, chunk by chunk."""
+"""Base of all learners that train a whole network on labels: AdamW with layer-wise rates, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.upload import upload_stream, uploaded
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk
 from cae2pipe.supervised.normalised import Normalised
 from cae2pipe.supervised.remedies import SMALLER, cpu_remedy
+from cae2pipe.supervised.schedule import Chunk
 from cae2pipe.training.optimizer import make_moments
-from cae2pipe.training.parallel import spread, without_exchange
+from cae2pipe.training.parallel import no_sync, wrap_model
 
 
 class TunedLearner(ABC):
     """Trains a network.
 
     Args:
-        network: what is trained. groups: its parameters, each group with its ``lr_scale``. betas: AdamW's.
+        network: the network to train. groups: its parameters, each group with its ``lr_scale``. betas: AdamW's.
         world: the processes. bf16: compute under autocast. clip: largest gradient norm; None: no clipping.
     """
 
@@ -31,6 +31,7 @@ class TunedLearner(ABC):
         self,
         network: Normalised,
         groups: list[dict[str, Any]],
+        *,
         betas: tuple[float, float],
         world: World,
         bf16: bool,
@@ -41,24 +42,24 @@ class TunedLearner(ABC):
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         with memory_advice("AdamW's state for all weights", SMALLER):
             make_moments(self.optimizer)
-        self.module = spread(network, world)
+        self.module = wrap_model(network, world)
 
     @abstractmethod
     def loss(self, chunk: Chunk) -> Tensor:
-        """The mean loss of a chunk. All that is drawn hangs on the seed, the step and the chunk."""
+        """The mean loss of a chunk. All random draws depend on the seed, the step and the chunk only."""
 
     @abstractmethod
     def rate(self, step: int) -> float:
-        """The learning rate of a step, which each group scales."""
+        """The learning rate of a step, which each group scales by its ``lr_scale``."""
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        """As ``loop.Learner`` has it."""
+        """See ``loop.Learner``."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
-        for place, chunk in enumerate(uploaded(chunks, self.world.device, self.stream)):
-            last = place == len(chunks) - 1
-            with nullcontext() if last else without_exchange(self.module, self.world):
+        for index, chunk in enumerate(uploaded(chunks, self.world.device, self.stream)):
+            last = index == len(chunks) - 1
+            with nullcontext() if last else no_sync(self.module, self.world):
                 loss = self.loss(chunk) * (len(chunk.labels) / size)
                 # DDP averages over processes; the loss is a sum over them.
                 (loss * self.world.ranks).backward()
@@ -71,7 +72,8 @@ class TunedLearner(ABC):
         return total
 
     def scoring_advice(self) -> AbstractContextManager[None]:
-        """Around the scoring of one image, whose size no setting changes: where it does not fit, the CPU can score."""
+        """Around the scoring of one image, whose size no setting changes: if it does not fit, advise to score on the
+        CPU."""
         fix = cpu_remedy(f"precision={'bf16' if self.bf16 else 'fp32'}")
         return memory_advice("one image to be scored", f"{fix} resumes from the last checkpoint")
 

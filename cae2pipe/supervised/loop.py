@@ -1,4 +1,4 @@
-"""Supervised training, as the loop of all training takes it: steps of chunks, validation between epochs."""
+"""Supervised training for ``step_loop``: steps of chunks, validation between epochs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import ScoresArtifact
 from cae2pipe.errors import DivergedError, OutOfMemoryError
 from cae2pipe.runtime.device_memory import out_of_memory
 from cae2pipe.runtime.processes import worker_count
@@ -21,8 +21,8 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.upload import pinned
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, Course, Reader
 from cae2pipe.supervised.remedies import Trained, chunk_remedy
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 from cae2pipe.training.checkpoint import Checkpoints
 from cae2pipe.training.metrics import MetricsFile
 from cae2pipe.training.step import Flags, on_host, to_host
@@ -32,27 +32,27 @@ CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 
 
 class Learner(Protocol):
-    """What is trained."""
+    """What supervised training trains."""
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
-        """Train on this process's chunks of a step of ``size`` images, which lie on the host, pinned where they are to
-        go to CUDA; gives the sum of their losses over ``size``, on the device. Gradients are exchanged within."""
+        """Train on this process's chunks of a step of ``size`` images. The chunks are on the host, in pinned memory if
+        the device is CUDA. Returns the sum of their losses divided by ``size``, on the device. Exchanges gradients."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
 
     def validate(self, epoch: int) -> dict[str, float] | None:
-        """Figures after an epoch, or None where it is not scored; called by all processes."""
+        """Scores after an epoch, or None if it is not scored; called by all processes."""
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that ``restore`` goes on from."""
+        """Tensors and plain values that ``restore`` takes."""
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
 def train(
     learner: Learner,
-    course: Course,
+    schedule: TrainSchedule,
     reading: Callable[[int], Reader],
     *,
     root: Path,
@@ -60,32 +60,32 @@ def train(
     world: World,
     report: Report,
 ) -> list[dict[str, Any]]:
-    """Train to the end of the course, from the newest checkpoint below ``root`` if there is one.
+    """Train to the end of the schedule, from the newest checkpoint below ``root`` if there is one.
 
-    ``reading`` makes the reader of this process's chunks from a step on. It stops as ``run_steps`` does.
+    ``reading`` makes the reader of this process's chunks from a step on. Stops are handled as in ``run_steps``.
 
     Returns:
-        A line for every epoch: its mean loss, and what ``validate`` gave.
+        One line per epoch: its mean loss, and the result of ``validate``.
 
     Raises:
-        DivergedError: a loss is not finite. OutOfMemoryError: a chunk does not fit the device. CompileError: it cannot
-        be compiled. SourceError, DamageError: as ``ChunkReader``.
+        DivergedError: a loss is not finite. OutOfMemoryError: a chunk does not fit the device. CompileError: a step
+        cannot be compiled. SourceError, DamageError: as ``ChunkReader``.
     """
-    owner: str = world.lead(lambda: open_box(root, "scores").fingerprint)
+    owner: str = world.run_on_main(lambda: ScoresArtifact.open(root).fingerprint)
     speed = settings.speed
     checkpoints = Checkpoints(root / CHECKPOINTS, owner, speed.keep, minutes=speed.checkpoint_minutes)
-    training = Supervised(learner, course, root, settings=settings, world=world, report=report)
+    training = Supervised(learner, schedule, root, settings=settings, world=world, report=report)
     start = checkpoints.resume(training.state, training.restore, world, report=report)
     with closing(training):
         training.begin(reading(start), start)
         if start:
-            report.log(f"going on from step {start} of {course.total}")
-        run_steps(training, start, course.total, checkpoints=checkpoints, world=world, report=report)
+            report.log(f"resuming from step {start} of {schedule.total}")
+        run_steps(training, start, schedule.total, checkpoints=checkpoints, world=world, report=report)
     return training.history
 
 
 class Figures(NamedTuple):
-    """What a step gave, perhaps still on its way to the host: the loss, then the flags."""
+    """The results of a step, perhaps still on their way to the host: the loss, then the flags."""
 
     step: int
     values: Tensor
@@ -94,19 +94,19 @@ class Figures(NamedTuple):
 
 
 class Supervised:
-    """Steps of chunks, a line a step, a line an epoch; a ``step_loop.Training``.
+    """Steps of chunks, with one line per step and one per epoch; a ``step_loop.Training``.
 
     Args:
-        root: where metrics and checkpoints go.
+        root: the folder of metrics and checkpoints.
     """
 
     reader: Reader
     metrics: MetricsFile | None = None
 
     def __init__(
-        self, learner: Learner, course: Course, root: Path, *, settings: Trained, world: World, report: Report
+        self, learner: Learner, schedule: TrainSchedule, root: Path, *, settings: Trained, world: World, report: Report
     ):
-        self.learner, self.course, self.root = learner, course, root
+        self.learner, self.schedule, self.root = learner, schedule, root
         self.settings, self.world, self.report = settings, world, report
         self.history: list[dict[str, Any]] = []
         self.losses: list[float] = []
@@ -120,23 +120,23 @@ class Supervised:
         self.history, self.losses = state["record"]["history"], state["record"]["losses"]
 
     def begin(self, reader: Reader, start: int) -> None:
-        """Take what ``reader`` gives, and write metrics, from a step on."""
+        """Read items from ``reader``, and write metrics, from a step on."""
         self.reader = reader
-        self.metrics = MetricsFile(self.root / METRICS, start, self.report) if self.world.leads else None
-        self.report.total(self.course.total, "steps", done=start)
+        self.metrics = MetricsFile(self.root / METRICS, start, self.report) if self.world.is_main else None
+        self.report.total(self.schedule.total, "steps", done=start)
         self.last = time.monotonic()
 
     def items(self) -> Iterator[tuple[int, list[Chunk]]]:
         reader = self.reader
         workers = min(worker_count(self.settings.speed.workers), len(reader))
         chunks = pinned(in_order(reader, workers, preload=[type(reader).__module__]), self.world.device)
-        for step in range(reader.start, self.course.total):
+        for step in range(reader.start, self.schedule.total):
             yield step, list(islice(chunks, len(reader.own)))
 
     def step(self, item: tuple[int, list[Chunk]], flags: Flags) -> Figures:
         step, chunks = item
         self.name_rejects(chunks)
-        loss = self.learner.step(chunks, step, self.course.size(step)).detach().float()
+        loss = self.learner.step(chunks, step, self.schedule.size(step)).detach().float()
         figures = self.world.sum(torch.cat([loss.reshape(1), flags.on(loss.device)]))
         return Figures(step, *to_host(figures), time.monotonic())
 
@@ -144,7 +144,7 @@ class Supervised:
         """Log images that cannot be decoded, once each."""
         for reject in (reject for chunk in chunks for reject in chunk.rejected if reject["path"] not in self.named):
             self.named.add(reject["path"])
-            self.report.log(f"another image takes the place of {self.reader.root / reject['path']}: {reject['reason']}")
+            self.report.log(f"replaced {self.reader.root / reject['path']} by another image: {reject['reason']}")
 
     def out_of_memory(self, item: tuple[int, list[Chunk]], reason: str) -> OutOfMemoryError:
         step, chunks = item
@@ -155,15 +155,15 @@ class Supervised:
 
     def settle(self, outcome: Figures) -> Flags:
         loss, *flags = on_host(outcome.values, outcome.arrived)
-        step, epoch = outcome.step, self.course.epoch(outcome.step)
+        step, epoch = outcome.step, self.schedule.epoch(outcome.step)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the loss is not finite at step {step}, in epoch {epoch}",
                 where="lr",
-                fix="lower lr, and give another output folder",
+                fix="lower lr, and use a new output folder",
             )
         self.losses.append(loss)
-        rate, lr = self.course.size(step) / (outcome.at - self.last), self.learner.rate(step)
+        rate, lr = self.schedule.size(step) / (outcome.at - self.last), self.learner.rate(step)
         self.last = outcome.at
         if self.metrics:
             self.metrics.write({"step": step, "epoch": epoch, "loss": loss, "lr": lr, "images_per_s": round(rate, 2)})
@@ -171,11 +171,11 @@ class Supervised:
         return Flags(*flags)
 
     def ends_epoch(self, done: int) -> bool:
-        return self.course.ends_epoch(done - 1)
+        return self.schedule.ends_epoch(done - 1)
 
     def end_epoch(self, done: int) -> bool:
-        """Close an epoch; whether it was scored."""
-        epoch = self.course.epoch(done - 1)
+        """End an epoch; returns whether it was scored."""
+        epoch = self.schedule.epoch(done - 1)
         line = {"epoch": epoch, "loss": sum(self.losses) / len(self.losses)}
         self.losses = []
         scores = self.learner.validate(epoch)

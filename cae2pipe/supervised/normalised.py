@@ -1,4 +1,4 @@
-"""A network with the normalisation of its input."""
+"""A network with normalisation of its input."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cae2pipe.images.normalise import Normalise
 
 
 class Normalised(nn.Module):
-    """A network with the normalisation of its input."""
+    """A network with normalisation of its input."""
 
     def __init__(self, model: Any, normalise: Normalise):
         super().__init__()
         self.model, self.normalise = model, normalise
 
     def forward(self, images: Any) -> Any:
-        """What the network makes of normalised images."""
+        """The network's output for images, which are normalised first."""
         return self.model(images)

@@ -1,4 +1,4 @@
-"""What to change where a device's memory ends: legal settings that this memory depends on."""
+"""Advice if a device runs out of memory: valid settings that need less."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SMALLER = "use a smaller encoder, or a device with more memory"
 
 
 def smaller_chunk(settings: Trained, images: int, ranks: int) -> int | None:
-    """The largest ``chunk`` that the settings allow of at most half of ``images``, and that ``ranks`` processes can
-    share out; None: there is none."""
+    """The largest ``chunk`` that the settings allow, of at most half of ``images``, and that divides evenly among
+    ``ranks`` processes; None: there is none."""
     for chunk in range(images // 2, 0, -1):
-        # A probe's chunks need not be the same number for all processes.
+        # With a probe, processes may have different numbers of chunks.
         if not isinstance(settings, Probed) and settings.batch // chunk % ranks:
             continue
         try:
@@ -28,20 +28,22 @@ def smaller_chunk(settings: Trained, images: int, ranks: int) -> int | None:
     return None
 
 
-def chunk_remedy(settings: Trained, images: int, ranks: int, begun: bool) -> str:
-    """Where a training step's chunk of ``images`` does not fit. ``begun``: the output folder has a checkpoint."""
+def chunk_remedy(settings: Trained, images: int, ranks: int, *, begun: bool) -> str:
+    """The fix if a training step's chunk of ``images`` does not fit. ``begun``: the output folder has a checkpoint."""
     chunk = smaller_chunk(settings, images, ranks)
     if chunk is None:
         return SMALLER
-    return f"--set chunk={chunk}" + (", and give another output folder: this one has begun with other chunks" * begun)
+    return f"--set chunk={chunk}" + (
+        ", and use a new output folder, since this one was started with another chunk" * begun
+    )
 
 
 def batch_remedy(images: int) -> str:
-    """Where ``images`` do not pass the encoder together without gradients."""
+    """The fix if a forward pass of ``images`` without gradients does not fit."""
     return f"--set speed.batch={images // 2}" if images > 1 else SMALLER
 
 
 def cpu_remedy(*kept: str) -> str:
-    """Where no setting makes it smaller: the CPU takes over what is there already. ``kept``: settings that on a CPU
-    would be others by themselves, as ``precision=bf16``."""
+    """The fix if no setting needs less memory: resume on the CPU. ``kept``: settings whose default would differ on a
+    CPU, such as ``precision=bf16``."""
     return " ".join(["--device cpu", *(f"--set {setting}" for setting in kept)])

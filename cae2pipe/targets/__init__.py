@@ -14,7 +14,7 @@ __all__ = ["Target", "TargetSet"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late: torch takes seconds, which importing a neighbour should not cost.
+    # Imported on first use: torch takes seconds to import, and other modules of this package do not need it.
     if name in __all__:
         from cae2pipe.targets import target_set
 

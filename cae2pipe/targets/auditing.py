@@ -1,4 +1,4 @@
-"""Is what a target set holds what its teacher says? The teacher is run again on stored views, chosen at random."""
+"""Checks stored latents against the teacher, which is run again on stored views chosen at random."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.protocol import Teacher
 
 TOLERANCE = 1e-3
-"""Cosine that may be lost beside the codec's: bf16 against fp32 costs 1.8e-4, another processor far less."""
+"""Cosine that may be lost in addition to the codec's loss: bf16 instead of fp32 costs 1.8e-4, another processor far
+less."""
 
 
 @dataclass(frozen=True)
 class Audit:
     """Cosines between the teacher's tokens now and those stored: means over all, and the worst view's mean.
 
-    ``expected`` is the fidelity that the set says its codec reached.
+    ``expected`` is the fidelity that the set's manifest records.
     """
 
     views: int
@@ -53,8 +54,8 @@ def choose(targets: TargetSet, count: int, seed: int) -> dict[tuple[str, int], l
 
 @dataclass(frozen=True)
 class LiveViews:
-    """Some stored views of one block: where each lies, pixels uint8 (n, H, W, 3), and unit tokens (n, T, D), the
-    teacher's now and the stored ones."""
+    """Some stored views of a block: their names, pixels uint8 (n, H, W, 3), and unit tokens (n, T, D): ``true``, the
+    teacher's now, and ``stored``."""
 
     names: list[str]
     pixels: np.ndarray
@@ -62,7 +63,7 @@ class LiveViews:
     stored: Tensor
 
 
-def run_teacher_on(targets: TargetSet, teacher: Teacher, name: str, block: int, *, positions: list[int]) -> LiveViews:
+def run_teacher_on(targets: TargetSet, teacher: Teacher, name: str, *, block: int, positions: list[int]) -> LiveViews:
     """Run the teacher on some views of a block of the store ``name``.
 
     Raises:
@@ -75,7 +76,7 @@ def run_teacher_on(targets: TargetSet, teacher: Teacher, name: str, block: int, 
     return LiveViews([f"{name}, key {stored.keys[position]}" for position in positions], pixels, true, decoded)
 
 
-def audit(targets: TargetSet, teacher: Teacher, count: int, seed: int = 0) -> Audit:
+def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) -> Audit:
     """Run the teacher on ``count`` random stored views.
 
     Raises:
@@ -85,7 +86,7 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, seed: int = 0) -> Au
     centreds: list[Tensor] = []
     labels: list[str] = []
     for (name, block), positions in choose(targets, count, seed).items():
-        live = run_teacher_on(targets, teacher, name, block, positions=positions)
+        live = run_teacher_on(targets, teacher, name, block=block, positions=positions)
         raw, centred = token_cosines(live.true, live.stored, targets.mean)
         raws.append(raw.view(len(positions), -1).mean(dim=1))
         centreds.append(centred.view(len(positions), -1).mean(dim=1))

@@ -1,8 +1,8 @@
 """A local cache of what training reads from a remote target set, of bounded size.
 
-Pieces are kept under the digest of their file, so a cache can serve several sets and never gives what has changed
-since. Once it is full it stays as it is: every epoch visits all blocks, and a cache that replaced its oldest would have
-thrown away each block by the time it is asked for again.
+Pieces are kept under the digest of their file, so a cache can serve several sets and never returns outdated data. A
+full cache evicts nothing. Every epoch visits all blocks, so a cache that evicted the oldest would have evicted each
+block by the time it is needed again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 import google_crc32c
 
 from cae2pipe.artifacts.atomic import TEMPORARY
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.storage import read_bytes
 
 RECOUNT = 64
-"""Pieces that a process adds before it looks again at what others have added."""
+"""Pieces that a process adds before it checks again how much others have added."""
 
 
 class BlockCache:
@@ -31,7 +31,7 @@ class BlockCache:
         self._used = 0
         self._added = RECOUNT
 
-    def read(self, digest: str, offset: int, size: int, fetch: Callable[[], bytes]) -> bytes:
+    def read(self, digest: str, offset: int, size: int, *, fetch: Callable[[], bytes]) -> bytes:
         """The piece of the file with this SHA-256, from the cache or, and then into it, from ``fetch``."""
         name = hashlib.blake2b(f"{digest} {offset} {size}".encode(), digest_size=20).hexdigest()
         path = self.folder / name[:2] / name
@@ -58,7 +58,7 @@ class BlockCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data + google_crc32c.value(data).to_bytes(4, "little"))
             temporary.replace(path)
-        except OSError:  # a full disk is no reason to stop training
+        except OSError:  # a full disk must not stop training
             self._used = self.limit
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

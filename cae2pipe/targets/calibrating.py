@@ -1,4 +1,4 @@
-"""The calibration of a set that is extracted: made once, by whoever comes first."""
+"""The calibration of a set during extraction: made once, by the first process that needs it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.box import Box, open_box
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.lock import can_lock, holding
-from cae2pipe.artifacts.parts import WHOLE, Part
 from cae2pipe.artifacts.provenance import provenance
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import BadInputError
 from cae2pipe.runtime.progress import Report
@@ -19,60 +19,66 @@ from cae2pipe.targets.calibration_sample import run_sample
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.manifest_facts import codec_facts, teacher_facts
 from cae2pipe.targets.stored_calibration import is_calibrated, store_calibration
-from cae2pipe.targets.target_set import KIND, make_layout
+from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.protocol import Teacher
 
 
 def ensure_calibration(
-    box: Box,
+    artifact: TargetsArtifact,
     shards: ShardSet,
     teacher: Teacher,
     *,
     settings: ExtractSettings,
     workers: int,
-    part: Part,
+    part: WorkShare,
     report: Report,
-) -> Box:
-    """The box with its calibration, made or restored by whoever comes first while all others wait.
+) -> TargetsArtifact:
+    """The artifact with its calibration. The first process makes or restores it; all others wait.
 
     Raises:
-        BadInputError: several parts start without it where nobody can be kept from making it twice. DamageError: it was
-            there, and does not come out the same.
+        BadInputError: several parts start without a calibration on storage without locks, where two could make it.
+        DamageError: the lost calibration cannot be reproduced.
     """
-    if is_calibrated(box):
-        return box
-    if part != WHOLE and not can_lock(box.root):
+    if is_calibrated(artifact):
+        return artifact
+    if part != WHOLE and not can_lock(artifact.root):
         raise BadInputError(
             "this storage cannot create a file only if it is absent, so parts cannot agree on who calibrates",
-            where=box.root,
+            where=artifact.root,
             fix="run the same command once with --calibrate-only and without --part, then start the parts",
         )
-    facts = box.facts
-    with holding(box.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
-        box = open_box(box.root, KIND)
-        box.facts |= facts
-        if not is_calibrated(box):
-            make_calibration(box, shards, teacher, settings=settings, workers=workers, report=report)
-    return box
+    facts = artifact.facts
+    with holding(artifact.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
+        artifact = TargetsArtifact.open(artifact.root)
+        artifact.facts |= facts
+        if not is_calibrated(artifact):
+            make_calibration(artifact, shards, teacher, settings=settings, workers=workers, report=report)
+    return artifact
 
 
 def make_calibration(
-    box: Box, shards: ShardSet, teacher: Teacher, *, settings: ExtractSettings, workers: int, report: Report
+    artifact: TargetsArtifact,
+    shards: ShardSet,
+    teacher: Teacher,
+    *,
+    settings: ExtractSettings,
+    workers: int,
+    report: Report,
 ) -> None:
     """Fit mean, basis and step on view 0 of the first images; shards are shuffled, so these are a fair sample.
 
     Raises:
-        DamageError: the set had a calibration, and it does not come out the same.
+        DamageError: the set had a calibration, and it cannot be reproduced.
     """
     codec = settings.codec
     report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
-    outputs, jpegs = run_sample(shards, teacher, settings, workers)
+    outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
         of_teacher = teacher_facts(teacher, outputs[0])
-        layout = make_layout(of_teacher, box.identity["settings"]["codec"], calibration)
+        layout = make_layout(of_teacher, artifact.identity["settings"]["codec"], calibration)
         of_codec = codec_facts(outputs, layout, calibration, fidelity=fidelity, pixel_bytes=sum(map(len, jpegs)))
         return {"teacher": of_teacher, "codec": of_codec, **provenance(teacher.device)}
 
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    store_calibration(box, codec, unit, facts, report)
+    store_calibration(artifact, codec, unit, facts=facts, report=report)

@@ -1,7 +1,7 @@
-"""Calibration of the ``klt`` codec: mean, principal axes, spreads, and the step that reaches the asked fidelity.
+"""Calibration of the ``klt`` codec: mean, principal axes, spreads, and the step that reaches the requested fidelity.
 
-Made once, in float64 on the CPU with one thread, because ``eigh`` differs in its last bits between thread counts; then
-written as part of the set and never computed again, so that resumed, grown and repaired sets agree to the bit.
+Made once, in float64 on the CPU with one thread, because ``eigh`` differs in its last bits between thread counts. It is
+then written as part of the set and never computed again, so resumed, grown and repaired sets agree to the bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.manifest_targets import FidelityReached
 from cae2pipe.targets.chunks import BLOCK, SHUFFLES, Shuffle, encode_chunk
 from cae2pipe.targets.codecs import (
     Codec,
@@ -31,8 +32,9 @@ MARGIN = 0.96
 
 @dataclass(frozen=True)
 class Calibration:
-    """What coding needs: ``mean`` (D,), and for klt ``basis`` (D, D) and ``step``, float32, Blosc's ``shuffle``, and
-    ``token_basis`` (T, T) and ``spread`` (T, D), float32; without these it is the klt of sets of older versions."""
+    """What encoding and decoding need: ``mean`` (D,), and for klt ``basis`` (D, D), ``step``, ``token_basis`` (T, T)
+    and ``spread`` (T, D), float32, and Blosc's ``shuffle``. Sets of older versions have no ``token_basis`` and
+    ``spread``."""
 
     mean: Tensor
     basis: Tensor | None = None
@@ -50,6 +52,15 @@ class Fidelity:
     p1: float
     centred_mean: float
     centred_p1: float
+
+    def entry(self) -> FidelityReached:
+        """The manifest's entry."""
+        return {
+            "mean": self.mean,
+            "p1": self.p1,
+            "centred_mean": self.centred_mean,
+            "centred_p1": self.centred_p1,
+        }
 
 
 @contextmanager
@@ -76,7 +87,7 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
 
 def summarise(raw: Tensor, centred: Tensor) -> Fidelity:
     def mean_and_p1(values: Tensor) -> tuple[float, float]:
-        # Rounded so that the figures in manifests do not hang on the order of a sum.
+        # Rounded so that the figures in manifests do not depend on the order of a sum.
         ordered = values.double().sort().values
         return round(float(ordered.mean()), 7), round(float(ordered[(len(ordered) - 1) // 100]), 7)
 
@@ -84,7 +95,7 @@ def summarise(raw: Tensor, centred: Tensor) -> Fidelity:
 
 
 def calibrate(
-    unit: Tensor, codec: str, fidelity: float, level: int, rotate_tokens: bool = True
+    unit: Tensor, codec: str, fidelity: float, *, level: int, rotate_tokens: bool = True
 ) -> tuple[Calibration, Fidelity]:
     """Fit on three quarters of the samples, choose the step on the held-out quarter.
 
@@ -92,8 +103,8 @@ def calibrate(
         unit: unit tokens (n, T, D) float32 on the CPU.
         codec: ``klt``, ``int8`` or ``fp16``; the last two only need the mean.
         fidelity: mean cosine to reach on held-out samples.
-        level: zstd level, passed on.
-        rotate_tokens: False gives the klt of sets of older versions, to restore the calibration of one.
+        level: zstd level.
+        rotate_tokens: False gives the klt of older versions, to restore the calibration of such a set.
 
     Returns:
         The calibration, and the fidelity it reaches on the held-out samples.
@@ -105,7 +116,7 @@ def calibrate(
         calibration = Calibration(mean.float())
         if codec == "klt":
             token_basis, spread = token_axes(fit, mean, basis) if rotate_tokens else (None, None)
-            step = find_step(test, mean, basis, fidelity, token_basis, spread)
+            step = find_step(test, mean, basis, fidelity=fidelity, token_basis=token_basis, spread=spread)
             calibration = Calibration(mean.float(), basis.float(), step)
             if token_basis is not None and spread is not None:
                 calibration = replace(calibration, token_basis=token_basis.float(), spread=spread.float())
@@ -151,6 +162,7 @@ def find_step(
     test: Tensor,
     mean: Tensor,
     basis: Tensor,
+    *,
     fidelity: float,
     token_basis: Tensor | None = None,
     spread: Tensor | None = None,
@@ -169,7 +181,7 @@ def find_step(
             bins = (token_basis @ round_biased(coefficients / step, rounding_bias(spread, step))).reshape(flat.shape)
         return 1 - float(torch.cosine_similarity(flat, bins * step @ basis.T + mean, dim=-1).mean())
 
-    # Rounding errors are uniform, variance step^2 / 12 a component: a start that is right for small steps.
+    # Rounding errors are uniform, with variance step^2 / 12 per component: a good initial value for small steps.
     low = high = (24 * allowed / flat.shape[1]) ** 0.5
     while distance(high) <= allowed and high < 4:
         low, high = high, high * 1.3
@@ -178,23 +190,23 @@ def find_step(
     while high / low > 1.005:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if distance(middle) <= allowed else (low, middle)
-    # float32, as stored: decoding uses the very number that encoding used.
+    # float32, as stored: decoding uses exactly the number that encoding used.
     return float(torch.tensor(low, dtype=torch.float32))
 
 
 def find_shuffle(calibration: Calibration, block: Tensor, level: int) -> Calibration:
-    """The calibration with whichever shuffle packs a block of unit tokens into fewer bytes.
+    """The calibration with the shuffle that compresses a block of unit tokens to fewer bytes.
 
-    With fine steps most symbols fill a byte, which zstd's entropy coder packs best whole; with coarse ones most bits
-    are zero, and lie together once bits are shuffled. On a ViT-Ti's tokens bytes take less at a fidelity of 0.999,
-    bits at 0.99 and below (benchmarks/codec_low_rate.py).
+    With fine steps most symbols fill a byte, and zstd's entropy coder compresses whole bytes best. With coarse steps
+    most bits are zero, and bit shuffling groups them. On a ViT-Ti's tokens byte shuffling is smaller at a fidelity of
+    0.999, bit shuffling at 0.99 and below (benchmarks/codec_low_rate.py).
     """
     candidates = [replace(calibration, shuffle=shuffle) for shuffle in SHUFFLES]
 
     def size(candidate: Calibration) -> int:
         codec = make_codec("klt", candidate, level)
         spec = codec.arrays()[codec.main]
-        return len(encode_chunk(codec.encode(block)[codec.main], spec.level, spec.shuffle, spec.one_block))
+        return len(encode_chunk(codec.encode(block)[codec.main], spec.level, spec.shuffle, one_block=spec.one_block))
 
     return min(candidates, key=size)
 
@@ -207,7 +219,15 @@ def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
         return Int8Codec()
     assert calibration.basis is not None
     assert calibration.step is not None
-    common = calibration.step, level, calibration.shuffle
+    step, shuffle = calibration.step, calibration.shuffle
     if calibration.token_basis is None or calibration.spread is None:
-        return KltCodec(calibration.mean, calibration.basis, *common)
-    return TokenKltCodec(calibration.mean, calibration.basis, calibration.token_basis, calibration.spread, *common)
+        return KltCodec(calibration.mean, calibration.basis, step, level=level, shuffle=shuffle)
+    return TokenKltCodec(
+        calibration.mean,
+        calibration.basis,
+        calibration.token_basis,
+        spread=calibration.spread,
+        step=step,
+        level=level,
+        shuffle=shuffle,
+    )

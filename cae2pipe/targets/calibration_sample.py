@@ -14,10 +14,10 @@ from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
 def run_sample(
-    shards: ShardSet, teacher: Teacher, settings: ExtractSettings, workers: int
+    shards: ShardSet, teacher: Teacher, settings: ExtractSettings, *, workers: int
 ) -> tuple[list[TeacherOutput], list[bytes]]:
-    """The teacher's outputs, on the CPU, block by block, on view 0 of the first images; and what is kept of these
-    pixels, the views' JPEGs or those of the images that they are replayed from."""
+    """The teacher's outputs on view 0 of the first images, on the CPU, block by block; and the JPEGs that the set keeps
+    of them: of the views, or of the images that views are replayed from."""
     tasks, taken = [], 0
     for shard in shards.shards:
         for number in range(-(-shard.samples // BLOCK)):
@@ -26,7 +26,7 @@ def run_sample(
                 taken += min(BLOCK, shard.samples - number * BLOCK)
     outputs, jpegs = [], []
     lanes = lane_count(settings.speed.lanes, teacher.device)
-    with closing(render_blocks(Renderer(shards, tasks, settings.view, settings.seed), workers)) as rendered:
+    with closing(render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed), workers)) as rendered:
         for block, output in run_teacher(rendered, teacher, lanes):
             where = f"shard {block.task.shard.name}, block {block.task.block}"
             check_features(output.tokens, where=where, constant=True)

@@ -1,12 +1,12 @@
-"""The bytes of Zarr v3 chunks and shards, written and read without going through zarr.
+"""The bytes of Zarr v3 chunks and shards, written and read without zarr-python.
 
 A target store's big arrays have one shard file each. zarr-python assembles such a file in memory and reads a chunk
-through several layers; a store is written block by block, as the teacher yields them, and read one chunk at a time, so
-both directions work on the file itself. What is written stays valid Zarr v3 (tested: byte-identical to zarr's own).
+through several layers. A store is written block by block, as the teacher yields them, and read one chunk at a time, so
+both directions work on the file itself. The files are valid Zarr v3 (tested: byte-identical to zarr's own).
 
-Shard file: chunk after chunk, then the index: offset and length of each chunk (uint64 little-endian), then CRC-32C.
-Chunk: array bytes, through Blosc (zstd) where the array is compressed, then CRC-32C. Blosc alone returns
-wrong data silently after a flipped bit; the checksum is what makes damage an error.
+Shard file: the chunks, then the index (offset and length of each chunk, uint64 little-endian), then CRC-32C of the
+index. Chunk: array bytes, through Blosc (zstd) where the array is compressed, then CRC-32C. Blosc alone silently
+returns wrong data after a flipped bit; the checksum turns damage into an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numcodecs import blosc
 
 BLOCK = 64
-"""Samples a block: the unit of I/O, of shuffling and of resuming."""
+"""Samples per block: the unit of I/O, of shuffling and of resuming."""
 
 
 RESIDUE = 0x48674BC7
@@ -30,17 +30,17 @@ Shuffle = Literal["shuffle", "bitshuffle"]
 
 
 class ChunkError(ValueError):
-    """A chunk's or an index's bytes are damaged. The store wraps it with the place and the remedy."""
+    """A chunk's or an index's bytes are damaged. The store adds location and fix."""
 
 
 SHUFFLES: dict[Shuffle, int] = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 """What Blosc does before it compresses, by the names that zarr gives it."""
 
 
-def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle", one_block: bool = False) -> bytes:
+def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle", *, one_block: bool = False) -> bytes:
     """An array's bytes with their checksum, compressed unless ``level`` is 0; ``shuffle`` is one of ``SHUFFLES``.
 
-    ``one_block``: in one piece, instead of in pieces as large as Blosc finds right for the level.
+    ``one_block``: compress in one piece, instead of in pieces of the size that Blosc chooses for the level.
     """
     array = np.ascontiguousarray(array)
     if level == 0:
@@ -51,7 +51,7 @@ def encode_chunk(array: np.ndarray, level: int, shuffle: Shuffle = "bitshuffle",
     return data + _checksum(data)
 
 
-def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: str, level: int) -> np.ndarray:
+def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: str, *, level: int) -> np.ndarray:
     """Inverse of ``encode_chunk``; read-only where the bytes are used in place.
 
     Raises:
@@ -80,7 +80,7 @@ def _checksum(data: bytes) -> bytes:
 def is_sound(data: bytes) -> bool:
     """Whether bytes that end in their own CRC-32C match it.
 
-    The checksum of anything followed by its checksum is one constant, so that nothing has to be cut off, and copied.
+    The CRC of any data followed by its own CRC is a constant, so no slice has to be copied.
     """
     return len(data) >= 4 and google_crc32c.value(data) == RESIDUE
 
@@ -98,11 +98,11 @@ def encode_index(spans: list[tuple[int, int]]) -> bytes:
 def decode_index(data: bytes, blocks: int) -> np.ndarray:
     """Offsets and lengths, int64 (blocks, 2), from the last ``index_size(blocks)`` bytes of a shard file."""
     if len(data) != index_size(blocks) or not is_sound(data):
-        raise ChunkError("the shard's index is damaged or cut off")
+        raise ChunkError("the shard's index is damaged or truncated")
     spans = np.frombuffer(data[:-4], dtype="<u8").reshape(blocks, 2)
-    # zarr marks a chunk that was never written by the largest integer, and reads it as zeros: here it is damage.
+    # zarr marks a chunk that was never written with the largest integer, and reads it as zeros. Here it is damage.
     if spans.size and spans.max() >= 2**63:
-        raise ChunkError("the shard's index names a chunk that was never written")
+        raise ChunkError("the shard's index lists a chunk that was never written")
     return spans.astype(np.int64)
 
 

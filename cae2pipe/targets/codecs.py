@@ -1,7 +1,7 @@
-"""Latent codecs: unit tokens to integers and back. Pure functions of tensors; no files.
+"""Latent codecs: unit tokens to integers and back. Pure functions of tensors; no file access.
 
-All codecs store L2-normalised tokens; norms are kept apart by the store. The transform codec rotates into principal
-axes, which leaves most coefficients with a range of a few steps, or none at all, and zstd's entropy coder packs them
+All codecs encode L2-normalised tokens; the store keeps their norms separately. The transform codec rotates into
+principal axes. Most coefficients then span a few steps or are always zero, which zstd's entropy coder compresses well
 (benchmarks/codec_pareto.py, benchmarks/codec_low_rate.py).
 
 Shapes: n samples, T tokens, D dimensions.
@@ -28,7 +28,7 @@ class ArraySpec:
 
     ``sample_axis`` is the axis that runs over samples; a chunk holds 64 of them and all of the other axes.
     ``level`` is the zstd level, or 0 for plain bytes without Blosc; ``shuffle`` is Blosc's, of bytes or of bits.
-    ``one_block``: Blosc compresses a chunk in one piece, instead of in pieces that fit a processor's cache.
+    ``one_block``: Blosc compresses a chunk in one piece, instead of in pieces that fit the CPU cache.
     """
 
     dtype: str
@@ -54,7 +54,7 @@ class Codec(Protocol):
         """Arrays, on any device, to tokens (n, T, D) float32 on that device. Inverse of ``encode`` up to its error."""
 
     def place(self, device: torch.device) -> None:
-        """Bring what ``decode`` needs to a device, which it otherwise does when it first meets one."""
+        """Copy the constants of ``decode`` to a device. Otherwise the first call of ``decode`` there does it."""
 
 
 class Fp16Codec:
@@ -77,7 +77,8 @@ class Fp16Codec:
 
 
 class Int8Codec:
-    """One fp16 scale a token. Lossless coding on top gains nothing, so the bytes are stored as they are."""
+    """int8 with one fp16 scale per token. Lossless compression gains nothing here, so the bytes are stored as they
+    are."""
 
     name = "int8"
     main = "tokens"
@@ -86,7 +87,7 @@ class Int8Codec:
         return {"tokens": ArraySpec("|i1", 0, 0), "scales": ArraySpec("<f2", 0, 0)}
 
     def encode(self, unit: Tensor) -> dict[str, np.ndarray]:
-        # The scale is rounded to what is stored before it is used, and up: else the largest component overflows.
+        # The scale is rounded up to its stored value before it is used; otherwise the largest component overflows.
         scales = unit.abs().amax(dim=-1) / 127
         half = scales.to(torch.float16)
         half = torch.where(half.float() < scales, torch.nextafter(half, torch.full_like(half, torch.inf)), half)
@@ -101,22 +102,23 @@ class Int8Codec:
 
 
 class KltCodec:
-    """Transform codec of single tokens: mean removed, principal axes, one uniform step, zig-zag, uint16.
+    """Transform codec of single tokens: subtract the mean, rotate to principal axes, quantise with one step, zig-zag,
+    uint16.
 
-    The form of sets that have no ``token_basis``, as all had before ``TokenKltCodec``.
+    The codec of sets without ``token_basis``, made before ``TokenKltCodec`` existed.
 
     Args:
         mean: (D,) float32.
         basis: (D, D) float32, orthonormal columns: the principal axes, largest variance first.
         step: width of a quantisation bin.
         level: zstd level.
-        shuffle: Blosc's, of bytes or of bits.
+        shuffle: Blosc's shuffle, of bytes or of bits.
     """
 
     name = "klt"
     main = "symbols"
 
-    def __init__(self, mean: Tensor, basis: Tensor, step: float, level: int = 1, shuffle: Shuffle = "shuffle"):
+    def __init__(self, mean: Tensor, basis: Tensor, step: float, *, level: int = 1, shuffle: Shuffle = "shuffle"):
         self.mean = mean
         self.basis = basis
         self.step = step
@@ -128,7 +130,7 @@ class KltCodec:
         return {"symbols": ArraySpec("<u2", 1, self.level, self.shuffle)}
 
     def encode(self, unit: Tensor) -> dict[str, np.ndarray]:
-        """Symbols (D, n, T) uint16. Raises TeacherError where a symbol does not fit: it never wraps."""
+        """Symbols (D, n, T) uint16. Raises TeacherError if a symbol does not fit; it never wraps around."""
         n, tokens, dim = unit.shape
         mean, basis = self._on(unit.device)
         coefficients = (unit.reshape(-1, dim) - mean) @ basis
@@ -136,7 +138,7 @@ class KltCodec:
         return {"symbols": _as_stored(symbols.T.reshape(dim, n, tokens))}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Symbols (D, n, T), uint16 or its bits in an int16 tensor, to tokens: one multiply, one D x D product."""
+        """Symbols (D, n, T), uint16 or its bits in an int16 tensor, to tokens: a scaling and one D x D product."""
         symbols = arrays["symbols"]
         dim, n, tokens = symbols.shape
         mean, basis = self._on(symbols.device)
@@ -148,7 +150,7 @@ class KltCodec:
         self._on(device)
 
     def _symbols(self, bins: Tensor) -> Tensor:
-        """Whole numbers as symbols, int32. Raises TeacherError where one does not fit into uint16."""
+        """Integers as symbols, int32. Raises TeacherError if one does not fit into uint16."""
         symbols = zigzag(bins.to(torch.int32))
         if symbols.numel() and int(symbols.max()) > 0xFFFF:
             raise TeacherError(
@@ -159,7 +161,7 @@ class KltCodec:
         return symbols
 
     def _constants(self) -> tuple[Tensor, ...]:
-        """What coding needs on a device."""
+        """The tensors that coding needs on a device."""
         return self.mean, self.basis
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -169,15 +171,15 @@ class KltCodec:
 
 
 class TokenKltCodec(KltCodec):
-    """Transform codec of whole images: ``KltCodec``, rotated along the tokens too, and rounded by rate and distortion.
+    """Transform codec of whole images: ``KltCodec``, also rotated along the tokens, with rate-distortion rounding.
 
-    Neighbouring tokens are alike, so a few axes along the tokens hold most of what a component varies by. Symbols lie
-    in the order of their coefficients' spreads, largest first: what lies together has one distribution, and what is
-    nearly always zero lies at the end.
+    Neighbouring tokens are alike, so a few axes along the tokens hold most of a component's variance. Symbols are
+    ordered by the spread of their coefficients, largest first: neighbours have similar distributions, and symbols that
+    are nearly always zero come last.
 
     Args:
         token_basis: (T, T) float32, orthonormal columns: the principal axes along the tokens, largest variance first.
-        spread: (T, D) float32: root mean squares of the coefficients, on the calibration's images.
+        spread: (T, D) float32: root mean squares of the coefficients over the calibration images.
     """
 
     def __init__(
@@ -185,12 +187,13 @@ class TokenKltCodec(KltCodec):
         mean: Tensor,
         basis: Tensor,
         token_basis: Tensor,
+        *,
         spread: Tensor,
         step: float,
         level: int = 1,
         shuffle: Shuffle = "shuffle",
     ):
-        super().__init__(mean, basis, step, level, shuffle)
+        super().__init__(mean, basis, step, level=level, shuffle=shuffle)
         self.token_basis = token_basis
         self.spread = spread
 
@@ -198,10 +201,10 @@ class TokenKltCodec(KltCodec):
         return {"symbols": ArraySpec("<u2", 1, self.level, self.shuffle, one_block=True)}
 
     def encode(self, unit: Tensor) -> dict[str, np.ndarray]:
-        """Symbols (D, n, T) uint16, of which (i, sample, j) is the one of rank i * T + j.
+        """Symbols (D, n, T) uint16; (i, sample, j) is the symbol of rank i * T + j.
 
         Raises:
-            TeacherError: a symbol does not fit. It never wraps.
+            TeacherError: a symbol does not fit. It never wraps around.
         """
         n, tokens, dim = unit.shape
         mean, basis, token_basis, bias, order, _ = self._on(unit.device)
@@ -215,25 +218,25 @@ class TokenKltCodec(KltCodec):
         symbols = arrays["symbols"].view(torch.int16)
         dim, n, tokens = symbols.shape
         mean, basis, token_basis, _, _, rank = self._on(symbols.device)
-        # Rows of samples are gathered, and still as int16: a third of the time that single float32 values take.
+        # Gathers rows of samples, still as int16: a third of the time that gathering single float32 values takes.
         bins = unzigzag16(symbols).transpose(1, 2).reshape(dim * tokens, n).index_select(0, rank)
         rows = (token_basis @ bins.to(torch.float32).reshape(tokens, dim * n)).reshape(tokens, dim, n)
         scaled = (basis.T * self.step).expand(tokens, dim, dim)
         return torch.baddbmm(mean, rows.transpose(1, 2), scaled).transpose(0, 1)
 
     def _constants(self) -> tuple[Tensor, ...]:
-        """Also the rounding's biases, and both ways between a coefficient's place among (T, D) and its rank."""
+        """Adds the rounding biases, and the maps from a coefficient's position in (T, D) to its rank and back."""
         order = torch.argsort(self.spread.flatten(), descending=True, stable=True)
         bias = rounding_bias(self.spread, self.step)
         return self.mean, self.basis, self.token_basis, bias, order, torch.argsort(order)
 
 
 def rounding_bias(spread: Tensor, step: float) -> Tensor:
-    """How far, in steps, the border between two bins is moved away from zero: 0 to 0.93.
+    """How far, in steps, the boundary between two bins is moved away from zero: 0 to 0.93.
 
-    A bin is worth its bits while it takes more squared error away than lambda a bit, with lambda = ln 2 / 6 steps^2,
-    at which uniform quantisation itself trades them; bits are those of a Laplace distribution of the given spread.
-    The more often a coefficient is zero, the more bits another value of it takes.
+    A bin is worth its bits while it removes more squared error than lambda per bit. lambda = ln 2 / 6 steps^2 is the
+    exchange rate of uniform quantisation itself; bits are those of a Laplace distribution of the given spread. The more
+    often a coefficient is zero, the more bits another value takes.
     """
     scale = (spread.double() / (step * math.sqrt(2))).clamp_min(1e-3)
     zero = -torch.expm1(-0.5 / scale)
@@ -243,7 +246,7 @@ def rounding_bias(spread: Tensor, step: float) -> Tensor:
 
 
 def round_biased(values: Tensor, bias: Tensor) -> Tensor:
-    """To whole numbers, towards zero by ``bias``: the border between k and k + 1 lies at k + 0.5 + bias."""
+    """Rounded to integers, biased towards zero: the boundary between k and k + 1 is at k + 0.5 + bias."""
     return torch.copysign(torch.floor(values.abs() + (0.5 - bias)).clamp_min(0), values)
 
 
@@ -262,8 +265,8 @@ def unzigzag(symbols: Tensor) -> Tensor:
 
 
 def unzigzag16(symbols: Tensor) -> Tensor:
-    """Inverse of ``zigzag`` for symbols of 16 bits. int16, as which they travel, to int16."""
-    # In place, for each new tensor of this size costs as much as the arithmetic.
+    """Inverse of ``zigzag`` for 16-bit symbols: their bits as int16, to int16."""
+    # In place, since each new tensor of this size costs as much as the arithmetic.
     return (symbols >> 1).bitwise_and_(0x7FFF).bitwise_xor_((symbols & 1).neg_())
 
 
@@ -271,21 +274,20 @@ def unit_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Raw tokens (n, T, D) to unit tokens (n, T, D) and norms (n, T), float32.
 
     Raises:
-        TeacherError: a norm does not fit into fp16, in which norms are stored.
+        TeacherError: a norm does not fit into fp16, the type in which norms are stored.
     """
     tokens = tokens.float()
     norms = tokens.norm(dim=-1)
     if norms.numel() and float(norms.max()) > 65504:
         raise TeacherError(
-            f"a token has norm {float(norms.max()):.4g}, more than fp16 holds", fix="check the teacher's weights"
+            f"a token has norm {float(norms.max()):.4g}, above the maximum of fp16", fix="check the teacher's weights"
         )
     return tokens / norms.clamp_min(1e-12).unsqueeze(-1), norms
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """numpy arrays as tensors; uint16 travels as the bits of int16, which every device can move.
-
-    Nothing is copied but arrays that lie in read-only memory, which torch cannot hold.
+    """numpy arrays as tensors; uint16 becomes int16 of the same bits, which every device can copy. Only arrays in
+    read-only memory, which torch does not support, are copied.
     """
     result = {}
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""Which views of which shards a target set holds, and how many images of each class."""
+"""Which views of which shards a target set has, and the number of images per class."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ABSENT, PRESENT, DAMAGED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Coverage:
-    """Views x shards that a set is to hold.
+    """State of the stores of the complete set.
 
-    ``shards``: names, then "" for those that nothing is known of but that they are to come. ``cells``: uint8
-    (views, shards), ``ABSENT``, ``PRESENT`` or ``DAMAGED``.
+    ``shards``: names, then "" for each shard whose name is not known yet. ``cells``: uint8 (views, shards),
+    ``ABSENT``, ``PRESENT`` or ``DAMAGED``.
     """
 
     shards: list[str]
@@ -34,7 +34,7 @@ class Coverage:
         return bool((self.cells == PRESENT).all())
 
     def names(self, state: int) -> list[str]:
-        """The stores in a state: ``v00/000123``, or ``v00/?`` of a shard that has no name yet."""
+        """The stores in a state: ``v00/000123``, or ``v00/?`` if the shard's name is not known yet."""
         return [
             store_name(int(view), self.shards[shard] or "?")
             for view, shard in np.argwhere(self.cells == state).tolist()
@@ -42,10 +42,10 @@ class Coverage:
 
 
 def coverage(targets: TargetSet, shards: Sequence[str] = ()) -> Coverage:
-    """What of a set is there. ``shards``: names of its shard set's, where that is at hand."""
-    # Early sets do not say what they were to hold.
-    wanted = targets.box.facts.get("wanted", {"views": 0, "shards": 0})
-    units = {name: unit for name, unit in targets.box.units.items() if "view" in unit}
+    """The coverage of a set. ``shards``: names of its shard set's shards, if available."""
+    # Sets of older versions do not record this.
+    wanted = targets.artifact.facts.get("wanted", {"views": 0, "shards": 0})
+    units = {name: unit for name, unit in targets.artifact.units.items() if "view" in unit}
     views = max(wanted["views"], *(unit["view"] + 1 for unit in units.values()))
     names = sorted({*shards, *(unit["shard"] for unit in units.values())})
     names += [""] * (wanted["shards"] - len(names))
@@ -57,7 +57,7 @@ def coverage(targets: TargetSet, shards: Sequence[str] = ()) -> Coverage:
 
 
 def one_store_a_shard(targets: TargetSet) -> list[str]:
-    """The first stored view of every shard, by shard."""
+    """The first stored view of every shard, sorted by shard."""
     first: dict[str, str] = {}
     for name, unit in sorted(targets.stores.items()):
         first.setdefault(unit["shard"], name)
@@ -65,6 +65,6 @@ def one_store_a_shard(targets: TargetSet) -> list[str]:
 
 
 def class_counts(labels: np.ndarray, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """Images of every class, most first, those without images too. Labels of -1 are of no class."""
+    """Number of images of every class, most first. A label of -1 means no class."""
     counts = Counter(labels[labels >= 0].tolist())
     return sorted(((name, counts[label]) for label, name in enumerate(classes)), key=lambda item: (-item[1], item[0]))

@@ -1,8 +1,8 @@
-"""The device's half of extraction: the teacher, the rotation, and what packs the result, all at work at once.
+"""The device's half of extraction: teacher, rotation and packing, all running concurrently.
 
-Each of some threads takes one view of a block from the teacher to the packed chunks. On a CUDA device each has a
-stream of its own: while one thread waits for its block, or packs it, the device works on those of the others. What a
-batch consists of never changes, so neither do the latents' bits. Blocks come out in order.
+Each thread takes one view of a block from the teacher to the packed chunks. On a CUDA device each thread has its own
+stream: while one waits for its block, or packs it, the device works on the blocks of the others. The content of a batch
+never depends on this, so the bits of the latents do not either. Blocks come out in order.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration, token_cosines
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.rendering import RenderedBlock
-from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.targets.store import StoreLayout, pack_block
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 Ran = tuple[float, float]
-"""When something began and ended, in seconds."""
+"""Start and end, in seconds."""
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
     """The view ``task.views[index]`` of a block, packed: chunks by array, and raw and centred cosines of its tokens,
-    float32 (b * T,). ``ran``: when the teacher's forward pass began and ended, in seconds."""
+    float32 (b * T,). ``ran``: start and end of the teacher's forward pass, in seconds."""
 
     rendered: RenderedBlock
     index: int
@@ -49,13 +49,13 @@ class EncodedBlock:
 
 
 ENOUGH = 1000
-"""Views below which starting and ending outweigh all else."""
+"""Below this number of views, start and end of the run dominate the time."""
 
 
 @dataclass
 class Meter:
-    """Where an extraction's time goes, in seconds. ``teacher``: a CUDA device's time with at least one forward pass on
-    it; on a CPU, whose lanes each have a core, the mean over ``lanes``."""
+    """Where an extraction's time goes, in seconds. ``teacher``: on CUDA the time with at least one forward pass
+    running; on a CPU, where each lane has a core, the mean over ``lanes``."""
 
     began: float = field(default_factory=time.perf_counter)
     ended: float | None = None
@@ -67,7 +67,7 @@ class Meter:
     _until: float = -float("inf")
 
     def ran(self, began: float, ended: float) -> float:
-        """Count a forward pass. Gives what it adds to ``teacher``."""
+        """Count a forward pass. Returns what it adds to ``teacher``."""
         if self.lanes == 1:
             began, self._until = max(began, self._until), max(ended, self._until)
         more = max(0.0, ended - began) / self.lanes
@@ -75,48 +75,48 @@ class Meter:
         return more
 
     def seconds(self) -> float:
-        """From the beginning to the end, or to now."""
+        """From the start to the end, or to now."""
         return max(1e-9, (self.ended or time.perf_counter()) - self.began)
 
-    def waits(self) -> float:
+    def idle_fraction(self) -> float:
         """Share of the time in which the teacher had nothing to do."""
         return max(0.0, 1 - self.teacher / self.seconds())
 
     def rate(self) -> float:
-        """Views a second."""
+        """Views per second."""
         return self.views / self.seconds()
 
-    def verdict(self) -> str:
-        """What holds extraction up, in a sentence."""
+    def bottleneck(self) -> str:
+        """What limits the extraction, in a sentence."""
         if self.views < ENOUGH:
-            return "too short a run to say what holds it up"
-        if self.waits() < 0.15:
-            return "the teacher is the bottleneck, as it should be"
+            return "the run is too short to name a bottleneck"
+        if self.idle_fraction() < 0.15:
+            return "the teacher is the bottleneck, as intended"
         if self.rendering > self.packing:
-            return "decoding and cropping hold it up: more --workers, or more cores, would help"
-        return "packing and writing hold it up: a faster disk, or more cores, would help"
+            return "decoding and cropping are the bottleneck: more --workers, or more cores, would help"
+        return "packing and writing are the bottleneck: a faster disk, or more cores, would help"
 
 
 DEVICE_LANES = 4
-"""Blocks that a CUDA device is given at once (benchmarks/gpu measures 1, 2 and 4)."""
+"""Blocks that a CUDA device works on at once (benchmarks/gpu measures 1, 2 and 4)."""
 
 
 def lane_count(setting: int | None, device: torch.device) -> int:
-    """How many blocks are worked on at once, each in a thread; None: what suits the device.
+    """How many blocks are processed at once, each in a thread. None: the default for the device.
 
-    On a CPU that is one for each core. All cores on one block would be slower: the threads of one product wait for each
-    other, and for whatever else the machine does (benchmarks/extraction.py).
+    On a CPU the default is one per core. All cores on one block would be slower: the threads of one matrix product wait
+    for each other, and for other work on the machine (benchmarks/extraction.py).
     """
     return setting or {"cpu": torch.get_num_threads(), "cuda": DEVICE_LANES}.get(device.type, 1)
 
 
 def extraction_memory(lanes: int, precision: str) -> AbstractContextManager[None]:
-    """Around the teacher's work: OutOfMemoryError with what needs less."""
+    """Around the teacher's work: an OutOfMemoryError names settings that need less memory."""
     ways = ["--set speed.lanes=1"] if lanes > 1 else []
     ways += ["--set teacher.precision=fp16 (for a new set)"] if precision == "fp32" else []
     return memory_advice(
         f"the teacher's work on {lanes} {'block' if lanes == 1 else 'blocks'} of 64 views",
-        ", or ".join([*ways, "end what else uses the device"]),
+        ", or ".join([*ways, "stop other programs that use the device"]),
         "extraction",
     )
 
@@ -124,7 +124,8 @@ def extraction_memory(lanes: int, precision: str) -> AbstractContextManager[None
 def encode_ahead(
     blocks: Iterator[RenderedBlock],
     teacher: Teacher,
-    layout: Layout,
+    layout: StoreLayout,
+    *,
     calibration: Calibration,
     meter: Meter,
     lanes: int,
@@ -137,7 +138,7 @@ def encode_ahead(
     device = teacher.device
     on_cuda = device.type == "cuda"
     meter.lanes = 1 if on_cuda else lanes
-    # Once, before lanes could each put their own constants in the place of those that another still reads.
+    # Once, before the lanes start: otherwise one lane could replace constants that another still reads.
     layout.codec.place(device)
     lane = Lane(device, _timed_event(torch.cuda.default_stream(device))) if on_cuda else None
 
@@ -148,7 +149,7 @@ def encode_ahead(
 
     with (
         extraction_memory(lanes, teacher.info.precision),
-        closing(in_threads(_encode, tasks(), lanes, lanes + 2)) as encoded,
+        closing(in_threads(_encode, tasks(), lanes, most=lanes + 2)) as encoded,
     ):
         while True:
             began, rendering = time.perf_counter(), meter.rendering
@@ -172,19 +173,19 @@ def run_teacher(
         return block, TeacherOutput(output.tokens.cpu(), attention)
 
     with extraction_memory(lanes, teacher.info.precision):
-        yield from in_threads(run, ((block,) for block in blocks), lanes, lanes + 1)
+        yield from in_threads(run, ((block,) for block in blocks), lanes, most=lanes + 1)
 
 
 class Lane(threading.local):
-    """A stream of a CUDA device for each thread that looks at it. ``began``: from which all of them count time."""
+    """A CUDA stream for each thread that uses it. ``began``: the event from which all of them measure time."""
 
     def __init__(self, device: torch.device, began: torch.cuda.Event):
         self.stream, self.began = torch.cuda.Stream(device), began
-        # The teacher's constants may still be computed there.
+        # The current stream may still be computing the teacher's constants.
         self.stream.wait_stream(torch.cuda.default_stream(device))
 
     def seconds(self, event: torch.cuda.Event) -> float:
-        """When an event came about, which it must have."""
+        """When an event happened. It must have happened already."""
         milliseconds: float = self.began.elapsed_time(event)
         return milliseconds / 1000
 
@@ -196,7 +197,7 @@ def _timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 def _forward(teacher: Teacher, pixels: Tensor, lane: Lane | None) -> tuple[TeacherOutput, Callable[[], Ran]]:
-    """The teacher's output, and what says when the pass ran, once the device is done."""
+    """The teacher's output, and a function that returns when the pass ran, once the device is done."""
     if lane is None:
         began = time.perf_counter()
         output = teacher(pixels.to(teacher.device))
@@ -211,24 +212,29 @@ def _forward(teacher: Teacher, pixels: Tensor, lane: Lane | None) -> tuple[Teach
 
 @torch.inference_mode()
 def _encode(
-    block: RenderedBlock, index: int, lane: Lane | None, teacher: Teacher, layout: Layout, calibration: Calibration
+    block: RenderedBlock,
+    index: int,
+    lane: Lane | None,
+    teacher: Teacher,
+    layout: StoreLayout,
+    calibration: Calibration,
 ) -> EncodedBlock:
     task = block.task
-    # A thread's current device is the first one, whatever the main thread's is; a stream brings its own.
+    # A new thread's current device is the first one, whatever the main thread's is; a stream sets its own.
     within: AbstractContextManager[Any] = torch.cuda.stream(lane.stream) if lane else nullcontext()
     with within:
         output, ran = _forward(teacher, block.pixels[index], lane)
         check_features(output.tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[index]}")
-        arrays, raw, centred = encode_tokens(output.tokens, output.attention, layout, calibration)
+        arrays, raw, centred = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
     return EncodedBlock(block, index, pack_block(layout, arrays), raw, centred, ran())
 
 
 def encode_tokens(
-    tokens: Tensor, attention: Tensor | None, layout: Layout, calibration: Calibration
+    tokens: Tensor, attention: Tensor | None, layout: StoreLayout, *, calibration: Calibration
 ) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
-    """A block's arrays as they are stored, and how near their decoding comes: raw and centred cosines (b * T,)."""
+    """A block's arrays as stored, and the raw and centred cosines (b * T,) of their decoded tokens to the true ones."""
     unit, norms = unit_tokens(tokens)
-    arrays, raw, centred = encode_unit(unit, layout, calibration)
+    arrays, raw, centred = encode_unit_tokens(unit, layout, calibration)
     arrays["norms"] = norms.cpu().numpy().astype("<f2")
     if layout.attention:
         assert attention is not None
@@ -236,10 +242,12 @@ def encode_tokens(
     return arrays, raw, centred
 
 
-def encode_unit(unit: Tensor, layout: Layout, calibration: Calibration) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
-    """The codec's arrays of unit tokens (b, T, D), and how near their decoding comes, on the CPU."""
+def encode_unit_tokens(
+    unit: Tensor, layout: StoreLayout, calibration: Calibration
+) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
+    """As ``encode_tokens``, of unit tokens (b, T, D). Both results are on the CPU."""
     arrays = layout.codec.encode(unit)
-    # Decoded as training will: from what is stored.
+    # Decoded from what is stored, as in training.
     stored = {name: tensor.to(unit.device) for name, tensor in as_tensors(arrays).items()}
     raw, centred = token_cosines(unit, layout.codec.decode(stored), calibration.mean)
     return arrays, raw.cpu(), centred.cpu()

@@ -1,4 +1,4 @@
-"""What a target set will cost, from a sample of it: bytes, time, and when the cache has paid for itself."""
+"""What a target set will cost, from a sample of it: bytes, time, and the break-even epoch of the cache."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, make_
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import encode_tokens
-from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.targets.store import StoreLayout, pack_block
 from cae2pipe.teachers.protocol import TeacherOutput
 
 CODECS = ("fp16", "int8", "klt")
 
 SHOWINGS = 20
-"""Epochs that may show one view of an image. Measured by benchmarks/views.py over 200 epochs: the loss on other images
-is 0.846 with 16 views, shown 12.5 times each, and with 32; 0.853 with 8, 0.868 with 4, and 0.967 with one."""
+"""Epochs for which one view of an image may be shown. Measured by benchmarks/views.py over 200 epochs: the loss on
+other images is 0.846 with 16 views (each shown 12.5 times) and with 32, 0.853 with 8, 0.868 with 4, 0.967 with one."""
 
 TAR_BLOCK = 512
-"""A tar's members are padded to whole blocks, and each has a header of one."""
+"""A tar's members are padded to whole blocks, and each has a header of one block."""
 
 
 @dataclass(frozen=True)
 class CodecPrice:
-    """One codec on the sample: bytes a view on the disk, and the fidelity on images that it was not fitted to."""
+    """One codec on the sample: bytes per view on disk, and the fidelity on images that it was not fitted to."""
 
     codec: str
     latents: float
@@ -37,7 +37,7 @@ class CodecPrice:
 
 @dataclass(frozen=True)
 class Projection:
-    """The whole set: bytes, seconds, and the epoch of pretraining from which on the cache has paid."""
+    """The whole set: bytes, seconds, and the epoch of pretraining at which the cache breaks even."""
 
     bytes: int
     seconds: float
@@ -45,35 +45,39 @@ class Projection:
 
 
 def tar_bytes(jpegs: Sequence[bytes]) -> float:
-    """Mean bytes that a view's pixels take in a tar: the JPEG's member and the label's."""
+    """Mean bytes per view of its pixels in a tar: the members of JPEG and label."""
     return sum((3 - (-len(jpeg) // TAR_BLOCK)) * TAR_BLOCK for jpeg in jpegs) / len(jpegs)
 
 
-def price(outputs: Sequence[TeacherOutput], name: str, shape: Layout, fidelity: float, level: int) -> CodecPrice:
-    """A codec's price from the teacher's outputs, one a block, on the CPU. ``shape``'s own codec is not looked at."""
+def price(
+    outputs: Sequence[TeacherOutput], name: str, shape: StoreLayout, *, fidelity: float, level: int
+) -> CodecPrice:
+    """A codec's price from the teacher's outputs, one per block, on the CPU. ``shape``'s own codec is ignored."""
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    calibration, reached = calibrate(unit, name, fidelity, level)
+    calibration, reached = calibrate(unit, name, fidelity, level=level)
     codec = make_codec(name, calibration, level)
-    layout = Layout(shape.tokens, shape.dim, shape.patches, shape.attention, codec)
-    # Whole blocks only: a short one is padded, which says nothing of a large set.
+    layout = StoreLayout(shape.tokens, shape.dim, shape.patches, shape.attention, codec)
+    # Whole blocks only: the padding of a short one is not representative of a large set.
     whole = [output for output in outputs if len(output.tokens) == BLOCK] or list(outputs)
     chunks = 0
     for output in whole:
-        arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration)
+        arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
         chunks += sum(map(len, pack_block(layout, arrays).values()))
     return CodecPrice(name, chunks / sum(len(output.tokens) for output in whole), reached, calibration)
 
 
-def project(images: int, views: int, bytes_per_view: float, extracted_per_s: float, teacher_per_s: float) -> Projection:
+def project(
+    images: int, views: int, bytes_per_view: float, *, extracted_per_s: float, teacher_per_s: float
+) -> Projection:
     """The whole set from a sample's figures.
 
     Args:
         images: distinct images. views: views of each.
-        bytes_per_view: pixels and latents on the disk.
-        extracted_per_s: views a second of the whole extraction on this machine.
-        teacher_per_s: views a second of the teacher's forward alone. Run online, it would be paid for by every image of
-            every epoch; the cache is paid for once, so it has paid after ``views * teacher_per_s / extracted_per_s``
-            epochs. What the student saves besides, full-size decoding and cropping, is not counted.
+        bytes_per_view: pixels and latents on disk.
+        extracted_per_s: views per second of the whole extraction on this machine.
+        teacher_per_s: views per second of the teacher's forward pass alone. An online teacher runs for every image of
+        every epoch; the cache is made once, so it breaks even after ``views * teacher_per_s / extracted_per_s`` epochs.
+        The student also saves full-size decoding and cropping, which is not counted.
     """
     return Projection(
         bytes=round(images * views * bytes_per_view),
@@ -83,6 +87,6 @@ def project(images: int, views: int, bytes_per_view: float, extracted_per_s: flo
 
 
 def recommend_views(epochs: int) -> int:
-    """Views of each image to store for pretraining of so many epochs, at least 1: an epoch shows one view of each
-    image, and each view may be shown ``SHOWINGS`` times."""
+    """Views of each image to store for pretraining over ``epochs``, at least 1. An epoch shows one view of each image,
+    and each view may be shown ``SHOWINGS`` times."""
     return max(1, math.ceil(epochs / SHOWINGS))

@@ -1,4 +1,4 @@
-"""The views that a set lacks: rendered, seen by the teacher, encoded and written, all at once."""
+"""Makes the missing views of a set: rendering, teacher, encoding and writing run concurrently."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import groupby
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import ShardSet
@@ -23,7 +23,7 @@ from cae2pipe.teachers.protocol import Teacher
 
 
 def make_views(
-    box: Box,
+    artifact: TargetsArtifact,
     shards: ShardSet,
     missing: list[MissingUnits],
     *,
@@ -32,40 +32,40 @@ def make_views(
     workers: int,
     report: Report,
 ) -> Meter:
-    """Render, encode and write all missing views; workers, device, packing and writing are at work at once.
+    """Render, encode and write all missing views; workers, device, packing and writing run concurrently.
 
     Args:
         shards: the originals. The images that replayed views are cut from must be in the set already.
-        missing: what to make; ``images`` in it are not looked at.
+        missing: what to make; its ``images`` are ignored.
 
     Raises:
         DamageError: an image cannot be read. TeacherError, OutOfMemoryError: as ``encode_ahead``.
     """
-    calibration = read_calibration(box)
-    layout = make_layout(box.facts["teacher"], box.identity["settings"]["codec"], calibration)
+    calibration = read_calibration(artifact)
+    layout = make_layout(artifact.facts["teacher"], artifact.identity["settings"]["codec"], calibration)
     replayed = settings.view.pixels == "replayed"
     if replayed:
         # Views are cut from the images that the set keeps, not from the originals.
-        shards = kept_images(box)
+        shards = kept_images(artifact)
     by_name = {shard.name: shard for shard in shards.shards}
     tasks = [
         task for lacking in missing if lacking.views for task in block_tasks(by_name[lacking.shard.name], lacking.views)
     ]
     report.total(sum(lacking.shard.samples * len(lacking.views) for lacking in missing), "views")
-    rendered = render_blocks(Renderer(shards, tasks, settings.view, settings.seed, kept=replayed), workers)
+    rendered = render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed, kept=replayed), workers)
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
-    encoded = encode_ahead(rendered, teacher, layout, calibration, meter, lanes)
+    encoded = encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes)
     writers: deque[ShardWriter] = deque()
     finishing: deque[Future[None]] = deque()
-    # Workers are ended whatever happens here: one that is stuck would hold up the end of this process.
+    # Workers are always terminated here: one that is stuck would keep this process from exiting.
     with closing(rendered), ThreadPoolExecutor(1) as finisher:
         try:
-            # Blocks come in task order, so one shard's blocks are neighbours.
+            # Blocks come in task order, so the blocks of one shard are consecutive.
             for shard, blocks in groupby(encoded, key=lambda block: block.rendered.task.shard):
                 writer = ShardWriter(shard)
                 writers.append(writer)
-                writer.append(blocks, box.root, layout, meter=meter, report=report)
-                finishing.append(finisher.submit(writer.finish, box, shards if replayed else None, report))
+                writer.append(blocks, artifact.root, layout, meter=meter, report=report)
+                finishing.append(finisher.submit(writer.finish, artifact, shards if replayed else None, report))
                 while finishing and (len(finishing) > 1 or finishing[0].done()):
                     finishing.popleft().result()
                     writers.popleft()
@@ -77,5 +77,7 @@ def make_views(
             for writer in writers:
                 writer.discard()
     meter.ended = time.perf_counter()
-    report.log(f"{meter.views} views, {meter.rate():.0f} a second; {meter.verdict()} (it waited {meter.waits():.0%})")
+    report.log(
+        f"{meter.views} views, {meter.rate():.0f} per second; {meter.bottleneck()} (idle {meter.idle_fraction():.0%})"
+    )
     return meter

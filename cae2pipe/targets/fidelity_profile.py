@@ -1,6 +1,6 @@
-"""Where a codec's error lies: by principal component of the latents, by token, and the views that suffer most.
+"""A codec's error by principal component of the latents and by token, and the views with the lowest cosine.
 
-The manifest knows means alone. These figures need the teacher's latents themselves, of some views.
+The manifest only has means. This needs the teacher's latents of some views.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cae2pipe.targets.target_set import TargetSet
 
 @dataclass(frozen=True)
 class LiveView:
-    """A view as the teacher sees it now, and as it is stored.
+    """A view with the teacher's latents now and the stored ones.
 
     pixels uint8 (S, S, 3); ``true`` and ``stored`` unit latents (P, D) of its patches; ``cosines``: centred, of its
     patches (P,); ``raw`` and ``centred``: mean cosines over all its tokens.
@@ -35,9 +35,9 @@ class LiveView:
 
 @dataclass(frozen=True)
 class FidelityProfile:
-    """Over ``views`` views: mean cosines; ``variance`` (C,) of the teacher's latents along their principal axes, most
-    first, and ``error`` (C,), the mean squared error along the same ones; mean centred cosine by token (T,), the class
-    token's first if there is one; and the worst views, worst first."""
+    """Of ``views`` views: mean cosines; ``variance`` (C,) of the teacher's latents along their principal axes, largest
+    first, and ``error`` (C,), the mean squared error along the same axes; mean centred cosine by token (T,), the class
+    token first if there is one; and the views with the lowest centred cosine, lowest first."""
 
     views: int
     raw: float
@@ -49,11 +49,11 @@ class FidelityProfile:
 
 
 NOTHING = 1e-9
-"""Share of the variance below which an axis is not shown: fewer tokens than dimensions leave such ones."""
+"""Share of the variance below which an axis is not shown: some are empty if there are fewer tokens than dimensions."""
 
 
 class ProfileBuilder:
-    """Takes views as they come and keeps sums alone, and the ``worst`` views."""
+    """Adds up views block by block; keeps only sums and the ``worst`` views."""
 
     def __init__(self, targets: TargetSet, worst: int):
         self.targets = targets
@@ -66,7 +66,7 @@ class ProfileBuilder:
         self._worst: list[tuple[float, int, LiveView]] = []
 
     def add(self, live: LiveViews) -> None:
-        """Views of a block, with the teacher's tokens and the stored ones."""
+        """Add views of a block."""
         teacher, mean = self.targets.teacher, self.targets.mean
         cosines = token_cosines(live.true, live.stored, mean)
         raw, centred = (values.view(len(live.names), -1).double().numpy() for values in cosines)
@@ -86,14 +86,14 @@ class ProfileBuilder:
                 float(raw[index].mean()),
                 float(centred[index].mean()),
             )
-            # The number decides between equals, so that views are never compared.
+            # The second entry breaks ties, so that views are never compared.
             heapq.heappush(self._worst, (-view.centred, -self._views - index, view))
             if len(self._worst) > self._most:
                 heapq.heappop(self._worst)
         self._views += len(live.names)
 
     def profile(self) -> FidelityProfile | None:
-        """The figures; None where no view was added."""
+        """The profile; None if no view was added."""
         if not self._views:
             return None
         tokens = self._views * self.targets.teacher.tokens

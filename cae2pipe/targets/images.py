@@ -1,17 +1,17 @@
-"""The images of a target set whose views are replayed: each kept once, reduced, in a tar a shard, with an index.
+"""The images of a target set whose views are replayed: each kept once, reduced, in one tar per shard, with an index.
 
 A shard's images are a unit of the set, ``images/000123``, written before the first view is cut from them. They are read
-as a shard set's originals are.
+like the originals of a shard set.
 """
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
 
 import google_crc32c
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.artifact import TargetsArtifact
+from cae2pipe.artifacts.manifest_targets import ImagesUnit
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError
@@ -25,28 +25,34 @@ from cae2pipe.targets.rendering import Reducer
 from cae2pipe.targets.store import REMEDY
 
 
-def images_units(box: Box) -> dict[str, dict[str, Any]]:
+def images_units(artifact: TargetsArtifact) -> dict[str, ImagesUnit]:
     """The manifest's entries of the images that a set's replayed views are cut from, by unit."""
-    return {name: unit for name, unit in sorted(box.units.items()) if name == images_name(unit.get("shard", ""))}
+    return {name: unit for name, unit in sorted(artifact.units.items()) if "shard" in unit and "view" not in unit}
 
 
-def kept_images(box: Box) -> ShardSet:
-    """Those images, to be read as a shard set's are."""
+def kept_images(artifact: TargetsArtifact) -> ShardSet:
+    """Those images as a shard set."""
     shards = []
-    for unit in images_units(box).values():
+    for unit in images_units(artifact).values():
         tar, index = images_tar_path(unit["shard"]), images_index_path(unit["shard"])
         digests = (unit["files"][path]["sha256"] for path in (tar, index))
-        shards.append(Shard(unit["shard"], unit["samples"], box.root / tar, *digests))
-    return ShardSet(box.root, box.facts["classes"], shards, REMEDY.format(root=box.root))
+        shards.append(Shard(unit["shard"], unit["samples"], artifact.root / tar, *digests))
+    return ShardSet(artifact.root, artifact.facts["classes"], shards, REMEDY.format(root=artifact.root))
 
 
 def make_images(
-    box: Box, originals: ShardSet, shards: list[Shard], settings: ViewSettings, workers: int, report: Report
+    artifact: TargetsArtifact,
+    originals: ShardSet,
+    shards: list[Shard],
+    *,
+    settings: ViewSettings,
+    workers: int,
+    report: Report,
 ) -> None:
     """Reduce the originals of some shards, and keep them.
 
     Raises:
-        DamageError: they were there once, views were cut from them, and they do not come out the same.
+        DamageError: views were cut from earlier versions of these images, and they cannot be reproduced.
     """
     if not shards:
         return
@@ -60,23 +66,23 @@ def make_images(
         for _, block in blocks_of_shard:
             samples += block
             report.advance(len(block))
-        keep_images(box, shard, samples)
+        keep_images(artifact, shard, samples)
 
 
-def keep_images(box: Box, shard: Shard, samples: list[ImageSample]) -> None:
-    """Write the reduced images of a shard, and list them."""
+def keep_images(artifact: TargetsArtifact, shard: Shard, samples: list[ImageSample]) -> None:
+    """Write the reduced images of a shard, and add them to the manifest."""
     name, tar, index = images_name(shard.name), images_tar_path(shard.name), images_index_path(shard.name)
-    with staged(box.root, name) as stage:
+    with staged(artifact.root, name) as stage:
         write_samples(stage.path(tar), ((sample.key, sample.label, sample.data) for sample in samples))
         write_index(stage.path(index), stage.path(tar), [google_crc32c.value(sample.data) for sample in samples])
-        if name in box.units and stage.entries(tar, index) != box.units[name]["files"]:
+        if name in artifact.units and stage.entries(tar, index) != artifact.units[name]["files"]:
             raise DamageError(
-                f"the images of shard {shard.name} do not come out as they were when views were cut from them",
-                where=box.root / tar,
-                fix="repair the set where it was made, restore the file from a copy, or make the set again",
+                f"the images of shard {shard.name} differ from those that views were cut from",
+                where=artifact.root / tar,
+                fix="repair the set on the machine that made it, restore the file from a copy, or make the set again",
             )
         files = stage.commit(tar, index)
-    box.add(
+    artifact.add(
         name,
         {
             "shard": shard.name,

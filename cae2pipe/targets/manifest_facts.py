@@ -1,18 +1,19 @@
-"""What the manifest of a target set tells of its teacher and its codec."""
+"""The manifest entries of a target set about its teacher and its codec."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
+from cae2pipe.artifacts.manifest_values import TeacherEntry
 from cae2pipe.targets.calibration import Calibration, Fidelity, one_thread
 from cae2pipe.targets.encoding import encode_tokens
-from cae2pipe.targets.store import Layout, pack_block
+from cae2pipe.targets.store import StoreLayout, pack_block
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
-def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
-    """What readers of a set must know of its teacher, given an output of it."""
+def teacher_facts(teacher: Teacher, output: TeacherOutput) -> TeacherEntry:
+    """What readers of a set must know about its teacher, given one of its outputs."""
     info = teacher.info
     return {
         "name": info.name,
@@ -25,21 +26,21 @@ def teacher_facts(teacher: Teacher, output: TeacherOutput) -> dict[str, Any]:
 
 
 def codec_facts(
-    outputs: list[TeacherOutput], layout: Layout, calibration: Calibration, *, fidelity: Fidelity, pixel_bytes: int
+    outputs: list[TeacherOutput], layout: StoreLayout, calibration: Calibration, *, fidelity: Fidelity, pixel_bytes: int
 ) -> dict[str, Any]:
-    """What calibration reached, and the bytes that it lets expect: of a view's latents, and of the pixels of a view, or
-    of an image where views are replayed.
+    """The fidelity that calibration reached, and the expected bytes: of a view's latents, and of the pixels of a view,
+    or of an image where views are replayed.
 
     Args:
         outputs: the teacher's, of the calibration sample, on the CPU.
-        fidelity: on held-out images.
-        pixel_bytes: of all the sample's JPEGs.
+        fidelity: measured on held-out images.
+        pixel_bytes: of all JPEGs of the sample.
     """
     samples = sum(len(output.tokens) for output in outputs)
     latents = 0
     with one_thread():  # as when blocks are encoded
         for output in outputs:
-            arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration)
+            arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
             latents += sum(map(len, pack_block(layout, arrays).values()))
     return {
         "held_out_fidelity": asdict(fidelity),

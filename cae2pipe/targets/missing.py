@@ -1,13 +1,14 @@
-"""What a target set still lacks, and whether its disk can hold that."""
+"""What a target set still lacks, and whether its disk has room for it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from cae2pipe.artifacts.box import Box
-from cae2pipe.artifacts.parts import WHOLE, Part
-from cae2pipe.artifacts.places import free_bytes
+from cae2pipe.artifacts.artifact import TargetsArtifact
+from cae2pipe.artifacts.manifest_targets import Wanted
+from cae2pipe.artifacts.storage import free_bytes
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.errors import BadInputError, MismatchError
 from cae2pipe.runtime.progress import gigabytes
 from cae2pipe.shards.shard_set import Shard, ShardSet
@@ -17,7 +18,7 @@ from cae2pipe.targets.target_set import recorded_view
 
 @dataclass(frozen=True)
 class MissingUnits:
-    """What a shard lacks: views, and the images that replayed ones are cut from."""
+    """What a shard lacks: views, by number, and whether the images that replayed views are cut from."""
 
     shard: Shard
     views: tuple[int, ...]
@@ -29,27 +30,32 @@ class MissingUnits:
         return images + [store_name(view, self.shard.name) for view in self.views]
 
 
-def missing_views(
-    box: Box, shards: ShardSet, views: int, part: Part = WHOLE, remake: Collection[str] | None = None
+def missing_units(
+    artifact: TargetsArtifact,
+    shards: ShardSet,
+    views: int,
+    *,
+    part: WorkShare = WHOLE,
+    remake: Collection[str] | None = None,
 ) -> list[MissingUnits]:
-    """What this part still has to make, or what of it is among ``remake``.
+    """What this part still has to make, shard by shard, or which of its units are in ``remake``.
 
     Raises:
-        MismatchError: a stored view was made from a shard of this name with other content.
+        MismatchError: a stored view was made from a shard of this name with different content.
     """
-    whole = box.whole()
-    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    whole = artifact.whole()
+    replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
     result = []
     for index, shard in enumerate(shards.shards):
         names = {view: store_name(view, shard.name) for view in range(views)}
         images = images_name(shard.name)
         for name in (*names.values(), images):
-            unit = box.units.get(name)
-            if unit and unit["source"] != shard.sha256:
+            unit = artifact.units.get(name)
+            if unit and "shard" in unit and unit["source"] != shard.sha256:
                 raise MismatchError(
-                    f"shard {shard.name} of the source is not the one that this target set was made from",
+                    f"shard {shard.name} of the source differs from the one that this target set was made from",
                     where=shard.path,
-                    fix="give the original source, or a new output folder",
+                    fix="use the original source, or a new output folder",
                 )
 
         def is_missing(name: str) -> bool:
@@ -63,25 +69,26 @@ def missing_views(
     return result
 
 
-def wanted(box: Box, shards: ShardSet, views: int) -> dict[str, int]:
-    """What the whole set is to hold, for those who ask how complete it is."""
-    most = max(views, box.facts.get("wanted", {}).get("views", 0))
+def wanted(artifact: TargetsArtifact, shards: ShardSet, views: int) -> Wanted:
+    """What the complete set will hold, to show how complete it is."""
+    before = artifact.facts.get("wanted")
+    most = max(views, before["views"] if before else 0)
     return {"views": most, "shards": len(shards.shards), "images": shards.images}
 
 
 TAR_OVERHEAD = 2048
-"""Bytes a sample that a tar adds to its JPEG, at least: two headers, the label, padding."""
+"""Minimum bytes per sample that a tar adds to the JPEG: two headers, the label, padding."""
 
 
-def check_space(box: Box, missing: list[MissingUnits]) -> None:
-    """Refuse to begin what the disk cannot hold.
+def check_space(artifact: TargetsArtifact, missing: list[MissingUnits]) -> None:
+    """Refuse to start what the disk has no room for.
 
     Raises:
-        BadInputError: with what is needed and what is free.
+        BadInputError: the disk is too small; the message names required and free space.
     """
-    free = free_bytes(box.root)
-    expected = box.facts["codec"]["expected_bytes"]
-    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    free = free_bytes(artifact.root)
+    expected = artifact.facts["codec"]["expected_bytes"]
+    replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
     needed = sum(
         lacking.shard.samples
         * (
@@ -92,7 +99,7 @@ def check_space(box: Box, missing: list[MissingUnits]) -> None:
     )
     if free is not None and needed > free:
         raise BadInputError(
-            f"the views that are still to be made need about {gigabytes(needed)}, and {gigabytes(free)} are free",
-            where=box.root,
-            fix="free some space, ask for fewer --views or a lower --fidelity, or give a folder on another disk",
+            f"the missing views need about {gigabytes(needed)}, and {gigabytes(free)} are free",
+            where=artifact.root,
+            fix="free some space, use fewer --views or a lower --fidelity, or use a folder on another disk",
         )

@@ -1,6 +1,6 @@
-"""Names of a target set's units, and where their files lie in it: built here and nowhere else.
+"""Names of a target set's units, and the paths of their files: built here and nowhere else.
 
-``cae2pipe/artifacts/manifest_targets.py`` checks on its own that the names in a manifest are these.
+``cae2pipe/artifacts/manifest_targets.py`` checks the names in a manifest independently.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ def images_tar_path(shard: str) -> str:
 
 
 def images_index_path(shard: str) -> str:
-    """Where each of them lies in the tar."""
+    """Where each of them is in the tar."""
     return f"{images_name(shard)}.json"

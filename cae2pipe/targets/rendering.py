@@ -1,8 +1,8 @@
-"""The worker's half of extraction: originals of one block in, its views out, with what the set keeps of them.
+"""The worker's half of extraction: the originals of one block in, its views out, with the JPEGs that the set keeps.
 
-An image is decoded once for several of its views. What leaves a worker is the JPEG of each stored view, or of the
-reduced image that replayed views are cut from, and the pixels that loaders of the set will make of it: the teacher sees
-those, so that the student trains on exactly what the teacher saw.
+An image is decoded once for several of its views. A worker returns the JPEG of each stored view, or of the reduced
+image that replayed views are cut from, and the pixels that loaders of the set will make of it. The teacher sees those
+pixels, so the student trains on exactly what the teacher saw.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Task:
 
 
 VIEWS_AT_ONCE = 8
-"""Views of a block that one item holds at most: 77 MB at 224 pixels, of which each worker has up to three in shared
-memory. An image is decoded once for so many."""
+"""Maximum number of views of a block per item: 77 MB at 224 pixels, of which each worker has up to three in shared
+memory. An image is decoded once for this many views."""
 
 
 def block_tasks(shard: Shard, views: Sequence[int]) -> list[Task]:
-    """The tasks of a shard: block after block, and of each some views after the others."""
+    """The tasks of a shard: block by block, and within a block its views in groups."""
     return [
         Task(shard, block, tuple(views[first : first + VIEWS_AT_ONCE]))
         for block in range(-(-shard.samples // BLOCK))
@@ -49,11 +49,11 @@ def block_tasks(shard: Shard, views: Sequence[int]) -> list[Task]:
 
 @dataclass(frozen=True)
 class RenderedBlock:
-    """A block's views, and what is kept of them.
+    """A block's views, and the JPEGs that are kept of them.
 
-    For each of ``task.views``: the JPEGs (b of them; none where views are replayed), the pixels that the teacher will
-    see, uint8 (b, 3, H, W), and the draws, float64 (b, 11). ``kept``: the images that replayed views are cut from,
-    where they were made here.
+    For each of ``task.views``: b JPEGs (none if views are replayed), the pixels that the teacher will see, uint8 (b, 3,
+    H, W), and the draws, float64 (b, 11). ``kept``: the images that replayed views are cut from, if they were made
+    here.
     """
 
     task: Task
@@ -66,13 +66,14 @@ class RenderedBlock:
 
 
 class Renderer:
-    """Renders task by task; picklable, so that workers can hold it.
+    """Renders task by task; picklable for worker processes.
 
-    ``kept``: the shards hold the images that replayed views are cut from; else originals, which are reduced first.
+    ``kept``: the shards hold the images that replayed views are cut from; otherwise they hold originals, which are
+    reduced first.
     """
 
     def __init__(
-        self, shards: ShardSet, tasks: Sequence[Task], settings: ViewSettings, seed: int, *, kept: bool = False
+        self, shards: ShardSet, tasks: Sequence[Task], settings: ViewSettings, *, seed: int, kept: bool = False
     ):
         self.shards = shards
         self.tasks = tasks
@@ -100,7 +101,7 @@ class Renderer:
             else:
                 image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
             for index, view in enumerate(task.views):
-                draw = draw_view(settings, self.seed, sample.key, view, image.height, image.width)
+                draw = draw_view(settings, self.seed, sample.key, view=view, height=image.height, width=image.width)
                 rendered = render_view(image, draw, settings)
                 if not replayed:
                     jpegs[index].append(encode_jpeg(rendered, settings))
@@ -113,7 +114,7 @@ class Renderer:
 
 
 class Reducer:
-    """Blocks of the images that replayed views are cut from, made of the originals; picklable as ``Renderer``."""
+    """Blocks of the images that replayed views are cut from, made from the originals; picklable like ``Renderer``."""
 
     def __init__(self, shards: ShardSet, blocks: Sequence[tuple[Shard, int]], settings: ViewSettings):
         self.shards = shards
@@ -135,11 +136,11 @@ def read_block(shards: ShardSet, shard: Shard, block: int) -> list[ImageSample]:
 
 
 def keep_original(sample: ImageSample, shard: Shard, settings: ViewSettings) -> bytes:
-    """The JPEG that is kept of an original."""
+    """The reduced JPEG of an original, which the set keeps."""
     return keep_image(decode_rgb(sample.data, where=f"{shard.path}, key {sample.key}"), settings)
 
 
 def render_blocks(renderer: Renderer, workers: int) -> Generator[RenderedBlock, None, None]:
     """All tasks' blocks, in order."""
-    # One block is rendered sooner than a process is started.
+    # Rendering one block is faster than starting a process.
     return in_order(renderer, min(workers, len(renderer)) if len(renderer) > 1 else 0, preload=[__name__])

@@ -1,4 +1,4 @@
-"""What a target set takes on the disk, by what it is for. From the manifest; no file is opened."""
+"""Bytes of a target set by purpose, from the manifest alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from cae2pipe.targets.paths import CODEC
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -14,10 +13,10 @@ from cae2pipe.targets.target_set import TargetSet
 class SetBytes:
     """Bytes of the files of a set with ``views`` stored views.
 
-    ``arrays``: of the stores, by array, each with its metadata, ``metadata`` being that of whole stores; ``pixels``: of
-    the tars; ``other``: of the calibration and of the indices of kept images. ``latents``: the part of ``arrays`` that
-    holds the latents (the codec's arrays and the norms), for which ``fp16`` and ``int8`` are what those codecs would
-    take: both follow from the shapes.
+    ``arrays``: of the stores, by array with its metadata; ``metadata``: of whole stores. ``pixels``: of the tars.
+    ``other``: of the calibration and the indices of kept images. ``latents``: the part of ``arrays`` that holds latents
+    (the codec's arrays and the norms); ``fp16`` and ``int8``: the size of the same latents with these codecs, computed
+    from the shapes.
     """
 
     views: int
@@ -34,18 +33,18 @@ class SetBytes:
 
 
 def set_bytes(targets: TargetSet) -> SetBytes:
-    """The bytes of a set's files, those of damaged units included."""
+    """The bytes of a set's files, including damaged units."""
     arrays: Counter[str] = Counter()
     pixels = other = 0
-    for name, unit in targets.box.units.items():
+    for unit in targets.artifact.units.values():
         for path, entry in unit["files"].items():
             if "zarr" in unit and path.startswith(f"{unit['zarr']}/"):
                 arrays[_array(path.removeprefix(f"{unit['zarr']}/"))] += entry["bytes"]
-            elif name != CODEC and path == unit["tar"]:
+            elif "tar" in unit and path == unit["tar"]:
                 pixels += entry["bytes"]
             else:
                 other += entry["bytes"]
-    views = sum(unit["samples"] for unit in targets.box.units.values() if "view" in unit)
+    views = sum(unit["samples"] for unit in targets.artifact.units.values() if "view" in unit)
     tokens, dim = targets.teacher.tokens, targets.teacher.dim
     return SetBytes(
         views=views,
@@ -53,20 +52,20 @@ def set_bytes(targets: TargetSet) -> SetBytes:
         pixels=pixels,
         other=other,
         latents=sum(arrays[name] for name in (*targets.layout.codec.arrays(), "norms")),
-        # Norms are fp16 in all codecs; int8 has a scale of two bytes for each token.
+        # Norms are fp16 with all codecs; int8 has a 2-byte scale per token.
         fp16=views * 2 * tokens * (dim + 1),
         int8=views * tokens * (dim + 4),
     )
 
 
 def _array(path: str) -> str:
-    """The array that a file of a store belongs to."""
+    """The array to which a file of a store belongs."""
     name, _, rest = path.partition("/")
     return name if rest else "metadata"
 
 
 def array_shape(targets: TargetSet, name: str) -> str:
-    """Shape and type of one view's part of a blocked array, in words; empty for the small arrays."""
+    """Shape and type of one view's part of a blocked array, in words; empty for other arrays."""
     blocked: dict[str, Any] = dict(targets.layout.blocked())
     if name not in blocked:
         return ""

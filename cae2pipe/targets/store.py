@@ -1,4 +1,4 @@
-"""One store: the latents of one view of one shard, a Zarr v3 group, and the tar that its pixels come from.
+"""One store: the latents of one view of one shard, as a Zarr v3 group, and the tar that its pixels come from.
 
 Arrays, n samples, T tokens, D dimensions, P patches:
 
@@ -25,7 +25,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from cae2pipe.artifacts.places import file_size, is_local, read_bytes, read_range
+from cae2pipe.artifacts.manifest_targets import StoreUnit
+from cae2pipe.artifacts.manifest_values import FileEntry
+from cae2pipe.artifacts.storage import file_size, is_local, read_bytes, read_range
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
@@ -33,15 +35,15 @@ from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, ShardFile, decode_chunk, decode_index, encode_chunk, index_size
 from cae2pipe.targets.codecs import ArraySpec, Codec
 
-REMEDY = "`cae2pipe verify {root} --repair` makes it again, from the shard set (--source, unless it lies inside)"
+REMEDY = "`cae2pipe verify {root} --repair` rebuilds it; add --source SHARDS if the shard set is elsewhere"
 
 SIDE_LEVEL = 1
-"""zstd level of norms and attention: both are small beside the latents."""
+"""zstd level of norms and attention: both are small compared with the latents."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Shape of a store's contents: what every store of a set shares."""
+class StoreLayout:
+    """Shape of a store's contents, the same for all stores of a set."""
 
     tokens: int
     dim: int
@@ -58,7 +60,7 @@ class Layout:
         return arrays
 
     def sample_axes(self) -> dict[str, int]:
-        """Which axis of each blocked array runs over samples."""
+        """The sample axis of each blocked array."""
         return {name: spec.sample_axis for name, spec in self.blocked().items()}
 
     def shape(self, name: str, samples: int) -> tuple[int, ...]:
@@ -72,7 +74,7 @@ class Layout:
         }[name]
 
     def chunk_bytes(self, name: str) -> int:
-        """Bytes of a whole chunk of a blocked array before compression."""
+        """Uncompressed bytes of a whole chunk of a blocked array."""
         return math.prod(self.shape(name, BLOCK)) * np.dtype(self.blocked()[name].dtype).itemsize
 
     def latent_bytes(self, zarr: str, files: Mapping[str, Mapping[str, Any]]) -> int:
@@ -82,7 +84,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Block:
+class StoredBlock:
     """Up to 64 samples of one view: keys, labels, JPEG bytes (of the view, or of the image that it is cut from), draws
     (b, 11), and the codec's arrays over those samples."""
 
@@ -93,32 +95,34 @@ class Block:
     arrays: dict[str, np.ndarray]
 
 
-def pack_block(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """The chunks of up to 64 samples, by array: padded to a whole block, compressed, with their checksums."""
+def pack_block(layout: StoreLayout, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """The chunks of up to 64 samples, by array: padded to a whole block, compressed, with checksums."""
     chunks = {}
     for name, spec in layout.blocked().items():
         array = arrays[name]
         count = array.shape[spec.sample_axis]
         if count < BLOCK:
-            # The shard's sample axis is a whole number of chunks: zarr refuses others.
+            # zarr requires the shard's sample axis to be a multiple of the chunk's.
             padded = np.zeros(layout.shape(name, BLOCK), dtype=spec.dtype)
             padded[(slice(None),) * spec.sample_axis + (slice(0, count),)] = array
             array = padded
-        chunks[name] = encode_chunk(np.asarray(array, dtype=spec.dtype), spec.level, spec.shuffle, spec.one_block)
+        chunks[name] = encode_chunk(
+            np.asarray(array, dtype=spec.dtype), spec.level, spec.shuffle, one_block=spec.one_block
+        )
     return chunks
 
 
 class StoreWriter:
-    """Writes one store, block after block, into the folder ``path``; ``finish`` makes it a Zarr group."""
+    """Writes one store, block by block, into the folder ``path``; ``finish`` makes it a Zarr group."""
 
-    def __init__(self, path: Path, layout: Layout):
+    def __init__(self, path: Path, layout: StoreLayout):
         self.path = path
         self.layout = layout
         self.samples = 0
         self._files = {name: ShardFile(self._shard_path(name)) for name in layout.blocked()}
 
     def append(self, chunks: Mapping[str, bytes], samples: int) -> None:
-        """Add the packed block of the next up to 64 samples. Only the last block may be shorter."""
+        """Append a packed block of up to 64 samples. Only the last block may be shorter."""
         assert self.samples % BLOCK == 0, "a short block must be the last one"
         for name, file in self._files.items():
             file.append(chunks[name])
@@ -129,10 +133,11 @@ class StoreWriter:
         keys: Sequence[str],
         labels: np.ndarray,
         draws: np.ndarray,
+        *,
         members: np.ndarray,
         attributes: Mapping[str, Any],
     ) -> None:
-        """Write the small arrays and the metadata, and make the store durable under its own name."""
+        """Write the small arrays and the metadata, sync everything to disk, and rename the store to its final name."""
         import zarr
         from zarr.codecs import BloscCodec, Crc32cCodec
 
@@ -174,13 +179,13 @@ class StoreWriter:
                 compressors=[Crc32cCodec()],
                 filters=None,
                 fill_value=0,
-                # A chunk of zeros (labels of one class) would otherwise be left out, and read back unchecked.
+                # Otherwise zarr omits a chunk of zeros (labels of one class), and it is read back without a check.
                 config={"write_empty_chunks": True},
             )
             array[...] = data
 
     def close(self) -> None:
-        """Give up: let go of the files."""
+        """Abandon the store and close its files."""
         for file in self._files.values():
             file.abort()
 
@@ -190,23 +195,23 @@ class StoreWriter:
 
 
 class StoreReader:
-    """Reads blocks of one store and of the tar beside it. Opens nothing until the first read.
+    """Reads blocks of one store and of its tar. Opens nothing until the first read.
 
     Args:
         root: the set's folder. unit: the store's manifest entry. layout: the set's.
-        cache: where pieces of remote files are kept.
+        cache: local copies of pieces of remote files.
     """
 
-    def __init__(self, root: Path, unit: Mapping[str, Any], layout: Layout, cache: BlockCache | None = None):
+    def __init__(self, root: Path, unit: StoreUnit, layout: StoreLayout, *, cache: BlockCache | None = None):
         self.root = root
-        self._files: Mapping[str, Any] = unit.get("files", {})
+        self._files = unit.get("files", {})
         self._cache = cache
         self.tar = root / unit["tar"]
         self.path: Path = root / unit["zarr"]
         self.samples: int = unit["samples"]
         self.blocks = -(-self.samples // BLOCK)
         self.layout = layout
-        # Looked up for every block.
+        # Looked up once, since every block needs it.
         self._blocked = layout.blocked()
         self._shapes = {name: layout.shape(name, BLOCK) for name in self._blocked}
         self._paths = {name: self._shard_path(name) for name in self._blocked}
@@ -237,7 +242,7 @@ class StoreReader:
         """The blocked arrays of one block, without its padding. All of them by default.
 
         Raises:
-            DamageError: a chunk is missing, cut off or changed; store and block are named.
+            DamageError: a chunk is missing, truncated or changed; the message names store and block.
         """
         count = min(BLOCK, self.samples - block * BLOCK)
         result = {}
@@ -249,14 +254,14 @@ class StoreReader:
                     self._spans[name] = self._read_index(self._paths[name])
                 offset, length = self._spans[name][block].tolist()
                 data = self._read(self._paths[name], offset, length)
-                chunk = decode_chunk(data, self._shapes[name], spec.dtype, spec.level)
+                chunk = decode_chunk(data, self._shapes[name], spec.dtype, level=spec.level)
             except (ChunkError, OSError) as error:
                 raise self._damage(error, f"{self._paths[name]}, block {block}") from None
             result[name] = chunk[(slice(None),) * spec.sample_axis + (slice(0, count),)]
         return result
 
     def jpegs(self, block: int) -> list[bytes]:
-        """The JPEG bytes of one block: one ranged read, since a block's members lie side by side.
+        """The JPEG bytes of one block: one ranged read, since the members of a block are contiguous.
 
         Raises:
             DamageError: the tar is missing or too short, or a JPEG's bytes have changed.
@@ -276,11 +281,13 @@ class StoreReader:
             jpegs.append(jpeg)
         return jpegs
 
-    def block(self, block: int, names: Sequence[str] | None = None) -> Block:
-        """Everything of one block; ``names`` picks blocked arrays as in ``arrays``."""
+    def block(self, block: int, names: Sequence[str] | None = None) -> StoredBlock:
+        """Everything in one block; ``names`` selects blocked arrays as in ``arrays``."""
         where = slice(block * BLOCK, (block + 1) * BLOCK)
         draws = self.draws()[where]
-        return Block(self.keys()[where], self.labels()[where], self.jpegs(block), draws, self.arrays(block, names))
+        return StoredBlock(
+            self.keys()[where], self.labels()[where], self.jpegs(block), draws, self.arrays(block, names)
+        )
 
     def _shard_path(self, name: str) -> Path:
         return self.path.joinpath(name, "c", *("0",) * len(self.layout.shape(name, BLOCK)))
@@ -291,12 +298,12 @@ class StoreReader:
         if total is None:
             raise FileNotFoundError(path)
         if total < size:
-            raise ChunkError("the shard file is cut off")
+            raise ChunkError("the shard file is truncated")
         return decode_index(self._read(path, total - size, size), self.blocks)
 
-    def _entry(self, path: Path) -> dict[str, Any]:
-        """What the manifest says of a file. Raises ChunkError where it says nothing."""
-        entry: dict[str, Any] | None = self._files.get(path.relative_to(self.root).as_posix())
+    def _entry(self, path: Path) -> FileEntry:
+        """The manifest's entry of a file. Raises ChunkError if there is none."""
+        entry = self._files.get(path.relative_to(self.root).as_posix())
         if entry is None:
             raise ChunkError("the manifest does not list this file")
         return entry
@@ -304,7 +311,7 @@ class StoreReader:
     def _read(self, path: Path, offset: int, length: int) -> bytes:
         if self._cache is None or is_local(path):
             return _read(path, offset, length)
-        return self._cache.read(self._entry(path)["sha256"], offset, length, lambda: _read(path, offset, length))
+        return self._cache.read(self._entry(path)["sha256"], offset, length, fetch=lambda: _read(path, offset, length))
 
     def _small_array(self, name: str, dtype: str, tail: tuple[int, ...] | None) -> np.ndarray:
         if name not in self._small:
@@ -313,7 +320,7 @@ class StoreReader:
                 data = read_bytes(path) if is_local(path) else self._read(path, 0, self._entry(path)["bytes"])
                 if tail is None:
                     tail = ((len(data) - 4) // self.samples,)
-                self._small[name] = decode_chunk(data, (self.samples, *tail), dtype, 0)
+                self._small[name] = decode_chunk(data, (self.samples, *tail), dtype, level=0)
             except (ChunkError, OSError) as error:
                 raise self._damage(error, str(path)) from None
         return self._small[name]

@@ -1,6 +1,6 @@
-"""A set's calibration on disk: ``codec.zarr``, written as a Zarr group, read and restored by the manifest's digests.
+"""A set's calibration on disk: ``codec.zarr``, a Zarr group, checked against the manifest's digests.
 
-Every array is one chunk, which is read directly: nothing in a set's metadata chooses how its bytes are taken.
+Every array is one chunk, which is read directly: no metadata of a set decides how its bytes are interpreted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box, check_files
+from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.json_files import parse_json
-from cae2pipe.artifacts.places import read_bytes
 from cae2pipe.artifacts.staging import staged
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
@@ -31,31 +31,34 @@ TOKEN_BASIS = "token_basis"
 
 
 def store_calibration(
-    box: Box,
+    artifact: TargetsArtifact,
     codec: CodecSettings,
     sample: Tensor,
+    *,
     facts: Callable[[Calibration, Fidelity], Mapping[str, Any]],
     report: Report,
 ) -> None:
-    """Fit a set's calibration and store it, or restore the one that it had.
+    """Fit a set's calibration and store it, or restore the one it had.
 
     Args:
         sample: unit tokens (N, T, D) of view 0 of the first images.
-        facts: what the manifest tells of a new calibration and of its fidelity on held-out images.
+        facts: makes the manifest entries from a new calibration and its fidelity on held-out images.
 
     Raises:
-        DamageError: the set had a calibration, and it does not come out the same.
+        DamageError: the set had a calibration, and it cannot be reproduced.
     """
-    calibration, fidelity = calibrate(sample, codec.name, codec.fidelity, codec.level, rotates_tokens(box))
-    if CODEC in box.units:
-        restore_calibration(box, calibration)
+    calibration, fidelity = calibrate(
+        sample, codec.name, codec.fidelity, level=codec.level, rotate_tokens=rotates_tokens(artifact)
+    )
+    if CODEC in artifact.units:
+        restore_calibration(artifact, calibration)
         return
-    box.facts |= facts(calibration, fidelity)
-    # The facts first: a codec without them would be taken for a finished calibration.
-    box.save()
-    with staged(box.root, CODEC) as stage:
+    artifact.add_facts(facts(calibration, fidelity))
+    # The facts first: a codec without them would count as a finished calibration.
+    artifact.save()
+    with staged(artifact.root, CODEC) as stage:
         write_calibration(stage.path(CODEC_FOLDER), calibration)
-        box.add(CODEC, {"files": stage.commit(CODEC_FOLDER), "samples": len(sample)})
+        artifact.add(CODEC, {"files": stage.commit(CODEC_FOLDER), "samples": len(sample)})
     report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
 
 
@@ -85,73 +88,73 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         array[...] = data
 
 
-def rotates_tokens(box: Box) -> bool:
-    """Whether the set's klt codec rotates along the tokens too. Sets that older versions calibrated never do."""
-    files = box.units[CODEC]["files"] if CODEC in box.units else {}
+def rotates_tokens(artifact: TargetsArtifact) -> bool:
+    """Whether the set's klt codec also rotates along the tokens. In sets calibrated by older versions it does not."""
+    files = artifact.units[CODEC]["files"] if CODEC in artifact.units else {}
     return not any("/basis/" in path for path in files) or any(f"/{TOKEN_BASIS}/" in path for path in files)
 
 
-def is_calibrated(box: Box) -> bool:
-    """Whether the set's calibration is there, byte for byte."""
-    return CODEC in box.units and not check_files(box, [CODEC])
+def is_calibrated(artifact: TargetsArtifact) -> bool:
+    """Whether the set's calibration is complete and unchanged, byte for byte."""
+    return CODEC in artifact.units and not check_files(artifact, [CODEC])
 
 
-def restore_calibration(box: Box, calibration: Calibration) -> None:
-    """Put a lost calibration back, if it is the one that the stores were written with.
+def restore_calibration(artifact: TargetsArtifact, calibration: Calibration) -> None:
+    """Restore a lost calibration, if it equals the one that the stores were written with.
 
     Raises:
-        DamageError: it is another one.
+        DamageError: it differs.
     """
-    with staged(box.root, CODEC) as stage:
+    with staged(artifact.root, CODEC) as stage:
         write_calibration(stage.path(CODEC_FOLDER), calibration)
-        if stage.entries(CODEC_FOLDER) != box.units[CODEC]["files"]:
+        if stage.entries(CODEC_FOLDER) != artifact.units[CODEC]["files"]:
             raise DamageError(
-                "the set's calibration is damaged, and does not come out the same here",
-                where=box.root / CODEC_FOLDER,
-                fix="repair it on the kind of machine that made it, restore it from a copy, or make the set again",
+                "the set's calibration is damaged and cannot be reproduced on this machine",
+                where=artifact.root / CODEC_FOLDER,
+                fix="repair it on a machine like the one that made it, restore it from a copy, or make the set again",
             )
         stage.commit(CODEC_FOLDER)
 
 
-def read_calibration(box: Box) -> Calibration:
+def read_calibration(artifact: TargetsArtifact) -> Calibration:
     """The calibration of a set.
 
     Raises:
-        DamageError: a file of it is missing or has changed since it was written, or is none of a calibration of this
-            set's codec and teacher.
+        DamageError: one of its files is missing or has changed since it was written, or does not fit the codec and
+        teacher of this set.
     """
-    path = box.root / CODEC_FOLDER
+    path = artifact.root / CODEC_FOLDER
     contents = {}
-    for name, entry in box.units[CODEC]["files"].items():
+    for name, entry in artifact.units[CODEC]["files"].items():
         try:
-            data = read_bytes(box.root / name)
+            data = read_bytes(artifact.root / name)
         except OSError as error:
             reraise_exhaustion(error)
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise _damage(f"a file of it {what}", box.root / name, box.root) from None
+            raise _damage(f"one of its files {what}", artifact.root / name, artifact.root) from None
         if sha256_bytes(data) != entry["sha256"]:
-            raise _damage("a file of it has changed since it was written", box.root / name, box.root)
+            raise _damage("one of its files has changed since it was written", artifact.root / name, artifact.root)
         contents[name.removeprefix(f"{CODEC_FOLDER}/")] = data
-    teacher = box.facts["teacher"]
+    teacher = artifact.facts["teacher"]
     tokens = teacher["rows"] * teacher["cols"] + teacher["class_token"]
-    rotated = box.identity["settings"]["codec"]["name"] == "klt"
+    rotated = artifact.identity["settings"]["codec"]["name"] == "klt"
     try:
-        calibration = decode_calibration(contents, tokens, teacher["dim"], path)
+        calibration = decode_calibration(contents, tokens, teacher["dim"], where=path)
         if rotated and calibration.basis is None:
-            raise ChunkError("it has no basis, which the klt codec needs")
+            raise ChunkError("the basis, which the klt codec needs, is missing")
     except (ChunkError, DamageError) as error:
-        raise _damage(str(getattr(error, "what", error)), path, box.root) from None
+        raise _damage(str(getattr(error, "what", error)), path, artifact.root) from None
     return calibration
 
 
-def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, where: object) -> Calibration:
-    """A calibration from the bytes of the files of ``codec.zarr``, by their paths in it.
+def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, *, where: object) -> Calibration:
+    """A calibration from the bytes of the files in ``codec.zarr``, by path in it.
 
     Args:
         tokens: T, tokens of a view. dim: D, their dimensions.
 
     Raises:
-        ChunkError: an array is missing, or does not have these dimensions. DamageError: the attributes are no JSON.
+        ChunkError: an array is missing, or does not have these dimensions. DamageError: the attributes are not JSON.
     """
 
     def array(name: str, *shape: int) -> Tensor:
@@ -160,7 +163,7 @@ def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, whe
             raise ChunkError(f"{name} is missing")
         if len(contents[chunk]) != 4 * int(np.prod(shape)) + 4:
             raise ChunkError(f"{name} does not have the shape {shape}")
-        values = decode_chunk(contents[chunk], shape, "<f4", 0)
+        values = decode_chunk(contents[chunk], shape, "<f4", level=0)
         if not np.isfinite(values).all():
             raise ChunkError(f"{name} has values that are not finite")
         return torch.from_numpy(values.copy())

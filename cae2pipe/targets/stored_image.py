@@ -1,4 +1,4 @@
-"""What a target set stores of one image: its views, where they were cut, and the teacher's latents of them."""
+"""Stored views of one image of a target set, with their crop boxes and latents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CropBox = tuple[int, int, int, int]
 @dataclass(frozen=True)
 class StoredView:
     """One view: its number, pixels uint8 (S, S, 3), the crop box in the unflipped image, whether it was flipped, and
-    the teacher's unit latents of its patches, float32 (P, D)."""
+    the unit latents of its patches as stored, float32 (P, D)."""
 
     number: int
     pixels: np.ndarray
@@ -34,8 +34,8 @@ class StoredView:
 class StoredImage:
     """An image of a set and some of its views, at least one.
 
-    ``height`` and ``width`` are of the image that crop boxes are measured in; ``picture``, uint8 (H, W, 3), is that
-    image at any size, or None where the set does not keep it.
+    ``height`` and ``width``: of the image to which crop boxes refer. ``picture``, uint8 (H, W, 3): that image at any
+    size, or None if the set does not keep it.
     """
 
     key: str
@@ -46,16 +46,16 @@ class StoredImage:
 
 
 def crop_box(draw: ViewDraw) -> CropBox:
-    """A draw's crop box in the unflipped image: boxes are drawn in the flipped one."""
+    """A draw's crop box in the unflipped image; draws refer to the flipped one."""
     left = draw.source_width - draw.left - draw.width if draw.flip else draw.left
     return (left, draw.top, left + draw.width, draw.top + draw.height)
 
 
 def find_image(targets: TargetSet, key: str) -> tuple[str, int]:
-    """The shard that holds the image with this key, and its position there.
+    """The shard of the image with this key, and its position in it.
 
     Raises:
-        KeyError: none does.
+        KeyError: no image has this key.
     """
     for unit in {unit["shard"]: unit for unit in targets.stores.values()}.values():
         keys = targets.reader(f"v{unit['view']:02d}/{unit['shard']}").keys()
@@ -67,7 +67,7 @@ def find_image(targets: TargetSet, key: str) -> tuple[str, int]:
 def read_stored_image(
     targets: TargetSet, shard: str, position: int, views: Collection[int] | None = None
 ) -> StoredImage:
-    """An image by its shard and its position there, with those of the views (all by default) that are stored of it.
+    """An image by its shard and its position in it, with its stored views (default: all; else those of ``views``).
 
     Raises:
         DamageError: a view or its latents cannot be read. ImageError: a view cannot be decoded.
@@ -80,7 +80,7 @@ def read_stored_image(
             continue
         contents = targets.reader(name).block(block, list(targets.layout.codec.arrays()))
         draw = ViewDraw.from_row(contents.draws[within])
-        # Decoded as a whole, as loaders do.
+        # The whole block is decoded, as loaders do.
         tokens = targets.layout.codec.decode(as_tensors(contents.arrays))[within]
         latents = F.normalize(tokens[targets.teacher.class_token :], dim=-1)
         pixels = targets.pixels(contents, [within])[0]

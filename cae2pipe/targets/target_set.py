@@ -3,11 +3,11 @@
 OUT/manifest.json
 OUT/codec.zarr                       mean (D,), and for klt basis (D, D), step (1,), token_basis (T, T) and
                                      spread (T, D), without the last two in sets of older versions; attribute `shuffle`
-OUT/images/000123.tar                the images of shard 000123, reduced, where views are replayed from them,
-OUT/images/000123.json               and where each lies in it
-OUT/views/v00/000123.tar             else the pixels of its view 0
+OUT/images/000123.tar                the reduced images of shard 000123, if views are replayed from them
+OUT/images/000123.json               index of that tar
+OUT/views/v00/000123.tar             otherwise: the pixels of view 0 of shard 000123
 OUT/latents/v00/000123.zarr          the latents of the same samples in the same order
-OUT/shards/                          the shard set, where extract-targets was given a folder of images
+OUT/shards/                          the shard set, if extract-targets was given a folder of images
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box, check_files, open_box
+from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
-from cae2pipe.artifacts.places import place
-from cae2pipe.config.base import build, recorded
+from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, StoredCodec, StoreUnit
+from cae2pipe.artifacts.manifest_values import TeacherEntry
+from cae2pipe.artifacts.storage import to_path
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ManifestError, SettingsError
 from cae2pipe.images.kept import view_pixels
@@ -32,20 +34,20 @@ from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.paths import CODEC, images_name
-from cae2pipe.targets.store import REMEDY, Block, Layout, StoreReader
+from cae2pipe.targets.store import REMEDY, StoredBlock, StoreLayout, StoreReader
 from cae2pipe.targets.stored_calibration import read_calibration
 
 KIND = "targets"
 
 
-def recorded_view(settings: dict[str, Any]) -> ViewSettings:
-    """How views are drawn and kept, from the settings of a set's manifest.
+def recorded_view(settings: SettingsIdentity) -> ViewSettings:
+    """How views are drawn and kept, from the settings in a set's manifest.
 
     Raises:
-        ManifestError: no cae2pipe has written these.
+        ManifestError: the settings are not valid.
     """
     try:
-        return build(ViewSettings, recorded(ViewSettings, settings["view"]), where="view")
+        return build_recorded(ViewSettings, settings["view"], where="view")
     except SettingsError as error:
         raise ManifestError(
             f"a field is not as cae2pipe writes it: identity.settings.view.{error.what}",
@@ -56,7 +58,7 @@ def recorded_view(settings: dict[str, Any]) -> ViewSettings:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What readers must know of the teacher, from the manifest."""
+    """What readers must know about the teacher, from the manifest."""
 
     name: str
     dim: int
@@ -74,12 +76,12 @@ class TeacherFacts:
 
 
 class Target(NamedTuple):
-    """One stored view. Arrays are numpy's or torch's, as the set was opened.
+    """One stored view. Arrays are numpy's or torch's, as chosen when the set was opened.
 
     ``tokens`` (T, D) float32: the teacher's latents as stored, of unit length up to the codec's error; the class token
-    first, if the teacher has one. ``norms`` (T,) float32: their lengths before. ``pixels`` (H, W, 3) uint8: the view.
-    ``attention`` (P,) uint8: the teacher's class-to-patch attention, its largest value 255; None without one.
-    ``label`` points into the set's ``classes``, -1: none.
+    first, if the teacher has one. ``norms`` (T,) float32: their original lengths. ``pixels`` (H, W, 3) uint8: the view.
+    ``attention`` (P,) uint8: the teacher's class-to-patch attention, largest value 255; None without one.
+    ``label`` is an index into the set's ``classes``; -1: none.
     """
 
     key: str
@@ -92,42 +94,42 @@ class Target(NamedTuple):
 
 
 class TargetSet(Sequence[Target]):
-    """An opened target set: a sequence of its stored views, store after store, shards in order within each view.
-
-    A view is decoded with its whole block of 64, which is kept: going through in order is cheap, jumping about is not.
+    """An opened target set: a sequence of its stored views, store by store, shards in order within each view. A view is
+    decoded with its block of 64, and the last block is cached: sequential access is cheap, random is not.
     ``stores`` maps ``v00/000123`` to its manifest entry.
 
     Args:
         root: the set's folder or URL.
-        arrays: what items hold, ``numpy`` or ``torch``.
-        damaged: what to do about views of which a file is missing or has another size than the manifest says:
-            ``refuse`` them, or ``omit`` them from ``stores``; ``damage`` then lists what is wrong.
+        arrays: type of the arrays in items, ``numpy`` or ``torch``.
+        damaged: what to do with views of which a file is missing or differs in size from its manifest entry:
+            ``refuse`` the set, or ``omit`` them from ``stores``; ``damage`` then lists the problems.
 
     Raises:
         ManifestError: not a target set, or one without calibration or stores.
-        DamageError: the calibration, or a file of a store, is missing or has another size than the manifest says.
+        DamageError: the calibration, or a file of a store, is missing or differs in size from its manifest entry.
     """
 
     def __init__(
         self,
         root: Path | str,
         arrays: Literal["numpy", "torch"] = "numpy",
+        *,
         damaged: Literal["refuse", "omit"] = "refuse",
     ):
-        self.root = root = place(root)
+        self.root = root = to_path(root)
         self.arrays = arrays
-        self.box: Box = open_box(root, KIND)
-        self.stores = stores_of(self.box)
-        if CODEC not in self.box.units or not self.stores:
+        self.artifact = TargetsArtifact.open(root)
+        self.stores = stores_of(self.artifact)
+        if CODEC not in self.artifact.units or not self.stores:
             raise ManifestError(
-                "this target set holds no finished store yet",
+                "this target set has no finished store yet",
                 where=root,
                 fix="run `cae2pipe extract-targets` with the same arguments as before",
             )
-        self.calibration = read_calibration(self.box)
+        self.calibration = read_calibration(self.artifact)
         self.damage: list[DamageError] = []
-        for name in sorted(self.box.units.keys() - self.box.whole()):
-            for problem in check_files(self.box, [name], digests=False):
+        for name in sorted(self.artifact.units.keys() - self.artifact.whole()):
+            for problem in check_files(self.artifact, [name], digests=False):
                 self.damage.append(DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root)))
                 if damaged == "refuse" or name == CODEC:
                     raise self.damage[-1]
@@ -137,18 +139,26 @@ class TargetSet(Sequence[Target]):
             self.stores = {name: unit for name, unit in self.stores.items() if lost.isdisjoint(files[name])}
             if not self.stores:
                 raise self.damage[0]
-        self.teacher = TeacherFacts(**{name: self.box.facts["teacher"][name] for name in TeacherFacts.__annotations__})
-        self.view = recorded_view(self.box.identity["settings"])
+        teacher = self.artifact.facts["teacher"]
+        self.teacher = TeacherFacts(
+            teacher["name"], teacher["dim"], teacher["rows"], teacher["cols"], teacher["class_token"]
+        )
+        self.view = recorded_view(self.artifact.identity["settings"])
         self.view_size = self.view.size
-        self.classes: list[str] = self.box.facts["classes"]
-        codec = self.box.identity["settings"]["codec"]
-        self.layout = make_layout(self.box.facts["teacher"], codec, self.calibration)
+        self.classes = self.artifact.facts["classes"]
+        codec = self.artifact.identity["settings"]["codec"]
+        self.layout = make_layout(teacher, codec, self.calibration)
         self._names = sorted(self.stores)
         self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
         self._kept: tuple[tuple[str, int], list[Target]] | None = None
 
+    def __repr__(self) -> str:
+        tokens = f"{self.teacher.tokens} x {self.teacher.dim} tokens of {self.teacher.name}"
+        codec = f"{self.layout.codec.name}, mean cosine {self.fidelity()['mean']:.4f}"
+        return f"TargetSet({str(self.root)!r}: {len(self)} views of {self.images} images, {tokens}, {codec})"
+
     def __len__(self) -> int:
-        """Stored views."""
+        """Number of stored views."""
         return int(self._ends[-1])
 
     @overload
@@ -159,7 +169,7 @@ class TargetSet(Sequence[Target]):
         """A stored view.
 
         Raises:
-            IndexError: there are fewer. DamageError: its block cannot be read.
+            IndexError: there are fewer views. DamageError: its block cannot be read.
         """
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
@@ -197,27 +207,27 @@ class TargetSet(Sequence[Target]):
         """How views are cut from the images that the set keeps; None where it keeps the views themselves."""
         return self.view if self.view.pixels == "replayed" else None
 
-    def pixels(self, block: Block, positions: Sequence[int] | None = None) -> np.ndarray:
+    def pixels(self, block: StoredBlock, positions: Sequence[int] | None = None) -> np.ndarray:
         """The views of a block, or those at some positions in it, uint8 (b, H, W, 3).
 
         Raises:
-            ImageError: one cannot be decoded, or is not what its draw was made for.
+            ImageError: an image cannot be decoded, or is not the one its draw was made for.
         """
         return np.stack(
             [
-                view_pixels(block.jpegs[position], block.draws[position], self.replayed, self.view_size)
+                view_pixels(block.jpegs[position], block.draws[position], self.replayed, size=self.view_size)
                 for position in (range(len(block.jpegs)) if positions is None else positions)
             ]
         )
 
     @property
     def mean(self) -> Tensor:
-        """The mean unit token (D,) float32, which centred cosines are taken about."""
+        """The mean unit token (D,) float32, which is subtracted for centred cosines."""
         return self.calibration.mean
 
     @property
     def views(self) -> int:
-        """Views of the best-covered shard."""
+        """Views of the shard that has most."""
         last: int = max(unit["view"] for unit in self.stores.values())
         return last + 1
 
@@ -232,40 +242,40 @@ class TargetSet(Sequence[Target]):
     def fidelity(self) -> dict[str, float]:
         """Fidelity of the stored views: means over stores, weighted by samples."""
         weights = np.array([unit["samples"] for unit in self.stores.values()], dtype=float)
-        names = next(iter(self.stores.values()))["fidelity"]
         return {
             name: round(
                 float(np.average([unit["fidelity"][name] for unit in self.stores.values()], weights=weights)), 7
             )
-            for name in names
+            for name in FIGURES
         }
 
     def bytes_per_view(self) -> dict[str, float]:
-        """Mean bytes a view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs, where views are replayed each
-        one's share of its image), ``fp16`` (latents uncoded)."""
+        """Mean bytes per view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs; a replayed view counts its
+        share of the image), ``fp16`` (latents without a codec)."""
         samples = sum(unit["samples"] for unit in self.stores.values())
-        units = [unit for name, unit in self.box.units.items() if name != CODEC]
-        mean = {name: sum(unit["bytes"].get(name, 0) for unit in units) / samples for name in ("latents", "pixels")}
+        latents = sum(unit["bytes"]["latents"] for unit in self.stores.values())
+        pixels = sum(unit["bytes"]["pixels"] for unit in self.artifact.units.values() if "shard" in unit)
+        mean = {"latents": latents / samples, "pixels": pixels / samples}
         return {**mean, "fp16": float(2 * self.teacher.tokens * (self.teacher.dim + 1))}
 
 
-def stores_of(box: Box) -> dict[str, dict[str, Any]]:
+def stores_of(artifact: TargetsArtifact) -> dict[str, StoreUnit]:
     """The stores of a set by name. A replayed view's files are its latents and the images that it is cut from.
 
     Raises:
-        ManifestError: the manifest knows a view and not its images.
+        ManifestError: the manifest lists a view but not its images.
     """
-    replayed = recorded_view(box.identity["settings"]).pixels == "replayed"
+    replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
     stores = {}
-    for name, unit in box.units.items():
+    for name, unit in artifact.units.items():
         if "view" not in unit:
             continue
         if replayed:
-            images = box.units.get(images_name(unit["shard"]))
+            images = artifact.units.get(images_name(unit["shard"]))
             if images is None:
                 raise ManifestError(
-                    f"the manifest lists view {name}, and not the images that it is cut from",
-                    where=box.root,
+                    f"the manifest lists view {name}, but not the images that it is cut from",
+                    where=artifact.root,
                     fix="restore manifest.json from a copy, or make the set again",
                 )
             unit = {**unit, "files": {**unit["files"], **images["files"]}}
@@ -273,10 +283,10 @@ def stores_of(box: Box) -> dict[str, dict[str, Any]]:
     return stores
 
 
-def make_layout(teacher: dict[str, Any], codec: dict[str, Any], calibration: Calibration) -> Layout:
+def make_layout(teacher: TeacherEntry, codec: StoredCodec, calibration: Calibration) -> StoreLayout:
     """The stores' layout, from the manifest's teacher and codec entries."""
     patches = teacher["rows"] * teacher["cols"]
-    return Layout(
+    return StoreLayout(
         tokens=patches + teacher["class_token"],
         dim=teacher["dim"],
         patches=patches,

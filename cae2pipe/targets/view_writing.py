@@ -1,37 +1,37 @@
-"""The views of a shard while they are written: block after block into their stores, then the tars and entries."""
+"""Writes the views of a shard: block by block into their stores, then the tars and manifest entries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import Box
-from cae2pipe.artifacts.staging import Stage
+from cae2pipe.artifacts.artifact import TargetsArtifact
+from cae2pipe.artifacts.manifest_targets import StoreUnit
+from cae2pipe.artifacts.staging import StagedUnit
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import Shard, ShardSet, index_samples
 from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.calibration import summarise
 from cae2pipe.targets.encoding import EncodedBlock, Meter
 from cae2pipe.targets.paths import images_name, images_tar_path, store_name, store_path, view_tar_path
-from cae2pipe.targets.store import Layout, StoreWriter
+from cae2pipe.targets.store import StoreLayout, StoreWriter
 
 
 @dataclass
 class ViewWriter:
-    """One view of one shard while it is written: its store, and what is kept of its blocks until the shard ends.
+    """One view of one shard while it is written: its store, and what is collected of its blocks until the shard ends.
 
     ``rendered``: a block's JPEGs (none where views are replayed) and draws, float64 (b, 11). ``raw`` and ``centred``: a
     block's cosines between true and stored tokens, float32 (b * T,).
     """
 
-    stage: Stage
+    stage: StagedUnit
     store: StoreWriter
     rendered: list[tuple[list[bytes], np.ndarray]] = field(default_factory=list)
     raw: list[Tensor] = field(default_factory=list)
@@ -42,7 +42,7 @@ class ViewWriter:
         return [jpeg for jpegs, _ in self.rendered for jpeg in jpegs]
 
     def append(self, block: EncodedBlock) -> None:
-        """Add the next block's encoding of this view."""
+        """Append the next encoded block of this view."""
         rendered = block.rendered
         self.store.append(block.chunks, len(rendered.keys))
         self.rendered.append((rendered.jpegs[block.index], rendered.draws[block.index]))
@@ -50,14 +50,14 @@ class ViewWriter:
         self.centred.append(block.centred)
 
     def discard(self) -> None:
-        """Close the store, and remove what was not put in place."""
+        """Close the store, and remove unfinished files."""
         self.store.close()
         self.stage.discard()
 
 
 @dataclass
 class ShardWriter:
-    """A shard's views while they are written: what they share, and a writer for each view by its number."""
+    """A shard's views while they are written: what they share, and a writer for each view, by number."""
 
     shard: Shard
     keys: list[str] = field(default_factory=list)
@@ -65,36 +65,38 @@ class ShardWriter:
     views: dict[int, ViewWriter] = field(default_factory=dict)
 
     def append(
-        self, blocks: Iterable[EncodedBlock], root: Path, layout: Layout, *, meter: Meter, report: Report
+        self, blocks: Iterable[EncodedBlock], root: Path, layout: StoreLayout, *, meter: Meter, report: Report
     ) -> None:
-        """Append the shard's encoded blocks to its views' stores, which are begun in the set ``root``."""
+        """Append the shard's encoded blocks to the stores of its views in the set ``root``."""
         for block in blocks:
             view, rendered = block.view, block.rendered
             if view == next(iter(self.views), view):
                 self.keys += rendered.keys
                 self.labels.append(rendered.labels)
             if view not in self.views:
-                stage = Stage(root, store_name(view, self.shard.name))
+                stage = StagedUnit(root, store_name(view, self.shard.name))
                 store = StoreWriter(stage.path(store_path(view, self.shard.name)), layout)
                 self.views[view] = ViewWriter(stage, store)
             self.views[view].append(block)
-            report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.waits())
+            report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.idle_fraction())
 
-    def finish(self, box: Box, kept: ShardSet | None, report: Report) -> None:
-        """Write the tars of stored views, finish the stores and list the views in the set.
+    def finish(self, artifact: TargetsArtifact, kept: ShardSet | None, report: Report) -> None:
+        """Write the tars of stored views, finish the stores and add the views to the set.
 
         Args:
             kept: the images that replayed views are cut from; None where views are stored.
         """
         for view, writer in sorted(self.views.items()):
             name = store_name(view, self.shard.name)
-            unit = self._finish_view(view, writer, box, kept)
-            if name in box.units and box.units[name]["files"] != unit["files"]:
-                report.log(f"{name} does not come out as it was: runs that began with it cannot be resumed")
-            box.add(name, unit)
+            unit = self._finish_view(view, writer, artifact, kept=kept)
+            if name in artifact.units and artifact.units[name]["files"] != unit["files"]:
+                report.log(f"{name} differs from its earlier content: runs that started with it cannot be resumed")
+            artifact.add(name, unit)
             writer.stage.discard()
 
-    def _finish_view(self, view: int, writer: ViewWriter, box: Box, kept: ShardSet | None) -> dict[str, Any]:
+    def _finish_view(
+        self, view: int, writer: ViewWriter, artifact: TargetsArtifact, *, kept: ShardSet | None
+    ) -> StoreUnit:
         """Finish the store of one view, and its tar where views are stored; return the manifest's entry."""
         keys, labels, jpegs = self.keys, np.concatenate(self.labels), writer.jpegs
         name, zarr = self.shard.name, store_path(view, self.shard.name)
@@ -106,17 +108,18 @@ class ShardWriter:
             index = index_samples(writer.stage.path(tar), [google_crc32c.value(jpeg) for jpeg in jpegs])
         assert [sample.key for sample in index] == keys
         members = np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64)
-        fidelity = asdict(summarise(torch.cat(writer.raw), torch.cat(writer.centred)))
+        fidelity = summarise(torch.cat(writer.raw), torch.cat(writer.centred)).entry()
         layout = writer.store.layout
         writer.store.finish(
             keys,
             labels,
             np.concatenate([draws for _, draws in writer.rendered]),
-            members,
-            {"codec": layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
+            members=members,
+            attributes={"codec": layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
         )
         files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
-        source = box.units[images_name(name)]["source"] if kept else self.shard.sha256
+        images = artifact.units[images_name(name)] if kept else None
+        source = images["source"] if images and "shard" in images else self.shard.sha256
         return {
             "view": view,
             "shard": name,
@@ -130,6 +133,6 @@ class ShardWriter:
         }
 
     def discard(self) -> None:
-        """Give all views up."""
+        """Discard all views."""
         for writer in self.views.values():
             writer.discard()

@@ -1,1 +1,1 @@
-"""Frozen models whose patch latents are the targets, behind one small protocol."""
+"""Frozen models whose patch latents are the targets, with one small protocol."""

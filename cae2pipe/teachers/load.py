@@ -1,4 +1,4 @@
-"""From settings to a teacher."""
+"""Loading a teacher from its settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cae2pipe.artifacts.box import Box
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import MismatchError, TeacherError
@@ -23,13 +23,13 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     foreign = ("stage",) if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
     if misplaced := [name for name in foreign if getattr(settings, name) is not None]:
         raise TeacherError(
-            f"teacher.{misplaced[0]} means nothing to {settings.kind}",
+            f"teacher.{misplaced[0]} does not apply to teacher.kind {settings.kind}",
             where="teacher",
-            fix=f"leave it away, or change teacher.kind, which is {settings.kind}",
+            fix="omit it, or change teacher.kind",
         )
     if settings.weights is not None:
         check_present(settings.weights)
-    # Each library costs seconds to import: only the one asked for is.
+    # Each library takes seconds to import, so only the requested one is imported.
     if settings.kind == "open_clip":
         from cae2pipe.teachers.open_clip import load_open_clip
 
@@ -39,18 +39,18 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     return load_timm(settings, device)
 
 
-def set_teacher(box: Box, weights: Path | None, device: torch.device, option: str) -> Teacher:
+def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.device, *, option: str) -> Teacher:
     """The teacher that a target set was made with.
 
     Args:
-        box: the set's. device: where the teacher runs.
-        weights: its weights' file, where they came from one: sets do not say where files lie.
-        option: how the user gives that file, for the message.
+        artifact: the set's. device: where the teacher runs.
+        weights: its weights file, if they came from one: target sets do not store paths.
+        option: the option for that file, for the message.
 
     Raises:
-        TeacherError: it cannot be had. MismatchError: these are other weights.
+        TeacherError: it cannot be loaded. MismatchError: the weights differ.
     """
-    settings = build(TeacherSettings, box.identity["settings"]["teacher"], where=box.root)
+    settings = build(TeacherSettings, artifact.identity["settings"]["teacher"], where=artifact.root)
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
     try:
@@ -59,10 +59,10 @@ def set_teacher(box: Box, weights: Path | None, device: torch.device, option: st
         if weights is not None:
             raise
         raise TeacherError(error.what, where=error.where, fix=f"give the file: {option}") from None
-    if teacher.info.weights != box.identity["teacher"]["weights"]:
+    if teacher.info.weights != artifact.identity["teacher"]["weights"]:
         raise MismatchError(
             "these are not the weights that this target set was made with",
-            where=weights or box.root,
-            fix=f"give the file of the right ones: {option}",
+            where=weights or artifact.root,
+            fix=f"give the right file: {option}",
         )
     return teacher

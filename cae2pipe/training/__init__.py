@@ -1,1 +1,1 @@
-"""The parts of the training loop."""
+"""Pretraining: objective, step, loop, checkpoints, telemetry."""

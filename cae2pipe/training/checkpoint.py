@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, some kept, one that is damaged or of another run passed over."""
+"""Checkpoints: written atomically, pruned, and skipped on resuming if damaged or of another run."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from cae2pipe.runtime.world import World
 
 PATTERN = re.compile(r"step-\d{8,}\.pt")
 RUN = "run"
-"""Where a checkpoint names the run that it belongs to, by its fingerprint. Those of older versions do not."""
+"""The entry with the fingerprint of the checkpoint's run. Checkpoints of older versions have none."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a training: where they lie, whose they are, when to write one and which to keep.
+    """The checkpoints of a training: their folder, their run, when to write one and which to keep.
 
     Args:
-        run: the fingerprint of the run. keep: how many of the newest. minutes: between two of them.
-        for_good: whether the one of a step is kept however many follow.
+        run: the fingerprint of the run. keep: how many of the newest to keep. minutes: time between two checkpoints.
+        for_good: whether the checkpoint of a step is never pruned.
     """
 
     folder: Path
@@ -49,8 +49,8 @@ class Checkpoints:
         *,
         report: Report,
     ) -> int:
-        """Have every process ``restore`` the newest checkpoint that fits, which the leading one looks for; as
-        ``load_checkpoint``. Returns the steps done, 0 where there is none."""
+        """Make every process ``restore`` the newest checkpoint that fits. The leading process looks for it, as
+        ``load_checkpoint`` does. Returns the steps done, 0 without a checkpoint."""
         state: dict[str, Any] | None = None
 
         def newest() -> int:
@@ -58,7 +58,7 @@ class Checkpoints:
             state = load_checkpoint(self.folder, report, run=self.run, like=like())
             return state["step"] if state else 0
 
-        start: int = world.lead(newest)
+        start: int = world.run_on_main(newest)
         if start:
             restore(state or read_checkpoint(self.folder, start))
         return start
@@ -79,23 +79,23 @@ def save_checkpoint(
 ) -> Path:
     """Write ``step-00001234.pt``; remove all but the ``keep`` newest and those whose step is ``for_good``.
 
-    Those of later steps go too: a damaged one that was passed over would otherwise count as the newest, and push out
-    the one just written. ``state`` holds tensors and plain values; ``run`` is the fingerprint of the run.
+    Checkpoints of later steps are removed too: a damaged one that was skipped would otherwise count as the newest, and
+    displace the one just written. ``state`` holds tensors and plain values; ``run`` is the fingerprint of the run.
     """
     path = folder / checkpoint_name(step)
     write_torch(path, {**state, "step": step, RUN: run})
-    found = checkpoints(folder)
-    later = [other for other in found if step_of(other) > step]
-    earlier = [other for other in found if step_of(other) <= step]
+    paths = checkpoints(folder)
+    later = [other for other in paths if step_of(other) > step]
+    earlier = [other for other in paths if step_of(other) <= step]
     for old in later + [other for other in earlier[:-keep] if not for_good(step_of(other))]:
         old.unlink()
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first. Files of other names, copies say, are none."""
-    found = [path for path in folder.iterdir() if PATTERN.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted((path for path in found if path.is_file()), key=step_of)
+    """All checkpoints, oldest first. Files with other names, such as copies, are ignored."""
+    paths = [path for path in folder.iterdir() if PATTERN.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted((path for path in paths if path.is_file()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -104,69 +104,69 @@ def step_of(path: Path) -> int:
 
 
 def load_checkpoint(folder: Path, report: Report, *, run: str, like: dict[str, Any]) -> dict[str, Any] | None:
-    """The newest checkpoint that fits, on the CPU; None where there is none at all. The log names what is passed over.
+    """The newest checkpoint that fits, on the CPU; None if there are none. The log names those that are skipped.
 
     Args:
-        run: the fingerprint of the run. like: a state that such a checkpoint could restore: what it names must be
-            there, its tensors with the same shapes and types. Empty dictionaries and lists stand for any.
+        run: the fingerprint of the run. like: a state that such a checkpoint could restore. All its entries must exist,
+        tensors with the same shapes and types. Empty dictionaries and lists match any.
 
     Raises:
-        DamageError: there are checkpoints, and none of them fits.
+        DamageError: there are checkpoints, but none of them fits.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    paths = checkpoints(folder)
+    for path in reversed(paths):
         try:
-            # torch.load does not look at the checksums that torch.save wrote.
+            # torch.load does not verify the checksums that torch.save wrote.
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"{damaged} has changed")
             state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds for a file that is cut off or changed
+        except Exception as error:  # torch.load raises many types of exception for a truncated or changed file
             reraise_exhaustion(error)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            report.log(f"{path.name} cannot be read ({reason}): going back to the checkpoint before it")
+            report.log(f"{path.name} cannot be read ({reason}): trying the checkpoint before it")
             continue
         problem = misfit(state, {**like, "step": step_of(path), **({RUN: run} if RUN in state else {})})
         if problem is None:
             return state
-        report.log(f"{path.name} is not of this run ({problem}): going back to the checkpoint before it")
-    if found:
+        report.log(f"{path.name} does not belong to this run ({problem}): trying the checkpoint before it")
+    if paths:
         raise DamageError(
-            f"none of the {len(found)} checkpoints can be used, and starting again would lose what they stand for",
+            f"none of the {len(paths)} checkpoints can be used, and starting again would lose their progress",
             where=folder,
-            fix="restore one from a copy; to start at step 0, delete the folder",
+            fix="restore one from a copy, or delete the folder to start at step 0",
         )
     return None
 
 
-def misfit(found: Any, wanted: Any, place: str = "the file") -> str | None:
-    """Where a state is not ``like`` another, or None."""
+def misfit(state: Any, wanted: Any, where: str = "the file") -> str | None:
+    """How a state differs in structure from ``wanted``, or None."""
     if isinstance(wanted, Tensor):
-        if not isinstance(found, Tensor):
-            return f"{place} is no tensor"
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            return f"{place} is {tuple(found.shape)} {found.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
+        if not isinstance(state, Tensor):
+            return f"{where} is not a tensor"
+        if (state.shape, state.dtype) != (wanted.shape, wanted.dtype):
+            return f"{where} is {tuple(state.shape)} {state.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
         return None
     if isinstance(wanted, dict):
-        if not isinstance(found, dict):
-            return f"{place} is no dictionary"
+        if not isinstance(state, dict):
+            return f"{where} is not a dictionary"
         for name, value in wanted.items():
-            if name not in found:
-                return f"{place} has no {name!r}"
-            if problem := misfit(found[name], value, str(name) if place == "the file" else f"{place}.{name}"):
+            if name not in state:
+                return f"{where} has no {name!r}"
+            if problem := misfit(state[name], value, str(name) if where == "the file" else f"{where}.{name}"):
                 return problem
         return None
     if isinstance(wanted, list):
-        return None if isinstance(found, list) else f"{place} is no list"
-    if isinstance(wanted, str | int) and place in ("step", RUN):
-        return None if type(found) is type(wanted) and found == wanted else f"{place} is {found!r}, not {wanted!r}"
+        return None if isinstance(state, list) else f"{where} is not a list"
+    if isinstance(wanted, str | int) and where in ("step", RUN):
+        return None if type(state) is type(wanted) and state == wanted else f"{where} is {state!r}, not {wanted!r}"
     return None
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and optimizer state by parameter names, whole, on the CPU: the same however the model is spread.
+    """Full weights and optimizer state by parameter names, on the CPU: the same for DDP, FSDP and one process.
 
-    To be called by all processes; where the model is sharded, only the leading one's is filled.
+    Must be called by all processes; if the model is sharded, only the leading process gets the tensors.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
@@ -176,7 +176,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put back what ``training_state`` gave. To be called by all processes, each with the whole state."""
+    """Restore what ``training_state`` returned. Must be called by all processes, each with the full state."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     options = StateDictOptions(full_state_dict=True)
@@ -186,7 +186,7 @@ def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
 
 
 def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
-    """The checkpoint that the leading process has found to be sound.
+    """The checkpoint that the leading process has found valid.
 
     Raises:
         DamageError: it cannot be read here.
@@ -198,7 +198,7 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     except Exception as error:
         reraise_exhaustion(error)
         raise DamageError(
-            f"the checkpoint that the leading process goes on from cannot be read here ({type(error).__name__})",
+            f"the checkpoint that the leading process resumes from cannot be read here ({type(error).__name__})",
             where=path,
-            fix="let all machines write the run to the same shared folder",
+            fix="use the same shared output folder on all machines",
         ) from None

@@ -1,4 +1,4 @@
-"""torch.compile: begun afresh for every run, and what to do where its compiler fails."""
+"""torch.compile: reset for every run, and advice if its compiler fails."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def compiles(setting: bool | None, device: torch.device) -> bool:
 def compile_in_place(modules: Iterable[nn.Module], backend: Any = "inductor") -> None:
     """Compile the calls of modules, with fixed shapes.
 
-    What earlier runs of this process compiled is forgotten first: all of them share one code object, for which torch
-    keeps eight graphs and runs everything after that eagerly. Inductor's cache on disk makes repeats cheap.
+    Graphs of earlier runs in this process are discarded first. All runs share one code object, for which torch keeps
+    eight graphs and runs everything beyond eagerly. Inductor's cache on disk makes recompiling cheap.
     """
     torch.compiler.reset()
     for module in modules:
@@ -30,10 +30,10 @@ def compile_in_place(modules: Iterable[nn.Module], backend: Any = "inductor") ->
 
 @contextmanager
 def compiler_advice(setting: str = "speed.compile") -> Iterator[None]:
-    """Around a first call: a compiler that fails becomes an error that says how to do without it.
+    """Around a first call: a failure of the compiler becomes an error that says how to run without it.
 
     Raises:
-        CompileError: with the last line of what the compiler said. torch.OutOfMemoryError: memory ended while it ran.
+        CompileError: with the last line of the compiler's output. torch.OutOfMemoryError: memory ran out meanwhile.
     """
     from torch._dynamo.exc import BackendCompilerFailed
 
@@ -47,6 +47,5 @@ def compiler_advice(setting: str = "speed.compile") -> Iterator[None]:
         raise CompileError(
             f"torch.compile failed: {type(inner).__name__}: {said[:300]}",
             where=setting,
-            fix=f"--set {setting}=false runs without it; with it, a C compiler and Python's headers (python3-dev) must "
-            "be installed",
+            fix=f"run without it: --set {setting}=false; or install a C compiler and Python's headers (python3-dev)",
         ) from None

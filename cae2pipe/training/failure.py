@@ -1,4 +1,4 @@
-"""What is kept of a step that went wrong, so that it can be looked into again."""
+"""Records of failed steps, so that they can be replayed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from cae2pipe.artifacts.places import open_file
+from cae2pipe.artifacts.storage import open_file
 from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError, DivergedError
@@ -24,12 +24,12 @@ FOLDER = "failures"
 
 
 def failure_path(out: Path, step: int, rank: int) -> Path:
-    """The file of one process; the leading one's also holds the weights."""
+    """The file of one process; the leading process's file also holds the weights."""
     return out / FOLDER / (f"step-{step:08d}.pt" if rank == 0 else f"step-{step:08d}-rank{rank}.pt")
 
 
-def save_failure(path: Path, batch: Batch, latents: dict[str, Tensor], context: dict[str, Any]) -> None:
-    """Write a batch (keys, views, masks, drop path's uniforms: all that was drawn), the latents it was trained on,
+def save_failure(path: Path, batch: Batch, latents: dict[str, Tensor], *, context: dict[str, Any]) -> None:
+    """Write a batch (keys, views, masks, uniforms of drop path: all random draws), the latents it was trained on,
     torch's random state, and ``context`` (tensors and plain values)."""
     plain = {field.name: getattr(batch, field.name) for field in fields(batch)}
     state = {
@@ -50,7 +50,7 @@ def capture(
     target_dim: int,
     out: Path,
 ) -> DivergedError:
-    """Keep a step whose loss or gradient is not finite, with the weights before it, and give the error to raise."""
+    """Record a step whose loss or gradient is not finite, with the weights before it. Returns the error to raise."""
     batch, world = outcome.batch, step.world
     weights = training_state(step.model, step.optimizer)["model"]
     path = failure_path(out, batch.step, world.rank)
@@ -61,17 +61,18 @@ def capture(
         "mean": step.objective.mean,
         "values": values,
     }
-    if world.leads:
+    if world.is_main:
         context["weights"] = weights
-    save_failure(path, batch, {"decoded": step.objective.target(step.latents(batch))}, context)
+    latents = {"decoded": step.objective.target(step.latents(batch))}
+    save_failure(path, batch, latents, context=context)
     error = DivergedError(
         f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
-        "weights and optimizer were left as they were before it",
+        "weights and optimizer are unchanged since the step before",
         where=path,
-        fix=f"`cae2pipe replay {path}` goes through the step again and says where it breaks; where nothing in the data "
-        "is wrong, lower optimizer.lr",
+        fix=f"`cae2pipe replay {path}` repeats the step and says where it fails; if the data are fine, "
+        "lower optimizer.lr",
     )
-    error.shown_elsewhere = not world.leads
+    error.shown_elsewhere = not world.is_main
     return error
 
 
@@ -79,33 +80,33 @@ def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:
     """The batch, its latents, and the rest, on the CPU.
 
     Raises:
-        DamageError: no such file, or not one of these.
+        DamageError: the file does not exist, or is not such a record.
     """
     try:
         with open_file(path) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        Record.model_validate(state)
+        FailureRecord.model_validate(state)
         return Batch(**state.pop("batch")), state.pop("latents"), state
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # torch.load raises many types
         reraise_exhaustion(error)
         reason = type(error).__name__
     raise no_record(path, reason)
 
 
 def no_record(path: Path, reason: str) -> DamageError:
-    """The error for what is not, or not wholly, the record of a failed step."""
+    """The error for a file that is not a complete record of a failed step."""
     return DamageError(
-        f"this is not the record of a failed step ({reason})",
+        f"this is not a record of a failed step ({reason})",
         where=path,
-        fix=f"give a file of a run's folder {FOLDER}/",
+        fix=f"give a file from the folder {FOLDER}/ of a run",
     )
 
 
-class Record(BaseModel):
-    """What ``save_failure`` has written. Of several processes the leading one's alone has ``weights``."""
+class FailureRecord(BaseModel):
+    """The content of a file that ``save_failure`` wrote. Only the leading process's file has ``weights``."""
 
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
@@ -124,7 +125,7 @@ class Record(BaseModel):
         wanted = get_type_hints(Batch)
         for name, kind in wanted.items():
             if not isinstance(value.get(name), get_origin(kind) or kind):
-                raise ValueError(f"{name} is no {kind}")
+                raise ValueError(f"{name} is not a {kind}")
         if value.keys() != wanted.keys():
             raise ValueError(f"it holds {sorted(value.keys() - wanted.keys())}")
         return value

@@ -1,4 +1,4 @@
-"""Whether a student, a target set and the processes fit each other: looked at before anything is trained."""
+"""Checks before training that student, target set and number of processes fit each other."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cae2pipe.targets.target_set import TargetSet
 
 
 def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:
-    """Refuse a student that the target set does not fit, a batch that cannot be shared out, or a decoder that is not
-    installed. Raises SettingsError."""
+    """Refuse a student that does not fit the target set, a batch that cannot be divided among the processes, or a
+    decoder that is not installed. Raises SettingsError."""
     check_method(settings.method)
     check_parts(settings, ranks)
     if settings.data.decode == "device":
@@ -20,39 +20,48 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
     guided = settings.mask.strategy == "attention"
     if guided and not targets.layout.attention:
         raise SettingsError(
-            f"masks are to follow the teacher's attention, and {teacher.name} has none",
+            f"mask.strategy is attention, but {teacher.name} has no attention",
             where=str(targets.root),
             fix="--set mask.strategy=block, or make targets with a ViT teacher",
         )
     if (guided or settings.loss.target != "pixels") and (teacher.rows, teacher.cols) != (grid, grid):
         raise SettingsError(
-            f"the student's grid is {grid} x {grid} patches, and the target set's is {teacher.rows} x {teacher.cols}",
+            f"grid mismatch: student {grid} x {grid} patches, target set {teacher.rows} x {teacher.cols}",
             where=f"{targets.root}, teacher {teacher.name}",
             fix=f"set model.image_size / model.patch_size so that the grid is {teacher.rows}, "
             "or make targets with a teacher that has the student's grid",
         )
     if targets.view_size != settings.model.image_size:
         raise SettingsError(
-            f"the student takes {settings.model.image_size} pixels, and the stored views have {targets.view_size}",
+            f"image size mismatch: student {settings.model.image_size} pixels, stored views {targets.view_size}",
             where=str(targets.root),
             fix=f"--set model.image_size={targets.view_size}",
         )
     if settings.data.views is not None and settings.data.views > targets.views:
         raise SettingsError(
-            f"{settings.data.views} views of each image are to be trained on, and the set has {targets.views}",
+            f"data.views is {settings.data.views}, but the target set has {targets.views} views of each image",
             where=str(targets.root),
             fix=f"--set data.views={targets.views}, or extract more: --views {settings.data.views}",
         )
     if targets.images < settings.loaded_batch:
         raise SettingsError(
-            f"the set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
+            f"the target set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
             where=str(targets.root),
             fix=f"set data.batch to at most {targets.images}, and data.streams to a divisor of it; lr scales with it",
         )
 
 
 def check_parts(settings: PretrainSettings, ranks: int) -> None:
-    """Refuse a share of the batch that cannot be cut into equal parts. Raises SettingsError."""
+    """Refuse streams that the number of processes does not divide, and a share of the batch that speed.accumulation
+    does not divide. Raises SettingsError."""
+    streams = settings.data.streams
+    if streams % ranks:
+        raise SettingsError(
+            f"data.streams ({streams}) is not divisible by the number of processes ({ranks})",
+            where="data.streams",
+            fix=f"set data.streams to a multiple of {ranks} that divides data.batch, or start another number of "
+            "processes",
+        )
     share = settings.loaded_batch // ranks
     if share % settings.speed.accumulation:
         near = max(n for n in range(1, settings.speed.accumulation + 1) if share % n == 0)

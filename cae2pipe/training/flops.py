@@ -1,4 +1,4 @@
-"""Arithmetic of a step, counted from the model, and what a device could do at most."""
+"""Arithmetic operations of a step, counted from the model, and the peak rate of a device."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ PEAKS = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""Dense bfloat16 with float32 sums, 10^12 operations a second, from the makers' data sheets, by the whole words that a
-device's name holds; the first that fits counts."""
+"""Peak rate of dense bfloat16 with float32 accumulation, in 10^12 operations per second, from the vendors' data sheets.
+A device's name must contain the key as whole words; the first match counts."""
 
 OTHERS = {"Laptop", "Max-Q", "MIG", "D", "Ti", "SUPER"}
-"""Words behind which another device of nearly the same name, or a part of one, hides."""
+"""Words that mark another device of a similar name, or a part of one."""
 
 
 def forward_flops(settings: PretrainSettings, target_dim: int) -> int:
-    """Operations (two a multiply-add) of one image's forward pass through encoder, regressor and head."""
+    """Operations (two per multiply-add) of one image's forward pass through encoder, regressor and head."""
     model = settings.model
     visible = model.grid**2 - settings.masked_patches
     with torch.device("meta"):
@@ -57,22 +57,22 @@ def forward_flops(settings: PretrainSettings, target_dim: int) -> int:
 
 
 def training_flops(settings: PretrainSettings, target_dim: int) -> int:
-    """Operations of one image's forward and backward pass, by the custom of three times the forward's."""
+    """Operations of one image's forward and backward pass, by convention three times those of the forward pass."""
     return 3 * forward_flops(settings, target_dim)
 
 
 def peak_tflops(device: torch.device, setting: float | None) -> float | None:
-    """The setting, or what is known of the device in bfloat16; None where that is nothing."""
+    """The setting, or the known bfloat16 peak of the device; None if unknown."""
     if setting is not None or device.type != "cuda":
         return setting
     return known_peak(torch.cuda.get_device_name(device))
 
 
 def known_peak(name: str) -> float | None:
-    """A device's peak by the name that its driver gives, as "NVIDIA H100 80GB HBM3"."""
+    """A device's peak by its driver's name, such as "NVIDIA H100 80GB HBM3"."""
     for known, peak in PEAKS.items():
-        if found := re.search(rf"\b{re.escape(known)}\b", name):
-            rest = name[found.end() :]
-            # A share of a card, as "GRID A100-10C" is, has a profile behind its name.
+        if match := re.search(rf"\b{re.escape(known)}\b", name):
+            rest = name[match.end() :]
+            # The name of a share of a card, such as "GRID A100-10C", ends in a profile.
             return None if OTHERS & set(rest.split()) or re.match(r"-\d+[ABCQ]\b", rest) else peak
     return None

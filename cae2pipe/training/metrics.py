@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line a step."""
+"""``metrics.jsonl``: one line per step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from typing import Any
 from pydantic_core import from_json
 
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.runtime.progress import Report
 
+METRICS_FILE = "metrics.jsonl"
 NUMBERS = ("step", "epoch", "loss")
-"""What every line has."""
+"""Numbers in every line."""
 
 
 class MetricsFile:
-    """Appends lines. Opening it at ``step`` first removes the lines from that step on, and a half-written one.
+    """Appends lines. Opening at ``step`` first removes the lines from that step on, and a partial last line.
 
-    Where others are damaged or missing, what can be read is kept, the file as it was lies beside it under a name that
-    ends in ``.damaged``, and the log says which steps have no line.
+    If others are damaged or missing, the readable lines are kept, the original file is renamed to a name that ends in
+    ``.damaged``, and the log says which steps have no line.
     """
 
     def __init__(self, path: Path, step: int, report: Report):
@@ -42,7 +43,7 @@ class MetricsFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Bring all lines to the disk."""
+        """Write all lines through to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -52,30 +53,30 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, needed: Iterable[str] = ()) -> tuple[list[dict[str, Any]], int]:
-    """The good lines of a metrics file, and how many others there are, but for a half-written last one.
+    """The valid lines of a metrics file, and the number of invalid ones, except a partial last line.
 
-    A good line is a JSON object with finite numbers for ``NUMBERS`` and for all names ``needed``. A file that does not
-    exist has no lines.
+    A valid line is a JSON object with finite numbers for ``NUMBERS`` and for all names in ``needed``. A file that does
+    not exist has no lines.
     """
     try:
         data = read_bytes(path)
     except FileNotFoundError:
         return [], 0
     texts = data.splitlines()
-    found = [parsed(text, (*NUMBERS, *needed)) for text in texts]
-    if found and found[-1] is None:
-        found.pop()
-    good = [line for line in found if line is not None]
-    return good, len(found) - len(good)
+    lines = [parsed(text, (*NUMBERS, *needed)) for text in texts]
+    if lines and lines[-1] is None:
+        lines.pop()
+    good = [line for line in lines if line is not None]
+    return good, len(lines) - len(good)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The good lines of a metrics file."""
+    """The valid lines of a metrics file."""
     return read_metrics(path)[0]
 
 
 def parsed(text: bytes, needed: Iterable[str]) -> dict[str, Any] | None:
-    """A line of a metrics file; None: it is damaged."""
+    """A line of a metrics file; None if it is damaged."""
     try:
         line = from_json(text, allow_inf_nan=False)
     except ValueError:
@@ -90,7 +91,7 @@ def is_number(value: Any) -> bool:
 
 
 def rescue(path: Path, damaged: int, missing: list[int]) -> str:
-    """Keep a damaged file under another name. Gives what there is to say of it."""
+    """Keep a damaged file under another name. Returns a message about it."""
     parts = [f"{damaged} damaged lines"] if damaged else []
     if missing:
         parts.append(f"no line for {len(missing)} steps ({shown_ranges(missing)})")
@@ -99,16 +100,16 @@ def rescue(path: Path, damaged: int, missing: list[int]) -> str:
         free for number in count() if not (free := path.with_name(f"{path.name}.damaged{number or ''}")).exists()
     )
     first = copy.name.endswith(".damaged")
-    # Missing lines are met again whenever the run resumes: one copy is enough for them.
+    # Missing lines are found again whenever the run resumes: one copy is enough for them.
     if path.exists() and (damaged or first):
         write_bytes(copy, read_bytes(path))
-        said += f"; the file as it was is now {copy.name}"
+        said += f"; the original file is now {copy.name}"
     return said
 
 
 def shown_ranges(numbers: list[int], most: int = 5) -> str:
-    """Sorted numbers as ranges, the first few: ``0 to 3, 7, 9 to 12``."""
-    starts = [n for place, n in enumerate(numbers) if place == 0 or numbers[place - 1] != n - 1]
-    ends = [n for place, n in enumerate(numbers) if place + 1 == len(numbers) or numbers[place + 1] != n + 1]
+    """Sorted numbers as ranges, at most ``most`` of them: ``0 to 3, 7, 9 to 12``."""
+    starts = [n for index, n in enumerate(numbers) if index == 0 or numbers[index - 1] != n - 1]
+    ends = [n for index, n in enumerate(numbers) if index + 1 == len(numbers) or numbers[index + 1] != n + 1]
     ranges = [str(low) if low == high else f"{low} to {high}" for low, high in zip(starts, ends, strict=True)]
     return ", ".join(ranges[:most]) + (", ..." if len(ranges) > most else "")

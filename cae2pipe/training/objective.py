@@ -1,4 +1,4 @@
-"""From views and stored latents to the loss, on the device: what is compiled, and what DDP wraps."""
+"""From views and stored latents to the loss, on the device: the module that is compiled and wrapped by DDP."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cae2pipe.models.export import student_normalise
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.codecs import Codec
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.aim import aim_of
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.parallel import blocks_of
+from cae2pipe.training.target_spec import target_spec
 
 TERMS = ("loss", "loss_visible", "loss_masked", "centred_cosine_visible", "centred_cosine_masked")
-"""What an objective gives, in order. Only the first carries a gradient."""
+"""Outputs of an objective, in order. Only the first has a gradient."""
 
 
 class Objective(nn.Module):
@@ -29,14 +29,14 @@ class Objective(nn.Module):
     Args:
         model: the method.
         loss: distance, reduction and weights.
-        codec: of the stored latents.
+        codec: the codec of the stored latents.
         mean: the targets' mean unit token (D,).
-        class_token: whether there is a target for it.
+        class_token: whether there is a target for the class token.
         bf16: compute the model in bfloat16 (autocast); the loss stays in float32.
     """
 
     def __init__(
-        self, model: nn.Module, loss: LossSettings, codec: Codec, mean: Tensor, class_token: bool, bf16: bool
+        self, model: nn.Module, loss: LossSettings, codec: Codec, *, mean: Tensor, class_token: bool, bf16: bool
     ) -> None:
         super().__init__()
         self.model = model
@@ -62,28 +62,44 @@ class Objective(nn.Module):
 
         Args:
             pixels: (B, 3, H, W) uint8.
-            latents: the codec's arrays over B views, with ``norms`` (B, T) if lengths count; or ``raw`` (B, T, D),
-                what a teacher gave; or ``decoded``, targets as they are.
-            visible, masked, drop, weights: as in ``Batch``, r masks a view.
-            real: scalar, images in the global batch, each mask counted, that are not padding.
+            latents: the codec's arrays over B views, with ``norms`` (B, T) if lengths count; or ``raw`` (B, T, D), the
+            output of a teacher; or ``decoded``, final targets. visible, masked, drop, weights: as in ``Batch``, with r
+            masks per view. real: scalar, the number of images in the global batch that are not padding, counted once
+            per mask.
         """
         repeat = len(visible) // len(pixels)
         with torch.no_grad():
             target = self.target(latents)
             images = self.normalise(pixels)
-            if repeat > 1:  # repeating once copies, too: over a gigabyte of pixels at batch 2048
+            if repeat > 1:  # repeat(1) would copy too: over a gigabyte of pixels at batch 2048
                 target, images, weights = (x.repeat_interleave(repeat, dim=0) for x in (target, images, weights))
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             prediction = cast(Prediction, self.model(images, visible, masked, drop))
-        loss = alignment_loss(prediction, target, visible, masked, self.loss, weights, self.class_token, real=real)
+        loss = alignment_loss(
+            prediction,
+            target,
+            visible,
+            masked=masked,
+            settings=self.loss,
+            weights=weights,
+            has_class_token=self.class_token,
+            real=real,
+        )
         with torch.no_grad():
             cosines = centred_cosine(
-                prediction, target, visible, masked, self.mean, weights, self.class_token, real=real
+                prediction,
+                target,
+                visible,
+                masked=masked,
+                mean=self.mean,
+                weights=weights,
+                has_class_token=self.class_token,
+                real=real,
             )
         return torch.stack([loss.total, loss.visible.detach(), loss.masked.detach(), *cosines])
 
     def target(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Latents (B, T, D) float32: of unit length, or of their own where ``norms`` come with them."""
+        """Latents (B, T, D) float32: of unit length, or of original length if ``norms`` are given."""
         if "decoded" in latents:
             return latents["decoded"]
         if "raw" in latents:
@@ -94,13 +110,16 @@ class Objective(nn.Module):
 
 
 def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSettings) -> Objective:
-    """The method with its loss against a set's latents, or against the pixels of its views."""
-    aim, bf16 = aim_of(settings, targets), settings.precision == "bf16"
-    return Objective(model, settings.loss, targets.layout.codec, aim.mean, aim.class_token, bf16)
+    """The method with its loss on a set's latents, or on the pixels of its views."""
+    spec, bf16 = target_spec(settings, targets), settings.precision == "bf16"
+    return Objective(
+        model, settings.loss, targets.layout.codec, mean=spec.mean, class_token=spec.class_token, bf16=bf16
+    )
 
 
 def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:
-    """Compile in place: all in one graph; where weights are sharded, block by block, as each is gathered by itself."""
-    # Placed within the graph, its constants would make the second step compile again.
+    """Compile in place: in one graph, or block by block if weights are sharded, since each block is gathered
+    separately."""
+    # Copying the codec's constants inside the graph would make the second step compile again.
     objective.codec.place(world.device)
     compile_in_place(blocks_of(objective) if world.parallel == "fsdp" else [objective], backend)

@@ -1,4 +1,4 @@
-"""The teacher in the step, as published: the yardstick that cached targets are held against."""
+"""The teacher in the training step, as published: the baseline that cached targets are compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cae2pipe.teachers.protocol import Teacher
 
 
 class OnlineLatents:
-    """Latents of a batch's views, from the teacher itself, computed as extraction does whatever the student's
+    """Latents of a batch's views from the teacher itself, computed as in extraction, independent of the student's
     precision."""
 
     def __init__(self, teacher: Teacher):
@@ -21,5 +21,5 @@ class OnlineLatents:
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
         with exact_float32(self.teacher.device):
             tokens = self.teacher(batch.pixels).tokens
-        # A copy: what inference mode gave cannot take part in a backward pass.
+        # A copy: tensors made in inference mode cannot take part in a backward pass.
         return {"raw": tokens.clone()}

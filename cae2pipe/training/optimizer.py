@@ -1,6 +1,8 @@
-"""AdamW with the paper's groups (Table 8)."""
+"""AdamW with the paper's parameter groups (Table 8)."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -8,14 +10,14 @@ from torch import nn
 from cae2pipe.config.pretrain import OptimizerSettings
 
 REFERENCE_BATCH = 2048
-"""The batch that learning rates are given for."""
+"""The batch size that learning rates refer to."""
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW whose decay spares biases, norms and LayerScale, all of one dimension; class and mask tokens do decay.
+    """AdamW without weight decay on biases, norms and LayerScale (one-dimensional); class and mask tokens do decay.
 
-    The learning rate is set step by step from outside. The update runs fused, in one pass over all weights, which can
-    also be told on the device to leave everything as it is (``found_inf``).
+    The caller sets the learning rate for every step. The update is fused: one pass over all weights, which a flag on
+    the device can turn into a no-op (``found_inf``).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -26,8 +28,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make a fused AdamW's state, as its first update does: what fits beside it fits in all later steps. Weights, and
-    state that is there already, do not change; gradients are gone.
+    """Create a fused AdamW's state, as its first update does: what fits with it fits in all later steps. Weights and
+    existing state do not change; gradients are dropped.
 
     Raises:
         torch.OutOfMemoryError: it does not fit.
@@ -35,7 +37,7 @@ def make_moments(optimizer: torch.optim.Optimizer) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    # What the device is told of a gradient that is not finite, after which an update leaves all as it is.
+    # The device's flag for a gradient that is not finite, which makes an update a no-op.
     optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
     try:
         optimizer.step()
@@ -44,7 +46,15 @@ def make_moments(optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def scaled(settings: OptimizerSettings, batch: int) -> tuple[float, float, float]:
-    """Warm-up epochs, peak and final learning rate for a batch: rates scale linearly with it, unless told otherwise."""
+class Rates(NamedTuple):
+    """For a batch size: epochs of warm-up, peak and final learning rate."""
+
+    warmup_epochs: float
+    lr: float
+    min_lr: float
+
+
+def scaled(settings: OptimizerSettings, batch: int) -> Rates:
+    """The rates for a batch size: scaled linearly with it, unless the settings disable that."""
     factor = batch / REFERENCE_BATCH if settings.scale_lr else 1.0
-    return settings.warmup_epochs, settings.lr * factor, settings.min_lr * factor
+    return Rates(settings.warmup_epochs, settings.lr * factor, settings.min_lr * factor)

@@ -1,4 +1,4 @@
-"""Several processes, one model: DDP and FSDP2."""
+"""One model on several processes: DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cae2pipe.runtime.world import World
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """All blocks of all stacks in a module: what is sharded, gathered and compiled by itself."""
+    """All blocks of all stacks in a module: the units of sharding, gathering and compiling."""
     return [block for part in module.modules() if isinstance(part, Stack) for block in part.blocks]
 
 
-def spread(objective: nn.Module, world: World) -> nn.Module:
-    """The module to call: the objective itself, in DDP, or with its weights sharded in place (FSDP2).
+def wrap_model(objective: nn.Module, world: World) -> nn.Module:
+    """The module to call: the objective itself, wrapped in DDP, or with its weights sharded in place (FSDP2).
 
-    To be called before the optimizer is made: sharding replaces the weights.
+    Must be called before the optimizer is made, since sharding replaces the weights.
     """
     if world.parallel == "ddp":
         return _replicated(objective, world)
@@ -34,7 +34,7 @@ def spread(objective: nn.Module, world: World) -> nn.Module:
 def _replicated(objective: nn.Module, world: World) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
-    # Buffers are constants. torch 2.14 gave the option another name.
+    # Buffers are constants. torch 2.14 renamed the option.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {"gradient_as_bucket_view": True, option: False}
@@ -46,8 +46,8 @@ def _replicated(objective: nn.Module, world: World) -> nn.Module:
 def _sharded(objective: nn.Module, world: World) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    # Weights travel in float32, and autocast rounds what it rounds without sharding: norms and LayerScale stay in
-    # float32, which FSDP's own mixed precision would not leave them.
+    # Weights are gathered in float32, and autocast rounds the same tensors as without sharding. FSDP's own mixed
+    # precision would also round norms and LayerScale, which stay in float32.
     mesh = dist.init_device_mesh(world.device.type, (world.ranks,))
     for block in blocks_of(objective):
         fully_shard(block, mesh=mesh)
@@ -56,8 +56,8 @@ def _sharded(objective: nn.Module, world: World) -> nn.Module:
 
 
 @contextmanager
-def without_exchange(module: Any, world: World) -> Iterator[None]:
-    """Within it, backward passes only add to this process's gradients: all parts of a batch but the last."""
+def no_sync(module: Any, world: World) -> Iterator[None]:
+    """Context for all parts of a batch but the last: backward passes only accumulate this process's gradients."""
     if world.parallel == "ddp":
         with module.no_sync():
             yield
@@ -69,6 +69,6 @@ def without_exchange(module: Any, world: World) -> Iterator[None]:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, as a plain one."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A possibly sharded tensor as a plain one."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

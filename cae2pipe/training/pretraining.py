@@ -1,4 +1,4 @@
-"""Pretraining, as the loop of all training takes it: batches of a plan, a line a step, a record of a bad one."""
+"""Pretraining for ``step_loop``: batches of a plan, one line per step, a record of a failed step."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Pretraining:
     """Trains on the batches of a plan, from step ``start`` on; a ``step_loop.Training``.
 
     Args:
-        checkpoints: which steps end with one that is kept for good.
+        checkpoints: decides after which epochs a checkpoint is kept permanently.
         target_dim: D.
-        out: the run's folder, for metrics and records of steps that are not finite.
+        out: the run's folder, for metrics and records of failed steps.
         report: the panel or the log.
     """
 
@@ -52,7 +52,7 @@ class Pretraining:
         self.checkpoints = checkpoints
         self.rates = scaled(settings.optimizer, settings.data.batch)
         self.telemetry: Telemetry | None = None
-        if self.world.leads:
+        if self.world.is_main:
             self.telemetry = Telemetry(
                 out,
                 settings,
@@ -74,7 +74,9 @@ class Pretraining:
         return with_room(batches, self.settings.loaded_batch // world.ranks, speed)
 
     def step(self, item: Batch, flags: Flags) -> Outcome:
-        return self._step(item, learning_rate(item.step, self.plan.steps, self.settings.epochs, *self.rates), flags)
+        return self._step(
+            item, learning_rate(item.step, self.plan.steps, self.settings.epochs, **self.rates._asdict()), flags
+        )
 
     def out_of_memory(self, item: Batch, reason: str) -> OutOfMemoryError:
         return explain_out_of_memory(self._step, item, self.settings.speed.recompute)
@@ -102,7 +104,7 @@ class Pretraining:
 
 
 def with_room(batches: Iterator[Batch], views: int, speed: TrainSpeed) -> Iterator[Batch]:
-    """The batches, of which ``views`` are this process's. Raises OutOfMemoryError where the device has no room for the
-    next one beside what a step needs."""
+    """The batches; ``views`` is this process's share of one. Raises OutOfMemoryError if the device has no room for the
+    next one during a step."""
     with memory_advice("the next batch", upload_advice(views, speed.accumulation, speed.recompute), "upload"):
         yield from batches

@@ -1,4 +1,4 @@
-"""One step: forward and backward over the parts of a batch, exchange, clip, update. It never waits for the device."""
+"""One step: forward and backward over the parts of a batch, all-reduce, clip, update. It never waits for the device."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from cae2pipe.loading.batches import Batch, split
 from cae2pipe.runtime.world import World
 from cae2pipe.training.objective import TERMS, Objective
-from cae2pipe.training.parallel import whole, without_exchange
+from cae2pipe.training.parallel import full_tensor, no_sync
 
 Latents = Callable[[Batch], Mapping[str, Tensor]]
-"""What an objective takes as latents, of a decoded batch on the device."""
+"""From a decoded batch on the device to the latents that an objective takes."""
 
 
 class Flags(NamedTuple):
-    """What processes tell each other with a step: added up over all of them, so that each decides the same.
+    """Values that processes exchange in each step: summed over all of them, so that all make the same decision.
 
-    waited: seconds that a process waited for the step's data. stop: whether it was asked to stop. checkpoint_due:
-    whether it is time to write one.
+    waited: seconds that a process waited for the step's data. stop: whether a stop was requested. checkpoint_due:
+    whether it is time to write a checkpoint.
     """
 
     waited: float = 0.0
@@ -31,14 +31,14 @@ class Flags(NamedTuple):
     checkpoint_due: float = 0.0
 
     def on(self, device: torch.device) -> Tensor:
-        """As a tensor (3,). Numbers are filled in there, one by one: copying them over would wait for the device."""
+        """As a tensor (3,), filled one by one on the device: copying from the host would wait for the device."""
         return torch.cat([torch.full((1,), float(value), device=device) for value in self])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave, on its way to the host: loss terms over the global batch, flags, gradient norm. ``arrived`` is
-    the device's mark behind it, None where it is there at once."""
+    """Results of a step, on their way to the host: loss terms over the global batch, flags, gradient norm. ``arrived``
+    is a CUDA event recorded after the copy; None on a CPU."""
 
     batch: Batch
     lr: float
@@ -46,12 +46,12 @@ class Outcome:
     arrived: torch.cuda.Event | None
 
     def values(self) -> dict[str, float]:
-        """``TERMS`` and ``grad_norm``. Waits for this step, not for what was begun after it."""
+        """``TERMS`` and ``grad_norm``. Waits for this step, not for later ones."""
         *terms, norm = on_host(self.figures, self.arrived)
         return dict(zip(TERMS, terms, strict=False)) | {"grad_norm": norm}
 
     def flags(self) -> Flags:
-        """Added up over processes. Waits as ``values`` does."""
+        """Summed over processes. Waits as ``values`` does."""
         return Flags(*on_host(self.figures, self.arrived)[len(TERMS) : -1])
 
 
@@ -61,15 +61,15 @@ NO_FLAGS = Flags()
 class Step:
     """Trains on a batch.
 
-    A loss or gradient that is not finite leaves weights and optimizer as they are, in this and all later steps: the
-    host learns of it when it reads the outcome, which may be a step later, and nothing has been spoilt meanwhile.
+    After a loss or gradient that is not finite, this and all later steps leave weights and optimizer unchanged. The
+    host may read the outcome one step later, and nothing is corrupted in the meantime.
 
     Args:
-        module, objective: the objective as it is called, wrapped or not, and the bare one.
+        module, objective: the module to call (wrapped or not), and the bare objective.
         optimizer: fused.
-        axes: of the stored arrays, as ``split`` takes them.
-        latents: where targets come from.
-        accumulation: parts that a batch is cut into.
+        axes: sample axes of the stored arrays, as for ``split``.
+        latents: the source of the targets.
+        accumulation: number of parts of a batch.
         clip: largest gradient norm.
         world: the processes.
     """
@@ -96,30 +96,30 @@ class Step:
         self.clip = clip
         self.world = world
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.spoilt = torch.zeros((), device=world.device)
+        self.found_inf = torch.zeros((), device=world.device)
 
     def __call__(self, batch: Batch, lr: float, flags: Flags = NO_FLAGS) -> Outcome:
-        """Train on this process's share of a batch at a learning rate; flags are added up over processes."""
+        """Train on this process's share of a batch at a learning rate; flags are summed over processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         terms = self.backward(batch, self.accumulation)
         figures = self.world.sum(torch.cat([terms, flags.on(terms.device)]))
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         figures = torch.cat([figures, norm.reshape(1).float()])
         good = figures[0].isfinite() & norm.isfinite()
-        self.spoilt = torch.maximum(self.spoilt, (~good).float())
-        self.optimizer.found_inf = self.spoilt  # type: ignore[attr-defined]
+        self.found_inf = torch.maximum(self.found_inf, (~good).float())
+        self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
         return Outcome(batch, lr, *to_host(figures))
 
     def backward(self, batch: Batch, accumulation: int) -> Tensor:
-        """This process's share of the loss terms (5,); gradients are made anew."""
+        """This process's share of the loss terms (5,); replaces the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(len(TERMS), device=self.world.device)
         parts = split(batch, self.axes, accumulation)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            with nullcontext() if last else without_exchange(self.module, self.world):
+            with nullcontext() if last else no_sync(self.module, self.world):
                 terms = forward(self.module, part, self.latents(part))
                 # DDP and FSDP average over processes; the loss is a sum over them.
                 (terms[0] * self.world.ranks).backward()
@@ -128,10 +128,10 @@ class Step:
 
 
 def to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Figures on their way to the host, and the event that says when they are there.
+    """Starts copying figures to the host; returns the copy, and the event that marks its completion.
 
-    Copied when they are read, they would come after all that the device has been given since. The event is one of the
-    figures' own device, whichever is current; who waits for it sleeps, since cores are for the loader.
+    If they were copied only when read, the copy would queue behind all work submitted since. The event belongs to the
+    figures' own device, whichever is current. Waiting for it blocks without spinning, since the loader needs the cores.
     """
     if figures.device.type != "cuda":
         return figures, None
@@ -143,7 +143,7 @@ def to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def on_host(figures: Tensor, arrived: torch.cuda.Event | None) -> list[float]:
-    """What ``to_host`` gave, as soon as it is there."""
+    """The values of a copy that ``to_host`` started; waits for it."""
     if arrived:
         arrived.synchronize()
     numbers: list[float] = figures.tolist()
@@ -151,14 +151,14 @@ def on_host(figures: Tensor, arrived: torch.cuda.Event | None) -> list[float]:
 
 
 def forward(module: nn.Module, batch: Batch, latents: Mapping[str, Tensor]) -> Tensor:
-    """The share of a decoded batch, or of a part of one, in the terms of an objective."""
+    """The contribution of a decoded batch, or of a part of one, to the terms of an objective."""
     repeat = len(batch.visible) // len(batch.weights)
-    # Filled in on the device: as a number it would be compiled in.
+    # A tensor on the device: a Python number would be compiled into the graph.
     real = torch.full((), float(batch.real * repeat), device=batch.pixels.device)
     terms: Tensor = module(batch.pixels, latents, batch.visible, batch.masked, batch.drop, batch.weights, real)
     return terms
 
 
 def cached(batch: Batch) -> Mapping[str, Tensor]:
-    """Latents as they came from the store."""
+    """Latents from the store."""
     return batch.arrays

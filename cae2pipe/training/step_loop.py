@@ -1,4 +1,4 @@
-"""The loop of all training: steps, outcomes read behind them, checkpoints, and stops in good order."""
+"""The loop of all training: steps, delayed reading of outcomes, checkpoints, and orderly stops."""
 
 from __future__ import annotations
 
@@ -22,51 +22,45 @@ Outcome = TypeVar("Outcome")
 
 
 class Training(Protocol[Item, Outcome]):
-    """What is trained, and what is told of it. Every process calls all of it, in the same order."""
+    """A training: its steps and its records. Every process makes all calls, in the same order."""
 
     metrics: MetricsFile | None
-    """In the leading process."""
+    """Writes in the leading process only."""
 
     def items(self) -> Iterator[Item]:
-        """What each step takes, from the first that is not done yet."""
+        """The input of each step, from the first step that is not done yet."""
 
     def step(self, item: Item, flags: Flags) -> Outcome:
-        """Train on an item, without a wait for the device; the flags are added up over processes."""
+        """Train on an item without waiting for the device; the flags are summed over processes."""
 
     def out_of_memory(self, item: Item, reason: str) -> OutOfMemoryError:
-        """The error to raise where a step did not fit the device: it says what would. ``reason``: what torch said."""
+        """The error to raise if a step does not fit the device: it says what would fit. ``reason``: torch's message."""
 
     def settle(self, outcome: Outcome) -> Flags:
-        """Wait for an outcome, and tell of it. Raises DivergedError where it is not finite."""
+        """Wait for an outcome and record it. Raises DivergedError if it is not finite."""
 
     def ends_epoch(self, done: int) -> bool:
-        """Whether ``end_epoch`` is to be called after that many steps."""
+        """Whether ``end_epoch`` must be called after ``done`` steps."""
 
     def end_epoch(self, done: int) -> bool:
-        """Close an epoch whose outcomes are all settled. Gives whether to write a checkpoint."""
+        """End an epoch whose outcomes are all settled. Returns whether to write a checkpoint."""
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that training resumes from; only the leading process's are written."""
+        """Tensors and plain values that training resumes from; only those of the leading process are written."""
 
 
 def run_steps(
-    training: Training[Item, Outcome],
-    start: int,
-    limit: int,
-    *,
-    checkpoints: Checkpoints,
-    world: World,
-    report: Report,
+    training: Training[Item, Outcome], start: int, limit: int, *, checkpoints: Checkpoints, world: World, report: Report
 ) -> int:
-    """Steps from ``start`` to ``limit``. Returns the steps done.
+    """Run the steps from ``start`` to ``limit``. Returns the steps done.
 
-    On a device the outcome of a step is read when the next one has been begun, so that it never waits for the host.
-    What the processes must agree on, to stop or to write a checkpoint, travels with the outcome. A stop that is asked
-    for (Ctrl-C, SIGTERM, SIGUSR1) comes after the step that is being done, with a checkpoint.
+    On a device the outcome of a step is read after the next one has started, so the device never waits for the host.
+    Decisions that all processes share, to stop or to write a checkpoint, are part of the outcome. A requested stop
+    (Ctrl-C, SIGTERM, SIGUSR1) takes effect after the current step, with a checkpoint.
 
     Raises:
-        KeyboardInterrupt, Terminated, Requeued: as was asked for, here or of another process. DivergedError,
-        OutOfMemoryError: as ``training`` has them. CompileError: a step cannot be compiled.
+        KeyboardInterrupt, Terminated, Requeued: as requested, in this or another process. DivergedError,
+        OutOfMemoryError: from ``training``. CompileError: a step cannot be compiled.
     """
     ahead = runs_ahead(world.device)
     pending: Outcome | None = None
@@ -78,7 +72,7 @@ def run_steps(
         nonlocal saved, saved_at
         state = training.state()
         if training.metrics:
-            # Metrics first: a checkpoint must never be ahead of the lines it promises.
+            # Metrics first: the lines of all steps before a checkpoint must be on disk.
             training.metrics.sync()
             checkpoints.save(done, state)
         saved, saved_at = done, time.monotonic()
@@ -88,7 +82,7 @@ def run_steps(
         began = time.monotonic()
         for item in items:
             now = time.monotonic()
-            overdue = world.leads and now - saved_at > 60 * checkpoints.minutes
+            overdue = world.is_main and now - saved_at > 60 * checkpoints.minutes
             flags = Flags(waited=now - began, stop=stop.exception is not None, checkpoint_due=overdue)
             full: str | None = None
             try:
@@ -97,11 +91,11 @@ def run_steps(
             except torch.OutOfMemoryError as error:
                 full = str(error)
             if full is not None:
-                # Not where it is caught: there the failed pass still holds its memory.
+                # Outside the except block, where the failed pass would still hold its memory.
                 raise training.out_of_memory(item, full)
             pending, late = (outcome, pending) if ahead else (None, outcome)
             flags = Flags() if late is None else training.settle(late)
-            # Alone there is nobody to agree with.
+            # A single process needs no agreement.
             stopping = flags.stop > 0 or (world.ranks == 1 and stop.exception is not None)
             due = flags.checkpoint_due > 0
             done += 1
@@ -115,18 +109,18 @@ def run_steps(
             if last or stopping:
                 break
             began = time.monotonic()
-        # A signal to all processes of a job has ended the workers, and with them the items.
+        # A signal to all processes of a job has ended the workers, so there are no more items.
         if pending is not None:
             training.settle(pending)
         if done > saved:
             save()
         if stopping or stop.exception or done < limit:
-            report.log(f"stopped after {done} steps; the same command goes on from there")
-            # Another process may have been told, and not this one.
+            report.log(f"stopped after {done} steps; rerun the same command to resume")
+            # Perhaps only another process received the signal.
             raise stop.exception or Terminated
     return done
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether work is only begun when it is asked for, and done later."""
+    """Whether the device works asynchronously."""
     return device.type != "cpu"

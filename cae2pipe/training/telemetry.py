@@ -1,4 +1,4 @@
-"""What a run says of itself: a line a step in ``metrics.jsonl``, the panel, TensorBoard, wandb."""
+"""Metrics of a run: one line per step in ``metrics.jsonl``, the panel, TensorBoard, wandb."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 import torch
 
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.places import read_bytes
+from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World
 from cae2pipe.training.flops import peak_tflops, training_flops
-from cae2pipe.training.metrics import MetricsFile
+from cae2pipe.training.metrics import METRICS_FILE, MetricsFile
 from cae2pipe.training.objective import TERMS
 from cae2pipe.training.step import Outcome
 
-CLOCKED = ("images_per_s", "devices", "data_wait", "mfu", "memory_gb", "left_s")
-"""Figures of a line that depend on the machine; all others a repeated run gives again."""
+MACHINE_METRICS = ("images_per_s", "devices", "data_wait", "mfu", "memory_gb", "left_s")
+"""Figures of a line that depend on the machine; a repeated run reproduces all others."""
 
 
 class Telemetry:
-    """Writes down every step, in the leading process.
+    """Records every step, in the leading process.
 
     Args:
-        out: the run's folder. settings: the run's. target_dim: D. start, total: first step and number of all.
+        out: the run's folder. settings: the run's. target_dim: D. start, total: first step and total number of steps.
         world: the processes. report: the panel or the log.
 
     Raises:
@@ -56,17 +56,17 @@ class Telemetry:
         self.flops = training_flops(settings, target_dim)
         peak = peak_tflops(world.device, settings.speed.peak_tflops)
         self.peak = peak and peak * 1e12 * world.ranks
-        self.metrics = MetricsFile(out / "metrics.jsonl", start, report)
-        self.trackers = [make_tracker(name, out, settings, start) for name in settings.track]
+        self.metrics = MetricsFile(out / METRICS_FILE, start, report)
+        self.trackers = [make_tracker(name, out, settings, start=start) for name in settings.track]
         report.total(total, "steps", done=start)
         self.began = self.last = time.monotonic()
         self.start = start
         if world.device.type == "cuda":
-            # An earlier run of this process may have needed more.
+            # An earlier run in this process may have needed more.
             torch.cuda.reset_peak_memory_stats(world.device)
 
     def step(self, outcome: Outcome, values: dict[str, float], waited: float) -> None:
-        """Tell of a step. ``waited``: seconds that its processes waited for data, on average."""
+        """Record a step. ``waited``: seconds that its processes waited for data, on average."""
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         batch = outcome.batch
@@ -109,7 +109,7 @@ class Telemetry:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most: the device's since its statistics were reset, or this process's so far where that is the CPU."""
+    """Peak memory in bytes: the device's since its statistics were reset, or this process's so far on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -117,7 +117,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/``; what a killed run had written beyond its checkpoint is hidden."""
+    """Event files in ``tensorboard/``; steps that a killed run wrote after its last checkpoint are hidden."""
 
     def __init__(self, out: Path, settings: PretrainSettings, start: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -134,7 +134,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, named after the folder; going on, it goes on there."""
+    """A run of Weights & Biases, named after the folder; a resumed run resumes there too."""
 
     def __init__(self, out: Path, settings: PretrainSettings, start: int):
         import wandb
@@ -151,7 +151,7 @@ class Wandb:
 
     def write(self, line: dict[str, Any]) -> None:
         known = {name: value for name, value in line.items() if value is not None}
-        # Else a step would be kept back until the next one, and lost with a run that is cut off.
+        # Otherwise a step would be held back until the next one, and lost if the run is killed.
         self._run.log(known, step=line["step"], commit=True)
 
     def close(self) -> None:
@@ -159,28 +159,28 @@ class Wandb:
 
 
 def wandb_id(marker: Path) -> str:
-    """What wandb calls a run: kept in a file of the run's folder, so that a resumed run is the same there.
+    """The id of a run in wandb: kept in a file of the run's folder, so that a resumed run has the same id.
 
     Raises:
         SettingsError: the file holds something else.
     """
     try:
-        found = read_bytes(marker).strip()
+        identity = read_bytes(marker).strip()
     except FileNotFoundError:
-        found = secrets.token_hex(4).encode()
-        write_bytes(marker, found + b"\n")
-    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", found):
+        identity = secrets.token_hex(4).encode()
+        write_bytes(marker, identity + b"\n")
+    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", identity):
         raise SettingsError(
-            "this file holds no id of a run of wandb", where=marker, fix="delete it for a new run there"
+            "this file does not contain a wandb run id", where=marker, fix="delete it to start a new wandb run"
         )
-    return found.decode()
+    return identity.decode()
 
 
 TRACKERS: dict[str, type[TensorBoard | Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
-def make_tracker(name: str, out: Path, settings: PretrainSettings, start: int) -> TensorBoard | Wandb:
-    """A tracker by name. Raises SettingsError where its package is not installed."""
+def make_tracker(name: str, out: Path, settings: PretrainSettings, *, start: int) -> TensorBoard | Wandb:
+    """A tracker by name. Raises SettingsError if its package is not installed."""
     try:
         return TRACKERS[name](out, settings, start)
     except ImportError:

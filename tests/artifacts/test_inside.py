@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cae2pipe.artifacts.inside import inside
-from cae2pipe.artifacts.places import place
-from cae2pipe.artifacts.staging import Stage, stage_path
+from cae2pipe.artifacts.staging import StagedUnit, stage_path
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.errors import BadInputError
 
 HOSTILE = ["/etc/x", "..", "a/../../x", "../x", "a//b", "", ".", "a/.", "a\\..\\b", "a\0b"]
@@ -21,13 +21,13 @@ HOSTILE = ["/etc/x", "..", "a/../../x", "../x", "a//b", "", ".", "a/.", "a\\..\\
 def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "precious").write_bytes(b"")
-    for root in (tmp_path / "root", place(f"memory://{uuid.uuid4().hex}")):
+    for root in (tmp_path / "root", to_path(f"memory://{uuid.uuid4().hex}")):
         for path in (inside, stage_path):
-            with pytest.raises(BadInputError, match="no path inside the folder"):
+            with pytest.raises(BadInputError, match="is not a path inside the folder"):
                 path(root, name)
-    stage = Stage(tmp_path / "root", "v00/000000")
+    stage = StagedUnit(tmp_path / "root", "v00/000000")
     for refused in (stage.path, stage.commit):
-        with pytest.raises(BadInputError, match="no path inside the folder"):
+        with pytest.raises(BadInputError, match="is not a path inside the folder"):
             refused(name)
     stage.discard()
     assert (tmp_path / "precious").exists()
@@ -49,7 +49,7 @@ def test_a_linked_folder_on_the_way_is_refused(tmp_path: Path) -> None:
     (outside / "000000.zarr").mkdir(parents=True)
     (root / "latents").mkdir(parents=True)
     (root / "latents" / "v00").symlink_to(outside)
-    stage = Stage(root, "v00/000000")
+    stage = StagedUnit(root, "v00/000000")
     with pytest.raises(BadInputError, match="symbolic link"):
         stage.path("latents/v00/000000.zarr")
     assert (outside / "000000.zarr").is_dir()

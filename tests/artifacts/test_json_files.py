@@ -62,7 +62,7 @@ def test_files_are_bounded_and_regular(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("[1, 2]")
     assert read_json(path, fix="none") == [1, 2]
-    with pytest.raises(ManifestError, match="has 6 bytes, and no more than 5"):
+    with pytest.raises(ManifestError, match="too large: 6 bytes, at most 5"):
         read_json(path, fix="none", limit=5)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(OSError, match="not a regular file"):

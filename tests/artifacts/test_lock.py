@@ -10,8 +10,8 @@ import pytest
 
 from cae2pipe.artifacts import lock
 from cae2pipe.artifacts.lock import can_lock, holding, writing
-from cae2pipe.artifacts.parts import Part
-from cae2pipe.artifacts.places import file_sizes, place, put_bytes
+from cae2pipe.artifacts.storage import file_sizes, put_bytes, to_path
+from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.errors import LockedError
 
 
@@ -19,7 +19,7 @@ from cae2pipe.errors import LockedError
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "local":
         return tmp_path
-    return place(f"memory://{uuid.uuid4().hex}")
+    return to_path(f"memory://{uuid.uuid4().hex}")
 
 
 def test_a_part_is_held_once_and_free_again_afterwards(root: Path) -> None:
@@ -29,13 +29,13 @@ def test_a_part_is_held_once_and_free_again_afterwards(root: Path) -> None:
 
 
 def test_overlapping_parts_exclude_each_other_and_others_do_not(root: Path) -> None:
-    with writing(root, Part(1, 2)):
-        with writing(root, Part(2, 4)), writing(root, Part(4, 4)):
+    with writing(root, WorkShare(1, 2)):
+        with writing(root, WorkShare(2, 4)), writing(root, WorkShare(4, 4)):
             pass
-        for other in (Part(1, 1), Part(3, 4), Part(1, 2)):
+        for other in (WorkShare(1, 1), WorkShare(3, 4), WorkShare(1, 2)):
             with pytest.raises(LockedError, match="part 1/2"), writing(root, other):
                 pass
-    with writing(root, Part(3, 4)):
+    with writing(root, WorkShare(3, 4)):
         pass
 
 
@@ -54,7 +54,7 @@ def test_what_is_shared_is_waited_for_and_told_once(root: Path, monkeypatch: pyt
 
 
 def test_an_object_whose_owner_is_gone_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = place(f"memory://{uuid.uuid4().hex}")
+    root = to_path(f"memory://{uuid.uuid4().hex}")
     claim = {"id": "x", "host": "elsewhere", "pid": 1}
     path = root / lock.FOLDER / "part-1-of-1"
     put_bytes(path, json.dumps({**claim, "time": lock.time.time()}).encode())
@@ -72,6 +72,6 @@ def test_an_object_whose_owner_is_gone_is_nobodys(monkeypatch: pytest.MonkeyPatc
 
 def test_file_systems_say_whether_they_can_lock(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_lock(root)
-    remote = place(f"memory://{uuid.uuid4().hex}")
+    remote = to_path(f"memory://{uuid.uuid4().hex}")
     monkeypatch.setattr(lock, "create_exclusively", lambda path, data: True)
     assert not can_lock(remote), "a store that ignores the condition"

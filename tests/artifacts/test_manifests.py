@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.manifest import DIGESTED, decode_manifest, decode_unit, encode_unit, seal
+from cae2pipe.artifacts.manifest_kinds import TARGETS
 from cae2pipe.errors import DamageError, ManifestError
 
 VALUES: list[Any] = [
@@ -120,7 +121,7 @@ def test_whoever_makes_the_digests_fit_gets_no_path_past_the_door(manifest: Any)
         ('{"format": 3, "kind": "targets"}', "lacks complete, fingerprint, identity, units"),
         ('{"format": true, "kind": "targets"}', "has format True"),
         ('{"format": 9, "kind": "targets", "units": []}', "has format 9, and this version"),
-        ('{"format": 3, "kind": null}', "kind: None is none"),
+        ('{"format": 3, "kind": null}', "kind: None is unknown"),
         ('{"some": 1}', "was not written by cae2pipe"),
         ("3", "was not written by cae2pipe"),
     ],
@@ -137,10 +138,14 @@ def test_what_is_no_manifest_is_told_apart(text: str, message: str) -> None:
         (("units", "v00/000001"), "x", r"units\.v00/000001: Input should be an object"),
         (("units", "v00/000001", "samples"), "70", r"v00/000001\.samples: .*valid integer; it is '70'"),
         (("units", "v00/000001", "samples"), 69, r"v00/000001: samples: the store does not have the labels of 69"),
-        (("units", "v00/000001", "shard"), "000002", r"v00/000001: view, shard, zarr: these are not the unit's own"),
-        (("units", "v00/000001", "zarr"), "s/../../precious", "zarr: these are not the unit's own"),
-        (("units", "v00/000001", "tar"), "../../victim.tar", "tar: this is not the unit's own"),
-        (("units", "images/000001", "tar"), "images/000000.tar", "tar: these are not the unit's own"),
+        (
+            ("units", "v00/000001", "shard"),
+            "000002",
+            r"v00/000001: view, shard, zarr: they do not match the unit's name",
+        ),
+        (("units", "v00/000001", "zarr"), "s/../../precious", "zarr: they do not match the unit's name"),
+        (("units", "v00/000001", "tar"), "../../victim.tar", "tar: it does not match the unit's name"),
+        (("units", "images/000001", "tar"), "images/000000.tar", "tar: they do not match the unit's name"),
         (("units", "codec", "files", "codec.zarr/../../x"), {"bytes": 1, "sha256": "0" * 64}, r"codec\.files"),
         (("units", "../x"), {}, r"units\.\.\./x"),
         (("teacher", "dim"), "16", r"teacher\.dim: .*valid integer"),
@@ -175,7 +180,8 @@ def test_folders_of_earlier_formats_are_read_without_a_digest(manifest: Any) -> 
 
 
 def test_units_come_back_from_the_journal_as_they_were_written(target_root: Path) -> None:
-    box = open_box(target_root)
+    artifact = open_artifact(target_root)
     for form in (2, 3):
-        for name, unit in box.units.items():
-            assert decode_unit(box.kind, form, name, encode_unit(box.kind, form, name, unit, ""), "") == unit
+        for name, unit in artifact.units.items():
+            data = encode_unit(TARGETS, form, name, unit=unit, where="")
+            assert decode_unit(TARGETS, form, name, data=data, where="") == unit

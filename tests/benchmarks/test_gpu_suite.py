@@ -38,7 +38,7 @@ def run(parts: list[Part], state: State, out: Path, budget: float = 1000) -> dic
 def test_every_part_is_ok_or_says_why_not(state, tmp_path):
     """The parts as they are, in one process, since starting one takes longer than most parts."""
     parts = [replace(part, lane="main") for part in listing.PARTS if part.name not in SAME]
-    content = run(parts, state, tmp_path / "found.json")
+    content = run(parts, state, tmp_path / "result.json")
     assert {name: part["error"] for name, part in content["parts"].items() if not part["ok"]} == {}
     assert [entry["part"] for entry in content["skipped"]] == ["B4"]
     assert "CUDA" in content["skipped"][0]["reason"]
@@ -62,22 +62,22 @@ def test_a_part_that_fails_takes_no_other_along(state, tmp_path, monkeypatch, ca
         Part("long", f"{HERE}:fine", 5000),
         Part("last", f"{HERE}:fine", 1, "apart", ("here",)),
     ]
-    content = run(parts, state, tmp_path / "found.json")
-    found = content["parts"]
-    assert {name: part["ok"] for name, part in found.items()} == {
+    content = run(parts, state, tmp_path / "result.json")
+    parts_done = content["parts"]
+    assert {name: part["ok"] for name, part in parts_done.items()} == {
         "dies": False,
         "raises": False,
         "misses": False,
         "hangs": False,
         "last": True,
     }
-    assert "died of SIGKILL" in found["dies"]["error"]
-    assert "these were its last words" in found["dies"]["error"]
-    assert "RuntimeError: as a part may" in found["raises"]["error"]
-    assert found["raises"]["found"]["rows"] == [{"before": 1}]
-    assert found["misses"]["error"] == "missed: what was hoped for"
-    assert "did not end within" in found["hangs"]["error"]
-    assert found["last"]["found"]["facts"] == {"said": "here"}
+    assert "died of SIGKILL" in parts_done["dies"]["error"]
+    assert "these were its last words" in parts_done["dies"]["error"]
+    assert "RuntimeError: as a part may" in parts_done["raises"]["error"]
+    assert parts_done["raises"]["found"]["rows"] == [{"before": 1}]
+    assert parts_done["misses"]["error"] == "missed: what was hoped for"
+    assert "did not end within" in parts_done["hangs"]["error"]
+    assert parts_done["last"]["found"]["facts"] == {"said": "here"}
     skipped = {entry["part"]: entry["reason"] for entry in content["skipped"]}
     assert skipped.keys() == {"not here", "needs a card", "long"}
     assert skipped["not here"] == "there is no such thing here"
@@ -97,13 +97,13 @@ def test_a_device_left_unusable_is_left_to_child_processes(state, tmp_path, monk
     monkeypatch.setattr(runner, "is_usable", lambda state: False)
     monkeypatch.setattr(runner, "run_apart", run_apart)
     parts = [Part("first", f"{HERE}:fine", 1), Part("raises", f"{HERE}:raises", 1), Part("then", f"{HERE}:fine", 1)]
-    content = run(parts, state, tmp_path / "found.json")
+    content = run(parts, state, tmp_path / "result.json")
     assert apart == ["then"]
     assert content["parts"]["first"]["ok"]
 
 
 def test_the_file_is_whole_after_every_part(state, tmp_path, monkeypatch):
-    out, seen = tmp_path / "found.json", []
+    out, seen = tmp_path / "result.json", []
     real = runner.Record.add
 
     def add(self, part, result):
@@ -123,7 +123,7 @@ def test_a_suite_that_hangs_ends_itself(state, tmp_path, monkeypatch, capfd):
         raise EndedError(code)
 
     monkeypatch.setattr(runner.os, "_exit", leave)
-    out = tmp_path / "found.json"
+    out = tmp_path / "result.json"
     record = runner.Record(out, {}, 0.0)
     process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
     with pytest.raises(EndedError):
@@ -164,7 +164,7 @@ def test_estimates_fit_the_budget():
 
 
 def test_the_command_writes_what_it_was_asked_for(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "found.json"
+    out = tmp_path / "result.json"
     monkeypatch.setattr(command.sys, "argv", ["gpu", "--device", "cpu", "--quick", "--parts", "E2", "--out", str(out)])
     monkeypatch.setattr(command, "BEGAN", command.time.perf_counter())
     monkeypatch.delenv("CAE2PIPE_REAL", raising=False)
@@ -192,12 +192,12 @@ def test_waiting_for_the_device_is_looked_for_in_warm_steps(state, monkeypatch):
         return real(self)
 
     monkeypatch.setattr(compiled.Outcome, "values", values)
-    found = Found()
-    compiled.without_waiting(state, found)
+    measured = Found()
+    compiled.without_waiting(state, measured)
     assert modes == ["error", "default"] * 2
     warm = [step for mode, step in read if mode == "error"]
     assert warm == [2, 3, 4] * 2
-    assert all(row["ok"] for row in found.checks)
+    assert all(row["ok"] for row in measured.checks)
 
 
 def test_a_card_is_described_and_cleaned_as_torch_allows(state, monkeypatch):
@@ -224,8 +224,8 @@ def test_a_card_is_described_and_cleaned_as_torch_allows(state, monkeypatch):
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     monkeypatch.setattr(State, "on_cuda", property(lambda self: True))
     monkeypatch.setattr(State, "backend", "aot_eager")
-    told = machine.card(state.place)
-    assert told["device_memory_gb"] == 80.0
+    described = machine.card(state.place)
+    assert described["device_memory_gb"] == 80.0
     assert run_here(Part("fine", f"{HERE}:fine", 1), state).ok
     assert calls["reset_peak_memory_stats"].called
     with exhaustion.limited(state, Found()):
@@ -236,6 +236,6 @@ def test_a_card_is_described_and_cleaned_as_torch_allows(state, monkeypatch):
     assert [speed.first_batch(full, name) for name in ("base", "large")] == [2048, 512]
     about.total_memory = 24e9
     assert speed.first_batch(full, "base") == 512
-    found = Found()
-    speed.size(state, found, "tiny", "eager")
-    assert found.rows[0]["reserved_gb"] == 2.0
+    measured = Found()
+    speed.size(state, measured, "tiny", "eager")
+    assert measured.rows[0]["reserved_gb"] == 2.0

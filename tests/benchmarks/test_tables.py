@@ -11,7 +11,7 @@ from benchmarks import tables
 PAGES = tables.pages()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=[path.name for path in PAGES])
+@pytest.mark.parametrize("path", PAGES, ids=[path.relative_to(tables.ROOT).as_posix() for path in PAGES])
 def test_a_page_shows_what_was_measured(path):
     text = path.read_text()
     assert text.count("<!-- figures: ") == len(tables.MARKED.findall(text))
@@ -19,7 +19,7 @@ def test_a_page_shows_what_was_measured(path):
 
 
 def test_every_table_stands_on_a_page():
-    shown = {found[1] for path in PAGES for found in tables.MARKED.findall(path.read_text())}
+    shown = {match[1] for path in PAGES for match in tables.MARKED.findall(path.read_text())}
     assert shown == tables.TABLES.keys()
 
 

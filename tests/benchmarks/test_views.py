@@ -31,7 +31,7 @@ def measure(work, tmp_path, monkeypatch):
     """The script with options, on noise; gives what it has written."""
 
     def run(*options: str) -> dict:
-        out = tmp_path / "found.json"
+        out = tmp_path / "result.json"
         arguments = ["views", "--quick", "--work", str(work), "--epochs", "2", "--out", str(out)]
         monkeypatch.delenv("CAE2PIPE_REAL", raising=False)
         monkeypatch.setattr(sys, "argv", [*arguments, *options])
@@ -63,13 +63,15 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
     assert one["kb_pixels_once"] == pytest.approx(one["kb_latents"] + 3)
     assert one["held_out_loss"] < rows["v1-s0", 1]["held_out_loss"]
     # As the library itself scores the run that is finished.
-    linear = load(LinearSettings, "evaluate", "linear", ["cached_crops=1", f"sweep={list(FAST_RATES)}"])
-    for kind, settings in (("knn", load(KnnSettings, "evaluate", "knn", ["k=20"])), ("linear", linear)):
-        found = evaluate(kind, str(work / "runs" / "v1-s0"), bench.data, tmp_path / kind, settings, Silent())
-        assert found["feature"] == "class"
-        assert one[kind] == pytest.approx(100 * found["top1"], abs=0.01)
+    linear = load(LinearSettings, "evaluate", "linear", overrides=["cached_crops=1", f"sweep={list(FAST_RATES)}"])
+    for kind, settings in (("knn", load(KnnSettings, "evaluate", "knn", overrides=["k=20"])), ("linear", linear)):
+        result = evaluate(
+            kind, str(work / "runs" / "v1-s0"), bench.data, out=tmp_path / kind, settings=settings, report=Silent()
+        )
+        assert result["feature"] == "class"
+        assert one[kind] == pytest.approx(100 * result["top1"], abs=0.01)
 
-    monkeypatch.setattr(view_arms, "pretrain", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(view_arms, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     before = snapshot(work)
     again = measure("--only-score", "--arms", ARMS + ",fresh-s0", "--linear", "2", "--pixels-once", "3")
     assert again["rows"] == first["rows"]
@@ -79,13 +81,13 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
 def test_arms_of_another_device_are_drawn_beside(measure, tmp_path):
     rows = measure("--arms", ARMS)["rows"]
     own = [row for row in rows if row["arm"] == "v1-s0"]
-    beside = views.rows_beside(tmp_path / "found.json", own)
+    beside = views.rows_beside(tmp_path / "result.json", own)
     assert beside == [row for row in rows if row["arm"] == "v2-k90-s0"] != []
     assert views.rows_beside(None, own) == []
 
 
 def test_a_run_of_another_process_is_scored_as_far_as_it_is(measure, bench, work, monkeypatch):
-    def locked(*arguments):
+    def locked(*_, **__):
         raise LockedError("another process is writing this folder")
 
     measure("--arms", "v1-s0")

@@ -34,8 +34,10 @@ def made(tmp_path_factory, trained_run) -> Path:
     run = trained_run()
 
     def score(kind, spec, out):
-        settings = load(EVALUATIONS[kind], "evaluate", kind, [*SET[kind], "speed.workers=0", "speed.device=cpu"])
-        evaluate(kind, str(spec), data, root / "scores" / out, settings, Silent())
+        settings = load(
+            EVALUATIONS[kind], "evaluate", kind, overrides=[*SET[kind], "speed.workers=0", "speed.device=cpu"]
+        )
+        evaluate(kind, str(spec), data, out=root / "scores" / out, settings=settings, report=Silent())
 
     score("knn", run, "a")
     score("knn", f"random:{run}", "b/deep")

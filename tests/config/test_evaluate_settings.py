@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cae2pipe.config.base import identity, load, preset_names, show
+from cae2pipe.config.base import fingerprinted, load, preset_names, show
 from cae2pipe.config.dense import DENSE
 from cae2pipe.config.evaluate import EVALUATIONS, FinetuneSettings, KnnSettings, LinearSettings
 from cae2pipe.config.stages import settings_class
@@ -27,7 +27,7 @@ def test_every_evaluation_has_its_preset_and_every_preset_its_evaluation():
 
 
 def finetune(size: str, *overrides: str) -> FinetuneSettings:
-    return load(FinetuneSettings, "evaluate", f"finetune-{size}", overrides)
+    return load(FinetuneSettings, "evaluate", f"finetune-{size}", overrides=overrides)
 
 
 def test_fine_tuning_presets_are_the_papers_table_10():
@@ -73,38 +73,38 @@ def test_presets_are_the_published_protocols():
 
 
 def test_one_k_is_enough():
-    assert load(KnnSettings, "evaluate", "knn", ["k=5"]).k == (5,)
-    assert load(KnnSettings, "evaluate", "knn", ["k=[5, 1]"]).k == (5, 1)
+    assert load(KnnSettings, "evaluate", "knn", overrides=["k=5"]).k == (5,)
+    assert load(KnnSettings, "evaluate", "knn", overrides=["k=[5, 1]"]).k == (5, 1)
 
 
 def test_speed_changes_no_identity():
-    fast = load(KnnSettings, "evaluate", "knn", ["speed.workers=3", "speed.batch=7", "speed.device=cpu"])
-    assert identity(fast) == identity(load(KnnSettings, "evaluate", "knn"))
-    assert identity(load(KnnSettings, "evaluate", "knn", ["features.crop=1"])) != identity(fast)
+    fast = load(KnnSettings, "evaluate", "knn", overrides=["speed.workers=3", "speed.batch=7", "speed.device=cpu"])
+    assert fingerprinted(fast) == fingerprinted(load(KnnSettings, "evaluate", "knn"))
+    assert fingerprinted(load(KnnSettings, "evaluate", "knn", overrides=["features.crop=1"])) != fingerprinted(fast)
 
 
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
         ("knn", "k=0", "at least 1"),
-        ("knn", "k=[]", "at least one"),
+        ("knn", "k=[]", "1 to 100 numbers"),
         ("knn", "k=[20, -1]", "at least 1"),
         ("knn", "temperature=0", "temperature"),
         ("knn", "temprature=0.1", "did you mean 'temperature'?"),
         ("knn", "features.feature=cls", "features.feature"),
         ("knn", "features.crop=1.5", "features.crop"),
         ("linear", "batch=1", "batch"),
-        ("linear", "epochs=10", "warmup_epochs 10 leaves nothing of 10 epochs"),
+        ("linear", "epochs=10", "warmup_epochs (10) must be less than epochs (10)"),
         ("linear", "lr=.inf", "lr"),
         ("linear", "sweep=[0.1]", "needs cached crops"),
-        ("finetune", "chunk=100", "chunk 100 does not divide batch 1024: set chunk=64"),
+        ("finetune", "chunk=100", "batch 1024 is not divisible by chunk 100: set chunk=64"),
         ("finetune", "chunk=1", "chunk"),
-        ("finetune", "batch=1025", "does not divide"),
+        ("finetune", "batch=1025", "is not divisible by"),
         ("finetune", "draw.scale=[0.5, 0.1]", "not a range"),
-        ("attentive", "warmup_epochs=90", "leaves nothing"),
+        ("attentive", "warmup_epochs=90", "must be less than epochs"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, override, message):
     with pytest.raises(SettingsError) as caught:
-        load(EVALUATIONS[name], "evaluate", name, [override])
+        load(EVALUATIONS[name], "evaluate", name, overrides=[override])
     assert message in str(caught.value)

@@ -94,21 +94,21 @@ def calls(monkeypatch) -> Calls:
 def parts(target_root, pretrain_settings):
     """Two batches without padding, each from two workers, and how they are joined."""
     targets = TargetSet(target_root)
-    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": "device"}), 4)
+    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": "device"}), drop_columns=4)
     return itertools.islice(load_parts(plan, 0, 2), 2), plan.layout.sample_axes()
 
 
 def test_the_decoder_is_called_when_its_stream_has_nothing_left_to_do(calls, parts):
-    found = on_device(*parts, DEVICE)
-    first = next(found)
+    batches = on_device(*parts, DEVICE)
+    first = next(batches)
     upload = [("copy", "upload")] * 2 + [("synchronize", "upload"), ("decode", "upload"), ("record", "upload")]
     # The second is on its way before the first is given out.
     assert calls.log[: 2 * len(upload)] == 2 * upload
     handed = [("wait for upload", "main")] + [("keep for", "main")] * count(first)
     assert calls.log[2 * len(upload) :] == handed
-    second = next(found)
+    second = next(batches)
     assert calls.log[2 * len(upload) :] == 2 * handed
-    assert next(found, None) is None
+    assert next(batches, None) is None
     assert all((batch.pixels > 0).any() and batch.pixels.shape == (32, 3, 32, 32) for batch in (first, second))
 
 

@@ -19,8 +19,8 @@ from cae2pipe.evaluation.encoders import load_encoder
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
 from cae2pipe.runtime.world import World
-from cae2pipe.supervised.course import Chunk, full_batches
 from cae2pipe.supervised.normalised import Normalised
+from cae2pipe.supervised.schedule import Chunk, full_batches
 from tests.cuda.simulated import on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -37,7 +37,14 @@ def encoder(tmp_path_factory) -> str:
 
 
 def backbone(encoder: str, device: torch.device, size: int | None, relative_positions: bool) -> Normalised:
-    return prepared_encoder(load_encoder(encoder, 0, device), encoder, size, 0.1, 0.1, relative_positions)
+    return prepared_encoder(
+        load_encoder(encoder, 0, device),
+        encoder,
+        image_size=size,
+        layer_scale=0.1,
+        drop_path=0.1,
+        relative_positions=relative_positions,
+    )
 
 
 def check_on_device(learner: SegmentLearner | DetectLearner) -> None:
@@ -53,8 +60,9 @@ def check_on_device(learner: SegmentLearner | DetectLearner) -> None:
 def segment_learner(encoder: str, device: torch.device, bf16: bool) -> SegmentLearner:
     settings = SegmentSettings(image_size=48, decoder_width=16, batch=4, chunk=2, steps=2, warmup_steps=0, stride=20)
     segmenter = build_segmenter(backbone(encoder, device, 48, True), 3, settings)
-    course = full_batches(4, 4, 2, 1, 0, 2)
-    return SegmentLearner(segmenter, settings, course, bf16, False, World(0, 1, device), SimpleNamespace())
+    schedule = full_batches(4, 4, 2, epochs=1, seed=0, length=2)
+    world, val = World(0, 1, device), SimpleNamespace()
+    return SegmentLearner(segmenter, settings, schedule, bf16=bf16, compiled=False, world=world, val=val)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -73,8 +81,8 @@ def test_a_step_of_segmentation(precision, encoder, cuda):
         loss = learner.step(chunks, 0, 4)
         assert cuda.waits == []
         check_on_device(learner)
-        found = learner.predict(image, (80, 140))
-        assert (found.device, found.dtype, found.shape) == (CUDA, torch.int64, (80, 140))
+        predicted = learner.predict(image, (80, 140))
+        assert (predicted.device, predicted.dtype, predicted.shape) == (CUDA, torch.int64, (80, 140))
     assert on_cpu(loss).item() == pytest.approx(wanted.item(), rel=0.05)
     # The classifier, whose labels these are, is in float32.
     assert set(cuda.products) == ({BF16, FP32} if PRECISIONS[precision] else {FP32})
@@ -86,7 +94,8 @@ def detect_learner(encoder: str, device: torch.device, bf16: bool, cascade: bool
     )
     detector = build_detector(backbone(encoder, device, None, False), 2, settings)
     val = SimpleNamespace(classes=["red", "blue"])
-    return DetectLearner(detector, settings, full_batches(4, 4, 2, 12, 0), bf16, World(0, 1, device), val)
+    schedule, world = full_batches(4, 4, 2, epochs=12, seed=0), World(0, 1, device)
+    return DetectLearner(detector, settings, schedule, bf16=bf16, world=world, val=val)
 
 
 def box_chunk(number: int) -> BoxChunk:
@@ -119,6 +128,6 @@ def test_a_step_of_detection(cascade, precision, encoder, cuda, monkeypatch):
         loss = learner.step([chunk.to(CUDA) for chunk in chunks], 0, 4)
         assert (loss.device, loss.dtype) == (CUDA, FP32)
         check_on_device(learner)
-        found = learner.detect(entry, image, (60, 62))
+        predicted = learner.detect(entry, image, (60, 62))
     assert on_cpu(loss).item() == pytest.approx(wanted.item(), rel=0.1)
-    assert all(each["category_id"] in (1, 2) for each in found)
+    assert all(each["category_id"] in (1, 2) for each in predicted)

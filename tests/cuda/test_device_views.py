@@ -21,13 +21,16 @@ def test_views_are_rendered_where_images_are_without_waiting(device, cuda, monke
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, (20 + 7 * view, 60 - view, 3), dtype=np.uint8) for view in range(12)]
-    draws = [draw_view(CHOSEN, 0, "key", view, *array.shape[:2]) for view, array in enumerate(arrays)]
+    draws = [
+        draw_view(CHOSEN, 0, "key", view=view, height=array.shape[0], width=array.shape[1])
+        for view, array in enumerate(arrays)
+    ]
     views = [render_view(Image.fromarray(array), draw, CHOSEN) for array, draw in zip(arrays, draws, strict=True)]
     wanted = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
     with cuda:
         there = [torch.from_numpy(array).permute(2, 0, 1).to(device, non_blocking=True) for array in arrays]
-        found = render_views(there, np.stack([draw.to_row() for draw in draws]), 32)
-        assert found.device == device
+        got = render_views(there, np.stack([draw.to_row() for draw in draws]), 32)
+        assert got.device == device
         assert cuda.waits == []
-        assert torch.equal(on_cpu(found), wanted)
+        assert torch.equal(on_cpu(got), wanted)
     assert len(pinned) == 5

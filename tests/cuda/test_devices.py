@@ -9,7 +9,7 @@ import torch.distributed as dist
 from cae2pipe.errors import SettingsError
 from cae2pipe.runtime.device import pick_device, resolve_precision
 from cae2pipe.runtime.ranks import Rank
-from cae2pipe.runtime.world import joined
+from cae2pipe.runtime.world import init_distributed
 
 ALONE = Rank()
 
@@ -35,10 +35,10 @@ def test_a_lone_process_takes_the_device_that_is_named(machine):
 @pytest.mark.parametrize(
     ("name", "rank", "message", "fix"),
     [
-        ("cuda:8", ALONE, "cuda:8 is not on this machine .8 CUDA devices", "--device auto"),
-        ("cuda:9", ALONE, "cuda:9 is not on this machine .8 CUDA devices", "--device auto"),
-        ("cuda", Rank(9, 10, 9, 10), "cuda:9 is not on this machine", "at most 8 processes"),
-        ("cuda:1", Rank(0, 2, 0, 2), "one device for the 2 processes", "--device cuda"),
+        ("cuda:8", ALONE, "no device cuda:8 .CUDA devices: 8", "--device auto"),
+        ("cuda:9", ALONE, "no device cuda:9 .CUDA devices: 8", "--device auto"),
+        ("cuda", Rank(9, 10, 9, 10), "no device cuda:9", "at most 8 processes"),
+        ("cuda:1", Rank(0, 2, 0, 2), "a single device, but 2 processes", "--device cuda"),
         ("cuda:x", ALONE, "unknown device", "cuda:1"),
     ],
 )
@@ -76,7 +76,7 @@ def test_processes_meet_on_the_devices_that_they_took(name, local, cuda, machine
         asked.setattr(torch.cuda, "is_available", lambda: True)
         rank = Rank(local, 2, local, 2)
         device = pick_device(name, rank)
-    with cuda, joined(rank, device, "ddp", 64) as world:
+    with cuda, init_distributed(rank, device, "ddp") as world:
         assert world.device == device == torch.device("cuda", local)
         assert machine.current == local
     assert calls == ["nccl", device, "parted"]

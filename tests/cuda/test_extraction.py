@@ -20,7 +20,7 @@ from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import Meter, encode_ahead
 from cae2pipe.targets.rendering import RenderedBlock, Task
-from cae2pipe.targets.store import Layout
+from cae2pipe.targets.store import StoreLayout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.training.online import OnlineLatents
 from tests.cuda.simulated import on_cpu
@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def teachers(extract_settings, tmp_path_factory) -> dict[str, TeacherSettings]:
     """One of each kind, for small images."""
     folder = tmp_path_factory.mktemp("weights")
-    lite0 = load(ExtractSettings, "extract", "lite0", ["teacher.image_size=32"]).teacher
+    lite0 = load(ExtractSettings, "extract", "lite0", overrides=["teacher.image_size=32"]).teacher
     torch.manual_seed(0)
     models = {"vit": timm.create_model("test_vit", img_size=32), "lite0": load_teacher(lite0, CPU).model}
     for name, model in models.items():
@@ -62,12 +62,12 @@ def test_teachers(kind, precision, teachers, cuda):
         cuda.waits.clear()
         output = teacher(images)
         assert cuda.waits == []
-        found = output.tokens, output.attention
+        got = output.tokens, output.attention
     # Attention over the class token is always computed in float32.
     attends = output.attention is not None
     assert attends is (wanted.attention is not None) is (kind != "lite0")
     assert set(cuda.products) == {DTYPES[precision]} | ({torch.float32} if attends else set())
-    for tensor, expected in zip(found, (wanted.tokens, wanted.attention), strict=True):
+    for tensor, expected in zip(got, (wanted.tokens, wanted.attention), strict=True):
         if tensor is not None:
             assert (tensor.device, tensor.dtype) == (CUDA, torch.float32)
             cosine = F.cosine_similarity(on_cpu(tensor), expected, dim=-1).mean().item()
@@ -95,12 +95,12 @@ def unit() -> Tensor:
 
 @pytest.mark.parametrize("name", CODECS)
 def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
-    calibration, _ = calibrate(unit, name, 0.999, 1)
+    calibration, _ = calibrate(unit, name, 0.999, level=1)
     plain, codec = make_codec(name, calibration), make_codec(name, calibration)
     arrays = plain.encode(unit)
     with cuda:
-        found = codec.encode(unit.to(CUDA))
-        assert {array: data.tobytes() for array, data in found.items()} == {
+        arrays_there = codec.encode(unit.to(CUDA))
+        assert {array: data.tobytes() for array, data in arrays_there.items()} == {
             array: data.tobytes() for array, data in arrays.items()
         }
         stored = {array: data.to(CUDA) for array, data in as_tensors(arrays).items()}
@@ -115,22 +115,22 @@ def test_codecs_write_and_read_the_same_on_a_device(name, unit, cuda):
 def test_blocks_are_those_of_the_cpu(name, unit, teachers, cuda, monkeypatch):
     """All of it: upload, teacher, norms, codec, check of the decoding, attention, packing."""
     # Other threads do not know of what is simulated in this one.
-    monkeypatch.setattr(encoding, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
-    calibration, _ = calibrate(unit, name, 0.999, 1)
+    monkeypatch.setattr(encoding, "in_threads", lambda work, tasks, *_, **__: (work(*task) for task in tasks))
+    calibration, _ = calibrate(unit, name, 0.999, level=1)
     settings = teachers["open_clip"].model_copy(update={"precision": "fp32"})
 
     def blocks(teacher, codec):
         task = Task(SimpleNamespace(name="shard"), 0, (0, 1))
         views = [pixels(5), pixels(5).flip(0)]
         rendered = RenderedBlock(task, ["key"] * 5, np.zeros(5), [], views, [])
-        layout = Layout(17, 16, 16, True, codec)
-        return list(encode_ahead(iter([rendered]), teacher, layout, calibration, Meter(), 2))
+        layout = StoreLayout(17, 16, 16, True, codec)
+        return list(encode_ahead(iter([rendered]), teacher, layout, calibration=calibration, meter=Meter(), lanes=2))
 
     wanted = blocks(load_teacher(settings, CPU), make_codec(name, calibration))
     with cuda:
-        found = blocks(load_teacher(settings, CUDA), make_codec(name, calibration))
-    assert [block.view for block in found] == [0, 1]
-    for one, other in zip(found, wanted, strict=True):
+        encoded = blocks(load_teacher(settings, CUDA), make_codec(name, calibration))
+    assert [block.view for block in encoded] == [0, 1]
+    for one, other in zip(encoded, wanted, strict=True):
         assert one.chunks == other.chunks
         torch.testing.assert_close(one.raw, other.raw)
         torch.testing.assert_close(one.centred, other.centred)

@@ -109,17 +109,17 @@ def test_every_thread_has_its_stream_and_the_bytes_are_the_same(
 
     monkeypatch.setattr(torch.Tensor, "to", moved)
 
-    def as_on_cuda(blocks, teacher, *more):
+    def as_on_cuda(blocks, teacher, *more, **named):
         device, teacher.device = teacher.device, fake
         try:
-            yield from real(blocks, teacher, *more)
+            yield from real(blocks, teacher, *more, **named)
         finally:
             teacher.device = device
 
     monkeypatch.setattr("cae2pipe.targets.extraction.encode_ahead", as_on_cuda)
     # A batch is cut into eights on a CPU alone, which could change last bits.
     monkeypatch.setattr("cae2pipe.teachers.protocol.CPU_BATCH", 64)
-    extract_targets(photos, tmp_path / "set", extract_settings(speed={"lanes": 3}), Silent())
+    extract_targets(photos, tmp_path / "set", extract_settings(speed={"lanes": 3}), report=Silent())
     assert 2 <= len(streams.made) <= 4, "one for each thread, the main one included"
     assert all(stream.waits == ["default"] for stream in streams.made)
     assert len(streams.used) == 2 * 5, "five blocks, two views"
@@ -134,7 +134,7 @@ def test_memory_that_ends_is_named_with_what_needs_less(photos, extract_settings
 
     monkeypatch.setattr(Teacher, "__call__", ended)
     with pytest.raises(OutOfMemoryError, match=r"3 blocks of 64 views.*Tried to allocate 2\.00 GiB") as caught:
-        extract_targets(photos, tmp_path / "set", extract_settings(speed={"lanes": 3}), Silent())
+        extract_targets(photos, tmp_path / "set", extract_settings(speed={"lanes": 3}), report=Silent())
     assert "--set speed.lanes=1" in caught.value.fix
     assert "GPU 0 has" not in caught.value.what
 

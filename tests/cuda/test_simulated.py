@@ -21,11 +21,11 @@ def test_what_is_computed_has_values(cuda):
     given = torch.rand(4, 3)
     wanted = layer(given)
     with cuda:
-        found = layer.to(CUDA)(given.to(CUDA))
-        assert found.device == CUDA
-        assert torch.equal(on_cpu(found), wanted)
-        assert torch.equal(found.cpu(), wanted)
-        found.sum().backward()
+        got = layer.to(CUDA)(given.to(CUDA))
+        assert got.device == CUDA
+        assert torch.equal(on_cpu(got), wanted)
+        assert torch.equal(got.cpu(), wanted)
+        got.sum().backward()
         assert (layer.weight.grad == 1).all()
     assert cuda.products == {torch.float32: 1}
 

@@ -39,7 +39,7 @@ KINDS = {
 def one_thread(monkeypatch):
     """Other threads do not know of what is simulated in this one."""
     for module in (upload, device):
-        monkeypatch.setattr(module, "in_threads", lambda work, tasks, *sizes: (work(*task) for task in tasks))
+        monkeypatch.setattr(module, "in_threads", lambda work, tasks, *_, **__: (work(*task) for task in tasks))
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_a_run_stops_goes_on_and_ends(target_root, pretrain_settings, cuda, mach
     speed = {"device": "cuda:1", "compile": False, "accumulation": 2}
     fast = {"epochs": 1, "optimizer": {"warmup_epochs": 0}, "data": {"batch": 64}}
     with cuda:
-        pretrain(target_root, tmp_path, pretrain_settings(**fast, speed=speed, stop_after=1), Silent())
+        pretrain(target_root, tmp_path, pretrain_settings(**fast, speed=speed, stop_after=1), report=Silent())
         assert not (tmp_path / "encoder.safetensors").exists()
-        pretrain(target_root, tmp_path, pretrain_settings(**fast, speed=speed), Silent())
+        pretrain(target_root, tmp_path, pretrain_settings(**fast, speed=speed), report=Silent())
     assert machine.current == 1
     lines = list(read_lines(tmp_path / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -75,20 +75,20 @@ def test_a_run_stops_goes_on_and_ends(target_root, pretrain_settings, cuda, mach
 def test_neighbours_are_the_same(exported, data, cuda, tmp_path):
     def score(device: str) -> dict[str, np.ndarray]:
         over = [*COMMON, f"speed.device={device}", "features.precision=fp32", "k=[3]"]
-        settings = load(EVALUATIONS["knn"], "evaluate", "knn", over)
-        evaluate("knn", str(exported), data, tmp_path / device, settings, Silent())
-        with np.load(tmp_path / device / "knn" / "predictions.npz") as found:
-            return dict(found)
+        settings = load(EVALUATIONS["knn"], "evaluate", "knn", overrides=over)
+        evaluate("knn", str(exported), data, out=tmp_path / device, settings=settings, report=Silent())
+        with np.load(tmp_path / device / "knn" / "predictions.npz") as file:
+            return dict(file)
 
     wanted = score("cpu")
     with cuda:
-        found = score("cuda:1")
+        got = score("cuda:1")
     assert set(cuda.products) == {FP32}
     for name in wanted:
         if name == "confidence":
-            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4)
+            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4)
         else:
-            assert np.array_equal(found[name], wanted[name])
+            assert np.array_equal(got[name], wanted[name])
 
 
 # A copy of fake tensors, as the average of weights begins with, asks for their address.
@@ -96,9 +96,9 @@ def test_neighbours_are_the_same(exported, data, cuda, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_scores(kind, exported, data, cuda, machine, tmp_path):
     name, over = KINDS[kind]
-    settings = load(EVALUATIONS[name], "evaluate", name, [*COMMON, "speed.device=cuda:1", *TRAINED, *over])
+    settings = load(EVALUATIONS[name], "evaluate", name, overrides=[*COMMON, "speed.device=cuda:1", *TRAINED, *over])
     with cuda:
-        result = evaluate(name, str(exported), data, tmp_path, settings, Silent())
+        result = evaluate(name, str(exported), data, out=tmp_path, settings=settings, report=Silent())
     assert 0 <= result["top1"] <= 1
     assert result["images"] == {"train": 8, "val": 4}
     assert machine.current == 1

@@ -18,10 +18,10 @@ from cae2pipe.methods.registry import METHODS, build_method
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.aim import PixelTargets, aim_of
 from cae2pipe.training.objective import TERMS, compile_objective, make_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Flags, Step, cached, forward
+from cae2pipe.training.target_spec import PixelTargets, target_spec
 from tests.cuda.simulated import on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -32,7 +32,7 @@ NEAR = {"fp32": {"rel": 1e-5, "abs": 1e-6}, "bf16": {"rel": 2e-2, "abs": 2e-2}}
 def small(preset: str, *overrides: str, rows: int = 16) -> PretrainSettings:
     """A preset with a student that fits the tiny target set. Where its widths or heads do not fit each other, they
     still do not."""
-    model = load(PretrainSettings, "pretrain", preset, overrides).model
+    model = load(PretrainSettings, "pretrain", preset, overrides=overrides).model
     shape = {
         "width": 32,
         "depth": 2,
@@ -41,10 +41,10 @@ def small(preset: str, *overrides: str, rows: int = 16) -> PretrainSettings:
         "patch_size": 8,
         "layer_scale": 0.1,
         "drop_path": 0.1,
-        "regressor_layer_scale": 0.1,
-        "regressor_depth": 1,
-        "regressor_width": 32 if model.regressor_width == model.width else 16,
-        "regressor_heads": 3 if model.regressor_width % model.regressor_heads else 2,
+        "predictor_layer_scale": 0.1,
+        "predictor_depth": 1,
+        "predictor_width": 32 if model.predictor_width == model.width else 16,
+        "predictor_heads": 3 if model.predictor_width % model.predictor_heads else 2,
     }
     sections = {
         "model": shape,
@@ -54,7 +54,7 @@ def small(preset: str, *overrides: str, rows: int = 16) -> PretrainSettings:
         "epochs": 2,
         "speed": {"workers": 0},
     }
-    return load(PretrainSettings, "pretrain", preset, overrides, sections)
+    return load(PretrainSettings, "pretrain", preset, overrides=overrides, values=sections)
 
 
 def presets() -> Iterator[tuple[str, str]]:
@@ -76,8 +76,8 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
     def made(settings: PretrainSettings, device: torch.device) -> tuple[Step, Iterator[Batch]]:
         targets = TargetSet(target_root)
         torch.manual_seed(0)
-        aim = aim_of(settings, targets)
-        model = build_method(settings.method, settings.model, aim.dim).to(device)
+        spec = target_spec(settings, targets)
+        model = build_method(settings.method, settings.model, spec.dim).to(device)
         model.recompute(settings.speed.recompute)
         objective = make_objective(model, targets, settings).to(device).train()
         objective.codec.place(device)
@@ -92,7 +92,7 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
             clip=settings.optimizer.clip,
             world=World(0, 1, device),
         )
-        plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
+        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=model.drop_columns)
         return step, iter(load_batches(plan, 0, 0))
 
     return made
@@ -100,13 +100,14 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
 
 def check_on_device(step: Step) -> None:
     """All that a step leaves is on the device, in float32."""
-    found: dict[str, Tensor] = dict(step.objective.named_parameters()) | dict(step.objective.named_buffers())
+    tensors: dict[str, Tensor] = dict(step.objective.named_parameters()) | dict(step.objective.named_buffers())
     for name, parameter in step.model.named_parameters():
-        found[f"gradient of {name}"] = parameter.grad
+        tensors[f"gradient of {name}"] = parameter.grad
         for moment, tensor in step.optimizer.state[parameter].items():
-            found[f"{moment} of {name}"] = tensor
-    found["spoilt"] = step.spoilt
-    assert {name: (tensor.device, tensor.dtype) for name, tensor in found.items()} == dict.fromkeys(found, (CUDA, FP32))
+            tensors[f"{moment} of {name}"] = tensor
+    tensors["spoilt"] = step.found_inf
+    kinds = {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
+    assert kinds == dict.fromkeys(tensors, (CUDA, FP32))
 
 
 def compare(cuda, make, settings: PretrainSettings) -> None:
@@ -192,7 +193,7 @@ def test_what_is_not_finite_changes_nothing_then_or_later(cuda, make):
         values = step(replace(batch, weights=batch.weights * torch.nan), 1e-3).values()
         assert values["loss"] != values["loss"]
         step(next(batches).to(CUDA), 1e-3)
-        assert on_cpu(step.spoilt).item() == 1
+        assert on_cpu(step.found_inf).item() == 1
         assert all(torch.equal(one, other) for one, other in zip(state(), before, strict=True))
 
 

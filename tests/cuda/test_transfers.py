@@ -10,7 +10,7 @@ from cae2pipe.loading.batches import Batch, join
 from cae2pipe.loading.device import on_device
 from cae2pipe.runtime.upload import pinned as pinned_items
 from cae2pipe.runtime.upload import uploaded
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 from cae2pipe.training.step import Outcome, to_host
 from tests.cuda.simulated import on_cpu
 
@@ -40,9 +40,9 @@ def batch(step: int, views: int = 2) -> Batch:
 
 def tensors(batch: Batch) -> list[Tensor]:
     """Those that go to the device."""
-    found: list[Tensor] = []
-    batch.map(lambda tensor: found.append(tensor) or tensor)
-    return found
+    seen: list[Tensor] = []
+    batch.map(lambda tensor: seen.append(tensor) or tensor)
+    return seen
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
@@ -82,9 +82,9 @@ def test_batches_come_one_ahead_on_a_stream_of_their_own(device, cuda, machine, 
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: recorded.append(stream))
     current = machine.stream(device)
     with cuda:
-        found = on_device(steps(), AXES, device)
+        batches = on_device(steps(), AXES, device)
         for step in range(3):
-            given = next(found)
+            given = next(batches)
             wanted = join([batch(step), batch(step + 5)], AXES)
             assert given.step == step
             for tensor, own in zip(tensors(given), tensors(wanted), strict=True):
@@ -95,7 +95,7 @@ def test_batches_come_one_ahead_on_a_stream_of_their_own(device, cuda, machine, 
             assert event.stream.device == device
             assert event.stream is not current
             assert recorded == [current] * len(tensors(given)) * (step + 1)
-        assert next(found, None) is None
+        assert next(batches, None) is None
         assert cuda.waits == []
     assert asked == [0, 1, 2]
     assert machine.current == 0
@@ -112,12 +112,12 @@ class Chunks(Reader):
 def test_chunks_come_pinned_and_in_order(device, cuda, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
-    course = Course(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
+    schedule = TrainSchedule(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
     with cuda:
-        chunks = Chunks(course, range(2), 0)
-        found = list(uploaded(pinned_items((chunks[n] for n in range(4)), device), device))
-        assert [(chunk.step, chunk.number) for chunk in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-        for chunk in found:
+        chunks = Chunks(schedule, range(2), 0)
+        items = list(uploaded(pinned_items((chunks[n] for n in range(4)), device), device))
+        assert [(chunk.step, chunk.number) for chunk in items] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        for chunk in items:
             assert (chunk.pixels.device, chunk.labels.device) == (device, device)
             assert on_cpu(chunk.labels).tolist() == [chunk.step, chunk.number]
     assert cuda.waits == []

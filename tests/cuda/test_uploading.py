@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.box import open_or_create
+from cae2pipe.artifacts.artifact import ScoresArtifact
 from cae2pipe.config.evaluate import FinetuneSettings, TrainedSpeed
 from cae2pipe.dense.box_crops import BoxChunk
 from cae2pipe.evaluation.crop_batches import CropBatch
@@ -20,7 +20,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.upload import pinned, uploaded
 from cae2pipe.runtime.world import World
 from cae2pipe.supervised import loop
-from cae2pipe.supervised.course import Chunk, Course, Reader
+from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
 
 DEVICE = torch.device("cuda", 1)
 
@@ -99,15 +99,15 @@ def log(monkeypatch) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("kind", ITEMS)
 def test_nothing_of_an_item_is_lost(kind, log):
     items = [ITEMS[kind](number) for number in range(3)]
-    for found, item in zip(uploaded(pinned(items, DEVICE), DEVICE), items, strict=True):
-        assert type(found) is type(item)
-        assert len(tensors(found)) == len(tensors(item)) >= 1
-        for moved, own in zip(tensors(found), tensors(item), strict=True):
+    for got, item in zip(uploaded(pinned(items, DEVICE), DEVICE), items, strict=True):
+        assert type(got) is type(item)
+        assert len(tensors(got)) == len(tensors(item)) >= 1
+        for moved, own in zip(tensors(got), tensors(item), strict=True):
             assert (moved.pinned_, moved.place, moved.stream) == (True, DEVICE, "side")
             assert hasattr(moved, "used_on")
             assert torch.equal(moved, own)
         others = [field.name for field in fields(item) if not tensors(getattr(item, field.name))]
-        assert [getattr(found, name) for name in others] == [getattr(item, name) for name in others]
+        assert [getattr(got, name) for name in others] == [getattr(item, name) for name in others]
 
 
 def test_all_kinds_of_chunks_are_among_these():
@@ -115,12 +115,12 @@ def test_all_kinds_of_chunks_are_among_these():
 
 
 def test_each_is_on_its_way_before_the_last_one_is_given_out(log):
-    found = uploaded((ITEMS["crops"](number) for number in range(3)), DEVICE)
+    batches = uploaded((ITEMS["crops"](number) for number in range(3)), DEVICE)
     for expected in (["recorded", "recorded", "waited"], ["recorded", "waited"], ["waited"]):
-        next(found)
+        next(batches)
         assert [what for what, _ in log] == expected
         log.clear()
-    assert next(found, None) is None
+    assert next(batches, None) is None
 
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation", "detection"])
@@ -149,14 +149,14 @@ def test_training_hands_on_what_was_read(kind, log, tmp_path):
         def state(self) -> dict[str, Any]:
             return {}
 
-    course = Course(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
+    schedule = TrainSchedule(images=8, used=8, steps=2, chunks=2, epochs=1, seed=0)
     settings, learner = FinetuneSettings(speed=TrainedSpeed(workers=0)), Learner()
     world = World(0, 1, DEVICE)
-    open_or_create(tmp_path, "scores", {}, facts={}, fix="")
+    ScoresArtifact.open_or_create(tmp_path, {"encoder": {}, "data": {}}, facts={}, fix="")
     loop.train(
         learner,
-        course,
-        lambda start: Ready(course, range(2), start),
+        schedule,
+        lambda start: Ready(schedule, range(2), start),
         root=tmp_path,
         settings=settings,
         world=world,
@@ -164,6 +164,6 @@ def test_training_hands_on_what_was_read(kind, log, tmp_path):
     )
     wanted = [ITEMS[kind](number) for number in range(4)]
     assert [chunk.step for chunk in learner.seen] == [0, 1, 2, 3]
-    for found, item in zip(learner.seen, wanted, strict=True):
-        assert type(found) is type(item)
-        assert [tensor.pinned_ for tensor in tensors(found)] == [True] * len(tensors(item))
+    for got, item in zip(learner.seen, wanted, strict=True):
+        assert type(got) is type(item)
+        assert [tensor.pinned_ for tensor in tensors(got)] == [True] * len(tensors(item))

@@ -11,7 +11,7 @@ import torch
 from cae2pipe.demo import run as demo
 from cae2pipe.demo.measures import MEASURES
 from cae2pipe.demo.report import title
-from cae2pipe.demo.student import MeanStudent, forecasts_of, mean_over_views
+from cae2pipe.demo.student import MeanStudent, mean_over_views, previews_of
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def run(target_root, pretrain_settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     return out
 
 
@@ -34,7 +34,9 @@ def targets(target_root) -> TargetSet:
 
 
 def test_the_mean_target_has_the_loss_it_should(targets, pretrain_settings):
-    found = mean_over_views(MeanStudent(targets.mean), targets, pretrain_settings(mask={"strategy": "random"}), CPU)
+    means = mean_over_views(
+        MeanStudent(targets.mean), targets, pretrain_settings(mask={"strategy": "random"}), device=CPU
+    )
     tokens = []
     for name in targets.stores:
         reader = targets.reader(name)
@@ -45,17 +47,17 @@ def test_the_mean_target_has_the_loss_it_should(targets, pretrain_settings):
             tokens.append(targets.layout.codec.decode(arrays))
     distance = 1 - torch.cosine_similarity(torch.cat(tokens), targets.mean, dim=-1).mean()
     # Visible and masked are random halves of all tokens, so each mean is near the mean over all.
-    assert found["loss"] == pytest.approx(2 * float(distance), rel=0.05)
-    assert abs(found["centred_cosine_masked"]) < 0.2
+    assert means["loss"] == pytest.approx(2 * float(distance), rel=0.05)
+    assert abs(means["centred_cosine_masked"]) < 0.2
 
 
 def test_the_student_loaded_is_the_one_trained(run, targets):
     model, settings = load_student(run, targets, Silent())
     assert not model.training
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    found = mean_over_views(model, targets, settings, CPU)
-    assert found["loss"] == pytest.approx(last["loss"], rel=0.1)
-    assert found["loss"] == mean_over_views(model, targets, settings, CPU)["loss"]
+    means = mean_over_views(model, targets, settings, device=CPU)
+    assert means["loss"] == pytest.approx(last["loss"], rel=0.1)
+    assert means["loss"] == mean_over_views(model, targets, settings, device=CPU)["loss"]
 
 
 def test_a_run_without_a_checkpoint(run, targets, tmp_path):
@@ -64,20 +66,20 @@ def test_a_run_without_a_checkpoint(run, targets, tmp_path):
         load_student(tmp_path, targets, Silent())
 
 
-def test_forecasts(run, targets):
+def test_previews(run, targets):
     model, settings = load_student(run, targets, Silent())
     keys = ["class1+image007", "class0+image003"]
-    found = forecasts_of(model, targets, settings, keys, CPU)
-    assert [forecast.key for forecast in found] == keys
-    for forecast in found:
-        assert forecast.mask.sum() == settings.masked_patches
-        assert forecast.view.shape == (32, 32, 3)
-        assert forecast.teacher.shape == forecast.student.shape == (16, 16)
-        np.testing.assert_allclose(np.linalg.norm(forecast.student, axis=1), 1, atol=1e-5)
+    previews = previews_of(model, targets, settings, keys=keys, device=CPU)
+    assert [preview.key for preview in previews] == keys
+    for preview in previews:
+        assert preview.mask.sum() == settings.masked_patches
+        assert preview.view.shape == (32, 32, 3)
+        assert preview.teacher.shape == preview.student.shape == (16, 16)
+        np.testing.assert_allclose(np.linalg.norm(preview.student, axis=1), 1, atol=1e-5)
         mean = targets.mean.numpy()
-        a, b = (tokens[forecast.mask.ravel()] - mean for tokens in (forecast.student, forecast.teacher))
+        a, b = (tokens[preview.mask.ravel()] - mean for tokens in (preview.student, preview.teacher))
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        assert forecast.cosine == pytest.approx(cosine.mean(), abs=1e-4)
+        assert preview.cosine == pytest.approx(cosine.mean(), abs=1e-4)
 
 
 def test_the_tile_is_shown_with_what_is_stored_of_it(targets, photos):
@@ -132,7 +134,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     scores = iter([0.25, 0.5, 0.75] * 2)
     asked = []
 
-    def knn(kind, encoder, data, folder, settings, report):
+    def knn(kind, encoder, data, **_):
         asked.append(encoder)
         return {"top1": next(scores)}
 
@@ -145,10 +147,10 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     monkeypatch.setattr(demo, "evaluate", knn)
     monkeypatch.setattr(demo, "student_options", lambda targets: [])
     monkeypatch.setattr(demo, "STORED", ("class0/image001",))
-    monkeypatch.setattr(demo, "FORECAST", ("class0/image001", "class1/image002", "class2/image003"))
+    monkeypatch.setattr(demo, "PREDICTED", ("class0/image001", "class1/image002", "class2/image003"))
     monkeypatch.setattr(demo, "VIEWS", 2)
     said: list[str] = []
-    result = demo.run_demo(out, "tiny-teacher", "cpu", said.append, quiet)
+    result = demo.run_demo(out, "tiny-teacher", "cpu", say=said.append, reports=quiet)
     text = "\n".join(said)
     assert (
         f"$ cae2pipe extract-targets {out}/images/train {out}/targets --config tiny-teacher --views 2 --device cpu"
@@ -166,5 +168,5 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     assert "class1, image002" in page
     assert "extract-targets imagenet/train" in page
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert demo.run_demo(out, "tiny-teacher", "cpu", said.append, quiet) == result
+    assert demo.run_demo(out, "tiny-teacher", "cpu", say=said.append, reports=quiet) == result
     assert (out / "report.html").read_text() == page

@@ -46,5 +46,5 @@ def test_each_goal_can_be_missed(key, value):
 def test_the_table_shows_every_measure():
     table = rows(GOOD)
     assert len(table) == len(GOOD)
-    assert {"measure": "bytes a view, stored", "value": "5,339", "goal": "≤ 6,644", "": "reached"} in table
+    assert {"measure": "bytes per view, stored", "value": "5,339", "goal": "≤ 6,644", "": "reached"} in table
     assert sum(row[""] == "reached" for row in table) == 5

@@ -48,31 +48,31 @@ def test_all_photographs_are_shipped():
 
 
 def test_cutting_twice_gives_the_same_bytes_and_then_nothing(tmp_path):
-    counts = cut_tiles(tmp_path / "a", 0, Silent(), ONE)
-    cut_tiles(tmp_path / "b", 0, Silent(), ONE)
+    counts = cut_tiles(tmp_path / "a", 0, Silent(), photographs=ONE)
+    cut_tiles(tmp_path / "b", 0, Silent(), photographs=ONE)
     assert counts == SPLITS
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["tiles.json", "train", "val"]
     before, report = snapshot(tmp_path / "a"), Silent()
-    assert cut_tiles(tmp_path / "a", 0, report, ONE) == counts
+    assert cut_tiles(tmp_path / "a", 0, report, photographs=ONE) == counts
     assert snapshot(tmp_path / "a") == before
     assert any("nothing to do" in line for line in report.lines)
 
 
 def test_the_seed_moves_the_tiles(tmp_path):
     for seed in (0, 1):
-        cut_tiles(tmp_path / str(seed), seed, Silent(), ONE)
+        cut_tiles(tmp_path / str(seed), seed, Silent(), photographs=ONE)
     first, second = (contents(tmp_path / str(seed)) for seed in (0, 1))
     assert all(first[name] != second[name] for name in first)
 
 
 def test_the_tiles_are_the_photographs_pixels(tmp_path):
-    cut_tiles(tmp_path / "out", 0, Silent(), ONE)
+    cut_tiles(tmp_path / "out", 0, Silent(), photographs=ONE)
     with Image.open(find_photograph(ONE[0])) as file:
         photograph = file.convert("RGB")
-    box = place_tile(*photograph.size, "val", 0, "rocket", "val", 3).box
+    artifact = place_tile(*photograph.size, "val", 0, "rocket", "val", 3).box
     with Image.open(tmp_path / "out" / "val" / "rocket" / "03.jpg") as tile:
-        error = np.asarray(tile, dtype=float) - np.asarray(photograph.crop(box), dtype=float)
+        error = np.asarray(tile, dtype=float) - np.asarray(photograph.crop(artifact), dtype=float)
     assert np.abs(error).mean() < 2
 
 
@@ -82,7 +82,7 @@ def test_large_photographs_are_shrunk(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tiles, "place_tile", lambda width, height, *key: seen.append((width, height)) or tiles.Tile(0, 0, 9)
     )
-    cut_tiles(tmp_path / "out", 0, Silent(), (Photograph("retina", "skimage", "data/retina.jpg"),))
+    cut_tiles(tmp_path / "out", 0, Silent(), photographs=(Photograph("retina", "skimage", "data/retina.jpg"),))
     assert {max(size) for size in seen} == {tiles.LONGEST}
 
 
@@ -92,7 +92,7 @@ def test_large_photographs_are_shrunk(tmp_path, monkeypatch):
 )
 def test_a_missing_package_or_photograph_is_named_with_its_remedy(tmp_path, package, file, message):
     with pytest.raises(SourceError, match=message) as caught:
-        cut_tiles(tmp_path / "out", 0, Silent(), (Photograph("x", package, file),))
+        cut_tiles(tmp_path / "out", 0, Silent(), photographs=(Photograph("x", package, file),))
     assert caught.value.fix == "pip install 'cae2pipe[demo]'"
     assert list(tmp_path.iterdir()) == []
 
@@ -100,17 +100,17 @@ def test_a_missing_package_or_photograph_is_named_with_its_remedy(tmp_path, pack
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(MismatchError, match="does not hold"):
-        cut_tiles(tmp_path / "mine", 0, Silent(), ONE)
+        cut_tiles(tmp_path / "mine", 0, Silent(), photographs=ONE)
 
 
 @pytest.mark.parametrize("damage", ["lost tile", "other seed"])
 def test_other_tiles_are_refused(tmp_path, damage):
     out = tmp_path / "out"
-    cut_tiles(out, 0, Silent(), ONE)
+    cut_tiles(out, 0, Silent(), photographs=ONE)
     if damage == "lost tile":
         (out / "val" / "rocket" / "00.jpg").unlink()
     else:
         record = json.loads((out / "tiles.json").read_text())
         (out / "tiles.json").write_text(json.dumps({**record, "seed": 7}))
     with pytest.raises(MismatchError, match="differ"):
-        cut_tiles(out, 0, Silent(), ONE)
+        cut_tiles(out, 0, Silent(), photographs=ONE)

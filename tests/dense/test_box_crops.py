@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cae2pipe.config.dense import DetectSettings
-from cae2pipe.dense.box_crops import cropped_objects, draw_view, flipped_objects, padded, resized_objects
+from cae2pipe.dense.box_crops import cropped_objects, draw_box_crop, flipped_objects, padded, resized_objects
 from cae2pipe.dense.coco import Objects
 
 
@@ -38,11 +38,11 @@ def test_each_change(view):
     agrees(*view)
     agrees(*flipped_objects(*view))
     agrees(*resized_objects(*view, (200, 60)))
-    image, objects = cropped_objects(*view, 30, 30, 50, 40)
+    image, objects = cropped_objects(*view, left=30, top=30, width=50, height=40)
     assert objects.labels.tolist() == [1, 2]
     assert objects.boxes.tolist() == [[0, 0, 20, 30], [40, 0, 50, 10]]
     agrees(image, objects)
-    assert cropped_objects(*view, 0, 62, 60, 18)[1].labels.tolist() == []
+    assert cropped_objects(*view, left=0, top=62, width=60, height=18)[1].labels.tolist() == []
 
 
 def test_twice_flipped_is_as_before(view):
@@ -56,7 +56,7 @@ def test_drawn_views_keep_an_object_and_the_sizes_asked_for(view):
     random.seed(0)
     settings = DetectSettings(short_sides=(48, 64), long_side=100, crop=0.7)
     for _ in range(40):
-        image, objects = draw_view(*view, settings)
+        image, objects = draw_box_crop(*view, settings)
         assert len(objects.labels)
         assert max(image.size) <= 100
         assert min(image.size) in (48, 64) or max(image.size) == 100

@@ -33,10 +33,10 @@ def turned_picture(path: Path, orientation: int, size: tuple[int, int]) -> None:
         (6, (24, 24), (24, 24), True, "upright"),
         (6, (24, 16), (None, None), True, "upright"),
         (1, (24, 16), (24, 16), None, "stored"),
-        (3, (24, 16), (24, 16), None, "nothing says whether the annotations are .* EXIF orientation, 3"),
-        (6, (24, 24), (24, 24), None, "nothing says whether the annotations are .* EXIF orientation, 6"),
+        (3, (24, 16), (24, 16), None, "unknown whether the annotations refer .* EXIF orientation 3"),
+        (6, (24, 24), (24, 24), None, "unknown whether the annotations refer .* EXIF orientation 6"),
         (6, (24, 16), (None, None), None, "nothing says"),
-        (6, (24, 16), (20, 20), None, "for 20 x 20 pixels, and the image has 24 x 16, or 16 x 24 where its EXIF"),
+        (6, (24, 16), (20, 20), None, "for 20 x 20 pixels, but the image has 24 x 16, or 16 x 24 if EXIF"),
     ],
 )
 def test_the_size_says_which_way_up_boxes_see_an_image(orientation, stored, stated, upright, light, tmp_path):

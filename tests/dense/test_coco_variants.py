@@ -166,10 +166,10 @@ MISSHAPEN = [[[X, Y], [X + 9, Y], [X + 9, Y + 9]]]
 REFUSED: dict[str, tuple[Callable[[Data], None], str]] = {
     "no_images": (lambda data: data.pop("images"), "no list 'images'"),
     "annotations_not_objects": (lambda data: data.update(annotations=[1]), "no list 'annotations'"),
-    "no_annotation": (lambda data: data.update(annotations=[]), "not one annotation"),
+    "no_annotation": (lambda data: data.update(annotations=[]), "no annotations"),
     "image_unknown": (first(image_id=77), "annotation 1 is of image 77, which is not listed"),
     "image_id_a_list": (first(image_id=[1]), r"annotation 1 is of image \[1\]"),
-    "category_unknown": (first(category_id="red"), "annotation 1 is of category 'red'"),
+    "category_unknown": (first(category_id="red"), "annotation 1 refers to category 'red'"),
     "category_ids_repeat": (lambda data: change(data["categories"], {"id": 1}), "two categories have the id 1"),
     "category_without_name": (lambda data: change(data["categories"], {"name": ...}), "category 1 of the list"),
     "image_ids_repeat": (more("images", {"file_name": "2.png"}), "two images have the id 1: '1.png' and '2.png'"),
@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[Callable[[Data], None], str]] = {
     "name_absolute": (each_image(file_name="/etc/passwd"), "leads out of the folder"),
     "name_with_folder": (each_image(file_name=lambda n: f"val2017/{n}.png"), "cannot be read: No such file"),
     "name_with_backslash": (each_image(file_name=lambda n: f"sub\\{n}.png"), "cannot be read: No such file"),
-    "size_wrong": (each_image(width=99), "the annotations are for 99 x 32 pixels, and the image has 48 x 32"),
+    "size_wrong": (each_image(width=99), "the annotations are for 99 x 32 pixels, but the image has 48 x 32"),
     "size_0": (each_image(width=0), "the width of image 1 is 0"),
     "size_a_text": (each_image(height="32"), "the height of image 1 is '32'"),
     "size_endless": (each_image(height=math.inf), "the height of image 1 is inf"),
@@ -191,25 +191,25 @@ REFUSED: dict[str, tuple[Callable[[Data], None], str]] = {
     "box_nan": (first(bbox=[math.nan, Y, *BOX]), "not four finite numbers"),
     "box_endless": (first(bbox=[X, Y, math.inf, 9]), "not four finite numbers"),
     "box_of_texts": (first(bbox=["1", "2", "3", "4"]), "not four finite numbers"),
-    "box_negative": (first(bbox=[X + 16, Y + 12, -16, -12]), "the box .* of annotation 1 lies outside"),
-    "box_far_outside": (first(bbox=[X, Y, 1e9, 9]), "the box .* of annotation 1 lies outside"),
+    "box_negative": (first(bbox=[X + 16, Y + 12, -16, -12]), "the box .* of annotation 1 is outside"),
+    "box_far_outside": (first(bbox=[X, Y, 1e9, 9]), "the box .* of annotation 1 is outside"),
     "box_without_id": (first(bbox=[X, Y], id=...), "the box of annotation 1 of the list"),
     "segmentation_a_text": (first(segmentation="x"), "annotation 1 is neither polygons nor run lengths"),
     "polygon_flat": (first(segmentation=GOOD), "annotation 1 is not a list of polygons"),
     "polygon_of_pairs": (first(segmentation=MISSHAPEN), "annotation 1 is not a list of polygons"),
     "polygon_nan": (first(segmentation=[[*GOOD[:-1], math.nan]]), "annotation 1 is not a list of polygons"),
     "polygon_odd": (first(segmentation=[GOOD[:-1]]), "a polygon of annotation 1 has an odd number"),
-    "polygon_far_outside": (first(segmentation=[[*GOOD[:-1], 1e9]]), "a polygon of annotation 1 lies far outside"),
-    "run_lengths_turned": (first(segmentation=lengths(size=[WIDTH, HEIGHT])), r"the mask of annotation 1 is of size"),
+    "polygon_far_outside": (first(segmentation=[[*GOOD[:-1], 1e9]]), "a polygon of annotation 1 is far outside"),
+    "run_lengths_turned": (first(segmentation=lengths(size=[WIDTH, HEIGHT])), r"mask size mismatch in annotation 1"),
     "run_lengths_short": (first(segmentation=lengths(counts=[5, 5])), "the mask of annotation 1 counts 10 pixels"),
-    "run_lengths_negative": (first(segmentation=lengths(counts=[-5, 1541])), "annotation 1 holds no run lengths"),
-    "run_lengths_no_numbers": (first(segmentation=lengths(counts=["a"])), "annotation 1 holds no run lengths"),
-    "run_lengths_missing": (first(segmentation={"size": [HEIGHT, WIDTH]}), "annotation 1 holds no run lengths"),
+    "run_lengths_negative": (first(segmentation=lengths(counts=[-5, 1541])), "annotation 1 has invalid run lengths"),
+    "run_lengths_no_numbers": (first(segmentation=lengths(counts=["a"])), "annotation 1 has invalid run lengths"),
+    "run_lengths_missing": (first(segmentation={"size": [HEIGHT, WIDTH]}), "annotation 1 has invalid run lengths"),
     "run_lengths_cut": (first(segmentation=packed(counts=packed()["counts"][:5])), "the mask of annotation 1"),
-    "run_lengths_no_code": (first(segmentation=packed(counts="\u732b")), "annotation 1 holds no run lengths"),
-    "all_without_mask": (each_annotation(segmentation=[]), "not one image has an object"),
-    "all_of_two_points": (each_annotation(segmentation=[[X, Y, X + 9, Y + 9]]), "not one image has an object"),
-    "all_crowds": (each_annotation(iscrowd=1), "not one image has an object"),
+    "run_lengths_no_code": (first(segmentation=packed(counts="\u732b")), "annotation 1 has invalid run lengths"),
+    "all_without_mask": (each_annotation(segmentation=[]), "nothing to train on"),
+    "all_of_two_points": (each_annotation(segmentation=[[X, Y, X + 9, Y + 9]]), "nothing to train on"),
+    "all_crowds": (each_annotation(iscrowd=1), "nothing to train on"),
 }  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def test_what_cannot_be_meant_is_refused_by_name(variant, part, pictures, tmp_pa
 
 @pytest.mark.parametrize("text", ["", "[", "[]", "[" * 100_000, '{"images": ' + "1" * 5000 + "}", '"\xff"'])
 def test_what_is_no_such_file_is_refused(text, pictures, tmp_path):
-    with pytest.raises(SourceError, match=r"not JSON|not COCO's"):
+    with pytest.raises(SourceError, match=r"not JSON|not a COCO"):
         open_coco(write(tmp_path, pictures, text, edited(TAKEN["plain"])))
 
 

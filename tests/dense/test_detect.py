@@ -110,7 +110,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def settings(*overrides: str) -> DetectSettings:
-    return load(DetectSettings, "evaluate", "detect", [*SHORT, *overrides])
+    return load(DetectSettings, "evaluate", "detect", overrides=[*SHORT, *overrides])
 
 
 def outcome(root: Path) -> dict[str, bytes]:
@@ -121,8 +121,8 @@ def outcome(root: Path) -> dict[str, bytes]:
 def whole(data, encoder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     report = Silent()
-    detect(str(encoder), data, out, settings(), report)
-    assert "train: 1 images without objects: not trained on" in report.lines
+    detect(str(encoder), data, out, settings=settings(), report=report)
+    assert "train: 1 images without objects: not used in training" in report.lines
     return out
 
 
@@ -134,7 +134,7 @@ def test_what_is_left_behind(whole, data, encoder):
     assert {path.name for path in (whole / "detect").iterdir()} >= {"pictures.png", "last.safetensors"}
     assert verify(whole / "detect", Silent()).problems == []
     report = Silent()
-    assert detect(str(encoder), data, whole, settings(), report) == result
+    assert detect(str(encoder), data, whole, settings=settings(), report=report) == result
     assert any("nothing to do" in line for line in report.lines)
     listed = CliRunner().invoke(app, ["results", str(whole), "--format", "markdown"])
     assert "| AP^b " in listed.stdout
@@ -151,8 +151,8 @@ def test_stopped_and_resumed_it_gives_the_same_bytes(whole, data, encoder, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(DetectLearner, "step", step)
         with pytest.raises(Terminated):
-            detect(str(encoder), data, tmp_path / "out", settings(), Silent())
-    detect(str(encoder), data, tmp_path / "out", settings("speed.workers=1"), Silent())
+            detect(str(encoder), data, tmp_path / "out", settings=settings(), report=Silent())
+    detect(str(encoder), data, tmp_path / "out", settings=settings("speed.workers=1"), report=Silent())
     assert outcome(tmp_path / "out") == outcome(whole)
 
 
@@ -174,19 +174,21 @@ def test_two_processes_and_the_cascade(data, encoder, tmp_path):
     ],
 )
 def test_the_end_of_the_memory(name, what, fix, data, encoder, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(MaskRCNN, name, full)
     with pytest.raises(OutOfMemoryError, match=f"^{what} does not fit") as caught:
-        detect(str(encoder), data, tmp_path / "out", settings("chunk=2", "epochs=1", "drops=[]"), Silent())
+        detect(
+            str(encoder), data, tmp_path / "out", settings=settings("chunk=2", "epochs=1", "drops=[]"), report=Silent()
+        )
     assert caught.value.fix == fix
 
 
 def test_bfloat16(data, encoder, tmp_path):
     for cascade in ("false", "true"):
         short = settings("precision=bf16", "epochs=1", "drops=[]", f"cascade={cascade}")
-        assert detect(str(encoder), data, tmp_path / cascade, short, Silent())["images"]["val"] == 3
+        assert detect(str(encoder), data, tmp_path / cascade, settings=short, report=Silent())["images"]["val"] == 3
 
 
 def test_objects_are_read_as_they_are(data):
@@ -232,29 +234,29 @@ def spoil(root: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("outside", "the box .* of annotation 1 lies outside image '0.png', 80 x 60"),
+        ("outside", "the box .* of annotation 1 is outside image '0.png', 80 x 60"),
         ("image", "annotation 1 is of image 1234"),
-        ("category", "annotation 1 is of category 4321"),
-        ("empty", "not one annotation"),
+        ("category", "annotation 1 refers to category 4321"),
+        ("empty", "no annotations"),
         ("crowds", "no crowd"),
-        ("keys", "not COCO's instances format: there is no list 'categories'"),
+        ("keys", "not a COCO instances file: there is no list 'categories'"),
         ("others", "different categories: 'green'"),
         ("escape", "leads out of the folder"),
-        ("size", "the annotations are for 80 x 60 pixels, and the image has 10 x 10"),
+        ("size", "the annotations are for 80 x 60 pixels, but the image has 10 x 10"),
         ("gone", "cannot be read"),
-        ("folder", "this is missing"),
+        ("folder", "this file or folder is missing"),
     ],
 )
 def test_data_that_do_not_fit_are_refused_by_name(encoder, tmp_path, what, message):
     root = write_coco(tmp_path / "coco")
     spoil(root, what)
     with pytest.raises(SourceError, match=message) as caught:
-        detect(str(encoder), root, tmp_path / "out", settings(), Silent())
+        detect(str(encoder), root, tmp_path / "out", settings=settings(), report=Silent())
     assert caught.value.fix
 
 
 def test_without_the_extra_it_says_so(encoder, data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(SettingsError, match="need faster_coco_eval") as caught:
-        detect(str(encoder), data, tmp_path / "out", settings(), Silent())
+        detect(str(encoder), data, tmp_path / "out", settings=settings(), report=Silent())
     assert "cae2pipe[dense]" in caught.value.fix

@@ -61,7 +61,7 @@ def test_labels_lie_on_their_pixels_whichever_way_up_they_see_them(stored, orien
 
 def test_labels_of_a_third_size_are_refused_before_training(tmp_path):
     root = write(tmp_path, (32, 16), 6, np.zeros((20, 20), np.uint8))
-    with pytest.raises(SourceError, match="for 20 x 20 pixels, and the image has 32 x 16, or 16 x 32 where its EXIF"):
+    with pytest.raises(SourceError, match="for 20 x 20 pixels, but the image has 32 x 16, or 16 x 32 if EXIF"):
         open_label_maps(root, settings())
 
 
@@ -69,7 +69,7 @@ def test_labels_of_a_third_size_are_refused_before_training(tmp_path):
 def test_two_files_of_one_stem_are_refused(kind, name, tmp_path):
     root = write(tmp_path, (16, 16), 1, shown((16, 16), 1))
     Image.new("L", (16, 16)).save(root / kind / "val" / name)
-    with pytest.raises(SourceError, match=f"two files are called 'a': .*{name}"):
+    with pytest.raises(SourceError, match=f"two files are named 'a': .*{name}"):
         open_label_maps(root, settings())
 
 
@@ -79,8 +79,8 @@ def test_files_in_no_pair_are_told(tmp_path):
     (root / "images" / "train" / "notes.txt").write_text("x")
     train, val = open_label_maps(root, settings())
     assert [note.partition(": ")[2] for note in train.notes] == [
-        "1 files are not named as images are: left out (1 .txt)",
-        "1 label maps have no image, e.g. 'b': left out",
+        "ignored 1 files without an image suffix (1 .txt)",
+        "ignored 1 label maps without an image, e.g. 'b'",
     ]
     assert (len(train), val.notes) == (1, [])
 

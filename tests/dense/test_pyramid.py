@@ -48,7 +48,7 @@ def test_every_parameter_gets_a_gradient_and_a_rate(segmenter):
     segmentation_loss(found, labels, 0.4).backward()
     assert [name for name, p in segmenter.named_parameters() if p.grad is None] == []
     scale, decay = {}, {}
-    for group in decay_groups(segmenter.pyramid, segmenter, 0.05, 0.5):
+    for group in decay_groups(segmenter.pyramid, segmenter, 0.05, layer_decay=0.5):
         for parameter in group["params"]:
             assert id(parameter) not in scale
             scale[id(parameter)], decay[id(parameter)] = group["lr_scale"], group["weight_decay"]

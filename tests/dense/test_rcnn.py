@@ -9,7 +9,7 @@ import torch
 from cae2pipe.config.base import load
 from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.pyramid import Pyramid
-from cae2pipe.dense.rcnn import MASK, MaskRCNN, Stage, masks_within, training_sample
+from cae2pipe.dense.rcnn import MASK, CascadeStage, MaskRCNN, masks_within, training_sample
 from cae2pipe.models.trainable import take_any_size
 
 KINDS = {"mask": False, "cascade": True}
@@ -83,7 +83,9 @@ def test_what_a_stage_trains_on_by_hand():
     target = {"boxes": torch.tensor([[0.0, 0, 10, 10]]), "labels": torch.tensor([2])}
     proposals = torch.tensor([[0.0, 0, 10, 6.5], [40.0, 40, 50, 50]])  # IoU 0.65 and 0; the true box comes along
     for iou, positives in ((0.5, 2), (0.7, 1)):
-        found = training_sample(Stage(3, True, iou, (10, 10, 5, 5)), proposals, target, settings)
+        found = training_sample(
+            CascadeStage(3, True, iou, weights=(10, 10, 5, 5)), proposals, target, settings=settings
+        )
         assert found.labels.tolist() == [2] * positives + [0] * (3 - positives)
         assert [0.0, 0.0, 10.0, 10.0] in found.boxes[found.labels > 0].tolist()
         assert (found.index[found.labels > 0] == 0).all()

@@ -71,7 +71,7 @@ def maps(tmp_path_factory) -> Path:
 
 
 def settings(*overrides: str) -> SegmentSettings:
-    return load(SegmentSettings, "evaluate", "segment", [*SHORT, *overrides])
+    return load(SegmentSettings, "evaluate", "segment", overrides=[*SHORT, *overrides])
 
 
 def outcome(root: Path) -> dict[str, bytes]:
@@ -87,7 +87,7 @@ def whole(maps, tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("whole")
     torch.manual_seed(3)
     export_encoder(Encoder(width=32, depth=4, heads=2, image_size=32, patch_size=8), root / "encoder")
-    segment(str(root / "encoder"), maps, root / "out", settings(), Silent())
+    segment(str(root / "encoder"), maps, root / "out", settings=settings(), report=Silent())
     return root / "encoder", root / "out"
 
 
@@ -102,10 +102,10 @@ def test_colours_are_learnt_and_all_is_left_behind(whole, maps):
     assert not (out / "segment" / "checkpoints").exists()
     assert verify(out / "segment", Silent()).problems == []
     report = Silent()
-    assert segment(str(encoder), maps, out, settings(), report) == result
+    assert segment(str(encoder), maps, out, settings=settings(), report=report) == result
     assert any("nothing to do" in line for line in report.lines)
     with pytest.raises(MismatchError, match=r"settings\.steps"):
-        segment(str(encoder), maps, out, settings("steps=41"), Silent())
+        segment(str(encoder), maps, out, settings=settings("steps=41"), report=Silent())
 
 
 def test_stopped_and_resumed_it_gives_the_same_bytes(whole, maps, tmp_path, monkeypatch):
@@ -123,8 +123,8 @@ def test_stopped_and_resumed_it_gives_the_same_bytes(whole, maps, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(SegmentLearner, "step", step)
         with pytest.raises(Terminated):
-            segment(str(encoder), maps, tmp_path / "out", settings(), Silent())
-    segment(str(encoder), maps, tmp_path / "out", settings("speed.workers=1"), Silent())
+            segment(str(encoder), maps, tmp_path / "out", settings=settings(), report=Silent())
+    segment(str(encoder), maps, tmp_path / "out", settings=settings("speed.workers=1"), report=Silent())
     assert outcome(tmp_path / "out") == outcome(out)
 
 
@@ -143,30 +143,30 @@ def test_two_processes(whole, maps, tmp_path):
 def test_every_run_compiles_its_training_once_and_nothing_else(whole, maps, tmp_path, graphs):
     """Images have numbers of windows that are no multiples of a chunk."""
     short = settings("steps=2", "warmup_steps=0", "stride=16", "speed.compile=true")
-    segment(str(whole[0]), maps, tmp_path / "first", short, Silent())
+    segment(str(whole[0]), maps, tmp_path / "first", settings=short, report=Silent())
     assert graphs.frame_count == 1
     with torch._dynamo.config.patch(recompile_limit=1):
-        segment(str(whole[0]), maps, tmp_path / "second", short, Silent())
+        segment(str(whole[0]), maps, tmp_path / "second", settings=short, report=Silent())
     assert graphs.frame_count == 2
 
 
 def test_an_image_too_large_for_the_device_is_scored_on_the_cpu(whole, maps, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     short = ["steps=2", "warmup_steps=0", "speed.checkpoint_minutes=1e-9"]
     with monkeypatch.context() as patch:
         patch.setattr("cae2pipe.dense.segment.sliding_logits", full)
         with pytest.raises(OutOfMemoryError, match="one image to be scored does not fit") as caught:
-            segment(str(whole[0]), maps, tmp_path / "out", settings(*short), Silent())
+            segment(str(whole[0]), maps, tmp_path / "out", settings=settings(*short), report=Silent())
     assert caught.value.fix == "--device cpu --set precision=fp32 resumes from the last checkpoint"
     report = Silent()
-    segment(str(whole[0]), maps, tmp_path / "out", settings(*short, "precision=fp32"), report)
+    segment(str(whole[0]), maps, tmp_path / "out", settings=settings(*short, "precision=fp32"), report=report)
     assert any("from step 1" in line for line in report.lines)
 
 
 def test_bfloat16(whole, maps, tmp_path):
-    result = segment(str(whole[0]), maps, tmp_path / "out", settings("precision=bf16"), Silent())
+    result = segment(str(whole[0]), maps, tmp_path / "out", settings=settings("precision=bf16"), report=Silent())
     assert result["miou"] > 0.5
 
 
@@ -234,7 +234,7 @@ def test_data_that_do_not_fit_are_refused_by_name(whole, tmp_path, what, message
     root = write_maps(tmp_path / "maps")
     broken(root, what)
     with pytest.raises((SourceError, SettingsError), match=message) as caught:
-        segment(str(whole[0]), root, tmp_path / "out", settings("warmup_steps=0"), Silent())
+        segment(str(whole[0]), root, tmp_path / "out", settings=settings("warmup_steps=0"), report=Silent())
     assert caught.value.fix
 
 
@@ -251,7 +251,7 @@ def test_crops_hold_pixels_with_their_labels(maps):
     train, _ = open_label_maps(maps, settings())
     random.seed(0)
     for index in range(len(train)):
-        pixels, labels = draw_crop(*train.read(index), settings("image_size=48"), (1, 2, 3))
+        pixels, labels = draw_crop(*train.read(index), settings("image_size=48"), fill=(1, 2, 3))
         assert (pixels.shape, labels.shape) == ((48, 48, 3), (48, 48))
         known = labels != 255
         distance = np.abs(pixels[known].astype(int)[:, None] - COLOURS[None].astype(int)).sum(axis=2)
@@ -263,9 +263,9 @@ def test_crops_hold_pixels_with_their_labels(maps):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("chunk=3", "chunk 3 does not divide batch 4"),
+        ("chunk=3", "batch 4 is not divisible by chunk 3"),
         ("stride=40", "leaves gaps"),
-        ("warmup_steps=40", "leaves nothing"),
+        ("warmup_steps=40", "must be less than steps"),
         ("scale_range=[2, 1]", "not a range"),
     ],
 )

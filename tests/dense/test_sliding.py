@@ -33,7 +33,7 @@ def per_pixel(images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(16, 16), (16, 40), (37, 23), (10, 30), (5, 7)])
 def test_a_function_of_pixels_is_stitched_as_a_whole_pass_gives_it(shape):
     image = torch.randn(3, *shape)
-    found = sliding_logits(per_pixel, image, 16, 9, 3, torch.zeros(3))
+    found = sliding_logits(per_pixel, image, 16, stride=9, batch=3, fill=torch.zeros(3))
     torch.testing.assert_close(found, per_pixel(image[None])[0])
 
 
@@ -44,7 +44,7 @@ def test_overlaps_are_averaged_and_what_is_added_is_the_fill():
         seen.append(images)
         return torch.arange(16.0).expand(len(images), 1, 16, 16)
 
-    found = sliding_logits(position, torch.randn(3, 10, 20), 16, 4, 8, torch.tensor([7.0, 8.0, 9.0]))
+    found = sliding_logits(position, torch.randn(3, 10, 20), 16, stride=4, batch=8, fill=torch.tensor([7.0, 8.0, 9.0]))
     assert found.shape == (1, 10, 20)
     assert found[0, 0].tolist() == [*map(float, range(4)), *[x - 2.0 for x in range(4, 16)], *map(float, range(12, 16))]
     assert all((images[:, :, 10:] == torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1)).all() for images in seen)

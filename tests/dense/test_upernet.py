@@ -28,7 +28,7 @@ def test_logits_are_float32_under_autocast(backends):
     image = torch.randn(3, 80, 64, generator=torch.Generator().manual_seed(1))
     torch.set_float32_matmul_precision("high")
     with torch.autocast("cpu", torch.bfloat16):
-        found = sliding_logits(lambda windows: model(windows)[0], image, 64, 16, 2, torch.zeros(3))
+        found = sliding_logits(lambda windows: model(windows)[0], image, 64, stride=16, batch=2, fill=torch.zeros(3))
     for logits in (found, *given):
         assert logits.dtype == torch.float32
         assert (logits != logits.bfloat16()).float().mean() > 0.9

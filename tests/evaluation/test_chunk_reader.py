@@ -11,7 +11,7 @@ from cae2pipe.errors import SourceError
 from cae2pipe.evaluation.chunk_reader import ChunkReader
 from cae2pipe.evaluation.crops import DrawnCrop
 from cae2pipe.evaluation.datasets import open_split
-from cae2pipe.supervised.course import full_batches
+from cae2pipe.supervised.schedule import full_batches
 from tests.conftest import write_photos
 
 
@@ -21,7 +21,9 @@ def reader(tmp_path):
 
     def make(own=(0, 1), start=0, **settings) -> ChunkReader:
         crop = DrawnCrop(24, DrawSettings(**settings), (0.5, 0.5, 0.5), seed=3)
-        return ChunkReader(open_split(tmp_path / "images", 4), full_batches(12, 4, 2, 2, 0), own, start, crop)
+        return ChunkReader(
+            open_split(tmp_path / "images", 4), full_batches(12, 4, 2, epochs=2, seed=0), own, start=start, crop=crop
+        )
 
     return make
 
@@ -68,10 +70,10 @@ def test_what_cannot_be_decoded_is_replaced_within_its_chunk_and_named(reader, t
     sizes = [whole[index].labels.shape for index in range(len(whole))]
     broken = tmp_path / "images" / "class0" / "image002.jpg"
     broken.write_bytes(b"nothing")
-    found = [reader()[index] for index in range(len(whole))]
-    assert [chunk.labels.shape for chunk in found] == sizes
-    assert {reject["path"] for chunk in found for reject in chunk.rejected} == {"class0/image002.jpg"}
-    chunk = next(chunk for chunk in found if chunk.rejected)
+    chunks = [reader()[index] for index in range(len(whole))]
+    assert [chunk.labels.shape for chunk in chunks] == sizes
+    assert {reject["path"] for chunk in chunks for reject in chunk.rejected} == {"class0/image002.jpg"}
+    chunk = next(chunk for chunk in chunks if chunk.rejected)
     assert chunk.pixels[0].equal(chunk.pixels[1])
     for path in (tmp_path / "images").rglob("*.jpg"):
         path.write_bytes(b"nothing")
@@ -85,7 +87,7 @@ def test_labels_belong_to_their_pixels(tmp_path):
         for number in range(4):
             Image.new("RGB", (30, 30), colour).save(tmp_path / f"c{label}" / f"{number}.png")
     crop = DrawnCrop(8, DrawSettings(), (0.5, 0.5, 0.5), seed=0)
-    reader = ChunkReader(open_split(tmp_path, 4), full_batches(12, 6, 3, 1, 0), (0, 1), 0, crop)
+    reader = ChunkReader(open_split(tmp_path, 4), full_batches(12, 6, 3, epochs=1, seed=0), (0, 1), start=0, crop=crop)
     for index in range(len(reader)):
         chunk = reader[index]
         assert chunk.pixels.float().mean(dim=(2, 3)).argmax(dim=1).equal(chunk.labels)

@@ -27,7 +27,7 @@ def write_data(root: Path, classes: int = 2) -> Path:
 
 
 def shard(source: Path, out: Path) -> Path:
-    build_shard_set(source, out, ShardSettings(samples=5, speed=ShardSpeed(workers=0)), Silent())
+    build_shard_set(source, out, ShardSettings(samples=5, speed=ShardSpeed(workers=0)), report=Silent())
     return out
 
 
@@ -73,11 +73,11 @@ def test_crops_are_central(tmp_path):
 def test_what_cannot_be_decoded_is_left_out_by_name(tmp_path):
     data = write_data(tmp_path / "data")
     (data / "train" / "class1" / "bad.jpg").write_bytes(b"no image")
-    found = crops(open_split(data / "train", 3))
-    rejected = [reject for run in found for reject in run.rejected]
+    read = crops(open_split(data / "train", 3))
+    rejected = [reject for run in read for reject in run.rejected]
     assert [reject["path"] for reject in rejected] == ["class1/bad.jpg"]
     assert "cannot be decoded" in rejected[0]["reason"]
-    assert sum(len(run.labels) for run in found) == sum(len(run.pixels) for run in found) == 8
+    assert sum(len(run.labels) for run in read) == sum(len(run.pixels) for run in read) == 8
 
 
 def test_val_may_hold_fewer_classes_and_labels_follow_names(tmp_path):
@@ -167,4 +167,4 @@ def test_what_is_passed_over_is_said(tmp_path):
     data = write_data(tmp_path / "data")
     (data / "val" / "class0" / "notes.txt").write_text("x")
     train, val = open_data(data, 3)
-    assert (train.remarks, val.remarks) == ((), ("passed over 1 file that is no image: 1 .txt file",))
+    assert (train.remarks, val.remarks) == ((), ("skipped 1 file that is not an image: 1 .txt file",))

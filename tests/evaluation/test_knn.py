@@ -15,9 +15,10 @@ from cae2pipe.evaluation.scores import Predictions, accuracy
 
 
 def knn_scores(train, labels, test, truth, **options) -> dict[int, dict[str, float]]:
-    found = knn_predictions(train, labels, test, **options)
+    rankings = knn_predictions(train, labels, test, **options)
     return {
-        k: accuracy(Predictions(best.numpy(), share.numpy(), truth.numpy(), [])) for k, (best, share) in found.items()
+        k: accuracy(Predictions(best.numpy(), share.numpy(), truth.numpy(), []))
+        for k, (best, share) in rankings.items()
     }
 
 
@@ -32,8 +33,8 @@ def test_weights_decide_by_hand():
     test, truth = at_angles(0), torch.tensor([0])
 
     def top1(temperature: float, k: int = 3) -> float:
-        found = knn_scores(train, labels, test, truth, classes=2, k=[k], temperature=temperature)
-        return found[k]["top1"]
+        scores = knn_scores(train, labels, test, truth, classes=2, k=[k], temperature=temperature)
+        return scores[k]["top1"]
 
     assert top1(0.07) == 1  # e^(.219/.07) = 22.8 > 2
     assert top1(1.0) == 0  # e^.219 = 1.24 < 2
@@ -42,8 +43,8 @@ def test_weights_decide_by_hand():
 
 def test_length_of_features_does_not_matter():
     train, labels = at_angles(0, 90) * torch.tensor([[100.0], [0.01]]), torch.tensor([0, 1])
-    found = knn_scores(train, labels, at_angles(80, 10) * 7, torch.tensor([1, 0]), classes=2, k=[1], temperature=0.07)
-    assert found[1]["top1"] == 1
+    scores = knn_scores(train, labels, at_angles(80, 10) * 7, torch.tensor([1, 0]), classes=2, k=[1], temperature=0.07)
+    assert scores[1]["top1"] == 1
 
 
 def plain_loop(train, labels, test, truth, classes, k, temperature):
@@ -73,8 +74,8 @@ def test_agrees_with_a_plain_loop(seed, n, m, classes, k, chunk):
     generator = torch.Generator().manual_seed(seed)
     train, test = (torch.randn(count, 6, generator=generator, dtype=torch.float64) for count in (n, m))
     labels, truth = (torch.randint(classes, (count,), generator=generator) for count in (n, m))
-    found = knn_scores(train, labels, test, truth, classes=classes, k=[k], temperature=0.1, chunk=chunk)[k]
-    assert (found["top1"], found["top5"]) == pytest.approx(plain_loop(train, labels, test, truth, classes, k, 0.1))
+    scores = knn_scores(train, labels, test, truth, classes=classes, k=[k], temperature=0.1, chunk=chunk)[k]
+    assert (scores["top1"], scores["top5"]) == pytest.approx(plain_loop(train, labels, test, truth, classes, k, 0.1))
 
 
 def test_agrees_with_scikit_learn():
@@ -86,13 +87,13 @@ def test_agrees_with_scikit_learn():
     test = centres[truth] + torch.randn(60, 8, generator=generator)
     judge = neighbors.KNeighborsClassifier(7, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     expected = judge.fit(train.numpy(), labels.numpy()).score(test.numpy(), truth.numpy())
-    found = knn_scores(train, labels, test, truth, classes=3, k=[7], temperature=0.07)
-    assert found[7]["top1"] == pytest.approx(expected)
+    scores = knn_scores(train, labels, test, truth, classes=3, k=[7], temperature=0.07)
+    assert scores[7]["top1"] == pytest.approx(expected)
     assert 0.4 < expected < 1
 
 
 def test_a_class_without_votes_is_no_prediction():
-    found = knn_scores(
+    scores = knn_scores(
         at_angles(0, 1, 90),
         torch.tensor([0, 0, 1]),
         at_angles(0),
@@ -101,12 +102,12 @@ def test_a_class_without_votes_is_no_prediction():
         k=[2],
         temperature=0.07,
     )
-    assert found[2] == {"top1": 0, "top5": 0}
+    assert scores[2] == {"top1": 0, "top5": 0}
 
 
 @pytest.mark.parametrize("nearest", [0, 1])
 def test_tiny_temperatures_do_not_overflow(nearest):
     # Overflown votes would tie, and the tie would go to the same class both times.
     labels, truth = torch.tensor([nearest, 1 - nearest, 1 - nearest]), torch.tensor([nearest])
-    found = knn_scores(at_angles(0, 30, 31), labels, at_angles(2), truth, classes=2, k=[3], temperature=1e-4)
-    assert found[3]["top1"] == 1
+    scores = knn_scores(at_angles(0, 30, 31), labels, at_angles(2), truth, classes=2, k=[3], temperature=1e-4)
+    assert scores[3]["top1"] == 1

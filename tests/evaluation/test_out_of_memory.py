@@ -22,9 +22,9 @@ from cae2pipe.evaluation.linear import Probe
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.supervised.course import Chunk
 from cae2pipe.supervised.learner import TunedLearner, make_moments
 from cae2pipe.supervised.remedies import SMALLER, smaller_chunk
+from cae2pipe.supervised.schedule import Chunk
 
 COMMON = ["speed.workers=0", "speed.device=cpu", "speed.batch=4"]
 KINDS = {
@@ -34,7 +34,7 @@ KINDS = {
     "attentive": ["chunk=6", "epochs=1", "warmup_epochs=0"],
     "finetune": ["epochs=2", "warmup_epochs=0", "batch=12", "chunk=6"],
 }
-WITH_THEM = " --set features.precision=fp32 --set speed.batch=4 takes the same features"
+WITH_THEM = " --set features.precision=fp32 --set speed.batch=4 uses the same features"
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,12 @@ def data(tmp_path_factory) -> Path:
 
 def settings(kind: str, *over: str):
     name = "linear" if kind == "cached" else kind
-    return load(EVALUATIONS[name], "evaluate", name, [*COMMON, *KINDS[kind], *over])
+    return load(EVALUATIONS[name], "evaluate", name, overrides=[*COMMON, *KINDS[kind], *over])
 
 
 def score(kind: str, exported: Path, data: Path, out: Path, *over: str):
     name = "linear" if kind == "cached" else kind
-    return evaluate(name, str(exported), data, out, settings(kind, *over), Silent())
+    return evaluate(name, str(exported), data, out=out, settings=settings(kind, *over), report=Silent())
 
 
 def full(*args, **options):
@@ -117,7 +117,7 @@ def test_an_upload_counts_as_its_chunk(exported, data, tmp_path, monkeypatch):
         yield next(iter(items))
         full()
 
-    for module in ("supervised.learner", "evaluation.probing"):
+    for module in ("supervised.learner", "evaluation.probe_learner"):
         monkeypatch.setattr(f"cae2pipe.{module}.uploaded", uploaded)
     for kind, fix in (("linear", "--set chunk=3"), ("finetune", "--set chunk=2")):
         with pytest.raises(OutOfMemoryError) as caught:
@@ -143,7 +143,7 @@ def test_with_a_checkpoint_other_chunks_need_another_folder(exported, data, tmp_
     with pytest.raises(OutOfMemoryError) as caught:
         score("finetune", exported, data, tmp_path)
     assert caught.value.where == "step 1"
-    assert caught.value.fix.startswith("--set chunk=2, and give another output folder")
+    assert caught.value.fix.startswith("--set chunk=2, and use a new output folder")
 
 
 @given(

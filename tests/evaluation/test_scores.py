@@ -17,42 +17,42 @@ from cae2pipe.reporting.confusion import draw_confusion
 
 
 @pytest.fixture
-def found() -> Predictions:
+def predictions() -> Predictions:
     ranked = np.array([[0, 1, 2], [1, 0, 2], [2, 1, -1], [0, -1, -1]])
     return Predictions(ranked, np.zeros((4, 3), np.float32), np.array([0, 0, 1, 2]), list("abcd"))
 
 
-def test_by_hand(found):
-    assert accuracy(found) == {"top1": 0.25, "top5": 0.75}
-    assert per_class(found, ["x", "y", "z", "none of these"]) == {"x": 0.5, "y": 0.0, "z": 0.0}
-    assert confusion(found, 3).tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
+def test_by_hand(predictions):
+    assert accuracy(predictions) == {"top1": 0.25, "top5": 0.75}
+    assert per_class(predictions, ["x", "y", "z", "none of these"]) == {"x": 0.5, "y": 0.0, "z": 0.0}
+    assert confusion(predictions, 3).tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
 
 
 def test_logits_become_ranks_and_shares():
     logits = torch.tensor([[0.0, 2.0, 1.0]]).log_softmax(1)
-    found = from_scores(logits, torch.tensor([2]), ["k"])
-    assert found.ranked.tolist() == [[1, 2, 0]]
-    assert found.confidence[0].tolist() == pytest.approx(sorted(logits.exp()[0].tolist(), reverse=True))
+    predictions = from_scores(logits, torch.tensor([2]), ["k"])
+    assert predictions.ranked.tolist() == [[1, 2, 0]]
+    assert predictions.confidence[0].tolist() == pytest.approx(sorted(logits.exp()[0].tolist(), reverse=True))
 
 
-def test_parts_are_put_together_in_order(found):
-    both = joined_predictions([found, found])
+def test_parts_are_put_together_in_order(predictions):
+    both = joined_predictions([predictions, predictions])
     assert both.keys == list("abcdabcd")
-    assert accuracy(both) == accuracy(found)
+    assert accuracy(both) == accuracy(predictions)
 
 
-def test_files_hold_what_was_found_and_equal_predictions_give_equal_bytes(found, tmp_path):
+def test_files_hold_predictions_and_equal_predictions_give_equal_bytes(predictions, tmp_path):
     names = ["x", "y", "ä b"]
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        files = write_predictions(tmp_path / folder, found, names)
+        files = write_predictions(tmp_path / folder, predictions, names)
         assert set(files) == {"predictions.npz", "confusion.png"}
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with np.load(tmp_path / "one" / "predictions.npz", allow_pickle=False) as stored:
-        assert stored["keys"].tolist() == found.keys
+        assert stored["keys"].tolist() == predictions.keys
         assert stored["classes"].tolist() == names
-        assert np.array_equal(stored["ranked"], found.ranked)
+        assert np.array_equal(stored["ranked"], predictions.ranked)
 
 
 @pytest.mark.parametrize("classes", [2, 40, 41, 1000])

@@ -1,4 +1,4 @@
-"""Scores that are trained for on new crops: what they learn, going on after kills and stops, several processes."""
+"""Scores that are trained on new crops: their results, resuming after kills and stops, several processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.errors import CompileError, DivergedError, MismatchError, SettingsError, SourceError, Terminated
 from cae2pipe.evaluation.finetune import FinetuneLearner
-from cae2pipe.evaluation.probing import ProbeLearner
+from cae2pipe.evaluation.probe_learner import ProbeLearner
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.verify import verify
@@ -54,7 +54,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def settings(kind: str, *overrides: str):
-    return load(EVALUATIONS[kind], "evaluate", kind, [*COMMON, *KINDS[kind], *overrides])
+    return load(EVALUATIONS[kind], "evaluate", kind, overrides=[*COMMON, *KINDS[kind], *overrides])
 
 
 def outcome(root: Path) -> dict[str, bytes]:
@@ -64,18 +64,18 @@ def outcome(root: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_colours_are_learnt(kind, exported, data, tmp_path):
-    result = evaluate(kind, str(exported), data, tmp_path / "out", settings(kind), Silent())
+    result = evaluate(kind, str(exported), data, out=tmp_path / "out", settings=settings(kind), report=Silent())
     assert result["top1"] == 1
     assert result["images"] == {"train": 24, "val": 9}
     assert result["rejected"] == {"train": 0, "val": 1}
     assert result["per_class"] == {"bright": 1.0, "dark": 1.0, "red": 1.0}
     assert verify(tmp_path / "out" / kind, Silent()).problems == []
     assert not (tmp_path / "out" / kind / "checkpoints").exists()
-    with np.load(tmp_path / "out" / kind / "predictions.npz") as found:
-        assert sorted(found["keys"])[0] == "bright/0.png"
-        assert (found["ranked"][:, 0] == found["labels"]).all()
+    with np.load(tmp_path / "out" / kind / "predictions.npz") as predictions:
+        assert sorted(predictions["keys"])[0] == "bright/0.png"
+        assert (predictions["ranked"][:, 0] == predictions["labels"]).all()
     report = Silent()
-    assert evaluate(kind, str(exported), data, tmp_path / "out", settings(kind), report) == result
+    assert evaluate(kind, str(exported), data, out=tmp_path / "out", settings=settings(kind), report=report) == result
     assert any("nothing to do" in line for line in report.lines)
 
 
@@ -83,7 +83,7 @@ def test_colours_are_learnt(kind, exported, data, tmp_path):
 def test_killed_and_resumed_it_gives_the_same_bytes(kind, exported, data, tmp_path, monkeypatch):
     """Killed at a step, with a checkpoint before it, some steps old."""
     more = [*BRIEF[kind], *(["ema=0.9"] if kind == "finetune" else [])]
-    whole = evaluate(kind, str(exported), data, tmp_path / "whole", settings(kind, *more), Silent())
+    whole = evaluate(kind, str(exported), data, out=tmp_path / "whole", settings=settings(kind, *more), report=Silent())
     learner = FinetuneLearner if kind == "finetune" else ProbeLearner
     real, saved = learner.step, []
 
@@ -105,11 +105,11 @@ def test_killed_and_resumed_it_gives_the_same_bytes(kind, exported, data, tmp_pa
     monkeypatch.setattr(checkpoint, "save_checkpoint", every_third)
     often = settings(kind, *more, "speed.checkpoint_minutes=1e-9")
     with pytest.raises(Killed):
-        evaluate(kind, str(exported), data, tmp_path / "out", often, Silent())
+        evaluate(kind, str(exported), data, out=tmp_path / "out", settings=often, report=Silent())
     assert sorted(path.stem for path in (tmp_path / "out" / kind / "checkpoints").iterdir())[-1] == "step-00000006"
     report = Silent()
-    assert evaluate(kind, str(exported), data, tmp_path / "out", often, report) == whole
-    assert any("going on from step 6" in line for line in report.lines)
+    assert evaluate(kind, str(exported), data, out=tmp_path / "out", settings=often, report=report) == whole
+    assert any("resuming from step 6" in line for line in report.lines)
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
     steps = [line["step"] for line in read_lines(tmp_path / "out" / kind / "metrics.jsonl")]
     assert steps == list(range(len(steps)))
@@ -128,12 +128,12 @@ def test_sigterm_ends_the_step_and_keeps_it(kind, exported, data, tmp_path, monk
     monkeypatch.setattr(learner, "step", step)
     report = Silent()
     with pytest.raises(Terminated):
-        evaluate(kind, str(exported), data, tmp_path / "out", settings(kind, *BRIEF[kind]), report)
+        evaluate(kind, str(exported), data, out=tmp_path / "out", settings=settings(kind, *BRIEF[kind]), report=report)
     assert any("stopped after 5 steps" in line for line in report.lines)
     monkeypatch.setattr(learner, "step", real)
-    evaluate(kind, str(exported), data, tmp_path / "out", settings(kind, *BRIEF[kind]), report)
-    assert any("going on from step 5" in line for line in report.lines)
-    evaluate(kind, str(exported), data, tmp_path / "whole", settings(kind, *BRIEF[kind]), Silent())
+    evaluate(kind, str(exported), data, out=tmp_path / "out", settings=settings(kind, *BRIEF[kind]), report=report)
+    assert any("resuming from step 5" in line for line in report.lines)
+    evaluate(kind, str(exported), data, out=tmp_path / "whole", settings=settings(kind, *BRIEF[kind]), report=Silent())
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
@@ -147,22 +147,46 @@ def test_killed_behind_the_last_step_it_is_scored_again(exported, data, tmp_path
         patch.setattr(stage, "write_predictions", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(
-                "finetune", str(exported), data, tmp_path / "out", settings("finetune", *BRIEF["finetune"]), Silent()
+                "finetune",
+                str(exported),
+                data,
+                out=tmp_path / "out",
+                settings=settings("finetune", *BRIEF["finetune"]),
+                report=Silent(),
             )
-    evaluate("finetune", str(exported), data, tmp_path / "out", settings("finetune", *BRIEF["finetune"]), Silent())
-    evaluate("finetune", str(exported), data, tmp_path / "whole", settings("finetune", *BRIEF["finetune"]), Silent())
+    evaluate(
+        "finetune",
+        str(exported),
+        data,
+        out=tmp_path / "out",
+        settings=settings("finetune", *BRIEF["finetune"]),
+        report=Silent(),
+    )
+    evaluate(
+        "finetune",
+        str(exported),
+        data,
+        out=tmp_path / "whole",
+        settings=settings("finetune", *BRIEF["finetune"]),
+        report=Silent(),
+    )
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
 def test_best_is_the_best_epoch_and_the_headline_the_last(exported, data, tmp_path, monkeypatch):
     tops = iter([0.2, 0.7, 0.7, 0.4])
 
-    def accuracy(found):
+    def accuracy(predictions):
         return {"top1": next(tops), "top5": 1.0}
 
     monkeypatch.setattr("cae2pipe.evaluation.finetune.accuracy", accuracy)
     result = evaluate(
-        "finetune", str(exported), data, tmp_path / "out", settings("finetune", "validate_epochs=3"), Silent()
+        "finetune",
+        str(exported),
+        data,
+        out=tmp_path / "out",
+        settings=settings("finetune", "validate_epochs=3"),
+        report=Silent(),
     )
     assert result["best"] == {"epoch": 5, "top1": 0.7, "top5": 1.0}
     assert [line["epoch"] for line in result["history"] if "top1" in line] == [2, 5, 8, 11]
@@ -177,16 +201,16 @@ def test_two_processes_give_one_process_s_score(kind, exported, data, tmp_path):
     done = command("evaluate", *arguments, tmp_path / "two", *options)
     assert done.codes == [0, 0], done.stderr
     assert done.stdout.count("protocol: ") == 1
-    alone = load(EVALUATIONS[kind], "evaluate", kind, [*COMMON, *over])
-    evaluate(kind, str(exported), data, tmp_path / "one", alone, Silent())
+    alone = load(EVALUATIONS[kind], "evaluate", kind, overrides=[*COMMON, *over])
+    evaluate(kind, str(exported), data, out=tmp_path / "one", settings=alone, report=Silent())
     one, two = (json.loads((tmp_path / name / kind / "result.json").read_text()) for name in ("one", "two"))
     assert two["images"] == one["images"]
     assert (two["top1"], two["top5"], two["per_class"]) == (one["top1"], one["top5"], one["per_class"])
     assert two.get("train_loss", 0) == pytest.approx(one.get("train_loss", 0), rel=1e-3)
     predictions = []
     for name in ("one", "two"):
-        with np.load(tmp_path / name / kind / "predictions.npz") as found:
-            predictions.append({key: found[key] for key in found})
+        with np.load(tmp_path / name / kind / "predictions.npz") as file:
+            predictions.append({key: file[key] for key in file})
     assert predictions[0]["keys"].tolist() == predictions[1]["keys"].tolist()
     assert predictions[0]["labels"].tolist() == predictions[1]["labels"].tolist()
     np.testing.assert_allclose(predictions[0]["confidence"], predictions[1]["confidence"], atol=2e-2)
@@ -196,10 +220,10 @@ def test_every_run_compiles_its_training_once_and_nothing_else(exported, data, t
     """Val images pass in batches of another size, the last of which is smaller. Where a process may have one graph, as
     it has eight of all runs together, a second run has its own."""
     short = settings("finetune", "epochs=2", "warmup_epochs=0", "speed.compile=true")
-    evaluate("finetune", str(exported), data, tmp_path / "first", short, Silent())
+    evaluate("finetune", str(exported), data, out=tmp_path / "first", settings=short, report=Silent())
     assert graphs.frame_count == 1
     with torch._dynamo.config.patch(recompile_limit=1):
-        evaluate("finetune", str(exported), data, tmp_path / "second", short, Silent())
+        evaluate("finetune", str(exported), data, out=tmp_path / "second", settings=short, report=Silent())
     assert graphs.frame_count == 2
 
 
@@ -211,7 +235,12 @@ def test_a_compiler_that_fails_is_said_to_be_dispensable(exported, data, tmp_pat
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend=backend))
     with pytest.raises(CompileError, match="no C compiler found") as caught:
         evaluate(
-            "finetune", str(exported), data, tmp_path / "out", settings("finetune", "speed.compile=true"), Silent()
+            "finetune",
+            str(exported),
+            data,
+            out=tmp_path / "out",
+            settings=settings("finetune", "speed.compile=true"),
+            report=Silent(),
         )
     assert caught.value.fix.startswith("--set speed.compile=false")
 
@@ -219,7 +248,9 @@ def test_a_compiler_that_fails_is_said_to_be_dispensable(exported, data, tmp_pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind, exported, data, tmp_path):
     precision = "precision=bf16" if kind == "finetune" else "features.precision=bf16"
-    result = evaluate(kind, str(exported), data, tmp_path / "out", settings(kind, precision), Silent())
+    result = evaluate(
+        kind, str(exported), data, out=tmp_path / "out", settings=settings(kind, precision), report=Silent()
+    )
     assert result["top1"] > 0.8
 
 
@@ -227,29 +258,53 @@ def test_chunks_that_cannot_be_shared_out(data, tmp_path):
     from cae2pipe.evaluation.datasets import open_data
     from cae2pipe.stages import evaluate as stage
 
-    job = stage.Job(None, "x", *open_data(data, 4), tmp_path, tmp_path, stage.World(0, 3, None), Silent())
-    with pytest.raises(SettingsError, match="2 chunks a step cannot be shared out among 3"):
-        stage.score_finetune(job, settings("finetune"), "mean", 32)
+    train, val = open_data(data, 4)
+    job = stage.Job(
+        encoder=None,
+        spec="x",
+        feature="mean",
+        size=32,
+        train=train,
+        val=val,
+        shared=tmp_path,
+        root=tmp_path,
+        world=stage.World(0, 3, None),
+        report=Silent(),
+    )
+    with pytest.raises(SettingsError, match=r"chunks per step \(2\) is not divisible by the number of processes \(3\)"):
+        stage.score_finetune(job, settings("finetune"))
 
 
 def test_refused_settings_leave_the_folder_free_for_others(exported, data, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(SettingsError, match="5 heads do not divide") as caught:
-        evaluate("attentive", str(exported), data, out, settings("attentive", "heads=5"), Silent())
+        evaluate("attentive", str(exported), data, out=out, settings=settings("attentive", "heads=5"), report=Silent())
     assert caught.value.fix == "--set heads=4"
     with pytest.raises(SourceError, match="24 training images are fewer than one batch of 32"):
-        evaluate("finetune", str(exported), data, out, settings("finetune", "batch=32"), Silent())
+        evaluate("finetune", str(exported), data, out=out, settings=settings("finetune", "batch=32"), report=Silent())
     with pytest.raises(SettingsError, match="cannot be fine-tuned"):
-        evaluate("finetune", "random:vit_srelpos_small_patch16_224", data, out, settings("finetune"), Silent())
-    evaluate("finetune", str(exported), data, out, settings("finetune"), Silent())
+        evaluate(
+            "finetune",
+            "random:vit_srelpos_small_patch16_224",
+            data,
+            out=out,
+            settings=settings("finetune"),
+            report=Silent(),
+        )
+    evaluate("finetune", str(exported), data, out=out, settings=settings("finetune"), report=Silent())
     with pytest.raises(MismatchError, match=r"settings\.epochs"):
-        evaluate("finetune", str(exported), data, out, settings("finetune", "epochs=3"), Silent())
+        evaluate("finetune", str(exported), data, out=out, settings=settings("finetune", "epochs=3"), report=Silent())
 
 
 def test_a_loss_that_is_not_finite(exported, data, tmp_path):
     with pytest.raises(DivergedError, match="not finite at step"):
         evaluate(
-            "finetune", str(exported), data, tmp_path / "out", settings("finetune", "lr=1e30", "clip=null"), Silent()
+            "finetune",
+            str(exported),
+            data,
+            out=tmp_path / "out",
+            settings=settings("finetune", "lr=1e30", "clip=null"),
+            report=Silent(),
         )
 
 
@@ -261,7 +316,9 @@ def test_a_class_with_one_image(exported, data, tmp_path):
         (tmp_path / "data" / "train" / "dark" / f"{number}.png").unlink()
     for kind in ("linear", "finetune"):
         with pytest.raises(SourceError, match=r"fewer than two training images: 'dark' \(1\)"):
-            evaluate(kind, str(exported), tmp_path / "data", tmp_path / "out", settings(kind), Silent())
+            evaluate(
+                kind, str(exported), tmp_path / "data", out=tmp_path / "out", settings=settings(kind), report=Silent()
+            )
 
 
 def test_a_teacher_is_probed_and_fine_tuned_like_a_student(data, tmp_path):
@@ -274,7 +331,7 @@ def test_a_teacher_is_probed_and_fine_tuned_like_a_student(data, tmp_path):
     spec = f"timm:test_vit@{weights}"
     for kind in ("attentive", "finetune"):
         short = settings(kind, "epochs=1", "warmup_epochs=0")
-        assert evaluate(kind, spec, data, tmp_path / "out", short, Silent())["images"]["val"] == 9
+        assert evaluate(kind, spec, data, out=tmp_path / "out", settings=short, report=Silent())["images"]["val"] == 9
 
 
 def test_every_step_has_the_rates_of_the_schedule_and_of_the_layers(exported, data, tmp_path, monkeypatch):
@@ -288,7 +345,7 @@ def test_every_step_has_the_rates_of_the_schedule_and_of_the_layers(exported, da
         return loss
 
     monkeypatch.setattr(FinetuneLearner, "step", step)
-    evaluate("finetune", str(exported), data, tmp_path / "out", settings("finetune"), Silent())
+    evaluate("finetune", str(exported), data, out=tmp_path / "out", settings=settings("finetune"), report=Silent())
     peak, least, last = 0.2 * 8 / 1024, 1e-6 * 8 / 1024, 35
     assert len(seen) == last + 1
     for number, rates in enumerate(seen):

@@ -64,10 +64,10 @@ def sound(kind: str) -> Callable[[Path, str], Any]:
     """Everything that ``verify`` has called sound: JSON by its meaning."""
 
     def product(world: Path, stdout: str) -> Any:
-        found = contents(world / kind)
+        files = contents(world / kind)
         return {
             name: json.loads(content) if name.endswith(".json") else content
-            for name, content in found.items()
+            for name, content in files.items()
             # What is no result of a run has no digest.
             if not name.startswith(("checkpoints/", "metrics.jsonl"))
         }
@@ -168,9 +168,9 @@ def run(command: Command, world: Path) -> Outcome:
     process = imported().Process(target=_run, args=(command.line.split(), world))
     process.start()
     process.join()
-    told = [world.with_name(f"{world.name}.{name}").read_text(errors="replace") for name in ("out", "err")]
-    product = command.product(world, told[0]) if process.exitcode == 0 else None
-    return Outcome(process.exitcode, *told, product)
+    streams = [world.with_name(f"{world.name}.{name}").read_text(errors="replace") for name in ("out", "err")]
+    product = command.product(world, streams[0]) if process.exitcode == 0 else None
+    return Outcome(process.exitcode, *streams, product)
 
 
 def _run(arguments: list[str], world: Path) -> None:
@@ -186,23 +186,23 @@ def _run(arguments: list[str], world: Path) -> None:
     main()
 
 
-def faults(command: Command, right: Outcome, found: Outcome) -> list[str]:
+def faults(command: Command, right: Outcome, outcome: Outcome) -> list[str]:
     """What is wrong with an outcome, where ``right`` is the undamaged world's."""
     wrong = []
-    if found.code not in (0, 1, 2):
-        wrong.append("hung" if found.code == -signal.SIGALRM else f"exit code {found.code}")
-    if "Traceback" in found.stderr or "Traceback" in found.stdout:
+    if outcome.code not in (0, 1, 2):
+        wrong.append("hung" if outcome.code == -signal.SIGALRM else f"exit code {outcome.code}")
+    if "Traceback" in outcome.stderr or "Traceback" in outcome.stdout:
         wrong.append("traceback")
-    if found.code in (1, 2) and not (found.stdout + found.stderr).strip():
+    if outcome.code in (1, 2) and not (outcome.stdout + outcome.stderr).strip():
         wrong.append("failed without a word")
-    if "\x1b" in found.stdout + found.stderr:
+    if "\x1b" in outcome.stdout + outcome.stderr:
         wrong.append("an escape sequence of a file reached the terminal")
-    if found.code == 0 and found.product != right.product:
+    if outcome.code == 0 and outcome.product != right.product:
         wrong.append("another result, and exit code 0")
     return wrong
 
 
 def bystanders(world: Path, damaged: str, command: Command) -> dict[str, bytes]:
     """What neither the damage nor the command has any business with."""
-    found = contents(world).items()
-    return {name: content for name, content in found if name.split("/")[0] not in (damaged, command.out)}
+    files = contents(world).items()
+    return {name: content for name, content in files if name.split("/")[0] not in (damaged, command.out)}

@@ -150,18 +150,18 @@ def main(folder: Path) -> None:
         own = folder / str(number)
         own.mkdir()
         reads[name] = prepare(own)
-    found = {}
+    outcomes = {}
     for name, read in reads.items():
         try:
             with little_memory():
                 read()
-            found[name] = "nothing"
+            outcomes[name] = "nothing"
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            outcomes[name] = f"{type(error).__name__}: {error}"
         with suppress(Exception):
             read()
-            found[name] += ", then read"
-    sys.stdout.write(json.dumps(found))
+            outcomes[name] += ", then read"
+    sys.stdout.write(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_an_agent_that_is_started_again_joins_and_the_run_is_the_same(target_roo
     finally:
         for each in agents:
             each.kill()
-    pretrain(target_root, tmp_path / "one", settings, Silent())
+    pretrain(target_root, tmp_path / "one", settings, report=Silent())
     two, one = ([line["loss"] for line in read_lines(tmp_path / out / "metrics.jsonl")] for out in ("two", "one"))
     assert two == pytest.approx(one, rel=1e-3)
     assert (tmp_path / "two" / "encoder.safetensors").is_file()

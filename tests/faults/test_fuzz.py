@@ -44,14 +44,14 @@ def right(world) -> Callable[[Command], Outcome]:
     """What a command gives on sound folders."""
 
     @cache
-    def outcome(command: Command) -> Outcome:
+    def undamaged(command: Command) -> Outcome:
         case = copied(world, "right")
         command.before(case)
-        found = run(command, case)
-        assert found.code == 0, f"{command.line}: {found.stderr}"
-        return found
+        result = run(command, case)
+        assert result.code == 0, f"{command.line}: {result.stderr}"
+        return result
 
-    return outcome
+    return undamaged
 
 
 def copied(world: Path, name: str) -> Path:
@@ -72,9 +72,9 @@ def test_damage_gives_an_error_in_words_or_the_right_result(kind, world, right):
             what = mutate(case / kind, np.random.default_rng(number))
             command.before(case)
             before = bystanders(case, kind, command)
-            found = run(command, case)
-            wrong = faults(command, right(command), found)
+            outcome = run(command, case)
+            wrong = faults(command, right(command), outcome)
             if bystanders(case, kind, command) != before:
                 wrong.append("something else was changed")
-            problems += [f"{number}: {what}: {command.line}: {each}\n{found.stderr[-600:]}" for each in wrong]
+            problems += [f"{number}: {what}: {command.line}: {each}\n{outcome.stderr[-600:]}" for each in wrong]
     assert not problems, "\n".join(problems)

@@ -24,7 +24,7 @@ from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
-from cae2pipe.training.telemetry import CLOCKED
+from cae2pipe.training.telemetry import MACHINE_METRICS
 from tests.conftest import contents, write_photos
 from tests.faults.victim import EXITS, FAULTS, Job, do, run
 from tests.ranks import imported
@@ -65,14 +65,14 @@ def jobs(
     """Every job, with what makes its output folder as it is when the job begins."""
     settings = extract_settings()
     fp16 = tmp_path_factory.mktemp("fp16") / "set"
-    extract_targets(photos, fp16, extract_settings(codec={"name": "fp16"}), Silent())
+    extract_targets(photos, fp16, extract_settings(codec={"name": "fp16"}), report=Silent())
     few = tmp_path_factory.mktemp("few") / "photos"
     shutil.copytree(photos, few)
     for path in few.rglob("image00*.jpg"):
         path.unlink()
 
     def begun(out: Path) -> None:
-        build_shard_set(few, out, settings.shard, Silent())
+        build_shard_set(few, out, settings.shard, report=Silent())
 
     def damaged(out: Path) -> None:
         shutil.copytree(target_root, out)
@@ -116,19 +116,19 @@ def jobs(
 def left_by(job: Job) -> dict[str, bytes]:
     """What a job has made. Of a training run not its checkpoints, which are where it was stopped, nor what the clock
     says."""
-    found = contents(job.out)
+    files = contents(job.out)
     if job.name == "finetune":
-        found.pop("finetune/metrics.jsonl")
+        files.pop("finetune/metrics.jsonl")
     if job.name == "compare":
         # Pages tell of hours, and so do the metrics.
         clocked = ("reports/", "metrics.jsonl", "/checkpoints/")
-        found = {name: data for name, data in found.items() if not any(part in name for part in clocked)}
+        files = {name: data for name, data in files.items() if not any(part in name for part in clocked)}
     if job.name == "pretrain":
-        found = {name: data for name, data in found.items() if not name.startswith("checkpoints/")}
-        lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
-        kept = [{name: value for name, value in line.items() if name not in CLOCKED} for line in lines]
-        found["metrics.jsonl"] = json.dumps(kept).encode()
-    return found
+        files = {name: data for name, data in files.items() if not name.startswith("checkpoints/")}
+        lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
+        kept = [{name: value for name, value in line.items() if name not in MACHINE_METRICS} for line in lines]
+        files["metrics.jsonl"] = json.dumps(kept).encode()
+    return files
 
 
 @pytest.fixture(scope="module")

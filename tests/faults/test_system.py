@@ -26,7 +26,7 @@ from cae2pipe.commands.jobs import _end, failure
 from cae2pipe.commands.shared import exits
 from cae2pipe.errors import BadInputError, Cae2pipeError
 from cae2pipe.runtime.foreign_names import why_not_utf8
-from cae2pipe.runtime.system_errors import explain
+from cae2pipe.runtime.system_errors import explain_system_error
 from tests.faults.short_of_memory import limited
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_a_path_that_cannot_be_read_is_a_message(name, code, said, odd, capsys):
 def test_a_path_that_cannot_be_resolved_is_a_message(odd):
     with pytest.raises((OSError, RuntimeError)) as caught:
         (odd / "loop").resolve(strict=True)
-    assert explain(caught.value).where == str(odd / "loop")
+    assert explain_system_error(caught.value).where == str(odd / "loop")
 
 
 def test_an_error_without_a_number_is_a_defect():
@@ -212,10 +212,10 @@ sys.meta_path.insert(0, Interrupt())
 
 
 def test_three_ctrl_c_in_a_row_are_one(monkeypatch):
-    told = []
+    said = []
 
     def show(text: str) -> None:
-        told.append(text)
+        said.append(text)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
 
@@ -224,7 +224,7 @@ def test_three_ctrl_c_in_a_row_are_one(monkeypatch):
     with pytest.raises(typer.Exit) as caught, exits():
         signal.raise_signal(signal.SIGINT)
     assert caught.value.exit_code == 130
-    assert len(told) == 1
+    assert len(said) == 1
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -250,10 +250,10 @@ def test_every_further_ctrl_c_is_passed_on_to_the_jobs():
 def test_a_job_that_was_killed_is_said_to_be():
     one, two = failure([0, -signal.SIGKILL]), failure([2, -signal.SIGTERM, 1])
     assert one.what == "1 of 2 processes failed: 2 (killed by SIGKILL)"
-    assert "said above" not in str(one.fix)
+    assert "errors above" not in str(one.fix)
     assert "fewer --jobs" in str(one.fix)
     assert two.what == "3 of 3 processes failed: 1, 2 (killed by SIGTERM), 3"
-    assert "said above" in str(two.fix)
+    assert "errors above" in str(two.fix)
     assert (type(failure([2, 0])), type(one)) == (BadInputError, Cae2pipeError)
 
 
@@ -275,7 +275,7 @@ if __name__ == "__main__":
     for name, over in (("shm", {"speed": {"workers": 2}}), ("full", often)):
         try:
             with exits():
-                pretrain(targets, disk / name, build(PretrainSettings, merge(raw, over), "test"), Silent())
+                pretrain(targets, disk / name, build(PretrainSettings, merge(raw, over), "test"), report=Silent())
         except typer.Exit as left:
             print(name, "left with", left.exit_code, file=sys.stderr, flush=True)
     print(*sorted(path.name for path in (disk / "full/checkpoints").iterdir()))

@@ -76,7 +76,9 @@ class Stuck(Six):
 
 
 def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
-    with pytest.raises(WorkerError, match="worker process was killed by SIGKILL, perhaps for lack of memory") as caught:
+    with pytest.raises(
+        WorkerError, match="worker process was killed by SIGKILL, perhaps because memory ran out"
+    ) as caught:
         list(in_order(Deadly(), 1))
     assert "fewer --workers" in str(caught.value.fix)
 
@@ -97,7 +99,7 @@ def test_an_item_that_cannot_be_sent_takes_its_place() -> None:
 
 
 def test_tensors_that_find_no_place_in_shared_memory_are_an_error_with_a_remedy() -> None:
-    with pytest.raises(WorkerError, match=r"an item of 1\.05 MB found no place in /dev/shm.*too large") as caught:
+    with pytest.raises(WorkerError, match=r"an item of 1\.05 MB does not fit into /dev/shm.*too large") as caught:
         list(in_order(Shared(1000), 2))
     assert "docker run --shm-size=1g" in str(caught.value.fix)
     assert [int(item[0]) for item in in_order(Shared(2**30), 2)] == [0, 1, 2, 3, 4, 5]
@@ -107,7 +109,7 @@ def test_too_little_shared_memory_is_told_before_the_first_item(monkeypatch) -> 
     assert bytes_under_way(2**20, workers=2, items=5) == 5 * 2**20
     assert bytes_under_way(100, workers=2) == 600
     monkeypatch.setattr(shared_memory, "shm_size", lambda: 5 * 2**20)
-    with pytest.raises(WorkerError, match=r": 2 may have 6\.29 MB under way there, and it holds 5\.24 MB"):
+    with pytest.raises(WorkerError, match=r": 2 may have 6\.29 MB in transit there, but its size is 5\.24 MB"):
         next(in_order(Shared(2**30), 2))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -165,5 +167,5 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path) -> None:
     assert done.returncode == 1
     assert "AF_UNIX" not in done.stderr
     # By the worker, and by the main process.
-    assert "put what starts them below `if __name__" in done.stderr
+    assert "put the calls below `if __name__" in done.stderr
     assert "a script that uses workers needs `if __name__" in done.stderr

@@ -51,18 +51,26 @@ def do(job: Job) -> None:
 
     report = Silent()
     if isinstance(job.settings, PretrainSettings):
-        pretrain(job.source, job.out, job.settings, report)
+        pretrain(job.source, job.out, job.settings, report=report)
     elif isinstance(job.settings, GridSettings):
         speed = {"workers": 0, "device": "cpu"}
-        compare(job.settings, "codecs", job.source / "fp16", job.source / "data", job.out, report, speed=speed)
+        compare(
+            job.settings,
+            "codecs",
+            job.source / "fp16",
+            data=job.source / "data",
+            out=job.out,
+            report=report,
+            speed=speed,
+        )
     elif isinstance(job.settings, FinetuneSettings):
-        evaluate("finetune", str(job.source / "encoder"), job.source, job.out, job.settings, report)
+        evaluate("finetune", str(job.source / "encoder"), job.source, out=job.out, settings=job.settings, report=report)
     elif job.name == "extract":
-        extract_targets(job.source, job.out, job.settings, report)
+        extract_targets(job.source, job.out, job.settings, report=report)
     elif job.name == "shard":
-        build_shard_set(job.source, job.out, job.settings.shard, report)
+        build_shard_set(job.source, job.out, job.settings.shard, report=report)
     elif job.name == "recode":
-        recode(job.source, job.out, CodecSettings(calibration=64), report, workers=1)
+        recode(job.source, job.out, CodecSettings(calibration=64), report=report, workers=1)
     else:
         assert job.name == "repair"
         result = verify(job.out, report)

@@ -117,9 +117,9 @@ def test_ycck():
     inks = np.full((16, 16, 4), 255, dtype=np.uint8)
     inks[..., :3] = 128
     data = save(_cmyk(inks), "JPEG", quality=95)
-    place = data.index(b"Adobe") + 11
-    assert data[place] == 0
-    ycck = data[:place] + b"\x02" + data[place + 1 :]
+    position = data.index(b"Adobe") + 11
+    assert data[position] == 0
+    ycck = data[:position] + b"\x02" + data[position + 1 :]
     assert Image.open(io.BytesIO(ycck)).mode == "CMYK"
     result = pixels(ycck)
     assert result.shape == (16, 16, 3)
@@ -232,8 +232,8 @@ SEEDS = [JPEG, PNG, *(save(Image.fromarray(picture()), kind) for kind in ("WEBP"
 )
 def test_damaged_bytes_give_an_rgb_image_or_an_image_error(data, changes, kept):
     damaged = bytearray(data)
-    for place, value in changes:
-        damaged[place % len(damaged)] = value
+    for position, value in changes:
+        damaged[position % len(damaged)] = value
     if not changes:
         damaged = damaged[: int(len(damaged) * kept)]
     try:

@@ -51,7 +51,7 @@ def rows(draws: list[ViewDraw]) -> np.ndarray:
 def drawn(shapes: list[tuple[int, int]], size: int) -> tuple[list[Tensor], list[ViewDraw]]:
     """An image and a draw for each shape."""
     chosen = ViewSettings.model_construct(size=size)
-    draws = [draw_view(chosen, 0, "key", view, *shape) for view, shape in enumerate(shapes)]
+    draws = [draw_view(chosen, 0, "key", view=view, height=h, width=w) for view, (h, w) in enumerate(shapes)]
     return [noise(*shape, seed=view) for view, shape in enumerate(shapes)], draws
 
 
@@ -79,9 +79,9 @@ def adversarial(draw: st.DrawFn) -> ViewDraw:
 @given(shapes=st.lists(sides, min_size=1, max_size=12), size=st.integers(8, 64))
 def test_drawn_views_are_pillows_bit_for_bit(shapes, size):
     images, draws = drawn(shapes, size)
-    found = render_views(images, rows(draws), size)
-    assert (found.dtype, found.is_contiguous()) == (torch.uint8, True)
-    assert torch.equal(found, by_pillow(images, draws, size))
+    got = render_views(images, rows(draws), size)
+    assert (got.dtype, got.is_contiguous()) == (torch.uint8, True)
+    assert torch.equal(got, by_pillow(images, draws, size))
 
 
 @settings(max_examples=200)
@@ -104,7 +104,8 @@ def test_real_photographs(real):
     for view, path in enumerate(sorted((real / "imagenet-samples").rglob("*.JPEG"))[:24]):
         image = from_pillow(Image.open(path).convert("RGB").reduce(1 + view % 2))
         images.append(image)
-        draws.append(draw_view(ViewSettings(), 1, path.stem, view, *image.shape[1:]))
+        height, width = image.shape[1:]
+        draws.append(draw_view(ViewSettings(), 1, path.stem, view=view, height=height, width=width))
     assert torch.equal(render_views(images, rows(draws), 224), by_pillow(images, draws, 224))
 
 
@@ -116,8 +117,8 @@ def test_blending_is_pillows_for_all_pairs_of_values(kind):
     for factor in (*FACTORS, *rng.uniform(-0.5, 2.5, 60), *(1 + rng.uniform(-1e-6, 1e-6, 20))):
         wanted = torch.from_numpy(np.array(Image.blend(*images, factor))).flatten()
         single = torch.tensor(factor, dtype=torch.float32).to(kind)
-        found = blended(base.to(torch.int16), top.to(torch.uint8).expand(3, -1), single.expand(1))
-        assert torch.equal(found, wanted.expand(3, -1))
+        got = blended(base.to(torch.int16), top.to(torch.uint8).expand(3, -1), single.expand(1))
+        assert torch.equal(got, wanted.expand(3, -1))
 
 
 def test_luminance_is_pillows_for_all_colours():
@@ -151,14 +152,14 @@ class Live(TorchDispatchMode):
         self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, list | tuple) else [found]:
+        results = func(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, list | tuple) else [results]:
             storage = tensor.untyped_storage()
             reference = StorageWeakRef(storage)
             self.storages[reference.cdata] = (reference, storage.nbytes())
         self.storages = {key: kept for key, kept in self.storages.items() if not kept[0].expired()}
         self.most = max(self.most, sum(size for _, size in self.storages.values()))
-        return found
+        return results
 
 
 @pytest.mark.parametrize(("shape", "size"), [((90, 120), 16), ((40, 50), 64)], ids=["images", "views"])
@@ -168,10 +169,10 @@ def test_groups_bound_what_is_taken_at_once(shape, size, monkeypatch):
     wanted = by_pillow(images, draws, size)
     monkeypatch.setattr(device_views, "GROUP_BYTES", 2**23)
     with Live() as live:
-        found = render_views(images, rows(draws), size)
-    assert torch.equal(found, wanted)
+        got = render_views(images, rows(draws), size)
+    assert torch.equal(got, wanted)
     # Beside the groups: the views themselves, and the plan's tables.
-    assert 2**22 < live.most < 2**23 + found.nbytes + 2**19
+    assert 2**22 < live.most < 2**23 + got.nbytes + 2**19
 
 
 def test_a_view_beyond_the_bound_is_rendered_by_itself(monkeypatch):
@@ -186,8 +187,8 @@ def test_compiled_functions_are_whole_graphs_and_give_the_same():
         for batch in range(3):
             shapes = [(40 + view + batch, 60 - view) for view in range(18 + 5 * batch)]
             images, draws = drawn(shapes, 47)
-            found = render_views(images, rows(draws), 47, counter)
-            assert torch.equal(found, by_pillow(images, draws, 47))
+            got = render_views(images, rows(draws), 47, backend=counter)
+            assert torch.equal(got, by_pillow(images, draws, 47))
             # Three ways to jitter, by what comes before contrast, and resampling across and down.
             assert counter.frame_count <= 5
     finally:
@@ -198,13 +199,13 @@ def test_memory_need_not_be_in_order():
     """As decoders give it: rows of pixels, not planes. Draws may be a tensor."""
     images, draws = drawn([(30, 40), (50, 20)], 16)
     across = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in images]
-    found = render_views(across, torch.from_numpy(rows(draws)), 16)
-    assert torch.equal(found, by_pillow(images, draws, 16))
+    got = render_views(across, torch.from_numpy(rows(draws)), 16)
+    assert torch.equal(got, by_pillow(images, draws, 16))
 
 
 def test_a_draw_of_another_image_is_refused():
     images, draws = drawn([(30, 40), (40, 30)], 16)
-    with pytest.raises(ImageError, match="40 x 30 pixels, and this one has 30 x 40") as caught:
+    with pytest.raises(ImageError, match="40 x 30 pixels, but this one has 30 x 40") as caught:
         render_views([images[1], images[1]], rows(draws), 16)
     assert caught.value.where == "image 0 of the batch"
 
@@ -213,7 +214,7 @@ def test_a_draw_of_another_image_is_refused():
 def test_a_box_that_leaves_its_image_is_refused(column, value):
     draws = np.array([[0, 0, 30, 40, 0, 1, 1, 1, 0, 30, 40.0], [0, 10, 30, 30, 0, 1, 1, 1, 0, 30, 40]])
     draws[1, column] = value
-    with pytest.raises(ImageError, match="leaves its image of 40 x 30") as caught:
+    with pytest.raises(ImageError, match="not inside its image of 40 x 30") as caught:
         render_views([noise(30, 40)] * 2, draws, 16)
     assert caught.value.where == "image 1 of the batch"
 
@@ -221,5 +222,5 @@ def test_a_box_that_leaves_its_image_is_refused(column, value):
 def test_an_empty_batch_or_one_of_other_draws_is_refused():
     images, draws = drawn([(30, 40), (50, 20)], 16)
     for some, own in (([], np.zeros((0, 11))), (images[:1], rows(draws)), (images, rows(draws)[:, :10])):
-        with pytest.raises(ValueError, match="one row for each image"):
+        with pytest.raises(ValueError, match="one row per image"):
             render_views(some, own, 16)

@@ -75,9 +75,9 @@ jpegs = st.builds(
 @given(data=jpegs)
 def test_a_view_has_pillows_pixels(data):
     wanted = np.asarray(Image.open(io.BytesIO(data)))
-    found = decode_view(data)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, wanted)
+    got = decode_view(data)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, wanted)
     np.testing.assert_array_equal(decode_view(data, len(wanted)), wanted)
 
 
@@ -86,9 +86,9 @@ def test_a_view_has_pillows_pixels(data):
 def test_on_the_cpu_a_devices_decoder_gives_the_same_pixels(library, size, subsampling):
     assert device_decoder().__module__.startswith(library)
     views = [encoded(noise(size, seed), quality=50 + 10 * seed, subsampling=subsampling) for seed in range(4)]
-    found = torch.stack(decode_jpegs(tensors(*views), list("abcd"), CPU, size))
-    assert (found.dtype, found.shape) == (torch.uint8, (4, 3, size, size))
-    np.testing.assert_array_equal(found.permute(0, 2, 3, 1).numpy(), np.stack([decode_view(view) for view in views]))
+    got = torch.stack(decode_jpegs(tensors(*views), list("abcd"), CPU, size=size))
+    assert (got.dtype, got.shape) == (torch.uint8, (4, 3, size, size))
+    np.testing.assert_array_equal(got.permute(0, 2, 3, 1).numpy(), np.stack([decode_view(view) for view in views]))
 
 
 def test_torchcodec_comes_first_and_then_torchvision(monkeypatch):
@@ -102,7 +102,7 @@ def test_torchcodec_comes_first_and_then_torchvision(monkeypatch):
 def test_without_either_the_error_names_the_extra(monkeypatch):
     without(monkeypatch, *LIBRARIES)
     with pytest.raises(SettingsError, match=r"torchcodec 0\.16") as caught:
-        decode_jpegs(tensors(encoded(noise(8))), ["a"], CPU, 8)
+        decode_jpegs(tensors(encoded(noise(8))), ["a"], CPU, size=8)
     assert caught.value.where == "data.decode"
     assert "pip install 'cae2pipe[nvjpeg]'" in str(caught.value.fix)
     assert "data.decode=workers" in str(caught.value.fix)
@@ -166,7 +166,7 @@ def test_a_view_of_another_size_is_an_image_error_where_the_size_is_known(name):
 def test_a_broken_view_is_named_where_a_device_decodes(library, name):
     good = encode_jpeg(noise(32), ViewSettings(size=32))
     with pytest.raises(ImageError) as caught:
-        decode_jpegs(tensors(good, broken_views()[name], good), ["one", "two", "three"], CPU, 32)
+        decode_jpegs(tensors(good, broken_views()[name], good), ["one", "two", "three"], CPU, size=32)
     with pytest.raises(ImageError) as alone:
         decode_view(broken_views()[name], 32)
     assert caught.value.where == "key two"
@@ -175,7 +175,7 @@ def test_a_broken_view_is_named_where_a_device_decodes(library, name):
 
 def test_views_that_all_have_another_size_are_not_taken(library):
     with pytest.raises(ImageError, match="16 x 16 pixels instead of 32 x 32"):
-        decode_jpegs(tensors(encoded(noise(16)), encoded(noise(16))), ["one", "two"], CPU, 32)
+        decode_jpegs(tensors(encoded(noise(16)), encoded(noise(16))), ["one", "two"], CPU, size=32)
 
 
 def failing(monkeypatch, error: Exception) -> None:
@@ -207,7 +207,7 @@ SHIM = 'torch_call_dispatcher( "aten::{}", "", stack.data(), TORCH_ABI_VERSION) 
 def test_the_end_of_a_devices_memory_is_never_damage(monkeypatch, error):
     failing(monkeypatch, error)
     with pytest.raises(torch.OutOfMemoryError):
-        decode_jpegs(tensors(encoded(noise(8))), ["a"], CPU, 8)
+        decode_jpegs(tensors(encoded(noise(8))), ["a"], CPU, size=8)
 
 
 def test_an_error_of_the_device_is_never_damage(monkeypatch):
@@ -215,7 +215,7 @@ def test_an_error_of_the_device_is_never_damage(monkeypatch):
     failing(monkeypatch, error)
     with pytest.raises(torch.AcceleratorError) as caught:
         # Not even beside a broken view, since it may come from work that was queued before.
-        decode_jpegs(tensors(b"view"), ["a"], CPU, 8)
+        decode_jpegs(tensors(b"view"), ["a"], CPU, size=8)
     assert caught.value is error
 
 
@@ -232,7 +232,7 @@ def test_an_error_of_the_device_is_never_damage(monkeypatch):
 def test_a_decoder_that_fails_on_sound_views_is_not_damage_either(monkeypatch, said):
     failing(monkeypatch, RuntimeError(said))
     with pytest.raises(Cae2pipeError, match="cannot decode JPEGs that the CPU can") as caught:
-        decode_jpegs(tensors(encoded(noise(8))), ["a"], CPU, 8)
+        decode_jpegs(tensors(encoded(noise(8))), ["a"], CPU, size=8)
     assert type(caught.value) is Cae2pipeError
     assert said in caught.value.what
     assert "data.decode=workers" in str(caught.value.fix)
@@ -241,5 +241,5 @@ def test_a_decoder_that_fails_on_sound_views_is_not_damage_either(monkeypatch, s
 def test_a_broken_header_that_asks_for_too_much_memory_is_damage(monkeypatch):
     failing(monkeypatch, RuntimeError("CUDA out of memory. Tried to allocate 12.00 GiB."))
     with pytest.raises(ImageError, match=r"stored (JPEG|view)") as caught:
-        decode_jpegs(tensors(encoded(noise(32)), broken_views()["bomb"]), ["one", "two"], CPU, 32)
+        decode_jpegs(tensors(encoded(noise(32)), broken_views()["bomb"]), ["one", "two"], CPU, size=32)
     assert caught.value.where == "key two"

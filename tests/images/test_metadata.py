@@ -140,9 +140,9 @@ def test_whole_pixels_are_taken(case, monkeypatch):
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 500)
     kind = "AVIF" if "AVIF" in case else "JPEG" if "JPEG" in case else "PNG"
     expected = pixels(save(kind))
-    found = pixels(WHOLE[case])
+    got = pixels(WHOLE[case])
     # Pillow writes an AVIF's orientation into the picture's own properties.
-    np.testing.assert_array_equal(np.rot90(found) if kind == "AVIF" else found, expected)
+    np.testing.assert_array_equal(np.rot90(got) if kind == "AVIF" else got, expected)
 
 
 def test_transparency_stays_where_texts_are_left_out(monkeypatch):
@@ -182,12 +182,12 @@ def test_damaged_metadata_never_cost_an_image(kind, changes):
     seed, places = SEEDS[kind]
     damaged = bytearray(seed)
     own = places(seed)
-    for place, value in changes:
-        damaged[own[place % len(own)]] = value
-    found, stored = pixels(bytes(damaged)), np.asarray(decode_rgb(seed, "x", upright=False))
+    for position, value in changes:
+        damaged[own[position % len(own)]] = value
+    got, stored = pixels(bytes(damaged)), np.asarray(decode_rgb(seed, "x", upright=False))
     views = [stored, stored[:, ::-1], stored[::-1], stored[::-1, ::-1]]
     views += [view.swapaxes(0, 1) for view in views]
-    assert any(np.array_equal(found, view) for view in views)
+    assert any(np.array_equal(got, view) for view in views)
 
 
 @settings(max_examples=100)
@@ -198,13 +198,13 @@ def test_any_bytes_can_be_asked_to_go_without_metadata(data, start):
 
 def test_what_is_left_of_a_png_is_its_pixels():
     bare = without_metadata(save("PNG", pnginfo=texts(), dpi=(72, 72)))
-    kinds, place = [], 8
-    while place < len(bare):
-        size, name = struct.unpack_from(">I4s", bare, place)
-        body = bare[place + 4 : place + 8 + size]
-        assert bare[place + 8 + size : place + 12 + size] == struct.pack(">I", zlib.crc32(body))
+    kinds, offset = [], 8
+    while offset < len(bare):
+        size, name = struct.unpack_from(">I4s", bare, offset)
+        body = bare[offset + 4 : offset + 8 + size]
+        assert bare[offset + 8 + size : offset + 12 + size] == struct.pack(">I", zlib.crc32(body))
         kinds.append(name)
-        place += 12 + size
+        offset += 12 + size
     assert kinds == [b"IHDR", b"IDAT", b"IEND"]
 
 

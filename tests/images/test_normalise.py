@@ -14,9 +14,9 @@ from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.targets.codecs import Fp16Codec
 from cae2pipe.targets.target_set import Target
 from cae2pipe.teachers.protocol import Teacher, TeacherInfo, TeacherOutput
-from cae2pipe.training.aim import PixelTargets, unfolded
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.student import as_pixels
+from cae2pipe.training.target_spec import PixelTargets, unfolded
 
 CPU = torch.device("cpu")
 PIXELS = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
@@ -55,7 +55,9 @@ def test_an_evaluated_encoder_keeps_its_bits(trained, exported):
     seen = []
     with encoder.model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
         if trained:
-            network = prepared_encoder(encoder, str(exported), None, None, 0.0, False)
+            network = prepared_encoder(
+                encoder, str(exported), image_size=None, layer_scale=None, drop_path=0.0, relative_positions=False
+            )
             network(network.normalise(PIXELS.repeat(1, 1, 2, 2)))
         else:
             encoder.tokens(PIXELS.repeat(1, 1, 2, 2))
@@ -69,7 +71,9 @@ def test_a_student_in_pretraining_keeps_its_bits(pretrain_settings):
             tokens = torch.ones(len(images), 1, 4)
             return Prediction(tokens, tokens, tokens)
 
-    objective = Objective(Sees(), pretrain_settings().loss, Fp16Codec(), torch.zeros(4), True, False)
+    objective = Objective(
+        Sees(), pretrain_settings().loss, Fp16Codec(), mean=torch.zeros(4), class_token=True, bf16=False
+    )
     patch = torch.zeros(2, 1, dtype=torch.int64)
     objective(PIXELS, {"raw": torch.ones(2, 3, 4)}, patch, patch + 1, patch, torch.ones(2), torch.tensor(2))
     assert torch.equal(objective.model.images, OF_SHARES)

@@ -63,7 +63,7 @@ def render_view_naive(image: Image.Image, draw: ViewDraw, settings: ViewSettings
 def test_rendering_is_the_published_order_bit_for_bit(height, width, view, size, jitter):
     chosen = ViewSettings(size=size, jitter=jitter)
     image = noise(height, width, seed=view)
-    draw = draw_view(chosen, 0, "key", view, height, width)
+    draw = draw_view(chosen, 0, "key", view=view, height=height, width=width)
     result = render_view(image, draw, chosen)
     assert result.mode == "RGB"
     assert result.size == (size, size)
@@ -82,7 +82,7 @@ def test_every_order_and_both_flips_on_an_off_centre_box(order, flip):
 def test_real_photographs_bit_for_bit(real):
     for number, path in enumerate(sorted((real / "imagenet-samples").rglob("*.JPEG"))[:12]):
         image = Image.open(path).convert("RGB")
-        draw = draw_view(PUBLISHED, 1, path.stem, number, image.height, image.width)
+        draw = draw_view(PUBLISHED, 1, path.stem, view=number, height=image.height, width=image.width)
         assert render_view(image, draw, PUBLISHED).tobytes() == render_view_naive(image, draw, PUBLISHED).tobytes()
 
 
@@ -90,19 +90,19 @@ def test_rendering_leaves_the_image_as_it_was():
     image = noise(40, 50)
     before = image.tobytes()
     for view in range(12):
-        render_view(image, draw_view(PUBLISHED, 0, "key", view, 40, 50), PUBLISHED)
+        render_view(image, draw_view(PUBLISHED, 0, "key", view=view, height=40, width=50), PUBLISHED)
     assert image.tobytes() == before
 
 
 def test_a_draw_of_another_image_is_refused():
-    draw = draw_view(PUBLISHED, 0, "key", 0, 40, 50)
+    draw = draw_view(PUBLISHED, 0, "key", view=0, height=40, width=50)
     with pytest.raises(ImageError, match="50 x 40"):
         render_view(noise(50, 40), draw, PUBLISHED)
 
 
 def test_a_draw_is_pinned():
     # The format promises that keys give these views: this must not move.
-    draw = draw_view(PUBLISHED, 0, "n01440764+n01440764_10026", 3, 375, 500)
+    draw = draw_view(PUBLISHED, 0, "n01440764+n01440764_10026", view=3, height=375, width=500)
     assert draw == ViewDraw(
         top=1,
         left=67,
@@ -120,7 +120,7 @@ def test_a_draw_is_pinned():
 
 def test_a_draw_depends_on_each_of_its_arguments():
     def draw(seed=0, key="key", view=0, height=300, width=400):
-        return draw_view(PUBLISHED, seed, key, view, height, width)
+        return draw_view(PUBLISHED, seed, key, view=view, height=height, width=width)
 
     assert draw() == draw()
     others = [draw(seed=1), draw(key="kez"), draw(view=1), draw(width=401)]
@@ -129,7 +129,7 @@ def test_a_draw_depends_on_each_of_its_arguments():
 
 def test_jitter_and_flip_do_not_depend_on_how_many_boxes_are_tried():
     # 1000 x 20 pixels: every try fails, and the fallback is taken
-    plain, extreme = (draw_view(PUBLISHED, 0, "key", 0, *shape) for shape in ((300, 300), (1000, 20)))
+    plain, extreme = (draw_view(PUBLISHED, 0, "key", view=0, height=h, width=w) for h, w in ((300, 300), (1000, 20)))
     columns = [name for name in DRAW_COLUMNS if name in ("flip", "brightness", "contrast", "saturation", "order")]
     assert [getattr(plain, name) for name in columns] == [getattr(extreme, name) for name in columns]
     assert (extreme.top, extreme.left, extreme.height, extreme.width) == (486, 0, 27, 20)
@@ -142,7 +142,7 @@ def test_jitter_and_flip_do_not_depend_on_how_many_boxes_are_tried():
     st.sampled_from([(0.4, 1.0), (0.001, 0.002), (1.0, 1.0)]),
 )
 def test_boxes_lie_inside_the_image(height, width, view, scale):
-    draw = draw_view(ViewSettings(scale=scale), 0, "key", view, height, width)
+    draw = draw_view(ViewSettings(scale=scale), 0, "key", view=view, height=height, width=width)
     assert 0 <= draw.top <= draw.top + draw.height <= height
     assert 0 <= draw.left <= draw.left + draw.width <= width
     assert draw.height >= 1
@@ -160,7 +160,9 @@ def largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (100, 400), (900, 300)])
 def test_boxes_are_distributed_as_torchvision_draws_them(height, width):
     count = 3000
-    ours = np.array([draw_view(PUBLISHED, 0, f"key{n}", 0, height, width).to_row()[:4] for n in range(count)])
+    ours = np.array(
+        [draw_view(PUBLISHED, 0, f"key{n}", view=0, height=height, width=width).to_row()[:4] for n in range(count)]
+    )
     torch.manual_seed(0)
     image = Image.new("L", (width, height))
     crop = RandomResizedCrop(224, PUBLISHED.scale, PUBLISHED.ratio)
@@ -176,8 +178,8 @@ def test_boxes_are_distributed_as_torchvision_draws_them(height, width):
 
 def test_jitter_flip_and_order_are_distributed_as_set():
     count = 6000
-    rows = np.array([draw_view(PUBLISHED, 0, f"key{n}", 0, 30, 40).to_row() for n in range(count)])
-    column = {name: rows[:, place] for place, name in enumerate(DRAW_COLUMNS)}
+    rows = np.array([draw_view(PUBLISHED, 0, f"key{n}", view=0, height=30, width=40).to_row() for n in range(count)])
+    column = {name: rows[:, index] for index, name in enumerate(DRAW_COLUMNS)}
     even = (np.arange(count) + 0.5) / count
     for name in ("brightness", "contrast", "saturation"):
         assert 0.6 <= column[name].min() < 0.61
@@ -195,7 +197,7 @@ def test_jitter_flip_and_order_are_distributed_as_set():
 
 def test_no_flip_and_no_jitter():
     chosen = ViewSettings(size=16, jitter=0, flip=0, scale=(1, 1), ratio=(1, 1))
-    draw = draw_view(chosen, 0, "key", 0, 16, 16)
+    draw = draw_view(chosen, 0, "key", view=0, height=16, width=16)
     image = noise(16, 16)
     assert not draw.flip
     assert render_view(image, draw, chosen).tobytes() == image.tobytes()
@@ -205,7 +207,7 @@ def test_rows_keep_draws_whole():
     names = "top left height width flip brightness contrast saturation order source_height source_width"
     assert tuple(names.split()) == DRAW_COLUMNS
     for view in range(20):
-        draw = draw_view(PUBLISHED, 0, "key", view, 211, 307)
+        draw = draw_view(PUBLISHED, 0, "key", view=view, height=211, width=307)
         row = draw.to_row()
         assert row.dtype == np.float64
         assert row.shape == (11,)

@@ -25,7 +25,7 @@ def plans(request, target_root, stored_root, pretrain_settings) -> dict[str, Pla
     """The same batches, decoded by the workers and on the device."""
     targets = TargetSet({"replayed": target_root, "stored": stored_root}[request.param])
     settings = {place: pretrain_settings(data={"decode": place}) for place in ("workers", "device")}
-    return {place: make_plan(targets, sorted(targets.stores), settings[place], 4) for place in settings}
+    return {place: make_plan(targets, sorted(targets.stores), settings[place], drop_columns=4) for place in settings}
 
 
 def given(plan: Plan, start: int = 0) -> list[Batch]:

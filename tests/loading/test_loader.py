@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.errors import DamageError
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.loader import block_refs, load_batches
@@ -18,7 +18,7 @@ def targets(target_root):
 
 @pytest.fixture(scope="module")
 def plan(targets, pretrain_settings) -> Plan:
-    return make_plan(targets, sorted(targets.stores), pretrain_settings(), 4)
+    return make_plan(targets, sorted(targets.stores), pretrain_settings(), drop_columns=4)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -66,7 +66,7 @@ def test_pixels_and_latents_are_those_of_the_key(alone, targets):
 
 def test_masks_follow_attention_however_many_workers(targets, pretrain_settings):
     settings = pretrain_settings(mask={"strategy": "attention"})
-    plan = make_plan(targets, sorted(targets.stores), settings, 4)
+    plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=4)
     alone, shared = (list(load_batches(plan, 0, workers)) for workers in (0, 2))
     assert all(equal(one, two) for one, two in zip(alone, shared, strict=True))
     assert "attention" not in alone[0].arrays
@@ -82,7 +82,7 @@ def test_masks_follow_attention_however_many_workers(targets, pretrain_settings)
 
 def test_only_the_views_asked_for(targets, pretrain_settings):
     settings = pretrain_settings(data={"views": 1})
-    plan = make_plan(targets, chosen_stores(targets, settings), settings, 4)
+    plan = make_plan(targets, chosen_stores(targets, settings), settings, drop_columns=4)
     assert plan.samples == 150
     assert {view for batch in load_batches(plan, 0, 0) for view in batch.views} <= {0, -1}
 
@@ -110,7 +110,7 @@ def test_workers_change_nothing(alone, plan, workers):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_together_give_the_global_batch(alone, plan, ranks):
-    parts = [list(load_batches(plan, 0, 0, rank, ranks)) for rank in range(ranks)]
+    parts = [list(load_batches(plan, 0, 0, rank=rank, ranks=ranks)) for rank in range(ranks)]
     assert {len(part) for part in parts} == {len(alone)}
     for step, whole in enumerate(alone):
         assert whole.keys == [key for part in parts for key in part[step].keys]
@@ -146,8 +146,8 @@ def test_damage_met_by_a_worker_process_arrives_whole(target_root, tmp_path, pre
     root = tmp_path / "set"
     shutil.copytree(target_root, root)
     targets = TargetSet(root)
-    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(), 4)
-    for unit in open_box(root).units.values():
+    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(), drop_columns=4)
+    for unit in open_artifact(root).units.values():
         if "tar" in unit:
             data = bytearray((root / unit["tar"]).read_bytes())
             data[len(data) // 2] ^= 255
@@ -162,8 +162,8 @@ def test_damage_met_by_a_worker_process_arrives_whole(target_root, tmp_path, pre
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_odd_sizes_are_seen_exactly_once_for_any_number_of_ranks(targets, pretrain_settings, ranks):
     settings = pretrain_settings(data={"batch": 96, "streams": 48})
-    plan = make_plan(targets, sorted(targets.stores), settings, 4)
-    parts = [list(load_batches(plan, 0, 0, rank, ranks)) for rank in range(ranks)]
+    plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=4)
+    parts = [list(load_batches(plan, 0, 0, rank=rank, ranks=ranks)) for rank in range(ranks)]
     assert {len(part) for part in parts} == {4}
     for epoch in range(2):
         keys = [key for part in parts for batch in part if batch.epoch == epoch for key in batch.keys if key]

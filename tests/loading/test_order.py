@@ -25,8 +25,8 @@ blocks_strategy = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 4)), min
 def stream_samples(blocks, seed, epoch, streams, stream, window):
     """(block index, position in block) of a stream's samples, in the order they are given out."""
     given_out = []
-    pieces = stream_pieces(blocks, seed, epoch, streams, [stream])[stream]
-    for chunk in windows(pieces, window, seed, epoch, stream):
+    pieces = stream_pieces(blocks, seed, epoch, streams=streams, wanted=[stream])[stream]
+    for chunk in windows(pieces, window, seed, epoch=epoch, stream=stream):
         pool = [(piece.index, i) for piece in chunk.pieces for i in range(piece.low, piece.high)]
         given_out += [pool[i] for i in chunk.order]
     return given_out
@@ -77,8 +77,10 @@ def test_global_batches_do_not_depend_on_ranks_or_workers(blocks, seed, ranks, w
         for worker in range(workers):
             own = worker_streams(rank_streams(streams, ranks, rank), workers, worker)
             # A worker asks for its own streams only.
-            pieces = stream_pieces(blocks, seed, epoch, streams, own)
-            assert pieces == {s: stream_pieces(blocks, seed, epoch, streams, range(streams))[s] for s in own}
+            pieces = stream_pieces(blocks, seed, epoch, streams=streams, wanted=own)
+            assert pieces == {
+                s: stream_pieces(blocks, seed, epoch, streams=streams, wanted=range(streams))[s] for s in own
+            }
             split += [stream_samples(blocks, seed, epoch, streams, stream, 2) for stream in own]
     steps = steps_per_epoch(sum(block.samples for block in blocks), streams * per_stream, "pad")
     for step in range(steps):
@@ -110,7 +112,7 @@ def test_growth_of_the_set_does_not_move_the_views_of_old_blocks():
 def test_golden_order():
     """The order is part of what a seed means: a refactor must not move it."""
     blocks = [BlockRef("000000", i, 64, (0, 1, 2)) for i in range(6)]
-    pieces = stream_pieces(blocks, 7, 2, 2, [0])[0]
+    pieces = stream_pieces(blocks, 7, 2, streams=2, wanted=[0])[0]
     assert [(p.index, p.view, p.low, p.high) for p in pieces] == GOLDEN
 
 

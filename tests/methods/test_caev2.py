@@ -19,11 +19,11 @@ def shape(**over) -> ModelSettings:
         "image_size": 32,
         "patch_size": 8,
         "drop_path": 0.5,
-        "regressor_depth": 2,
-        "regressor_width": 24,
-        "regressor_heads": 2,
+        "predictor_depth": 2,
+        "predictor_width": 24,
+        "predictor_heads": 2,
         "layer_scale": 1.0,
-        "regressor_layer_scale": 1.0,
+        "predictor_layer_scale": 1.0,
     }
     return ModelSettings.model_validate(small | over)
 
@@ -48,27 +48,27 @@ def pixels() -> torch.Tensor:
     ],
 )
 def test_parameters_of_the_official_recipe(size, dim, total, encoder):
-    settings = load(PretrainSettings, "pretrain", size, ["recipe=official"]).model
+    settings = load(PretrainSettings, "pretrain", size, overrides=["recipe=official"]).model
     with torch.device("meta"):
         model = CAEv2(settings, dim)
     # The released code's totals count a final norm of the regressor that it never uses, and no fixed positions.
-    unused = 2 * settings.regressor_width
+    unused = 2 * settings.predictor_width
     parameters = sum(parameter.numel() for parameter in model.parameters()) + unused
     assert round(parameters / 1e6, 2) == total
     assert round(sum(parameter.numel() for parameter in model.encoder.parameters()) / 1e6, 2) == encoder
 
 
 def test_larges_regressor_has_twelve_heads_of_85_features():
-    settings = load(PretrainSettings, "pretrain", "large", ["recipe=official"]).model
+    settings = load(PretrainSettings, "pretrain", "large", overrides=["recipe=official"]).model
     with torch.device("meta"):
         model = CAEv2(settings, 768)
     assert model.regressor.blocks[0].attn.q.weight.shape == (1020, 1024)
 
 
 def test_heads_without_features_are_refused():
-    with pytest.raises(ValueError, match=r"model\.regressor_heads to at most 12"):
-        shape(regressor_width=12, regressor_heads=13)
-    assert shape(regressor_width=12, regressor_heads=13, regressor_depth=0).regressor_depth == 0
+    with pytest.raises(ValueError, match=r"model\.predictor_heads to at most 12"):
+        shape(predictor_width=12, predictor_heads=13)
+    assert shape(predictor_width=12, predictor_heads=13, predictor_depth=0).predictor_depth == 0
 
 
 def test_shapes(pixels):
@@ -100,7 +100,7 @@ def test_the_head_is_norm_then_linear_in_the_released_code(pixels):
 @pytest.mark.parametrize("width", [24, 12])
 def test_one_head_serves_encoder_and_regressor(pixels, width):
     """Where their widths differ (Tiny), a Linear and a norm lie between the encoder and both."""
-    model = build(regressor_width=width).eval()
+    model = build(predictor_width=width).eval()
     tokens = model.encoder(pixels, VISIBLE)
     if width == 12:
         linear, norm = model.bridge
@@ -161,7 +161,7 @@ def test_drop_path_takes_the_encoders_columns_then_the_regressors(pixels):
 
 
 def test_without_a_regressor_nothing_masked_is_predicted(pixels):
-    model = build(regressor_depth=0)
+    model = build(predictor_depth=0)
     prediction = model(pixels, VISIBLE, MASKED, torch.zeros(2, model.drop_columns))
     assert model.drop_columns == 4
     assert prediction.masked is None
@@ -169,19 +169,27 @@ def test_without_a_regressor_nothing_masked_is_predicted(pixels):
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize("over", [{}, {"regressor_width": 12}, {"regressor_depth": 0}, {"head": "ln-fc"}])
+@pytest.mark.parametrize("over", [{}, {"predictor_width": 12}, {"predictor_depth": 0}, {"head": "ln-fc"}])
 def test_every_parameter_is_trained(pixels, class_token, over):
     model = build(**over)
     prediction = model(pixels, VISIBLE, MASKED)
     target = torch.randn(2, 16 + class_token, DIM)
-    terms = alignment_loss(prediction, target, VISIBLE, MASKED, LossSettings(), torch.ones(2), class_token)
+    terms = alignment_loss(
+        prediction,
+        target,
+        VISIBLE,
+        masked=MASKED,
+        settings=LossSettings(),
+        weights=torch.ones(2),
+        has_class_token=class_token,
+    )
     terms.total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("over", [{}, {"regressor_width": 12}, {"head": "ln-fc"}])
+@pytest.mark.parametrize("over", [{}, {"predictor_width": 12}, {"head": "ln-fc"}])
 def test_bf16_autocast(pixels, over):
     model = build(**over)
     exact = model(pixels, VISIBLE, MASKED)
@@ -192,7 +200,7 @@ def test_bf16_autocast(pixels, over):
 
 
 def test_it_compiles_without_graph_breaks(pixels):
-    model = build(regressor_width=12)
+    model = build(predictor_width=12)
     drop = torch.rand(2, model.drop_columns)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     got, wanted = compiled(pixels, VISIBLE, MASKED, drop), model(pixels, VISIBLE, MASKED, drop)

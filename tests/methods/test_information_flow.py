@@ -27,11 +27,11 @@ def build(name: str, **over) -> Method:
         "image_size": 32,
         "patch_size": 8,
         "drop_path": 0.5,
-        "regressor_depth": 2,
-        "regressor_width": 12,
-        "regressor_heads": 2,
+        "predictor_depth": 2,
+        "predictor_width": 12,
+        "predictor_heads": 2,
         "layer_scale": 1.0,
-        "regressor_layer_scale": 1.0,
+        "predictor_layer_scale": 1.0,
     }
     return build_method(name, ModelSettings.model_validate(small | over), DIM)
 
@@ -114,7 +114,9 @@ def test_every_parameter_is_trained_and_drop_path_is_drawn_from_outside(name, pi
     assert not torch.allclose(model(pixels, VISIBLE, MASKED, drop * 0).masked, prediction.masked)
     assert torch.equal(model(pixels, VISIBLE, MASKED, kept).masked, prediction.masked)
     target = torch.randn(2, 17, DIM, generator=torch.Generator().manual_seed(3))
-    alignment_loss(prediction, target, VISIBLE, MASKED, LossSettings(), torch.ones(2), True).total.backward()
+    alignment_loss(
+        prediction, target, VISIBLE, masked=MASKED, settings=LossSettings(), weights=torch.ones(2), has_class_token=True
+    ).total.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
@@ -128,7 +130,15 @@ def test_caes_alignment_alone_sees_masked_pixels_and_gives_the_encoder_no_gradie
     own = model.bridge(model.encoder(pixels, MASKED))[:, 1:]
     latents = model.regressor(model.bridge(model.encoder(pixels, VISIBLE))[:, 1:], VISIBLE, MASKED)
     torch.testing.assert_close(before.extra, 2 * (latents - own).square().mean(dim=-1))
-    loss = alignment_loss(before, torch.zeros(2, 17, DIM), VISIBLE, MASKED, LossSettings(), torch.ones(2), True)
+    loss = alignment_loss(
+        before,
+        torch.zeros(2, 17, DIM),
+        VISIBLE,
+        masked=MASKED,
+        settings=LossSettings(),
+        weights=torch.ones(2),
+        has_class_token=True,
+    )
     terms = loss.visible + loss.masked + before.extra.mean()
     torch.testing.assert_close(loss.total, terms)
 

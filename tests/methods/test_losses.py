@@ -47,10 +47,10 @@ def by_hand(prediction, target, visible, masked, kind, class_token=True):
     for sample in range(len(target)):
         if class_token:
             seen.append(distance(prediction.class_token[sample, 0], target[sample, 0]))
-        for place, patch in enumerate(visible[sample].tolist()):
-            seen.append(distance(prediction.visible[sample, place], target[sample, first + patch]))
-        for place, patch in enumerate(masked[sample].tolist()):
-            hidden.append(distance(prediction.masked[sample, place], target[sample, first + patch]))
+        for index, patch in enumerate(visible[sample].tolist()):
+            seen.append(distance(prediction.visible[sample, index], target[sample, first + patch]))
+        for index, patch in enumerate(masked[sample].tolist()):
+            hidden.append(distance(prediction.masked[sample, index], target[sample, first + patch]))
     return seen, hidden
 
 
@@ -63,7 +63,15 @@ def test_two_means_are_the_papers_equations(kind):
     prediction, target, visible, masked = case()
     seen, hidden = by_hand(prediction, target, visible, masked, kind)
     assert (len(seen), len(hidden)) == (15, 6)
-    terms = alignment_loss(prediction, target, visible, masked, LossSettings(kind=kind), torch.ones(3), True)
+    terms = alignment_loss(
+        prediction,
+        target,
+        visible,
+        masked=masked,
+        settings=LossSettings(kind=kind),
+        weights=torch.ones(3),
+        has_class_token=True,
+    )
     assert terms.visible.item() == pytest.approx(mean(seen), rel=1e-5)
     assert terms.masked.item() == pytest.approx(mean(hidden), rel=1e-5)
     assert terms.total.item() == pytest.approx(mean(seen) + mean(hidden), rel=1e-5)
@@ -74,7 +82,9 @@ def test_one_mean_is_over_all_tokens(kind):
     prediction, target, visible, masked = case()
     seen, hidden = by_hand(prediction, target, visible, masked, kind)
     loss = LossSettings(kind=kind, reduction="one_mean")
-    terms = alignment_loss(prediction, target, visible, masked, loss, torch.ones(3), True)
+    terms = alignment_loss(
+        prediction, target, visible, masked=masked, settings=loss, weights=torch.ones(3), has_class_token=True
+    )
     assert terms.total.item() == pytest.approx(mean(seen + hidden), rel=1e-5)
     assert terms.visible.item() == pytest.approx(mean(seen), rel=1e-5)
 
@@ -82,11 +92,21 @@ def test_one_mean_is_over_all_tokens(kind):
 def test_a_teacher_without_class_token():
     prediction, target, visible, masked = case()
     seen, hidden = by_hand(prediction, target[:, 1:], visible, masked, "cosine", class_token=False)
-    terms = alignment_loss(prediction, target[:, 1:], visible, masked, LossSettings(), torch.ones(3), False)
+    terms = alignment_loss(
+        prediction,
+        target[:, 1:],
+        visible,
+        masked=masked,
+        settings=LossSettings(),
+        weights=torch.ones(3),
+        has_class_token=False,
+    )
     assert len(seen) == 12
     assert terms.total.item() == pytest.approx(mean(seen) + mean(hidden), rel=1e-5)
     one = LossSettings(reduction="one_mean")
-    terms = alignment_loss(prediction, target[:, 1:], visible, masked, one, torch.ones(3), False)
+    terms = alignment_loss(
+        prediction, target[:, 1:], visible, masked=masked, settings=one, weights=torch.ones(3), has_class_token=False
+    )
     assert terms.total.item() == pytest.approx(mean(seen + hidden), rel=1e-5)
 
 
@@ -96,7 +116,9 @@ def test_weights_of_visible_and_masked(reduction):
 
     def total(**weights):
         loss = LossSettings(reduction=reduction, **weights)
-        return alignment_loss(prediction, target, visible, masked, loss, torch.ones(3), True).total.item()
+        return alignment_loss(
+            prediction, target, visible, masked=masked, settings=loss, weights=torch.ones(3), has_class_token=True
+        ).total.item()
 
     seen, hidden = total(visible=1, masked=0), total(visible=0, masked=1)
     assert total(visible=2, masked=0.5) == pytest.approx(2 * seen + 0.5 * hidden, rel=1e-5)
@@ -106,7 +128,15 @@ def test_the_official_mean_shares_out_as_the_tokens_do():
     """Base: 99 visible tokens with the class token, 98 masked (released code: .50 : .50)."""
     prediction, target, visible, masked = case(samples=2, patches=196, hidden=98)
     one, two = (
-        alignment_loss(prediction, target, visible, masked, LossSettings(reduction=reduction), torch.ones(2), True)
+        alignment_loss(
+            prediction,
+            target,
+            visible,
+            masked=masked,
+            settings=LossSettings(reduction=reduction),
+            weights=torch.ones(2),
+            has_class_token=True,
+        )
         for reduction in ("one_mean", "two_means")
     )
     assert one.total.item() == pytest.approx((99 * two.visible.item() + 98 * two.masked.item()) / 197, rel=1e-5)
@@ -118,7 +148,9 @@ def test_cosine_of_known_angles():
         torch.tensor([[[3.0, 0]]]), torch.tensor([[[0.0, 2], [-1, 0]]]), torch.tensor([[[1.0, 3**0.5]]])
     )
     visible, masked = torch.tensor([[0, 2]]), torch.tensor([[1]])
-    terms = alignment_loss(prediction, target, visible, masked, LossSettings(), torch.ones(1), True)
+    terms = alignment_loss(
+        prediction, target, visible, masked=masked, settings=LossSettings(), weights=torch.ones(1), has_class_token=True
+    )
     assert terms.visible.item() == pytest.approx((0 + 1 + 2) / 3)
     assert terms.masked.item() == pytest.approx(0.5)
 
@@ -127,7 +159,15 @@ def test_cosine_ignores_norms_and_the_others_do_not():
     prediction, target, visible, masked = case()
     for kind in KINDS:
         once, twice = (
-            alignment_loss(prediction, scale * target, visible, masked, LossSettings(kind=kind), torch.ones(3), True)
+            alignment_loss(
+                prediction,
+                scale * target,
+                visible,
+                masked=masked,
+                settings=LossSettings(kind=kind),
+                weights=torch.ones(3),
+                has_class_token=True,
+            )
             for scale in (1, 2)
         )
         assert (once.total.item() == pytest.approx(twice.total.item(), rel=1e-5)) is (kind == "cosine")
@@ -155,9 +195,9 @@ def test_padding_changes_neither_loss_nor_gradient(real, padding, kind, reductio
         parts = [tokens[:samples].clone().requires_grad_() for tokens in predicted(prediction)]
         weights = torch.cat([torch.ones(real), torch.zeros(padding)])[:samples]
         inputs = (Prediction(*parts), target[:samples], visible[:samples], masked[:samples])
-        terms = alignment_loss(*inputs, loss, weights, class_token)
+        terms = alignment_loss(*inputs, settings=loss, weights=weights, has_class_token=class_token)
         terms.total.backward()
-        centred = centred_cosine(*inputs, mean_token, weights, class_token)
+        centred = centred_cosine(*inputs, mean=mean_token, weights=weights, has_class_token=class_token)
         return terms, centred, [torch.zeros(1) if part.grad is None else part.grad for part in parts]
 
     padded, padded_centred, padded_gradients = run(real + padding)
@@ -173,16 +213,28 @@ def test_padding_changes_neither_loss_nor_gradient(real, padding, kind, reductio
 def test_padding_that_is_not_finite_leaves_the_loss_finite():
     prediction, target, visible, masked = case()
     weights = torch.tensor([1.0, 1.0, 0.0])
-    wanted = alignment_loss(prediction, target, visible, masked, LossSettings(), weights, True)
+    wanted = alignment_loss(
+        prediction, target, visible, masked=masked, settings=LossSettings(), weights=weights, has_class_token=True
+    )
     target[2] = float("nan")
-    terms = alignment_loss(prediction, target, visible, masked, LossSettings(), weights, True)
+    terms = alignment_loss(
+        prediction, target, visible, masked=masked, settings=LossSettings(), weights=weights, has_class_token=True
+    )
     torch.testing.assert_close(terms.total, wanted.total)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_padding_alone_gives_zero(kind):
     prediction, target, visible, masked = case()
-    terms = alignment_loss(prediction, 0 * target, visible, masked, LossSettings(kind=kind), torch.zeros(3), True)
+    terms = alignment_loss(
+        prediction,
+        0 * target,
+        visible,
+        masked=masked,
+        settings=LossSettings(kind=kind),
+        weights=torch.zeros(3),
+        has_class_token=True,
+    )
     assert terms.total.item() == 0
 
 
@@ -191,7 +243,13 @@ def test_a_real_target_of_zeros_gives_no_nan(kind):
     prediction, target, visible, masked = case()
     parts = [tokens.requires_grad_() for tokens in predicted(prediction)]
     terms = alignment_loss(
-        Prediction(*parts), 0 * target, visible, masked, LossSettings(kind=kind), torch.ones(3), True
+        Prediction(*parts),
+        0 * target,
+        visible,
+        masked=masked,
+        settings=LossSettings(kind=kind),
+        weights=torch.ones(3),
+        has_class_token=True,
     )
     terms.total.backward()
     assert terms.total.isfinite()
@@ -203,9 +261,13 @@ def test_narrow_predictions_are_compared_in_fp32():
     narrow = Prediction(*(tokens.bfloat16() for tokens in predicted(prediction)))
     wide = Prediction(*(tokens.float() for tokens in predicted(narrow)))
     with torch.autocast("cpu", torch.bfloat16):
-        terms = alignment_loss(narrow, target, visible, masked, LossSettings(), torch.ones(3), True)
+        terms = alignment_loss(
+            narrow, target, visible, masked=masked, settings=LossSettings(), weights=torch.ones(3), has_class_token=True
+        )
     assert terms.total.dtype == torch.float32
-    wanted = alignment_loss(wide, target, visible, masked, LossSettings(), torch.ones(3), True)
+    wanted = alignment_loss(
+        wide, target, visible, masked=masked, settings=LossSettings(), weights=torch.ones(3), has_class_token=True
+    )
     torch.testing.assert_close(terms.total, wanted.total)
 
 
@@ -214,10 +276,14 @@ def test_without_a_regressor_the_masked_term_is_zero():
     alone = Prediction(prediction.class_token, prediction.visible, None)
     for reduction in ("two_means", "one_mean"):
         loss = LossSettings(reduction=reduction, visible=2)
-        terms = alignment_loss(alone, target, visible, masked, loss, torch.ones(3), True)
+        terms = alignment_loss(
+            alone, target, visible, masked=masked, settings=loss, weights=torch.ones(3), has_class_token=True
+        )
         assert terms.masked.item() == 0
         assert terms.total.item() == pytest.approx(2 * terms.visible.item())
-    seen, hidden = centred_cosine(alone, target, visible, masked, torch.zeros(5), torch.ones(3), True)
+    seen, hidden = centred_cosine(
+        alone, target, visible, masked=masked, mean=torch.zeros(5), weights=torch.ones(3), has_class_token=True
+    )
     assert hidden.item() == 0
     assert seen.item() != 0
 
@@ -225,14 +291,16 @@ def test_without_a_regressor_the_masked_term_is_zero():
 def test_centred_cosine_is_of_unit_tokens_about_the_mean():
     prediction, target, visible, masked = case()
     about = torch.randn(5, generator=torch.Generator().manual_seed(9)) / 3
-    seen, hidden = centred_cosine(prediction, target, visible, masked, about, torch.ones(3), True)
+    seen, hidden = centred_cosine(
+        prediction, target, visible, masked=masked, mean=about, weights=torch.ones(3), has_class_token=True
+    )
     patches = F.normalize(target[:, 1:], dim=-1) - about
 
     def wanted(tokens, indices):
         scores = []
         for sample in range(3):
-            for place, patch in enumerate(indices[sample].tolist()):
-                got = tokens[sample, place] / tokens[sample, place].norm() - about
+            for index, patch in enumerate(indices[sample].tolist()):
+                got = tokens[sample, index] / tokens[sample, index].norm() - about
                 true = patches[sample, patch]
                 scores.append((got @ true / got.norm() / true.norm()).item())
         return mean(scores)
@@ -252,8 +320,21 @@ def test_centred_cosine_tells_a_copy_from_a_constant():
     scores = {}
     for name, tokens in (("constant", constant), ("copy", copy)):
         prediction = Prediction(target[:, :1], tokens[:, :10], tokens[:, 10:])
-        raw = 1 - alignment_loss(prediction, target, visible, masked, LossSettings(), torch.ones(8), True).masked
-        centred = centred_cosine(prediction, target, visible, masked, about, torch.ones(8), True)[1]
+        raw = (
+            1
+            - alignment_loss(
+                prediction,
+                target,
+                visible,
+                masked=masked,
+                settings=LossSettings(),
+                weights=torch.ones(8),
+                has_class_token=True,
+            ).masked
+        )
+        centred = centred_cosine(
+            prediction, target, visible, masked=masked, mean=about, weights=torch.ones(8), has_class_token=True
+        )[1]
         scores[name] = (raw.item(), centred.item())
     assert scores["copy"] == pytest.approx((1, 1), abs=1e-5)
     assert scores["constant"][0] > 0.5

@@ -8,7 +8,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.methods import registry
 from cae2pipe.methods.registry import build_method
 
-SETTINGS = ModelSettings(width=16, depth=1, heads=2, image_size=32, regressor_depth=1, regressor_width=16)
+SETTINGS = ModelSettings(width=16, depth=1, heads=2, image_size=32, predictor_depth=1, predictor_width=16)
 
 
 def test_a_method_is_built_from_the_global_generator():
@@ -22,13 +22,13 @@ def test_a_method_is_built_from_the_global_generator():
 
 
 def test_the_method_in_the_documentation_is_one(monkeypatch):
-    text = (Path(__file__).parents[2] / "docs" / "comparisons.md").read_text()
-    lines = text[text.index("    # mine.py") : text.index("    python mine.py")].splitlines()
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    code = text[text.index("# mine.py") :].partition("```")[0]
     monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
-    exec("\n".join(line[4:] for line in lines), {"__name__": "mine"})
+    exec(code, {"__name__": "mine"})
     model = registry.build_method("distilled", SETTINGS, 8)
-    found = model(torch.zeros(1, 3, 32, 32), torch.tensor([[0, 2]]), torch.tensor([[1, 3]]))
-    assert found.visible.shape == found.masked.shape == (1, 2, 8)
+    prediction = model(torch.zeros(1, 3, 32, 32), torch.tensor([[0, 2]]), torch.tensor([[1, 3]]))
+    assert prediction.visible.shape == prediction.masked.shape == (1, 2, 8)
     deep = registry.build_method("distilled", SETTINGS.model_copy(update={"depth": 2, "drop_path": 0.5}), 8).eval()
     inputs = torch.ones(1, 3, 32, 32), torch.tensor([[0, 2]]), torch.tensor([[1, 3]])
     assert torch.equal(deep(*inputs, torch.zeros(1, deep.drop_columns)).visible, deep(*inputs).visible)

@@ -88,7 +88,7 @@ def tokens(kind: str, out: Path) -> Tensor:
 @pytest.mark.parametrize("written", ["source", "older"])
 @torch.no_grad()
 def test_another_library_computes_the_same(written, kind, encoder, request, tmp_path):
-    export(str(request.getfixturevalue(written)), tmp_path / "out", kind, [])
+    export(str(request.getfixturevalue(written)), tmp_path / "out", kind, scores=[])
     found, wanted = tokens(kind, tmp_path / "out"), encoder(PIXELS)
     torch.testing.assert_close(found, wanted[:, 0] if found.ndim == 2 else wanted, rtol=0, atol=1e-5)
 
@@ -112,7 +112,7 @@ def test_a_run_of_pretrain_is_exported_as_it_is(kind, trained_run, target_root, 
     assert "| epochs | 2 |" in text
     assert str(tmp_path) not in card
     # The file of weights alone, which lies in the run.
-    assert export(str(run / WEIGHTS), out, kind, [])
+    assert export(str(run / WEIGHTS), out, kind, scores=[])
     assert (out / "README.md").read_text() == card
 
 
@@ -124,12 +124,12 @@ def test_a_run_of_an_older_version_is_exported(kind, trained_run, tmp_path):
     run.mkdir()
     for name in (WEIGHTS, CONFIG):
         shutil.copy(trained_run() / name, run)
-    wanted = tokens("timm", export(str(run), tmp_path / "wanted", "timm", [])[0].parent)
+    wanted = tokens("timm", export(str(run), tmp_path / "wanted", "timm", scores=[])[0].parent)
     fold(run)
     manifest = json.loads((trained_run() / "manifest.json").read_text())
     del manifest["teacher"]["library"], manifest["teacher"]["weights"], manifest["units"]["encoder"]
     (run / "manifest.json").write_bytes(seal(manifest))
-    export(str(run), tmp_path / "out", kind, [])
+    export(str(run), tmp_path / "out", kind, scores=[])
     found = tokens(kind, tmp_path / "out")
     torch.testing.assert_close(found, wanted[:, 0] if found.ndim == 2 else wanted, rtol=0, atol=1e-5)
     assert "| teacher | tiny |" in (tmp_path / "out" / "README.md").read_text()
@@ -137,10 +137,10 @@ def test_a_run_of_an_older_version_is_exported(kind, trained_run, tmp_path):
 
 def test_what_was_exported_can_be_scored_and_exported_again(source, tmp_path):
     again = load_encoder(str(source), 0, torch.device("cpu"))
-    export(str(source), tmp_path / "out", "timm", [])
+    export(str(source), tmp_path / "out", "timm", scores=[])
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == again.model.state_dict().keys()
     # open_clip's file says enough of itself to be a teacher, with CLIP's normalisation of pixels.
-    export(str(source), tmp_path / "clip", "open_clip", [])
+    export(str(source), tmp_path / "clip", "open_clip", scores=[])
     teacher = load_encoder(f"open_clip:any@{tmp_path / 'clip' / 'visual.safetensors'}", 0, torch.device("cpu"))
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert teacher(pixels).class_token.shape == again(pixels).class_token.shape
@@ -164,7 +164,7 @@ def test_the_command_twice_and_over_something_else(source, tmp_path):
 
 def test_what_is_not_ours_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="another library"):
-        export("random:vit_tiny_patch16_224", tmp_path / "out", "timm", [])
+        export("random:vit_tiny_patch16_224", tmp_path / "out", "timm", scores=[])
     with pytest.raises(SourceError, match="no such encoder"):
-        export(str(tmp_path / "nowhere"), tmp_path / "out", "timm", [])
+        export(str(tmp_path / "nowhere"), tmp_path / "out", "timm", scores=[])
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ def by_hand(q, k, v, heads):
 def test_attend_is_softmax_attention_head_by_head():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, 12), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
-    torch.testing.assert_close(attend(q, k, v, 3), by_hand(q, k, v, 3))
+    torch.testing.assert_close(attend(q, k, v, heads=3), by_hand(q, k, v, 3))
 
 
 def test_self_attention_has_biases_on_q_and_v_only():

@@ -88,7 +88,7 @@ def test_a_released_encoder_computes_what_its_authors_code_does(prefix, tmp_path
     ("change", "what"),
     [
         ({"blocks.1.gamma_2": None}, r"blocks\.1\.ls2\.gamma is missing"),
-        ({"head.weight": torch.zeros(10, WIDTH)}, "head.weight is left over"),
+        ({"head.weight": torch.zeros(10, WIDTH)}, "head.weight is unexpected"),
         ({"norm.bias": torch.zeros(10)}, r"norm.bias is \(10,\) and not \(192,\)"),
         ({"pos_embed": None}, "no patch_embed or pos_embed"),
         ({"pos_embed": torch.zeros(1, 190, WIDTH)}, "190 positions"),

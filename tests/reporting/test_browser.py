@@ -1,4 +1,4 @@
-"""The three kinds of pages in a real browser, as wide as a phone and as a desk: nothing fails, nothing overflows."""
+"""The three kinds of pages in a real browser, at the widths of a phone and a desktop: nothing fails or overflows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cae2pipe.demo import run as demo
-from cae2pipe.demo.report import Contents, Step, render
-from cae2pipe.demo.student import forecasts_of
+from cae2pipe.demo.report import DemoCommand, DemoContents, demo_page
+from cae2pipe.demo.student import previews_of
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.report import report_runs
 from cae2pipe.stages.report_targets import report_targets
@@ -44,8 +44,8 @@ addEventListener("message", event => {
 
 
 def looked_at(pages: dict[str, str], folder: Path) -> tuple[dict[str, dict], str]:
-    """What a browser finds of each page at each width, by ``NAME WIDTH``, and what it says on its console. One start
-    shows all of them, each in a frame of its width."""
+    """What a browser measures of each page at each width, by ``NAME WIDTH``, and its console output. One start of the
+    browser shows all pages, each in a frame of its width."""
     assert BROWSER is not None
     frames = ""
     for name, page in pages.items():
@@ -74,14 +74,14 @@ def looked_at(pages: dict[str, str], folder: Path) -> tuple[dict[str, dict], str
 
 
 @pytest.fixture
-def demo_page(target_root, trained_run, photos) -> str:
-    """The demo's page, with what the demo reads of its own sets and run."""
+def page_of_demo(target_root, trained_run, photos) -> str:
+    """The demo's page about a tiny set and run."""
     targets, run = TargetSet(target_root), trained_run()
     model, settings = load_student(run, targets, Silent())
     lines = read_lines(run / "metrics.jsonl")
     scores = {"loss_mean_token": 1.5, "centred_cosine_masked": 0.2, "seconds": 3.0}
     scores |= {"knn_random": 0.2, "knn_pretrained": 0.5, "knn_teacher": 0.7}
-    contents = Contents(
+    contents = DemoContents(
         teacher=targets.teacher.name,
         codec=targets.layout.codec.name,
         grid=(targets.teacher.rows, targets.teacher.cols),
@@ -89,20 +89,20 @@ def demo_page(target_root, trained_run, photos) -> str:
         losses=[(line["step"] / 5, line["loss"]) for line in lines],
         bytes_per_view=demo.codec_bytes(targets),
         stored=[demo.stored_tile(targets, photos, "class0/image001")],
-        forecasts=forecasts_of(model, targets, settings, ["class1+image002"], torch.device("cpu")),
-        steps=[Step("Pretrain.", f"cae2pipe pretrain {LONG}", f"cae2pipe pretrain {LONG}")],
+        previews=previews_of(model, targets, settings, keys=["class1+image002"], device=torch.device("cpu")),
+        commands=[DemoCommand("Pretrain.", f"cae2pipe pretrain {LONG}", f"cae2pipe pretrain {LONG}")],
     )
-    return render(contents)
+    return demo_page(contents)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
-def test_pages_fit_a_phone_and_a_desk(target_root, trained_run, teacher_file, demo_page, tmp_path):
+def test_pages_fit_a_phone_and_a_desktop(target_root, trained_run, teacher_file, page_of_demo, tmp_path):
     root, run = tmp_path / LONG, tmp_path / f"run-{LONG}"
     root.symlink_to(target_root)
     run.symlink_to(trained_run())
-    report_runs([run], [], target_root, tmp_path / "runs", Silent(), "cpu")
-    report_targets(root, tmp_path / "set", Silent(), live=20, weights=teacher_file, device="cpu")
-    pages = {"demo": demo_page} | {
+    report_runs([run], [], target_root, out=tmp_path / "runs", report=Silent(), device="cpu")
+    report_targets(root, tmp_path / "set", report=Silent(), live=8, weights=teacher_file, device="cpu")
+    pages = {"demo": page_of_demo} | {
         name: (tmp_path / name / "report.html").read_text(encoding="utf-8") for name in ("runs", "set")
     }
     results, said = looked_at(pages, tmp_path)

@@ -22,8 +22,8 @@ def comparison(*rows: Row, along: str = "") -> Comparison:
 
 
 def test_the_report_says_where_the_papers_order_does_not_hold():
-    found = comparison(row("a", 0.50, 0.52, paper=70.0), row("b", 0.40, 0.41, paper=75.0), row("c"))
-    assert findings(found) == [
+    compared = comparison(row("a", 0.50, 0.52, paper=70.0), row("b", 0.40, 0.41, paper=75.0), row("c"))
+    assert findings(compared) == [
         "linear: the paper's order, b > a, does not hold: a is above b. Here a > b.",
     ]
 
@@ -31,7 +31,7 @@ def test_the_report_says_where_the_papers_order_does_not_hold():
 def test_what_is_too_near_to_tell_is_said():
     rows = row("a", 0.50, 0.60, paper=75.0), row("b", 0.52, 0.57, paper=70.0), row("c", 0.2, 0.21, paper=60.0)
     (line,) = findings(comparison(*rows))
-    assert "holds, but for what is too near to tell: a, b. Here a ≈ b > c." in line
+    assert "holds, except for differences that are too small: a, b. Here a ≈ b > c." in line
     assert better(rows[0], rows[2], "linear")
     assert not better(rows[0], rows[1], "linear")
     (line,) = findings(comparison(*rows[:2]))
@@ -48,7 +48,7 @@ def test_a_difference_counts_from_two_standard_errors_on():
 
 def test_of_one_seed_there_is_no_verdict():
     (line,) = findings(comparison(row("a", 0.5, paper=2.0), row("b", 0.4, paper=1.0)))
-    assert line == ("linear: the paper's order is a > b; here, with one seed, which says nothing of chance, a > b.")
+    assert line == ("linear: the paper's order is a > b; here, with one seed and so without an error estimate, a > b.")
 
 
 def test_equal_figures_of_the_paper_have_no_order():
@@ -63,26 +63,26 @@ def test_no_order_without_two_rows_that_have_both():
 
 
 def test_no_column_is_lost_because_its_name_repeats():
-    found = Comparison("T", "", ["loss"], [Row("a", {"loss": [0.5]}, curves={"loss": [2.0]})], {}, 1)
-    headers, (cell,) = cells(found)
-    assert headers == ["variant", "loss (2)", "loss (3)", "kB a view", "device min a run"]
+    compared = Comparison("T", "", ["loss"], [Row("a", {"loss": [0.5]}, curves={"loss": [2.0]})], {}, 1)
+    headers, (cell,) = cells(compared)
+    assert headers == ["variant", "loss (2)", "loss (3)", "kB per view", "device min per run"]
     assert cell[1:3] == ["50.0", "2.000"]
 
 
 def test_the_table():
     first = row("a|b", 0.5, 0.6, paper=70.0, curves={"loss": [1.0, 0.5]}, hours=[0.5, 1.5], latents=5400.0)
-    found = comparison(first, row("c"))
-    headers, rows = cells(found)
-    assert headers == ["variant", "linear", "linear, paper", "loss", "kB a view", "device h a run"]
+    compared = comparison(first, row("c"))
+    headers, rows = cells(compared)
+    assert headers == ["variant", "linear", "linear, paper", "loss", "kB per view", "device h per run"]
     assert rows == [["a|b", "55.0 ± 7.1", "70.0", "0.500", "5.4", "1"], ["c", "–", "–", "–", "–", "–"]]
-    text = comparison_markdown(found)
+    text = comparison_markdown(compared)
     assert "| a\\|b | 55.0 ± 7.1 |" in text
     assert "2 of 6 scores" in text
 
 
 def test_short_runs_are_told_in_minutes():
     headers, rows = cells(comparison(row("a", 0.5, hours=[0.25, 0.75])))
-    assert (headers[-1], rows[0][-1]) == ("device min a run", "30")
+    assert (headers[-1], rows[0][-1]) == ("device min per run", "30")
 
 
 def test_scores_are_drawn_along_the_axis_and_the_rest_as_levels(monkeypatch):
@@ -92,7 +92,7 @@ def test_scores_are_drawn_along_the_axis_and_the_rest_as_levels(monkeypatch):
     monkeypatch.setattr(comparison_page, "curves", lambda lines, **options: seen.update(lines=lines, **options))
     rows = [row("2", 0.5, 0.7, along=2.0), row("1", 0.4, along=1.0), row("fresh", 0.9)]
     along_axis(rows, "linear", "data.views")
-    assert (seen["x_label"], seen["y_label"]) == ("stored views of an image", "linear, %")
+    assert (seen["x_label"], seen["y_label"]) == ("stored views per image", "linear, %")
     points = seen["lines"]["linear"]
     assert list(points.xs) == [1, 2]
     assert list(points.ys) == pytest.approx([40, 60])
@@ -104,15 +104,15 @@ def test_cells_say_what_was_read_where_rows_differ():
     finished = [Finished("linear", 0.5, "p", "d", "mean"), Finished("linear", 0.6, "p", "d", "class")]
     rows = [Row(name, results=[[one]]) for name, one in zip("ab", finished, strict=True)]
     columns, protocols = fill_columns(rows, [])
-    found = Comparison("T", "", columns, rows, protocols, 2)
-    assert [line[1] for line in cells(found)[1]] == ["50.0 (mean)", "60.0 (class)"]
-    assert "on the class token, the mean patch." in comparison_markdown(found)
+    compared = Comparison("T", "", columns, rows, protocols, 2)
+    assert [line[1] for line in cells(compared)[1]] == ["50.0 (mean)", "60.0 (class)"]
+    assert "on the class token, the mean patch." in comparison_markdown(compared)
 
 
 def test_what_failed_and_what_is_unfinished_is_told():
     rows = [Row("a", unfinished=[(Path("runs/x"), "unfinished, epoch 3 of 20")])]
-    found = Comparison("T", "", ["knn"], rows, {}, 1, failed=["a, seed 0 (loss nan)"])
-    text = comparison_markdown(found)
+    compared = Comparison("T", "", ["knn"], rows, {}, 1, failed=["a, seed 0 (loss nan)"])
+    text = comparison_markdown(compared)
     assert "- Not finished: a, seed 0 (loss nan)" in text
     assert "| a | x (unfinished, epoch 3 of 20) |" in text
 

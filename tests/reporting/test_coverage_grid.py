@@ -1,4 +1,4 @@
-"""The picture of what is there: a cell each while there is room, shared by several beyond."""
+"""The picture of which stores exist: a cell per store, or shared by several if there are many."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cae2pipe.reporting.coverage_grid import (
 from cae2pipe.targets.coverage import ABSENT, DAMAGED, PRESENT, Coverage
 
 
-def test_a_cell_for_each_store():
+def test_each_store_has_a_cell():
     picture = grid_picture(np.array([[PRESENT, ABSENT], [DAMAGED, PRESENT]], dtype=np.uint8))
     assert picture.shape == (2 * CELL, 2 * CELL, 4)
     centres = picture[CELL // 2 :: CELL, CELL // 2 :: CELL]
@@ -38,9 +38,9 @@ def test_one_store_of_very_many_is_seen():
         assert (grid_picture(cells) != whole).any()
 
 
-def test_the_longer_axis_lies_across():
+def test_the_longer_axis_is_horizontal():
     text = coverage_grid(Coverage(["000000"], np.full((32, 1), PRESENT, dtype=np.uint8)))
-    assert "32 of 32 stores: 1 shard from top to bottom, 32 views from left to right" in text
+    assert "32 of 32 stores exist: 1 shard from top to bottom, 32 views from left to right" in text
 
 
 @given(st.data())

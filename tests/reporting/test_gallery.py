@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, gallery_html, nearest_views
-from cae2pipe.reporting.html import join
-from cae2pipe.training.student import Forecast
+from cae2pipe.reporting.html import join_html
+from cae2pipe.training.student import LatentPreview
 from tests.reporting.test_html import read
 
 VIEWS = [np.full((8, 8, 3), 20 * number, dtype=np.uint8) for number in range(5)]
 MASK = np.array([[True, False], [False, False]])
 
 
-def forecast(seed: int) -> Forecast:
+def preview(seed: int) -> LatentPreview:
     rng = np.random.default_rng(seed)
     teacher, student = rng.normal(size=(2, 4, 6)).astype(np.float32)
-    return Forecast("k", VIEWS[0], MASK, teacher, np.where(MASK.reshape(4, 1), student, 0), 0.25)
+    return LatentPreview("k", VIEWS[0], MASK, teacher, np.where(MASK.reshape(4, 1), student, 0), 0.25)
 
 
 def test_neighbours_are_those_of_the_highest_cosine_and_never_the_query():
@@ -30,15 +30,15 @@ def test_neighbours_are_those_of_the_highest_cosine_and_never_the_query():
 def test_the_page_holds_what_there_is():
     gallery = Gallery(
         masks=[MaskRow("block, <1 of 4> hidden", VIEWS[:2], [MASK, MASK])],
-        forecasts={"both": [forecast(0), forecast(1)], "other": [forecast(0), forecast(1)]},
+        previews={"both": [preview(0), preview(1)], "other": [preview(0), preview(1)]},
         views=VIEWS,
         queries=[0],
         neighbours=[NeighbourRow("teacher", [[1, 2]]), NeighbourRow("both", [[3, 4]])],
         left_out=["far <one> (no checkpoint)"],
     )
-    reader = read(join(gallery_html(gallery)))
+    reader = read(join_html(gallery_html(gallery)))
     pictures = [attributes["alt"] for tag, attributes in reader.tags if tag == "img"]
-    assert pictures.count("A view under block, <1 of 4> hidden") == 2
+    assert pictures.count("A view with block, <1 of 4> hidden") == 2
     assert pictures.count("Latents of the teacher as colours") == 2
     assert pictures.count("Latents of other as colours") == 2
     assert pictures.count("The query") == 2

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cae2pipe.reporting.html import Html, element, image, join, page, table
+from cae2pipe.reporting.html import Html, element, image, join_html, page, table
 
 VOID = {"meta", "img", "br"}
 
@@ -54,8 +54,8 @@ def test_any_text_comes_back_as_it_was(text):
 def test_markup_is_kept_and_text_escaped():
     assert element("b", Html("<i>x</i>"), "<i>") == "<b><i>x</i>&lt;i&gt;</b>"
     assert element("a", "x", class_="big", data_of=3, href=None) == '<a class="big" data-of="3">x</a>'
-    assert join(["<", Html("<br />"), None]) == "&lt;<br />"
-    assert isinstance(join(["a"]), Html)
+    assert join_html(["<", Html("<br />"), None]) == "&lt;<br />"
+    assert isinstance(join_html(["a"]), Html)
 
 
 def test_a_script_in_a_name_stays_text():

@@ -17,7 +17,7 @@ from cae2pipe.reporting.pictures import (
     latent_colours,
     outline_boxes,
     png_uri,
-    resized,
+    resized_picture,
     tiled,
 )
 
@@ -43,9 +43,9 @@ def test_colours_do_not_hang_on_rotation_or_offset(seed):
     rng = np.random.default_rng(seed)
     tokens = rng.normal(size=(64, 6)) * np.array([8, 4, 2, 0.1, 0.1, 0.1])
     turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    a = latent_colours(tokens, 8, 8, colour_basis(tokens)).astype(int)
+    a = latent_colours(tokens, 8, 8, basis=colour_basis(tokens)).astype(int)
     moved = tokens @ turn + 7
-    b = latent_colours(moved, 8, 8, colour_basis(moved)).astype(int)
+    b = latent_colours(moved, 8, 8, basis=colour_basis(moved)).astype(int)
     for channel in range(3):
         same, inverted = np.abs(a - b)[..., channel].max(), np.abs(255 - a - b)[..., channel].max()
         assert min(same, inverted) <= 1
@@ -53,24 +53,24 @@ def test_colours_do_not_hang_on_rotation_or_offset(seed):
 
 def test_colours_use_the_whole_range_and_clip(latents):
     basis = colour_basis(latents)
-    picture = latent_colours(latents, 15, 20, basis)
+    picture = latent_colours(latents, 15, 20, basis=basis)
     assert picture.shape == (15, 20, 3)
     assert picture.dtype == np.uint8
     assert picture.min() == 0
     assert picture.max() == 255
-    assert latent_colours(latents * 100, 15, 20, basis).shape == (15, 20, 3)
+    assert latent_colours(latents * 100, 15, 20, basis=basis).shape == (15, 20, 3)
 
 
 def test_like_latents_have_equal_colours_and_the_middle_is_grey(latents):
     basis = colour_basis(latents)
     middle = basis.mean + basis.axes @ ((basis.low + basis.high) / 2)
-    picture = latent_colours(np.stack([middle] * 4), 2, 2, basis)
+    picture = latent_colours(np.stack([middle] * 4), 2, 2, basis=basis)
     assert (picture == 128).all()
 
 
 def test_constant_latents_do_no_harm():
     basis = colour_basis(np.ones((10, 5)))
-    assert latent_colours(np.ones((4, 5)), 2, 2, basis).shape == (2, 2, 3)
+    assert latent_colours(np.ones((4, 5)), 2, 2, basis=basis).shape == (2, 2, 3)
 
 
 def test_hidden_patches_are_painted_and_no_others():
@@ -117,6 +117,6 @@ def test_data_uris_hold_the_picture():
     kind, _, data = png_uri(picture).partition(",")
     assert kind == "data:image/png;base64"
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), picture)
-    kind, _, data = jpeg_uri(resized(picture, 14, 18)).partition(",")
+    kind, _, data = jpeg_uri(resized_picture(picture, 14, 18)).partition(",")
     assert kind == "data:image/jpeg;base64"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (18, 14)

@@ -48,11 +48,11 @@ def left_over() -> Iterator[None]:
 @pytest.fixture
 def seen(monkeypatch) -> list[tuple[str, bool, bool, bool]]:
     """The backends at every call of a teacher or an encoding codec."""
-    found = []
+    settings_seen = []
 
     def watched(real):
         def call(*arguments):
-            found.append(backends())
+            settings_seen.append(backends())
             return real(*arguments)
 
         return call
@@ -60,11 +60,11 @@ def seen(monkeypatch) -> list[tuple[str, bool, bool, bool]]:
     monkeypatch.setattr(Teacher, "__call__", watched(Teacher.__call__))
     for codec in (TokenKltCodec, Fp16Codec):
         monkeypatch.setattr(codec, "encode", watched(codec.encode))
-    return found
+    return settings_seen
 
 
 def extract(photos, extract_settings, out, **over):
-    return extract_targets(photos, out, extract_settings(**over), Silent())
+    return extract_targets(photos, out, extract_settings(**over), report=Silent())
 
 
 def test_extraction(photos, extract_settings, tmp_path, left_over, seen):
@@ -85,7 +85,7 @@ def test_repair_and_the_live_audit(photos, target_root, teacher_file, tmp_path, 
     assert set(seen) == {EXACT}
     seen.clear()
     set_backends(bf16=True)
-    verify_live(root, 10, teacher_file, "cpu")
+    verify_live(root, 10, teacher_file, device="cpu")
     assert set(seen) == {EXACT}
 
 
@@ -93,28 +93,28 @@ def test_recoding(photos, extract_settings, tmp_path, left_over, seen):
     extract(photos, extract_settings, tmp_path / "fp16", views=1, codec={"name": "fp16"})
     seen.clear()
     set_backends(bf16=True, deterministic=True)
-    recode(tmp_path / "fp16", tmp_path / "klt", CodecSettings(calibration=64), Silent(), workers=0)
+    recode(tmp_path / "fp16", tmp_path / "klt", CodecSettings(calibration=64), report=Silent(), workers=0)
     assert set(seen) == {EXACT}
 
 
 def test_reports(target_root, pretrain_settings, tmp_path, left_over, monkeypatch):
-    pretrain(target_root, tmp_path / "run", pretrain_settings(), Silent())
+    pretrain(target_root, tmp_path / "run", pretrain_settings(), report=Silent())
     set_backends(bf16=True, deterministic=True)
-    found = []
+    settings_seen = []
 
     def watched(*arguments):
-        found.append(backends())
+        settings_seen.append(backends())
         return load_student(*arguments)
 
     monkeypatch.setattr("cae2pipe.stages.report.load_student", watched)
-    report_runs([tmp_path / "run"], [], target_root, tmp_path / "report", Silent(), "cpu")
-    assert found == [EXACT]
+    report_runs([tmp_path / "run"], [], target_root, out=tmp_path / "report", report=Silent(), device="cpu")
+    assert settings_seen == [EXACT]
 
 
 def test_the_online_teacher_of_a_bfloat16_student(target_root, teacher_file, pretrain_settings, tmp_path, seen):
     over = {"targets": "online", "precision": "bf16", "teacher_weights": str(teacher_file), "stop_after": 2}
     try:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(**over), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(**over), report=Silent())
         assert [kept[:2] for kept in seen] == [("highest", False)] * 2
         assert backends()[:2] == ("high", True)
     finally:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cae2pipe.artifacts.box import open_box
-from cae2pipe.artifacts.places import remotely
+from cae2pipe.artifacts.artifact import open_artifact
+from cae2pipe.artifacts.storage import remotely
 from cae2pipe.errors import StorageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from tests.faults.short_of_memory import READERS, limited
@@ -39,13 +39,13 @@ def test_too_little_memory_is_not_blamed_on(name, short_of_memory):
 
 
 def test_too_many_open_files_are_not_blamed_on_what_is_opened(target_root):
-    from cae2pipe.shards.tar import index_tar, read_range
+    from cae2pipe.shards.tar import index_tar, read_tar_range
     from cae2pipe.targets.target_set import TargetSet
 
     targets = TargetSet(target_root)
     reader = targets.reader(min(targets.stores))
     tar = reader.tar
-    for read in (lambda: index_tar(tar), lambda: read_range(tar, 0, 10), lambda: reader.arrays(0)):
+    for read in (lambda: index_tar(tar), lambda: read_tar_range(tar, 0, 10), lambda: reader.arrays(0)):
         with limited(resource.RLIMIT_NOFILE, 0), pytest.raises(StorageError, match="too many files") as caught:
             read()
         assert "ulimit -n" in str(caught.value.fix)
@@ -59,7 +59,7 @@ def test_too_many_open_files_are_not_blamed_on_the_calibration(target_root, monk
 
     monkeypatch.setattr(stored_calibration, "read_bytes", read_bytes)
     with pytest.raises(StorageError, match="too many files"):
-        stored_calibration.read_calibration(open_box(target_root))
+        stored_calibration.read_calibration(open_artifact(target_root))
 
 
 def test_a_remote_storage_is_not_blamed_for_the_memory_here():

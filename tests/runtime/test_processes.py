@@ -23,12 +23,12 @@ if __name__ == "__main__":
 """,
     "shard": """
 from pathlib import Path
-from cae2pipe.shards.checking import Piece, checking
+from cae2pipe.shards.checking import FileSlice, checking
 
 if __name__ == "__main__":
     import os, signal
     with checking(1) as check:
-        list(check([Piece(Path(__file__), 0, Path(__file__).stat().st_size)]))
+        list(check([FileSlice(Path(__file__), 0, Path(__file__).stat().st_size)]))
         os.kill(os.getpid(), signal.SIGKILL)
 """,
 }

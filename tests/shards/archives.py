@@ -43,7 +43,7 @@ def class_tars(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def packed(source: Path, out: Path) -> dict[str, bytes]:
-    return contents(build_shard_set(source, out, ALONE, Silent()).root)
+    return contents(build_shard_set(source, out, ALONE, report=Silent()).root)
 
 
 def refused(source: Path, **options) -> SourceError:

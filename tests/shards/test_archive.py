@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
@@ -40,13 +40,13 @@ def test_nothing_is_unpacked_and_hidden_files_are_passed_over(photo_files, tmp_p
 
 
 def test_an_archive_on_another_place(photo_files, tmp_path):
-    remote = place("memory://archives/nested.tar")
+    remote = to_path("memory://archives/nested.tar")
     remote.write_bytes(tar_bytes(class_tars(photo_files)))
     source = scan(remote)
     assert {entry.path: read_piece(source.piece(entry)) for entry in source.entries} == photo_files
     for name, data in photo_files.items():
-        place(f"memory://folder/{name}").write_bytes(data)
-    source = scan(place("memory://folder"))
+        to_path(f"memory://folder/{name}").write_bytes(data)
+    source = scan(to_path("memory://folder"))
     assert source.classes == ["class0", "class1", "class2"]
     assert {entry.path: read_piece(source.piece(entry)) for entry in source.entries} == photo_files
 
@@ -56,7 +56,7 @@ def test_member_names_are_no_paths(tmp_path, photo_files):
     path = tmp_path / "evil.tar"
     path.write_bytes(tar_bytes({"/etc/passwd.jpg": image, "/etc/\x1b[31m\n.jpg": image}))
     before = tree(tmp_path)
-    shards = build_shard_set(path, tmp_path / "out", ALONE, Silent())
+    shards = build_shard_set(path, tmp_path / "out", ALONE, report=Silent())
     assert shards.images == 2
     assert shards.classes == ["etc"]
     assert {name for name in tree(tmp_path) if not name.startswith("out/")} == set(before)
@@ -64,7 +64,7 @@ def test_member_names_are_no_paths(tmp_path, photo_files):
     assert keys == {"etc+passwd", "etc+~1b~5b31m~0a"}
     for name in ("a/../../../evil.jpg", "../evil.jpg", "a/../b.txt"):
         path.write_bytes(tar_bytes({"a/1.jpg": image, name: image}))
-        assert "leads out of the archive" in refused(path).what
+        assert "points outside of the archive" in refused(path).what
 
 
 def joined(*tars: dict[str, bytes], between: int = 0) -> bytes:
@@ -81,7 +81,7 @@ class TestJoined:
             path.write_bytes(joined(*halves, between=between))
             source = scan(path)
             assert {entry.path: read_piece(source.piece(entry)) for entry in source.entries} == photo_files
-            assert source.remarks() == [f"{path} is 2 archives, one behind the other: all are read"]
+            assert source.remarks() == [f"{path} consists of 2 concatenated archives: all are read"]
 
     def test_inside_another_archive(self, photo_files, tmp_path):
         tars = class_tars(photo_files)
@@ -94,7 +94,7 @@ class TestJoined:
         whole = tar_bytes(photo_files)
         for rest in (b"x" * 512, bytes(100) + b"x", bytes(2**20) + b"\1"):
             path.write_bytes(whole + rest)
-            assert "is no tar" in refused(path).what
+            assert "is not a tar" in refused(path).what
         images = list(photo_files.items())
         path.write_bytes(tar_bytes(dict(images[:5])).rstrip(b"\0") + bytes(512) + tar_bytes(dict(images[5:])))
         with pytest.raises(SourceError, match=r"broken|cut off|no tar"):

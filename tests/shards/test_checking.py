@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cae2pipe.errors import Cae2pipeError, SourceError
-from cae2pipe.shards.checking import Piece, check_image, checking, read_piece
+from cae2pipe.shards.checking import FileSlice, check_image, checking, read_piece
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def files(tmp_path):
     paths = [tmp_path / f"{n:02d}.jpg" for n in range(40)]
     for number, path in enumerate(paths):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path) if number % 7 else path.write_text("text")
-    return [Piece(path, 0, path.stat().st_size) for path in paths]
+    return [FileSlice(path, 0, path.stat().st_size) for path in paths]
 
 
 def test_workers_start_without_the_heavy_libraries():
@@ -64,9 +64,9 @@ def test_a_file_of_another_size_than_was_scanned(files, change):
 
 def test_a_piece_of_an_archive_is_read_by_its_range(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"0123456789")
-    assert read_piece(Piece(tmp_path / "a.tar", 3, 4, "b.jpg")) == b"3456"
+    assert read_piece(FileSlice(tmp_path / "a.tar", 3, 4, "b.jpg")) == b"3456"
     with pytest.raises(SourceError, match="has changed") as caught:
-        read_piece(Piece(tmp_path / "a.tar", 8, 4, "b.jpg"))
+        read_piece(FileSlice(tmp_path / "a.tar", 8, 4, "b.jpg"))
     assert caught.value.where == f"{tmp_path / 'a.tar'}, member b.jpg"
 
 

@@ -18,8 +18,8 @@ def test_an_image_may_be_listed_twice_with_one_class(tmp_path):
     ("rows", "message"),
     [
         ("a,n1 3\na.JPEG,n2 3\n", "image 'a' has two classes, n1 and n2"),
-        (f"a,{'x' * 200_000}\n", "this is no table: field larger"),
-        ("a\n", r"a line without a class: \['a'\]"),
+        (f"a,{'x' * 200_000}\n", "this is not a CSV table: field larger"),
+        ("a\n", r"this line has no class: \['a'\]"),
     ],
 )
 def test_a_table_that_cannot_be_meant_is_refused(rows, message, tmp_path):

@@ -33,7 +33,7 @@ class TestBroken:
             offset = tar.getmembers()[4].offset
         data[offset + 150] ^= 1  # in the header's checksum
         path.write_bytes(data)
-        assert refused(path).what == f"the archive is broken at byte {offset}"
+        assert refused(path).what == f"the archive is damaged at byte {offset}"
 
     def test_compressed(self, photo_files, tmp_path):
         (tmp_path / "a.tar").write_bytes(gzip.compress(tar_bytes(photo_files)))
@@ -56,9 +56,9 @@ class TestBroken:
         image = photo_files["class0/image000.jpg"]
         path = tmp_path / "a.tar"
         path.write_bytes(tar_bytes({**class_tars(photo_files), "x.jpg": image}))
-        assert "beside images" in refused(path).what
+        assert "both tars" in refused(path).what
         path.write_bytes(tar_bytes({**photo_files, "x.jpg": image}))
-        assert "beside the class folders" in refused(path).what
+        assert "outside of class folders" in refused(path).what
         path.write_bytes(tar_bytes({"train/a/1.jpg": image, "val/a/1.jpg": image}))
         assert "splits train, val" in refused(path).what
         path.write_bytes(tar_bytes({"a.tar": tar_bytes({"1.jpg": image}), "b.tar": tar_bytes({"x.txt": b""})}))
@@ -154,10 +154,10 @@ class TestHostile:
         except SourceError as caught:
             error = caught
         else:
-            found = [read_piece(source.piece(entry)) for entry in source.entries]
-            assert set(found) <= set(photo_files.values())
+            read = [read_piece(source.piece(entry)) for entry in source.entries]
+            assert set(read) <= set(photo_files.values())
             # A member whose type is a folder's, or an extended header's, is one: no reader can tell.
-            assert len(found) + source.passed_over.total() >= len(photo_files) - (field == (156, 1))
+            assert len(read) + source.passed_over.total() >= len(photo_files) - (field == (156, 1))
             return
         assert error.where
         assert error.fix

@@ -81,7 +81,7 @@ class TestGroundTruth:
         archive, truth = flat
         labels = self.write(tmp_path, kind, truth)
         expected = packed(tmp_path / "sorted", tmp_path / "expected")
-        (shards,) = shard_images(archive, tmp_path / "out", ALONE, Silent(), labels=labels)
+        (shards,) = shard_images(archive, tmp_path / "out", ALONE, report=Silent(), labels=labels)
         assert contents(shards.root) == expected
 
     def test_the_official_archives_in_one_folder(self, flat, photo_files, tmp_path):
@@ -92,17 +92,17 @@ class TestGroundTruth:
         (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(class_tars(photo_files)))
         assert find_splits(folder).keys() == {"train", "val"}
         with pytest.raises(SourceError) as caught:
-            shard_images(folder, tmp_path / "out", ALONE, Silent())
+            shard_images(folder, tmp_path / "out", ALONE, report=Silent())
         assert "--labels ILSVRC2012_devkit_t12.tar.gz" in caught.value.fix
         (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(devkit(truth))
-        train, val = shard_images(folder, tmp_path / "out", ALONE, Silent())
+        train, val = shard_images(folder, tmp_path / "out", ALONE, report=Silent())
         assert (train.root.name, val.root.name) == ("train", "val")
         assert train.classes == val.classes == ["class0", "class1", "class2"]
 
     def test_what_does_not_fit(self, flat, photo_files, tmp_path):
         archive, truth = flat
         (tmp_path / "short.txt").write_text("\n".join(truth[:-1]))
-        assert "11 labels, and the source 12" in refused(archive, labels=tmp_path / "short.txt").what
+        assert "11 labels, but the source has 12" in refused(archive, labels=tmp_path / "short.txt").what
         (tmp_path / "numbers.txt").write_text("1\n2\n")
         assert "development kit" in refused(archive, labels=tmp_path / "numbers.txt").what
         (tmp_path / "kit.tar.gz").write_bytes(gzip.compress(tar_bytes({"x": b""})))
@@ -113,7 +113,7 @@ class TestGroundTruth:
         (tmp_path / "kit.tar.gz").write_bytes(gzip.compress(endless))
         assert "contradict" in refused(archive, labels=tmp_path / "kit.tar.gz").what
         assert "no such file" in refused(archive, labels=tmp_path / "none").what
-        assert "have classes already" in refused(tmp_path / "photos", labels=tmp_path / "short.txt").what
+        assert "already have classes" in refused(tmp_path / "photos", labels=tmp_path / "short.txt").what
 
 
 class TestExpected:
@@ -146,7 +146,7 @@ class TestExpected:
             with pytest.raises(SettingsError):
                 check_expected(source, bad)
         (tmp_path / "bad.json").write_text("[]")
-        with pytest.raises(SettingsError, match="no reference manifest"):
+        with pytest.raises(SettingsError, match="unknown reference manifest"):
             check_expected(source, str(tmp_path / "bad.json"))
 
     def test_imagenet_on_the_command_line(self, photo_files, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import DamageError, ManifestError
 from cae2pipe.runtime.progress import Silent
@@ -23,7 +23,7 @@ def shards(tmp_path) -> ShardSet:
     """Ten images in three shards of four, four and two."""
     write_photos(tmp_path / "photos", classes=2, each=5)
     return build_shard_set(
-        tmp_path / "photos", tmp_path / "out", ShardSettings(samples=4, speed=ShardSpeed(workers=0)), Silent()
+        tmp_path / "photos", tmp_path / "out", ShardSettings(samples=4, speed=ShardSpeed(workers=0)), report=Silent()
     )
 
 
@@ -33,7 +33,7 @@ def test_what_a_set_says_of_itself(shards):
     assert again.classes == ["class0", "class1"]
     assert [(shard.name, shard.samples) for shard in again.shards] == [("000000", 4), ("000001", 4), ("000002", 2)]
     assert again.images == 10
-    files = {name: entry for unit in open_box(shards.root).units.values() for name, entry in unit["files"].items()}
+    files = {name: entry for unit in open_artifact(shards.root).units.values() for name, entry in unit["files"].items()}
     for shard in again.shards:
         name = shard.path.relative_to(shards.root).as_posix()
         assert shard.sha256 == files[name]["sha256"]
@@ -60,12 +60,12 @@ def test_originals_come_back_with_key_and_label(shards, tmp_path):
 def test_a_range_is_read_at_once(shards, monkeypatch):
     reads = []
 
-    def read_range(path: Path, offset: int, size: int) -> bytes:
+    def read_tar_range(path: Path, offset: int, size: int) -> bytes:
         reads.append(size)
         return path.read_bytes()[offset : offset + size]
 
     shards.index(shards.shards[0])
-    monkeypatch.setattr(shard_set, "read_range", read_range)
+    monkeypatch.setattr(shard_set, "read_tar_range", read_tar_range)
     samples = shards.read(shards.shards[0], 1, 4)
     assert len(reads) == 1
     assert reads[0] < sum(len(sample.data) for sample in samples) + 3 * 2048

@@ -63,10 +63,10 @@ def test_suffixes_in_any_case_and_nothing_hidden(tmp_path):
     names = [f"{n:02d}.{suffix}" for n, suffix in enumerate(suffixes)]
     source = fill(tmp_path / "s", *names)
     fill(source, ".hidden.jpg", ".thumbnails/x.jpg", ".thumbnails/y.jpg", "labels.txt", "README", "x.jpg.part")
-    found = scan(source)
-    assert [entry.path for entry in found.entries] == names
-    assert found.passed_over == Counter({"hidden": 2, ".txt": 1, "suffixless": 1, ".part": 1})
-    assert found.remarks()[0].startswith("passed over 5 files that are no images: 2 hidden files, 1 ")
+    listed = scan(source)
+    assert [entry.path for entry in listed.entries] == names
+    assert listed.passed_over == Counter({"hidden": 2, ".txt": 1, "suffixless": 1, ".part": 1})
+    assert listed.remarks()[0].startswith("skipped 5 files that are not images: 2 hidden files, 1 ")
 
 
 def encoded(kind: str) -> bytes:
@@ -102,12 +102,12 @@ def test_every_kind_is_packed_and_what_is_not_decoded_is_a_reject(tmp_path):
     (tmp_path / "s" / "notes.txt").write_text("x")
     report = Silent()
     shards = build_shard_set(
-        tmp_path / "s", tmp_path / "out", ShardSettings(samples=20, speed=ShardSpeed(workers=0)), report
+        tmp_path / "s", tmp_path / "out", ShardSettings(samples=20, speed=ShardSpeed(workers=0)), report=report
     )
     assert shards.images == len(KINDS)
     rejects = [json.loads(line)["path"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert rejects == ["DIB.dib", "ICO.ico", "PCX.pcx", "TGA.tga"]
-    assert report.lines[0] == "passed over 1 file that is no image: 1 .txt file"
+    assert report.lines[0] == "skipped 1 file that is not an image: 1 .txt file"
 
 
 def test_files_of_unknown_kind_that_cannot_be_looked_into(tmp_path):
@@ -130,9 +130,9 @@ def test_links_to_files_and_folders_are_followed(tmp_path):
     source = fill(tmp_path / "s", "dog/1.jpg")
     (source / "dog" / "2.jpg").symlink_to(real / "loose.jpg")
     (source / "cat").symlink_to(real / "cats")
-    found = scan(source)
-    assert found.classes == ["cat", "dog"]
-    assert [(entry.path, entry.bytes) for entry in found.entries] == [
+    listed = scan(source)
+    assert listed.classes == ["cat", "dog"]
+    assert [(entry.path, entry.bytes) for entry in listed.entries] == [
         ("cat/1.jpg", 10),
         ("dog/1.jpg", 9),
         ("dog/2.jpg", 9),
@@ -195,7 +195,7 @@ def test_links_that_lead_nowhere(tmp_path):
         link.symlink_to(goal)
         error = refused(source)
         assert error.where == str(link)
-        assert "leads nowhere" in error.what
+        assert "does not exist" in error.what
         link.unlink()
 
 
@@ -270,9 +270,9 @@ def write_tar(path: Path, *names: str) -> None:
 def test_tars_and_images_do_not_mix_in_silence(tmp_path):
     root = fill(tmp_path / "s", "cat/1.jpg")
     write_tar(root / "cat" / "more.TAR", "1.jpg")
-    assert "holds tars (cat/more.TAR) beside images (cat/1.jpg)" in refused(root).what
+    assert "holds both tars (cat/more.TAR) and images (cat/1.jpg)" in refused(root).what
     (root / "cat" / "1.jpg").unlink()
-    assert "tars in folders" in refused(root).what
+    assert "tars in subfolders" in refused(root).what
 
 
 def test_tars_in_capitals_and_what_lies_beside_tars(tmp_path):
@@ -294,14 +294,14 @@ def test_folders_in_tars_are_never_lost_as_classes(tmp_path):
     write_tar(root / "pets.tar", "cats/1.jpg", "dogs/2.jpg")
     assert scan(root).classes == ["cats", "dogs"]
     write_tar(root / "more.tar", "cats/3.jpg", "dogs/4.jpg")
-    assert "would be the class 'more', and holds the folders cats and dogs" in refused(root).what
+    assert "would be the class 'more', but holds several folders: cats and dogs" in refused(root).what
     (root / "pets.tar").rename(root / "a-000.tar")
     (root / "more.tar").rename(root / "a-001.tar")
-    assert "not taken for classes" in scan(root).remarks()[0]
+    assert "not used as classes" in scan(root).remarks()[0]
 
 
 def test_labels_that_only_tars_may_hold(tmp_path):
-    assert "labels lie beside these images (1.cls)" in refused(fill(tmp_path / "s", "1.jpg", "1.cls")).what
+    assert "label files next to these images (1.cls)" in refused(fill(tmp_path / "s", "1.jpg", "1.cls")).what
     assert scan(fill(tmp_path / "t", "cat/1.jpg", "cat/1.cls")).passed_over == Counter({".cls": 1})
 
 

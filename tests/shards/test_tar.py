@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cae2pipe.errors import DamageError
-from cae2pipe.shards.tar import index_tar, read_range, write_samples
+from cae2pipe.shards.tar import index_tar, read_tar_range, write_samples
 
 SAMPLES = [("cat+1", 0, b"a" * 700), ("dog+2", 12, b""), ("~c3~a9", -1, b"b" * 512), ("k" * 80, 999, b"\0" * 3)]
 
@@ -36,7 +36,7 @@ def plain_tar(path: Path, members: list[tuple[str, bytes]], **changes) -> Path:
 def test_the_index_leads_to_every_image(tmp_path):
     path = write(tmp_path / "x.tar")
     index = index_tar(path)
-    assert [(s.key, s.label, read_range(path, s.offset, s.size)) for s in index] == SAMPLES
+    assert [(s.key, s.label, read_tar_range(path, s.offset, s.size)) for s in index] == SAMPLES
 
 
 @settings(max_examples=25, deadline=None)
@@ -45,7 +45,7 @@ def test_whatever_is_written_is_read(tmp_path_factory, contents):
     path = tmp_path_factory.mktemp("tar") / "x.tar"
     samples = [(f"k{number}", label, data) for number, (label, data) in enumerate(contents)]
     write(path, samples)
-    assert [(s.key, s.label, read_range(path, s.offset, s.size)) for s in index_tar(path)] == samples
+    assert [(s.key, s.label, read_tar_range(path, s.offset, s.size)) for s in index_tar(path)] == samples
 
 
 def test_members_bear_nothing_of_the_machine_or_the_time(tmp_path):
@@ -133,10 +133,10 @@ def test_no_file_and_a_range_beyond_the_end(tmp_path):
     with pytest.raises(DamageError, match="No such file"):
         index_tar(tmp_path / "none.tar")
     with pytest.raises(DamageError, match="No such file"):
-        read_range(tmp_path / "none.tar", 0, 1)
+        read_tar_range(tmp_path / "none.tar", 0, 1)
     (tmp_path / "x.tar").write_bytes(b"12345")
     with pytest.raises(DamageError, match="2 bytes too early"):
-        read_range(tmp_path / "x.tar", 3, 4)
+        read_tar_range(tmp_path / "x.tar", 3, 4)
 
 
 @pytest.mark.parametrize("size", ["-1536", str(10**18), "zebra"])

@@ -7,10 +7,15 @@ from cae2pipe.config.evaluate import KnnSettings, LinearSettings
 
 
 def knn(*overrides: str) -> KnnSettings:
-    return load(KnnSettings, "evaluate", "knn", ["speed.workers=0", "speed.device=cpu", "k=[5, 1]", *overrides])
+    return load(
+        KnnSettings, "evaluate", "knn", overrides=["speed.workers=0", "speed.device=cpu", "k=[5, 1]", *overrides]
+    )
 
 
 def linear(*overrides: str) -> LinearSettings:
     return load(
-        LinearSettings, "evaluate", "linear", ["speed.workers=0", "speed.device=cpu", "cached_crops=1", *overrides]
+        LinearSettings,
+        "evaluate",
+        "linear",
+        overrides=["speed.workers=0", "speed.device=cpu", "cached_crops=1", *overrides],
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cae2pipe.artifacts.parts import Part
+from cae2pipe.api.comparisons import report_name
+from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.cli import app
-from cae2pipe.commands.training import report_name
 from cae2pipe.config.base import build, load, preset_names
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.errors import BadInputError, DivergedError, SettingsError
@@ -29,7 +29,7 @@ GRID = {
         "epochs": 1,
         "model": {
             "width": 32, "depth": 1, "heads": 2, "image_size": 32, "patch_size": 8, "drop_path": 0.0,
-            "regressor_depth": 1, "regressor_width": 32, "regressor_heads": 2,
+            "predictor_depth": 1, "predictor_width": 32, "predictor_heads": 2,
         },
         "mask": {"ratio": 0.4},
         "optimizer": {"warmup_epochs": 0},
@@ -112,18 +112,18 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
     class Killed(BaseException):
         pass
 
-    def killed(targets, folder, settings, report):
+    def killed(targets, folder, settings, *, report):
         if len(trained) == 2:
             raise Killed
         trained.append(folder.name)
-        return real(targets, folder, settings, report)
+        return real(targets, folder, settings, report=report)
 
     monkeypatch.setattr(stage, "pretrain", killed)
     with pytest.raises(Killed):
-        compare(grid(), "losses", target_root, data, out, Silent(), speed=SPEED)
+        compare(grid(), "losses", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     before = snapshot(out / "runs")
     monkeypatch.setattr(stage, "pretrain", real)
-    found = compare(grid(), "losses", target_root, data, out, Silent(), speed=SPEED)
+    found = compare(grid(), "losses", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     after = snapshot(out / "runs")
     assert before.items() <= after.items()
     assert (found.done, found.wanted) == (4, 4)
@@ -137,7 +137,7 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
     assert "http" not in page
     assert page.count("Latents of both as colours") == 4
     pages = contents(folder)
-    again = compare(grid(), "losses", target_root, data, out, Silent(), speed=SPEED)
+    again = compare(grid(), "losses", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     assert again == found
     assert snapshot(out / "runs") == after
     assert contents(folder) == pages
@@ -146,10 +146,12 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
 def test_two_grids_in_one_folder_train_what_they_share_once(target_root, data, tmp_path, monkeypatch):
     out, trained = tmp_path / "out", []
     real = stage.pretrain
-    monkeypatch.setattr(stage, "pretrain", lambda t, folder, s, r: trained.append(folder.name) or real(t, folder, s, r))
-    compare(grid(seeds=0), "one", target_root, data, out, Silent(), speed=SPEED)
+    monkeypatch.setattr(
+        stage, "pretrain", lambda t, folder, s, **r: trained.append(folder.name) or real(t, folder, s, **r)
+    )
+    compare(grid(seeds=0), "one", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     alike = [{"name": "the same"}, {"name": "twice"}, {"name": "MSE", "set": {"loss": {"kind": "mse"}}}]
-    found = compare(grid(variants=alike, seeds=0), "two", target_root, data, out, Silent(), speed=SPEED)
+    found = compare(grid(variants=alike, seeds=0), "two", target_root, data=data, out=out, report=Silent(), speed=SPEED)
     assert len(trained) == 4
     assert len(set(trained)) == len(list((out / "runs").iterdir())) == 3
     assert found.rows[0].scores == found.rows[1].scores
@@ -158,29 +160,33 @@ def test_two_grids_in_one_folder_train_what_they_share_once(target_root, data, t
 
 def test_parts_share_the_runs_and_the_last_one_reports_all(target_root, data, tmp_path):
     out = tmp_path / "out"
-    first = compare(grid(), "losses", target_root, data, out, Silent(), part=Part(1, 2), speed=SPEED)
+    first = compare(
+        grid(), "losses", target_root, data=data, out=out, report=Silent(), part=WorkShare(1, 2), speed=SPEED
+    )
     assert first.done == 2
     assert "–" in (out / "reports" / "losses" / "report.md").read_text()
-    second = compare(grid(), "losses", target_root, data, out, Silent(), part=Part(2, 2), speed=SPEED)
+    second = compare(
+        grid(), "losses", target_root, data=data, out=out, report=Silent(), part=WorkShare(2, 2), speed=SPEED
+    )
     assert second.done == 4
 
 
 def test_codecs_are_compared_on_recoded_sets(photos, extract_settings, data, tmp_path):
-    extract_targets(photos, tmp_path / "fp16", extract_settings(codec={"name": "fp16"}), Silent())
+    extract_targets(photos, tmp_path / "fp16", extract_settings(codec={"name": "fp16"}), report=Silent())
     variants = [{"name": "small", "codec": {"name": "klt", "fidelity": 0.9}}, {"name": "fp16"}]
     out = tmp_path / "out"
     codecs = grid(variants=variants, seeds=0, along="bytes")
-    found = compare(codecs, "codecs", tmp_path / "fp16", data, out, Silent(), speed=SPEED)
+    found = compare(codecs, "codecs", tmp_path / "fp16", data=data, out=out, report=Silent(), speed=SPEED)
     (recoded,) = (path for path in (out / "targets").iterdir() if path.name != ".locks")
     assert recoded.name.startswith("klt-0.9-")
     small, whole = found.rows
     assert small.latents < whole.latents
     assert (small.along, whole.along) == (small.latents, whole.latents)
-    assert "stored latents, kB a view" in (out / "reports" / "codecs" / "report.html").read_text()
-    again = compare(codecs, "codecs", tmp_path / "fp16", data, out, Silent(), speed=SPEED)
+    assert "stored latents, kB per view" in (out / "reports" / "codecs" / "report.html").read_text()
+    again = compare(codecs, "codecs", tmp_path / "fp16", data=data, out=out, report=Silent(), speed=SPEED)
     assert again == found
-    with pytest.raises(BadInputError, match="error would come on top"):
-        compare(codecs, "again", recoded, data, tmp_path / "other", Silent(), speed=SPEED)
+    with pytest.raises(BadInputError, match="error would be added"):
+        compare(codecs, "again", recoded, data=data, out=tmp_path / "other", report=Silent(), speed=SPEED)
 
 
 def test_the_command(target_root, data, tmp_path):
@@ -206,7 +212,7 @@ def test_jobs_give_what_one_process_gives(target_root, data, tmp_path):
     arguments = ["compare", str(path), str(target_root), str(data), "--workers", "0", "--device", "cpu"]
     done = CliRunner().invoke(app, [*arguments, str(tmp_path / "two"), "--jobs", "2"])
     assert done.exit_code == 0, done.output
-    compare(grid(), "grid", target_root, data, tmp_path / "one", Silent(), speed=SPEED)
+    compare(grid(), "grid", target_root, data=data, out=tmp_path / "one", report=Silent(), speed=SPEED)
     one, two = (
         {name: content for name, content in contents(tmp_path / out).items() if name.endswith("encoder.safetensors")}
         for out in ("one", "two")
@@ -228,7 +234,7 @@ def test_processes_of_torchrun_share_every_run(target_root, data, tmp_path):
     assert done.returncode == 0, done.stderr
     # Told once, by the leading process.
     assert done.stdout.count("report.html") == 1
-    one = compare(grid(seeds=0), "grid", target_root, data, tmp_path / "one", Silent(), speed=SPEED)
+    one = compare(grid(seeds=0), "grid", target_root, data=data, out=tmp_path / "one", report=Silent(), speed=SPEED)
     assert f"{one.done} of {one.wanted} scores" in done.stderr
     for run in (tmp_path / "one" / "runs").iterdir():
         lines = [
@@ -255,7 +261,7 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants are called 'a'"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants have the name 'a'"),
         ({"seeds": [1, 1]}, "each once"),
         ({"evaluate": [{"kind": "knn"}, {"kind": "knn"}]}, "each once"),
         ({"variants": [{"name": "x", "sett": {}}]}, "unknown setting"),
@@ -263,7 +269,7 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
         ({"along": "mask.ratio.x"}, "no pretraining setting"),
         ({"along": "method"}, "method is no number"),
         ({"evaluate": []}, "evaluate"),
-        ({"set": {"seed": 3}}, "say seed, which `seeds` gives"),
+        ({"set": {"seed": 3}}, "cannot set seed, which is set by `seeds`"),
         ({"variants": [{"name": "x", "set": {"stop_after": 1}}]}, "cannot be scored"),
         ({"variants": [{"name": "x\ny"}]}, "name"),
         ({"variants": [{"name": "x", "paper": {"liner": 80.0}}]}, "liner"),
@@ -280,37 +286,53 @@ def test_grids_that_cannot_be_meant(over, message):
         ({"variants": [{"name": "odd", "set": {"loss": {"kin": "mse"}}}]}, r"(?s)loss\.kin.*variant 'odd'"),
         ({"variants": [{"name": "odd", "set": {"method": "cae2"}}]}, "no method 'cae2'"),
         (
-            {"variants": [{"name": "odd", "set": {"method": "cae", "model": {"regressor_depth": 0}}}]},
+            {"variants": [{"name": "odd", "set": {"method": "cae", "model": {"predictor_depth": 0}}}]},
             "needs a regressor",
         ),
         ({"variants": [{"name": "odd", "set": {"data": {"views": 9}}}]}, r"(?s)9 views.*--set set\.data\.views=2"),
         ({"evaluate": [{"kind": "knn", "set": {"kk": 3}}]}, "unknown setting 'kk'"),
         ({"evaluate": [{"kind": "linear", "set": {"epochs": 3}}]}, "epochs"),
-        ({"variants": [{"name": "odd", "codec": {"name": "int8"}}]}, "error would come on top"),
+        ({"variants": [{"name": "odd", "codec": {"name": "int8"}}]}, "error would be added"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(over, message, target_root, data, tmp_path):
     first = [GRID["variants"][0], *over.pop("variants", [])]
     with pytest.raises(BadInputError, match=message):
-        compare(grid(variants=first, **over), "odd", target_root, data, tmp_path / "out", Silent(), speed=SPEED)
+        compare(
+            grid(variants=first, **over),
+            "odd",
+            target_root,
+            data=data,
+            out=tmp_path / "out",
+            report=Silent(),
+            speed=SPEED,
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_data_and_places_are_looked_at_first(target_root, data, tmp_path):
     for where, message in ((tmp_path / "nothing", "no such folder|does not exist|missing"),):
         with pytest.raises(BadInputError, match=message):
-            plan_grid(grid(), target_root, where, tmp_path / "out")
+            plan_grid(grid(), target_root, where, out=tmp_path / "out")
     with pytest.raises(BadInputError, match="inside the target set"):
-        plan_grid(grid(), target_root, data, target_root / "out")
+        plan_grid(grid(), target_root, data, out=target_root / "out")
     with pytest.raises(SettingsError, match="no small scale"):
-        plan_grid(grid(), target_root, data, tmp_path / "out", small=True)
+        plan_grid(grid(), target_root, data, out=tmp_path / "out", small=True)
 
 
 def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, data, tmp_path):
     wild = {"name": "wild", "set": {"optimizer": {"lr": 1e30, "scale_lr": False, "clip": 1e30}, "epochs": 3}}
     out = tmp_path / "out"
     with pytest.raises(DivergedError):
-        compare(grid(variants=[wild, {"name": "good"}], seeds=0), "odd", target_root, data, out, Silent(), speed=SPEED)
+        compare(
+            grid(variants=[wild, {"name": "good"}], seeds=0),
+            "odd",
+            target_root,
+            data=data,
+            out=out,
+            report=Silent(),
+            speed=SPEED,
+        )
     text = (out / "reports" / "odd" / "report.md").read_text()
     assert "1 of 2 scores" in text
     assert "Not finished: wild, seed 0 (loss" in text
@@ -319,15 +341,15 @@ def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, d
 
 def test_other_scores_and_grown_targets_are_other_folders(photos, extract_settings, pretrain_settings, data, tmp_path):
     """One OUT for other evaluations, and for the same set with more views: nothing is mixed up."""
-    extract_targets(photos, tmp_path / "set", extract_settings(views=1), Silent())
+    extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())
     out = tmp_path / "out"
-    compare(grid(seeds=0), "one", tmp_path / "set", data, out, Silent(), speed=SPEED)
+    compare(grid(seeds=0), "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)
     runs = snapshot(out / "runs")
     other = grid(seeds=0, evaluate=[{"kind": "knn", "set": {"k": 7}}])
-    assert compare(other, "two", tmp_path / "set", data, out, Silent(), speed=SPEED).done == 2
+    assert compare(other, "two", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED).done == 2
     assert snapshot(out / "runs") == runs
-    extract_targets(photos, tmp_path / "set", extract_settings(views=2), Silent())
-    compare(grid(seeds=0), "one", tmp_path / "set", data, out, Silent(), speed=SPEED)
+    extract_targets(photos, tmp_path / "set", extract_settings(views=2), report=Silent())
+    compare(grid(seeds=0), "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)
     assert len(list((out / "runs").iterdir())) == 4
 
 

@@ -32,7 +32,7 @@ def steps(monkeypatch) -> weakref.WeakSet:
             alive.add(self)
 
     monkeypatch.setattr(training, "Step", Watched)
-    monkeypatch.setattr(stage, "evaluate", lambda *arguments: None)
+    monkeypatch.setattr(stage, "evaluate", lambda *_, **__: None)
     return alive
 
 
@@ -47,11 +47,11 @@ def test_twelve_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
     monkeypatch.setattr(training, "compile_objective", partial(training.compile_objective, backend=counter))
     real, alive, graphs = stage.pretrain, [], []
 
-    def watched(*arguments):
+    def watched(*arguments, **named):
         alive.append(len(steps))
         before = counter.frame_count
         try:
-            return real(*arguments)
+            return real(*arguments, **named)
         finally:
             graphs.append(counter.frame_count - before)
 
@@ -61,7 +61,13 @@ def test_twelve_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
     common = {**grid().set, "speed": {"compile": True}}
     with pytest.raises(DivergedError) as caught:
         compare(
-            grid(variants=variants, seeds=0, set=common), "ratios", target_root, data, tmp_path, Silent(), speed=SPEED
+            grid(variants=variants, seeds=0, set=common),
+            "ratios",
+            target_root,
+            data=data,
+            out=tmp_path,
+            report=Silent(),
+            speed=SPEED,
         )
     assert graphs == [1] * 12
     assert alive == [0] * 12
@@ -73,15 +79,15 @@ def test_twelve_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
 def test_memory_that_ends_in_one_run_is_free_for_the_next(target_root, data, tmp_path, monkeypatch, steps):  # noqa: F811
     real, alive = stage.pretrain, []
 
-    def watched(targets, out, settings, report):
+    def watched(targets, out, settings, *, report):
         alive.append(len(steps))
-        return real(targets, out, settings, report)
+        return real(targets, out, settings, report=report)
 
     def ended(self, batch, accumulation):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(stage, "pretrain", watched)
     monkeypatch.setattr(Step, "backward", ended)
-    with pytest.raises(OutOfMemoryError, match="not even one image a pass"):
-        compare(grid(seeds=0), "losses", target_root, data, tmp_path, Silent(), speed=SPEED)
+    with pytest.raises(OutOfMemoryError, match="not even one image per pass"):
+        compare(grid(seeds=0), "losses", target_root, data=data, out=tmp_path, report=Silent(), speed=SPEED)
     assert alive == [0, 0]

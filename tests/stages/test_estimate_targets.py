@@ -21,7 +21,7 @@ def test_it_is_near_the_set_and_writes_nothing(target_root, photos, tmp_path, ex
     source = tmp_path / "source"
     settings = extract_settings()
     if packed:
-        build_shard_set(photos, source, settings.shard, Silent())
+        build_shard_set(photos, source, settings.shard, report=Silent())
     else:
         shutil.copytree(photos, source)
     before = sorted(path for path in tmp_path.rglob("*"))
@@ -53,11 +53,11 @@ def extract_command(source, out, settings, tmp_path, *more: str):
 def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_settings, monkeypatch) -> None:
     cost = {}
 
-    def kept(*arguments):
-        cost.update(estimate_targets(*arguments))
+    def kept(*arguments, **named):
+        cost.update(estimate_targets(*arguments, **named))
         return cost
 
-    monkeypatch.setattr("cae2pipe.stages.estimate_targets.estimate_targets", kept)
+    monkeypatch.setattr("cae2pipe.api.targets.estimate", kept)
     result = extract_command(
         photos, tmp_path / "set", extract_settings(), tmp_path, "--estimate", "--epochs", "45", "--fidelity", "0.99"
     )
@@ -73,13 +73,13 @@ def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_sett
     said = " ".join(result.output.split())
     assert f"for 45 epochs, --views {advice['views']} is recommended" in said
     assert "with klt at 0.99," in said
-    assert "with --views 2 each would be shown 22.5 times" in said
+    assert "with --views 2 it would be shown 22.5 times" in said
     assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "what"),
-    [(("--epochs", "300"), "add --estimate"), (("--estimate", "--epochs", "0"), "0 epochs show no view")],
+    [(("--epochs", "300"), "add --estimate"), (("--estimate", "--epochs", "0"), "invalid number of epochs: 0")],
 )
 def test_epochs_that_nothing_can_be_recommended_for_are_refused(
     photos, tmp_path, extract_settings, options, what

@@ -18,7 +18,7 @@ from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
 from cae2pipe.stages.evaluate import evaluate
-from cae2pipe.stages.inspection import describe
+from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.verify import verify
 from tests.conftest import contents, snapshot
 from tests.stages.evaluating import knn, linear
@@ -26,7 +26,7 @@ from tests.stages.evaluating import knn, linear
 
 def test_knn_and_linear_share_features_and_separate_colours(exported, data, tmp_path):
     out, report = tmp_path / "out", Silent()
-    result = evaluate("knn", str(exported), data, out, knn(), report)
+    result = evaluate("knn", str(exported), data, out=out, settings=knn(), report=report)
     assert result["top1"] == 1
     assert {"evaluation": "knn", "encoder": "exported", "feature": "class", "k": 5}.items() <= result.items()
     assert {kind: set(scores) for kind, scores in result["by_feature"].items()} == {
@@ -39,14 +39,14 @@ def test_knn_and_linear_share_features_and_separate_colours(exported, data, tmp_
     features = snapshot(out / "features")
     assert len(features) == 2
 
-    result = evaluate("linear", str(exported), data, out, linear(), Silent())
+    result = evaluate("linear", str(exported), data, out=out, settings=linear(), report=Silent())
     assert result["top1"] == 1
     assert len(result["losses"]) == 90
     assert snapshot(out / "features") == features
 
     for name in ("knn", "linear"):
         assert verify(out / name, Silent()).problems == []
-        facts = describe(out / name)
+        facts = inspect_folder(out / name)
         assert facts["result"]["top1"] == 1
         assert "losses" not in facts["result"]
         assert str(tmp_path) not in (out / name / "manifest.json").read_text()
@@ -54,22 +54,22 @@ def test_knn_and_linear_share_features_and_separate_colours(exported, data, tmp_
 
 def test_a_second_run_does_nothing(exported, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    result = evaluate("knn", str(exported), data, out, knn(), Silent())
+    result = evaluate("knn", str(exported), data, out=out, settings=knn(), report=Silent())
     before = snapshot(out)
     monkeypatch.setattr(stage, "extract_features", None)
     report = Silent()
-    assert evaluate("knn", str(exported), data, out, knn(), report) == result
+    assert evaluate("knn", str(exported), data, out=out, settings=knn(), report=report) == result
     assert snapshot(out) == before
-    assert report.lines == [f"nothing to do: {out / 'knn'} holds this score, top1 1.0000"]
+    assert report.lines == [f"nothing to do: {out / 'knn'} already has this score, top1 1.0000"]
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{}")])
 def test_a_lost_result_is_made_again(exported, data, tmp_path, damage):
     out = tmp_path / "out"
-    result = evaluate("linear", str(exported), data, out, linear(), Silent())
+    result = evaluate("linear", str(exported), data, out=out, settings=linear(), report=Silent())
     before = contents(out)
     damage(out / "linear" / "result.json")
-    assert evaluate("linear", str(exported), data, out, linear(), Silent()) == result
+    assert evaluate("linear", str(exported), data, out=out, settings=linear(), report=Silent()) == result
     assert contents(out) == before
 
 
@@ -78,26 +78,28 @@ def test_a_lost_result_is_made_again(exported, data, tmp_path, damage):
     [("temperature=0.1", "settings.temperature"), ("features.feature=mean", "feature = "), ("k=[1]", "settings.k")],
 )
 def test_other_settings_are_refused_by_name(exported, data, tmp_path, override, field):
-    evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
+    evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=Silent())
     with pytest.raises(MismatchError) as caught:
-        evaluate("knn", str(exported), data, tmp_path / "out", knn(override), Silent())
+        evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(override), report=Silent())
     assert field in caught.value.what
 
 
 def test_another_encoder_and_other_data_are_refused(exported, data, tmp_path, trained_run):
     out = tmp_path / "out"
-    evaluate("knn", str(exported), data, out, knn(), Silent())
+    evaluate("knn", str(exported), data, out=out, settings=knn(), report=Silent())
     with pytest.raises(MismatchError, match="encoder"):
-        evaluate("knn", f"random:{trained_run()}", data, out, knn(), Silent())
+        evaluate("knn", f"random:{trained_run()}", data, out=out, settings=knn(), report=Silent())
     (data / "train" / "dark" / "5.png").unlink()
     with pytest.raises(MismatchError, match=r"data\.train"):
-        evaluate("knn", str(exported), data, out, knn(), Silent())
+        evaluate("knn", str(exported), data, out=out, settings=knn(), report=Silent())
 
 
 def test_a_run_without_trained_class_token_is_scored_by_its_patches(make_run, data, tmp_path):
     run = make_run(loss={"visible": 0.0})
-    assert evaluate("knn", str(run), data, tmp_path / "auto", knn(), Silent())["feature"] == "mean"
-    forced = evaluate("knn", str(run), data, tmp_path / "class", knn("features.feature=class"), Silent())
+    assert evaluate("knn", str(run), data, out=tmp_path / "auto", settings=knn(), report=Silent())["feature"] == "mean"
+    forced = evaluate(
+        "knn", str(run), data, out=tmp_path / "class", settings=knn("features.feature=class"), report=Silent()
+    )
     assert forced["feature"] == "class"
 
 
@@ -107,9 +109,9 @@ def test_the_same_weights_scored_by_another_feature_are_another_score(make_run, 
     bare.mkdir()
     for name in (WEIGHTS, CONFIG):
         shutil.copy(run / name, bare)
-    evaluate("knn", str(bare), data, tmp_path / "out", knn(), Silent())
+    evaluate("knn", str(bare), data, out=tmp_path / "out", settings=knn(), report=Silent())
     with pytest.raises(MismatchError, match='with feature = "class", and "mean"'):
-        evaluate("knn", str(run), data, tmp_path / "out", knn(), Silent())
+        evaluate("knn", str(run), data, out=tmp_path / "out", settings=knn(), report=Silent())
 
 
 def test_val_with_fewer_classes_is_scored_by_names(exported, data, tmp_path):
@@ -117,7 +119,7 @@ def test_val_with_fewer_classes_is_scored_by_names(exported, data, tmp_path):
         path.unlink()
     (data / "val" / "bright").rmdir()
     for name, settings in (("knn", knn()), ("linear", linear())):
-        result = evaluate(name, str(exported), data, tmp_path / name, settings, Silent())
+        result = evaluate(name, str(exported), data, out=tmp_path / name, settings=settings, report=Silent())
         assert result["top1"] == 1
         assert result["classes"] == 3
 
@@ -125,10 +127,17 @@ def test_val_with_fewer_classes_is_scored_by_names(exported, data, tmp_path):
 def test_what_the_encoder_cannot_do_is_refused(exported, data, tmp_path):
     with pytest.raises(SettingsError, match="no class token"):
         evaluate(
-            "knn", "random:vit_base_patch16_siglip_224", data, tmp_path / "out", knn("features.feature=class"), Silent()
+            "knn",
+            "random:vit_base_patch16_siglip_224",
+            data,
+            out=tmp_path / "out",
+            settings=knn("features.feature=class"),
+            report=Silent(),
         )
     with pytest.raises(SettingsError, match="takes 32 pixels"):
-        evaluate("knn", str(exported), data, tmp_path / "out", knn("features.image_size=64"), Silent())
+        evaluate(
+            "knn", str(exported), data, out=tmp_path / "out", settings=knn("features.image_size=64"), report=Silent()
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -160,31 +169,38 @@ def test_real_photographs_of_three_classes(real, tmp_path):
                 (target / path.name).symlink_to(path)
     weights = real / "teachers" / "vit_tiny_patch16_224.timm.safetensors"
     trained = evaluate(
-        "knn", f"timm:vit_tiny_patch16_224@{weights}", tmp_path / "data", tmp_path / "trained", knn(), Silent()
+        "knn",
+        f"timm:vit_tiny_patch16_224@{weights}",
+        tmp_path / "data",
+        out=tmp_path / "trained",
+        settings=knn(),
+        report=Silent(),
     )
     assert trained["top1"] >= 0.9
     assert trained["images"] == {"train": 15, "val": 15}
-    untrained = evaluate("knn", "random:tiny", tmp_path / "data", tmp_path / "random", knn(), Silent())
+    untrained = evaluate(
+        "knn", "random:tiny", tmp_path / "data", out=tmp_path / "random", settings=knn(), report=Silent()
+    )
     assert untrained["top1"] < trained["top1"]
     assert torch.isfinite(torch.tensor(untrained["top1"]))
 
 
 def test_more_neighbours_than_images(exported, data, tmp_path):
-    with pytest.raises(SettingsError, match="20 neighbours are asked for, and there are 18") as caught:
-        evaluate("knn", str(exported), data, tmp_path / "out", knn("k=[20, 10]"), Silent())
+    with pytest.raises(SettingsError, match="k is 20, but there are only 18") as caught:
+        evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn("k=[20, 10]"), report=Silent())
     assert caught.value.fix == "--set 'k=[10]'"
     report = Silent()
-    result = evaluate("knn", str(exported), data, tmp_path / "out2", knn("k=[10, 20]"), report)
+    result = evaluate("knn", str(exported), data, out=tmp_path / "out2", settings=knn("k=[10, 20]"), report=report)
     assert set(result["by_feature"]["mean"]) == {"10"}
-    assert any("left out k above the 18" in line for line in report.lines)
+    assert any("ignored k above the number of training images (18)" in line for line in report.lines)
 
 
 def test_one_class_alone(exported, data, tmp_path):
     for part in ("train", "val"):
         for name in ("dark", "red"):
             shutil.rmtree(data / part / name)
-    with pytest.raises(SourceError, match="one class only, 'bright'"):
-        evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
+    with pytest.raises(SourceError, match="only one class, 'bright'"):
+        evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=Silent())
 
 
 def test_real_scores_are_those_of_scikit_learn_on_the_same_features(real, tmp_path):
@@ -202,8 +218,8 @@ def test_real_scores_are_those_of_scikit_learn_on_the_same_features(real, tmp_pa
     point = 0.01 + 1e-9
     encoder = f"timm:vit_tiny_patch16_224@{real / 'teachers' / 'vit_tiny_patch16_224.timm.safetensors'}"
     out = tmp_path / "out"
-    near = evaluate("knn", encoder, tmp_path / "data", out, knn("k=[20]"), Silent())
-    straight = evaluate("linear", encoder, tmp_path / "data", out, linear(), Silent())
+    near = evaluate("knn", encoder, tmp_path / "data", out=out, settings=knn("k=[20]"), report=Silent())
+    straight = evaluate("linear", encoder, tmp_path / "data", out=out, settings=linear(), report=Silent())
     train, val = sorted((load_file(path) for path in (out / "features").iterdir()), key=lambda p: -len(p["labels"]))
     assert (len(train["labels"]), len(val["labels"])) == (300, 200)
     for kind in ("class", "mean"):

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.errors import SourceError
 from cae2pipe.evaluation import features as features_module
 from cae2pipe.evaluation.crop_batches import batch_for
@@ -65,14 +65,14 @@ def fifo(path: Path) -> None:
 )
 def test_a_damaged_part_is_made_again(damage, exported, data, tmp_path):
     out = tmp_path / "out"
-    evaluate("knn", str(exported), data, out, knn(), Silent())
+    evaluate("knn", str(exported), data, out=out, settings=knn(), report=Silent())
     before = contents(out)
     # The train images' part, which is the larger one.
     part = max((out / "features").iterdir(), key=lambda path: path.stat().st_size)
     damage(part)
     (out / "knn" / "result.json").unlink()
     report = Silent()
-    evaluate("knn", str(exported), data, out, knn(), report)
+    evaluate("knn", str(exported), data, out=out, settings=knn(), report=report)
     assert contents(out) == before
     assert any("damaged" in line and part.name in line for line in report.lines)
 
@@ -80,23 +80,25 @@ def test_a_damaged_part_is_made_again(damage, exported, data, tmp_path):
 def test_a_broken_off_extraction_goes_on_with_the_next_part(exported, data, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "PART", 4)
     settings = knn("speed.batch=4")
-    whole = evaluate("knn", str(exported), data, tmp_path / "whole", settings, Silent())
+    whole = evaluate("knn", str(exported), data, out=tmp_path / "whole", settings=settings, report=Silent())
     write, calls = features_module.write_part, []
 
-    def interrupted(path, *arguments):
+    def interrupted(path, *arguments, **options):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(path.name)
-        write(path, *arguments)
+        write(path, *arguments, **options)
 
     out = tmp_path / "out"
     monkeypatch.setattr(features_module, "write_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate("knn", str(exported), data, out, settings, Silent())
-    assert not open_box(out / "knn").complete
+        evaluate("knn", str(exported), data, out=out, settings=settings, report=Silent())
+    assert not open_artifact(out / "knn").complete
     done, parts = list(calls), 5 + 3  # 18 and 10 files in fours
-    monkeypatch.setattr(features_module, "write_part", lambda path, *a: (calls.append(path.name), write(path, *a)))
-    assert evaluate("knn", str(exported), data, out, settings, Silent()) == whole
+    monkeypatch.setattr(
+        features_module, "write_part", lambda path, *a, **k: (calls.append(path.name), write(path, *a, **k))
+    )
+    assert evaluate("knn", str(exported), data, out=out, settings=settings, report=Silent()) == whole
     assert len(calls) == len(set(calls)) == parts
     assert calls[:3] == done
     assert contents(out) == contents(tmp_path / "whole")
@@ -110,7 +112,7 @@ def test_files_of_equal_names_and_sizes_are_other_images(exported, data, tmp_pat
             pixels = np.asarray(Image.open(path))
             Image.fromarray(pixels if "train" in path.parts else pixels[::-1]).save(path.with_suffix(".bmp"))
             path.unlink()
-    evaluate("knn", str(exported), data, tmp_path / "out", knn("k=[5]"), Silent())
+    evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn("k=[5]"), report=Silent())
     train, val = (load_file(path)["mean"] for path in (tmp_path / "out" / "features").iterdir())
     assert not torch.equal(train, val)
 
@@ -128,7 +130,9 @@ def test_features_leave_the_device_once_a_part(exported, data, tmp_path, monkeyp
     split, _ = stage.open_data(data, 2)
     encoder = stage.load_encoder(str(exported), 0, torch.device("cpu"))
     world = stage.World(0, 1, torch.device("cpu"))
-    found = features_module.extract_features(tmp_path, encoder, split, stage.CentralCrop(32, 37), 0, world, Silent())
+    found = features_module.extract_features(
+        tmp_path, encoder, split, crop=stage.CentralCrop(32, 37), workers=0, world=world, report=Silent()
+    )
     assert len(found.labels) == 18
     assert [len(tensor) for tensor in calls] == [18, 18]
     assert all(part.untyped_storage().nbytes() == part.nbytes for part in kept if part.ndim == 2)
@@ -141,17 +145,17 @@ def test_the_batch_suits_the_device(device, batch):
 
 
 def test_the_batch_changes_no_identity(exported, data, tmp_path):
-    evaluate("knn", str(exported), data, tmp_path / "out", knn("speed.batch=5"), Silent())
+    evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn("speed.batch=5"), report=Silent())
     report = Silent()
-    result = evaluate("knn", str(exported), data, tmp_path / "out", knn(), report)
+    result = evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=report)
     assert any("nothing to do" in line for line in report.lines)
-    again = evaluate("knn", str(exported), data, tmp_path / "again", knn(), Silent())
+    again = evaluate("knn", str(exported), data, out=tmp_path / "again", settings=knn(), report=Silent())
     assert (again["fingerprint"], again["top1"]) == (result["fingerprint"], result["top1"])
 
 
 def test_workers_change_nothing(exported, data, tmp_path):
-    evaluate("knn", str(exported), data, tmp_path / "none", knn(), Silent())
-    evaluate("knn", str(exported), data, tmp_path / "two", knn("speed.workers=2"), Silent())
+    evaluate("knn", str(exported), data, out=tmp_path / "none", settings=knn(), report=Silent())
+    evaluate("knn", str(exported), data, out=tmp_path / "two", settings=knn("speed.workers=2"), report=Silent())
     assert contents(tmp_path / "none") == contents(tmp_path / "two")
 
 
@@ -160,7 +164,7 @@ def test_errors_in_workers_keep_their_message(exported, data, tmp_path, monkeypa
     (data / "train" / "dark" / "3.png").unlink()
     monkeypatch.setattr(stage, "open_data", lambda *_: opened)
     with pytest.raises(SourceError) as caught:
-        evaluate("knn", str(exported), data, tmp_path / "out", knn("speed.workers=1"), Silent())
+        evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn("speed.workers=1"), report=Silent())
     assert caught.value.where.endswith("3.png")
     assert "Traceback" not in str(caught.value)
 
@@ -169,7 +173,7 @@ def test_a_part_of_rejects_alone(exported, data, tmp_path):
     for path in (data / "val").rglob("*.png"):
         path.write_bytes(b"nothing")
     with pytest.raises(SourceError, match="not one image"):
-        evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
+        evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=Silent())
 
 
 def test_weights_that_give_no_numbers(exported, data, tmp_path):
@@ -177,13 +181,13 @@ def test_weights_that_give_no_numbers(exported, data, tmp_path):
     state["norm.weight"][0] = float("nan")
     save_file(state, exported / "encoder.safetensors")
     with pytest.raises(SourceError, match="not finite"):
-        evaluate("knn", str(exported), data, tmp_path / "out", knn(), Silent())
+        evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=Silent())
     assert not list((tmp_path / "out" / "features").iterdir())
 
 
 def test_rejects_that_fill_a_part(exported, data, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "PART", 1)
-    result = evaluate("knn", str(exported), data, tmp_path / "out", knn("speed.batch=1"), Silent())
+    result = evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn("speed.batch=1"), report=Silent())
     assert result["images"]["val"] == 9
     parts = [load_file(path) for path in (tmp_path / "out" / "features").iterdir()]
     assert {frozenset(part) for part in parts} == {frozenset({"labels"}), frozenset({"class", "mean", "labels"})}

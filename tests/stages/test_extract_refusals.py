@@ -25,7 +25,7 @@ def test_names_of_a_hostile_shard_set_lead_nowhere(target_root, tmp_path, extrac
     edit_manifest(source, units=units)
     before = contents(tmp_path)
     with pytest.raises(ManifestError, match=r"units\.\.\./\.\./precious") as caught:
-        extract_targets(source, tmp_path / "set", extract_settings(), Silent())
+        extract_targets(source, tmp_path / "set", extract_settings(), report=Silent())
     assert caught.value.where == str(source / "manifest.json")
     assert contents(tmp_path) == before
 
@@ -36,7 +36,7 @@ def test_damaged_images_name_their_own_remedy(copy, photos, extract_settings):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(DamageError) as caught:
-        extract_targets(photos, copy, extract_settings(views=3), Silent())
+        extract_targets(photos, copy, extract_settings(views=3), report=Silent())
     assert f"cae2pipe verify {copy} --repair" in caught.value.fix
 
 
@@ -53,7 +53,7 @@ def test_damaged_images_name_their_own_remedy(copy, photos, extract_settings):
 def test_other_settings_are_refused_by_name(copy, photos, extract_settings, over, field):
     before = contents(copy)
     with pytest.raises(MismatchError) as caught:
-        extract_targets(photos, copy, extract_settings(**over), Silent())
+        extract_targets(photos, copy, extract_settings(**over), report=Silent())
     assert field in caught.value.what
     assert caught.value.fix
     assert contents(copy) == before
@@ -67,13 +67,13 @@ def test_other_weights_are_refused(copy, photos, extract_settings, teacher_file,
     save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(MismatchError, match="weights"):
         extract_targets(
-            photos, copy, extract_settings(teacher={"weights": str(tmp_path / "other.safetensors")}), Silent()
+            photos, copy, extract_settings(teacher={"weights": str(tmp_path / "other.safetensors")}), report=Silent()
         )
 
 
 def test_a_target_set_as_source_is_refused(target_root, tmp_path, extract_settings):
     with pytest.raises(SourceError, match="not a shard set"):
-        extract_targets(target_root, tmp_path / "set", extract_settings(), Silent())
+        extract_targets(target_root, tmp_path / "set", extract_settings(), report=Silent())
 
 
 def test_a_foreign_folder_is_left_as_it_is(photos, tmp_path, extract_settings):
@@ -82,9 +82,9 @@ def test_a_foreign_folder_is_left_as_it_is(photos, tmp_path, extract_settings):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ManifestError, match=r"thesis\.tex"):
-        extract_targets(photos, tmp_path, extract_settings(), Silent())
+        extract_targets(photos, tmp_path, extract_settings(), report=Silent())
     with pytest.raises(ManifestError, match=r"thesis\.tex"):
-        build_shard_set(photos, tmp_path, extract_settings().shard, Silent())
+        build_shard_set(photos, tmp_path, extract_settings().shard, report=Silent())
     assert contents(tmp_path) == files
 
 
@@ -92,9 +92,9 @@ def test_another_source_is_refused(copy, tmp_path, extract_settings):
     from tests.conftest import write_photos
 
     other = write_photos(tmp_path / "other", classes=3, each=50, seed=1)
-    shards = build_shard_set(other, tmp_path / "shards", extract_settings().shard, Silent())
+    shards = build_shard_set(other, tmp_path / "shards", extract_settings().shard, report=Silent())
     with pytest.raises(MismatchError, match="000000"):
-        extract_targets(shards.root, copy, extract_settings(), Silent())
+        extract_targets(shards.root, copy, extract_settings(), report=Silent())
 
 
 def test_degenerate_teachers_stop_the_run(photos, tmp_path, extract_settings, teacher_file):
@@ -105,14 +105,17 @@ def test_degenerate_teachers_stop_the_run(photos, tmp_path, extract_settings, te
     save_file(state, tmp_path / "nan.safetensors")
     with pytest.raises(TeacherError):
         extract_targets(
-            photos, tmp_path / "set", extract_settings(teacher={"weights": str(tmp_path / "nan.safetensors")}), Silent()
+            photos,
+            tmp_path / "set",
+            extract_settings(teacher={"weights": str(tmp_path / "nan.safetensors")}),
+            report=Silent(),
         )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
 def test_a_damaged_source_shard_is_named(photos, tmp_path, extract_settings, damage, workers):
-    shards = build_shard_set(photos, tmp_path / "shards", extract_settings().shard, Silent())
+    shards = build_shard_set(photos, tmp_path / "shards", extract_settings().shard, report=Silent())
     tar = shards.shards[1].path
     data = bytearray(tar.read_bytes())
     if damage == "deleted":
@@ -123,7 +126,7 @@ def test_a_damaged_source_shard_is_named(photos, tmp_path, extract_settings, dam
         data[shards.index(shards.shards[1])[3].offset + 9] ^= 255
         tar.write_bytes(data)
     with pytest.raises(DamageError) as caught:
-        extract_targets(shards.root, tmp_path / "set", extract_settings(speed={"workers": workers}), Silent())
+        extract_targets(shards.root, tmp_path / "set", extract_settings(speed={"workers": workers}), report=Silent())
     assert "Traceback" not in str(caught.value)
     assert "000001.tar" in caught.value.where
     assert "--repair" in caught.value.fix

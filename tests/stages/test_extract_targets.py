@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cae2pipe.artifacts.box import Box, open_box
+from cae2pipe.artifacts.artifact import TargetsArtifact, open_artifact
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
@@ -27,7 +27,7 @@ def stores(root: Path) -> dict[str, bytes]:
 
 def test_the_set_is_complete_and_says_what_it_holds(target_root):
     targets = TargetSet(target_root)
-    assert targets.box.complete
+    assert targets.artifact.complete
     assert sorted(targets.stores) == [f"v{v:02d}/{s:06d}" for v in range(2) for s in range(3)]
     assert (targets.images, targets.views) == (150, 2)
     assert targets.classes == ["class0", "class1", "class2"]
@@ -38,15 +38,15 @@ def test_the_set_is_complete_and_says_what_it_holds(target_root):
 def test_a_second_run_does_nothing_and_says_so(copy, photos, extract_settings):
     before = snapshot(copy)
     report = Silent()
-    extract_targets(photos, copy, extract_settings(), report)
+    extract_targets(photos, copy, extract_settings(), report=report)
     assert snapshot(copy) == before
     assert any("nothing to do" in line for line in report.lines)
 
 
 def test_workers_and_a_shard_set_as_source_change_nothing(target_root, photos, tmp_path, extract_settings):
     settings = extract_settings(speed={"workers": 2})
-    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, Silent())
-    extract_targets(shards.root, tmp_path / "set", settings, Silent())
+    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, report=Silent())
+    extract_targets(shards.root, tmp_path / "set", settings, report=Silent())
     assert stores(tmp_path / "set") == stores(target_root)
     assert (tmp_path / "set" / "manifest.json").read_bytes() == (target_root / "manifest.json").read_bytes()
 
@@ -55,7 +55,7 @@ def test_the_number_of_cores_changes_nothing(target_root, photos, tmp_path, extr
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 2)
     try:
-        extract_targets(photos, tmp_path / "set", extract_settings(), Silent())
+        extract_targets(photos, tmp_path / "set", extract_settings(), report=Silent())
     finally:
         torch.set_num_threads(threads)
     assert contents(tmp_path / "set") == contents(target_root)
@@ -66,7 +66,7 @@ def test_how_many_views_are_rendered_at_once_changes_nothing(
     target_root, stored_root, photos, tmp_path, extract_settings, monkeypatch, pixels
 ):
     monkeypatch.setattr(rendering, "VIEWS_AT_ONCE", 1)
-    extract_targets(photos, tmp_path / "set", extract_settings(view={"pixels": pixels}), Silent())
+    extract_targets(photos, tmp_path / "set", extract_settings(view={"pixels": pixels}), report=Silent())
     assert contents(tmp_path / "set") == contents(stored_root if pixels == "stored" else target_root)
 
 
@@ -84,20 +84,20 @@ def test_a_set_of_other_defaults_is_resumed_with_its_own(copy, photos, extract_s
     (copy / "latents/v01/000001.zarr/norms/c/0/0").unlink()
     report, said = Silent(), []
     report.log = said.append
-    extract_targets(photos, copy, given, report)
+    extract_targets(photos, copy, given, report=report)
     assert contents(copy) == before
-    assert "as this set was begun: --views 2 --fidelity 0.999" in said
+    assert "using the settings of this set: --views 2 --fidelity 0.999" in said
     # What is given counts.
     with pytest.raises(MismatchError, match=r"codec\.fidelity"):
-        extract_targets(photos, copy, extract_settings(codec={"fidelity": given.codec.fidelity}), Silent())
+        extract_targets(photos, copy, extract_settings(codec={"fidelity": given.codec.fidelity}), report=Silent())
 
 
 def test_a_fidelity_that_means_nothing_to_a_codec_is_not_asked_for_again(photos, tmp_path, extract_settings):
-    extract_targets(photos, tmp_path / "set", extract_settings(codec={"name": "fp16"}, views=1), Silent())
+    extract_targets(photos, tmp_path / "set", extract_settings(codec={"name": "fp16"}, views=1), report=Silent())
     given = without_defaults(extract_settings(codec={"name": "fp16"}))
     more = given.model_copy(update={"views": 2})
     more.model_fields_set.add("views")
-    extract_targets(photos, tmp_path / "set", more, Silent())
+    extract_targets(photos, tmp_path / "set", more, report=Silent())
     assert TargetSet(tmp_path / "set").views == 2
 
 
@@ -106,7 +106,7 @@ def test_only_what_was_deleted_is_made_again_and_alike(copy, photos, extract_set
     before = snapshot(copy)
     path = copy / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    extract_targets(photos, copy, extract_settings(), Silent())
+    extract_targets(photos, copy, extract_settings(), report=Silent())
     after = snapshot(copy)
     assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
     changed = {name for name in after if after[name][1] != before[name][1]}
@@ -130,16 +130,16 @@ def test_a_lost_calibration_is_noticed_and_restored(copy, photos, extract_settin
         path.write_bytes(data)
     with pytest.raises(DamageError, match="calibration"):
         TargetSet(copy)
-    extract_targets(photos, copy, extract_settings(), Silent())
+    extract_targets(photos, copy, extract_settings(), report=Silent())
     assert contents(copy) == before
 
 
 def test_views_can_be_added_later(target_root, photos, tmp_path, extract_settings):
     grown = tmp_path / "grown"
-    extract_targets(photos, grown, extract_settings(views=1), Silent())
+    extract_targets(photos, grown, extract_settings(views=1), report=Silent())
     assert TargetSet(grown).views == 1
     first = stores(grown)
-    extract_targets(photos, grown, extract_settings(views=2), Silent())
+    extract_targets(photos, grown, extract_settings(views=2), report=Silent())
     assert stores(grown) == stores(target_root)
     assert first.items() <= stores(grown).items()
 
@@ -149,43 +149,42 @@ def test_a_broken_off_run_goes_on_to_the_same_bytes(
     target_root, photos, tmp_path, extract_settings, monkeypatch, crash_at
 ):
     out = tmp_path / "set"
-    real_add, count = Box.add, 0
+    real_add, count = TargetsArtifact.add, 0
 
-    def add(self: Box, name: str, unit: dict) -> None:
+    def add(self: TargetsArtifact, name: str, unit: dict) -> None:
         nonlocal count
-        if self.kind == "targets":
-            count += 1
-            if count == crash_at:
-                raise KeyboardInterrupt
+        count += 1
+        if count == crash_at:
+            raise KeyboardInterrupt
         real_add(self, name, unit)
 
-    monkeypatch.setattr(Box, "add", add)
+    monkeypatch.setattr(TargetsArtifact, "add", add)
     with pytest.raises(KeyboardInterrupt):
-        extract_targets(photos, out, extract_settings(), Silent())
+        extract_targets(photos, out, extract_settings(), report=Silent())
     monkeypatch.undo()
-    extract_targets(photos, out, extract_settings(), Silent())
+    extract_targets(photos, out, extract_settings(), report=Silent())
     assert contents(out) == contents(target_root)
 
 
 def test_the_journal_of_a_killed_run_counts(target_root, photos, tmp_path, extract_settings, monkeypatch):
-    out, save = tmp_path / "set", Box.save
+    out, save = tmp_path / "set", TargetsArtifact.save
     with monkeypatch.context() as patch:
         # A SIGKILL leaves the journal: the manifest is never written.
-        patch.setattr(Box, "save", lambda self, complete=None: None if self.units else save(self))
-        extract_targets(photos, out, extract_settings(), Silent())
-    assert open_box(out).units.keys() == open_box(target_root).units.keys()
-    assert not open_box(out).complete
+        patch.setattr(TargetsArtifact, "save", lambda self, complete=None: None if self.units else save(self))
+        extract_targets(photos, out, extract_settings(), report=Silent())
+    assert open_artifact(out).units.keys() == open_artifact(target_root).units.keys()
+    assert not open_artifact(out).complete
 
 
 def test_the_format_is_that_of_the_version_that_began_the_set(target_root, photos, tmp_path, extract_settings):
     """Older versions refuse what they would misread; sets that they began stay readable for them."""
-    assert open_box(target_root).format == 3
+    assert open_artifact(target_root).format == 3
     old = tmp_path / "old"
-    extract_targets(photos, old, extract_settings(views=1), Silent())
+    extract_targets(photos, old, extract_settings(views=1), report=Silent())
     manifest = json.loads((old / "manifest.json").read_text())
     del manifest["digest"]  # which they did not have
     (old / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
-    extract_targets(photos, old, extract_settings(views=2), Silent())
+    extract_targets(photos, old, extract_settings(views=2), report=Silent())
     assert json.loads((old / "manifest.json").read_text())["format"] == 1
     (old / "manifest.json").write_text(json.dumps({**manifest, "format": 4}))
     with pytest.raises(ManifestError, match="format 4, and this version of cae2pipe reads format 3"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.errors import MismatchError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
@@ -19,7 +19,7 @@ from tests.conftest import contents
 
 def test_fp16_targets_are_the_live_teachers(photos, tmp_path, extract_settings):
     settings = extract_settings(codec={"name": "fp16", "calibration": 64}, views=1)
-    extract_targets(photos, tmp_path / "set", settings, Silent())
+    extract_targets(photos, tmp_path / "set", settings, report=Silent())
     targets = TargetSet(tmp_path / "set")
     teacher = load_teacher(settings.teacher, torch.device("cpu"))
     reader = targets.reader("v00/000001")
@@ -57,7 +57,7 @@ def test_the_teacher_sees_what_is_cut_from_the_images_kept(target_root, photos, 
     shards = ShardSet.open(target_root / "shards")
     for shard in shards.shards:
         for block in range(-(-shard.samples // 64)):
-            rendered = Renderer(shards, [Task(shard, block, (0, 1))], settings.view, settings.seed)[0]
+            rendered = Renderer(shards, [Task(shard, block, (0, 1))], settings.view, seed=settings.seed)[0]
             for view in (0, 1):
                 held = targets.reader(f"v{view:02d}/{shard.name}").block(block)
                 assert held.keys == rendered.keys
@@ -75,21 +75,21 @@ def test_stored_and_replayed_views_are_not_mistaken_for_each_other(
         before = contents(root)
         there = {"stored": "replayed", "replayed": "stored"}[asked]
         with pytest.raises(MismatchError, match=f"views are {there}, and {asked} ones") as caught:
-            extract_targets(photos, root, extract_settings(view={"pixels": asked}), Silent())
+            extract_targets(photos, root, extract_settings(view={"pixels": asked}), report=Silent())
         assert f"--set view.pixels={there}" in caught.value.fix
         assert contents(root) == before
     # Sets from before views were replayed do not say so, and are those of stored views.
-    assert "pixels" not in open_box(stored_root).identity["settings"]["view"]
+    assert "pixels" not in open_artifact(stored_root).identity["settings"]["view"]
     assert TargetSet(stored_root).replayed is None
 
 
 def test_views_are_added_from_the_images_kept(photos, tmp_path, extract_settings, monkeypatch):
     """Reduced anew, an image could come out otherwise with another version of a library."""
-    extract_targets(photos, tmp_path / "set", extract_settings(views=1), Silent())
+    extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())
     rendering = importlib.import_module("cae2pipe.targets.rendering")
     monkeypatch.setattr(rendering, "keep_image", None)
     monkeypatch.setattr(rendering, "decode_rgb", None)
-    extract_targets(photos, tmp_path / "set", extract_settings(views=3), Silent())
+    extract_targets(photos, tmp_path / "set", extract_settings(views=3), report=Silent())
     assert TargetSet(tmp_path / "set").views == 3
 
 
@@ -98,7 +98,7 @@ def test_images_longer_than_a_jpeg_can_be_are_reduced(tmp_path, extract_settings
     for name, size in (("wide", (65501, 2)), ("tall", (2, 65501)), ("dot", (1, 1))):
         Image.new("RGB", size, "red").save(tmp_path / "images" / "class" / f"{name}.png")
     settings = extract_settings(views=1, codec={"name": "int8", "calibration": 4})
-    extract_targets(tmp_path / "images", tmp_path / "set", settings, Silent())
+    extract_targets(tmp_path / "images", tmp_path / "set", settings, report=Silent())
     assert len(TargetSet(tmp_path / "set")) == 3
 
 
@@ -112,8 +112,8 @@ def test_a_view_that_comes_out_otherwise_is_told(stored_root, photos, tmp_path, 
     said: list[str] = []
     report = Silent()
     monkeypatch.setattr(report, "log", said.append)
-    extract_targets(photos, root, extract_settings(view={"pixels": "stored"}), report)
-    assert [text for text in said if "does not come out as it was" in text and "v01/000001" in text]
+    extract_targets(photos, root, extract_settings(view={"pixels": "stored"}), report=report)
+    assert [text for text in said if "differs from its earlier content" in text and "v01/000001" in text]
 
 
 def test_attention_is_kept_for_a_vit(target_root):

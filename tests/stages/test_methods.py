@@ -23,9 +23,9 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.aim import PixelTargets, unfolded
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.target_spec import PixelTargets, unfolded
 
 
 class Toy(Method):
@@ -59,12 +59,12 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_trains_goes_on_exports_and_is_scored(name, target_root, pretrain_settings, photos, tmp_path):
     fast = {"scale_lr": False, "lr": 3e-3, "warmup_epochs": 0}
-    over = {**VARIANTS[name], "model": {"regressor_width": 16}, "optimizer": fast}
+    over = {**VARIANTS[name], "model": {"predictor_width": 16}, "optimizer": fast}
     whole, out = tmp_path / "whole", tmp_path / "out"
-    pretrain(target_root, whole, pretrain_settings(**over), Silent())
-    pretrain(target_root, out, pretrain_settings(**over, stop_after=4), Silent())
+    pretrain(target_root, whole, pretrain_settings(**over), report=Silent())
+    pretrain(target_root, out, pretrain_settings(**over, stop_after=4), report=Silent())
     assert not (out / "encoder.safetensors").exists()
-    pretrain(target_root, out, pretrain_settings(**over), Silent())
+    pretrain(target_root, out, pretrain_settings(**over), report=Silent())
     assert (out / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
     losses = [line["loss"] for line in read_lines(out / "metrics.jsonl")]
     assert losses[-1] < losses[0]
@@ -74,8 +74,8 @@ def test_trains_goes_on_exports_and_is_scored(name, target_root, pretrain_settin
     data.mkdir()
     for part in ("train", "val"):
         (data / part).symlink_to(photos)
-    knn = load(KnnSettings, "evaluate", "knn", ["speed.workers=0", "speed.device=cpu"])
-    result = evaluate("knn", str(out), data, tmp_path / "scores", knn, Silent())
+    knn = load(KnnSettings, "evaluate", "knn", overrides=["speed.workers=0", "speed.device=cpu"])
+    result = evaluate("knn", str(out), data, out=tmp_path / "scores", settings=knn, report=Silent())
     assert 0 <= result["top1"] <= 1
     # On pixels no loss falls on the class token, nor where visible tokens have none.
     assert result["feature"] == ("mean" if name in ("maskdistill", "mae-pixels") else "class")
@@ -93,8 +93,8 @@ def test_pixels_are_learnt_from_views_alone(target_root, pretrain_settings, tmp_
     shutil.copytree(target_root, tmp_path / "set")
     for path in (tmp_path / "set" / "latents").glob("*/*.zarr/symbols/c/*/*/*"):
         path.write_bytes(bytes(path.stat().st_size))
-    pretrain(tmp_path / "set", tmp_path / "one", pixels, Silent())
-    pretrain(target_root, tmp_path / "two", pixels, Silent())
+    pretrain(tmp_path / "set", tmp_path / "one", pixels, report=Silent())
+    pretrain(target_root, tmp_path / "two", pixels, report=Silent())
     one, two = ((tmp_path / name / "encoder.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -117,8 +117,8 @@ def test_patches_are_those_of_unfold():
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"targets": "online", "loss": {"target": "pixels"}}, "without a teacher"),
-        ({"targets": "online", "views": "fresh", "mask": {"strategy": "attention"}}, "without attention"),
+        ({"targets": "online", "loss": {"target": "pixels"}}, "have no teacher"),
+        ({"targets": "online", "views": "fresh", "mask": {"strategy": "attention"}}, "have no attention"),
     ],
 )
 def test_settings_that_contradict_each_other(over, message, pretrain_settings):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import extract_targets as stage
 from cae2pipe.targets import TargetSet, stored_calibration
@@ -21,9 +21,9 @@ SNIPPET = Path(__file__).parents[2] / "docs" / "read_with_zarr.py"
 def test_a_set_keeps_its_form(photos, extract_settings, tmp_path, monkeypatch):
     out = tmp_path / "old"
     with monkeypatch.context() as patched:
-        patched.setattr(stored_calibration, "rotates_tokens", lambda box: False)
-        stage.extract_targets(photos, out, extract_settings(views=1), Silent())
-    stage.extract_targets(photos, out, extract_settings(views=2), Silent())
+        patched.setattr(stored_calibration, "rotates_tokens", lambda artifact: False)
+        stage.extract_targets(photos, out, extract_settings(views=1), report=Silent())
+    stage.extract_targets(photos, out, extract_settings(views=2), report=Silent())
     targets = TargetSet(out)
     assert type(targets.layout.codec) is KltCodec
     read = runpy.run_path(str(SNIPPET))["read_latents"]
@@ -33,8 +33,8 @@ def test_a_set_keeps_its_form(photos, extract_settings, tmp_path, monkeypatch):
         np.testing.assert_allclose(read(str(out), name)[0], first.tokens, atol=1e-6)
     before = {path: path.read_bytes() for path in (out / "codec.zarr").rglob("*") if path.is_file()}
     shutil.rmtree(out / "codec.zarr")
-    stage.extract_targets(photos, out, extract_settings(views=2), Silent(), remake=[CODEC])
+    stage.extract_targets(photos, out, extract_settings(views=2), report=Silent(), remake=[CODEC])
     assert {path: path.read_bytes() for path in (out / "codec.zarr").rglob("*") if path.is_file()} == before
-    assert open_box(out, "targets").whole()
-    fresh = stage.extract_targets(photos, tmp_path / "new", extract_settings(views=1), Silent())
+    assert TargetsArtifact.open(out).whole()
+    fresh = stage.extract_targets(photos, tmp_path / "new", extract_settings(views=1), report=Silent())
     assert type(TargetSet(fresh.root).layout.codec) is TokenKltCodec

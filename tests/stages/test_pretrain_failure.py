@@ -25,8 +25,8 @@ def failed(photos, extract_settings, pretrain_settings, tmp_path, monkeypatch):
     from cae2pipe.loading import loader
 
     root, out = tmp_path / "set", tmp_path / "run"
-    extract_targets(photos, root, extract_settings(codec={"name": "fp16"}), Silent())
-    pretrain(root, out, pretrain_settings(stop_after=4), Silent())
+    extract_targets(photos, root, extract_settings(codec={"name": "fp16"}), report=Silent())
+    pretrain(root, out, pretrain_settings(stop_after=4), report=Silent())
     real = loader.batches
 
     def injected(*arguments):
@@ -37,7 +37,7 @@ def failed(photos, extract_settings, pretrain_settings, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loader, "batches", injected)
     with pytest.raises(DivergedError) as caught:
-        pretrain(root, out, pretrain_settings(), Silent())
+        pretrain(root, out, pretrain_settings(), report=Silent())
     return root, out, caught.value
 
 
@@ -53,7 +53,7 @@ def test_the_step_is_kept_whole_and_nothing_after_it_happened(failed, pretrain_s
     assert len(batch.keys) == len(batch.views) == 32
     assert json.loads(context["settings"])["seed"] == 0
     fit = out.parent / "whole"
-    pretrain(root, fit, pretrain_settings(stop_after=6), Silent())
+    pretrain(root, fit, pretrain_settings(stop_after=6), report=Silent())
     before = torch.load(fit / "checkpoints" / "step-00000006.pt", weights_only=True)["model"]
     assert all(torch.equal(context["weights"][name], before[name]) for name in before)
 
@@ -99,7 +99,7 @@ def test_a_damaged_record_is_refused_and_the_field_is_named(failed, tmp_path):
 
     batch = torch.load(whole, weights_only=True)["batch"]
     for name in ("settings", "mean", "values", "class_token", "target_dim", "batch", "latents"):
-        refused(f"not the record of a failed step \\({name}", **{name: None})
+        refused(f"not a record of a failed step \\({name}", **{name: None})
     refused("settings", settings=3)
     refused("not valid JSON", settings="{")
     refused("not valid JSON", settings="[" * 100000)
@@ -121,7 +121,7 @@ def test_a_damaged_record_is_refused_and_the_field_is_named(failed, tmp_path):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"rubbish")
-    with pytest.raises(DamageError, match="not the record"):
+    with pytest.raises(DamageError, match="not a record"):
         replay(path)
 
 
@@ -134,7 +134,7 @@ def test_a_batch_that_finds_no_room_is_advised_upon(target_root, pretrain_settin
 
     monkeypatch.setattr(pretraining, "on_device", full)
     with pytest.raises(OutOfMemoryError, match="the next batch does not fit") as caught:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"accumulation": 2}), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"accumulation": 2}), report=Silent())
     assert "--set speed.accumulation=4" in caught.value.fix
     assert "GPU 0" not in caught.value.what
 
@@ -148,7 +148,7 @@ def test_a_compiler_that_fails_says_how_to_do_without(target_root, pretrain_sett
 
     monkeypatch.setattr(stage, "compile_objective", partial(stage.compile_objective, backend=lacking))
     with pytest.raises(CompileError, match=r"RuntimeError: Please specify via CC") as caught:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"compile": True}), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"compile": True}), report=Silent())
     assert "--set speed.compile=false" in caught.value.fix
     assert caught.value.exit_code == 1
 
@@ -162,5 +162,5 @@ def test_memory_that_ends_in_the_compiler_is_no_compilers_failure(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(stage, "compile_objective", partial(stage.compile_objective, backend=full))
-    with pytest.raises(OutOfMemoryError, match="16 images a pass would fit"):
-        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"compile": True}), Silent())
+    with pytest.raises(OutOfMemoryError, match="16 images per pass would fit"):
+        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"compile": True}), report=Silent())

@@ -52,7 +52,9 @@ def made_up(step: int, masked: int, columns: int) -> Batch:
 def curve(settings) -> list[float]:
     torch.manual_seed(0)
     model = build_method("caev2", settings.model, DIM)
-    objective = Objective(model, settings.loss, Fp16Codec(), torch.zeros(DIM), True, False).train()
+    objective = Objective(
+        model, settings.loss, Fp16Codec(), mean=torch.zeros(DIM), class_token=True, bf16=False
+    ).train()
     optimizer = build_optimizer(model, settings.optimizer)
     world = World(0, 1, torch.device("cpu"))
     step = Step(
@@ -67,7 +69,7 @@ def curve(settings) -> list[float]:
     )
     losses = []
     for number in range(STEPS):
-        lr = learning_rate(number, 5, 4, *scaled(settings.optimizer, BATCH))
+        lr = learning_rate(number, 5, 4, **scaled(settings.optimizer, BATCH)._asdict())
         losses.append(step(made_up(number, settings.masked_patches, model.drop_columns), lr).values()["loss"])
     return losses
 

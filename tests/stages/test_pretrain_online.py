@@ -15,12 +15,12 @@ from cae2pipe.training.metrics import read_lines
 @pytest.fixture(scope="module")
 def fp16_root(photos, extract_settings, tmp_path_factory):
     root = tmp_path_factory.mktemp("fp16") / "set"
-    extract_targets(photos, root, extract_settings(codec={"name": "fp16"}), Silent())
+    extract_targets(photos, root, extract_settings(codec={"name": "fp16"}), report=Silent())
     return root
 
 
 def losses(root, targets, settings) -> list[float]:
-    pretrain(targets, root, settings, Silent())
+    pretrain(targets, root, settings, report=Silent())
     return [line["loss"] for line in read_lines(root / "metrics.jsonl")]
 
 
@@ -45,7 +45,7 @@ def test_fresh_views_differ_every_epoch_and_depend_on_the_seed(target_root, teac
 
     def shown(**over) -> dict[tuple[int, str], bytes]:
         settings = pretrain_settings(targets="online", views="fresh", teacher_weights=str(teacher_file), **over)
-        plan = make_plan(targets, sorted(targets.stores), settings, 4)
+        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=4)
         assert plan.arrays == ()
         return {
             (batch.epoch, key): batch.pixels[row].numpy().tobytes()
@@ -76,7 +76,7 @@ def test_a_run_on_fresh_views_trains_and_resumes(target_root, teacher_file, pret
 
 def test_a_teacher_that_cannot_be_had_is_named(target_root, pretrain_settings, tmp_path):
     with pytest.raises(TeacherError) as caught:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(targets="online"), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(targets="online"), report=Silent())
     assert "teacher_weights=FILE" in caught.value.fix
 
 
@@ -87,7 +87,10 @@ def test_other_weights_are_refused(target_root, teacher_file, pretrain_settings,
     save_file({name: tensor + 0.1 for name, tensor in load_file(teacher_file).items()}, other)
     with pytest.raises(MismatchError, match="not the weights"):
         pretrain(
-            target_root, tmp_path / "run", pretrain_settings(targets="online", teacher_weights=str(other)), Silent()
+            target_root,
+            tmp_path / "run",
+            pretrain_settings(targets="online", teacher_weights=str(other)),
+            report=Silent(),
         )
 
 
@@ -102,19 +105,21 @@ def test_originals_that_are_missing_or_others_are_refused(
         )
 
     with pytest.raises(ManifestError, match="fresh views need"):
-        pretrain(target_root, tmp_path / "run", settings(tmp_path / "nowhere"), Silent())
+        pretrain(target_root, tmp_path / "run", settings(tmp_path / "nowhere"), report=Silent())
     shard = extract_settings(shard={"seed": 5}).shard
-    build_shard_set(photos, tmp_path / "others", shard, Silent())
+    build_shard_set(photos, tmp_path / "others", shard, report=Silent())
     with pytest.raises(MismatchError, match="not made from this shard set"):
-        pretrain(target_root, tmp_path / "run2", settings(tmp_path / "others"), Silent())
+        pretrain(target_root, tmp_path / "run2", settings(tmp_path / "others"), report=Silent())
 
 
 def test_contradictions_are_refused(pretrain_settings):
     with pytest.raises(SettingsError, match="no cached targets"):
         pretrain_settings(views="fresh")
-    with pytest.raises(SettingsError, match=r"mask\.repeat 3 does not divide .* 32: set mask\.repeat to 2"):
+    with pytest.raises(
+        SettingsError, match=r"data\.batch .32. is not divisible by mask\.repeat .3.: set mask\.repeat to 2"
+    ):
         pretrain_settings(mask={"repeat": 3})
     with pytest.raises(SettingsError, match=r"loads 2 views, .* set data\.streams to 2"):
         pretrain_settings(mask={"repeat": 16})
-    with pytest.raises(SettingsError, match="cut by the workers"):
+    with pytest.raises(SettingsError, match="cropped by the workers"):
         pretrain_settings(targets="online", views="fresh", data={"decode": "device"})

@@ -11,7 +11,7 @@ from cae2pipe.errors import DamageError, DivergedError, ManifestError, MismatchE
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
-from cae2pipe.training.telemetry import CLOCKED
+from cae2pipe.training.telemetry import MACHINE_METRICS
 from tests.conftest import contents, snapshot
 
 
@@ -19,14 +19,14 @@ from tests.conftest import contents, snapshot
 def run(target_root, pretrain_settings, tmp_path_factory) -> Path:
     """A finished run of two epochs, ten steps. Not to be written to."""
     out = tmp_path_factory.mktemp("run") / "run"
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     return out
 
 
 def figures(root: Path) -> list[dict]:
     """The metrics without what hangs on the clock."""
     return [
-        {name: value for name, value in line.items() if name not in CLOCKED}
+        {name: value for name, value in line.items() if name not in MACHINE_METRICS}
         for line in read_lines(root / "metrics.jsonl")
     ]
 
@@ -43,7 +43,7 @@ def test_a_run_leaves_metrics_checkpoint_and_encoder(run):
 def test_a_second_run_does_nothing_and_says_so(run, target_root, pretrain_settings):
     before = snapshot(run)
     report = Silent()
-    pretrain(target_root, run, pretrain_settings(), report)
+    pretrain(target_root, run, pretrain_settings(), report=report)
     assert snapshot(run) == before
     assert any("nothing to do" in line for line in report.lines)
 
@@ -51,10 +51,10 @@ def test_a_second_run_does_nothing_and_says_so(run, target_root, pretrain_settin
 @pytest.mark.parametrize("stop", [1, 5, 7])
 def test_a_resumed_run_agrees_to_the_bit(run, target_root, pretrain_settings, tmp_path, stop):
     out = tmp_path / "run"
-    pretrain(target_root, out, pretrain_settings(stop_after=stop), Silent())
+    pretrain(target_root, out, pretrain_settings(stop_after=stop), report=Silent())
     assert len(figures(out)) == stop
     assert not (out / "encoder.safetensors").exists()
-    pretrain(target_root, out, pretrain_settings(speed={"workers": 2}), Silent())
+    pretrain(target_root, out, pretrain_settings(speed={"workers": 2}), report=Silent())
     assert figures(out) == figures(run)
     assert (out / "encoder.safetensors").read_bytes() == (run / "encoder.safetensors").read_bytes()
 
@@ -63,7 +63,7 @@ def test_a_deleted_encoder_is_exported_again(run, target_root, pretrain_settings
     out = tmp_path / "run"
     shutil.copytree(run, out)
     (out / "encoder.safetensors").unlink()
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     assert (out / "encoder.safetensors").read_bytes() == (run / "encoder.safetensors").read_bytes()
     assert figures(out) == figures(run)
 
@@ -80,27 +80,27 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(run, target_root, pretrain_s
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        pretrain(target_root, out, pretrain_settings(), Interrupting())
+        pretrain(target_root, out, pretrain_settings(), report=Interrupting())
     assert len(figures(out)) in (4, 5)
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     assert figures(out) == figures(run)
 
 
 def test_a_damaged_checkpoint_is_passed_over(run, target_root, pretrain_settings, tmp_path):
     out = tmp_path / "run"
-    pretrain(target_root, out, pretrain_settings(stop_after=3), Silent())
-    pretrain(target_root, out, pretrain_settings(stop_after=6), Silent())
+    pretrain(target_root, out, pretrain_settings(stop_after=3), report=Silent())
+    pretrain(target_root, out, pretrain_settings(stop_after=6), report=Silent())
     newest = out / "checkpoints" / "step-00000006.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     report = Silent()
-    pretrain(target_root, out, pretrain_settings(), report)
+    pretrain(target_root, out, pretrain_settings(), report=report)
     assert any("step-00000006.pt cannot be read" in line for line in report.lines)
     assert figures(out) == figures(run)
 
 
 def test_other_settings_are_refused_by_name(run, target_root, pretrain_settings):
     with pytest.raises(MismatchError, match=r"settings\.optimizer\.lr"):
-        pretrain(target_root, run, pretrain_settings(optimizer={"lr": 0.1}), Silent())
+        pretrain(target_root, run, pretrain_settings(optimizer={"lr": 0.1}), report=Silent())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_other_settings_are_refused_by_name(run, target_root, pretrain_settings)
 )
 def test_a_student_that_does_not_fit_is_refused(target_root, pretrain_settings, tmp_path, model, field):
     with pytest.raises(SettingsError, match=field) as caught:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(model=model), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(model=model), report=Silent())
     assert caught.value.fix
     assert not (tmp_path / "run").exists()
 
@@ -120,19 +120,19 @@ def test_a_foreign_folder_is_left_as_it_is(target_root, pretrain_settings, tmp_p
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ManifestError):
-        pretrain(target_root, tmp_path, pretrain_settings(), Silent())
+        pretrain(target_root, tmp_path, pretrain_settings(), report=Silent())
     assert contents(tmp_path) == files
 
 
 def test_a_batch_larger_than_the_set_is_refused(target_root, pretrain_settings, tmp_path):
     with pytest.raises(SettingsError, match="fewer than one batch") as caught:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(data={"batch": 152, "streams": 4}), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(data={"batch": 152, "streams": 4}), report=Silent())
     assert "150" in caught.value.fix
 
 
 def test_no_target_set(tmp_path, pretrain_settings):
     with pytest.raises(ManifestError, match="no such folder"):
-        pretrain(tmp_path / "nowhere", tmp_path / "run", pretrain_settings(), Silent())
+        pretrain(tmp_path / "nowhere", tmp_path / "run", pretrain_settings(), report=Silent())
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
@@ -145,7 +145,7 @@ def test_a_set_with_a_damaged_file_is_refused_at_start(target_root, tmp_path, pr
     else:
         tar.write_bytes(tar.read_bytes()[:-512])
     with pytest.raises(DamageError) as caught:
-        pretrain(root, tmp_path / "run", pretrain_settings(), Silent())
+        pretrain(root, tmp_path / "run", pretrain_settings(), report=Silent())
     assert "000001.tar" in caught.value.where
     assert "--repair" in caught.value.fix
 
@@ -158,37 +158,39 @@ def test_a_changed_byte_of_latents_is_met_and_named(target_root, tmp_path, pretr
         data[100] ^= 1
         path.write_bytes(data)
     with pytest.raises(DamageError) as caught:
-        pretrain(root, tmp_path / "run", pretrain_settings(), Silent())
+        pretrain(root, tmp_path / "run", pretrain_settings(), report=Silent())
     assert "block" in caught.value.where
     assert "cae2pipe verify" in caught.value.fix
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(target_root, tmp_path, pretrain_settings):
     with pytest.raises(DivergedError, match="not finite"):
-        pretrain(target_root, tmp_path / "run", pretrain_settings(optimizer={"lr": 1e30}, epochs=3), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(optimizer={"lr": 1e30}, epochs=3), report=Silent())
 
 
 def test_a_growing_set_does_not_change_a_run_that_began_before(photos, extract_settings, pretrain_settings, tmp_path):
     from cae2pipe.stages.extract_targets import extract_targets
 
     root = tmp_path / "set"
-    extract_targets(photos, root, extract_settings(views=1), Silent())
-    pretrain(root, tmp_path / "whole", pretrain_settings(), Silent())
-    pretrain(root, tmp_path / "run", pretrain_settings(stop_after=4), Silent())
-    extract_targets(photos, root, extract_settings(views=2), Silent())
-    pretrain(root, tmp_path / "run", pretrain_settings(), Silent())
+    extract_targets(photos, root, extract_settings(views=1), report=Silent())
+    pretrain(root, tmp_path / "whole", pretrain_settings(), report=Silent())
+    pretrain(root, tmp_path / "run", pretrain_settings(stop_after=4), report=Silent())
+    extract_targets(photos, root, extract_settings(views=2), report=Silent())
+    pretrain(root, tmp_path / "run", pretrain_settings(), report=Silent())
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
 def test_every_kind_of_loss_falls(target_root, tmp_path, pretrain_settings, kind):
-    pretrain(target_root, tmp_path / "run", pretrain_settings(loss={"kind": kind}, optimizer={"lr": 0.1}), Silent())
+    pretrain(
+        target_root, tmp_path / "run", pretrain_settings(loss={"kind": kind}, optimizer={"lr": 0.1}), report=Silent()
+    )
     lines = figures(tmp_path / "run")
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
 def test_no_regressor_leaves_the_visible_loss_alone(target_root, tmp_path, pretrain_settings):
-    pretrain(target_root, tmp_path / "run", pretrain_settings(model={"regressor_depth": 0}), Silent())
+    pretrain(target_root, tmp_path / "run", pretrain_settings(model={"predictor_depth": 0}), report=Silent())
     last = figures(tmp_path / "run")[-1]
     assert last["loss_masked"] == 0
     assert last["loss"] == pytest.approx(last["loss_visible"])
@@ -198,7 +200,7 @@ def test_the_official_recipe_drops_the_last_batch(target_root, tmp_path, pretrai
     settings = pretrain_settings(
         recipe="official", data={"last_batch": "drop"}, loss={"reduction": "one_mean"}, model={"head": "ln-fc"}
     )
-    pretrain(target_root, tmp_path / "run", settings, Silent())
+    pretrain(target_root, tmp_path / "run", settings, report=Silent())
     assert [line["images"] for line in figures(tmp_path / "run")] == [32] * 8
 
 

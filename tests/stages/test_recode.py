@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cae2pipe.artifacts.box import open_box
+from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.cli import app
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import BadInputError, DamageError, ManifestError, MismatchError
@@ -33,7 +33,7 @@ KLT = CodecSettings(name="klt", fidelity=0.999, calibration=64)
 @pytest.fixture(scope="module")
 def fp16(tmp_path_factory, photos, extract_settings) -> Path:
     out = tmp_path_factory.mktemp("fp16") / "set"
-    extract_targets(photos, out, extract_settings(codec={"name": "fp16"}), Silent())
+    extract_targets(photos, out, extract_settings(codec={"name": "fp16"}), report=Silent())
     return out
 
 
@@ -45,18 +45,18 @@ def tokens(root: Path, name: str) -> torch.Tensor:
 
 
 def test_a_set_of_another_default_is_resumed_with_its_own(fp16, tmp_path):
-    recode(fp16, tmp_path / "set", KLT, Silent())
+    recode(fp16, tmp_path / "set", KLT, report=Silent())
     before = contents(tmp_path / "set")
-    recode(fp16, tmp_path / "set", CodecSettings(name="klt", calibration=64), Silent())
+    recode(fp16, tmp_path / "set", CodecSettings(name="klt", calibration=64), report=Silent())
     assert contents(tmp_path / "set") == before
     with pytest.raises(MismatchError, match=r"codec\.fidelity"):
-        recode(fp16, tmp_path / "set", CodecSettings(fidelity=0.97, calibration=64), Silent())
+        recode(fp16, tmp_path / "set", CodecSettings(fidelity=0.97, calibration=64), report=Silent())
 
 
 def test_what_comes_out_is_what_an_extraction_would_have_made(fp16, target_root, tmp_path):
-    recode(fp16, tmp_path / "set", KLT, Silent())
+    recode(fp16, tmp_path / "set", KLT, report=Silent())
     made, extracted = TargetSet(tmp_path / "set"), TargetSet(target_root)
-    assert made.box.complete
+    assert made.artifact.complete
     assert made.stores.keys() == extracted.stores.keys()
     assert made.fidelity()["mean"] == pytest.approx(extracted.fidelity()["mean"], abs=1e-5)
     assert made.bytes_per_view()["latents"] == pytest.approx(extracted.bytes_per_view()["latents"], rel=0.01)
@@ -78,29 +78,29 @@ def test_the_facts_are_saved_before_the_codec(fp16, tmp_path, monkeypatch):
     write, seen = stored_calibration.write_calibration, []
 
     def watched(path: Path, calibration: Calibration) -> None:
-        box = open_box(tmp_path / "set")
-        seen.append(("codec" in box.facts, "codec" in box.units))
+        artifact = open_artifact(tmp_path / "set")
+        seen.append(("codec" in artifact.facts, "codec" in artifact.units))
         write(path, calibration)
 
     monkeypatch.setattr(stored_calibration, "write_calibration", watched)
-    recode(fp16, tmp_path / "set", KLT, Silent())
+    recode(fp16, tmp_path / "set", KLT, report=Silent())
     assert seen == [(True, False)]
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp16", "klt"])
 def test_any_number_of_workers_and_a_second_run(fp16, tmp_path, codec):
     settings = CodecSettings(name=codec, fidelity=0.99, calibration=64)
-    recode(fp16, tmp_path / "a", settings, Silent(), workers=1)
-    recode(fp16, tmp_path / "b", settings, Silent(), workers=3)
+    recode(fp16, tmp_path / "a", settings, report=Silent(), workers=1)
+    recode(fp16, tmp_path / "b", settings, report=Silent(), workers=3)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     before, report = snapshot(tmp_path / "a"), Silent()
-    recode(fp16, tmp_path / "a", settings, report)
+    recode(fp16, tmp_path / "a", settings, report=report)
     assert snapshot(tmp_path / "a") == before
     assert report.lines[0].startswith("nothing to do")
 
 
 def test_fp16_to_fp16_loses_nothing(fp16, tmp_path):
-    recode(fp16, tmp_path / "set", CodecSettings(name="fp16", calibration=64), Silent())
+    recode(fp16, tmp_path / "set", CodecSettings(name="fp16", calibration=64), report=Silent())
     assert TargetSet(tmp_path / "set").fidelity()["p1"] > 0.999999
 
 
@@ -117,20 +117,20 @@ class Stop(Silent):
 
 @pytest.mark.parametrize("after", [0, 64, 130, 290])
 def test_broken_off_and_gone_on_with(fp16, tmp_path, after):
-    recode(fp16, tmp_path / "whole", KLT, Silent())
+    recode(fp16, tmp_path / "whole", KLT, report=Silent())
     with pytest.raises(KeyboardInterrupt):
-        recode(fp16, tmp_path / "broken", KLT, Stop(after))
-    recode(fp16, tmp_path / "broken", KLT, Silent())
+        recode(fp16, tmp_path / "broken", KLT, report=Stop(after))
+    recode(fp16, tmp_path / "broken", KLT, report=Silent())
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
 def test_a_source_that_has_grown(photos, tmp_path, extract_settings):
     settings = extract_settings(codec={"name": "fp16"}, views=1)
-    extract_targets(photos, tmp_path / "fp16", settings, Silent())
-    recode(tmp_path / "fp16", tmp_path / "set", KLT, Silent())
+    extract_targets(photos, tmp_path / "fp16", settings, report=Silent())
+    recode(tmp_path / "fp16", tmp_path / "set", KLT, report=Silent())
     before = snapshot(tmp_path / "set")
-    extract_targets(photos, tmp_path / "fp16", extract_settings(codec={"name": "fp16"}, views=2), Silent())
-    recode(tmp_path / "fp16", tmp_path / "set", KLT, Silent())
+    extract_targets(photos, tmp_path / "fp16", extract_settings(codec={"name": "fp16"}, views=2), report=Silent())
+    recode(tmp_path / "fp16", tmp_path / "set", KLT, report=Silent())
     after = snapshot(tmp_path / "set")
     assert TargetSet(tmp_path / "set").views == 2
     assert all(after[name] == before[name] for name in before if name != "manifest.json")
@@ -138,24 +138,24 @@ def test_a_source_that_has_grown(photos, tmp_path, extract_settings):
 
 def test_lossy_sources(target_root, tmp_path):
     with pytest.raises(BadInputError, match="klt") as caught:
-        recode(target_root, tmp_path / "set", KLT, Silent())
+        recode(target_root, tmp_path / "set", KLT, report=Silent())
     assert "--lossy-source" in caught.value.fix
     assert not (tmp_path / "set").exists()
-    recode(target_root, tmp_path / "set", CodecSettings(name="int8"), Silent(), lossy_source=True)
+    recode(target_root, tmp_path / "set", CodecSettings(name="int8"), report=Silent(), lossy_source=True)
     assert TargetSet(tmp_path / "set").layout.codec.name == "int8"
 
 
 def test_what_does_not_fit_is_refused(fp16, photos, tmp_path, extract_settings):
-    recode(fp16, tmp_path / "set", KLT, Silent())
+    recode(fp16, tmp_path / "set", KLT, report=Silent())
     before = snapshot(tmp_path / "set")
     with pytest.raises(MismatchError, match=r"codec\.fidelity"):
-        recode(fp16, tmp_path / "set", KLT.model_copy(update={"fidelity": 0.99}), Silent())
+        recode(fp16, tmp_path / "set", KLT.model_copy(update={"fidelity": 0.99}), report=Silent())
     with pytest.raises(MismatchError, match="recoded"):
-        extract_targets(photos, tmp_path / "set", extract_settings(codec={"calibration": 64}), Silent())
+        extract_targets(photos, tmp_path / "set", extract_settings(codec={"calibration": 64}), report=Silent())
     assert snapshot(tmp_path / "set") == before
     for inside in (fp16 / "sub", fp16):
         with pytest.raises((BadInputError, MismatchError)):
-            recode(fp16, inside, KLT, Silent())
+            recode(fp16, inside, KLT, report=Silent())
     assert not (fp16 / "sub").exists()
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_source_leaves_nothing_damaged(fp16, tmp_path):
     data[3000] ^= 1
     tar.write_bytes(data)
     with pytest.raises(DamageError) as caught:
-        recode(tmp_path / "fp16", tmp_path / "set", KLT, Silent())
+        recode(tmp_path / "fp16", tmp_path / "set", KLT, report=Silent())
     assert "images/000001" in caught.value.where
     assert not (tmp_path / "set/images/000001.tar").exists()
 
@@ -188,23 +188,23 @@ def test_a_hostile_set_deletes_and_overwrites_nothing_outside(fp16, tmp_path, fi
     edit_manifest(source, units=units)
     before = contents(tmp_path)
     with pytest.raises(ManifestError, match=r"units\."):
-        recode(source, tmp_path / "out", KLT, Silent())
+        recode(source, tmp_path / "out", KLT, report=Silent())
     assert contents(tmp_path) == before
 
 
 def test_linked_folders_of_the_output_are_not_written_through(fp16, tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "precious").write_bytes(b"1")
-    recode(fp16, tmp_path / "set", KLT, Silent())
+    recode(fp16, tmp_path / "set", KLT, report=Silent())
     shutil.rmtree(tmp_path / "set" / "latents")
     (tmp_path / "set" / "latents").symlink_to(tmp_path / "outside")
     with pytest.raises(BadInputError, match="symbolic link"):
-        recode(fp16, tmp_path / "set", KLT, Silent())
+        recode(fp16, tmp_path / "set", KLT, report=Silent())
     assert contents(tmp_path / "outside") == {"precious": b"1"}
 
 
 def test_repair_goes_by_the_set_it_came_from(fp16, tmp_path):
-    recode(fp16, tmp_path / "set", KLT, Silent())
+    recode(fp16, tmp_path / "set", KLT, report=Silent())
     before = contents(tmp_path / "set")
     for name in ("latents/v01/000001.zarr/symbols/c/0/0/0", "images/000000.tar", "codec.zarr/mean/c/0"):
         # A new file: the tar has a second name in the source.
@@ -217,8 +217,8 @@ def test_repair_goes_by_the_set_it_came_from(fp16, tmp_path):
 
 
 def test_a_recoded_set_trains(fp16, tmp_path, pretrain_settings):
-    recode(fp16, tmp_path / "set", KLT, Silent())
-    pretrain(tmp_path / "set", tmp_path / "run", pretrain_settings(), Silent())
+    recode(fp16, tmp_path / "set", KLT, report=Silent())
+    pretrain(tmp_path / "set", tmp_path / "run", pretrain_settings(), report=Silent())
     assert (tmp_path / "run" / "encoder.safetensors").exists()
 
 

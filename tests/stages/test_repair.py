@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cae2pipe.artifacts.parts import parse_part
+from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.cli import app
 from cae2pipe.errors import BadInputError, DamageError, MismatchError
 from cae2pipe.runtime.progress import Silent
@@ -100,7 +100,7 @@ def test_images_that_come_out_otherwise_are_refused(copy, photos, teacher_file, 
     rendering = importlib.import_module("cae2pipe.targets.rendering")
     real = rendering.keep_image
     monkeypatch.setattr(rendering, "keep_image", lambda image, settings: real(image.rotate(180), settings))
-    with pytest.raises(DamageError, match="do not come out as they were"):
+    with pytest.raises(DamageError, match="differ from those that views were cut from"):
         mended(copy, photos, teacher_file)
     after = contents(copy)
     assert not json.loads(after.pop("manifest.json"))["complete"]
@@ -148,14 +148,14 @@ def test_a_source_that_has_changed_is_refused(copy, photos, tmp_path, teacher_fi
 
 def test_a_shard_set_beside_the_targets(photos, tmp_path, extract_settings, teacher_file):
     settings = extract_settings(views=1)
-    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, Silent())
-    extract_targets(shards.root, tmp_path / "set", settings, Silent())
+    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, report=Silent())
+    extract_targets(shards.root, tmp_path / "set", settings, report=Silent())
     before = contents(tmp_path / "set")
     damage(tmp_path / "set/images/000001.tar", "changed")
     with pytest.raises(BadInputError, match="shard set") as caught:
         repair(verify(tmp_path / "set", Silent()), Silent(), weights=teacher_file, device="cpu", workers=0)
     assert "--source" in caught.value.fix
-    other = build_shard_set(photos, tmp_path / "other", settings.shard.model_copy(update={"seed": 5}), Silent())
+    other = build_shard_set(photos, tmp_path / "other", settings.shard.model_copy(update={"seed": 5}), report=Silent())
     with pytest.raises(MismatchError, match="not the one"):
         mended(tmp_path / "set", other.root, teacher_file)
     mended(tmp_path / "set", shards.root, teacher_file)
@@ -165,9 +165,9 @@ def test_a_shard_set_beside_the_targets(photos, tmp_path, extract_settings, teac
 def test_only_the_asked_is_made(photos, tmp_path, extract_settings, teacher_file):
     """A set that was broken off stays partial: repair is no other name for going on."""
     settings = extract_settings()
-    extract_targets(photos, tmp_path / "set", settings, Silent(), calibrate_only=True)
-    extract_targets(photos, tmp_path / "set", extract_settings(views=1), Silent())
-    extract_targets(photos, tmp_path / "set", settings, Silent(), part=parse_part("1/2"))
+    extract_targets(photos, tmp_path / "set", settings, report=Silent(), calibrate_only=True)
+    extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())
+    extract_targets(photos, tmp_path / "set", settings, report=Silent(), part=parse_part("1/2"))
     before = contents(tmp_path / "set")
     damage(tmp_path / "set/latents/v01/000000.zarr/norms/c/0/0", "deleted")
     mended(tmp_path / "set", photos, teacher_file)
@@ -178,8 +178,10 @@ def test_a_calibration_that_comes_out_otherwise_is_refused(copy, photos, teacher
     damage(copy / "codec.zarr/mean/c/0", "changed")
     before = snapshot(copy)
     real = stored_calibration.calibrate
-    monkeypatch.setattr(stored_calibration, "calibrate", lambda unit, *rest: real(unit * 0.999, *rest))
-    with pytest.raises(DamageError, match="does not come out the same"):
+    monkeypatch.setattr(
+        stored_calibration, "calibrate", lambda unit, *rest, **named: real(unit * 0.999, *rest, **named)
+    )
+    with pytest.raises(DamageError, match="cannot be reproduced on this machine"):
         mended(copy, photos, teacher_file)
     assert snapshot(copy) == before
 

@@ -35,10 +35,17 @@ def made(target_root, pretrain_settings, photos, tmp_path_factory) -> Path:
         "half": pretrain_settings(epochs=1, data={"window": 1}, optimizer={"warmup_epochs": 0}, stop_after=2),
     }
     for name, own in settings.items():
-        pretrain(target_root, root / "runs" / name, own, Silent())
-    knn = load(KnnSettings, "evaluate", "knn", ["speed.workers=0", "speed.device=cpu", "k=5"])
+        pretrain(target_root, root / "runs" / name, own, report=Silent())
+    knn = load(KnnSettings, "evaluate", "knn", overrides=["speed.workers=0", "speed.device=cpu", "k=5"])
     for name in ("seed0", "mae"):
-        evaluate("knn", str(root / "runs" / name), root / "data", root / "scores" / "deep" / name, knn, Silent())
+        evaluate(
+            "knn",
+            str(root / "runs" / name),
+            root / "data",
+            out=root / "scores" / "deep" / name,
+            settings=knn,
+            report=Silent(),
+        )
     return root
 
 
@@ -47,7 +54,7 @@ def runs(made: Path) -> list[Path]:
 
 
 def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_path):
-    found = report_runs(runs(made), [made / "scores"], target_root, tmp_path / "out", Silent(), "cpu")
+    found = report_runs(runs(made), [made / "scores"], target_root, out=tmp_path / "out", report=Silent(), device="cpu")
     assert [row.name for row in found.rows] == [
         "seed0 and 1 more",
         "method=mae, loss.kind=mse, loss.target=pixels, loss.visible=0.0, mask.strategy=random",
@@ -66,12 +73,12 @@ def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_pat
     assert "random, 6 of 16 hidden" in page
     assert "block, 6 of 16 hidden" in page
     before = contents(tmp_path / "out")
-    report_runs(runs(made), [made / "scores"], target_root, tmp_path / "out", Silent(), "cpu")
+    report_runs(runs(made), [made / "scores"], target_root, out=tmp_path / "out", report=Silent(), device="cpu")
     assert contents(tmp_path / "out") == before
 
 
 def test_without_targets_and_scores_there_are_losses(made, tmp_path):
-    found = report_runs(runs(made)[:2], [], None, tmp_path / "out", Silent())
+    found = report_runs(runs(made)[:2], [], None, out=tmp_path / "out", report=Silent())
     assert found.columns == []
     assert "Nearest neighbours" not in (tmp_path / "out" / "report.html").read_text()
     assert "| seed0 and 1 more |" in (tmp_path / "out" / "report.md").read_text()
@@ -80,35 +87,37 @@ def test_without_targets_and_scores_there_are_losses(made, tmp_path):
 def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
     shutil.copytree(made / "runs" / "seed0", tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "checkpoints")
-    report_runs([tmp_path / "bare"], [], target_root, tmp_path / "out", Silent(), "cpu")
+    report_runs([tmp_path / "bare"], [], target_root, out=tmp_path / "out", report=Silent(), device="cpu")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "No pictures of: bare (the run has no readable checkpoint)" in page
 
 
 def test_what_is_no_run_is_refused(made, target_root, tmp_path):
     with pytest.raises(ManifestError, match="'run' is needed"):
-        report_runs([target_root], [], None, tmp_path / "out", Silent())
+        report_runs([target_root], [], None, out=tmp_path / "out", report=Silent())
     with pytest.raises(SettingsError, match="twice"):
-        report_runs([made / "runs" / "seed0", made / "runs" / ".." / "runs" / "seed0"], [], None, tmp_path, Silent())
+        report_runs(
+            [made / "runs" / "seed0", made / "runs" / ".." / "runs" / "seed0"], [], None, out=tmp_path, report=Silent()
+        )
 
 
 def test_cached_and_online_runs_and_runs_on_fewer_views_are_other_rows(
     made, target_root, pretrain_settings, teacher_file, tmp_path
 ):
     once = {"epochs": 1, "optimizer": {"warmup_epochs": 0}}
-    pretrain(target_root, tmp_path / "view", pretrain_settings(**once, data={"views": 1}), Silent())
+    pretrain(target_root, tmp_path / "view", pretrain_settings(**once, data={"views": 1}), report=Silent())
     online = pretrain_settings(**once, targets="online", teacher_weights=str(teacher_file))
-    pretrain(target_root, tmp_path / "online", online, Silent())
+    pretrain(target_root, tmp_path / "online", online, report=Silent())
     three = [made / "runs" / "seed0", tmp_path / "online", tmp_path / "view"]
-    found = report_runs(three, [], None, tmp_path / "out", Silent())
+    found = report_runs(three, [], None, out=tmp_path / "out", report=Silent())
     assert [row.name for row in found.rows[:2]] == ["seed0", "targets=online"]
     assert "data.views=1" in found.rows[2].name
 
 
 def test_a_copy_of_a_run_is_no_second_seed(made, tmp_path):
     shutil.copytree(made / "runs" / "seed0", tmp_path / "copy")
-    with pytest.raises(SettingsError, match="same one, of seed 0"):
-        report_runs([made / "runs" / "seed0", tmp_path / "copy"], [], None, tmp_path / "out", Silent())
+    with pytest.raises(SettingsError, match=r"the same run \(seed 0\)"):
+        report_runs([made / "runs" / "seed0", tmp_path / "copy"], [], None, out=tmp_path / "out", report=Silent())
 
 
 def test_scores_that_cannot_be_read_are_not_passed_over(made, tmp_path):
@@ -116,15 +125,15 @@ def test_scores_that_cannot_be_read_are_not_passed_over(made, tmp_path):
     manifest = tmp_path / "scores" / "deep" / "seed0" / "knn" / "manifest.json"
     manifest.write_text("{")
     with pytest.raises(ManifestError, match="not valid JSON"):
-        report_runs(runs(made), [tmp_path / "scores"], None, tmp_path / "out", Silent())
+        report_runs(runs(made), [tmp_path / "scores"], None, out=tmp_path / "out", report=Silent())
     with pytest.raises(SourceError, match="no such folder"):
-        report_runs(runs(made), [tmp_path / "typo"], None, tmp_path / "out", Silent())
+        report_runs(runs(made), [tmp_path / "typo"], None, out=tmp_path / "out", report=Silent())
 
 
 def test_out_may_not_be_a_file(made, tmp_path):
     (tmp_path / "out").write_text("x")
     with pytest.raises(BadInputError, match="this is a file"):
-        report_runs(runs(made), [], None, tmp_path / "out", Silent())
+        report_runs(runs(made), [], None, out=tmp_path / "out", report=Silent())
 
 
 def test_the_command(made, target_root, tmp_path):

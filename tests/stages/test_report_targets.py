@@ -1,4 +1,4 @@
-"""``cae2pipe report TARGETS``: the page says what the set holds, and what of it is missing or damaged."""
+"""``cae2pipe report TARGETS``: the page shows what the set holds, and what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from cae2pipe.artifacts.manifest import seal
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.cli import app
-from cae2pipe.config.extract import CodecSettings, ShardSettings
+from cae2pipe.config.extract import ShardSettings
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
-from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report_targets import report_targets
 from cae2pipe.stages.shard import shard_images
 from cae2pipe.targets.auditing import audit
@@ -28,8 +27,8 @@ from tests.reporting.test_html import Reader, read
 
 
 def page_of(root: Path, out: Path, **options) -> Reader:
-    """The page, read; it must be whole, load nothing, and describe every picture."""
-    text = report_targets(root, out, Silent(), **options).read_text(encoding="utf-8")
+    """The parsed page, which must be complete, load nothing, and describe every picture."""
+    text = report_targets(root, out, report=Silent(), **options).page.read_text(encoding="utf-8")
     assert "http" not in text
     assert "<script" not in text
     reader = read(text)
@@ -44,7 +43,7 @@ def alts(page: Reader) -> list[str]:
 
 
 def edited(root: Path, change) -> None:
-    """Change a manifest, as whoever makes its digest fit."""
+    """Change a manifest, with a matching digest."""
     manifest = json.loads((root / "manifest.json").read_text())
     change(manifest)
     (root / "manifest.json").write_bytes(seal(manifest))
@@ -59,8 +58,8 @@ def test_a_whole_set(target_root, tmp_path):
     assert "4 × 4 patches and a class token, 16 dimensions each" in text
     assert "3 shards of 150 images, 2 views each" in text
     assert re.search(r"mean cosine 0.999; stored 0.999\d+ ✓ reached", text)
-    assert "What is missing" not in text
-    assert "6 of 6 stores: 2 views from top to bottom, 3 shards from left to right." in text
+    assert "Missing or damaged" not in text
+    assert "6 of 6 stores exist: 2 views from top to bottom, 3 shards from left to right." in text
     assert [f"class{label}50" in text for label in range(3)] == [True] * 3
     assert "Images of each of 3 classes, most first." in text
     assert "None: every image of the source could be decoded." in text
@@ -68,8 +67,8 @@ def test_a_whole_set(target_root, tmp_path):
     assert len(set(shown)) == 6
     assert sum(alt.startswith("Latents of the teacher, view") for alt in alts(page)) == 12
     assert text.count("original") >= 6
-    assert "as the set keeps it" not in text
-    # What the page lacks, and how it is had.
+    assert "reduced image" not in text
+    # The commands that add what is not on the page.
     assert f"cae2pipe report {target_root} --live 256" in text
     assert "The teacher on" not in text
     assert contents(target_root) == before
@@ -83,7 +82,7 @@ def test_images_are_from_all_over_the_set(target_root, tmp_path):
 
 def test_equal_sets_give_equal_bytes(target_root, tmp_path):
     for name in ("one", "two"):
-        report_targets(target_root, tmp_path / name, Silent())
+        report_targets(target_root, tmp_path / name, report=Silent())
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -94,10 +93,10 @@ def test_the_teacher_on_stored_views(target_root, teacher_file, extract_settings
     teacher = load_teacher(extract_settings().teacher, torch.device("cpu"))
     result = audit(TargetSet(target_root), teacher, 40)
     assert "The teacher on 40 stored views" in page.text
-    assert f"{result.raw:.4f}mean cosine now; the set records {result.expected:.4f}" in page.text
+    assert f"{result.raw:.4f}mean cosine now; recorded for the set: {result.expected:.4f}" in page.text
     assert f"{result.centred:.4f}mean centred cosine" in page.text
-    assert "Mean centred cosine of every patch" in alts(page)
-    assert "variance over principal component: the teacher's latents, error of the stored" in alts(page)
+    assert "Mean centred cosine of each patch" in alts(page)
+    assert "variance over principal component: the teacher's latents, error of stored latents" in alts(page)
     assert alts(page).count("Latents of the set as colours") == 4
     assert "--live 256" not in page.text
 
@@ -105,36 +104,36 @@ def test_the_teacher_on_stored_views(target_root, teacher_file, extract_settings
 def test_originals_come_from_the_shard_set(stored_root, target_root, photos, tmp_path):
     bare = Path(shutil.copytree(stored_root, tmp_path / "bare", ignore=shutil.ignore_patterns("shards")))
     page = page_of(bare, tmp_path / "without")
-    assert "Boxes are drawn on grey, for this set keeps no images." in page.text
-    assert page.text.count("the original is not here") == 6
+    assert "Boxes are drawn on grey, because this set has no whole images." in page.text
+    assert page.text.count("original not available") == 6
     assert f"cae2pipe report {bare} --source SHARDS" in page.text
-    assert "listed in the shard set, which is not here" in page.text
+    assert "listed in the shard set, which is not inside this set" in page.text
     page = page_of(bare, tmp_path / "with", source=target_root / "shards")
     assert "--source SHARDS" not in page.text
-    assert "the original is not here" not in page.text
+    assert "original not available" not in page.text
     with pytest.raises(ManifestError, match="no manifest"):
-        report_targets(bare, tmp_path / "with", Silent(), source=photos)
-    shard_images(photos, tmp_path / "other", ShardSettings(seed=1, samples=70, speed={"workers": 0}), Silent())
-    with pytest.raises(MismatchError, match="not the one that this target set was made from"):
-        report_targets(bare, tmp_path / "with", Silent(), source=tmp_path / "other")
+        report_targets(bare, tmp_path / "with", report=Silent(), source=photos)
+    shard_images(photos, tmp_path / "other", ShardSettings(seed=1, samples=70, speed={"workers": 0}), report=Silent())
+    with pytest.raises(MismatchError, match="differs from the one that this target set was made from"):
+        report_targets(bare, tmp_path / "with", report=Silent(), source=tmp_path / "other")
 
 
 def test_kept_images_stand_for_originals(copy, tmp_path):
     shutil.rmtree(copy / "shards")
     page = page_of(copy, tmp_path / "out")
-    assert "Boxes are drawn on the images as the set keeps them." in page.text
-    assert page.text.count("as the set keeps it") == 6
+    assert "Boxes are drawn on the reduced images of the set." in page.text
+    assert page.text.count("reduced image") == 7
 
 
 def test_damaged_originals_are_named_and_kept_images_shown(copy, tmp_path):
     (copy / "shards" / "tars" / "000001.tar").unlink()
     page = page_of(copy, tmp_path / "out")
     assert f"{copy / 'shards' / 'tars' / '000001.tar'}: " in page.text
-    assert 0 < page.text.count("as the set keeps it") < 6
+    assert 0 < page.text.count("reduced image") < 6
     edited(copy / "shards", lambda manifest: manifest["units"].pop("000001"))
     page = page_of(copy, tmp_path / "out")
-    assert "shard 000001 of the source is not the one that this target set was made from" in page.text
-    assert page.text.count("as the set keeps it") == 6
+    assert "shard 000001 of the source differs from the one that this target set was made from" in page.text
+    assert page.text.count("reduced image") == 7
 
 
 def test_what_is_not_there_yet_is_named(copy, tmp_path):
@@ -145,9 +144,9 @@ def test_what_is_not_there_yet_is_named(copy, tmp_path):
 
     edited(copy, cut)
     page = page_of(copy, tmp_path / "out")
-    assert "4 stores of 9 are not there yet: v01/000001, v02/000000, v02/000001, v02/000002." in page.text
+    assert "4 stores of 9 do not exist yet: v01/000001, v02/000000, v02/000001, v02/000002." in page.text
     assert f"cae2pipe extract-targets SOURCE {copy}" in page.text
-    assert "55%of the stores asked for are there" in page.text
+    assert "55%of the requested stores exist" in page.text
 
 
 @pytest.mark.parametrize(
@@ -161,11 +160,11 @@ def test_missing_files_are_named_and_the_rest_is_shown(file, lost, copy, tmp_pat
     (copy / file).unlink()
     page = page_of(copy, tmp_path / "out")
     stores = "1 store" if len(lost) == 1 else "2 stores"
-    assert f"{stores} cannot be used, for a file is missing or cut off: {', '.join(lost)}." in page.text
-    assert f"{copy / file}: a file of the manifest is missing" in page.text
+    assert f"{stores} cannot be used, because a file is missing or truncated: {', '.join(lost)}." in page.text
+    assert f"{copy / file}: a file that the manifest lists is missing" in page.text
     assert f"cae2pipe verify {copy} --repair" in page.text
-    assert "orange is damaged" in page.text
-    assert "3 shards of 150 images, 2 views each, in part" in page.text
+    assert "orange: damaged" in page.text
+    assert "3 shards of 150 images, 2 views each, incomplete" in page.text
     with pytest.raises(DamageError, match="missing"):
         TargetSet(copy)
 
@@ -185,7 +184,7 @@ def test_nothing_is_left_to_show(copy, tmp_path):
     for path in (copy / "images").glob("*.tar"):
         path.unlink()
     with pytest.raises(DamageError, match="missing"):
-        report_targets(copy, tmp_path / "out", Silent())
+        report_targets(copy, tmp_path / "out", report=Silent())
     assert not (tmp_path / "out").exists()
 
 
@@ -198,17 +197,15 @@ def test_a_set_of_an_older_format(copy, tmp_path):
     edited(copy, age)
     page = page_of(copy, tmp_path / "out")
     assert "extracted withnot recorded" in page.text
-    assert "What is missing" not in page.text
+    assert "Missing or damaged" not in page.text
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp16"])
-def test_other_codecs(codec, target_root, tmp_path):
-    recode(target_root, tmp_path / "set", CodecSettings(name=codec), Silent(), lossy_source=True, workers=0)
-    page = page_of(tmp_path / "set", tmp_path / "out")
+def test_other_codecs(codec, recoded_root, tmp_path):
+    page = page_of(recoded_root(codec), tmp_path)
     assert f"codec{codec}" in page.text
-    assert "from a set of codec klt" in page.text
-    assert "fidelity asked" not in page.text
-    # The array itself is as large as this codec is said to make it, up to its padding to whole blocks.
+    assert "from a set with codec klt" in page.text
+    assert "requested fidelity" not in page.text
     shape = {"int8": "17 × 16 int8", "fp16": "17 × 16 float16"}[codec]
     assert shape in page.text
 
@@ -220,7 +217,7 @@ def test_images_without_classes_and_rejects(extract_settings, tmp_path):
         photo.rename(tmp_path / "flat" / photo.name)
     (tmp_path / "flat" / "<b>broken.jpg").write_bytes(b"nothing")
     settings = extract_settings(views=1, codec={"calibration": 16})
-    extract_targets(tmp_path / "flat", tmp_path / "set", settings, Silent())
+    extract_targets(tmp_path / "flat", tmp_path / "set", settings, report=Silent())
     page = page_of(tmp_path / "set", tmp_path / "out")
     assert "The images have no classes" in page.text
     assert "1 image of the source could not be decoded." in page.text
@@ -228,13 +225,13 @@ def test_images_without_classes_and_rejects(extract_settings, tmp_path):
 
 
 def test_a_remote_set(target_root, tmp_path):
-    remote = place("memory://report/set")
+    remote = to_path("memory://report/set")
     for name, data in contents(target_root).items():
         path = remote / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    ours = report_targets(target_root, tmp_path / "local", Silent()).read_text()
-    theirs = report_targets(remote, place("memory://report/out"), Silent())
+    ours = report_targets(target_root, tmp_path / "local", report=Silent()).page.read_text()
+    theirs = report_targets(remote, to_path("memory://report/out"), report=Silent()).page
     assert theirs.read_text() == ours.replace(str(target_root), str(remote))
 
 
@@ -244,7 +241,7 @@ def test_an_interrupt_leaves_nothing(target_root, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report_targets(target_root, tmp_path / "out", Interrupted())
+        report_targets(target_root, tmp_path / "out", report=Interrupted())
     assert not (tmp_path / "out").exists()
 
 
@@ -256,10 +253,10 @@ def test_the_command(target_root, stored_root, trained_run, tmp_path):
     assert done.exit_code == 0, done.output
     assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout.replace("\n", "")
     for arguments, said in (
-        ((target_root, trained_run()), "a report is of some runs, or of one target set"),
-        ((target_root, stored_root), "a report is of some runs, or of one target set"),
-        ((target_root, "--scores", tmp_path), "this option belongs to the report of runs"),
-        ((trained_run(), "--live", 5), "this option belongs to the report of a target set"),
+        ((target_root, trained_run()), "a report is about some runs, or about one target set"),
+        ((target_root, stored_root), "a report is about some runs, or about one target set"),
+        ((target_root, "--scores", tmp_path), "this option does not apply to a report of a target set"),
+        ((trained_run(), "--live", 5), "this option does not apply to a report of runs"),
     ):
         refused = run(*arguments)
         assert refused.exit_code == 2

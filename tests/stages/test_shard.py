@@ -26,15 +26,15 @@ def test_splits_make_a_shard_set_each(source, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(source, root / "train")
     shutil.copytree(source / "class0", root / "val" / "class0")
-    made = shard_images(root, tmp_path / "out", SETTINGS, Silent())
+    made = shard_images(root, tmp_path / "out", SETTINGS, report=Silent())
     assert [(shards.root, shards.images) for shards in made] == [
         (tmp_path / "out/train", 24),
         (tmp_path / "out/val", 8),
     ]
-    alone = build_shard_set(source, tmp_path / "alone", SETTINGS, Silent())
+    alone = build_shard_set(source, tmp_path / "alone", SETTINGS, report=Silent())
     assert contents(tmp_path / "out/train") == contents(alone.root)
     with pytest.raises(SourceError, match="splits train, val"):
-        build_shard_set(root, tmp_path / "other", SETTINGS, Silent())
+        build_shard_set(root, tmp_path / "other", SETTINGS, report=Silent())
 
 
 def test_all_splits_are_looked_at_before_the_first_is_packed(source, tmp_path):
@@ -42,7 +42,7 @@ def test_all_splits_are_looked_at_before_the_first_is_packed(source, tmp_path):
     shutil.copytree(source, root / "train")
     (root / "val" / "class0").mkdir(parents=True)
     with pytest.raises(SourceError, match="empty"):
-        shard_images(root, tmp_path / "out", SETTINGS, Silent())
+        shard_images(root, tmp_path / "out", SETTINGS, report=Silent())
     assert not (tmp_path / "out").exists()
 
 

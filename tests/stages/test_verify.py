@@ -71,8 +71,8 @@ def test_what_is_no_file_is_a_stranger_too_and_nothing_is_waited_for(copy):
     os.mkfifo(copy / "images" / "fifo")
     (copy / "latents" / "v00" / "link").symlink_to(copy.parent)
     (copy / "codec.zarr" / "dangling").symlink_to("nowhere")
-    names = {Path(problem.where).name for problem in verify(copy, Silent()).problems}
-    assert names == {"fifo", "link", "dangling"}
+    damaged = {Path(problem.where).name for problem in verify(copy, Silent()).problems}
+    assert damaged == {"fifo", "link", "dangling"}
     tar = copy / "images" / "000000.tar"
     tar.unlink()
     os.mkfifo(tar)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cae2pipe.artifacts.places import place
+from cae2pipe.artifacts.storage import to_path
 
 Mood = tuple[str, str]
 BUSY: Mood = ("503 Slow Down", "SlowDown: please reduce your request rate")
@@ -71,5 +71,5 @@ def bucket(s3_server: tuple[str, Moody], monkeypatch: pytest.MonkeyPatch) -> str
     }.items():
         monkeypatch.setenv(name, value)
     name = f"bucket-{uuid.uuid4().hex[:12]}"
-    place(f"s3://{name}").fs.mkdir(name)  # type: ignore[attr-defined]
+    to_path(f"s3://{name}").fs.mkdir(name)  # type: ignore[attr-defined]
     return f"s3://{name}"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.artifacts import places
+from cae2pipe.artifacts import storage
 from cae2pipe.artifacts.lock import can_lock, writing
-from cae2pipe.artifacts.parts import Part
-from cae2pipe.artifacts.places import file_sizes, place, put_bytes, read_bytes, remove
+from cae2pipe.artifacts.storage import file_sizes, put_bytes, read_bytes, remove, to_path
+from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.errors import BadInputError, DamageError, LockedError, StorageError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
@@ -28,42 +28,44 @@ def test_shard_extract_pretrain_and_verify(
     bucket, photos, target_root, tmp_path, extract_settings, pretrain_settings
 ) -> None:
     settings = extract_settings()
-    shards = build_shard_set(photos, place(f"{bucket}/shards"), settings.shard, Silent())
+    shards = build_shard_set(photos, to_path(f"{bucket}/shards"), settings.shard, report=Silent())
     assert remote_contents(shards.root) == contents(target_root / "shards")
-    out = place(f"{bucket}/targets")
-    extract_targets(shards.root, out, settings, Silent())
+    out = to_path(f"{bucket}/targets")
+    extract_targets(shards.root, out, settings, report=Silent())
     local = {name: data for name, data in contents(target_root).items() if not name.startswith("shards/")}
     assert remote_contents(out) == local, "the same bytes as on a disk"
     report = Silent()
-    extract_targets(shards.root, out, settings, report)
+    extract_targets(shards.root, out, settings, report=report)
     assert any("nothing to do" in line for line in report.lines)
     assert not verify(out, Silent()).problems
     run = pretrain_settings(stop_after=1)
-    pretrain(out, tmp_path / "run", run, Silent())
-    pretrain(target_root, tmp_path / "local", run, Silent())
+    pretrain(out, tmp_path / "run", run, report=Silent())
+    pretrain(target_root, tmp_path / "local", run, report=Silent())
     assert [p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_file()] == [
         p.read_bytes() for p in (tmp_path / "local" / "checkpoints").iterdir() if p.is_file()
     ]
 
 
 def test_a_source_on_an_object_store(bucket, photos, tmp_path, extract_settings) -> None:
-    source = place(f"{bucket}/photos")
+    source = to_path(f"{bucket}/photos")
     for name, data in contents(photos).items():
         put_bytes(source / name, data)
     settings = extract_settings().shard
-    alone = build_shard_set(photos, tmp_path / "local", settings, Silent())
-    assert contents(build_shard_set(source, tmp_path / "remote", settings, Silent()).root) == contents(alone.root)
+    alone = build_shard_set(photos, tmp_path / "local", settings, report=Silent())
+    assert contents(build_shard_set(source, tmp_path / "remote", settings, report=Silent()).root) == contents(
+        alone.root
+    )
     put_bytes(source / "class0" / "empty.jpg", b"")
-    grown = build_shard_set(source, tmp_path / "remote", settings, Silent())
+    grown = build_shard_set(source, tmp_path / "remote", settings, report=Silent())
     assert grown.images == alone.images
     assert b"class0/empty.jpg" in (grown.root / "rejects.jsonl").read_bytes()
 
 
 def test_lost_and_changed_objects_are_found_and_made_again(bucket, photos, tmp_path, extract_settings) -> None:
     settings = extract_settings(views=1)
-    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, Silent())
-    out = place(f"{bucket}/targets")
-    extract_targets(shards.root, out, settings, Silent())
+    shards = build_shard_set(photos, tmp_path / "shards", settings.shard, report=Silent())
+    out = to_path(f"{bucket}/targets")
+    extract_targets(shards.root, out, settings, report=Silent())
     before = remote_contents(out)
     lost, flipped = "images/000001.tar", "latents/v00/000002.zarr/symbols/c/0/0/0"
     remove([out / lost])
@@ -72,23 +74,23 @@ def test_lost_and_changed_objects_are_found_and_made_again(bucket, photos, tmp_p
     assert {type(problem) for problem in problems} == {DamageError}
     assert sorted(problem.where.removeprefix(f"{out}/") for problem in problems) == sorted([lost, flipped])
     remove([out / flipped])
-    extract_targets(shards.root, out, settings, Silent())
+    extract_targets(shards.root, out, settings, report=Silent())
     assert remote_contents(out) == before
 
 
 def test_parts_exclude_each_other_on_an_object_store(bucket) -> None:
-    root = place(f"{bucket}/set")
+    root = to_path(f"{bucket}/set")
     assert can_lock(root)
-    with writing(root, Part(1, 2)):
-        with writing(root, Part(2, 2)):
+    with writing(root, WorkShare(1, 2)):
+        with writing(root, WorkShare(2, 2)):
             pass
-        with pytest.raises(LockedError, match="part 1/2"), writing(root, Part(3, 4)):
+        with pytest.raises(LockedError, match="part 1/2"), writing(root, WorkShare(3, 4)):
             pass
     assert file_sizes(root) == {}
 
 
 def test_a_server_that_is_busy_for_a_moment_is_asked_again(bucket, moods) -> None:
-    path = place(f"{bucket}/file")
+    path = to_path(f"{bucket}/file")
     put_bytes(path, b"content")
     moods.append(BUSY)
     assert read_bytes(path) == b"content"
@@ -96,8 +98,8 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(bucket, moods) -> Non
 
 
 def test_a_server_that_stays_busy_is_explained(bucket, moods, monkeypatch) -> None:
-    monkeypatch.setattr(places, "WAITS", ())
-    path = place(f"{bucket}/file")
+    monkeypatch.setattr(storage, "WAITS", ())
+    path = to_path(f"{bucket}/file")
     put_bytes(path, b"content")
     monkeypatch.setattr(path.fs, "retries", 1)
     moods.extend([BUSY] * 40)
@@ -111,6 +113,6 @@ def test_a_server_that_stays_busy_is_explained(bucket, moods, monkeypatch) -> No
 def test_wrong_credentials_are_explained(bucket, photos, extract_settings, moods) -> None:
     moods.extend([FORBIDDEN] * 40)
     with pytest.raises(BadInputError, match="refuses access") as caught:
-        extract_targets(place(f"{bucket}/shards"), place(f"{bucket}/out"), extract_settings(), Silent())
+        extract_targets(to_path(f"{bucket}/shards"), to_path(f"{bucket}/out"), extract_settings(), report=Silent())
     moods.clear()
     assert "AWS_PROFILE" in caught.value.fix

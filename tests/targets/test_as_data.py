@@ -21,7 +21,7 @@ SNIPPET = Path(__file__).parents[2] / "docs" / "read_with_zarr.py"
 @pytest.fixture(scope="module", params=["klt", "int8", "fp16"])
 def root(request, tmp_path_factory, photos, extract_settings) -> Path:
     out = tmp_path_factory.mktemp(request.param) / "set"
-    extract_targets(photos, out, extract_settings(codec={"name": request.param}, views=2), Silent())
+    extract_targets(photos, out, extract_settings(codec={"name": request.param}, views=2), report=Silent())
     return out
 
 

@@ -54,11 +54,11 @@ def test_the_teacher_must_be_the_sets_own(target_root, extract_settings, tmp_pat
     from safetensors.torch import load_file, save_file
 
     weights = extract_settings().teacher.weights
-    assert verify_live(target_root, 5, weights, "cpu").sound
+    assert verify_live(target_root, 5, weights, device="cpu").sound
     with pytest.raises(TeacherError) as caught:
-        verify_live(target_root, 5, None, "cpu")
+        verify_live(target_root, 5, None, device="cpu")
     assert "--teacher-weights" in caught.value.fix
     other = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(MismatchError, match="not the weights"):
-        verify_live(target_root, 5, tmp_path / "other.safetensors", "cpu")
+        verify_live(target_root, 5, tmp_path / "other.safetensors", device="cpu")

@@ -31,8 +31,8 @@ from cae2pipe.targets.chunks import (
 )
 def test_chunks_round_trip(shape, dtype, level, shuffle, one_block, seed):
     array = np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
-    data = encode_chunk(array, level, shuffle, one_block)
-    assert np.array_equal(decode_chunk(data, shape, dtype, level), array)
+    data = encode_chunk(array, level, shuffle, one_block=one_block)
+    assert np.array_equal(decode_chunk(data, shape, dtype, level=level), array)
 
 
 @settings(deadline=None, max_examples=60)
@@ -44,9 +44,9 @@ def test_every_flipped_bit_and_every_cut_is_found(data, level):
     flipped = bytearray(good)
     flipped[position] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(ChunkError):
-        decode_chunk(bytes(flipped), array.shape, "<u2", level)
+        decode_chunk(bytes(flipped), array.shape, "<u2", level=level)
     with pytest.raises(ChunkError):
-        decode_chunk(good[:position], array.shape, "<u2", level)
+        decode_chunk(good[:position], array.shape, "<u2", level=level)
 
 
 def test_index_round_trips_and_damage_is_found():
@@ -89,7 +89,7 @@ def test_shard_files_are_byte_for_byte_what_zarr_writes(tmp_path, level, shuffle
         chunk = np.zeros((6, 64, 107), "<u2")
         part = values[:, start : start + 64]
         chunk[:, : part.shape[1]] = part
-        file.append(encode_chunk(chunk, level, shuffle, one_block))
+        file.append(encode_chunk(chunk, level, shuffle, one_block=one_block))
     file.close()
     assert ours.read_bytes() == (tmp_path / "store.zarr/theirs/c/0/0/0").read_bytes()
     assert np.array_equal(zarr.open_group(tmp_path / "store.zarr", mode="r")["ours"][...], values)

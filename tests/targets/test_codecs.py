@@ -62,13 +62,13 @@ def images(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
 def fitted(unit: torch.Tensor, step: float) -> TokenKltCodec:
     mean, basis = principal_axes(unit)
     token_basis, spread = token_axes(unit, mean, basis)
-    return TokenKltCodec(mean.float(), basis.float(), token_basis.float(), spread.float(), step)
+    return TokenKltCodec(mean.float(), basis.float(), token_basis.float(), spread=spread.float(), step=step)
 
 
 def size(codec, unit: torch.Tensor) -> int:
     """Bytes of a block's chunk."""
     spec = codec.arrays()["symbols"]
-    return len(encode_chunk(codec.encode(unit)["symbols"], spec.level, spec.shuffle, spec.one_block))
+    return len(encode_chunk(codec.encode(unit)["symbols"], spec.level, spec.shuffle, one_block=spec.one_block))
 
 
 @settings(deadline=None)
@@ -130,7 +130,9 @@ def test_rounding_goes_towards_zero_and_more_so_the_rarer_a_value_is(value, spre
 
 @pytest.mark.parametrize("make", [lambda step: KltCodec(torch.zeros(4), torch.eye(4), step), None])
 def test_klt_overflow_is_an_error_and_never_a_wrap(make):
-    make = make or (lambda step: TokenKltCodec(torch.zeros(4), torch.eye(4), torch.eye(1), torch.ones(1, 4), step))
+    make = make or (
+        lambda step: TokenKltCodec(torch.zeros(4), torch.eye(4), torch.eye(1), spread=torch.ones(1, 4), step=step)
+    )
     with pytest.raises(TeacherError, match="65535"):
         make(1e-5).encode(torch.ones(1, 1, 4))
     # A symbol of all 16 bits still comes back.
@@ -177,7 +179,7 @@ def test_norms_and_unit_tokens_give_the_tokens_back():
 @pytest.mark.parametrize("fidelity", [0.9, 0.97, 0.99, 0.999, 0.9999])
 def test_calibration_reaches_the_fidelity_on_other_samples_and_not_by_far(fidelity, make):
     unit = make(320, 20, 48)
-    calibration, reached = calibrate(unit[:240], "klt", fidelity, 1)
+    calibration, reached = calibrate(unit[:240], "klt", fidelity, level=1)
     unit = unit[180:]
     codec = make_codec("klt", calibration)
     decoded = codec.decode(as_tensors(codec.encode(unit[60:])))
@@ -196,7 +198,7 @@ def test_calibration_does_not_depend_on_threads():
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(calibrate(unit, "klt", 0.999, 1)[0])
+            results.append(calibrate(unit, "klt", 0.999, level=1)[0])
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
@@ -216,8 +218,12 @@ def test_signs_of_principal_axes_follow_the_rule():
 def test_a_lower_fidelity_gives_a_larger_step():
     unit = correlated_tokens(20, 10, 12)
     mean, basis = principal_axes(unit)
-    for along_tokens in ((), token_axes(unit, mean, basis)):
-        steps = [find_step(unit, mean, basis, fidelity, *along_tokens) for fidelity in (0.9999, 0.999, 0.99, 0.97, 0.9)]
+    token_basis, spread = token_axes(unit, mean, basis)
+    for along_tokens in ({}, {"token_basis": token_basis, "spread": spread}):
+        steps = [
+            find_step(unit, mean, basis, fidelity=fidelity, **along_tokens)
+            for fidelity in (0.9999, 0.999, 0.99, 0.97, 0.9)
+        ]
         assert steps == sorted(steps)
 
 
@@ -225,7 +231,7 @@ def test_a_lower_fidelity_gives_fewer_bytes_and_a_larger_distance():
     unit = images(80, 20, 48)
     sizes_and_cosines = []
     for fidelity in (0.9999, 0.999, 0.99, 0.97, 0.9):
-        calibration, reached = calibrate(unit, "klt", fidelity, 1)
+        calibration, reached = calibrate(unit, "klt", fidelity, level=1)
         sizes_and_cosines.append((size(make_codec("klt", calibration), unit[:64]), reached.mean))
     assert sizes_and_cosines == sorted(sizes_and_cosines, reverse=True)
 
@@ -234,7 +240,7 @@ def test_a_lower_fidelity_gives_fewer_bytes_and_a_larger_distance():
 def test_rotating_the_tokens_saves_bytes(fidelity, share):
     unit = images(120, 20, 48)
     sizes = [
-        size(make_codec("klt", calibrate(unit, "klt", fidelity, 1, rotate_tokens=rotated)[0]), unit[:64])
+        size(make_codec("klt", calibrate(unit, "klt", fidelity, level=1, rotate_tokens=rotated)[0]), unit[:64])
         for rotated in (True, False)
     ]
     assert sizes[0] <= share * sizes[1]
@@ -242,7 +248,7 @@ def test_rotating_the_tokens_saves_bytes(fidelity, share):
 
 def test_coding_does_not_depend_on_what_else_is_in_the_block_nor_on_where_constants_lie():
     unit = images(20, 10, 12)
-    calibration, _ = calibrate(unit, "klt", 0.97, 1)
+    calibration, _ = calibrate(unit, "klt", 0.97, level=1)
     codec, again = make_codec("klt", calibration), make_codec("klt", calibration)
     again.place(torch.device("cpu"))
     symbols = codec.encode(unit)["symbols"]
@@ -254,13 +260,13 @@ def test_coding_does_not_depend_on_what_else_is_in_the_block_nor_on_where_consta
 
 def stored(folder: Path, tokens: int, dim: int) -> Calibration:
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return decode_calibration(files, tokens, dim, folder)
+    return decode_calibration(files, tokens, dim, where=folder)
 
 
 @pytest.mark.parametrize("rotated", [True, False])
 def test_calibrations_of_both_forms_are_kept(rotated, tmp_path):
     unit = images(20, 10, 12)
-    calibration, _ = calibrate(unit, "klt", 0.97, 1, rotate_tokens=rotated)
+    calibration, _ = calibrate(unit, "klt", 0.97, level=1, rotate_tokens=rotated)
     write_calibration(tmp_path / "codec.zarr", calibration)
     again = stored(tmp_path / "codec.zarr", 10, 12)
     assert (tmp_path / "codec.zarr" / "token_basis").exists() == rotated
@@ -272,7 +278,7 @@ def test_calibrations_of_both_forms_are_kept(rotated, tmp_path):
 @pytest.mark.parametrize("fidelity", [0.9999, 0.97])
 def test_the_shuffle_is_the_one_that_takes_fewer_bytes(fidelity, tmp_path):
     unit = correlated_tokens(80, 20, 48)
-    calibration, _ = calibrate(unit, "klt", fidelity, 1)
+    calibration, _ = calibrate(unit, "klt", fidelity, level=1)
     sizes: dict[str, int] = {}
     for shuffle in ("shuffle", "bitshuffle"):
         sizes[shuffle] = size(make_codec("klt", replace(calibration, shuffle=shuffle)), unit[-20:])
@@ -282,6 +288,6 @@ def test_the_shuffle_is_the_one_that_takes_fewer_bytes(fidelity, tmp_path):
 
 
 def test_one_sample_is_enough_to_calibrate():
-    calibration, fidelity = calibrate(correlated_tokens(1, 30, 8), "klt", 0.999, 1)
+    calibration, fidelity = calibrate(correlated_tokens(1, 30, 8), "klt", 0.999, level=1)
     assert calibration.basis.shape == (8, 8)
     assert fidelity.mean >= 0.999

@@ -19,14 +19,14 @@ from cae2pipe.targets.estimate import SHOWINGS, project, recommend_views, tar_by
 )
 def test_imagenet_1k(views: int, terabytes: float, hours: float, epoch: int) -> None:
     """70,000 bytes a view, 750 views a second, a teacher that alone would do 900."""
-    projected = project(1_281_167, views, 70_000, 750, 900)
+    projected = project(1_281_167, views, 70_000, extracted_per_s=750, teacher_per_s=900)
     assert projected.bytes / 1e12 == pytest.approx(terabytes, rel=1e-3)
     assert projected.seconds / 3600 == pytest.approx(hours, rel=0.02)
     assert projected.paid_from_epoch == epoch
 
 
 def test_extraction_as_fast_as_its_teacher_has_paid_after_as_many_epochs_as_views() -> None:
-    assert project(10, 4, 1, 55.5, 55.5).paid_from_epoch == 4
+    assert project(10, 4, 1, extracted_per_s=55.5, teacher_per_s=55.5).paid_from_epoch == 4
 
 
 @given(st.lists(st.binary(min_size=1, max_size=3000), min_size=1, max_size=8))

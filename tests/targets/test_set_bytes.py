@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from cae2pipe.config.extract import CodecSettings
-from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.recode import recode
 from cae2pipe.targets.set_bytes import array_shape, set_bytes
 from cae2pipe.targets.target_set import TargetSet
 from tests.conftest import contents
@@ -30,12 +27,11 @@ def test_all_files_are_counted_once(replayed, target_root, stored_root):
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp16"])
-def test_the_codecs_sizes_follow_from_the_shapes(codec, target_root, tmp_path):
-    recode(target_root, tmp_path / "set", CodecSettings(name=codec), Silent(), lossy_source=True, workers=0)
-    targets = TargetSet(tmp_path / "set")
+def test_the_codecs_sizes_follow_from_the_shapes(codec, recoded_root):
+    targets = TargetSet(recoded_root(codec))
     sizes = set_bytes(targets)
     arrays = [f"/{name}/c/" for name in targets.layout.codec.arrays()]
-    stored = sum(len(data) for name, data in contents(tmp_path / "set").items() if any(part in name for part in arrays))
+    stored = sum(len(data) for name, data in contents(targets.root).items() if any(part in name for part in arrays))
     # Stores are whole blocks of 64: 70 and 10 samples take 128 and 64. Norms are compressed, 2 bytes a token before.
     padded = 2 * (128 + 128 + 64)
     expected = getattr(sizes, codec) / sizes.views - 2 * targets.teacher.tokens

@@ -6,7 +6,7 @@ import torch
 
 from cae2pipe.errors import DamageError
 from cae2pipe.targets.calibration import calibrate, make_codec
-from cae2pipe.targets.store import Layout, StoreReader, StoreWriter, pack_block
+from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
 
 TOKENS, DIM, SAMPLES = 5, 8, 130  # two full blocks and a short one
 
@@ -19,8 +19,8 @@ def unit(samples: int = SAMPLES) -> torch.Tensor:
 @pytest.fixture(params=["klt", "int8", "fp16"])
 def written(request, tmp_path):
     tokens = unit()
-    calibration, _ = calibrate(tokens, request.param, 0.999, 1)
-    layout = Layout(TOKENS, DIM, TOKENS - 1, True, make_codec(request.param, calibration))
+    calibration, _ = calibrate(tokens, request.param, 0.999, level=1)
+    layout = StoreLayout(TOKENS, DIM, TOKENS - 1, True, make_codec(request.param, calibration))
     norms = np.linspace(1, 2, SAMPLES * TOKENS).reshape(SAMPLES, TOKENS).astype("<f2")
     attention = (np.arange(SAMPLES * (TOKENS - 1)) % 256).reshape(SAMPLES, -1).astype("u1")
     keys = [f"class+ü{i}" for i in range(SAMPLES)]
@@ -38,7 +38,7 @@ def written(request, tmp_path):
         chunks = pack_block(layout, {**arrays, "norms": norms[where], "attention": attention[where]})
         writer.append(chunks, len(norms[where]))
     labels = np.zeros(SAMPLES, dtype=np.int32)
-    writer.finish(keys, labels, np.zeros((SAMPLES, 11)), members, {"view": 0})
+    writer.finish(keys, labels, np.zeros((SAMPLES, 11)), members=members, attributes={"view": 0})
     entry = {"tar": "views.tar", "zarr": "000000.zarr", "samples": SAMPLES}
     return tmp_path, entry, layout, tokens, norms, attention, keys, jpegs
 

@@ -25,6 +25,6 @@ def test_the_hubs_second_name_is_tried(monkeypatch, tmp_path):
 
 
 def test_without_a_network_one_name_is_enough_to_know(monkeypatch, hub_cache):
-    with pytest.raises(TeacherError, match="cannot be fetched") as refused:
+    with pytest.raises(TeacherError, match="cannot be downloaded") as refused:
         hub_file("a/b", ["first", "second"], "clip-b16")
     assert "cae2pipe teachers fetch clip-b16" in str(refused.value)

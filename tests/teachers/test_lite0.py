@@ -44,8 +44,8 @@ def test_the_packages_weights_recognise_photographs(real):
     images = [Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for path in paths]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        found = model((pixels.float() - 127.5) / 127.5).argmax(dim=1)
-    right = [synsets[index] == path.parent.name for index, path in zip(found.tolist(), paths, strict=True)]
+        predicted = model((pixels.float() - 127.5) / 127.5).argmax(dim=1)
+    right = [synsets[index] == path.parent.name for index, path in zip(predicted.tolist(), paths, strict=True)]
     assert np.mean(right) > 0.75
 
 
@@ -63,7 +63,7 @@ def test_without_the_package_the_hub_is_asked(monkeypatch, hub_cache):
     monkeypatch.setattr(lite0, "PACKAGE", "no_such_package")
     assert lite0.lite0_file() is None
     settings = load(ExtractSettings, "extract", "lite0").teacher
-    with pytest.raises(TeacherError, match="not on this machine") as refused:
+    with pytest.raises(TeacherError, match="not cached") as refused:
         load_teacher(settings, CPU)
     assert "timm/tf_efficientnet_lite0.in1k" in str(refused.value)
     assert "cae2pipe teachers fetch lite0" in str(refused.value)

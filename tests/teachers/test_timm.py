@@ -142,7 +142,7 @@ def test_weights_come_from_the_hubs_cache(vit, vit_file, hub_cache, pixels):
 
 
 def test_weights_that_cannot_be_fetched_name_the_command(hub_cache):
-    with pytest.raises(TeacherError, match="not on this machine") as refused:
+    with pytest.raises(TeacherError, match="not cached") as refused:
         load_teacher(vit_settings(None), CPU)
     assert "hf download timm/test_vit.r160_in1k model.safetensors" in str(refused.value)
     assert "teacher.weights=FILE" in str(refused.value)
@@ -178,7 +178,7 @@ def test_a_patch_of_another_size_is_not_resampled(vit, tmp_path):
         ({"name": "test_resnet"}, "patch tokens|not a vision transformer"),
         ({"name": "test_efficientnet", "stage": 9}, "no feature map 9"),
         ({"image_size": 72}, "not a multiple"),
-        ({"quick_gelu": True}, "quick_gelu means nothing to timm"),
+        ({"quick_gelu": True}, "quick_gelu does not apply to teacher.kind timm"),
         ({"weights": Path("nowhere.pth")}, "no such weights file"),
         ({"name": "test_vit4", "weights": None}, "no pretrained weights"),
     ],

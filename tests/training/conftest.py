@@ -39,7 +39,7 @@ def make(targets):
             clip=settings.optimizer.clip,
             world=World(0, 1, CPU),
         )
-        plan = make_plan(targets, sorted(targets.stores), settings, model.drop_columns)
+        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=model.drop_columns)
         return step, list(load_batches(plan, 0, 0))
 
     return built

@@ -68,14 +68,14 @@ def test_files_of_other_names_are_no_checkpoints(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ([1, 2], "the file is no dictionary"),
+        ([1, 2], "the file is not a dictionary"),
         ({}, "the file has no 'x'"),
         ({"x": torch.zeros(4)}, "the file has no 'step'"),
         ({"x": torch.zeros(4), "step": 1}, "step is 1, not 2"),
         ({"x": torch.zeros(4), "step": "2"}, "step is '2', not 2"),
         ({"x": torch.zeros(5), "step": 2}, r"x is (5,) torch.float32, not (4,) torch.float32"),
         ({"x": torch.zeros(4).half(), "step": 2}, "torch.float16"),
-        ({"x": 3, "step": 2}, "x is no tensor"),
+        ({"x": 3, "step": 2}, "x is not a tensor"),
         ({"x": torch.zeros(4), "step": 2, "run": "0" * 64}, "run is '0000"),
     ],
 )
@@ -84,7 +84,7 @@ def test_what_is_not_of_this_run_is_passed_over(tmp_path, content, problem):
     torch.save(content, tmp_path / "step-00000002.pt")
     report = Silent()
     assert load(tmp_path, report)["step"] == 1
-    assert "step-00000002.pt is not of this run" in report.lines[0]
+    assert "step-00000002.pt does not belong to this run" in report.lines[0]
     assert problem in report.lines[0]
 
 

@@ -10,7 +10,7 @@ import pytest
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.reporting.comparison_text import notes
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.inspection import describe
+from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_metrics, shown_ranges
 
@@ -38,7 +38,7 @@ def test_the_other_lines_are_read(damage, make_run):
     path = run / "metrics.jsonl"
     path.write_bytes(DAMAGED[damage](path.read_bytes()))
     assert [line["step"] for line in read_metrics(path)[0]] == [0, 2, 3]
-    assert describe(run)["damaged_lines"] == 1
+    assert inspect_folder(run)["damaged_lines"] == 1
 
 
 def test_resuming_keeps_them_and_the_file_as_it_was(make_run, target_root, pretrain_settings, trained_run):
@@ -47,7 +47,7 @@ def test_resuming_keeps_them_and_the_file_as_it_was(make_run, target_root, pretr
     damaged = DAMAGED["not UTF-8"](path.read_bytes())
     path.write_bytes(damaged)
     report = Silent()
-    pretrain(target_root, run, pretrain_settings(), report)
+    pretrain(target_root, run, pretrain_settings(), report=report)
     lines, bad = read_metrics(path)
     assert bad == 0
     assert [line["step"] for line in lines] == [0, *range(2, 10)]
@@ -66,7 +66,7 @@ def test_a_file_that_is_lost_is_told_once(content, make_run, target_root, pretra
     path.unlink() if content is None else path.write_bytes(content)
     for stop, lost in ((5, "(0 to 3)"), (6, "(0 to 3)")):
         report = Silent()
-        pretrain(target_root, run, pretrain_settings(stop_after=stop), report)
+        pretrain(target_root, run, pretrain_settings(stop_after=stop), report=report)
         assert any(lost in line for line in report.lines)
     assert [line["step"] for line in read_metrics(path)[0]] == [4, 5]
     saved = sorted(found.name for found in run.glob("metrics.jsonl.*"))
@@ -78,7 +78,7 @@ def test_a_second_damage_leaves_the_first_copy_alone(make_run, target_root, pret
     for stop in (5, 6):
         path = run / "metrics.jsonl"
         path.write_bytes(with_line(path.read_bytes(), 0, lambda line: b"x\n"))
-        pretrain(target_root, run, pretrain_settings(stop_after=stop), Silent())
+        pretrain(target_root, run, pretrain_settings(stop_after=stop), report=Silent())
     assert sorted(found.name for found in run.glob("metrics.jsonl.*")) == [
         "metrics.jsonl.damaged",
         "metrics.jsonl.damaged1",
@@ -101,7 +101,7 @@ def test_a_report_is_drawn_from_the_good_lines(trained_run, tmp_path):
     path.write_bytes(path.read_bytes().replace(gone, b'"x"'))
     found = gather_runs([run], {}, [])
     assert [len(curve) for curve in found.rows[0].curves.values()] == [2, 2]
-    assert f"{run.name}: 1 damaged lines of metrics.jsonl are left out." in notes(found)
+    assert f"{run.name}: 1 damaged lines of metrics.jsonl are ignored." in notes(found)
 
 
 def test_ranges_of_numbers():

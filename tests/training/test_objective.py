@@ -15,7 +15,7 @@ def test_tf32_in_the_decoding_costs_a_cosine_of_a_millionth_at_most(targets):
             mean, basis, token_basis, *others = super()._constants()
             return mean, rounded(basis), rounded(token_basis), *others
 
-    again = Rounded(codec.mean, codec.basis, codec.token_basis, codec.spread, codec.step).decode(symbols)
+    again = Rounded(codec.mean, codec.basis, codec.token_basis, spread=codec.spread, step=codec.step).decode(symbols)
     assert not torch.equal(again, exact)
     assert F.cosine_similarity(again, exact, dim=-1).min() > 1 - 1e-6
 

@@ -9,7 +9,7 @@ from cae2pipe.training.optimizer import build_optimizer, scaled
 @pytest.fixture
 def model() -> CAEv2:
     torch.manual_seed(0)
-    return CAEv2(ModelSettings(width=16, depth=2, heads=2, image_size=32, regressor_depth=1, regressor_width=12), 8)
+    return CAEv2(ModelSettings(width=16, depth=2, heads=2, image_size=32, predictor_depth=1, predictor_width=12), 8)
 
 
 def names(model, optimizer) -> dict[float, set[str]]:

@@ -15,8 +15,8 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.optimizer import build_optimizer
-from cae2pipe.training.parallel import spread, whole
-from cae2pipe.training.telemetry import CLOCKED
+from cae2pipe.training.parallel import full_tensor, wrap_model
+from cae2pipe.training.telemetry import MACHINE_METRICS
 from tests.ranks import launch
 from tests.training.rank import train
 
@@ -39,7 +39,7 @@ def trained(job: dict) -> None:
 
 def figures(out: Path) -> list[dict]:
     return [
-        {name: value for name, value in line.items() if name not in CLOCKED}
+        {name: value for name, value in line.items() if name not in MACHINE_METRICS}
         for line in read_lines(out / "metrics.jsonl")
     ]
 
@@ -71,7 +71,7 @@ def launched(job, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(target_root, pretrain_settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     return out
 
 
@@ -100,7 +100,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(job, target_root
     assert 7 <= stopped < 10
     assert [path.stem for path in (out / "checkpoints").glob("*.pt")] == [f"step-{stopped:08d}"]
     # One process goes on where two stopped.
-    pretrain(target_root, out, pretrain_settings(), Silent())
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
     assert near(figures(out), figures(alone))
 
 
@@ -127,17 +127,17 @@ def test_sharding_changes_nothing_of_bfloat16(make, pretrain_settings, group_of_
     plain, batches = make(pretrain_settings(precision="bf16", speed={"accumulation": 2}))
     step, _ = make(pretrain_settings(precision="bf16", speed={"accumulation": 2}))
     step.world = replace(step.world, parallel="fsdp")
-    step.module = spread(step.objective, step.world)
+    step.module = wrap_model(step.objective, step.world)
     step.parameters = list(step.model.parameters())
     step.optimizer = build_optimizer(step.model, pretrain_settings().optimizer)
     for batch in batches[:3]:
         assert step(batch, 1e-3).values() == plain(batch, 1e-3).values()
     for ours, theirs in zip(step.parameters, plain.parameters, strict=True):
-        assert torch.equal(whole(ours), theirs)
+        assert torch.equal(full_tensor(ours), theirs)
 
 
 def test_a_share_that_cannot_be_cut_is_refused(target_root, pretrain_settings, tmp_path):
     with pytest.raises(SettingsError, match=r"speed\.accumulation") as caught:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"accumulation": 5}), Silent())
+        pretrain(target_root, tmp_path / "run", pretrain_settings(speed={"accumulation": 5}), report=Silent())
     assert "speed.accumulation=4" in caught.value.fix
     assert not (tmp_path / "run").exists()

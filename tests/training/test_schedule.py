@@ -8,7 +8,7 @@ from cae2pipe.training.schedule import learning_rate
 
 
 def test_endpoints():
-    rates = [learning_rate(step, 10, 30, 3, 1.5e-3, 1e-5) for step in range(300)]
+    rates = [learning_rate(step, 10, 30, warmup_epochs=3, lr=1.5e-3, min_lr=1e-5) for step in range(300)]
     assert rates[0] == 0
     assert rates[15] == pytest.approx(0.75e-3)
     assert rates[30] == max(rates) == pytest.approx(1.5e-3)
@@ -19,25 +19,30 @@ def test_endpoints():
 
 def test_halfway_down_the_cosine():
     # 1 step of warm-up, then 101 steps of which the middle one is at step 51.
-    assert learning_rate(51, 102, 1, 1 / 102, 1.0, 0.0) == pytest.approx(0.5)
-    assert learning_rate(26, 102, 1, 1 / 102, 1.0, 0.2) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(51, 102, 1, warmup_epochs=1 / 102, lr=1.0, min_lr=0.0) == pytest.approx(0.5)
+    assert learning_rate(26, 102, 1, warmup_epochs=1 / 102, lr=1.0, min_lr=0.2) == pytest.approx(
+        0.2 + 0.4 * (1 + math.cos(math.pi / 4))
+    )
 
 
 def test_warm_up_may_be_a_fraction_or_none():
-    assert learning_rate(0, 10, 2, 0, 1.0, 0.0) == 1
-    assert learning_rate(4, 10, 2, 0.5, 1.0, 0.0) == pytest.approx(0.8)
-    assert learning_rate(5, 10, 2, 0.5, 1.0, 0.0) == 1
+    assert learning_rate(0, 10, 2, warmup_epochs=0, lr=1.0, min_lr=0.0) == 1
+    assert learning_rate(4, 10, 2, warmup_epochs=0.5, lr=1.0, min_lr=0.0) == pytest.approx(0.8)
+    assert learning_rate(5, 10, 2, warmup_epochs=0.5, lr=1.0, min_lr=0.0) == 1
 
 
 def test_a_run_of_one_step():
-    assert learning_rate(0, 1, 1, 0, 1.0, 0.0) == 1
+    assert learning_rate(0, 1, 1, warmup_epochs=0, lr=1.0, min_lr=0.0) == 1
 
 
 @settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(0, 1), st.floats(0, 1))
 def test_it_stays_between_zero_and_the_peak_and_ends_at_the_bottom(steps, epochs, warm, low):
     warmup = warm * (epochs - 1)
-    rates = [learning_rate(step, steps, epochs, warmup, 2.0, 2 * low) for step in range(steps * epochs)]
+    rates = [
+        learning_rate(step, steps, epochs, warmup_epochs=warmup, lr=2.0, min_lr=2 * low)
+        for step in range(steps * epochs)
+    ]
     assert all(0 <= rate <= 2 + 1e-12 for rate in rates)
     after = rates[round(steps * warmup) :]
     assert after[0] == 2

@@ -113,11 +113,11 @@ def test_out_of_memory_names_what_fits(make, pretrain_settings, most, parts):
         step(batches[0], 1e-3)
     assert fitting(step, batches[0]) == parts
     error = explain_out_of_memory(step, batches[0], recompute=False)
-    assert "32 images a pass do not fit" in error.what
+    assert "32 images per pass do not fit" in error.what
     assert "speed.recompute=true" in error.fix
     if parts:
         assert f"--set speed.accumulation={parts}" in error.fix
-        assert f"{32 // parts} images a pass would fit" in error.what
+        assert f"{32 // parts} images per pass would fit" in error.what
 
 
 def test_out_of_memory_with_several_processes_names_what_can_be_set(make, pretrain_settings):
@@ -125,7 +125,7 @@ def test_out_of_memory_with_several_processes_names_what_can_be_set(make, pretra
     step.accumulation, step.world = 6, replace(step.world, ranks=2)
     error = explain_out_of_memory(step, batches[0], recompute=True)
     assert error.fix == "--set speed.accumulation=12"
-    assert "4 images a pass may fit" in error.what
+    assert "4 images per pass may fit" in error.what
 
 
 def test_advice_is_legal_where_halves_are_not(make, pretrain_settings):

@@ -1,0 +1,99 @@
+"""Python API of stage 3: evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.api.settings import Overrides, resolve, section
+from cae2pipe.api.telling import Progress, reporting
+from cae2pipe.artifacts.storage import to_path
+from cae2pipe.comparison.scores import headlines
+from cae2pipe.config.base import Settings
+from cae2pipe.config.dense import DENSE, DetectSettings, SegmentSettings
+from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
+from cae2pipe.errors import SettingsError
+from cae2pipe.stages.evaluate import evaluate as run_evaluate
+
+
+class Score:
+    """The result of an evaluation. Its scores are attributes: ``score.top1``, ``score.top5``, ``score.miou``, ...
+
+    ``path`` is its folder, ``result`` the content of ``result.json``.
+    """
+
+    def __init__(self, path: Path, result: dict[str, Any]):
+        self.path, self.result = path, result
+
+    def __getattr__(self, name: str) -> float:
+        value = self.__dict__.get("result", {}).get(name)
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            return value
+        raise AttributeError(f"this evaluation has no score {name!r}")
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={self.result[name]:.4f}" for name in headlines(self.evaluation))
+        return f"Score({self.evaluation} of {self.encoder}: {figures})"
+
+    @property
+    def evaluation(self) -> str:
+        """knn, linear, attentive, finetune, segment or detect."""
+        return str(self.result["evaluation"])
+
+    @property
+    def encoder(self) -> str:
+        """The encoder's name."""
+        return str(self.result["encoder"])
+
+    @property
+    def protocol(self) -> str:
+        """How the score was computed, in words."""
+        return str(self.result["protocol"])
+
+
+def evaluate(
+    evaluation: str,
+    encoder: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path,
+    config: str | Path | Settings | None = None,
+    overrides: Overrides = None,
+    workers: int | None = None,
+    device: str | None = None,
+    progress: Progress = True,
+) -> Score | None:
+    """Score an encoder: ``cae2pipe evaluate``.
+
+    Args:
+        evaluation: knn, linear, attentive, finetune, segment or detect.
+        encoder: see ``load_encoder``. data: labelled images with train and val; for segment label maps, for
+            detect a folder in COCO's format. out: the folder of scores; this one's is ``out/evaluation``.
+        config: preset (None: the evaluation's own), YAML file or settings. overrides: settings to change.
+        workers: processes; -1: one per core, 0: work in this process. device: auto, cpu, cuda, cuda:1, ...
+
+    Returns:
+        The score; under torchrun, None in all processes but the main one.
+
+    Raises:
+        Cae2pipeError: says what is wrong, where, and how to fix it.
+    """
+    known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
+    if evaluation not in known:
+        raise SettingsError(f"there is no evaluation {evaluation!r}", fix=f"use one of {', '.join(known)}")
+    values = section("speed", workers=workers, device=device)
+    settings = resolve(known[evaluation], "evaluate", config or evaluation, overrides=overrides, values=values)
+    folder = to_path(out)
+    with reporting(progress, f"evaluate {evaluation}") as report:
+        if isinstance(settings, SegmentSettings | DetectSettings):
+            # Needs an extra that other evaluations do not need.
+            from cae2pipe.stages.evaluate_dense import detect, segment
+
+            if isinstance(settings, SegmentSettings):
+                result = segment(str(encoder), Path(data), folder, settings=settings, report=report)
+            else:
+                result = detect(str(encoder), Path(data), folder, settings=settings, report=report)
+        else:
+            assert isinstance(settings, AnySettings)
+            result = run_evaluate(evaluation, str(encoder), Path(data), out=folder, settings=settings, report=report)
+    return Score(folder / evaluation, result) if result else None

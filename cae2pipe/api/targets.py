@@ -1,0 +1,173 @@
+"""Python API of stage 1: shard sets and target sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.api.settings import Overrides, given, resolve, section
+from cae2pipe.api.telling import Progress, reporting
+from cae2pipe.artifacts.storage import to_path
+from cae2pipe.artifacts.work_share import parse_part
+from cae2pipe.config.base import Settings, build
+from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
+from cae2pipe.shards.shard_set import ShardSet
+from cae2pipe.stages.estimate_targets import estimate_targets as estimate
+from cae2pipe.stages.extract_targets import extract_targets as extract
+from cae2pipe.stages.recode import recode as run_recode
+from cae2pipe.stages.shard import shard_images
+from cae2pipe.targets.target_set import TargetSet
+
+
+def shard(
+    source: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | Settings = "default",
+    overrides: Overrides = None,
+    labels: str | Path | None = None,
+    expect: str | None = None,
+    workers: int | None = None,
+    progress: Progress = True,
+) -> list[ShardSet]:
+    """Pack images into shuffled WebDataset tars: ``cae2pipe shard``.
+
+    Args:
+        source: a folder of images, ImageNet's archives, a tar, WebDataset tars, a list of paths, or a URL of one.
+        out: the output folder or URL, created or extended with new images.
+        config: preset, YAML file or settings. overrides: settings to change.
+        labels: ground truth of images without classes. expect: stop unless the source is exactly this data set.
+        workers: processes; -1: one per core, 0: work in this process.
+
+    Returns:
+        One shard set, or one per split if the source has splits.
+
+    Raises:
+        Cae2pipeError: says what is wrong, where, and how to fix it.
+    """
+    settings = resolve(ShardSettings, "shard", config, overrides=overrides, values=section("speed", workers=workers))
+    with reporting(progress, "shard") as report:
+        return shard_images(
+            to_path(source),
+            to_path(out),
+            settings,
+            report=report,
+            labels=None if labels is None else to_path(labels),
+            expected=expect,
+        )
+
+
+def extract_settings(
+    config: str | Path | Settings,
+    overrides: Overrides,
+    *,
+    views: int | None,
+    codec: str | None,
+    fidelity: float | None,
+    workers: int | None,
+    device: str | None,
+) -> ExtractSettings:
+    """The settings of an extraction."""
+    values = {
+        **given(views=views),
+        **section("codec", name=codec, fidelity=fidelity),
+        **section("speed", workers=workers, device=device),
+    }
+    return resolve(ExtractSettings, "extract", config, overrides=overrides, values=values)
+
+
+def extract_targets(
+    source: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | Settings = "clip-b16",
+    overrides: Overrides = None,
+    views: int | None = None,
+    codec: str | None = None,
+    fidelity: float | None = None,
+    part: str = "1/1",
+    calibrate_only: bool = False,
+    workers: int | None = None,
+    device: str | None = None,
+    progress: Progress = True,
+) -> TargetSet | None:
+    """Write views and the teacher's latents of them into a target set: ``cae2pipe extract-targets``.
+
+    Args:
+        source: a shard set or a folder of images; a path or a URL. out: the target set, created or resumed.
+        config: teacher preset, YAML file or settings. overrides: settings to change.
+        views: per image; None: as the set was started, or 16. codec: klt, int8 or fp16. fidelity: klt's
+            mean cosine.
+        part: ``K/N``, one of N shares of the work. calibrate_only: calibrate the codec and stop.
+        workers: processes; -1: one per core, 0: work in this process. device: auto, cpu, cuda, cuda:1, ...
+
+    Returns:
+        The set, or None if it has no view yet.
+
+    Raises:
+        Cae2pipeError: says what is wrong, where, and how to fix it.
+    """
+    settings = extract_settings(
+        config, overrides, views=views, codec=codec, fidelity=fidelity, workers=workers, device=device
+    )
+    share = parse_part(part)
+    with reporting(progress, "extract-targets") as report:
+        made = extract(
+            to_path(source), to_path(out), settings, report=report, part=share, calibrate_only=calibrate_only
+        )
+    return TargetSet(made.root) if any("view" in unit for unit in made.units.values()) else None
+
+
+def estimate_targets(
+    source: str | Path,
+    *,
+    config: str | Path | Settings = "clip-b16",
+    overrides: Overrides = None,
+    views: int | None = None,
+    codec: str | None = None,
+    fidelity: float | None = None,
+    epochs: int | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+    progress: Progress = True,
+) -> dict[str, Any]:
+    """Estimate size and time of a target set from a few hundred images: ``extract-targets --estimate``.
+
+    Nothing is written.
+
+    Arguments as in ``extract_targets``. With ``epochs``, a number of views is recommended for a pretraining of that
+    length. Returns and raises as ``cae2pipe.stages.estimate_targets.estimate_targets``.
+    """
+    settings = extract_settings(
+        config, overrides, views=views, codec=codec, fidelity=fidelity, workers=workers, device=device
+    )
+    with reporting(progress, "estimate") as report:
+        return estimate(to_path(source), settings, report, epochs=epochs)
+
+
+def recode(
+    source: str | Path,
+    out: str | Path,
+    *,
+    codec: str = "klt",
+    fidelity: float | None = None,
+    lossy_source: bool = False,
+    workers: int = -1,
+    progress: Progress = True,
+) -> TargetSet:
+    """Make a target set with another codec or fidelity from an existing one, without the teacher: ``cae2pipe recode``.
+
+    Args:
+        source: a target set, preferably of fp16 latents. out: the target set, created or resumed.
+        codec: klt, int8 or fp16. fidelity: klt's mean cosine on held-out images; None: 0.97.
+        lossy_source: allow a source that is not fp16. workers: threads; -1: one per core.
+
+    Raises:
+        Cae2pipeError: says what is wrong, where, and how to fix it.
+    """
+    settings = build(CodecSettings, given(name=codec, fidelity=fidelity), "recode")
+    with reporting(progress, "recode") as report:
+        made = run_recode(
+            to_path(source), to_path(out), settings, report=report, lossy_source=lossy_source, workers=workers
+        )
+    return TargetSet(made.root)

@@ -1,0 +1,394 @@
+"""An artifact: one folder made by one command, described by its ``manifest.json``.
+
+The manifest holds
+
+- ``format``: the version of the layout;
+- ``kind``: ``shards``, ``targets``, ``run`` or ``scores``;
+- ``identity``: what the content depends on (settings, digests of inputs), and ``fingerprint``, its SHA-256;
+- ``units``: the independent pieces of the content by name, each with ``files``: path -> bytes and SHA-256;
+- facts of the kind (class names, teacher, codec, ...), and ``complete``;
+- ``digest``: of the manifest itself.
+
+``manifest_*.py`` define what each kind may hold. Everything written or read is checked against the same models, so the
+code never sees a name, path, type or number that they do not allow.
+
+A unit is written first, then its entry in ``journal/``: the unit exists once the entry is there. At the end of a run
+the journal is merged into the manifest. A killed run leaves a journal, which is as valid as the manifest: readers merge
+both. Several processes may add units at the same time; only one at a time merges. Neither journal nor manifest holds
+times, host names or absolute paths, so equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Generic, Self
+
+from cae2pipe.artifacts.atomic import remove_empty, write_bytes
+from cae2pipe.artifacts.difference import abridged, first_difference
+from cae2pipe.artifacts.digest import fingerprint, sha256_file
+from cae2pipe.artifacts.inside import inside
+from cae2pipe.artifacts.json_files import read_document
+from cae2pipe.artifacts.lock import holding
+from cae2pipe.artifacts.manifest import (
+    AGAIN,
+    FORMATS,
+    LIMIT,
+    decode_manifest,
+    decode_unit,
+    encode_manifest,
+    encode_unit,
+    is_ours,
+)
+from cae2pipe.artifacts.manifest_kinds import (
+    RUN,
+    SCORES,
+    SHARDS,
+    TARGETS,
+    FactsT,
+    IdentityT,
+    Kind,
+    Manifest,
+    ShardsUnit,
+    TargetsUnit,
+    UnitT,
+)
+from cae2pipe.artifacts.manifest_run import EncoderUnit, RunFacts, RunIdentity
+from cae2pipe.artifacts.manifest_scores import ResultUnit, ScoresFacts, ScoresIdentity
+from cae2pipe.artifacts.manifest_shards import ShardsFacts, ShardsIdentity
+from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
+from cae2pipe.artifacts.manifest_values import FileEntry, Unit
+from cae2pipe.artifacts.storage import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
+from cae2pipe.errors import DamageError, ManifestError, MismatchError
+
+MANIFEST = "manifest.json"
+JOURNAL = "journal"
+
+
+class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
+    """A folder with a manifest. ``facts`` are the manifest's other keys.
+
+    Args:
+        format: of the manifest; None: the format of new folders.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        identity: IdentityT,
+        units: dict[str, UnitT],
+        *,
+        facts: FactsT,
+        complete: bool = False,
+        format: int | None = None,
+    ):
+        self.root = root
+        self.identity = identity
+        self.units = units
+        self.facts = facts
+        self.complete = complete
+        self.format = FORMATS[self.rules().name] if format is None else format
+
+    @staticmethod
+    @abstractmethod
+    def rules() -> Kind[IdentityT, UnitT, FactsT]:
+        """The rules for folders of this kind."""
+
+    @classmethod
+    def open(cls, root: Path) -> Self:
+        """Read a folder's manifest and journal.
+
+        Raises:
+            ManifestError: no manifest, or one that is damaged, or of another format or kind.
+        """
+        return cls.of(root, *_read(root, cls.rules().name))
+
+    @classmethod
+    def open_or_create(
+        cls,
+        root: Path,
+        identity: Mapping[str, object],
+        *,
+        facts: Mapping[str, object],
+        fix: str,
+        called: Callable[[str], str] = str,
+    ) -> Self:
+        """Open an artifact to resume it, or start a new one.
+
+        Args:
+            called: the name for an error of a field of the identity, given its dotted name.
+
+        Raises:
+            MismatchError: the folder was made with another identity; the first field that differs is named.
+            ManifestError: the folder holds something else.
+        """
+        make_folder(root)
+        kind = cls.rules().name
+        with holding(root, "manifest"):
+            if file_size(root / MANIFEST) is None:
+                refuse_foreign(root)
+                new = _manifest(kind, FORMATS[kind], identity, units={}, facts=facts, complete=False)
+                _write_manifest(root, kind, FORMATS[kind], manifest=new)
+        return cls.open_same(root, identity, fix, called=called)
+
+    @classmethod
+    def open_same(
+        cls, root: Path, identity: Mapping[str, object], fix: str, *, called: Callable[[str], str] = str
+    ) -> Self:
+        """Open an artifact that was made with this identity. Raises as ``open_or_create``."""
+        artifact = cls.open(root)
+        if difference := first_difference(artifact.identity, identity):
+            name, old, now = difference
+            raise MismatchError(
+                f"this folder was made with {called(name)} = {abridged(old)}, and {abridged(now)} is requested now",
+                where=root / MANIFEST,
+                fix=fix,
+            )
+        return artifact
+
+    @classmethod
+    def of(cls, root: Path, manifest: Manifest, journal: Mapping[Path, bytes]) -> Self:
+        """The artifact that a manifest and journal entries describe. Raises ManifestError for another kind."""
+        own = cls.rules().own(manifest)
+        if own is None:
+            raise ManifestError(
+                f"this is a folder of kind {manifest['kind']!r}, expected {cls.rules().name!r}",
+                where=root,
+                fix="check the path",
+            )
+        units = own["units"]
+        for entry, data in journal.items():
+            name = entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")
+            units[name] = decode_unit(cls.rules(), own["format"], name, data=data, where=entry)
+        facts = cls.rules().read_facts(manifest)
+        return cls(root, own["identity"], units, facts=facts, complete=own["complete"], format=own["format"])
+
+    @property
+    def kind(self) -> str:
+        return self.rules().name
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity)
+
+    def manifest(self) -> dict[str, object]:
+        return _manifest(
+            self.kind, self.format, self.identity, units=self.units, facts=self.facts, complete=self.complete
+        )
+
+    def add_facts(self, facts: Mapping[str, object]) -> None:
+        """Set some of the manifest's other keys. Raises ValidationError if they do not fit the kind's model."""
+        self.facts = self.rules().read_facts({**self.facts, **facts})
+
+    def add(self, name: str, unit: UnitT) -> None:
+        """Register a finished unit: its files must already have their final names."""
+        path = inside(self.root, f"{JOURNAL}/{name}.json")
+        write_bytes(path, encode_unit(self.rules(), self.format, name, unit=unit, where=path))
+        self.units[name] = unit
+
+    def has(self, name: str) -> bool:
+        """Whether a unit exists and its files have the right sizes. Changed bytes are found by `cae2pipe verify`."""
+        files = self.units[name]["files"] if name in self.units else None
+        return files is not None and not any(
+            check_file(self.root / path, entry, digests=False) for path, entry in files.items()
+        )
+
+    def whole(self) -> set[str]:
+        """Names of all units for which ``has`` is true, from one listing of the folder."""
+        sizes = file_sizes(self.root)
+        return {
+            name
+            for name, unit in self.units.items()
+            if all(sizes.get(path) == entry["bytes"] for path, entry in unit["files"].items())
+        }
+
+    def save(self, *, complete: bool | Callable[[Self], bool] | None = None) -> None:
+        """Write the manifest, with units that other processes have added meanwhile, unless it is up to date.
+
+        Journal entries that it now contains are removed. ``complete`` may be a function of the merged artifact.
+        """
+        with holding(self.root, "manifest"):
+            folded = []
+            if file_size(self.root / MANIFEST) is not None:
+                folded = journal_entries(self.root)
+                latest = self.open(self.root)
+                self.units = {**self.units, **latest.units}
+                self.facts = self.rules().read_facts({**latest.facts, **self.facts})
+            if complete is not None:
+                self.complete = complete(self) if callable(complete) else complete
+            _write_manifest(self.root, self.kind, self.format, manifest=self.manifest())
+            remove(folded)
+        if is_local(self.root):
+            remove_empty(self.root / JOURNAL)
+
+
+class ShardsArtifact(Artifact[ShardsIdentity, ShardsUnit, ShardsFacts]):
+    """A shard set's folder."""
+
+    @staticmethod
+    def rules() -> Kind[ShardsIdentity, ShardsUnit, ShardsFacts]:
+        return SHARDS
+
+
+class TargetsArtifact(Artifact[TargetsIdentity, TargetsUnit, TargetsFacts]):
+    """A target set's folder."""
+
+    @staticmethod
+    def rules() -> Kind[TargetsIdentity, TargetsUnit, TargetsFacts]:
+        return TARGETS
+
+
+class RunArtifact(Artifact[RunIdentity, EncoderUnit, RunFacts]):
+    """A run's folder."""
+
+    @staticmethod
+    def rules() -> Kind[RunIdentity, EncoderUnit, RunFacts]:
+        return RUN
+
+
+class ScoresArtifact(Artifact[ScoresIdentity, ResultUnit, ScoresFacts]):
+    """An evaluation's folder."""
+
+    @staticmethod
+    def rules() -> Kind[ScoresIdentity, ResultUnit, ScoresFacts]:
+        return SCORES
+
+
+AnyArtifact = ShardsArtifact | TargetsArtifact | RunArtifact | ScoresArtifact
+ARTIFACTS: dict[str, type[ShardsArtifact] | type[TargetsArtifact] | type[RunArtifact] | type[ScoresArtifact]] = {
+    SHARDS.name: ShardsArtifact,
+    TARGETS.name: TargetsArtifact,
+    RUN.name: RunArtifact,
+    SCORES.name: ScoresArtifact,
+}
+
+
+def is_artifact(root: Path, kind: str | None = None) -> bool:
+    """Whether ``root`` has a manifest of cae2pipe (of that kind). Raises as ``open_artifact`` if it is damaged."""
+    if file_size(root / MANIFEST) is None:
+        return False
+    try:
+        artifact = open_artifact(root)
+    except ManifestError:
+        if is_foreign(root):
+            return False
+        raise
+    return kind is None or artifact.kind == kind
+
+
+def is_foreign(root: Path) -> bool:
+    """Whether the manifest of ``root`` is a valid JSON file that another program wrote."""
+    return file_size(root / MANIFEST) is not None and is_ours(_manifest_bytes(root)) is False
+
+
+def open_artifact(root: Path) -> AnyArtifact:
+    """Read the manifest and journal of a folder of any kind. Raises as ``Artifact.open``."""
+    manifest, journal = _read(root, None)
+    return ARTIFACTS[manifest["kind"]].of(root, manifest, journal)
+
+
+def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
+    """A folder's manifest and the entries of its journal. ``kind``: expected, for the error if there is none."""
+    path = root / MANIFEST
+    # The journal first: an entry that is removed meanwhile is in the manifest.
+    journal = read_many(journal_entries(root))
+    if file_size(path) is None:
+        if is_local(path) and os.path.lexists(path):
+            raise ManifestError("this is neither a file nor a link to one", where=path, fix=AGAIN)
+        if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in file_sizes(root)):
+            raise ManifestError(
+                "this folder has lost its manifest.json, which lists its valid files",
+                where=root,
+                fix="restore the file from a copy, or make the folder again under another path",
+            )
+        made_by = {"shards": "cae2pipe shard", "targets": "cae2pipe extract-targets", "run": "cae2pipe pretrain"}
+        raise ManifestError(
+            "no such folder"
+            if is_local(root) and not root.is_dir()
+            else "this folder has no manifest.json, so it was not made by cae2pipe",
+            where=root,
+            fix=f"give a folder made by `{made_by[kind]}`" if kind in made_by else "check the path",
+        )
+    return decode_manifest(_manifest_bytes(root), path), journal
+
+
+def refuse_foreign(root: Path) -> None:
+    """Raise ManifestError if ``root`` has no manifest but holds files of other programs."""
+    if file_size(root / MANIFEST) is not None:
+        return
+    if is_local(root):
+        names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    else:
+        names = {path.split("/", 1)[0] for path in file_sizes(root)}
+    foreign = sorted(name for name in names if not name.startswith(".") and name not in ("shards", JOURNAL))
+    if foreign:
+        raise ManifestError(
+            f"the folder is not empty (it holds {foreign[0]!r}) and has no manifest.json",
+            where=root,
+            fix="give a new or an empty folder",
+        )
+
+
+def journal_entries(root: Path) -> list[Path]:
+    """The journal's files, sorted."""
+    names = (path for path in file_sizes(root / JOURNAL) if path.endswith(".json"))
+    return [root / JOURNAL / name for name in sorted(names) if not name.rsplit("/", 1)[-1].startswith(".")]
+
+
+def check_files(
+    artifact: AnyArtifact, units: Iterable[str] | None = None, *, digests: bool = True
+) -> list[DamageError]:
+    """Compare the files of the given units (default: all) with the manifest: presence, size and, if asked, SHA-256."""
+    problems = []
+    for name in sorted(artifact.units) if units is None else units:
+        for relative, entry in artifact.units[name]["files"].items():
+            problem = check_file(artifact.root / relative, entry, digests=digests)
+            if problem:
+                problems.append(problem)
+    return problems
+
+
+def check_file(path: Path, entry: FileEntry, *, digests: bool = True) -> DamageError | None:
+    size = file_size(path)
+    if size is None:
+        what = "a file that the manifest lists is missing"
+    elif size != entry["bytes"]:
+        what = f"the file has {size} bytes instead of {entry['bytes']}: truncated or replaced"
+    elif digests and sha256_file(path) != entry["sha256"]:
+        what = "the file's content has changed: its SHA-256 differs from the manifest's"
+    else:
+        return None
+    return DamageError(what, where=path)
+
+
+def _manifest_bytes(root: Path) -> bytes:
+    return read_document(root / MANIFEST, fix=AGAIN, limit=LIMIT)
+
+
+def _manifest(
+    kind: str,
+    form: int,
+    identity: Mapping[str, object],
+    *,
+    units: Mapping[str, Unit],
+    facts: Mapping[str, object],
+    complete: bool,
+) -> dict[str, object]:
+    return {
+        **facts,
+        "format": form,
+        "kind": kind,
+        "identity": identity,
+        "fingerprint": fingerprint(identity),
+        "units": dict(sorted(units.items())),
+        "complete": complete,
+    }
+
+
+def _write_manifest(root: Path, kind: str, form: int, *, manifest: Mapping[str, object]) -> None:
+    path = root / MANIFEST
+    data = encode_manifest(kind, form, manifest, where=path)
+    if file_size(path) != len(data) or read_bytes(path) != data:
+        write_bytes(path, data)

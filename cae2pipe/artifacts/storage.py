@@ -1,0 +1,325 @@
+"""Storage: local paths, and URLs of any file system that fsspec knows (s3://, gs://, hf://, memory://).
+
+A path is a ``pathlib.Path`` or, for a URL, a ``upath.UPath``, which has the same methods; annotations say ``Path`` for
+both. All access to remote bytes goes through the functions here: they read exact ranges, retry transient errors, and
+explain the others. Credentials and endpoints come from where fsspec looks for them (AWS_PROFILE, AWS_ENDPOINT_URL,
+~/.config/fsspec, ...), never from a manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path, PurePath
+from typing import Any, TypeVar, cast
+
+from cae2pipe.errors import BadInputError, StorageError
+
+T = TypeVar("T")
+
+WAITS = (0.2, 1.0, 3.0, 10.0)
+"""Seconds before each retry of a remote call."""
+
+PASSING = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.EAGAIN}
+"""The errors that fsspec's file systems raise for 500, 503, SlowDown and broken connections."""
+
+
+def to_path(text: str | os.PathLike[str]) -> Path:
+    """A path object of a path or URL.
+
+    Raises:
+        BadInputError: no file system of that protocol is known or installed.
+    """
+    if not isinstance(text, str):
+        return Path(text) if isinstance(text, os.PathLike) else text  # already a remote path
+    if "://" not in text:
+        return Path(text)
+    protocol, _, rest = text.partition("://")
+    if not protocol or not rest.strip("/"):
+        raise BadInputError("this URL names nothing", where=text, fix="give PROTOCOL://BUCKET/FOLDER, or a path")
+    # Not imported for local work.
+    from upath import UPath
+
+    try:
+        # Listings are not cached: other machines write here too.
+        remote = UPath(text, use_listings_cache=False)
+        _ = remote.fs
+    except (ImportError, ValueError) as error:
+        raise BadInputError(
+            f"this URL cannot be opened: {error}",
+            where=text,
+            fix="install the file system's package (s3://: pip install s3fs; gs://: pip install gcsfs), or correct the "
+            "URL",
+        ) from None
+    return cast(Path, remote)
+
+
+def is_local(path: Path) -> bool:
+    return isinstance(path, PurePath)
+
+
+def is_shared(path: Path) -> bool:
+    """Whether other processes can access this path: ``memory://`` is local to this process."""
+    return is_local(path) or cast(Any, path).protocol != "memory"
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file. Raises FileNotFoundError if it does not exist, another OSError if it is not a regular file."""
+    if is_local(path):
+        with open_file(path) as file:
+            return file.read()
+    fs, name = _remote(path)
+    data: bytes = remotely(path, lambda: fs.cat_file(name))
+    return data
+
+
+def open_file(path: Path) -> io.BufferedReader:
+    """A local regular file, opened for reading.
+
+    Raises:
+        OSError: FileNotFoundError if it does not exist; IsADirectoryError; EINVAL for FIFOs, sockets and devices, which
+            would block.
+    """
+    return os.fdopen(_open(path)[0], "rb")
+
+
+def _open(path: Path) -> tuple[int, int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "This is not a regular file", str(path))
+    return descriptor, status.st_size
+
+
+def read_many(paths: list[Path]) -> dict[Path, bytes]:
+    """Whole files, without those that no longer exist; remote files by one round of concurrent requests."""
+    files = {}
+    if paths and not is_local(paths[0]):
+        fs, _ = _remote(paths[0])
+        names = [_remote(path)[1] for path in paths]
+        contents = remotely(paths[0], lambda: fs.cat(names, on_error="return"))
+        contents = contents if isinstance(contents, dict) else {names[0]: contents}
+        for path, name in zip(paths, names, strict=True):
+            if isinstance(contents[name], bytes):
+                files[path] = contents[name]
+        paths = [path for path in paths if isinstance(contents[_remote(path)[1]], Exception)]
+    for path in paths:
+        try:
+            files[path] = read_bytes(path)
+        except FileNotFoundError:
+            continue
+    return files
+
+
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset`` on, fewer if the file ends before. Raises as ``read_bytes``."""
+    if not is_local(path):
+        fs, name = _remote(path)
+        return remotely(path, lambda: fs.cat_file(name, start=offset, end=offset + size)) if size else b""
+    # Not path.open: this is called thousands of times per second.
+    descriptor, length = _open(path)
+    try:
+        # read() would allocate the requested size first, however short the file is.
+        size = min(size, max(0, length - offset))
+        data = os.pread(descriptor, size, offset)
+        while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+            data += more
+    finally:
+        os.close(descriptor)
+    return data
+
+
+def file_size(path: Path) -> int | None:
+    """Size of a file in bytes, None if there is no file."""
+    if is_local(path):
+        return path.stat().st_size if path.is_file() else None
+    fs, name = _remote(path)
+    try:
+        info = remotely(path, lambda: fs.info(name))
+    except FileNotFoundError:
+        return None
+    return int(info["size"]) if info["type"] == "file" else None
+
+
+def file_sizes(root: Path) -> dict[str, int]:
+    """Size in bytes of every file below ``root``, by its relative POSIX path; {} if there is no such folder."""
+    if is_local(root):
+        sizes = {}
+        for folder, _, names in os.walk(root):
+            base = Path(folder).relative_to(root)
+            for name in names:
+                path = Path(folder, name)
+                if path.is_file():
+                    sizes[(base / name).as_posix()] = path.stat().st_size
+        return sizes
+    fs, name = _remote(root)
+    try:
+        listing = remotely(root, lambda: fs.find(name, detail=True))
+    except FileNotFoundError:
+        return {}
+    prefix = name.rstrip("/") + "/"
+    return {path.removeprefix(prefix): int(info["size"]) for path, info in listing.items() if path.startswith(prefix)}
+
+
+def entry_names(root: Path) -> list[str]:
+    """POSIX paths of everything below ``root`` except folders: files, links to anything, FIFOs."""
+    if not is_local(root):
+        return list(file_sizes(root))
+    entries = []
+    for folder, folders, names in os.walk(root):
+        base = Path(folder)
+        links = [name for name in folders if (base / name).is_symlink()]
+        entries += [(base / name).relative_to(root).as_posix() for name in (*names, *links)]
+    return entries
+
+
+def put_bytes(path: Path, data: bytes) -> None:
+    """Write a remote file: whole or not at all, as object stores do."""
+    fs, name = _remote(path)
+    _make_parent(fs, name)
+    remotely(path, lambda: fs.pipe_file(name, data))
+
+
+def put_file(local: Path, path: Path) -> None:
+    """Upload a file."""
+    fs, name = _remote(path)
+    _make_parent(fs, name)
+    remotely(path, lambda: fs.put_file(str(local), name))
+
+
+def fetch_file(path: Path, local: Path) -> None:
+    """Copy a file to a local path; as a hard link if both are on one disk.
+
+    Raises as ``read_bytes``.
+    """
+    if is_local(path):
+        with open_file(path) as file:
+            if not path.is_symlink():
+                with suppress(OSError):  # another disk, or one without links
+                    local.hardlink_to(path)
+                    return
+            with local.open("wb") as copy:
+                shutil.copyfileobj(file, copy, 2**20)
+        return
+    fs, name = _remote(path)
+    remotely(path, lambda: fs.get_file(name, str(local)))
+
+
+def create_exclusively(path: Path, data: bytes) -> bool:
+    """Write a remote file unless it exists; returns whether it was written.
+
+    Raises:
+        StorageError: the file system has no conditional writes.
+    """
+    fs, name = _remote(path)
+    _make_parent(fs, name)
+    try:
+        remotely(path, lambda: fs.pipe_file(name, data, mode="create"))
+    except FileExistsError:
+        return False
+    except (NotImplementedError, TypeError, ValueError):  # raised by file systems for an unknown mode
+        raise no_conditional_writes(path) from None
+    return True
+
+
+def no_conditional_writes(path: Path) -> StorageError:
+    return StorageError(
+        "this file system has no conditional writes", where=path, fix="do not write to it from several processes"
+    )
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files; missing ones are ignored."""
+    for path in paths:
+        if is_local(path):
+            path.unlink(missing_ok=True)
+            continue
+        fs, name = _remote(path)
+        with suppress(FileNotFoundError):
+            remotely(path, functools.partial(fs.rm_file, name))
+
+
+def make_folder(path: Path) -> None:
+    """A local folder; object stores have none."""
+    if is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def free_bytes(path: Path) -> int | None:
+    """Free bytes on the disk that holds ``path`` or will hold it; None for remote paths."""
+    if not is_local(path):
+        return None
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def remotely(path: Path, call: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
+    """The call's result, retried on transient errors.
+
+    Raises:
+        FileNotFoundError, FileExistsError: as they are; callers know what they mean.
+        BadInputError: wrong or missing credentials. StorageError: everything else.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, ValueError, MemoryError):
+            raise
+        except Exception as error:  # every file system has its own error classes
+            if wait is None or not may_pass(error):
+                raise explain(path, error) from None
+            sleep(wait)
+    raise AssertionError
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether an error is transient: timeouts, refused or broken connections, 500, 503."""
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return False
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if any(word in type(error).__name__ for word in ("Timeout", "Connect", "HTTPClient", "IncompleteRead")):
+        return True
+    return isinstance(error, OSError) and error.errno in PASSING
+
+
+def explain(path: Path, error: Exception) -> StorageError | BadInputError:
+    """What a remote file system's error means to the user."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, PermissionError) or "Credentials" in kind:
+        return BadInputError(
+            f"the storage refuses access: {text or kind}",
+            where=path,
+            fix="check the credentials (for s3://: AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and "
+            "their permissions",
+        )
+    if may_pass(error):
+        return StorageError(
+            f"the storage did not answer in {len(WAITS) + 1} tries: {text or kind}",
+            where=path,
+            fix="run the same command again when it does; finished work is kept",
+        )
+    return StorageError(f"the storage failed: {kind}: {text}", where=path, fix="check the URL and the storage")
+
+
+def _remote(path: Path) -> tuple[Any, str]:
+    remote = cast(Any, path)
+    return remote.fs, remote.path
+
+
+def _make_parent(fs: Any, name: str) -> None:
+    # Object stores would try to create the first part as a bucket.
+    if fs.protocol == "memory":
+        fs.makedirs(name.rsplit("/", 1)[0], exist_ok=True)

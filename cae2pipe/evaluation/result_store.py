@@ -1,0 +1,66 @@
+"""The artifact of an evaluation: opening it, reading or saving its result, marking it complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cae2pipe.artifacts.artifact import MANIFEST, ScoresArtifact, check_file, is_artifact
+from cae2pipe.artifacts.atomic import remove_debris, write_json
+from cae2pipe.artifacts.digest import file_entry
+from cae2pipe.supervised.loop import CHECKPOINTS, METRICS
+
+RESULT = "result.json"
+BULKY = ("losses", "history", "per_class", "settings")
+"""Entries of ``result.json`` that the manifest omits."""
+
+
+def open_scores(root: Path, asked: dict[str, Any]) -> tuple[ScoresArtifact, dict[str, Any] | None]:
+    """The artifact of an evaluation, created or opened, and its result if it exists.
+
+    Raises:
+        MismatchError: the folder holds another evaluation.
+    """
+    forget_idle(root)
+    artifact = ScoresArtifact.open_or_create(root, asked, facts={}, fix="give another output folder")
+    remove_debris(root)
+    result = stored_result(artifact)
+    if result:
+        # A killed run may not have marked it complete.
+        mark_complete(artifact, result)
+    return artifact, result
+
+
+def forget_idle(root: Path) -> None:
+    """Remove the manifest of an attempt without results (after refused settings, for example), so that the folder can
+    be reused."""
+    if is_artifact(root, "scores") and not ScoresArtifact.open(root).units and not any((root / CHECKPOINTS).glob("*")):
+        (root / MANIFEST).unlink()
+        (root / METRICS).unlink(missing_ok=True)
+
+
+def stored_result(artifact: ScoresArtifact) -> dict[str, Any] | None:
+    """The result in an artifact, if its files are unchanged."""
+    if "result" not in artifact.units:
+        return None
+    files = artifact.units["result"]["files"]
+    if any(check_file(artifact.root / name, entry) for name, entry in files.items()):
+        return None
+    result: dict[str, object] = json.loads((artifact.root / RESULT).read_text(encoding="utf-8"))
+    return result
+
+
+def save_result(artifact: ScoresArtifact, result: dict[str, Any], files: dict[str, Any]) -> None:
+    """Write the result and the manifest's entries of its files, and mark the artifact complete."""
+    write_json(artifact.root / RESULT, result)
+    artifact.add("result", {"files": {**files, RESULT: file_entry(artifact.root / RESULT)}})
+    mark_complete(artifact, result)
+
+
+def mark_complete(artifact: ScoresArtifact, result: dict[str, Any]) -> None:
+    """Mark an evaluation with a result complete, and remove the files that were only needed to resume it."""
+    artifact.facts["result"] = {name: value for name, value in result.items() if name not in BULKY}
+    artifact.save(complete=True)
+    shutil.rmtree(artifact.root / CHECKPOINTS, ignore_errors=True)
