@@ -1,9 +1,9 @@
-"""How few bytes do latents take at a low fidelity, by what is known for it, at equal bytes and equal cosines?
+"""How many bytes do latents take at a low fidelity, with known methods, at equal bytes and equal cosines?
 
-Every method codes the same tokens of images that nothing was fitted to, at the same mean cosine: the one number that
-sets its rate (a step, or a count of codewords) is searched for on the measured tokens themselves. Bytes are those of
-the chunks, by Blosc and with checksums; norms and attention, the same for all, are not in them, nor are bases and
-codebooks. Vector quantisers have whole numbers of bytes a token: between two of them, bytes are interpolated.
+Every method codes the same tokens, of images that nothing was fitted to, at the same mean cosine. The parameter that
+sets its rate (a step, or a number of codewords) is searched for on the measured tokens themselves. Bytes are those of
+the chunks, compressed by Blosc and with checksums. Norms and attention, the same for all, are not counted, nor are
+bases and codebooks. Vector quantisers take an integer number of bytes per token: in between, bytes are interpolated.
 
     python -m benchmarks.codec_low_rate [--quick] [--out benchmarks/results/codec_low_rate-cpu.json]
 """
@@ -34,11 +34,11 @@ from cae2pipe.teachers.protocol import Teacher
 
 FIDELITIES = (0.999, 0.99, 0.97, 0.95, 0.9)
 KEPT = (0.375, 0.5, 0.625, 0.75, 0.875)
-"""Shares of the components that are tried."""
+"""Shares of kept components to try."""
 
 
 class Bases(NamedTuple):
-    """What is fitted: ``mean`` (D,), ``basis`` (D, D), axes along the tokens (T, T), spreads (T, D) about them."""
+    """Fitted values: ``mean`` (D,), ``basis`` (D, D), axes along the tokens (T, T), spreads (T, D) along both axes."""
 
     mean: Tensor
     basis: Tensor
@@ -47,8 +47,8 @@ class Bases(NamedTuple):
 
 
 class Scalar(NamedTuple):
-    """A scalar quantiser: tokens to bins (n, T, D) at a step, bins to tokens, and bins as they lie in the chunk, which
-    is (D, n, T); then how they are packed."""
+    """A scalar quantiser: tokens to bins (n, T, D) at a step, bins to tokens, bins in the chunk's layout, which is (D,
+    n, T); and options of packing."""
 
     bins: Callable[[float], Tensor]
     tokens: Callable[[Tensor, float], Tensor]
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def samples(device: str, quick: bool) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Unit tokens to fit on, and of other images to measure on, at 112 pixels and at 224."""
+    """Unit tokens to fit on, and unit tokens of other images to measure on, at 112 and 224 pixels."""
     for size, source in ((112, crops), (224, lambda scratch: photographs(scratch, 96))):
         with tempfile.TemporaryDirectory() as scratch:
             over = {"view": {"size": size}}
@@ -87,7 +87,7 @@ def samples(device: str, quick: bool) -> Iterator[tuple[int, tuple[Tensor, Tenso
             chosen = chosen.model_copy(update={"teacher": chosen.teacher.model_copy(update={"image_size": size})})
             shards, teacher = packed(source(Path(scratch)), Path(scratch), chosen), teacher_of(chosen)
             views = 4 if quick else 6
-            # 64 photographs in several views, or as many others in one: there are few photographs.
+            # There are few photographs: several views of 64 photographs, or one view of as many other photographs.
             fitted = [(block, (0,)) for block in range(views)] if size == 112 else [(0, tuple(range(views)))]
             measured = [(block, (1,)) for block in (8, 9)] if size == 112 else [(1, (0, 1, 2, 3))]
             yield size, (unit_of(shards, teacher, chosen, fitted), unit_of(shards, teacher, chosen, measured))
@@ -198,7 +198,7 @@ def grid_cosines(tokens: int) -> Tensor:
 
 
 def predicted(fitted: Tensor, rotated: Tensor, plain: Callable[[Tensor, float], Tensor]) -> Scalar:
-    """Each patch less what its decoded left, upper and upper left neighbours predict, with weights per component."""
+    """Each patch minus a prediction from its decoded left, upper and upper left neighbours; weights per component."""
     side = math.isqrt(rotated.shape[1] - 1)
 
     def neighbours(grid: Tensor, row: int, col: int) -> Tensor:
@@ -237,7 +237,7 @@ def predicted(fitted: Tensor, rotated: Tensor, plain: Callable[[Tensor, float], 
 
 
 def largest(mean_cosine: Callable[[float], float], fidelity: float) -> float | None:
-    """The largest step, to 0.3%, at which the mean cosine is at least the fidelity; None where it never is."""
+    """The largest step, to 0.3%, at which the mean cosine is at least the fidelity; None if it never is."""
     low, high = 1e-3, 1.0
     if mean_cosine(low) < fidelity:
         return None
@@ -256,7 +256,7 @@ def quality(test: Tensor, decoded: Tensor, mean: Tensor) -> Fidelity:
 
 
 def chunk_bytes(laid: Tensor, method: Scalar) -> int:
-    """Bytes a view of whole blocks, with the shuffle that takes fewer."""
+    """Bytes per view of whole blocks, with the shuffle that gives fewer."""
     symbols = zigzag(laid.int())
     dtype = "<u2" if int(symbols.max()) > 255 else method.dtype
     blocks = [block.contiguous().numpy().astype(dtype) for block in symbols.split(BLOCK, 1)]
@@ -267,7 +267,7 @@ def chunk_bytes(laid: Tensor, method: Scalar) -> int:
 
 
 def entropy(laid: Tensor) -> float:
-    """Bytes of an ideal coder that knows how often every symbol occurs in each row (of D)."""
+    """Bytes of an ideal coder that knows the frequency of every symbol in each row (of D)."""
     symbols, bits = zigzag(laid.int()).flatten(1), 0.0
     for row in symbols:
         share = torch.bincount(row).double() / len(row)
@@ -276,7 +276,7 @@ def entropy(laid: Tensor) -> float:
 
 
 def between(points: Points) -> dict[str, Any]:
-    """Bytes at every fidelity within reach, linear between points in the logarithm of the distance."""
+    """Bytes at every reachable fidelity, interpolated linearly in the logarithm of the distance."""
     sizes: dict[str, Any] = {}
     for fidelity in FIDELITIES:
         for (few, low), (many, high) in pairwise(points):
@@ -288,7 +288,7 @@ def between(points: Points) -> dict[str, Any]:
 
 
 def timings(fit: Tensor, test: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Views a second of a core's own time at 0.97: tokens to chunk, chunk to symbols, chunk to tokens."""
+    """Views per second of CPU time of one core at 0.97: tokens to chunk, chunk to symbols, chunk to tokens."""
     measures = {}
     shape, whole = (test.shape[2], BLOCK, test.shape[1]), test.split(BLOCK)
     for name, rotated in (("klt", True), (TOKENS, False)):
@@ -311,7 +311,7 @@ def timings(fit: Tensor, test: Tensor, rounds: int) -> dict[str, list[float]]:
 
 
 def own_rate(work: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
-    """Views a second of this process's own time, whatever else the machine does."""
+    """Views per second of this process's CPU time, which other load on the machine does not change."""
     began = time.process_time()
     for each in inputs:
         work(each)

@@ -1,8 +1,8 @@
 """How many bytes does a codec need for a fidelity, and how fast is it?
 
 Claims: klt at a mean cosine of 0.999 takes at most 0.60 of int8's bytes on a ViT-Ti's tokens with a 1st percentile of
-at least 0.998, and undoing Blosc runs at 5,000 views/s a core at 192 dimensions. Tokens that fidelity is measured on
-took no part in calibration.
+at least 0.998, and decompression by Blosc reaches 5,000 views/s per core at 192 dimensions. The tokens on which
+fidelity is measured were not used for calibration.
 
     python -m benchmarks.codec_pareto [--quick] [--device cpu] [--out benchmarks/results/codec_pareto-cpu.json]
 """
@@ -34,7 +34,7 @@ CODECS = (
     ("klt", 0.9),
 )
 FIT, TEST = 8, 4
-"""Blocks that calibration sees, and blocks that are measured on."""
+"""Numbers of blocks for calibration and for measurement."""
 
 
 def main() -> None:

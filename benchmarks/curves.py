@@ -1,7 +1,7 @@
 """Do cached targets train the same student?
 
-Claim: from one seed, on the same stored views, the loss curves of a run from klt latents, of one from fp16 latents and
-of one with the teacher online are the same to the codec's error. Draws all three into one picture.
+Claim: with the same seed and the same stored views, the loss curves of a run from klt latents, of one from fp16 latents
+and of one with an online teacher are equal up to the codec's error. Plots all three in one picture.
 
     python -m benchmarks.curves [--quick] [--picture docs/curves.png] [--out benchmarks/results/curves-cpu.json]
 """
@@ -27,7 +27,7 @@ from cae2pipe.training.metrics import read_lines
 def main() -> None:
     options = parse_options(
         __doc__,
-        picture={"type": Path, "help": "write the curves here"},
+        picture={"type": Path, "help": "file for the picture of the curves"},
         images={"type": int, "default": 40, "help": "images of each class"},
     )
     epochs = 3 if options.quick else 8
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def draw(losses: dict[str, list[float]], path: Path) -> None:
-    """The curves in one picture, and below it how far each is from the online run's."""
+    """The curves, and below them the difference of each from the online run's."""
     import matplotlib.pyplot as plt
 
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))

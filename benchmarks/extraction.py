@@ -1,7 +1,7 @@
 """How much of the teacher's own speed does extraction keep?
 
-Claim: extraction of full-size photographs runs at 0.85 or more of the views/s of the teacher's bare forward on the same
-batches: everything else, from decoding to writing, is done beside it.
+Claim: extraction of full-size photographs reaches at least 0.85 of the views/s of the teacher's forward pass alone on
+the same batches: everything else, from decoding to writing, runs concurrently.
 
     python -m benchmarks.extraction [--quick] [--device cpu] [--out benchmarks/results/extraction-cpu.json]
 """
@@ -28,7 +28,7 @@ from cae2pipe.targets.missing import missing_units
 
 VIEWS = 4
 COPIES = 4
-"""Of each photograph: there are about 100, and workers take a second to start."""
+"""Copies of each photograph: there are about 100, and workers take a second to start."""
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
             return done / (time.perf_counter() - began)
 
         def bare_in_lanes() -> float:
-            """The forward as extraction runs it: on a CPU one batch a core."""
+            """The forward pass as in extraction: on a CPU one batch per core."""
             began, count = time.perf_counter(), max(1, 512 // len(batches[0]))
             width = lane_count(None, teacher.device)
             tasks = ((batches[number % len(batches)].to(teacher.device),) for number in range(count))

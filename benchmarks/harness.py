@@ -1,7 +1,7 @@
-"""What the benchmark scripts share: options, timing in turns, the table and the JSON file.
+"""Common code of the benchmark scripts: options, timing in turns, the table and the JSON file.
 
-Whatever is compared is measured in turns within one run (A B A B), so that a noisy machine troubles all alike. A figure
-is the median of its rounds beside the smallest and largest; a ratio is the median of the rounds' ratios.
+Compared things are measured in turns within one run (A B A B), so that noise on the machine affects all equally. A
+figure is the median over rounds, with the smallest and largest; a ratio is the median of the ratios per round.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 
 def parse_options(doc: str, **more: Any) -> argparse.Namespace:
-    """The options that every script takes; ``more`` names further ones by argparse's arguments."""
+    """The options that every script takes; ``more`` adds further ones with argparse's arguments."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and samples: a minute or two on two cores")
     parser.add_argument("--device", default="cpu", help="where the model under test runs")
@@ -34,14 +34,14 @@ def parse_options(doc: str, **more: Any) -> argparse.Namespace:
 
 
 def rate(work: Callable[[], Any], count: int) -> float:
-    """``count`` things done by one call of ``work``, a second."""
+    """Things per second, if one call of ``work`` does ``count``."""
     began = time.perf_counter()
     work()
     return count / (time.perf_counter() - began)
 
 
 def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each measure gives in each of ``rounds`` rounds, after one round that warms up and is not counted."""
+    """The values of each measure in ``rounds`` rounds, after an uncounted warm-up round."""
     values_of: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(rounds + 1):
         for name, measure in measures.items():
@@ -65,12 +65,12 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def at_least(name: str, value: float, goal: float, digits: int = 3) -> dict[str, Any]:
-    """A check that is met from ``goal`` upwards. It looks at the value itself, not at what is left after rounding."""
+    """A check that passes if the value, before rounding, is at least ``goal``."""
     return {"name": name, "value": round(value, digits), "goal": f">= {goal:g}", "ok": bool(value >= goal)}
 
 
 def at_most(name: str, value: float, goal: float, digits: int = 3) -> dict[str, Any]:
-    """A check that is met up to ``goal``."""
+    """A check that passes if the value is at most ``goal``."""
     return {"name": name, "value": round(value, digits), "goal": f"<= {goal:g}", "ok": bool(value <= goal)}
 
 
@@ -79,7 +79,7 @@ def real_folder() -> Path | None:
     folder = os.environ.get("CAE2PIPE_REAL")
     if folder and Path(folder).is_dir():
         return Path(folder)
-    warnings.warn("CAE2PIPE_REAL names no folder: made-up images and random weights stand in", stacklevel=2)
+    warnings.warn("CAE2PIPE_REAL is not a folder: using synthetic images and random weights", stacklevel=2)
     return None
 
 
@@ -95,7 +95,7 @@ def finish(
     settings: Mapping[str, Any],
     libraries: Sequence[str],
 ) -> None:
-    """Print rows and checks as tables and, where asked, write the result. A missed goal is shown, not an error."""
+    """Print rows and checks as tables and, with ``--out``, write the result. A missed goal is not an error."""
     print_table(benchmark, rows)
     print_table("checks", checks)
     if options.out:
@@ -132,7 +132,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in columns))
-    # Rich would cut cells short where there is no terminal to ask for its width.
+    # Without a terminal, rich would truncate cells to a default width.
     Console(width=None if os.isatty(1) else 160).print(table)
 
 

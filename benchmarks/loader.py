@@ -1,8 +1,8 @@
-"""What does training from blocks save over decoding full-size photographs?
+"""How much does training from blocks save, compared with decoding full-size photographs?
 
-Claims: from stored views the block loader gives at least 4 times the images/s a core of decoding full-size photographs
-with a random resized crop; from replayed ones, which take fewer bytes, not less than that. The loader's work includes
-the latents' Blosc and the masks; the other side does nothing but pixels.
+Claims: from stored views the block loader reaches at least 4 times the images/s per core of decoding full-size
+photographs with a random resized crop; from replayed views, which take fewer bytes, at least the same rate. The loader
+also decompresses latents and draws masks; the other side only makes pixels.
 
     python -m benchmarks.loader [--quick] [--device cpu] [--out benchmarks/results/loader-cpu.json]
 """
@@ -28,7 +28,7 @@ from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.target_set import TargetSet
 
 COPIES = 6
-"""Of each photograph: with about 100 images every block would be cut between streams, and read by two."""
+"""Copies of each photograph: with about 100 images every block would be split between two streams, and read twice."""
 TRAINING = {"epochs": 2, "optimizer": {"warmup_epochs": 1}, "data": {"batch": 64, "streams": 4}}
 
 

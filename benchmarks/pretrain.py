@@ -1,9 +1,9 @@
-"""Does anything stand between the student and the device?
+"""Does the pipeline slow down the student's training?
 
-Claims: training from cached targets keeps 0.95 or more of the images/s of the same step fed from memory; against the
-teacher online, on the same stored views, it reaches 0.9 of what the arithmetic allows. The online run on fresh crops of
-the originals, as published, is measured beside them. The teachers are CLIP ViT-B/16 (for Large: ViT-L/14 at 196 pixels)
-with random weights: their speed does not depend on them.
+Claims: training from cached targets reaches at least 0.95 of the images/s of the same step fed from memory; compared
+with an online teacher on the same stored views, it reaches 0.9 of the speed-up that the arithmetic allows. The online
+run on fresh crops of the originals, as published, is measured too. The teachers are CLIP ViT-B/16 (for Large: ViT-L/14
+at 196 pixels) with random weights, on which speed does not depend.
 
     python -m benchmarks.pretrain [--quick] [--device cpu] [--sizes tiny,small] [--batch 8] [--out FILE.json]
 """
@@ -55,8 +55,8 @@ def main() -> None:
     options = parse_options(
         __doc__,
         sizes={"default": ",".join(SIZES), "help": "sizes to measure"},
-        batch={"type": int, "default": 8, "help": "images a step"},
-        steps={"type": int, "default": 0, "help": "steps a turn; 0: 2 on a CPU, 50 on a device"},
+        batch={"type": int, "default": 8, "help": "images per step"},
+        steps={"type": int, "default": 0, "help": "steps per turn; 0: 2 on a CPU, 50 on a device"},
     )
     device = pick_device(options.device)
     rows, checks, costs = [], [], []
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def make_targets(shards: ShardSet, scratch: Path, preset: str, device: str) -> tuple[TargetSet, Path]:
-    """A target set of one view from a CLIP tower with random weights, and the file of those."""
+    """A target set of one view from a CLIP tower with random weights, and the file of the weights."""
     weights = random_weights(preset, scratch)
     values = {"teacher": {"weights": str(weights), "pretrained": None}, "speed": {"device": device}, "views": 1}
     settings = load(ExtractSettings, "extract", preset, overrides=(), values=values)
@@ -138,7 +138,7 @@ def measure(
     row: dict[str, Any] = {"size": size} | {name: figures(values, 2) for name, values in rates.items()}
     row |= {"/memory": round(kept, 3), "/online": round(gained, 2), "ceiling": round(ceiling, 2)}
     details = {
-        "units": "images a second",
+        "units": "images per second",
         "gmacs": round(forward_flops(settings, targets.teacher.dim) / 2e9, 2),
         "cached_over_fresh": round(median_ratio(rates["cached"], rates["fresh"]), 2),
         "data_wait": round(sum(waits) / len(waits), 4),
@@ -154,7 +154,7 @@ def measure(
 
 
 def settings_of(size: str, batch: int, device: torch.device, over: dict[str, Any] | None = None) -> PretrainSettings:
-    """A size's preset at a batch, without end, with ``over`` laid on top."""
+    """A size's preset at a batch, with unlimited epochs, overridden by ``over``."""
     values = {"epochs": 100_000, "data": {"batch": batch, "streams": min(8, batch)}}
     settings = load(PretrainSettings, "pretrain", size, overrides=(), values=merge(values, over or {}))
     settings = settings.model_copy(update={"precision": resolve_precision("auto", device)})
@@ -165,7 +165,7 @@ def settings_of(size: str, batch: int, device: torch.device, over: dict[str, Any
 def turn(
     step: Step, batches: Iterator[Batch], steps: int, device: torch.device, waits: list[float] | None = None
 ) -> Callable[[], float]:
-    """A measure: images/s over some steps, the loader's work included."""
+    """A measure: images/s over some steps, including the loader's work."""
 
     def run() -> float:
         began, waited, images = time.perf_counter(), 0.0, 0
@@ -185,7 +185,7 @@ def turn(
 
 
 def teacher_turn(teacher: Teacher, batch: Batch, steps: int, device: torch.device) -> Callable[[], float]:
-    """A measure: views/s of the teacher's bare forward."""
+    """A measure: views/s of the teacher's forward pass alone."""
 
     def run() -> float:
         began = time.perf_counter()
@@ -204,7 +204,7 @@ def wait_for(device: torch.device) -> None:
 
 def teacher_flops(teacher: Teacher, batch: Batch) -> int:
     """Operations of the teacher's forward pass of one image."""
-    # The fused form of attention is one operation, which the counter does not know.
+    # Fused attention is one operation, which the counter does not know.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     with FlopCounterMode(display=False) as counter:
@@ -214,7 +214,7 @@ def teacher_flops(teacher: Teacher, batch: Batch) -> int:
 
 
 def top_operations(step: Step, batch: Batch, device: torch.device, most: int = 6) -> dict[str, float]:
-    """Where a step's time goes: the operations with the largest share of it."""
+    """The operations with the largest shares of a step's time."""
 
     def work() -> None:
         step(batch, 1e-6)
@@ -225,13 +225,13 @@ def top_operations(step: Step, batch: Batch, device: torch.device, most: int = 6
 
 
 def shares(work: Callable[[], None], device: torch.device, most: int) -> dict[str, float]:
-    """The kernels (on a CPU: operations) that take most of the time of ``work``, which waits for the device, each with
-    its share of the time of all of them."""
+    """The kernels (on a CPU: operations) that take most of the time of ``work``, which must wait for the device, each
+    with its share of their total time."""
     from torch.profiler import ProfilerActivity, profile
 
     on_cuda = device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
-    # Torch 2.11 warns where events are not accumulated, of which there is one cycle alone.
+    # Torch 2.11 warns if events are not accumulated, although there is only one cycle.
     with profile(activities=[activity], acc_events=True) as profiler:
         work()
     times = {

@@ -1,6 +1,6 @@
-"""Vector quantisers to compare the latent codec with: k-means codebooks of 256 codewords, a byte each.
+"""Vector quantisers for comparison with the latent codec: k-means codebooks of 256 codewords, one byte per code.
 
-Both see tokens in their principal axes; codes lie in the chunk as uint8 (parts, n, T), codebooks are not counted.
+Both work on tokens in their principal axes; codes are stored as uint8 (parts, n, T), codebooks are not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from cae2pipe.targets.chunks import BLOCK, encode_chunk
 
 TRAINING_TOKENS, ITERATIONS = 20_000, 8
-"""For each codebook."""
+"""Tokens and iterations of k-means for each codebook."""
 
 
 def codebook(tokens: Tensor) -> Tensor:
@@ -35,11 +35,11 @@ def assigned(tokens: Tensor, words: Tensor) -> Tensor:
 
 
 Points = list[tuple[int, float]]
-"""Bytes a view, and the mean cosine."""
+"""Bytes per view, and the mean cosine."""
 
 
 def product(fit: Tensor, test: Tensor, mean: Tensor, basis: Tensor) -> Points:
-    """Parts of equal size of the rotated token, components dealt out so that their variances' products agree."""
+    """Parts of equal size of the rotated token, with components distributed to equalise the products of variances."""
     dim = test.shape[2]
     fitted, rotated = (((unit - mean) @ basis).flatten(0, 1) for unit in (fit, test))
     logs = fitted.square().mean(0).log()
@@ -59,7 +59,7 @@ def product(fit: Tensor, test: Tensor, mean: Tensor, basis: Tensor) -> Points:
 
 
 def residual(fit: Tensor, test: Tensor, mean: Tensor, basis: Tensor) -> Points:
-    """Stages of whole codewords, each of what the stages before it left over."""
+    """Stages of whole-token codewords, each for the residual of the stages before."""
     fitted, rotated = (((unit - mean) @ basis).flatten(0, 1) for unit in (fit, test))
     generator = torch.Generator().manual_seed(1)
     left = fitted[torch.randperm(len(fitted), generator=generator)[:TRAINING_TOKENS]]
@@ -75,7 +75,7 @@ def residual(fit: Tensor, test: Tensor, mean: Tensor, basis: Tensor) -> Points:
 
 
 def code_bytes(codes: list[Tensor], test: Tensor) -> int:
-    """Bytes a view of the codes, (parts, n, T) uint8."""
+    """Bytes per view of the codes, (parts, n, T) uint8."""
     laid = torch.stack(codes).reshape(len(codes), *test.shape[:2]).to(torch.uint8)
     blocks = [block.contiguous().numpy() for block in laid.split(BLOCK, 1)]
     return round(sum(min(len(encode_chunk(block, level)) for level in (0, 1)) for block in blocks) / len(test))

@@ -1,4 +1,4 @@
-"""What the benchmarks measure on: real photographs and a trained teacher, or stand-ins where there are none."""
+"""Data of the benchmarks: real photographs and a trained teacher, or synthetic ones without CAE2PIPE_REAL."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from cae2pipe.teachers.protocol import Teacher
 
 
 def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:
-    """Stage 1 with the ViT-Ti teacher: the trained one where there are real data, else random weights. Views are stored
-    unless ``over`` says otherwise."""
+    """Stage 1 with the ViT-Ti teacher: the trained one with real data, otherwise random weights. Views are stored
+    unless ``over`` changes that."""
     real = real_folder()
     if real:
         weights = real / "teachers" / "vit_tiny_patch16_224.timm.safetensors"
@@ -40,7 +40,7 @@ def settings(device: str, scratch: Path, **over: Any) -> ExtractSettings:
     values = {
         "teacher": {"weights": str(weights)},
         "view": {"pixels": "stored"},
-        # Not the default: what all results so far were measured at.
+        # Not the default: all results so far were measured with this value.
         "codec": {"fidelity": 0.999},
         "speed": {"device": device},
         **over,
@@ -61,14 +61,14 @@ def random_weights(preset: str, scratch: Path, values: dict[str, Any] | None = N
     torch.manual_seed(0)
     tower = _build_vision_tower(shape["embed_dim"], config, quick_gelu=shape["quick_gelu"])
     with torch.no_grad():
-        tower.conv1.weight.mul_(5)  # fresh towers give nearly the same token everywhere
+        tower.conv1.weight.mul_(5)  # untrained towers give nearly the same token everywhere
     path = scratch / f"{preset}.safetensors"
     save_file({f"visual.{name}": tensor.contiguous() for name, tensor in tower.state_dict().items()}, path)
     return path
 
 
 def photographs(scratch: Path, images: int) -> Path:
-    """A folder of full-size photographs, about 100 of them; noise of their size where there are none."""
+    """A folder of about 100 full-size photographs, or of noise of their size without real data."""
     if real := real_folder():
         return real / "imagenet-samples"
     write_noise(scratch / "photographs" / "noise", images, (500, 375))
@@ -86,7 +86,7 @@ def write_noise(folder: Path, images: int, size: tuple[int, int]) -> None:
 
 
 def copies(source: Path, scratch: Path, count: int) -> Path:
-    """The photographs several times over, each copy in folders of its own: a set of a hundred is all edges."""
+    """Several copies of the photographs, each in its own folders: with a hundred images edge effects would dominate."""
     for copy in range(count):
         for folder in source.iterdir():
             shutil.copytree(folder, scratch / "copies" / f"{folder.name}-{copy}")

@@ -1,7 +1,7 @@
-"""What do checksums and Zarr cost a reader?
+"""What do checksums and Zarr cost when reading?
 
 Claim: reading 64-sample int8 blocks with their checksums takes at most 1.5 times as long as plainly reading the same
-bytes of the same files; zarr-python's own path stands beside it. All warm.
+bytes of the same files. zarr-python is measured for comparison. All with a warm cache.
 
     python -m benchmarks.store_read [--quick] [--out benchmarks/results/store_read-cpu.json]
 """
@@ -22,11 +22,11 @@ from cae2pipe.targets.chunks import BLOCK, decode_index, index_size
 from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
 
 TOKENS, DIM, BLOCKS = 197, 512, 48
-"""As CLIP's, and more than a processor's cache holds."""
+"""CLIP's shape; the total exceeds the CPU cache."""
 
 
 def build(root: Path, codec: str) -> tuple[dict, StoreLayout]:
-    """A store of random tokens: what is read does not hang on what they say."""
+    """A store of random tokens: the speed does not depend on their values."""
     generator = torch.Generator().manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(BLOCK, TOKENS, DIM, generator=generator), dim=-1)
     calibration, _ = calibrate(unit, codec, 0.999, level=1)
@@ -64,7 +64,7 @@ def readers(root: Path, codec: str) -> dict[str, Callable[[], float]]:
                 file.read(length)
 
     def checked() -> None:
-        """What checksums cost at least."""
+        """Lower bound of the cost of checksums."""
         for block in order:
             offset, length = spans[block]
             with path.open("rb", buffering=0) as file:

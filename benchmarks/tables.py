@@ -1,4 +1,4 @@
-"""Tables of figures in README.md and docs/, made from the JSON files in benchmarks/results/.
+"""Tables of figures in README.md and docs/, generated from the JSON files in benchmarks/results/.
 
 A table is between two comments, ``<!-- figures: NAME -->`` and ``<!-- figures end -->``.
 
@@ -35,12 +35,12 @@ def main() -> None:
 
 
 def pages() -> list[Path]:
-    """Pages that may hold tables."""
+    """Pages that may contain tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str, results: Path) -> str:
-    """A page with its tables as the results give them."""
+    """A page with its tables generated from the results."""
     return MARKED.sub(lambda match: match[1] + TABLES[match[2]](results) + match[4], text)
 
 
@@ -66,7 +66,7 @@ def performance(results: Path) -> str:
 
 
 def low_rate(results: Path) -> str:
-    """Bytes per view of the latent codec and of what else is known for it, at equal cosines."""
+    """Bytes per view of the latent codec and of alternatives, at equal cosines."""
     result = read(results, "codec_low_rate")
     fidelities = ("0.999", "0.99", "0.97", "0.95", "0.9")
     rows = [
@@ -176,7 +176,7 @@ def gpu_table(content: dict[str, Any]) -> str:
 
 
 def measured(parts: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """A part's rows; none where it did not run."""
+    """A part's rows; empty if it did not run."""
     rows: list[dict[str, Any]] = parts.get(name, {}).get("found", {}).get("rows", [])
     return rows
 
@@ -203,7 +203,7 @@ def read(results: Path, name: str) -> dict[str, Any]:
 
 
 def check(result: dict[str, Any], part: str) -> dict[str, Any]:
-    """The check whose name holds ``part``."""
+    """The check whose name contains ``part``."""
     row: dict[str, Any] = next(row for row in result["checks"] if part in row["name"])
     return row
 
@@ -215,7 +215,7 @@ def goal(row: dict[str, Any], why: str) -> str:
 
 
 def significant(value: float, digits: int, most: int = 3) -> str:
-    """So many significant digits, but at most so many behind the point; with commas, and never a power of ten."""
+    """``digits`` significant digits, but at most ``most`` decimals; with thousands separators, without exponents."""
     if not value:
         return "0"
     places = min(most, digits - 1 - math.floor(math.log10(abs(value))))
@@ -223,7 +223,7 @@ def significant(value: float, digits: int, most: int = 3) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
 
@@ -236,7 +236,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "hours": hours,
     "gpu": gpu,
 }
-"""By the names that the comments have."""
+"""Tables by their names in the comments."""
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
-"""How many images should pass a teacher together on a CPU?
+"""How many images should a teacher process at once on a CPU?
 
 Claim: in groups of 8 (``cae2pipe.teachers.protocol.CPU_BATCH``) a convolutional teacher is faster than with a block of
-64 at once, and a ViT no slower. Architectures with random weights: speed does not hang on them.
+64 at once, and a ViT no slower. The weights are random, since speed does not depend on them.
 
     python -m benchmarks.teacher_batch [--quick] [--device cpu] [--out benchmarks/results/teacher_batch-cpu.json]
 """

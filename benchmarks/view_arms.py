@@ -1,4 +1,4 @@
-"""The arms of benchmarks/views.py: their target sets and runs, made or adopted in one folder."""
+"""The arms of benchmarks/views.py: their target sets and runs, made or reused in one folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HELD_OUT_VIEWS = 4
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: ``targets`` is the name of the set it is trained on, ``views`` how many of that set's views."""
+    """One run: ``targets`` is the name of its target set, ``views`` the number of that set's views to use."""
 
     name: str
     targets: str
@@ -47,7 +47,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all arms share. ``data`` holds train and val; ``size`` is a view's side in pixels."""
+    """Common inputs of all arms. ``data`` contains train and val; ``size`` is a view's side in pixels."""
 
     work: Path
     data: Path
@@ -95,7 +95,7 @@ class Bench:
             "optimizer": {"lr": 2e-3, "scale_lr": False, "warmup_epochs": min(5, self.epochs / 2)},
             "speed": {
                 "device": self.device,
-                # Many such students share a GPU, which none of them fills; each would be compiled for a minute.
+                # Many such students share a GPU, which none of them fills; compiling each would take a minute.
                 "compile": False,
                 "workers": int(on_cuda),
                 "keep_epochs": self.keep,
@@ -104,8 +104,8 @@ class Bench:
         return load(PretrainSettings, "pretrain", "small", overrides=(), values=values)
 
     def targets(self, name: str, report: Report) -> Path:
-        """A target set by name, made where it is missing: ``v32`` holds fp16 latents of 32 views, ``k999`` the same
-        recoded, ``fresh`` a view for every epoch, ``held`` the val images."""
+        """A target set by name, made if it is missing: ``v32`` has fp16 latents of 32 views, ``k999`` the same recoded,
+        ``fresh`` one view per epoch, ``held`` the val images."""
         root = self.work / name
         if name.startswith("k"):
             source = self.targets(f"v{self.stored}", report)
@@ -123,24 +123,24 @@ class Bench:
         return root
 
     def holds(self, root: Path, views: int) -> bool:
-        """Whether a target set is finished and has so many views."""
+        """Whether a target set is finished and has ``views`` views."""
         return is_artifact(root, "targets") and open_artifact(root).complete and TargetSet(root).views >= views
 
 
 def all_images() -> Path:
     real = real_folder()
-    return real / "imagenette" if real else sys.exit("without CAE2PIPE_REAL there is only --quick")
+    return real / "imagenette" if real else sys.exit("without CAE2PIPE_REAL only --quick is available")
 
 
 def quick_images(work: Path, train: int = 10, val: int = 4) -> Path:
-    """The first images of each class, or noise where there are none, in ``work``."""
+    """The first images of each class, or noise without real data, in ``work``."""
     real, root = real_folder(), work / "images"
     for part, count in (("train", train), ("val", val)):
         if (root / part).is_dir():
             continue
         if real is None:
             for number in range(8):
-                # Noise is drawn by its size: each class has its own.
+                # Noise depends on its size, so each class has its own.
                 write_noise(root / part / f"class{number}", count, (96 + 4 * number, 72))
             continue
         for kind in sorted((real / "imagenette" / part).iterdir()):
@@ -159,18 +159,18 @@ def parse_arm(name: str, bench: Bench) -> Arm:
     """``v32-s0``: 32 views at 0.999, seed 0; ``v32-k97-s0``: at 0.97; ``fresh-s0``: a fresh crop in every epoch."""
     match = NAME.fullmatch(name)
     if not match:
-        sys.exit(f"{name!r} is not an arm: give v32-s0, v32-k97-s0 or fresh-s0 for 32 views, fidelity 0.97, seed 0")
+        sys.exit(f"{name!r} is not an arm: use v32-s0, v32-k97-s0 or fresh-s0 for 32 views, fidelity 0.97, seed 0")
     seed = int(match["seed"])
     if not match["views"]:
         return Arm(name, "fresh", bench.epochs, 0.999, seed)
     digits, views = match["digits"] or "999", int(match["views"])
     if not 1 <= views <= bench.stored:
-        sys.exit(f"{name}: the set has {bench.stored} views; give --stored {views}")
+        sys.exit(f"{name}: the set has {bench.stored} views; use --stored {views}")
     return Arm(name, f"k{digits}", views, fidelity_of(digits), seed)
 
 
 def trained(bench: Bench, arms: Sequence[Arm], jobs: int, report: Report) -> Generator[Arm, None, None]:
-    """The arms, each when it is trained, ``jobs`` at once; 0: nothing is trained."""
+    """Yields arms when they are trained, ``jobs`` at once; 0: nothing is trained."""
     if jobs == 0:
         yield from arms
     elif jobs > 1:
@@ -182,7 +182,7 @@ def trained(bench: Bench, arms: Sequence[Arm], jobs: int, report: Report) -> Gen
 
 
 def with_targets(bench: Bench, arms: Sequence[Arm], report: Report) -> Iterator[Arm]:
-    """The arms whose target sets are there, or could be made."""
+    """The arms whose target sets exist or could be made."""
     for arm in arms:
         try:
             bench.targets(arm.targets, report)
@@ -193,8 +193,8 @@ def with_targets(bench: Bench, arms: Sequence[Arm], report: Report) -> Iterator[
 
 
 def side_by_side(bench: Bench, arms: Iterator[Arm], jobs: int, report: Report) -> Iterator[Arm]:
-    """Train the arms in up to ``jobs`` processes; gives each when its process has ended. Whatever ends this iterator
-    early lets all of them write a checkpoint."""
+    """Train the arms in up to ``jobs`` processes; yields each when its process has ended. If the iterator is closed
+    early, all of them write a checkpoint."""
     running: dict[Any, tuple[Arm, Any]] = {}
     ended: list[tuple[Arm, Any]] = []
     try:
@@ -203,7 +203,7 @@ def side_by_side(bench: Bench, arms: Iterator[Arm], jobs: int, report: Report) -
                 process = multiprocessing.get_context("spawn").Process(target=train_alone, args=(bench, arm))
                 process.start()
                 running[process.sentinel] = arm, process
-            # Others are being trained while one that has ended is scored.
+            # Others are being trained while a finished one is scored.
             for arm, process in ended:
                 process.join()
                 if process.exitcode:
@@ -220,8 +220,8 @@ def side_by_side(bench: Bench, arms: Iterator[Arm], jobs: int, report: Report) -
 
 
 def train_alone(bench: Bench, arm: Arm) -> None:
-    """Train an arm in a process of its own."""
-    # Out of reach of Ctrl-C: a second signal would not wait for the checkpoint.
+    """Train an arm in a separate process."""
+    # Not reached by Ctrl-C: a second signal would not wait for the checkpoint.
     os.setpgrp()
     torch.set_num_threads(1)
     with progress(arm.name) as report:
@@ -232,7 +232,7 @@ def train_alone(bench: Bench, arm: Arm) -> None:
 
 
 def train(bench: Bench, arm: Arm, report: Report) -> None:
-    """Train an arm, or resume it. Raises MismatchError where its folder was made under other settings."""
+    """Train an arm, or resume it. Raises MismatchError if its folder was made with other settings."""
     try:
         pretrain(bench.work / arm.targets, bench.run(arm), bench.training(arm), report=report)
     except LockedError:

@@ -10,8 +10,8 @@ from benchmarks.view_scores import standard_error
 
 
 def draw(rows: Sequence[dict[str, Any]], images: int, path: Path) -> None:
-    """kNN over epochs for every V at 0.999; and the last epoch's scores against bytes, fresh crops as a level. Images
-    are kept once where it is known what that takes."""
+    """kNN over epochs for every V at 0.999, and the last epoch's scores over bytes, with fresh crops as a level. Bytes
+    are those of images kept once, if their size is known."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
@@ -60,7 +60,7 @@ def draw(rows: Sequence[dict[str, Any]], images: int, path: Path) -> None:
     right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_formatter("")
-    right.set_xlabel("kB an image on the disk, latents and pixels")
+    right.set_xlabel("kB per image on disk, latents and pixels")
     right.set_ylabel("top-1, %")
     right.set_title(f"after {end} epochs (bars: one standard error, {images} images)")
     if right.has_data():
@@ -72,7 +72,7 @@ def draw(rows: Sequence[dict[str, Any]], images: int, path: Path) -> None:
 
 
 def kilobytes(row: dict[str, Any]) -> float:
-    """An image's latents and pixels."""
+    """Kilobytes per image of latents and pixels."""
     return float(row.get("kb_pixels_once", row["kb_per_image"]))
 
 

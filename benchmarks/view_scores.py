@@ -1,7 +1,7 @@
-"""Scores of the checkpoints that a run has kept, for benchmarks/views.py.
+"""Scores of the checkpoints of a run, for benchmarks/views.py.
 
-Images are decoded once and held in memory for all checkpoints of all runs, as crops: about 150 MB for 3,800 images at
-112 pixels. What evaluation itself computes from them is the library's.
+Images are decoded once, and their crops are kept in memory for all checkpoints of all runs: about 150 MB for 3,800
+images at 112 pixels. The evaluations are those of cae2pipe.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Scorer:
     Args:
         data: a folder with train and val. held_out: fp16 targets of the val images' views.
         size: side of a student's input in pixels.
-        neighbours: of kNN.
+        neighbours: k of kNN.
     """
 
     def __init__(self, data: Path, held_out: TargetSet, size: int, neighbours: int = 20):
@@ -65,7 +65,7 @@ class Scorer:
         self.held_out = held_out
         self.size = size
         self.knn = load(KnnSettings, "evaluate", "knn", overrides=[f"k={neighbours}"])
-        # What `cae2pipe evaluate linear --fast` sets.
+        # The settings of `cae2pipe evaluate linear --fast`.
         self.linear = load(
             LinearSettings, "evaluate", "linear", overrides=["cached_crops=1", f"sweep={list(FAST_RATES)}"]
         )
@@ -76,7 +76,7 @@ class Scorer:
 
     @cached_property
     def crops(self) -> tuple[Crops, Crops]:
-        """Of train and val, labels of both pointing into train's classes."""
+        """Crops of train and val; labels of both are indices into train's classes."""
         crop = CentralCrop(self.size, round(self.size / self.knn.features.crop))
         train, val = self.splits
         both = []
@@ -88,7 +88,7 @@ class Scorer:
         return both[0], both[1]
 
     def score(self, run: RunArtifact, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
-        """``knn`` and, where asked, ``linear`` top-1 accuracy in percent, on the class token; and ``held_out_loss``."""
+        """``held_out_loss``; ``knn`` and, if requested, ``linear`` top-1 accuracy of the class token in percent."""
         model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
         model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])
         vit = build_vit(timm_config(model.encoder))
@@ -115,8 +115,8 @@ class Scorer:
 
     @torch.no_grad()
     def held_out_loss(self, model: Method, settings: PretrainSettings) -> float:
-        """The run's own objective on views of images that it was not trained on, under masks that are the same for all
-        runs: mean over all views."""
+        """The run's own objective on views of images not used in training, averaged over all views. Masks are the same
+        for all runs."""
         objective = make_objective(model, self.held_out, settings).eval()
         total, views = 0.0, 0
         for batch in self.held_out_batches(settings, model.drop_columns):
@@ -125,9 +125,9 @@ class Scorer:
         return total / views
 
     def held_out_batches(self, settings: PretrainSettings, drop_columns: int) -> Sequence[Batch]:
-        """All held-out views, each once, under masks of seed 0. Kept, for the runs differ in nothing else of a plan."""
+        """All held-out views, each once, with masks of seed 0. Cached, since the plan is the same for all runs."""
         if not hasattr(self, "_batches"):
-            # As many epochs as views show each view once.
+            # With as many epochs as views, each view is shown once.
             fixed = settings.model_copy(update={"seed": 0, "epochs": self.held_out.views})
             plan = make_plan(self.held_out, sorted(self.held_out.stores), fixed, drop_columns=drop_columns)
             self._batches = list(load_batches(plan, 0, 0))
@@ -141,23 +141,23 @@ def class_tokens(encoder: Student, pixels: Tensor) -> Tensor:
 
 
 def percent(predicted: Tensor, labels: Tensor) -> float:
-    """How many of N classes, int64 (N,), are right."""
+    """Percentage of correct classes among N, int64 (N,)."""
     return 100 * float((predicted == labels).float().mean())
 
 
 def standard_error(score: float, images: int) -> float:
-    """Of an accuracy in percent on so many test images, in points."""
+    """Standard error of an accuracy in percent on ``images`` test images, in points."""
     return math.sqrt(score * (100 - score) / images)
 
 
 def kept_epochs(run: Path, steps: int, every: int) -> list[int]:
-    """Epochs, of ``steps`` steps, after which a run has kept a checkpoint for good: one in ``every``."""
+    """Epochs, of ``steps`` steps, whose checkpoint a run keeps permanently: every ``every``-th."""
     kept = (step_of(path) for path in checkpoints(run / "checkpoints"))
     return [step // steps for step in kept if step % (steps * every) == 0]
 
 
 def training_losses(run: Path) -> dict[int, float]:
-    """The mean loss of every epoch that has begun, over its images, by the epochs done at its end."""
+    """The mean loss over the images of every started epoch, by the number of epochs at its end."""
     sums: dict[int, list[float]] = {}
     for line in read_lines(run / "metrics.jsonl"):
         entry = sums.setdefault(line["epoch"] + 1, [0.0, 0.0])
@@ -167,8 +167,8 @@ def training_losses(run: Path) -> dict[int, float]:
 
 
 def bytes_per_view(targets: TargetSet, views: int) -> dict[str, float]:
-    """Mean bytes on the disk, of a set's first ``views`` views: ``latents`` with their index, ``pixels`` with the tar
-    around them."""
+    """Mean bytes on disk per view, over a set's first ``views`` views: ``latents`` including their index, ``pixels``
+    including the tar."""
     units: list[dict[str, Any]] = [unit for unit in targets.stores.values() if unit["view"] < views]
     samples = sum(unit["samples"] for unit in units)
     return {

@@ -1,15 +1,17 @@
-"""How many stored views does a long run need, and how exact must they be?
+"""How many stored views does a long run need, and with what fidelity?
 
-Claims: after 200 epochs, 32 views at 0.999 and 16 at 0.97, the default, stand within two standard errors of a fresh
-crop in every epoch, and one view stands more than two below 8; at 32 views a fidelity of 0.9 and more stands within two
-standard errors of 0.999. All arms take equal steps; "fresh" has as many stored views as epochs, so that no crop is ever
-seen twice. 3,000 training images of imagenette, ViT-Ti teacher at 112 pixels; scores on its 800 val images.
+Claims: after 200 epochs, the scores with 32 views at 0.999 and with 16 at 0.97, the default, are within two standard
+errors of those with a fresh crop in every epoch. The score with one view is more than two below that with 8. At 32
+views the scores with a fidelity of 0.9 or more are within two standard errors of those with 0.999. All arms take the
+same number of steps; "fresh" has as many stored views as epochs, so that no crop is seen twice. 3,000 training images
+of imagenette, ViT-Ti teacher at 112 pixels; scores on its 800 val images.
 
-Takes hours, so it works in pieces: everything is made in WORK, what is there is adopted, what was cut off resumes, and
-the result is written after every arm. A run that another process is training is scored as far as it is.
+This takes hours, so it can be interrupted: everything is made in WORK, existing results are reused, interrupted runs
+resume, and the result is written after every arm. Of a run that another process is training, the existing checkpoints
+are scored.
 
     python -m benchmarks.views --work FOLDER [--arms v1-s0,v32-k97-s0,fresh-s0] [--jobs 2] [--only-score]
-        [--picture docs/views.png] [--beside benchmarks/results/views-h100.json] [--device cuda]
+        [--picture docs/views.png] [--other benchmarks/results/views-h100.json] [--device cuda]
         [--out benchmarks/results/views-cpu.json]
 """
 
@@ -52,18 +54,18 @@ QUICK_ARMS = "v1-s0,v2-s0,v2-k90-s0,fresh-s0"
 def main() -> None:
     options = parse_options(
         __doc__,
-        work={"type": Path, "required": True, "help": "where sets, runs and scores are made or adopted"},
+        work={"type": Path, "required": True, "help": "folder in which sets, runs and scores are made or reused"},
         arms={"help": f"arms to make and score; default {ARMS}"},
-        epochs={"type": int, "help": "epochs of an arm, and views of the fresh set; default 200"},
-        stored={"type": int, "help": "views of the set that all but fresh are trained on; default 32"},
-        keep={"type": int, "help": "a score every so many epochs; default 20"},
-        linear={"type": int, "help": "a linear score every so many epochs; default 100"},
-        jobs={"type": int, "default": 1, "help": "arms trained at once, each in a process with one thread"},
-        picture={"type": Path, "help": "draw accuracy over epochs and over kB here"},
-        beside={"type": Path, "help": "a result on another device: arms that are only there are drawn too"},
+        epochs={"type": int, "help": "epochs per arm, and views of the fresh set; default 200"},
+        stored={"type": int, "help": "views of the set for all arms but fresh; default 32"},
+        keep={"type": int, "help": "epochs between scores; default 20"},
+        linear={"type": int, "help": "epochs between linear scores; default 100"},
+        jobs={"type": int, "default": 1, "help": "arms to train at once, each in a process with one thread"},
+        picture={"type": Path, "help": "file for a plot of accuracy over epochs and over kB"},
+        other={"type": Path, "help": "a result on another device, whose additional arms are plotted too"},
         **{
-            "only-score": {"action": "store_true", "help": "make no set of training images and train nothing"},
-            "pixels-once": {"type": float, "help": "kB of an image stored once, to replay its views from"},
+            "only-score": {"action": "store_true", "help": "only score existing runs"},
+            "pixels-once": {"type": float, "help": "kB of an image that is stored once to replay views from it"},
         },
     )
     for name, full, quick in (("epochs", 200, 3), ("stored", 32, 2), ("keep", 20, 1), ("linear", 100, 3)):
@@ -87,7 +89,7 @@ def main() -> None:
         try:
             rows = measure(bench, arms, options, report)
         except (KeyboardInterrupt, Terminated):
-            sys.exit("stopped; the same command resumes")
+            sys.exit("stopped; rerun the same command to resume")
     checks, settings, libraries = summary(rows, bench, options)
     finish(options, "views", rows, checks, settings, libraries)
     error = shown(settings["standard_error"])
@@ -95,8 +97,8 @@ def main() -> None:
 
 
 def measure(bench: Bench, arms: Sequence[Arm], options: Namespace, report: Report) -> list[dict[str, Any]]:
-    """Train and score the arms, one after the other; the result is written after each. Returns the rows of these arms
-    and of all that were scored before."""
+    """Train and score the arms one by one; the result is written after each. Returns the rows of these arms and of all
+    that were scored before."""
     done = scored_before(bench, arms, report)
     scorer = None
     with closing(trained(bench, arms, 0 if options.only_score else options.jobs, report)) as ready:
@@ -113,7 +115,7 @@ def measure(bench: Bench, arms: Sequence[Arm], options: Namespace, report: Repor
             if options.out:
                 write_result(options, "views", rows, checks, about, libraries)
             if options.picture and rows:
-                draw(rows + rows_beside(options.beside, rows), about["test_images"], options.picture)
+                draw(rows + rows_of_other_arms(options.other, rows), about["test_images"], options.picture)
     return all_rows(bench, done, options.pixels_once)
 
 
@@ -127,7 +129,7 @@ def scored_before(bench: Bench, arms: Sequence[Arm], report: Report) -> dict[Arm
             arm = parse_arm(path.stem, bench)
             runs[arm] = adopted(bench, arm)[0]
         except (BadInputError, SystemExit) as error:
-            report.log(f"left out {path.stem}, which was scored before: {error}")
+            report.log(f"skipped {path.stem}, which was scored before: {error}")
     return runs
 
 
@@ -135,12 +137,12 @@ def adopted(bench: Bench, arm: Arm) -> tuple[RunArtifact, PretrainSettings]:
     """An arm's run, with its settings.
 
     Raises:
-        MismatchError: the run was made under other settings, or from another target set.
+        MismatchError: the run was made with other settings, or from another target set.
     """
     settings = bench.training(arm)
     targets = TargetsArtifact.open(bench.work / arm.targets)
     asked = {"settings": fingerprinted(settings), "targets": targets.fingerprint}
-    return RunArtifact.open_same(bench.run(arm), asked, fix="give the options that this run was made with"), settings
+    return RunArtifact.open_same(bench.run(arm), asked, fix="use the options that this run was made with"), settings
 
 
 def score_missing(
@@ -161,7 +163,7 @@ def score_missing(
 
 
 def read_scores(bench: Bench, arm: Arm, run: RunArtifact) -> dict[str, Any]:
-    """What an arm's file of scores holds: by epoch, with what they depend on. Scores of another run are not taken."""
+    """The content of an arm's file of scores: by epoch, with what they depend on. Scores of another run are ignored."""
     path = scores_file(bench, arm)
     made_from = {"run": run.fingerprint, "held_out": TargetsArtifact.open(bench.work / "held").fingerprint}
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -178,8 +180,8 @@ def all_rows(bench: Bench, runs: Mapping[Arm, RunArtifact], pixels_once: float |
     return [row for arm in ordered for row in arm_rows(bench, arm, runs[arm], pixels_once)]
 
 
-def rows_beside(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of another result that are of other arms than ``rows``."""
+def rows_of_other_arms(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of another result for arms that are not in ``rows``."""
     own = {row["arm"] for row in rows}
     return [row for row in json.loads(path.read_text())["rows"] if row["arm"] not in own] if path else []
 
@@ -210,7 +212,7 @@ def shown(scores: dict[str, float | None]) -> str:
 def summary(
     rows: Sequence[dict[str, Any]], bench: Bench, options: Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]:
-    """Checks of the arms that are finished, settings and libraries, as ``finish`` takes them."""
+    """Checks of the finished arms, settings and libraries, as arguments of ``finish``."""
     images = sum(1 for path in (bench.data / "val").rglob("*") if path.is_file())
     last = {row["arm"]: row for row in rows if row["epoch"] == bench.epochs}
     settings = {
@@ -229,7 +231,7 @@ def summary(
 
 
 def checks_of(last: dict[str, dict[str, Any]], images: int, most: int) -> list[dict[str, Any]]:
-    """The claims on the last epoch of seed 0 whose two arms are there, in standard errors of the difference."""
+    """The claims about the last epoch of seed 0 for which both arms exist, in standard errors of the difference."""
     claims = [
         ("fresh-s0", "v8-s0", at_most),
         ("fresh-s0", f"v{most}-s0", at_most),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cae2pipe.api.scores import Score, evaluate
     from cae2pipe.api.settings import presets, settings
     from cae2pipe.api.targets import estimate_targets, extract_targets, recode, shard
+    from cae2pipe.loading.target_batches import TargetBatches
     from cae2pipe.shards.shard_set import ShardSet
     from cae2pipe.stages.report_targets import TargetSetReport
     from cae2pipe.targets.target_set import TargetSet
@@ -27,6 +28,7 @@ __all__ = [
     "Run",
     "Score",
     "ShardSet",
+    "TargetBatches",
     "TargetSet",
     "TargetSetReport",
     "__version__",
@@ -56,6 +58,7 @@ _WHERE = {
     "api.scores": ("Score", "evaluate"),
     "api.settings": ("presets", "settings"),
     "api.targets": ("estimate_targets", "extract_targets", "recode", "shard"),
+    "loading.target_batches": ("TargetBatches",),
     "shards.shard_set": ("ShardSet",),
     "stages.report_targets": ("TargetSetReport",),
     "targets.target_set": ("TargetSet",),

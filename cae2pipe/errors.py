@@ -6,7 +6,6 @@ The command line prints them without a traceback and ends with ``exit_code``.
 
 from __future__ import annotations
 
-OK = 0
 FAILURE = 1
 BAD_INPUT = 2
 REQUEUE = 75

@@ -283,8 +283,7 @@ def write_grid(
     device: torch.device,
     failed: dict[str, Cae2pipeError] | None = None,
 ) -> Comparison:
-    """Write the report of a grid's results so far. A lock keeps parts that end at the same time from writing
-    together."""
+    """Write the report of a grid's results so far, under a lock: several parts may end at the same time."""
     set_backends()
     with holding(out / "reports", name):
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]

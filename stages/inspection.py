@@ -75,7 +75,7 @@ def _targets(artifact: TargetsArtifact) -> dict[str, Any]:
 
 
 def _run(artifact: RunArtifact) -> dict[str, Any]:
-    from cae2pipe.training.checkpoint import checkpoints
+    from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, checkpoints
     from cae2pipe.training.metrics import METRICS_FILE, read_metrics
 
     lines, damaged = read_metrics(artifact.root / METRICS_FILE)
@@ -86,7 +86,7 @@ def _run(artifact: RunArtifact) -> dict[str, Any]:
         "steps": len(lines),
         "damaged_lines": damaged,
         "last_step": {name: last[name] for name in ("epoch", "loss", "centred_cosine_masked") if name in last},
-        "checkpoints": [path.name for path in checkpoints(artifact.root / "checkpoints")],
+        "checkpoints": [path.name for path in checkpoints(artifact.root / CHECKPOINTS_FOLDER)],
     }
 
 

@@ -29,7 +29,7 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World, stage_world
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
-from cae2pipe.training.checkpoint import Checkpoints, restore_training, training_state
+from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, restore_training, training_state
 from cae2pipe.training.compilation import compiles
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.objective import compile_objective, make_objective
@@ -139,7 +139,7 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
     def for_good(done: int) -> bool:
         return bool(speed.keep_epochs) and done % (speed.keep_epochs * steps) == 0
 
-    return Checkpoints(out / "checkpoints", run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
+    return Checkpoints(out / CHECKPOINTS_FOLDER, run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
 
 
 def begin_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
@@ -160,8 +160,7 @@ def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[
 
 
 def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
-    """The run's artifact. A new one records the stores that it starts with; an existing one must find them
-    unchanged."""
+    """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
     artifact = RunArtifact.open_or_create(
         out,

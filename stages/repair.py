@@ -46,7 +46,8 @@ def repair(
             with writing(result.path):  # keeps what a killed run had finished
                 open_artifact(result.path).save()
         return
-    report.log(f"making again in {result.path}: {', '.join(sorted(result.bad))}")
+    count = f"{len(result.bad)} damaged unit{'s' if len(result.bad) != 1 else ''}"
+    report.log(f"rebuilding {count} in {result.path}: {', '.join(sorted(result.bad))}")
     if result.kind == "shards":
         images = _given(source, result.path, "the images")
         repair_shards(result, report, images, labels=labels, workers=workers)

@@ -30,7 +30,7 @@ from cae2pipe.targets.fidelity_profile import FidelityProfile, ProfileBuilder
 from cae2pipe.targets.paths import SHARDS_FOLDER
 from cae2pipe.targets.set_bytes import array_shape, set_bytes
 from cae2pipe.targets.stored_image import StoredImage, read_stored_image
-from cae2pipe.targets.target_set import KIND, TargetSet
+from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
 from cae2pipe.teachers.protocol import Teacher
 
@@ -60,7 +60,7 @@ def only_target_set(paths: Sequence[Path]) -> Path | None:
     Raises:
         SettingsError: it is not the only folder. ManifestError: a manifest is damaged.
     """
-    sets = [path for path in paths if is_artifact(path, KIND)]
+    sets = [path for path in paths if is_artifact(path, "targets")]
     if sets and len(paths) > 1:
         raise SettingsError(
             "a report is about some runs, or about one target set",

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: a tiny teacher, a few images, and a target set made of them."""
+"""Fixtures shared by several folders: a tiny teacher, a few images, and a target set made of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 
-# Tests run in parallel processes on few cores: threads of theirs would only get in each other's way.
+# Tests run in parallel processes on few cores, where several threads per process would only compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from tests.seconds import pytest_terminal_summary  # noqa: F401 - a hook
 
-# How long an example takes says nothing on a machine that does other work too.
+# The time of an example means nothing on a busy machine.
 hypothesis.settings.register_profile("untimed", parent=hypothesis.settings.default, deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_finish() -> None:
-    """Torch and what else was imported stays: no collection need go through its objects again."""
+    """Imported modules stay alive, so the garbage collector does not need to scan their objects again."""
     gc.collect()
     gc.freeze()
 
@@ -79,7 +79,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tower = VisionTransformer(
         image_size=SIZE, patch_size=PATCH, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=DIM
     )
-    # Fresh towers give nearly the same token everywhere; these give each patch its own.
+    # Untrained towers give nearly the same token everywhere; with these weights tokens differ by patch.
     with torch.no_grad():
         tower.conv1.weight.mul_(5)
     path = tmp_path_factory.mktemp("teacher") / "tower.safetensors"
@@ -89,7 +89,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def extract_settings(teacher_file: Path) -> Callable[..., ExtractSettings]:
-    """Settings for the tiny teacher; keyword arguments are laid on top, section by section."""
+    """Settings for the tiny teacher; keyword arguments override them, section by section."""
 
     def settings(**over: Any) -> ExtractSettings:
         raw = {
@@ -111,7 +111,7 @@ def extract_settings(teacher_file: Path) -> Callable[..., ExtractSettings]:
             },
             "views": 2,
             "view": {"size": SIZE},
-            # Fine enough for tests that compare what is decoded.
+            # Fine enough for tests that compare decoded tokens.
             "codec": {"calibration": 64, "fidelity": 0.999},
             "shard": {"samples": 70, "speed": {"workers": 0}},
             "speed": {"workers": 0, "device": "cpu"},
@@ -123,7 +123,7 @@ def extract_settings(teacher_file: Path) -> Callable[..., ExtractSettings]:
 
 @pytest.fixture(scope="session")
 def pretrain_settings() -> Callable[..., PretrainSettings]:
-    """Settings for a student that trains in a second; keyword arguments are laid on top."""
+    """Settings for a student that trains in a second; keyword arguments override them."""
 
     def settings(**over: Any) -> PretrainSettings:
         raw = {
@@ -153,7 +153,7 @@ def pretrain_settings() -> Callable[..., PretrainSettings]:
 def target_root(
     tmp_path_factory: pytest.TempPathFactory, photos: Path, extract_settings: Callable[..., ExtractSettings]
 ) -> Path:
-    """A finished target set of 150 images in two replayed views, klt codec. Not to be written to."""
+    """A finished target set of 150 images in two replayed views, klt codec. Read-only."""
     from cae2pipe.runtime.progress import Silent
     from cae2pipe.stages.extract_targets import extract_targets
 
@@ -210,7 +210,7 @@ def exported(tmp_path: Path) -> Path:
 def trained_run(
     tmp_path_factory: pytest.TempPathFactory, target_root: Path, pretrain_settings: Callable[..., PretrainSettings]
 ) -> Callable[..., Path]:
-    """A run that pretrain has made of ``target_root`` under given settings, once for each. Not to be written to."""
+    """A run of pretrain on ``target_root``, made once for each settings. Read-only."""
     import torch
 
     from cae2pipe.runtime.progress import Silent
@@ -233,7 +233,7 @@ def trained_run(
 
 @pytest.fixture
 def make_run(trained_run: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """The same, as a copy that may be changed."""
+    """A copy of it that may be changed."""
 
     def make(**over: Any) -> Path:
         made = trained_run(**over)
@@ -271,7 +271,7 @@ def backends():
 
 
 def edit_manifest(root: Path, **changes: Any) -> None:
-    """Lay fields over a manifest's, as whoever makes its digest fit."""
+    """Override fields of a manifest, and fix its digest."""
     from cae2pipe.artifacts.manifest import seal
 
     path = root / "manifest.json"

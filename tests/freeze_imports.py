@@ -1,4 +1,4 @@
-"""Preloaded last by processes that others are forked from: no child collects the garbage of what was imported."""
+"""Preloaded last by processes that others are forked from: their garbage collectors ignore imported objects."""
 
 import gc
 

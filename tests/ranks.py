@@ -1,7 +1,7 @@
-"""Processes that have everything imported when they start: victims of faults, and ranks as torchrun would start them.
+"""Processes with preloaded imports: victims of faults, and ranks as torchrun would start them.
 
-A launch of torchrun imports torch three times, which takes most of a small test's time. What torchrun itself does, to
-end the others where one fails, and its command line, are for the tests that start it.
+A launch of torchrun imports torch three times, which takes most of a small test's time. torchrun's own work (its
+command line, and ending all ranks if one fails) is covered by the tests that start it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _ready: list[ForkServerContext] = []
 
 
 def imported() -> ForkServerContext:
-    """A context whose processes have ``PRELOAD`` imported."""
+    """A multiprocessing context whose processes have ``PRELOAD`` imported."""
     if not _ready:
         context = multiprocessing.get_context("forkserver")
-        # There is one server a process, and an earlier test's data loader may have started it with its modules alone.
+        # There is one server per process, and an earlier test's data loader may have started it with its own modules
+        # only.
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
         context.set_forkserver_preload(PRELOAD)
         _ready.append(context)
@@ -43,7 +44,7 @@ def imported() -> ForkServerContext:
 
 @dataclass(frozen=True)
 class Done:
-    """Exit codes of all ranks, and what they wrote."""
+    """Exit codes and output of all ranks."""
 
     codes: list[int | None]
     stdout: str
@@ -51,7 +52,7 @@ class Done:
 
 
 def launch(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> Done:
-    """``function(*arguments)`` in each rank, with the environment that torchrun gives."""
+    """Run ``function(*arguments)`` in each rank, with torchrun's environment."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

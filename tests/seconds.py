@@ -1,4 +1,4 @@
-"""Where the time of a test run goes: seconds by folder, and which folders take more than their share."""
+"""Seconds of a test run by folder, and the folders that exceed their budget."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 
 SHARES = {"benchmarks": 40, "cuda": 60, "teachers": 45}
-"""Seconds that a folder's tests may take on a core of their own, added up over all processes. All that is not named
-here shares ``OTHERS``: two cores are to be done within ten minutes."""
+"""Time budget of each folder's tests: seconds on one free core, summed over all processes. All other folders share
+``OTHERS``. Two cores should finish within ten minutes."""
 OTHERS = 800
 
 
 def by_folder(reports: list[pytest.TestReport]) -> Counter[str]:
-    """Seconds of the tests in each folder of tests/, and of each file that lies in none."""
+    """Seconds of the tests in each folder of tests/, and of each file directly in it."""
     seconds: Counter[str] = Counter()
     for report in reports:
         seconds[report.nodeid.split("::")[0].removeprefix("tests/").split("/")[0]] += report.duration
@@ -21,7 +21,8 @@ def by_folder(reports: list[pytest.TestReport]) -> Counter[str]:
 
 
 def over(seconds: Counter[str]) -> list[str]:
-    """What to say of folders that take more than their share. A busy machine makes them slow too: it fails nothing."""
+    """Messages about folders that exceed their budget. They are not failures, since a busy machine also makes tests
+    slow."""
     others = sum(took for folder, took in seconds.items() if folder not in SHARES)
     known = {folder: (seconds[folder], share) for folder, share in SHARES.items()} | {"others": (others, OTHERS)}
     return [f"{folder} took {took:.0f} s of {share}" for folder, (took, share) in known.items() if took > share]

@@ -1,4 +1,4 @@
-"""The command line itself: parsing, exit codes, messages. What commands do is tested with the stages."""
+"""The command line itself: parsing, exit codes, messages. The commands' work is tested with the stages."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The Markdown files of the repository: what they link to, name and show exists, and their commands can be parsed."""
+"""The Markdown files of the repository: links, names and figures exist, and commands can be parsed."""
 
 import functools
 import importlib.util
@@ -16,26 +16,29 @@ import typer.main
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+import cae2pipe
 from cae2pipe.commands.app import app
 from cae2pipe.config.base import load
 from cae2pipe.config.stages import settings_class
+from tests.test_language import strings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.md")])
 SITE = [page for page in PAGES if page.is_relative_to(ROOT / "docs")]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 EXTENDING = ROOT / "docs" / "extending.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 STAGES = {"shard": "shard", "extract-targets": "extract", "pretrain": "pretrain", "compare": "compare"}
-"""Commands whose settings are of one stage."""
+"""Commands that take the settings of one stage."""
 NAMES_PATH = re.compile(
     r"(?:\.ci|\.github|benchmarks|cae2pipe|configs|data_manifests|docs|stages|tests)(?:/[\w.*-]+)+/?"
 )
-"""What in code spans is taken for a path of the repository."""
+"""Code spans that count as paths of the repository."""
 
 
 @functools.cache
 def hook() -> ModuleType:
-    """What fills the generated pages when mkdocs builds the site."""
+    """The hook that fills the generated pages when mkdocs builds the site."""
     spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "hooks" / "reference.py")
     assert spec is not None
     assert spec.loader is not None
@@ -46,14 +49,14 @@ def hook() -> ModuleType:
 
 @functools.cache
 def parsed(page: Path) -> list[Token]:
-    """A page's tokens, with what is generated."""
+    """A page's tokens, including generated content."""
     text = hook().on_page_markdown(page.read_text(encoding="utf-8"))
     return MarkdownIt("commonmark").enable("table").parse(text)
 
 
 @functools.cache
 def inline(page: Path) -> list[list[Token]]:
-    """The inline tokens of each paragraph, heading and table cell; code blocks are none of them."""
+    """The inline tokens of each paragraph, heading and table cell, without code blocks."""
     return [token.children or [] for token in parsed(page) if token.type == "inline"]
 
 
@@ -64,7 +67,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @functools.cache
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub, and the site, give to a page's headings."""
+    """The anchors of a page's headings on GitHub and on the site."""
     tokens = parsed(page)
     slugs: Counter[str] = Counter()
     names = set()
@@ -79,7 +82,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """Relative links of a page whose file or heading is not there."""
+    """Relative links of a page to missing files or headings."""
     broken = []
     for token in (token for line in inline(page) for token in line):
         target = token.attrs.get("href" if token.type == "link_open" else "src")
@@ -139,7 +142,7 @@ def test_what_a_page_points_at_is_defined(page):
 
 
 def commands(block: str) -> Iterator[tuple[str, list[str]]]:
-    """The lines of a shell block that run cae2pipe, and the words behind it."""
+    """The lines of a shell block that run cae2pipe, and their arguments."""
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if "cae2pipe" in words and words[0] != "pip":
@@ -148,7 +151,7 @@ def commands(block: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def parse(words: list[str]) -> None:
-    """Parse a command line, and the settings that it names, without running it. Raises what is wrong with it."""
+    """Parse a command line and its settings without running it. Raises the errors in it."""
     command: Any = typer.main.get_command(app)
     path = []
     while hasattr(command, "commands"):
@@ -220,6 +223,29 @@ def test_settings_files_load(page, tmp_path):
         load(settings_class(stage, ""), stage, str(tmp_path / "block.yaml"))
 
 
+def quoted_messages(page: Path) -> list[str]:
+    """What a page says that cae2pipe prints: the first lines of errors in blocks, and text in double quotes."""
+    messages = re.findall(r"^error: (.*)$", "\n".join(blocks(page, "text")), re.MULTILINE)
+    for line in inline(page):
+        messages += re.findall(r'"(.+?)"', "".join(token.content for token in line if token.type == "text"))
+    return messages
+
+
+def constant_parts(message: str) -> list[str]:
+    """The words of a message between its placeholders: words with a digit or a dot inside count as such."""
+    parts = re.split(r"[^ ]*(?:\d|\w\.\w)[^ ]*", message)
+    return [part.strip(" :") for part in parts if " " in part.strip(" :")]
+
+
+def test_messages_that_a_page_quotes_are_ones():
+    paths = [*(ROOT / "stages").rglob("*.py"), *(ROOT / "cae2pipe").rglob("*.py")]
+    texts = "\n".join(text for path in paths for _, text in strings(path.read_text(encoding="utf-8"))).lower()
+    messages = quoted_messages(TROUBLESHOOTING)
+    assert len(messages) > 6
+    assert all(map(constant_parts, messages))
+    assert [part for message in messages for part in constant_parts(message) if part.lower() not in texts] == []
+
+
 @pytest.mark.parametrize("page", SITE, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_page_links_on(page):
     ends = [token.attrs.get("href") for line in inline(page)[-6:] for token in line if token.type == "link_open"]
@@ -234,3 +260,11 @@ def test_generated_pages_are_whole():
     assert headings <= anchors(pages[1])
     spans = set(code_spans(pages[1]))
     assert {"optimizer.lr", "codec.fidelity", "0.97", "speed.workers", "recipe=official"} <= spans
+
+
+def test_the_python_page_documents_every_public_name():
+    text = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    public = (getattr(cae2pipe, name) for name in cae2pipe.__all__ if name != "__version__")
+    documented = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert {f"{thing.__module__}.{thing.__name__}" for thing in public} <= set(documented)
+    assert len(set(documented)) == len(documented)

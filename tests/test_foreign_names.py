@@ -1,4 +1,4 @@
-"""Names are data: whatever a file, class, run, folder or key is called, it reaches every page as text."""
+"""Names are data: any name of a file, class, run, folder or key appears on every page as plain text."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 
 def cell_text(source: str) -> list[str]:
-    """What cells, headings and paragraphs show; fails where anything but text is in them."""
+    """The text of cells, headings and paragraphs; fails if they contain anything but text."""
     texts = []
     for token in MARKDOWN.parse(source):
         assert token.type not in ("html_block", "code_block", "fence", "hr", "blockquote_open")
@@ -154,7 +154,7 @@ def test_markdown_shows_names(name):
 
 @pytest.mark.parametrize("name", ["https://b.c", "HTTP://b.c", "www.b.c", "see ftp://b.c"])
 def test_markdown_makes_no_links_by_itself(name):
-    """GitHub's does, of a scheme with its colon and of www with its point."""
+    """GitHub's Markdown does so for a scheme with a colon and for www with a dot."""
     assert not re.search(r"(?i)[a-z]://|www\.", escaped(name))
     assert cell_text(escaped(name)) == [name]
 
@@ -239,7 +239,7 @@ def nasty_data(tmp_path_factory) -> Path:
 
 
 def test_commands_show_names(nasty_data, exported, tmp_path, monkeypatch):
-    # A console that found COLUMNS when it was made, as under pytest-xdist, does not look again.
+    # A console reads COLUMNS once, when it is created, as under pytest-xdist.
     monkeypatch.setattr(console, "_width", 1000)
     out = tmp_path / "[lr=1e-3]\x1b[31m"
     out.mkdir()

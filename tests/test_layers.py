@@ -1,6 +1,6 @@
-"""Which package imports which: only what is below it, and no module imports itself by way of others.
+"""Import rules: packages import only lower layers, and there are no import cycles.
 
-Imports inside functions count, and modules named in strings, such as those that workers preload.
+Imports inside functions count, and so do modules named in strings, such as those that workers preload.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MODULES = {module_name(path): path for pattern in ("*.py", "*/*.py") for path in
 
 
 def imported(code: str) -> Iterator[tuple[int, str]]:
-    """Lines and full names of all that is imported from ``cae2pipe``, or named in a string as a module of it."""
+    """Lines and full names of everything imported from ``cae2pipe``, or named as its module in a string."""
     for node in ast.walk(ast.parse(code)):
         match node:
             case ast.Import():
@@ -66,14 +66,14 @@ def imported(code: str) -> Iterator[tuple[int, str]]:
 
 
 def module_of(name: str) -> str:
-    """The module that an imported name is, or is defined in."""
+    """The module that an imported name is or comes from."""
     while name not in MODULES and f"{name}.__init__" not in MODULES:
         name = name.rpartition(".")[0]
     return name if name in MODULES else f"{name}.__init__"
 
 
 def upward(module: str, code: str) -> list[str]:
-    """What a module imports from other packages than those below its own."""
+    """A module's imports from packages that are not below its own."""
     own = module.split(".")[1]
     imports = ((line, name, module_of(name).split(".")[1]) for line, name in imported(code))
     return [
@@ -95,7 +95,7 @@ def test_packages_import_what_is_below_them():
 
 
 RUN_BY = {"compare": {"evaluate", "pretrain", "recode", "report"}, "repair": {"extract_targets", "recode"}}
-"""Stages that other stages run. What only a part of a stage is wanted for lies below ``stages``."""
+"""Stages that other stages run. Code shared by stages belongs below ``stages``."""
 
 
 def test_no_stage_imports_another_that_it_does_not_run():

@@ -1,4 +1,4 @@
-"""What pyproject.toml says of the tree and of the pages is true of them."""
+"""pyproject.toml agrees with the tree and the pages."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""What runs the checks outside of pytest, and the forms of the repository, agree with each other."""
+"""CI, Makefile, hooks and templates of the repository agree with each other."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
 def make_commands(target: str) -> list[str]:
-    """The recipe of a target of the Makefile, with its variables filled in."""
+    """The recipe of a Makefile target, with variables expanded."""
     rule = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert rule is not None
     return [line.strip().replace("$(BIN)", ".venv/bin") for line in rule[1].splitlines()]

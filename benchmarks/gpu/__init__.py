@@ -1,1 +1,1 @@
-"""Whether cae2pipe is right on a device, and how fast: ``python -m benchmarks.gpu``, in parts."""
+"""Checks whether cae2pipe is correct on a device, and how fast: ``python -m benchmarks.gpu``, in parts."""

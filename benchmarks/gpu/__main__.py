@@ -1,11 +1,11 @@
-"""Is cae2pipe right on this device, and how fast is it there?
+"""Is cae2pipe correct on this device, and how fast is it?
 
-Checks the training step, extraction, evaluations and what happens where memory ends against the CPU and against what
-is promised, and measures speeds. It needs no network and no data: noise and random weights stand in. FILE is rewritten
-after every part. The exit status is 0 if every part that ran is ok.
+Checks the training step, extraction, evaluations and the behaviour when memory runs out, against the CPU and against
+the documented guarantees, and measures speeds. It needs no network and no data: it uses noise and random weights. FILE
+is rewritten after every part. The exit status is 0 if every part that ran is ok.
 
     python -m benchmarks.gpu --out FILE [--parts A,B1,...] [--budget 900] [--sizes tiny,small,base,large]
-    python -m benchmarks.gpu --device cpu --quick      # the same code with tiny models: does the suite itself work?
+    python -m benchmarks.gpu --device cpu --quick      # the same code with tiny models, to test the suite itself
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def main() -> int:
     from benchmarks.gpu.listing import PARTS, SIZES, select
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write what is found to this JSON file, after every part")
+    parser.add_argument("--out", type=Path, help="JSON file for the results, rewritten after every part")
     parser.add_argument(
-        "--parts", help=f"only these, of {', '.join(part.name for part in PARTS)}; B stands for all B1, ..."
+        "--parts", help=f"run only these, of {', '.join(part.name for part in PARTS)}; B means B1, B2, ..."
     )
-    parser.add_argument("--budget", type=float, default=900, help="seconds; parts that do not fit are skipped")
+    parser.add_argument("--budget", type=float, default=900, help="seconds in total; parts that do not fit are skipped")
     parser.add_argument("--sizes", default=",".join(SIZES), help="sizes of students to measure")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--quick", action="store_true", help="tiny models: to try the suite itself")
+    parser.add_argument("--quick", action="store_true", help="tiny models, to test the suite itself")
     options = parser.parse_args()
     sizes = tuple(options.sizes.split(","))
     try:
@@ -68,7 +68,7 @@ def main() -> int:
         },
     }
     with tempfile.TemporaryDirectory(prefix="cae2pipe-gpu-") as scratch:
-        # Parts in different processes share what inductor has compiled.
+        # Parts in different processes share inductor's cache.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(scratch) / "inductor"))
         state = State(str(device), options.quick, Path(scratch), sizes)
         prepare(state)

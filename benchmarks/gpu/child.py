@@ -1,6 +1,6 @@
-"""A part in a process of its own: what it breaks, exhausts or hangs in is its own.
+"""Runs a part in a separate process, so that a crash, a hang or exhausted memory does not affect the suite.
 
-python -m benchmarks.gpu.child JOB.json, which the suite writes; the result comes as JSON beside it.
+python -m benchmarks.gpu.child JOB.json, which the suite writes; the result is a JSON file in the same folder.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from cae2pipe.runtime.processes import worker_count
 ROOT = Path(__file__).parents[2]
 
 SIDE_BY_SIDE = 4
-"""Processes that the machine's cores are shared by, about: the suite's own and those of parts beside it."""
+"""Approximate number of processes that share the machine's cores: the suite's own and those of concurrent parts."""
 
 
 def run_apart(part: Part, state: State, limit: float, running: set[subprocess.Popen[bytes]]) -> Result:
-    """Run a part in a process of its own, and end it, with all that it has started, after ``limit`` seconds.
+    """Run a part in a separate process, and kill it and all processes it has started after ``limit`` seconds.
 
-    ``running`` holds the process while it lives, so that another thread can end it too.
+    ``running`` contains the process while it is alive, so that another thread can kill it too.
     """
     job = state.scratch / f"job-{part.name}.json"
     job.write_text(json.dumps({"part": asdict(part), "state": state.to_json()}))
@@ -63,13 +63,13 @@ def run_apart(part: Part, state: State, limit: float, running: set[subprocess.Po
     seconds = time.perf_counter() - began
     answer = answer_path(job)
     if not answer.exists():
-        return Result(seconds=seconds, error=f"{ended}; it said last:\n" + tail(said))
+        return Result(seconds=seconds, error=f"{ended}; its last output:\n" + tail(said))
     values = json.loads(answer.read_text())
     return Result(Found(**values["found"]), seconds, values["error"], values["not_here"])
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a child and its own children, whether it has ended or not."""
+    """Kill a child and its children, whether it has ended or not."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -82,14 +82,14 @@ def answer_path(job: Path) -> Path:
 
 
 def tail(path: Path, most: int = 3000) -> str:
-    """The last of a text file."""
+    """The end of a text file."""
     return path.read_bytes()[-most:].decode(errors="replace")
 
 
 def main() -> None:
     """The child's side."""
     faulthandler.enable()
-    # Where the suite itself is killed its end of the pipe closes.
+    # If the suite itself is killed, its end of the pipe closes.
     threading.Thread(target=_end_with_suite, daemon=True).start()
     job = Path(sys.argv[1])
     values = json.loads(job.read_text())
@@ -103,8 +103,8 @@ def main() -> None:
 
 
 def prepare(state: State) -> None:
-    """Take the device, and a share of the cores: several parts run at once, and threads that wait for each other's
-    cores are far slower than fewer threads."""
+    """Select the device, and limit threads to a share of the cores: several parts run at once, and threads that compete
+    for cores are far slower than fewer threads."""
     pick_device(state.device)
     share = max(1, worker_count(-1) // SIDE_BY_SIDE)
     torch.set_num_threads(1 if state.quick and not state.on_cuda else share)

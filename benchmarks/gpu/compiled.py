@@ -1,4 +1,4 @@
-"""B3, B4: a compiled step is one graph that does what an eager one does, and it never waits for the device."""
+"""B3, B4: a compiled step is one graph, equals an eager step, and never waits for the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cae2pipe.training.objective import compile_objective
 from cae2pipe.training.step import Flags, Outcome
 
 STEPS = 6
-"""One more than an epoch has, so that its padded batch is among them."""
+"""One more than in an epoch, so that its padded batch is included."""
 
 
 def against_eager(state: State, found: Found, *presets: str) -> None:
@@ -59,12 +59,12 @@ def against_eager(state: State, found: Found, *presets: str) -> None:
 
 
 def trained(state: State, preset: str) -> PretrainSettings:
-    """Settings as a user of this device trains with them: in bfloat16 on CUDA."""
+    """Settings with the defaults of this device: bfloat16 on CUDA."""
     return state.settings(preset, precision="bf16" if state.on_cuda else "fp32")
 
 
 def without_waiting(state: State, found: Found) -> None:
-    """Steps fed by the loader, compiled and eager, each outcome read a step late: torch raises where one waits."""
+    """Steps fed by the loader, compiled and eager, with outcomes read one step later: torch raises if one waits."""
     settings = trained(state, "base")
     set_backends(settings.precision == "bf16")
     targets = state.targets()
@@ -74,7 +74,7 @@ def without_waiting(state: State, found: Found) -> None:
             compile_objective(step.objective, step.world, state.backend)
         plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=step.model.drop_columns)
         batches = list(on_device(load_parts(plan, 0, 0), step.axes, state.place))
-        # Kernels are chosen, memory is taken and moments are made in the first steps.
+        # The first steps select kernels, allocate memory and create moments.
         for batch in batches[:2]:
             step(batch, LR).values()
         read = []

@@ -1,4 +1,4 @@
-"""G: segmentation and detection once, on made-up maps and boxes."""
+"""G: segmentation and detection once, on synthetic maps and boxes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLOURS = np.array([(230, 220, 40), (20, 30, 60), (200, 20, 30), (90, 90, 90)], 
 
 
 def segmentation(state: State, found: Found) -> None:
-    """UperNet for twenty steps, compiled where training is, and its sliding window."""
+    """UperNet for twenty steps, compiled if training is, and its sliding window."""
     ready()
     side = 32 if state.quick else 224
     values = {
@@ -50,7 +50,7 @@ def segmentation(state: State, found: Found) -> None:
 
 
 def detection(state: State, found: Found) -> None:
-    """Mask R-CNN and its cascade for ten steps, with scores; proposals must be float32 under autocast too."""
+    """Mask R-CNN and its cascade for ten steps, with scores; proposals must be float32 even under autocast."""
     ready()
     side = 64 if state.quick else 256
     values = {
@@ -91,7 +91,7 @@ def detection(state: State, found: Found) -> None:
 
 
 def ready() -> None:
-    """Raise NotHereError where the extra ``dense`` is not installed."""
+    """Raise NotHereError if the extra ``dense`` is not installed."""
     try:
         require_dense()
     except SettingsError as error:
@@ -106,7 +106,7 @@ def told(found: Found, name: str, result: dict[str, Any], score: float, seconds:
 
 
 def write_maps(root: Path, side: int) -> None:
-    """Images of four colours in quarters, and labels that say which."""
+    """Images with four coloured quarters, and labels of the colours."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("val", 3)):
         for kind in ("images", "annotations"):
@@ -122,7 +122,7 @@ def write_maps(root: Path, side: int) -> None:
 
 
 def write_boxes(root: Path, count: int, side: int) -> None:
-    """Images with a red rectangle, and half of them with a blue one too, in COCO's format."""
+    """Images with a red rectangle, half of them also with a blue one, in COCO's format."""
     rng = np.random.default_rng(0)
     high, wide = side // 3, side // 2
     for part, images in (("train2017", count), ("val2017", 3)):

@@ -1,4 +1,4 @@
-"""B5: a step that is not finite changes nothing, then or later, ends the run with its name, and can be replayed."""
+"""B5: a step that is not finite changes no weights, ends the run with an error that names it, and can be replayed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from cae2pipe.training.step import Step
 from cae2pipe.training.step_loop import run_steps
 
 BAD = 2
-"""The step whose latents are not finite."""
+"""The step with latents that are not finite."""
 
 
 def nothing_spoilt(state: State, found: Found) -> None:
-    """Alone; ``benchmarks.gpu.ranks`` does the same with sharded weights."""
+    """One process; ``benchmarks.gpu.ranks`` does the same with sharded weights."""
     diverge(state, found, "alone", state.settings(), World(0, 1, state.place))
 
 
 def diverge(state: State, found: Found, name: str, settings: PretrainSettings, world: World) -> None:
-    """Train on latents of which one step's are NaN, and look at what is left of it."""
+    """Train on latents that are NaN in one step, and check state and record afterwards."""
     targets = state.targets()
     step = build_step(targets, settings, state.place, world)
     step.module = wrap_model(step.objective, world)
@@ -76,7 +76,7 @@ def diverge(state: State, found: Found, name: str, settings: PretrainSettings, w
     assert before, "the step was not reached"
     after = training_state(step.model, step.optimizer)
     found.check(f"{name}: weights as before, to the bit", same(before[0]["model"], after["model"]))
-    # Not the groups' learning rate: on a device the next step has begun before the host learns of this one.
+    # Not the groups' learning rate: on a device the next step starts before the host reads the outcome of this one.
     moments = [values["optimizer"]["state"] for values in (before[0], after)]
     found.check(f"{name}: moments and step counters too", same(*moments))
     if raised is None:
@@ -88,7 +88,7 @@ def diverge(state: State, found: Found, name: str, settings: PretrainSettings, w
 
 
 def rebuild_optimizer(step: Step, settings: PretrainSettings) -> None:
-    """An optimizer of the weights as they are now: sharding replaces them."""
+    """Make a new optimizer for the current weights, since sharding replaces them."""
     from cae2pipe.training.optimizer import build_optimizer
 
     step.optimizer = build_optimizer(step.model, settings.optimizer)
@@ -96,7 +96,7 @@ def rebuild_optimizer(step: Step, settings: PretrainSettings) -> None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal to the bit, all the way down."""
+    """Whether nested values are equal to the bit."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):

@@ -1,4 +1,4 @@
-"""F: where the device's memory ends the advice holds, and a grid goes on; each run of a process is compiled once."""
+"""F: if memory runs out, the advice is right and a grid continues; each run of a process is compiled once."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from cae2pipe.training.objective import Objective
 from cae2pipe.training.step import Step
 
 LIMIT = 1.0e9
-"""Bytes of the device that this process may take: Small's weights and moments and some images, not 128."""
+"""Bytes of device memory for this process: enough for Small's weights, moments and some images, not for 128."""
 
 
 def out_of_memory(state: State, found: Found) -> None:
-    """What is told where a batch does not fit; a grid whose first run does not; compiled runs."""
+    """Advice for a batch that does not fit; a grid whose first run does not fit; compiled runs."""
     with limited(state, found):
         advice(state, found)
         grid(state, found)
@@ -41,7 +41,7 @@ def out_of_memory(state: State, found: Found) -> None:
 
 @contextmanager
 def limited(state: State, found: Found) -> Iterator[None]:
-    """Too little memory for ``large``. On a CPU, which has no limit, a stand-in refuses passes of many images."""
+    """Too little memory for ``large``. On a CPU, which has no limit, a stub refuses passes of many images."""
     if state.on_cuda:
         total = torch.cuda.get_device_properties(state.place).total_memory
         torch.cuda.set_per_process_memory_fraction(LIMIT / total, state.place)
@@ -75,7 +75,7 @@ def large(state: State) -> dict[str, Any]:
 
 
 def advice(state: State, found: Found) -> None:
-    """The error of a batch that does not fit names an accumulation with which it does."""
+    """The error for a batch that does not fit names an accumulation with which it fits."""
     targets, out = state.targets().root, state.scratch / "exhausted"
     settings = state.settings(**large(state))
     began = time.perf_counter()
@@ -102,7 +102,7 @@ def advice(state: State, found: Found) -> None:
 
 
 def grid(state: State, found: Found) -> None:
-    """Of two runs the first does not fit: the second ends, and finds the device as empty as the first did."""
+    """The first of two runs does not fit: the second finishes, and has as much free memory as the first had."""
     values = large(state)
     first = {key: value for key, value in values.items() if key != "speed"}
     settings = build(
@@ -145,7 +145,7 @@ def grid(state: State, found: Found) -> None:
 
 
 def compiled_runs(state: State, found: Found) -> None:
-    """One compiled run more in one process than torch keeps graphs of a function (8): each has its one graph."""
+    """One more compiled run in one process than torch keeps graphs of a function (8): each has exactly one graph."""
     graphs = []
     real = pretrain.compile_objective
     most = 1 if state.quick else config.recompile_limit

@@ -1,4 +1,4 @@
-"""E3: how fast extraction is against the teacher's bare forward, and where the time goes."""
+"""E3: speed of extraction compared with the teacher's forward pass alone, and where the time goes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
 
 BLOCKS = 16
-"""Rendered blocks in memory, which are gone through again and again."""
+"""Number of rendered blocks in memory, which are used repeatedly."""
 
 
 def rates(state: State, found: Found) -> None:
-    """The bare teacher at several batches; extraction from rendered blocks in memory, by how many blocks are at work at
-    once; and extraction of photographs as a user runs it."""
+    """The teacher alone at several batch sizes; extraction from rendered blocks in memory with different numbers of
+    concurrent blocks; and extraction of photographs as a user runs it."""
     targets = state.clip_targets()
     settings = state.clip_settings()
     set_backends()
@@ -72,7 +72,7 @@ def rates(state: State, found: Found) -> None:
 
 
 def bare_rate(teacher: Teacher, pixels: torch.Tensor, state: State) -> list[float]:
-    """Views a second of the teacher on a batch that lies on the device: three rounds after one that warms up."""
+    """Views per second of the teacher on a batch on the device: three rounds after a warm-up."""
     pixels = pixels.to(state.place)
     views = 32 if state.quick else 4096
     rates = []
@@ -101,8 +101,8 @@ def from_memory(targets: TargetSet, blocks: list[RenderedBlock], teacher: Teache
 
 @torch.inference_mode()
 def stages_of_a_block(targets: TargetSet, blocks: list[RenderedBlock], teacher: Teacher) -> dict[str, float]:
-    """Milliseconds that each stage of one block takes one thread, medians. ``launch`` is the host's part of the
-    teacher's pass, and ``device`` what the device then still needs."""
+    """Median milliseconds of each stage of one block in one thread. ``launch`` is the host's part of the teacher's
+    pass, and ``device`` the remaining time of the device."""
     marks: list[list[float]] = []
     device = teacher.device
     for block in islice(cycle(blocks), len(blocks) + 2):
@@ -127,7 +127,7 @@ def stages_of_a_block(targets: TargetSet, blocks: list[RenderedBlock], teacher: 
 
 
 def whole(state: State, found: Found, targets: TargetSet, shards: ShardSet, teacher: Teacher) -> Meter:
-    """All views once more, into another folder, with the calibration that is there."""
+    """Extract all views again, into another folder, with the existing calibration."""
     settings = state.clip_settings()
     out = state.scratch / "extracted-again"
     shutil.copytree(targets.root / CODEC_FOLDER, out / CODEC_FOLDER)

@@ -1,4 +1,4 @@
-"""D: does the loader keep up with the device, and are views that the device decodes the same while it is busy?"""
+"""D: does the loader keep up with the device, and are views decoded on the device correct while it is busy?"""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ BUSY_BATCHES = 50
 
 
 def loader(state: State, found: Found, pixels: str) -> None:
-    """Base fed by 16 workers, stored or replayed views made ready by them or by the device, against the same step
-    from memory."""
+    """Base fed by 16 workers, with stored or replayed views decoded by the workers or by the device, compared with the
+    same step from memory."""
     targets = state.clip_targets(pixels)
     views = len(targets)
     batch = 8 if state.quick else min(state.recall("batch-base", None) or first_batch(state, "base") // 2, views // 2)
     step, one, settings = in_memory(state, "base", batch, compiles(None, state.place))
     timed(lambda: step(one, 1e-6), state.place)
     took = timed(lambda: step(one, 1e-6), state.place)
-    # More than the workers have ready beforehand.
+    # More than the workers prefetch.
     steps = 2 if state.quick else max(8, min(30, round(TURN_S / took)))
     from_memory = turn(step, repeat(one), steps, state.place)
     memory = [from_memory() for _ in range(2)]
@@ -66,7 +66,7 @@ def loader(state: State, found: Found, pixels: str) -> None:
             row |= {"images/s": figures([rate]), "/memory": round(rate / max(memory), 3)}
             row |= {"data_wait": round(waits[0], 4), "shared_memory_gb": round(used / 1e9, 2)}
             found.rows.append(row)
-            # What is left of a part that is cut off.
+            # Kept even if the part is killed.
             print(row, flush=True)
             found.goals.append(at_least(f"{name}: over the same step from memory", rate / max(memory), 0.95))
     if "device" in decoders:
@@ -86,18 +86,17 @@ def stream(
 
 
 def shared_memory() -> int:
-    """Bytes that are taken of /dev/shm."""
+    """Bytes in use in /dev/shm."""
     return shutil.disk_usage(SHARED).used if SHARED.exists() else 0
 
 
 def decoded_by_device(state: State, found: Found, targets: TargetSet, settings: PretrainSettings) -> None:
-    """The device's pixels against Pillow's; and fifty batches decoded while the device is busy against a first pass.
-
-    On a CPU the same code decodes with libjpeg, which is what Pillow does too.
+    """The device's pixels compared with Pillow's, and fifty batches decoded while the device is busy compared with a
+    first pass. On a CPU the same code decodes with libjpeg, as Pillow does.
     """
     if not state.on_cuda:
         found.skipped["nvJPEG"] = "a CPU decodes with libjpeg"
-    # Of another batch the CPU would compile the rendering anew.
+    # With another batch size the CPU would compile the rendering again.
     batch = settings.loaded_batch if state.quick else 64
     data = settings.data.model_copy(update={"batch": batch, "streams": 4})
     settings = settings.model_copy(update={"data": data})
@@ -126,7 +125,7 @@ def decoded_by_device(state: State, found: Found, targets: TargetSet, settings: 
 
 
 class Load:
-    """Work that a device has before it for some milliseconds, and that nobody waits for."""
+    """Queues some milliseconds of work on a device without waiting for it."""
 
     def __init__(self, state: State):
         side = 64 if state.quick else 8192

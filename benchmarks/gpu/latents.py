@@ -1,4 +1,4 @@
-"""E1, E2: are the teacher's latents and their codec the same on the device as on the CPU?"""
+"""E1, E2: are the teacher's latents and their codec the same on the device and on the CPU?"""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CODECS = ("klt", "int8", "fp16")
 
 
 def teacher(state: State, found: Found) -> None:
-    """Tokens and attention of a block of views: float32 on the device against the CPU, and half precisions against
-    float32; float32 once more under the flags that torch starts with, which allow TF32 in convolutions."""
+    """Tokens and attention of a block of views: float32 on the device compared with the CPU, and half precisions
+    compared with float32; also float32 with torch's default flags, which allow TF32 in convolutions."""
     settings = state.clip_settings()
     pixels = rendered(state.shards(), settings, 1)[0].pixels[0]
     set_backends()
@@ -76,7 +76,7 @@ def codecs(state: State, found: Found) -> None:
     torch.manual_seed(0)
     count, dim = (8, 16) if state.quick else (BLOCK, 512)
     tokens = state.scale.image**2 // state.scale.patch**2 + 1
-    # Of a few directions with falling weights, as latents are.
+    # A few directions with decreasing weights, as in latents.
     mixing = torch.randn(dim, dim) * torch.linspace(1, 0.05, dim)[:, None]
     unit, _ = unit_tokens(torch.randn(2 * count, tokens, dim) @ mixing + 0.5)
     fit, test = unit[:count], unit[count:]

@@ -1,4 +1,4 @@
-"""All parts, in order of their value."""
+"""All parts, the most important first."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from benchmarks.gpu.parts import Part
 
 SIZES = ("tiny", "small", "base", "large")
 
-# Estimates are seconds on one H100 with 16 cores, with nothing compiled before: most were measured. What runs beside
-# others costs the suite little more than the longest of them.
+# Estimates are seconds on one H100 with 16 cores and an empty compiler cache; most were measured. Concurrent parts take
+# little more time together than the longest of them.
 PARTS = (
     Part("A", "benchmarks.gpu.machine:describe", 8),
-    # Is a step right?
+    # Is a step correct?
     Part("B1", "benchmarks.gpu.steps:against_cpu", 90),
     Part("B2", "benchmarks.gpu.steps:bf16_against_fp32", 8),
     Part("B3", "benchmarks.gpu.compiled:against_eager", 21, arguments=("base",)),
     Part("B4", "benchmarks.gpu.compiled:without_waiting", 5, needs_cuda="only CUDA can tell of a host that waits"),
     Part("B5", "benchmarks.gpu.divergence:nothing_spoilt", 13),
-    Part("G-knn", "benchmarks.gpu.scores:nearest_neighbours", 40, "beside"),
-    Part("G-detect", "benchmarks.gpu.dense:detection", 45, "beside"),
-    Part("B7", "benchmarks.gpu.repeats:bit_for_bit", 105, "beside"),
-    Part("B8", "benchmarks.gpu.ranks:one_process", 30, "beside"),
-    Part("F", "benchmarks.gpu.exhaustion:out_of_memory", 120, "beside"),
-    Part("G-train", "benchmarks.gpu.scores:trained", 90, "beside"),
-    Part("G-segment", "benchmarks.gpu.dense:segmentation", 90, "beside"),
-    Part("B3-rivals", "benchmarks.gpu.compiled:against_eager", 90, "beside", ("cae", "milan")),
+    Part("G-knn", "benchmarks.gpu.scores:nearest_neighbours", 40, "concurrent"),
+    Part("G-detect", "benchmarks.gpu.dense:detection", 45, "concurrent"),
+    Part("B7", "benchmarks.gpu.repeats:bit_for_bit", 105, "concurrent"),
+    Part("B8", "benchmarks.gpu.ranks:one_process", 30, "concurrent"),
+    Part("F", "benchmarks.gpu.exhaustion:out_of_memory", 120, "concurrent"),
+    Part("G-train", "benchmarks.gpu.scores:trained", 90, "concurrent"),
+    Part("G-segment", "benchmarks.gpu.dense:segmentation", 90, "concurrent"),
+    Part("B3-rivals", "benchmarks.gpu.compiled:against_eager", 90, "concurrent", ("cae", "milan")),
     Part("E1", "benchmarks.gpu.latents:teacher", 22),
     Part("E2", "benchmarks.gpu.latents:codecs", 6),
     # How fast is it?
@@ -48,8 +48,8 @@ PARTS = (
 
 
 def select(names: str | None, sizes: Sequence[str]) -> list[Part]:
-    """Parts by name, in their own order: all where ``names`` is None; a name stands for all that begin with it too
-    (``B`` for B1, B2, ..., ``C-base`` for its variants). Of speeds only those of ``sizes``.
+    """Parts by name, in the order of ``PARTS``; all if ``names`` is None. A name also selects all parts that start with
+    it (``B``: B1, B2, ...; ``C-base``: its variants). Speed parts are limited to ``sizes``.
 
     Raises:
         ValueError: an unknown name or size.

@@ -1,4 +1,4 @@
-"""A: what machine this is, and which attention kernels torch picks on it."""
+"""A: description of the machine, and the attention kernels that torch selects on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = {
     "Large, encoder": (8, 16, 79, 64),
     "fine-tuning, with a bias": (8, 12, 197, 64),
 }
-"""Batch, heads, tokens and features of attention; the last one's mask is trained."""
+"""Batch, heads, tokens and features of attention; the mask of the last one is trained."""
 
 
 def describe(state: State, found: Found) -> None:
@@ -47,7 +47,7 @@ def describe(state: State, found: Found) -> None:
 
 
 def card(device: torch.device) -> dict[str, Any]:
-    """What torch and nvidia-smi say of a CUDA device."""
+    """Properties of a CUDA device from torch and nvidia-smi."""
     about = torch.cuda.get_device_properties(device)
     query = "name,driver_version,memory.total,power.limit,clocks.max.sm"
     return {
@@ -63,7 +63,7 @@ def card(device: torch.device) -> dict[str, Any]:
 
 
 def first_line(*command: str) -> str | None:
-    """The first line of what a command says; None where there is no such command."""
+    """The first line of a command's output; None if there is no such command."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -72,8 +72,8 @@ def first_line(*command: str) -> str | None:
 
 
 def chosen(shape: tuple[int, ...], biased: bool, device: torch.device) -> dict[str, Any]:
-    """The backend that torch picks for an attention in bfloat16, and the kernels that take most of its time, forward
-    and backward."""
+    """The backend that torch selects for an attention in bfloat16, and the kernels that take most of its time in
+    forward and backward passes."""
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     bias = None
     if biased:

@@ -1,4 +1,4 @@
-"""What a part of the suite is, and what it finds."""
+"""Parts of the suite and their results."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from cae2pipe.runtime.device import set_backends
 
 
 class NotHereError(Exception):
-    """A part, or a measure of it, needs what this machine lacks. The message is the reason."""
+    """A part, or one of its measurements, cannot run on this machine. The message is the reason."""
 
 
 @dataclass
 class Found:
-    """What a part has found so far; kept where it fails halfway.
+    """Results of a part so far; kept if it fails halfway.
 
-    ``checks`` are rows of ``at_least`` and ``at_most`` that decide whether the part is ok; ``goals`` are such rows that
-    are only shown; ``rows`` are measurements; ``facts`` is all else; ``skipped`` names what was left out, and why.
+    ``checks`` are rows of ``at_least`` and ``at_most`` that decide whether the part is ok; ``goals`` are such rows for
+    information only; ``rows`` are measurements; ``facts`` are other results; ``skipped`` lists what was skipped, with
+    reasons.
     """
 
     checks: list[dict[str, Any]] = field(default_factory=list)
@@ -36,7 +37,7 @@ class Found:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def check(self, name: str, ok: bool) -> None:
-        """A check that has no number."""
+        """Add a check without a number."""
         self.checks.append({"name": name, "value": ok, "goal": "true", "ok": bool(ok)})
 
 
@@ -45,13 +46,12 @@ class Part:
     """One part of the suite.
 
     Args:
-        name: as ``--parts`` takes it.
-        run: ``module:function`` of this package, called with the state, what it is to fill, and ``arguments``.
+        name: as in ``--parts``.
+        run: ``module:function``, called with the state, the ``Found`` to fill, and ``arguments``.
         estimate: seconds on one H100.
-        lane: ``main``: in the suite's own process, one after the other; ``beside``: in a process of its own, while
-            others run; ``alone``: in the suite's process, while nothing else runs, since it takes times; ``apart``: in
-            a process of its own, while nothing else runs.
-        needs_cuda: skipped on the CPU, with this reason.
+        lane: ``main``: in the suite's own process, one by one; ``concurrent``: in a separate process, concurrently with
+        others; ``alone``: in the suite's process while nothing else runs, since it measures times; ``apart``: in a
+        separate process while nothing else runs. needs_cuda: the reason for which it is skipped on a CPU.
     """
 
     name: str
@@ -63,18 +63,18 @@ class Part:
 
     @property
     def timed(self) -> bool:
-        """Whether it must have the machine for itself."""
+        """Whether nothing else may run meanwhile."""
         return self.lane in ("alone", "apart")
 
     @property
     def child(self) -> bool:
-        """Whether it runs in a process of its own."""
-        return self.lane in ("beside", "apart")
+        """Whether it runs in a separate process."""
+        return self.lane in ("concurrent", "apart")
 
 
 @dataclass
 class Result:
-    """How a part ended. ``error``: what went wrong, with its traceback; ``not_here``: why it could not run here."""
+    """Outcome of a part. ``error``: the error with its traceback; ``not_here``: why it could not run here."""
 
     found: Found = field(default_factory=Found)
     seconds: float = 0.0
@@ -86,13 +86,13 @@ class Result:
         return self.error is None
 
     def plain(self) -> dict[str, Any]:
-        """As the JSON file has it."""
+        """The form in the JSON file."""
         found = {name: plain(value) for name, value in asdict(self.found).items() if value}
         return {"ok": self.ok, "seconds": round(self.seconds, 1), "found": found, "error": self.error}
 
 
 def run_here(part: Part, state: State) -> Result:
-    """Run a part in this process. Whatever it raises is in the result; the device is left as it was found."""
+    """Run a part in this process. Exceptions are part of the result; the device is cleaned up afterwards."""
     result = Result()
     began = time.perf_counter()
     try:
@@ -112,7 +112,7 @@ def run_here(part: Part, state: State) -> Result:
     except BaseException:
         result.error = traceback.format_exc()
     result.seconds = time.perf_counter() - began
-    # Not within the handler: there the traceback still holds the part's tensors.
+    # Outside the handler, where the traceback would still hold the part's tensors.
     try:
         clean(state)
     except Exception:
@@ -128,7 +128,7 @@ def function_of(name: str) -> Callable[..., None]:
 
 
 def clean(state: State) -> None:
-    """Forget what was compiled, what is kept on the device, and settings of the process."""
+    """Reset compiled graphs, cached device memory, and settings of the process."""
     torch.compiler.reset()
     torch.set_grad_enabled(True)
     gc.collect()
@@ -141,7 +141,7 @@ def clean(state: State) -> None:
 
 
 def plain(value: Any) -> Any:
-    """JSON values: keys are text, what is not finite is text too."""
+    """JSON values: keys and numbers that are not finite become strings."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):

@@ -1,4 +1,4 @@
-"""B8: DDP and FSDP2 with one process, over NCCL (on a CPU: gloo)."""
+"""B8: DDP and FSDP2 with one process, with NCCL (on a CPU: gloo)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def one_process(state: State, found: Found) -> None:
 
 
 def collectives(state: State, found: Found) -> None:
-    """What ``World`` calls where there are several processes."""
+    """The collectives that ``World`` uses with several processes."""
     ones = torch.ones(4, device=state.place)
     dist.all_reduce(ones)
     told: list[Any] = [{"step": 3}, None]

@@ -1,4 +1,4 @@
-"""B7, M5: with deterministic algorithms a run repeats to the bit, stopped or not; what that costs."""
+"""B7, M5: with deterministic algorithms a run is reproducible to the bit, interrupted or not; and the cost of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EPOCHS = 4
 
 
 def bit_for_bit(state: State, found: Found) -> None:
-    """Twenty steps twice, and once more in two halves; the same compiled, where compiling does not take minutes."""
+    """Twenty steps twice, and again in two halves; also compiled, if compiling does not take minutes."""
     ways = [False, True] if state.on_cuda else [False]
     if not state.on_cuda:
         found.skipped["compiled runs"] = "on a CPU inductor compiles for as long as all else takes"
@@ -50,7 +50,7 @@ def run(state: State, out: Path, compiled: bool, **over: Any) -> None:
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """A run's lines without what depends on the clock."""
+    """A run's lines without figures that depend on time."""
     lines = read_lines(out / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in MACHINE_METRICS} for line in lines]
 
@@ -60,8 +60,8 @@ def weights(out: Path) -> bytes:
 
 
 def cost(state: State, found: Found) -> None:
-    """Images a second of Base, eager, with torch's default algorithms and with deterministic ones."""
-    # torch looks at it once, at the first product, whether deterministic or not.
+    """Images per second of Base, eager, with torch's default algorithms and with deterministic ones."""
+    # torch reads it once, at the first matrix product, deterministic or not.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     batch = 8 if state.quick else 256
     step, one, settings = in_memory(state, "base", batch, compiled=False)

@@ -1,4 +1,4 @@
-"""Runs the parts: in order of their value, each for itself, within a budget, with the result on the disk after each."""
+"""Runs the parts: the most important first, isolated, within a budget; results are written to disk after each."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.runtime.processes import worker_count
 
 GRACE = 60.0
-"""Seconds beyond the budget after which the suite ends itself: a part in its own process hangs."""
+"""Seconds beyond the budget after which the suite ends itself, because a part in its own process hangs."""
 
 
 class Record:
-    """What is known so far, as the JSON file has it; written anew whenever it changes. May be used by many threads."""
+    """Results so far, in the form of the JSON file, which is rewritten on every change. Thread-safe."""
 
     def __init__(self, out: Path | None, head: dict[str, Any], began: float):
         self.out, self.began = out, began
@@ -41,7 +41,7 @@ class Record:
         return time.perf_counter() - self.began
 
     def add(self, part: Part, result: Result) -> None:
-        """Keep a part's result, and say a line of it."""
+        """Record a part's result, and print a line about it."""
         if result.not_here is not None:
             self.skip(part, result.not_here)
             return
@@ -52,7 +52,7 @@ class Record:
         self._say(part, f"{'ok' if result.ok else 'FAILED'} ({result.seconds:.1f} s) {last[0]}")
 
     def skip(self, part: Part, reason: str) -> None:
-        """Say why a part was not run."""
+        """Record why a part was skipped."""
         with self._lock:
             self.content["skipped"].append({"part": part.name, "reason": reason})
             self._write()
@@ -80,19 +80,19 @@ def run_suite(
 ) -> Record:
     """Run parts within ``budget`` seconds since ``began`` (``time.perf_counter``; None: now).
 
-    Parts of the lane ``beside`` begin at once, each in a process of its own, a few at a time. Meanwhile the others run
-    here, one after the other; those that take times wait until nothing else runs. One whose estimate no longer fits is
-    skipped. After a part that has left the device unusable the others run in processes of their own.
+    Parts of the lane ``concurrent`` start immediately in separate processes, a few at a time. Meanwhile the others run
+    here one by one; those that measure times wait until nothing else runs. A part whose estimate does not fit the
+    remaining budget is skipped. After a part has left the device unusable, the others run in separate processes.
     """
     began = time.perf_counter() if began is None else began
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = Record(out, {**head, "started": started, "budget_s": budget}, began)
     running: set[subprocess.Popen[bytes]] = set()
     pool = ThreadPoolExecutor(max(2, min(SIDE_BY_SIDE, worker_count(-1) // SIDE_BY_SIDE)))
-    # What the main thread is at, for the watch.
+    # The current part of the main thread, for the watchdog.
     at: list[Part] = []
 
-    def beside(part: Part) -> None:
+    def concurrent(part: Part) -> None:
         if fits(part, record, budget):
             record.add(part, run_apart(part, state, limit(part, state), running))
 
@@ -100,10 +100,10 @@ def run_suite(
     watch.daemon = True
     watch.start()
     try:
-        side: list[Future[None]] = [pool.submit(beside, part) for part in parts if part.lane == "beside"]
+        side: list[Future[None]] = [pool.submit(concurrent, part) for part in parts if part.lane == "concurrent"]
         usable = True
         for part in parts:
-            if part.lane == "beside":
+            if part.lane == "concurrent":
                 continue
             if part.timed:
                 wait(side)
@@ -129,21 +129,21 @@ def run_suite(
 
 
 def fits(part: Part, record: Record, budget: float) -> bool:
-    """Whether a part's estimate fits what is left of the budget; where not, it is recorded as skipped."""
+    """Whether a part's estimate fits the remaining budget; if not, it is recorded as skipped."""
     left = budget - record.elapsed()
     if part.estimate <= left:
         return True
-    record.skip(part, f"takes about {part.estimate:.0f} s, and {max(0.0, left):.0f} s of the budget are left")
+    record.skip(part, f"takes about {part.estimate:.0f} s, but only {max(0.0, left):.0f} s of the budget are left")
     return False
 
 
 def limit(part: Part, state: State) -> float:
-    """Seconds after which a part in a process of its own is taken to hang."""
+    """Seconds after which a part in a separate process counts as hanging."""
     return (30 + 3 * part.estimate) * (1 if state.on_cuda else 3)
 
 
 def is_usable(state: State) -> bool:
-    """Whether the device still computes. An illegal access spoils it for the whole process."""
+    """Whether the device still works. An illegal access makes it unusable for the whole process."""
     if not state.on_cuda:
         return True
     try:
@@ -153,7 +153,7 @@ def is_usable(state: State) -> bool:
 
 
 def _give_up(record: Record, at: list[Part], running: set[subprocess.Popen[bytes]], state: State) -> None:
-    """End the suite from the outside, with all that is known."""
+    """End the suite from the watchdog, keeping all results so far."""
     faulthandler.dump_traceback(file=sys.stderr)
     for part in list(at):
         record.add(part, Result(error="did not end; the suite has ended itself"))

@@ -1,4 +1,4 @@
-"""G: every evaluation of labelled images once, in seconds."""
+"""G: every evaluation of labelled images once, each within seconds."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def nearest_neighbours(state: State, found: Found) -> None:
 
 
 def neighbours(state: State, found: Found) -> None:
-    """Votes among random features, where a bfloat16 training has allowed TF32: as on the CPU."""
+    """Votes among random features are as on the CPU, even after a bfloat16 training has allowed TF32."""
     rng = torch.Generator().manual_seed(0)
     train, test = (torch.randn(count, 384, generator=rng) for count in (4000, 500))
     labels = torch.randint(0, 100, (len(train),), generator=rng)
 
     def shares(device: torch.device) -> torch.Tensor:
-        """Of the first class, (500,)."""
+        """Shares of the first class, (500,)."""
         placed = train.to(device), labels.to(device), test.to(device)
         return knn_predictions(*placed, classes=100, k=(20,), temperature=0.07)[20][1][:, 0]
 
@@ -50,7 +50,7 @@ def neighbours(state: State, found: Found) -> None:
 
 
 def trained(state: State, found: Found) -> None:
-    """What is trained on new crops: linear, attentive and fine-tuning with Mixup and relative positions."""
+    """Evaluations that train on new crops: linear, attentive, and fine-tuning with Mixup and relative positions."""
     few = {"epochs": 2, "warmup_epochs": 1}
     score(state, found, "linear", "drawn", {**few, "chunk": 8})
     score(state, found, "attentive", "drawn", {**few, "chunk": 8, "lr": 10})
@@ -61,7 +61,7 @@ def trained(state: State, found: Found) -> None:
 
 
 def score(state: State, found: Found, kind: str, name: str, over: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate the made-up encoder on the made-up images; a row, and a check that the result is there."""
+    """Evaluate the random encoder on the synthetic images; adds a row, and a check that there is a result."""
     values = {"speed": {"device": state.device, "workers": 0 if state.quick else 4, "batch": 16}}
     settings = load(
         EVALUATIONS[kind],
@@ -90,7 +90,7 @@ def score(state: State, found: Found, kind: str, name: str, over: dict[str, Any]
 
 
 def losses_of(result: dict[str, Any]) -> list[float]:
-    """Of every epoch, where there are any."""
+    """Losses by epoch, if there are any."""
     return [line["loss"] for line in result["history"]] if "history" in result else result.get("losses", [])
 
 
@@ -99,6 +99,6 @@ def first_and_last(losses: list[float]) -> str:
 
 
 def ranked(result: dict[str, Any]) -> np.ndarray:
-    """The class that each image was taken for."""
+    """The predicted class of each image."""
     with np.load(Path(result["folder"]) / "predictions.npz") as archive:
         return np.asarray(archive["ranked"][:, 0])

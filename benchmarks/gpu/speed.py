@@ -1,4 +1,4 @@
-"""C: how fast the students train from a batch in memory, at the largest batch that fits, and on which kernels."""
+"""C: training speed of the students from a batch in memory, at the largest batch that fits, and the kernels used."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from cae2pipe.training.step import Step, cached
 from cae2pipe.training.telemetry import peak_memory
 
 DIMS = {"large": 768}
-"""Of the teacher's latents where they are not those of CLIP ViT-B/16."""
+"""Dimensions of the teacher's latents if they are not those of CLIP ViT-B/16."""
 START = {"large": 512}
-"""The batch that is tried first, on a card of 80 GB; 2048 for the others."""
+"""The first batch to try on a card of 80 GB; 2048 for the others."""
 TRIES = 3
 SHARE = 0.92
-"""Of the device's memory that a step may take: a loader's batches need some too."""
+"""Share of the device's memory for a step: a loader's batches need some too."""
 TURN_S = 2.0
-"""Seconds that one turn of measuring is to take."""
+"""Seconds per turn of measuring."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
@@ -48,11 +48,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulation": {"speed": {"accumulation": 4}},
     "official": {"recipe": "official"},
 }
-"""Settings of each way to train that is measured. flash: attention without cuDNN's kernel."""
+"""Settings of the measured variants. flash: attention without cuDNN's kernel."""
 
 
 def size(state: State, found: Found, name: str, variant: str = "") -> None:
-    """Images a second, MFU, peak memory, seconds to compile, and the kernels that take most of the time."""
+    """Images per second, MFU, peak memory, seconds to compile, and the kernels that take most of the time."""
     if variant == "flash" and not state.on_cuda:
         found.skipped["flash"] = "kernels cannot be chosen on a CPU"
     compiled = variant != "eager" and compiles(None, state.place)
@@ -97,10 +97,11 @@ def size(state: State, found: Found, name: str, variant: str = "") -> None:
 def largest_fitting(
     state: State, found: Found, name: str, over: dict[str, Any], compiled: bool
 ) -> tuple[Step, Batch, PretrainSettings, float]:
-    """A step and its batch after its first call, at the largest batch that fits, by halves; and that call's seconds.
+    """A step and its batch after the first call, at the largest batch that fits (halved until it does), and the seconds
+    of that call.
 
     Raises:
-        torch.OutOfMemoryError: nothing of what was tried fits.
+        torch.OutOfMemoryError: no batch that was tried fits.
     """
     batch = state.recall(f"batch-{name}", None) or first_batch(state, name)
     for _ in range(TRIES):
@@ -109,7 +110,7 @@ def largest_fitting(
             return step, one, settings, timed(lambda step=step, one=one: step(one, 1e-6), state.place)
         except torch.OutOfMemoryError:
             found.facts.setdefault("does not fit", []).append(batch)
-        # Not within the handler: there the failed pass still holds its memory.
+        # Outside the handler, where the failed pass would still hold its memory.
         step = one = None  # type: ignore[assignment]
         gc.collect()
         torch.cuda.empty_cache()
@@ -119,13 +120,13 @@ def largest_fitting(
 
 
 def take_memory(state: State, share: float) -> None:
-    """How much of the device's memory this process may take."""
+    """Limit the share of the device's memory for this process."""
     if state.on_cuda:
         torch.cuda.set_per_process_memory_fraction(share, state.place)
 
 
 def first_batch(state: State, name: str) -> int:
-    """Powers of two, in proportion to the device's memory."""
+    """A power of two, proportional to the device's memory."""
     if state.quick or not state.on_cuda:
         return 8
     memory = torch.cuda.get_device_properties(state.place).total_memory
@@ -135,7 +136,7 @@ def first_batch(state: State, name: str) -> int:
 def in_memory(
     state: State, name: str, batch: int, compiled: bool, over: dict[str, Any] | None = None
 ) -> tuple[Step, Batch, PretrainSettings]:
-    """A size's step as it trains, not called yet, and a made-up batch on the device. Sets torch's backends."""
+    """The training step of a size, not called yet, and a synthetic batch on the device. Sets torch's backends."""
     over = {
         "data": {"streams": min(64, batch)},
         **({"model": state.scale.model} if state.quick else {}),
@@ -174,7 +175,7 @@ def dim_of(state: State, name: str) -> int:
 
 
 def made_up(settings: PretrainSettings, dim: int, drop_columns: int, device: torch.device) -> Batch:
-    """A batch of noise, made on the device, in the shapes of a loaded one."""
+    """A batch of noise, made on the device, with the shapes of a loaded one."""
     views, grid, side = settings.data.batch, settings.model.grid, settings.model.image_size
     rng = torch.Generator(device).manual_seed(0)
     masks = [
@@ -201,7 +202,7 @@ def made_up(settings: PretrainSettings, dim: int, drop_columns: int, device: tor
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that work takes, the device's included."""
+    """Seconds of work including the device's."""
     began = time.perf_counter()
     with compiler_advice():
         work()
@@ -210,7 +211,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def busy_card(state: State, step: Step, one: Batch, took: float) -> str | None:
-    """Power and clock, as nvidia-smi gives them, while steps are computed."""
+    """Power and clock from nvidia-smi while steps are computed."""
     if not state.on_cuda:
         return None
     query = "power.draw,clocks.sm,clocks_event_reasons.active,temperature.gpu"

@@ -1,4 +1,4 @@
-"""What all parts run on: the device, the scale, and stand-ins for photographs, teachers and labelled images."""
+"""The common inputs of all parts: the device, the scale, and synthetic photographs, teachers and labelled images."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from cae2pipe.targets.target_set import TargetSet
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the models are that correctness is looked at with: views of ``image`` pixels in patches of ``patch``, a
-    teacher and a student of these widths and depths, and ``photographs`` for extraction."""
+    """Size of the models for checks of correctness: views of ``image`` pixels in patches of ``patch``, a teacher and a
+    student of these widths and depths, and ``photographs`` for extraction."""
 
     image: int
     patch: int
@@ -55,7 +55,7 @@ class Scale:
 
     @property
     def teacher(self) -> dict[str, Any]:
-        """Settings of the teacher, weights apart."""
+        """Settings of the teacher without weights."""
         return {
             "kind": "open_clip",
             "name": "tiny",
@@ -76,17 +76,17 @@ class Scale:
 FULL = Scale(image=224, patch=16, teacher_width=128, width=192, depth=2, heads=6, photographs=4096)
 QUICK = Scale(image=32, patch=8, teacher_width=32, width=32, depth=2, heads=2, photographs=128)
 IMAGES = 150
-"""Of the small target set: four steps of 32 and a padded fifth."""
+"""Images of the small target set: four steps of 32 and a padded fifth."""
 CLASSES = ("red", "green", "blue", "grey")
 
 
 @dataclass(frozen=True)
 class State:
-    """What a part is given. Child processes get the same, as JSON.
+    """The inputs of a part. Child processes get the same as JSON.
 
     Args:
-        device: with its index. quick: tiny models. scratch: a folder that all parts share; what one has made there
-            others use. sizes: of the students whose speed is measured.
+        device: with its index. quick: tiny models. scratch: a folder that all parts share, with results that other
+        parts reuse. sizes: sizes of the students whose speed is measured.
     """
 
     device: str
@@ -115,12 +115,12 @@ class State:
 
     @property
     def backend(self) -> str:
-        """What compiles where compilation is looked at. On a CPU, where it would take most of the time, graphs are only
-        traced, and run as they are."""
+        """The compiler in checks of compilation. On a CPU, where compiling would take most of the time, graphs are only
+        traced and run eagerly."""
         return "inductor" if self.on_cuda else "eager"
 
     def once(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """The folder ``name`` of the scratch folder, made by whichever part needs it first; others wait for it."""
+        """The folder ``name`` in the scratch folder, made by the first part that needs it; others wait for it."""
         folder = self.scratch / name
         with holding(self.scratch, name):
             if not (self.scratch / f"{name}.made").exists():
@@ -129,16 +129,16 @@ class State:
         return folder
 
     def remember(self, name: str, value: Any) -> None:
-        """Tell a value to parts that come later, in other processes too."""
+        """Store a value for later parts, also in other processes."""
         (self.scratch / f"{name}.json").write_text(json.dumps(value))
 
     def recall(self, name: str, default: Any) -> Any:
-        """What a part has told, or the default where it has not run."""
+        """A stored value, or the default if the part has not run."""
         path = self.scratch / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else default
 
     def settings(self, preset: str = "base", **over: Any) -> PretrainSettings:
-        """A preset of pretraining at this scale, in float32, two epochs of the small set; ``over`` is laid on top."""
+        """A preset of pretraining at this scale, in float32, two epochs of the small set; ``over`` overrides them."""
         values = {
             "epochs": 2,
             "precision": "fp32",
@@ -150,7 +150,7 @@ class State:
         return load(PretrainSettings, "pretrain", preset, overrides=(), values=merge(values, over))
 
     def targets(self) -> TargetSet:
-        """The small target set: noise, and a small teacher with random weights, which ran on the CPU."""
+        """The small target set: noise, and latents of a small teacher with random weights, computed on the CPU."""
         return TargetSet(self.once("targets", self._make_targets))
 
     def _make_targets(self, folder: Path) -> None:
@@ -172,7 +172,7 @@ class State:
         }
 
     def clip_settings(self, **over: Any) -> ExtractSettings:
-        """Settings of extraction with the paper's teacher, weights random; with the small one where it is quick."""
+        """Settings of extraction with the paper's teacher and random weights; with the small teacher if ``quick``."""
         if self.quick:
             self.targets()
             values = self.extraction(self.device, self.scratch / "tiny.safetensors")
@@ -181,14 +181,14 @@ class State:
         values = {
             "teacher": {"weights": str(made / "clip-b16.safetensors"), "pretrained": None},
             "views": 1,
-            # The calibration takes one core as long as there are images in it.
+            # The time of the calibration, on one core, is proportional to its images.
             "codec": {"calibration": 64},
             "speed": {"device": self.device},
         }
         return load(ExtractSettings, "extract", "clip-b16", overrides=(), values=merge(values, over))
 
     def shards(self) -> ShardSet:
-        """Photographs for extraction, as many as the scale says: copies of a hundred, or of noise."""
+        """Photographs for extraction, their number set by the scale: copies of a hundred photographs, or of noise."""
 
         def make(folder: Path) -> None:
             source = photographs(self.scratch / "originals", 8 if self.quick else 100)
@@ -208,7 +208,7 @@ class State:
         return TargetSet(self.once(f"clip-targets-{pixels}", make))
 
     def labelled(self) -> Path:
-        """Images of four colours with noise, to train and to score on: even an untrained encoder tells them apart."""
+        """Images of four colours with noise, for training and scoring: even an untrained encoder distinguishes them."""
         return self.once("labelled", self._make_labelled)
 
     def _make_labelled(self, folder: Path) -> None:
@@ -222,7 +222,7 @@ class State:
                     Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
 
     def encoder(self) -> Path:
-        """An exported encoder of this scale, as it was initialised."""
+        """An exported encoder of this scale before training."""
 
         def make(folder: Path) -> None:
             folder.mkdir()

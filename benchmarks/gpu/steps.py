@@ -1,4 +1,4 @@
-"""B1, B2: is a training step right? On the device against the CPU, and in bfloat16 against float32."""
+"""B1, B2: is a training step correct? The device compared with the CPU, and bfloat16 compared with float32."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ METHODS = {
     "milan": "milan",
     "fd": "fd",
 }
-"""What can be trained, by the preset that says how."""
+"""The methods to check, by preset."""
 RECIPES = ("paper", "official")
 STEPS = 3
 LR = 1e-3
 CARRIES = 1e-3
-"""Share of the gradient's norm below which a tensor's own direction is rounding."""
+"""Below this share of the gradient's norm, a tensor's direction is dominated by rounding."""
 
 
 def against_cpu(state: State, found: Found) -> None:
-    """Loss terms, gradients, their norm, and the weights after three steps, all in float32: device against CPU."""
+    """Loss terms, gradients, their norm, and the weights after three steps, all in float32: device and CPU compared."""
     for method, preset in METHODS.items():
         for recipe in RECIPES:
             settings = state.settings(preset, recipe=recipe)
@@ -66,7 +66,7 @@ def against_cpu(state: State, found: Found) -> None:
 
 
 def bf16_against_fp32(state: State, found: Found) -> None:
-    """The same in bfloat16 against float32, both eager and on the device."""
+    """The same for bfloat16 compared with float32, both eager and on the device."""
     farthest: list[tuple[float, str]] = []
     for method, preset in METHODS.items():
         settings = state.settings(preset)
@@ -82,7 +82,8 @@ def bf16_against_fp32(state: State, found: Found) -> None:
     farthest.sort(reverse=True)
     found.facts["farthest tensors"] = {name: rounded(value) for value, name in farthest[:3]}
     worst = worst_of(found.rows)
-    # A CPU's autocast leaves LayerNorm in bfloat16, and the head's, after which gradients nearly cancel, shows it.
+    # On a CPU, autocast keeps LayerNorm in bfloat16. The effect shows in the head's, after which gradients nearly
+    # cancel.
     goal = 5e-3 if state.on_cuda else 0.05
     found.checks += [
         at_most("loss against float32's, relative, worst", worst["loss"], 5e-3, 6),
@@ -100,7 +101,7 @@ def batches_of(state: State, settings: PretrainSettings, step: Step, count: int)
 def build_step(
     targets: TargetSet, settings: PretrainSettings, device: torch.device, world: World | None = None
 ) -> Step:
-    """A step on ``device``, whose weights are drawn on the CPU, where the draw is the same everywhere."""
+    """A step on ``device`` with weights drawn on the CPU, where random numbers are the same everywhere."""
     torch.manual_seed(0)
     model = build_method(settings.method, settings.model, target_spec(settings, targets).dim)
     model.recompute(settings.speed.recompute)
@@ -122,7 +123,7 @@ def build_step(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a step: its loss terms (5,), its gradient by the weights' names, and the gradient's norm, in float64."""
+    """Results of a step: loss terms (5,), gradient by names of weights, and the gradient's norm, in float64."""
 
     terms: Tensor
     gradients: dict[str, Tensor]
@@ -139,7 +140,7 @@ def first_step(step: Step, batch: Batch) -> Outcome:
 
 
 def compared(there: Step, here: Step, batches: Sequence[Batch]) -> dict[str, float]:
-    """What two steps make of the same batches: ``difference`` of the first, and the relative distance of the weights'
+    """Two steps compared on the same batches: ``difference`` for the first, and the relative distance of the weights'
     change over all of them."""
     row = difference(first_step(there, batches[0]), first_step(here, batches[0]))
     before = flat(here)
@@ -151,8 +152,8 @@ def compared(there: Step, here: Step, batches: Sequence[Batch]) -> dict[str, flo
 
 
 def difference(got: Outcome, wanted: Outcome) -> dict[str, float]:
-    """Relative distance of losses and norms, the largest of the other terms, cosine distances of the whole gradient and
-    of the farthest tensor."""
+    """Relative differences of losses and norms, the largest difference of the other terms, cosine distances of the
+    whole gradient and of the worst tensor."""
     whole = [torch.cat([outcome.gradients[n].flatten() for n in wanted.gradients]) for outcome in (got, wanted)]
     apart = (got.terms - wanted.terms).abs()
     found = {
@@ -166,7 +167,7 @@ def difference(got: Outcome, wanted: Outcome) -> dict[str, float]:
 
 
 def distances(got: Outcome, wanted: Outcome) -> dict[str, float]:
-    """Cosine distance of each tensor's gradient, of those that carry some of the norm."""
+    """Cosine distance of each tensor's gradient, for tensors with a relevant share of the norm."""
     return {
         name: distance(got.gradients[name].flatten(), gradient.flatten())
         for name, gradient in wanted.gradients.items()
@@ -175,22 +176,22 @@ def distances(got: Outcome, wanted: Outcome) -> dict[str, float]:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """1 - cosine, of what is not finite too."""
+    """1 - cosine, also for values that are not finite."""
     found = 1 - float(torch.cosine_similarity(one, other, dim=0))
     return found if found != found else max(0.0, found)
 
 
 def flat(step: Step) -> Tensor:
-    """All weights in one, float64 on the CPU."""
+    """All weights as one vector, float64 on the CPU."""
     return torch.cat([p.detach().flatten().cpu().double() for p in step.model.parameters()])
 
 
 def rounded(value: float) -> float:
-    """To three digits, for tables."""
+    """Rounded to three digits for tables."""
     return float(f"{value:.3g}")
 
 
 def worst_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The largest value of each column of numbers; NaN where there is one."""
+    """The largest value of each numeric column; NaN if it contains one."""
     columns = [name for name, value in rows[0].items() if isinstance(value, float)]
     return {name: float(np.max([row[name] for row in rows])) for name in columns}

@@ -1,4 +1,4 @@
-"""V: are views that the device renders those of the CPU, and how many does it render and decode a second?"""
+"""V: are views rendered on the device equal to those of the CPU, and how many does it render and decode per second?"""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from cae2pipe.images.jpeg import decode_view, device_decoder
 from cae2pipe.images.views import draw_view, encode_jpeg, render_view
 
 RATIOS = (4 / 3, 3 / 4, 3 / 2, 1.0, 16 / 9)
-"""Width / height of the photographs, in turn."""
+"""Aspect ratios (width / height) of the photographs, used cyclically."""
 SHORT_SIDE = 320
 DIFFERENT = 64
-"""Photographs; larger batches show them several times, in other views."""
+"""Number of photographs; larger batches contain several views of each."""
 BATCHES = (256, 1024)
 VIEWS_A_TURN = 2048
 
 
 def rendering(state: State, found: Found) -> None:
-    """Views of images in memory against Pillow's; views of JPEGs that the device decodes against the CPU's; rates."""
+    """Views of images in memory against Pillow's; views of JPEGs decoded on the device against the CPU's; rates."""
     settings = ViewSettings(size=state.scale.image)
     equality(state, found, settings)
     side, different = (state.scale.image * 10 // 7, 8) if state.quick else (SHORT_SIDE, DIFFERENT)
@@ -51,8 +51,8 @@ def rendering(state: State, found: Found) -> None:
 
 
 def equality(state: State, found: Found, settings: ViewSettings) -> None:
-    """Pixels that differ from ``render_view``'s, of noise of many sizes, as it is and compiled."""
-    # Boxes beyond twice the view would take other taps, and another compilation.
+    """Number of pixels that differ from ``render_view``'s, for noise of many sizes, eager and compiled."""
+    # Boxes larger than twice the view would need other taps, and another compilation.
     count, largest = (24, 60) if state.quick else (256, 440)
     rng = np.random.default_rng(0)
     images, draws = [], []
@@ -82,7 +82,7 @@ def equality(state: State, found: Found, settings: ViewSettings) -> None:
 def against_cpu(
     state: State, found: Found, settings: ViewSettings, jpegs: list[bytes], decode: Callable[[list[bytes]], Any]
 ) -> None:
-    """Views of JPEGs decoded on the device against those that the CPU decodes and renders."""
+    """Views of JPEGs decoded on the device compared with those decoded and rendered on the CPU."""
     pixels = [decode_view(jpeg) for jpeg in jpegs]
     draws = [
         draw_view(settings, 0, "key", view=n, height=image.shape[0], width=image.shape[1])
@@ -94,7 +94,7 @@ def against_cpu(
     apart = (got.cpu().int() - wanted.int()).abs()
     mean = float(apart.float().mean())
     found.facts["decoded and rendered against the CPU's"] = {"mean": round(mean, 4), "worst": int(apart.max())}
-    # Noise has more chroma than photographs, which is where decoders differ: part D looks at those.
+    # Noise has more chroma than photographs, and decoders differ in chroma; part D checks photographs.
     found.goals.append(at_most("decoded and rendered against the CPU's, noise, mean difference", mean, 4.0))
 
 
@@ -106,7 +106,7 @@ def rates(
     batch: int,
     decode: Callable[[list[bytes]], Any] | None,
 ) -> list[dict[str, Any]]:
-    """Views a second of a batch, measured in turns."""
+    """Views per second of a batch, measured in turns."""
     size, backend = settings.size, state.backend
     chosen = [jpegs[n % len(jpegs)] for n in range(batch)]
     pixels = [decode_view(jpeg) for jpeg in jpegs]
@@ -138,7 +138,7 @@ def rates(
 
 
 def turn(work: Callable[[], Any], times: int, batch: int, device: torch.device) -> Callable[[], float]:
-    """A measure of how many views a second work takes that is done several times, the device's part included."""
+    """A measure: views per second of repeated work, including the device's part."""
 
     def whole() -> None:
         for _ in range(times):
@@ -149,10 +149,10 @@ def turn(work: Callable[[], Any], times: int, batch: int, device: torch.device) 
 
 
 def decoding(state: State) -> Callable[[list[bytes]], list[Tensor]]:
-    """The device's decoder, of JPEGs of any sizes: uint8 (3, h, w) each, there when it returns.
+    """The device's decoder for JPEGs of any sizes: uint8 (3, h, w) each, complete when it returns.
 
     Raises:
-        SettingsError: nothing decodes on a device.
+        SettingsError: there is no decoder for a device.
     """
     decoder = device_decoder()
 

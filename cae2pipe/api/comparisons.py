@@ -61,7 +61,7 @@ def compare(
     """Train and score every run of a grid, and write a report: ``cae2pipe compare``. Existing results are reused.
 
     Args:
-        grid: preset, YAML file or settings. targets: a target set. data: labelled images, as ``evaluate`` takes them.
+        grid: preset, YAML file or settings. targets: a target set. data: labelled images with train and val.
         out: the folder of runs, scores and reports; grids may share one. overrides: settings of the grid to change.
         name: of the report; the preset's if None. small: the grid's small scale.
         part: ``K/N``, one of N shares of the runs.

@@ -63,10 +63,10 @@ def resolve(
             fix=f"give a preset, a YAML file, or what settings({stage!r}, ...) returns",
         )
     # Only values that were given: some defaults depend on how the folder was started.
-    given = config.model_dump(exclude_unset=True)
+    values_given = config.model_dump(exclude_unset=True)
     if texts:
-        return load(kind, stage, None, overrides=texts, values=merge(given, changed))
-    return build(kind, merge(given, changed), where=f"{stage} settings")
+        return load(kind, stage, None, overrides=texts, values=merge(values_given, changed))
+    return build(kind, merge(values_given, changed), where=f"{stage} settings")
 
 
 def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:

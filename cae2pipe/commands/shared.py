@@ -103,9 +103,3 @@ def exits() -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def section(section: str, /, **values: Any) -> dict[str, Any]:
-    """The options that were given, as raw settings: ``{section: {...}}``, or {} where none was."""
-    given = {key: value for key, value in values.items() if value is not None}
-    return {section: given} if given else {}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cae2pipe.commands.jobs import run_jobs
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, path_or_url, section
+from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, path_or_url
 
 
 def pretrain(
@@ -127,7 +127,9 @@ def compare(
     targets: Annotated[
         Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=path_or_url)
     ],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled images to score on, as evaluate takes them.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Labelled images for evaluation: a folder with train and val.")
+    ],
     out: Annotated[
         Path,
         typer.Argument(
@@ -181,6 +183,7 @@ def _compare_jobs(
 ) -> None:
     """Split a grid's runs among processes of this machine, then write the report."""
     from cae2pipe.api.comparisons import report_name
+    from cae2pipe.api.settings import given
     from cae2pipe.config.base import load
     from cae2pipe.config.compare import GridSettings
     from cae2pipe.errors import Cae2pipeError
@@ -191,7 +194,7 @@ def _compare_jobs(
     if torchrun_rank().ranks > 1:
         raise typer.BadParameter("--jobs splits the runs itself: start it without torchrun")
     settings = load(GridSettings, "compare", grid, overrides=set_ or [])
-    speed = section("speed", workers=workers, device=device).get("speed", {})
+    speed = given(workers=workers, device=device)
     # So that errors in the grid are reported once, not by every job.
     plan_grid(settings, targets, data, out=out, small=small, speed=speed)
     failed: Cae2pipeError | None = None

@@ -77,8 +77,7 @@ class ScoreRow(TypedDict):
 
 
 def read_result(result: object, where: Path) -> ScoreResult:
-    """A manifest's ``result``. Raises ManifestError, which names the field, if it is not the result of an
-    evaluation."""
+    """A manifest's ``result``. Raises ManifestError, which names the field, if it is not that of an evaluation."""
     try:
         return ScoreResult.model_validate(result)
     except ValidationError as error:

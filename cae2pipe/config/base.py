@@ -201,8 +201,8 @@ def parse_override(text: str) -> dict[str, Any]:
         raise SettingsError(f"the value is not valid YAML: {error}", where=f"--set {text}", fix="quote it") from None
     *sections, last = name.split(".")
     nested = {last: parsed}
-    for section_of in reversed(sections):
-        nested = {section_of: nested}
+    for section in reversed(sections):
+        nested = {section: nested}
     return nested
 
 

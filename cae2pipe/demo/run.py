@@ -214,8 +214,7 @@ def stored_tile(targets: TargetSet, images: Path, name: str) -> StoredImage:
 
 
 def write_result(path: Path, result: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Write ``result.json``, unless it has the same figures already, whose ``seconds`` are then those of the actual
-    work."""
+    """Write ``result.json``, unless it has the same figures: then its ``seconds`` are those of the actual work."""
     if path.exists():
         old: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
         if {**old, "seconds": 0} == {**result, "seconds": 0}:

@@ -165,8 +165,8 @@ def entries_of(data: object, name: str, path: Path) -> list[Raw]:
 
 
 def numbered_categories(listed: Sequence[Raw], path: Path) -> dict[Id, tuple[int, str]]:
-    """Maps each category's original id to its number from 1, in the order of ids, and its name; repeated names get the
-    id appended."""
+    """Maps each category's id to its number from 1, in the order of ids, and its name; repeated names include the
+    id."""
     categories: list[tuple[Id, str]] = []
     for position, each in enumerate(listed, 1):
         number, name = each.get("id"), each.get("name")

@@ -1,5 +1,4 @@
-"""Detection: Mask R-CNN or Cascade Mask R-CNN, trained on COCO's format, scored by average precision (paper, Table
-12)."""
+"""Detection: (Cascade) Mask R-CNN, trained on COCO's format, scored by average precision (paper, Table 12)."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from cae2pipe.dense.upernet import IGNORED
 
 
 def pixel_confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Numbers of pixels by true class (row) and predicted class (column), int64 (C, C), for label maps of equal
-    shape."""
+    """Numbers of pixels by true (row) and predicted class (column), int64 (C, C), for label maps of equal shape."""
     counted = labels != IGNORED
     cells = labels[counted].long() * classes + predicted[counted].long()
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)

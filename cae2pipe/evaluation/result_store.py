@@ -10,7 +10,8 @@ from typing import Any
 from cae2pipe.artifacts.artifact import MANIFEST, ScoresArtifact, check_file, is_artifact
 from cae2pipe.artifacts.atomic import remove_debris, write_json
 from cae2pipe.artifacts.digest import file_entry
-from cae2pipe.supervised.loop import CHECKPOINTS, METRICS
+from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER
+from cae2pipe.training.metrics import METRICS_FILE
 
 RESULT = "result.json"
 BULKY = ("losses", "history", "per_class", "settings")
@@ -36,9 +37,13 @@ def open_scores(root: Path, asked: dict[str, Any]) -> tuple[ScoresArtifact, dict
 def forget_idle(root: Path) -> None:
     """Remove the manifest of an attempt without results (after refused settings, for example), so that the folder can
     be reused."""
-    if is_artifact(root, "scores") and not ScoresArtifact.open(root).units and not any((root / CHECKPOINTS).glob("*")):
+    if (
+        is_artifact(root, "scores")
+        and not ScoresArtifact.open(root).units
+        and not any((root / CHECKPOINTS_FOLDER).glob("*"))
+    ):
         (root / MANIFEST).unlink()
-        (root / METRICS).unlink(missing_ok=True)
+        (root / METRICS_FILE).unlink(missing_ok=True)
 
 
 def stored_result(artifact: ScoresArtifact) -> dict[str, Any] | None:
@@ -63,4 +68,4 @@ def mark_complete(artifact: ScoresArtifact, result: dict[str, Any]) -> None:
     """Mark an evaluation with a result complete, and remove the files that were only needed to resume it."""
     artifact.facts["result"] = {name: value for name, value in result.items() if name not in BULKY}
     artifact.save(complete=True)
-    shutil.rmtree(artifact.root / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(artifact.root / CHECKPOINTS_FOLDER, ignore_errors=True)

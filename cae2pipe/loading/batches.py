@@ -87,9 +87,9 @@ class Batch:
     pixels (b, 3, S, S) uint8; arrays: the requested arrays of the store over b views, uint16 as int16 bits; weights
     (b,) float32, 0 for padding; visible (b r, V) and masked (b r, M) int64 patch indices, sorted, the masks of a view
     in consecutive rows; drop (b r, n) float32 uniforms for drop path; keys: b strings, empty for padding; views: the
-    number of each stored view; real: views of the whole global batch that are not padding. If the device decodes,
-    ``jpegs`` holds all JPEGs concatenated, uint8, ``sizes`` (b,) their lengths, and ``pixels`` has no samples;
-    ``draws``, float64 (b, 11), says how replayed views are cut from them.
+    number of each stored view; labels: their classes, -1: none; real: views of the whole global batch that are not
+    padding. If the device decodes, ``jpegs`` holds all JPEGs concatenated, uint8, ``sizes`` (b,) their lengths, and
+    ``pixels`` has no samples; ``draws``, float64 (b, 11), says how replayed views are cut from them.
     """
 
     epoch: int
@@ -105,6 +105,7 @@ class Batch:
     drop: Tensor
     keys: list[str]
     views: list[int]
+    labels: list[int] = field(default_factory=list)
     draws: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -125,11 +126,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one window: keys, views, JPEG bytes, draws (none for fresh views), and the blocked arrays over all
-    of them."""
+    """The samples of one window: keys, views, labels, JPEG bytes, draws (none for fresh views), and the blocked arrays
+    over all of them."""
 
     keys: list[str]
     views: list[int]
+    labels: list[int]
     images: list[bytes]
     draws: list[np.ndarray]
     arrays: dict[str, np.ndarray]
@@ -160,7 +162,7 @@ class StreamSource:
             skip = 0
 
     def _read(self, pieces: tuple[BlockSlice, ...]) -> Pool:
-        pool = Pool([], [], [], [], {})
+        pool = Pool([], [], [], [], [], {})
         names = (*self.plan.arrays, *self.plan.guides)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         specs = self.plan.layout.blocked()
@@ -170,10 +172,12 @@ class StreamSource:
             if self.plan.fresh:
                 originals = self.plan.fresh.read(ref.shard, ref.block)[piece.low : piece.high]
                 pool.keys.extend(sample.key for sample in originals)
+                pool.labels.extend(sample.label for sample in originals)
                 pool.images.extend(sample.data for sample in originals)
                 continue
             block = self._reader(store_name(piece.view, ref.shard)).block(ref.block, names)
             pool.keys.extend(block.keys[piece.low : piece.high])
+            pool.labels.extend(block.labels[piece.low : piece.high].tolist())
             pool.images.extend(block.jpegs[piece.low : piece.high])
             pool.draws.extend(block.draws[piece.low : piece.high])
             for name in names:
@@ -237,6 +241,7 @@ def assemble(
         drop=torch.from_numpy(drop).reshape(rows, plan.drop_columns),
         keys=keys,
         views=[item[0].views[item[1]] if item else -1 for item in flat],
+        labels=[item[0].labels[item[1]] if item else -1 for item in flat],
     )
 
 
@@ -295,6 +300,7 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
         arrays=arrays,
         keys=[key for part in parts for key in part.keys],
         views=[view for part in parts for view in part.views],
+        labels=[label for part in parts for label in part.labels],
     )
 
 
@@ -318,9 +324,27 @@ def split(batch: Batch, axes: Mapping[str, int], count: int) -> list[Batch]:
                 drop=batch.drop[rows],
                 keys=batch.keys[own],
                 views=batch.views[own],
+                labels=batch.labels[own],
             )
         )
     return parts
+
+
+def without_padding(batch: Batch, axes: Mapping[str, int]) -> Batch:
+    """The samples of a decoded batch under one mask each that are not padding. ``axes`` as in ``join``."""
+    rows = [row for row, key in enumerate(batch.keys) if key]
+    if len(rows) == len(batch.keys):
+        return batch
+    index = torch.tensor(rows, dtype=torch.int64, device=batch.weights.device)
+    tensors = ("pixels", "weights", "visible", "masked", "drop")
+    return replace(
+        batch,
+        **{name: getattr(batch, name).index_select(0, index) for name in tensors},
+        arrays={name: array.index_select(axes[name], index) for name, array in batch.arrays.items()},
+        keys=[batch.keys[row] for row in rows],
+        views=[batch.views[row] for row in rows],
+        labels=[batch.labels[row] for row in rows],
+    )
 
 
 def _take(iterator: Iterator[tuple[Pool, int]], count: int) -> list[tuple[Pool, int] | None]:

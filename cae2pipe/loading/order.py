@@ -99,6 +99,5 @@ def rank_streams(streams: int, ranks: int, rank: int) -> range:
 
 
 def worker_streams(served: range, workers: int, worker: int) -> range:
-    """One worker's share of a rank's streams, contiguous for the same reason; may be empty if there are more
-    workers."""
+    """One worker's share of a rank's streams, contiguous for the same reason; empty if there are too many workers."""
     return served[len(served) * worker // workers : len(served) * (worker + 1) // workers]

@@ -34,8 +34,7 @@ def build_encoder(settings: ModelSettings) -> Encoder:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with LayerScale and drop path, whose factors the caller gives: (B, 2) or
-    None."""
+    """Pre-norm attention and MLP, each with LayerScale and drop path. The caller gives its factors: (B, 2) or None."""
 
     def __init__(self, width: int, heads: int, layer_scale: float):
         super().__init__()

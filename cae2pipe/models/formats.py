@@ -19,8 +19,7 @@ from cae2pipe.models.layers import EPS
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of an encoder: pixels, blocks, and the normalisation of its input. ``layer_scale``: whether its blocks have
-    LayerScale."""
+    """Shape of an encoder: pixels, blocks, input normalisation. ``layer_scale``: whether blocks have LayerScale."""
 
     image_size: int
     patch_size: int
@@ -43,8 +42,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class ExportLayout:
-    """``weights``: the file's name; ``metadata``: stored in it; ``files``: JSON files with it; ``usage``: Python
-    lines."""
+    """``weights``: the file's name; ``metadata``: stored in it; ``files``: JSON next to it; ``usage``: Python lines."""
 
     weights: str
     state: dict[str, Tensor]

@@ -32,8 +32,7 @@ def check_trainable(model: Any, where: object) -> None:
 
 
 def resize_input(model: Any, size: int) -> None:
-    """Change the input size and resample positions. Raises SettingsError unless it is a multiple of the
-    patch size."""
+    """Set the input size and resample positions. Raises SettingsError unless it is a multiple of the patch size."""
     patch = model.patch_embed.patch_size[0]
     if size % patch:
         raise SettingsError(

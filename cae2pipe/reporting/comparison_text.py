@@ -98,8 +98,7 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def score_cell(comparison: Comparison, row: Row, column: str) -> str:
-    """A score with its standard deviation, and with the features used, if they are not the same in all rows of the
-    column."""
+    """A score with its standard deviation, and with the features used if the column's rows differ in them."""
     text = mean_and_deviation(row.scores.get(column, []))
     several = len({other.features[column] for other in comparison.rows if column in other.features}) > 1
     return f"{text} ({row.features[column]})" if several and column in row.features else text

@@ -1,8 +1,9 @@
 """Random draws that depend only on named keys.
 
-Every draw in cae2pipe comes from here: from a counter-based generator (Philox 4x64) whose 128-bit key is a hash of the
-draw's purpose, such as ("view", seed, sample key, view). Only raw generator words are used, not the methods of
-numpy's Generator, whose streams may change between numpy versions.
+What target sets and the order of samples depend on is drawn here: by a counter-based generator (Philox 4x64) whose
+128-bit key is a hash of the draw's purpose, such as ("view", seed, sample key, view). Only raw generator words are
+used, not the methods of numpy's Generator, whose streams may change between numpy versions. Code of torch and PIL that
+draws by itself, as augmentation in evaluations does, runs in ``seeded.seeded``.
 """
 
 from __future__ import annotations

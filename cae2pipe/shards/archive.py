@@ -4,7 +4,7 @@ Four forms are distinguished by their contents:
 
 - a tar of tars, one per class and named after it: ImageNet's ``ILSVRC2012_img_train.tar``, or a folder of such tars;
 - a tar of class folders, ``class/*.jpg``, made from an image folder;
-- a tar of images alone: ImageNet's ``ILSVRC2012_img_val.tar``, whose classes are in a ground-truth file;
+- a tar of only images: ImageNet's ``ILSVRC2012_img_val.tar``, whose classes are in a ground-truth file;
 - WebDataset tars, one, a folder or a tar of them: ``.cls`` members are labels (``samples.py``).
 
 Members' names are compared and become keys, but are never used as paths.

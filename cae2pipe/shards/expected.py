@@ -50,7 +50,7 @@ def check_expected(source: Source, expected: str, split: str | None = None) -> N
     if missing := [f"{key} ({names[key].split(',')[0]})" for key in sorted(names.keys() - set(source.classes))]:
         problems.append(f"{len(missing)} of its {len(names)} classes are missing: {_some(missing)}")
     if foreign := sorted(set(source.classes) - names.keys()):
-        problems.append(f"{len(foreign)} classes do not belong to it: {_some(foreign)}")
+        problems.append(f"unexpected classes ({len(foreign)}): {_some(foreign)}")
     if len(source.entries) != images:
         problems.append(f"there are {len(source.entries)} images instead of {images}")
     if problems:

@@ -72,8 +72,7 @@ class TunedLearner(ABC):
         return total
 
     def scoring_advice(self) -> AbstractContextManager[None]:
-        """Around the scoring of one image, whose size no setting changes: if it does not fit, advise to score on the
-        CPU."""
+        """Around the scoring of one image, whose size no setting changes: if it does not fit, advise to use the CPU."""
         fix = cpu_remedy(f"precision={'bf16' if self.bf16 else 'fp32'}")
         return memory_advice("one image to be scored", f"{fix} resumes from the last checkpoint")
 

@@ -23,12 +23,10 @@ from cae2pipe.runtime.workers import in_order
 from cae2pipe.runtime.world import World
 from cae2pipe.supervised.remedies import Trained, chunk_remedy
 from cae2pipe.supervised.schedule import Chunk, Reader, TrainSchedule
-from cae2pipe.training.checkpoint import Checkpoints
-from cae2pipe.training.metrics import MetricsFile
+from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
+from cae2pipe.training.metrics import METRICS_FILE, MetricsFile
 from cae2pipe.training.step import Flags, on_host, to_host
 from cae2pipe.training.step_loop import run_steps
-
-CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 
 
 class Learner(Protocol):
@@ -73,7 +71,7 @@ def train(
     """
     owner: str = world.run_on_main(lambda: ScoresArtifact.open(root).fingerprint)
     speed = settings.speed
-    checkpoints = Checkpoints(root / CHECKPOINTS, owner, speed.keep, minutes=speed.checkpoint_minutes)
+    checkpoints = Checkpoints(root / CHECKPOINTS_FOLDER, owner, speed.keep, minutes=speed.checkpoint_minutes)
     training = Supervised(learner, schedule, root, settings=settings, world=world, report=report)
     start = checkpoints.resume(training.state, training.restore, world, report=report)
     with closing(training):
@@ -122,7 +120,7 @@ class Supervised:
     def begin(self, reader: Reader, start: int) -> None:
         """Read items from ``reader``, and write metrics, from a step on."""
         self.reader = reader
-        self.metrics = MetricsFile(self.root / METRICS, start, self.report) if self.world.is_main else None
+        self.metrics = MetricsFile(self.root / METRICS_FILE, start, self.report) if self.world.is_main else None
         self.report.total(self.schedule.total, "steps", done=start)
         self.last = time.monotonic()
 
@@ -149,7 +147,7 @@ class Supervised:
     def out_of_memory(self, item: tuple[int, list[Chunk]], reason: str) -> OutOfMemoryError:
         step, chunks = item
         most = max((len(chunk.labels) for chunk in chunks), default=0)
-        begun = any((self.root / CHECKPOINTS).glob("*"))
+        begun = any((self.root / CHECKPOINTS_FOLDER).glob("*"))
         remedy = chunk_remedy(self.settings, most, self.world.ranks, begun=begun)
         return out_of_memory(f"a chunk of {most} images", reason, remedy, where=f"step {step}")
 

@@ -137,8 +137,7 @@ class Chunk:
 
 
 class Reader(ABC):
-    """Yields the chunks ``own`` of every step from ``start`` on, in order; picklable. ``root`` is the folder of
-    images."""
+    """Yields the chunks ``own`` of every step from ``start`` on, in order; picklable. ``root``: folder of images."""
 
     root: Path
 

@@ -17,8 +17,7 @@ from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.protocol import Teacher
 
 TOLERANCE = 1e-3
-"""Cosine that may be lost in addition to the codec's loss: bf16 instead of fp32 costs 1.8e-4, another processor far
-less."""
+"""Allowed loss of cosine besides the codec's: bf16 instead of fp32 costs 1.8e-4, another processor far less."""
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,7 @@ class Fp16Codec:
 
 
 class Int8Codec:
-    """int8 with one fp16 scale per token. Lossless compression gains nothing here, so the bytes are stored as they
-    are."""
+    """int8 with one fp16 scale per token. Lossless compression gains nothing here, so bytes are not compressed."""
 
     name = "int8"
     main = "tokens"

@@ -37,8 +37,6 @@ from cae2pipe.targets.paths import CODEC, images_name
 from cae2pipe.targets.store import REMEDY, StoredBlock, StoreLayout, StoreReader
 from cae2pipe.targets.stored_calibration import read_calibration
 
-KIND = "targets"
-
 
 def recorded_view(settings: SettingsIdentity) -> ViewSettings:
     """How views are drawn and kept, from the settings in a set's manifest.

@@ -18,6 +18,7 @@ from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World
 
+CHECKPOINTS_FOLDER = "checkpoints"
 PATTERN = re.compile(r"step-\d{8,}\.pt")
 RUN = "run"
 """The entry with the fingerprint of the checkpoint's run. Checkpoints of older versions have none."""

@@ -59,15 +59,14 @@ def check_parts(settings: PretrainSettings, ranks: int) -> None:
         raise SettingsError(
             f"data.streams ({streams}) is not divisible by the number of processes ({ranks})",
             where="data.streams",
-            fix=f"set data.streams to a multiple of {ranks} that divides data.batch, or start another number of "
-            "processes",
+            fix=f"set data.streams to a multiple of {ranks} that divides data.batch, or change the number of processes",
         )
     share = settings.loaded_batch // ranks
     if share % settings.speed.accumulation:
         near = max(n for n in range(1, settings.speed.accumulation + 1) if share % n == 0)
         raise SettingsError(
-            f"each process loads {share} views a step, which speed.accumulation {settings.speed.accumulation} does not "
-            "divide",
+            f"the views per step and process ({share}) are not divisible by speed.accumulation "
+            f"({settings.speed.accumulation})",
             where="speed.accumulation",
             fix=f"--set speed.accumulation={near}",
         )

@@ -118,8 +118,7 @@ def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSetti
 
 
 def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:
-    """Compile in place: in one graph, or block by block if weights are sharded, since each block is gathered
-    separately."""
+    """Compile in place: one graph, or block by block if weights are sharded, as each is gathered separately."""
     # Copying the codec's constants inside the graph would make the second step compile again.
     objective.codec.place(world.device)
     compile_in_place(blocks_of(objective) if world.parallel == "fsdp" else [objective], backend)

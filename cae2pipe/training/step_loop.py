@@ -1,4 +1,7 @@
-"""The loop of all training: steps, delayed reading of outcomes, checkpoints, and orderly stops."""
+"""The loop of pretraining and of training on labels: steps, delayed reading of outcomes, checkpoints, orderly stops.
+
+Only linear probes on cached features, which take minutes, have a loop of their own (``cae2pipe/evaluation/linear.py``).
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from cae2pipe.models.export import student_normalise
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.target_set import Target, TargetSet
-from cae2pipe.training.checkpoint import load_checkpoint
+from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, load_checkpoint
 from cae2pipe.training.target_spec import target_spec
 
 
@@ -69,7 +69,7 @@ def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method,
     settings = run_settings(run)
     model = build_method(settings.method, settings.model, target_spec(settings, targets).dim)
     like = {"model": model.state_dict()}
-    state = load_checkpoint(run / "checkpoints", report, run=RunArtifact.open(run).fingerprint, like=like)
+    state = load_checkpoint(run / CHECKPOINTS_FOLDER, report, run=RunArtifact.open(run).fingerprint, like=like)
     if state is None:
         raise DamageError("the run has no readable checkpoint", where=run, fix="delete the run and train again")
     model.load_state_dict(state["model"])

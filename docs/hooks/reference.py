@@ -239,5 +239,10 @@ def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-GENERATED: dict[str, Callable[[], str]] = {"cli": cli, "settings": settings}
+def distil_resnet() -> str:
+    """The example of a training loop that is not ours."""
+    return f"```python\n{(Path(__file__).parents[1] / 'distil_resnet.py').read_text(encoding='utf-8')}```"
+
+
+GENERATED: dict[str, Callable[[], str]] = {"cli": cli, "distil_resnet": distil_resnet, "settings": settings}
 """By the names that the pages' comments have."""

@@ -1,4 +1,4 @@
-"""What a script calls: from a folder of images to a score, with what it gives back, and what it says of mistakes."""
+"""The Python API, from a folder of images to a score: results and errors."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_overrides_have_three_forms(tmp_path):
         (lambda: cae2pipe.evaluate("knm", "e", "d", out="o"), "no evaluation 'knm'"),
         (
             lambda: cae2pipe.pretrain("t", "o", config=cae2pipe.settings("shard", "default"), progress=False),
-            "these are ShardSettings",
+            "expected PretrainSettings, got ShardSettings",
         ),
         (lambda: cae2pipe.extract_targets("s", "o", part="3-8"), "3-8"),
         (lambda: cae2pipe.Run("nowhere"), "no such folder"),

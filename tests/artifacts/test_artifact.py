@@ -1,4 +1,4 @@
-"""Boxes: whole or absent, journal as good as manifest, mismatches named."""
+"""Artifacts: complete or absent, journal equivalent to manifest, errors name the mismatch."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def test_foreign_folders_are_refused(tmp_path):
         ({"format": 3}, ManifestError, "has format 3, and this version of cae2pipe reads format 2"),
         ({"format": "2"}, ManifestError, "has format '2', and this version"),
         ({"kind": "shard"}, ManifestError, "kind: 'shard' is unknown to this version"),
-        ({"kind": ["shards"]}, ManifestError, "kind: .'shards'. is none"),
+        ({"kind": ["shards"]}, ManifestError, "kind: .'shards'. is unknown"),
         ({"identity": {"settings": {"seed": 5}, "classes": []}}, DamageError, "does not match its fingerprint"),
-        ({"complete": 1}, ManifestError, "complete: Input should be a valid boolean; it is 1"),
+        ({"complete": 1}, ManifestError, "complete: Input should be a valid boolean; got 1"),
         ({"rejected": 1}, DamageError, "has changed since it was written"),
         ({"digest": "0" * 64}, DamageError, "has changed since it was written"),
     ],
@@ -96,13 +96,13 @@ def test_manifests_that_cannot_be_used(tmp_path, change, error, message):
 
 def test_a_folder_of_another_kind(make_run):
     run = make_run()
-    with pytest.raises(ManifestError, match="holds 'run', and 'shards' is needed"):
+    with pytest.raises(ManifestError, match="folder of kind 'run', expected 'shards'"):
         ShardsArtifact.open(run)
     assert not is_artifact(run, "shards")
 
 
 def test_a_manifest_is_damaged_and_no_other_folder(tmp_path):
-    """Whoever asks what a folder is must not take a damaged shard set for images."""
+    """A damaged shard set must not be mistaken for a folder of images."""
     make(tmp_path / "artifact", seed=1)
     (tmp_path / "artifact" / MANIFEST).write_text("{")
     with pytest.raises(ManifestError, match="not valid JSON"):

@@ -1,4 +1,4 @@
-"""Second line of defence: names that lead out of a folder are refused wherever a unit is staged."""
+"""Second line of defence: names that point outside a folder are refused wherever a unit is staged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON that is read back: one error whatever the bytes are, and never a value that cannot be written again."""
+"""Reading JSON: one type of error for any bytes, and never a value that cannot be written again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ values = st.recursive(
     | st.booleans()
     | st.integers(-(2**63), 2**64 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
-    # What is written is UTF-8, which has no surrogates.
+    # Files are written in UTF-8, which has no surrogates.
     | st.text(st.characters(codec="utf-8")),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
 )

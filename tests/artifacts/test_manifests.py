@@ -1,4 +1,4 @@
-"""Manifests that real stages wrote, changed field by field: each is refused with its file and field, or harmless."""
+"""Manifests of real stages, changed field by field: each is refused with file and field named, or harmless."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_every_change_is_found_and_the_file_named(manifest: Any) -> None:
 
 
 def test_whoever_makes_the_digests_fit_gets_no_path_past_the_door(manifest: Any) -> None:
-    """And no error but ours: what is let through has the names, types and sizes of a folder of its kind."""
+    """Only our own errors; accepted manifests have the names, types and sizes of a folder of their kind."""
     pick = random.Random(1)
     refused = 0
     for path in pick.choices(list(nodes(manifest)), k=200):
@@ -136,8 +136,8 @@ def test_what_is_no_manifest_is_told_apart(text: str, message: str) -> None:
     [
         (("units", "v00/000001", "files"), [], r"units\.v00/000001\.files: Input should be an object"),
         (("units", "v00/000001"), "x", r"units\.v00/000001: Input should be an object"),
-        (("units", "v00/000001", "samples"), "70", r"v00/000001\.samples: .*valid integer; it is '70'"),
-        (("units", "v00/000001", "samples"), 69, r"v00/000001: samples: the store does not have the labels of 69"),
+        (("units", "v00/000001", "samples"), "70", r"v00/000001\.samples: .*valid integer; got '70'"),
+        (("units", "v00/000001", "samples"), 69, r"v00/000001: samples: the store does not have 69 labels"),
         (
             ("units", "v00/000001", "shard"),
             "000002",

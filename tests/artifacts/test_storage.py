@@ -1,4 +1,4 @@
-"""Remote places: exact ranges, retries, explanations, exclusive creation. On fsspec's memory file system."""
+"""Remote storage: exact ranges, retries, clear errors, exclusive creation. On fsspec's memory file system."""
 
 from __future__ import annotations
 

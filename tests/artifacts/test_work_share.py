@@ -1,4 +1,4 @@
-"""Parts: every unit has one owner, and overlap is what it says."""
+"""Parts: every unit has exactly one owner, and overlap is detected correctly."""
 
 from __future__ import annotations
 

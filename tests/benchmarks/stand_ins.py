@@ -1,4 +1,4 @@
-"""Parts of a suite that end in every way a part can; child processes find them here."""
+"""Stub parts with every possible outcome; in a module, so that child processes can import them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU suite itself, on the CPU: its parts do what they say, and one that fails takes no other along."""
+"""The GPU suite itself, on the CPU: its parts work, and a failing part does not affect others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.gpu.state import State
 
 HERE = "tests.benchmarks.stand_ins"
 SAME = {"B3-rivals", "C-small", "C-large", "C-base-accumulation", "C-small-official", "C-large-official"}
-"""Parts that differ from others by their settings alone, and would take a quarter of the time."""
+"""Parts that differ from others only in their settings, and would take a quarter of the time."""
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run(parts: list[Part], state: State, out: Path, budget: float = 1000) -> dic
 
 @pytest.mark.filterwarnings("ignore:CAE2PIPE_REAL")
 def test_every_part_is_ok_or_says_why_not(state, tmp_path):
-    """The parts as they are, in one process, since starting one takes longer than most parts."""
+    """The real parts in one process, since starting a process takes longer than most parts."""
     parts = [replace(part, lane="main") for part in listing.PARTS if part.name not in SAME]
     content = run(parts, state, tmp_path / "result.json")
     assert {name: part["error"] for name, part in content["parts"].items() if not part["ok"]} == {}
@@ -53,7 +53,7 @@ def test_every_part_is_ok_or_says_why_not(state, tmp_path):
 def test_a_part_that_fails_takes_no_other_along(state, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "limit", lambda part, state: 0.5 if part.name == "hangs" else 200)
     parts = [
-        Part("dies", f"{HERE}:dies", 1, "beside"),
+        Part("dies", f"{HERE}:dies", 1, "concurrent"),
         Part("raises", f"{HERE}:raises", 1),
         Part("misses", f"{HERE}:misses", 1),
         Part("not here", f"{HERE}:not_here", 1),
@@ -152,14 +152,14 @@ def test_parts_are_chosen_by_name_and_size():
 
 
 def test_estimates_fit_the_budget():
-    """What runs beside others must be through when the others are; variants of a size come last, and may be dropped."""
+    """Concurrent parts must finish before the others do; variants of a size come last, and may be dropped."""
     parts = listing.PARTS
     core = [part for part in parts if part.name.count("-") < 2]
-    in_turn = sum(part.estimate for part in core if part.lane != "beside")
+    in_turn = sum(part.estimate for part in core if part.lane != "concurrent")
     first = sum(part.estimate for part in core if part.lane == "main")
-    beside = [part.estimate for part in parts if part.lane == "beside"]
-    assert in_turn + max(0, sum(beside) / 4 - first) <= 900 - 10
-    lanes = [part.timed for part in parts if part.lane != "beside"]
+    concurrent = [part.estimate for part in parts if part.lane == "concurrent"]
+    assert in_turn + max(0, sum(concurrent) / 4 - first) <= 900 - 10
+    lanes = [part.timed for part in parts if part.lane != "concurrent"]
     assert lanes == sorted(lanes)
 
 

@@ -1,4 +1,4 @@
-"""The measurement of views, on noise: what it makes, adopts and says."""
+"""The benchmark of views, on noise: new runs, reused runs, output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def measure(work, tmp_path, monkeypatch):
-    """The script with options, on noise; gives what it has written."""
+    """Run the script with options on noise; returns the result it has written."""
 
     def run(*options: str) -> dict:
         out = tmp_path / "result.json"
@@ -78,12 +78,12 @@ def test_arms_are_trained_scored_and_then_adopted(measure, bench, work, tmp_path
     assert snapshot(work) == before
 
 
-def test_arms_of_another_device_are_drawn_beside(measure, tmp_path):
+def test_arms_of_another_device_are_drawn_too(measure, tmp_path):
     rows = measure("--arms", ARMS)["rows"]
     own = [row for row in rows if row["arm"] == "v1-s0"]
-    beside = views.rows_beside(tmp_path / "result.json", own)
-    assert beside == [row for row in rows if row["arm"] == "v2-k90-s0"] != []
-    assert views.rows_beside(None, own) == []
+    others = views.rows_of_other_arms(tmp_path / "result.json", own)
+    assert others == [row for row in rows if row["arm"] == "v2-k90-s0"] != []
+    assert views.rows_of_other_arms(None, own) == []
 
 
 def test_a_run_of_another_process_is_scored_as_far_as_it_is(measure, bench, work, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_run_of_another_process_is_scored_as_far_as_it_is(measure, bench, work
 def test_arms_that_are_not_asked_for_keep_their_rows(measure, bench, work):
     both = measure("--arms", ARMS)["rows"]
     assert measure("--arms", "v2-k90-s0")["rows"] == both
-    # Scores of another run are not taken for this one's, and what is no arm is left out.
+    # Scores of another run are not used for this one, and names that are not arms are ignored.
     one, two, other = (work / "scores" / f"{name}.json" for name in ("v1-s0", "v2-k90-s0", "v9-s0"))
     two.write_bytes(one.read_bytes())
     other.write_bytes(one.read_bytes())

@@ -1,4 +1,4 @@
-"""Rows and columns, from numbers and from what runs left behind."""
+"""Rows and columns, from numbers and from outputs of runs."""
 
 from __future__ import annotations
 

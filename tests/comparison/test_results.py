@@ -1,4 +1,4 @@
-"""Tables of scores, from what evaluations left behind."""
+"""Tables of scores, from outputs of evaluations."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_manifests_of_others_are_passed_over(scores):
 
 
 def with_result(**changes):
-    """As whoever makes a manifest's digest fit would write it."""
+    """As a manifest would be written by someone who also fixes its digest."""
 
     def change(text):
         manifest = json.loads(text)

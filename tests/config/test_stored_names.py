@@ -46,6 +46,6 @@ def test_a_run_keeps_the_names_and_is_told_by_the_present_ones(make_run, target_
     model = json.loads((deep / "manifest.json").read_text())["identity"]["settings"]["model"]
     assert model["regressor_depth"] == 2
     assert run_settings(deep).model.predictor_depth == 2
-    with pytest.raises(MismatchError, match=r"settings\.model\.predictor_depth = 2, and 1 is asked for"):
+    with pytest.raises(MismatchError, match=r"settings\.model\.predictor_depth = 2, and 1 is requested"):
         pretrain(target_root, deep, pretrain_settings(), report=Silent())
     assert [row.name for row in gather_runs([shallow, deep], {}, []).rows] == [shallow.name, "model.predictor_depth=2"]

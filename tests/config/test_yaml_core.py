@@ -61,7 +61,7 @@ def test_presets_mean_what_they_meant():
 
 
 REFUSED = {
-    "key": ("epochs: 3\nseed: 1\nepochs: 4\n", r"'epochs' is there twice[\s\S]*line 3"),
+    "key": ("epochs: 3\nseed: 1\nepochs: 4\n", r"duplicate key 'epochs'[\s\S]*line 3"),
     "inner key": ("mask: {ratio: 0.1, ratio: 0.2}", "duplicate key 'ratio'"),
     "deep": ("a: " + "[" * 500, "nested too deep"),
     "less deep": ("a: " + "[" * 60 + "]" * 60, "nested too deep"),

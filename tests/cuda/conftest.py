@@ -9,14 +9,14 @@ from tests.cuda.simulated import Machine, SimulatedCuda, fill_gradients, on_cpu
 
 @pytest.fixture
 def machine(monkeypatch) -> Machine:
-    """Eight CUDA devices, as far as torch.cuda says."""
+    """Eight CUDA devices according to torch.cuda."""
     return Machine().install(monkeypatch)
 
 
 @pytest.fixture
 def cuda(machine, monkeypatch) -> SimulatedCuda:
-    """``with cuda:`` there are tensors on them. A backward pass gives gradients of ones."""
-    # To normalise by a batch's statistics cuDNN has an operation of its own, which the CPU lacks.
+    """Within ``with cuda:`` tensors can be on them. A backward pass gives gradients of ones."""
+    # cuDNN has a special operation for normalising by batch statistics, which the CPU lacks.
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     monkeypatch.setattr(torch.Tensor, "backward", fill_gradients)
     monkeypatch.setattr(torch.utils, "swap_tensors", unmoved)
@@ -28,13 +28,13 @@ def cuda(machine, monkeypatch) -> SimulatedCuda:
 
 
 def unmoved(parameter: torch.Tensor, moved: torch.Tensor) -> None:
-    """In place of the exchange by which ``Module.to`` would move parameters that are on a device: fake tensors have no
-    such thing, and none is needed where they are there already."""
+    """Replaces the swap with which ``Module.to`` moves parameters that are on a device: fake tensors do not support it,
+    and parameters that are already there do not need it."""
     assert (parameter.device, parameter.dtype) == (moved.device, moved.dtype)
 
 
 def with_values(function):
-    """Reads and writes files of what tensors hold, where torch would make fake ones of it."""
+    """Reads and writes files with the tensors' values, where torch would use fake tensors."""
 
     def called(*args, **options):
         with unset_fake_temporarily():

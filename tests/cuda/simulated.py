@@ -1,4 +1,4 @@
-"""A machine with CUDA devices, simulated: what torch.cuda would answer, and tensors that are on these devices."""
+"""A simulated machine with CUDA devices: the answers of torch.cuda, and tensors on these devices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Machine:
         self.streams = [Stream(self, torch.device("cuda", index)) for index in range(devices)]
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Machine:
-        """Answer in place of the driver. ``torch.cuda.is_available`` stays: torch itself asks it."""
+        """Answer instead of the driver. ``torch.cuda.is_available`` is not replaced, since torch itself calls it."""
 
         def answer(where: Any, **answers: Callable[..., Any]) -> None:
             for name, function in answers.items():
@@ -59,13 +59,13 @@ class Machine:
             _exchange_device=self.exchange,
             _maybe_exchange_device=self.exchange,
         )
-        # What torch.cuda.set_device calls when it has checked its argument.
+        # torch.cuda.set_device calls this after checking its argument.
         answer(torch._C, _cuda_setDevice=self.exchange)
         answer(torch.cuda.amp.common, amp_definitely_not_available=lambda: False)
         return self
 
     def exchange(self, index: int) -> int:
-        """Make a device the current one; gives the one before."""
+        """Make a device the current one; returns the previous one."""
         before, self.current = self.current, index
         return before
 
@@ -86,7 +86,7 @@ class Machine:
 
 
 class Stream:
-    """Work that a device has been given, and that is done when somebody waits for it."""
+    """Submitted work, which is done when somebody waits for it."""
 
     def __init__(self, machine: Machine, device: torch.device):
         self.machine, self.device = machine, device
@@ -131,15 +131,15 @@ class _FakeTensors(FakeTensorMode):
 
 
 class SimulatedCuda(TorchDispatchMode):
-    """Within it tensors on a machine's CUDA devices can be made and computed with, but not differentiated.
+    """Within it, tensors on a machine's CUDA devices can be created and used, but not differentiated.
 
-    An operation that they take part in is done twice: by torch's fake tensors, which refuse what a device would refuse,
-    such as tensors of two devices, and on the CPU, so that there are values. All others are left alone. Attention is
-    computed by its plain formula: to choose a kernel torch would ask for the device's properties. A ``non_blocking``
-    copy to the host leaves NaN there until an event behind it has been waited for.
+    An operation on them is done twice: with torch's fake tensors, which refuse what a device would refuse, such as
+    tensors of two devices, and on the CPU for the values. Other operations are not changed. Attention is computed by
+    its plain formula, because torch would query the device's properties to select a kernel. The result of a
+    ``non_blocking`` copy to the host is NaN until an event recorded after it has been waited for.
 
-    products: how many matrix products and convolutions gave which type on a device. waits: operations for which the
-    host would have waited for a device.
+    products: numbers of matrix products and convolutions on a device, by type of the result. waits: operations for
+    which the host would have waited for a device.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -152,7 +152,7 @@ class SimulatedCuda(TorchDispatchMode):
     def __enter__(self) -> SimulatedCuda:
         self.below = ExitStack()
         self.below.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # As all other kernels, that one is to compute in the type that it is given.
+        # Like all other kernels, this one must compute in the type of its inputs.
         self.below.callback(allow_reduction, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())
         allow_reduction(True)
         self.below.enter_context(self.fakes)
@@ -206,7 +206,7 @@ class SimulatedCuda(TorchDispatchMode):
         return self._joined(fake, real, device)
 
     def _joined(self, fake: Any, real: Any, device: torch.device) -> Any:
-        """What an operation gives: tensors on a device as fake ones with their values, all else as it is."""
+        """The result of an operation: tensors on a device as fake ones with their values, everything else unchanged."""
         if isinstance(real, list | tuple):
             fakes = [None] * len(real) if fake is None else fake
             return type(real)(self._joined(f, r, device) for f, r in zip(fakes, real, strict=True))
@@ -217,7 +217,8 @@ class SimulatedCuda(TorchDispatchMode):
                 fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=device)
         if fake.device.type != "cuda":
             return real
-        # What batch normalisation keeps for its backward pass differs. It has no value, and to use it is an error.
+        # The tensors that batch normalisation keeps for its backward pass differ. They have no values, and using them
+        # is an error.
         if (fake.shape, fake.dtype) == (real.shape, real.dtype):
             fake.value = real
         return fake
@@ -230,8 +231,8 @@ def cuda_device(leaf: Any) -> torch.device | None:
 
 
 def on_cpu(item: Any, devices: list[torch.device] | None = None) -> Any:
-    """An operation's arguments, or a structure of tensors, with values in place of tensors on a device and the CPU in
-    place of the device. ``devices``: to be filled with those met."""
+    """An operation's arguments, or a structure of tensors, with values instead of tensors on a device and the CPU
+    instead of the device. Adds the devices to ``devices``."""
     if isinstance(item, FakeTensor):
         if devices is not None:
             devices.append(item.device)
@@ -259,8 +260,8 @@ def waits(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def fill_gradients(root: Tensor) -> None:
-    """In place of ``backward``, for which torch wants a device: to the gradient of each leaf that a tensor was computed
-    from, add ones."""
+    """Replaces ``backward``, for which torch needs a device: adds ones to the gradient of each leaf that a tensor was
+    computed from."""
     assert root.shape == ()
     nodes, seen = [root.grad_fn], set()
     while nodes:

@@ -1,4 +1,4 @@
-"""JPEGs decoded on a device: in which order its streams are given work. torch's CUDA calls are replaced by a log."""
+"""JPEGs decoded on a device: the order of work on its streams. torch's CUDA calls are replaced by a log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda", 1)
 
 
 class Calls:
-    """What was asked of the device, in order: (call, name of the stream)."""
+    """The calls to the device, in order: (call, name of the stream)."""
 
     def __init__(self) -> None:
         self.log: list[tuple[str, str]] = []
@@ -53,7 +53,7 @@ class Stream:
 
 
 class Event:
-    """Recorded without a stream it would be on the current one of the current device."""
+    """Without a stream, an event would be recorded on the current stream of the current device."""
 
     def __init__(self, calls: Calls):
         self.calls = calls
@@ -92,7 +92,7 @@ def calls(monkeypatch) -> Calls:
 
 @pytest.fixture
 def parts(target_root, pretrain_settings):
-    """Two batches without padding, each from two workers, and how they are joined."""
+    """Two batches without padding, each from two workers, and their sample axes."""
     targets = TargetSet(target_root)
     plan = make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": "device"}), drop_columns=4)
     return itertools.islice(load_parts(plan, 0, 2), 2), plan.layout.sample_axes()
@@ -102,7 +102,7 @@ def test_the_decoder_is_called_when_its_stream_has_nothing_left_to_do(calls, par
     batches = on_device(*parts, DEVICE)
     first = next(batches)
     upload = [("copy", "upload")] * 2 + [("synchronize", "upload"), ("decode", "upload"), ("record", "upload")]
-    # The second is on its way before the first is given out.
+    # The copy of the second starts before the first is returned.
     assert calls.log[: 2 * len(upload)] == 2 * upload
     handed = [("wait for upload", "main")] + [("keep for", "main")] * count(first)
     assert calls.log[2 * len(upload) :] == handed
@@ -113,7 +113,7 @@ def test_the_decoder_is_called_when_its_stream_has_nothing_left_to_do(calls, par
 
 
 def count(batch: Batch) -> int:
-    """How many of a batch's tensors are on the device: all but the JPEGs."""
+    """The number of a batch's tensors on the device: all but the JPEGs."""
     seen: list[Tensor] = []
     batch.map(lambda tensor: seen.append(tensor) or tensor)
     assert any(tensor is batch.pixels for tensor in seen)

@@ -1,4 +1,4 @@
-"""Segmentation and detection on a device: steps, and what is predicted."""
+"""Segmentation and detection on a device: steps and predictions."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def box_chunk(number: int) -> BoxChunk:
     return BoxChunk(0, number, pixels, torch.tensor([0, 1]), (), ((64, 64), (56, 48)), targets)
 
 
-# How torchvision says of fake boxes that it cannot know how many are left.
+# torchvision's error for fake boxes, of which it cannot know how many are left.
 @pytest.mark.filterwarnings("ignore:.*create_unbacked_symint:FutureWarning")
 @pytest.mark.parametrize(("cascade", "precision"), [(False, "fp32"), (True, "bf16")])
 def test_a_step_of_detection(cascade, precision, encoder, cuda, monkeypatch):

@@ -1,4 +1,4 @@
-"""Views rendered on a device: all of it is there, and the host never waits."""
+"""Views rendered on a device: all tensors are there, and the host never waits."""
 
 from __future__ import annotations
 

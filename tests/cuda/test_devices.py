@@ -1,4 +1,4 @@
-"""Which device a process takes, and that processes can meet on it."""
+"""The device that a process selects, and process groups on it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_process_on_each_of_several_machines_may_name_its_device(machine):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_is_the_default_where_the_device_computes_it(native, machine, monkeypatch):
-    """Turing emulates it: torch calls that supported unless told not to."""
+    """Turing emulates it, which torch reports as supported unless emulation is excluded."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     assert resolve_precision("auto", torch.device("cuda:0")) == ("bf16" if native else "fp32")
     assert resolve_precision("bf16", torch.device("cuda:0")) == "bf16"

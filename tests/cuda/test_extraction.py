@@ -1,4 +1,4 @@
-"""Extraction on a device: every teacher, every codec, and the blocks that they make together."""
+"""Extraction on a device: every teacher, every codec, and their blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def teachers(extract_settings, tmp_path_factory) -> dict[str, TeacherSettings]:
     return {
         "open_clip": extract_settings().teacher,
         "timm": TeacherSettings(kind="timm", name="test_vit", weights=folder / "vit.safetensors", image_size=32),
-        # From a file: where tensors are fake, torch.load, which reads the package's weights, gives fake ones.
+        # From a file: with fake tensors, torch.load of the package's weights would return fake ones.
         "lite0": lite0.model_copy(update={"weights": folder / "lite0.safetensors"}),
     }
 
@@ -75,7 +75,7 @@ def test_teachers(kind, precision, teachers, cuda):
 
 
 def test_a_teacher_in_the_step(teachers, cuda):
-    """Its latents take part in a backward pass, which what inference mode gave could not."""
+    """Its latents take part in a backward pass, which is impossible for tensors from inference mode."""
     with cuda:
         teacher = load_teacher(teachers["open_clip"], CUDA)
         latents = OnlineLatents(teacher)(SimpleNamespace(pixels=pixels().to(CUDA)))["raw"]

@@ -1,4 +1,4 @@
-"""Extraction on a CUDA device: each thread on a stream of its own, and what is counted as the teacher's time."""
+"""Extraction on a CUDA device: each thread uses its own stream, and the teacher's time is counted correctly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import contents
 def test_a_device_is_busy_while_any_forward_runs() -> None:
     meter = Meter(lanes=1)
     assert meter.ran(0.0, 2.0) == 2.0
-    assert meter.ran(1.0, 1.5) == 0.0, "beside the first"
+    assert meter.ran(1.0, 1.5) == 0.0, "within the first"
     assert meter.ran(1.0, 3.0) == 1.0, "beyond the first"
     assert meter.ran(5.0, 6.0) == 1.0, "after a pause"
     assert meter.teacher == 4.0
@@ -41,7 +41,7 @@ def test_blocks_at_once() -> None:
 
 
 class Stream:
-    """A stand-in that knows who works on it."""
+    """A stub that records who works on it."""
 
     def __init__(self, device: torch.device):
         self.device, self.owner, self.waits = device, threading.current_thread(), []
@@ -117,7 +117,7 @@ def test_every_thread_has_its_stream_and_the_bytes_are_the_same(
             teacher.device = device
 
     monkeypatch.setattr("cae2pipe.targets.extraction.encode_ahead", as_on_cuda)
-    # A batch is cut into eights on a CPU alone, which could change last bits.
+    # Only on a CPU is a batch split into groups of eight, which could change the last bits.
     monkeypatch.setattr("cae2pipe.teachers.protocol.CPU_BATCH", 64)
     extract_targets(photos, tmp_path / "set", extract_settings(speed={"lanes": 3}), report=Silent())
     assert 2 <= len(streams.made) <= 4, "one for each thread, the main one included"

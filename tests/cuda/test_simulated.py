@@ -1,4 +1,4 @@
-"""That the simulation, which the tests beside this one trust, refuses and notes what it should."""
+"""The simulation, on which the other tests of this folder rely: its refusals and its records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole stages on a device: what a user's command goes through, but for workers, threads and the compiler."""
+"""Whole stages on a device, as in a user's command but without workers, threads and the compiler."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Other threads do not know of what is simulated in this one."""
+    """The simulation is limited to this thread."""
     for module in (upload, device):
         monkeypatch.setattr(module, "in_threads", lambda work, tasks, *_, **__: (work(*task) for task in tasks))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Two colours with noise, four images each to train on and two to score."""
+    """Two colours with noise, four images each for training and two for scoring."""
     root = tmp_path_factory.mktemp("colours")
     rng = np.random.default_rng(0)
     for part, each in (("train", 4), ("val", 2)):
@@ -91,7 +91,7 @@ def test_neighbours_are_the_same(exported, data, cuda, tmp_path):
             assert np.array_equal(got[name], wanted[name])
 
 
-# A copy of fake tensors, as the average of weights begins with, asks for their address.
+# Copying fake tensors, with which the average of weights starts, needs their address.
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_scores(kind, exported, data, cuda, machine, tmp_path):
@@ -102,5 +102,5 @@ def test_trained_scores(kind, exported, data, cuda, machine, tmp_path):
     assert 0 <= result["top1"] <= 1
     assert result["images"] == {"train": 8, "val": 4}
     assert machine.current == 1
-    # Encoders run in bfloat16; heads on frozen ones, and what is scored by, in float32.
+    # Encoders run in bfloat16; heads on frozen encoders, and scoring, in float32.
     assert set(cuda.products) == {"unmixed": {FP32}}.get(kind, {BF16, FP32})

@@ -1,4 +1,4 @@
-"""Steps of every method on a device: all is on it, in the right type, without waiting, and gives the CPU's figures."""
+"""Steps of every method on a device: all tensors are there, types are right, nothing waits, figures equal the CPU's."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ NEAR = {"fp32": {"rel": 1e-5, "abs": 1e-6}, "bf16": {"rel": 2e-2, "abs": 2e-2}}
 
 
 def small(preset: str, *overrides: str, rows: int = 16) -> PretrainSettings:
-    """A preset with a student that fits the tiny target set. Where its widths or heads do not fit each other, they
-    still do not."""
+    """A preset with a student that fits the tiny target set. Widths or heads that differ in the preset still differ."""
     model = load(PretrainSettings, "pretrain", preset, overrides=overrides).model
     shape = {
         "width": 32,
@@ -58,7 +57,7 @@ def small(preset: str, *overrides: str, rows: int = 16) -> PretrainSettings:
 
 
 def presets() -> Iterator[tuple[str, str]]:
-    """Presets and recipes that do not come to the same once they are small."""
+    """Presets and recipes that still differ when they are small."""
     seen = []
     for recipe in ("paper", "official"):
         for name in ("base", *preset_names("pretrain")):
@@ -99,7 +98,7 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
 
 
 def check_on_device(step: Step) -> None:
-    """All that a step leaves is on the device, in float32."""
+    """All state after a step is on the device, in float32."""
     tensors: dict[str, Tensor] = dict(step.objective.named_parameters()) | dict(step.objective.named_buffers())
     for name, parameter in step.model.named_parameters():
         tensors[f"gradient of {name}"] = parameter.grad
@@ -111,7 +110,7 @@ def check_on_device(step: Step) -> None:
 
 
 def compare(cuda, make, settings: PretrainSettings) -> None:
-    """A step on the device gives the figures that it gives on the CPU."""
+    """A step gives the same figures on the device and on the CPU."""
     plain, batches = make(settings, CPU)
     batch = next(batches)
     wanted = plain.backward(batch, 1).tolist()
@@ -128,7 +127,7 @@ def compare(cuda, make, settings: PretrainSettings) -> None:
 
 
 def check_products(cuda, settings: PretrainSettings) -> None:
-    """The model's products are in its own type; decoding the latents takes two in float32, for each part."""
+    """The model's matrix products are in its own type; decoding the latents takes two in float32 per part."""
     decoding = 0 if settings.loss.target == "pixels" else 2 * settings.speed.accumulation
     if settings.precision == "fp32":
         assert set(cuda.products) == {FP32}
@@ -162,7 +161,7 @@ def test_parts_of_a_batch_with_repeated_masks_and_recomputation(preset, cuda, ma
 @pytest.mark.parametrize("target", ["as_is", "layer_norm"])
 @pytest.mark.parametrize("latents", ["stored", "raw"])
 def test_losses_on_stored_and_on_raw_latents(kind, target, latents, cuda, make):
-    """Stored with norms where lengths count; raw as a teacher in the step gives them, unnormalised."""
+    """Stored latents with norms if lengths count; raw latents as from an online teacher, not normalised."""
     step, batches = make(small("base", f"loss.kind={kind}", f"loss.target={target}"), CPU)
     batch = next(batches)
     assert ("norms" in batch.arrays) is (kind != "cosine")
@@ -221,7 +220,7 @@ def test_a_step_of_another_device_than_the_current_one(cuda, make, machine):
 
 @pytest.mark.parametrize(("name", "device"), [("cuda", CUDA), ("cuda:2", torch.device("cuda:2"))])
 def test_what_is_placed_for_a_compiled_step_is_what_the_step_looks_up(name, device, cuda, make, monkeypatch):
-    """Else the codec's constants would be made within the graph, and the second step would compile another one."""
+    """Otherwise the codec's constants would be created within the graph, and the second step would compile again."""
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: None)
     taken = pick_device(name)
     with cuda:

@@ -1,4 +1,4 @@
-"""What goes to a device ahead of its use, and what comes back behind the work that made it."""
+"""Copies to a device ahead of use, and copies back after the work that computes the values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AXES = {"symbols": 1}
 
 
 def batch(step: int, views: int = 2) -> Batch:
-    """A part of a batch, numbers all different from those of other steps."""
+    """A part of a batch, with numbers that differ from those of all other steps."""
     base = torch.arange(views) + 10 * step
     return Batch(
         epoch=0,
@@ -39,7 +39,7 @@ def batch(step: int, views: int = 2) -> Batch:
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    """Those that go to the device."""
+    """The tensors that go to the device."""
     seen: list[Tensor] = []
     batch.map(lambda tensor: seen.append(tensor) or tensor)
     return seen
@@ -47,12 +47,12 @@ def tensors(batch: Batch) -> list[Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_figures_are_read_when_they_have_come_from_their_own_device(device, cuda, machine):
-    """Also if another device is the current one, as for whoever uses a Step without ``pick_device``."""
+    """Also if another device is current, as when a Step is used without ``pick_device``."""
     with cuda:
         figures = torch.arange(9.0, device=device)
         outcome = Outcome(batch(0), 0.1, *to_host(figures))
         assert outcome.figures.device.type == "cpu"
-        assert outcome.figures.isnan().all()  # still underway
+        assert outcome.figures.isnan().all()  # not copied yet
         assert list(outcome.values().values()) == [0, 1, 2, 3, 4, 8]
         assert outcome.flags() == (5, 6, 7)
         assert cuda.waits == []
@@ -90,7 +90,7 @@ def test_batches_come_one_ahead_on_a_stream_of_their_own(device, cuda, machine, 
             for tensor, own in zip(tensors(given), tensors(wanted), strict=True):
                 assert tensor.device == device
                 assert torch.equal(on_cpu(tensor), own)
-            # What is computed waits for the copy, and the copy's memory for what is computed.
+            # Computation waits for the copy, and the copy's memory is kept until the computation is done.
             event = current.waited[step]
             assert event.stream.device == device
             assert event.stream is not current

@@ -1,4 +1,4 @@
-"""What evaluations bring to a device: nothing is lost on the way, and it is ready when it is used."""
+"""Uploads of evaluations: nothing is lost, and everything is ready when it is used."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ITEMS = {
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """All tensors that an item holds, wherever they are in it."""
+    """All tensors in an item, at any depth."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -56,7 +56,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 @pytest.fixture
 def log(monkeypatch) -> list[tuple[str, Any]]:
-    """What torch is asked to do, in order; its tensors stay on the CPU, and say what became of them."""
+    """Calls to torch, in order; tensors stay on the CPU, and record what happened to them."""
     done: list[tuple[str, Any]] = []
     streams = {DEVICE: "main"}
     move = Tensor.to
@@ -125,7 +125,7 @@ def test_each_is_on_its_way_before_the_last_one_is_given_out(log):
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation", "detection"])
 def test_training_hands_on_what_was_read(kind, log, tmp_path):
-    """Pinned, and as it came: what is on the device at once is for the learner to say."""
+    """Pinned but not copied: the learner decides how much is on the device at once."""
 
     class Ready(Reader):
         root = tmp_path

@@ -1,4 +1,4 @@
-"""The demo's parts on the tiny target set, and its order of commands with the long stages replaced."""
+"""The demo's parts on the tiny target set, and the order of its commands with the slow stages replaced."""
 
 import json
 from contextlib import contextmanager

@@ -99,7 +99,7 @@ def test_a_missing_package_or_photograph_is_named_with_its_remedy(tmp_path, pack
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(MismatchError, match="does not hold"):
+    with pytest.raises(MismatchError, match="does not contain"):
         cut_tiles(tmp_path / "mine", 0, Silent(), photographs=ONE)
 
 

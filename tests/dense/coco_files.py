@@ -1,4 +1,4 @@
-"""A small data set in COCO's form."""
+"""A small data set in COCO's format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOX = (16, 12)
 
 
 PLACES = [[(2, 3), (26, 15)], [(20, 8)], [(5, 18), (29, 2)]]
-"""Left upper corners of the rectangles of each image, the first red, the second blue."""
+"""Upper left corners of the rectangles of each image, the first red, the second blue."""
 
 
 Data = dict[str, Any]

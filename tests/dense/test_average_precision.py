@@ -1,4 +1,4 @@
-"""Average precision against pycocotools, on detections made up from the truth."""
+"""Average precision compared with pycocotools, on detections derived from the truth."""
 
 import contextlib
 import copy

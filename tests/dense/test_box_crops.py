@@ -13,7 +13,7 @@ from cae2pipe.dense.coco import Objects
 
 @pytest.fixture
 def view() -> tuple[Image.Image, Objects]:
-    """Two rectangles, each in a colour of its own."""
+    """Two rectangles of different colours."""
     pixels, masks = np.zeros((80, 120, 3), np.uint8), np.zeros((2, 80, 120), np.uint8)
     boxes = np.array([[10, 20, 50, 60], [70, 8, 110, 40]], np.float32)
     for number, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):

@@ -1,4 +1,4 @@
-"""Boxes coded, matched and sampled, by hand and against torchvision's own."""
+"""Coding, matching and sampling of boxes, by hand and compared with torchvision."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which way up boxes see an image whose EXIF turns it."""
+"""Orientation of boxes on an image with an EXIF orientation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def turned_picture(path: Path, orientation: int, size: tuple[int, int]) -> None:
     [
         (6, (24, 16), (24, 16), None, "stored"),
         (6, (24, 16), (16, 24), None, "upright"),
-        (6, (24, 16), (16, 24), False, "upright"),  # the size leaves nothing open
+        (6, (24, 16), (16, 24), False, "upright"),  # the size is unambiguous
         (3, (24, 16), (24, 16), False, "stored"),
         (3, (24, 16), (24, 16), True, "upright"),
         (6, (24, 24), (24, 24), True, "upright"),
@@ -35,7 +35,7 @@ def turned_picture(path: Path, orientation: int, size: tuple[int, int]) -> None:
         (1, (24, 16), (24, 16), None, "stored"),
         (3, (24, 16), (24, 16), None, "unknown whether the annotations refer .* EXIF orientation 3"),
         (6, (24, 24), (24, 24), None, "unknown whether the annotations refer .* EXIF orientation 6"),
-        (6, (24, 16), (None, None), None, "nothing says"),
+        (6, (24, 16), (None, None), None, "unknown whether"),
         (6, (24, 16), (20, 20), None, "for 20 x 20 pixels, but the image has 24 x 16, or 16 x 24 if EXIF"),
     ],
 )
@@ -54,8 +54,8 @@ def test_the_size_says_which_way_up_boxes_see_an_image(orientation, stored, stat
         assert "1.jpg" in str(caught.value.where)
         return
     picture, objects = open_coco(root, upright)[1].read(0)
-    # A quarter turn to the right takes the light quarter from the left upper to the right upper corner, a half turn to
-    # the right lower one.
+    # A quarter turn to the right moves the light quarter from the upper left to the upper right corner, a half turn to
+    # the lower right one.
     corner = {"stored": (2, 2), 3: (picture.width - 3, picture.height - 3), 6: (picture.width - 3, 2)}
     assert picture.getpixel(corner["stored" if light == "stored" else orientation])[0] > 200
     assert objects.masks[0].shape == (picture.height, picture.width)

@@ -1,4 +1,4 @@
-"""COCO's instances files as tools write them: a detector that finds everything scores 1, or the file is refused."""
+"""COCO's instances files from various tools: a perfect detector scores 1, or the file is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.dense.coco_files import BOX, HEIGHT, PLACES, WIDTH, Data, corners, pl
 
 
 def perfect(val: CocoImages) -> list[dict[str, Any]]:
-    """Detections of all rectangles that there are, whatever the file says of them."""
+    """Detections of all rectangles, independent of the file."""
     numbers = {Path(each["file_name"]).name: each["id"] for each in val.dataset["images"]}
     return [
         {"image_id": numbers[f"{n}.png"], "category_id": label, "score": 1.0, "bbox": [*place, *BOX],
@@ -44,7 +44,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def each_annotation(**values: Any) -> Callable[[Data], None]:
-    """Set, or with ``...`` remove, fields of all annotations; functions are given the number, from 0."""
+    """Set, or with ``...`` remove, fields of all annotations; functions get the annotation's number, from 0."""
     return lambda data: change(data["annotations"], values)
 
 
@@ -78,7 +78,7 @@ def ids(images: Callable[[int], Any] = int, categories: Callable[[int], Any] = i
 
 
 def more(name: str, *entries: dict[str, Any]) -> Callable[[Data], None]:
-    """Add entries, each the first one with other values."""
+    """Add copies of the first entry with other values."""
     return lambda data: data[name].extend({**data[name][0], **entry} for entry in entries)
 
 
@@ -167,18 +167,18 @@ REFUSED: dict[str, tuple[Callable[[Data], None], str]] = {
     "no_images": (lambda data: data.pop("images"), "no list 'images'"),
     "annotations_not_objects": (lambda data: data.update(annotations=[1]), "no list 'annotations'"),
     "no_annotation": (lambda data: data.update(annotations=[]), "no annotations"),
-    "image_unknown": (first(image_id=77), "annotation 1 is of image 77, which is not listed"),
-    "image_id_a_list": (first(image_id=[1]), r"annotation 1 is of image \[1\]"),
+    "image_unknown": (first(image_id=77), "annotation 1 refers to image 77, which is not listed"),
+    "image_id_a_list": (first(image_id=[1]), r"annotation 1 refers to image \[1\]"),
     "category_unknown": (first(category_id="red"), "annotation 1 refers to category 'red'"),
     "category_ids_repeat": (lambda data: change(data["categories"], {"id": 1}), "two categories have the id 1"),
-    "category_without_name": (lambda data: change(data["categories"], {"name": ...}), "category 1 of the list"),
+    "category_without_name": (lambda data: change(data["categories"], {"name": ...}), "category 1 in the list"),
     "image_ids_repeat": (more("images", {"file_name": "2.png"}), "two images have the id 1: '1.png' and '2.png'"),
     "image_with_two_ids": (more("images", {"id": 9}), "'1.png' is listed with two ids, 1 and 9"),
     "image_without_id": (each_image(id=...), "image '1.png' has no id"),
     "image_without_name": (each_image(file_name=...), "image 1 has no file name"),
     "name_a_number": (each_image(file_name=5), "the file name of 1 is 5"),
     "name_with_nul": (each_image(file_name="a\0b"), "the file name of 1"),
-    "name_absolute": (each_image(file_name="/etc/passwd"), "leads out of the folder"),
+    "name_absolute": (each_image(file_name="/etc/passwd"), "points outside the folder"),
     "name_with_folder": (each_image(file_name=lambda n: f"val2017/{n}.png"), "cannot be read: No such file"),
     "name_with_backslash": (each_image(file_name=lambda n: f"sub\\{n}.png"), "cannot be read: No such file"),
     "size_wrong": (each_image(width=99), "the annotations are for 99 x 32 pixels, but the image has 48 x 32"),
@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[Callable[[Data], None], str]] = {
     "box_of_texts": (first(bbox=["1", "2", "3", "4"]), "not four finite numbers"),
     "box_negative": (first(bbox=[X + 16, Y + 12, -16, -12]), "the box .* of annotation 1 is outside"),
     "box_far_outside": (first(bbox=[X, Y, 1e9, 9]), "the box .* of annotation 1 is outside"),
-    "box_without_id": (first(bbox=[X, Y], id=...), "the box of annotation 1 of the list"),
+    "box_without_id": (first(bbox=[X, Y], id=...), "the box of annotation 1 in the list"),
     "segmentation_a_text": (first(segmentation="x"), "annotation 1 is neither polygons nor run lengths"),
     "polygon_flat": (first(segmentation=GOOD), "annotation 1 is not a list of polygons"),
     "polygon_of_pairs": (first(segmentation=MISSHAPEN), "annotation 1 is not a list of polygons"),
@@ -201,11 +201,11 @@ REFUSED: dict[str, tuple[Callable[[Data], None], str]] = {
     "polygon_odd": (first(segmentation=[GOOD[:-1]]), "a polygon of annotation 1 has an odd number"),
     "polygon_far_outside": (first(segmentation=[[*GOOD[:-1], 1e9]]), "a polygon of annotation 1 is far outside"),
     "run_lengths_turned": (first(segmentation=lengths(size=[WIDTH, HEIGHT])), r"mask size mismatch in annotation 1"),
-    "run_lengths_short": (first(segmentation=lengths(counts=[5, 5])), "the mask of annotation 1 counts 10 pixels"),
+    "run_lengths_short": (first(segmentation=lengths(counts=[5, 5])), "annotation 1 cover 10 pixels"),
     "run_lengths_negative": (first(segmentation=lengths(counts=[-5, 1541])), "annotation 1 has invalid run lengths"),
     "run_lengths_no_numbers": (first(segmentation=lengths(counts=["a"])), "annotation 1 has invalid run lengths"),
     "run_lengths_missing": (first(segmentation={"size": [HEIGHT, WIDTH]}), "annotation 1 has invalid run lengths"),
-    "run_lengths_cut": (first(segmentation=packed(counts=packed()["counts"][:5])), "the mask of annotation 1"),
+    "run_lengths_cut": (first(segmentation=packed(counts=packed()["counts"][:5])), "the run lengths of annotation 1"),
     "run_lengths_no_code": (first(segmentation=packed(counts="\u732b")), "annotation 1 has invalid run lengths"),
     "all_without_mask": (each_annotation(segmentation=[]), "nothing to train on"),
     "all_of_two_points": (each_annotation(segmentation=[[X, Y, X + 9, Y + 9]]), "nothing to train on"),

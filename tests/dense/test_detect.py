@@ -1,4 +1,4 @@
-"""``evaluate detect`` as a user runs it, on coloured rectangles; the data that it refuses."""
+"""``evaluate detect`` as a user runs it, on coloured rectangles; refused data."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SHORT = [
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow():
-    """Heads of 32 channels instead of 256: a checkpoint of the cascade has half a gigabyte otherwise."""
+    """Heads of 32 channels instead of 256, with which a checkpoint of the cascade would have half a gigabyte."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rcnn, "CHANNELS", 32)
         yield
@@ -157,7 +157,7 @@ def test_stopped_and_resumed_it_gives_the_same_bytes(whole, data, encoder, tmp_p
 
 
 def test_two_processes_and_the_cascade(data, encoder, tmp_path):
-    """Under DDP all parameters must have gradients: it refuses otherwise."""
+    """DDP requires that all parameters have gradients."""
     options = [word for override in SHORT for word in ("--set", override)]
     places = (str(path) for path in (encoder, data, tmp_path / "out"))
     done = launch(narrow_command, "evaluate", "detect", *places, "--cascade", *options)
@@ -235,13 +235,13 @@ def spoil(root: Path, what: str) -> None:
     ("what", "message"),
     [
         ("outside", "the box .* of annotation 1 is outside image '0.png', 80 x 60"),
-        ("image", "annotation 1 is of image 1234"),
+        ("image", "annotation 1 refers to image 1234"),
         ("category", "annotation 1 refers to category 4321"),
         ("empty", "no annotations"),
-        ("crowds", "no crowd"),
+        ("crowds", "iscrowd=0"),
         ("keys", "not a COCO instances file: there is no list 'categories'"),
         ("others", "different categories: 'green'"),
-        ("escape", "leads out of the folder"),
+        ("escape", "points outside the folder"),
         ("size", "the annotations are for 80 x 60 pixels, but the image has 10 x 10"),
         ("gone", "cannot be read"),
         ("folder", "this file or folder is missing"),

@@ -1,4 +1,4 @@
-"""Intersection over union against scikit-learn's."""
+"""Intersection over union compared with scikit-learn."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Label maps and the files beside them: which way up labels see an image, what is left out, what is refused."""
+"""Label maps and other files: orientation of labels, ignored files, refused files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cae2pipe.errors import SourceError
 
 
 def write(root: Path, stored: tuple[int, int], orientation: int, labels: np.ndarray) -> Path:
-    """One image in train and in val, its left half as it is stored red, beside a label map."""
+    """One image in train and in val, whose left half as stored is red, and a label map."""
     pixels = np.zeros((stored[1], stored[0], 3), np.uint8)
     pixels[:, : stored[0] // 2, 0] = 255
     exif = Image.Exif()
@@ -49,7 +49,7 @@ def test_labels_lie_on_their_pixels_whichever_way_up_they_see_them(stored, orien
     root = write(tmp_path, stored, orientation, labels)
     open_to_choice = orientation == 3 or (orientation != 1 and stored[0] == stored[1])
     if open_to_choice:
-        with pytest.raises(SourceError, match=f"nothing says .* EXIF orientation, {orientation}") as caught:
+        with pytest.raises(SourceError, match=f"unknown whether .* EXIF orientation {orientation}") as caught:
             open_label_maps(root, settings())
         assert "upright=true" in str(caught.value.fix)
     train, val = open_label_maps(root, settings(upright if open_to_choice else None))
@@ -89,5 +89,5 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     root = write(tmp_path, (16, 16), 1, shown((16, 16), 1))
     (root / "images" / "val" / "a.jpg").unlink()
     os.mkfifo(root / "images" / "val" / "a.jpg")
-    with pytest.raises(SourceError, match="this is no file"):
+    with pytest.raises(SourceError, match="this is not a file"):
         open_label_maps(root, settings())

@@ -68,7 +68,7 @@ def test_scores_come_without_the_auxiliary_head(segmenter):
 def test_the_loss_by_hand():
     logits = torch.tensor([[[[2.0, 0.0]], [[0.0, 0.0]]]])  # (1, 2, 1, 2)
     labels = torch.tensor([[[0, 255]]])
-    own = -torch.log_softmax(torch.tensor([2.0, 0.0]), 0)[0] / 2  # of two pixels, one of which adds nothing
+    own = -torch.log_softmax(torch.tensor([2.0, 0.0]), 0)[0] / 2  # mean of two pixels, one of which counts as zero
     assert float(segmentation_loss((logits, None), labels, 0.4)) == pytest.approx(float(own))
     assert float(segmentation_loss((logits, logits), labels, 0.4)) == pytest.approx(1.4 * float(own))
     assert float(segmentation_loss((logits, None), torch.full_like(labels, 255), 0.4)) == 0

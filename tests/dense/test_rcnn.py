@@ -1,4 +1,4 @@
-"""The detector: what each stage trains on, which weights learn, what comes out."""
+"""The detector: training samples of each stage, trained weights, outputs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_parameter_gets_a_gradient(kind, batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_without_objects_train_too(kind, batch):
-    """After a crop there may be none: the losses are numbers, and all weights take part."""
+    """After a crop there may be no objects: losses are finite, and all weights take part."""
     images, sizes, _ = batch
     none = {
         "boxes": torch.zeros(0, 4),
@@ -120,14 +120,14 @@ def test_detections_lie_within_their_images(kind, batch):
 
 
 def is_exact(tensor: torch.Tensor) -> bool:
-    """Whether it is float32, and was never bfloat16: rounded to that, it would be another."""
+    """Whether it is float32 and not a rounded bfloat16 value."""
     return tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float())
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_decides_is_float32_under_autocast(kind, training, batch, backends):
-    """Proposals and what each stage makes of them, scores, masks; and no TF32 where these are computed."""
+    """Proposals, the outputs of each stage, scores and masks; none of them computed with TF32."""
     images, sizes, targets = batch
     model = detector(KINDS[kind], score=0.0, detections=7).train(training)
     proposed: list[torch.Tensor] = []

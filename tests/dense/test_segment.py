@@ -129,7 +129,7 @@ def test_stopped_and_resumed_it_gives_the_same_bytes(whole, maps, tmp_path, monk
 
 
 def test_two_processes(whole, maps, tmp_path):
-    """BatchNorm sees other statistics on each, so scores agree only about; every image counts once."""
+    """BatchNorm has different statistics on each, so scores agree only approximately; every image counts once."""
     encoder, out = whole
     options = [word for override in SHORT for word in ("--set", override)]
     done = command("evaluate", "segment", encoder, maps, tmp_path / "out", *options)
@@ -141,7 +141,7 @@ def test_two_processes(whole, maps, tmp_path):
 
 
 def test_every_run_compiles_its_training_once_and_nothing_else(whole, maps, tmp_path, graphs):
-    """Images have numbers of windows that are no multiples of a chunk."""
+    """The numbers of windows per image are not multiples of a chunk."""
     short = settings("steps=2", "warmup_steps=0", "stride=16", "speed.compile=true")
     segment(str(whole[0]), maps, tmp_path / "first", settings=short, report=Silent())
     assert graphs.frame_count == 1
@@ -220,13 +220,13 @@ def broken(root: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("label", "labels 77 are none of the 4 classes"),
+        ("label", r"label values \[77\] are outside 0..3"),
         ("size", "the labels are for 5 x 5 pixels"),
         ("colour", "mode is RGB"),
         ("nothing", "cannot be decoded"),
         ("missing", "image '0' has no labels"),
         ("folder", "no such folder"),
-        ("classes", "classes are not known"),
+        ("classes", "classes are unknown"),
         ("twice", "2 classes are listed, 1 of them different"),
     ],
 )
@@ -256,7 +256,7 @@ def test_crops_hold_pixels_with_their_labels(maps):
         known = labels != 255
         distance = np.abs(pixels[known].astype(int)[:, None] - COLOURS[None].astype(int)).sum(axis=2)
         assert (distance.argmin(axis=1) == labels[known]).mean() > 0.9
-        # What lies outside is filled, and does not count.
+        # Padding does not count.
         assert (labels[(pixels == (1, 2, 3)).all(axis=2)] == 255).all()
 
 

@@ -1,4 +1,4 @@
-"""Windows over an image, and what agrees with a pass over the whole."""
+"""Sliding windows over an image, compared with one pass over the whole image."""
 
 from itertools import pairwise
 

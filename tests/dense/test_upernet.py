@@ -1,4 +1,4 @@
-"""The segmenter: what its labels are decided by."""
+"""The segmenter: precision of its logits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def segmenter() -> UperNet:
 
 @torch.no_grad()
 def test_logits_are_float32_under_autocast(backends):
-    """Also before they are brought to the size of the image, and summed over windows: rounded to bfloat16, many classes
-    would be equal."""
+    """Also before resizing to the image and summing over windows: rounded to bfloat16, many classes would be equal."""
     model = segmenter().eval()
     precisions, given = [], []
     model.head[-1].register_forward_pre_hook(lambda _, args: precisions.append(torch.get_float32_matmul_precision()))

@@ -1,4 +1,4 @@
-"""BatchNorm over chunks: as torch's where there is one chunk, and not hanging on who has which."""
+"""BatchNorm over chunks: equal to torch's for one chunk, and independent of which process has which chunk."""
 
 import torch
 from torch import nn

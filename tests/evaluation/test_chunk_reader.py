@@ -1,4 +1,4 @@
-"""Chunks of drawn crops."""
+"""Chunks of random crops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_chunk_hangs_on_step_and_number_alone(reader, rand_augment):
     assert len(whole) == 12
     chunks = {(chunk.step, chunk.number): chunk for chunk in (whole[index] for index in range(len(whole)))}
     half, later = reader(own=(1,), rand_augment=rand_augment), reader(start=4, rand_augment=rand_augment)
-    np.random.seed(77)  # what others have drawn does not matter
+    np.random.seed(77)  # global random state does not matter
     for part in (half, later):
         for index in range(len(part)):
             chunk = part[index]
@@ -77,7 +77,7 @@ def test_what_cannot_be_decoded_is_replaced_within_its_chunk_and_named(reader, t
     assert chunk.pixels[0].equal(chunk.pixels[1])
     for path in (tmp_path / "images").rglob("*.jpg"):
         path.write_bytes(b"nothing")
-    with pytest.raises(SourceError, match="not one of 2 images"):
+    with pytest.raises(SourceError, match="none of the 2 images"):
         reader()[0]
 
 

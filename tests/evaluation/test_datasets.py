@@ -1,4 +1,4 @@
-"""Labelled data: which folders are data, which are refused, what the crops hold."""
+"""Labelled data: accepted folders, refused folders, contents of crops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders by name: every form, what it computes, what is refused."""
+"""Encoders by name: every form, its output, refused names."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_mean_and_std_are_the_configs(exported):
 
 
 def test_other_weights_in_the_folder_are_not_taken(exported):
-    """timm's own loader would take model.safetensors first."""
+    """timm's own loader would prefer model.safetensors."""
     before = load(exported)(PIXELS).mean
     state = {name: tensor * 2 for name, tensor in load_file(exported / WEIGHTS).items()}
     save_file(state, exported / "model.safetensors")
@@ -183,7 +183,7 @@ def test_timm_with_a_file_takes_the_models_own_size(tmp_path):
         ("random:tinny", SettingsError, "nearest: 'tiny'"),
         ("random:.", SourceError, "not a run"),
         ("teacher:clip-b61", SettingsError, "nearest: 'clip-b16'"),
-        (".", SourceError, "holds no encoder.safetensors"),
+        (".", SourceError, "does not contain encoder.safetensors"),
     ],
 )
 def test_what_is_no_encoder_is_refused(spec, error, message, tmp_path, monkeypatch):

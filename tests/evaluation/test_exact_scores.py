@@ -1,4 +1,4 @@
-"""What decides is float32: neighbours and probes, whatever autocast and TF32 are set to, and from the beginning on."""
+"""Neighbours and probes are computed in float32 from the start, regardless of autocast and TF32."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
 
 class Products(TorchDispatchMode):
-    """How each matrix product within it was computed: its type, and float32's precision."""
+    """Records type and float32 precision of each matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_a_probe_on_fixed_features(features, backends):
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
 def test_a_probe_on_new_crops(kind, backends):
-    """Its encoder is another matter: that one has a precision of its own."""
+    """Except its encoder, which has its own precision."""
     head = Probe(16, 3) if kind == "linear" else AttentiveProbe(16, 3, 2)
 
     def inputs(encoder: None, pixels: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ def data(tmp_path_factory) -> Path:
     ],
 )
 def test_tf32_is_for_networks_that_are_trained(kind, over, precision, exported, data, tmp_path, backends, monkeypatch):
-    """Said before the encoder is loaded, and the same while it runs."""
+    """Set before the encoder is loaded, and unchanged while it runs."""
     seen = []
 
     def watched(function):

@@ -1,4 +1,4 @@
-"""Nearest neighbours: by hand, against a plain loop, and where arithmetic could go wrong."""
+"""Nearest neighbours: by hand, compared with a plain loop, and in numerically critical cases."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_class_without_votes_is_no_prediction():
 
 @pytest.mark.parametrize("nearest", [0, 1])
 def test_tiny_temperatures_do_not_overflow(nearest):
-    # Overflown votes would tie, and the tie would go to the same class both times.
+    # Overflowing votes would tie, and the tie would go to the same class both times.
     labels, truth = torch.tensor([nearest, 1 - nearest, 1 - nearest]), torch.tensor([nearest])
     scores = knn_scores(at_angles(0, 30, 31), labels, at_angles(2), truth, classes=2, k=[3], temperature=1e-4)
     assert scores[3]["top1"] == 1

@@ -1,4 +1,4 @@
-"""The linear probe: what it reaches on sets of every size, that it is the paper's, that seeds decide it."""
+"""The linear probe: accuracy on sets of every size, agreement with the paper, reproducibility by seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cae2pipe.runtime.progress import Silent
 
 
 def clusters(images: int, classes: int, dim: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features around one centre a class, far from the origin and of unlike scales; the centres do not depend on
+    """Features around one centre per class, far from the origin and of different scales; the centres do not depend on
     ``seed``."""
     centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(images) % classes
@@ -38,7 +38,7 @@ def probe(images: int = 120, classes: int = 3, **settings):
 
 
 def scored(train, test, classes: int, **settings) -> dict:
-    """What a probe trained on ``train`` tells of itself, and its accuracy on ``test``."""
+    """The figures of a probe trained on ``train``, and its accuracy on ``test``."""
     options = LinearSettings(cached_crops=1, **settings)
     head, figures = train_probe([train[0]], train[1], classes=classes, settings=options, report=Silent())
     return {**figures, **accuracy(from_scores(logits(head, test[0]), test[1], []))}
@@ -76,8 +76,7 @@ def test_the_head_is_the_papers():
 
 
 def test_learning_rates_of_a_full_batch_are_the_papers(monkeypatch):
-    """At a set of one batch and more, weights and bias have the same rate: 0.1 x batch / 256 at its peak. Weights alone
-    are adapted."""
+    """With one batch or more, weights and bias have the same peak rate, 0.1 x batch / 256. Only weights are adapted."""
     import timm.optim
 
     seen = []

@@ -1,4 +1,4 @@
-"""Where a device's memory ends in an evaluation: an error, whose remedy is legal and about that memory."""
+"""An evaluation that runs out of device memory: the error's fix is valid and reduces that memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def full(*args, **options):
 
 
 def full_at(calls: int, function):
-    """The function, which fails from a call on."""
+    """The function, failing from a given call on."""
     done = []
 
     def called(*args, **options):
@@ -89,7 +89,7 @@ def full_at(calls: int, function):
         ("attentive", Student, "tokens", 5, "a pass over 4 images", "--set speed.batch=2"),
         ("linear", Probe, "forward", 0, "a chunk of 6 images", "--set chunk=3"),
         ("attentive", torch.optim.SGD, "step", 0, "a chunk of 6 images", "--set chunk=3"),
-        # Mixup wants an even number.
+        # Mixup needs an even number.
         ("finetune", FinetuneLearner, "loss", 0, "a chunk of 6 images", "--set chunk=2"),
         ("finetune", torch.Tensor, "backward", 0, "a chunk of 6 images", "--set chunk=2"),
         ("finetune", FinetuneLearner, "logits", 0, "a pass over 4 images", "--set speed.batch=2"),
@@ -107,7 +107,7 @@ def test_the_error(kind, where, name, calls, what, fix, exported, data, tmp_path
     overrides = [word for word in fix.split() if "=" in word]
     settings(kind, *overrides)
     monkeypatch.undo()
-    # The remedy is taken in the same place, and comes to the end.
+    # With the fix, the same command runs to the end.
     if overrides:
         assert score(kind, exported, data, tmp_path, *overrides)["images"]["val"] == 12
 

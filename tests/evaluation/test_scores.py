@@ -1,4 +1,4 @@
-"""Accuracies, per class and in all; what is written of predictions."""
+"""Accuracies, per class and in total; files of predictions."""
 
 import numpy as np
 import pytest

@@ -35,12 +35,12 @@ KINDS = {
 }
 
 BRIEF = {"linear": ["epochs=12"], "attentive": [], "finetune": ["epochs=4"]}
-"""Enough to be stopped in the middle of, where it does not matter what is learnt."""
+"""Long enough to be stopped in the middle; the result does not matter."""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Three colours with noise, 8 images each to train on and 3 to score. One val image is none."""
+    """Three colours with noise, 8 images each for training and 3 for scoring. One val file is not an image."""
     root = tmp_path_factory.mktemp("colours")
     rng = np.random.default_rng(0)
     for part, each in (("train", 8), ("val", 3)):
@@ -58,7 +58,7 @@ def settings(kind: str, *overrides: str):
 
 
 def outcome(root: Path) -> dict[str, bytes]:
-    """All that an evaluation leaves, but for clocked figures."""
+    """All outputs of an evaluation except measured times."""
     return {name: data for name, data in contents(root).items() if not name.endswith("metrics.jsonl")}
 
 
@@ -217,8 +217,8 @@ def test_two_processes_give_one_process_s_score(kind, exported, data, tmp_path):
 
 
 def test_every_run_compiles_its_training_once_and_nothing_else(exported, data, tmp_path, graphs):
-    """Val images pass in batches of another size, the last of which is smaller. Where a process may have one graph, as
-    it has eight of all runs together, a second run has its own."""
+    """Batches of val images have another size, and the last is smaller. With a limit of one graph per process (torch's
+    is eight for all runs together), a second run still gets its own graph."""
     short = settings("finetune", "epochs=2", "warmup_epochs=0", "speed.compile=true")
     evaluate("finetune", str(exported), data, out=tmp_path / "first", settings=short, report=Silent())
     assert graphs.frame_count == 1
@@ -322,7 +322,7 @@ def test_a_class_with_one_image(exported, data, tmp_path):
 
 
 def test_a_teacher_is_probed_and_fine_tuned_like_a_student(data, tmp_path):
-    """timm:NAME goes through the teachers' code; an open_clip tower has no such blocks."""
+    """timm:NAME uses the teachers' code; an open_clip tower has no such blocks."""
     import timm
     from safetensors.torch import save_file
 

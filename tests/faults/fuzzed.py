@@ -1,4 +1,4 @@
-"""Commands over damaged folders, and what may come of them: an error in words, or exactly what sound folders give."""
+"""Commands on damaged folders. Allowed outcomes: a clear error, or exactly the result for undamaged folders."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.conftest import contents
 from tests.ranks import imported
 
 SECONDS = 60
-"""After which a command counts as hung: a hundred times what it takes."""
+"""Seconds after which a command counts as hanging: a hundred times its usual time."""
 MEMORY = 6 * 2**30
-"""Bytes of data that a command may allocate."""
+"""Bytes of memory that a command may allocate."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line in the world's folder, and what its success must have made, as comparable values. ``out`` is the
-    folder that it may write; ``before`` prepares the world."""
+    """A command line in the world's folder, and its expected results as comparable values. ``out`` is the folder that
+    it may write; ``before`` prepares the world."""
 
     line: str
     product: Callable[[Path, str], Any] = field(default=lambda world, stdout: None)
@@ -37,7 +37,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``code`` is negative where a signal ended the process."""
+    """``code`` is negative if a signal ended the process."""
 
     code: int | None
     stdout: str
@@ -54,21 +54,21 @@ def begun(world: Path, stdout: str) -> Any:
 
 
 def data(folder: str) -> Callable[[Path, str], Any]:
-    """All files of a folder but its manifest, which also tells of what it was made from."""
+    """All files of a folder except its manifest, which also records its inputs."""
     return lambda world, stdout: {
         name: content for name, content in contents(world / folder).items() if name.endswith((".tar", "/0", "/0/0"))
     }
 
 
 def sound(kind: str) -> Callable[[Path, str], Any]:
-    """Everything that ``verify`` has called sound: JSON by its meaning."""
+    """Everything that ``verify`` has accepted: JSON by value."""
 
     def product(world: Path, stdout: str) -> Any:
         files = contents(world / kind)
         return {
             name: json.loads(content) if name.endswith(".json") else content
             for name, content in files.items()
-            # What is no result of a run has no digest.
+            # Files that are not results of a run have no digest.
             if not name.startswith(("checkpoints/", "metrics.jsonl"))
         }
 
@@ -141,7 +141,7 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
 
 
 def make_world(world: Path, images: Path, extract: dict[str, Any], pretrain: dict[str, Any]) -> None:
-    """Every kind of folder, each made by its command, and beside them what is nobody's business."""
+    """Every kind of folder, each made by its command, and unrelated files."""
     world.mkdir()
     shutil.copytree(images, world / "images")
     for name, settings in (("extract", extract), ("pretrain", pretrain)):
@@ -187,7 +187,7 @@ def _run(arguments: list[str], world: Path) -> None:
 
 
 def faults(command: Command, right: Outcome, outcome: Outcome) -> list[str]:
-    """What is wrong with an outcome, where ``right`` is the undamaged world's."""
+    """The error in an outcome, given ``right``, that of the undamaged world; None if it is allowed."""
     wrong = []
     if outcome.code not in (0, 1, 2):
         wrong.append("hung" if outcome.code == -signal.SIGALRM else f"exit code {outcome.code}")
@@ -203,6 +203,6 @@ def faults(command: Command, right: Outcome, outcome: Outcome) -> list[str]:
 
 
 def bystanders(world: Path, damaged: str, command: Command) -> dict[str, bytes]:
-    """What neither the damage nor the command has any business with."""
+    """Files that neither the damage nor the command may touch."""
     files = contents(world).items()
     return {name: content for name, content in files if name.split("/")[0] not in (damaged, command.out)}

@@ -1,4 +1,4 @@
-"""What damage, a hostile hand or a tool that knows better does to one file of a folder, by a generator's draws."""
+"""Random changes of one file of a folder, as from damage, an attacker or another tool."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ VALUES: tuple[Any, ...] = (
     *NAMES,
 )
 TEXTS = ("NaN", "-Infinity", "1e999", "9" * 5000, "[" * 100_000, '{"a":' * 100_000, '"\\ud800"')
-"""JSON that ``json.dumps`` does not write, put in the place of a value."""
+"""JSON that ``json.dumps`` does not write, as replacement of a value."""
 
 
 def mutate(root: Path, rng: np.random.Generator) -> str:
-    """Change one file below ``root``; what was done, in words. JSON files, which are few, are drawn as often as all
+    """Change one file below ``root``; returns a description. JSON files, which are few, are chosen as often as all
     others together."""
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
     texts = [path for path in files if path.suffix in (".json", ".jsonl")]
@@ -145,7 +145,7 @@ KINDS: tuple[Callable[[Path, list[Path], np.random.Generator], None], ...] = (
 
 
 def change_json(path: Path, rng: np.random.Generator) -> str:
-    """Change one value or key of a JSON file, whose syntax stays right in most draws."""
+    """Change one value or key of a JSON file; the syntax mostly stays valid."""
     data = json.loads(path.read_text())
     spots = list(inside(data))
     if not spots:
@@ -178,7 +178,7 @@ def change_json(path: Path, rng: np.random.Generator) -> str:
 
 
 def inside(value: Any, name: str = "") -> Iterator[tuple[Any, Any, str]]:
-    """Every place of a JSON value: its holder, its key there, and a name for people."""
+    """Every position in a JSON value: its container, its key there, and a readable name."""
     keys: Any = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key, f"{name}.{key}"

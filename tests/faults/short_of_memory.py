@@ -1,5 +1,5 @@
-"""Reads all kinds of files with too little memory, and says what came of it. A process of its own, since one that has
-been short of memory is not to be trusted afterwards."""
+"""Reads all kinds of files with too little memory, and prints the outcomes. Runs in a separate process, since one that
+has run out of memory is unreliable afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 SPARE = 16 * 2**20
-"""Bytes that may still be allocated: enough for Python, too few for what is read here."""
+"""Bytes that can still be allocated: enough for Python, too few for the files read here."""
 
 LARGE = 2 * SPARE
 PIECE = SPARE // 4
@@ -36,7 +36,7 @@ def limited(kind: int, most: int) -> Iterator[None]:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Within it ``SPARE`` bytes can be had, whatever has been given back to the allocator before."""
+    """Within it ``SPARE`` bytes can be allocated, regardless of memory that was freed before."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     with limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + SPARE):
@@ -129,7 +129,7 @@ def an_exported_model(folder: Path) -> Callable[[], object]:
 
 READERS = {
     "an image": an_image("PNG", 2500),
-    # Pillow says "broken data stream" of the one and "could not create decoder object" of the other.
+    # Pillow's messages are "broken data stream" and "could not create decoder object".
     "a progressive JPEG": an_image("JPEG", 2500, progressive=True),
     "a WebP": an_image("WEBP", 2500, quality=5),
     "a view": a_view,
@@ -144,7 +144,7 @@ READERS = {
 
 
 def main(folder: Path) -> None:
-    """Write what came of each to the standard output, and whether it could be read with enough memory, as JSON."""
+    """Print the outcome of each as JSON, and whether it could be read with enough memory."""
     reads = {}
     for number, (name, prepare) in enumerate(READERS.items()):
         own = folder / str(number)

@@ -1,6 +1,6 @@
 """Two torchrun agents, as on two machines, one of which dies with its process and is started again.
 
-Minutes, most of them torch's own time-outs: only under ``make faults``.
+Takes minutes, mostly torch's own time-outs, so it only runs in ``make faults``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_an_agent_that_is_started_again_joins_and_the_run_is_the_same(target_roo
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Without it, an agent of torch 2.14 that joins a later round waits for an address that nobody says.
+    # Without it, an agent of torch 2.14 that joins a later round waits for an address that is never sent.
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 
     def agent(first: bool) -> subprocess.Popen:

@@ -1,5 +1,5 @@
-"""One file of a folder is changed, at random: every command then gives what it gives for the sound folder, or an error
-in words. ``make fuzz N=500`` tries more than ``make test`` does."""
+"""One random file of a folder is changed: every command then gives the same result as for the undamaged folder, or a
+clear error. ``make fuzz N=500`` tries more than ``make test``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES = int(os.environ.get("CAE2PIPE_FUZZ", "60"))
 MOST = None if "CAE2PIPE_FUZZ" in os.environ else 1
 """Commands tried on each; None: all."""
 FIRST = int(os.environ.get("CAE2PIPE_FUZZ_FIRST", "0"))
-"""The first damage: one that failed is seen again with its number here and one case."""
+"""Number of the first damage: to reproduce a failure, set its number here, with one case."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def raw(settings) -> dict:
 
 @pytest.fixture(scope="module")
 def right(world) -> Callable[[Command], Outcome]:
-    """What a command gives on sound folders."""
+    """The outcome of a command on undamaged folders."""
 
     @cache
     def undamaged(command: Command) -> Outcome:

@@ -1,6 +1,6 @@
-"""Whatever stops a command, and wherever: the same command then makes what an undisturbed run makes.
+"""After any interruption at any point, the same command makes what an uninterrupted run makes.
 
-``make faults N=30`` tries more points than ``make test`` does.
+``make faults N=30`` tries more points than ``make test``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DAMAGED = (
 
 @pytest.fixture(scope="module")
 def victim() -> Callable[[Job, str, int], tuple[int | None, int]]:
-    """Does a job with a fault in a process of its own; gives its exit code and the events it counted."""
+    """Runs a job with a fault in a separate process; returns its exit code and the number of events."""
 
     def start(job: Job, fault: str, at: int) -> tuple[int | None, int]:
         counted = job.out.with_name("events")
@@ -62,7 +62,7 @@ def victim() -> Callable[[Job, str, int], tuple[int | None, int]]:
 def jobs(
     photos, target_root, extract_settings, pretrain_settings, tmp_path_factory
 ) -> dict[str, tuple[Job, Callable[[Path], None]]]:
-    """Every job, with what makes its output folder as it is when the job begins."""
+    """Every job, with the function that prepares its output folder."""
     settings = extract_settings()
     fp16 = tmp_path_factory.mktemp("fp16") / "set"
     extract_targets(photos, fp16, extract_settings(codec={"name": "fp16"}), report=Silent())
@@ -114,13 +114,13 @@ def jobs(
 
 
 def left_by(job: Job) -> dict[str, bytes]:
-    """What a job has made. Of a training run not its checkpoints, which are where it was stopped, nor what the clock
-    says."""
+    """The outputs of a job. For a training run without checkpoints, which depend on where it was stopped, and without
+    measured times."""
     files = contents(job.out)
     if job.name == "finetune":
         files.pop("finetune/metrics.jsonl")
     if job.name == "compare":
-        # Pages tell of hours, and so do the metrics.
+        # Pages and metrics contain measured times.
         clocked = ("reports/", "metrics.jsonl", "/checkpoints/")
         files = {name: data for name, data in files.items() if not any(part in name for part in clocked)}
     if job.name == "pretrain":
@@ -133,7 +133,7 @@ def left_by(job: Job) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(victim, jobs, tmp_path_factory) -> Callable[[str], tuple[int, dict[str, bytes]]]:
-    """The events of a job that meets no fault, and what it leaves."""
+    """The number of events of a job without a fault, and its outputs."""
     known: dict[str, tuple[int, dict[str, bytes]]] = {}
 
     def find(name: str) -> tuple[int, dict[str, bytes]]:
@@ -160,7 +160,7 @@ def test_the_same_command_goes_on_to_the_same_bytes(victim, jobs, undisturbed, t
     prepare(job.out)
     code, _ = victim(job, fault, at)
     assert code == EXITS[fault], f"{fault} at event {at} of {events}"
-    if name == "pretrain":  # with another number of workers, as it may
+    if name == "pretrain":  # with another number of workers, which is allowed
         job = replace(job, settings=job.settings.model_copy(update={"speed": TrainSpeed(**SPEED, workers=point % 2)}))
     do(job)
     assert left_by(job) == expected, f"{fault} at event {at} of {events}"

@@ -1,5 +1,5 @@
-"""What the operating system refuses ends a command with a message, never a traceback. Nothing is made up: files that
-are folders, limits, full disks, streams that are closed."""
+"""Errors of the operating system end a command with a message, never a traceback. All are real: files that are folders,
+limits, full disks, closed streams."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """A shell starts what it puts into the background with SIGINT ignored, and so would be what the tests start."""
+    """A shell starts background jobs with SIGINT ignored, which the processes of these tests would inherit."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -152,7 +152,7 @@ def test_the_locale_is_named_where_it_is_the_reason():
 
 
 def run(code: str, *arguments: str, redirect: str = "", **options: object) -> subprocess.CompletedProcess:
-    """Python code in a process, its arguments and a shell's redirections behind it."""
+    """Python code in a process, followed by its arguments and redirections of a shell."""
     command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False, **options)
 
@@ -229,7 +229,7 @@ def test_three_ctrl_c_in_a_row_are_one(monkeypatch):
 
 
 class Patient:
-    """A process that ends when it has been asked three times."""
+    """A process that ends after three signals."""
 
     asked = 0
 
@@ -301,9 +301,9 @@ def test_a_small_dev_shm_and_a_full_disk(target_root, pretrain_settings, tmp_pat
     assert "/dev/shm" in shm
     assert "docker run --shm-size" in shm
     assert full.startswith("error: the disk is full: No space left on device\n  where: ")
-    # Behind it Python's own helper may tell of a semaphore of the workers that were ended.
+    # After it, Python's resource tracker may report a semaphore of the killed workers.
     assert "\nfull left with 1\n" in full
     assert "Traceback" not in done.stderr
-    # The last checkpoint is whole, and nothing half-written is beside it.
+    # The last checkpoint is complete, and there are no partial files.
     names, step = done.stdout.splitlines()
     assert names.split()[-1] == f"step-{int(step):08d}.pt"

@@ -1,4 +1,4 @@
-"""Workers that die, cannot send what they made, or never send it: whoever waits for an item is told."""
+"""Workers that die, cannot send an item, or never send it: whoever waits for the item gets an error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Six(Dataset):
 
 
 class Deadly(Six):
-    """Its third item costs the worker its life."""
+    """The third item kills the worker."""
 
     def __getitem__(self, index: int) -> int:
         if index == 2:
@@ -49,7 +49,7 @@ class Unsendable(Six):
 
 
 class Shared(Six):
-    """Tensors of a megabyte, where files, and so shared memory, may have no more than ``most`` bytes."""
+    """Tensors of a megabyte, with a limit of ``most`` bytes for files and so for shared memory."""
 
     def __init__(self, most: int):
         self.most = most
@@ -61,7 +61,7 @@ class Shared(Six):
 
 
 class Missing(Six):
-    """Its items raise what the operating system says of a file that is not there."""
+    """Items that raise the operating system's error for a missing file."""
 
     def __getitem__(self, index: int) -> bytes:
         return Path("nowhere").read_bytes()
@@ -132,7 +132,7 @@ def test_one_signal_ends_waiting_for_an_item(monkeypatch) -> None:
     def train() -> None:
         with deferred_stop() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
-            # In the loop of a training the steps done so far are kept first; elsewhere, as in scoring, nothing is.
+            # The loop of a training first saves the steps done so far; elsewhere, as in scoring, nothing is saved.
             assert list(until_stopped(in_order(Stuck(), 2), stop)) == []
             list(in_order(Stuck(), 1))
 
@@ -141,7 +141,7 @@ def test_one_signal_ends_waiting_for_an_item(monkeypatch) -> None:
 
 
 def test_a_worker_that_stands_still_does_not_hold_up_a_stop() -> None:
-    """Even with a message under way, of which the main process fetches the shared memory."""
+    """Even during the transfer of a message, while the main process fetches its shared memory."""
     items = in_order(Shared(2**30), 2)
     assert int(next(items)[0]) == 0
     before = multiprocessing.active_children()
@@ -158,7 +158,7 @@ def test_a_worker_that_stands_still_does_not_hold_up_a_stop() -> None:
 def test_a_script_without_a_main_guard_is_told_so(tmp_path) -> None:
     script = tmp_path / "script.py"
     script.write_text("from cae2pipe.runtime.workers import in_order\nlist(in_order([1, 2], 1))\n")
-    # Too long for a socket's name, as on some clusters: workers start all the same.
+    # Too long for a socket's name, as on some clusters: workers start anyway.
     folder = tmp_path / ("x" * 90)
     folder.mkdir()
     environment = os.environ | {"TMPDIR": str(folder)}

@@ -1,7 +1,7 @@
-"""A process that does a job and meets its fault at a given event.
+"""A process that runs a job, with a fault at a given event.
 
-Events are the calls through which files come into being or get their names, and steps of training: between two of
-them nothing on the disk changes. The n-th is where the process is killed, or told that the disk is full.
+Events are the calls that create or rename files, and steps of training: between two of them nothing on disk changes. At
+the n-th event the process is killed, or gets a full-disk error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75, "ENOSPC": 
 
 @dataclass(frozen=True)
 class Job:
-    """A command: what it is, what it reads, what it writes."""
+    """A command with its inputs and outputs."""
 
     name: str
     source: Path
@@ -37,7 +37,7 @@ class Job:
 
 
 def do(job: Job) -> None:
-    """What the command line would do."""
+    """Run it as the command line would."""
     from cae2pipe.config.extract import CodecSettings
     from cae2pipe.runtime.progress import Silent
     from cae2pipe.shards.build import build_shard_set
@@ -78,7 +78,7 @@ def do(job: Job) -> None:
 
 
 def run(job: Job, fault: str, at: int, counted: Path) -> None:
-    """Do the job; meet the fault at event ``at`` (-1: never). The number of events is left in ``counted``."""
+    """Run the job with the fault at event ``at`` (-1: never). Writes the number of events to ``counted``."""
     import typer
 
     from cae2pipe.commands.shared import exits
@@ -108,7 +108,7 @@ def run(job: Job, fault: str, at: int, counted: Path) -> None:
 
 
 def watch(event: Callable[[], None]) -> None:
-    """Call ``event`` before everything that changes what is on the disk, and before every step of training."""
+    """Call ``event`` before every change on disk, and before every step of training."""
     from cae2pipe.artifacts import atomic, staging
     from cae2pipe.evaluation import features, finetune
     from cae2pipe.shards import build, listing

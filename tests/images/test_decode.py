@@ -1,4 +1,4 @@
-"""Any image to RGB: what every kind of file becomes, and that nothing but ImageError comes out of a bad one."""
+"""Any image to RGB: results for every kind of file, and only ImageError for bad ones."""
 
 from __future__ import annotations
 

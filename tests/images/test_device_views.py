@@ -1,4 +1,4 @@
-"""Views rendered in batches, with torch alone: each pixel as ``render_view`` has it."""
+"""Views rendered in batches with torch: every pixel equals that of ``render_view``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def drawn(shapes: list[tuple[int, int]], size: int) -> tuple[list[Tensor], list[
     return [noise(*shape, seed=view) for view, shape in enumerate(shapes)], draws
 
 
-# Down to one pixel, up to more than a block's, and strips that are shrunk by far more than photographs.
+# From one pixel to more than a block's, and strips that are reduced far more than photographs.
 sides = st.one_of(
     st.tuples(st.integers(1, 80), st.integers(1, 80)),
     st.tuples(st.integers(1, 3), st.integers(1, 700)),
@@ -144,7 +144,7 @@ def test_taps_resample_a_row_as_pillow_does(length, size):
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that tensors made within it have taken at once."""
+    """Peak bytes of tensors created within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,14 +164,14 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize(("shape", "size"), [((90, 120), 16), ((40, 50), 64)], ids=["images", "views"])
 def test_groups_bound_what_is_taken_at_once(shape, size, monkeypatch):
-    """Where jitter takes most, and where resampling does. Order is kept across groups."""
+    """The cases with the highest memory of jitter and of resampling. Order is kept across groups."""
     images, draws = drawn([shape] * 60, size)
     wanted = by_pillow(images, draws, size)
     monkeypatch.setattr(device_views, "GROUP_BYTES", 2**23)
     with Live() as live:
         got = render_views(images, rows(draws), size)
     assert torch.equal(got, wanted)
-    # Beside the groups: the views themselves, and the plan's tables.
+    # In addition to the groups: the views themselves, and the plan's tables.
     assert 2**22 < live.most < 2**23 + got.nbytes + 2**19
 
 
@@ -196,7 +196,7 @@ def test_compiled_functions_are_whole_graphs_and_give_the_same():
 
 
 def test_memory_need_not_be_in_order():
-    """As decoders give it: rows of pixels, not planes. Draws may be a tensor."""
+    """Layout of decoders: rows of pixels, not planes. Draws may be a tensor."""
     images, draws = drawn([(30, 40), (50, 20)], 16)
     across = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in images]
     got = render_views(across, torch.from_numpy(rows(draws)), 16)

@@ -1,4 +1,4 @@
-"""Stored views to pixels, on the CPU and by a device's decoder, and whose fault a failure is."""
+"""Stored views to pixels, on the CPU and with a device's decoder, and the cause that errors name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tensors(*jpegs: bytes) -> list[Tensor]:
 
 
 def without(monkeypatch, *libraries: str) -> None:
-    """Run on as if some of the libraries that decode on a device were not installed."""
+    """Continue as if some of the libraries that decode on a device were not installed."""
     for library in libraries:
         monkeypatch.setitem(sys.modules, LIBRARIES[library], None)
 
@@ -53,7 +53,7 @@ def fresh_decoder():
 
 @pytest.fixture(params=list(LIBRARIES))
 def library(request, monkeypatch) -> str:
-    """One of the two alone."""
+    """Only one of the two."""
     pytest.importorskip(LIBRARIES[request.param], exc_type=(ImportError, OSError))
     without(monkeypatch, *LIBRARIES.keys() - {request.param})
     return request.param
@@ -109,7 +109,7 @@ def test_without_either_the_error_names_the_extra(monkeypatch):
 
 
 class Unloadable(MetaPathFinder):
-    """Lets torchcodec fail as a wheel does that was built for another CUDA version than torch's."""
+    """Makes torchcodec fail like a wheel built for another CUDA version than torch's."""
 
     def find_spec(self, name, path, target=None):
         if name.startswith("torchcodec"):
@@ -179,7 +179,7 @@ def test_views_that_all_have_another_size_are_not_taken(library):
 
 
 def failing(monkeypatch, error: Exception) -> None:
-    """Let the device's decoder fail as it cannot here."""
+    """Make the device's decoder fail, as it cannot here."""
 
     def decode(images: list[Tensor], mode: str, device: torch.device) -> list[Tensor]:
         raise error
@@ -214,7 +214,7 @@ def test_an_error_of_the_device_is_never_damage(monkeypatch):
     error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     failing(monkeypatch, error)
     with pytest.raises(torch.AcceleratorError) as caught:
-        # Not even beside a broken view, since it may come from work that was queued before.
+        # Not even with a broken view in the batch, since the error may come from work queued earlier.
         decode_jpegs(tensors(b"view"), ["a"], CPU, size=8)
     assert caught.value is error
 

@@ -1,4 +1,4 @@
-"""Broken EXIF, XMP and texts beside whole pixels: they never cost an image, at most its orientation."""
+"""Broken EXIF, XMP and texts in files with intact pixels: the image is never lost, at most its orientation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def texts() -> PngImagePlugin.PngInfo:
     "broken",
     [
         (0x0100, 9, 1, struct.pack("<i", -5)),  # a value that cannot be written again
-        (0x011A, 2, 3, b"72\0\0"),  # a resolution that is a text
+        (0x011A, 2, 3, b"72\0\0"),  # a resolution that is text
         (0x8769, 4, 1, struct.pack("<I", 90000)),
         (0x010F, 2, 9000, struct.pack("<I", 70000)),
         (0x010F, 99, 1, b"0210"),
@@ -119,7 +119,7 @@ def broken_tiff() -> bytes:
     info = TiffImagePlugin.ImageFileDirectory_v2()
     info[270] = "a description"
     data = bytearray(save("TIFF", tiffinfo=info))
-    struct.pack_into("<I", data, data.index(struct.pack("<HH", 270, 2)) + 8, 0xFFFFFFF0)  # lies beyond the file
+    struct.pack_into("<I", data, data.index(struct.pack("<HH", 270, 2)) + 8, 0xFFFFFFF0)  # beyond the end of the file
     return bytes(data)
 
 
@@ -141,7 +141,7 @@ def test_whole_pixels_are_taken(case, monkeypatch):
     kind = "AVIF" if "AVIF" in case else "JPEG" if "JPEG" in case else "PNG"
     expected = pixels(save(kind))
     got = pixels(WHOLE[case])
-    # Pillow writes an AVIF's orientation into the picture's own properties.
+    # Pillow writes an AVIF's orientation into the image's own properties.
     np.testing.assert_array_equal(np.rot90(got) if kind == "AVIF" else got, expected)
 
 

@@ -1,4 +1,4 @@
-"""One normalisation for all networks, to the last bit that stored latents, scores and runs were made with."""
+"""One normalisation for all networks, bit for bit as in existing latents, scores and runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views: drawn as torchvision draws, from a key and nothing else; rendered bit for bit in the published order."""
+"""Views: drawn as in torchvision, depending only on a key; rendered bit for bit in the published order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def render_view_naive(image: Image.Image, draw: ViewDraw, settings: ViewSettings
         image = operations[name](image, getattr(draw, name))
     if draw.flip:
         image = F.hflip(image)
-    # Across first, which is what every Pillow before 13 does by itself.
+    # Horizontally first, as every Pillow before 13 does by itself.
     size = [draw.height, settings.size]
     image = F.resized_crop(image, draw.top, draw.left, draw.height, draw.width, size, InterpolationMode.BICUBIC)
     return F.resize(image, [settings.size, settings.size], InterpolationMode.BICUBIC)
@@ -101,7 +101,7 @@ def test_a_draw_of_another_image_is_refused():
 
 
 def test_a_draw_is_pinned():
-    # The format promises that keys give these views: this must not move.
+    # The format guarantees these views for these keys, so the values must not change.
     draw = draw_view(PUBLISHED, 0, "n01440764+n01440764_10026", view=3, height=375, width=500)
     assert draw == ViewDraw(
         top=1,

@@ -1,4 +1,4 @@
-"""Batches where they are trained on, and JPEGs that are decoded there. tests/cuda has the streams."""
+"""Batches on the training device, and JPEGs decoded there. Streams are tested in tests/cuda."""
 
 from __future__ import annotations
 

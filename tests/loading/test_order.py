@@ -23,7 +23,7 @@ blocks_strategy = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 4)), min
 
 
 def stream_samples(blocks, seed, epoch, streams, stream, window):
-    """(block index, position in block) of a stream's samples, in the order they are given out."""
+    """(block index, position in block) of a stream's samples, in order."""
     given_out = []
     pieces = stream_pieces(blocks, seed, epoch, streams=streams, wanted=[stream])[stream]
     for chunk in windows(pieces, window, seed, epoch=epoch, stream=stream):
@@ -50,7 +50,7 @@ def test_streams_are_equal_and_steps_match_the_batch(blocks, streams, per_stream
     batch = streams * per_stream
     assert steps_per_epoch(total, batch, "pad") == -(-max(lengths) // per_stream)
     assert steps_per_epoch(total, batch, "drop") == total // batch
-    # A dropped last batch leaves every stream enough for all the steps that remain.
+    # If the last batch is dropped, every stream has enough samples for all remaining steps.
     assert min(lengths) >= steps_per_epoch(total, batch, "drop") * per_stream
 
 
@@ -76,7 +76,7 @@ def test_global_batches_do_not_depend_on_ranks_or_workers(blocks, seed, ranks, w
     for rank in range(ranks):
         for worker in range(workers):
             own = worker_streams(rank_streams(streams, ranks, rank), workers, worker)
-            # A worker asks for its own streams only.
+            # A worker requests its own streams only.
             pieces = stream_pieces(blocks, seed, epoch, streams=streams, wanted=own)
             assert pieces == {
                 s: stream_pieces(blocks, seed, epoch, streams=streams, wanted=range(streams))[s] for s in own
@@ -110,7 +110,7 @@ def test_growth_of_the_set_does_not_move_the_views_of_old_blocks():
 
 
 def test_golden_order():
-    """The order is part of what a seed means: a refactor must not move it."""
+    """The order for a seed is guaranteed: a refactoring must not change it."""
     blocks = [BlockRef("000000", i, 64, (0, 1, 2)) for i in range(6)]
     pieces = stream_pieces(blocks, 7, 2, streams=2, wanted=[0])[0]
     assert [(p.index, p.view, p.low, p.high) for p in pieces] == GOLDEN

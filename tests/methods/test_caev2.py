@@ -99,7 +99,7 @@ def test_the_head_is_norm_then_linear_in_the_released_code(pixels):
 
 @pytest.mark.parametrize("width", [24, 12])
 def test_one_head_serves_encoder_and_regressor(pixels, width):
-    """Where their widths differ (Tiny), a Linear and a norm lie between the encoder and both."""
+    """If their widths differ (Tiny), a Linear and a norm are between the encoder and both."""
     model = build(predictor_width=width).eval()
     tokens = model.encoder(pixels, VISIBLE)
     if width == 12:

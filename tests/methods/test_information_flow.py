@@ -1,4 +1,4 @@
-"""What each method lets its predictions see: masked pixels are changed, and outputs watched."""
+"""What the predictions of each method depend on: masked pixels are changed, and outputs compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VISIBLE = torch.tensor([[0, 3, 5, 7, 8, 9, 12, 13, 14, 15], [1, 2, 3, 4, 5, 6, 1
 MASKED = torch.tensor([[1, 2, 4, 6, 10, 11], [0, 7, 8, 9, 12, 13]])
 PARTS = ("class_token", "visible", "masked")
 SEES_MASKED = {"caev2": False, "cae": False, "mvp": False, "mae": False, "milan": False, "fd": True}
-"""Methods from which masked patches are not hidden; ``masks`` must say so."""
+"""Methods that see masked patches; ``masks`` must be False."""
 
 
 def build(name: str, **over) -> Method:
@@ -73,7 +73,7 @@ def test_visible_pixels_reach_all_predictions(name, pixels):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_predicted_of_masked_patches_reaches_the_encoders_own_tokens_only_inside_it(name, pixels):
-    """CAE v2, MAE, MILAN: the encoder's tokens do not know of masked places; BEiT's graph updates both together."""
+    """CAE v2, MAE, MILAN: the encoder's tokens do not depend on masked positions; in BEiT both are updated together."""
     model = build(name).eval()
     other = MASKED.roll(1, dims=0)
     rest = torch.stack([torch.tensor([p for p in range(16) if p not in own.tolist()]) for own in other])
@@ -87,7 +87,7 @@ def test_what_is_predicted_of_masked_patches_reaches_the_encoders_own_tokens_onl
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_stack_has_columns_of_its_own_in_the_order_it_was_set(name):
-    """What a run draws for drop path, and so its losses, depend on it."""
+    """The uniforms of drop path, and so the losses of a run, depend on it."""
     model = build(name, depth=3)
     stacks = [part for part in (getattr(model, each, None) for each in ("encoder", "regressor", "decoder")) if part]
     drop = torch.arange(2 * model.drop_columns).reshape(2, -1)
@@ -126,7 +126,7 @@ def test_caes_alignment_alone_sees_masked_pixels_and_gives_the_encoder_no_gradie
     before, after = (model(images, VISIBLE, MASKED) for images in (pixels, changed(pixels, MASKED)))
     assert before.extra.shape == MASKED.shape
     assert not torch.allclose(before.extra, after.extra)
-    # The target is what the encoder makes of the masked patches, as a constant.
+    # The target is the encoder's output for the masked patches, as a constant.
     own = model.bridge(model.encoder(pixels, MASKED))[:, 1:]
     latents = model.regressor(model.bridge(model.encoder(pixels, VISIBLE))[:, 1:], VISIBLE, MASKED)
     torch.testing.assert_close(before.extra, 2 * (latents - own).square().mean(dim=-1))
@@ -145,7 +145,7 @@ def test_caes_alignment_alone_sees_masked_pixels_and_gives_the_encoder_no_gradie
 
 @pytest.mark.parametrize(("name", "updates"), [("mae", True), ("milan", False)])
 def test_only_maes_decoder_updates_visible_latents(name, updates, pixels):
-    """What is predicted of a visible patch hangs on the mask tokens in MAE; in MILAN it prompts them, and stays."""
+    """Predictions of visible patches depend on the mask tokens in MAE; in MILAN they do not."""
     model = build(name).eval()
     before = model(pixels, VISIBLE, MASKED)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_only_maes_decoder_updates_visible_latents(name, updates, pixels):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_predictions_stand_in_the_places_of_their_patches(name, pixels):
-    """Listed in another order, the same patches have the same latents."""
+    """The order in which patches are listed does not change their latents."""
     model = build(name).eval()
     order_v, order_m = torch.randperm(10), torch.randperm(6)
     plain, mixed = model(pixels, VISIBLE, MASKED), model(pixels, VISIBLE[:, order_v], MASKED[:, order_m])

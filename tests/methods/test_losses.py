@@ -18,7 +18,7 @@ def predicted(prediction: Prediction) -> list[torch.Tensor]:
 
 
 def case(samples: int = 3, patches: int = 6, hidden: int = 2, dim: int = 5, seed: int = 0):
-    """A random prediction with class token, its target (samples, 1 + patches, dim), and the split of the patches."""
+    """A random prediction with class token, its target (samples, 1 + patches, dim), and the indices of the patches."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(samples)])
     visible, masked = order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
@@ -30,7 +30,7 @@ def case(samples: int = 3, patches: int = 6, hidden: int = 2, dim: int = 5, seed
 
 
 def by_hand(prediction, target, visible, masked, kind, class_token=True):
-    """Distances token by token: a list of the visible ones', a list of the masked ones'."""
+    """Distances per token: a list for visible tokens, a list for masked ones."""
 
     def distance(a, b):
         a, b = a.tolist(), b.tolist()
@@ -310,7 +310,7 @@ def test_centred_cosine_is_of_unit_tokens_about_the_mean():
 
 
 def test_centred_cosine_tells_a_copy_from_a_constant():
-    """A collapsed student scores high on raw cosine where tokens share a mean; centred, it scores nothing."""
+    """A collapsed student has a high raw cosine if tokens share a mean, but a centred cosine of 0."""
     generator = torch.Generator().manual_seed(0)
     target = F.normalize(torch.randn(8, 17, 32, generator=generator) + 0.8, dim=-1)
     about = target[:, 1:].mean(dim=(0, 1))

@@ -18,7 +18,7 @@ SHAPES = {
 
 
 def trained(**shape) -> Encoder:
-    """An encoder with random values in LayerScale, biases and norms, where a fresh one has constants."""
+    """An encoder with random values in LayerScale, biases and norms, which are constant in a new one."""
     torch.manual_seed(0)
     encoder = Encoder(**shape)
     with torch.no_grad():

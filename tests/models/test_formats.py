@@ -1,4 +1,4 @@
-"""Exports to other libraries: each loads them with its own code and computes what the run's encoder does."""
+"""Exports to other libraries: each loads them with its own code and computes the same as the run's encoder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture
 def encoder() -> Encoder:
-    """Random values also in biases, norms and LayerScale, where a fresh one has constants."""
+    """Random values also in biases, norms and LayerScale, which are constant in a new encoder."""
     torch.manual_seed(0)
     encoder = Encoder(width=60, depth=3, heads=5, image_size=32, patch_size=8).eval()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def source(encoder, tmp_path) -> Path:
 
 
 def fold(folder: Path) -> None:
-    """Make an encoder's folder what older versions wrote: LayerScale multiplied into the weights."""
+    """Convert an encoder's folder to the form of older versions: LayerScale multiplied into the weights."""
     save_file(folded(load_file(folder / WEIGHTS)), folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
     del config["model_args"]["init_values"]
@@ -64,7 +64,7 @@ def older(source) -> Path:
 
 @torch.no_grad()
 def tokens(kind: str, out: Path) -> Tensor:
-    """What another library, with its own code, makes of PIXELS: all tokens, of open_clip the class token alone."""
+    """Another library's output for PIXELS: all tokens; with open_clip only the class token."""
     if kind == "timm":
         return timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval().forward_features(PIXELS)
     if kind == "open_clip":
@@ -96,7 +96,7 @@ def test_another_library_computes_the_same(written, kind, encoder, request, tmp_
 @pytest.mark.parametrize("kind", FORMATS)
 @torch.no_grad()
 def test_a_run_of_pretrain_is_exported_as_it_is(kind, trained_run, target_root, tmp_path):
-    """The card says what it is; the weights compute what the student of the last checkpoint does."""
+    """The card describes the encoder; the weights compute the same as the student of the last checkpoint."""
     run, out = trained_run(), tmp_path / "out"
     done = CliRunner().invoke(app, ["export", str(run), str(out), "--format", kind])
     assert done.exit_code == 0, done.output
@@ -111,7 +111,7 @@ def test_a_run_of_pretrain_is_exported_as_it_is(kind, trained_run, target_root, 
     assert f"| teacher | tiny (open_clip), weights {teacher['weights'][:16]} |" in text
     assert "| epochs | 2 |" in text
     assert str(tmp_path) not in card
-    # The file of weights alone, which lies in the run.
+    # Only the file of weights, inside the run.
     assert export(str(run / WEIGHTS), out, kind, scores=[])
     assert (out / "README.md").read_text() == card
 
@@ -119,7 +119,7 @@ def test_a_run_of_pretrain_is_exported_as_it_is(kind, trained_run, target_root, 
 @pytest.mark.parametrize("kind", FORMATS)
 @torch.no_grad()
 def test_a_run_of_an_older_version_is_exported(kind, trained_run, tmp_path):
-    """Its manifest names neither the teacher's library nor its weights; LayerScale is in the encoder's weights."""
+    """The manifest lacks the teacher's library and weights; LayerScale is in the encoder's weights."""
     run = tmp_path / "run"
     run.mkdir()
     for name in (WEIGHTS, CONFIG):
@@ -139,7 +139,7 @@ def test_what_was_exported_can_be_scored_and_exported_again(source, tmp_path):
     again = load_encoder(str(source), 0, torch.device("cpu"))
     export(str(source), tmp_path / "out", "timm", scores=[])
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == again.model.state_dict().keys()
-    # open_clip's file says enough of itself to be a teacher, with CLIP's normalisation of pixels.
+    # open_clip's file has enough metadata to be a teacher, with CLIP's normalisation of pixels.
     export(str(source), tmp_path / "clip", "open_clip", scores=[])
     teacher = load_encoder(f"open_clip:any@{tmp_path / 'clip' / 'visual.safetensors'}", 0, torch.device("cpu"))
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

@@ -15,7 +15,7 @@ from cae2pipe.models.layers import (
 
 
 def by_hand(q, k, v, heads):
-    """Attention one head at a time, without torch's own."""
+    """Attention one head at a time, without torch's function."""
     size = q.shape[-1] // heads
     results = []
     for head in range(heads):

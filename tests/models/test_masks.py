@@ -57,7 +57,7 @@ def test_every_part_of_the_key_matters(strategy):
 def test_block_masks_have_the_released_codes_statistics(count, blocks, corner, centre):
     masks = np.mean([block_mask(14, 14, count, "statistics", number) for number in range(SAMPLES)], axis=0)
     placed = np.mean([len(place_blocks(14, 14, count, "statistics", number)) for number in range(SAMPLES)])
-    # Three standard errors or more of the means of 600 draws, and what the published figures are rounded by.
+    # At least three standard errors of the means of 600 draws, plus the rounding of the published figures.
     assert placed == pytest.approx(blocks, abs=0.2)
     assert masks[[0, 0, -1, -1], [0, -1, 0, -1]].mean() == pytest.approx(corner, abs=0.025)
     assert masks[6:8, 6:8].mean() == pytest.approx(centre, abs=4 * (centre * (1 - centre) / SAMPLES) ** 0.5 + 0.005)
@@ -69,11 +69,11 @@ def test_random_masks_have_no_favourite_patches():
 
 
 def test_what_the_teacher_looks_at_stays_visible_as_drawn_without_replacement():
-    """Four patches of attention 8, 4, 2, 1 (of which 0 counts as a quarter), two of them seen."""
+    """Four patches of attention 8, 4, 2, 1 (0 counts as a quarter), two of them visible."""
     attention = np.array([8, 4, 2, 1, 0], dtype=np.uint8)
     weights = np.array([8, 4, 2, 1, 0.25])
     shares = weights / weights.sum()
-    # Seen first, or second after any other.
+    # Drawn first, or second after any other.
     expected = [
         shares[i] + sum(shares[j] * weights[i] / (weights.sum() - weights[j]) for j in range(5) if j != i)
         for i in range(5)
@@ -90,7 +90,7 @@ def test_attention_masks_without_attention_have_no_favourites():
 
 
 def test_single_patches_fill_what_no_block_can():
-    # Blocks are smaller than the grid: on one row there is none at all.
+    # Blocks are smaller than the grid: with one row there are none.
     assert place_blocks(1, 6, 4, "fill") == []
     assert block_mask(1, 6, 4, "fill").sum() == 4
 

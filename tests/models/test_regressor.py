@@ -11,7 +11,7 @@ MASKED = torch.tensor([[1, 2, 4], [0, 6, 9]])
 
 
 def build(**over) -> Regressor:
-    """A regressor none of whose parameters is at its initial value."""
+    """A regressor with all parameters changed from their initial values."""
     torch.manual_seed(0)
     regressor = Regressor(**({"width": WIDTH, "depth": 2, "heads": HEADS, "grid": GRID} | over))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_initial_weights():
 
 
 def test_a_narrow_context_does_not_narrow_the_stream(context):
-    # A Linear before the regressor gives bf16 under autocast where the norm after it does not widen again (CPU).
+    # Under autocast a Linear before the regressor returns bf16, which the following norm does not convert back (CPU).
     with torch.autocast("cpu", torch.bfloat16):
         latents = build()(context.bfloat16(), VISIBLE, MASKED)
     assert latents.dtype == torch.float32

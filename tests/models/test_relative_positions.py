@@ -40,7 +40,7 @@ def test_the_operator_is_registered_as_it_behaves(positions):
 
 
 def test_compiled_attention_takes_a_contiguous_bias_in_both_passes(positions):
-    """In the forward graph and in the backward one the bias is what the operator made, not something laid out anew."""
+    """In forward and backward graphs the bias is the operator's output, not a copy with another layout."""
     q, k, v = torch.randn(3, 2, 4, 16, 8).unbind()
 
     def attend():
@@ -59,6 +59,6 @@ def test_compiled_attention_takes_a_contiguous_bias_in_both_passes(positions):
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert any("relative_bias" in target for target in called)
     bias = bias_of(positions)
-    # Of four dimensions, inductor would lay it out as channels-last where convolutions come later.
+    # With four dimensions, inductor would use channels-last if convolutions follow.
     assert bias.is_contiguous()
     assert bias.ndim == 3

@@ -1,4 +1,4 @@
-"""A made-up checkpoint with the names and shapes of the authors' own."""
+"""A random checkpoint with the authors' names and shapes."""
 
 import argparse
 import zipfile
@@ -48,7 +48,7 @@ def released(width: int = WIDTH, depth: int = DEPTH) -> dict[str, torch.Tensor]:
 
 
 def by_hand(state: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """The forward pass as their code writes it: biases on q and v, scale on q, gammas on the branches."""
+    """The forward pass as in their code: biases on q and v, scale on q, gammas on the branches."""
     norm = torch.nn.functional.layer_norm
     x = torch.nn.functional.conv2d(
         images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=16
@@ -89,7 +89,7 @@ def test_a_released_encoder_computes_what_its_authors_code_does(prefix, tmp_path
     [
         ({"blocks.1.gamma_2": None}, r"blocks\.1\.ls2\.gamma is missing"),
         ({"head.weight": torch.zeros(10, WIDTH)}, "head.weight is unexpected"),
-        ({"norm.bias": torch.zeros(10)}, r"norm.bias is \(10,\) and not \(192,\)"),
+        ({"norm.bias": torch.zeros(10)}, r"norm.bias has shape \(10,\), expected \(192,\)"),
         ({"pos_embed": None}, "no patch_embed or pos_embed"),
         ({"pos_embed": torch.zeros(1, 190, WIDTH)}, "190 positions"),
     ],
@@ -102,8 +102,8 @@ def test_what_does_not_fit_is_named(tmp_path, change, what):
 
 
 def save_model(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """As ``utils.save_model`` of the authors' repository writes it after their engine has set the learning rates, which
-    numpy has computed."""
+    """As written by ``utils.save_model`` of the authors' repository after their engine has set learning rates, which
+    numpy computed."""
     parameters = [torch.nn.Parameter(tensor) for tensor in state.values()]
     optimizer = torch.optim.AdamW(parameters[:2], lr=1e-3, betas=(0.9, 0.98))
     (parameters[0].sum() + parameters[1].sum()).backward()
@@ -127,7 +127,7 @@ def save_model(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def as_numpy_1_wrote_it(path: Path) -> None:
-    """Names the constructor of numpy's numbers as numpy 1 has it."""
+    """Uses the name that numpy 1 has for the constructor of numpy's numbers."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     [pickled] = [name for name in members if name.endswith("data.pkl")]

@@ -1,4 +1,4 @@
-"""What is changed about timm's model before it is trained on labels: the function stays, every parameter learns."""
+"""Changes of timm's model before training on labels: the function is preserved, every parameter is trained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model(encoder):
 
 @pytest.fixture
 def older(encoder):
-    """The model of an encoder that an older version wrote."""
+    """The model of an encoder written by an older version."""
     config = timm_config(encoder)
     del config["model_args"]["init_values"]
     return build_vit(config, folded(timm_state(encoder)))
@@ -166,7 +166,7 @@ def test_what_can_be_fine_tuned(name):
 
 def test_more_tokens_before_the_patches_have_no_relative_positions():
     built = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=0)
-    with pytest.raises(SettingsError, match="not 2"):
+    with pytest.raises(SettingsError, match="this model has 2"):
         add_relative_positions(built, "deit")
 
 

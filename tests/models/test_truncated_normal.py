@@ -10,7 +10,7 @@ from cae2pipe.models.truncated_normal import truncated_normal
 
 
 def expected_std(std: float, cut: float) -> float:
-    """Closed form of a normal cut at both sides alike."""
+    """Closed form for a symmetrically truncated normal."""
     alpha = cut / std
     density = math.exp(-(alpha**2) / 2) / math.sqrt(2 * math.pi)
     return std * math.sqrt(1 - 2 * alpha * density / math.erf(alpha / math.sqrt(2)))
@@ -50,7 +50,7 @@ def test_default_is_the_released_code_s():
 
 
 def test_one_seed_gives_one_draw_in_every_version():
-    """The values that torch 2.11, 2.14 and 2.15 gave, to the bit, and the generator's state after them."""
+    """Equal to the values of torch 2.11, 2.14 and 2.15 to the bit, and the generator's state afterwards too."""
     torch.manual_seed(0)
     assert torch.equal(
         truncated_normal(torch.empty(5)),

@@ -1,4 +1,4 @@
-"""What a comparison says: means, spreads, orders and cost, from numbers and from what runs left behind."""
+"""Text of a comparison: means, deviations, orders and cost, from numbers and from outputs of runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_is_too_near_to_tell_is_said():
     assert better(rows[0], rows[2], "linear")
     assert not better(rows[0], rows[1], "linear")
     (line,) = findings(comparison(*rows[:2]))
-    assert "a > b, cannot be told here" in line
+    assert "a > b, can be neither confirmed nor rejected here" in line
 
 
 def test_a_difference_counts_from_two_standard_errors_on():
@@ -124,5 +124,5 @@ def test_the_page_names_runs_and_escapes_what_is_given(tmp_path):
     assert "&lt;a&gt;" in page
     assert "<a>" not in page
     assert "caev2-s0-1, caev2-s1-2" in page
-    # Scores and losses; of masked patches it predicts nothing.
+    # Scores and losses; it has no predictions for masked patches.
     assert page.count("<img") == 2

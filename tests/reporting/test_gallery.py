@@ -1,4 +1,4 @@
-"""Pictures of comparisons: neighbours by hand, and every picture where it belongs."""
+"""Pictures of comparisons: neighbours by hand, and every picture in its position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots: what is drawn is what was given, equal figures give equal bytes, and a page stays whole."""
+"""Plots: the right values, equal bytes for equal figures, and a valid page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def picture(text: Html) -> ElementTree.Element:
     kind, _, data = attributes["src"].partition("base64,")
     assert kind == "data:image/svg+xml;"
     content = base64.b64decode(data)
-    # Names of namespaces are the only addresses in it: it loads nothing.
+    # The only addresses in it are names of namespaces, so it loads nothing.
     assert not re.search(rb"href=.http|url[(]http|<script", content)
     return ElementTree.fromstring(content)
 

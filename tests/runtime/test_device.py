@@ -1,4 +1,4 @@
-"""How float32 is computed: every stage says it, whatever ran before in the process."""
+"""float32 precision: every stage sets it, whatever ran before in the process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def backends() -> tuple[str, bool, bool, bool]:
 
 @pytest.fixture
 def left_over() -> Iterator[None]:
-    """What a training in bfloat16, and one that was to be deterministic, leave behind; torch's defaults afterwards."""
+    """The state after a bfloat16 training and after a deterministic one; restores torch's defaults."""
     set_backends(bf16=True, deterministic=True)
     torch.backends.cudnn.benchmark = True
     yield

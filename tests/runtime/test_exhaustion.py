@@ -1,4 +1,4 @@
-"""Memory that ends is never called damage. The limits are the operating system's own, so that nothing is made up."""
+"""Running out of memory is never reported as damage. The limits are real ones of the operating system."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits and 
 
 @pytest.fixture(scope="module")
 def short_of_memory(tmp_path_factory) -> dict[str, str]:
-    """What came of reading with too little memory, by what was read."""
+    """Outcomes of reading with too little memory, by kind of file."""
     command = [sys.executable, "-m", "tests.faults.short_of_memory", str(tmp_path_factory.mktemp("memory"))]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     return json.loads(ran.stdout)
@@ -34,7 +34,7 @@ def short_of_memory(tmp_path_factory) -> dict[str, str]:
 def test_too_little_memory_is_not_blamed_on(name, short_of_memory):
     outcome = short_of_memory[name]
     assert outcome.startswith(("MemoryError: ", "RuntimeError: [enforce fail at alloc_cpu"))
-    # Memory is all that was lacking; but the record is large and no more.
+    # Only memory was lacking; the record is just large.
     assert outcome.endswith(", then read") or name == "the record of a failed step"
 
 

@@ -1,4 +1,4 @@
-"""Archives as users have them, made of a few photographs, and what is asserted of most of them."""
+"""Typical archives of users, made of a few photographs, and common assertions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def class_tars(files: dict[str, bytes]) -> dict[str, bytes]:
-    """One tar a class of ``class/name`` files, as ImageNet packs them."""
+    """One tar per class of ``class/name`` files, as in ImageNet."""
     return {
         f"{label}.tar": tar_bytes(
             {name.split("/")[1]: data for name, data in files.items() if name.split("/")[0] == label}

@@ -19,7 +19,7 @@ def photo_files(tmp_path) -> dict[str, bytes]:
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """27 files in three classes: 24 images of many kinds, and three that are none."""
+    """27 files in three classes: 24 images of many kinds, and three that are not images."""
     files = {f"{name}/{n:02d}.jpg": encoded("JPEG", n) for n, name in enumerate(["cat", "dog", "elk"] * 6)}
     files |= {
         "cat/png inside.JPEG": encoded("PNG", 20),

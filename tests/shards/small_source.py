@@ -1,4 +1,4 @@
-"""A small source of many kinds of images, and how it is packed."""
+"""A small source with many kinds of images, and its settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def samples(shards: ShardSet) -> dict[str, tuple[int, bytes]]:
 
 
 class Stop(Silent):
-    """Ends the run once ``after`` images are done, as ``error`` would."""
+    """Ends the run with ``error`` after ``after`` images."""
 
     def __init__(self, after: int, error: BaseException):
         super().__init__()

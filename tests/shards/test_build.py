@@ -1,4 +1,4 @@
-"""Folders to shard sets: every image once, bytes that depend on nothing else, other folders refused."""
+"""Folders to shard sets: every image once, deterministic bytes, other folders refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shard sets that were broken off, grew or were damaged: resumed to the same bytes, or refused."""
+"""Interrupted, grown or damaged shard sets: resumed to the same bytes, or refused."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_new_images_go_into_tars_of_their_own(source, tmp_path):
     build_shard_set(source, out, chosen(), report=report)
     assert report.lines[-1].startswith("nothing to do")
     assert snapshot(out) == after
-    # Whoever lost a tar of either generation has it back; a set made at one go is another set.
+    # A lost tar of either generation is restored; a set made in one run is a different set.
     for name in ("000000", "000005"):
         (out / f"tars/{name}.tar").unlink()
     (out / "listing-000.jsonl.gz").unlink()

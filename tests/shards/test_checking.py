@@ -1,4 +1,4 @@
-"""Images are proved to decode, by workers or without."""
+"""Images are checked by decoding, with and without workers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_file_that_cannot_be_read_is_no_reject(files, workers):
 
 
 def test_what_cannot_be_decoded_is_told_without_its_place(files):
-    # Reasons go into rejects.jsonl, which names no folder of this machine.
+    # Reasons are written to rejects.jsonl, which must not contain local folders.
     assert check_image(files[1]).reason is None
     assert str(files[0].file.parent) not in check_image(files[0]).reason
 

@@ -1,4 +1,4 @@
-"""Kaggle's table of labels, read as it is or refused."""
+"""Kaggle's table of labels, read correctly or refused."""
 
 from __future__ import annotations
 

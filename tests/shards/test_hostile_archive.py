@@ -1,4 +1,4 @@
-"""Archives that are broken or lie: one clear error, or the images as they are."""
+"""Broken and malicious archives: one clear error, or the correct images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TestBroken:
 
 
 class TestHostile:
-    """Headers that lie: one clear error, or the images as they are; never a loop, a long list or a traceback."""
+    """Malicious headers: one clear error, or the correct images; never a loop, a long list or a traceback."""
 
     def tar(self, path: Path, image: bytes, **fields) -> Path:
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -108,7 +108,7 @@ class TestHostile:
         image = photo_files["class0/image000.jpg"]
         for kind in (tarfile.CHRTYPE, tarfile.FIFOTYPE):
             error = refused(self.tar(tmp_path / "a.tar", b"", type=kind))
-            assert "is no file" in error.what
+            assert "is not a file" in error.what
         self.tar(tmp_path / "a.tar", image, type=b"M")
         assert "another volume" in refused(tmp_path / "a.tar").what
 
@@ -138,7 +138,7 @@ class TestHostile:
         ),
     )
     def test_damaged_headers_give_the_images_or_an_error(self, tmp_path, pax, member, field, value):
-        """Whatever one header of a real tar claims: its checksum is made to fit."""
+        """Any change to one header of a real tar, with a matching checksum."""
         photo_files = {f"class{number % 3}/{number}.jpg": b"%d" % number * 400 for number in range(12)}
         whole = bytearray(tar_bytes(photo_files, format=tarfile.PAX_FORMAT if pax else tarfile.USTAR_FORMAT))
         with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
@@ -156,7 +156,7 @@ class TestHostile:
         else:
             read = [read_piece(source.piece(entry)) for entry in source.entries]
             assert set(read) <= set(photo_files.values())
-            # A member whose type is a folder's, or an extended header's, is one: no reader can tell.
+            # A member with the type of a folder or an extended header is one; no reader can detect the change.
             assert len(read) + source.passed_over.total() >= len(photo_files) - (field == (156, 1))
             return
         assert error.where

@@ -1,4 +1,4 @@
-"""ImageNet's official archives, its ground truth, and the reference manifest that a source is held against."""
+"""ImageNet's official archives, its ground truth, and the reference manifest that a source is compared with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.shards.archives import ALONE, class_tars, packed, refused, tar_bytes,
 
 
 def devkit(truth: list[str]) -> bytes:
-    """A development kit like ImageNet's: its numbers are not in the order of the synsets, and 1000 is no leaf here."""
+    """A development kit like ImageNet's: its numbers are not in the order of the synsets, and 1000 is not a leaf."""
     from scipy.io import savemat
 
     classes = sorted(set(truth), reverse=True)
@@ -49,7 +49,7 @@ def devkit(truth: list[str]) -> bytes:
 class TestGroundTruth:
     @pytest.fixture
     def flat(self, photo_files, tmp_path) -> tuple[Path, list[str]]:
-        """The images as ImageNet's validation archive has them, and their classes in the order of the names."""
+        """The images in the layout of ImageNet's validation archive, and their classes in the order of the names."""
         order = sorted(photo_files, key=lambda name: name.split("/")[1])
         names = [f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, 13)]
         (tmp_path / "val.tar").write_bytes(
@@ -106,7 +106,7 @@ class TestGroundTruth:
         (tmp_path / "numbers.txt").write_text("1\n2\n")
         assert "development kit" in refused(archive, labels=tmp_path / "numbers.txt").what
         (tmp_path / "kit.tar.gz").write_bytes(gzip.compress(tar_bytes({"x": b""})))
-        assert "holds no" in refused(archive, labels=tmp_path / "kit.tar.gz").what
+        assert "does not contain" in refused(archive, labels=tmp_path / "kit.tar.gz").what
         (tmp_path / "s.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1 1 1 1\n")
         assert "11 images have no label" in refused(archive, labels=tmp_path / "s.csv").what
         endless = tar_bytes({"x": b"1" * 600}, format=tarfile.PAX_FORMAT, pax_headers={"size": "-1536"})
@@ -137,7 +137,7 @@ class TestExpected:
             check_expected(scan(tmp_path / "photos"), self.reference(tmp_path), "val")
         assert caught.value.what == (
             "this is not three/val: 1 of its 3 classes are missing: class1 (words of 1); "
-            "1 classes are not its own: other; there are 9 images instead of 3"
+            "unexpected classes (1): other; there are 9 images instead of 3"
         )
 
     def test_names_of_manifests(self, photo_files, tmp_path):
@@ -146,7 +146,7 @@ class TestExpected:
             with pytest.raises(SettingsError):
                 check_expected(source, bad)
         (tmp_path / "bad.json").write_text("[]")
-        with pytest.raises(SettingsError, match="unknown reference manifest"):
+        with pytest.raises(SettingsError, match="not a reference manifest"):
             check_expected(source, str(tmp_path / "bad.json"))
 
     def test_imagenet_on_the_command_line(self, photo_files, tmp_path):

@@ -48,7 +48,7 @@ def test_plain_names_are_their_own_keys(name):
 
 @given(names | tricky)
 def test_no_name_has_the_key_of_a_name_that_was_cut(name):
-    # Two names with one key would lose an image: here the second name is made from the key of the first.
+    # Two names with the same key would lose an image: here the second name is made from the key of the first.
     key = sample_key(name)
     assume(unicodedata.normalize("NFC", name) != key)
     assert sample_key(key) != key or set(key).isdisjoint("+~=")

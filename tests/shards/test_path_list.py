@@ -25,7 +25,7 @@ class TestLists:
         [
             ("photos/class0/image001.jpg\nphotos/none.jpg\n", 2, "no such file"),
             ("photos/class0/image001.jpg\tcat\nphotos/class0/image002.jpg\n", 2, "some lines"),
-            ("photos/class0/image001.jpg\nphotos/class0/image001.jpg\n", 2, "line 1 too"),
+            ("photos/class0/image001.jpg\nphotos/class0/image001.jpg\n", 2, "also in line 1"),
         ],
     )
     def test_bad_lines_are_named(self, photo_files, tmp_path, text, line, what):

@@ -1,4 +1,4 @@
-"""Shard sets, read: by ranges, from any process, and never wrong without a word."""
+"""Reading of shard sets: by ranges, from any process, and never silently wrong."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_folder_of_something_else(tmp_path):
 
 @pytest.fixture
 def damaged(shards):
-    """The set and its second tar; nothing of it has been read by this process."""
+    """The set and its second tar; this process has not read any of it."""
     shard_set._index.cache_clear()
     return shards, shards.shards[1]
 

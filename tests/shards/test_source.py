@@ -1,4 +1,4 @@
-"""Folders as sources: what is found, and every way in which a folder is refused."""
+"""Folders as sources: the images found, and every reason for which a folder is refused."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_links_to_files_and_folders_are_followed(tmp_path):
 
 def test_no_such_folder_and_a_file(tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nothing").what
-    assert "this is a file" in refused(fill(tmp_path / "s", "a.jpg") / "a.jpg").what
+    assert "neither a .tar nor" in refused(fill(tmp_path / "s", "a.jpg") / "a.jpg").what
 
 
 def test_an_empty_folder(tmp_path):
@@ -203,7 +203,7 @@ def test_a_link_to_a_folder_above_it(tmp_path):
     source = fill(tmp_path / "s", "cat/deep/1.jpg")
     (source / "cat" / "deep" / "back").symlink_to(source / "cat")
     error = refused(source)
-    assert "holds it" in error.what
+    assert "contains it" in error.what
     assert error.where.startswith(str(source / "cat" / "deep" / "back"))
 
 
@@ -286,7 +286,7 @@ def test_tars_in_capitals_and_what_lies_beside_tars(tmp_path):
     assert refused(root).where == str(root / "more.tar.gz")
     (root / "more.tar.gz").unlink()
     write_tar(root / "SHARD-000.tar", "1.jpg", "1.cls")
-    assert "one name" in refused(root).what
+    assert "the same name" in refused(root).what
 
 
 def test_folders_in_tars_are_never_lost_as_classes(tmp_path):

@@ -1,4 +1,4 @@
-"""Tars: equal samples give equal bytes, WebDataset reads them, and a broken one is never read as a shorter one."""
+"""Tars: equal samples give equal bytes, WebDataset reads them, and a truncated tar is never read as a shorter one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_members_bear_nothing_of_the_machine_or_the_time(tmp_path):
 
 
 def test_images_lie_side_by_side(tmp_path):
-    # One ranged read fetches many: between two images lie a label and two headers, and no more.
+    # One ranged read fetches many: between two images there are only a label and two headers.
     index = index_tar(write(tmp_path / "x.tar", [(f"k{n}", n, b"x" * 1000) for n in range(20)]))
     assert {after.offset - before.offset for before, after in pairwise(index)} == {1024 + 3 * 512}
 

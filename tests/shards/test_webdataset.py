@@ -1,4 +1,4 @@
-"""Tars of WebDataset's form: labels, keys and what is wrong with them."""
+"""Tars in WebDataset's format: labels, keys and errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TestWebDataset:
         assert "not a label: 'cat'" in refused(path).what
         for text in ("\u0663", "\u00b2", "-1", "1 2", "__import__('os')"):
             path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": text.encode()}))
-            assert "no label" in refused(path).what
+            assert "not a label" in refused(path).what
         path.write_bytes(tar_bytes({"1.jpg": image, "1.cls": b"0" * 1000}))
         assert "1000 bytes" in refused(path).what
 

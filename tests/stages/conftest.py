@@ -14,7 +14,7 @@ CLASSES = {"bright": (230, 220, 40), "dark": (20, 30, 60), "red": (200, 20, 30)}
 
 @pytest.fixture
 def copy(target_root, tmp_path) -> Path:
-    """A target set of the test's own."""
+    """A copy of the target set that the test may change."""
     root = tmp_path / "copy"
     shutil.copytree(target_root, root)
     return root
@@ -22,7 +22,7 @@ def copy(target_root, tmp_path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Three colours with noise: even an untrained encoder tells them apart. One val image is none."""
+    """Three colours with noise: even an untrained encoder distinguishes them. One val file is not an image."""
     rng = np.random.default_rng(0)
     for part, each in (("train", 6), ("val", 3)):
         for name, colour in CLASSES.items():

@@ -1,4 +1,4 @@
-"""Many runs side by side: what is expanded, what is done, what is not done twice, what the report says."""
+"""Comparisons of many runs: expansion of the grid, work done, work skipped, content of the report."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_processes_of_torchrun_share_every_run(target_root, data, tmp_path):
     command = [*torchrun, "-m", "cae2pipe", "compare", path, target_root, data, tmp_path / "two", "--workers", "0"]
     done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
-    # Told once, by the leading process.
+    # Logged once, by the leading process.
     assert done.stdout.count("report.html") == 1
     one = compare(grid(seeds=0), "grid", target_root, data=data, out=tmp_path / "one", report=Silent(), speed=SPEED)
     assert f"{one.done} of {one.wanted} scores" in done.stderr
@@ -254,7 +254,7 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--jobs", "2"])
     assert done.exit_code == 2
     assert "2 of 2 processes failed: 1, 2" in done.stderr
-    # What is there is told all the same.
+    # The results so far are reported anyway.
     assert "0 of 2 scores" in (tmp_path / "out" / "reports" / "grid" / "report.md").read_text()
 
 
@@ -267,7 +267,7 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
         ({"variants": [{"name": "x", "sett": {}}]}, "unknown setting"),
         ({"along": "mask.ration"}, "no pretraining setting 'mask.ration'"),
         ({"along": "mask.ratio.x"}, "no pretraining setting"),
-        ({"along": "method"}, "method is no number"),
+        ({"along": "method"}, "method is no"),
         ({"evaluate": []}, "evaluate"),
         ({"set": {"seed": 3}}, "cannot set seed, which is set by `seeds`"),
         ({"variants": [{"name": "x", "set": {"stop_after": 1}}]}, "cannot be scored"),
@@ -340,7 +340,7 @@ def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, d
 
 
 def test_other_scores_and_grown_targets_are_other_folders(photos, extract_settings, pretrain_settings, data, tmp_path):
-    """One OUT for other evaluations, and for the same set with more views: nothing is mixed up."""
+    """One OUT for different evaluations, and for the same set with more views: nothing is mixed up."""
     extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())
     out = tmp_path / "out"
     compare(grid(seeds=0), "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)

@@ -1,4 +1,4 @@
-"""A grid on one device: every run is compiled, none leaves anything behind."""
+"""A grid on one device: every run is compiled, and none leaves anything in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The estimate against the set that is then made."""
+"""The estimate compared with the set that is then made."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_it_is_near_the_set_and_writes_nothing(target_root, photos, tmp_path, ex
     assert rows["fp16"]["mean"] > rows["int8"]["mean"] > rows["klt"]["mean"] > 0.998
     stored = TargetSet(target_root).bytes_per_view()
     assert rows["klt"]["latents"] == pytest.approx(stored["latents"], rel=0.25)
-    # Of two views that share an image, and its headers in the tar.
+    # For two views that share an image and its headers in the tar.
     assert result["pixels"] == pytest.approx(stored["pixels"] + 2048 / 2, rel=0.25)
     assert rows["klt"]["bytes"] == pytest.approx(
         result["images"] * 2 * (result["pixels"] + rows["klt"]["latents"]), rel=0.01
@@ -65,7 +65,7 @@ def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_sett
     advice, klt = cost["recommended"], next(row for row in cost["codecs"] if row["codec"] == "klt")
     assert advice["epochs"] == 45
     assert advice["views"] == recommend_views(45) > cost["views"] == 2
-    # The asked codec at the asked fidelity, for other views than asked, which share the same images.
+    # The requested codec and fidelity, for another number of views, which share the same images.
     latents = klt["latents"] * (advice["views"] - cost["views"])
     assert advice["bytes"] == pytest.approx(klt["bytes"] + cost["images"] * latents, rel=0.001)
     assert advice["seconds"] == pytest.approx(klt["seconds"] * advice["views"] / 2)

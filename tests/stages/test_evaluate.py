@@ -1,4 +1,4 @@
-"""`evaluate knn` and `evaluate linear` as a user runs them: results, going on, refusals."""
+"""`evaluate knn` and `evaluate linear` as a user runs them: results, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_run_without_trained_class_token_is_scored_by_its_patches(make_run, da
 
 
 def test_the_same_weights_scored_by_another_feature_are_another_score(make_run, data, tmp_path):
-    """auto is the class token of an exported file, and the patches of a run that did not train its class token."""
+    """``auto``: the class token for an exported file, the mean patch for a run that did not train its class token."""
     run, bare = make_run(loss={"visible": 0.0}), tmp_path / "bare"
     bare.mkdir()
     for name in (WEIGHTS, CONFIG):
@@ -160,7 +160,7 @@ def test_the_command(exported, data, tmp_path):
 
 
 def test_real_photographs_of_three_classes(real, tmp_path):
-    """A trained ViT tells them apart from five examples each, an untrained student does not do as well."""
+    """A trained ViT distinguishes them from five examples each; an untrained student is worse."""
     for part in ("train", "val"):
         for folder in sorted((real / "imagenette" / part).iterdir())[:3]:
             target = tmp_path / "data" / part / folder.name

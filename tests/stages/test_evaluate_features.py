@@ -1,4 +1,4 @@
-"""Features of `evaluate knn` and `evaluate linear`: written in parts, checked, made again, independent of batches."""
+"""Features of `evaluate knn` and `evaluate linear`: written in parts, checked, recomputed, independent of batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def flipped(path: Path, place: int) -> None:
 
 
 def last_label(path: Path) -> None:
-    """One label of a part, changed; the file is as whole as before."""
+    """Change one label of a part; the file stays valid."""
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         about = file.metadata()
@@ -40,7 +40,7 @@ def last_label(path: Path) -> None:
 
 
 def unsigned(path: Path) -> None:
-    """A part as versions before checksums wrote it."""
+    """A part as written by versions without checksums."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["samples"])
     del about["crc32c"]
@@ -118,7 +118,7 @@ def test_files_of_equal_names_and_sizes_are_other_images(exported, data, tmp_pat
 
 
 def test_features_leave_the_device_once_a_part(exported, data, tmp_path, monkeypatch):
-    """To take each batch off would wait for it. What is kept until then are features, not the tokens they are of."""
+    """Copying each batch to the host would wait for it. Until then only features are kept, not tokens."""
     calls, kept, to_cpu, join = [], [], torch.Tensor.cpu, torch.cat
 
     def cat(parts, *rest, **options):

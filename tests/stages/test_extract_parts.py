@@ -1,4 +1,4 @@
-"""Extraction split among parts, ranks and machines."""
+"""Extraction divided among parts, ranks and machines."""
 
 from __future__ import annotations
 

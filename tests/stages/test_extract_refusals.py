@@ -1,4 +1,4 @@
-"""What target extraction refuses by name: other settings, weights and sources, foreign folders, damage."""
+"""Inputs that extraction refuses: other settings, weights and sources, foreign folders, damage."""
 
 import json
 import shutil

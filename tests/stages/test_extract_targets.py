@@ -1,4 +1,4 @@
-"""Target sets are complete, the same however they were made, and resumed."""
+"""Target sets are complete, reproducible and resumable."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ def test_how_many_views_are_rendered_at_once_changes_nothing(
 
 
 def without_defaults(settings: ExtractSettings) -> ExtractSettings:
-    """The settings as of a command that gives neither views nor a fidelity."""
+    """The settings of a command that gives neither views nor a fidelity."""
     values = settings.model_dump(mode="json")
     del values["views"], values["codec"]["fidelity"]
     return build(ExtractSettings, values, "test")
@@ -87,7 +87,7 @@ def test_a_set_of_other_defaults_is_resumed_with_its_own(copy, photos, extract_s
     extract_targets(photos, copy, given, report=report)
     assert contents(copy) == before
     assert "using the settings of this set: --views 2 --fidelity 0.999" in said
-    # What is given counts.
+    # Given values take precedence.
     with pytest.raises(MismatchError, match=r"codec\.fidelity"):
         extract_targets(photos, copy, extract_settings(codec={"fidelity": given.codec.fidelity}), report=Silent())
 
@@ -177,12 +177,12 @@ def test_the_journal_of_a_killed_run_counts(target_root, photos, tmp_path, extra
 
 
 def test_the_format_is_that_of_the_version_that_began_the_set(target_root, photos, tmp_path, extract_settings):
-    """Older versions refuse what they would misread; sets that they began stay readable for them."""
+    """Older versions refuse sets that they would misread; sets that they started stay readable for them."""
     assert open_artifact(target_root).format == 3
     old = tmp_path / "old"
     extract_targets(photos, old, extract_settings(views=1), report=Silent())
     manifest = json.loads((old / "manifest.json").read_text())
-    del manifest["digest"]  # which they did not have
+    del manifest["digest"]  # older versions wrote none
     (old / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
     extract_targets(photos, old, extract_settings(views=2), report=Silent())
     assert json.loads((old / "manifest.json").read_text())["format"] == 1

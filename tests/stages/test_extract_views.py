@@ -1,4 +1,4 @@
-"""What the stored targets hold: the teacher's outputs of the very views that are given back."""
+"""Stored targets are the teacher's outputs for exactly the views that the set returns."""
 
 import importlib
 import shutil
@@ -49,7 +49,7 @@ def test_the_draws_kept_recreate_the_stored_view(stored_root, photos, extract_se
 
 
 def test_the_teacher_sees_what_is_cut_from_the_images_kept(target_root, photos, extract_settings, monkeypatch):
-    """Of every view, what stage 1 gives the teacher is, bit for bit, what the set gives to those who load it."""
+    """For every view, the teacher's input in stage 1 equals, bit for bit, the pixels that the set returns."""
     from cae2pipe.shards.shard_set import ShardSet
     from cae2pipe.targets.rendering import Renderer, Task
 
@@ -78,13 +78,13 @@ def test_stored_and_replayed_views_are_not_mistaken_for_each_other(
             extract_targets(photos, root, extract_settings(view={"pixels": asked}), report=Silent())
         assert f"--set view.pixels={there}" in caught.value.fix
         assert contents(root) == before
-    # Sets from before views were replayed do not say so, and are those of stored views.
+    # Sets from before views were replayed do not record this, and have stored views.
     assert "pixels" not in open_artifact(stored_root).identity["settings"]["view"]
     assert TargetSet(stored_root).replayed is None
 
 
 def test_views_are_added_from_the_images_kept(photos, tmp_path, extract_settings, monkeypatch):
-    """Reduced anew, an image could come out otherwise with another version of a library."""
+    """Reducing an image again could give other pixels with another version of a library."""
     extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())
     rendering = importlib.import_module("cae2pipe.targets.rendering")
     monkeypatch.setattr(rendering, "keep_image", None)

@@ -1,4 +1,4 @@
-"""Every method trains, goes on, exports and is scored by the same commands; one from outside too."""
+"""Every method trains, resumes, exports and is scored by the same commands; so does an external one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ VARIANTS = {
     "milan": {"method": "milan", "loss": {"reduction": "one_mean"}, "mask": {"strategy": "attention"}},
     "mae-pixels": {"method": "mae", **PIXELS},
 }
-"""Every method, with the loss and the masks that its preset has where these are its own."""
+"""Every method, with loss and masks of its preset if they are specific to it."""
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -77,7 +77,7 @@ def test_trains_goes_on_exports_and_is_scored(name, target_root, pretrain_settin
     knn = load(KnnSettings, "evaluate", "knn", overrides=["speed.workers=0", "speed.device=cpu"])
     result = evaluate("knn", str(out), data, out=tmp_path / "scores", settings=knn, report=Silent())
     assert 0 <= result["top1"] <= 1
-    # On pixels no loss falls on the class token, nor where visible tokens have none.
+    # The class token has no loss with pixel targets, nor if visible tokens have none.
     assert result["feature"] == ("mean" if name in ("maskdistill", "mae-pixels") else "class")
 
 
@@ -88,7 +88,7 @@ def test_milans_preset():
 
 
 def test_pixels_are_learnt_from_views_alone(target_root, pretrain_settings, tmp_path):
-    """Without one byte of latents, and on a grid that is not the teacher's."""
+    """Without reading latents, and on a grid that differs from the teacher's."""
     pixels = pretrain_settings(method="mae", **PIXELS, model={"patch_size": 4})
     shutil.copytree(target_root, tmp_path / "set")
     for path in (tmp_path / "set" / "latents").glob("*/*.zarr/symbols/c/*/*/*"):

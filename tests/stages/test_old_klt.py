@@ -1,4 +1,4 @@
-"""Sets whose klt rotates components alone, as older versions wrote them, are read, grown and repaired as they are."""
+"""Sets of older versions, whose klt only rotates components, are read, grown and repaired in that form."""
 
 from __future__ import annotations
 

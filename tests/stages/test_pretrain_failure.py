@@ -1,4 +1,4 @@
-"""A step whose loss is not finite: what is kept of it, and what its replay says."""
+"""A step with a loss that is not finite: its record and its replay."""
 
 import json
 from functools import partial
@@ -21,7 +21,7 @@ COSINES = {"centred_cosine_visible": 0.0, "centred_cosine_masked": 0.0}
 
 @pytest.fixture
 def failed(photos, extract_settings, pretrain_settings, tmp_path, monkeypatch):
-    """A run that met one latent that is not a number, in step 6, after a checkpoint at step 4."""
+    """A run with a NaN latent in step 6, after a checkpoint at step 4."""
     from cae2pipe.loading import loader
 
     root, out = tmp_path / "set", tmp_path / "run"
@@ -140,7 +140,7 @@ def test_a_batch_that_finds_no_room_is_advised_upon(target_root, pretrain_settin
 
 
 def test_a_compiler_that_fails_says_how_to_do_without(target_root, pretrain_settings, tmp_path, monkeypatch):
-    """As where there is no C compiler, which inductor asks for at run time."""
+    """As without a C compiler, which inductor needs at run time."""
     from cae2pipe.stages import pretrain as stage
 
     def lacking(graph, inputs):

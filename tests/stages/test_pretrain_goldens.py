@@ -1,4 +1,4 @@
-"""A loss curve that no refactor may move: made-up data, no files, float32 on the CPU."""
+"""A loss curve that no refactoring may change: synthetic data, no files, float32 on the CPU."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def uniforms(*shape: int, key: tuple) -> torch.Tensor:
 def made_up(step: int, masked: int, columns: int) -> Batch:
     masks = [split_indices(draw_mask("block", GRID, GRID, masked, "golden", step, row)) for row in range(BATCH)]
     pixels = (uniforms(BATCH, 3, 32, 32, key=("pixels", step)) * 256).to(torch.uint8)
-    # Latents that can be learnt: of the mean colour of their patch.
+    # Latents that can be learnt: functions of the mean colour of their patch.
     colours = pixels.float().unfold(2, 8, 8).unfold(3, 8, 8).mean(dim=(4, 5)).flatten(2).transpose(1, 2)
     mixing = uniforms(3, DIM, key=("mixing",)) - 0.5
     patches = torch.nn.functional.normalize((colours - 127) @ mixing, dim=-1)

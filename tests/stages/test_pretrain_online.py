@@ -1,4 +1,4 @@
-"""The teacher in the step: the same targets, and views that no cache has."""
+"""The online teacher: the same targets, and fresh views."""
 
 import pytest
 

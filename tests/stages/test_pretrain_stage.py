@@ -17,14 +17,14 @@ from tests.conftest import contents, snapshot
 
 @pytest.fixture(scope="module")
 def run(target_root, pretrain_settings, tmp_path_factory) -> Path:
-    """A finished run of two epochs, ten steps. Not to be written to."""
+    """A finished run of two epochs, ten steps. Read-only."""
     out = tmp_path_factory.mktemp("run") / "run"
     pretrain(target_root, out, pretrain_settings(), report=Silent())
     return out
 
 
 def figures(root: Path) -> list[dict]:
-    """The metrics without what hangs on the clock."""
+    """The metrics without measured times."""
     return [
         {name: value for name, value in line.items() if name not in MACHINE_METRICS}
         for line in read_lines(root / "metrics.jsonl")

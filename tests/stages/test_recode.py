@@ -1,4 +1,4 @@
-"""Recoding: the latents of an fp16 set under another codec, without the teacher and to the same bytes every time."""
+"""Recoding: the latents of an fp16 set with another codec, without the teacher and reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_comes_out_is_what_an_extraction_would_have_made(fp16, target_root,
 
 
 def test_the_facts_are_saved_before_the_codec(fp16, tmp_path, monkeypatch):
-    """A codec without them would be taken for a finished calibration."""
+    """A codec without them would count as a finished calibration."""
     write, seen = stored_calibration.write_calibration, []
 
     def watched(path: Path, calibration: Calibration) -> None:
@@ -207,7 +207,7 @@ def test_repair_goes_by_the_set_it_came_from(fp16, tmp_path):
     recode(fp16, tmp_path / "set", KLT, report=Silent())
     before = contents(tmp_path / "set")
     for name in ("latents/v01/000001.zarr/symbols/c/0/0/0", "images/000000.tar", "codec.zarr/mean/c/0"):
-        # A new file: the tar has a second name in the source.
+        # A new file, since the tar is a hard link to the source's.
         data = bytearray((tmp_path / "set" / name).read_bytes())
         data[len(data) // 2] ^= 1
         (tmp_path / "set" / name).unlink()

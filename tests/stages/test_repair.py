@@ -1,4 +1,4 @@
-"""verify --repair: what is damaged is made again from the source as it was, or the source is refused."""
+"""verify --repair: damaged units are rebuilt identically from the source, or the source is refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_exactly_the_damaged_is_made_again(copy, photos, teacher_file, name, how
     after = snapshot(copy)
     assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
     assert verify(copy, Silent()).problems == []
-    # Nothing but its unit has been written: the store and the tar of one view of one shard, say.
+    # Only its unit has been written, for example the store and the tar of one view of one shard.
     number = next((number for number in ("000000", "000001", "000002") if number in name), name.split("/")[0])
     touched = {path for path in before if before[path][1] != after[path][1]} - {"manifest.json", "shards/manifest.json"}
     assert touched
@@ -94,7 +94,7 @@ def test_a_stored_view_is_made_again(stored, photos, teacher_file):
 
 
 def test_images_that_come_out_otherwise_are_refused(copy, photos, teacher_file, monkeypatch):
-    """Views have been cut from them, and the teacher has seen those."""
+    """Views were cut from these images and seen by the teacher."""
     damage(copy / "images/000001.tar", "deleted")
     before = contents(copy)
     rendering = importlib.import_module("cae2pipe.targets.rendering")
@@ -116,7 +116,7 @@ def test_all_of_it_at_once(copy, photos, teacher_file):
 
 
 def test_a_store_that_contradicts_its_tar(stored, photos, teacher_file):
-    """Both files of another set, with the digests in the manifest made to fit: only the content tells."""
+    """Both files of another set, with matching digests in the manifest: only the content differs."""
     copy = stored
     before = contents(copy)
     tar = copy / "views/v00/000000.tar"
@@ -163,7 +163,7 @@ def test_a_shard_set_beside_the_targets(photos, tmp_path, extract_settings, teac
 
 
 def test_only_the_asked_is_made(photos, tmp_path, extract_settings, teacher_file):
-    """A set that was broken off stays partial: repair is no other name for going on."""
+    """An interrupted set stays partial: repair does not resume it."""
     settings = extract_settings()
     extract_targets(photos, tmp_path / "set", settings, report=Silent(), calibrate_only=True)
     extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())

@@ -1,4 +1,4 @@
-"""``cae2pipe report``: some runs, their scores found by what encoder they are of, pictures from stored views."""
+"""``cae2pipe report``: some runs, their scores found by encoder, pictures from stored views."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_pat
     assert found.rows[0].hours[0] > 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "http" not in page
-    # Of pixels there are no latents to show; its masks and neighbours are there.
+    # With pixel targets there are no latents to show, but masks and neighbours.
     assert page.count("Latents of seed0 and 1 more as colours") == 4
     assert "Latents of method=mae" not in page
     assert "half (unfinished, epoch 1 of 1)" in page
@@ -93,7 +93,7 @@ def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
 
 
 def test_what_is_no_run_is_refused(made, target_root, tmp_path):
-    with pytest.raises(ManifestError, match="'run' is needed"):
+    with pytest.raises(ManifestError, match="expected 'run'"):
         report_runs([target_root], [], None, out=tmp_path / "out", report=Silent())
     with pytest.raises(SettingsError, match="twice"):
         report_runs(

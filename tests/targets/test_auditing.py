@@ -1,4 +1,4 @@
-"""The live audit: sound sets pass, latents of other views do not."""
+"""The live audit: undamaged sets pass, latents of other views fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local cache of remote blocks: what was read once is not fetched again, within its bound, and never wrong."""
+"""The local cache of remote blocks: no repeated fetches, bounded size, never wrong data."""
 
 from __future__ import annotations
 

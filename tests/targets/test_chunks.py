@@ -1,4 +1,4 @@
-"""Chunk and shard bytes: round trips, damage, and equality with what zarr itself writes."""
+"""Chunk and shard bytes: round trips, damage, and equality with zarr's own output."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_index_round_trips_and_damage_is_found():
     [(0, "shuffle", False), (1, "shuffle", False), (1, "bitshuffle", False), (1, "bitshuffle", True)],
 )
 def test_shard_files_are_byte_for_byte_what_zarr_writes(tmp_path, level, shuffle, one_block):
-    # More than Blosc would take at once.
+    # More than Blosc would compress in one piece.
     values = np.random.default_rng(0).integers(0, 12, (6, 150, 107)).astype("<u2")
     group = zarr.create_group(tmp_path / "store.zarr", zarr_format=3)
     compressors = [Crc32cCodec()]

@@ -40,7 +40,7 @@ from cae2pipe.targets.stored_calibration import decode_calibration, write_calibr
 
 
 def correlated_tokens(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
-    """Unit tokens with a mean and a decaying spectrum, as a teacher's have."""
+    """Unit tokens with a mean and a decaying spectrum, like a teacher's."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.linspace(0, 4, dim).neg().exp()
     mix = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
@@ -49,7 +49,7 @@ def correlated_tokens(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Ten
 
 
 def images(n: int, tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
-    """Unit tokens whose neighbours are alike, as those of an image are."""
+    """Unit tokens with similar neighbours, as in an image."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.linspace(0, 4, dim).neg().exp()
     mix = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]

@@ -18,7 +18,7 @@ from cae2pipe.targets.estimate import SHOWINGS, project, recommend_views, tar_by
     ("views", "terabytes", "hours", "epoch"), [(1, 0.0897, 0.47, 2), (4, 0.3587, 1.9, 5), (8, 0.7175, 3.8, 10)]
 )
 def test_imagenet_1k(views: int, terabytes: float, hours: float, epoch: int) -> None:
-    """70,000 bytes a view, 750 views a second, a teacher that alone would do 900."""
+    """70,000 bytes per view, 750 views per second, and a teacher that alone reaches 900."""
     projected = project(1_281_167, views, 70_000, extracted_per_s=750, teacher_per_s=900)
     assert projected.bytes / 1e12 == pytest.approx(terabytes, rel=1e-3)
     assert projected.seconds / 3600 == pytest.approx(hours, rel=0.02)

@@ -1,4 +1,4 @@
-"""The calibration on disk: every change of its bytes is damage with its remedy, whatever the metadata say."""
+"""The calibration on disk: every change of its bytes is an error with a fix, whatever the metadata."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def encoded(values: object) -> bytes:
         ("step/c/0", encoded([np.nan]), "step has values that are not finite"),
         ("mean/c/0", encoded(np.zeros(15)), r"mean does not have the shape \(16,\)"),
         ("basis/c/0/0", encoded(np.zeros((16, 15))), r"basis does not have the shape"),
-        ("basis/c/0/0", None, "it has no basis"),
+        ("basis/c/0/0", None, "the basis, which the klt codec needs"),
         ("spread/c/0/0", None, "spread is missing"),
         ("mean/c/0", b"x" * 68, "checksum"),
     ],

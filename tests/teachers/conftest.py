@@ -10,7 +10,7 @@ from torch import Tensor
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, dict[str, Tensor]], Path]:
-    """A hub cache of this test's own, with no network behind it; the function lays a file into it."""
+    """A temporary hub cache without network; the function puts a file into it."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -35,7 +35,7 @@ def test_the_preset_gives_a_grid_of_latents():
 
 @needs_package
 def test_the_packages_weights_recognise_photographs(real):
-    """Mapped by order, mis-mapped weights would still load: names of classes tell."""
+    """Wrongly mapped weights would still load, since the mapping is by order; predicted classes reveal it."""
     manifest = Path(__file__).parents[2] / "data_manifests" / "imagenet1k.json"
     synsets = sorted(json.loads(manifest.read_text(encoding="utf-8"))["classes"])
     model = timm.create_model("tf_efficientnet_lite0").eval()

@@ -197,7 +197,7 @@ def test_presets_name_weights_that_open_clip_knows(preset, hub_cache):
 
 
 def test_pretrained_weights_come_from_the_hubs_cache(settings, teacher_file, pixels, hub_cache, monkeypatch):
-    """A tower by name and tag, its weights at hand: no network. The file holds a text tower, which is not built."""
+    """A tower by name and tag with cached weights: no network. The file contains a text tower, which is not built."""
     import open_clip.factory
     import open_clip.pretrained
 

@@ -80,7 +80,7 @@ def test_registers_are_left_out(pixels):
     assert whole.shape[1] == 1 + 3 + 16
     torch.testing.assert_close(output.tokens, whole[:, [0, *range(4, 20)]])
     assert output.attention.shape == (3, 16)
-    # What goes to the registers and to the class token is missing from the sum.
+    # Attention to the registers and to the class token is missing from the sum.
     assert bool((output.attention.sum(dim=1) < 0.95).all())
 
 
@@ -155,14 +155,14 @@ def test_weights_of_another_model_are_refused(vit, vit_file, tmp_path):
     with pytest.raises(TeacherError, match=r"1 missing \(first: norm.bias"):
         load_teacher(vit_settings(tmp_path / "lacking.safetensors"), CPU)
     save_file(state | {"extra.weight": torch.zeros(1)}, tmp_path / "extra.safetensors")
-    with pytest.raises(TeacherError, match=r"1 left over \(first: extra.weight"):
+    with pytest.raises(TeacherError, match=r"1 unexpected \(first: extra.weight"):
         load_teacher(vit_settings(tmp_path / "extra.safetensors"), CPU)
     with pytest.raises(TeacherError, match="do not fit the model"):
         load_teacher(vit_settings(vit_file, name="test_vit2"), CPU)
 
 
 def test_a_patch_of_another_size_is_not_resampled(vit, tmp_path):
-    """timm would resample both the kernel and the positions, and say nothing."""
+    """timm would silently resample both the kernel and the positions."""
     other = timm.create_model("test_vit", img_size=64, patch_size=8)
     save_file(other.state_dict(), tmp_path / "patch8.safetensors")
     with pytest.raises(TeacherError, match="of another shape"):

@@ -82,7 +82,7 @@ def test_loading_is_strict(state):
     module = nn.ModuleDict({"a": nn.Linear(3, 2)})
     for wrong, message in (
         ({"a.weight": state["a.weight"]}, "1 missing"),
-        (state | {"b": torch.zeros(1)}, "1 left over"),
+        (state | {"b": torch.zeros(1)}, "1 unexpected"),
         (state | {"a.bias": torch.zeros(3)}, r"1 of another shape .*\(3,\) for \(2,\)"),
     ):
         with pytest.raises(TeacherError, match=message):

@@ -22,7 +22,7 @@ def targets(target_root) -> TargetSet:
 
 @pytest.fixture
 def make(targets):
-    """A step and the batches it would train on, for some settings."""
+    """A training step and its batches, for given settings."""
 
     def built(settings: PretrainSettings) -> tuple[Step, list[Batch]]:
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""What each of several processes does in the tests: ``train``, or ``python -m tests.training.rank JOB.json``.
+"""The program of each of several processes in tests: ``train``, or ``python -m tests.training.rank JOB.json``.
 
-A job trains a run; ``kill`` is the step at which the leading process dies, ``signal`` the one at which the last process
-is sent SIGUSR1. What each process ends with is written beside the run.
+A job trains a run. ``kill`` is the step at which the leading process dies, ``signal`` the step at which the last
+process gets SIGUSR1. The outcome of each process is written next to the run.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def test_one_changed_byte_is_noticed_and_the_one_before_is_taken(tmp_path):
     place = data.index(torch.tensor([2.0, 2.0]).numpy().tobytes()) + 400
     data[place] ^= 1
     path.write_bytes(data)
-    assert torch.load(path, weights_only=True)["x"].unique().numel() == 2  # torch says nothing
+    assert torch.load(path, weights_only=True)["x"].unique().numel() == 2  # torch does not notice
     report = Silent()
     assert load_checkpoint(tmp_path, report, run=RUN, like=like)["x"][0] == 1
     assert any("step-00000002.pt cannot be read" in line for line in report.lines)

@@ -1,4 +1,4 @@
-"""What is refused before anything is trained; tests/stages has what else a stage refuses."""
+"""Refusals before training; other refusals of stages are tested in tests/stages."""
 
 from __future__ import annotations
 

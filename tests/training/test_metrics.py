@@ -1,4 +1,4 @@
-"""A metrics file that has been damaged: what can be read stays, and what cannot is told."""
+"""A damaged metrics file: readable lines are kept, and the others are reported."""
 
 from __future__ import annotations
 

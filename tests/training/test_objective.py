@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 
 def test_tf32_in_the_decoding_costs_a_cosine_of_a_millionth_at_most(targets):
-    """What TF32 does to the factors, done by hand: 10 bits of mantissa are left."""
+    """TF32's rounding of the factors, by hand: 10 bits of mantissa are kept."""
     codec = targets.layout.codec
     block = targets.reader(sorted(targets.stores)[0]).block(0, ["symbols"])
     symbols = {"symbols": torch.from_numpy(block.arrays["symbols"].view("int16"))}

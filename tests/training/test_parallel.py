@@ -99,7 +99,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(job, target_root
     stopped = len(figures(out))
     assert 7 <= stopped < 10
     assert [path.stem for path in (out / "checkpoints").glob("*.pt")] == [f"step-{stopped:08d}"]
-    # One process goes on where two stopped.
+    # One process resumes where two stopped.
     pretrain(target_root, out, pretrain_settings(), report=Silent())
     assert near(figures(out), figures(alone))
 

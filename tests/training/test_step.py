@@ -94,7 +94,7 @@ def test_several_masks_of_a_view_in_one_step(make, pretrain_settings):
 
 
 class Small:
-    """A module whose memory holds ``most`` images."""
+    """A module with memory for ``most`` images."""
 
     def __init__(self, real, most: int):
         self.real, self.most = real, most
@@ -184,7 +184,7 @@ def test_one_graph_and_no_recompilation(make, pretrain_settings):
     assert counter.frame_count == 1
 
 
-# torch's compiler asks tensors for their gradients, and hides the warning from all but us.
+# torch's compiler reads gradients of tensors, and hides the resulting warning, but not from these tests.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_blocks_compiled_one_by_one_share_their_graphs(make, pretrain_settings):
     from torch._dynamo import reset

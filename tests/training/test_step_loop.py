@@ -1,4 +1,4 @@
-"""The loop itself, on steps that only write down what they are told."""
+"""The loop itself, with steps that only record their arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEVICES = {"cpu": torch.device("cpu"), "ahead": torch.device("meta")}
 
 
 class Noted:
-    """Steps of nothing. ``told``: the flags that come back with the outcome of a step."""
+    """Empty steps. ``told``: the flags that come back with the outcome of a step."""
 
     def __init__(self, folder: Path, told: dict[int, Flags], epoch: int = 4, full: int = -1):
         self.metrics = MetricsFile(folder / "metrics.jsonl", 0, Silent())
@@ -88,7 +88,7 @@ def test_every_outcome_is_read_once_and_before_a_checkpoint(device, limit, epoch
     assert training.settled == training.begun == list(range(limit))
     assert training.epochs == list(range(epoch, limit + 1, epoch))
     behind = 0 if device == "cpu" else 1
-    # Of a checkpoint that comes for another reason, the outcomes before it are read without looking at their flags.
+    # Before a checkpoint for another reason, earlier outcomes are read without using their flags.
     wanted = {limit, *training.epochs[1::2]} | ({step + 1 for step in due if step < limit} if not behind else set())
     assert wanted <= set(training.saved) if behind else wanted == set(training.saved)
     assert training.saved == sorted(set(training.saved))
@@ -96,7 +96,7 @@ def test_every_outcome_is_read_once_and_before_a_checkpoint(device, limit, epoch
 
 @pytest.mark.parametrize(("device", "done"), [("cpu", 4), ("ahead", 5)])
 def test_a_stop_that_another_process_was_told_of_is_everyones(device, done, tmp_path):
-    """Also where no signal came to this one. On a device it is learnt when the next step has been begun."""
+    """Even if this process got no signal. On a device it learns of it after the next step has started."""
     training = Noted(tmp_path, {3: Flags(stop=1.0)}, epoch=100)
     with pytest.raises(Terminated):
         looped(training, tmp_path, device, ranks=2)

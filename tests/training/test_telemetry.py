@@ -45,7 +45,7 @@ def test_a_line_and_a_panel_a_step(target_root, pretrain_settings, tmp_path):
 def test_several_masks_count_as_images(target_root, pretrain_settings, tmp_path):
     pretrain(target_root, tmp_path / "run", pretrain_settings(mask={"repeat": 4}, epochs=2), report=Silent())
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert len(lines) == 2 * 19  # 150 images, 8 a step
+    assert len(lines) == 2 * 19  # 150 images, 8 per step
     assert sum(line["images"] for line in lines) == 2 * 4 * 150
 
 
@@ -65,12 +65,12 @@ def test_tensorboard_holds_every_step_once_after_a_resumption(target_root, pretr
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """What wandb has written of a run while it was offline: protocol buffers in LevelDB's log format."""
+    """wandb's records of an offline run: protocol buffers in LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, block, records, pending = path.read_bytes(), 7, 32768, [], b""
     while place + 7 <= len(data):
-        if block - place % block < 7:  # too little for a header: filled up
+        if block - place % block < 7:  # too little for a header: padded
             place += block - place % block
             continue
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
@@ -88,7 +88,7 @@ def test_wandb_resumes_the_same_run(target_root, pretrain_settings, tmp_path, mo
     monkeypatch.setenv("WANDB_SILENT", "true")
     out = tmp_path / "run"
     pretrain(target_root, out, pretrain_settings(stop_after=2, track=["wandb"]), report=Silent())
-    # As a new process would: its service confuses two runs of one name that begin within a second.
+    # As in a new process: its service confuses two runs of the same name that start within a second.
     wandb.teardown()
     (out / "wandb").rename(out / "first")
     pretrain(target_root, out, pretrain_settings(stop_after=3, track=["wandb"]), report=Silent())
@@ -112,7 +112,7 @@ def test_wandb_resumes_the_same_run(target_root, pretrain_settings, tmp_path, mo
 def test_an_id_of_wandb_that_is_none(tmp_path):
     assert wandb_id(tmp_path / "id.txt") == wandb_id(tmp_path / "id.txt")
     (tmp_path / "id.txt").write_text("../x")
-    with pytest.raises(SettingsError, match="no id of a run"):
+    with pytest.raises(SettingsError, match="not contain a wandb run id"):
         wandb_id(tmp_path / "id.txt")
 
 
@@ -126,7 +126,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, pretrain_settings, m
 def test_a_step_is_told_when_the_next_has_begun_where_work_runs_ahead(
     target_root, pretrain_settings, tmp_path, monkeypatch
 ):
-    """What happens on a device, which is not waited for: the same lines, checkpoints and weights."""
+    """With an asynchronous device: the same lines, checkpoints and weights."""
     from cae2pipe.training import step_loop
 
     pretrain(target_root, tmp_path / "plain", pretrain_settings(), report=Silent())

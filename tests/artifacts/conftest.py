@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, which can be told to fail."""
+"""A real S3 server on localhost, which can be made to fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORBIDDEN: Mood = ("403 Forbidden", "InvalidAccessKeyId: the key does not exist"
 
 
 class Moody:
-    """The server's application; answers with its moods, one a request, as long as it has any."""
+    """The server's application; answers with its queued failures, one per request, while there are any."""
 
     def __init__(self, application: Any):
         self.application = application
@@ -67,7 +67,7 @@ def bucket(s3_server: tuple[str, Moody], monkeypatch: pytest.MonkeyPatch) -> str
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",  # botocore's own tries, with waits of seconds
+        "AWS_MAX_ATTEMPTS": "1",  # disables botocore's own retries, which wait for seconds
     }.items():
         monkeypatch.setenv(name, value)
     name = f"bucket-{uuid.uuid4().hex[:12]}"

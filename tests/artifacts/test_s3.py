@@ -1,4 +1,4 @@
-"""The whole pipeline on an object store, with its failures."""
+"""The whole pipeline on an object store, including failures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.verify import verify
+from tests.artifacts.conftest import BUSY, FORBIDDEN
 from tests.conftest import contents
-from tests.storage.conftest import BUSY, FORBIDDEN
 
 
 def remote_contents(root: Path) -> dict[str, bytes]:

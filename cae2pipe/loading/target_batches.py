@@ -1,0 +1,278 @@
+"""A target set for your own training loops: batches of views with the teacher's latents, on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from cae2pipe.errors import SettingsError
+from cae2pipe.loading.batches import Batch, Plan, without_padding
+from cae2pipe.loading.device import on_device
+from cae2pipe.loading.loader import block_refs, load_parts
+from cae2pipe.runtime.device import pick_device
+from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.targets.cache import BlockCache
+from cae2pipe.targets.target_set import TargetSet
+
+STREAMS = 16
+"""Most streams of a rank, and with them most workers. Each holds ``WINDOW`` blocks in memory."""
+WINDOW = 4
+"""Blocks of 64 samples among which a stream shuffles."""
+
+
+class TargetBatch(NamedTuple):
+    """B stored views of a target set.
+
+    ``pixels`` (B, 3, H, W): uint8, or float32 from 0 to 1. ``targets``: the teacher's latents, float32 (B, D, rows,
+    cols) or (B, T, D). ``keys``: of their images. ``labels`` (B,) int64: indices into the set's ``classes``, -1: none.
+    ``views`` (B,) int64: which of the stored views of its image each one is. Tensors are on the device asked for.
+    """
+
+    pixels: Tensor
+    targets: Tensor
+    keys: list[str]
+    labels: Tensor
+    views: Tensor
+
+
+class TargetBatches(IterableDataset[TargetBatch]):
+    """Shuffled batches of a target set, for any student and any training loop::
+
+        batches = cae2pipe.TargetBatches("targets", batch_size=256, workers=8, device="cuda")
+        for epoch in range(100):
+            batches.set_epoch(epoch)
+            for pixels, targets, *_ in batches:
+                ...
+
+    In an epoch every image comes exactly once, in one of its stored views; in as many epochs as it has views it shows
+    each of them once. Order and views depend only on ``seed``, the epoch, ``batch_size`` and ``ranks``. Each ``iter()``
+    starts an epoch: the one that ``set_epoch`` named, or the one after the last.
+
+    It reads whole blocks, as ``pretrain`` does, in worker processes of its own. A script with ``workers`` above 0 needs
+    ``if __name__ == "__main__":`` around what it does. ``torch.utils.data.DataLoader`` takes it with
+    ``batch_size=None, num_workers=0``.
+
+    Args:
+        targets: a target set, opened or its folder or URL. One that is still being extracted gives what it held when it
+            was opened.
+        batch_size: views per batch of this rank. ``workers`` share the batch: powers of two serve up to 16 of them.
+        layout: ``map``: the patches' latents as a feature map (B, D, rows, cols), without the class token; ``tokens``:
+            all of them (B, T, D), the class token first, if the teacher has one.
+        scaled: multiply each token by its stored length, which gives the teacher's own latents. Otherwise tokens have
+            unit length, up to the codec's error.
+        pixels: ``uint8``, or ``float``: from 0 to 1. Neither is normalised by a mean.
+        views: use only the first so many stored views of each image. None: all.
+        seed: of the order.
+        drop_last: omit the last batch if it is smaller than the others. Otherwise it holds what remains of the
+            epoch; no sample is repeated to fill it.
+        workers: processes that read and decode JPEGs; 0: none, in this process; -1: one per core, at most 8.
+        device: where batches are, and latents are decoded: auto, cpu, cuda, cuda:1, ...
+        rank: which share of every epoch this process takes, from 0. By default as torch.distributed or torchrun says.
+        ranks: how many shares there are. All get equally many batches. If fewer samples than ranks remain for the last
+            batch, these are omitted from the epoch.
+        cache: a local folder that keeps what was read of a remote set.
+        cache_gb: gigabytes that the cache may hold; what was read first stays.
+
+    Raises:
+        SettingsError: an argument is out of range. ManifestError, DamageError: as ``TargetSet``; DamageError also while
+            batches are read.
+    """
+
+    def __init__(
+        self,
+        targets: TargetSet | str | Path,
+        *,
+        batch_size: int = 256,
+        layout: Literal["map", "tokens"] = "map",
+        scaled: bool = False,
+        pixels: Literal["uint8", "float"] = "uint8",
+        views: int | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+        workers: int = 0,
+        device: str | torch.device = "cpu",
+        rank: int | None = None,
+        ranks: int | None = None,
+        cache: str | Path | None = None,
+        cache_gb: float = 100.0,
+    ):
+        for name, value, known in (("layout", layout, ("map", "tokens")), ("pixels", pixels, ("uint8", "float"))):
+            if value not in known:
+                raise SettingsError(f"{name}={value!r} is unknown", where="TargetBatches", fix=f"use one of {known}")
+        at_least("batch_size", batch_size, 1)
+        at_least("workers", workers, -1)
+        at_least("seed", seed, 0)
+        self.targets = targets if isinstance(targets, TargetSet) else TargetSet(targets)
+        self.rank, self.ranks = this_rank(rank, ranks)
+        self.device = pick_device(str(device), torchrun_rank())
+        self.workers = worker_count(workers, most=8)
+        self.layout, self.scaled, self.pixels = layout, scaled, pixels
+        self.epoch, self._first = 0, 0
+        self._plan = batch_plan(
+            self.targets,
+            batch_size,
+            self.ranks,
+            views=views,
+            seed=seed,
+            drop_last=drop_last,
+            scaled=scaled,
+            cache=BlockCache(Path(cache), int(cache_gb * 1e9)) if cache else None,
+        )
+
+    def __repr__(self) -> str:
+        share = f", rank {self.rank} of {self.ranks}" if self.ranks > 1 else ""
+        return f"TargetBatches({len(self)} batches of {self.batch_size} per epoch{share}, from {self.targets})"
+
+    def __len__(self) -> int:
+        """Batches per epoch, of each rank."""
+        return self._plan.steps
+
+    @property
+    def batch_size(self) -> int:
+        """Views per batch of this rank."""
+        return self._plan.batch // self.ranks
+
+    def set_epoch(self, epoch: int, batch: int = 0) -> None:
+        """Say which epoch the next ``iter()`` gives, and with which of its batches that begins: to resume.
+
+        Raises:
+            SettingsError: one of them is negative.
+        """
+        at_least("epoch", epoch, 0)
+        at_least("batch", batch, 0)
+        self.epoch, self._first = epoch, batch
+
+    def __iter__(self) -> Iterator[TargetBatch]:
+        if get_worker_info() is not None:
+            raise SettingsError(
+                "each worker of this DataLoader would give all batches",
+                where="DataLoader(num_workers=...)",
+                fix="DataLoader(..., batch_size=None, num_workers=0), and workers=... of TargetBatches",
+            )
+        epoch, first = self.epoch, self._first
+        self.epoch, self._first = epoch + 1, 0
+        return self._batches(epoch, first)
+
+    def _batches(self, epoch: int, first: int) -> Iterator[TargetBatch]:
+        if first >= len(self):
+            return
+        plan = replace(self._plan, epochs=epoch + 1)
+        parts = load_parts(plan, epoch * plan.steps + first, self.workers, rank=self.rank, ranks=self.ranks)
+        axes = plan.layout.sample_axes()
+        for batch in on_device(parts, axes, self.device):
+            yield self._given(without_padding(batch, axes))
+
+    def _given(self, batch: Batch) -> TargetBatch:
+        # A loop may stand under autocast as a whole, which would round the latents.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            tokens = self.targets.layout.codec.decode(batch.arrays)
+            if self.scaled:
+                tokens = tokens * batch.arrays["norms"].float().unsqueeze(-1)
+        teacher = self.targets.teacher
+        if self.layout == "map":
+            patches = tokens[:, int(teacher.class_token) :].transpose(1, 2)
+            tokens = patches.unflatten(2, (teacher.rows, teacher.cols))
+        return TargetBatch(
+            pixels=batch.pixels.float().div_(255) if self.pixels == "float" else batch.pixels,
+            targets=tokens,
+            keys=batch.keys,
+            labels=torch.tensor(batch.labels, device=self.device),
+            views=torch.tensor(batch.views, device=self.device),
+        )
+
+
+def batch_plan(
+    targets: TargetSet,
+    batch_size: int,
+    ranks: int,
+    *,
+    views: int | None,
+    seed: int,
+    drop_last: bool,
+    scaled: bool,
+    cache: BlockCache | None,
+) -> Plan:
+    """What the loader must know. It draws no masks: a grid of one patch, which is visible.
+
+    Raises:
+        SettingsError: the set has not so many views, or not enough images for a batch of all ranks.
+    """
+    if views is not None and not 1 <= views <= targets.views:
+        raise SettingsError(
+            f"views={views}, and the set has {targets.views} of each image",
+            where=str(targets.root),
+            fix=f"use 1 to {targets.views}, or None for all",
+        )
+    names = [name for name, unit in targets.stores.items() if unit["view"] < (views or targets.views)]
+    blocks = block_refs(targets, names)
+    samples, batch = sum(block.samples for block in blocks), batch_size * ranks
+    # A remainder that does not reach all ranks would give some of them one batch more than the others.
+    drop = drop_last or samples % batch < ranks
+    if samples < (batch if drop else ranks):
+        raise SettingsError(
+            f"the set has {samples} images, too few for a batch of {batch_size} on each of {ranks} ranks",
+            where=str(targets.root),
+            fix=f"use a batch_size of at most {samples // ranks}, or drop_last=False" if samples >= ranks else None,
+        )
+    arrays = tuple(targets.layout.codec.arrays())
+    return Plan(
+        root=targets.root,
+        units={name: targets.stores[name] for name in names},
+        blocks=blocks,
+        layout=targets.layout,
+        size=targets.view_size,
+        seed=seed,
+        epochs=1,
+        batch=batch,
+        streams=ranks * streams_of_a_rank(batch_size, len(blocks) // ranks),
+        window=WINDOW,
+        last_batch="drop" if drop else "pad",
+        mask_strategy="random",
+        grid=1,
+        masked=0,
+        repeat=1,
+        drop_columns=0,
+        arrays=(*arrays, "norms") if scaled else arrays,
+        replayed=targets.replayed,
+        cache=cache,
+    )
+
+
+def streams_of_a_rank(batch_size: int, blocks: int) -> int:
+    """As many streams as divide the batch, up to ``STREAMS`` and to one for each block: where several streams share a
+    block, each of them decompresses it."""
+    most = max(1, min(STREAMS, blocks, batch_size))
+    return next(streams for streams in range(most, 0, -1) if batch_size % streams == 0)
+
+
+def this_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
+    """Rank and number of ranks: as given, or as torch.distributed or torchrun has them.
+
+    Raises:
+        SettingsError: only one of them is given, or they contradict each other.
+    """
+    if rank is None and ranks is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        torchrun = torchrun_rank()
+        return torchrun.rank, torchrun.ranks
+    if rank is None or ranks is None or not 0 <= rank < ranks:
+        raise SettingsError(
+            f"rank={rank} and ranks={ranks} are no share of the batches",
+            where="TargetBatches",
+            fix="give both, with rank from 0 to ranks - 1, or neither",
+        )
+    return rank, ranks
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise SettingsError where an argument is smaller."""
+    if value < least:
+        raise SettingsError(f"{name}={value}", where="TargetBatches", fix=f"use {least} or more")
