@@ -105,8 +105,11 @@ def add_pictures(
     device: torch.device,
 ) -> None:
     """Add a run's masks, its student's predictions, and its encoder's nearest neighbours."""
-    if not same_teacher(RunArtifact.open(run), targets):
-        raise SettingsError(f"teacher mismatch: the target set has {targets.teacher.name}")
+    artifact = RunArtifact.open(run)
+    if not same_teacher(artifact, targets):
+        used, there = artifact.facts["teacher"]["name"], targets.teacher.name
+        other = " (other weights or settings)" if used == there else ""
+        raise SettingsError(f"teacher mismatch: run used {used}, target set has {there}{other}")
     shown = views[:SHOWN]
     model, settings = load_student(run, targets, report)
     if settings.model.image_size != targets.view_size:

@@ -262,8 +262,8 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path):
     ("over", "message"),
     [
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants have the name 'a'"),
-        ({"seeds": [1, 1]}, "each once"),
-        ({"evaluate": [{"kind": "knn"}, {"kind": "knn"}]}, "each once"),
+        ({"seeds": [1, 1]}, "must be non-empty and unique"),
+        ({"evaluate": [{"kind": "knn"}, {"kind": "knn"}]}, "name each evaluation once"),
         ({"variants": [{"name": "x", "sett": {}}]}, "unknown setting"),
         ({"along": "mask.ration"}, "no pretraining setting 'mask.ration'"),
         ({"along": "mask.ratio.x"}, "no pretraining setting"),

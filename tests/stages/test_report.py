@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.report import report_runs
-from tests.conftest import contents
+from tests.conftest import contents, edit_manifest
 
 PIXELS = {"loss": {"target": "pixels", "kind": "mse", "visible": 0.0}, "mask": {"strategy": "random"}}
 
@@ -70,8 +71,8 @@ def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_pat
     assert page.count("Latents of seed0 and 1 more as colours") == 4
     assert "Latents of method=mae" not in page
     assert "half (unfinished, epoch 1 of 1)" in page
-    assert "random, 6 of 16 hidden" in page
-    assert "block, 6 of 16 hidden" in page
+    assert "random, 6 of 16 masked" in page
+    assert "block, 6 of 16 masked" in page
     before = contents(tmp_path / "out")
     report_runs(runs(made), [made / "scores"], target_root, out=tmp_path / "out", report=Silent(), device="cpu")
     assert contents(tmp_path / "out") == before
@@ -87,9 +88,16 @@ def test_without_targets_and_scores_there_are_losses(made, tmp_path):
 def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
     shutil.copytree(made / "runs" / "seed0", tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "checkpoints")
-    report_runs([tmp_path / "bare"], [], target_root, out=tmp_path / "out", report=Silent(), device="cpu")
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "No pictures of: bare (the run has no readable checkpoint)" in page
+    taught = made / "runs" / "seed1"
+    shutil.copytree(taught, tmp_path / "other")
+    teacher = json.loads((taught / "manifest.json").read_text())["teacher"]
+    edit_manifest(tmp_path / "other", teacher={**teacher, "name": "elsewhere"})
+    chosen = [tmp_path / "bare", tmp_path / "other"]
+    for run in chosen:
+        report_runs([run], [], target_root, out=tmp_path / "out" / run.name, report=Silent(), device="cpu")
+    bare, other = ((tmp_path / "out" / run.name / "report.html").read_text() for run in chosen)
+    assert "No pictures of: bare (the run has no readable checkpoint)" in bare
+    assert "teacher mismatch: run used elsewhere, target set has " in other
 
 
 def test_what_is_no_run_is_refused(made, target_root, tmp_path):
