@@ -23,7 +23,7 @@ def teacher_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
             "attention",
             "the class token's, stored for each patch" if seen["attention"] else "not available from this teacher",
         ),
-        *([("teacher's input", f"{size} pixels a side")] if size else []),
+        *([("teacher's input", f"{size} × {size} pixels")] if size else []),
         *([("precision", str(made["precision"]))] if "precision" in made else []),
     ]
 
@@ -36,7 +36,7 @@ def view_rows(view: ViewSettings, seed: object) -> Rows:
     replayed = view.pixels == "replayed"
     kept = "each image once; views are cropped from it when they are loaded" if replayed else "each view"
     return [
-        ("views", f"{view.size} pixels a side, {crops}"),
+        ("views", f"{view.size} × {view.size} pixels, {crops}"),
         ("augmentation", f"flipped with probability {view.flip:g}, colour jitter {view.jitter:g}"),
         ("stored pixels", f"{kept}; JPEG quality {view.quality}, {view.subsampling}"),
         ("seed", str(seed)),

@@ -1,4 +1,4 @@
-"""Parts of the page about a target set that the tests' small sets do not show."""
+"""Parts of the page about a target set that small sets do not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which views of which shards there are, and how they become a picture of limited size."""
+"""Which views of which shards exist, and the number of images per class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the codec's error lies: against the same figures taken of all views at once."""
+"""The codec's error by component and token, compared with values computed from all views at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_figures_are_those_of_all_views_at_once(targets):
     assert profile.raw == pytest.approx(float(torch.cosine_similarity(true, stored, dim=-1).mean()), abs=1e-6)
     assert profile.centred == pytest.approx(float(centred.mean()), abs=1e-6)
     np.testing.assert_allclose(profile.by_token, centred.mean(dim=0), atol=1e-6)
-    # Along any axes the sums are the same; the axes are those of the largest variance, in order.
+    # Sums do not depend on the axes; the axes are those of largest variance, in order.
     tokens = 20 * targets.teacher.tokens
     assert profile.variance.sum() == pytest.approx(float((true - mean).square().sum()) / tokens)
     assert profile.error.sum() == pytest.approx(float((true - stored).square().sum()) / tokens)

@@ -1,4 +1,4 @@
-"""Bytes of a set's files: all of them, each once."""
+"""Bytes of a set's files: each file is counted once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_codecs_sizes_follow_from_the_shapes(codec, recoded_root):
     sizes = set_bytes(targets)
     arrays = [f"/{name}/c/" for name in targets.layout.codec.arrays()]
     stored = sum(len(data) for name, data in contents(targets.root).items() if any(part in name for part in arrays))
-    # Stores are whole blocks of 64: 70 and 10 samples take 128 and 64. Norms are compressed, 2 bytes a token before.
+    # Stores are whole blocks of 64: 70 and 10 samples take 128 and 64. Norms are compressed from 2 bytes per token.
     padded = 2 * (128 + 128 + 64)
     expected = getattr(sizes, codec) / sizes.views - 2 * targets.teacher.tokens
     assert stored / padded == pytest.approx(expected, rel=0.02)

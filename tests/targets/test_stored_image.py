@@ -1,4 +1,4 @@
-"""One image of a set: its views, and where they were cut."""
+"""One image of a set: its views and their crop boxes."""
 
 from __future__ import annotations
 
