@@ -61,11 +61,16 @@ def compare(
     """Train and score every run of a grid, and write a report: ``cae2pipe compare``. Existing results are reused.
 
     Args:
-        grid: preset, YAML file or settings. targets: a target set. data: labelled images with train and val.
-        out: the folder of runs, scores and reports; grids may share one. overrides: settings of the grid to change.
-        name: of the report; the preset's if None. small: the grid's small scale.
+        grid: preset, YAML file or settings.
+        targets: a target set.
+        data: labelled images with train and val.
+        out: the folder of runs, scores and reports; grids may share one.
+        overrides: settings of the grid to change.
+        name: of the report; the preset's if None.
+        small: the grid's small scale.
         part: ``K/N``, one of N shares of the runs.
-        workers: processes of every run. device: auto, cpu, cuda, cuda:1, ...
+        workers: processes of every run.
+        device: auto, cpu, cuda, cuda:1, ...
 
     Returns:
         The comparison; under torchrun, None in all processes but the main one.
@@ -103,8 +108,10 @@ def report(
     """Write one page about some runs: ``cae2pipe report RUN...``.
 
     Args:
-        runs: folders of ``pretrain``, finished or not. out: the folder of ``report.html`` and ``report.md``.
-        targets: a target set for pictures. scores: folders with evaluations of the runs, at any depth.
+        runs: folders of ``pretrain``, finished or not.
+        out: the folder of ``report.html`` and ``report.md``.
+        targets: a target set for pictures.
+        scores: folders with evaluations of the runs, at any depth.
 
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.

@@ -46,8 +46,9 @@ def repair(
     """Rebuild exactly what is damaged, and check again: ``cae2pipe verify --repair``.
 
     Args:
-        source: the images or the shard set that the folder was made from. labels: the ground truth that was given
-            to ``shard``. teacher_weights: the teacher's weights, if they came from a local file.
+        source: the images or the shard set that the folder was made from.
+        labels: the ground truth that was given to ``shard``.
+        teacher_weights: the teacher's weights, if they came from a local file.
 
     Raises:
         Cae2pipeError: the folder cannot be repaired; the message says what is missing.

@@ -89,11 +89,15 @@ def pretrain(
     """Train a student from cached targets, or resume it: ``cae2pipe pretrain``.
 
     Args:
-        targets: a target set; a path or a URL. out: the run's folder.
-        config: preset, YAML file or settings. overrides: settings to change.
-        epochs: passes over the data. repeat_masks: masks per loaded view and step.
+        targets: a target set; a path or a URL.
+        out: the run's folder.
+        config: preset, YAML file or settings.
+        overrides: settings to change.
+        epochs: passes over the data.
+        repeat_masks: masks per loaded view and step.
         online: run the teacher in every step instead of reading its latents.
-        workers: processes; -1: one per core, 0: work in this process. device: auto, cpu, cuda, cuda:1, ...
+        workers: processes; -1: one per core, 0: work in this process.
+        device: auto, cpu, cuda, cuda:1, ...
 
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
@@ -116,7 +120,8 @@ def export(
     """Export an encoder for timm, open_clip or transformers (``hf``), with a model card: ``cae2pipe export``.
 
     Args:
-        encoder: a run, an encoder.safetensors, or a .pth released by CAE's authors. out: the output folder.
+        encoder: a run, an encoder.safetensors, or a .pth released by CAE's authors.
+        out: the output folder.
         scores: folders with evaluations for the model card.
 
     Returns:
@@ -134,7 +139,8 @@ def load_encoder(spec: str | Path, *, device: str = "auto", seed: int = 0) -> Fr
 
     Args:
         spec: a run, an encoder.safetensors, a released .pth, ``timm:NAME``, ``open_clip:NAME/TAG``, ``teacher:PRESET``,
-            ``random:PRESET``, ... seed: for ``random:``.
+            ``random:PRESET``, ...
+        seed: for ``random:``.
 
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.

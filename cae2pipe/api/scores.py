@@ -67,10 +67,13 @@ def evaluate(
 
     Args:
         evaluation: knn, linear, attentive, finetune, segment or detect.
-        encoder: see ``load_encoder``. data: labelled images with train and val; for segment label maps, for
-            detect a folder in COCO's format. out: the folder of scores; this one's is ``out/evaluation``.
-        config: preset (None: the evaluation's own), YAML file or settings. overrides: settings to change.
-        workers: processes; -1: one per core, 0: work in this process. device: auto, cpu, cuda, cuda:1, ...
+        encoder: see ``load_encoder``.
+        data: labelled images with train and val; for segment label maps, for detect a folder in COCO's format.
+        out: the folder of scores; this one's is ``out/evaluation``.
+        config: preset (None: the evaluation's own), YAML file or settings.
+        overrides: settings to change.
+        workers: processes; -1: one per core, 0: work in this process.
+        device: auto, cpu, cuda, cuda:1, ...
 
     Returns:
         The score; under torchrun, None in all processes but the main one.

@@ -35,8 +35,10 @@ def shard(
     Args:
         source: a folder of images, ImageNet's archives, a tar, WebDataset tars, a list of paths, or a URL of one.
         out: the output folder or URL, created or extended with new images.
-        config: preset, YAML file or settings. overrides: settings to change.
-        labels: ground truth of images without classes. expect: stop unless the source is exactly this data set.
+        config: preset, YAML file or settings.
+        overrides: settings to change.
+        labels: ground truth of images without classes.
+        expect: stop unless the source is exactly this data set.
         workers: processes; -1: one per core, 0: work in this process.
 
     Returns:
@@ -94,12 +96,17 @@ def extract_targets(
     """Write views and the teacher's latents of them into a target set: ``cae2pipe extract-targets``.
 
     Args:
-        source: a shard set or a folder of images; a path or a URL. out: the target set, created or resumed.
-        config: teacher preset, YAML file or settings. overrides: settings to change.
-        views: per image; None: as the set was started, or 16. codec: klt, int8 or fp16. fidelity: klt's
-            mean cosine.
-        part: ``K/N``, one of N shares of the work. calibrate_only: calibrate the codec and stop.
-        workers: processes; -1: one per core, 0: work in this process. device: auto, cpu, cuda, cuda:1, ...
+        source: a shard set or a folder of images; a path or a URL.
+        out: the target set, created or resumed.
+        config: teacher preset, YAML file or settings.
+        overrides: settings to change.
+        views: per image; None: as the set was started, or 16.
+        codec: klt, int8 or fp16.
+        fidelity: klt's mean cosine.
+        part: ``K/N``, one of N shares of the work.
+        calibrate_only: calibrate the codec and stop.
+        workers: processes; -1: one per core, 0: work in this process.
+        device: auto, cpu, cuda, cuda:1, ...
 
     Returns:
         The set, or None if it has no view yet.
@@ -158,9 +165,12 @@ def recode(
     """Make a target set with another codec or fidelity from an existing one, without the teacher: ``cae2pipe recode``.
 
     Args:
-        source: a target set, preferably of fp16 latents. out: the target set, created or resumed.
-        codec: klt, int8 or fp16. fidelity: klt's mean cosine on held-out images; None: 0.97.
-        lossy_source: allow a source that is not fp16. workers: threads; -1: one per core.
+        source: a target set, preferably of fp16 latents.
+        out: the target set, created or resumed.
+        codec: klt, int8 or fp16.
+        fidelity: klt's mean cosine on held-out images; None: 0.97.
+        lossy_source: allow a source that is not fp16.
+        workers: threads; -1: one per core.
 
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.

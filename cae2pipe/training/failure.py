@@ -85,6 +85,9 @@ def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:
     try:
         with open_file(path) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
+        # Records of earlier versions have no labels, which no loss uses.
+        if isinstance(state, dict) and isinstance(batch := state.get("batch"), dict) and "keys" in batch:
+            batch.setdefault("labels", [-1] * len(batch["keys"]))
         FailureRecord.model_validate(state)
         return Batch(**state.pop("batch")), state.pop("latents"), state
     except ValidationError as error:

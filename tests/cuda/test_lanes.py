@@ -145,6 +145,6 @@ def test_advice_names_only_what_would_help() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return caught.value.fix
 
-    assert fix(1, "fp16") == "end what else uses the device"
-    assert fix(4, "fp16") == "--set speed.lanes=1, or end what else uses the device"
+    assert fix(1, "fp16") == "stop other programs that use the device"
+    assert fix(4, "fp16") == "--set speed.lanes=1, or stop other programs that use the device"
     assert "teacher.precision=fp16" in (fix(1, "fp32") or "")

@@ -284,12 +284,12 @@ def test_grids_that_cannot_be_meant(over, message):
     ("over", "message"),
     [
         ({"variants": [{"name": "odd", "set": {"loss": {"kin": "mse"}}}]}, r"(?s)loss\.kin.*variant 'odd'"),
-        ({"variants": [{"name": "odd", "set": {"method": "cae2"}}]}, "no method 'cae2'"),
+        ({"variants": [{"name": "odd", "set": {"method": "cae2"}}]}, "unknown method 'cae2'"),
         (
             {"variants": [{"name": "odd", "set": {"method": "cae", "model": {"predictor_depth": 0}}}]},
             "needs a regressor",
         ),
-        ({"variants": [{"name": "odd", "set": {"data": {"views": 9}}}]}, r"(?s)9 views.*--set set\.data\.views=2"),
+        ({"variants": [{"name": "odd", "set": {"data": {"views": 9}}}]}, r"(?s)is 9, but.*--set set\.data\.views=2"),
         ({"evaluate": [{"kind": "knn", "set": {"kk": 3}}]}, "unknown setting 'kk'"),
         ({"evaluate": [{"kind": "linear", "set": {"epochs": 3}}]}, "epochs"),
         ({"variants": [{"name": "odd", "codec": {"name": "int8"}}]}, "error would be added"),

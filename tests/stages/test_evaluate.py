@@ -134,7 +134,7 @@ def test_what_the_encoder_cannot_do_is_refused(exported, data, tmp_path):
             settings=knn("features.feature=class"),
             report=Silent(),
         )
-    with pytest.raises(SettingsError, match="takes 32 pixels"):
+    with pytest.raises(SettingsError, match="encoder 32 pixels"):
         evaluate(
             "knn", str(exported), data, out=tmp_path / "out", settings=knn("features.image_size=64"), report=Silent()
         )

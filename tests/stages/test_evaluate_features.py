@@ -172,7 +172,7 @@ def test_errors_in_workers_keep_their_message(exported, data, tmp_path, monkeypa
 def test_a_part_of_rejects_alone(exported, data, tmp_path):
     for path in (data / "val").rglob("*.png"):
         path.write_bytes(b"nothing")
-    with pytest.raises(SourceError, match="not one image"):
+    with pytest.raises(SourceError, match="no image here"):
         evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=Silent())
 
 

@@ -74,7 +74,7 @@ def test_stored_and_replayed_views_are_not_mistaken_for_each_other(
     for root, asked in ((target_root, "stored"), (stored_root, "replayed")):
         before = contents(root)
         there = {"stored": "replayed", "replayed": "stored"}[asked]
-        with pytest.raises(MismatchError, match=f"views are {there}, and {asked} ones") as caught:
+        with pytest.raises(MismatchError, match=f"this set {there}, settings {asked}") as caught:
             extract_targets(photos, root, extract_settings(view={"pixels": asked}), report=Silent())
         assert f"--set view.pixels={there}" in caught.value.fix
         assert contents(root) == before

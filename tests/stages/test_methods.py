@@ -130,7 +130,7 @@ def test_masks_need_a_teacher_with_attention(target_root, pretrain_settings, tmp
     settings = pretrain_settings(mask={"strategy": "attention"})
     targets = TargetSet(target_root)
     targets.layout = replace(targets.layout, attention=False)
-    with pytest.raises(SettingsError, match="has none"):
+    with pytest.raises(SettingsError, match="has no attention"):
         check_fit(targets, settings, 1)
 
 

@@ -73,6 +73,14 @@ def test_the_replay_names_the_sample(failed):
     assert batch.keys[3] in result.output
 
 
+def test_a_record_without_labels_as_before_is_replayed(failed, tmp_path):
+    _, out, _ = failed
+    state = torch.load(out / "failures" / "step-00000006.pt", weights_only=True)
+    del state["batch"]["labels"]
+    torch.save(state, tmp_path / "old.pt")
+    assert replay(tmp_path / "old.pt", device="cpu")["samples"]
+
+
 def test_the_replay_names_the_module(failed, tmp_path):
     _, out, _ = failed
     state = torch.load(out / "failures" / "step-00000006.pt", weights_only=True)

@@ -156,7 +156,7 @@ def test_a_shard_set_beside_the_targets(photos, tmp_path, extract_settings, teac
         repair(verify(tmp_path / "set", Silent()), Silent(), weights=teacher_file, device="cpu", workers=0)
     assert "--source" in caught.value.fix
     other = build_shard_set(photos, tmp_path / "other", settings.shard.model_copy(update={"seed": 5}), report=Silent())
-    with pytest.raises(MismatchError, match="not the one"):
+    with pytest.raises(MismatchError, match="differs from the one"):
         mended(tmp_path / "set", other.root, teacher_file)
     mended(tmp_path / "set", shards.root, teacher_file)
     assert contents(tmp_path / "set") == before
