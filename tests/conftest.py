@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
@@ -13,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -176,19 +175,15 @@ def stored_root(
 
 
 @pytest.fixture(scope="session")
-def recoded_root(tmp_path_factory: pytest.TempPathFactory, target_root: Path) -> Callable[[str], Path]:
-    """``target_root`` with another codec. Not to be written to."""
+def int8_root(tmp_path_factory: pytest.TempPathFactory, target_root: Path) -> Path:
+    """``target_root`` recoded with the int8 codec. Not to be written to."""
     from cae2pipe.config.extract import CodecSettings
     from cae2pipe.runtime.progress import Silent
     from cae2pipe.stages.recode import recode
 
-    @functools.cache
-    def recoded(codec: Literal["int8", "fp16"]) -> Path:
-        out = tmp_path_factory.mktemp("recoded") / "set"
-        recode(target_root, out, CodecSettings(name=codec), report=Silent(), lossy_source=True, workers=0)
-        return out
-
-    return recoded
+    out = tmp_path_factory.mktemp("recoded") / "set"
+    recode(target_root, out, CodecSettings(name="int8"), report=Silent(), lossy_source=True, workers=0)
+    return out
 
 
 @pytest.fixture
