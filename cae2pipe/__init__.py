@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cae2pipe.version import __version__
 
 if TYPE_CHECKING:
-    from cae2pipe.api.comparisons import Compared, compare, report
+    from cae2pipe.api.comparisons import Compared, compare, report, report_targets
     from cae2pipe.api.folders import inspect, repair, verify
     from cae2pipe.api.runs import Run, export, load_encoder, pretrain, register_method
     from cae2pipe.api.scores import Score, evaluate
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cae2pipe.api.targets import estimate_targets, extract_targets, recode, shard
     from cae2pipe.loading.target_batches import TargetBatches
     from cae2pipe.shards.shard_set import ShardSet
+    from cae2pipe.stages.report_targets import TargetSetReport
     from cae2pipe.targets.target_set import TargetSet
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ShardSet",
     "TargetBatches",
     "TargetSet",
+    "TargetSetReport",
     "__version__",
     "compare",
     "estimate_targets",
@@ -43,13 +45,14 @@ __all__ = [
     "register_method",
     "repair",
     "report",
+    "report_targets",
     "settings",
     "shard",
     "verify",
 ]
 
 _WHERE = {
-    "api.comparisons": ("Compared", "compare", "report"),
+    "api.comparisons": ("Compared", "compare", "report", "report_targets"),
     "api.folders": ("inspect", "repair", "verify"),
     "api.runs": ("Run", "export", "load_encoder", "pretrain", "register_method"),
     "api.scores": ("Score", "evaluate"),
@@ -57,6 +60,7 @@ _WHERE = {
     "api.targets": ("estimate_targets", "extract_targets", "recode", "shard"),
     "loading.target_batches": ("TargetBatches",),
     "shards.shard_set": ("ShardSet",),
+    "stages.report_targets": ("TargetSetReport",),
     "targets.target_set": ("TargetSet",),
 }
 

@@ -174,6 +174,18 @@ def stored_root(
     return out
 
 
+@pytest.fixture(scope="session")
+def int8_root(tmp_path_factory: pytest.TempPathFactory, target_root: Path) -> Path:
+    """``target_root`` recoded with the int8 codec. Not to be written to."""
+    from cae2pipe.config.extract import CodecSettings
+    from cae2pipe.runtime.progress import Silent
+    from cae2pipe.stages.recode import recode
+
+    out = tmp_path_factory.mktemp("recoded") / "set"
+    recode(target_root, out, CodecSettings(name="int8"), report=Silent(), lossy_source=True, workers=0)
+    return out
+
+
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
     """An exported encoder of 32 pixels and width 32."""

@@ -1,4 +1,4 @@
-"""Python API for many runs: grids, and pages about them."""
+"""Python API for many runs: grids; and pages about runs and about target sets."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from cae2pipe.config.compare import GridSettings
 from cae2pipe.reporting.comparison_text import cells, findings
 from cae2pipe.stages.compare import compare as run_compare
 from cae2pipe.stages.report import HTML, report_runs
+from cae2pipe.stages.report_targets import TargetSetReport
+from cae2pipe.stages.report_targets import report_targets as run_report_targets
+from cae2pipe.targets.target_set import TargetSet
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def report(
     device: str = "auto",
     progress: Progress = True,
 ) -> Compared:
-    """Write one page about some runs: ``cae2pipe report``.
+    """Write one page about some runs: ``cae2pipe report RUN...``.
 
     Args:
         runs: folders of ``pretrain``, finished or not.
@@ -115,7 +118,7 @@ def report(
     """
     with reporting(progress, "report") as told:
         comparison = report_runs(
-            [Path(run) for run in runs],
+            [to_path(run) for run in runs],
             [Path(folder) for folder in scores],
             None if targets is None else to_path(targets),
             out=to_path(out),
@@ -123,3 +126,36 @@ def report(
             device=device,
         )
     return Compared(to_path(out) / HTML, comparison)
+
+
+def report_targets(
+    targets: TargetSet | str | Path,
+    *,
+    out: str | Path = "report",
+    source: str | Path | None = None,
+    live: int = 0,
+    teacher_weights: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress = True,
+) -> TargetSetReport:
+    """Write one page about a target set: ``cae2pipe report TARGETS``. The set may be incomplete or damaged.
+
+    Args:
+        targets: an open target set, its folder or URL. out: the folder of ``report.html``.
+        source: the shard set that it was made from, for originals and rejected images; None: the one inside it.
+        live: number of stored views to run the teacher on, for fidelity by component and token.
+        teacher_weights: a local file, if the teacher's weights came from one. device: where the teacher runs.
+
+    Raises:
+        Cae2pipeError: says what is wrong, where, and how to fix it.
+    """
+    with reporting(progress, "report") as told:
+        return run_report_targets(
+            targets.root if isinstance(targets, TargetSet) else to_path(targets),
+            to_path(out),
+            report=told,
+            source=None if source is None else to_path(source),
+            live=live,
+            weights=None if teacher_weights is None else Path(teacher_weights),
+            device=device,
+        )

@@ -233,30 +233,72 @@ def _compare_part(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs of pretrain, finished or not.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.", parser=folder)] = Path("report"),
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="Runs of pretrain, finished or not; or one target set.", parser=path_or_url
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and, for runs, report.md.", parser=folder)] = Path(
+        "report"
+    ),
     targets: Annotated[
         Path | None,
-        typer.Option(help="A target set for pictures of masks, latents and neighbours.", parser=path_or_url),
+        typer.Option(help="For runs: a target set for pictures of masks, latents and neighbours.", parser=path_or_url),
     ] = None,
     scores: Annotated[
-        list[Path] | None, typer.Option(help="A folder with evaluations of the runs, at any depth (repeatable).")
+        list[Path] | None,
+        typer.Option(help="For runs: a folder with evaluations of them, at any depth (repeatable)."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a target set: its shard set, for originals and rejected images (default: the one inside it).",
+            parser=path_or_url,
+        ),
+    ] = None,
+    live: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="For a target set: also run its teacher on N stored views, to show where latents lose fidelity.",
+            metavar="N",
+        ),
+    ] = 0,
+    teacher_weights: Annotated[
+        Path | None, typer.Option(help="With --live: the teacher's weights, if they came from a local file.")
     ] = None,
     device: Device = None,
 ) -> None:
-    """Write one page about some runs: scores, losses, cost, pictures.
+    """Write one page about some runs, or about a target set.
 
-    Runs that differ only in their seed share a row.
+    Of runs: scores, losses, cost, pictures; runs that differ only in their seed share a row. Of a target set: views,
+    latents, fidelity, bytes, coverage, classes, rejected images.
     """
     with exits():
-        from cae2pipe.runtime.progress import progress
-        from cae2pipe.stages.report import report_runs
+        from cae2pipe.api import comparisons
+        from cae2pipe.stages.report_targets import only_target_set
 
-        with progress("report") as progress_report:
-            comparison = report_runs(
-                runs, scores or [], targets, out=out, report=progress_report, device=device or "auto"
+        target_set = only_target_set(paths)
+        of_runs = {"--targets": targets, "--scores": scores}
+        of_sets = {"--source": source, "--live": live, "--teacher-weights": teacher_weights}
+        refuse_given(of_sets if target_set is None else of_runs, "runs" if target_set is None else "a target set")
+        if target_set is not None:
+            shown = comparisons.report_targets(
+                target_set, out=out, source=source, live=live, teacher_weights=teacher_weights, device=device or "auto"
             )
-        print_comparison(comparison, out)
+            console.say(f"report: {shown.page}")
+        else:
+            compared = comparisons.report(paths, out=out, targets=targets, scores=scores or (), device=device or "auto")
+            print_comparison(compared.comparison, out)
+
+
+def refuse_given(options: dict[str, Any], kind: str) -> None:
+    """Raise SettingsError if an option is given that does not apply to the report of ``kind``."""
+    from cae2pipe.errors import SettingsError
+
+    if given := [name for name, value in options.items() if value]:
+        raise SettingsError(f"this option does not apply to a report of {kind}", where=given[0], fix="omit it")
 
 
 def print_comparison(comparison: Any, folder: Path) -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cae2pipe.demo.measures import MEASURES
-from cae2pipe.reporting.html import Child, Html, element, figure, image, join_html, page, table
+from cae2pipe.reporting.html import Child, Html, element, figure, figures, image, join_html, mark, page, table
 from cae2pipe.reporting.pictures import (
-    PALETTE,
     ColourBasis,
     Picture,
     captioned,
@@ -20,21 +19,18 @@ from cae2pipe.reporting.pictures import (
     hide_patches,
     jpeg_uri,
     latent_colours,
-    outline_boxes,
-    png_uri,
     resized_picture,
     tiled,
 )
 from cae2pipe.reporting.plots import Points, bars, curves
+from cae2pipe.reporting.stored_images import SHOWN, latents_image, stored_card
 
 if TYPE_CHECKING:
-    from cae2pipe.demo.stored import StoredImage
+    from cae2pipe.targets.stored_image import StoredImage
     from cae2pipe.training.student import LatentPreview
 
 PANEL = 132
 """Side of a panel of the picture in pixels."""
-SHOWN = 200
-"""Side in pixels of a view on the page; views have 224 pixels and are displayed at about this size."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def shared_basis(contents: DemoContents) -> ColourBasis:
     """One colour basis for all pictures of latents, from the teacher's."""
     latents = [preview.teacher for preview in contents.previews]
     for one in contents.stored:
-        latents += one.latents
+        latents += [view.latents for view in one.views]
     return colour_basis(np.concatenate(latents))
 
 
@@ -134,7 +130,10 @@ def demo_page(contents: DemoContents) -> str:
             f"Crop boxes, flips and colour jitter depend only on the seed, the image's name and the view's number. "
             f"Below each view are the {grid} latents that the teacher computed for it.",
         ),
-        *(stored_card(one, contents.grid, basis) for one in contents.stored),
+        *(
+            stored_card(one, contents.grid, basis, heading=title(one.key), caption="tile and crop boxes")
+            for one in contents.stored
+        ),
         element(
             "div",
             figure(
@@ -162,7 +161,7 @@ def demo_page(contents: DemoContents) -> str:
 
 def headline(result: Mapping[str, float]) -> Html:
     share = result["bytes_per_view"] / result["bytes_per_view_fp16"]
-    cards = [
+    cards: list[tuple[Child, Child]] = [
         (f"{share:.0%}", f"of the bytes of fp16 latents, at a mean cosine of {result['fidelity_mean']:.4f}"),
         (f"{result['centred_cosine_masked']:.2f}", "centred cosine with the teacher on masked patches of test tiles"),
         (
@@ -175,11 +174,7 @@ def headline(result: Mapping[str, float]) -> Html:
             f"final loss; predicting the mean target everywhere: {result['loss_mean_token']:.2f}",
         ),
     ]
-    return element(
-        "div",
-        *(element("div", element("b", value), element("span", text), class_="card") for value, text in cards),
-        class_="figures",
-    )
+    return figures(cards)
 
 
 def preview_card(preview: LatentPreview, grid: tuple[int, int], basis: ColourBasis) -> Html:
@@ -198,50 +193,13 @@ def preview_card(preview: LatentPreview, grid: tuple[int, int], basis: ColourBas
     return element("div", heading, element("div", *panels, class_="strip four"), class_="card")
 
 
-def stored_card(one: StoredImage, grid: tuple[int, int], basis: ColourBasis) -> Html:
-    side = max(one.tile.shape[:2])
-    tile = resized_picture(one.tile, *(round(edge * 2 * SHOWN / side) for edge in one.tile.shape[:2]))
-    scale = tile.shape[1] / one.tile.shape[1]
-    boxes = [tuple(edge * scale for edge in box) for box in one.boxes]
-    columns = [
-        figure(
-            image(jpeg_uri(outline_boxes(tile, boxes), quality=90), "The tile with its crop boxes"),
-            "tile and crop boxes",
-        )
-    ]
-    for number, (view, latents) in enumerate(zip(one.views, one.latents, strict=True)):
-        colour = "#{:02x}{:02x}{:02x}".format(*PALETTE[number % len(PALETTE)])
-        mark = element("span", "■ ", style=f"color: {colour}")
-        flipped = ", flipped" if one.flipped[number] else ""
-        columns.append(
-            element(
-                "div",
-                figure(
-                    image(jpeg_uri(resized_picture(view, SHOWN, SHOWN)), f"View {number}"),
-                    join_html((mark, f"view {number}{flipped}")),
-                ),
-                figure(latents_image(latents, grid, basis, whose=f"the teacher, view {number}")),
-            )
-        )
-    heading = element("h3", title(one.key))
-    return element("div", heading, element("div", *columns[:5], class_="strip five"), class_="card")
-
-
-def latents_image(latents: np.ndarray, grid: tuple[int, int], basis: ColourBasis, *, whose: str) -> Html:
-    return image(png_uri(latent_colours(latents, *grid, basis=basis)), f"Latents of {whose} as colours", pixelated=True)
-
-
 def measures_table(result: Mapping[str, float]) -> Html:
     lines: list[list[Child]] = []
     for measure in MEASURES:
         met = measure.met(result)
         goal = join_html((measure.show_goal(result), " ", mark(met))) if met is not None else None
         lines.append([measure.name, measure.show(result), goal, measure.meaning])
-    return table(["measure", "value", "goal", "meaning"], lines)
-
-
-def mark(met: bool) -> Html:
-    return element("span", "✓ reached" if met else "✗ missed", class_="good" if met else "bad")
+    return table(["measure", "value", "goal", "meaning"], lines, "texts")
 
 
 def loss_chart(contents: DemoContents) -> Html:

@@ -10,8 +10,12 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from cae2pipe.artifacts.atomic import write_bytes, write_json
 from cae2pipe.config.base import load
@@ -19,16 +23,17 @@ from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.demo.report import DemoCommand, DemoContents, demo_page, picture
-from cae2pipe.demo.stored import read_stored
 from cae2pipe.demo.student import MeanStudent, mean_over_views, previews_of
 from cae2pipe.demo.tiles import cut_tiles
 from cae2pipe.reporting.pictures import png_bytes
+from cae2pipe.reporting.stored_images import MOST
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.progress import Report, progress
 from cae2pipe.shards.keys import sample_key
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.targets.stored_image import StoredImage, find_image, read_stored_image
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.metrics import METRICS_FILE, read_lines
 from cae2pipe.training.student import load_student
@@ -145,7 +150,7 @@ def run_demo(
             result=result,
             losses=[(line["step"] / per_epoch, line["loss"]) for line in lines],
             bytes_per_view=codec_bytes(stored),
-            stored=[read_stored(stored, images / "train", sample_key(name)) for name in STORED],
+            stored=[stored_tile(stored, images / "train", name) for name in STORED],
             previews=previews_of(model, test, run_with, keys=[sample_key(name) for name in PREDICTED], device=chosen),
             commands=commands,
         )
@@ -199,6 +204,13 @@ def codec_bytes(targets: TargetSet) -> dict[str, float]:
     # One byte per component, one fp16 scale and one fp16 norm per token.
     int8 = float(teacher.tokens * (teacher.dim + 4))
     return {"fp16": sizes["fp16"], "int8": int8, "stored": sizes["latents"], "pixels": sizes["pixels"]}
+
+
+def stored_tile(targets: TargetSet, images: Path, name: str) -> StoredImage:
+    """What the set holds of a tile, with the tile itself."""
+    stored = read_stored_image(targets, *find_image(targets, sample_key(name)), range(MOST))
+    with Image.open(images / f"{name}.jpg") as file:
+        return replace(stored, picture=np.asarray(file.convert("RGB")))
 
 
 def write_result(path: Path, result: Mapping[str, float], seconds: float) -> dict[str, float]:

@@ -36,6 +36,11 @@ def card(plot: Html, caption: str) -> Html:
     return element("div", figure(plot, caption), class_="card plot")
 
 
+def pairs(cards: list[Html]) -> Html:
+    """Cards side by side if there is room; a single card takes the whole width."""
+    return element("div", *cards, class_="pair")
+
+
 def score_plots(comparison: Comparison) -> list[Html]:
     """Scores of every evaluation: over the comparison's axis if it has one, otherwise one line per variant."""
     parts: list[Html] = []
@@ -50,7 +55,7 @@ def score_plots(comparison: Comparison) -> list[Html]:
             plot = dots({row.name: [100 * value for value in row.scores[kind]] for row in scored}, x_label=f"{kind}, %")
             caption = f"{kind}: one dot per seed; bars are means."
         parts.append(card(plot, caption))
-    return [element("h2", "Scores"), *parts] if parts else []
+    return [element("h2", "Scores"), pairs(parts)] if parts else []
 
 
 def along_axis(rows: list[Row], kind: str, along: str) -> Html:
@@ -85,4 +90,4 @@ def curve_plots(comparison: Comparison) -> list[Html]:
         drawn = {who: Points(range(1, len(v) + 1), v) if any(v) else Points([], []) for who, v in values.items()}
         if any(points.xs for points in drawn.values()):
             parts.append(card(curves(drawn, x_label="epoch", y_label=label), captions[name]))
-    return [element("h2", "Training"), *parts] if parts else []
+    return [element("h2", "Training"), pairs(parts)] if parts else []

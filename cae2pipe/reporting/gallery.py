@@ -137,6 +137,7 @@ def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
 
 
 def neighbour_table(gallery: Gallery, number: int) -> Html:
+    """The neighbours of query ``number``, one row for the features of each encoder."""
     query = photograph(resized_picture(gallery.views[gallery.queries[number]], SIDE, SIDE), "The query")
     cells: list[list[Child]] = []
     for row in gallery.neighbours:
@@ -161,5 +162,8 @@ def latents(tokens: np.ndarray, shape: tuple[int, ...], basis: ColourBasis, *, w
 def grid(headers: Sequence[str], rows: Sequence[Sequence[Child]]) -> Html:
     """Pictures in rows and columns at fixed size; a wide grid scrolls."""
     head = [element("tr", *(element("th", text, scope="col") for text in headers))] if headers else []
-    body = [element("tr", *(element("td", cell) for cell in row)) for row in rows]
+    body = [
+        element("tr", *(element("td", cell, class_=None if isinstance(cell, Html) else "name") for cell in row))
+        for row in rows
+    ]
     return element("div", element("table", *head, *body, class_="pictures"), class_="wide")

@@ -57,6 +57,18 @@ def latent_colours(latents: np.ndarray, rows: int, cols: int, *, basis: ColourBa
     return picture
 
 
+HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
+"""Viridis at five points: lightness increases with the value, so it is readable without colour vision too."""
+
+
+def heat_map(values: np.ndarray, low: float, high: float) -> Picture:
+    """Values (rows, cols) as a picture with one pixel each: ``low`` is dark violet, ``high`` yellow."""
+    share = np.clip((np.asarray(values, dtype=float) - low) / max(high - low, 1e-12), 0, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(share, stops, HEAT[:, channel]) for channel in range(3)]
+    return np.round(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
 def enlarge(picture: Picture, height: int, width: int) -> Picture:
     """Every pixel enlarged to a block: for patch grids, whose edges should be visible."""
     rows = np.arange(height) * picture.shape[0] // height

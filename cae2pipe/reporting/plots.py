@@ -24,6 +24,8 @@ STYLES = ("-", "--", ":", "-.")
 INK = "#3c3f44"
 
 
+WIDTH = 4.8
+"""Width of a plot in inches: its text stays legible when a phone shows it at two thirds of its size."""
 FEW = 12
 """Curves with at most this many points have markers."""
 
@@ -45,7 +47,8 @@ def curves(
     points still takes its colour; an axis with a large range is logarithmic."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(6.6, 3.6)
+    legend = [wrapped(name) for name in (*lines, *(levels or {}))] if len(lines) + len(levels or {}) > 1 else []
+    figure, axes = _figure(WIDTH, 3.0 + _legend_height(legend))
     for index, (name, points) in enumerate(lines.items()):
         if not points.xs:
             continue
@@ -78,7 +81,7 @@ def curves(
         axes.set_yscale("log")
     axes.set_xlabel(literal(x_label))
     axes.set_ylabel(literal(y_label))
-    if len(lines) + len(levels or {}) > 1:
+    if legend:
         _legend(figure, axes)
     return svg(figure, f"{y_label} over {x_label}: {', '.join(lines)}")
 
@@ -87,7 +90,7 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
     """One line per name, from top to bottom: a dot for every value, a vertical bar for the mean."""
     names = list(rows)
     lines = sum(wrapped(name).count("\n") + 1 for name in names)
-    figure, axes = _figure(6.6, 0.9 + 0.16 * len(names) + 0.18 * lines)
+    figure, axes = _figure(WIDTH, 0.9 + 0.16 * len(names) + 0.18 * lines)
     for height, name in enumerate(names):
         values = list(rows[name])
         if not values:
@@ -104,7 +107,7 @@ def dots(rows: Mapping[str, Sequence[float]], *, x_label: str) -> Html:
 
 def bars(rows: Sequence[tuple[str, float, str]], *, strong: int, x_label: str) -> Html:
     """Horizontal bars: (name, value, text next to the bar). The ``strong`` one is coloured, the others are pale."""
-    figure, axes = _figure(6.6, 0.9 + 0.36 * len(rows))
+    figure, axes = _figure(WIDTH, 0.9 + 0.36 * len(rows))
     colours = [COLOURS[0] if index == strong else "#c9c6bf" for index in range(len(rows))]
     drawn = axes.barh(range(len(rows)), [value for _, value, _ in rows], color=colours, height=0.62)
     axes.bar_label(drawn, [literal(text) for _, _, text in rows], padding=5, fontsize=9, color=INK)
@@ -138,7 +141,9 @@ def svg(figure: Figure, alt: str) -> Html:
         with rc_context({"svg.hashsalt": "cae2pipe"}), warnings.catch_warnings():
             # Its font lacks Chinese, for example: such letters become boxes, and the table has the full name.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+            nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+            # Transparent, so that the page's background shows in light and dark mode.
+            figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     finally:
         if epoch is not None:
             os.environ["SOURCE_DATE_EPOCH"] = epoch
@@ -164,7 +169,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _legend_height(names: Sequence[str]) -> float:
+    """Height in inches of a legend in two columns."""
+    return 0.1 + sum(0.17 * max(name.count("\n") + 1 for name in names[i : i + 2]) for i in range(0, len(names), 2))
+
+
 def _legend(figure: Figure, axes: Axes) -> None:
-    """A legend next to the axes, where it cannot hide curves."""
+    """A legend below the axes, where it cannot hide curves and leaves them the whole width."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+    figure.legend(
+        handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.5
+    )

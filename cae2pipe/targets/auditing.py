@@ -51,6 +51,30 @@ def choose(targets: TargetSet, count: int, seed: int) -> dict[tuple[str, int], l
     return dict(chosen)
 
 
+@dataclass(frozen=True)
+class LiveViews:
+    """Some stored views of a block: their names, pixels uint8 (n, H, W, 3), and unit tokens (n, T, D): ``true``, the
+    teacher's now, and ``stored``."""
+
+    names: list[str]
+    pixels: np.ndarray
+    true: Tensor
+    stored: Tensor
+
+
+def run_teacher_on(targets: TargetSet, teacher: Teacher, name: str, *, block: int, positions: list[int]) -> LiveViews:
+    """Run the teacher on some views of a block of the store ``name``.
+
+    Raises:
+        DamageError: a stored view or its latents cannot be read. ImageError: a view cannot be decoded.
+    """
+    stored = targets.reader(name).block(block)
+    pixels = targets.pixels(stored, positions)
+    true, _ = unit_tokens(teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(teacher.device)).tokens.cpu())
+    decoded = targets.layout.codec.decode(as_tensors(stored.arrays))[positions]
+    return LiveViews([f"{name}, key {stored.keys[position]}" for position in positions], pixels, true, decoded)
+
+
 def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) -> Audit:
     """Run the teacher on ``count`` random stored views.
 
@@ -61,14 +85,11 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) ->
     centreds: list[Tensor] = []
     labels: list[str] = []
     for (name, block), positions in choose(targets, count, seed).items():
-        stored = targets.reader(name).block(block)
-        pixels = targets.pixels(stored, positions)
-        live, _ = unit_tokens(teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(teacher.device)).tokens.cpu())
-        decoded = targets.layout.codec.decode(as_tensors(stored.arrays))[positions]
-        raw, centred = token_cosines(live, decoded, targets.mean)
+        live = run_teacher_on(targets, teacher, name, block=block, positions=positions)
+        raw, centred = token_cosines(live.true, live.stored, targets.mean)
         raws.append(raw.view(len(positions), -1).mean(dim=1))
         centreds.append(centred.view(len(positions), -1).mean(dim=1))
-        labels += [f"{name}, key {stored.keys[position]}" for position in positions]
+        labels += live.names
     raw, centred = torch.cat(raws), torch.cat(centreds)
     worst = int(raw.argmin())
     return Audit(

@@ -99,13 +99,21 @@ class TargetSet(Sequence[Target]):
     Args:
         root: the set's folder or URL.
         arrays: type of the arrays in items, ``numpy`` or ``torch``.
+        damaged: what to do with views of which a file is missing or differs in size from its manifest entry:
+            ``refuse`` the set, or ``omit`` them from ``stores``; ``damage`` then lists the problems.
 
     Raises:
         ManifestError: not a target set, or one without calibration or stores.
         DamageError: the calibration, or a file of a store, is missing or differs in size from its manifest entry.
     """
 
-    def __init__(self, root: Path | str, arrays: Literal["numpy", "torch"] = "numpy"):
+    def __init__(
+        self,
+        root: Path | str,
+        arrays: Literal["numpy", "torch"] = "numpy",
+        *,
+        damaged: Literal["refuse", "omit"] = "refuse",
+    ):
         self.root = root = to_path(root)
         self.arrays = arrays
         self.artifact = TargetsArtifact.open(root)
@@ -117,9 +125,18 @@ class TargetSet(Sequence[Target]):
                 fix="run `cae2pipe extract-targets` with the same arguments as before",
             )
         self.calibration = read_calibration(self.artifact)
+        self.damage: list[DamageError] = []
         for name in sorted(self.artifact.units.keys() - self.artifact.whole()):
             for problem in check_files(self.artifact, [name], digests=False):
-                raise DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root))
+                self.damage.append(DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root)))
+                if damaged == "refuse" or name == CODEC:
+                    raise self.damage[-1]
+        if self.damage:
+            lost = {problem.where for problem in self.damage}
+            files = {name: [str(root / path) for path in unit["files"]] for name, unit in self.stores.items()}
+            self.stores = {name: unit for name, unit in self.stores.items() if lost.isdisjoint(files[name])}
+            if not self.stores:
+                raise self.damage[0]
         teacher = self.artifact.facts["teacher"]
         self.teacher = TeacherFacts(
             teacher["name"], teacher["dim"], teacher["rows"], teacher["cols"], teacher["class_token"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_from_images_to_a_score(tmp_path, photos, extract_settings, pretrain_set
     assert cae2pipe.inspect(str(run.path))["kind"] == "run"
     exported = cae2pipe.export(str(run.path), str(tmp_path / "exported"), scores=[str(tmp_path / "scores")])
     assert all(path.is_file() for path in exported)
+
+
+def test_a_page_about_a_target_set(tmp_path, target_root, teacher_file):
+    options = {"source": str(target_root / "shards"), "live": 4, "teacher_weights": str(teacher_file), "device": "cpu"}
+    shown = cae2pipe.report_targets(cae2pipe.TargetSet(target_root), out=str(tmp_path / "a"), **options, **QUIET)
+    assert shown.page == tmp_path / "a" / "report.html"
+    assert "The teacher on 4 stored views" in shown.page.read_text()
+    assert shown.problems == ()
+
+    damaged = Path(shutil.copytree(target_root, tmp_path / "damaged"))
+    lost = damaged / "latents" / "v01" / "000002.zarr" / "norms" / "c" / "0" / "0"
+    lost.unlink()
+    (problem,) = cae2pipe.report_targets(str(damaged), out=tmp_path / "b", **QUIET).problems
+    assert problem == f"{lost}: a file that the manifest lists is missing"
 
 
 def test_a_damaged_file_is_found_and_made_again(tmp_path, photos):

@@ -11,10 +11,8 @@ import torch
 from cae2pipe.demo import run as demo
 from cae2pipe.demo.measures import MEASURES
 from cae2pipe.demo.report import title
-from cae2pipe.demo.stored import box_in_image, read_stored
 from cae2pipe.demo.student import MeanStudent, mean_over_views, previews_of
 from cae2pipe.errors import DamageError
-from cae2pipe.images.views import ViewDraw
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
@@ -84,22 +82,10 @@ def test_previews(run, targets):
         assert preview.cosine == pytest.approx(cosine.mean(), abs=1e-4)
 
 
-def test_boxes_are_those_of_the_unflipped_image():
-    draw = ViewDraw(2, 5, 10, 20, False, 1.0, 1.0, 1.0, 0, 40, 60)
-    assert box_in_image(draw) == (5, 2, 25, 12)
-    flipped = ViewDraw(2, 5, 10, 20, True, 1.0, 1.0, 1.0, 0, 40, 60)
-    assert box_in_image(flipped) == (60 - 25, 2, 60 - 5, 12)
-
-
-def test_what_is_stored_of_an_image(targets, photos):
-    stored = read_stored(targets, photos, "class2+image011")
-    assert len(stored.views) == len(stored.boxes) == len(stored.latents) == 2
-    height, width = stored.tile.shape[:2]
-    for left, top, right, bottom in stored.boxes:
-        assert 0 <= left < right <= width
-        assert 0 <= top < bottom <= height
-    assert stored.latents[0].shape == (16, 16)
-    assert not np.array_equal(stored.views[0], stored.views[1])
+def test_the_tile_is_shown_with_what_is_stored_of_it(targets, photos):
+    stored = demo.stored_tile(targets, photos, "class2/image011")
+    assert stored.key == "class2+image011"
+    assert stored.picture.shape == (stored.height, stored.width, 3)
 
 
 @pytest.mark.parametrize(("rows", "patch"), [(14, []), (16, ["--set", "model.patch_size=14"])])
