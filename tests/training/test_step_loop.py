@@ -56,7 +56,7 @@ class Noted:
     def end_epoch(self, done):
         assert self.settled == self.begun == list(range(done))
         self.epochs.append(done)
-        return len(self.epochs) % 2 == 0
+        return Flags(checkpoint_due=len(self.epochs) % 2 == 0, stop=done == self.stop_at)
 
     def state(self):
         assert self.settled == self.begun, "a checkpoint of a step that may have diverged"
