@@ -1,14 +1,15 @@
 """Measures a student while it is trained: nearest neighbours on labelled images, and its loss on held-out views.
 
-It works on copies of the student and draws nothing from random generators that training draws from, so training does
-not depend on it. Several processes share the images and views.
+It works on copies of the student and restores the state of random generators, so training does not depend on it.
+Several processes share the images and views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ from cae2pipe.training.parallel import full_tensor
 from cae2pipe.training.probing import Probed
 from cae2pipe.training.step import Latents, cached
 from cae2pipe.training.target_spec import PixelTargets, target_spec
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class StopProbeError(Exception):
@@ -160,35 +163,37 @@ class ImageProbe:
             world=probe.world,
             rejected=probe.name_reject,
         )
-        self.encoder = Student(
-            build_vit(timm_config(probe.model.encoder)),
+        self.vit = build_vit(timm_config(probe.model.encoder))
+        self.class_token = class_token_trained(run)
+
+    def encode(self) -> Callable[[Tensor], Tensor]:
+        """From crops to features of the student as it is now."""
+        self.vit.load_state_dict(timm_state(self.probe.model.encoder))
+        encoder = Student(
+            copied(self.vit, self.device),
             {},
-            class_token_trained(run),
+            self.class_token,
             device=self.device,
             precision=resolve_precision("auto", self.device),
         )
-        self.encoder.model.to("cpu")
-        self.feature = resolve_feature(FeatureSettings(), self.encoder)
+        features = feature_of(encoder, resolve_feature(FeatureSettings(), encoder), self.device)
+
+        def encoded(pixels: Tensor) -> Tensor:
+            if stop_asked():
+                raise StopProbeError
+            with exact_float32(self.device):
+                return features(pixels)
+
+        return encoded
 
     def check(self) -> None:
         side = self.probe.settings.model.image_size
-        self.encoder.model.to(self.device)
-        self.encode(torch.zeros(self.probe.batch, 3, side, side, dtype=torch.uint8))
-        self.encoder.model.to("cpu")
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        if stop_asked():
-            raise StopProbeError
-        with exact_float32(self.device):
-            return feature_of(self.encoder, self.feature, self.device)(pixels)
+        self.encode()(torch.zeros(self.probe.batch, 3, side, side, dtype=torch.uint8))
 
     def share(self) -> dict[str, list[Labelled]]:
         """Features of this process's images."""
-        self.encoder.model.load_state_dict(timm_state(self.probe.model.encoder))
-        self.encoder.model.to(self.device)
-        shares = {name: self.crops.features(split, self.encode) for name, split in self.splits().items()}
-        self.encoder.model.to("cpu")
-        return shares
+        encode = self.encode()
+        return {name: self.crops.features(split, encode) for name, split in self.splits().items()}
 
     def splits(self) -> dict[str, Any]:
         return {"train": self.crops.train, "val": self.crops.val}
@@ -256,16 +261,18 @@ class HeldOutProbe:
                     raise StopProbeError
                 yield batch.to(self.device)
 
-        self.objective.to(self.device)
-        sums = summed_terms(self.objective, uploaded(), self.latents)
-        self.objective.to("cpu")
-        return sums
+        return summed_terms(copied(self.objective, self.device), uploaded(), self.latents)
 
     def figures(self, shares: list[dict[str, Any]]) -> dict[str, float]:
         total = torch.stack([share["views"][0] for share in shares]).sum(dim=0)
         means = dict(zip(TERMS, (total / shares[0]["views"][1]).tolist(), strict=True))
         names = ("loss", "centred_cosine_visible", "centred_cosine_masked")
         return {f"held_out_{name}": means[name] for name in names}
+
+
+def copied(module: M, device: torch.device) -> M:
+    """A module on a device: a copy, so that nothing stays there when it is no longer used."""
+    return module if device.type == "cpu" else copy.deepcopy(module).to(device)
 
 
 def bytes_of(batch: Batch) -> int:

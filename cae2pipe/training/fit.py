@@ -7,7 +7,6 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.images.jpeg import device_decoder
 from cae2pipe.methods.registry import check_method
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.student import teacher_of
 
 
 def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:
@@ -40,7 +39,8 @@ def check_held_out(held_out: TargetSet, targets: TargetSet, settings: PretrainSe
             where=str(held_out.root),
             fix="extract targets of other images with the same teacher, and give them as --probe-targets",
         )
-    if settings.loss.target != "pixels" and teacher_of(held_out) != teacher_of(targets):
+    teachers = ({**each.artifact.identity["teacher"], "precision": None} for each in (held_out, targets))
+    if settings.loss.target != "pixels" and next(teachers) != next(teachers):
         raise SettingsError(
             f"teacher mismatch: trained on {targets.teacher.name}, held-out targets of {held_out.teacher.name}, or of "
             "other weights",
