@@ -102,7 +102,8 @@ class Pretraining:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise capture(self._step, outcome, values, settings=self.settings, target_dim=self.target_dim, out=self.out)
         if self.telemetry:
-            self.telemetry.step(outcome, values, flags.waited / self.world.ranks)
+            probed = self.probing is not None and self.probing.due(outcome.batch.step + 1)
+            self.telemetry.step(outcome, values, flags.waited / self.world.ranks, whole=not probed)
         return flags
 
     def begin(self) -> None:

@@ -99,8 +99,8 @@ class Probing:
         training = self.telemetry.seconds_per_step(done) * self.steps * self.epochs
         share = probes * seconds / (training + probes * seconds)
         self.report.log(
-            f"a probe takes {duration(seconds) if seconds >= 60 else f'{seconds:.1f} s'}; all {probes} will take about "
-            f"{100 * share:.2g} % of the run's time (change it with --every)"
+            f"a probe takes {duration(seconds) if seconds >= 60 else f'{seconds:.1f} s'}; all {probes} will take at "
+            f"most about {100 * share:.2g} % of the run's time (change it with --every)"
         )
 
     def close(self) -> None:

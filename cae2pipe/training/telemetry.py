@@ -67,8 +67,9 @@ class Telemetry:
             # An earlier run in this process may have needed more.
             torch.cuda.reset_peak_memory_stats(world.device)
 
-    def step(self, outcome: Outcome, values: dict[str, float], waited: float) -> None:
-        """Record a step. ``waited``: seconds that its processes waited for data, on average."""
+    def step(self, outcome: Outcome, values: dict[str, float], waited: float, *, whole: bool = True) -> None:
+        """Record a step. ``waited``: seconds that its processes waited for data, on average. ``whole``: whether no
+        figures of a probe will follow."""
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         batch = outcome.batch
@@ -87,7 +88,7 @@ class Telemetry:
         line = {"step": batch.step, "epoch": batch.epoch, **terms, "lr": outcome.lr, "images": images, **clocked}
         self.metrics.write(line)
         for tracker in self.trackers:
-            tracker.write(line)
+            tracker.write(line, whole)
         shown = {
             "loss": values["loss"],
             "visible": values["loss_visible"],
@@ -106,10 +107,10 @@ class Telemetry:
         self.report.advance(1, **{name: value for name, value in shown.items() if value is not None})
 
     def probed(self, line: dict[str, Any]) -> None:
-        """Give the figures of a probe to the trackers, at the step after it, and to the panel."""
+        """Give the figures of a probe to the trackers, with those of its step, and to the panel."""
         figures = {f"probe/{name}": value for name, value in line.items() if name not in ("step", "epoch")}
         for tracker in self.trackers:
-            tracker.write({"step": line["step"] + 1, **figures}, whole=False)
+            tracker.write({"step": line["step"], **figures})
         names = {"knn_top1": "knn", "held_out_loss": "held_out_loss"}
         self.latest = {shown: line[name] for name, shown in names.items() if name in line}
 
@@ -171,8 +172,8 @@ class Wandb:
 
     def write(self, line: dict[str, Any], whole: bool = True) -> None:
         known = {name: value for name, value in line.items() if value is not None}
-        # Otherwise a step would be held back until the next one, and lost if the run is killed. What is not the whole
-        # step must be held back: wandb drops everything else of a step that has been committed.
+        # Otherwise a step would be held back until the next one, and lost if the run is killed. But wandb drops what
+        # comes for a step after its commit.
         self._run.log(known, step=line["step"], commit=whole)
 
     def close(self) -> None:
