@@ -112,7 +112,8 @@ class TrainingProbe:
                 if self.views:
                     share |= {"views": self.views.share()}
         except (Cae2pipeError, StopProbeError) as error:
-            share = {"error": error}
+            # A signal to all processes of a job also ends the workers.
+            share = {"error": StopProbeError() if stop_asked() else error}
         free_unused()
         shares = self.world.gather_on_main(share, self.group)
         return self.world.answer_of_main(self.result(shares) if self.world.is_main else Probed(), self.group)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import cae2pipe
 from cae2pipe.config.evaluate import KnnSettings
-from cae2pipe.errors import OutOfMemoryError, SettingsError, SourceError, Terminated
+from cae2pipe.errors import OutOfMemoryError, SettingsError, SourceError, Terminated, WorkerError
 from cae2pipe.evaluation.encoders import Student
 from cae2pipe.evaluation.labelled_crops import LabelledCrops
 from cae2pipe.evaluation.training_probe import TrainingProbe
@@ -173,13 +173,16 @@ def test_a_resumed_run_has_the_same_probes(probed, target_root, settings, tmp_pa
     assert scalars == [(line["step"], pytest.approx(line["knn_top1"])) for line in probes(out)]
 
 
+@pytest.mark.parametrize("workers_fail", [False, True])
 def test_a_stop_during_a_probe_takes_effect_and_the_probe_is_made_on_resuming(
-    probed, target_root, settings, tmp_path, monkeypatch
+    probed, target_root, settings, tmp_path, monkeypatch, workers_fail
 ):
     out, read = tmp_path / "run", LabelledCrops.features
 
     def interrupted(self, split, encode):
         os.kill(os.getpid(), signal.SIGTERM)
+        if workers_fail:
+            raise WorkerError("a worker process was killed by SIGTERM")
         return read(self, split, encode)
 
     with monkeypatch.context() as patched:
@@ -206,10 +209,15 @@ def test_probes_after_the_checkpoint_are_removed_and_made_again(probed, target_r
     assert probes(out) == probes(probed.root)
 
 
-def test_processes_share_a_probe(probed, target_root, settings, tmp_path):
-    job = {"targets": str(target_root), "out": str(tmp_path / "run")}
+def test_processes_share_a_probe_and_its_stop(probed, target_root, settings, tmp_path):
+    """A signal to one of them, in the first probe, ends it in all; resumed, they measure what one process does."""
+    job = {"targets": str(target_root), "out": str(tmp_path / "run"), "probe_signal": True}
     job["settings"] = settings(speed={"parallel": "fsdp"}).model_dump(mode="json")
     done = launch(train, job)
+    assert done.codes == [0, 0], done.stderr
+    assert [(tmp_path / f"run-{rank}.end").read_text() for rank in range(2)] == ["Terminated", "Requeued"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{2 * STEPS:08d}.pt"]
+    done = launch(train, {**job, "probe_signal": False})
     assert done.codes == [0, 0], done.stderr
     for one, other in zip(probes(tmp_path / "run"), probes(probed.root), strict=True):
         assert one.keys() == other.keys()
