@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,35 +19,28 @@ from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import FAST_RATES, KnnSettings, LinearSettings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.evaluation.crop_batches import CPU_BATCH, crop_batches
-from cae2pipe.evaluation.crops import CentralCrop
-from cae2pipe.evaluation.datasets import Split, common_labels, open_data
+from cae2pipe.evaluation.crop_batches import CPU_BATCH
 from cae2pipe.evaluation.encoders import Student, build_vit, class_token_trained
-from cae2pipe.evaluation.knn import knn_predictions
+from cae2pipe.evaluation.knn import knn_top1
+from cae2pipe.evaluation.labelled_crops import Labelled, LabelledCrops, feature_of, in_order_of_runs
 from cae2pipe.evaluation.linear import logits, train_probe
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import load_batches
-from cae2pipe.loading.plan import make_plan
 from cae2pipe.methods.method import Method
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import timm_config, timm_state
 from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.remembered import Memory
+from cae2pipe.runtime.world import World
 from cae2pipe.targets.paths import LATENTS_FOLDER, VIEWS_FOLDER
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.checkpoint import checkpoints, read_checkpoint, step_of
+from cae2pipe.training.held_out import held_out_plan, summed_terms
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.objective import make_objective
-from cae2pipe.training.step import cached, forward
+from cae2pipe.training.step import cached
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Central crops (N, 3, S, S) uint8 with their labels int64 (N,)."""
-
-    pixels: Tensor
-    labels: Tensor
 
 
 class Scorer:
@@ -71,21 +63,19 @@ class Scorer:
         )
 
     @cached_property
-    def splits(self) -> tuple[Split, Split]:
-        return open_data(self.data, CPU_BATCH)
+    def crops(self) -> LabelledCrops:
+        def refuse(path: Path, reason: str) -> None:
+            raise AssertionError(f"{path}: {reason}")
 
-    @cached_property
-    def crops(self) -> tuple[Crops, Crops]:
-        """Crops of train and val; labels of both are indices into train's classes."""
-        crop = CentralCrop(self.size, round(self.size / self.knn.features.crop))
-        train, val = self.splits
-        both = []
-        for split in (train, val):
-            batches = list(crop_batches(split, range(len(split.runs)), crop, workers=0, device=CPU))
-            labels = torch.cat([torch.from_numpy(batch.crops.labels) for batch in batches])
-            labels = common_labels(labels, split.classes, train.classes)
-            both.append(Crops(torch.cat([batch.pixels for batch in batches]), labels))
-        return both[0], both[1]
+        return LabelledCrops(
+            self.data,
+            size=self.size,
+            batch=CPU_BATCH,
+            memory=Memory(10**10),
+            workers=0,
+            world=World(0, 1, CPU),
+            rejected=refuse,
+        )
 
     def score(self, run: RunArtifact, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
         """``held_out_loss``; ``knn`` and, if requested, ``linear`` top-1 accuracy of the class token in percent."""
@@ -94,50 +84,38 @@ class Scorer:
         vit = build_vit(timm_config(model.encoder))
         vit.load_state_dict(timm_state(model.encoder))
         encoder = Student(vit, {}, class_token_trained(run), device=CPU)
-        train, val = ((class_tokens(encoder, crops.pixels), crops.labels) for crops in self.crops)
+        encode = feature_of(encoder, "class", CPU)
+        train, val = (
+            in_order_of_runs([self.crops.features(split, encode)]) for split in (self.crops.train, self.crops.val)
+        )
         return {
             "knn": self.knn_accuracy(train, val),
             "linear": self.linear_accuracy(train, val) if linear else None,
             "held_out_loss": self.held_out_loss(model, settings),
         }
 
-    def knn_accuracy(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
-        k = self.knn.k[0]
-        rankings = knn_predictions(
-            *train, val[0], classes=len(self.splits[0].classes), k=[k], temperature=self.knn.temperature
-        )
-        return percent(rankings[k][0][:, 0], val[1])
+    def knn_accuracy(self, train: Labelled, val: Labelled) -> float:
+        classes = len(self.crops.train.classes)
+        return 100 * knn_top1(*train, *val, classes=classes, k=self.knn.k[0], temperature=self.knn.temperature)
 
-    def linear_accuracy(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
-        classes = len(self.splits[0].classes)
+    def linear_accuracy(self, train: Labelled, val: Labelled) -> float:
+        classes = len(self.crops.train.classes)
         probe, _ = train_probe([train[0]], train[1], classes=classes, settings=self.linear, report=Silent())
         return percent(logits(probe, val[0]).argmax(dim=1), val[1])
 
-    @torch.no_grad()
     def held_out_loss(self, model: Method, settings: PretrainSettings) -> float:
         """The run's own objective on views of images not used in training, averaged over all views. Masks are the same
         for all runs."""
         objective = make_objective(model, self.held_out, settings).eval()
-        total, views = 0.0, 0
-        for batch in self.held_out_batches(settings, model.drop_columns):
-            total += float(forward(objective, batch, cached(batch))[0]) * batch.real
-            views += batch.real
-        return total / views
+        total, views = summed_terms(objective, self.held_out_batches(settings, model.drop_columns), cached)
+        return float(total[0]) / views
 
     def held_out_batches(self, settings: PretrainSettings, drop_columns: int) -> Sequence[Batch]:
         """All held-out views, each once, with masks of seed 0. Cached, since the plan is the same for all runs."""
         if not hasattr(self, "_batches"):
-            # With as many epochs as views, each view is shown once.
-            fixed = settings.model_copy(update={"seed": 0, "epochs": self.held_out.views})
-            plan = make_plan(self.held_out, sorted(self.held_out.stores), fixed, drop_columns=drop_columns)
+            plan = held_out_plan(self.held_out, settings, drop_columns=drop_columns, batch=CPU_BATCH)
             self._batches = list(load_batches(plan, 0, 0))
         return self._batches
-
-
-@torch.no_grad()
-def class_tokens(encoder: Student, pixels: Tensor) -> Tensor:
-    """Class tokens (N, D) float32 of crops (N, 3, S, S) uint8."""
-    return torch.cat([encoder.tokens(part).together()[:, 0] for part in pixels.split(CPU_BATCH)])
 
 
 def percent(predicted: Tensor, labels: Tensor) -> float:

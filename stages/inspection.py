@@ -76,16 +76,18 @@ def _targets(artifact: TargetsArtifact) -> dict[str, Any]:
 
 def _run(artifact: RunArtifact) -> dict[str, Any]:
     from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, checkpoints
-    from cae2pipe.training.metrics import METRICS_FILE, read_metrics
+    from cae2pipe.training.metrics import METRICS_FILE, PROBE_FILE, read_metrics, read_probes
 
     lines, damaged = read_metrics(artifact.root / METRICS_FILE)
     last = lines[-1] if lines else {}
+    probes = read_probes(artifact.root / PROBE_FILE)
     return {
         "teacher": artifact.facts["teacher"],
         "stores": len(artifact.facts["stores"]),
         "steps": len(lines),
         "damaged_lines": damaged,
         "last_step": {name: last[name] for name in ("epoch", "loss", "centred_cosine_masked") if name in last},
+        **({"last_probe": probes[-1]} if probes else {}),
         "checkpoints": [path.name for path in checkpoints(artifact.root / CHECKPOINTS_FOLDER)],
     }
 

@@ -20,6 +20,7 @@ from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import MismatchError
+from cae2pipe.evaluation.training_probe import TrainingProbe
 from cae2pipe.loading.plan import chosen_stores, make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import export_encoder
@@ -77,6 +78,8 @@ def _train_run(
         report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
     set_backends(bf16, settings.speed.deterministic, fixed_shapes=True)
+    # Before the seed is set: building the probe must not change what is drawn later.
+    probe = TrainingProbe(settings, targets, artifact, world=world, report=report) if settings.probe.on else None
     torch.manual_seed(keyed_seed("init", settings.seed))
     spec = target_spec(settings, targets)
     model = build_method(settings.method, settings.model, spec.dim).to(world.device)
@@ -117,10 +120,19 @@ def _train_run(
     )
     total = plan.steps * settings.epochs
     training = Pretraining(
-        step, plan, settings, checkpoints=checkpoints, target_dim=spec.dim, start=start, out=out, report=report
+        step,
+        plan,
+        settings,
+        checkpoints=checkpoints,
+        target_dim=spec.dim,
+        start=start,
+        out=out,
+        report=report,
+        probe=probe,
     )
     limit = min(total, settings.stop_after or total)
     with closing(training):
+        training.begin()
         done = run_steps(training, start, limit, checkpoints=checkpoints, world=world, report=report)
     if done < total:
         report.log(f"stopped after {done} of {total} steps (stop_after)")

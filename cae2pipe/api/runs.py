@@ -14,7 +14,7 @@ from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import Settings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import ManifestError
+from cae2pipe.errors import ManifestError, SettingsError
 from cae2pipe.evaluation.encoders import FrozenEncoder
 from cae2pipe.evaluation.encoders import load_encoder as load
 from cae2pipe.methods.registry import Builder, register
@@ -22,7 +22,7 @@ from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.stages.export import export as run_export
 from cae2pipe.stages.pretrain import pretrain as train
-from cae2pipe.training.metrics import METRICS_FILE, read_lines
+from cae2pipe.training.metrics import METRICS_FILE, PROBE_FILE, read_lines, read_probes
 from cae2pipe.training.student import run_settings
 
 
@@ -55,6 +55,11 @@ class Run:
         """The lines of ``metrics.jsonl``, one per step: ``step``, ``epoch``, ``loss``, ``images_per_s``, ..."""
         return read_lines(self.path / METRICS_FILE)
 
+    def probes(self) -> list[dict[str, Any]]:
+        """The lines of ``probe.jsonl``, one per measurement during training: ``step``, ``epoch``, ``knn_top1``,
+        ``held_out_loss``, ... Empty without ``probe`` and ``probe_targets``."""
+        return read_probes(self.path / PROBE_FILE)
+
     def encoder(self) -> nn.Module:
         """Load the encoder as a timm vision transformer, in eval mode on the CPU.
 
@@ -82,6 +87,9 @@ def pretrain(
     epochs: int | None = None,
     repeat_masks: int | None = None,
     online: bool = False,
+    probe: str | Path | None = None,
+    probe_targets: str | Path | None = None,
+    every: int | None = None,
     workers: int | None = None,
     device: str | None = None,
     progress: Progress = True,
@@ -96,16 +104,28 @@ def pretrain(
         epochs: passes over the data.
         repeat_masks: masks per loaded view and step.
         online: run the teacher in every step instead of reading its latents.
+        probe: a folder with train and val, on which kNN accuracy is measured during training.
+        probe_targets: a target set of held-out images, made with the same teacher, on which the loss is measured; a
+            path or a URL.
+        every: epochs between these measurements.
         workers: processes; -1: one per core, 0: work in this process.
         device: auto, cpu, cuda, cuda:1, ...
 
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
+    if every is not None and probe is None and probe_targets is None:
+        raise SettingsError(
+            "there is nothing to measure every so many epochs",
+            where="--every",
+            fix="add --probe IMAGES or --probe-targets TARGETS, or omit --every",
+        )
+    held_out = None if probe_targets is None else str(probe_targets)
     values = {
         **given(epochs=epochs),
         **({"targets": "online"} if online else {}),
         **section("mask", repeat=repeat_masks),
+        **section("probe", images=probe, targets=held_out, every=every),
         **section("speed", workers=workers, device=device),
     }
     settings = resolve(PretrainSettings, "pretrain", config, overrides=overrides, values=values)

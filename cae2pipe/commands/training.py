@@ -30,6 +30,17 @@ def pretrain(
     online: Annotated[
         bool, typer.Option("--online", help="Run the teacher in every step instead of reading its latents.")
     ] = False,
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="IMAGES", help="Measure kNN accuracy during training, on a folder with train and val, as evaluate."
+        ),
+    ] = None,
+    probe_targets: Annotated[
+        str | None,
+        typer.Option(metavar="TARGETS", help="Measure the loss on this target set of held-out images (same teacher)."),
+    ] = None,
+    every: Annotated[int | None, typer.Option(help="Epochs between these measurements (default: 10).")] = None,
     workers: Workers = None,
     device: Device = None,
     set_: Set = None,
@@ -50,6 +61,9 @@ def pretrain(
             epochs=epochs,
             repeat_masks=repeat_masks,
             online=online,
+            probe=probe,
+            probe_targets=probe_targets,
+            every=every,
             workers=workers,
             device=device,
         )

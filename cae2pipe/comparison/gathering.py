@@ -9,7 +9,7 @@ from typing import Any
 
 from cae2pipe.artifacts.artifact import RunArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
-from cae2pipe.comparison.rows import CURVES, Comparison, Finished, Row
+from cae2pipe.comparison.rows import CURVES, PROBES, Comparison, Finished, Row
 from cae2pipe.comparison.scores import read_scores
 from cae2pipe.config.base import recorded
 from cae2pipe.config.compare import BYTES, GridSettings, numeric_setting
@@ -18,7 +18,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.runtime.foreign_names import told_apart
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.metrics import METRICS_FILE, read_metrics
+from cae2pipe.training.metrics import METRICS_FILE, PROBE_FILE, is_number, read_metrics, read_probes
 from cae2pipe.training.student import run_settings
 
 
@@ -155,6 +155,10 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], *, sets: 
         # Cosines to pixels are not comparable with cosines to latents.
         names = [name for name in CURVES if name == "loss" or settings.loss.target != "pixels"]
         row.curves = {name: by_epoch(lines, name) for name in names}
+        probes = read_probes(run / PROBE_FILE)
+        row.probes = {
+            name: [(line["epoch"] + 1, line[name]) for line in probes if is_number(line.get(name))] for name in PROBES
+        }
     if not artifact.complete:
         epoch = lines[-1]["epoch"] + 1 if lines else 0
         row.unfinished.append((run, f"unfinished, epoch {epoch} of {settings.epochs}"))

@@ -12,6 +12,9 @@ from typing import Any
 CURVES = {"loss": "loss", "centred_cosine_masked": "centred cosine, masked patches"}
 """Figures of ``metrics.jsonl`` that are plotted over epochs, with their labels."""
 
+PROBES = {"knn_top1": "kNN accuracy, %", "held_out_loss": "loss on held-out views"}
+"""Figures of ``probe.jsonl`` that are plotted over epochs, with their labels."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -31,10 +34,11 @@ class Row:
 
     ``scores`` by column, one per seed, in 0..1; ``paper``: the paper's own, in percent; ``runs``: folders of finished
     runs; ``unfinished``: other folders, with their progress; ``curves``: means by epoch of the first run, by name as in
-    ``CURVES``; ``hours``: device hours of each finished run; ``latents``: bytes per view of stored latents, if the
-    target set is known; ``features``: features of the encoder that each column's scores use; ``along``: position on the
-    comparison's axis, ``line``: the curve it belongs to; ``results``: finished evaluations, run by run; ``damaged``:
-    how many lines of ``metrics.jsonl`` are unreadable, for each run that has such lines.
+    ``CURVES``; ``probes``: the first run's probes, by name as in ``PROBES``, as (epochs done, figure); ``hours``:
+    device hours of each finished run; ``latents``: bytes per view of stored latents, if the target set is known;
+    ``features``: features of the encoder that each column's scores use; ``along``: position on the comparison's axis,
+    ``line``: the curve it belongs to; ``results``: finished evaluations, run by run; ``damaged``: how many lines of
+    ``metrics.jsonl`` are unreadable, for each run that has such lines.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Row:
     runs: list[Path] = field(default_factory=list)
     unfinished: list[tuple[Path, str]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    probes: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     hours: list[float] = field(default_factory=list)
     latents: float | None = None
     features: dict[str, str] = field(default_factory=dict)

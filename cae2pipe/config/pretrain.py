@@ -190,6 +190,30 @@ class TrainSpeed(Settings):
     """The device's peak for MFU, in 10^12 operations per second. null: a known value for the device."""
 
 
+class ProbeSettings(Settings):
+    """Measurements of the student during training. They do not change what is trained."""
+
+    images: Path | None = None
+    """A folder with train and val, as for `cae2pipe evaluate`: accuracy of nearest neighbours. null: none."""
+    targets: str | None = None
+    """A target set of held-out images, made with the same teacher: loss and cosines on its views. null: none."""
+    every: int = Field(default=10, ge=1, le=10**6)
+    """Epochs between measurements; there is always one after the last epoch."""
+    k: int = Field(default=20, ge=1, le=10**6)
+    """Number of neighbours, or the number of training images if that is less."""
+    blocks: int = Field(default=64, ge=1, le=10**6)
+    """Largest number of blocks of 64 held-out views."""
+    batch: int | None = Field(default=None, ge=1, le=2**20)
+    """Images that pass the student together. null: 256 on CUDA, 64 elsewhere."""
+    memory_gb: float = Field(default=2.0, ge=0, le=1e6)
+    """Gigabytes of each process for decoded images, which are then read only once; more are read every time."""
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is measured."""
+        return self.images is not None or self.targets is not None
+
+
 class PretrainSettings(Settings):
     """All settings of `cae2pipe pretrain`."""
 
@@ -221,6 +245,7 @@ class PretrainSettings(Settings):
     """The online teacher's weights, if they came from a local file: target sets do not store paths."""
     track: list[Literal["tensorboard", "wandb"]] = not_fingerprinted([])
     """Also write metrics to these trackers."""
+    probe: ProbeSettings = not_fingerprinted(ProbeSettings())
     speed: TrainSpeed = TrainSpeed()
 
     @model_validator(mode="after")

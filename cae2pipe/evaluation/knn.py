@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae2pipe.evaluation.scores import ranked
+from cae2pipe.evaluation.scores import accuracy, as_predictions, ranked
 from cae2pipe.runtime.device import exact_float32
 
 
@@ -56,3 +56,12 @@ def knn_predictions(
         count: (torch.cat([best for best, _ in parts]), torch.cat([share for _, share in parts]))
         for count, parts in rankings.items()
     }
+
+
+def knn_top1(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, classes: int, k: int, temperature: float
+) -> float:
+    """Top-1 accuracy of ``knn_predictions`` with one number of neighbours; labels int64 (N,) and (M,)."""
+    nearest = knn_predictions(train, train_labels, test, classes=classes, k=[k], temperature=temperature)
+    best, share = nearest[k]
+    return accuracy(as_predictions((best, share), test_labels, []))["top1"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cae2pipe.comparison.rows import CURVES, Comparison, Row
+from cae2pipe.comparison.rows import CURVES, PROBES, Comparison, Row
 from cae2pipe.config.compare import BYTES
 from cae2pipe.reporting.comparison_text import cells, findings, folders, notes
 from cae2pipe.reporting.gallery import Gallery, gallery_html
@@ -90,4 +90,23 @@ def curve_plots(comparison: Comparison) -> list[Html]:
         drawn = {who: Points(range(1, len(v) + 1), v) if any(v) else Points([], []) for who, v in values.items()}
         if any(points.xs for points in drawn.values()):
             parts.append(card(curves(drawn, x_label="epoch", y_label=label), captions[name]))
+    parts += probe_plots(comparison)
     return [element("h2", "Training"), pairs(parts)] if parts else []
+
+
+def probe_plots(comparison: Comparison) -> list[Html]:
+    """Measurements during training by epoch, for the first seed of every variant."""
+    captions = {
+        "knn_top1": "Accuracy of nearest neighbours during training (--probe), first seed.",
+        "held_out_loss": "Loss on held-out views during training (--probe-targets), first seed.",
+    }
+    parts = []
+    for name, label in PROBES.items():
+        unit = 100 if name == "knn_top1" else 1
+        drawn = {}
+        for row in comparison.rows:
+            points = row.probes.get(name, [])
+            drawn[row.name] = Points([epoch for epoch, _ in points], [unit * value for _, value in points])
+        if any(points.xs for points in drawn.values()):
+            parts.append(card(curves(drawn, x_label="epoch", y_label=label), captions[name]))
+    return parts

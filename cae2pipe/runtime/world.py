@@ -65,6 +65,28 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def patient_group(self) -> Any:
+        """A process group for exchanges on the host that may take hours, None for a single process. Must be called by
+        all processes."""
+        return dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.ranks > 1 else None
+
+    def gather_on_main(self, value: T, group: Any) -> list[T]:
+        """The values of all processes in the main process; [] in the others. ``group``: a patient one."""
+        if self.ranks == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.ranks if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=group)
+        return values or []
+
+    def answer_of_main(self, value: T, group: Any) -> T:
+        """The main process's value, in every process. ``group``: a patient one."""
+        if self.ranks == 1:
+            return value
+        answer: list[Any] = [value]
+        dist.broadcast_object_list(answer, src=0, group=group)
+        result: T = answer[0]
+        return result
+
     def run_on_main(self, work: Callable[[], T]) -> T:
         """The result of ``work`` in the main process, in all of them. An error is raised everywhere, and shown once."""
         if self.ranks == 1:

@@ -171,8 +171,8 @@ class Supervised:
     def ends_epoch(self, done: int) -> bool:
         return self.schedule.ends_epoch(done - 1)
 
-    def end_epoch(self, done: int) -> bool:
-        """End an epoch; returns whether it was scored."""
+    def end_epoch(self, done: int) -> Flags:
+        """End an epoch; a checkpoint is due if it was scored."""
         epoch = self.schedule.epoch(done - 1)
         line = {"epoch": epoch, "loss": sum(self.losses) / len(self.losses)}
         self.losses = []
@@ -181,7 +181,7 @@ class Supervised:
         if scores:
             self.report.log("  ".join([f"epoch {epoch}", *(f"{name} {value:.4f}" for name, value in scores.items())]))
         self.last = time.monotonic()
-        return scores is not None
+        return Flags(checkpoint_due=scores is not None)
 
     def close(self) -> None:
         if self.metrics:

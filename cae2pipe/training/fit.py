@@ -16,6 +16,42 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
     check_parts(settings, ranks)
     if settings.data.decode == "device":
         device_decoder()
+    check_views(targets, settings)
+    if settings.data.views is not None and settings.data.views > targets.views:
+        raise SettingsError(
+            f"data.views is {settings.data.views}, but the target set has {targets.views} views of each image",
+            where=str(targets.root),
+            fix=f"--set data.views={targets.views}, or extract more: --views {settings.data.views}",
+        )
+    if targets.images < settings.loaded_batch:
+        raise SettingsError(
+            f"the target set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
+            where=str(targets.root),
+            fix=f"set data.batch to at most {targets.images}, and data.streams to a divisor of it; lr scales with it",
+        )
+
+
+def check_held_out(held_out: TargetSet, targets: TargetSet, settings: PretrainSettings) -> None:
+    """Refuse held-out targets that the student cannot be measured on. Raises SettingsError."""
+    if held_out.root == targets.root or held_out.root.resolve() == targets.root.resolve():
+        raise SettingsError(
+            "this is the target set that is trained on, so nothing is held out",
+            where=str(held_out.root),
+            fix="extract targets of other images with the same teacher, and give them as --probe-targets",
+        )
+    teachers = ({**each.artifact.identity["teacher"], "precision": None} for each in (held_out, targets))
+    if settings.loss.target != "pixels" and next(teachers) != next(teachers):
+        raise SettingsError(
+            f"teacher mismatch: trained on {targets.teacher.name}, held-out targets of {held_out.teacher.name}, or of "
+            "other weights",
+            where=str(held_out.root),
+            fix="extract them with the teacher of the target set that is trained on",
+        )
+    check_views(held_out, settings)
+
+
+def check_views(targets: TargetSet, settings: PretrainSettings) -> None:
+    """Refuse targets whose views, grid or attention do not fit the student. Raises SettingsError."""
     teacher, grid = targets.teacher, settings.model.grid
     guided = settings.mask.strategy == "attention"
     if guided and not targets.layout.attention:
@@ -36,18 +72,6 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
             f"image size mismatch: student {settings.model.image_size} pixels, stored views {targets.view_size}",
             where=str(targets.root),
             fix=f"--set model.image_size={targets.view_size}",
-        )
-    if settings.data.views is not None and settings.data.views > targets.views:
-        raise SettingsError(
-            f"data.views is {settings.data.views}, but the target set has {targets.views} views of each image",
-            where=str(targets.root),
-            fix=f"--set data.views={targets.views}, or extract more: --views {settings.data.views}",
-        )
-    if targets.images < settings.loaded_batch:
-        raise SettingsError(
-            f"the target set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
-            where=str(targets.root),
-            fix=f"set data.batch to at most {targets.images}, and data.streams to a divisor of it; lr scales with it",
         )
 
 

@@ -1,11 +1,11 @@
-"""``metrics.jsonl``: one line per step."""
+"""``metrics.jsonl``, one line per step, and ``probe.jsonl``, one line per probe."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.runtime.progress import Report
 
-METRICS_FILE = "metrics.jsonl"
-NUMBERS = ("step", "epoch", "loss")
-"""Numbers in every line."""
+METRICS_FILE, PROBE_FILE = "metrics.jsonl", "probe.jsonl"
+PLACE = ("step", "epoch")
+NUMBERS = (*PLACE, "loss")
+"""Numbers in every line of metrics."""
 
 
 class MetricsFile:
@@ -26,12 +27,16 @@ class MetricsFile:
 
     If others are damaged or missing, the readable lines are kept, the original file is renamed to a name that ends in
     ``.damaged``, and the log says which steps have no line.
+
+    Args:
+        every_step: whether every step has a line, with all of ``NUMBERS``; otherwise any steps, with ``PLACE``.
     """
 
-    def __init__(self, path: Path, step: int, report: Report):
-        lines, damaged = read_metrics(path)
+    def __init__(self, path: Path, step: int, report: Report, *, every_step: bool = True):
+        lines, damaged = valid_lines(path, NUMBERS if every_step else PLACE)
         kept = {line["step"]: line for line in lines if line["step"] < step}
-        missing = [number for number in range(step) if number not in kept]
+        missing = [number for number in range(step) if number not in kept] if every_step else []
+        self.steps = frozenset(kept)
         if damaged or missing:
             report.log(rescue(path, damaged, missing))
         text = "".join(json.dumps(kept[number]) + "\n" for number in sorted(kept))
@@ -58,12 +63,23 @@ def read_metrics(path: Path, needed: Iterable[str] = ()) -> tuple[list[dict[str,
     A valid line is a JSON object with finite numbers for ``NUMBERS`` and for all names in ``needed``. A file that does
     not exist has no lines.
     """
+    return valid_lines(path, (*NUMBERS, *needed))
+
+
+def read_probes(path: Path) -> list[dict[str, Any]]:
+    """The valid lines of a file of probes, by step."""
+    return sorted(valid_lines(path, PLACE)[0], key=lambda line: line["step"])
+
+
+def valid_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """The lines that are JSON objects with finite numbers for all names in ``needed``, which include ``PLACE``; and the
+    number of other lines, except a partial last one."""
     try:
         data = read_bytes(path)
     except FileNotFoundError:
         return [], 0
     texts = data.splitlines()
-    lines = [parsed(text, (*NUMBERS, *needed)) for text in texts]
+    lines = [parsed(text, needed) for text in texts]
     if lines and lines[-1] is None:
         lines.pop()
     good = [line for line in lines if line is not None]
@@ -83,7 +99,7 @@ def parsed(text: bytes, needed: Iterable[str]) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict) or not all(is_number(line.get(name)) for name in needed):
         return None
-    return line if all(type(line[name]) is int and line[name] >= 0 for name in ("step", "epoch")) else None
+    return line if all(type(line[name]) is int and line[name] >= 0 for name in PLACE) else None
 
 
 def is_number(value: Any) -> bool:

@@ -20,6 +20,7 @@ from cae2pipe.training.compilation import compiles
 from cae2pipe.training.failure import capture
 from cae2pipe.training.memory import explain_out_of_memory, upload_advice
 from cae2pipe.training.optimizer import scaled
+from cae2pipe.training.probing import Probe, Probing
 from cae2pipe.training.schedule import learning_rate
 from cae2pipe.training.step import Flags, Outcome, Step
 from cae2pipe.training.telemetry import Telemetry
@@ -33,6 +34,7 @@ class Pretraining:
         target_dim: D.
         out: the run's folder, for metrics and records of failed steps.
         report: the panel or the log.
+        probe: measures the student every ``settings.probe.every`` epochs. None: no probes.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Pretraining:
         start: int,
         out: Path,
         report: Report,
+        probe: Probe | None = None,
     ):
         self._step, self.plan, self.settings, self.start = step, plan, settings, start
         self.world, self.out, self.target_dim = step.world, out, target_dim
@@ -63,6 +66,19 @@ class Pretraining:
                 report=report,
             )
         self.metrics = self.telemetry.metrics if self.telemetry else None
+        self.probing: Probing | None = None
+        if probe:
+            self.probing = Probing(
+                probe,
+                settings.probe.every,
+                steps=plan.steps,
+                epochs=settings.epochs,
+                start=start,
+                out=out,
+                world=self.world,
+                telemetry=self.telemetry,
+                report=report,
+            )
 
     def items(self) -> Iterator[Batch]:
         world, speed = self.world, self.settings.speed
@@ -86,19 +102,29 @@ class Pretraining:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise capture(self._step, outcome, values, settings=self.settings, target_dim=self.target_dim, out=self.out)
         if self.telemetry:
-            self.telemetry.step(outcome, values, flags.waited / self.world.ranks)
+            probed = self.probing is not None and self.probing.due(outcome.batch.step + 1)
+            self.telemetry.step(outcome, values, flags.waited / self.world.ranks, whole=not probed)
         return flags
 
-    def ends_epoch(self, done: int) -> bool:
-        return self.checkpoints.for_good(done)
+    def begin(self) -> None:
+        """Make the probe that was due at the first step, if an earlier process was stopped before it had made it."""
+        if self.probing and self.probing.missed():
+            self.probing(self._step.model, self.start)
 
-    def end_epoch(self, done: int) -> bool:
-        return True
+    def ends_epoch(self, done: int) -> bool:
+        return self.checkpoints.for_good(done) or (self.probing is not None and self.probing.due(done))
+
+    def end_epoch(self, done: int) -> Flags:
+        probing = self.probing if self.probing and self.probing.due(done) else None
+        stopped = probing is not None and not probing(self._step.model, done)
+        return Flags(checkpoint_due=self.checkpoints.for_good(done), stop=stopped)
 
     def state(self) -> dict[str, Any]:
         return training_state(self._step.model, self._step.optimizer)
 
     def close(self) -> None:
+        if self.probing:
+            self.probing.close()
         if self.telemetry:
             self.telemetry.close()
 

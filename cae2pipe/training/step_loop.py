@@ -45,8 +45,9 @@ class Training(Protocol[Item, Outcome]):
     def ends_epoch(self, done: int) -> bool:
         """Whether ``end_epoch`` must be called after ``done`` steps."""
 
-    def end_epoch(self, done: int) -> bool:
-        """End an epoch whose outcomes are all settled. Returns whether to write a checkpoint."""
+    def end_epoch(self, done: int) -> Flags:
+        """End an epoch whose outcomes are all settled. Returns, the same in every process, whether to write a
+        checkpoint and whether to stop."""
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that training resumes from; only those of the leading process are written."""
@@ -106,7 +107,10 @@ def run_steps(
             if pending is not None and (ends or last or stopping or due):
                 training.settle(pending)
                 pending = None
-            due |= ends and training.end_epoch(done)
+            if ends:
+                ended = training.end_epoch(done)
+                due |= ended.checkpoint_due > 0
+                stopping |= ended.stop > 0
             if last or stopping or due:
                 save()
             if last or stopping:

@@ -61,12 +61,15 @@ class Telemetry:
         report.total(total, "steps", done=start)
         self.began = self.last = time.monotonic()
         self.start = start
+        self.paused_for = 0.0
+        self.latest: dict[str, float] = {}
         if world.device.type == "cuda":
             # An earlier run in this process may have needed more.
             torch.cuda.reset_peak_memory_stats(world.device)
 
-    def step(self, outcome: Outcome, values: dict[str, float], waited: float) -> None:
-        """Record a step. ``waited``: seconds that its processes waited for data, on average."""
+    def step(self, outcome: Outcome, values: dict[str, float], waited: float, *, whole: bool = True) -> None:
+        """Record a step. ``waited``: seconds that its processes waited for data, on average. ``whole``: whether no
+        figures of a probe will follow."""
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         batch = outcome.batch
@@ -85,7 +88,7 @@ class Telemetry:
         line = {"step": batch.step, "epoch": batch.epoch, **terms, "lr": outcome.lr, "images": images, **clocked}
         self.metrics.write(line)
         for tracker in self.trackers:
-            tracker.write(line)
+            tracker.write(line, whole)
         shown = {
             "loss": values["loss"],
             "visible": values["loss_visible"],
@@ -100,7 +103,25 @@ class Telemetry:
             "mfu": clocked["mfu"],
             "memory_gb": clocked["memory_gb"],
         }
+        shown |= self.latest
         self.report.advance(1, **{name: value for name, value in shown.items() if value is not None})
+
+    def probed(self, line: dict[str, Any]) -> None:
+        """Give the figures of a probe to the trackers, with those of its step, and to the panel."""
+        figures = {f"probe/{name}": value for name, value in line.items() if name not in ("step", "epoch")}
+        for tracker in self.trackers:
+            tracker.write({"step": line["step"], **figures})
+        names = {"knn_top1": "knn", "held_out_loss": "held_out_loss"}
+        self.latest = {shown: line[name] for name, shown in names.items() if name in line}
+
+    def paused(self, seconds: float) -> None:
+        """Training has paused for a probe: it does not count as time of the next step."""
+        self.paused_for += seconds
+        self.last = time.monotonic()
+
+    def seconds_per_step(self, done: int) -> float:
+        """Mean time of a step since the training began or resumed, without pauses."""
+        return (self.last - self.began - self.paused_for) / max(1, done - self.start)
 
     def close(self) -> None:
         self.metrics.close()
@@ -124,7 +145,7 @@ class TensorBoard:
 
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start)
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any], whole: bool = True) -> None:
         for name, value in line.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, line["step"])
@@ -149,10 +170,11 @@ class Wandb:
             config=settings.model_dump(mode="json"),
         )
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any], whole: bool = True) -> None:
         known = {name: value for name, value in line.items() if value is not None}
-        # Otherwise a step would be held back until the next one, and lost if the run is killed.
-        self._run.log(known, step=line["step"], commit=True)
+        # Otherwise a step would be held back until the next one, and lost if the run is killed. But wandb drops what
+        # comes for a step after its commit.
+        self._run.log(known, step=line["step"], commit=whole)
 
     def close(self) -> None:
         self._run.finish()

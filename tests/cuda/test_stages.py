@@ -18,8 +18,10 @@ from cae2pipe.loading import device
 from cae2pipe.runtime import upload
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
-from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.metrics import read_lines, read_probes
+from tests.conftest import write_photos
 
 BF16, FP32 = torch.bfloat16, torch.float32
 COLOURS = {"bright": (230, 220, 40), "dark": (20, 30, 60)}
@@ -104,3 +106,26 @@ def test_trained_scores(kind, exported, data, cuda, machine, tmp_path):
     assert machine.current == 1
     # Encoders run in bfloat16; heads on frozen encoders, and scoring, in float32.
     assert set(cuda.products) == {"unmixed": {FP32}}.get(kind, {BF16, FP32})
+
+
+def test_a_run_is_probed(target_root, extract_settings, pretrain_settings, data, cuda, machine, tmp_path, monkeypatch):
+    """On copies of the student, with the device's random generator restored."""
+    state, restored = torch.zeros(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(device))
+    held_out, photos = tmp_path / "held-out", write_photos(tmp_path / "photos", classes=1, each=20, seed=5)
+    extract_targets(photos, held_out, extract_settings(views=1, codec={"calibration": 16}), report=Silent())
+    chosen = pretrain_settings(
+        epochs=1,
+        optimizer={"warmup_epochs": 0},
+        data={"batch": 64},
+        speed={"device": "cuda:1", "compile": False},
+        probe={"images": str(data), "targets": str(held_out), "k": 3, "batch": 8},
+    )
+    with cuda:
+        pretrain(target_root, tmp_path / "run", chosen, report=Silent())
+    (probe,) = read_probes(tmp_path / "run" / "probe.jsonl")
+    assert machine.current == 1
+    assert 0 <= probe["knn_top1"] <= 1
+    assert 0 < probe["held_out_loss"] < 3
+    assert restored == 2 * [torch.device("cuda", 1)]  # once to try whether it fits

@@ -1,7 +1,8 @@
 """The program of each of several processes in tests: ``train``, or ``python -m tests.training.rank JOB.json``.
 
 A job trains a run. ``kill`` is the step at which the leading process dies, ``signal`` the step at which the last
-process gets SIGUSR1. The outcome of each process is written next to the run.
+process gets SIGUSR1, and ``probe_signal`` says whether it gets that in each probe. The outcome of each process is
+written next to the run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from cae2pipe.config.base import build
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import Requeued, Terminated
+from cae2pipe.evaluation.labelled_crops import LabelledCrops
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.step import NO_FLAGS, Step
@@ -42,7 +44,15 @@ def meddle(job: dict, rank: int, ranks: int) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(self, batch, lr, flags)
 
+    features = LabelledCrops.features
+
+    def read(self: LabelledCrops, split, encode):
+        if job.get("probe_signal") and rank == ranks - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return features(self, split, encode)
+
     Step.__call__ = call  # type: ignore[method-assign]
+    LabelledCrops.features = read  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ DEVICES = {"cpu": torch.device("cpu"), "ahead": torch.device("meta")}
 
 
 class Noted:
-    """Empty steps. ``told``: the flags that come back with the outcome of a step."""
+    """Empty steps. ``told``: the flags that come back with the outcome of a step. ``ends``: the end of an epoch, in
+    steps, that asks to stop."""
 
-    def __init__(self, folder: Path, told: dict[int, Flags], epoch: int = 4, full: int = -1):
+    def __init__(self, folder: Path, told: dict[int, Flags], epoch: int = 4, full: int = -1, ends: int = -1):
         self.metrics = MetricsFile(folder / "metrics.jsonl", 0, Silent())
-        self.told, self.epoch, self.full = told, epoch, full
+        self.told, self.epoch, self.full, self.ends = told, epoch, full, ends
         self.begun: list[int] = []
         self.settled: list[int] = []
         self.saved: list[int] = []
@@ -56,7 +57,7 @@ class Noted:
     def end_epoch(self, done):
         assert self.settled == self.begun == list(range(done))
         self.epochs.append(done)
-        return len(self.epochs) % 2 == 0
+        return Flags(checkpoint_due=len(self.epochs) % 2 == 0, stop=done == self.ends)
 
     def state(self):
         assert self.settled == self.begun, "a checkpoint of a step that may have diverged"
@@ -103,6 +104,16 @@ def test_a_stop_that_another_process_was_told_of_is_everyones(device, done, tmp_
     assert training.begun == training.settled == list(range(done))
     assert training.saved == [done]
     assert [path.stem for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_end_of_an_epoch_can_ask_to_stop(device, tmp_path):
+    """As a signal during work between epochs does: the checkpoint is of that epoch, and no further step is done."""
+    training = Noted(tmp_path, {}, ends=4)
+    with pytest.raises(Terminated):
+        looped(training, tmp_path, device, ranks=2)
+    assert training.begun == training.settled == list(range(4))
+    assert training.saved == [4]
 
 
 def test_items_that_end_early_are_a_stop(tmp_path):
