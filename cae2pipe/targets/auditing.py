@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.runtime.keyed import keyed_permutation
+from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.calibration import token_cosines
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
@@ -52,7 +53,7 @@ def choose(targets: TargetSet, count: int, seed: int) -> dict[tuple[str, int], l
     return dict(chosen)
 
 
-def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) -> Audit:
+def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, seed: int = 0) -> Audit:
     """Run the teacher on ``count`` random stored views.
 
     Raises:
@@ -61,7 +62,10 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) ->
     raws: list[Tensor] = []
     centreds: list[Tensor] = []
     labels: list[str] = []
-    for (name, block), positions in choose(targets, count, seed).items():
+    chosen = choose(targets, count, seed)
+    report.phase("running the teacher on stored views")
+    report.total(sum(map(len, chosen.values())), "views")
+    for (name, block), positions in chosen.items():
         stored = targets.reader(name).block(block)
         pixels = targets.pixels(stored, positions)
         live, _ = unit_tokens(teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(teacher.device)).tokens.cpu())
@@ -70,6 +74,7 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) ->
         raws.append(raw.view(len(positions), -1).mean(dim=1))
         centreds.append(centred.view(len(positions), -1).mean(dim=1))
         labels += [f"{name}, key {stored.keys[position]}" for position in positions]
+        report.advance(len(positions))
     raw, centred = torch.cat(raws), torch.cat(centreds)
     worst = int(raw.argmin())
     return Audit(
