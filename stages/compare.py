@@ -288,7 +288,7 @@ def write_grid(
     """Write the report of a grid's results so far. A lock keeps parts that end at the same time from writing
     together."""
     set_backends()
-    with holding(out / "reports", name):
+    with holding(out / "reports", name, lambda: report.waits_for("another process to write the report")):
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
         runs = [(run.variant, run.name, run.scored) for run in plan.runs]
         result = gather_grid(grid, runs, out, sets=sets, failed=list(failed or {}))
