@@ -38,7 +38,7 @@ from cae2pipe.loading.plan import chosen_stores
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.device_memory import free_unused
-from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.progress import Report, Within
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.world import stage_world
 from cae2pipe.stages.evaluate import evaluate
@@ -101,6 +101,7 @@ def compare(
     speed = speed or {}
     result: Comparison | None = None
     with stage_world(speed.get("device", "auto"), report) as (world, report):
+        report.phase("checking the grid")
         plan = world.main_first(lambda: plan_grid(grid, targets, data, out=out, small=small, speed=speed))
         failed = run_part(grid, plan, targets, data=data, out=out, report=report, part=part)
         if world.is_main:
@@ -252,12 +253,13 @@ def run_part(
     for number, run in enumerate(own, 1):
         variant = f"{grid.variants[run.variant].name}, seed {run.seed}"
         report.log(f"run {number} of {len(own)}: {variant} ({run.name})")
+        within = Within(report, f"run {number} of {len(own)}")
         folder = out / "runs" / run.name
         try:
             with variant_named(grid.variants[run.variant].name):
-                pretrain(recoded(targets, run.codec, out, report=report), folder, run.settings, report=report)
+                pretrain(recoded(targets, run.codec, out, report=within), folder, run.settings, report=within)
             for kind, settings in plan.evaluations.items():
-                evaluate(kind, str(folder), data, out=out / "scores" / run.scored, settings=settings, report=report)
+                evaluate(kind, str(folder), data, out=out / "scores" / run.scored, settings=settings, report=within)
         except forgiven as error:
             failed[f"{variant} ({error.what})"] = without_frames(error)
             report.log(f"{variant} failed: {error.what}; continuing with the other runs")
@@ -285,7 +287,7 @@ def write_grid(
 ) -> Comparison:
     """Write the report of a grid's results so far, under a lock: several parts may end at the same time."""
     set_backends()
-    with holding(out / "reports", name):
+    with holding(out / "reports", name, lambda: report.waits_for("another process to write the report")):
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
         runs = [(run.variant, run.name, run.scored) for run in plan.runs]
         result = gather_grid(grid, runs, out, sets=sets, failed=list(failed or {}))
@@ -300,6 +302,6 @@ def recoded(targets: Path, codec: CodecSettings | None, out: Path, *, report: Re
     of = fingerprint([TargetsArtifact.open(targets).fingerprint, fingerprinted(codec)])[:8]
     name = f"{codec.name}-{codec.fidelity:g}-{of}" if codec.name == "klt" else f"{codec.name}-{of}"
     folder = out / "targets" / name
-    with holding(out / "targets", name, lambda: report.log(f"waiting for another process to make {folder}")):
+    with holding(out / "targets", name, lambda: report.waits_for(f"another process to make {folder}")):
         recode(targets, folder, codec, report=report)
     return folder

@@ -55,6 +55,7 @@ def estimate_targets(
     if epochs is not None and epochs < 1:
         raise SettingsError(f"invalid number of epochs: {epochs}", where="--epochs", fix="use at least 1")
     set_backends()
+    report.phase("loading the teacher")
     teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
     workers = worker_count(settings.speed.workers)
     with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:
@@ -63,13 +64,13 @@ def estimate_targets(
             images = shards.images
         else:
             shards, images = sample_shards(source, Path(folder), settings)
-        report.log(f"running the teacher on up to {settings.codec.calibration} of {images} images")
+        report.phase(f"running the teacher on up to {settings.codec.calibration} of {images} images")
         outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
         codec = settings.codec
         facts = teacher_facts(teacher, outputs[0])
         shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
         prices = [price(outputs, name, shape, fidelity=codec.fidelity, level=codec.level) for name in CODECS]
-        report.log("extracting from them to measure the speed")
+        report.phase("extracting from them to measure the speed")
         chosen = next(priced for priced in prices if priced.codec == codec.name)
         layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
         meter = time_extraction(

@@ -98,10 +98,12 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
         tuned = isinstance(settings, FinetuneSettings)
         set_backends(tuned and precision == "bf16", fixed_shapes=tuned)
         batch = batch_for(settings.speed.batch, world.device)
+        report.phase("opening the images")
         train_split, val_split = world.main_first(lambda: open_data(data, batch))
         for split in (train_split, val_split):
             for remark in split.remarks:
                 report.log(f"{split.root}: {remark}")
+        report.phase("loading the encoder")
         encoder = world.main_first(lambda: load_encoder(spec, settings.seed, world.device, precision=precision))
         resolved = fingerprinted(settings)
         if isinstance(settings, FinetuneSettings):
@@ -175,6 +177,7 @@ def score_knn(job: Job, settings: KnnSettings) -> Scored | None:
     if sets is None:
         return None
     (train_set,), val_set = sets
+    job.report.phase("finding nearest neighbours")
     numbers = neighbours(settings, len(train_set.labels), job.report)
     device = job.world.device
     labels = common_labels(val_set.labels, job.val.classes, job.classes).numpy()
@@ -276,6 +279,7 @@ def train_head(
     crop = DrawnCrop(job.size, settings.draw, (0.5, 0.5, 0.5), seed=settings.seed)
     history = trained(job, settings, learner, schedule=schedule, crop=crop)
     central = CentralCrop(job.size, round(job.size / settings.features.crop))
+    job.report.phase("scoring the val images")
     val = predict(learner.logits, job.val, job.classes, crop=central, workers=settings.speed.workers, world=job.world)
     losses = [line["loss"] for line in history]
     figures = {"lr": settings.lr, "train_loss": losses[-1], "losses": losses}

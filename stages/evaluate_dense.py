@@ -77,6 +77,7 @@ class DenseJob(Generic[Settings, Part]):
             report=self.report,
         )
         # A run that was killed after its last step has no scores yet.
+        self.report.phase("scoring")
         return learner.scores or learner.score(), history
 
 
@@ -173,7 +174,9 @@ def perform(
     with stage_world(settings.speed.device, report) as (world, report), ExitStack() as stack:
         precision = resolve_precision(settings.precision, world.device)
         set_backends(precision == "bf16", fixed_shapes=fixed_shapes)
+        report.phase("opening the images")
         train_part, val_part, more, notes = world.main_first(opened)
+        report.phase("loading the encoder")
         encoder = world.main_first(lambda: load_encoder(spec, settings.seed, world.device))
         world.run_on_main(lambda: stack.enter_context(writing(out)))
         root = out / kind

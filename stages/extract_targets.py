@@ -69,6 +69,7 @@ def extract_targets(
         if begun:
             settings = resumed(TargetsArtifact.open(out), settings, report)
             refuse_other_pixels(out, settings)
+        report.phase("loading the teacher")
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
         content = {"settings": fingerprinted(settings), "teacher": teacher.info.identity()}
         fix = "use another output folder, or the settings this one was made with"
@@ -139,7 +140,7 @@ def open_source(source: Path, out: Path, settings: ExtractSettings, *, report: R
         return ShardSet.open(source)
     if is_artifact(source):
         raise SourceError("this folder is not a shard set", where=source, fix="use a shard set or a folder of images")
-    with holding(out, "sharding", lambda: report.log("waiting for another process to shard the images")):
+    with holding(out, "sharding", lambda: report.waits_for("another process to shard the images")):
         report.log(f"sharding {source} into {out / SHARDS_FOLDER}")
         return build_shard_set(source, out / SHARDS_FOLDER, sharding(settings), report=report)
 

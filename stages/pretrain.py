@@ -61,6 +61,7 @@ def pretrain_within(
     targets_root: Path, out: Path, settings: PretrainSettings, *, world: World, report: Report
 ) -> RunArtifact:
     """``pretrain`` within an initialised process group."""
+    report.phase("opening the target set")
     targets = world.main_first(lambda: TargetSet(targets_root))
     world.run_on_main(lambda: check_fit(targets, settings, world.ranks))
     with ExitStack() as stack:
@@ -78,6 +79,7 @@ def _train_run(
         report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
     set_backends(bf16, settings.speed.deterministic, fixed_shapes=True)
+    report.phase("building the model")
     # Before the seed is set: building the probe must not change what is drawn later.
     probe = TrainingProbe(settings, targets, artifact, world=world, report=report) if settings.probe.on else None
     torch.manual_seed(keyed_seed("init", settings.seed))
@@ -86,11 +88,13 @@ def _train_run(
     model.recompute(settings.speed.recompute)
     plan = make_plan(targets, sorted(artifact.facts["stores"]), settings, drop_columns=model.drop_columns)
     objective = make_objective(model, targets, settings).to(world.device).train()
-    if compiles(settings.speed.compile, world.device):
+    compiled = compiles(settings.speed.compile, world.device)
+    if compiled:
         compile_objective(objective, world)
     module = wrap_model(objective, world)
     optimizer = build_optimizer(model, settings.optimizer)
     checkpoints = checkpoints_of(out, settings, plan.steps, run=artifact.fingerprint)
+    report.phase("looking for checkpoints")
     start = checkpoints.resume(
         lambda: {"model": model.state_dict(), "optimizer": {"state": {}, "param_groups": []}},
         lambda state: restore_training(model, optimizer, state),
@@ -105,6 +109,7 @@ def _train_run(
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
         weights = settings.teacher_weights
+        report.phase("loading the teacher")
         latents = OnlineLatents(
             world.main_first(lambda: set_teacher(targets.artifact, weights, world.device, option=option))
         )
@@ -119,6 +124,7 @@ def _train_run(
         world=world,
     )
     total = plan.steps * settings.epochs
+    report.phase("training")
     training = Pretraining(
         step,
         plan,
@@ -133,10 +139,12 @@ def _train_run(
     limit = min(total, settings.stop_after or total)
     with closing(training):
         training.begin()
+        report.waits_for("the first step, which compiles the model" if compiled else "the first step")
         done = run_steps(training, start, limit, checkpoints=checkpoints, world=world, report=report)
     if done < total:
         report.log(f"stopped after {done} of {total} steps (stop_after)")
         return artifact
+    report.phase("writing the encoder")
     weights = training_state(model, optimizer)["model"]
     if world.is_main:
         finish_run(artifact, settings, weights, target_dim=spec.dim)

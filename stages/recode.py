@@ -108,7 +108,7 @@ def recode(
         elif not missing and not images:
             report.log(f"nothing to do: {out} has all {len(targets.stores)} stores of {source}")
         try:
-            copy_images(artifact, targets, images)
+            copy_images(artifact, targets, images, report=report)
             if missing:
                 recode_stores(artifact, targets, missing, workers=worker_count(workers), report=report)
         finally:
@@ -150,12 +150,15 @@ def missing_images(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
     ]
 
 
-def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str]) -> None:
+def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str], *, report: Report) -> None:
     """Copy units of images.
 
     Raises:
         DamageError: the source's are damaged.
     """
+    if names:
+        report.phase("copying the images")
+        report.total(len(names), "shards")
     for name in names:
         unit = images_units(targets.artifact)[name]
         with staged(artifact.root, name) as stage:
@@ -169,6 +172,7 @@ def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str])
                 )
             stage.commit(*unit["files"])
         artifact.add(name, unit)
+        report.advance()
 
 
 def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSettings, *, report: Report) -> None:
@@ -177,7 +181,7 @@ def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSetti
     Raises:
         DamageError: the set had a calibration, and it cannot be reproduced.
     """
-    report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
+    report.phase(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
     sample, taken = [], 0
     for name in sorted(targets.stores):
         reader = targets.reader(name)
@@ -222,6 +226,7 @@ def recode_stores(
     """Write the stores with these names; threads work some blocks ahead."""
     calibration = read_calibration(artifact)
     layout = make_layout(artifact.facts["teacher"], artifact.identity["settings"]["codec"], calibration)
+    report.phase("recoding")
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
     readers = {name: targets.reader(name) for name in names}
     tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))

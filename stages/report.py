@@ -86,7 +86,7 @@ def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, 
     gallery.neighbours.append(NeighbourRow("teacher", nearest_views(teacher, queries, NEAREST)))
     for row in comparison.rows:
         if row.runs:
-            report.log(f"pictures of {row.name}")
+            report.phase(f"pictures of {row.name}")
             try:
                 add_pictures(gallery, row.name, row.runs[0], targets=targets, views=views, report=report, device=device)
             except Cae2pipeError as error:

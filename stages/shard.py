@@ -34,6 +34,7 @@ def shard_images(
         SourceError, MismatchError, ManifestError, LockedError: as ``build_shard_set``. Every split is scanned before
             the first is packed.
     """
+    report.phase("listing the images")
     splits = find_splits(source)
     refuse_inside(source, out)
     if splits:

@@ -28,6 +28,7 @@ def verify(path: Path, report: Report) -> Verification:
     artifact = open_artifact(path)
     entries = {path: (name, entry) for name, unit in artifact.units.items() for path, entry in unit["files"].items()}
     result = Verification(path, artifact.kind, len(entries))
+    report.phase("checking files")
     report.total(len(entries), "files")
     for name, (unit, entry) in sorted(entries.items()):
         if problem := check_file(path / name, entry):
@@ -41,6 +42,7 @@ def verify(path: Path, report: Report) -> Verification:
     ]
     # Keys and counts are read from the files, so the files are checked first.
     if not result.own:
+        report.phase("checking that the contents fit together")
         for unit, problem in _check_contents(artifact):
             problem.fix = _remedy(artifact)
             result.own.append(problem)
@@ -50,7 +52,7 @@ def verify(path: Path, report: Report) -> Verification:
     return result
 
 
-def verify_live(path: Path, count: int, weights: Path | None, *, device: str) -> Audit:
+def verify_live(path: Path, count: int, weights: Path | None, *, device: str, report: Report) -> Audit:
     """Run a target set's teacher again on ``count`` stored views.
 
     Args:
@@ -67,8 +69,9 @@ def verify_live(path: Path, count: int, weights: Path | None, *, device: str) ->
 
     set_backends()
     targets = TargetSet(path)
+    report.phase("loading the teacher")
     teacher = set_teacher(targets.artifact, weights, pick_device(device), option="--teacher-weights FILE")
-    return audit(targets, teacher, count)
+    return audit(targets, teacher, count, report=report)
 
 
 def _strangers(artifact: AnyArtifact, known: set[str]) -> list[str]:

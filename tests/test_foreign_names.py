@@ -32,7 +32,7 @@ from cae2pipe.reporting.html import element, page
 from cae2pipe.reporting.markdown import escaped, markdown_table
 from cae2pipe.reporting.plots import Points, bars, curves, dots
 from cae2pipe.runtime.foreign_names import told_apart, visible, visible_json
-from cae2pipe.runtime.progress import Lines, _bars, _Panel
+from cae2pipe.runtime.progress import Lines, Panel
 from cae2pipe.runtime.terminal import Terminal, print_facts, print_table
 from tests.reporting.test_html import read
 from tests.reporting.test_plots import drawn  # noqa: F401 - a fixture
@@ -119,11 +119,12 @@ def test_facts_and_logs_show_names(name):
     print_facts(console, {"name": name, "list": [name]})
     file = io.StringIO()
     Lines("job", file).log(f"a {name} b")
-    panel = _Panel(_bars(console), f"job {name}")
+    panel = Panel(f"job {name}", console)
     panel.total(3, name)
     panel.advance(1, **{name: 1.0})
     panel.log(f"a {name} b")
-    console.print(panel.bars, panel.figures())
+    panel.waits_for(name)
+    console.print(panel.render())
     assert harmless(console.file.getvalue() + file.getvalue())
     assert file.getvalue() == f"job: a {visible(name)} b\n"
     assert f"job {visible(name)}: a {visible(name)} b\n" in console.file.getvalue()

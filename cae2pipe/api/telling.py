@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from cae2pipe.runtime.progress import Report, Silent, progress
 
 Progress = bool | Report
-"""True: a panel in a terminal, lines elsewhere, on stderr. False: nothing. Or your own ``Report``."""
+"""True: a panel in a terminal, an updated output in a notebook, else lines. False: nothing. Or your own ``Report``."""
 
 
 @contextmanager

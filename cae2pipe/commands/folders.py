@@ -75,9 +75,11 @@ def verify(
 
 
 def _verify_live(path: Path, live: int, weights: Path | None, *, device: str) -> None:
+    from cae2pipe.runtime.progress import progress
     from cae2pipe.stages.verify import verify_live
 
-    audit = verify_live(path, live, weights, device=device)
+    with progress("verify") as report:
+        audit = verify_live(path, live, weights, device=device, report=report)
     console.say(
         f"the teacher on {audit.views} stored views: mean cosine {audit.raw:.5f} ({audit.expected:.5f} by the "
         f"manifest), centred {audit.centred:.5f}, worst view {audit.worst:.5f} ({audit.worst_view})"

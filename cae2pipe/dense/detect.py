@@ -91,10 +91,11 @@ class DetectLearner(TunedLearner):
         lr = settings.lr * settings.batch / REFERENCE_BATCH
         return step_rate(step, self.schedule.steps, settings.warmup_steps, lr=lr, drops=settings.drops)
 
-    def validate(self, epoch: int) -> dict[str, float] | None:
+    def validates(self, epoch: int) -> bool:
         every, last = self.settings.validate_epochs, epoch + 1 == self.schedule.epochs
-        if not last and (not every or (epoch + 1) % every):
-            return None
+        return last or bool(every and (epoch + 1) % every == 0)
+
+    def validate(self, epoch: int) -> dict[str, float]:
         self.scores = self.score()
         return {name: self.scores[name] for name in ("ap_box", "ap_mask")}
 

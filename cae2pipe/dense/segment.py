@@ -82,10 +82,11 @@ class SegmentLearner(TunedLearner):
             step, self.schedule.total, settings.warmup_steps, lr=lr, min_lr=least, power=settings.power
         )
 
-    def validate(self, epoch: int) -> dict[str, float] | None:
+    def validates(self, epoch: int) -> bool:
         every, last = self.settings.validate_epochs, (epoch + 1) * self.schedule.steps >= self.schedule.total
-        if not last and (not every or (epoch + 1) % every):
-            return None
+        return last or bool(every and (epoch + 1) % every == 0)
+
+    def validate(self, epoch: int) -> dict[str, float]:
         self.scores = self.score()
         return {name: self.scores[name] for name in ("miou", "pixel_accuracy", "mean_accuracy")}
 

@@ -101,7 +101,8 @@ def extract_features(
     world.run_on_main(lambda: clear(folder, paths, report))
     own = [(part, path) for part, path in zip(parts, paths, strict=True)][world.rank :: world.ranks]
     done = sum(len(part) for part, path in own if path.exists())
-    report.total(sum(len(part) for part, _ in own), f"batches of {split.root.name}", done=done)
+    report.phase(f"computing features of {split.root.name}")
+    report.total(sum(len(part) for part, _ in own), "batches", done=done)
     for part, path in own:
         if not path.exists():
             with memory_advice(f"a pass over {split.batch} images", batch_remedy(split.batch), split.root):

@@ -127,16 +127,16 @@ class FinetuneLearner(TunedLearner):
             logits: Tensor = scored.model.forward_head(tokens.float())
         return logits
 
-    def validate(self, epoch: int) -> dict[str, float] | None:
-        last = epoch + 1 == self.schedule.epochs
-        if (epoch + 1) % self.settings.validate_epochs and not last:
-            return None
+    def validates(self, epoch: int) -> bool:
+        return (epoch + 1) % self.settings.validate_epochs == 0 or epoch + 1 == self.schedule.epochs
+
+    def validate(self, epoch: int) -> dict[str, float]:
         self.predicted = self.predict(self.logits)
         figures = accuracy(self.predicted.predictions)
         if figures["top1"] > self.best:
             self.best = figures["top1"]
             self.save(BEST)
-        if last:
+        if epoch + 1 == self.schedule.epochs:
             self.save(LAST)
         return figures
 

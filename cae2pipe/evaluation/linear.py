@@ -125,6 +125,7 @@ def fit(
         probes.append(Probe(dim, classes).to(labels.device).train())
         groups += lars_groups(probes[-1], lr, settings.batch, taken=batch)
     optimizer = lars(groups, settings.momentum)
+    report.phase("training the probe" if len(rates) == 1 else f"training probes at {len(rates)} learning rates")
     report.total(settings.epochs, "epochs")
     losses: list[list[float]] = []
     for epoch in range(settings.epochs):

@@ -114,8 +114,11 @@ class ProbeLearner:
     def rate(self, step: int) -> float:
         return self._rate(step, self.optimizer.param_groups[0]["peak"])
 
-    def validate(self, epoch: int) -> dict[str, float] | None:
-        return None
+    def validates(self, epoch: int) -> bool:
+        return False
+
+    def validate(self, epoch: int) -> dict[str, float]:
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}

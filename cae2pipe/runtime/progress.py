@@ -1,30 +1,45 @@
-"""Progress of a long job: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a long job: a live panel in a terminal, one updated output in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from cae2pipe.runtime.foreign_names import visible
 
 if TYPE_CHECKING:
-    from rich.columns import Columns
-    from rich.progress import Progress, TaskID
+    from rich.console import Group, RenderableType
 
     from cae2pipe.runtime.terminal import Terminal
 
+WINDOW = 60.0
+"""Seconds over which the rate is measured."""
+ADVANCES = 8
+"""Number of the latest advances that the rate covers at least, where they are rarer."""
+
 
 class Report(Protocol):
-    """What stages report to. Fields of ``advance`` are figures to show, such as ``loss`` or ``images_per_s``."""
+    """What stages report to."""
+
+    def phase(self, name: str) -> None:
+        """The job turns to something else, of unknown length until ``total`` is called."""
 
     def total(self, n: int, unit: str, done: int = 0) -> None:
-        """Work of ``n`` units begins, of which an earlier run did ``done``."""
+        """The phase is work of ``n`` units, of which an earlier run did ``done``."""
 
     def advance(self, n: int = 1, /, **fields: float) -> None:
-        """``n`` more units are done."""
+        """``n`` more units are done.
+
+        Fields are figures to show, such as ``loss``; ``data_wait`` is the share of the time that waits for data, and
+        other names that end in ``_wait`` likewise.
+        """
+
+    def waits_for(self, what: str) -> None:
+        """Until the next call of ``advance``, ``total`` or ``phase`` the job waits for ``what``."""
 
     def log(self, text: str) -> None:
         """Write a line."""
@@ -36,18 +51,125 @@ class Silent:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
+    def phase(self, name: str) -> None:
+        pass
+
     def total(self, n: int, unit: str, done: int = 0) -> None:
         pass
 
     def advance(self, n: int = 1, /, **fields: float) -> None:
         pass
 
+    def waits_for(self, what: str) -> None:
+        pass
+
     def log(self, text: str) -> None:
         self.lines.append(text)
 
 
-class Lines:
-    """Plain lines, one every ``interval`` seconds at most, for logs and pipes.
+class Within:
+    """The report of a part of a job: its phases bear the part's name, such as ``run 2 of 6``."""
+
+    def __init__(self, report: Report, part: str) -> None:
+        self.part = part
+        self.total, self.advance = report.total, report.advance
+        self.waits_for, self.log = report.waits_for, report.log
+        self._phase = report.phase
+
+    def phase(self, name: str) -> None:
+        self._phase(f"{self.part}, {name}")
+
+
+class Tracked:
+    """What is known of a job's present phase: what has been reported, rate, and time left.
+
+    Args:
+        title: the job's name.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.title = title
+        self.clock = clock
+        self.name = self.unit = self.waiting = ""
+        self.n: int | None = None
+        self.done = 0
+        self.fields: dict[str, float] = {}
+        self.began = self._waits_since = clock()
+        self._earlier: deque[tuple[float, int]] = deque()
+
+    def phase(self, name: str) -> None:
+        self.name, self.n, self.waiting, self.fields = name, None, "", {}
+        self.began = self.clock()
+
+    def total(self, n: int, unit: str, done: int = 0) -> None:
+        self.began = self.clock()
+        # An earlier run's work does not count for the rate.
+        self._earlier = deque([(self.began, done)])
+        self.done, self.unit, self.waiting, self.fields = done, unit, "", {}
+        self.n = n
+
+    def advance(self, n: int = 1, /, **fields: float) -> None:
+        self.waiting = ""
+        self.fields = fields or self.fields
+        if self.n is None:
+            return
+        self.done += n
+        now, earlier = self.clock(), self._earlier
+        if now - earlier[-1][0] >= WINDOW / 60:
+            earlier.append((now, self.done))
+            while len(earlier) > ADVANCES and earlier[1][0] <= now - WINDOW:
+                earlier.popleft()
+
+    def waits_for(self, what: str) -> None:
+        self.waiting, self._waits_since = what, self.clock()
+
+    def rate(self) -> float | None:
+        """Units per second, lately; None in the first second, and before the first unit."""
+        if self.n is None:
+            return None
+        began, first = self._earlier[0]
+        seconds = self.clock() - began
+        return (self.done - first) / seconds if seconds >= 1 and self.done > first else None
+
+    def heading(self) -> str:
+        """Job and phase."""
+        return f"{self.title}: {self.name}" if self.name else self.title
+
+    def amounts(self) -> list[str]:
+        """Done of all, rate, time since the phase began, time left; of these what is known."""
+        parts = [] if self.n is None else [f"{self.done}/{self.n} {self.unit}"]
+        rate = self.rate()
+        if rate is not None:
+            parts.append(speed(rate, self.unit))
+        parts.append(f"elapsed {duration(self.clock() - self.began)}")
+        if self.n is not None and rate is not None and self.done < self.n:
+            parts.append(f"left {duration((self.n - self.done) / rate)}")
+        return parts
+
+    def figures(self) -> list[tuple[str, str]]:
+        """Names and values of the latest figures."""
+        return [
+            (f"waits for {name.removesuffix('_wait')}", f"{value:.0%}")
+            if name.endswith("_wait")
+            else (name, four_digits(value))
+            for name, value in self.fields.items()
+        ]
+
+    def wait(self) -> str:
+        """What the job waits for, and since when."""
+        return f"waiting for {self.waiting} {duration(self.clock() - self._waits_since)}"
+
+    def line(self) -> str:
+        """All of it in a line."""
+        parts = [*self.amounts(), *(f"{name} {value}" for name, value in self.figures())]
+        if self.waiting:
+            parts.append(self.wait())
+        return f"{self.heading()}: {'  '.join(parts)}"
+
+
+class Lines(Tracked):
+    """Plain lines, one every ``interval`` seconds at most, for logs and pipes. Phases and waits have a line each.
 
     Args:
         title: the job's name.
@@ -59,42 +181,107 @@ class Lines:
     def __init__(
         self, title: str, file: TextIO, clock: Callable[[], float] = time.monotonic, *, interval: float = 10.0
     ) -> None:
-        self.title = title
+        super().__init__(title, clock)
         self.file = file
-        self.clock = clock
         self.interval = interval
-        self._n = 0
-        self._done = 0
-        self._first = 0  # an earlier run's work does not count for the speed
-        self._unit = ""
-        self._began = self._shown = clock()
+        self._shown = clock()
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        self._write(self.heading())
 
     def total(self, n: int, unit: str, done: int = 0) -> None:
-        self._n, self._done, self._first, self._unit = n, done, done, unit
-        self._began = self._shown = self.clock()
+        super().total(n, unit, done)
+        self._shown = self.clock()
 
     def advance(self, n: int = 1, /, **fields: float) -> None:
-        self._done += n
+        super().advance(n, **fields)
         now = self.clock()
-        if now - self._shown >= self.interval or self._done == self._n:
+        if self.n is not None and (now - self._shown >= self.interval or self.done == self.n):
             self._shown = now
-            parts = [f"{self._done}/{self._n} {self._unit}", *(f"{k} {four_digits(v)}" for k, v in fields.items())]
-            fresh = self._done - self._first
-            if self._done < self._n:
-                parts.append(f"left {duration((now - self._began) / fresh * (self._n - self._done))}")
-            self._write("  ".join(parts))
+            self._write(self.line())
+
+    def waits_for(self, what: str) -> None:
+        super().waits_for(what)
+        self._write(f"{self.heading()}: waiting for {what}")
 
     def log(self, text: str) -> None:
-        self._write(text)
+        self._write(f"{self.title}: {text}")
 
     def _write(self, text: str) -> None:
-        self.file.write(visible(f"{self.title}: {text}") + "\n")
+        self.file.write(visible(text) + "\n")
         self.file.flush()
+
+
+class Notebook(Tracked):
+    """A notebook's output: logged lines and the latest state, updated every ``interval`` seconds at most.
+
+    Args:
+        title: the job's name.
+        update: replaces what is shown.
+        clock: seconds, monotonic.
+        interval: seconds between updates.
+    """
+
+    KEPT = 100
+    """Number of logged lines that are shown."""
+
+    def __init__(
+        self,
+        title: str,
+        update: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        interval: float = 1.0,
+    ) -> None:
+        super().__init__(title, clock)
+        self.update = update
+        self.interval = interval
+        self._lines: deque[str] = deque(maxlen=self.KEPT)
+        self._shown = -float("inf")
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        self.show()
+
+    def total(self, n: int, unit: str, done: int = 0) -> None:
+        super().total(n, unit, done)
+        self._show_later()
+
+    def advance(self, n: int = 1, /, **fields: float) -> None:
+        super().advance(n, **fields)
+        self._show_later()
+
+    def waits_for(self, what: str) -> None:
+        super().waits_for(what)
+        self._show_later()
+
+    def log(self, text: str) -> None:
+        self._lines.append(visible(f"{self.title}: {text}"))
+        self._show_later()
+
+    def show(self) -> None:
+        """Update now."""
+        self._shown = self.clock()
+        self.update("\n".join([*self._lines, visible(self.line())]))
+
+    def _show_later(self) -> None:
+        if self.clock() - self._shown >= self.interval:
+            self.show()
 
 
 def four_digits(value: float) -> str:
     """A figure with four significant digits."""
     return f"{value:.4g}"
+
+
+def speed(rate: float, unit: str) -> str:
+    """Units per second, or per minute or hour where these are less than one."""
+    for period, seconds in (("s", 1), ("min", 60), ("h", 3600)):
+        if rate * seconds >= 1 or period == "h":
+            break
+    value = rate * seconds
+    return f"{value:.0f} {unit}/{period}" if value >= 100 else f"{value:.3g} {unit}/{period}"
 
 
 def gigabytes(count: float) -> str:
@@ -115,72 +302,80 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """A report on stderr: a bar on a terminal, lines elsewhere."""
-    if not sys.stderr.isatty():
-        yield Lines(title, sys.stderr)
-        return
-    from rich.console import Group
-    from rich.live import Live
+    """A report: a panel on stderr if that is a terminal, an output in a notebook, lines on stderr elsewhere."""
+    if in_notebook():
+        from IPython.display import display
 
+        handle = display({"text/plain": ""}, raw=True, display_id=True)
+        notebook = Notebook(title, lambda text: handle.update({"text/plain": text}, raw=True))
+        try:
+            yield notebook
+        finally:
+            notebook.show()
+        return
     from cae2pipe.runtime.terminal import Terminal
 
     console = Terminal(stderr=True)
-    bars = _bars(console)
-    panel = _Panel(bars, title)
-    with Live(get_renderable=lambda: Group(bars, panel.figures()), console=console, refresh_per_second=4):
-        yield panel
+    if not sys.stderr.isatty() or console.is_dumb_terminal:
+        yield Lines(title, sys.stderr)
+        return
+    from rich.live import Live
+
+    panel = Panel(title, console)
+    with Live(get_renderable=panel.render, console=console, refresh_per_second=4):
+        try:
+            yield panel
+        finally:
+            panel.ended = True
 
 
-def _bars(console: Terminal) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython: Any = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
-class _Panel:
-    """The protocol as a rich bar with the latest figures below it."""
+class Panel(Tracked):
+    """A terminal's panel: the phase, a bar where the phase's length is known, the latest figures."""
 
-    def __init__(self, bars: Progress, title: str) -> None:
-        self.bars = bars
-        self.title = title
-        self.task: TaskID | None = None
-        self._fields: dict[str, float] = {}
+    def __init__(self, title: str, console: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
+        from rich.spinner import Spinner
 
-    def figures(self) -> Columns:
+        super().__init__(title, clock)
+        self.console = console
+        self.ended = False
+        self._spinner = Spinner("dots")
+
+    def render(self) -> Group:
         from rich.columns import Columns
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
-        cells = [
-            Text.assemble((visible(name), "dim"), f" {four_digits(value)}") for name, value in self._fields.items()
-        ]
-        return Columns(cells, padding=(0, 3), equal=True)
-
-    def total(self, n: int, unit: str, done: int = 0) -> None:
-        if self.task is not None:
-            self.bars.remove_task(self.task)
-        self.task = self.bars.add_task(visible(self.title), total=n, completed=done, unit=visible(unit))
-
-    def advance(self, n: int = 1, /, **fields: float) -> None:
-        if self.task is None:
-            return
-        self._fields = fields or self._fields
-        self.bars.advance(self.task, n)
+        n = self.n
+        heading = Text(visible(self.heading()), "bold", overflow="ellipsis", no_wrap=True)
+        amounts = Text(visible("  ".join(self.amounts())))
+        top = Table.grid(padding=(0, 1))
+        top.add_row(
+            *([] if self.ended or n is not None else [self._spinner]), heading, *([amounts] if n is None else [])
+        )
+        rows: list[RenderableType] = [top]
+        if n is not None:
+            bar = ProgressBar(total=max(1, n), completed=self.done if n else 1)
+            beside = self.console.width >= len(amounts) + 12
+            line = Table.grid(padding=(0, 1), expand=True)
+            line.add_column(ratio=1)
+            if beside:
+                line.add_column(no_wrap=True)
+            line.add_row(bar, *([amounts] if beside else []))
+            rows += [line] if beside else [line, amounts]
+        if self.waiting and not self.ended:
+            rows.append(Text(visible(self.wait()), "yellow"))
+        figures = [Text.assemble((visible(name), "dim"), f" {value}") for name, value in self.figures()]
+        if figures:
+            rows.append(Columns(figures, padding=(0, 3), equal=True))
+        return Group(*rows)
 
     def log(self, text: str) -> None:
-        self.bars.console.print(visible(f"{self.title}: {text}"), soft_wrap=True)
+        self.console.print(visible(f"{self.title}: {text}"), soft_wrap=True)

@@ -45,6 +45,7 @@ def build_shard_set(source: Path, out: Path, settings: ShardSettings, *, report:
             other images or settings. ManifestError: ``out`` holds something else. LockedError: another process
             writes it.
     """
+    report.phase("listing the images")
     images = scan(source)
     refuse_inside(source, out)
     return pack(images, out, settings, report=report)
@@ -86,6 +87,7 @@ def pack(
             finish_shards(artifact)  # a killed run may have left entries in the journal
             report.log(f"nothing to do: {out} holds all {total - artifact.facts['rejected']} images of {source.root}")
             return ShardSet.open(out)
+        report.phase("checking and packing the images")
         report.total(total, "images", done=total - sum(map(len, missing.values())))
         with checking(settings.speed.workers) as check:
             # One stream over all tars: workers read ahead while a tar is finished.

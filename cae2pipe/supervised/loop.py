@@ -39,8 +39,11 @@ class Learner(Protocol):
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
 
-    def validate(self, epoch: int) -> dict[str, float] | None:
-        """Scores after an epoch, or None if it is not scored; called by all processes."""
+    def validates(self, epoch: int) -> bool:
+        """Whether an epoch is followed by ``validate``."""
+
+    def validate(self, epoch: int) -> dict[str, float]:
+        """Scores after an epoch; called by all processes."""
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that ``restore`` takes."""
@@ -121,7 +124,9 @@ class Supervised:
         """Read items from ``reader``, and write metrics, from a step on."""
         self.reader = reader
         self.metrics = MetricsFile(self.root / METRICS_FILE, start, self.report) if self.world.is_main else None
+        self.report.phase("training")
         self.report.total(self.schedule.total, "steps", done=start)
+        self.report.waits_for("the first step")
         self.last = time.monotonic()
 
     def items(self) -> Iterator[tuple[int, list[Chunk]]]:
@@ -176,7 +181,10 @@ class Supervised:
         epoch = self.schedule.epoch(done - 1)
         line = {"epoch": epoch, "loss": sum(self.losses) / len(self.losses)}
         self.losses = []
-        scores = self.learner.validate(epoch)
+        scores = None
+        if self.learner.validates(epoch):
+            self.report.waits_for("validation")
+            scores = self.learner.validate(epoch)
         self.history.append({**line, **(scores or {})})
         if scores:
             self.report.log("  ".join([f"epoch {epoch}", *(f"{name} {value:.4f}" for name, value in scores.items())]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.runtime.keyed import keyed_permutation
+from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.calibration import token_cosines
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
@@ -75,7 +76,7 @@ def run_teacher_on(targets: TargetSet, teacher: Teacher, name: str, *, block: in
     return LiveViews([f"{name}, key {stored.keys[position]}" for position in positions], pixels, true, decoded)
 
 
-def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) -> Audit:
+def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, seed: int = 0) -> Audit:
     """Run the teacher on ``count`` random stored views.
 
     Raises:
@@ -84,12 +85,16 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, seed: int = 0) ->
     raws: list[Tensor] = []
     centreds: list[Tensor] = []
     labels: list[str] = []
-    for (name, block), positions in choose(targets, count, seed).items():
+    chosen = choose(targets, count, seed)
+    report.phase("running the teacher on stored views")
+    report.total(sum(map(len, chosen.values())), "views")
+    for (name, block), positions in chosen.items():
         live = run_teacher_on(targets, teacher, name, block=block, positions=positions)
         raw, centred = token_cosines(live.true, live.stored, targets.mean)
         raws.append(raw.view(len(positions), -1).mean(dim=1))
         centreds.append(centred.view(len(positions), -1).mean(dim=1))
         labels += live.names
+        report.advance(len(positions))
     raw, centred = torch.cat(raws), torch.cat(centreds)
     worst = int(raw.argmin())
     return Audit(

@@ -48,7 +48,7 @@ def ensure_calibration(
             fix="run the same command once with --calibrate-only and without --part, then start the parts",
         )
     facts = artifact.facts
-    with holding(artifact.root, "calibration", lambda: report.log("waiting for another process to calibrate")):
+    with holding(artifact.root, "calibration", lambda: report.waits_for("another process to calibrate")):
         artifact = TargetsArtifact.open(artifact.root)
         artifact.facts |= facts
         if not is_calibrated(artifact):
@@ -71,7 +71,7 @@ def make_calibration(
         DamageError: the set had a calibration, and it cannot be reproduced.
     """
     codec = settings.codec
-    report.log(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
+    report.phase(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
     outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:

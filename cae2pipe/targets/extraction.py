@@ -51,6 +51,7 @@ def make_views(
     tasks = [
         task for lacking in missing if lacking.views for task in block_tasks(by_name[lacking.shard.name], lacking.views)
     ]
+    report.phase("storing views and latents")
     report.total(sum(lacking.shard.samples * len(lacking.views) for lacking in missing), "views")
     rendered = render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed, kept=replayed), workers)
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)

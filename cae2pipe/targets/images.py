@@ -56,7 +56,7 @@ def make_images(
     """
     if not shards:
         return
-    report.log("reducing the images that views are replayed from")
+    report.phase("reducing the images that views are replayed from")
     report.total(sum(shard.samples for shard in shards), "images")
     blocks = [(shard, block) for shard in shards for block in range(-(-shard.samples // BLOCK))]
     reducer = Reducer(originals, blocks, settings)

@@ -78,7 +78,7 @@ class ShardWriter:
                 store = StoreWriter(stage.path(store_path(view, self.shard.name)), layout)
                 self.views[view] = ViewWriter(stage, store)
             self.views[view].append(block)
-            report.advance(len(rendered.keys), views_per_s=meter.rate(), teacher_waits=meter.idle_fraction())
+            report.advance(len(rendered.keys), data_wait=meter.idle_fraction())
 
     def finish(self, artifact: TargetsArtifact, kept: ShardSet | None, report: Report) -> None:
         """Write the tars of stored views, finish the stores and add the views to the set.

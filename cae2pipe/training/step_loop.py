@@ -77,6 +77,7 @@ def run_steps(
         state = training.state()
         if training.metrics:
             # Metrics first: the lines of all steps before a checkpoint must be on disk.
+            report.waits_for(f"the checkpoint of step {done}")
             training.metrics.sync()
             checkpoints.save(done, state)
         saved, saved_at = done, time.monotonic()

@@ -99,7 +99,7 @@ class Telemetry:
             "grad_norm": values["grad_norm"],
             "epoch": batch.epoch,
             "images_per_s": rate,
-            "wait": clocked["data_wait"],
+            "data_wait": clocked["data_wait"],
             "mfu": clocked["mfu"],
             "memory_gb": clocked["memory_gb"],
         }

@@ -144,7 +144,8 @@ def test_training_hands_on_what_was_read(kind, log, tmp_path):
         def rate(self, step: int) -> float:
             return 0.0
 
-        def validate(self, epoch: int) -> None: ...
+        def validates(self, epoch: int) -> bool:
+            return False
 
         def state(self) -> dict[str, Any]:
             return {}

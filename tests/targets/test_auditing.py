@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cae2pipe.errors import MismatchError, TeacherError
+from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.verify import verify_live
 from cae2pipe.targets.auditing import audit, choose
 from cae2pipe.targets.target_set import TargetSet
@@ -30,7 +31,7 @@ def test_views_are_chosen_once_each_and_differ_by_seed(target_root) -> None:
 
 
 def test_a_sound_set_reaches_its_fidelity(target_root, teacher) -> None:
-    result = audit(TargetSet(target_root), teacher, 40)
+    result = audit(TargetSet(target_root), teacher, 40, report=Silent())
     assert result.sound
     assert result.views == 40
     assert result.raw == pytest.approx(result.expected, abs=2e-4)
@@ -47,18 +48,18 @@ def test_latents_of_other_views_are_found(target_root, teacher, monkeypatch) -> 
         return mine
 
     monkeypatch.setattr(targets, "reader", swapped)
-    assert not audit(targets, teacher, 40).sound
+    assert not audit(targets, teacher, 40, report=Silent()).sound
 
 
 def test_the_teacher_must_be_the_sets_own(target_root, extract_settings, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = extract_settings().teacher.weights
-    assert verify_live(target_root, 5, weights, device="cpu").sound
+    assert verify_live(target_root, 5, weights, device="cpu", report=Silent()).sound
     with pytest.raises(TeacherError) as caught:
-        verify_live(target_root, 5, None, device="cpu")
+        verify_live(target_root, 5, None, device="cpu", report=Silent())
     assert "--teacher-weights" in caught.value.fix
     other = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(MismatchError, match="not the weights"):
-        verify_live(target_root, 5, tmp_path / "other.safetensors", device="cpu")
+        verify_live(target_root, 5, tmp_path / "other.safetensors", device="cpu", report=Silent())

@@ -37,7 +37,7 @@ def test_a_line_and_a_panel_a_step(target_root, pretrain_settings, tmp_path):
     assert lines[-1]["left_s"] == 0 < lines[0]["left_s"]
     assert len(report.fields) == 10
     assert report.fields[3]["loss"] == lines[3]["loss"]
-    assert {"visible", "masked", "cos_masked", "lr", "grad_norm", "images_per_s", "wait", "mfu"} <= report.fields[
+    assert {"visible", "masked", "cos_masked", "lr", "grad_norm", "images_per_s", "data_wait", "mfu"} <= report.fields[
         0
     ].keys()
 
