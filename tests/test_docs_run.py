@@ -1,4 +1,4 @@
-"""Every code block of the pages runs at a reduced size, or bears a marker that says why not.
+"""Every code block of the pages runs at a reduced size, or has a marker that says why not.
 
 A marker is ``<!-- not run: REASON -->`` on the line before the block. Blocks run as written, those of a page one after
 the other in a folder that holds what ``GIVEN`` names, with the presets that ``reduced`` returns.

@@ -116,7 +116,7 @@ def pretrain(
     """
     if every is not None and probe is None and probe_targets is None:
         raise SettingsError(
-            "there is nothing to measure every so many epochs",
+            "--every is given, but nothing to measure",
             where="--every",
             fix="add --probe IMAGES or --probe-targets TARGETS, or omit --every",
         )

@@ -68,7 +68,7 @@ class Silent:
 
 
 class Within:
-    """The report of a part of a job: its phases bear the part's name, such as ``run 2 of 6``."""
+    """The report of a part of a job: its phases start with the part's name, such as ``run 2 of 6``."""
 
     def __init__(self, report: Report, part: str) -> None:
         self.part = part

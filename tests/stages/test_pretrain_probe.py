@@ -210,7 +210,7 @@ def test_probes_after_the_checkpoint_are_removed_and_made_again(probed, target_r
 
 
 def test_processes_share_a_probe_and_its_stop(probed, target_root, settings, tmp_path):
-    """A signal to one of them, in the first probe, ends it in all; resumed, they measure what one process does."""
+    """A signal to one of them, in the first probe, ends it in each. Resumed, they measure what one process does."""
     job = {"targets": str(target_root), "out": str(tmp_path / "run"), "probe_signal": True}
     job["settings"] = settings(speed={"parallel": "fsdp"}).model_dump(mode="json")
     done = launch(train, job)
