@@ -91,7 +91,7 @@ def test_the_teacher_on_stored_views(target_root, teacher_file, extract_settings
 
     page = page_of(target_root, tmp_path, live=40, weights=teacher_file, device="cpu")
     teacher = load_teacher(extract_settings().teacher, torch.device("cpu"))
-    result = audit(TargetSet(target_root), teacher, 40)
+    result = audit(TargetSet(target_root), teacher, 40, report=Silent())
     assert "The teacher on 40 stored views" in page.text
     assert f"{result.raw:.4f}mean cosine now; recorded for the set: {result.expected:.4f}" in page.text
     assert f"{result.centred:.4f}mean centred cosine" in page.text
