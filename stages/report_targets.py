@@ -93,6 +93,8 @@ def report_targets(
         TeacherError: the teacher cannot be loaded. DamageError: the set's calibration, or all of its views, are
         damaged. BadInputError: ``out`` is a file.
     """
+    if live < 0:
+        raise SettingsError(f"{live} stored views", where="live", fix="give 0, or the number of views")
     if file_size(out) is not None:
         raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
     targets = TargetSet(root, damaged="omit")

@@ -110,7 +110,7 @@ def test_config_show_resolves_presets_recipes_and_overrides():
     [
         (("config", "show", "pretrain", "bse"), "nearest: 'base'"),
         (("config", "show", "pretrian", "base"), "nearest: 'pretrain'"),
-        (("config", "show", "pretrain", "base", "--set", "mask.ration=0.4"), "did you mean 'ratio'?"),
+        (("config", "show", "pretrain", "base", "--set", "mask.ration=0.4"), "did you mean 'mask.ratio'?"),
         (("config", "show", "pretrain", "base", "--set", "mask.ratio=1"), "mask.ratio"),
         (("config", "show", "pretrain", "base", "--set", "data.streams=63"), "data.streams"),
         (("inspect", "nowhere"), "no such folder"),

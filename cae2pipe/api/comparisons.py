@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cae2pipe.api.path_lists import Paths, paths
 from cae2pipe.api.settings import Overrides, given, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.storage import to_path
@@ -13,6 +13,7 @@ from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.config.base import Settings
 from cae2pipe.config.compare import GridSettings
+from cae2pipe.errors import SettingsError
 from cae2pipe.reporting.comparison_text import cells, findings
 from cae2pipe.stages.compare import compare as run_compare
 from cae2pipe.stages.report import HTML, report_runs
@@ -97,11 +98,11 @@ def compare(
 
 
 def report(
-    runs: Sequence[str | Path],
+    runs: Paths,
     *,
     out: str | Path = "report",
     targets: str | Path | None = None,
-    scores: Sequence[str | Path] = (),
+    scores: Paths = (),
     device: str = "auto",
     progress: Progress = True,
 ) -> Compared:
@@ -116,10 +117,13 @@ def report(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
+    folders = paths(runs)
+    if not folders:
+        raise SettingsError("no run is given", where="runs", fix="give at least one run of pretrain")
     with reporting(progress, "report") as told:
         comparison = report_runs(
-            [to_path(run) for run in runs],
-            [Path(folder) for folder in scores],
+            folders,
+            paths(scores),
             None if targets is None else to_path(targets),
             out=to_path(out),
             report=told,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from cae2pipe.api.path_lists import Paths, paths
 from cae2pipe.api.settings import Overrides, given, resolve, section
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.artifact import RunArtifact
@@ -36,6 +37,9 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest = RunArtifact.open(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def __repr__(self) -> str:
         steps = len(self.metrics())
@@ -114,12 +118,6 @@ def pretrain(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    if every is not None and probe is None and probe_targets is None:
-        raise SettingsError(
-            "--every is given, but nothing to measure",
-            where="--every",
-            fix="add --probe IMAGES or --probe-targets TARGETS, or omit --every",
-        )
     held_out = None if probe_targets is None else str(probe_targets)
     values = {
         **given(epochs=epochs),
@@ -129,14 +127,18 @@ def pretrain(
         **section("speed", workers=workers, device=device),
     }
     settings = resolve(PretrainSettings, "pretrain", config, overrides=overrides, values=values)
+    if every is not None and not settings.probe.on:
+        raise SettingsError(
+            f"an interval of {every} epochs is given, but nothing to measure",
+            where="probe.every",
+            fix="add --probe IMAGES or --probe-targets TARGETS, or omit --every",
+        )
     with reporting(progress, "pretrain") as report:
         train(to_path(targets), to_path(out), settings, report=report)
     return Run(out)
 
 
-def export(
-    encoder: str | Path, out: str | Path, *, format: str = "timm", scores: Sequence[str | Path] = ()
-) -> list[Path]:
+def export(encoder: str | Path, out: str | Path, *, format: str = "timm", scores: Paths = ()) -> list[Path]:
     """Export an encoder for timm, open_clip or transformers (``hf``), with a model card: ``cae2pipe export``.
 
     Args:
@@ -150,7 +152,7 @@ def export(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    return run_export(str(encoder), Path(out), format, scores=[Path(folder) for folder in scores])
+    return run_export(os.fspath(encoder), Path(out), format, scores=paths(scores))
 
 
 def load_encoder(spec: str | Path, *, device: str = "auto", seed: int = 0) -> FrozenEncoder:
@@ -166,7 +168,7 @@ def load_encoder(spec: str | Path, *, device: str = "auto", seed: int = 0) -> Fr
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     set_backends()
-    return load(str(spec), seed, pick_device(device))
+    return load(os.fspath(spec), seed, pick_device(str(device)))
 
 
 def register_method(name: str, builder: Builder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,12 @@ def evaluate(
             from cae2pipe.stages.evaluate_dense import detect, segment
 
             if isinstance(settings, SegmentSettings):
-                result = segment(str(encoder), Path(data), folder, settings=settings, report=report)
+                result = segment(os.fspath(encoder), Path(data), folder, settings=settings, report=report)
             else:
-                result = detect(str(encoder), Path(data), folder, settings=settings, report=report)
+                result = detect(os.fspath(encoder), Path(data), folder, settings=settings, report=report)
         else:
             assert isinstance(settings, AnySettings)
-            result = run_evaluate(evaluation, str(encoder), Path(data), out=folder, settings=settings, report=report)
+            result = run_evaluate(
+                evaluation, os.fspath(encoder), Path(data), out=folder, settings=settings, report=report
+            )
     return Score(folder / evaluation, result) if result else None

@@ -251,7 +251,9 @@ def build(kind: type[S], raw: Mapping[str, object], where: object) -> S:
             known, unknown = _known_names(kind, first["loc"][:-1]), str(first["loc"][-1])
             nearest = [name for name in known if name == PRESENT_NAMES.get(unknown)]
             nearest = nearest or difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
-            fix = f"did you mean {nearest[0]!r}?" if nearest else f"known names: {', '.join(known)}"
+            prefix = ".".join(str(part) for part in first["loc"][:-1])
+            full = ".".join(filter(None, (prefix, *nearest[:1])))
+            fix = f"did you mean {full!r}?" if nearest else f"known names: {', '.join(known)}"
             raise SettingsError(f"unknown setting {field!r}{more}", where=where, fix=fix) from None
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, SettingsError):

@@ -124,12 +124,12 @@ class TrainingProbe:
         if any(isinstance(error, StopProbeError) for error in errors):
             return Probed(stopped=True)
         if errors:
-            return Probed(problem=str(errors[0]))
+            return Probed(problem=told(errors[0]))
         try:
             with self.room():
                 figures = self.images.figures(shares) if self.images else {}
         except Cae2pipeError as error:
-            return Probed(problem=str(error))
+            return Probed(problem=told(error))
         return Probed(figures | (self.views.figures(shares) if self.views else {}))
 
     def room(self) -> Any:
@@ -280,3 +280,10 @@ def bytes_of(batch: Batch) -> int:
     """Bytes of a batch's tensors."""
     tensors = (batch.pixels, batch.visible, batch.masked, batch.drop, *batch.arrays.values())
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    if not isinstance(error, Cae2pipeError):
+        return str(error)
+    return f"{error.where}: {error.what}" if error.where else error.what

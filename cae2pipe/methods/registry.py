@@ -25,10 +25,21 @@ METHODS: dict[str, Builder] = {
     "milan": MILAN,
     "fd": FeatureDistillation,
 }
+BUILT_IN = frozenset(METHODS)
 
 
 def register(name: str, builder: Builder) -> None:
-    """Register a method under a name."""
+    """Register a method under a name. A method that was registered under it before is replaced.
+
+    Raises:
+        SettingsError: an empty name, that of a built-in method, or a builder that is not callable.
+    """
+    if not name or name in BUILT_IN:
+        raise SettingsError(f"{name!r} is not free for your own method", where="method", fix="use another name")
+    if not callable(builder):
+        raise SettingsError(
+            f"the builder of method {name!r} is not callable", where="method", fix="give a class or a function"
+        )
     METHODS[name] = builder
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from cae2pipe.runtime.foreign_names import visible
@@ -209,8 +209,10 @@ class Lines(Tracked):
         self._write(f"{self.title}: {text}")
 
     def _write(self, text: str) -> None:
-        self.file.write(visible(text) + "\n")
-        self.file.flush()
+        # A log that cannot be written must not end the work that it is about.
+        with suppress(OSError, ValueError):
+            self.file.write(visible(text) + "\n")
+            self.file.flush()
 
 
 class Notebook(Tracked):
@@ -312,6 +314,9 @@ def progress(title: str) -> Iterator[Report]:
             yield notebook
         finally:
             notebook.show()
+        return
+    if sys.stderr is None:  # closed when Python was started
+        yield Silent()
         return
     from cae2pipe.runtime.terminal import Terminal
 

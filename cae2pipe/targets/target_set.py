@@ -150,6 +150,9 @@ class TargetSet(Sequence[Target]):
         self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
         self._kept: tuple[tuple[str, int], list[Target]] | None = None
 
+    def __fspath__(self) -> str:
+        return str(self.root)
+
     def __repr__(self) -> str:
         tokens = f"{self.teacher.tokens} x {self.teacher.dim} tokens of {self.teacher.name}"
         codec = f"{self.layout.codec.name}, mean cosine {self.fidelity()['mean']:.4f}"

@@ -38,7 +38,7 @@ def test_importing_the_package_loads_nothing_heavy():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_path_may_be_text_and_every_option_is_a_keyword(name):
     for parameter in inspect.signature(getattr(cae2pipe, name)).parameters.values():
-        if "Path" in str(parameter.annotation) and "Sequence" not in str(parameter.annotation):
+        if "Path" in str(parameter.annotation) and str(parameter.annotation) != "Paths":
             assert "str" in str(parameter.annotation)
         if parameter.default is not parameter.empty and name != "settings":
             assert parameter.kind is parameter.KEYWORD_ONLY
@@ -182,3 +182,66 @@ def test_arrays_of_a_set_are_read_by_index(target_root):
     targets = cae2pipe.TargetSet(str(target_root), "torch")
     assert isinstance(targets[-1].tokens, torch.Tensor)
     assert isinstance(cae2pipe.TargetSet(Path(target_root))[0].tokens, np.ndarray)
+
+
+def test_a_single_path_need_not_be_in_a_list(trained_run, tmp_path):
+    run = cae2pipe.Run(trained_run())
+    page = cae2pipe.report(run, out=tmp_path / "report", progress=None)
+    assert len(page.table()) == 1
+    with pytest.raises(SettingsError, match="no run is given"):
+        cae2pipe.report([], out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_functions_return_is_taken_by_others(target_root, trained_run):
+    assert cae2pipe.verify(cae2pipe.TargetSet(target_root), **QUIET).problems == []
+    assert cae2pipe.load_encoder(cae2pipe.Run(trained_run()), device="cpu").image_size == 32
+
+
+def test_an_interval_of_probes_counts_those_of_the_settings(target_root, pretrain_settings, tmp_path):
+    with pytest.raises(SettingsError, match="nothing to measure"):
+        cae2pipe.pretrain(target_root, tmp_path / "run", config=pretrain_settings(), every=1, **QUIET)
+    with pytest.raises(BadInputError, match="nowhere"):
+        cae2pipe.pretrain(
+            target_root,
+            tmp_path / "run",
+            config=pretrain_settings(),
+            every=1,
+            overrides={"probe.images": str(tmp_path / "nowhere")},
+            **QUIET,
+        )
+
+
+@pytest.mark.parametrize(("name", "builder"), [("caev2", dict), ("", dict), ("mine", 3)])
+def test_methods_that_cannot_be_registered(name, builder):
+    with pytest.raises(SettingsError):
+        cae2pipe.register_method(name, builder)
+
+
+def test_a_negative_number_of_live_views(target_root, tmp_path):
+    with pytest.raises(SettingsError, match="-1 stored views"):
+        cae2pipe.report_targets(target_root, out=tmp_path / "page", live=-1, **QUIET)
+
+
+LOSING = """
+import sys, cae2pipe
+{before}
+cae2pipe.verify(sys.argv[1])
+print("verified")
+"""
+
+
+@pytest.mark.parametrize("before", ["sys.stderr = open('/dev/full', 'w')", "sys.stderr = None"])
+def test_a_log_that_cannot_be_written_does_not_end_the_work(before, target_root):
+    code = LOSING.format(before=before)
+    result = subprocess.run([sys.executable, "-c", code, str(target_root)], capture_output=True, text=True, check=False)
+    assert result.stdout == "verified\n", result.stderr
+
+
+def test_a_script_without_a_main_guard_is_told_of_it(photos, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import cae2pipe\ncae2pipe.shard({str(photos)!r}, {str(tmp_path / 'out')!r}, workers=1)\n")
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert 'below `if __name__ == "__main__":`' in result.stderr
+    assert "LockedError" not in result.stderr

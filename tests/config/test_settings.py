@@ -64,7 +64,7 @@ def test_every_field_is_documented(kind):
 @pytest.mark.parametrize(
     ("override", "message", "fix"),
     [
-        ("model.widht=3", "unknown setting 'model.widht'", "did you mean 'width'"),
+        ("model.widht=3", "unknown setting 'model.widht'", "did you mean 'model.width'"),
         ("modle.width=3", "unknown setting 'modle'", "did you mean 'model'"),
         ("mask.ratio=1", "mask.ratio: Input should be less than 1", "--set mask.ratio"),
         ("epochs=many", "epochs: Input should be a valid integer", "--set epochs"),

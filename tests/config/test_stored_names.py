@@ -38,7 +38,7 @@ def test_the_name_from_before_is_refused_and_the_present_one_named(stored, tmp_p
     for preset, overrides in (("tiny", [f"model.{stored}=2"]), (str(file), [])):
         with pytest.raises(SettingsError, match=f"unknown setting 'model.{stored}'") as caught:
             load(PretrainSettings, "pretrain", preset, overrides=overrides)
-        assert caught.value.fix == f"did you mean '{present}'?"
+        assert caught.value.fix == f"did you mean 'model.{present}'?"
 
 
 def test_a_run_keeps_the_names_and_is_told_by_the_present_ones(make_run, target_root, pretrain_settings):

@@ -1,9 +1,12 @@
+import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from cae2pipe.runtime.processes import worker_count
+from cae2pipe.runtime.processes import shielded, worker_count
 
 SCRIPTS = {
     "loader": """
@@ -48,3 +51,17 @@ def test_worker_count():
     assert worker_count(5, most=2) == 5
     assert worker_count(-1, most=1) == 1
     assert worker_count(-1) >= 1
+
+
+def test_ctrl_c_while_processes_start_is_raised_at_the_end_whatever_thread_takes_it():
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), shielded():  # noqa: PT012
+            os.kill(os.getpid(), signal.SIGINT)
+            started = True
+        assert started
+    finally:
+        ended.set()
+        thread.join()
