@@ -159,8 +159,9 @@ def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str],
     if names:
         report.phase("copying the images")
         report.total(len(names), "shards")
+    units = images_units(targets.artifact)
     for name in names:
-        unit = images_units(targets.artifact)[name]
+        unit = units[name]
         with staged(artifact.root, name) as stage:
             for path in unit["files"]:
                 fetch_file(targets.root / path, stage.path(path))

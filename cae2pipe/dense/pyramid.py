@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-STRIDES = (4, 8, 16, 32)
-
 
 def taps(depth: int) -> list[int]:
     """Indices of the blocks whose outputs become maps: 3, 5, 7 and 11 of 12; 7, 11, 15 and 23 of 24 (released code)."""
