@@ -20,7 +20,8 @@ from benchmarks.sample import crops, packed, rendered, settings, teacher_of, tok
 from cae2pipe.targets.calibration import calibrate, make_codec, summarise, token_cosines
 from cae2pipe.targets.chunks import BLOCK, decode_chunk
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
-from cae2pipe.targets.store import StoreLayout, pack_block
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_writing import pack_block
 
 CODECS = (
     ("fp16", 0.999),

@@ -19,7 +19,9 @@ import torch
 from benchmarks.harness import at_most, figures, finish, in_turns, median_ratio, parse_options, rate
 from cae2pipe.targets.calibration import calibrate, make_codec
 from cae2pipe.targets.chunks import BLOCK, decode_index, index_size
-from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
+from cae2pipe.targets.store import StoreReader
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_writing import StoreWriter, pack_block
 
 TOKENS, DIM, BLOCKS = 197, 512, 48
 """CLIP's shape; the total exceeds the CPU cache."""

@@ -8,16 +8,17 @@ import zarr
 
 def read_latents(root: str, store: str = "v00/000000") -> np.ndarray:
     """Tokens of one view of one shard, (samples, tokens, dimensions) float32, of unit length up to coding error."""
-    group = zarr.open_group(f"{root}/latents/{store}.zarr", mode="r")
+    group = zarr.open_group(f"{root}/latents/{store}.zarr/patches", mode="r")
     if group.attrs["codec"] == "klt":
-        codec = zarr.open_group(f"{root}/codec.zarr", mode="r")
-        symbols = group["symbols"][...].astype(np.int32)  # (dimensions, samples, tokens)
+        codec = zarr.open_group(f"{root}/codec.zarr/patches", mode="r")
+        low, high = group["symbols"][...].astype(np.int32)  # each (dimensions, samples, tokens)
+        symbols = low + 256 * high
         bins = ((symbols >> 1) ^ -(symbols & 1)).transpose(1, 0, 2)
         if "token_basis" in codec:
             rank = np.argsort(np.argsort(-codec["spread"][...].ravel(), kind="stable"))
             ranked = bins.reshape(len(bins), -1)[:, rank].reshape(len(bins), *codec["spread"].shape)
             rows = codec["token_basis"][...] @ ranked.astype(np.float32)
-        else:  # a set of an older version
+        else:  # a set that an older version began
             rows = bins.transpose(0, 2, 1).astype(np.float32)
         return rows * codec["step"][0] @ codec["basis"][...].T + codec["mean"][...]
     tokens = group["tokens"][...].astype(np.float32)

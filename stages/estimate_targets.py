@@ -27,8 +27,8 @@ from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, recommend_views, tar_bytes
 from cae2pipe.targets.manifest_facts import teacher_facts
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, block_tasks, render_blocks
-from cae2pipe.targets.store import StoreLayout
-from cae2pipe.targets.target_set import make_layout
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.target_set import group_entry, make_layout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
 
@@ -68,11 +68,11 @@ def estimate_targets(
         outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
         codec = settings.codec
         facts = teacher_facts(teacher, outputs[0])
-        shape = make_layout(facts, {"name": "fp16", "level": codec.level}, Calibration(torch.zeros(facts["dim"])))
+        shape = make_layout(group_entry(facts, "fp16", codec.level), Calibration(torch.zeros(facts["dim"])))
         prices = [price(outputs, name, shape, fidelity=codec.fidelity, level=codec.level) for name in CODECS]
         report.phase("extracting from them to measure the speed")
         chosen = next(priced for priced in prices if priced.codec == codec.name)
-        layout = make_layout(facts, {"name": codec.name, "level": codec.level}, chosen.calibration)
+        layout = make_layout(group_entry(facts, codec.name, codec.level), chosen.calibration)
         meter = time_extraction(
             shards, teacher, layout, calibration=chosen.calibration, settings=settings, workers=workers
         )

@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, refuse_foreign
 from cae2pipe.artifacts.atomic import remove_debris
+from cae2pipe.artifacts.copying import copy_units
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest_targets import StoreUnit
@@ -38,9 +38,11 @@ from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit_tokens
 from cae2pipe.targets.images import images_units
 from cae2pipe.targets.paths import CODEC
-from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
+from cae2pipe.targets.store import StoreReader
+from cae2pipe.targets.store_layout import PATCHES, StoreLayout
+from cae2pipe.targets.store_writing import StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import is_calibrated, read_calibration, store_calibration
-from cae2pipe.targets.target_set import TargetSet, make_layout
+from cae2pipe.targets.target_set import TargetSet, group_entry, make_layout
 
 
 def recode(
@@ -108,7 +110,11 @@ def recode(
         elif not missing and not images:
             report.log(f"nothing to do: {out} has all {len(targets.stores)} stores of {source}")
         try:
-            copy_images(artifact, targets, images, report=report)
+            if images:
+                report.phase("copying the images")
+                report.total(len(images), "shards")
+            fix = f"cae2pipe verify {source} --repair"
+            copy_units(artifact, targets.artifact, images, fix=fix, report=report)
             if missing:
                 recode_stores(artifact, targets, missing, workers=worker_count(workers), report=report)
         finally:
@@ -150,32 +156,6 @@ def missing_images(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
     ]
 
 
-def copy_images(artifact: TargetsArtifact, targets: TargetSet, names: list[str], *, report: Report) -> None:
-    """Copy units of images.
-
-    Raises:
-        DamageError: the source's are damaged.
-    """
-    if names:
-        report.phase("copying the images")
-        report.total(len(names), "shards")
-    units = images_units(targets.artifact)
-    for name in names:
-        unit = units[name]
-        with staged(artifact.root, name) as stage:
-            for path in unit["files"]:
-                fetch_file(targets.root / path, stage.path(path))
-            if stage.entries(*unit["files"]) != unit["files"]:
-                raise DamageError(
-                    "the source's images are damaged",
-                    where=f"{targets.root}, {name}",
-                    fix=f"cae2pipe verify {targets.root} --repair",
-                )
-            stage.commit(*unit["files"])
-        artifact.add(name, unit)
-        report.advance()
-
-
 def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSettings, *, report: Report) -> None:
     """Fit the codec on view 0 of the first images, as an extraction does.
 
@@ -193,7 +173,8 @@ def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSetti
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
         of_codec = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
-        return {**provenance(torch.device("cpu")), "codec": of_codec}
+        group = group_entry(targets.artifact.facts["teacher"], codec.name, codec.level)
+        return {**provenance(torch.device("cpu")), "codec": of_codec, "groups": {PATCHES: group}}
 
     store_calibration(artifact, codec, torch.cat(sample), facts=facts, report=report)
 
@@ -207,7 +188,7 @@ def stored_unit(reader: StoreReader, block: int) -> Tensor:
 class RecodedBlock(NamedTuple):
     """A block of the new store: chunks by array, its samples, raw and centred cosines of its tokens."""
 
-    chunks: dict[str, bytes]
+    chunks: dict[str, list[bytes]]
     samples: int
     raw: Tensor
     centred: Tensor
@@ -226,7 +207,7 @@ def recode_stores(
 ) -> None:
     """Write the stores with these names; threads work some blocks ahead."""
     calibration = read_calibration(artifact)
-    layout = make_layout(artifact.facts["teacher"], artifact.identity["settings"]["codec"], calibration)
+    layout = make_layout(artifact.facts["groups"][PATCHES], calibration)
     report.phase("recoding")
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
     readers = {name: targets.reader(name) for name in names}
@@ -265,18 +246,7 @@ def recode_store(
                 centred.append(block.centred)
                 report.advance(block.samples)
             fidelity = summarise(torch.cat(raw), torch.cat(centred)).entry()
-            writer.finish(
-                reader.keys(),
-                np.asarray(reader.labels()),
-                np.asarray(reader.draws()),
-                members=np.asarray(reader.members()),
-                attributes={
-                    "codec": layout.codec.name,
-                    "view": unit["view"],
-                    "shard": unit["shard"],
-                    "fidelity": fidelity,
-                },
-            )
+            writer.finish(reader.records(), {"view": unit["view"], "shard": unit["shard"], "fidelity": fidelity})
         finally:
             writer.close()
         if any(stage.entries(tar)[tar] != unit["files"][tar] for tar in own):

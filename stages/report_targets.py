@@ -245,7 +245,7 @@ def read_labels(targets: TargetSet, report: Report, problems: list[str]) -> np.n
 
     def read(name: str) -> np.ndarray | DamageError:
         try:
-            return targets.reader(name).labels()
+            return targets.reader(name).records().labels
         except DamageError as error:
             return error
 

@@ -102,7 +102,7 @@ def _check_contents(artifact: AnyArtifact) -> Iterator[tuple[str, DamageError]]:
         indexed = functools.lru_cache(maxsize=1)(lambda tar: [sample.key for sample in index_tar(tar)])
         for name in sorted(targets.stores, key=lambda name: (targets.stores[name]["shard"], name)):
             reader = targets.reader(name)
-            if indexed(reader.tar) != reader.keys():
+            if indexed(reader.tar) != reader.records().keys:
                 yield name, DamageError("the keys in the store differ from its tar", where=f"{artifact.root}, {name}")
 
 

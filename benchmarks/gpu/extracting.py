@@ -25,7 +25,7 @@ from cae2pipe.targets.images import make_images
 from cae2pipe.targets.missing import missing_units
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.rendering import RenderedBlock
-from cae2pipe.targets.store import pack_block
+from cae2pipe.targets.store_writing import pack_block
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher

@@ -11,10 +11,12 @@ from cae2pipe.artifacts.storage import to_path
 from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.config.base import Settings, build
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
+from cae2pipe.errors import SettingsError
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.stages.estimate_targets import estimate_targets as estimate
 from cae2pipe.stages.extract_targets import extract_targets as extract
 from cae2pipe.stages.recode import recode as run_recode
+from cae2pipe.stages.repack import repack as run_repack
 from cae2pipe.stages.shard import shard_images
 from cae2pipe.targets.target_set import TargetSet
 
@@ -156,9 +158,10 @@ def recode(
     source: str | Path,
     out: str | Path,
     *,
-    codec: str = "klt",
+    codec: str | None = None,
     fidelity: float | None = None,
     lossy_source: bool = False,
+    repack: bool = False,
     workers: int = -1,
     progress: Progress = True,
 ) -> TargetSet:
@@ -167,16 +170,25 @@ def recode(
     Args:
         source: a target set, preferably of fp16 latents.
         out: the target set, created or resumed.
-        codec: klt, int8 or fp16.
+        codec: klt (the default), int8 or fp16.
         fidelity: klt's mean cosine on held-out images; None: 0.97.
         lossy_source: allow a source that is not fp16.
+        repack: only convert a set of an earlier format to the newest one, without changing its latents.
         workers: threads; -1: one per core.
 
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    settings = build(CodecSettings, given(name=codec, fidelity=fidelity), "recode")
+    if repack and (codec is not None or fidelity is not None or lossy_source):
+        raise SettingsError(
+            "a set that is repacked keeps its codec and its latents",
+            where="repack",
+            fix="omit codec, fidelity and lossy_source, or recode the repacked set afterwards",
+        )
+    settings = build(CodecSettings, given(name=codec or "klt", fidelity=fidelity), "recode")
     with reporting(progress, "recode") as report:
+        if repack:
+            return TargetSet(run_repack(to_path(source), to_path(out), report=report, workers=workers).root)
         made = run_recode(
             to_path(source), to_path(out), settings, report=report, lossy_source=lossy_source, workers=workers
         )

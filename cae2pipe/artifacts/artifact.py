@@ -35,6 +35,7 @@ from cae2pipe.artifacts.lock import holding
 from cae2pipe.artifacts.manifest import (
     AGAIN,
     FORMATS,
+    GROUPED,
     LIMIT,
     decode_manifest,
     decode_unit,
@@ -238,6 +239,30 @@ class TargetsArtifact(Artifact[TargetsIdentity, TargetsUnit, TargetsFacts]):
     @staticmethod
     def rules() -> Kind[TargetsIdentity, TargetsUnit, TargetsFacts]:
         return TARGETS
+
+    @classmethod
+    def of(cls, root: Path, manifest: Manifest, journal: Mapping[Path, bytes]) -> Self:
+        """As of other kinds. Raises ManifestError also for a set of an earlier format."""
+        artifact = super().of(root, manifest, journal)
+        if artifact.format < GROUPED:
+            raise ManifestError(
+                f"this target set has format {artifact.format}, and this version of cae2pipe reads format {GROUPED}",
+                where=root,
+                fix=f"cae2pipe recode {root} NEW --repack converts it, losslessly and without the teacher",
+            )
+        return artifact
+
+    @classmethod
+    def open_earlier(cls, root: Path) -> Self:
+        """Open a set of an earlier format, to convert it.
+
+        Raises:
+            ManifestError: as ``open``, or the set has today's format.
+        """
+        artifact = super().of(root, *_read(root, cls.rules().name))
+        if artifact.format >= GROUPED:
+            raise ManifestError("this target set already has the newest format", where=root, fix="use it as it is")
+        return artifact
 
 
 class RunArtifact(Artifact[RunIdentity, EncoderUnit, RunFacts]):

@@ -18,11 +18,13 @@ from cae2pipe.artifacts.json_files import check_numbers, parse_json
 from cae2pipe.artifacts.manifest_kinds import KINDS, FactsT, IdentityT, Kind, Manifest, UnitT, manifests
 from cae2pipe.errors import Cae2pipeError, DamageError, ManifestError
 
-FORMATS = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
-"""The newest format of each kind, used for new folders. Older folders are read, and keep their format. Target sets of
-format 2 may have replayed views, and a klt that also transforms along the tokens."""
+FORMATS = {"shards": 2, "targets": 4, "run": 2, "scores": 2}
+"""The newest format of each kind, used for new folders. Older folders are read, and keep their format, but for target
+sets: before format 4 their stores had one group of arrays, which only ``recode --repack`` reads."""
 DIGESTED = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
 """The first formats whose manifests and journal entries have a digest."""
+GROUPED = 4
+"""The first format of target sets whose stores have groups of latents."""
 LIMIT = 2 * 2**30
 """Largest manifest that is read, in bytes; one of 41,000 units has 120 MB."""
 
@@ -61,7 +63,7 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
         name, problem = contradiction
         raise _field(f"units.{name}: {problem}", where)
     if manifest["kind"] == "targets" and "codec" in manifest["units"]:
-        for name in ("classes", "teacher", "codec"):
+        for name in ("classes", "teacher", "codec", *(["groups"] if manifest["format"] >= GROUPED else [])):
             if name not in manifest:
                 raise _field(f"{name}: Field required", where)
     if fingerprint(manifest["identity"]) != manifest["fingerprint"]:

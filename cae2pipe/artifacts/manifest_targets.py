@@ -14,9 +14,12 @@ from cae2pipe.artifacts.manifest_values import (
     SHARD,
     STRICT,
     VIEW,
+    CodecName,
     Common,
     Count,
     FileEntry,
+    GroupEntry,
+    GroupName,
     Names,
     Sha256,
     ShardName,
@@ -98,16 +101,9 @@ class CodecUnit(TypedDict):
 
 @with_config(OPEN)
 class CodecIdentity(TypedDict):
-    name: Literal["klt", "int8", "fp16"]
+    name: CodecName
     fidelity: Annotated[float, Field(gt=0.5, lt=1)]
     level: Annotated[int, Field(ge=1, le=9)]
-
-
-class StoredCodec(TypedDict):
-    """The part of ``CodecIdentity`` that determines how stores are read."""
-
-    name: Literal["klt", "int8", "fp16"]
-    level: int
 
 
 @with_config(OPEN)
@@ -180,6 +176,7 @@ class TargetsFacts(TypedDict):
     classes: NotRequired[Names]
     teacher: NotRequired[TeacherEntry]
     codec: NotRequired[CodecFacts]
+    groups: NotRequired[dict[GroupName, GroupEntry]]
     wanted: NotRequired[Wanted]
     versions: NotRequired[dict[str, str]]
     processor: NotRequired[str]
@@ -226,10 +223,16 @@ def _of_store(name: str, unit: StoreUnit) -> str | None:
     # In sorted order, all paths between two with this prefix have it too.
     if not (own and min(own).startswith(f"{zarr}/") and max(own).startswith(f"{zarr}/")):
         return "files: not all of them belong to the unit"
-    labels = files.get(f"{zarr}/labels/c/0")
-    if labels is None or labels["bytes"] != 4 * unit["samples"] + 4:
-        return f"samples: the store does not have {unit['samples']} labels"
+    if not _has_records(files.get(f"{zarr}/samples/c/0/0"), files.get(f"{zarr}/labels/c/0"), unit["samples"]):
+        return f"samples: the store does not have {unit['samples']} records"
     return _too_small(unit)
+
+
+def _has_records(records: FileEntry | None, labels: FileEntry | None, samples: int) -> bool:
+    """Whether a store has that many samples, by the size of its records; of its labels before format 4."""
+    if records is not None:
+        return records["bytes"] > 4 and (records["bytes"] - 4) % samples == 0
+    return labels is not None and labels["bytes"] == 4 * samples + 4
 
 
 def _of_images(name: str, unit: ImagesUnit) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, JsonValue, with_config
 from typing_extensions import TypedDict
@@ -16,10 +16,14 @@ SHARD = r"[0-9]{6,9}"
 """A shard's name: its number."""
 VIEW = r"v[0-9]{2,6}"
 """A view's name."""
-INSIDE_ZARR = r"(/[a-z_]{1,32})?(/zarr\.json|(/c(/[0-9]{1,9}){1,4}))"
-"""The path of a file in a Zarr group of arrays."""
+GROUP = r"(patches|summary|layer-[0-9]{2})"
+"""A group of latents: all tokens of the last layer, the pooled output, or the tokens of another layer."""
+INSIDE_ZARR = rf"(/{GROUP})?(/[a-z_]{{1,32}})?(/zarr\.json|(/c(/[0-9]{{1,9}}){{1,5}}))"
+"""The path of a file in a Zarr group of arrays, or of groups of arrays."""
 
 ShardName = Annotated[str, Field(pattern=f"^{SHARD}$")]
+CodecName = Literal["klt", "int8", "fp16"]
+GroupName = Annotated[str, Field(pattern=f"^{GROUP}$")]
 StoreName = Annotated[str, Field(pattern=f"^{VIEW}/{SHARD}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Format = Annotated[int, Field(ge=1)]
@@ -58,6 +62,19 @@ class Common(TypedDict):
     fingerprint: Sha256
     digest: NotRequired[Sha256]
     complete: bool
+
+
+@with_config(OPEN)
+class GroupEntry(TypedDict):
+    """How a group of latents is stored: codec, dimensions, and tokens: the class token, then a grid of patches."""
+
+    codec: CodecName
+    level: Annotated[int, Field(ge=1, le=9)]
+    dim: Size
+    rows: Annotated[int, Field(ge=0, le=1024)]
+    cols: Annotated[int, Field(ge=0, le=1024)]
+    class_token: bool
+    attention: bool
 
 
 @with_config(OPEN)

@@ -125,10 +125,13 @@ def recode(
         ),
     ],
     out: Out,
-    codec: Annotated[CodecName, typer.Option(help="How latents are compressed in OUT.")] = CodecName.klt,
+    codec: Annotated[CodecName | None, typer.Option(help="How latents are compressed in OUT (default: klt).")] = None,
     fidelity: Annotated[
         float | None, typer.Option(help="klt: mean cosine to reach on held-out images (default: 0.97).")
     ] = None,
+    repack: Annotated[
+        bool, typer.Option("--repack", help="Convert a set of an earlier format, without changing its latents.")
+    ] = False,
     lossy_source: Annotated[
         bool, typer.Option("--lossy-source", help="Allow a set that is not fp16; its error adds to the new codec's.")
     ] = False,
@@ -141,7 +144,8 @@ def recode(
     with exits():
         from cae2pipe.api.targets import recode
 
-        recode(source, out, codec=codec.value, fidelity=fidelity, lossy_source=lossy_source, workers=workers)
+        name = codec.value if codec else None
+        recode(source, out, codec=name, fidelity=fidelity, lossy_source=lossy_source, repack=repack, workers=workers)
 
 
 def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:

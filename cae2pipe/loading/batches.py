@@ -7,7 +7,7 @@ integers, so little data is copied to the device; normalisation and decoding of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.paths import store_name
-from cae2pipe.targets.store import StoreLayout, StoreReader
+from cae2pipe.targets.planes import SPARES, same_width
+from cae2pipe.targets.store import StoreReader
+from cae2pipe.targets.store_layout import StoreLayout
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The samples of one window: keys, views, labels, JPEG bytes, draws (none for fresh views), and the blocked arrays
-    over all of them."""
+class Piece:
+    """Samples of one view of a block: keys, labels, JPEG bytes, draws (none for fresh views), and arrays as loaded."""
 
+    view: int
     keys: list[str]
-    views: list[int]
     labels: list[int]
     images: list[bytes]
-    draws: list[np.ndarray]
+    draws: Sequence[np.ndarray] | np.ndarray
     arrays: dict[str, np.ndarray]
+
+
+Item = tuple[Piece, int]
+"""A sample: its piece, and its position there."""
 
 
 class StreamSource:
@@ -148,43 +153,34 @@ class StreamSource:
             lambda name: StoreReader(plan.root, plan.units[name], plan.layout, cache=plan.cache)
         )
 
-    def samples(self, epoch: int, skip: int) -> Iterator[tuple[Pool, int]]:
-        """The epoch's samples after the first ``skip``, as (pool, position in it). Skipped windows are not read."""
+    def samples(self, epoch: int, skip: int) -> Iterator[Item]:
+        """The epoch's samples after the first ``skip``. Skipped windows are not read."""
         plan = self.plan
         pieces = stream_pieces(plan.blocks, plan.seed, epoch, streams=plan.streams, wanted=[self.stream])[self.stream]
         for window in windows(pieces, plan.window, plan.seed, epoch=epoch, stream=self.stream):
             if skip >= len(window.order):
                 skip -= len(window.order)
                 continue
-            pool = self._read(window.pieces)
-            for position in window.order[skip:]:
-                yield pool, int(position)
+            read = [self._read(piece) for piece in window.pieces]
+            ends = np.cumsum([len(piece.keys) for piece in read])
+            chosen = np.searchsorted(ends, window.order, side="right")
+            within = window.order - (ends - [len(piece.keys) for piece in read])[chosen]
+            for number, position in zip(chosen[skip:].tolist(), within[skip:].tolist(), strict=True):
+                yield read[number], position
             skip = 0
 
-    def _read(self, pieces: tuple[BlockSlice, ...]) -> Pool:
-        pool = Pool([], [], [], [], [], {})
-        names = (*self.plan.arrays, *self.plan.guides)
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        specs = self.plan.layout.blocked()
-        for piece in pieces:
-            ref = self.plan.blocks[piece.index]
-            pool.views.extend([piece.view] * (piece.high - piece.low))
-            if self.plan.fresh:
-                originals = self.plan.fresh.read(ref.shard, ref.block)[piece.low : piece.high]
-                pool.keys.extend(sample.key for sample in originals)
-                pool.labels.extend(sample.label for sample in originals)
-                pool.images.extend(sample.data for sample in originals)
-                continue
-            block = self._reader(store_name(piece.view, ref.shard)).block(ref.block, names)
-            pool.keys.extend(block.keys[piece.low : piece.high])
-            pool.labels.extend(block.labels[piece.low : piece.high].tolist())
-            pool.images.extend(block.jpegs[piece.low : piece.high])
-            pool.draws.extend(block.draws[piece.low : piece.high])
-            for name in names:
-                where = (slice(None),) * specs[name].sample_axis + (slice(piece.low, piece.high),)
-                parts[name].append(block.arrays[name][where])
-        pool.arrays.update((name, np.concatenate(p, axis=specs[name].sample_axis)) for name, p in parts.items())
-        return pool
+    def _read(self, piece: BlockSlice) -> Piece:
+        ref, own = self.plan.blocks[piece.index], slice(piece.low, piece.high)
+        if self.plan.fresh:
+            originals = self.plan.fresh.read(ref.shard, ref.block)[own]
+            keys, labels = [sample.key for sample in originals], [sample.label for sample in originals]
+            return Piece(piece.view, keys, labels, [sample.data for sample in originals], [], {})
+        names, axes = (*self.plan.arrays, *self.plan.guides), self.plan.layout.sample_axes()
+        block = self._reader(store_name(piece.view, ref.shard)).loaded_block(ref.block, names)
+        arrays = {name: block.arrays[name][(slice(None),) * axes[name] + (own,)] for name in names}
+        return Piece(
+            piece.view, block.keys[own], block.labels[own].tolist(), block.jpegs[own], block.draws[own], arrays
+        )
 
 
 def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
@@ -198,9 +194,7 @@ def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
             yield assemble(plan, epoch, epoch * plan.steps + step, streams=streams, picked=picked)
 
 
-def assemble(
-    plan: Plan, epoch: int, step: int, *, streams: range, picked: list[list[tuple[Pool, int] | None]]
-) -> Batch:
+def assemble(plan: Plan, epoch: int, step: int, *, streams: range, picked: list[list[Item | None]]) -> Batch:
     """The part of a batch with the given samples of each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
     count, rows = len(flat), len(flat) * plan.repeat
@@ -240,22 +234,22 @@ def assemble(
         masked=torch.from_numpy(masked),
         drop=torch.from_numpy(drop).reshape(rows, plan.drop_columns),
         keys=keys,
-        views=[item[0].views[item[1]] if item else -1 for item in flat],
+        views=[item[0].view if item else -1 for item in flat],
         labels=[item[0].labels[item[1]] if item else -1 for item in flat],
     )
 
 
-def _decode(plan: Plan, pool: Pool, position: int, *, epoch: int) -> np.ndarray:
-    image, key = pool.images[position], pool.keys[position]
+def _decode(plan: Plan, piece: Piece, position: int, *, epoch: int) -> np.ndarray:
+    image, key = piece.images[position], piece.keys[position]
     if plan.fresh:
         return plan.fresh.render(image, key, epoch)
     try:
-        return view_pixels(image, pool.draws[position], plan.replayed, size=plan.size)
+        return view_pixels(image, piece.draws[position], plan.replayed, size=plan.size)
     except ImageError as error:
         raise DamageError(error.what, where=f"key {key}", fix=error.fix) from None
 
 
-def _draws(plan: Plan, items: list[tuple[Pool, int] | None]) -> Tensor:
+def _draws(plan: Plan, items: list[Item | None]) -> Tensor:
     """The draws by which the device cuts replayed views; zeros for padding."""
     if plan.decode or plan.replayed is None:
         return torch.zeros(len(items), 0, dtype=torch.float64)
@@ -263,27 +257,21 @@ def _draws(plan: Plan, items: list[tuple[Pool, int] | None]) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def gather(plan: Plan, items: list[tuple[Pool, int] | None]) -> dict[str, np.ndarray]:
-    """The plan's arrays over the given samples; zeros for padding.
-
-    Consecutive items mostly come from one pool, whose rows are copied together.
-    """
-    runs: list[tuple[Pool, list[int], list[int]]] = []
-    for row, item in enumerate(items):
-        if item is None:
-            continue
-        if not runs or runs[-1][0] is not item[0]:
-            runs.append((item[0], [], []))
-        runs[-1][1].append(item[1])
-        runs[-1][2].append(row)
+def gather(plan: Plan, items: list[Item | None]) -> dict[str, np.ndarray]:
+    """The plan's arrays over the given samples; zeros for padding."""
+    loaded = plan.layout.loaded()
     result = {}
-    specs = plan.layout.blocked()
     for name in plan.arrays:
-        axis = specs[name].sample_axis
-        out = np.zeros(plan.layout.shape(name, len(items)), dtype=specs[name].dtype)
-        for pool, positions, rows in runs:
-            out[(slice(None),) * axis + (rows,)] = np.take(pool.arrays[name], positions, axis=axis)
-        result[name] = out
+        axis, shape = loaded[name].sample_axis, loaded[name].shape(len(items))
+        if name in SPARES:
+            shape = (len(items), max([shape[1], *(item[0].arrays[name].shape[1] for item in items if item)]))
+        result[name] = np.zeros(shape, dtype=loaded[name].dtype)
+        into = np.moveaxis(result[name], axis, 0)
+        for row, item in enumerate(items):
+            if item:
+                # One sample after the other: `take` would copy twice.
+                sample = np.moveaxis(item[0].arrays[name], axis, 0)[item[1]]
+                into[row][: len(sample)] = sample
     return result
 
 
@@ -292,7 +280,10 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     tensors = ("pixels", "jpegs", "sizes", "draws", "weights", "visible", "masked", "drop")
-    arrays = {name: torch.cat([part.arrays[name] for part in parts], dim=axes[name]) for name in parts[0].arrays}
+    arrays = {}
+    for name in parts[0].arrays:
+        own = [part.arrays[name] for part in parts]
+        arrays[name] = torch.cat(same_width(own) if name in SPARES else own, dim=axes[name])
     joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
     return replace(
         parts[0],
@@ -347,5 +338,5 @@ def without_padding(batch: Batch, axes: Mapping[str, int]) -> Batch:
     )
 
 
-def _take(iterator: Iterator[tuple[Pool, int]], count: int) -> list[tuple[Pool, int] | None]:
+def _take(iterator: Iterator[Item], count: int) -> list[Item | None]:
     return [next(iterator, None) for _ in range(count)]

@@ -24,7 +24,7 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
     """
     speed = settings.speed
     latents = settings.targets == "cached" and settings.loss.target != "pixels"
-    arrays = tuple(targets.layout.codec.arrays()) if latents else ()
+    arrays = targets.layout.loaded_latents() if latents else ()
     return Plan(
         root=targets.root,
         units={name: targets.stores[name] for name in stores},

@@ -221,7 +221,7 @@ def batch_plan(
             where=str(targets.root),
             fix=f"use a batch_size of at most {samples // ranks}, or drop_last=False" if samples >= ranks else None,
         )
-    arrays = tuple(targets.layout.codec.arrays())
+    arrays = targets.layout.loaded_latents()
     return Plan(
         root=targets.root,
         units={name: targets.stores[name] for name in names},

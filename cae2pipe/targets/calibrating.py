@@ -18,8 +18,9 @@ from cae2pipe.targets.calibration import Calibration, Fidelity
 from cae2pipe.targets.calibration_sample import run_sample
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.manifest_facts import codec_facts, teacher_facts
+from cae2pipe.targets.store_layout import PATCHES
 from cae2pipe.targets.stored_calibration import is_calibrated, store_calibration
-from cae2pipe.targets.target_set import make_layout
+from cae2pipe.targets.target_set import group_entry, make_layout
 from cae2pipe.teachers.protocol import Teacher
 
 
@@ -76,9 +77,15 @@ def make_calibration(
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
         of_teacher = teacher_facts(teacher, outputs[0])
-        layout = make_layout(of_teacher, artifact.identity["settings"]["codec"], calibration)
+        group = group_entry(of_teacher, codec.name, codec.level)
+        layout = make_layout(group, calibration)
         of_codec = codec_facts(outputs, layout, calibration, fidelity=fidelity, pixel_bytes=sum(map(len, jpegs)))
-        return {"teacher": of_teacher, "codec": of_codec, **provenance(teacher.device)}
+        return {
+            "teacher": of_teacher,
+            "codec": of_codec,
+            "groups": {PATCHES: group},
+            **provenance(teacher.device),
+        }
 
     unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
     store_calibration(artifact, codec, unit, facts=facts, report=report)

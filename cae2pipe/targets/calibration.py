@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.manifest_targets import FidelityReached
-from cae2pipe.targets.chunks import BLOCK, SHUFFLES, Shuffle, encode_chunk
+from cae2pipe.targets.chunks import BLOCK, SYMBOL_SHUFFLES, Shuffle
 from cae2pipe.targets.codecs import (
     Codec,
     Fp16Codec,
@@ -25,6 +25,7 @@ from cae2pipe.targets.codecs import (
     round_biased,
     rounding_bias,
 )
+from cae2pipe.targets.store_writing import pack_symbols, packed_bytes
 
 MARGIN = 0.96
 """The step is chosen for this share of the allowed cosine distance: other images differ from the held-out ones."""
@@ -33,13 +34,13 @@ MARGIN = 0.96
 @dataclass(frozen=True)
 class Calibration:
     """What encoding and decoding need: ``mean`` (D,), and for klt ``basis`` (D, D), ``step``, ``token_basis`` (T, T)
-    and ``spread`` (T, D), float32, and Blosc's ``shuffle``. Sets of older versions have no ``token_basis`` and
-    ``spread``."""
+    and ``spread`` (T, D), float32, and Blosc's ``shuffle`` for the planes of symbols. Sets that older versions began
+    have no ``token_basis`` and ``spread``."""
 
     mean: Tensor
     basis: Tensor | None = None
     step: float | None = None
-    shuffle: Shuffle = "shuffle"
+    shuffle: Shuffle = "noshuffle"
     token_basis: Tensor | None = None
     spread: Tensor | None = None
 
@@ -198,15 +199,14 @@ def find_shuffle(calibration: Calibration, block: Tensor, level: int) -> Calibra
     """The calibration with the shuffle that compresses a block of unit tokens to fewer bytes.
 
     With fine steps most symbols fill a byte, and zstd's entropy coder compresses whole bytes best. With coarse steps
-    most bits are zero, and bit shuffling groups them. On a ViT-Ti's tokens byte shuffling is smaller at a fidelity of
+    most bits are zero, and bit shuffling groups them. On a ViT-Ti's tokens no shuffling is smaller at a fidelity of
     0.999, bit shuffling at 0.99 and below (benchmarks/codec_low_rate.py).
     """
-    candidates = [replace(calibration, shuffle=shuffle) for shuffle in SHUFFLES]
+    candidates = [replace(calibration, shuffle=shuffle) for shuffle in SYMBOL_SHUFFLES]
+    symbols = make_codec("klt", calibration, level).encode(block)["symbols"]
 
     def size(candidate: Calibration) -> int:
-        codec = make_codec("klt", candidate, level)
-        spec = codec.arrays()[codec.main]
-        return len(encode_chunk(codec.encode(block)[codec.main], spec.level, spec.shuffle, one_block=spec.one_block))
+        return packed_bytes({"symbols": pack_symbols(symbols, level, candidate.shuffle)})
 
     return min(candidates, key=size)
 

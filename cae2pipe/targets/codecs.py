@@ -20,29 +20,30 @@ from torch import Tensor
 
 from cae2pipe.errors import TeacherError
 from cae2pipe.targets.chunks import Shuffle
+from cae2pipe.targets.planes import join_planes
 
 
 @dataclass(frozen=True)
 class ArraySpec:
     """How one array of a store is laid out.
 
-    ``sample_axis`` is the axis that runs over samples; a chunk holds 64 of them and all of the other axes.
-    ``level`` is the zstd level, or 0 for plain bytes without Blosc; ``shuffle`` is Blosc's, of bytes or of bits.
-    ``one_block``: Blosc compresses a chunk in one piece, instead of in pieces that fit the CPU cache.
+    ``sample_axis`` is the axis that runs over samples. ``level`` is the zstd level, or 0 for plain bytes without Blosc;
+    ``shuffle`` is Blosc's.
     """
 
     dtype: str
     sample_axis: int
     level: int
     shuffle: Shuffle = "bitshuffle"
-    one_block: bool = False
 
 
 class Codec(Protocol):
-    """Tokens to arrays and back. ``main`` names the array that holds the tokens."""
+    """Tokens to arrays and back. ``main`` names the array that holds the tokens; ``wide``: the number of first
+    components whose symbols often exceed 255."""
 
     name: str
     main: str
+    wide: int
 
     def arrays(self) -> dict[str, ArraySpec]:
         """The arrays a store of this codec holds."""
@@ -51,7 +52,8 @@ class Codec(Protocol):
         """Unit tokens (n, T, D) float32 to the codec's arrays."""
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Arrays, on any device, to tokens (n, T, D) float32 on that device. Inverse of ``encode`` up to its error."""
+        """Arrays, on any device, to tokens (n, T, D) float32 on that device. Inverse of ``encode`` up to its error.
+        Symbols may be given as planes, as loaders read them (``targets/planes.py``)."""
 
     def place(self, device: torch.device) -> None:
         """Copy the constants of ``decode`` to a device. Otherwise the first call of ``decode`` there does it."""
@@ -62,6 +64,7 @@ class Fp16Codec:
 
     name = "fp16"
     main = "tokens"
+    wide = 0
 
     def arrays(self) -> dict[str, ArraySpec]:
         return {"tokens": ArraySpec("<f2", 0, 0)}
@@ -81,6 +84,7 @@ class Int8Codec:
 
     name = "int8"
     main = "tokens"
+    wide = 0
 
     def arrays(self) -> dict[str, ArraySpec]:
         return {"tokens": ArraySpec("|i1", 0, 0), "scales": ArraySpec("<f2", 0, 0)}
@@ -111,18 +115,20 @@ class KltCodec:
         basis: (D, D) float32, orthonormal columns: the principal axes, largest variance first.
         step: width of a quantisation bin.
         level: zstd level.
-        shuffle: Blosc's shuffle, of bytes or of bits.
+        shuffle: Blosc's, of the planes of symbols: none, or of bits.
     """
 
     name = "klt"
     main = "symbols"
 
-    def __init__(self, mean: Tensor, basis: Tensor, step: float, *, level: int = 1, shuffle: Shuffle = "shuffle"):
+    def __init__(self, mean: Tensor, basis: Tensor, step: float, *, level: int = 1, shuffle: Shuffle = "noshuffle"):
         self.mean = mean
         self.basis = basis
         self.step = step
         self.level = level
         self.shuffle: Shuffle = shuffle
+        # Nothing is known about the spread of single components.
+        self.wide = len(basis)
         self._placed: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def arrays(self) -> dict[str, ArraySpec]:
@@ -137,8 +143,9 @@ class KltCodec:
         return {"symbols": _as_stored(symbols.T.reshape(dim, n, tokens))}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Symbols (D, n, T), uint16 or its bits in an int16 tensor, to tokens: a scaling and one D x D product."""
-        symbols = arrays["symbols"]
+        """Symbols (D, n, T), uint16 or its bits in an int16 tensor, or their planes, to tokens: a scaling and one D x D
+        product."""
+        symbols = _symbols_in(arrays)
         dim, n, tokens = symbols.shape
         mean, basis = self._on(symbols.device)
         bins = unzigzag(symbols.to(torch.int32) & 0xFFFF).to(torch.float32)
@@ -190,14 +197,12 @@ class TokenKltCodec(KltCodec):
         spread: Tensor,
         step: float,
         level: int = 1,
-        shuffle: Shuffle = "shuffle",
+        shuffle: Shuffle = "noshuffle",
     ):
         super().__init__(mean, basis, step, level=level, shuffle=shuffle)
         self.token_basis = token_basis
         self.spread = spread
-
-    def arrays(self) -> dict[str, ArraySpec]:
-        return {"symbols": ArraySpec("<u2", 1, self.level, self.shuffle, one_block=True)}
+        self.wide = wide_components(spread, step)
 
     def encode(self, unit: Tensor) -> dict[str, np.ndarray]:
         """Symbols (D, n, T) uint16; (i, sample, j) is the symbol of rank i * T + j.
@@ -213,8 +218,9 @@ class TokenKltCodec(KltCodec):
         return {"symbols": _as_stored(ranked.reshape(n, dim, tokens).transpose(0, 1))}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Symbols (D, n, T), uint16 or its bits in an int16 tensor, to tokens: a T x T and a D x D product."""
-        symbols = arrays["symbols"].view(torch.int16)
+        """Symbols (D, n, T), uint16 or its bits in an int16 tensor, or their planes, to tokens: a T x T and a D x D
+        product."""
+        symbols = _symbols_in(arrays).view(torch.int16)
         dim, n, tokens = symbols.shape
         mean, basis, token_basis, _, _, rank = self._on(symbols.device)
         # Gathers rows of samples, still as int16: a third of the time that gathering single float32 values takes.
@@ -228,6 +234,17 @@ class TokenKltCodec(KltCodec):
         order = torch.argsort(self.spread.flatten(), descending=True, stable=True)
         bias = rounding_bias(self.spread, self.step)
         return self.mean, self.basis, self.token_basis, bias, order, torch.argsort(order)
+
+
+WIDE = 16
+"""A component is wide if its largest root mean square times this needs a symbol above 255."""
+
+
+def wide_components(spread: Tensor, step: float) -> int:
+    """How many of the first components, in order of rank, have symbols that often exceed 255."""
+    tokens, dim = spread.shape
+    largest = spread.flatten().sort(descending=True).values.reshape(dim, tokens)[:, 0]
+    return int((2 * WIDE * largest > 255 * step).sum())
 
 
 def rounding_bias(spread: Tensor, step: float) -> Tensor:
@@ -247,6 +264,10 @@ def rounding_bias(spread: Tensor, step: float) -> Tensor:
 def round_biased(values: Tensor, bias: Tensor) -> Tensor:
     """Rounded to integers, biased towards zero: the boundary between k and k + 1 is at k + 0.5 + bias."""
     return torch.copysign(torch.floor(values.abs() + (0.5 - bias)).clamp_min(0), values)
+
+
+def _symbols_in(arrays: Mapping[str, Tensor]) -> Tensor:
+    return arrays["symbols"] if "symbols" in arrays else join_planes(arrays)
 
 
 def _as_stored(symbols: Tensor) -> np.ndarray:

@@ -23,7 +23,8 @@ from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration, token_cosines
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.rendering import RenderedBlock
-from cae2pipe.targets.store import StoreLayout, pack_block
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_writing import pack_block
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
@@ -38,7 +39,7 @@ class EncodedBlock:
 
     rendered: RenderedBlock
     index: int
-    chunks: dict[str, bytes]
+    chunks: dict[str, list[bytes]]
     raw: Tensor
     centred: Tensor
     ran: Ran

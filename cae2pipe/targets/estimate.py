@@ -12,7 +12,8 @@ from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, make_
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import encode_tokens
-from cae2pipe.targets.store import StoreLayout, pack_block
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_writing import pack_block, packed_bytes
 from cae2pipe.teachers.protocol import TeacherOutput
 
 CODECS = ("fp16", "int8", "klt")
@@ -62,7 +63,7 @@ def price(
     chunks = 0
     for output in whole:
         arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
-        chunks += sum(map(len, pack_block(layout, arrays).values()))
+        chunks += packed_bytes(pack_block(layout, arrays))
     return CodecPrice(name, chunks / sum(len(output.tokens) for output in whole), reached, calibration)
 
 

@@ -16,6 +16,7 @@ from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.images import kept_images
 from cae2pipe.targets.missing import MissingUnits
 from cae2pipe.targets.rendering import Renderer, block_tasks, render_blocks
+from cae2pipe.targets.store_layout import PATCHES
 from cae2pipe.targets.stored_calibration import read_calibration
 from cae2pipe.targets.target_set import make_layout
 from cae2pipe.targets.view_writing import ShardWriter
@@ -42,7 +43,7 @@ def make_views(
         DamageError: an image cannot be read. TeacherError, OutOfMemoryError: as ``encode_ahead``.
     """
     calibration = read_calibration(artifact)
-    layout = make_layout(artifact.facts["teacher"], artifact.identity["settings"]["codec"], calibration)
+    layout = make_layout(artifact.facts["groups"][PATCHES], calibration)
     replayed = settings.view.pixels == "replayed"
     if replayed:
         # Views are cut from the images that the set keeps, not from the originals.

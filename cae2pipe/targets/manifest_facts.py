@@ -8,7 +8,8 @@ from typing import Any
 from cae2pipe.artifacts.manifest_values import TeacherEntry
 from cae2pipe.targets.calibration import Calibration, Fidelity, one_thread
 from cae2pipe.targets.encoding import encode_tokens
-from cae2pipe.targets.store import StoreLayout, pack_block
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_writing import pack_block, packed_bytes
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
@@ -41,7 +42,7 @@ def codec_facts(
     with one_thread():  # as when blocks are encoded
         for output in outputs:
             arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
-            latents += sum(map(len, pack_block(layout, arrays).values()))
+            latents += packed_bytes(pack_block(layout, arrays))
     return {
         "held_out_fidelity": asdict(fidelity),
         "step": calibration.step,

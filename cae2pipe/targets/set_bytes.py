@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from cae2pipe.targets.store_layout import PATCHES
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -36,10 +38,11 @@ def set_bytes(targets: TargetSet) -> SetBytes:
     """The bytes of a set's files, including damaged units."""
     arrays: Counter[str] = Counter()
     pixels = other = 0
+    groups = targets.artifact.facts["groups"]
     for unit in targets.artifact.units.values():
         for path, entry in unit["files"].items():
             if "zarr" in unit and path.startswith(f"{unit['zarr']}/"):
-                arrays[_array(path.removeprefix(f"{unit['zarr']}/"))] += entry["bytes"]
+                arrays[_array(path.removeprefix(f"{unit['zarr']}/"), groups)] += entry["bytes"]
             elif "tar" in unit and path == unit["tar"]:
                 pixels += entry["bytes"]
             else:
@@ -58,10 +61,10 @@ def set_bytes(targets: TargetSet) -> SetBytes:
     )
 
 
-def _array(path: str) -> str:
-    """The array to which a file of a store belongs."""
-    name, _, rest = path.partition("/")
-    return name if rest else "metadata"
+def _array(path: str, groups: Collection[str]) -> str:
+    """The array to which a file of a store belongs: ``norms``, or ``layer-03/norms`` of other groups than patches."""
+    folder = path.rpartition("/c/")[0] or path.removesuffix("zarr.json").rstrip("/")
+    return folder.removeprefix(f"{PATCHES}/") if folder not in ("", *groups) else "metadata"
 
 
 def array_shape(targets: TargetSet, name: str) -> str:

@@ -26,6 +26,7 @@ from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate
 from cae2pipe.targets.chunks import SHUFFLES, ChunkError, decode_chunk
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.store import REMEDY
+from cae2pipe.targets.store_layout import PATCHES
 
 TOKEN_BASIS = "token_basis"
 
@@ -63,12 +64,12 @@ def store_calibration(
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Write the local folder ``codec.zarr``."""
+    """Write the local folder ``codec.zarr``, with the calibration of the group ``patches``."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
     attributes = {} if calibration.basis is None else {"shuffle": calibration.shuffle}
-    group = zarr.create_group(path, zarr_format=3, overwrite=True, attributes=attributes)
+    group = zarr.create_group(path, zarr_format=3, overwrite=True).create_group(PATCHES, attributes=attributes)
     arrays = {"mean": calibration.mean.numpy()}
     if calibration.basis is not None and calibration.step is not None:
         arrays |= {"basis": calibration.basis.numpy(), "step": np.array([calibration.step], dtype="<f4")}
@@ -116,14 +117,14 @@ def restore_calibration(artifact: TargetsArtifact, calibration: Calibration) -> 
         stage.commit(CODEC_FOLDER)
 
 
-def read_calibration(artifact: TargetsArtifact) -> Calibration:
-    """The calibration of a set.
+def read_calibration(artifact: TargetsArtifact, group: str = PATCHES) -> Calibration:
+    """The calibration of a group of latents; "": of a set that has no groups yet.
 
     Raises:
         DamageError: one of its files is missing or has changed since it was written, or does not fit the codec and
         teacher of this set.
     """
-    path = artifact.root / CODEC_FOLDER
+    path, prefix = artifact.root / CODEC_FOLDER, f"{CODEC_FOLDER}/{group}/" if group else f"{CODEC_FOLDER}/"
     contents = {}
     for name, entry in artifact.units[CODEC]["files"].items():
         try:
@@ -134,7 +135,8 @@ def read_calibration(artifact: TargetsArtifact) -> Calibration:
             raise _damage(f"one of its files {what}", artifact.root / name, artifact.root) from None
         if sha256_bytes(data) != entry["sha256"]:
             raise _damage("one of its files has changed since it was written", artifact.root / name, artifact.root)
-        contents[name.removeprefix(f"{CODEC_FOLDER}/")] = data
+        if name.startswith(prefix):
+            contents[name.removeprefix(prefix)] = data
     teacher = artifact.facts["teacher"]
     tokens = teacher["rows"] * teacher["cols"] + teacher["class_token"]
     rotated = artifact.identity["settings"]["codec"]["name"] == "klt"
@@ -148,7 +150,7 @@ def read_calibration(artifact: TargetsArtifact) -> Calibration:
 
 
 def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, *, where: object) -> Calibration:
-    """A calibration from the bytes of the files in ``codec.zarr``, by path in it.
+    """A calibration from the bytes of the files of its Zarr group, by path in it.
 
     Args:
         tokens: T, tokens of a view. dim: D, their dimensions.

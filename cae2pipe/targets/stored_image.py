@@ -58,7 +58,7 @@ def find_image(targets: TargetSet, key: str) -> tuple[str, int]:
         KeyError: no image has this key.
     """
     for unit in {unit["shard"]: unit for unit in targets.stores.values()}.values():
-        keys = targets.reader(f"v{unit['view']:02d}/{unit['shard']}").keys()
+        keys = targets.reader(f"v{unit['view']:02d}/{unit['shard']}").records().keys
         if key in keys:
             return unit["shard"], keys.index(key)
     raise KeyError(key)

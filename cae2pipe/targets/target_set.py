@@ -1,7 +1,7 @@
 """A target set: its manifest, codec and stores, opened for reading.
 
 OUT/manifest.json
-OUT/codec.zarr                       mean (D,), and for klt basis (D, D), step (1,), token_basis (T, T) and
+OUT/codec.zarr/patches               mean (D,), and for klt basis (D, D), step (1,), token_basis (T, T) and
                                      spread (T, D), without the last two in sets of older versions; attribute `shuffle`
 OUT/images/000123.tar                the reduced images of shard 000123, if views are replayed from them
 OUT/images/000123.json               index of that tar
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
-from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, StoredCodec, StoreUnit
-from cae2pipe.artifacts.manifest_values import TeacherEntry
+from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, StoreUnit
+from cae2pipe.artifacts.manifest_values import CodecName, GroupEntry, TeacherEntry
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
@@ -34,7 +34,8 @@ from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.paths import CODEC, images_name
-from cae2pipe.targets.store import REMEDY, StoredBlock, StoreLayout, StoreReader
+from cae2pipe.targets.store import REMEDY, StoredBlock, StoreReader
+from cae2pipe.targets.store_layout import PATCHES, StoreLayout
 from cae2pipe.targets.stored_calibration import read_calibration
 
 
@@ -144,8 +145,7 @@ class TargetSet(Sequence[Target]):
         self.view = recorded_view(self.artifact.identity["settings"])
         self.view_size = self.view.size
         self.classes = self.artifact.facts["classes"]
-        codec = self.artifact.identity["settings"]["codec"]
-        self.layout = make_layout(teacher, codec, self.calibration)
+        self.layout = make_layout(self.artifact.facts["groups"][PATCHES], self.calibration)
         self._names = sorted(self.stores)
         self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
         self._kept: tuple[tuple[str, int], list[Target]] | None = None
@@ -284,13 +284,27 @@ def stores_of(artifact: TargetsArtifact) -> dict[str, StoreUnit]:
     return stores
 
 
-def make_layout(teacher: TeacherEntry, codec: StoredCodec, calibration: Calibration) -> StoreLayout:
-    """The stores' layout, from the manifest's teacher and codec entries."""
-    patches = teacher["rows"] * teacher["cols"]
+def group_entry(teacher: TeacherEntry, codec: CodecName, level: int) -> GroupEntry:
+    """The manifest's entry of the group ``patches``."""
+    return {
+        "codec": codec,
+        "level": level,
+        "dim": teacher["dim"],
+        "rows": teacher["rows"],
+        "cols": teacher["cols"],
+        "class_token": teacher["class_token"],
+        "attention": teacher["attention"],
+    }
+
+
+def make_layout(entry: GroupEntry, calibration: Calibration, group: str = PATCHES) -> StoreLayout:
+    """The layout of a group in all stores of a set, from its entry in the manifest."""
+    patches = entry["rows"] * entry["cols"]
     return StoreLayout(
-        tokens=patches + teacher["class_token"],
-        dim=teacher["dim"],
+        tokens=patches + entry["class_token"],
+        dim=entry["dim"],
         patches=patches,
-        attention=teacher["attention"],
-        codec=make_codec(codec["name"], calibration, codec["level"]),
+        attention=entry["attention"],
+        codec=make_codec(entry["codec"], calibration, entry["level"]),
+        group=group,
     )

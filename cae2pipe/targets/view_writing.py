@@ -20,7 +20,9 @@ from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.calibration import summarise
 from cae2pipe.targets.encoding import EncodedBlock, Meter
 from cae2pipe.targets.paths import images_name, images_tar_path, store_name, store_path, view_tar_path
-from cae2pipe.targets.store import StoreLayout, StoreWriter
+from cae2pipe.targets.records import Records
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_writing import StoreWriter
 
 
 @dataclass
@@ -107,16 +109,15 @@ class ShardWriter:
             write_samples(writer.stage.path(tar), zip(keys, labels.tolist(), jpegs, strict=True))
             index = index_samples(writer.stage.path(tar), [google_crc32c.value(jpeg) for jpeg in jpegs])
         assert [sample.key for sample in index] == keys
-        members = np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64)
-        fidelity = summarise(torch.cat(writer.raw), torch.cat(writer.centred)).entry()
-        layout = writer.store.layout
-        writer.store.finish(
+        records = Records(
             keys,
             labels,
-            np.concatenate([draws for _, draws in writer.rendered]),
-            members=members,
-            attributes={"codec": layout.codec.name, "view": view, "shard": name, "fidelity": fidelity},
+            draws=np.concatenate([draws for _, draws in writer.rendered]),
+            members=np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64),
         )
+        fidelity = summarise(torch.cat(writer.raw), torch.cat(writer.centred)).entry()
+        layout = writer.store.layouts[0]
+        writer.store.finish(records, {"view": view, "shard": name, "fidelity": fidelity})
         files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
         images = artifact.units[images_name(name)] if kept else None
         source = images["source"] if images and "shard" in images else self.shard.sha256

@@ -104,7 +104,7 @@ def test_a_page_about_a_target_set(tmp_path, target_root, teacher_file):
     assert shown.problems == ()
 
     damaged = Path(shutil.copytree(target_root, tmp_path / "damaged"))
-    lost = damaged / "latents" / "v01" / "000002.zarr" / "norms" / "c" / "0" / "0"
+    lost = damaged / "latents" / "v01" / "000002.zarr" / "patches/norms/c/0/0"
     lost.unlink()
     (problem,) = cae2pipe.report_targets(str(damaged), out=tmp_path / "b", **QUIET).problems
     assert problem == f"{lost}: a file that the manifest lists is missing"

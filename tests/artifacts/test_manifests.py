@@ -137,7 +137,7 @@ def test_what_is_no_manifest_is_told_apart(text: str, message: str) -> None:
         (("units", "v00/000001", "files"), [], r"units\.v00/000001\.files: Input should be an object"),
         (("units", "v00/000001"), "x", r"units\.v00/000001: Input should be an object"),
         (("units", "v00/000001", "samples"), "70", r"v00/000001\.samples: .*valid integer; got '70'"),
-        (("units", "v00/000001", "samples"), 69, r"v00/000001: samples: the store does not have 69 labels"),
+        (("units", "v00/000001", "samples"), 69, r"v00/000001: samples: the store does not have 69 records"),
         (
             ("units", "v00/000001", "shard"),
             "000002",

@@ -67,7 +67,7 @@ def test_lost_and_changed_objects_are_found_and_made_again(bucket, photos, tmp_p
     out = to_path(f"{bucket}/targets")
     extract_targets(shards.root, out, settings, report=Silent())
     before = remote_contents(out)
-    lost, flipped = "images/000001.tar", "latents/v00/000002.zarr/symbols/c/0/0/0"
+    lost, flipped = "images/000001.tar", "latents/v00/000002.zarr/patches/symbols/c/0/0/0/0"
     remove([out / lost])
     put_bytes(out / flipped, bytes([before[flipped][0] ^ 1]) + before[flipped][1:])
     problems = verify(out, Silent()).problems

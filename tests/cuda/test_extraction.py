@@ -20,7 +20,7 @@ from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import Meter, encode_ahead
 from cae2pipe.targets.rendering import RenderedBlock, Task
-from cae2pipe.targets.store import StoreLayout
+from cae2pipe.targets.store_layout import StoreLayout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.training.online import OnlineLatents
 from tests.cuda.simulated import on_cpu

@@ -37,8 +37,8 @@ SPEED = {"device": "cpu", "keep_epochs": 1, "keep": 1}
 
 DAMAGED = (
     "images/000001.tar",
-    "latents/v00/000002.zarr/symbols/c/0/0/0",
-    "codec.zarr/mean/c/0",
+    "latents/v00/000002.zarr/patches/symbols/c/0/0/0/0",
+    "codec.zarr/patches/mean/c/0",
     "shards/tars/000000.tar",
 )
 

@@ -60,8 +60,9 @@ def test_a_view_of_another_size_is_damage_and_named(plans, place):
 @pytest.mark.parametrize("plans", ["replayed"], indirect=True)
 @pytest.mark.parametrize("place", ["workers", "device"])
 def test_an_image_of_another_size_than_its_draws_is_damage_and_named(plans, place, monkeypatch):
-    real = StoreReader.draws
-    monkeypatch.setattr(StoreReader, "draws", lambda reader: real(reader) + np.eye(11)[10])
+    real = StoreReader.records
+    shifted = lambda reader: replace(real(reader), draws=real(reader).draws + np.eye(11)[10])  # noqa: E731
+    monkeypatch.setattr(StoreReader, "records", shifted)
     with pytest.raises(DamageError, match="the view was drawn for an image of") as caught:
         given(plans[place])
     assert "key class" in caught.value.where

@@ -8,6 +8,7 @@ from cae2pipe.errors import DamageError
 from cae2pipe.loading.batches import Batch, Plan
 from cae2pipe.loading.loader import block_refs, load_batches
 from cae2pipe.loading.plan import chosen_stores, make_plan
+from cae2pipe.targets.planes import merge_symbols
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -38,6 +39,10 @@ def alone(plan) -> list[Batch]:
     return list(load_batches(plan, 0, 0))
 
 
+def symbols_of(batch):
+    return merge_symbols({name: array.numpy() for name, array in batch.arrays.items()})
+
+
 def test_every_image_once_an_epoch_and_padding_without_weight(alone, plan, targets):
     assert plan.samples == targets.images == 150
     for epoch, group in itertools.groupby(alone, key=lambda batch: batch.epoch):
@@ -60,7 +65,7 @@ def test_pixels_and_latents_are_those_of_the_key(alone, targets):
                 truth.setdefault(key, []).append((targets.pixels(got, [row])[0], got.arrays["symbols"][:, row]))
     for row, key in enumerate(alone[0].keys):
         pixels = alone[0].pixels[row].permute(1, 2, 0).numpy()
-        symbols = alone[0].arrays["symbols"][:, row].numpy().view("uint16")
+        symbols = symbols_of(alone[0])[:, row]
         assert any((view == pixels).all() and (stored == symbols).all() for view, stored in truth[key])
 
 
@@ -90,7 +95,7 @@ def test_only_the_views_asked_for(targets, pretrain_settings):
 def test_two_epochs_show_two_views(alone, plan):
     shown = [
         {
-            key: batch.arrays["symbols"][:, row].numpy().tobytes()
+            key: symbols_of(batch)[:, row].tobytes()
             for batch in alone
             if batch.epoch == epoch
             for row, key in enumerate(batch.keys)

@@ -217,7 +217,7 @@ def test_ranks_are_torchruns_unless_given(targets, monkeypatch):
 
 def test_damage_is_named(tmp_path, target_root):
     root = shutil.copytree(target_root, tmp_path / "set")
-    file = next(path for path in sorted(root.glob("latents/v00/*.zarr/symbols/c/**/*")) if path.is_file())
+    file = next(path for path in sorted(root.glob("latents/v00/*.zarr/patches/symbols/c/**/*")) if path.is_file())
     data = bytearray(file.read_bytes())
     data[len(data) // 4] ^= 1
     file.write_bytes(data)

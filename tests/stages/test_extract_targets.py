@@ -81,7 +81,7 @@ def test_a_set_of_other_defaults_is_resumed_with_its_own(copy, photos, extract_s
     begun, given = extract_settings(), without_defaults(extract_settings())
     assert (given.views, given.codec.fidelity) != (begun.views, begun.codec.fidelity)
     before = contents(copy)
-    (copy / "latents/v01/000001.zarr/norms/c/0/0").unlink()
+    (copy / "latents/v01/000001.zarr/patches/norms/c/0/0").unlink()
     report, said = Silent(), []
     report.log = said.append
     extract_targets(photos, copy, given, report=report)
@@ -122,9 +122,9 @@ def test_a_lost_calibration_is_noticed_and_restored(copy, photos, extract_settin
         if damage == "a file instead":
             folder.write_bytes(b"")
     elif damage == "chunk gone":
-        (folder / "mean/c/0").unlink()
+        (folder / "patches/mean/c/0").unlink()
     else:
-        path = folder / ("basis/c/0/0" if damage == "bit flipped" else "mean/zarr.json")
+        path = folder / ("patches/basis/c/0/0" if damage == "bit flipped" else "patches/mean/zarr.json")
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
@@ -176,19 +176,12 @@ def test_the_journal_of_a_killed_run_counts(target_root, photos, tmp_path, extra
     assert not open_artifact(out).complete
 
 
-def test_the_format_is_that_of_the_version_that_began_the_set(target_root, photos, tmp_path, extract_settings):
-    """Older versions refuse sets that they would misread; sets that they started stay readable for them."""
-    assert open_artifact(target_root).format == 3
-    old = tmp_path / "old"
-    extract_targets(photos, old, extract_settings(views=1), report=Silent())
-    manifest = json.loads((old / "manifest.json").read_text())
-    del manifest["digest"]  # older versions wrote none
-    (old / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
-    extract_targets(photos, old, extract_settings(views=2), report=Silent())
-    assert json.loads((old / "manifest.json").read_text())["format"] == 1
-    (old / "manifest.json").write_text(json.dumps({**manifest, "format": 4}))
-    with pytest.raises(ManifestError, match="format 4, and this version of cae2pipe reads format 3"):
-        TargetSet(old)
+def test_sets_of_later_formats_are_refused(copy):
+    assert open_artifact(copy).format == 4
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 5}))
+    with pytest.raises(ManifestError, match="format 5, and this version of cae2pipe reads format 4"):
+        TargetSet(copy)
 
 
 def test_manifests_hold_no_paths_times_or_hosts(target_root):
@@ -196,5 +189,5 @@ def test_manifests_hold_no_paths_times_or_hosts(target_root):
     assert str(target_root) not in text
     assert "/tmp" not in text
     manifest = json.loads(text)
-    assert manifest["format"] == 3
+    assert manifest["format"] == 4
     assert manifest["fidelity" if "fidelity" in manifest else "codec"]

@@ -40,10 +40,10 @@ def test_the_draws_kept_recreate_the_stored_view(stored_root, photos, extract_se
     shards = ShardSet.open(stored_root / "shards")
     reader = TargetSet(stored_root).reader("v01/000000")
     original = shards.read(shards.shards[0], 5, 6)[0]
-    draw = ViewDraw.from_row(reader.draws()[5])
+    draw = ViewDraw.from_row(reader.records().draws[5])
     image = decode_rgb(original.data, where="test")
     settings = extract_settings().view
-    assert reader.keys()[5] == original.key
+    assert reader.records().keys[5] == original.key
     assert encode_jpeg(render_view(image, draw, settings), settings) == reader.jpegs(0)[5]
     assert (draw.source_height, draw.source_width) == (image.height, image.width)
 

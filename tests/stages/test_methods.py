@@ -91,7 +91,7 @@ def test_pixels_are_learnt_from_views_alone(target_root, pretrain_settings, tmp_
     """Without reading latents, and on a grid that differs from the teacher's."""
     pixels = pretrain_settings(method="mae", **PIXELS, model={"patch_size": 4})
     shutil.copytree(target_root, tmp_path / "set")
-    for path in (tmp_path / "set" / "latents").glob("*/*.zarr/symbols/c/*/*/*"):
+    for path in (tmp_path / "set" / "latents").glob("*/*.zarr/patches/symbols/c/*/*/*/*"):
         path.write_bytes(bytes(path.stat().st_size))
     pretrain(tmp_path / "set", tmp_path / "one", pixels, report=Silent())
     pretrain(target_root, tmp_path / "two", pixels, report=Silent())

@@ -153,7 +153,7 @@ def test_a_set_with_a_damaged_file_is_refused_at_start(target_root, tmp_path, pr
 def test_a_changed_byte_of_latents_is_met_and_named(target_root, tmp_path, pretrain_settings):
     root = tmp_path / "set"
     shutil.copytree(target_root, root)
-    for path in (root / "latents" / "v00").glob("*.zarr/symbols/c/0/0/0"):
+    for path in (root / "latents" / "v00").glob("*.zarr/patches/symbols/c/0/0/0/0"):
         data = bytearray(path.read_bytes())
         data[100] ^= 1
         path.write_bytes(data)

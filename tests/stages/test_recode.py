@@ -62,8 +62,8 @@ def test_what_comes_out_is_what_an_extraction_would_have_made(fp16, target_root,
     assert made.bytes_per_view()["latents"] == pytest.approx(extracted.bytes_per_view()["latents"], rel=0.01)
     for name in made.stores:
         one, other = made.reader(name), extracted.reader(name)
-        assert one.keys() == other.keys()
-        assert np.array_equal(one.draws(), other.draws())
+        assert one.records().keys == other.records().keys
+        assert np.array_equal(one.records().draws, other.records().draws)
         assert one.jpegs(0) == other.jpegs(0)
         for array in ("norms", "attention"):
             assert np.array_equal(one.arrays(0)[array], other.arrays(0)[array])
@@ -206,7 +206,11 @@ def test_linked_folders_of_the_output_are_not_written_through(fp16, tmp_path):
 def test_repair_goes_by_the_set_it_came_from(fp16, tmp_path):
     recode(fp16, tmp_path / "set", KLT, report=Silent())
     before = contents(tmp_path / "set")
-    for name in ("latents/v01/000001.zarr/symbols/c/0/0/0", "images/000000.tar", "codec.zarr/mean/c/0"):
+    for name in (
+        "latents/v01/000001.zarr/patches/symbols/c/0/0/0/0",
+        "images/000000.tar",
+        "codec.zarr/patches/mean/c/0",
+    ):
         # A new file, since the tar is a hard link to the source's.
         data = bytearray((tmp_path / "set" / name).read_bytes())
         data[len(data) // 2] ^= 1

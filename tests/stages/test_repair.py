@@ -24,9 +24,9 @@ from tests.conftest import contents, edit_manifest, snapshot
 FILES = [
     "images/000001.tar",
     "images/000002.json",
-    "latents/v00/000002.zarr/symbols/c/0/0/0",
+    "latents/v00/000002.zarr/patches/symbols/c/0/0/0/0",
     "latents/v00/000002.zarr/zarr.json",
-    "codec.zarr/basis/c/0/0",
+    "codec.zarr/patches/basis/c/0/0",
     "shards/tars/000001.tar",
     "shards/tars/000000.json",
     "shards/rejects.jsonl",
@@ -169,13 +169,13 @@ def test_only_the_asked_is_made(photos, tmp_path, extract_settings, teacher_file
     extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())
     extract_targets(photos, tmp_path / "set", settings, report=Silent(), part=parse_part("1/2"))
     before = contents(tmp_path / "set")
-    damage(tmp_path / "set/latents/v01/000000.zarr/norms/c/0/0", "deleted")
+    damage(tmp_path / "set/latents/v01/000000.zarr/patches/norms/c/0/0", "deleted")
     mended(tmp_path / "set", photos, teacher_file)
     assert contents(tmp_path / "set") == before
 
 
 def test_a_calibration_that_comes_out_otherwise_is_refused(copy, photos, teacher_file, monkeypatch):
-    damage(copy / "codec.zarr/mean/c/0", "changed")
+    damage(copy / "codec.zarr/patches/mean/c/0", "changed")
     before = snapshot(copy)
     real = stored_calibration.calibrate
     monkeypatch.setattr(
@@ -188,7 +188,7 @@ def test_a_calibration_that_comes_out_otherwise_is_refused(copy, photos, teacher
 
 def test_the_command_line(copy, photos, teacher_file):
     before = contents(copy)
-    damage(copy / "latents/v01/000000.zarr/norms/c/0/0", "changed")
+    damage(copy / "latents/v01/000000.zarr/patches/norms/c/0/0", "changed")
     run = CliRunner().invoke
     result = run(app, ["verify", str(copy)])
     assert result.exit_code == 1

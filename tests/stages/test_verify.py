@@ -22,7 +22,13 @@ def test_a_sound_set_verifies(target_root):
 
 
 @pytest.mark.parametrize(
-    "name", ["images/000000.tar", "images/000001.json", "latents/v01/000002.zarr/norms/c/0/0", "shards/tars/000001.tar"]
+    "name",
+    [
+        "images/000000.tar",
+        "images/000001.json",
+        "latents/v01/000002.zarr/patches/norms/c/0/0",
+        "shards/tars/000001.tar",
+    ],
 )
 @pytest.mark.parametrize("damage", ["deleted", "cut", "changed"])
 def test_every_kind_of_damage_is_named_with_its_remedy(copy, name, damage):

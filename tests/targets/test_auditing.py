@@ -44,7 +44,7 @@ def test_latents_of_other_views_are_found(target_root, teacher, monkeypatch) -> 
 
     def swapped(name: str):
         mine, other = reader(name), reader(name.replace("v00", "vxx").replace("v01", "v00").replace("vxx", "v01"))
-        monkeypatch.setattr(mine, "draws", other.draws)
+        monkeypatch.setattr(mine, "records", other.records)
         return mine
 
     monkeypatch.setattr(targets, "reader", swapped)

@@ -22,7 +22,7 @@ from cae2pipe.targets.calibration import (
     token_axes,
     token_cosines,
 )
-from cae2pipe.targets.chunks import encode_chunk
+from cae2pipe.targets.chunks import SYMBOL_SHUFFLES
 from cae2pipe.targets.codecs import (
     Fp16Codec,
     Int8Codec,
@@ -36,6 +36,7 @@ from cae2pipe.targets.codecs import (
     unzigzag16,
     zigzag,
 )
+from cae2pipe.targets.store_writing import pack_symbols, packed_bytes
 from cae2pipe.targets.stored_calibration import decode_calibration, write_calibration
 
 
@@ -66,9 +67,8 @@ def fitted(unit: torch.Tensor, step: float) -> TokenKltCodec:
 
 
 def size(codec, unit: torch.Tensor) -> int:
-    """Bytes of a block's chunk."""
-    spec = codec.arrays()["symbols"]
-    return len(encode_chunk(codec.encode(unit)["symbols"], spec.level, spec.shuffle, one_block=spec.one_block))
+    """Bytes of a block's chunks."""
+    return packed_bytes({"symbols": pack_symbols(codec.encode(unit)["symbols"], codec.level, codec.shuffle)})
 
 
 @settings(deadline=None)
@@ -268,8 +268,8 @@ def test_calibrations_of_both_forms_are_kept(rotated, tmp_path):
     unit = images(20, 10, 12)
     calibration, _ = calibrate(unit, "klt", 0.97, level=1, rotate_tokens=rotated)
     write_calibration(tmp_path / "codec.zarr", calibration)
-    again = stored(tmp_path / "codec.zarr", 10, 12)
-    assert (tmp_path / "codec.zarr" / "token_basis").exists() == rotated
+    again = stored(tmp_path / "codec.zarr" / "patches", 10, 12)
+    assert (tmp_path / "codec.zarr" / "patches" / "token_basis").exists() == rotated
     codecs = [make_codec("klt", each) for each in (calibration, again)]
     assert type(codecs[0]) is type(codecs[1]) is (TokenKltCodec if rotated else KltCodec)
     assert np.array_equal(*(codec.encode(unit)["symbols"] for codec in codecs))
@@ -280,11 +280,11 @@ def test_the_shuffle_is_the_one_that_takes_fewer_bytes(fidelity, tmp_path):
     unit = correlated_tokens(80, 20, 48)
     calibration, _ = calibrate(unit, "klt", fidelity, level=1)
     sizes: dict[str, int] = {}
-    for shuffle in ("shuffle", "bitshuffle"):
+    for shuffle in SYMBOL_SHUFFLES:
         sizes[shuffle] = size(make_codec("klt", replace(calibration, shuffle=shuffle)), unit[-20:])
     assert calibration.shuffle == min(sizes, key=sizes.__getitem__)
     write_calibration(tmp_path / "codec.zarr", calibration)
-    assert stored(tmp_path / "codec.zarr", 20, 48).shuffle == calibration.shuffle
+    assert stored(tmp_path / "codec.zarr/patches", 20, 48).shuffle == calibration.shuffle
 
 
 def test_one_sample_is_enough_to_calibrate():

@@ -30,7 +30,7 @@ def test_shards_without_a_name_yet(target_root, tmp_path):
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").write_bytes((target_root / "manifest.json").read_bytes())
     edit_manifest(tmp_path, wanted={"views": 2, "shards": 5, "images": 300})
-    (tmp_path / "latents/v00/000001.zarr/norms/c/0/0").unlink()
+    (tmp_path / "latents/v00/000001.zarr/patches/norms/c/0/0").unlink()
     targets = TargetSet(tmp_path, damaged="omit")
     result = coverage(targets, ["000003"])
     assert result.shards == ["000000", "000001", "000002", "000003", ""]

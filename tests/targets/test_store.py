@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from cae2pipe.errors import DamageError
-from cae2pipe.targets.calibration import calibrate, make_codec
-from cae2pipe.targets.store import StoreLayout, StoreReader, StoreWriter, pack_block
+from cae2pipe.targets.calibration import Calibration, calibrate, make_codec
+from cae2pipe.targets.records import Records
+from cae2pipe.targets.store import StoreReader
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_writing import StoreWriter, pack_block
 
 TOKENS, DIM, SAMPLES = 5, 8, 130  # two full blocks and a short one
 
@@ -31,14 +34,17 @@ def written(request, tmp_path):
     import google_crc32c
 
     members = np.array([(o, len(j), google_crc32c.value(j)) for o, j in zip(offsets, jpegs, strict=True)])
-    writer = StoreWriter(tmp_path / "000000.zarr", layout)
+    pooled = StoreLayout(1, 7, 0, False, make_codec("fp16", calibration), group="summary")
+    summary = np.linspace(0, 1, SAMPLES * 7).reshape(SAMPLES, 1, 7).astype("<f2")
+    writer = StoreWriter(tmp_path / "000000.zarr", layout, pooled)
     for low in range(0, SAMPLES, 64):
         where = slice(low, low + 64)
         arrays = layout.codec.encode(tokens[where])
         chunks = pack_block(layout, {**arrays, "norms": norms[where], "attention": attention[where]})
+        chunks |= pack_block(pooled, {"tokens": summary[where], "norms": norms[where, :1]})
         writer.append(chunks, len(norms[where]))
     labels = np.zeros(SAMPLES, dtype=np.int32)
-    writer.finish(keys, labels, np.zeros((SAMPLES, 11)), members=members, attributes={"view": 0})
+    writer.finish(Records(keys, labels, np.zeros((SAMPLES, 11)), members), {"view": 0})
     entry = {"tar": "views.tar", "zarr": "000000.zarr", "samples": SAMPLES}
     return tmp_path, entry, layout, tokens, norms, attention, keys, jpegs
 
@@ -64,17 +70,29 @@ def test_zarr_alone_reads_the_store(written):
     root, entry, layout, tokens, norms, *_ = written
     group = zarr.open_group(root / entry["zarr"], mode="r")
     for name, array in layout.codec.encode(tokens).items():
-        np.testing.assert_array_equal(group[name][...], array)
+        stored = group["patches"][name][...]
+        low_and_high = stored if name != "symbols" else stored[0] + stored[1].astype("<u2") * 256
+        np.testing.assert_array_equal(low_and_high, array)
     if layout.codec.name == "klt":
-        sharding = json.loads((root / entry["zarr"] / "symbols" / "zarr.json").read_text())["codecs"][0]
+        sharding = json.loads((root / entry["zarr"] / "patches/symbols/zarr.json").read_text())["codecs"][0]
         assert sharding["configuration"]["codecs"][1]["configuration"]["shuffle"] == layout.codec.shuffle
-    np.testing.assert_array_equal(group["norms"][...], norms)
-    assert group["labels"][...].tolist() == [0] * SAMPLES
+    np.testing.assert_array_equal(group["patches/norms"][...], norms)
+    fields = {field["name"]: field for field in group["samples"].attrs["fields"]}
+    start = fields["label"]["offset"]
+    labels = np.ascontiguousarray(group["samples"][:, start : start + 4]).view(fields["label"]["type"])
+    assert labels.ravel().tolist() == [0] * SAMPLES
     assert len(group.attrs["draw_columns"]) == 11
 
 
+def test_each_group_has_its_codec_its_width_and_its_tokens(written):
+    root, entry, *_ = written
+    pooled = StoreLayout(1, 7, 0, False, make_codec("fp16", Calibration(torch.zeros(7))), group="summary")
+    got = [StoreReader(root, entry, pooled).block(block).arrays["tokens"] for block in range(3)]
+    assert np.array_equal(np.concatenate(got).ravel(), np.linspace(0, 1, SAMPLES * 7).astype("<f2"))
+
+
 def main_file(root, entry, layout):
-    return next(path for path in (root / entry["zarr"] / layout.codec.main).rglob("0") if path.is_file())
+    return next(path for path in (root / entry["zarr"] / "patches" / layout.codec.main).rglob("0") if path.is_file())
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flip", "flip index"])
@@ -96,15 +114,15 @@ def test_damage_names_store_block_and_remedy(written, damage):
     assert "--repair" in caught.value.fix
 
 
-@pytest.mark.parametrize("name", ["keys", "labels", "members", "draws"])
-def test_a_flipped_bit_in_a_small_array_is_found(written, name):
+@pytest.mark.parametrize("at", [3, 90, 113, 120, -1])
+def test_a_flipped_bit_in_the_records_is_found(written, at):
     root, entry, layout, *_ = written
-    path = next(p for p in (root / entry["zarr"] / name / "c").rglob("*") if p.is_file())
+    path = root / entry["zarr"] / "samples/c/0/0"
     data = bytearray(path.read_bytes())
-    data[3] ^= 64
+    data[at] ^= 64
     path.write_bytes(data)
     with pytest.raises(DamageError, match="damaged"):
-        getattr(StoreReader(root, entry, layout), name)()
+        StoreReader(root, entry, layout).records()
 
 
 def test_a_changed_pixel_byte_names_the_key(written):

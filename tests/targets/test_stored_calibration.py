@@ -63,14 +63,14 @@ def test_what_no_calibration_holds_is_refused_even_if_its_digests_fit(
     copy: Path, name: str, data: bytes | None, message: str
 ) -> None:
     units = json.loads((copy / "manifest.json").read_text())["units"]
-    path = copy / "codec.zarr" / name
+    path = copy / "codec.zarr/patches" / name
     files = units["codec"]["files"]
     if data is None:
         path.unlink()
-        del files[f"codec.zarr/{name}"]
+        del files[f"codec.zarr/patches/{name}"]
     else:
         path.write_bytes(data)
-        files[f"codec.zarr/{name}"] = file_entry(path)
+        files[f"codec.zarr/patches/{name}"] = file_entry(path)
     edit_manifest(copy, units=units)
     with pytest.raises(DamageError, match=message):
         TargetSet(copy)
