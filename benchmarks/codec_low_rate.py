@@ -27,9 +27,12 @@ from benchmarks.quantisers import Points, product, residual
 from benchmarks.sample import crops, packed, photographs, settings, teacher_of
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.calibration import Fidelity, calibrate, make_codec, summarise, token_cosines
-from cae2pipe.targets.chunks import BLOCK, SHUFFLES, decode_chunk, encode_chunk
+from cae2pipe.targets.chunks import BLOCK, SHUFFLES, encode_chunk
 from cae2pipe.targets.codecs import as_tensors, round_biased, rounding_bias, unit_tokens, zigzag
 from cae2pipe.targets.rendering import Renderer, Task, render_blocks
+from cae2pipe.targets.store import unpack_array
+from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_writing import pack_symbols
 from cae2pipe.teachers.protocol import Teacher
 
 FIDELITIES = (0.999, 0.99, 0.97, 0.95, 0.9)
@@ -55,7 +58,6 @@ class Scalar(NamedTuple):
     laid: Callable[[Tensor], Tensor]
     level: int = 1
     dtype: str = "<u2"
-    one_block: bool = False
 
 
 def main() -> None:
@@ -164,7 +166,7 @@ def scalars(fit: Tensor, test: Tensor, bases: Bases) -> dict[str, Scalar]:
         def sorted_(bins: Tensor) -> Tensor:
             return bins.reshape(n, -1)[:, order].reshape(n, dim, tokens).transpose(0, 1)
 
-        return Scalar(bins, lambda bins, step: plain(axes @ bins, step), sorted_ if ranked else laid, one_block=ranked)
+        return Scalar(bins, lambda bins, step: plain(axes @ bins, step), sorted_ if ranked else laid)
 
     alone = Scalar(lambda step: torch.round(rotated / step), plain, laid)
     cosines = grid_cosines(tokens)
@@ -174,7 +176,6 @@ def scalars(fit: Tensor, test: Tensor, bases: Bases) -> dict[str, Scalar]:
         TOKENS: alone,
         "the same, zstd level 9": alone._replace(level=9),
         "the same, uint8 where symbols fit": alone._replace(dtype="|u1"),
-        "the same, one Blosc block a chunk": alone._replace(one_block=True),
         "the same, rounded by rate": Scalar(
             lambda step: round_biased(rotated / step, rounding_bias(by_component, step)), plain, laid
         ),
@@ -260,9 +261,7 @@ def chunk_bytes(laid: Tensor, method: Scalar) -> int:
     symbols = zigzag(laid.int())
     dtype = "<u2" if int(symbols.max()) > 255 else method.dtype
     blocks = [block.contiguous().numpy().astype(dtype) for block in symbols.split(BLOCK, 1)]
-    sizes = [
-        sum(len(encode_chunk(b, method.level, name, one_block=method.one_block)) for b in blocks) for name in SHUFFLES
-    ]
+    sizes = [sum(len(encode_chunk(b, method.level, name)) for b in blocks) for name in SHUFFLES]
     return round(min(sizes) / symbols.shape[1])
 
 
@@ -290,19 +289,19 @@ def between(points: Points) -> dict[str, Any]:
 def timings(fit: Tensor, test: Tensor, rounds: int) -> dict[str, list[float]]:
     """Views per second of CPU time of one core at 0.97: tokens to chunk, chunk to symbols, chunk to tokens."""
     measures = {}
-    shape, whole = (test.shape[2], BLOCK, test.shape[1]), test.split(BLOCK)
+    whole = test.split(BLOCK)
     for name, rotated in (("klt", True), (TOKENS, False)):
         codec = make_codec("klt", calibrate(fit, "klt", 0.97, level=1, rotate_tokens=rotated)[0])
-        spec = codec.arrays()["symbols"]
+        layout = StoreLayout(test.shape[1], test.shape[2], test.shape[1] - 1, False, codec)
 
-        def pack(block: Tensor, codec=codec, spec=spec) -> bytes:
-            return encode_chunk(codec.encode(block)["symbols"], spec.level, spec.shuffle, one_block=spec.one_block)
+        def pack(block: Tensor, codec=codec) -> list[bytes]:
+            return pack_symbols(codec.encode(block)["symbols"], codec.level, codec.shuffle)
 
-        def unpack(chunk: bytes) -> dict[str, Any]:
-            return {"symbols": decode_chunk(chunk, shape, "<u2", level=1)}
+        def unpack(chunks: list[bytes], layout=layout) -> dict[str, Any]:
+            return unpack_array(layout, "symbols", chunks, BLOCK)
 
-        def decode(chunk: bytes, codec=codec) -> Tensor:
-            return codec.decode(as_tensors(unpack(chunk)))
+        def decode(chunks: list[bytes], codec=codec, unpack=unpack) -> Tensor:
+            return codec.decode(as_tensors(unpack(chunks)))
 
         chunks = [pack(block) for block in whole]
         for what, work, inputs in (("encode", pack, whole), ("unpack", unpack, chunks), ("decode", decode, chunks)):

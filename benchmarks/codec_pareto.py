@@ -13,15 +13,17 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.harness import at_least, at_most, figures, finish, in_turns, parse_options, rate
 from benchmarks.sample import crops, packed, rendered, settings, teacher_of, tokens_of
 from cae2pipe.targets.calibration import calibrate, make_codec, summarise, token_cosines
-from cae2pipe.targets.chunks import BLOCK, decode_chunk
+from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
+from cae2pipe.targets.store import unpack_array
 from cae2pipe.targets.store_layout import StoreLayout
-from cae2pipe.targets.store_writing import pack_block
+from cae2pipe.targets.store_writing import Chunks, pack_block, packed_bytes
 
 CODECS = (
     ("fp16", 0.999),
@@ -36,6 +38,14 @@ CODECS = (
 )
 FIT, TEST = 8, 4
 """Numbers of blocks for calibration and for measurement."""
+
+
+def unpack_latents(layout: StoreLayout, chunks: Chunks) -> dict[str, np.ndarray]:
+    """The codec's arrays of a block as loaders read them."""
+    unpacked: dict[str, np.ndarray] = {}
+    for name in layout.codec.arrays():
+        unpacked |= unpack_array(layout, name, chunks[f"{layout.group}/{name}"], BLOCK)
+    return unpacked
 
 
 def main() -> None:
@@ -65,12 +75,11 @@ def main() -> None:
         reached = summarise(torch.cat([raw for raw, _ in cosines]), torch.cat([centred for _, centred in cosines]))
         by_label[label] = {
             "codec": label,
-            "bytes": round(sum(len(data) for block in chunks for data in block.values()) / len(test)),
+            "bytes": round(sum(map(packed_bytes, chunks)) / len(test)),
             "mean": reached.mean,
             "p1": reached.p1,
             "centred_mean": reached.centred_mean,
         }
-        main_spec = codec.arrays()
 
         def encode(codec=codec, layout=layout, blocks=blocks, arrays=arrays) -> float:
             def work() -> None:
@@ -79,25 +88,13 @@ def main() -> None:
 
             return rate(work, len(test))
 
-        def unpack(layout=layout, chunks=chunks, specs=main_spec) -> float:
+        def unpack(layout=layout, chunks=chunks) -> float:
+            return rate(lambda: [unpack_latents(layout, block) for block in chunks], len(test))
+
+        def decode(codec=codec, layout=layout, chunks=chunks) -> float:
             def work() -> None:
                 for block in chunks:
-                    for name, spec in specs.items():
-                        decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, level=spec.level)
-
-            return rate(work, len(test))
-
-        def decode(codec=codec, layout=layout, chunks=chunks, specs=main_spec) -> float:
-            def work() -> None:
-                for block in chunks:
-                    codec.decode(
-                        as_tensors(
-                            {
-                                name: decode_chunk(block[name], layout.shape(name, BLOCK), spec.dtype, level=spec.level)
-                                for name, spec in specs.items()
-                            }
-                        )
-                    )
+                    codec.decode(as_tensors(unpack_latents(layout, block)))
 
             return rate(work, len(test))
 

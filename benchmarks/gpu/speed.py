@@ -23,6 +23,8 @@ from cae2pipe.methods.registry import build_method
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.codecs import TokenKltCodec
+from cae2pipe.targets.planes import LOW
+from cae2pipe.targets.store_layout import StoreLayout
 from cae2pipe.training.compilation import compiler_advice, compiles
 from cae2pipe.training.flops import peak_tflops, training_flops
 from cae2pipe.training.objective import Objective, compile_objective
@@ -150,6 +152,7 @@ def in_memory(
     tokens = settings.model.grid**2 + 1
     bases = (torch.linalg.qr(torch.randn(size, size)).Q for size in (dim, tokens))
     codec = TokenKltCodec(torch.zeros(dim), *bases, spread=torch.rand(tokens, dim), step=0.02)
+    layout = StoreLayout(tokens, dim, tokens - 1, False, codec)
     bf16 = settings.precision == "bf16"
     mean = torch.nn.functional.normalize(torch.randn(dim), dim=0) / 2
     objective = Objective(model, settings.loss, codec, mean=mean, class_token=True, bf16=bf16).to(state.place).train()
@@ -161,20 +164,20 @@ def in_memory(
         objective,
         objective,
         optimizer,
-        axes={"symbols": 1},
+        axes=layout.sample_axes(),
         latents=cached,
         accumulation=settings.speed.accumulation,
         clip=settings.optimizer.clip,
         world=world,
     )
-    return step, made_up(settings, dim, model.drop_columns, state.place), settings
+    return step, made_up(settings, layout, model.drop_columns, state.place), settings
 
 
 def dim_of(state: State, name: str) -> int:
     return state.scale.teacher_width // 2 if state.quick else DIMS.get(name, 512)
 
 
-def made_up(settings: PretrainSettings, dim: int, drop_columns: int, device: torch.device) -> Batch:
+def made_up(settings: PretrainSettings, layout: StoreLayout, drop_columns: int, device: torch.device) -> Batch:
     """A batch of noise, made on the device, with the shapes of a loaded one."""
     views, grid, side = settings.data.batch, settings.model.grid, settings.model.image_size
     rng = torch.Generator(device).manual_seed(0)
@@ -183,7 +186,12 @@ def made_up(settings: PretrainSettings, dim: int, drop_columns: int, device: tor
         for row in range(views)
     ]
     visible, masked = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*masks, strict=True))
-    shape = (dim, views, grid * grid + 1)
+    arrays = {
+        name: torch.zeros(array.shape(views), dtype=torch.int32 if array.dtype == "<i4" else torch.uint8, device=device)
+        for name, array in layout.loaded().items()
+        if name in layout.loaded_latents()
+    }
+    arrays[LOW].random_(0, 16, generator=rng)
     return Batch(
         epoch=0,
         step=0,
@@ -191,7 +199,7 @@ def made_up(settings: PretrainSettings, dim: int, drop_columns: int, device: tor
         pixels=torch.randint(0, 256, (views, 3, side, side), generator=rng, device=device, dtype=torch.uint8),
         jpegs=torch.zeros(0, dtype=torch.uint8),
         sizes=torch.zeros(views, dtype=torch.int64),
-        arrays={"symbols": torch.randint(0, 16, shape, generator=rng, device=device, dtype=torch.int16)},
+        arrays=arrays,
         weights=torch.ones(views, device=device),
         visible=visible,
         masked=masked,

@@ -48,8 +48,8 @@ def spare_arrays(found: list[tuple[int, np.ndarray]], samples: int) -> dict[str,
     """The high bytes of components that are not wide, one by one.
 
     Args:
-        found: number of the first component, and high bytes (c, n, T) of it and those that follow.
-        samples: n.
+        found: number of the first component, and high bytes (c, 64, T) of it and those that follow, contiguous.
+        samples: n, at most 64.
 
     Returns:
         ``spare_at`` (n, E) int32, component * T + token of each byte, and ``spare_bytes`` (n, E) uint8, the bytes; E is
@@ -57,10 +57,15 @@ def spare_arrays(found: list[tuple[int, np.ndarray]], samples: int) -> dict[str,
     """
     at, sample, value = [], [], []
     for first, high in found:
-        component, row, token = high.nonzero()
+        # Of words first: nearly all are zero, and there are 64 samples in any case.
+        words = np.flatnonzero(high.reshape(-1).view(np.uint64))
+        places = (8 * words[:, None] + np.arange(8)).ravel()
+        bytes_there = high.reshape(-1)[places]
+        places = places[bytes_there > 0]
+        component, row, token = np.unravel_index(places, high.shape)
         at.append((component + first) * high.shape[2] + token)
         sample.append(row)
-        value.append(high[component, row, token])
+        value.append(bytes_there[bytes_there > 0])
     rows = np.concatenate([np.zeros(0, dtype=np.int64), *sample])
     order = np.argsort(rows, kind="stable")
     rows = rows[order]

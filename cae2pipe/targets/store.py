@@ -18,7 +18,7 @@ from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, decode_chunk, decode_index, index_size
 from cae2pipe.targets.planes import HIGH, LOW, SPARE_AT, SPARE_BYTES, merge_symbols, spare_arrays
 from cae2pipe.targets.records import SAMPLES, Records, unpack_records
-from cae2pipe.targets.store_layout import SYMBOLS, StoredArray, StoreLayout
+from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout
 
 REMEDY = "`cae2pipe verify {root} --repair` rebuilds it; add --source SHARDS if the shard set is elsewhere"
 
@@ -33,6 +33,47 @@ class StoredBlock:
     jpegs: list[bytes]
     draws: np.ndarray
     arrays: dict[str, np.ndarray]
+
+
+def unpack_array(layout: StoreLayout, name: str, chunks: Sequence[bytes], count: int) -> dict[str, np.ndarray]:
+    """An array of a block in the form in which loaders read it, from its chunks: inverse of ``pack_block``.
+
+    Args:
+        count: samples of the block.
+
+    Raises:
+        ChunkError: a chunk is damaged.
+    """
+    if name == SYMBOLS:
+        return _planes(layout, chunks, count)
+    stored = layout.stored(name)
+    return {name: decode_chunk(chunks[0], stored.chunk, stored.dtype, level=stored.spec.level)[:count]}
+
+
+def _planes(layout: StoreLayout, chunks: Sequence[bytes], count: int) -> dict[str, np.ndarray]:
+    """The planes of a block from its chunks: low bytes of all components, then high bytes."""
+    dim, wide, stored = layout.dim, layout.codec.wide, layout.stored(SYMBOLS)
+    side, shape, level = stored.part[1], stored.chunk[1:], stored.spec.level
+    planes = {
+        LOW: np.empty((dim, BLOCK, layout.tokens), dtype=np.uint8),
+        HIGH: np.zeros((wide, BLOCK, layout.tokens), dtype=np.uint8),
+    }
+    firsts = range(0, dim, side)
+    spare = []
+    for first, low, high in zip(firsts, chunks[: len(firsts)], chunks[len(firsts) :], strict=True):
+        into = planes[LOW][first : first + side]
+        if not low:
+            into[...] = 0
+        elif len(into) == side:
+            decode_chunk(low, shape, "|u1", level=level, out=into)
+        else:
+            into[...] = decode_chunk(low, shape, "|u1", level=level)[: len(into)]
+        if high:
+            array = decode_chunk(high, shape, "|u1", level=level)
+            dense = planes[HIGH][first : first + side]
+            dense[...] = array[: len(dense)]
+            spare.append((first + len(dense), array[len(dense) :]))
+    return {**{name: plane[:, :count] for name, plane in planes.items()}, **spare_arrays(spare, count)}
 
 
 class StoreReader:
@@ -91,17 +132,12 @@ class StoreReader:
         """As ``arrays``, in the form in which loaders read them: symbols as planes."""
         count = min(BLOCK, self.samples - block * BLOCK)
         result: dict[str, np.ndarray] = {}
-        for name, stored in self._stored.items():
+        for name in self._stored:
             wanted = LOW in names if name == SYMBOLS else name in names
             if not wanted:
                 continue
             try:
-                chunks = self._chunks(name, block)
-                if name == SYMBOLS:
-                    result |= self._planes(chunks, stored, count)
-                else:
-                    array = decode_chunk(chunks[0], stored.chunk, stored.dtype, level=stored.spec.level)
-                    result[name] = array[:count]
+                result |= unpack_array(self.layout, name, self._chunks(name, block), count)
             except (ChunkError, OSError) as error:
                 raise self._damage(error, f"{self._paths[name]}, block {block}") from None
         return result
@@ -154,31 +190,6 @@ class StoreReader:
             raise ChunkError("the chunks of the block are not adjacent")
         data = self._read(path, start, stop - start)
         return [data[offset - start : offset - start + length] if length else b"" for offset, length in spans]
-
-    def _planes(self, chunks: list[bytes], stored: StoredArray, count: int) -> dict[str, np.ndarray]:
-        """The planes of a block from its chunks: low bytes of all components, then high bytes."""
-        layout, side = self.layout, stored.part[1]
-        dim, wide = layout.dim, layout.codec.wide
-        planes = {
-            LOW: np.empty((dim, BLOCK, layout.tokens), dtype=np.uint8),
-            HIGH: np.zeros((wide, BLOCK, layout.tokens), dtype=np.uint8),
-        }
-        firsts = range(0, dim, side)
-        spare = []
-        for first, low, high in zip(firsts, chunks[: len(firsts)], chunks[len(firsts) :], strict=True):
-            into = planes[LOW][first : first + side]
-            if not low:
-                into[...] = 0
-            elif len(into) == side:
-                decode_chunk(low, stored.chunk[1:], "|u1", level=stored.spec.level, out=into)
-            else:
-                into[...] = decode_chunk(low, stored.chunk[1:], "|u1", level=stored.spec.level)[: len(into)]
-            if high:
-                array = decode_chunk(high, stored.chunk[1:], "|u1", level=stored.spec.level)
-                dense = planes[HIGH][first : first + side]
-                dense[...] = array[: len(dense)]
-                spare.append((first + len(dense), array[len(dense) :, :count]))
-        return {**{name: plane[:, :count] for name, plane in planes.items()}, **spare_arrays(spare, count)}
 
     def _read_index(self, name: str) -> np.ndarray:
         """Offsets and lengths of all chunks, int64 (blocks, chunks of a block, 2)."""
