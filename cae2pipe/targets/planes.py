@@ -18,14 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COMPONENTS = 64
-"""Components of a chunk. Smaller chunks take longer to decompress, larger ones have more zeros in their high bytes."""
+COMPONENTS = 128
+"""Most components of a chunk. Smaller chunks take longer to decompress, larger ones have more high bytes of zero."""
 SPARE = 4
 """Fewest places for single high bytes per sample."""
 
 LOW, HIGH, SPARE_AT, SPARE_BYTES = "low", "high", "spare_at", "spare_bytes"
 SPARES = (SPARE_AT, SPARE_BYTES)
 """Arrays (n, E) whose second axis is as long as a sample needs at most."""
+
+
+def chunk_components(dim: int) -> int:
+    """Components of a chunk: the fewest with which a plane has no more chunks than with ``COMPONENTS``."""
+    return -(-dim // -(-dim // COMPONENTS))
 
 
 def split_symbols(symbols: np.ndarray) -> np.ndarray:

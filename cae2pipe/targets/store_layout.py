@@ -4,7 +4,7 @@ It has a group for each kind of latents, of which this version writes ``patches`
 layer. Arrays of a group, n samples, T tokens, D dimensions, P patches:
 
     symbols (2, D, n, T) | tokens (n, T, D)  the codec's main array (and `scales` for int8); symbols of klt as planes of
-                                             low and high bytes, in chunks of 64 components
+                                             low and high bytes, in chunks of up to 128 components
     norms        (n, T) float16              token norms before normalisation
     attention    (n, P) uint8                the teacher's class-to-patch attention, largest = 255; ViT teachers only
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import ArraySpec, Codec
-from cae2pipe.targets.planes import COMPONENTS, HIGH, LOW, SPARE, SPARE_AT, SPARE_BYTES
+from cae2pipe.targets.planes import HIGH, LOW, SPARE, SPARE_AT, SPARE_BYTES, chunk_components
 
 SIDE_LEVEL = 1
 """zstd level of norms and attention: both are small compared with the latents."""
@@ -91,7 +91,7 @@ class StoreLayout:
         """How an array of the group lies in its file."""
         spec = self.blocked()[name]
         if name == SYMBOLS:
-            part = min(self.dim, COMPONENTS)
+            part = chunk_components(self.dim)
             return StoredArray("|u1", 2, (2, self.dim, self.tokens), (1, part, self.tokens), spec=spec)
         rest = self.shape(name, 1)[1:]
         return StoredArray(spec.dtype, 0, rest, rest, spec=spec)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.targets.chunks import BLOCK, ShardFile, Shuffle, encode_chunk
-from cae2pipe.targets.planes import COMPONENTS, split_symbols
+from cae2pipe.targets.planes import chunk_components, split_symbols
 from cae2pipe.targets.records import HEAD, SAMPLES, Records, pack_records, record_fields
 from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout
 
@@ -34,7 +34,7 @@ def pack_block(layout: StoreLayout, arrays: Mapping[str, np.ndarray]) -> dict[st
 def pack_symbols(symbols: np.ndarray, level: int, shuffle: Shuffle) -> list[bytes]:
     """The chunks of the symbols (D, n, T) uint16 of a block: low bytes, then high bytes, each by components."""
     planes = split_symbols(_padded(symbols, 1))
-    side = min(len(symbols), COMPONENTS)
+    side = chunk_components(len(symbols))
     parts = (_padded(plane[first : first + side], 0, side) for plane in planes for first in range(0, len(plane), side))
     return [encode_chunk(part, level, shuffle) if part.any() else b"" for part in parts]
 
