@@ -297,19 +297,26 @@ def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
     if file_size(path) is None:
         if is_local(path) and os.path.lexists(path):
             raise ManifestError("this is neither a file nor a link to one", where=path, fix=AGAIN)
-        if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in file_sizes(root)):
+        names = file_sizes(root)
+        if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in names):
             raise ManifestError(
                 "this folder has lost its manifest.json, which lists its valid files",
                 where=root,
                 fix="restore the file from a copy, or make the folder again under another path",
             )
-        made_by = {"shards": "cae2pipe shard", "targets": "cae2pipe extract-targets", "run": "cae2pipe pretrain"}
+        inside = sorted(root / name for name in names if name.endswith(f"/{MANIFEST}"))
+        if kind is None and inside:
+            raise ManifestError(
+                f"this folder has no manifest.json, but {len(inside)} of those inside it have",
+                where=root,
+                fix=f"give one of them, such as {inside[0].parent}",
+            )
         raise ManifestError(
             "no such folder"
             if is_local(root) and not root.is_dir()
             else "this folder has no manifest.json, so it was not made by cae2pipe",
             where=root,
-            fix=f"give a folder made by `{made_by[kind]}`" if kind in made_by else "check the path",
+            fix=f"give a folder made by `{MADE_BY[kind]}`" if kind in MADE_BY else "check the path",
         )
     return decode_manifest(_manifest_bytes(root), path), journal
 
