@@ -146,12 +146,10 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
 
 def write_scores(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, score: Scored) -> dict[str, Any]:
     """Write the result, and mark the evaluation complete."""
-    predictions, asked = score.val.predictions, artifact.identity
+    predictions = score.val.predictions
     log_rejects(job.val, score.val.rejected, job.report)
-    result = {
-        "evaluation": asked["evaluation"],
-        "encoder": display_name(job.spec),
-        "feature": asked["feature"],
+    figures = {
+        "feature": artifact.identity["feature"],
         **accuracy(predictions),
         **score.figures,
         "protocol": protocol(settings, job.size),
@@ -159,14 +157,10 @@ def write_scores(artifact: ScoresArtifact, job: Job, settings: AnySettings, *, s
         "images": {"train": score.trained, "val": len(predictions.labels)},
         "rejected": {"train": score.left_out, "val": len(score.val.rejected)},
         "per_class": per_class(predictions, job.classes),
-        "settings": asked["settings"],
-        "encoder_identity": asked["encoder"],
-        "data": asked["data"],
-        "fingerprint": artifact.fingerprint,
     }
     files = write_predictions(job.root, predictions, job.classes)
-    save_result(artifact, result, files | {name: file_entry(job.root / name) for name in score.files})
-    return result
+    files |= {name: file_entry(job.root / name) for name in score.files}
+    return save_result(artifact, display_name(job.spec), figures, files)
 
 
 def score_knn(job: Job, settings: KnnSettings) -> Scored | None:

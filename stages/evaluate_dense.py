@@ -284,26 +284,18 @@ def train_detector(job: DenseJob[DetectSettings, CocoImages]) -> DenseScored | N
 
 def write_dense_scores(artifact: ScoresArtifact, spec: str, score: DenseScored) -> dict[str, Any]:
     """Write weights, pictures and result, and mark the artifact complete."""
-    asked = artifact.identity
     save_weights(score.network.model, artifact.root / LAST)
     files = {LAST: file_entry(artifact.root / LAST)}
     if score.picture is not None:
         write_bytes(artifact.root / PICTURES, score.picture)
         files[PICTURES] = file_entry(artifact.root / PICTURES)
-    result = {
-        "evaluation": asked["evaluation"],
-        "encoder": display_name(spec),
+    figures = {
         "feature": "tokens",
         **score.figures,
         "train_loss": score.history[-1]["loss"],
         "history": score.history,
-        "settings": asked["settings"],
-        "encoder_identity": asked["encoder"],
-        "data": asked["data"],
-        "fingerprint": artifact.fingerprint,
     }
-    save_result(artifact, result, files)
-    return result
+    return save_result(artifact, display_name(spec), figures, files)
 
 
 def require_dense() -> None:

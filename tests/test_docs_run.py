@@ -37,10 +37,10 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "docs/guides/data.md": ("imagenet",),
     "docs/guides/evaluating.md": ("imagenet", "runs/base"),
     "docs/guides/exporting.md": ("runs/base", "scores/base"),
-    "docs/guides/extracting.md": ("shards/train",),
+    "docs/guides/extracting.md": ("shards",),
     "docs/guides/pretraining.md": ("targets",),
-    "docs/guides/remote-and-many-machines.md": ("shards/train",),
-    "docs/guides/views-and-cost.md": ("shards/train",),
+    "docs/guides/remote-and-many-machines.md": ("shards",),
+    "docs/guides/views-and-cost.md": ("shards",),
     "docs/reference/format.md": ("targets",),
     "docs/reference/python.md": ("targets",),
 }
@@ -105,8 +105,8 @@ def given(
         patch.setattr(base, "package_folder", lambda name: root / name)
         patch.chdir(root)
         run_bash(
-            "cae2pipe shard photos/train shards/train\n"
-            "cae2pipe extract-targets shards/train targets --config clip-b16\n"
+            "cae2pipe shard photos/train shards\n"
+            "cae2pipe extract-targets shards targets --config clip-b16\n"
             "cae2pipe pretrain targets runs/base --config base\n"
             "cae2pipe evaluate knn runs/base photos scores/base\n",
             {},

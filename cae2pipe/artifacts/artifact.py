@@ -157,7 +157,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             raise ManifestError(
                 f"this is a folder of kind {manifest['kind']!r}, expected {cls.rules().name!r}",
                 where=root,
-                fix="check the path",
+                fix=made_by(cls.rules().name),
             )
         units = own["units"]
         for entry, data in journal.items():
@@ -322,21 +322,34 @@ def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
     if file_size(path) is None:
         if is_local(path) and os.path.lexists(path):
             raise ManifestError("this is neither a file nor a link to one", where=path, fix=AGAIN)
-        if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in file_sizes(root)):
+        names = file_sizes(root)
+        if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in names):
             raise ManifestError(
                 "this folder has lost its manifest.json, which lists its valid files",
                 where=root,
                 fix="restore the file from a copy, or make the folder again under another path",
             )
-        made_by = {"shards": "cae2pipe shard", "targets": "cae2pipe extract-targets", "run": "cae2pipe pretrain"}
+        folders = sorted((root / name).parent for name in names if name.endswith(f"/{MANIFEST}"))
+        if kind is None and folders:
+            raise ManifestError(
+                "this folder has no manifest.json, but folders inside it have one",
+                where=root,
+                fix=f"give one of them, such as {folders[0]}",
+            )
         raise ManifestError(
             "no such folder"
             if is_local(root) and not root.is_dir()
             else "this folder has no manifest.json, so it was not made by cae2pipe",
             where=root,
-            fix=f"give a folder made by `{made_by[kind]}`" if kind in made_by else "check the path",
+            fix=made_by(kind),
         )
     return decode_manifest(_manifest_bytes(root), path), journal
+
+
+def made_by(kind: str | None) -> str:
+    """What to do where a folder of a kind was expected."""
+    commands = {"shards": "shard", "targets": "extract-targets", "run": "pretrain", "scores": "evaluate"}
+    return f"give a folder made by `cae2pipe {commands[kind]}`" if kind in commands else "check the path"
 
 
 def refuse_foreign(root: Path) -> None:

@@ -86,8 +86,8 @@ class ViewSettings(Settings):
     """replayed: each image is stored once, and its views are cropped from it whenever they are loaded, which needs
     fewer bytes for three or more views. stored: each view is stored, which loads faster and suits few views."""
     short_side: int | None = added(None, before=None, ge=16, le=16384)
-    """Short side of the images stored for replayed views, in pixels; larger images are reduced to it. null: so that no
-    crop is enlarged more than 1.28 times (320 for views of 224 pixels), unless the original is smaller."""
+    """Short side of the images stored for replayed views, in pixels; larger images are reduced to it, smaller ones keep
+    their size. null: 320 for views of 224 pixels, so that crops are enlarged by a factor of at most 1.28."""
     quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of stored views or images."""
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:2:0"

@@ -57,11 +57,34 @@ def stored_result(artifact: ScoresArtifact) -> dict[str, Any] | None:
     return result
 
 
-def save_result(artifact: ScoresArtifact, result: dict[str, Any], files: dict[str, Any]) -> None:
-    """Write the result and the manifest's entries of its files, and mark the artifact complete."""
+def save_result(
+    artifact: ScoresArtifact, encoder: str, figures: dict[str, Any], files: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the result and the manifest's entries of its files, and mark the artifact complete.
+
+    Args:
+        artifact: of the evaluation.
+        encoder: its displayed name.
+        figures: the entries of the result that only this kind of evaluation has.
+        files: the manifest's entries of the other files.
+
+    Returns:
+        The result: ``figures``, and what every evaluation records.
+    """
+    asked = artifact.identity
+    result = {
+        "evaluation": asked["evaluation"],
+        "encoder": encoder,
+        **figures,
+        "settings": asked["settings"],
+        "encoder_identity": asked["encoder"],
+        "data": asked["data"],
+        "fingerprint": artifact.fingerprint,
+    }
     write_json(artifact.root / RESULT, result)
     artifact.add("result", {"files": {**files, RESULT: file_entry(artifact.root / RESULT)}})
     mark_complete(artifact, result)
+    return result
 
 
 def mark_complete(artifact: ScoresArtifact, result: dict[str, Any]) -> None:

@@ -27,8 +27,19 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
         raise SettingsError(
             f"the target set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
             where=str(targets.root),
-            fix=f"set data.batch to at most {targets.images}, and data.streams to a divisor of it; lr scales with it",
+            fix=smaller_batch(targets.images, settings, ranks),
         )
+
+
+def smaller_batch(images: int, settings: PretrainSettings, ranks: int) -> str:
+    """The largest batch of ``images`` for these settings, with as few streams as processes if there are too few
+    images for the present ones."""
+    streams = settings.data.streams if images >= settings.data.streams else ranks
+    batch = images // streams * streams * settings.mask.repeat
+    if not batch:
+        return f"use at most {images} processes, or more images"
+    changed = "" if streams == settings.data.streams else f" --set data.streams={streams}"
+    return f"--set data.batch={batch}{changed}, or less; lr scales with the batch"
 
 
 def check_held_out(held_out: TargetSet, targets: TargetSet, settings: PretrainSettings) -> None:

@@ -96,9 +96,17 @@ def test_manifests_that_cannot_be_used(tmp_path, change, error, message):
 
 def test_a_folder_of_another_kind(make_run):
     run = make_run()
-    with pytest.raises(ManifestError, match="folder of kind 'run', expected 'shards'"):
+    with pytest.raises(ManifestError, match="folder of kind 'run', expected 'shards'") as caught:
         ShardsArtifact.open(run)
+    assert caught.value.fix == "give a folder made by `cae2pipe shard`"
     assert not is_artifact(run, "shards")
+
+
+def test_the_folder_above_an_artifact(tmp_path):
+    make(tmp_path / "shards" / "train", seed=1)
+    with pytest.raises(ManifestError, match="folders inside it have one") as caught:
+        open_artifact(tmp_path / "shards")
+    assert str(tmp_path / "shards" / "train") in caught.value.fix
 
 
 def test_a_manifest_is_damaged_and_no_other_folder(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from cae2pipe.errors import DamageError, DivergedError, ManifestError, MismatchError, SettingsError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.fit import check_fit
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.telemetry import MACHINE_METRICS
 from tests.conftest import contents, snapshot
@@ -124,10 +127,21 @@ def test_a_foreign_folder_is_left_as_it_is(target_root, pretrain_settings, tmp_p
     assert contents(tmp_path) == files
 
 
-def test_a_batch_larger_than_the_set_is_refused(target_root, pretrain_settings, tmp_path):
-    with pytest.raises(SettingsError, match="fewer than one batch") as caught:
-        pretrain(target_root, tmp_path / "run", pretrain_settings(data={"batch": 152, "streams": 4}), report=Silent())
-    assert "150" in caught.value.fix
+@pytest.mark.parametrize(
+    ("batch", "streams", "repeat", "fits"),
+    [
+        (152, 4, 1, {"batch": 148, "streams": 4}),
+        (1024, 64, 2, {"batch": 256, "streams": 64}),
+        (2048, 256, 1, {"batch": 150, "streams": 1}),
+    ],
+)
+def test_a_batch_larger_than_the_set_is_refused(target_root, pretrain_settings, tmp_path, batch, streams, repeat, fits):
+    settings = pretrain_settings(data={"batch": batch, "streams": streams}, mask={"repeat": repeat})
+    with pytest.raises(SettingsError, match="the target set has 150 images, fewer than one batch") as caught:
+        pretrain(target_root, tmp_path / "run", settings, report=Silent())
+    advised = {name: int(value) for name, value in re.findall(r"--set data\.(\w+)=(\d+)", caught.value.fix)}
+    assert {"streams": streams, **advised} == fits
+    check_fit(TargetSet(target_root), pretrain_settings(data=fits, mask={"repeat": repeat}), ranks=1)
 
 
 def test_no_target_set(tmp_path, pretrain_settings):
