@@ -60,7 +60,17 @@ from cae2pipe.artifacts.manifest_scores import ResultUnit, ScoresFacts, ScoresId
 from cae2pipe.artifacts.manifest_shards import ShardsFacts, ShardsIdentity
 from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
 from cae2pipe.artifacts.manifest_values import FileEntry, Unit
-from cae2pipe.artifacts.storage import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
+from cae2pipe.artifacts.storage import (
+    file_size,
+    file_sizes,
+    is_local,
+    make_folder,
+    read_bytes,
+    read_many,
+    remove,
+    sizes_below,
+)
+from cae2pipe.artifacts.units import Units
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
 
 MANIFEST = "manifest.json"
@@ -78,7 +88,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         self,
         root: Path,
         identity: IdentityT,
-        units: dict[str, UnitT],
+        units: Mapping[str, UnitT],
         *,
         facts: FactsT,
         complete: bool = False,
@@ -86,7 +96,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
     ):
         self.root = root
         self.identity = identity
-        self.units = units
+        self.units = Units.of(units)
         self.facts = facts
         self.complete = complete
         self.format = FORMATS[self.rules().name] if format is None else format
@@ -158,7 +168,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
                 where=root,
                 fix="check the path",
             )
-        units = own["units"]
+        units = Units.of(own["units"])
         for entry, data in journal.items():
             name = entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")
             units[name] = decode_unit(cls.rules(), own["format"], name, data=data, where=entry)
@@ -196,12 +206,12 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         )
 
     def whole(self) -> set[str]:
-        """Names of all units for which ``has`` is true, from one listing of the folder."""
-        sizes = file_sizes(self.root)
+        """Names of all units for which ``has`` is true."""
+        size = sizes_below(self.root)
         return {
             name
             for name, unit in self.units.items()
-            if all(sizes.get(path) == entry["bytes"] for path, entry in unit["files"].items())
+            if all(size(path) == entry["bytes"] for path, entry in unit["files"].items())
         }
 
     def save(self, *, complete: bool | Callable[[Self], bool] | None = None) -> None:
@@ -214,7 +224,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             if file_size(self.root / MANIFEST) is not None:
                 folded = journal_entries(self.root)
                 latest = self.open(self.root)
-                self.units = {**self.units, **latest.units}
+                self.units = self.units.merged(latest.units)
                 self.facts = self.rules().read_facts({**latest.facts, **self.facts})
             if complete is not None:
                 self.complete = complete(self) if callable(complete) else complete
@@ -382,7 +392,7 @@ def _manifest(
         "kind": kind,
         "identity": identity,
         "fingerprint": fingerprint(identity),
-        "units": dict(sorted(units.items())),
+        "units": units,
         "complete": complete,
     }
 
