@@ -82,7 +82,7 @@ def _unit_by_unit(data: bytes) -> Manifest | None:
         manifest: Any = manifests().validate_json(outer)
         kind = KINDS[manifest["kind"]]
         for name, unit in units.items():
-            if not kind.names(name) or kind.contradiction(name, kind.parse_unit(name, bytes(unit))):
+            if not kind.is_valid(name, bytes(unit)):
                 return None
     except ValidationError:
         return None
@@ -93,10 +93,10 @@ def _unit_by_unit(data: bytes) -> Manifest | None:
 def _as_a_whole(data: bytes, where: object) -> Manifest:
     """A manifest in any layout. Raises ValidationError, or ManifestError for a unit that contradicts itself."""
     manifest = manifests().validate_json(data)
-    if manifest["format"] <= FORMATS[manifest["kind"]]:
-        if contradiction := KINDS[manifest["kind"]].contradictory(manifest):
-            name, problem = contradiction
-            raise _field(f"units.{name}: {problem}", where)
+    known = manifest["format"] <= FORMATS[manifest["kind"]]
+    if known and (contradiction := KINDS[manifest["kind"]].contradictory(manifest)):
+        name, problem = contradiction
+        raise _field(f"units.{name}: {problem}", where)
     return manifest
 
 

@@ -63,10 +63,10 @@ def split(data: bytes) -> tuple[bytes, dict[str, memoryview]] | None:
     return b"%b{}%b" % (data[:start], data[stop:]), units
 
 
-def _lines(units: Units[Unit]) -> list[bytes]:
+def _lines(units: Units[Unit]) -> list[bytes | memoryview]:
     if not units:
         return [b"{}"]
-    parts = []
+    parts: list[bytes | memoryview] = []
     for name in sorted(units):
         kept = units.kept(name)
         own = kept if isinstance(kept, memoryview | bytes) else _indented(kept).replace(b"\n", b"\n  ")

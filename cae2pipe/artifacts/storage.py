@@ -171,28 +171,6 @@ def file_sizes(root: Path) -> dict[str, int]:
     return {path.removeprefix(prefix): int(info["size"]) for path, info in listing.items() if path.startswith(prefix)}
 
 
-def sizes_below(root: Path) -> Callable[[str], int | None]:
-    """A function of a relative POSIX path: the size of that file in bytes, None if there is none.
-
-    For many files of one folder. A remote folder is listed once, now; a local file is asked for: listing would visit
-    every folder of every store.
-    """
-    if not is_local(root):
-        return file_sizes(root).get
-    prefix = f"{root}/"
-
-    def size(path: str) -> int | None:
-        try:
-            status = os.stat(prefix + path)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise
-            return None
-        return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-    return size
-
-
 def entry_names(root: Path) -> list[str]:
     """POSIX paths of everything below ``root`` except folders: files, links to anything, FIFOs."""
     if not is_local(root):

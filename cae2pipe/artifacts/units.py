@@ -18,8 +18,8 @@ class Units(MutableMapping[str, UnitT], Generic[UnitT]):
     """Units by name.
 
     Args:
-        units: each parsed, or its JSON text, which must have been validated. Text is parsed at every access, so changing
-            what an access returns changes nothing here: assign the changed unit.
+        units: each parsed, or its JSON text, which must have been validated. Text is parsed at every access, so
+            changing what an access returns changes nothing here: assign the changed unit.
     """
 
     def __init__(self, units: Mapping[str, UnitT | memoryview | bytes] | None = None):
