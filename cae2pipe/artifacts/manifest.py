@@ -78,15 +78,19 @@ def _unit_by_unit(data: bytes) -> Manifest | None:
     if parts is None:
         return None
     outer, units = parts
+    samples: dict[str, int] = {}
     try:
         manifest: Any = manifests().validate_json(outer)
         kind = KINDS[manifest["kind"]]
         for name, unit in units.items():
-            if not kind.is_valid(name, bytes(unit)):
+            parsed: Any = kind.parse_unit(name, bytes(unit))
+            if parsed is None:
                 return None
+            if "samples" in parsed:
+                samples[name] = parsed["samples"]
     except ValidationError:
         return None
-    manifest["units"] = Units(units)
+    manifest["units"] = Units(units, samples)
     return cast(Manifest, manifest)
 
 

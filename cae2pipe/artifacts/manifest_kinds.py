@@ -84,13 +84,16 @@ class Kind(Generic[IdentityT, UnitT, FactsT]):
         """The unit of this name. Raises ValidationError if it does not fit its model."""
         return self._validator(name).validate_python(value)
 
-    def is_valid(self, name: str, data: bytes) -> bool:
-        """Whether this is the JSON of a unit that may have this name, and does not contradict it.
+    def parse_unit(self, name: str, data: bytes) -> UnitT | None:
+        """The unit of this name from its JSON; None if no unit may have the name, or it contradicts its name or itself.
 
         Raises:
             ValidationError: it does not fit its model.
         """
-        return self.names(name) and self.contradiction(name, self._validator(name).validate_json(data)) is None
+        if not self.names(name):
+            return None
+        unit = self._validator(name).validate_json(data)
+        return unit if self.contradiction(name, unit) is None else None
 
     def read_facts(self, fields: Mapping[str, object]) -> FactsT:
         """The facts among the fields of a manifest. Raises ValidationError if they do not fit their model."""

@@ -31,7 +31,7 @@ class Stores(Mapping[str, StoreUnit]):
     def samples(self) -> dict[str, int]:
         """Samples of every store."""
         units = self._artifact.units
-        return {name: units[name]["samples"] for name in self._names}
+        return {name: units.samples(name) for name in self._names}
 
     def __getitem__(self, name: str) -> StoreUnit:
         if name not in self._names:
