@@ -20,9 +20,7 @@ times, host names or absolute paths, so equal inputs give equal bytes.
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,7 +28,8 @@ from typing import Generic, Self
 
 from cae2pipe.artifacts.atomic import remove_empty, write_bytes
 from cae2pipe.artifacts.difference import abridged, first_difference
-from cae2pipe.artifacts.digest import fingerprint, sha256_file
+from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.artifacts.file_checks import check_file, presence
 from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.json_files import read_document
 from cae2pipe.artifacts.lock import holding
@@ -61,7 +60,7 @@ from cae2pipe.artifacts.manifest_run import EncoderUnit, RunFacts, RunIdentity
 from cae2pipe.artifacts.manifest_scores import ResultUnit, ScoresFacts, ScoresIdentity
 from cae2pipe.artifacts.manifest_shards import ShardsFacts, ShardsIdentity
 from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
-from cae2pipe.artifacts.manifest_values import FileEntry, Unit
+from cae2pipe.artifacts.manifest_values import Unit
 from cae2pipe.artifacts.storage import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
 from cae2pipe.artifacts.units import Units
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
@@ -107,6 +106,26 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             ManifestError: no manifest, or one that is damaged, or of another format or kind.
         """
         return cls.of(root, *_read(root, cls.rules().name))
+
+    @classmethod
+    def open_whole(cls, root: Path) -> tuple[Self, set[str]]:
+        """Open a folder, and find the units that ``whole`` would, without parsing all of them again.
+
+        Raises as ``open``.
+        """
+        there, found = presence(root), set()
+
+        def check(name: str, unit: Unit) -> None:
+            if there(unit["files"]):
+                found.add(name)
+
+        artifact = cls.of(root, *_read(root, cls.rules().name, check))
+        for name in artifact.units:
+            unit = artifact.units.kept(name)
+            if isinstance(unit, dict):  # of the journal, or of a manifest in another layout
+                found.discard(name)
+                check(name, artifact.units[name])
+        return artifact, found
 
     @classmethod
     def open_or_create(
@@ -200,15 +219,8 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
 
     def whole(self) -> set[str]:
         """Names of all units for which ``has`` is true."""
-        if is_local(self.root):
-            # Not from a listing, which would visit every folder of every store.
-            return {name for name, unit in self.units.items() if _are_there(self.root, unit["files"])}
-        sizes = file_sizes(self.root)
-        return {
-            name
-            for name, unit in self.units.items()
-            if all(sizes.get(path) == entry["bytes"] for path, entry in unit["files"].items())
-        }
+        there = presence(self.root)
+        return {name for name, unit in self.units.items() if there(unit["files"])}
 
     def save(self, *, complete: bool | Callable[[Self], bool] | None = None) -> None:
         """Write the manifest, with units that other processes have added meanwhile, unless it is up to date.
@@ -295,8 +307,14 @@ def open_artifact(root: Path) -> AnyArtifact:
     return ARTIFACTS[manifest["kind"]].of(root, manifest, journal)
 
 
-def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
-    """A folder's manifest and the entries of its journal. ``kind``: expected, for the error if there is none."""
+def _read(
+    root: Path, kind: str | None, seen: Callable[[str, Unit], None] | None = None
+) -> tuple[Manifest, dict[Path, bytes]]:
+    """A folder's manifest and the entries of its journal.
+
+    Args:
+        kind: expected, for the error if there is none. seen: as for ``decode_manifest``.
+    """
     path = root / MANIFEST
     # The journal first: an entry that is removed meanwhile is in the manifest.
     journal = read_many(journal_entries(root))
@@ -317,7 +335,7 @@ def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
             where=root,
             fix=f"give a folder made by `{made_by[kind]}`" if kind in made_by else "check the path",
         )
-    return decode_manifest(_manifest_bytes(root), path), journal
+    return decode_manifest(_manifest_bytes(root), path, seen), journal
 
 
 def refuse_foreign(root: Path) -> None:
@@ -354,34 +372,6 @@ def check_files(
             if problem:
                 problems.append(problem)
     return problems
-
-
-def _are_there(root: Path, files: Mapping[str, FileEntry]) -> bool:
-    """Whether local files have the sizes of their entries. Called for a million files, so without path objects."""
-    prefix = f"{root}/"
-    try:
-        for path, entry in files.items():
-            status = os.stat(prefix + path)  # noqa: PTH116
-            if status.st_size != entry["bytes"] or not stat.S_ISREG(status.st_mode):
-                return False
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise
-        return False
-    return True
-
-
-def check_file(path: Path, entry: FileEntry, *, digests: bool = True) -> DamageError | None:
-    size = file_size(path)
-    if size is None:
-        what = "a file that the manifest lists is missing"
-    elif size != entry["bytes"]:
-        what = f"the file has {size} bytes instead of {entry['bytes']}: truncated or replaced"
-    elif digests and sha256_file(path) != entry["sha256"]:
-        what = "the file's content has changed: its SHA-256 differs from the manifest's"
-    else:
-        return None
-    return DamageError(what, where=path)
 
 
 def _manifest_bytes(root: Path) -> bytes:

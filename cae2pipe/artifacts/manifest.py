@@ -17,6 +17,7 @@ from cae2pipe.artifacts.digest import fingerprint, sha256_bytes
 from cae2pipe.artifacts.json_files import check_numbers, parse_json
 from cae2pipe.artifacts.manifest_kinds import KINDS, FactsT, IdentityT, Kind, Manifest, UnitT, manifests
 from cae2pipe.artifacts.manifest_text import split, text
+from cae2pipe.artifacts.manifest_values import Unit
 from cae2pipe.artifacts.units import Units
 from cae2pipe.errors import Cae2pipeError, DamageError, ManifestError
 
@@ -40,18 +41,20 @@ def encode_manifest(kind: str, form: int, manifest: Mapping[str, object], *, whe
     return data
 
 
-def decode_manifest(data: bytes, where: object) -> Manifest:
+def decode_manifest(data: bytes, where: object, seen: Callable[[str, Unit], None] | None = None) -> Manifest:
     """A manifest from its bytes. Its ``units`` are ``Units`` where the bytes have the layout that is written.
 
     Args:
         where: the file, for errors.
+        seen: called with every unit of the result that is kept as text, while it is parsed to be validated; also if the
+            manifest is refused in the end.
 
     Raises:
         ManifestError: not a manifest of cae2pipe, of an unknown kind or format, or with a field that does not fit its
             kind's model; the field is named. DamageError: fingerprint or digest do not match.
     """
     try:
-        manifest = _unit_by_unit(data) or _as_a_whole(data, where)
+        manifest = _unit_by_unit(data, seen) or _as_a_whole(data, where)
         check_numbers([value for name, value in manifest.items() if name != "units"])
     except ValidationError as error:
         _refuse(error, data, where)
@@ -72,7 +75,7 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
     return manifest
 
 
-def _unit_by_unit(data: bytes) -> Manifest | None:
+def _unit_by_unit(data: bytes, seen: Callable[[str, Unit], None] | None) -> Manifest | None:
     """A valid manifest, read without holding more than one parsed unit; None if it is invalid, or in another layout."""
     parts = split(data)
     if parts is None:
@@ -88,6 +91,8 @@ def _unit_by_unit(data: bytes) -> Manifest | None:
                 return None
             if "samples" in parsed:
                 samples[name] = parsed["samples"]
+            if seen:
+                seen(name, parsed)
     except ValidationError:
         return None
     manifest["units"] = Units(units, samples)

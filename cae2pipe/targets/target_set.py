@@ -118,7 +118,7 @@ class TargetSet(Sequence[Target]):
     ):
         self.root = root = to_path(root)
         self.arrays = arrays
-        self.artifact = TargetsArtifact.open(root)
+        self.artifact, whole = TargetsArtifact.open_whole(root)
         self.stores = stores_of(self.artifact)
         if CODEC not in self.artifact.units or not self.stores:
             raise ManifestError(
@@ -128,7 +128,7 @@ class TargetSet(Sequence[Target]):
             )
         self.calibration = read_calibration(self.artifact)
         self.damage: list[DamageError] = []
-        for name in sorted(self.artifact.units.keys() - self.artifact.whole()):
+        for name in sorted(self.artifact.units.keys() - whole):
             for problem in check_files(self.artifact, [name], digests=False):
                 self.damage.append(DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root)))
                 if damaged == "refuse" or name == CODEC:
