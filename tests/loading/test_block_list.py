@@ -18,7 +18,10 @@ from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import TargetSet
 
 shards_strategy = st.lists(
-    st.tuples(st.integers(1, 400), st.sets(st.integers(0, 4), min_size=1).map(sorted).map(tuple)),
+    st.tuples(
+        st.integers(1, 400) | st.sampled_from([63, 64, 65, 128]),
+        st.sets(st.integers(0, 4), min_size=1).map(sorted).map(tuple),
+    ),
     min_size=1,
     max_size=12,
 )
