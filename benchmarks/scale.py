@@ -39,7 +39,7 @@ TEACHER = {
 SETS = [("ImageNet-1K, 8 views", 1_252, 8), ("ImageNet-21K, 4 views", 12_842, 4)]
 """Name, shards of 1,024 images, views."""
 BILLION = ("10^9 images, 4 views", 61_036, 16_384, 4)
-"""Name, shards, images of each, views. With 1,024 images a shard the manifest would be too large to be read."""
+"""Name, shards, images of each, views. With 1,024 images per shard the manifest would be too large to be read."""
 ENTRIES = 2_000
 LISTED = (100_000, 400_000)
 

@@ -108,7 +108,7 @@ def read(root: str) -> dict[str, Any]:
 
 
 def merge(real: str, root: str, entries: int) -> dict[str, Any]:
-    """Adding units to the journal, and merging it, as a run that starts anew does."""
+    """Adding units to the journal, and merging it, as a run that is resumed does."""
     out = linked(Path(real), Path(root))
     artifact = TargetsArtifact.open(out)
     began = time.process_time()
@@ -156,7 +156,7 @@ def order(shards: int, samples: int, views: int) -> dict[str, Any]:
 
 
 def listing(root: str, images: int) -> dict[str, Any]:
-    """Stage 1: listing a source, and comparing it with its listing when a killed run starts again."""
+    """Stage 1: listing a source, and comparing it with its listing when a run is resumed."""
     names = (f"n{number % 1000:08d}/n{number % 1000:08d}_{number}" for number in range(images))
     entries = [Entry(f"{name}.JPEG", name, number % 1000, 110_000) for number, name in enumerate(names)]
     source = Source(Path("/made-up"), [str(number) for number in range(1000)], entries)

@@ -149,7 +149,7 @@ def scale_cell(row: dict[str, Any]) -> str:
     if "mb" in row:
         parts.append(f"{significant(row['mb']['median'], 3, most=0)} MB")
     if "file_mb" in row:
-        parts.append(f"a file of {significant(row['file_mb'], 2)} MB")
+        parts.append(f"{significant(row['file_mb'], 2)} MB written")
     text = ", ".join(parts)
     return f"*{text}*" if row.get("extrapolated") else text
 

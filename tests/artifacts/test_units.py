@@ -1,4 +1,4 @@
-"""Units that are kept as text: the same values, the same bytes, and no other document taken for one of ours."""
+"""Units that are kept as text: the same values, the same bytes, and no other document mistaken for a manifest."""
 
 from __future__ import annotations
 
