@@ -134,6 +134,26 @@ def hours(results: Path) -> str:
     return table(("size", *(name.replace("V=", "V = ") for name in names)), rows)
 
 
+def scale(results: Path) -> str:
+    """CPU seconds and memory that manifests and plans take at three sizes."""
+    result = read(results, "scale")
+    rows = [row for row in result["rows"] if "views" in row["size"]]
+    sizes, whats = (list(dict.fromkeys(row[name] for row in rows)) for name in ("size", "what"))
+    cells = {(row["what"], row["size"]): scale_cell(row) for row in rows}
+    return table(("what", *sizes), [(what, *(cells.get((what, size), "") for size in sizes)) for what in whats])
+
+
+def scale_cell(row: dict[str, Any]) -> str:
+    """Seconds, memory and the file's size of a row, in italics if they are extrapolated."""
+    parts = [f"{significant(row['s']['median'], 2)} s"]
+    if "mb" in row:
+        parts.append(f"{significant(row['mb']['median'], 3, most=0)} MB")
+    if "file_mb" in row:
+        parts.append(f"{significant(row['file_mb'], 2)} MB written")
+    text = ", ".join(parts)
+    return f"*{text}*" if row.get("extrapolated") else text
+
+
 def gpu(results: Path) -> str:
     """What was measured on GPUs, a table for each."""
     contents = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
@@ -234,6 +254,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "views": views,
     "training": training,
     "hours": hours,
+    "scale": scale,
     "gpu": gpu,
 }
 """Tables by their names in the comments."""

@@ -25,14 +25,14 @@ def inspect_folder(path: Path) -> dict[str, Any]:
         ManifestError: the folder is not one of cae2pipe's, or has an unknown format version.
     """
     artifact = open_artifact(path)
-    files = [entry for unit in artifact.units.values() for entry in unit["files"].values()]
+    sizes = [entry["bytes"] for unit in artifact.units.values() for entry in unit["files"].values()]
     facts: dict[str, Any] = {
         "path": str(path),
         "kind": artifact.kind,
         "complete": artifact.complete,
         "fingerprint": artifact.fingerprint,
-        "files": len(files),
-        "bytes": sum(entry["bytes"] for entry in files),
+        "files": len(sizes),
+        "bytes": sum(sizes),
     }
     facts.update(_of_kind(artifact))
     facts["made_from"] = artifact.identity

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cae2pipe.artifacts.artifact import MANIFEST, AnyArtifact, check_file, open_artifact
+from cae2pipe.artifacts.artifact import MANIFEST, AnyArtifact, open_artifact
+from cae2pipe.artifacts.file_checks import check_file
 from cae2pipe.artifacts.storage import entry_names, file_size
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.errors import DamageError

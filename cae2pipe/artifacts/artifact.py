@@ -28,7 +28,8 @@ from typing import Generic, Self
 
 from cae2pipe.artifacts.atomic import remove_empty, write_bytes
 from cae2pipe.artifacts.difference import abridged, first_difference
-from cae2pipe.artifacts.digest import fingerprint, sha256_file
+from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.artifacts.file_checks import check_file, presence
 from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.json_files import read_document
 from cae2pipe.artifacts.lock import holding
@@ -60,8 +61,9 @@ from cae2pipe.artifacts.manifest_run import EncoderUnit, RunFacts, RunIdentity
 from cae2pipe.artifacts.manifest_scores import ResultUnit, ScoresFacts, ScoresIdentity
 from cae2pipe.artifacts.manifest_shards import ShardsFacts, ShardsIdentity
 from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
-from cae2pipe.artifacts.manifest_values import FileEntry, Unit
+from cae2pipe.artifacts.manifest_values import Unit
 from cae2pipe.artifacts.storage import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
+from cae2pipe.artifacts.units import Units
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
 
 MANIFEST = "manifest.json"
@@ -79,7 +81,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         self,
         root: Path,
         identity: IdentityT,
-        units: dict[str, UnitT],
+        units: Mapping[str, UnitT],
         *,
         facts: FactsT,
         complete: bool = False,
@@ -87,7 +89,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
     ):
         self.root = root
         self.identity = identity
-        self.units = units
+        self.units = Units.of(units)
         self.facts = facts
         self.complete = complete
         self.format = FORMATS[self.rules().name] if format is None else format
@@ -105,6 +107,26 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             ManifestError: no manifest, or one that is damaged, or of another format or kind.
         """
         return cls.of(root, *_read(root, cls.rules().name))
+
+    @classmethod
+    def open_whole(cls, root: Path) -> tuple[Self, set[str]]:
+        """Open a folder, and find the units that ``whole`` would, without parsing all of them again.
+
+        Raises as ``open``.
+        """
+        there, found = presence(root), set()
+
+        def check(name: str, unit: Unit) -> None:
+            if there(unit["files"]):
+                found.add(name)
+
+        artifact = cls.of(root, *_read(root, cls.rules().name, check))
+        for name in artifact.units:
+            unit = artifact.units.kept(name)
+            if isinstance(unit, dict):  # of the journal, or of a manifest in another layout
+                found.discard(name)
+                check(name, artifact.units[name])
+        return artifact, found
 
     @classmethod
     def open_or_create(
@@ -159,7 +181,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
                 where=root,
                 fix=made_by(cls.rules().name),
             )
-        units = own["units"]
+        units = Units.of(own["units"])
         for entry, data in journal.items():
             name = entry.relative_to(root / JOURNAL).as_posix().removesuffix(".json")
             units[name] = decode_unit(cls.rules(), own["format"], name, data=data, where=entry)
@@ -197,13 +219,9 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         )
 
     def whole(self) -> set[str]:
-        """Names of all units for which ``has`` is true, from one listing of the folder."""
-        sizes = file_sizes(self.root)
-        return {
-            name
-            for name, unit in self.units.items()
-            if all(sizes.get(path) == entry["bytes"] for path, entry in unit["files"].items())
-        }
+        """Names of all units for which ``has`` is true."""
+        there = presence(self.root)
+        return {name for name, unit in self.units.items() if there(unit["files"])}
 
     def save(self, *, complete: bool | Callable[[Self], bool] | None = None) -> None:
         """Write the manifest, with units that other processes have added meanwhile, unless it is up to date.
@@ -215,7 +233,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             if file_size(self.root / MANIFEST) is not None:
                 folded = journal_entries(self.root)
                 latest = self.open(self.root)
-                self.units = {**self.units, **latest.units}
+                self.units = self.units.merged(latest.units)
                 self.facts = self.rules().read_facts({**latest.facts, **self.facts})
             if complete is not None:
                 self.complete = complete(self) if callable(complete) else complete
@@ -314,8 +332,14 @@ def open_artifact(root: Path) -> AnyArtifact:
     return ARTIFACTS[manifest["kind"]].of(root, manifest, journal)
 
 
-def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
-    """A folder's manifest and the entries of its journal. ``kind``: expected, for the error if there is none."""
+def _read(
+    root: Path, kind: str | None, seen: Callable[[str, Unit], None] | None = None
+) -> tuple[Manifest, dict[Path, bytes]]:
+    """A folder's manifest and the entries of its journal.
+
+    Args:
+        kind: expected, for the error if there is none. seen: as for ``decode_manifest``.
+    """
     path = root / MANIFEST
     # The journal first: an entry that is removed meanwhile is in the manifest.
     journal = read_many(journal_entries(root))
@@ -343,7 +367,7 @@ def _read(root: Path, kind: str | None) -> tuple[Manifest, dict[Path, bytes]]:
             where=root,
             fix=made_by(kind),
         )
-    return decode_manifest(_manifest_bytes(root), path), journal
+    return decode_manifest(_manifest_bytes(root), path, seen), journal
 
 
 def made_by(kind: str | None) -> str:
@@ -388,19 +412,6 @@ def check_files(
     return problems
 
 
-def check_file(path: Path, entry: FileEntry, *, digests: bool = True) -> DamageError | None:
-    size = file_size(path)
-    if size is None:
-        what = "a file that the manifest lists is missing"
-    elif size != entry["bytes"]:
-        what = f"the file has {size} bytes instead of {entry['bytes']}: truncated or replaced"
-    elif digests and sha256_file(path) != entry["sha256"]:
-        what = "the file's content has changed: its SHA-256 differs from the manifest's"
-    else:
-        return None
-    return DamageError(what, where=path)
-
-
 def _manifest_bytes(root: Path) -> bytes:
     return read_document(root / MANIFEST, fix=AGAIN, limit=LIMIT)
 
@@ -420,7 +431,7 @@ def _manifest(
         "kind": kind,
         "identity": identity,
         "fingerprint": fingerprint(identity),
-        "units": dict(sorted(units.items())),
+        "units": units,
         "complete": complete,
     }
 

@@ -6,9 +6,9 @@ place. Journal entries have one too. Any change to either is detected.
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
@@ -16,6 +16,9 @@ from pydantic_core import ErrorDetails, from_json
 from cae2pipe.artifacts.digest import fingerprint, sha256_bytes
 from cae2pipe.artifacts.json_files import check_numbers, parse_json
 from cae2pipe.artifacts.manifest_kinds import KINDS, FactsT, IdentityT, Kind, Manifest, UnitT, manifests
+from cae2pipe.artifacts.manifest_text import split, text
+from cae2pipe.artifacts.manifest_values import Unit
+from cae2pipe.artifacts.units import Units
 from cae2pipe.errors import Cae2pipeError, DamageError, ManifestError
 
 FORMATS = {"shards": 2, "targets": 4, "run": 2, "scores": 2}
@@ -35,23 +38,25 @@ SHOWN = 120
 
 def encode_manifest(kind: str, form: int, manifest: Mapping[str, object], *, where: object) -> bytes:
     """The bytes of a manifest. Raises as ``decode_manifest``, so that nothing unreadable is written."""
-    data = (seal if form >= DIGESTED[kind] else _text)(manifest)
+    data = (seal if form >= DIGESTED[kind] else text)(manifest)
     decode_manifest(data, where)
     return data
 
 
-def decode_manifest(data: bytes, where: object) -> Manifest:
-    """A manifest from its bytes.
+def decode_manifest(data: bytes, where: object, seen: Callable[[str, Unit], None] | None = None) -> Manifest:
+    """A manifest from its bytes. Its ``units`` are ``Units`` where the bytes have the layout that is written.
 
     Args:
         where: the file, for errors.
+        seen: called with every unit of the result that is kept as text, while it is parsed to be validated; also if the
+            manifest is refused in the end.
 
     Raises:
         ManifestError: not a manifest of cae2pipe, of an unknown kind or format, or with a field that does not fit its
             kind's model; the field is named. DamageError: fingerprint or digest do not match.
     """
     try:
-        manifest = manifests().validate_json(data)
+        manifest = _unit_by_unit(data, seen) or _as_a_whole(data, where)
         check_numbers([value for name, value in manifest.items() if name != "units"])
     except ValidationError as error:
         _refuse(error, data, where)
@@ -59,9 +64,6 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
         raise ManifestError(f"the manifest cannot be used: {error}", where=where, fix=AGAIN) from None
     if manifest["format"] > FORMATS[manifest["kind"]]:
         raise _other_format(manifest["kind"], manifest["format"], where)
-    if contradiction := KINDS[manifest["kind"]].contradictory(manifest):
-        name, problem = contradiction
-        raise _field(f"units.{name}: {problem}", where)
     if manifest["kind"] == "targets" and "codec" in manifest["units"]:
         for name in ("classes", "teacher", "codec", *(["groups"] if manifest["format"] >= GROUPED else [])):
             if name not in manifest:
@@ -75,9 +77,43 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
     return manifest
 
 
+def _unit_by_unit(data: bytes, seen: Callable[[str, Unit], None] | None) -> Manifest | None:
+    """A valid manifest, read without holding more than one parsed unit; None if it is invalid, or in another layout."""
+    parts = split(data)
+    if parts is None:
+        return None
+    outer, units = parts
+    samples: dict[str, int] = {}
+    try:
+        manifest: Any = manifests().validate_json(outer)
+        kind = KINDS[manifest["kind"]]
+        for name, unit in units.items():
+            parsed: Any = kind.parse_unit(name, bytes(unit))
+            if parsed is None:
+                return None
+            if "samples" in parsed:
+                samples[name] = parsed["samples"]
+            if seen:
+                seen(name, parsed)
+    except ValidationError:
+        return None
+    manifest["units"] = Units(units, samples)
+    return cast(Manifest, manifest)
+
+
+def _as_a_whole(data: bytes, where: object) -> Manifest:
+    """A manifest in any layout. Raises ValidationError, or ManifestError for a unit that contradicts itself."""
+    manifest = manifests().validate_json(data)
+    known = manifest["format"] <= FORMATS[manifest["kind"]]
+    if known and (contradiction := KINDS[manifest["kind"]].contradictory(manifest)):
+        name, problem = contradiction
+        raise _field(f"units.{name}: {problem}", where)
+    return manifest
+
+
 def encode_unit(kind: Kind[IdentityT, UnitT, FactsT], form: int, name: str, *, unit: UnitT, where: object) -> bytes:
     """The bytes of a unit's journal entry. Raises as ``decode_unit``."""
-    data = (seal if form >= DIGESTED[kind.name] else _text)(unit)
+    data = (seal if form >= DIGESTED[kind.name] else text)(unit)
     decode_unit(kind, form, name, data=data, where=where)
     return data
 
@@ -107,14 +143,9 @@ def is_ours(data: bytes) -> bool | None:
     return isinstance(value, dict) and "format" in value and "kind" in value
 
 
-def _text(value: Mapping[str, object]) -> bytes:
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8") + b"\n"
-
-
 def seal(value: Mapping[str, object]) -> bytes:
     """The bytes of a manifest or an entry with its digest."""
-    data = _text({**value, "digest": BLANK})
+    data = text({**value, "digest": BLANK})
     return data.replace(_line(BLANK), _line(sha256_bytes(data)), 1)
 
 
@@ -125,10 +156,20 @@ def _line(digest: str) -> bytes:
 def _check_digest(digest: object, data: bytes, *, needed: bool, where: object) -> None:
     if digest is None and not needed:
         return
-    if digest is None or sha256_bytes(data.replace(_line(str(digest)), _line(BLANK), 1)) != digest:
+    if digest is None or _digest_with_blank(data, _line(str(digest))) != digest:
         raise DamageError(
             "the file has changed since it was written: its digest does not match", where=where, fix=AGAIN
         )
+
+
+def _digest_with_blank(data: bytes, line: bytes) -> str:
+    """The SHA-256 of the data with zeros for the digest in ``line``; without a copy, since they may have gigabytes."""
+    view, start = memoryview(data), data.find(line)
+    digest = hashlib.sha256(view[: max(0, start)])
+    if start >= 0:
+        digest.update(_line(BLANK))
+    digest.update(view[start + len(line) if start >= 0 else 0 :])
+    return digest.hexdigest()
 
 
 def _refuse(error: ValidationError, data: bytes, where: object) -> NoReturn:
@@ -171,8 +212,8 @@ def _described(error: ErrorDetails, left_out: tuple[int, ...]) -> str:
 
 
 def _short(value: object, show: Callable[[object], str] = repr) -> str:
-    text = str(show(value))
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    shown = str(show(value))
+    return shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + "..."
 
 
 def _field(problem: str, where: object) -> Cae2pipeError:

@@ -82,14 +82,28 @@ class Kind(Generic[IdentityT, UnitT, FactsT]):
 
     def read_unit(self, name: str, value: object) -> UnitT:
         """The unit of this name. Raises ValidationError if it does not fit its model."""
-        model = self.unit_model(name)
-        if model not in self._units:
-            self._units[model] = TypeAdapter(model)
-        return self._units[model].validate_python(value)
+        return self._validator(name).validate_python(value)
+
+    def parse_unit(self, name: str, data: bytes) -> UnitT | None:
+        """The unit of this name from its JSON; None if no unit may have the name, or it contradicts its name or itself.
+
+        Raises:
+            ValidationError: it does not fit its model.
+        """
+        if not self.names(name):
+            return None
+        unit = self._validator(name).validate_json(data)
+        return unit if self.contradiction(name, unit) is None else None
 
     def read_facts(self, fields: Mapping[str, object]) -> FactsT:
         """The facts among the fields of a manifest. Raises ValidationError if they do not fit their model."""
         return self._facts.validate_python({name: value for name, value in fields.items() if name not in NO_FACTS})
+
+    def _validator(self, name: str) -> TypeAdapter[UnitT]:
+        model = self.unit_model(name)
+        if model not in self._units:
+            self._units[model] = TypeAdapter(model)
+        return self._units[model]
 
     @functools.cached_property
     def _units(self) -> dict[type[UnitT], TypeAdapter[UnitT]]:

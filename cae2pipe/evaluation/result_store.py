@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.artifact import MANIFEST, ScoresArtifact, check_file, is_artifact
+from cae2pipe.artifacts.artifact import MANIFEST, ScoresArtifact, is_artifact
 from cae2pipe.artifacts.atomic import remove_debris, write_json
 from cae2pipe.artifacts.digest import file_entry
+from cae2pipe.artifacts.file_checks import check_file
 from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER
 from cae2pipe.training.metrics import METRICS_FILE
 

@@ -22,7 +22,7 @@ from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.kept import view_pixels
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.loading.fresh import FreshViews
-from cae2pipe.loading.order import BlockRef, BlockSlice, real_samples, steps_per_epoch, stream_pieces, windows
+from cae2pipe.loading.order import BlockList, BlockSlice, real_samples, steps_per_epoch, stream_pieces, windows
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.targets.cache import BlockCache
@@ -37,16 +37,16 @@ from cae2pipe.targets.store_layout import StoreLayout
 class Plan:
     """Everything that the content of batches depends on; the same in every process.
 
-    ``units`` are the stores' manifest entries by name, ``blocks`` the blocks in sorted order. ``batch`` counts loaded
-    views; each gets ``repeat`` masks. ``arrays`` names the blocked arrays that go to the device; ``guides`` those that
-    guide the masks and stay in the workers. ``replayed``: how views are cut from the images that the set keeps; None if
-    it keeps the views. ``fresh``: views are cut from the originals instead. ``decode``: if False, JPEGs are decoded and
-    views cut on the device.
+    ``units`` are what readers need of the stores' manifest entries, by name, ``blocks`` the blocks in sorted order.
+    ``batch`` counts loaded views; each gets ``repeat`` masks. ``arrays`` names the blocked arrays that go to the
+    device; ``guides`` those that guide the masks and stay in the workers. ``replayed``: how views are cut from the
+    images that the set keeps; None if it keeps the views. ``fresh``: views are cut from the originals instead.
+    ``decode``: if False, JPEGs are decoded and views cut on the device.
     """
 
     root: Path
     units: Mapping[str, StoreUnit]
-    blocks: list[BlockRef]
+    blocks: BlockList
     layout: StoreLayout
     size: int
     seed: int
@@ -70,7 +70,7 @@ class Plan:
     @property
     def samples(self) -> int:
         """Samples per epoch."""
-        return sum(block.samples for block in self.blocks)
+        return self.blocks.total
 
     @property
     def steps(self) -> int:

@@ -53,7 +53,8 @@ def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
         )
     originals = ShardSet.open(root)
     shards = {shard.name: shard for shard in originals.shards}
-    for name, unit in sorted(targets.stores.items()):
+    for name in sorted(targets.stores):
+        unit = targets.stores[name]
         shard = shards.get(unit["shard"])
         if shard is None or shard.sha256 != unit["source"]:
             raise MismatchError(

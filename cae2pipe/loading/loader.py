@@ -6,32 +6,38 @@ W workers in turn, so W consecutive items make one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cae2pipe.errors import ManifestError
 from cae2pipe.loading.batches import Batch, Plan, batches, join
-from cae2pipe.loading.order import BlockRef, rank_streams, worker_streams
+from cae2pipe.loading.order import BlockList, rank_streams, worker_streams
 from cae2pipe.runtime.workers import in_order
-from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.paths import of_store
 from cae2pipe.targets.target_set import TargetSet
 
 
-def block_refs(targets: TargetSet, stores: list[str] | None = None) -> list[BlockRef]:
+def block_refs(targets: TargetSet, stores: Sequence[str] | None = None) -> BlockList:
     """The readable blocks of a set, sorted by shard and number, each with its existing views.
 
     ``stores`` restricts them to the stores that a run started with.
+
+    Raises:
+        ManifestError: the views of a shard differ in their number of samples.
     """
     views: dict[str, list[int]] = {}
     samples: dict[str, int] = {}
-    for name in sorted(targets.stores if stores is None else stores):
-        unit = targets.stores[name]
-        views.setdefault(unit["shard"], []).append(unit["view"])
-        samples[unit["shard"]] = unit["samples"]
-    return [
-        BlockRef(shard, block, samples=min(BLOCK, samples[shard] - block * BLOCK), views=tuple(sorted(views[shard])))
-        for shard in sorted(views)
-        for block in range(-(-samples[shard] // BLOCK))
-    ]
+    for name in targets.stores if stores is None else stores:
+        view, shard = of_store(name)
+        views.setdefault(shard, []).append(view)
+        count = targets.stores.samples[name]
+        if samples.setdefault(shard, count) != count:
+            raise ManifestError(
+                f"the views of shard {shard} have {count} and {samples[shard]} samples",
+                where=targets.root,
+                fix="restore manifest.json from a copy, or make the set again",
+            )
+    return BlockList(samples, {shard: tuple(sorted(views[shard])) for shard in views})
 
 
 @dataclass(frozen=True)

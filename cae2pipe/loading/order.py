@@ -8,12 +8,14 @@ step. A global batch is the concatenation over all streams, so it does not depen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 
 from cae2pipe.runtime.keyed import keyed_permutation
+from cae2pipe.targets.chunks import BLOCK
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,74 @@ class BlockRef:
     block: int
     samples: int
     views: tuple[int, ...]
+
+
+class BlockList(Sequence[BlockRef]):
+    """The blocks of some shards, sorted by shard and number, kept as a few bytes per shard; or a choice of them.
+
+    Args:
+        samples: of each shard, by name. views: the existing views of each shard, ascending.
+    """
+
+    def __init__(self, samples: Mapping[str, int], views: Mapping[str, tuple[int, ...]]):
+        names = sorted(samples)
+        self._names = np.array(names, dtype=bytes)
+        self._samples = np.array([samples[name] for name in names], dtype=np.int64)
+        numbers = {each: number for number, each in enumerate(dict.fromkeys(views[name] for name in names))}
+        self._kinds = list(numbers)
+        self._kind = np.array([numbers[views[name]] for name in names], dtype=np.int32)
+        self._first = np.concatenate([[0], np.cumsum(-(-self._samples // BLOCK))]).astype(np.int64)
+        self._chosen: np.ndarray | None = None
+        self._permuted: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def take(self, indices: Sequence[int]) -> BlockList:
+        """The blocks at some indices."""
+        result = BlockList.__new__(BlockList)
+        whole = np.arange(len(self)) if self._chosen is None else self._chosen
+        result.__dict__.update(self.__dict__, _chosen=whole[np.asarray(indices, dtype=np.int64)], _permuted={})
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_permuted": {}}
+
+    def __len__(self) -> int:
+        return int(self._first[-1]) if self._chosen is None else len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> BlockRef: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[BlockRef]: ...
+    def __getitem__(self, index: int | slice) -> BlockRef | list[BlockRef]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        index = index % len(self)
+        if self._chosen is not None:
+            index = int(self._chosen[index])
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        block = index - int(self._first[shard])
+        samples = min(BLOCK, int(self._samples[shard]) - block * BLOCK)
+        return BlockRef(self._names[shard].decode(), block, samples, self._kinds[self._kind[shard]])
+
+    def sizes(self) -> np.ndarray:
+        """Samples of every block, uint8 (blocks,)."""
+        sizes = np.full(int(self._first[-1]), BLOCK, dtype=np.uint8)
+        sizes[self._first[1:] - 1] = (self._samples - 1) % BLOCK + 1
+        return sizes if self._chosen is None else sizes[self._chosen]
+
+    @property
+    def total(self) -> int:
+        """Samples of all blocks."""
+        return int(self._samples.sum() if self._chosen is None else self.sizes().sum(dtype=np.int64))
+
+    def permuted(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """As ``permute``; that of the last two epochs is kept, since every stream of a process asks for it."""
+        if (seed, epoch) not in self._permuted:
+            for old in list(self._permuted)[:-1]:
+                del self._permuted[old]
+            self._permuted[seed, epoch] = permute(self.sizes(), seed, epoch)
+        return self._permuted[seed, epoch]
 
 
 @dataclass(frozen=True)
@@ -51,25 +121,59 @@ def view_of(block: BlockRef, seed: int, epoch: int) -> int:
     return block.views[int(order[turn])]
 
 
+class Pieces(Sequence[BlockSlice]):
+    """The pieces of a stream in an epoch, in order. A piece's view is drawn when the piece is asked for.
+
+    Args:
+        index, low, high: of every piece, int64 (pieces,).
+    """
+
+    def __init__(
+        self, blocks: Sequence[BlockRef], seed: int, epoch: int, *, index: np.ndarray, low: np.ndarray, high: np.ndarray
+    ):
+        self._blocks, self._seed, self._epoch = blocks, seed, epoch
+        self._index, self._low, self._high = index, low, high
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, number: int) -> BlockSlice: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[BlockSlice]: ...
+    def __getitem__(self, number: int | slice) -> BlockSlice | list[BlockSlice]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        index = int(self._index[number])
+        view = view_of(self._blocks[index], self._seed, self._epoch)
+        return BlockSlice(index, view, low=int(self._low[number]), high=int(self._high[number]))
+
+
+def permute(sizes: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of the blocks in an epoch, int64 (blocks,), and where each of them ends in the sequence of samples."""
+    line = keyed_permutation(len(sizes), "blocks", seed, epoch)
+    return line, np.cumsum(sizes[line], dtype=np.int64)
+
+
 def stream_pieces(
     blocks: Sequence[BlockRef], seed: int, epoch: int, *, streams: int, wanted: Sequence[int]
-) -> dict[int, list[BlockSlice]]:
+) -> dict[int, Pieces]:
     """The pieces of the ``wanted`` streams in an epoch, in order. All streams together contain every sample once."""
-    line = keyed_permutation(len(blocks), "blocks", seed, epoch)
-    ends = np.cumsum([blocks[index].samples for index in line])
+    if isinstance(blocks, BlockList):
+        line, ends = blocks.permuted(seed, epoch)
+    else:
+        line, ends = permute(np.array([block.samples for block in blocks], dtype=np.int64), seed, epoch)
     total = int(ends[-1])
-    result: dict[int, list[BlockSlice]] = {}
+    result: dict[int, Pieces] = {}
     for stream in wanted:
         start, stop = total * stream // streams, total * (stream + 1) // streams
-        pieces = []
-        position = int(np.searchsorted(ends, start, side="right"))
-        while start < stop:
-            index = int(line[position])
-            begin = int(ends[position]) - blocks[index].samples
-            end = min(stop, int(ends[position]))
-            pieces.append(BlockSlice(index, view_of(blocks[index], seed, epoch), low=start - begin, high=end - begin))
-            start, position = end, position + 1
-        result[stream] = pieces
+        # From the block that holds sample `start` to that which holds sample `stop` - 1.
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(ends, stop, side="left")) if start < stop else first - 1
+        end = ends[first : last + 1]
+        begin = np.concatenate([[ends[first - 1] if first else 0], end])[: len(end)]
+        low, high = np.maximum(start, begin) - begin, np.minimum(stop, end) - begin
+        result[stream] = Pieces(blocks, seed, epoch, index=line[first : last + 1], low=low, high=high)
     return result
 
 

@@ -6,14 +6,16 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Plan
 from cae2pipe.loading.fresh import fresh_views
 from cae2pipe.loading.loader import block_refs
+from cae2pipe.loading.store_units import StoreUnits
 from cae2pipe.targets.cache import BlockCache
+from cae2pipe.targets.paths import of_store
 from cae2pipe.targets.target_set import TargetSet
 
 
 def chosen_stores(targets: TargetSet, settings: PretrainSettings) -> list[str]:
     """Names of the stores to train on: all, or those of the first views."""
     views = settings.data.views or targets.views
-    return sorted(name for name, unit in targets.stores.items() if unit["view"] < views)
+    return sorted(name for name in targets.stores if of_store(name).view < views)
 
 
 def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, *, drop_columns: int) -> Plan:
@@ -27,7 +29,7 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
     arrays = targets.layout.loaded_latents() if latents else ()
     return Plan(
         root=targets.root,
-        units={name: targets.stores[name] for name in stores},
+        units=StoreUnits(targets, stores),
         blocks=block_refs(targets, stores),
         layout=targets.layout,
         size=targets.view_size,

@@ -15,10 +15,12 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.loading.batches import Batch, Plan, without_padding
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.loader import block_refs, load_parts
+from cae2pipe.loading.store_units import StoreUnits
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.targets.cache import BlockCache
+from cae2pipe.targets.paths import of_store
 from cae2pipe.targets.target_set import TargetSet
 
 STREAMS = 16
@@ -210,9 +212,10 @@ def batch_plan(
             where=str(targets.root),
             fix=f"use 1 to {targets.views}, or None for all",
         )
-    names = [name for name, unit in targets.stores.items() if unit["view"] < (views or targets.views)]
+    most = views or targets.views
+    names = [name for name in targets.stores if of_store(name).view < most]
     blocks = block_refs(targets, names)
-    samples, batch = sum(block.samples for block in blocks), batch_size * ranks
+    samples, batch = blocks.total, batch_size * ranks
     # A remainder that does not reach all ranks would give some of them one batch more than the others.
     drop = drop_last or samples % batch < ranks
     if samples < (batch if drop else ranks):
@@ -224,7 +227,7 @@ def batch_plan(
     arrays = targets.layout.loaded_latents()
     return Plan(
         root=targets.root,
-        units={name: targets.stores[name] for name in names},
+        units=StoreUnits(targets, names),
         blocks=blocks,
         layout=targets.layout,
         size=targets.view_size,

@@ -8,10 +8,12 @@ noticed file by file.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Sequence
-from typing import Any
+
+from pydantic_core import from_json
 
 from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.atomic import write_bytes
@@ -20,7 +22,6 @@ from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.errors import DamageError, MismatchError
 from cae2pipe.shards.entries import Entry, Source
-from cae2pipe.shards.name_lists import text_lines
 
 PREFIX = "listing-"
 """Units of listings: ``listing-000``, ``listing-001``, ... Their files have the same names, with the suffix
@@ -83,10 +84,11 @@ def read_listing(artifact: ShardsArtifact, name: str) -> list[tuple[str, int]] |
         data = read_bytes(artifact.root / _file(name))
         if sha256_bytes(data) != artifact.units[name]["files"][_file(name)]["sha256"]:
             return None
-        rows: list[Any] = [json.loads(line) for line in text_lines(gzip.decompress(data).decode("utf-8"))]
+        # Line by line: a listing may have a hundred million.
+        with gzip.open(io.BytesIO(data)) as lines:
+            return [(path, size) for path, size in map(from_json, lines)]
     except (FileNotFoundError, OSError, EOFError, zlib.error, ValueError):
         return None
-    return [(path, size) for path, size in rows]
 
 
 def _same(left: dict[str, Entry], path: str, size: int, *, source: Source, artifact: ShardsArtifact) -> Entry:

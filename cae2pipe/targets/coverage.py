@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cae2pipe.targets.paths import store_name
+from cae2pipe.targets.paths import is_store, of_store, store_name
 from cae2pipe.targets.target_set import TargetSet
 
 ABSENT, PRESENT, DAMAGED = 0, 1, 2
@@ -45,22 +45,22 @@ def coverage(targets: TargetSet, shards: Sequence[str] = ()) -> Coverage:
     """The coverage of a set. ``shards``: names of its shard set's shards, if available."""
     # Sets of older versions do not record this.
     wanted = targets.artifact.facts.get("wanted", {"views": 0, "shards": 0})
-    units = {name: unit for name, unit in targets.artifact.units.items() if "view" in unit}
-    views = max(wanted["views"], *(unit["view"] + 1 for unit in units.values()))
-    names = sorted({*shards, *(unit["shard"] for unit in units.values())})
+    stores = {name: of_store(name) for name in targets.artifact.units if is_store(name)}
+    views = max(wanted["views"], *(store.view + 1 for store in stores.values()))
+    names = sorted({*shards, *(store.shard for store in stores.values())})
     names += [""] * (wanted["shards"] - len(names))
     column = {name: index for index, name in enumerate(names)}
     cells = np.full((views, len(names)), ABSENT, dtype=np.uint8)
-    for name, unit in units.items():
-        cells[unit["view"], column[unit["shard"]]] = PRESENT if name in targets.stores else DAMAGED
+    for name, (view, shard) in stores.items():
+        cells[view, column[shard]] = PRESENT if name in targets.stores else DAMAGED
     return Coverage(names, cells)
 
 
 def one_store_a_shard(targets: TargetSet) -> list[str]:
     """The first stored view of every shard, sorted by shard."""
     first: dict[str, str] = {}
-    for name, unit in sorted(targets.stores.items()):
-        first.setdefault(unit["shard"], name)
+    for name in sorted(targets.stores):
+        first.setdefault(of_store(name).shard, name)
     return [first[shard] for shard in sorted(first)]
 
 

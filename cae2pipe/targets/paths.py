@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 CODEC = "codec"
 """The unit of the calibration."""
 CODEC_FOLDER = "codec.zarr"
@@ -16,6 +18,24 @@ IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER = "images", "views", "latents"
 def store_name(view: int, shard: str) -> str:
     """The unit of a view of a shard: ``v00/000123``."""
     return f"v{view:02d}/{shard}"
+
+
+class StoreName(NamedTuple):
+    """What a store's name says."""
+
+    view: int
+    shard: str
+
+
+def is_store(unit: str) -> bool:
+    """Whether this is the name of a store, and not of another unit."""
+    return unit.startswith("v")
+
+
+def of_store(name: str) -> StoreName:
+    """View and shard of a store, from its name in a manifest, which is that of its content."""
+    view, shard = name.split("/")
+    return StoreName(int(view[1:]), shard)
 
 
 def store_path(view: int, shard: str) -> str:

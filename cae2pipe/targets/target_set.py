@@ -12,6 +12,7 @@ OUT/shards/                          the shard set, if extract-targets was given
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
-from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, StoreUnit
+from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity
 from cae2pipe.artifacts.manifest_values import CodecName, GroupEntry, TeacherEntry
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import build_recorded
@@ -33,10 +34,11 @@ from cae2pipe.images.kept import view_pixels
 from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
-from cae2pipe.targets.paths import CODEC, images_name
+from cae2pipe.targets.paths import CODEC, images_name, of_store
 from cae2pipe.targets.store import REMEDY, StoredBlock, StoreReader
 from cae2pipe.targets.store_layout import PATCHES, StoreLayout
 from cae2pipe.targets.stored_calibration import read_calibration
+from cae2pipe.targets.stores import Stores
 
 
 def recorded_view(settings: SettingsIdentity) -> ViewSettings:
@@ -117,7 +119,7 @@ class TargetSet(Sequence[Target]):
     ):
         self.root = root = to_path(root)
         self.arrays = arrays
-        self.artifact = TargetsArtifact.open(root)
+        self.artifact, whole = TargetsArtifact.open_whole(root)
         self.stores = stores_of(self.artifact)
         if CODEC not in self.artifact.units or not self.stores:
             raise ManifestError(
@@ -127,15 +129,18 @@ class TargetSet(Sequence[Target]):
             )
         self.calibration = read_calibration(self.artifact)
         self.damage: list[DamageError] = []
-        for name in sorted(self.artifact.units.keys() - self.artifact.whole()):
+        for name in sorted(self.artifact.units.keys() - whole):
             for problem in check_files(self.artifact, [name], digests=False):
                 self.damage.append(DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root)))
                 if damaged == "refuse" or name == CODEC:
                     raise self.damage[-1]
         if self.damage:
             lost = {problem.where for problem in self.damage}
-            files = {name: [str(root / path) for path in unit["files"]] for name, unit in self.stores.items()}
-            self.stores = {name: unit for name, unit in self.stores.items() if lost.isdisjoint(files[name])}
+            self.stores = self.stores.only(
+                name
+                for name, unit in self.stores.items()
+                if lost.isdisjoint(str(root / path) for path in unit["files"])
+            )
             if not self.stores:
                 raise self.damage[0]
         teacher = self.artifact.facts["teacher"]
@@ -147,7 +152,6 @@ class TargetSet(Sequence[Target]):
         self.classes = self.artifact.facts["classes"]
         self.layout = make_layout(self.artifact.facts["groups"][PATCHES], self.calibration)
         self._names = sorted(self.stores)
-        self._ends = np.cumsum([self.stores[name]["samples"] for name in self._names])
         self._kept: tuple[tuple[str, int], list[Target]] | None = None
 
     def __fspath__(self) -> str:
@@ -157,6 +161,10 @@ class TargetSet(Sequence[Target]):
         tokens = f"{self.teacher.tokens} x {self.teacher.dim} tokens of {self.teacher.name}"
         codec = f"{self.layout.codec.name}, mean cosine {self.fidelity()['mean']:.4f}"
         return f"TargetSet({str(self.root)!r}: {len(self)} views of {self.images} images, {tokens}, {codec})"
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([self.stores.samples[name] for name in self._names])
 
     def __len__(self) -> int:
         """Number of stored views."""
@@ -229,20 +237,19 @@ class TargetSet(Sequence[Target]):
     @property
     def views(self) -> int:
         """Views of the shard that has most."""
-        last: int = max(unit["view"] for unit in self.stores.values())
-        return last + 1
+        return max(of_store(name).view for name in self.stores) + 1
 
     @property
     def images(self) -> int:
         """Distinct images, over all shards."""
-        return sum({unit["shard"]: unit["samples"] for unit in self.stores.values()}.values())
+        return sum({of_store(name).shard: samples for name, samples in self.stores.samples.items()}.values())
 
     def reader(self, name: str) -> StoreReader:
         return StoreReader(self.root, self.stores[name], self.layout)
 
     def fidelity(self) -> dict[str, float]:
         """Fidelity of the stored views: means over stores, weighted by samples."""
-        weights = np.array([unit["samples"] for unit in self.stores.values()], dtype=float)
+        weights = np.array(list(self.stores.samples.values()), dtype=float)
         return {
             name: round(
                 float(np.average([unit["fidelity"][name] for unit in self.stores.values()], weights=weights)), 7
@@ -260,27 +267,21 @@ class TargetSet(Sequence[Target]):
         return {**mean, "fp16": float(2 * self.teacher.tokens * (self.teacher.dim + 1))}
 
 
-def stores_of(artifact: TargetsArtifact) -> dict[str, StoreUnit]:
-    """The stores of a set by name. A replayed view's files are its latents and the images that it is cut from.
+def stores_of(artifact: TargetsArtifact) -> Stores:
+    """The stores of a set by name.
 
     Raises:
         ManifestError: the manifest lists a view but not its images.
     """
     replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
-    stores = {}
-    for name, unit in artifact.units.items():
-        if "view" not in unit:
-            continue
-        if replayed:
-            images = artifact.units.get(images_name(unit["shard"]))
-            if images is None:
-                raise ManifestError(
-                    f"the manifest lists view {name}, but not the images that it is cut from",
-                    where=artifact.root,
-                    fix="restore manifest.json from a copy, or make the set again",
-                )
-            unit = {**unit, "files": {**unit["files"], **images["files"]}}
-        stores[name] = unit
+    stores = Stores.all_of(artifact, replayed=replayed)
+    for name in stores if replayed else ():
+        if images_name(of_store(name).shard) not in artifact.units:
+            raise ManifestError(
+                f"the manifest lists view {name}, but not the images that it is cut from",
+                where=artifact.root,
+                fix="restore manifest.json from a copy, or make the set again",
+            )
     return stores
 
 

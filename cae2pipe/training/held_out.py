@@ -54,7 +54,7 @@ def held_out_plan(
     chosen = sorted({number * len(plan.blocks) // blocks for number in range(blocks)})
     return replace(
         plan,
-        blocks=[plan.blocks[index] for index in chosen],
+        blocks=plan.blocks.take(chosen),
         epochs=max(1, min(plan.epochs, blocks // len(plan.blocks))),
     )
 

@@ -108,7 +108,7 @@ def test_whoever_makes_the_digests_fit_gets_no_path_past_the_door(manifest: Any)
                 assert ".." not in file
                 assert entry["bytes"] >= 0
             assert unit.get("tar", "") in ("", *unit["files"], f"images/{unit.get('shard')}.tar")
-        json.dumps(found, allow_nan=False)
+        json.dumps({**found, "units": dict(found["units"])}, allow_nan=False)
     assert refused > 60
 
 
