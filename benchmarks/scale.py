@@ -86,7 +86,7 @@ def measure_set(real: Path, root: Path, name: str, shards: int, views: int, roun
     rows.append(row(name, "main process: opening the set, making the plan", opened, opened["s"], mb=opened["mb"]))
     rows.append(row(name, "pickling the plan for a worker", opened, opened["pickle_s"], file=opened["plan_mb"] * 1e6))
     own = repeated(rounds, "worker", root=str(root))
-    rows.append(row(name, "worker: its plan, and its streams' first windows", own, own["s"], mb=own["mb"]))
+    rows.append(row(name, "worker: its plan, and its streams' first samples", own, own["s"], mb=own["mb"]))
     shutil.rmtree(root)
     return [{**each, "units": made["units"]} for each in rows]
 
@@ -152,7 +152,7 @@ def main() -> None:
         listed = listing_rows(scratch, LISTED, images)
     rows = [each for rows in sets for each in rows]
     rows += extrapolated(name, shards * (views + 1) + 1, *sets)
-    what = "worker: its streams' first windows"
+    what = "worker: its streams' first samples"
     rows.append(row(name, what, order, order["s"], mb=order["mb"], file=order["list_mb"] * 1e6))
     per_entry = entries["add_s"] / ENTRIES * 1e3
     rows.append({"size": "a store", "what": "writing its journal entry, ms", "s": figures([per_entry], 2)})

@@ -24,7 +24,7 @@ from cae2pipe.artifacts.manifest_kinds import TargetsUnit
 from cae2pipe.config.base import load
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Plan
-from cae2pipe.loading.order import BlockList, rank_streams, stream_pieces, windows, worker_streams
+from cae2pipe.loading.order import BlockList, rank_streams, stream_pieces, worker_streams
 from cae2pipe.loading.plan import make_plan
 from cae2pipe.shards.entries import Entry, Source
 from cae2pipe.shards.listing import with_listings
@@ -132,26 +132,26 @@ def main_process(root: str) -> dict[str, Any]:
 
 
 def worker(root: str) -> dict[str, Any]:
-    """A worker's plan, and the first windows of its streams."""
+    """A worker's plan, and the first samples of its streams."""
     plan: Plan = pickle.loads(Path(root, PLAN).read_bytes())
     assert len(plan.units) > 0
-    assert first_windows(plan.blocks) > 0
+    assert first_samples(plan.blocks) > 0
     return {}
 
 
-def first_windows(blocks: BlockList) -> int:
-    """Samples of the first window of each stream of one of 16 workers."""
+def first_samples(blocks: BlockList) -> int:
+    """How many samples of the streams of one of 16 workers are ordered first."""
     own = worker_streams(rank_streams(STREAMS, 1, 0), WORKERS, 0)
     pieces = {stream: stream_pieces(blocks, 0, 0, streams=STREAMS, wanted=[stream])[stream] for stream in own}
-    first = [next(windows(pieces[stream], WINDOW, 0, epoch=0, stream=stream)) for stream in own]
-    return sum(len(window.order) for window in first)
+    first = [next(shuffled(pieces[stream].sizes(), WINDOW, 0, epoch=0, stream=stream)) for stream in own]
+    return sum(len(numbers) for numbers, _ in first)
 
 
 def order(shards: int, samples: int, views: int) -> dict[str, Any]:
     """What a worker does at the start of an epoch, for a list of blocks that came from no manifest."""
     names = [f"{number:06d}" for number in range(shards)]
     blocks = BlockList(dict.fromkeys(names, samples), dict.fromkeys(names, tuple(range(views))))
-    assert first_windows(blocks) > 0
+    assert first_samples(blocks) > 0
     return {"blocks": len(blocks), "list_mb": len(pickle.dumps(blocks)) / 1e6}
 
 

@@ -6,8 +6,7 @@ integers, so little data is copied to the device; normalisation and decoding of 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.kept import view_pixels
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.loading.fresh import FreshViews
-from cae2pipe.loading.order import BlockList, BlockSlice, real_samples, steps_per_epoch, stream_pieces, windows
+from cae2pipe.loading.order import BlockList, real_samples, steps_per_epoch
+from cae2pipe.loading.stream import Item, Piece, StreamSource
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.codecs import as_tensors
-from cae2pipe.targets.paths import store_name
 from cae2pipe.targets.planes import SPARES, same_width
-from cae2pipe.targets.store import StoreReader
 from cae2pipe.targets.store_layout import StoreLayout
 
 
@@ -126,72 +124,17 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Samples of one view of a block: keys, labels, JPEG bytes, draws (none for fresh views), and arrays as loaded."""
-
-    view: int
-    keys: list[str]
-    labels: list[int]
-    images: list[bytes]
-    draws: Sequence[np.ndarray] | np.ndarray
-    arrays: dict[str, np.ndarray]
-
-
-Item = tuple[Piece, int]
-"""A sample: its piece, and its position there."""
-
-
-class StreamSource:
-    """Yields the samples of one stream, epoch by epoch."""
-
-    def __init__(self, plan: Plan, stream: int):
-        self.plan = plan
-        self.stream = stream
-        # A reader holds its store's index, keys and member offsets: about 0.2 MB.
-        self._reader = functools.lru_cache(maxsize=64)(
-            lambda name: StoreReader(plan.root, plan.units[name], plan.layout, cache=plan.cache)
-        )
-
-    def samples(self, epoch: int, skip: int) -> Iterator[Item]:
-        """The epoch's samples after the first ``skip``. Skipped windows are not read."""
-        plan = self.plan
-        pieces = stream_pieces(plan.blocks, plan.seed, epoch, streams=plan.streams, wanted=[self.stream])[self.stream]
-        for window in windows(pieces, plan.window, plan.seed, epoch=epoch, stream=self.stream):
-            if skip >= len(window.order):
-                skip -= len(window.order)
-                continue
-            read = [self._read(piece) for piece in window.pieces]
-            ends = np.cumsum([len(piece.keys) for piece in read])
-            chosen = np.searchsorted(ends, window.order, side="right")
-            within = window.order - (ends - [len(piece.keys) for piece in read])[chosen]
-            for number, position in zip(chosen[skip:].tolist(), within[skip:].tolist(), strict=True):
-                yield read[number], position
-            skip = 0
-
-    def _read(self, piece: BlockSlice) -> Piece:
-        ref, own = self.plan.blocks[piece.index], slice(piece.low, piece.high)
-        if self.plan.fresh:
-            originals = self.plan.fresh.read(ref.shard, ref.block)[own]
-            keys, labels = [sample.key for sample in originals], [sample.label for sample in originals]
-            return Piece(piece.view, keys, labels, [sample.data for sample in originals], [], {})
-        names, axes = (*self.plan.arrays, *self.plan.guides), self.plan.layout.sample_axes()
-        block = self._reader(store_name(piece.view, ref.shard)).loaded_block(ref.block, names)
-        arrays = {name: block.arrays[name][(slice(None),) * axes[name] + (own,)] for name in names}
-        return Piece(
-            piece.view, block.keys[own], block.labels[own].tolist(), block.jpegs[own], block.draws[own], arrays
-        )
-
-
 def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
     """The parts from ``streams`` of all batches, from global step ``start`` to the end of the last epoch."""
-    sources = [StreamSource(plan, stream) for stream in streams]
-    for epoch in range(start // plan.steps, plan.epochs):
-        first = start % plan.steps if epoch == start // plan.steps else 0
-        iterators = [source.samples(epoch, first * plan.per_stream) for source in sources]
-        for step in range(first, plan.steps):
-            picked = [_take(iterator, plan.per_stream) for iterator in iterators]
+    first = start // plan.steps
+    skip = start % plan.steps * plan.per_stream
+    sources = [StreamSource(plan, stream, epoch=first, skip=skip) for stream in streams]
+    for epoch in range(first, plan.epochs):
+        for step in range(start % plan.steps if epoch == first else 0, plan.steps):
+            picked = [source.take(epoch, plan.per_stream) for source in sources]
             yield assemble(plan, epoch, epoch * plan.steps + step, streams=streams, picked=picked)
+        for source in sources:
+            source.end(epoch)
 
 
 def assemble(plan: Plan, epoch: int, step: int, *, streams: range, picked: list[list[Item | None]]) -> Batch:
@@ -336,7 +279,3 @@ def without_padding(batch: Batch, axes: Mapping[str, int]) -> Batch:
         views=[batch.views[row] for row in rows],
         labels=[batch.labels[row] for row in rows],
     )
-
-
-def _take(iterator: Iterator[Item], count: int) -> list[Item | None]:
-    return [next(iterator, None) for _ in range(count)]

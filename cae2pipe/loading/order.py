@@ -2,8 +2,8 @@
 
 The blocks of the set are permuted by (seed, epoch). In each epoch a block shows one view; in V epochs it shows each of
 its V views once. The permuted blocks form one sequence of samples, which is cut into S equal streams; if a cut is
-inside a block, two streams read it. A stream shuffles within windows of a few blocks and yields batch / S samples per
-step. A global batch is the concatenation over all streams, so it does not depend on which process serves which stream.
+inside a block, two streams read it. A stream yields batch / S samples per step, from a few neighbouring blocks at any
+time. A global batch is the concatenation over all streams, so it does not depend on which process serves which stream.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ from typing import Any, overload
 
 import numpy as np
 
-from cae2pipe.runtime.keyed import keyed_permutation
+from cae2pipe.runtime.keyed import keyed_permutation, keyed_uniforms
 from cae2pipe.targets.chunks import BLOCK
+
+ORDER = 2
+"""The version of the order, in the identity of every run. Version 1 shuffled within windows that ended together."""
+GROUP = 64
+"""Pieces whose random distances are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,6 @@ class BlockSlice:
     high: int
 
 
-@dataclass(frozen=True)
-class Window:
-    """Consecutive pieces of a stream and the order of their samples, int64 (samples,)."""
-
-    pieces: tuple[BlockSlice, ...]
-    order: np.ndarray
-
-
 def view_of(block: BlockRef, seed: int, epoch: int) -> int:
     """The view that a block shows in an epoch."""
     cycle, turn = divmod(epoch, len(block.views))
@@ -136,6 +133,11 @@ class Pieces(Sequence[BlockSlice]):
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def sizes(self) -> np.ndarray:
+        """Samples of every piece, int64 (pieces,)."""
+        sizes: np.ndarray = self._high - self._low
+        return sizes
 
     @overload
     def __getitem__(self, number: int) -> BlockSlice: ...
@@ -177,12 +179,36 @@ def stream_pieces(
     return result
 
 
-def windows(pieces: Sequence[BlockSlice], window: int, seed: int, *, epoch: int, stream: int) -> Iterator[Window]:
-    """A stream's pieces in windows of up to ``window`` of them, each shuffled by (seed, epoch, stream, number)."""
-    for number, start in enumerate(range(0, len(pieces), window)):
-        chosen = tuple(pieces[start : start + window])
-        count = sum(piece.high - piece.low for piece in chosen)
-        yield Window(chosen, keyed_permutation(count, "window", seed, epoch, stream, number))
+def shuffled(
+    sizes: np.ndarray, window: int, seed: int, *, epoch: int, stream: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The order of a stream's samples in an epoch, in runs: the number of each sample's piece, and its position there.
+
+    A sample's place is the start of its piece plus a random distance of up to ``window`` blocks. So samples of about
+    ``window`` consecutive pieces are mixed at any time, a new piece is needed each time that one ends, and no two
+    streams need theirs at the same time.
+
+    Args:
+        sizes: samples of each piece, int (pieces,).
+
+    Yields:
+        Two arrays, int64, of the same length.
+    """
+    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    places, numbers, positions = np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    for group, first in enumerate(range(0, len(sizes), GROUP)):
+        last = min(first + GROUP, len(sizes))
+        added = np.repeat(np.arange(first, last), sizes[first:last])
+        distances = keyed_uniforms(len(added), "order", seed, epoch, stream, group)
+        places = np.concatenate([places, starts[added] + distances * (window * BLOCK)])
+        numbers = np.concatenate([numbers, added])
+        positions = np.concatenate([positions, np.arange(starts[first], starts[last]) - starts[added]])
+        order = np.argsort(places, kind="stable")
+        # No sample of a later piece comes before that piece's start.
+        count = len(order) if last == len(sizes) else int(np.searchsorted(places[order], starts[last]))
+        given, kept = order[:count], order[count:]
+        yield numbers[given], positions[given]
+        places, numbers, positions = places[kept], numbers[kept], positions[kept]
 
 
 def steps_per_epoch(samples: int, batch: int, last_batch: str) -> int:

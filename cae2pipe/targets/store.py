@@ -99,23 +99,22 @@ class StoreReader:
             name: root / layout.path(unit["zarr"], name) / stored.data_path for name, stored in self._stored.items()
         }
         self._spans: dict[str, np.ndarray] = {}
-        self._records: Records | None = None
+        self._rows: np.ndarray | None = None
 
-    def records(self) -> Records:
-        """What the store says of all samples, in order.
+    def records(self, block: int | None = None) -> Records:
+        """What the store says of all samples, in order, or of those of a block.
 
         Raises:
             DamageError: the records are missing or changed.
         """
-        if self._records is None:
-            path = self.path / SAMPLES / "c" / "0" / "0"
-            try:
+        path = self.path / SAMPLES / "c" / "0" / "0"
+        try:
+            if self._rows is None:
                 data = read_bytes(path) if is_local(path) else self._read(path, 0, self._entry(path)["bytes"])
-                rows = decode_chunk(data, (self.samples, (len(data) - 4) // self.samples), "|u1", level=0)
-                self._records = unpack_records(rows)
-            except (ValueError, OSError) as error:
-                raise self._damage(error, str(path)) from None
-        return self._records
+                self._rows = decode_chunk(data, (self.samples, (len(data) - 4) // self.samples), "|u1", level=0)
+            return unpack_records(self._rows if block is None else self._rows[block * BLOCK : (block + 1) * BLOCK])
+        except (ValueError, OSError) as error:
+            raise self._damage(error, str(path)) from None
 
     def arrays(self, block: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """The group's arrays of one block, without its padding, as the codec made them. All of them by default.
@@ -148,20 +147,7 @@ class StoreReader:
         Raises:
             DamageError: the tar is missing or too short, or a JPEG's bytes have changed.
         """
-        members = self.records().members[block * BLOCK : (block + 1) * BLOCK]
-        start, end = int(members[0, 0]), int(members[-1, :2].sum())
-        try:
-            data = self._read(self.tar, start, end - start)
-        except (ChunkError, OSError) as error:
-            raise self._damage(error, f"{self.tar}, block {block}") from None
-        jpegs = []
-        for position, (offset, length, checksum) in enumerate(members.tolist()):
-            jpeg = data[offset - start : offset - start + length]
-            if google_crc32c.value(jpeg) != checksum:
-                key = self.records().keys[block * BLOCK + position]
-                raise self._damage(ChunkError("a JPEG's checksum does not match"), f"{self.tar}, key {key}")
-            jpegs.append(jpeg)
-        return jpegs
+        return self._jpegs(self.records(block), block)
 
     def block(self, block: int, names: Sequence[str] | None = None) -> StoredBlock:
         """Everything in one block; ``names`` selects arrays as in ``arrays``."""
@@ -172,8 +158,23 @@ class StoreReader:
         return self._block(block, self.loaded(block, names))
 
     def _block(self, block: int, arrays: dict[str, np.ndarray]) -> StoredBlock:
-        where, records = slice(block * BLOCK, (block + 1) * BLOCK), self.records()
-        return StoredBlock(records.keys[where], records.labels[where], self.jpegs(block), records.draws[where], arrays)
+        records = self.records(block)
+        return StoredBlock(records.keys, records.labels, self._jpegs(records, block), records.draws, arrays)
+
+    def _jpegs(self, records: Records, block: int) -> list[bytes]:
+        members = records.members
+        start, end = int(members[0, 0]), int(members[-1, :2].sum())
+        try:
+            data = self._read(self.tar, start, end - start)
+        except (ChunkError, OSError) as error:
+            raise self._damage(error, f"{self.tar}, block {block}") from None
+        jpegs = []
+        for key, (offset, length, checksum) in zip(records.keys, members.tolist(), strict=True):
+            jpeg = data[offset - start : offset - start + length]
+            if google_crc32c.value(jpeg) != checksum:
+                raise self._damage(ChunkError("a JPEG's checksum does not match"), f"{self.tar}, key {key}")
+            jpegs.append(jpeg)
+        return jpegs
 
     def _chunks(self, name: str, block: int) -> list[bytes]:
         """The chunks of a block in C order of the grid, by one read, since they are adjacent; absent ones are empty."""

@@ -29,7 +29,7 @@ def test_every_part_is_measured_and_the_rest_extrapolated(tmp_path, monkeypatch)
     assert [row["units"] for row in writing] == [1 + 2 * 3, 1 + 4 * 3, 1 + 8 * 3]
     assert [row.get("extrapolated", False) for row in writing] == [False, False, True]
     assert 0 < writing[0]["file_mb"] < writing[1]["file_mb"]
-    assert ("larger", "worker: its streams' first windows") in rows
+    assert ("larger", "worker: its streams' first samples") in rows
     assert [check["goal"] for check in result["checks"]] == ["<= 3", "<= 500", "<= 50"]
 
 

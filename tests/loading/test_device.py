@@ -61,7 +61,11 @@ def test_a_view_of_another_size_is_damage_and_named(plans, place):
 @pytest.mark.parametrize("place", ["workers", "device"])
 def test_an_image_of_another_size_than_its_draws_is_damage_and_named(plans, place, monkeypatch):
     real = StoreReader.records
-    shifted = lambda reader: replace(real(reader), draws=real(reader).draws + np.eye(11)[10])  # noqa: E731
+
+    def shifted(reader, block):
+        records = real(reader, block)
+        return replace(records, draws=records.draws + np.eye(11)[10])
+
     monkeypatch.setattr(StoreReader, "records", shifted)
     with pytest.raises(DamageError, match="the view was drawn for an image of") as caught:
         given(plans[place])

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cae2pipe.loading.order import (
     BlockRef,
     rank_streams,
+    shuffled,
     steps_per_epoch,
     stream_pieces,
     view_of,
-    windows,
     worker_streams,
 )
 
@@ -24,12 +26,12 @@ blocks_strategy = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 4)), min
 
 def stream_samples(blocks, seed, epoch, streams, stream, window):
     """(block index, position in block) of a stream's samples, in order."""
-    given_out = []
     pieces = stream_pieces(blocks, seed, epoch, streams=streams, wanted=[stream])[stream]
-    for chunk in windows(pieces, window, seed, epoch=epoch, stream=stream):
-        pool = [(piece.index, i) for piece in chunk.pieces for i in range(piece.low, piece.high)]
-        given_out += [pool[i] for i in chunk.order]
-    return given_out
+    return [
+        (pieces[number].index, pieces[number].low + position)
+        for run in shuffled(pieces.sizes(), window, seed, epoch=epoch, stream=stream)
+        for number, position in zip(*map(np.ndarray.tolist, run), strict=True)
+    ]
 
 
 @settings(deadline=None, max_examples=60)
@@ -114,5 +116,33 @@ def test_golden_order():
     pieces = stream_pieces(blocks, 7, 2, streams=2, wanted=[0])[0]
     assert [(p.index, p.view, p.low, p.high) for p in pieces] == GOLDEN
 
+    given_out = list(shuffled(pieces.sizes(), 2, 7, epoch=2, stream=0))
+    assert [run[0][60:68].tolist() for run in given_out] == [GOLDEN_NUMBERS]
+    assert [run[1][60:68].tolist() for run in given_out] == [GOLDEN_POSITIONS]
+
 
 GOLDEN = [(5, 0, 0, 64), (0, 1, 0, 64), (3, 0, 0, 64)]
+GOLDEN_NUMBERS = [1, 0, 1, 1, 0, 1, 1, 1]
+GOLDEN_POSITIONS = [41, 29, 63, 22, 17, 57, 31, 2]
+
+
+@pytest.mark.parametrize("window", [1, 4, 9])
+@pytest.mark.parametrize("pieces", [1, 63, 64, 65, 300])
+def test_few_pieces_are_mixed_at_a_time(window, pieces):
+    sizes = np.full(pieces, 64)
+    sizes[[0, -1]] = 17
+    numbers = np.concatenate([run[0] for run in shuffled(sizes, window, 0, epoch=0, stream=0)])
+    assert np.array_equal(np.bincount(numbers), sizes)
+    first = np.array([np.flatnonzero(numbers == each)[0] for each in range(pieces)])
+    last = np.array([np.flatnonzero(numbers == each)[-1] for each in range(pieces)])
+    alive = [int(((first <= at) & (at <= last)).sum()) for at in range(0, len(numbers), 16)]
+    assert max(alive) <= window + 1
+    # A piece is needed half a window before the end of those in front of it at the earliest.
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    assert (starts - first).max() <= 64 * (window - 1) / 2 + 32
+
+
+def test_neighbours_in_a_block_are_far_apart_when_given():
+    numbers = np.concatenate([run[0] for run in shuffled(np.full(100, 64), 4, 0, epoch=0, stream=0)])
+    same = (numbers[1:] == numbers[:-1]).mean()
+    assert 0.2 < same < 0.3, "as if drawn from four blocks"
