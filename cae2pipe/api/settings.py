@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cae2pipe.artifacts.arguments import checked
 from cae2pipe.config.base import Settings, build, load, merge, preset_names
 from cae2pipe.config.stages import check_stage, settings_class
 from cae2pipe.errors import SettingsError
@@ -17,6 +18,7 @@ Overrides = Mapping[str, Any] | Sequence[str] | None
 the command line."""
 
 
+@checked
 def presets(stage: str) -> list[str]:
     """Names of the presets of a stage: shard, extract, pretrain, evaluate or compare.
 
@@ -27,6 +29,7 @@ def presets(stage: str) -> list[str]:
     return preset_names(stage)
 
 
+@checked
 def settings(stage: str, config: str | Path, overrides: Overrides = None) -> Settings:
     """The resolved settings of a preset or a YAML file. Every function of this package takes them as ``config``.
 

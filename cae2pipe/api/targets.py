@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.api.path_lists import optional_path
 from cae2pipe.api.settings import Overrides, given, resolve, section
 from cae2pipe.api.telling import Progress, reporting
+from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.config.base import Settings, build
@@ -19,6 +21,7 @@ from cae2pipe.stages.shard import shard_images
 from cae2pipe.targets.target_set import TargetSet
 
 
+@checked
 def shard(
     source: str | Path,
     out: str | Path,
@@ -54,7 +57,7 @@ def shard(
             to_path(out),
             settings,
             report=report,
-            labels=None if labels is None else to_path(labels),
+            labels=optional_path(labels),
             expected=expect,
         )
 
@@ -78,6 +81,7 @@ def extract_settings(
     return resolve(ExtractSettings, "extract", config, overrides=overrides, values=values)
 
 
+@checked
 def extract_targets(
     source: str | Path,
     out: str | Path,
@@ -125,6 +129,7 @@ def extract_targets(
     return TargetSet(made.root) if any("view" in unit for unit in made.units.values()) else None
 
 
+@checked
 def estimate_targets(
     source: str | Path,
     *,
@@ -152,6 +157,7 @@ def estimate_targets(
         return estimate(to_path(source), settings, report, epochs=epochs)
 
 
+@checked
 def recode(
     source: str | Path,
     out: str | Path,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cae2pipe.commands import data, evaluation, folders, presets, training
-from cae2pipe.commands.shared import console, exits, folder
+from cae2pipe.commands.shared import console, exits, local_folder
 from cae2pipe.version import __version__
 
 
@@ -81,7 +81,10 @@ def _root(
 @app.command(epilog=example("demo demo"))
 def demo(
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="Output folder (created, or resumed if it exists).", parser=folder)
+        Path,
+        typer.Argument(
+            metavar="[OUT]", help="Output folder, not a URL (created, or resumed if it exists).", parser=local_folder
+        ),
     ] = Path("demo"),
     teacher: Annotated[str, typer.Option(help="Teacher preset.")] = "lite0",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",

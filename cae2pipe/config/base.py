@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from cae2pipe.artifacts.json_files import read_document
+from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.config.yaml_core import read_yaml
 from cae2pipe.errors import SettingsError
 
@@ -146,7 +147,7 @@ def read_preset(stage: str, name: str, below: tuple[str, ...] = ()) -> dict[str,
     if name in below:
         chain = " -> ".join((*below, name))
         raise SettingsError(f"settings extend each other in a circle: {chain}", where=name, fix="correct `extends`")
-    path = Path(name)
+    path = to_local_path(name)
     is_path = path.suffix in (".yaml", ".yml") or "/" in name
     if not is_path:
         path = package_folder("configs") / stage / f"{name}.yaml"

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
 
 from cae2pipe.runtime.foreign_names import visible
 
@@ -22,6 +22,7 @@ ADVANCES = 8
 """Number of the latest advances that the rate covers at least, where they are rarer."""
 
 
+@runtime_checkable
 class Report(Protocol):
     """What stages report to."""
 
