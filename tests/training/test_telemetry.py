@@ -10,7 +10,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
-from cae2pipe.training.telemetry import MACHINE_METRICS, make_tracker, wandb_id
+from cae2pipe.training.telemetry import MACHINE_METRICS, wandb_id
 
 
 class Watching(Silent):
@@ -116,11 +116,14 @@ def test_an_id_of_wandb_that_is_none(tmp_path):
         wandb_id(tmp_path / "id.txt")
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path, pretrain_settings, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_before_the_run_is_begun(
+    tmp_path, target_root, pretrain_settings, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SettingsError, match="wandb is not installed") as caught:
-        make_tracker("wandb", tmp_path, pretrain_settings(), start=0)
+        pretrain(target_root, tmp_path / "run", pretrain_settings(track=["wandb"]), report=Silent())
     assert "pip install wandb" in caught.value.fix
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_is_told_when_the_next_has_begun_where_work_runs_ahead(
