@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae2pipe.artifacts.artifact import RunArtifact
+from cae2pipe.artifacts.artifact import RunArtifact, is_artifact
 from cae2pipe.artifacts.atomic import write_bytes
+from cae2pipe.artifacts.storage import file_size, is_local
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.comparison.scores import read_scores
@@ -54,17 +55,31 @@ def report_runs(
 
     Raises:
         ManifestError: a folder is not a run, or ``targets`` is not a target set. SettingsError: a run is given twice.
-        SourceError: a folder of scores does not exist. BadInputError: ``out`` is a file.
+        SourceError: a folder of scores does not exist. BadInputError: as ``check_output``.
     """
     resolved = [run.resolve() for run in runs]
     if len(set(resolved)) < len(resolved):
         raise SettingsError("a run is given twice", where=", ".join(map(str, runs)), fix="give each run once")
-    if out.is_file():
-        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
+    check_output(out)
     comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
     write_report(comparison, targets, out, report=report, device=pick_device(device))
     return comparison
+
+
+def check_output(out: Path) -> None:
+    """Raise BadInputError if ``out`` is a file, or is or is inside a folder that another command made."""
+    if file_size(out) is not None:
+        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
+    own = out.resolve() if is_local(out) else out
+    # The last parent of a URL is no folder, or a bucket.
+    for folder in (own, *(own.parents if is_local(own) else list(own.parents)[:-1])):
+        if is_artifact(folder):
+            raise BadInputError(
+                "a report cannot be written into a run, a target set or another folder with a manifest.json",
+                where=out if folder == own else f"{out}, which is inside {folder}",
+                fix="use another folder: --out FOLDER",
+            )
 
 
 def write_report(

@@ -9,6 +9,7 @@ from cae2pipe.api.path_lists import Paths, local_paths, optional_local, optional
 from cae2pipe.api.settings import Overrides, given, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
+from cae2pipe.artifacts.artifact import is_artifact
 from cae2pipe.artifacts.storage import to_local_path, to_path
 from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.comparison.rows import Comparison
@@ -123,6 +124,13 @@ def report(
     folders = local_paths(runs)
     if not folders:
         raise SettingsError("no run is given", where="runs", fix="give at least one run of pretrain")
+    for folder in folders:
+        if is_artifact(folder, "targets"):
+            raise SettingsError(
+                "this is a target set, not a run",
+                where=folder,
+                fix="call report_targets for a page about it, or report(runs, targets=...) for pictures from it",
+            )
     with reporting(progress, "report") as told:
         comparison = report_runs(
             folders,
@@ -157,9 +165,12 @@ def report_targets(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
+    root = to_path(targets)
+    if is_artifact(root, "run"):
+        raise SettingsError("this is a run, not a target set", where=root, fix="call report for a page about it")
     with reporting(progress, "report") as told:
         return run_report_targets(
-            to_path(targets),
+            root,
             to_path(out),
             report=told,
             source=optional_path(source),

@@ -12,9 +12,9 @@ from cae2pipe.commands.shared import console, exits, local_folder
 from cae2pipe.version import __version__
 
 
-def example(arguments: str) -> str:
-    """The last line of a command's help."""
-    return f"Example: cae2pipe {arguments}"
+def example(*arguments: str) -> str:
+    """The last lines of a command's help, one for each example."""
+    return "\n\n".join(f"Example: cae2pipe {each}" for each in arguments)
 
 
 app = typer.Typer(
@@ -39,7 +39,9 @@ app.command(epilog=example("pretrain targets runs/base --config base"))(training
 app.command(epilog=example("replay runs/base/failures/step-00012345.pt"))(training.replay)
 app.command(epilog=example("export runs/base exported --format timm"))(training.export)
 app.command(epilog=example("compare table2 targets imagenet compared"))(training.compare)
-app.command(epilog=example("report runs/base runs/mvp --scores scores --targets targets"))(training.report)
+app.command(
+    epilog=example("report runs/base runs/mvp --scores scores --targets targets", "report targets --source shards")
+)(training.report)
 evaluate_app.command("knn", epilog=example("evaluate knn runs/base imagenet scores/base"))(evaluation.evaluate_knn)
 evaluate_app.command("linear", epilog=example("evaluate linear runs/base imagenet scores/base"))(
     evaluation.evaluate_linear

@@ -70,8 +70,7 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
 
     Raises:
         Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is
-            raised
-        before the first item is yielded; or a stop was requested while waiting for an item.
+            raised before the first item is yielded; or a stop was requested while waiting for an item.
     """
     if workers == 0:
         yield from _share(source, 0, 1)
