@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cae2pipe.api.path_lists import Paths, encoder_name, local_paths
-from cae2pipe.api.settings import Overrides, given, resolve, section
+from cae2pipe.api.settings import Overrides, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.artifact import RunArtifact
@@ -121,14 +121,17 @@ def pretrain(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    values = {
-        **given(epochs=epochs),
-        **({"targets": "online"} if online else {}),
-        **section("mask", repeat=repeat_masks),
-        **section("probe", images=probe, targets=probe_targets, every=every),
-        **section("speed", workers=workers, device=device),
+    arguments = {
+        "epochs": epochs,
+        "targets": "online" if online else None,
+        "mask.repeat": repeat_masks,
+        "probe.images": probe,
+        "probe.targets": probe_targets,
+        "probe.every": every,
+        "speed.workers": workers,
+        "speed.device": device,
     }
-    settings = resolve(PretrainSettings, "pretrain", config, overrides=overrides, values=values)
+    settings = resolve(PretrainSettings, "pretrain", config, overrides=overrides, arguments=arguments)
     if every is not None and not settings.probe.on:
         raise SettingsError(
             f"an interval of {every} epochs is given, but nothing to measure",

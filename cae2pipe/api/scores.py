@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cae2pipe.api.path_lists import encoder_name
-from cae2pipe.api.settings import Overrides, resolve, section
+from cae2pipe.api.settings import Overrides, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.storage import to_local_path
@@ -87,8 +87,8 @@ def evaluate(
     known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
     if evaluation not in known:
         raise SettingsError(f"there is no evaluation {evaluation!r}", fix=f"use one of {', '.join(known)}")
-    values = section("speed", workers=workers, device=device)
-    settings = resolve(known[evaluation], "evaluate", config or evaluation, overrides=overrides, values=values)
+    arguments = {"speed.workers": workers, "speed.device": device}
+    settings = resolve(known[evaluation], "evaluate", config or evaluation, overrides=overrides, arguments=arguments)
     encoder, data = encoder_name(encoder), to_local_path(data)
     folder = to_local_path(out, output=True)
     with reporting(progress, f"evaluate {evaluation}") as report:

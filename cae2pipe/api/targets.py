@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cae2pipe.api.path_lists import optional_path
-from cae2pipe.api.settings import Overrides, given, resolve, section
+from cae2pipe.api.settings import Overrides, given, option, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.storage import to_path
@@ -50,7 +50,8 @@ def shard(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    settings = resolve(ShardSettings, "shard", config, overrides=overrides, values=section("speed", workers=workers))
+    arguments = {"speed.workers": workers}
+    settings = resolve(ShardSettings, "shard", config, overrides=overrides, arguments=arguments)
     with reporting(progress, "shard") as report:
         return shard_images(
             to_path(source),
@@ -73,12 +74,14 @@ def extract_settings(
     device: str | None,
 ) -> ExtractSettings:
     """The settings of an extraction."""
-    values = {
-        **given(views=views),
-        **section("codec", name=codec, fidelity=fidelity),
-        **section("speed", workers=workers, device=device),
+    arguments = {
+        "views": views,
+        "codec.name": codec,
+        "codec.fidelity": fidelity,
+        "speed.workers": workers,
+        "speed.device": device,
     }
-    return resolve(ExtractSettings, "extract", config, overrides=overrides, values=values)
+    return resolve(ExtractSettings, "extract", config, overrides=overrides, arguments=arguments)
 
 
 @checked
@@ -181,7 +184,9 @@ def recode(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    settings = build(CodecSettings, given(name=codec, fidelity=fidelity), "recode")
+    values = given(name=codec, fidelity=fidelity)
+    options = {"name": option("codec.name"), "fidelity": option("codec.fidelity")}
+    settings = build(CodecSettings, values, "recode", options=options)
     with reporting(progress, "recode") as report:
         made = run_recode(
             to_path(source), to_path(out), settings, report=report, lossy_source=lossy_source, workers=workers

@@ -308,7 +308,6 @@ def test_a_folder_of_no_kind_that_has_a_report(folder, said, target_root, tmp_pa
 
 def test_the_help_has_an_example_of_each_kind():
     shown = CliRunner().invoke(app, ["report", "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).output
-    lines = [line.strip() for line in shown.rstrip().splitlines()]
-    assert all(line.startswith("Example: cae2pipe report ") for line in lines[-2:])
-    assert "report runs/base" in lines[-2]
-    assert "report targets" in lines[-1]
+    *_, runs, targets = [line.strip() for line in shown.splitlines() if line.strip()]
+    assert runs.startswith("Example: cae2pipe report runs/base ")
+    assert targets.startswith("Example: cae2pipe report targets ")
