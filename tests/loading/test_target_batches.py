@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -267,3 +268,13 @@ def test_the_example_learns(tmp_path, monkeypatch, capsys, target_root):
 def test_the_example_is_short():
     code = [line for line in EXAMPLE.read_text().split("def main")[1].splitlines() if line.strip()]
     assert len(code) <= 40
+
+
+def test_a_loop_that_is_open_when_the_script_ends_leaves_nothing_to_warn_of(target_root):
+    code = (
+        "import cae2pipe\nif __name__ == '__main__':\n"
+        f"    batches = iter(cae2pipe.TargetBatches({str(target_root)!r}, batch_size=32, workers=2))\n"
+        "    print(len(next(batches).keys))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("32\n", "")
