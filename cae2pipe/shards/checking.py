@@ -104,7 +104,7 @@ def checking(workers: int) -> Iterator[Check]:
     refuse_import_of_main()
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=prepare_worker)
-    workers: set[BaseProcess] = set()
+    processes: set[BaseProcess] = set()
     gave = False
 
     def checked(pieces: Iterable[FileSlice]) -> Iterator[Checked]:
@@ -116,10 +116,10 @@ def checking(workers: int) -> Iterator[Check]:
     try:
         with shielded():
             pool.submit(int)  # starts all of them
-            workers = set(multiprocessing.active_children()) - others
+            processes = set(multiprocessing.active_children()) - others
         yield checked
     except BrokenProcessPool:
-        raise worker_died(exit_code(workers), gave) from None
+        raise worker_died(exit_code(processes), gave) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
