@@ -159,6 +159,7 @@ class Wandb:
     def __init__(self, out: Path, settings: PretrainSettings, start: int):
         import wandb
 
+        self._start = start
         identity = wandb_id(out / "wandb-id.txt")
         self._run = wandb.init(
             project="cae2pipe",
@@ -172,8 +173,10 @@ class Wandb:
     def write(self, line: dict[str, Any], whole: bool = True) -> None:
         known = {name: value for name, value in line.items() if value is not None}
         # Otherwise a step would be held back until the next one, and lost if the run is killed. But wandb drops what
-        # comes for a step after its commit.
-        self._run.log(known, step=line["step"], commit=whole)
+        # comes for a step after its commit, or for one before those that it had when it resumed: a probe that an
+        # earlier process has not made goes with the first step.
+        late = line["step"] < self._start
+        self._run.log(known, step=max(line["step"], self._start), commit=whole and not late)
 
     def close(self) -> None:
         self._run.finish()
