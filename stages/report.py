@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae2pipe.artifacts.artifact import RunArtifact, is_artifact
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.storage import file_size, is_local
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.comparison.scores import read_scores
-from cae2pipe.errors import BadInputError, Cae2pipeError, SettingsError
+from cae2pipe.errors import Cae2pipeError, SettingsError
 from cae2pipe.reporting.comparison_page import comparison_html
 from cae2pipe.reporting.comparison_text import comparison_markdown
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_views
+from cae2pipe.reporting.output_folder import check_output
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.chunks import BLOCK
@@ -65,21 +65,6 @@ def report_runs(
     set_backends()
     write_report(comparison, targets, out, report=report, device=pick_device(device))
     return comparison
-
-
-def check_output(out: Path) -> None:
-    """Raise BadInputError if ``out`` is a file, or is or is inside a folder that another command made."""
-    if file_size(out) is not None:
-        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
-    own = out.resolve() if is_local(out) else out
-    # The last parent of a URL is no folder, or a bucket.
-    for folder in (own, *(own.parents if is_local(own) else list(own.parents)[:-1])):
-        if is_artifact(folder):
-            raise BadInputError(
-                "a report cannot be written into a run, a target set or another folder with a manifest.json",
-                where=out if folder == own else f"{out}, which is inside {folder}",
-                fix="use another folder: --out FOLDER",
-            )
 
 
 def write_report(

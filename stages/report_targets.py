@@ -17,6 +17,7 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.storage import file_size
 from cae2pipe.errors import BadInputError, DamageError, ImageError, ManifestError, MismatchError, SettingsError
 from cae2pipe.images.decode import decode_rgb
+from cae2pipe.reporting.output_folder import check_output
 from cae2pipe.reporting.target_set_page import TargetSetContents, target_set_html
 from cae2pipe.reporting.wording import counted
 from cae2pipe.runtime.device import pick_device, set_backends
@@ -24,7 +25,6 @@ from cae2pipe.runtime.keyed import keyed_permutation, keyed_uniforms
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
 from cae2pipe.shards.shard_set import ShardSet
-from cae2pipe.stages.report import check_output
 from cae2pipe.targets.auditing import choose, run_teacher_on
 from cae2pipe.targets.coverage import class_counts, coverage, one_store_a_shard
 from cae2pipe.targets.fidelity_profile import FidelityProfile, ProfileBuilder
