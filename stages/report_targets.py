@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cae2pipe.artifacts.artifact import MANIFEST, ShardsArtifact, is_artifact
+from cae2pipe.artifacts.artifact import MANIFEST, ShardsArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.storage import file_size
-from cae2pipe.errors import BadInputError, DamageError, ImageError, MismatchError, SettingsError
+from cae2pipe.errors import BadInputError, DamageError, ImageError, ManifestError, MismatchError, SettingsError
 from cae2pipe.images.decode import decode_rgb
+from cae2pipe.reporting.output_folder import check_output
 from cae2pipe.reporting.target_set_page import TargetSetContents, target_set_html
 from cae2pipe.reporting.wording import counted
 from cae2pipe.runtime.device import pick_device, set_backends
@@ -55,10 +56,10 @@ class TargetSetReport:
 
 
 def only_target_set(paths: Sequence[Path]) -> Path | None:
-    """The target set, if one is given instead of runs; None if no folder is a target set.
+    """The target set, if one is given instead of runs; None if all folders are runs.
 
     Raises:
-        SettingsError: it is not the only folder. ManifestError: a manifest is damaged.
+        SettingsError: it is not the only folder. ManifestError: a manifest is damaged, or a folder is neither.
     """
     sets = [path for path in paths if is_artifact(path, "targets")]
     if sets and len(paths) > 1:
@@ -67,6 +68,16 @@ def only_target_set(paths: Sequence[Path]) -> Path | None:
             where=f"{sets[0]}, which is a target set",
             fix="give only the target set; for pictures in a report about runs, give it with --targets",
         )
+    for path in paths if not sets else ():
+        either = "give runs of `cae2pipe pretrain`, or one target set of `cae2pipe extract-targets`"
+        try:
+            kind = open_artifact(path).kind
+        except ManifestError as error:
+            raise ManifestError(error.what, where=error.where, fix=f"{error.fix}; {either}") from None
+        if kind != "run":
+            raise ManifestError(
+                f"this is a folder of kind {kind!r}, expected 'run' or 'targets'", where=path, fix=either
+            )
     return sets[0] if sets else None
 
 
@@ -91,12 +102,11 @@ def report_targets(
     Raises:
         ManifestError: not a target set, or not a shard set. MismatchError: another source, or other weights.
         TeacherError: the teacher cannot be loaded. DamageError: the set's calibration, or all of its views, are
-        damaged. BadInputError: ``out`` is a file.
+        damaged. BadInputError: as ``check_output``.
     """
     if live < 0:
         raise SettingsError(f"{live} stored views", where="live", fix="give 0, or the number of views")
-    if file_size(out) is not None:
-        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
+    check_output(out)
     targets = TargetSet(root, damaged="omit")
     problems = [f"{problem.where}: {problem.what}" for problem in targets.damage]
     originals = open_originals(targets, source, problems)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -162,3 +163,19 @@ def test_shard_inspect_verify(tmp_path):
     result = run("verify", tmp_path / "out")
     assert result.exit_code == 1
     assert "000000.tar" in result.output + result.stderr
+
+
+@pytest.mark.parametrize("command", ["config list", "config show pretrain base"])
+def test_a_reader_that_has_gone_is_a_failure_in_words(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "cae2pipe", *command.split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: Broken pipe\n"

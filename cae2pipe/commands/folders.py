@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cae2pipe.commands.shared import console, errors, exits, path_or_url
+from cae2pipe.commands.shared import console, errors, exits, local_path, path_or_url
 from cae2pipe.errors import FAILURE
 
 
@@ -50,7 +50,9 @@ def verify(
     ] = 0,
     teacher_weights: Annotated[
         Path | None,
-        typer.Option(help="With --live or --repair: the teacher's weights, if they came from a local file."),
+        typer.Option(
+            help="With --live or --repair: the teacher's weights, if they came from a local file.", parser=local_path
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="With --live or --repair: auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:

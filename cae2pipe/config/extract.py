@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from cae2pipe.artifacts.manifest_targets import CodecIdentity
 from cae2pipe.config.base import Settings, added, not_fingerprinted
+from cae2pipe.config.fields import LocalPath
 
 ENLARGED = 1.28
 """Largest enlargement of a crop of a kept image: that of short side 320 for views of 224 pixels."""
@@ -43,7 +43,7 @@ class TeacherSettings(Settings):
     """The model's name in that library, e.g. ViT-B-16-quickgelu."""
     pretrained: str | None = None
     """The pretrained tag, e.g. openai; unused when `weights` names a file."""
-    weights: Path | None = not_fingerprinted(None)
+    weights: LocalPath | None = not_fingerprinted(None)
     """A local weights file (safetensors, or a torch file of tensors). Its content enters the fingerprint."""
     vision_cfg: dict[str, Any] | None = None
     """open_clip only: the tower's configuration, for weights that fit no named model."""

@@ -7,9 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
 
 from cae2pipe.runtime.foreign_names import visible
+from cae2pipe.runtime.streams import forgiving
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -22,6 +23,7 @@ ADVANCES = 8
 """Number of the latest advances that the rate covers at least, where they are rarer."""
 
 
+@runtime_checkable
 class Report(Protocol):
     """What stages report to."""
 
@@ -320,7 +322,8 @@ def progress(title: str) -> Iterator[Report]:
         return
     from cae2pipe.runtime.terminal import Terminal
 
-    console = Terminal(stderr=True)
+    # rich would end the process, or raise, where the terminal has gone.
+    console = Terminal(file=forgiving(sys.stderr))
     if not sys.stderr.isatty() or console.is_dumb_terminal:
         yield Lines(title, sys.stderr)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ class Terminal(Console):
     def render_str(self, text: str, *, style: str | Style = "", **options: Any) -> Text:
         justify, overflow = options.get("justify"), options.get("overflow")
         return Text(visible(text, keep="\n"), style, justify=justify, overflow=overflow)
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError, whose handler calls this. rich would end the process without a word."""
+        raise sys.exception() or BrokenPipeError
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line, however long: it is never wrapped."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
 from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, StoredCodec, StoreUnit
@@ -107,6 +108,7 @@ class TargetSet(Sequence[Target]):
         DamageError: the calibration, or a file of a store, is missing or differs in size from its manifest entry.
     """
 
+    @checked
     def __init__(
         self,
         root: Path | str,

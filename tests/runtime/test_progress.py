@@ -1,4 +1,6 @@
 import io
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -243,3 +245,34 @@ def test_silent_keeps_the_log():
     silent.phase("b")
     silent.log("a")
     assert silent.lines == ["a"]
+
+
+LOSING_THE_TERMINAL = """
+import sys
+from cae2pipe.runtime.progress import Panel, progress
+
+with progress("job") as report:
+    assert isinstance(report, Panel)
+    report.total(3, "steps")
+    report.log("begun")
+    sys.stdin.readline()
+    for _ in range(3):
+        report.advance()
+        report.log("a line")
+        print("to stderr", file=sys.stderr)
+"""
+
+
+def test_a_terminal_that_goes_does_not_end_the_work():
+    """As of a script that outlives its window."""
+    master, slave = os.openpty()
+    command = [sys.executable, "-c", LOSING_THE_TERMINAL]
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=slave, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(slave)
+    while b"begun" not in os.read(master, 2**16):
+        pass
+    os.close(master)
+    out, _ = child.communicate(b"\n")
+    assert (out, child.returncode) == (b"", 0)
