@@ -123,7 +123,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
 def _devkit(path: Path, files: dict[str, bytes]) -> GroundTruth:
     try:
         from scipy.io import loadmat
-    except ImportError:
+    except ModuleNotFoundError:
         raise SourceError(
             "scipy is needed to read ImageNet's development kit",
             where=path,
