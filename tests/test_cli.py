@@ -1,6 +1,7 @@
 """The command line itself: parsing, exit codes, messages. The commands' work is tested with the stages."""
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import typer
 import typer.main
+from rich.text import Text
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
 from cae2pipe.commands.shared import exits
 from cae2pipe.errors import DivergedError, Terminated
-from cae2pipe.targets.estimate import recommend_views
+from cae2pipe.runtime.terminal import Terminal, print_table
 from tests.conftest import write_photos
 
 runner = CliRunner()
@@ -62,7 +64,6 @@ def test_help_gives_the_defaults_of_the_settings():
     for command, text in (("extract-targets", f"(default: {views})"), ("recode", f"(default: {fidelity})")):
         result = runner.invoke(app, [command, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
         assert text in " ".join(result.output.replace("│", " ").split())
-    assert recommend_views(300) <= views
 
 
 def commands(group: Any, *path: str) -> Iterator[tuple[str, ...]]:
@@ -182,6 +183,29 @@ def test_config_show_resolves_presets_recipes_and_overrides():
     assert "beta2: 0.999" in out
     assert "# Passes over the data." in out
     assert "base" in run("config", "list").output
+
+
+ROWS = [{"name": "a-name-without-any-blank-" * 3, "note": "words " * 12, "n": 1}, {"name": "b", "note": "x", "n": 20}]
+
+
+def table(columns: str | None, monkeypatch, **options: Any) -> list[str]:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    file = io.StringIO()
+    print_table(Terminal(file=file, **options), ROWS)
+    return [Text.from_ansi(line).plain for line in file.getvalue().splitlines()]
+
+
+def test_tables_are_one_line_per_row_in_a_pipe_and_folded_to_a_width_that_is_known(monkeypatch):
+    lines = table(None, monkeypatch)
+    assert [line.split() for line in lines] == [
+        ["name", "note", "n"], [ROWS[0]["name"], *["words"] * 12, "1"], ["b", "x", "20"],
+    ]  # fmt: skip
+    for columns, options in (("60", {}), (None, {"force_terminal": True, "width": 60})):
+        folded = table(columns, monkeypatch, **options)
+        assert len(folded) > 3
+        assert max(map(len, folded)) <= 60
 
 
 @pytest.mark.parametrize(
