@@ -74,7 +74,6 @@ def write_report(
     gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device=device)
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
-    report.log(f"wrote {out / HTML}: {comparison.done} of {comparison.wanted} scores")
 
 
 def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:

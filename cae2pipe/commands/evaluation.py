@@ -163,7 +163,7 @@ def _print_score(result: dict[str, Any]) -> None:
     from cae2pipe.comparison.scores import headlines
     from cae2pipe.runtime.terminal import print_table
 
-    columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"]))
+    columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"], result.get("classes")))
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
     if "best" in result:

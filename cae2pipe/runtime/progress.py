@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from cae2pipe.runtime.foreign_names import visible
+from cae2pipe.runtime.wording import singular
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -138,7 +139,8 @@ class Tracked:
 
     def amounts(self) -> list[str]:
         """Done of all, rate, time since the phase began, time left; of these what is known."""
-        parts = [] if self.n is None else [f"{self.done}/{self.n} {self.unit}"]
+        unit = singular(self.unit) if self.n == 1 else self.unit
+        parts = [] if self.n is None else [f"{self.done}/{self.n} {unit}"]
         rate = self.rate()
         if rate is not None:
             parts.append(speed(rate, self.unit))

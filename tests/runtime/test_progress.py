@@ -171,7 +171,7 @@ def test_parts_bear_their_name():
     part.log("done")
     assert file.getvalue().splitlines() == [
         "job: run 2 of 3, training",
-        "job: run 2 of 3, training: 1/1 steps  elapsed 0:00  loss 1",
+        "job: run 2 of 3, training: 1/1 step  elapsed 0:00  loss 1",
         "job: done",
     ]
 
@@ -243,3 +243,12 @@ def test_silent_keeps_the_log():
     silent.phase("b")
     silent.log("a")
     assert silent.lines == ["a"]
+
+
+def test_one_of_one_is_not_a_plural():
+    file = io.StringIO()
+    report = Lines("job", file, Clock())
+    for unit in ("shards", "batches", "classes"):
+        report.total(1, unit)
+        report.advance()
+    assert [line.split()[2] for line in file.getvalue().splitlines()] == ["shard", "batch", "class"]
