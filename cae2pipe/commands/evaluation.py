@@ -188,10 +188,13 @@ def results(
     with exits():
         from cae2pipe.comparison.scores import collect
         from cae2pipe.reporting.results import as_markdown, protocols, shown
+        from cae2pipe.runtime.progress import progress
         from cae2pipe.runtime.terminal import print_table
 
         damaged: list[Cae2pipeError] = []
-        rows = collect(folders, damaged)
+        with progress("results", brief=True) as report:
+            report.phase("looking for scores in all folders below")
+            rows = collect(folders, damaged)
         if format_ is ResultsFormat.table:
             print_table(console, shown(rows))
             for number, protocol in enumerate(protocols(rows), 1):

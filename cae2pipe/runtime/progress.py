@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from cae2pipe.runtime.foreign_names import visible
+from cae2pipe.runtime.signals import stopping
 from cae2pipe.runtime.wording import singular
 
 if TYPE_CHECKING:
@@ -305,8 +306,11 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Report]:
-    """A report: a panel on stderr if that is a terminal, an output in a notebook, lines on stderr elsewhere."""
+def progress(title: str, *, brief: bool = False) -> Iterator[Report]:
+    """A report: a panel on stderr if that is a terminal, an output in a notebook, lines on stderr elsewhere.
+
+    ``brief``: for what usually takes less than a second. The panel is removed at the end, and there are no lines.
+    """
     if in_notebook():
         from IPython.display import display
 
@@ -324,12 +328,12 @@ def progress(title: str) -> Iterator[Report]:
 
     console = Terminal(stderr=True)
     if not sys.stderr.isatty() or console.is_dumb_terminal:
-        yield Lines(title, sys.stderr)
+        yield Silent() if brief else Lines(title, sys.stderr)
         return
     from rich.live import Live
 
     panel = Panel(title, console)
-    with Live(get_renderable=panel.render, console=console, refresh_per_second=4):
+    with Live(get_renderable=panel.render, console=console, refresh_per_second=4, transient=brief):
         try:
             yield panel
         finally:
@@ -377,6 +381,8 @@ class Panel(Tracked):
                 line.add_column(no_wrap=True)
             line.add_row(bar, *([amounts] if beside else []))
             rows += [line] if beside else [line, amounts]
+        if not self.ended and (stop := stopping()):
+            rows.append(Text(stop, "bold yellow"))
         if self.waiting and not self.ended:
             rows.append(Text(visible(self.wait()), "yellow"))
         figures = [Text.assemble((visible(name), "dim"), f" {value}") for name, value in self.figures()]
