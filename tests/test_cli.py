@@ -172,6 +172,12 @@ def test_memory_that_ends_anywhere_is_no_traceback(capsys):
         raise RuntimeError("a defect")
 
 
+def test_fetching_says_what_it_waits_for():
+    result = run("teachers", "fetch", "lite0")
+    assert result.stdout.endswith(".pth\n")
+    assert "looking for the weights of lite0 in the local cache, then on the hub" in result.stderr
+
+
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "cae2pipe", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip()
