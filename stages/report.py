@@ -24,6 +24,7 @@ from cae2pipe.reporting.comparison_text import comparison_markdown
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_views
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import Target, TargetSet
 from cae2pipe.training.student import image_features, load_student, mask_of, preview_latents, same_teacher
@@ -74,6 +75,7 @@ def write_report(
     gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device=device)
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
+    report.log(f"{comparison.done} of {counted(comparison.wanted, 'score')}")
 
 
 def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:

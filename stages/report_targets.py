@@ -283,7 +283,7 @@ def commands(
     targets: TargetSet, root: Path, *, source: Path | None, live: int, weights: Path | None, inside: bool
 ) -> dict[str, str]:
     """The commands that add what is missing. ``inside``: the shard set is inside the target set."""
-    shards = source or beside(targets, root) or "SHARDS"
+    shards = source or shards_next_to(targets, root) or "SHARDS"
     given = [*(["--source", source] if source else []), *(["--live", live] if live else [])]
     given += ["--teacher-weights", weights] if weights else []
     recoded = "recoded" in targets.artifact.identity
@@ -296,7 +296,7 @@ def commands(
     }
 
 
-def beside(targets: TargetSet, root: Path) -> Path | None:
+def shards_next_to(targets: TargetSet, root: Path) -> Path | None:
     """The shard set that a target set was made from, if it is in the same folder."""
     if not is_local(targets.root):
         return None

@@ -108,7 +108,7 @@ def test_originals_come_from_the_shard_set(stored_root, target_root, photos, tmp
     assert page.text.count("original not available") == 6
     assert f"cae2pipe report {bare} --source SHARDS" in page.text
     assert "listed in the shard set, which is not inside this set" in page.text
-    # Beside it are a set of other shards, and the one that it was made from.
+    # Next to it are a set of other shards, and the one that it was made from.
     shard_images(write_photos(tmp_path / "photos", 1, 2), tmp_path / "a", ShardSettings(), report=Silent())
     shutil.copytree(target_root / "shards", tmp_path / "b c")
     page = page_of(bare, tmp_path / "without")
