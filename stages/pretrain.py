@@ -228,6 +228,10 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunAr
         {"settings": fingerprinted(settings), "targets": targets.artifact.fingerprint},
         facts={"stores": stores, "teacher": teacher_of(targets)},
         fix="use another output folder, or the settings and target set that this run was started with",
+        fixes={
+            "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "
+            "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs"
+        },
         called=present_name,
     )
     for name, digest in artifact.facts["stores"].items():

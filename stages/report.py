@@ -25,6 +25,7 @@ from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_v
 from cae2pipe.reporting.output_folder import check_output
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import Target, TargetSet
 from cae2pipe.training.student import image_features, load_student, mask_of, preview_latents, same_teacher
@@ -74,7 +75,7 @@ def write_report(
     gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device=device)
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
-    report.log(f"wrote {out / HTML}: {comparison.done} of {comparison.wanted} scores")
+    report.log(f"{comparison.done} of {counted(comparison.wanted, 'score')}")
 
 
 def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,16 +15,24 @@ import numpy as np
 
 from cae2pipe.artifacts.artifact import MANIFEST, ShardsArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.storage import file_size
-from cae2pipe.errors import BadInputError, DamageError, ImageError, ManifestError, MismatchError, SettingsError
+from cae2pipe.artifacts.storage import file_size, is_local
+from cae2pipe.errors import (
+    BadInputError,
+    Cae2pipeError,
+    DamageError,
+    ImageError,
+    ManifestError,
+    MismatchError,
+    SettingsError,
+)
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.reporting.output_folder import check_output
 from cae2pipe.reporting.target_set_page import TargetSetContents, target_set_html
-from cae2pipe.reporting.wording import counted
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.keyed import keyed_permutation, keyed_uniforms
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.auditing import choose, run_teacher_on
 from cae2pipe.targets.coverage import class_counts, coverage, one_store_a_shard
@@ -143,12 +152,17 @@ def report_targets(
         profile=profile,
         problems=problems,
         commands=commands(
-            targets, root, source=source, live=live, weights=weights, inside=source is None and originals is not None
+            targets,
+            root,
+            source=source,
+            live=live,
+            weights=weights,
+            inside=source is None and originals is not None,
         ),
     )
     write_bytes(out / HTML, target_set_html(contents).encode())
-    unusable = f"; it names {counted(len(problems), 'problem')} with files of the set" if problems else ""
-    report.log(f"wrote {out / HTML}{unusable}")
+    if problems:
+        report.log(f"the page names {counted(len(problems), 'problem')} with files of the set")
     return TargetSetReport(out / HTML, tuple(problems))
 
 
@@ -163,21 +177,24 @@ def open_originals(targets: TargetSet, source: Path | None, problems: list[str])
         return None
     try:
         originals = ShardSet.open(path)
-        made_from = {unit["shard"]: unit["source"] for unit in targets.stores.values()}
-        there = {shard.name: shard.sha256 for shard in originals.shards}
-        for name, sha256 in sorted(made_from.items()):
-            if there.get(name) != sha256:
-                raise MismatchError(
-                    f"shard {name} of the source differs from the one that this target set was made from",
-                    where=path,
-                    fix="give the original source, or omit --source",
-                )
+        if others := differing_shards(targets, originals):
+            raise MismatchError(
+                f"shard {others[0]} of the source differs from the one that this target set was made from",
+                where=path,
+                fix="give the original source, or omit --source",
+            )
     except BadInputError as error:
         if source is not None:
             raise
         problems.append(f"{path}: {error.what}")
         return None
     return originals
+
+
+def differing_shards(targets: TargetSet, originals: ShardSet) -> list[str]:
+    """The shards that a target set was made from, and that are not in a shard set."""
+    there = {shard.name: shard.sha256 for shard in originals.shards}
+    return sorted({unit["shard"] for unit in targets.stores.values() if there.get(unit["shard"]) != unit["source"]})
 
 
 def profile_fidelity(
@@ -284,16 +301,28 @@ def commands(
     targets: TargetSet, root: Path, *, source: Path | None, live: int, weights: Path | None, inside: bool
 ) -> dict[str, str]:
     """The commands that add what is missing. ``inside``: the shard set is inside the target set."""
+    shards = source or shards_next_to(targets, root) or "SHARDS"
     given = [*(["--source", source] if source else []), *(["--live", live] if live else [])]
     given += ["--teacher-weights", weights] if weights else []
     recoded = "recoded" in targets.artifact.identity
-    made_from = ["--source", "TARGETS"] if recoded else [] if inside else ["--source", source or "SHARDS"]
+    made_from = ["--source", "TARGETS"] if recoded else [] if inside else ["--source", shards]
     return {
-        "source": line("report", root, *given, "--source", "SHARDS"),
+        "source": line("report", root, *given, "--source", shards),
         "live": line("report", root, *given, "--live", LIVE),
         "extend": line("recode", "TARGETS", root) if recoded else line("extract-targets", "SOURCE", root),
         "repair": line("verify", root, "--repair", *made_from),
     }
+
+
+def shards_next_to(targets: TargetSet, root: Path) -> Path | None:
+    """The shard set that a target set was made from, if it is in the same folder."""
+    if not is_local(targets.root):
+        return None
+    with suppress(OSError, Cae2pipeError):
+        for path in sorted(targets.root.parent.iterdir()):
+            if is_artifact(path, "shards") and not differing_shards(targets, ShardSet.open(path)):
+                return root.parent / path.name
+    return None
 
 
 def line(*arguments: object) -> str:

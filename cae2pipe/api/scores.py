@@ -34,7 +34,8 @@ class Score:
         raise AttributeError(f"this evaluation has no score {name!r}")
 
     def __repr__(self) -> str:
-        figures = ", ".join(f"{name}={self.result[name]:.4f}" for name in headlines(self.evaluation))
+        names = headlines(self.evaluation, self.result.get("classes"))
+        figures = ", ".join(f"{name}={self.result[name]:.4f}" for name in names)
         return f"Score({self.evaluation} of {self.encoder}: {figures})"
 
     @property

@@ -170,7 +170,7 @@ def _print_score(result: dict[str, Any]) -> None:
     from cae2pipe.comparison.scores import headlines
     from cae2pipe.runtime.terminal import print_table
 
-    columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"]))
+    columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"], result.get("classes")))
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
     if "best" in result:
@@ -197,10 +197,13 @@ def results(
     with exits():
         from cae2pipe.comparison.scores import collect
         from cae2pipe.reporting.results import as_markdown, protocols, shown
+        from cae2pipe.runtime.progress import progress
         from cae2pipe.runtime.terminal import print_table
 
         damaged: list[Cae2pipeError] = []
-        rows = collect(folders, damaged)
+        with progress("results", brief=True) as report:
+            report.phase("looking for scores in all folders below")
+            rows = collect(folders, damaged)
         if format_ is ResultsFormat.table:
             print_table(console, shown(rows))
             for number, protocol in enumerate(protocols(rows), 1):

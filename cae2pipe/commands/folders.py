@@ -20,9 +20,12 @@ def inspect(
     with exits():
         from cae2pipe.api import folders
         from cae2pipe.runtime.foreign_names import visible_json
+        from cae2pipe.runtime.progress import progress
         from cae2pipe.runtime.terminal import print_facts
 
-        facts = folders.inspect(path)
+        with progress("inspect", brief=True) as report:
+            report.phase(f"reading {path}")
+            facts = folders.inspect(path)
         if as_json:
             # Characters that the terminal's encoding lacks are escaped as in JSON.
             plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"

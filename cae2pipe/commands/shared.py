@@ -22,6 +22,7 @@ from cae2pipe.errors import (
     Terminated,
 )
 from cae2pipe.runtime.foreign_names import visible, why_not_utf8
+from cae2pipe.runtime.signals import forget_stop, note_stop
 from cae2pipe.runtime.system_errors import explain_system_error
 from cae2pipe.runtime.terminal import Terminal
 
@@ -103,6 +104,7 @@ def exits() -> Iterator[None]:
     kinds = {signal.SIGTERM: Terminated, signal.SIGUSR1: Requeued}
 
     def leave(number: int, frame: FrameType | None) -> None:
+        note_stop(number)
         raise kinds[signal.Signals(number)]
 
     old: dict[int, Any] = {number: signal.signal(number, leave) for number in kinds}
@@ -129,5 +131,6 @@ def exits() -> Iterator[None]:
             show_error(explained)
         raise typer.Exit(explained.exit_code) from None
     finally:
+        forget_stop()
         for number, handler in old.items():
             signal.signal(number, handler)

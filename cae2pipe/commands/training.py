@@ -140,8 +140,12 @@ def export(
     """Export an encoder for timm, open_clip or transformers, with a model card."""
     with exits():
         from cae2pipe.api.runs import export
+        from cae2pipe.runtime.progress import progress
 
-        for path in export(encoder, out, format=format_.value, scores=scores or []):
+        with progress("export", brief=True) as report:
+            report.phase(f"writing {encoder} for {format_.value}")
+            files = export(encoder, out, format=format_.value, scores=scores or [])
+        for path in files:
             console.say(str(path))
 
 

@@ -20,6 +20,7 @@ from cae2pipe.loading.loader import block_refs, load_parts
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.target_set import TargetSet
 
@@ -218,7 +219,8 @@ def batch_plan(
     drop = drop_last or samples % batch < ranks
     if samples < (batch if drop else ranks):
         raise SettingsError(
-            f"the set has {samples} images, too few for a batch of {batch_size} on each of {ranks} ranks",
+            f"the set has {counted(samples, 'image')}, too few for a batch of {batch_size} on each of "
+            f"{counted(ranks, 'rank')}",
             where=str(targets.root),
             fix=f"use a batch_size of at most {samples // ranks}, or drop_last=False" if samples >= ranks else None,
         )

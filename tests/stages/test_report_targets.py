@@ -109,6 +109,11 @@ def test_originals_come_from_the_shard_set(stored_root, target_root, photos, tmp
     assert page.text.count("original not available") == 6
     assert f"cae2pipe report {bare} --source SHARDS" in page.text
     assert "listed in the shard set, which is not inside this set" in page.text
+    # Next to it are a set of other shards, and the one that it was made from.
+    shard_images(write_photos(tmp_path / "photos", 1, 2), tmp_path / "a", ShardSettings(), report=Silent())
+    shutil.copytree(target_root / "shards", tmp_path / "b c")
+    page = page_of(bare, tmp_path / "without")
+    assert f"cae2pipe report {bare} --source '{tmp_path / 'b c'}'" in page.text
     page = page_of(bare, tmp_path / "with", source=target_root / "shards")
     assert "--source SHARDS" not in page.text
     assert "original not available" not in page.text
@@ -251,6 +256,7 @@ def test_the_command(target_root, stored_root, trained_run, tmp_path):
     done = run(target_root)
     assert done.exit_code == 0, done.output
     assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout.replace("\n", "")
+    assert "report.html" not in done.stderr
     for arguments, said in (
         ((target_root, trained_run()), "a report is about some runs, or about one target set"),
         ((target_root, stored_root), "a report is about some runs, or about one target set"),
