@@ -9,6 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cae2pipe.errors import FAILURE, INTERRUPTED
+from cae2pipe.runtime.signals import note_stop
 from cae2pipe.runtime.streams import finish_streams, prepare_streams
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def main() -> NoReturn:
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
+        note_stop(number)
         raise KeyboardInterrupt
 
     code: int | str | None = FAILURE

@@ -50,6 +50,9 @@ from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.target_spec import target_spec
 
+OPTIONS = {f"speed.{name}": f"{name} (--{name})" for name in ("device", "workers")}
+"""How messages call the settings that are given for all runs."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -152,7 +155,12 @@ def plan_grid(
     for scored in grid.evaluate:
         values = merge(scored.set, {"speed": speed} if speed else {})
         evaluations[scored.kind] = load(
-            EVALUATIONS[scored.kind], "evaluate", scored.config or scored.kind, overrides=(), values=values
+            EVALUATIONS[scored.kind],
+            "evaluate",
+            scored.config or scored.kind,
+            overrides=(),
+            values=values,
+            options=OPTIONS if speed else {},
         )
     target_set = TargetSet(targets)
     if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):

@@ -12,21 +12,22 @@ from typing import Any
 import torch
 
 from cae2pipe.artifacts.artifact import is_artifact
-from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.config.extract import ExtractSettings, recommend_views
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.build import plan_runs, write_run
-from cae2pipe.shards.checking import check_image
+from cae2pipe.shards.checking import Checked, check_image
 from cae2pipe.shards.shard_set import ShardSet, make_shard
 from cae2pipe.shards.source import scan
 from cae2pipe.targets.calibration import Calibration
 from cae2pipe.targets.calibration_sample import run_sample
+from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
-from cae2pipe.targets.estimate import CODECS, price, project, recommend_views, tar_bytes
+from cae2pipe.targets.estimate import CODECS, price, project, sample_size, speed_sample, tar_bytes
 from cae2pipe.targets.manifest_facts import teacher_facts
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, block_tasks, render_blocks
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, render_blocks
 from cae2pipe.targets.store_layout import StoreLayout
 from cae2pipe.targets.target_set import group_entry, make_layout
 from cae2pipe.teachers.load import load_teacher
@@ -63,18 +64,31 @@ def estimate_targets(
             shards = ShardSet.open(source)
             images = shards.images
         else:
-            shards, images = sample_shards(source, Path(folder), settings)
-        report.phase(f"running the teacher on up to {settings.codec.calibration} of {images} images")
-        outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
-        codec = settings.codec
+            report.phase("listing the images")
+            shards, images = sample_shards(source, Path(folder), settings, report)
+        codec, total = settings.codec, images * settings.views
+        sampled = min(images, sample_size(total, codec.calibration))
+        report.phase(f"running the teacher on about {sampled} of {images} images")
+        outputs, jpegs = run_sample(shards, teacher, settings, images=sampled, workers=workers, report=report)
         facts = teacher_facts(teacher, outputs[0])
         shape = make_layout(group_entry(facts, "fp16", codec.level), Calibration(torch.zeros(facts["dim"])))
-        prices = [price(outputs, name, shape, fidelity=codec.fidelity, level=codec.level) for name in CODECS]
+        report.phase("trying the codecs on them")
+        report.total(len(CODECS), "codecs")
+        prices = []
+        for name in CODECS:
+            prices.append(price(outputs, name, shape, fidelity=codec.fidelity, level=codec.level))
+            report.advance()
         report.phase("extracting from them to measure the speed")
         chosen = next(priced for priced in prices if priced.codec == codec.name)
         layout = make_layout(group_entry(facts, codec.name, codec.level), chosen.calibration)
         meter = time_extraction(
-            shards, teacher, layout, calibration=chosen.calibration, settings=settings, workers=workers
+            Renderer(shards, speed_sample(shards.shards, settings.views, total), settings.view, seed=settings.seed),
+            teacher,
+            layout,
+            calibration=chosen.calibration,
+            settings=settings,
+            workers=workers,
+            report=report,
         )
 
     def pixels(views: int) -> float:
@@ -118,12 +132,20 @@ def estimate_targets(
     return result
 
 
-def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tuple[ShardSet, int]:
+def sample_shards(source: Path, folder: Path, settings: ExtractSettings, report: Report) -> tuple[ShardSet, int]:
     """The first images that would be sharded, as a shard set in ``folder``; and the total number of images."""
     scanned = scan(source)
     entries = [entry for run in plan_runs([scanned.entries], settings.shard).values() for entry in run]
-    entries = entries[: settings.codec.calibration]
-    unit = write_run(folder, "000000", entries, images=(check_image(scanned.piece(entry)) for entry in entries))
+    entries = entries[: sample_size(len(entries) * settings.views, settings.codec.calibration)]
+    report.phase("checking the first images")
+    report.total(len(entries), "images")
+
+    def checked() -> Iterator[Checked]:
+        for entry in entries:
+            yield check_image(scanned.piece(entry))
+            report.advance()
+
+    unit = write_run(folder, "000000", entries, images=checked())
     if not unit["samples"]:
         raise SourceError(
             f"none of the first {len(entries)} images can be decoded", where=source, fix="check the source"
@@ -132,29 +154,31 @@ def sample_shards(source: Path, folder: Path, settings: ExtractSettings) -> tupl
 
 
 def time_extraction(
-    shards: ShardSet,
+    renderer: Renderer,
     teacher: Teacher,
     layout: StoreLayout,
     *,
     calibration: Calibration,
     settings: ExtractSettings,
     workers: int,
+    report: Report,
 ) -> Meter:
     """Render, encode and pack views of a few blocks, as concurrently as an extraction."""
-    views = tuple(range(settings.views))
-    tasks = [task for shard in shards.shards for task in block_tasks(shard, views)]
-    tasks = tasks[: max(4, 16 // len(views))]
+    report.total(
+        sum(len(task.views) * min(BLOCK, task.shard.samples - task.block * BLOCK) for task in renderer.tasks), "views"
+    )
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
 
     def begun(rendered: Iterator[RenderedBlock]) -> Iterator[RenderedBlock]:
-        # Not timed: workers take seconds to start, once per run.
+        # Workers take seconds to start, once per run, which is not timed. A single item is made without them.
         first = next(rendered)
-        meter.began = time.perf_counter()
+        if len(renderer) > 1:
+            meter.began = time.perf_counter()
         yield first
         yield from rendered
 
-    rendered = begun(render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed), workers))
-    for _ in encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes):
-        pass
+    rendered = begun(render_blocks(renderer, workers))
+    for encoded in encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes):
+        report.advance(len(encoded.rendered.keys))
     meter.ended = time.perf_counter()
     return meter

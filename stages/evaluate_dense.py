@@ -303,7 +303,7 @@ def require_dense() -> None:
     try:
         import faster_coco_eval  # noqa: F401
         import segmentation_models_pytorch  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise SettingsError(
             f"segmentation and detection need {error.name}, which is not installed", fix="pip install 'cae2pipe[dense]'"
         ) from None

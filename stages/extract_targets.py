@@ -26,6 +26,7 @@ from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.calibrating import ensure_calibration, make_calibration
@@ -81,8 +82,8 @@ def extract_targets(
         remove_leftovers(out, missing, part)
         artifact.facts |= {"classes": shards.classes, "wanted": wanted(artifact, shards, settings.views)}
         if not missing and is_calibrated(artifact) and (artifact.complete or part != WHOLE) and remake is None:
-            holds = f"all {settings.views} views of " + (f"part {part}" if part != WHOLE else "all shards")
-            report.log(f"nothing to do: {out} has {holds} ({len(shards.shards)} shards)")
+            holds = f"{counted(settings.views, 'view')} of " + (f"part {part}" if part != WHOLE else "all shards")
+            report.log(f"nothing to do: {out} has {holds} ({counted(len(shards.shards), 'shard')})")
             save_targets(artifact, shards, settings.views)
             return artifact
         workers = -(-worker_count(settings.speed.workers) // rank.on_machine)

@@ -1,26 +1,29 @@
 """Stage 2: train the student from a target set.
 
-Read from top to bottom: open the set and check that student and set fit, build the model, resume from the newest
-checkpoint, loop over steps, export the encoder. Under torchrun every process runs all of this on its share of each
-batch; the leading one writes. The teacher only runs with ``targets: online``, as a baseline.
+Read from top to bottom: open the set and check that student and set fit, make a probe and an online teacher where the
+settings ask for them, begin the run, build the model, resume from the newest checkpoint, loop over steps, export the
+encoder. Under torchrun every process runs all of this on its share of each batch; the leading one writes. The teacher
+only runs with ``targets: online``, as a baseline.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from cae2pipe.artifacts.artifact import RunArtifact
+from cae2pipe.artifacts.artifact import MANIFEST, RunArtifact
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.storage import file_size
 from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import MismatchError
 from cae2pipe.evaluation.training_probe import TrainingProbe
+from cae2pipe.loading.fresh import fresh_views
 from cae2pipe.loading.plan import chosen_stores, make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import export_encoder
@@ -30,6 +33,7 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World, stage_world
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
+from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, restore_training, training_state
 from cae2pipe.training.compilation import compiles
 from cae2pipe.training.fit import check_fit
@@ -42,6 +46,7 @@ from cae2pipe.training.step import Latents, Step, cached
 from cae2pipe.training.step_loop import run_steps
 from cae2pipe.training.student import teacher_of
 from cae2pipe.training.target_spec import PixelTargets, target_spec
+from cae2pipe.training.telemetry import check_trackers
 
 
 def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, *, report: Report) -> RunArtifact:
@@ -64,24 +69,65 @@ def pretrain_within(
     report.phase("opening the target set")
     targets = world.main_first(lambda: TargetSet(targets_root))
     world.run_on_main(lambda: check_fit(targets, settings, world.ranks))
+    precision = resolve_precision(settings.precision, world.device)
+    settings = settings.model_copy(update={"precision": precision})
+    helpers: Helpers | None = None
+    if world.run_on_main(lambda: file_size(out / MANIFEST) is None):
+        # What is missing must not leave the folder of a run that has not begun.
+        helpers = make_helpers(targets, settings, world=world, report=report)
     with ExitStack() as stack:
         world.run_on_main(lambda: stack.enter_context(writing(out)))
-        return _train_run(targets, out, settings, world=world, report=report)
+        return _train_run(targets, out, settings, helpers, world=world, report=report)
+
+
+class Helpers(NamedTuple):
+    """What a run uses besides the target set, if its settings ask for it."""
+
+    probe: TrainingProbe | None
+    teacher: Teacher | None
+
+
+def make_helpers(targets: TargetSet, settings: PretrainSettings, *, world: World, report: Report) -> Helpers:
+    """The helpers of a run; what it will open or import later is checked. ``settings.precision`` is resolved. Raises
+    as ``pretrain``."""
+
+    def check() -> None:
+        check_trackers(settings.track)
+        with torch.device("meta"):
+            build_method(settings.method, settings.model, target_spec(settings, targets).dim)
+        if settings.views == "fresh":
+            fresh_views(targets, settings)
+
+    world.run_on_main(check)
+    set_backends(settings.precision == "bf16", settings.speed.deterministic, fixed_shapes=True)
+    probe = teacher = None
+    if settings.probe.on:
+        report.phase("trying the probe")
+        probe = TrainingProbe(settings, targets, world=world, report=report)
+    if settings.targets == "online":
+        option = "--set teacher_weights=FILE"
+        weights = settings.teacher_weights
+        report.phase("loading the teacher")
+        teacher = world.main_first(lambda: set_teacher(targets.artifact, weights, world.device, option=option))
+    return Helpers(probe, teacher)
 
 
 def _train_run(
-    targets: TargetSet, out: Path, settings: PretrainSettings, *, world: World, report: Report
+    targets: TargetSet,
+    out: Path,
+    settings: PretrainSettings,
+    helpers: Helpers | None,
+    *,
+    world: World,
+    report: Report,
 ) -> RunArtifact:
-    settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, world.device)})
-    bf16 = settings.precision == "bf16"
     artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings))
     if artifact.complete and artifact.has("encoder"):
         report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
-    set_backends(bf16, settings.speed.deterministic, fixed_shapes=True)
+    # Before the seed is set: making them must not change what is drawn later.
+    probe, teacher = helpers or make_helpers(targets, settings, world=world, report=report)
     report.phase("building the model")
-    # Before the seed is set: building the probe must not change what is drawn later.
-    probe = TrainingProbe(settings, targets, artifact, world=world, report=report) if settings.probe.on else None
     torch.manual_seed(keyed_seed("init", settings.seed))
     spec = target_spec(settings, targets)
     model = build_method(settings.method, settings.model, spec.dim).to(world.device)
@@ -106,13 +152,8 @@ def _train_run(
     latents: Latents = cached
     if settings.loss.target == "pixels":
         latents = PixelTargets(settings.model.grid, world.device)
-    if settings.targets == "online":
-        option = "--set teacher_weights=FILE"
-        weights = settings.teacher_weights
-        report.phase("loading the teacher")
-        latents = OnlineLatents(
-            world.main_first(lambda: set_teacher(targets.artifact, weights, world.device, option=option))
-        )
+    if teacher:
+        latents = OnlineLatents(teacher)
     step = Step(
         module,
         objective,
@@ -187,6 +228,10 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunAr
         {"settings": fingerprinted(settings), "targets": targets.artifact.fingerprint},
         facts={"stores": stores, "teacher": teacher_of(targets)},
         fix="use another output folder, or the settings and target set that this run was started with",
+        fixes={
+            "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "
+            "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs"
+        },
         called=present_name,
     )
     for name, digest in artifact.facts["stores"].items():

@@ -33,6 +33,7 @@ from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.calibration import Calibration, Fidelity, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit_tokens
@@ -108,7 +109,7 @@ def recode(
         if not is_calibrated(artifact) or CODEC in (remake or ()):
             recalibrate(artifact, targets, codec, report=report)
         elif not missing and not images:
-            report.log(f"nothing to do: {out} has all {len(targets.stores)} stores of {source}")
+            report.log(f"nothing to do: {out} has {counted(len(targets.stores), 'store')}, all of {source}")
         try:
             if images:
                 report.phase("copying the images")

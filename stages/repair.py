@@ -11,6 +11,7 @@ from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import BadInputError
 from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.build import pack
 from cae2pipe.shards.source import scan
 from cae2pipe.stages.extract_targets import extract_targets
@@ -46,7 +47,7 @@ def repair(
             with writing(result.path):  # keeps what a killed run had finished
                 open_artifact(result.path).save()
         return
-    count = f"{len(result.bad)} damaged unit{'s' if len(result.bad) != 1 else ''}"
+    count = counted(len(result.bad), "damaged unit")
     report.log(f"rebuilding {count} in {result.path}: {', '.join(sorted(result.bad))}")
     if result.kind == "shards":
         images = _given(source, result.path, "the images")

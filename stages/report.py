@@ -18,12 +18,14 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.comparison.scores import read_scores
-from cae2pipe.errors import BadInputError, Cae2pipeError, SettingsError
+from cae2pipe.errors import Cae2pipeError, SettingsError
 from cae2pipe.reporting.comparison_page import comparison_html
 from cae2pipe.reporting.comparison_text import comparison_markdown
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_views
+from cae2pipe.reporting.output_folder import check_output
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.target_set import Target, TargetSet
 from cae2pipe.training.student import image_features, load_student, mask_of, preview_latents, same_teacher
@@ -54,13 +56,12 @@ def report_runs(
 
     Raises:
         ManifestError: a folder is not a run, or ``targets`` is not a target set. SettingsError: a run is given twice.
-        SourceError: a folder of scores does not exist. BadInputError: ``out`` is a file.
+        SourceError: a folder of scores does not exist. BadInputError: as ``check_output``.
     """
     resolved = [run.resolve() for run in runs]
     if len(set(resolved)) < len(resolved):
         raise SettingsError("a run is given twice", where=", ".join(map(str, runs)), fix="give each run once")
-    if out.is_file():
-        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
+    check_output(out)
     comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
     write_report(comparison, targets, out, report=report, device=pick_device(device))
@@ -74,7 +75,7 @@ def write_report(
     gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device=device)
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
-    report.log(f"wrote {out / HTML}: {comparison.done} of {comparison.wanted} scores")
+    report.log(f"{comparison.done} of {counted(comparison.wanted, 'score')}")
 
 
 def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:

@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from cae2pipe.artifacts.artifact import MANIFEST, ShardsArtifact, is_artifact
+from cae2pipe.artifacts.artifact import MANIFEST, ShardsArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.atomic import write_bytes
-from cae2pipe.artifacts.storage import file_size
-from cae2pipe.errors import BadInputError, DamageError, ImageError, MismatchError, SettingsError
+from cae2pipe.artifacts.storage import file_size, is_local
+from cae2pipe.errors import (
+    BadInputError,
+    Cae2pipeError,
+    DamageError,
+    ImageError,
+    ManifestError,
+    MismatchError,
+    SettingsError,
+)
 from cae2pipe.images.decode import decode_rgb
+from cae2pipe.reporting.output_folder import check_output
 from cae2pipe.reporting.target_set_page import TargetSetContents, target_set_html
-from cae2pipe.reporting.wording import counted
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.keyed import keyed_permutation, keyed_uniforms
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.auditing import choose, run_teacher_on
 from cae2pipe.targets.coverage import class_counts, coverage, one_store_a_shard
@@ -55,10 +65,10 @@ class TargetSetReport:
 
 
 def only_target_set(paths: Sequence[Path]) -> Path | None:
-    """The target set, if one is given instead of runs; None if no folder is a target set.
+    """The target set, if one is given instead of runs; None if all folders are runs.
 
     Raises:
-        SettingsError: it is not the only folder. ManifestError: a manifest is damaged.
+        SettingsError: it is not the only folder. ManifestError: a manifest is damaged, or a folder is neither.
     """
     sets = [path for path in paths if is_artifact(path, "targets")]
     if sets and len(paths) > 1:
@@ -67,6 +77,16 @@ def only_target_set(paths: Sequence[Path]) -> Path | None:
             where=f"{sets[0]}, which is a target set",
             fix="give only the target set; for pictures in a report about runs, give it with --targets",
         )
+    for path in paths if not sets else ():
+        either = "give runs of `cae2pipe pretrain`, or one target set of `cae2pipe extract-targets`"
+        try:
+            kind = open_artifact(path).kind
+        except ManifestError as error:
+            raise ManifestError(error.what, where=error.where, fix=f"{error.fix}; {either}") from None
+        if kind != "run":
+            raise ManifestError(
+                f"this is a folder of kind {kind!r}, expected 'run' or 'targets'", where=path, fix=either
+            )
     return sets[0] if sets else None
 
 
@@ -91,12 +111,11 @@ def report_targets(
     Raises:
         ManifestError: not a target set, or not a shard set. MismatchError: another source, or other weights.
         TeacherError: the teacher cannot be loaded. DamageError: the set's calibration, or all of its views, are
-        damaged. BadInputError: ``out`` is a file.
+        damaged. BadInputError: as ``check_output``.
     """
     if live < 0:
         raise SettingsError(f"{live} stored views", where="live", fix="give 0, or the number of views")
-    if file_size(out) is not None:
-        raise BadInputError("this is a file, not a folder", where=out, fix="use a folder: --out FOLDER")
+    check_output(out)
     targets = TargetSet(root, damaged="omit")
     problems = [f"{problem.where}: {problem.what}" for problem in targets.damage]
     originals = open_originals(targets, source, problems)
@@ -133,12 +152,17 @@ def report_targets(
         profile=profile,
         problems=problems,
         commands=commands(
-            targets, root, source=source, live=live, weights=weights, inside=source is None and originals is not None
+            targets,
+            root,
+            source=source,
+            live=live,
+            weights=weights,
+            inside=source is None and originals is not None,
         ),
     )
     write_bytes(out / HTML, target_set_html(contents).encode())
-    unusable = f"; it names {counted(len(problems), 'problem')} with files of the set" if problems else ""
-    report.log(f"wrote {out / HTML}{unusable}")
+    if problems:
+        report.log(f"the page names {counted(len(problems), 'problem')} with files of the set")
     return TargetSetReport(out / HTML, tuple(problems))
 
 
@@ -153,21 +177,24 @@ def open_originals(targets: TargetSet, source: Path | None, problems: list[str])
         return None
     try:
         originals = ShardSet.open(path)
-        made_from = {unit["shard"]: unit["source"] for unit in targets.stores.values()}
-        there = {shard.name: shard.sha256 for shard in originals.shards}
-        for name, sha256 in sorted(made_from.items()):
-            if there.get(name) != sha256:
-                raise MismatchError(
-                    f"shard {name} of the source differs from the one that this target set was made from",
-                    where=path,
-                    fix="give the original source, or omit --source",
-                )
+        if others := differing_shards(targets, originals):
+            raise MismatchError(
+                f"shard {others[0]} of the source differs from the one that this target set was made from",
+                where=path,
+                fix="give the original source, or omit --source",
+            )
     except BadInputError as error:
         if source is not None:
             raise
         problems.append(f"{path}: {error.what}")
         return None
     return originals
+
+
+def differing_shards(targets: TargetSet, originals: ShardSet) -> list[str]:
+    """The shards that a target set was made from, and that are not in a shard set."""
+    there = {shard.name: shard.sha256 for shard in originals.shards}
+    return sorted({unit["shard"] for unit in targets.stores.values() if there.get(unit["shard"]) != unit["source"]})
 
 
 def profile_fidelity(
@@ -274,16 +301,28 @@ def commands(
     targets: TargetSet, root: Path, *, source: Path | None, live: int, weights: Path | None, inside: bool
 ) -> dict[str, str]:
     """The commands that add what is missing. ``inside``: the shard set is inside the target set."""
+    shards = source or shards_next_to(targets, root) or "SHARDS"
     given = [*(["--source", source] if source else []), *(["--live", live] if live else [])]
     given += ["--teacher-weights", weights] if weights else []
     recoded = "recoded" in targets.artifact.identity
-    made_from = ["--source", "TARGETS"] if recoded else [] if inside else ["--source", source or "SHARDS"]
+    made_from = ["--source", "TARGETS"] if recoded else [] if inside else ["--source", shards]
     return {
-        "source": line("report", root, *given, "--source", "SHARDS"),
+        "source": line("report", root, *given, "--source", shards),
         "live": line("report", root, *given, "--live", LIVE),
         "extend": line("recode", "TARGETS", root) if recoded else line("extract-targets", "SOURCE", root),
         "repair": line("verify", root, "--repair", *made_from),
     }
+
+
+def shards_next_to(targets: TargetSet, root: Path) -> Path | None:
+    """The shard set that a target set was made from, if it is in the same folder."""
+    if not is_local(targets.root):
+        return None
+    with suppress(OSError, Cae2pipeError):
+        for path in sorted(targets.root.parent.iterdir()):
+            if is_artifact(path, "shards") and not differing_shards(targets, ShardSet.open(path)):
+                return root.parent / path.name
+    return None
 
 
 def line(*arguments: object) -> str:

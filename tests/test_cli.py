@@ -1,17 +1,25 @@
 """The command line itself: parsing, exit codes, messages. The commands' work is tested with the stages."""
 
 import errno
+import io
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
 
 import pytest
+import typer
+import typer.main
+from rich.text import Text
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
 from cae2pipe.commands.shared import exits
 from cae2pipe.errors import DivergedError, Terminated
-from cae2pipe.targets.estimate import recommend_views
+from cae2pipe.runtime.terminal import Terminal, print_table
 from tests.conftest import write_photos
 
 runner = CliRunner()
@@ -57,22 +65,95 @@ def test_help_gives_the_defaults_of_the_settings():
     for command, text in (("extract-targets", f"(default: {views})"), ("recode", f"(default: {fidelity})")):
         result = runner.invoke(app, [command, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
         assert text in " ".join(result.output.replace("│", " ").split())
-    assert recommend_views(300) <= views
 
 
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys\nfrom cae2pipe.cli import app\n"
-        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'timm', 'open_clip', 'zarr', 'numpy', 'PIL', 'webdataset'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
+def commands(group: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    """The words of every command and group."""
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *path, name)
+
+
+def test_no_help_imports_anything_heavy():
+    code = f"""
+import contextlib, io, sys
+from cae2pipe.cli import app
+for path in {list(commands(typer.main.get_command(app)))}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        app([*path, "--help"])
+heavy = set("torch torchvision timm open_clip zarr numpy PIL webdataset matplotlib".split()) & set(sys.modules)
+assert not heavy, heavy
+"""
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
+
+
+TORCHVISION_OF_ANOTHER_TORCH = """
+import torch
+
+load = torch.ops.load_library
+
+def refuse(path):
+    if "torchvision" in str(path):
+        raise OSError("undefined symbol: _ZN3c10")
+    load(path)
+
+torch.ops.load_library = refuse
+"""
+"""torchvision ignores that its library cannot be loaded, and fails when it uses the operators."""
+
+
+def failed_import(breaks: str, *arguments: object) -> str:
+    """What a command prints, in an interpreter in which ``breaks`` was run first."""
+    words = ["cae2pipe", *map(str, arguments)]
+    code = f"{breaks}\nimport sys\nfrom cae2pipe.cli import main\nsys.argv = {words}\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_torchvision_of_another_torch_is_named_with_the_command_that_replaces_it(photos, tmp_path):
+    import torch
+
+    said = failed_import(TORCHVISION_OF_ANOTHER_TORCH, "extract-targets", photos, tmp_path / "set", "--workers", 0)
+    assert f"torch {torch.__version__} and torchvision {version('torchvision')} do not belong together: " in said
+    assert f"pip install --force-reinstall torch=={torch.__version__.partition('+')[0]} torchvision" in said
+
+
+def test_operators_that_torchvision_lacks_only_when_used_are_explained_too(capsys):
+    import torch
+
+    with pytest.raises(typer.Exit) as caught, exits():
+        torch.ops.torchvision.no_such_operator  # noqa: B018
+    assert caught.value.exit_code == 2
+    assert "do not belong together" in capsys.readouterr().err
+
+
+def test_a_package_that_cannot_load_its_libraries_is_named(photos, tmp_path):
+    breaks = """
+import ctypes
+
+load = ctypes.CDLL.__init__
+
+def refuse(self, name, *rest, **named):
+    if "torch" in str(name):
+        raise OSError("libcudart.so.13: cannot open shared object file: No such file or directory")
+    load(self, name, *rest, **named)
+
+ctypes.CDLL.__init__ = refuse
+"""
+    said = failed_import(breaks, "extract-targets", photos, tmp_path / "set", "--workers", 0)
+    assert f"torch {version('torch')} cannot be imported: OSError: libcudart.so.13: cannot open shared" in said
+    assert "pip install --force-reinstall torch" in said
+
+
+def test_a_dependency_that_is_not_installed_is_named(photos, tmp_path):
+    breaks = "import sys\nsys.modules['yaml'] = None"
+    assert "error: yaml is not installed" in failed_import(breaks, "config", "show", "pretrain", "base")
 
 
 def test_memory_that_ends_anywhere_is_no_traceback(capsys):
     import torch
-    import typer
 
     with pytest.raises(typer.Exit) as caught, exits():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
@@ -92,6 +173,12 @@ def test_memory_that_ends_anywhere_is_no_traceback(capsys):
         raise RuntimeError("a defect")
 
 
+def test_fetching_says_what_it_waits_for():
+    result = run("teachers", "fetch", "lite0")
+    assert result.stdout.endswith(".pth\n")
+    assert "looking for the weights of lite0 in the local cache, then on the hub" in result.stderr
+
+
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "cae2pipe", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip()
@@ -103,6 +190,29 @@ def test_config_show_resolves_presets_recipes_and_overrides():
     assert "beta2: 0.999" in out
     assert "# Passes over the data." in out
     assert "base" in run("config", "list").output
+
+
+ROWS = [{"name": "a-name-without-any-blank-" * 3, "note": "words " * 12, "n": 1}, {"name": "b", "note": "x", "n": 20}]
+
+
+def table(columns: str | None, monkeypatch, **options: Any) -> list[str]:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    file = io.StringIO()
+    print_table(Terminal(file=file, **options), ROWS)
+    return [Text.from_ansi(line).plain for line in file.getvalue().splitlines()]
+
+
+def test_tables_are_one_line_per_row_in_a_pipe_and_folded_to_a_width_that_is_known(monkeypatch):
+    lines = table(None, monkeypatch)
+    assert [line.split() for line in lines] == [
+        ["name", "note", "n"], [ROWS[0]["name"], *["words"] * 12, "1"], ["b", "x", "20"],
+    ]  # fmt: skip
+    for columns, options in (("60", {}), (None, {"force_terminal": True, "width": 60})):
+        folded = table(columns, monkeypatch, **options)
+        assert len(folded) > 3
+        assert max(map(len, folded)) <= 60
 
 
 @pytest.mark.parametrize(
@@ -144,8 +254,6 @@ def test_a_missing_weights_file(photos, tmp_path):
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143), (DivergedError("x"), 1)])
 def test_exit_codes(error, code):
-    import typer
-
     with pytest.raises(typer.Exit) as caught, exits():
         raise error
     assert caught.value.exit_code == code
@@ -162,3 +270,19 @@ def test_shard_inspect_verify(tmp_path):
     result = run("verify", tmp_path / "out")
     assert result.exit_code == 1
     assert "000000.tar" in result.output + result.stderr
+
+
+@pytest.mark.parametrize("command", ["config list", "config show pretrain base"])
+def test_a_reader_that_has_gone_is_a_failure_in_words(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "cae2pipe", *command.split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: Broken pipe\n"

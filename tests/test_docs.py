@@ -183,9 +183,10 @@ def test_commands_can_be_parsed(page):
 
 def test_the_help_of_every_command_ends_with_an_example_that_can_be_parsed():
     for path, command in hook().commands(typer.main.get_command(app)):
-        words = shlex.split((command.epilog or "").removeprefix("Example: "))
-        assert words[: len(path)] == list(path)
-        parse(words[1:])
+        for line in (command.epilog or "").split("\n\n"):
+            words = shlex.split(line.removeprefix("Example: "))
+            assert words[: len(path)] == list(path)
+            parse(words[1:])
 
 
 def test_commands_are_found():

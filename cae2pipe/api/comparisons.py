@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cae2pipe.api.path_lists import Paths, paths
+from cae2pipe.api.path_lists import Paths, local_paths, optional_local, optional_path
 from cae2pipe.api.settings import Overrides, given, resolve
 from cae2pipe.api.telling import Progress, reporting
-from cae2pipe.artifacts.storage import to_path
+from cae2pipe.artifacts.arguments import checked
+from cae2pipe.artifacts.artifact import is_artifact
+from cae2pipe.artifacts.storage import to_local_path, to_path
 from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.config.base import Settings
@@ -45,6 +47,7 @@ def report_name(grid: str, small: bool) -> str:
     return plain + ("-small" if small else "")
 
 
+@checked
 def compare(
     grid: str | Path | Settings,
     targets: str | Path,
@@ -81,13 +84,13 @@ def compare(
     """
     settings = resolve(GridSettings, "compare", grid, overrides=overrides)
     called = name or report_name("grid" if isinstance(grid, Settings) else str(grid), small)
-    folder = to_path(out)
+    folder = to_local_path(out, output=True)
     with reporting(progress, "compare") as report:
         comparison = run_compare(
             settings,
             called,
             to_path(targets),
-            data=Path(data),
+            data=to_local_path(data),
             out=folder,
             report=report,
             small=small,
@@ -97,6 +100,7 @@ def compare(
     return Compared(folder / "reports" / called / HTML, comparison) if comparison else None
 
 
+@checked
 def report(
     runs: Paths,
     *,
@@ -117,14 +121,21 @@ def report(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    folders = paths(runs)
+    folders = local_paths(runs)
     if not folders:
         raise SettingsError("no run is given", where="runs", fix="give at least one run of pretrain")
+    for folder in folders:
+        if is_artifact(folder, "targets"):
+            raise SettingsError(
+                "this is a target set, not a run",
+                where=folder,
+                fix="call report_targets for a page about it, or report(runs, targets=...) for pictures from it",
+            )
     with reporting(progress, "report") as told:
         comparison = report_runs(
             folders,
-            paths(scores),
-            None if targets is None else to_path(targets),
+            local_paths(scores),
+            optional_path(targets),
             out=to_path(out),
             report=told,
             device=device,
@@ -132,6 +143,7 @@ def report(
     return Compared(to_path(out) / HTML, comparison)
 
 
+@checked
 def report_targets(
     targets: TargetSet | str | Path,
     *,
@@ -153,13 +165,16 @@ def report_targets(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
+    root = to_path(targets)
+    if is_artifact(root, "run"):
+        raise SettingsError("this is a run, not a target set", where=root, fix="call report for a page about it")
     with reporting(progress, "report") as told:
         return run_report_targets(
-            targets.root if isinstance(targets, TargetSet) else to_path(targets),
+            root,
             to_path(out),
             report=told,
-            source=None if source is None else to_path(source),
+            source=optional_path(source),
             live=live,
-            weights=None if teacher_weights is None else Path(teacher_weights),
+            weights=optional_local(teacher_weights),
             device=device,
         )

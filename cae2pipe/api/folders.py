@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.api.path_lists import optional_local, optional_path
 from cae2pipe.api.telling import Progress, reporting
+from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.stages.inspection import inspect_folder
@@ -13,6 +15,7 @@ from cae2pipe.stages.repair import repair as run_repair
 from cae2pipe.stages.verify import verify as run_verify
 
 
+@checked
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a folder made by cae2pipe is, what it was made from and what it contains: ``cae2pipe inspect``.
 
@@ -22,6 +25,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return inspect_folder(to_path(path))
 
 
+@checked
 def verify(path: str | Path, *, progress: Progress = True) -> Verification:
     """Check every file of a folder against its manifest: ``cae2pipe verify``. ``problems`` of the result lists what is
     wrong; it is empty if the folder is intact.
@@ -33,6 +37,7 @@ def verify(path: str | Path, *, progress: Progress = True) -> Verification:
         return run_verify(to_path(path), report)
 
 
+@checked
 def repair(
     outcome: Verification,
     *,
@@ -57,9 +62,9 @@ def repair(
         run_repair(
             outcome,
             report,
-            source=None if source is None else to_path(source),
-            labels=None if labels is None else to_path(labels),
-            weights=None if teacher_weights is None else Path(teacher_weights),
+            source=optional_path(source),
+            labels=optional_path(labels),
+            weights=optional_local(teacher_weights),
             device=device,
             workers=workers,
         )

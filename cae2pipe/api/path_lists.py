@@ -1,4 +1,4 @@
-"""One path or several, as arguments of functions."""
+"""Paths as arguments of functions: one or several, local or optional ones."""
 
 from __future__ import annotations
 
@@ -6,13 +6,33 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cae2pipe.artifacts.storage import to_path
+from cae2pipe.artifacts.storage import to_local_path, to_path
 
 OnePath = str | os.PathLike[str]
 Paths = OnePath | Iterable[OnePath]
 
 
-def paths(given: Paths) -> list[Path]:
-    """The paths, also if a single one is given without a list around it."""
+def local_paths(given: Paths) -> list[Path]:
+    """The local paths, also if a single one is given without a list around it.
+
+    Raises:
+        BadInputError: one of them is a URL, or no path.
+    """
     several = [given] if isinstance(given, str | os.PathLike) else given
-    return [to_path(path) for path in several]
+    return [to_local_path(path) for path in several]
+
+
+def optional_path(given: OnePath | None) -> Path | None:
+    """A path or URL, if there is one. Raises as ``to_path``."""
+    return None if given is None else to_path(given)
+
+
+def optional_local(given: OnePath | None) -> Path | None:
+    """A local path, if there is one. Raises as ``to_local_path``."""
+    return None if given is None else to_local_path(given)
+
+
+def encoder_name(given: OnePath) -> str:
+    """The name of an encoder, which may be a local path or its URL. Raises as ``to_local_path``."""
+    name = given if isinstance(given, str) else str(to_local_path(given))
+    return str(to_local_path(name)) if "://" in name else name

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from cae2pipe.api.path_lists import Paths, paths
-from cae2pipe.api.settings import Overrides, given, resolve, section
+from cae2pipe.api.path_lists import Paths, encoder_name, local_paths
+from cae2pipe.api.settings import Overrides, resolve
 from cae2pipe.api.telling import Progress, reporting
+from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.artifact import RunArtifact
-from cae2pipe.artifacts.storage import to_path
+from cae2pipe.artifacts.storage import to_local_path, to_path
 from cae2pipe.config.base import Settings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import ManifestError, SettingsError
@@ -31,11 +32,12 @@ class Run:
     """A run of ``pretrain``, finished or not.
 
     Raises:
-        ManifestError: ``path`` is not a run.
+        ManifestError: ``path`` is not a run. BadInputError: it is the URL of a remote one.
     """
 
+    @checked
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = to_local_path(path)
         self.manifest = RunArtifact.open(self.path)
 
     def __fspath__(self) -> str:
@@ -82,6 +84,7 @@ class Run:
         return model.eval()
 
 
+@checked
 def pretrain(
     targets: str | Path,
     out: str | Path,
@@ -102,7 +105,7 @@ def pretrain(
 
     Args:
         targets: a target set; a path or a URL.
-        out: the run's folder.
+        out: the run's folder, which is local.
         config: preset, YAML file or settings.
         overrides: settings to change.
         epochs: passes over the data.
@@ -118,26 +121,30 @@ def pretrain(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    held_out = None if probe_targets is None else str(probe_targets)
-    values = {
-        **given(epochs=epochs),
-        **({"targets": "online"} if online else {}),
-        **section("mask", repeat=repeat_masks),
-        **section("probe", images=probe, targets=held_out, every=every),
-        **section("speed", workers=workers, device=device),
+    arguments = {
+        "epochs": epochs,
+        "targets": "online" if online else None,
+        "mask.repeat": repeat_masks,
+        "probe.images": probe,
+        "probe.targets": probe_targets,
+        "probe.every": every,
+        "speed.workers": workers,
+        "speed.device": device,
     }
-    settings = resolve(PretrainSettings, "pretrain", config, overrides=overrides, values=values)
+    settings = resolve(PretrainSettings, "pretrain", config, overrides=overrides, arguments=arguments)
     if every is not None and not settings.probe.on:
         raise SettingsError(
             f"an interval of {every} epochs is given, but nothing to measure",
             where="probe.every",
             fix="add --probe IMAGES or --probe-targets TARGETS, or omit --every",
         )
+    folder = to_local_path(out, output=True)
     with reporting(progress, "pretrain") as report:
-        train(to_path(targets), to_path(out), settings, report=report)
-    return Run(out)
+        train(to_path(targets), folder, settings, report=report)
+    return Run(folder)
 
 
+@checked
 def export(encoder: str | Path, out: str | Path, *, format: str = "timm", scores: Paths = ()) -> list[Path]:
     """Export an encoder for timm, open_clip or transformers (``hf``), with a model card: ``cae2pipe export``.
 
@@ -152,10 +159,12 @@ def export(encoder: str | Path, out: str | Path, *, format: str = "timm", scores
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    return run_export(os.fspath(encoder), Path(out), format, scores=paths(scores))
+    folder = to_local_path(out, output=True)
+    return run_export(encoder_name(encoder), folder, format, scores=local_paths(scores))
 
 
-def load_encoder(spec: str | Path, *, device: str = "auto", seed: int = 0) -> FrozenEncoder:
+@checked
+def load_encoder(spec: str | Path, *, device: str | torch.device = "auto", seed: int = 0) -> FrozenEncoder:
     """Load an encoder for features. ``encoder.tokens(pixels)`` and ``encoder(pixels)`` take uint8 (B, 3, S, S) on
     its device.
 
@@ -168,9 +177,10 @@ def load_encoder(spec: str | Path, *, device: str = "auto", seed: int = 0) -> Fr
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     set_backends()
-    return load(os.fspath(spec), seed, pick_device(str(device)))
+    return load(encoder_name(spec), seed, pick_device(str(device)))
 
 
+@checked
 def register_method(name: str, builder: Builder) -> None:
     """Register your own method, for the setting ``method=name``.
 

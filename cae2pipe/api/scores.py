@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.api.settings import Overrides, resolve, section
+from cae2pipe.api.path_lists import encoder_name
+from cae2pipe.api.settings import Overrides, resolve
 from cae2pipe.api.telling import Progress, reporting
-from cae2pipe.artifacts.storage import to_path
+from cae2pipe.artifacts.arguments import checked
+from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.comparison.scores import headlines
 from cae2pipe.config.base import Settings
 from cae2pipe.config.dense import DENSE, DetectSettings, SegmentSettings
@@ -33,7 +34,8 @@ class Score:
         raise AttributeError(f"this evaluation has no score {name!r}")
 
     def __repr__(self) -> str:
-        figures = ", ".join(f"{name}={self.result[name]:.4f}" for name in headlines(self.evaluation))
+        names = headlines(self.evaluation, self.result.get("classes"))
+        figures = ", ".join(f"{name}={self.result[name]:.4f}" for name in names)
         return f"Score({self.evaluation} of {self.encoder}: {figures})"
 
     @property
@@ -52,6 +54,7 @@ class Score:
         return str(self.result["protocol"])
 
 
+@checked
 def evaluate(
     evaluation: str,
     encoder: str | Path,
@@ -85,21 +88,20 @@ def evaluate(
     known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
     if evaluation not in known:
         raise SettingsError(f"there is no evaluation {evaluation!r}", fix=f"use one of {', '.join(known)}")
-    values = section("speed", workers=workers, device=device)
-    settings = resolve(known[evaluation], "evaluate", config or evaluation, overrides=overrides, values=values)
-    folder = to_path(out)
+    arguments = {"speed.workers": workers, "speed.device": device}
+    settings = resolve(known[evaluation], "evaluate", config or evaluation, overrides=overrides, arguments=arguments)
+    encoder, data = encoder_name(encoder), to_local_path(data)
+    folder = to_local_path(out, output=True)
     with reporting(progress, f"evaluate {evaluation}") as report:
         if isinstance(settings, SegmentSettings | DetectSettings):
             # Needs an extra that other evaluations do not need.
             from cae2pipe.stages.evaluate_dense import detect, segment
 
             if isinstance(settings, SegmentSettings):
-                result = segment(os.fspath(encoder), Path(data), folder, settings=settings, report=report)
+                result = segment(encoder, data, folder, settings=settings, report=report)
             else:
-                result = detect(os.fspath(encoder), Path(data), folder, settings=settings, report=report)
+                result = detect(encoder, data, folder, settings=settings, report=report)
         else:
             assert isinstance(settings, AnySettings)
-            result = run_evaluate(
-                evaluation, os.fspath(encoder), Path(data), out=folder, settings=settings, report=report
-            )
+            result = run_evaluate(evaluation, encoder, data, out=folder, settings=settings, report=report)
     return Score(folder / evaluation, result) if result else None

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cae2pipe.config.base import Settings, build, load, merge, preset_names
+from cae2pipe.artifacts.arguments import checked
+from cae2pipe.config.base import Settings, build, has, load, merge, preset_names
 from cae2pipe.config.stages import check_stage, settings_class
 from cae2pipe.errors import SettingsError
 
@@ -17,6 +18,7 @@ Overrides = Mapping[str, Any] | Sequence[str] | None
 the command line."""
 
 
+@checked
 def presets(stage: str) -> list[str]:
     """Names of the presets of a stage: shard, extract, pretrain, evaluate or compare.
 
@@ -27,6 +29,7 @@ def presets(stage: str) -> list[str]:
     return preset_names(stage)
 
 
+@checked
 def settings(stage: str, config: str | Path, overrides: Overrides = None) -> Settings:
     """The resolved settings of a preset or a YAML file. Every function of this package takes them as ``config``.
 
@@ -40,14 +43,25 @@ def settings(stage: str, config: str | Path, overrides: Overrides = None) -> Set
 
 
 def resolve(
-    kind: type[S], stage: str, config: str | Path | Settings, *, overrides: Overrides, values: Mapping[str, Any] = {}
+    kind: type[S], stage: str, config: str | Path | Settings, *, overrides: Overrides, arguments: Mapping[str, Any] = {}
 ) -> S:
-    """Settings from ``config``, changed by ``values`` (from a function's own arguments) and then by ``overrides``.
-    Raises SettingsError."""
-    changed = dict(values)
+    """Settings from ``config``, changed by a function's own ``arguments`` and then by ``overrides``.
+
+    Args:
+        arguments: values by the dotted names of their settings, those that are not None. The option of the same command
+            is named after the argument: see ``option``.
+
+    Raises:
+        SettingsError: an unknown preset or setting, or a value that does not fit.
+    """
+    own = {name: value for name, value in arguments.items() if value is not None}
+    options = {name: option(name) for name in own}
+    changed = nested(own)
     texts: Sequence[str] = ()
     if isinstance(overrides, Mapping):
-        changed = merge(changed, nested(overrides))
+        over = nested(overrides)
+        changed = merge(changed, over)
+        options = {name: option for name, option in options.items() if not has(over, name)}
     elif isinstance(overrides, str):
         raise SettingsError(
             f"{overrides!r} is a single string", where="overrides", fix="give a mapping or a list of strings"
@@ -55,7 +69,7 @@ def resolve(
     elif overrides is not None:
         texts = overrides
     if not isinstance(config, Settings):
-        return load(kind, stage, str(config), overrides=texts, values=changed)
+        return load(kind, stage, str(config), overrides=texts, values=changed, options=options)
     if not isinstance(config, kind):
         raise SettingsError(
             f"expected {kind.__name__}, got {type(config).__name__}",
@@ -65,8 +79,24 @@ def resolve(
     # Only values that were given: some defaults depend on how the folder was started.
     values_given = config.model_dump(exclude_unset=True)
     if texts:
-        return load(kind, stage, None, overrides=texts, values=merge(values_given, changed))
-    return build(kind, merge(values_given, changed), where=f"{stage} settings")
+        return load(kind, stage, None, overrides=texts, values=merge(values_given, changed), options=options)
+    return build(kind, merge(values_given, changed), where=f"{stage} settings", options=options)
+
+
+OPTIONS = {
+    "codec.name": "codec",
+    "mask.repeat": "repeat_masks",
+    "probe.images": "probe",
+    "probe.targets": "probe_targets",
+    "targets": "online",
+}
+"""Arguments that are not named like the last part of their setting."""
+
+
+def option(name: str) -> str:
+    """How messages call a setting that was given by an argument or option of its own."""
+    argument = OPTIONS.get(name, name.rpartition(".")[2])
+    return f"{argument} (--{argument.replace('_', '-')})"
 
 
 def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,9 +121,3 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def given(**values: Any) -> dict[str, Any]:
     """The values that are not None."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def section(name: str, /, **values: Any) -> dict[str, Any]:
-    """``{name: values}`` of those that are not None, or {} if there are none."""
-    known = given(**values)
-    return {name: known} if known else {}

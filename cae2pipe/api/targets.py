@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.api.settings import Overrides, given, resolve, section
+from cae2pipe.api.path_lists import optional_path
+from cae2pipe.api.settings import Overrides, given, option, resolve
 from cae2pipe.api.telling import Progress, reporting
+from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.config.base import Settings, build
@@ -21,6 +23,7 @@ from cae2pipe.stages.shard import shard_images
 from cae2pipe.targets.target_set import TargetSet
 
 
+@checked
 def shard(
     source: str | Path,
     out: str | Path,
@@ -49,14 +52,15 @@ def shard(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    settings = resolve(ShardSettings, "shard", config, overrides=overrides, values=section("speed", workers=workers))
+    arguments = {"speed.workers": workers}
+    settings = resolve(ShardSettings, "shard", config, overrides=overrides, arguments=arguments)
     with reporting(progress, "shard") as report:
         return shard_images(
             to_path(source),
             to_path(out),
             settings,
             report=report,
-            labels=None if labels is None else to_path(labels),
+            labels=optional_path(labels),
             expected=expect,
         )
 
@@ -72,14 +76,17 @@ def extract_settings(
     device: str | None,
 ) -> ExtractSettings:
     """The settings of an extraction."""
-    values = {
-        **given(views=views),
-        **section("codec", name=codec, fidelity=fidelity),
-        **section("speed", workers=workers, device=device),
+    arguments = {
+        "views": views,
+        "codec.name": codec,
+        "codec.fidelity": fidelity,
+        "speed.workers": workers,
+        "speed.device": device,
     }
-    return resolve(ExtractSettings, "extract", config, overrides=overrides, values=values)
+    return resolve(ExtractSettings, "extract", config, overrides=overrides, arguments=arguments)
 
 
+@checked
 def extract_targets(
     source: str | Path,
     out: str | Path,
@@ -127,6 +134,7 @@ def extract_targets(
     return TargetSet(made.root) if any("view" in unit for unit in made.units.values()) else None
 
 
+@checked
 def estimate_targets(
     source: str | Path,
     *,
@@ -154,6 +162,7 @@ def estimate_targets(
         return estimate(to_path(source), settings, report, epochs=epochs)
 
 
+@checked
 def recode(
     source: str | Path,
     out: str | Path,
@@ -185,7 +194,9 @@ def recode(
             where="repack",
             fix="omit codec, fidelity and lossy_source, or recode the repacked set afterwards",
         )
-    settings = build(CodecSettings, given(name=codec or "klt", fidelity=fidelity), "recode")
+    values = given(name=codec or "klt", fidelity=fidelity)
+    options = {"name": option("codec.name"), "fidelity": option("codec.fidelity")}
+    settings = build(CodecSettings, values, "recode", options=options)
     with reporting(progress, "recode") as report:
         if repack:
             return TargetSet(run_repack(to_path(source), to_path(out), report=report, workers=workers).root)

@@ -136,11 +136,13 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         *,
         facts: Mapping[str, object],
         fix: str,
+        fixes: Mapping[str, str] | None = None,
         called: Callable[[str], str] = str,
     ) -> Self:
         """Open an artifact to resume it, or start a new one.
 
         Args:
+            fix: what to do if the identity differs. fixes: what to do if a certain field differs, by dotted name.
             called: the name for an error of a field of the identity, given its dotted name.
 
         Raises:
@@ -154,11 +156,17 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
                 refuse_foreign(root)
                 new = _manifest(kind, FORMATS[kind], identity, units={}, facts=facts, complete=False)
                 _write_manifest(root, kind, FORMATS[kind], manifest=new)
-        return cls.open_same(root, identity, fix, called=called)
+        return cls.open_same(root, identity, fix, fixes=fixes, called=called)
 
     @classmethod
     def open_same(
-        cls, root: Path, identity: Mapping[str, object], fix: str, *, called: Callable[[str], str] = str
+        cls,
+        root: Path,
+        identity: Mapping[str, object],
+        fix: str,
+        *,
+        fixes: Mapping[str, str] | None = None,
+        called: Callable[[str], str] = str,
     ) -> Self:
         """Open an artifact that was made with this identity. Raises as ``open_or_create``."""
         artifact = cls.open(root)
@@ -167,7 +175,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             raise MismatchError(
                 f"this folder was made with {called(name)} = {abridged(old)}, and {abridged(now)} is requested now",
                 where=root / MANIFEST,
-                fix=fix,
+                fix=(fixes or {}).get(name, fix),
             )
         return artifact
 

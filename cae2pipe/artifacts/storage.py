@@ -14,11 +14,13 @@ import io
 import os
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, cast
+from urllib.parse import unquote
 
 from cae2pipe.errors import BadInputError, StorageError
 
@@ -31,17 +33,24 @@ PASSING = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIM
 """The errors that fsspec's file systems raise for 500, 503, SlowDown and broken connections."""
 
 
+LOCAL = ("file", "local")
+"""Protocols of URLs that name local paths."""
+
+
 def to_path(text: str | os.PathLike[str]) -> Path:
-    """A path object of a path or URL.
+    """A path object of a path or URL. ``file://`` URLs are local paths.
 
     Raises:
-        BadInputError: no file system of that protocol is known or installed.
+        BadInputError: it is neither, or no file system of that protocol is known or installed.
     """
-    if not isinstance(text, str):
-        return Path(text) if isinstance(text, os.PathLike) else text  # already a remote path
+    if is_remote(text):
+        return cast(Path, text)
+    text = plain_text(text)
     if "://" not in text:
         return Path(text)
     protocol, _, rest = text.partition("://")
+    if protocol.lower() in LOCAL:
+        return local_path(text, rest)
     if not protocol or not rest.strip("/"):
         raise BadInputError("this URL names nothing", where=text, fix="give PROTOCOL://BUCKET/FOLDER, or a path")
     # Not imported for local work.
@@ -61,8 +70,54 @@ def to_path(text: str | os.PathLike[str]) -> Path:
     return cast(Path, remote)
 
 
+def plain_text(path: str | os.PathLike[str]) -> str:
+    """A path or URL as text. Raises BadInputError for anything else."""
+    if not isinstance(path, str | os.PathLike):
+        raise BadInputError(f"{path!r} is not a path", fix="give a path or a URL, as a str or a Path")
+    return os.fsdecode(path)
+
+
+def local_path(url: str, rest: str) -> Path:
+    """The path that a ``file://`` URL names: ``rest`` is what follows, with escapes such as ``%20``.
+
+    Raises:
+        BadInputError: it names another machine, or a relative path.
+    """
+    machine, slash, path = rest.partition("/")
+    if machine not in ("", "localhost") or not slash:
+        raise BadInputError(
+            "this URL names no local path", where=url, fix="give file:///FOLDER, with three slashes, or a path"
+        )
+    return Path(slash + unquote(path))
+
+
+def to_local_path(text: str | os.PathLike[str], *, output: bool = False) -> Path:
+    """A path object of a local path, or of its ``file://`` URL, for what cannot be remote. ``output``: whether it is
+    written to.
+
+    Raises:
+        BadInputError: it is neither.
+    """
+    protocol, found, _ = ("", "://", "") if is_remote(text) else plain_text(text).partition("://")
+    if found and protocol.lower() not in LOCAL:
+        raise BadInputError(
+            "this is a URL, and a local path is needed here",
+            where=text,
+            fix="give a local folder, and copy it to the URL when it is finished"
+            if output
+            else "copy what is there to a local path, and give that",
+        )
+    return to_path(text)
+
+
 def is_local(path: Path) -> bool:
     return isinstance(path, PurePath)
+
+
+def is_remote(value: object) -> bool:
+    """Whether a value is a path object of a remote file system."""
+    upath = sys.modules.get("upath")  # which makes them
+    return upath is not None and isinstance(value, upath.UPath) and not isinstance(value, os.PathLike)
 
 
 def is_shared(path: Path) -> bool:

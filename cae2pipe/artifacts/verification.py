@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cae2pipe.errors import Cae2pipeError
+from cae2pipe.runtime.wording import counted
 
 
 @dataclass
@@ -27,6 +28,6 @@ class Verification:
     def summary(self) -> str:
         files = self.files + sum(inner.files for inner in self.inner)
         if self.problems:
-            plural = "s" * (len(self.problems) != 1)
-            return f"{self.path}: {len(self.problems)} problem{plural} in {files} files of this {self.kind} folder"
-        return f"{self.path}: all {files} files of this {self.kind} folder match the manifest"
+            problems = counted(len(self.problems), "problem")
+            return f"{self.path}: {problems} in {counted(files, 'file')} of this {self.kind} folder"
+        return f"{self.path}: {counted(files, 'file')} of this {self.kind} folder checked, all match the manifest"

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from cae2pipe.commands import data, evaluation, folders, presets, training
-from cae2pipe.commands.shared import console, exits, folder
+from cae2pipe.commands.shared import console, exits, local_folder
 from cae2pipe.version import __version__
 
 
-def example(arguments: str) -> str:
-    """The last line of a command's help."""
-    return f"Example: cae2pipe {arguments}"
+def example(*arguments: str) -> str:
+    """The last lines of a command's help, one for each example."""
+    return "\n\n".join(f"Example: cae2pipe {each}" for each in arguments)
 
 
 app = typer.Typer(
@@ -39,7 +39,9 @@ app.command(epilog=example("pretrain targets runs/base --config base"))(training
 app.command(epilog=example("replay runs/base/failures/step-00012345.pt"))(training.replay)
 app.command(epilog=example("export runs/base exported --format timm"))(training.export)
 app.command(epilog=example("compare table2 targets imagenet compared"))(training.compare)
-app.command(epilog=example("report runs/base runs/mvp --scores scores --targets targets"))(training.report)
+app.command(
+    epilog=example("report runs/base runs/mvp --scores scores --targets targets", "report targets --source shards")
+)(training.report)
 evaluate_app.command("knn", epilog=example("evaluate knn runs/base imagenet scores/base"))(evaluation.evaluate_knn)
 evaluate_app.command("linear", epilog=example("evaluate linear runs/base imagenet scores/base"))(
     evaluation.evaluate_linear
@@ -81,7 +83,10 @@ def _root(
 @app.command(epilog=example("demo demo"))
 def demo(
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="Output folder (created, or resumed if it exists).", parser=folder)
+        Path,
+        typer.Argument(
+            metavar="[OUT]", help="Output folder, not a URL (created, or resumed if it exists).", parser=local_folder
+        ),
     ] = Path("demo"),
     teacher: Annotated[str, typer.Option(help="Teacher preset.")] = "lite0",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",

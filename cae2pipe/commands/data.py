@@ -151,6 +151,7 @@ def recode(
 def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:
     from cae2pipe.runtime.progress import duration, gigabytes
     from cae2pipe.runtime.terminal import print_table
+    from cae2pipe.runtime.wording import counted
 
     rows = [
         {
@@ -167,8 +168,8 @@ def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:
     ]
     print_table(console, rows)
     console.say(
-        f"{cost['images']} images, {cost['views']} views each; this machine makes {cost['views_per_s']:.1f} views per "
-        f"second, the teacher alone {cost['teacher_per_s']:.1f}: {cost['verdict']}"
+        f"{counted(cost['images'], 'image')}, {counted(cost['views'], 'view')} each; this machine makes "
+        f"{cost['views_per_s']:.1f} views per second, the teacher alone {cost['teacher_per_s']:.1f}: {cost['verdict']}"
     )
     if "recommended" in cost:
         advice = cost["recommended"]
@@ -179,7 +180,7 @@ def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:
             else f"with --views {cost['views']} it would be shown {advice['showings_asked']:.3g} times"
         )
         console.say(
-            f"for {advice['epochs']} epochs, --views {advice['views']} is recommended: {gigabytes(advice['bytes'])} "
-            f"with {name}, {duration(advice['seconds'])} on this machine, each view shown "
+            f"for {counted(advice['epochs'], 'epoch')}, --views {advice['views']} is recommended: "
+            f"{gigabytes(advice['bytes'])} with {name}, {duration(advice['seconds'])} on this machine, each view shown "
             f"{advice['showings']:.3g} times; {asked}"
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, show_error
+from cae2pipe.commands.shared import Device, LocalOut, Set, Workers, console, exits, local_path, show_error
 from cae2pipe.errors import FAILURE, Cae2pipeError
 
 Encoder = Annotated[
@@ -23,14 +23,19 @@ Encoder = Annotated[
     ),
 ]
 Data = Annotated[
-    Path, typer.Argument(metavar="DATA", help="A folder with train and val (or test): class/*.jpg each, or shard sets.")
+    Path,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder with train and val (or test): class/*.jpg each, or shard sets.",
+        parser=local_path,
+    ),
 ]
 
 
 def evaluate_knn(
     encoder: Encoder,
     data: Data,
-    out: Out,
+    out: LocalOut,
     config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "knn",
     workers: Workers = None,
     device: Device = None,
@@ -43,7 +48,7 @@ def evaluate_knn(
 def evaluate_linear(
     encoder: Encoder,
     data: Data,
-    out: Out,
+    out: LocalOut,
     config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "linear",
     fast: Annotated[
         bool,
@@ -67,7 +72,7 @@ def evaluate_linear(
 def evaluate_attentive(
     encoder: Encoder,
     data: Data,
-    out: Out,
+    out: LocalOut,
     config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "attentive",
     workers: Workers = None,
     device: Device = None,
@@ -80,7 +85,7 @@ def evaluate_attentive(
 def evaluate_finetune(
     encoder: Encoder,
     data: Data,
-    out: Out,
+    out: LocalOut,
     config: Annotated[
         str,
         typer.Option(help="Preset (finetune-tiny, -small, -base, -large: the paper's Table 10) or YAML file."),
@@ -101,9 +106,10 @@ def evaluate_segment(
             metavar="DATA",
             help="A folder with images/train, images/val, annotations/train, annotations/val, and classes.txt (one "
             "name per line) or ADE20K's objectInfo150.txt.",
+            parser=local_path,
         ),
     ],
-    out: Out,
+    out: LocalOut,
     config: Annotated[
         str, typer.Option(help="Preset (segment-tiny, -small, -base, -large: the paper's Table 11) or YAML file.")
     ] = "segment",
@@ -123,9 +129,10 @@ def evaluate_detect(
             metavar="DATA",
             help="A folder in COCO's format: train2017, val2017, annotations/instances_train2017.json and "
             "..._val2017.json (or train and val).",
+            parser=local_path,
         ),
     ],
-    out: Out,
+    out: LocalOut,
     config: Annotated[
         str, typer.Option(help="Preset (detect-small, -base, -large: the paper's Table 12) or YAML file.")
     ] = "detect",
@@ -163,7 +170,7 @@ def _print_score(result: dict[str, Any]) -> None:
     from cae2pipe.comparison.scores import headlines
     from cae2pipe.runtime.terminal import print_table
 
-    columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"]))
+    columns = ("evaluation", "encoder", "feature", *headlines(result["evaluation"], result.get("classes")))
     row = {name: f"{result[name]:.4f}" if isinstance(result[name], float) else result[name] for name in columns}
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
     if "best" in result:
@@ -178,7 +185,9 @@ class ResultsFormat(StrEnum):
 
 
 def results(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with scores, at any depth.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders with scores, at any depth.", parser=local_path)
+    ],
     format_: Annotated[ResultsFormat, typer.Option("--format", help="Output format.")] = ResultsFormat.table,
 ) -> None:
     """List the scores of many evaluations, each with its protocol.
@@ -188,10 +197,13 @@ def results(
     with exits():
         from cae2pipe.comparison.scores import collect
         from cae2pipe.reporting.results import as_markdown, protocols, shown
+        from cae2pipe.runtime.progress import progress
         from cae2pipe.runtime.terminal import print_table
 
         damaged: list[Cae2pipeError] = []
-        rows = collect(folders, damaged)
+        with progress("results", brief=True) as report:
+            report.phase("looking for scores in all folders below")
+            rows = collect(folders, damaged)
         if format_ is ResultsFormat.table:
             print_table(console, shown(rows))
             for number, protocol in enumerate(protocols(rows), 1):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cae2pipe.commands.shared import console, errors, exits, path_or_url
+from cae2pipe.commands.shared import console, errors, exits, local_path, path_or_url
 from cae2pipe.errors import FAILURE
 
 
@@ -20,9 +20,12 @@ def inspect(
     with exits():
         from cae2pipe.api import folders
         from cae2pipe.runtime.foreign_names import visible_json
+        from cae2pipe.runtime.progress import progress
         from cae2pipe.runtime.terminal import print_facts
 
-        facts = folders.inspect(path)
+        with progress("inspect", brief=True) as report:
+            report.phase(f"reading {path}")
+            facts = folders.inspect(path)
         if as_json:
             # Characters that the terminal's encoding lacks are escaped as in JSON.
             plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
@@ -50,7 +53,9 @@ def verify(
     ] = 0,
     teacher_weights: Annotated[
         Path | None,
-        typer.Option(help="With --live or --repair: the teacher's weights, if they came from a local file."),
+        typer.Option(
+            help="With --live or --repair: the teacher's weights, if they came from a local file.", parser=local_path
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="With --live or --repair: auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:

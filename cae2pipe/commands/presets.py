@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cae2pipe.commands.shared import Set, console, exits
+from cae2pipe.commands.shared import Set, console, errors, exits
 
 
 def config_list() -> None:
@@ -46,5 +46,7 @@ def teachers_fetch(name: Annotated[str, typer.Argument(help="A preset's name.")]
     with exits():
         from cae2pipe.teachers.presets import fetch
 
+        # The hub's client shows the bytes itself; a panel would hide its bar.
+        errors.say(f"looking for the weights of {name} in the local cache, then on the hub")
         for path in fetch(name):
             console.say(str(path))

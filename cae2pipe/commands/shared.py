@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.artifacts.storage import to_path
+from cae2pipe.artifacts.storage import to_local_path, to_path
 from cae2pipe.errors import (
     INTERRUPTED,
     REQUEUE,
@@ -21,6 +22,7 @@ from cae2pipe.errors import (
     Terminated,
 )
 from cae2pipe.runtime.foreign_names import visible, why_not_utf8
+from cae2pipe.runtime.signals import forget_stop, note_stop
 from cae2pipe.runtime.system_errors import explain_system_error
 from cae2pipe.runtime.terminal import Terminal
 
@@ -30,28 +32,55 @@ errors = Terminal(stderr=True)
 
 def path_or_url(text: str | Path) -> Path:
     """A path or URL of the command line. typer also passes defaults through it, which are paths already."""
+    return _path(text, to_path)
+
+
+def local_path(text: str | Path) -> Path:
+    """A path of the command line that cannot be remote."""
+    return _path(text, to_local_path)
+
+
+def folder_or_url(text: str | Path) -> Path:
+    """A folder or URL of the command line to write to."""
+    return _path(_writable_name(text), to_path)
+
+
+def local_folder(text: str | Path) -> Path:
+    """A local folder of the command line to write to."""
+    return _path(_writable_name(text), partial(to_local_path, output=True))
+
+
+def _path(text: str | Path, convert: Callable[[str | Path], Path]) -> Path:
     if not str(text).strip():
         raise typer.BadParameter("this name is empty; perhaps a shell variable is not set")
     try:
-        return to_path(text)
+        return convert(text)
     except Cae2pipeError as error:
         raise typer.BadParameter(visible(str(error), keep="\n")) from None
 
 
-def folder(text: str | Path) -> Path:
-    """A folder or URL of the command line to write to."""
+def _writable_name(text: str | Path) -> str | Path:
     try:
         str(text).encode()
     except UnicodeEncodeError:
         raise typer.BadParameter("; ".join(why_not_utf8(str(text)))) from None
-    return path_or_url(text)
+    return text
 
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a setting (repeatable).")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes (default: one per core).")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Out = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Output folder or URL (created, or resumed if it exists).", parser=folder)
+    Path,
+    typer.Argument(
+        metavar="OUT", help="Output folder or URL (created, or resumed if it exists).", parser=folder_or_url
+    ),
+]
+LocalOut = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT", help="Output folder, not a URL (created, or resumed if it exists).", parser=local_folder
+    ),
 ]
 
 
@@ -75,6 +104,7 @@ def exits() -> Iterator[None]:
     kinds = {signal.SIGTERM: Terminated, signal.SIGUSR1: Requeued}
 
     def leave(number: int, frame: FrameType | None) -> None:
+        note_stop(number)
         raise kinds[signal.Signals(number)]
 
     old: dict[int, Any] = {number: signal.signal(number, leave) for number in kinds}
@@ -101,5 +131,6 @@ def exits() -> Iterator[None]:
             show_error(explained)
         raise typer.Exit(explained.exit_code) from None
     finally:
+        forget_stop()
         for number, handler in old.items():
             signal.signal(number, handler)

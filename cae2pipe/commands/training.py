@@ -11,7 +11,18 @@ from typing import Annotated, Any
 import typer
 
 from cae2pipe.commands.jobs import run_jobs
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, folder, path_or_url
+from cae2pipe.commands.shared import (
+    Device,
+    LocalOut,
+    Set,
+    Workers,
+    console,
+    exits,
+    folder_or_url,
+    local_folder,
+    local_path,
+    path_or_url,
+)
 
 
 def pretrain(
@@ -21,7 +32,7 @@ def pretrain(
             metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=path_or_url
         ),
     ],
-    out: Out,
+    out: LocalOut,
     config: Annotated[str, typer.Option(help="Preset (tiny, small, base, large, huge) or YAML file.")] = "base",
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     repeat_masks: Annotated[
@@ -33,7 +44,9 @@ def pretrain(
     probe: Annotated[
         Path | None,
         typer.Option(
-            metavar="IMAGES", help="Measure kNN accuracy during training, on a folder with train and val, as evaluate."
+            metavar="IMAGES",
+            help="Measure kNN accuracy during training, on a folder with train and val, as evaluate.",
+            parser=local_path,
         ),
     ] = None,
     probe_targets: Annotated[
@@ -70,7 +83,9 @@ def pretrain(
 
 
 def replay(
-    record: Annotated[Path, typer.Argument(metavar="FILE", help="A file from the folder failures/ of a run.")],
+    record: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file from the folder failures/ of a run.", parser=local_path)
+    ],
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (default: the run's).")] = None,
 ) -> None:
@@ -113,19 +128,24 @@ def export(
             metavar="RUN", help="A run folder, an encoder.safetensors, or a .pth released by CAE's authors."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.", parser=folder)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder, not a URL.", parser=local_folder)],
     format_: Annotated[ExportFormat, typer.Option("--format", help="Target library; hf: transformers' ViTModel.")] = (
         ExportFormat.timm
     ),
     scores: Annotated[
-        list[Path] | None, typer.Option(help="A folder with evaluations for the model card (repeatable).")
+        list[Path] | None,
+        typer.Option(help="A folder with evaluations for the model card (repeatable).", parser=local_path),
     ] = None,
 ) -> None:
     """Export an encoder for timm, open_clip or transformers, with a model card."""
     with exits():
         from cae2pipe.api.runs import export
+        from cae2pipe.runtime.progress import progress
 
-        for path in export(encoder, out, format=format_.value, scores=scores or []):
+        with progress("export", brief=True) as report:
+            report.phase(f"writing {encoder} for {format_.value}")
+            files = export(encoder, out, format=format_.value, scores=scores or [])
+        for path in files:
             console.say(str(path))
 
 
@@ -142,12 +162,17 @@ def compare(
         Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=path_or_url)
     ],
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Labelled images for evaluation: a folder with train and val.")
+        Path,
+        typer.Argument(
+            metavar="DATA", help="Labelled images for evaluation: a folder with train and val.", parser=local_path
+        ),
     ],
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="Output folder (created, or resumed if it exists); grids may share it.", parser=folder
+            metavar="OUT",
+            help="Output folder, not a URL (created, or resumed if it exists); grids may share it.",
+            parser=local_folder,
         ),
     ],
     small: Annotated[bool, typer.Option("--small", help="The grid's small scale, for few cores.")] = False,
@@ -250,19 +275,21 @@ def report(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH...", help="Runs of pretrain, finished or not; or one target set.", parser=path_or_url
+            metavar="PATH...",
+            help="Runs of pretrain, finished or not; or one target set (folder or URL).",
+            parser=path_or_url,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for report.html and, for runs, report.md.", parser=folder)] = Path(
-        "report"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder (or URL) for report.html and, for runs, report.md.", parser=folder_or_url)
+    ] = Path("report"),
     targets: Annotated[
         Path | None,
         typer.Option(help="For runs: a target set for pictures of masks, latents and neighbours.", parser=path_or_url),
     ] = None,
     scores: Annotated[
         list[Path] | None,
-        typer.Option(help="For runs: a folder with evaluations of them, at any depth (repeatable)."),
+        typer.Option(help="For runs: a folder with evaluations of them, at any depth (repeatable).", parser=local_path),
     ] = None,
     source: Annotated[
         Path | None,
@@ -280,7 +307,8 @@ def report(
         ),
     ] = 0,
     teacher_weights: Annotated[
-        Path | None, typer.Option(help="With --live: the teacher's weights, if they came from a local file.")
+        Path | None,
+        typer.Option(help="With --live: the teacher's weights, if they came from a local file.", parser=local_path),
     ] = None,
     device: Device = None,
 ) -> None:

@@ -49,8 +49,8 @@ def gather_grid(
 
 
 def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets: Sequence[Path]) -> Comparison:
-    """Some runs. Runs that differ only in their seed share a row, which is named by the settings that distinguish it,
-    or by its folders.
+    """Some runs. Runs that differ only in their seed share a row, which is named by its folders; the settings that
+    distinguish it follow.
 
     Raises:
         ManifestError: a folder is not a run. SettingsError: two folders hold the same run.
@@ -73,7 +73,7 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
             )
         differing[key] = settings
     groups_named = zip(row_names(list(differing.values())), groups.values(), strict=True)
-    names = [name or folder_name(list(group.values())) for name, group in groups_named]
+    names = [folder_name(list(group.values())) + (f" ({name})" if name else "") for name, group in groups_named]
     rows = []
     known = {open_artifact(path).fingerprint: path for path in sets}
     for name, group in zip(told_apart(names, range(1, len(names) + 1)), groups.values(), strict=True):

@@ -19,9 +19,10 @@ HEADLINES = {"segment": ("miou", "pixel_accuracy"), "detect": ("ap_box", "ap_mas
 """The main score of an evaluation and a second one; the default is top1 and top5."""
 
 
-def headlines(evaluation: str) -> tuple[str, str]:
-    """The names of an evaluation's main score and of its second one."""
-    return HEADLINES.get(evaluation, ("top1", "top5"))
+def headlines(evaluation: str, classes: object = None) -> tuple[str, ...]:
+    """The names of an evaluation's main score, and of its second one: of at most five classes, top5 says nothing."""
+    names = HEADLINES.get(evaluation, ("top1", "top5"))
+    return names[:1] if names[1] == "top5" and isinstance(classes, int) and classes <= 5 else names
 
 
 class ScoredImages(BaseModel):
@@ -152,13 +153,13 @@ def collect(roots: Iterable[Path], damaged: list[Cae2pipeError] | None = None) -
 
 def row(result: ScoreResult, folder: Path) -> ScoreRow:
     """The row of one result."""
-    first, second = headlines(result.evaluation)
+    first, *others = headlines(result.evaluation, (result.model_extra or {}).get("classes"))
     return {
         "encoder": result.encoder,
         "evaluation": result.evaluation,
         "feature": result.feature,
         "score": result.figure(first),
-        "also": {second: result.figure(second)},
+        "also": {name: result.figure(name) for name in others},
         "best": result.best[first] if result.best else None,
         "train": result.images.train,
         "val": result.images.val,

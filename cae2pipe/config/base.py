@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from cae2pipe.artifacts.json_files import read_document
+from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.config.yaml_core import read_yaml
 from cae2pipe.errors import SettingsError
 
@@ -146,7 +147,7 @@ def read_preset(stage: str, name: str, below: tuple[str, ...] = ()) -> dict[str,
     if name in below:
         chain = " -> ".join((*below, name))
         raise SettingsError(f"settings extend each other in a circle: {chain}", where=name, fix="correct `extends`")
-    path = Path(name)
+    path = to_local_path(name)
     is_path = path.suffix in (".yaml", ".yml") or "/" in name
     if not is_path:
         path = package_folder("configs") / stage / f"{name}.yaml"
@@ -213,8 +214,9 @@ def load(
     *,
     overrides: Sequence[str] = (),
     values: dict[str, Any] | None = None,
+    options: Mapping[str, str] = {},
 ) -> S:
-    """Preset, then ``values`` (from dedicated options), then ``--set`` overrides, validated.
+    """Preset, then ``values`` (from dedicated ``options``, as in ``build``), then ``--set`` overrides, validated.
 
     A preset may have ``recipes: {NAME: {...}}``: settings that apply if ``recipe`` is NAME. Overrides take precedence.
 
@@ -225,13 +227,22 @@ def load(
     recipes = raw.pop("recipes", {})
     over = values or {}
     for override in overrides:
-        over = merge(over, parse_override(override))
+        parsed = parse_override(override)
+        over = merge(over, parsed)
+        options = {name: option for name, option in options.items() if not has(parsed, name)}
     recipe = str(over.get("recipe", raw.get("recipe", "")))
     for name, part in (("recipes", recipes), (f"recipes.{recipe}", part_of(recipes, recipe))):
         if not isinstance(part, dict):
             raise SettingsError(f"{name} is not a mapping", where=preset, fix="correct the file")
     raw = merge(merge(raw, part_of(recipes, recipe)), over)
-    return build(kind, raw, where=f"{stage} settings" + (f", preset {preset}" if preset else ""))
+    return build(kind, raw, where=f"{stage} settings" + (f", preset {preset}" if preset else ""), options=options)
+
+
+def has(values: Mapping[str, Any], name: str) -> bool:
+    """Whether nested values contain a dotted name."""
+    first, _, rest = name.partition(".")
+    inner = values.get(first)
+    return first in values and (not rest or not isinstance(inner, Mapping) or has(inner, rest))
 
 
 def part_of(recipes: Any, name: str) -> Any:
@@ -239,8 +250,9 @@ def part_of(recipes: Any, name: str) -> Any:
     return recipes.get(name, {}) if isinstance(recipes, dict) else {}
 
 
-def build(kind: type[S], raw: Mapping[str, object], where: object) -> S:
-    """Validate raw values into a settings object. Raises SettingsError if they are invalid."""
+def build(kind: type[S], raw: Mapping[str, object], where: object, *, options: Mapping[str, str] = {}) -> S:
+    """Validate raw values into a settings object. ``options``: dotted names of settings that were given by an option of
+    their own, with its name, such as ``--views``. Raises SettingsError if values are invalid."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -261,6 +273,8 @@ def build(kind: type[S], raw: Mapping[str, object], where: object) -> S:
         got = "" if isinstance(first["input"], dict) else f"; got {shortened(repr(first['input']))}"
         if cause:  # one of our cross-field checks, whose message says what to change
             raise SettingsError(f"{cause}{more}", where=where) from None
+        if option := options.get(field):
+            raise SettingsError(f"{option}: {first['msg']}{got}{more}", where=where, fix=f"change {option}") from None
         raise SettingsError(f"{field}: {first['msg']}{got}{more}", where=where, fix=f"--set {field}=...") from None
 
 

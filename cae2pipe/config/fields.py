@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+
+from cae2pipe.artifacts.storage import is_remote, to_local_path, to_path
+
+
+def _local(value: Any) -> Any:
+    """A local path, also of its URL. Raises BadInputError for the URL of a remote one."""
+    return to_local_path(value) if isinstance(value, str | os.PathLike) or is_remote(value) else value
+
+
+def _text(value: Any) -> Any:
+    """A path or URL as text."""
+    return str(to_path(value)) if isinstance(value, os.PathLike) or is_remote(value) else value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_local)]
+PathOrUrl = Annotated[str, BeforeValidator(_text)]
 
 Flip = Annotated[float, Field(ge=0, le=1, description="Probability of a horizontal flip.")]
 Epochs = Annotated[int, Field(ge=1, le=10**6, description="Passes over the training images.")]

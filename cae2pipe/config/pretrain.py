@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from cae2pipe.config.base import Settings, not_fingerprinted
-from cae2pipe.config.fields import Beta1
+from cae2pipe.config.fields import Beta1, LocalPath, PathOrUrl
 
 Recipe = Literal["paper", "official"]
 
@@ -176,7 +175,7 @@ class TrainSpeed(Settings):
     """Use torch's deterministic algorithms, so that CUDA runs are reproducible bit for bit. CPU runs always are."""
     workers: int = Field(default=-1, ge=-1, le=1024)
     """Processes that read and decode blocks; -1: one per core, at most 8; 0: read in the main process."""
-    cache: Path | None = None
+    cache: LocalPath | None = None
     """A local folder that caches blocks of a remote target set for later epochs. None: no cache."""
     cache_gb: float = Field(default=100.0, gt=0, le=1e9)
     """Largest size of the cache in gigabytes; blocks that were read first are kept."""
@@ -193,9 +192,9 @@ class TrainSpeed(Settings):
 class ProbeSettings(Settings):
     """Measurements of the student during training. They do not change what is trained."""
 
-    images: Path | None = None
+    images: LocalPath | None = None
     """A folder with train and val, as for `cae2pipe evaluate`: accuracy of nearest neighbours. null: none."""
-    targets: str | None = None
+    targets: PathOrUrl | None = None
     """A target set of held-out images, made with the same teacher: loss and cosines on its views. null: none."""
     every: int = Field(default=10, ge=1, le=10**6)
     """Epochs between measurements; there is always one after the last epoch."""
@@ -239,9 +238,9 @@ class PretrainSettings(Settings):
     data: DataSettings = DataSettings()
     stop_after: int | None = not_fingerprinted(None, ge=1, le=10**12)
     """Stop after this many steps, as if interrupted; rerun the same command to resume. For trials."""
-    originals: Path | None = not_fingerprinted(None)
-    """The shard set that fresh views are cropped from. null: the one inside the target set."""
-    teacher_weights: Path | None = not_fingerprinted(None)
+    originals: PathOrUrl | None = not_fingerprinted(None)
+    """The shard set (folder or URL) that fresh views are cropped from. null: the one inside the target set."""
+    teacher_weights: LocalPath | None = not_fingerprinted(None)
     """The online teacher's weights, if they came from a local file: target sets do not store paths."""
     track: list[Literal["tensorboard", "wandb"]] = not_fingerprinted([])
     """Also write metrics to these trackers."""

@@ -95,6 +95,11 @@ MEASURES = (
 )
 
 
+def measured(result: Result) -> list[Measure]:
+    """The measures of a result: ``seconds`` are missing if the demo was interrupted and resumed."""
+    return [measure for measure in MEASURES if measure.key in result]
+
+
 def rows(result: Result) -> list[dict[str, str]]:
     """The table that ends the demo: measure, value, goal, and whether it was reached."""
     marks = {True: "reached", False: "missed", None: ""}
@@ -105,5 +110,5 @@ def rows(result: Result) -> list[dict[str, str]]:
             "goal": measure.show_goal(result),
             "": marks[measure.met(result)],
         }
-        for measure in MEASURES
+        for measure in measured(result)
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cae2pipe.demo.measures import MEASURES
+from cae2pipe.demo.measures import measured
 from cae2pipe.reporting.html import Child, Html, element, figure, figures, image, join_html, mark, page, table
 from cae2pipe.reporting.pictures import (
     ColourBasis,
@@ -195,7 +195,7 @@ def preview_card(preview: LatentPreview, grid: tuple[int, int], basis: ColourBas
 
 def measures_table(result: Mapping[str, float]) -> Html:
     lines: list[list[Child]] = []
-    for measure in MEASURES:
+    for measure in measured(result):
         met = measure.met(result)
         goal = join_html((measure.show_goal(result), " ", mark(met))) if met is not None else None
         lines.append([measure.name, measure.show(result), goal, measure.meaning])

@@ -72,6 +72,7 @@ def run_demo(
         SourceError: a package of photographs is missing. Also all errors of the stages.
     """
     began = time.monotonic()
+    resumed = out.exists() and any(out.iterdir())
     images, targets, held_out, run = out / "images", out / "targets", out / "targets-val", out / "run"
     commands: list[DemoCommand] = []
 
@@ -141,7 +142,7 @@ def run_demo(
             **{f"knn_{name}": value for name, value in knn.items()},
         }
         result = {name: round(value, 6) for name, value in result.items()}
-        result = write_result(out / "result.json", result, time.monotonic() - began)
+        result = write_result(out / "result.json", result, None if resumed else time.monotonic() - began)
         per_epoch = max(1, sum(line["epoch"] == 0 for line in lines))
         contents = DemoContents(
             teacher=stored.teacher.name,
@@ -213,12 +214,15 @@ def stored_tile(targets: TargetSet, images: Path, name: str) -> StoredImage:
         return replace(stored, picture=np.asarray(file.convert("RGB")))
 
 
-def write_result(path: Path, result: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Write ``result.json``, unless it has the same figures: then its ``seconds`` are those of the actual work."""
+def write_result(path: Path, result: Mapping[str, float], seconds: float | None) -> dict[str, float]:
+    """Write ``result.json``, unless it has the same figures: then its ``seconds`` are those of the actual work.
+
+    ``seconds``: None if an earlier command did a part of the work.
+    """
     if path.exists():
         old: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
         if {**old, "seconds": 0} == {**result, "seconds": 0}:
             return old
-    new = {**result, "seconds": round(seconds, 1)}
+    new = dict(result) if seconds is None else {**result, "seconds": round(seconds, 1)}
     write_json(path, new)
     return new

@@ -13,6 +13,7 @@ from cae2pipe.dense.coco_file import Annotation, Dataset, ImageEntry, read_insta
 from cae2pipe.dense.orientation import times
 from cae2pipe.errors import ImageError, SourceError
 from cae2pipe.images.decode import decode_rgb
+from cae2pipe.runtime.wording import counted
 
 ANNOTATIONS = "annotations"
 TRAIN, VAL = ("train2017", "train"), ("val2017", "val")
@@ -136,15 +137,17 @@ def open_coco_part(root: Path, names: tuple[str, ...], upright: bool | None, *, 
 
 
 LEFT_OUT = {
-    "entries": "images listed twice: one entry used",
-    "images": "images without objects: not used in training",
-    "narrow": "annotations less than a pixel wide: not used in training",
-    "annotations": "annotations without extent or with an empty mask: used neither in training nor in scoring",
-    "polygons": "polygons of fewer than three points: ignored",
+    "entries": ("image", "listed twice: one entry used"),
+    "images": ("image", "without objects: not used in training"),
+    "narrow": ("annotation", "less than a pixel wide: not used in training"),
+    "annotations": ("annotation", "without extent or with an empty mask: used neither in training nor in scoring"),
+    "polygons": ("polygon", "of fewer than three points: ignored"),
 }
-"""Descriptions of the counters in ``left_out``."""
+"""What the counters in ``left_out`` count."""
 
 
 def told_left_out(part: str, left_out: dict[str, int]) -> list[str]:
     """Log lines about what was left out of a part, if anything."""
-    return [f"{part}: {left_out[name]} {what}" for name, what in LEFT_OUT.items() if left_out.get(name)]
+    return [
+        f"{part}: {counted(left_out[name], one)} {what}" for name, (one, what) in LEFT_OUT.items() if left_out.get(name)
+    ]

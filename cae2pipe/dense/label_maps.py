@@ -17,6 +17,7 @@ from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.errors import ImageError, SettingsError, SourceError
 from cae2pipe.images.decode import decode_rgb, describe_failure
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.kinds import SUFFIXES
 from cae2pipe.shards.name_lists import listed_names, text_lines
 
@@ -211,5 +212,5 @@ def files_by_stem(folder: Path, notes: list[str]) -> dict[str, Path]:
         by_stem[stem] = path
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        notes.append(f"{folder}: ignored {others.total()} files without an image suffix ({kinds})")
+        notes.append(f"{folder}: ignored {counted(others.total(), 'file')} without an image suffix ({kinds})")
     return by_stem

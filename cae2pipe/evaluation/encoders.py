@@ -205,7 +205,12 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
 def class_token_trained(run: RunArtifact) -> bool:
     """Whether a run's class token had a loss: it counts as visible, and pixel targets have none."""
     loss = build_recorded(LossSettings, section_of(run.identity["settings"], "loss", run.root), where=run.root)
-    return bool(run.facts["teacher"]["class_token"] and loss.visible and loss.target != "pixels")
+    return trains_class_token(loss, run.facts["teacher"]["class_token"])
+
+
+def trains_class_token(loss: LossSettings, teacher_has_one: bool) -> bool:
+    """Whether a student's class token has a loss."""
+    return bool(teacher_has_one and loss.visible and loss.target != "pixels")
 
 
 def released_student(path: Path, device: torch.device, precision: str) -> Student:

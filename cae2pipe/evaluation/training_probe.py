@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.evaluate import FeatureSettings, KnnSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import Cae2pipeError, SourceError
 from cae2pipe.evaluation.crop_batches import batch_for
-from cae2pipe.evaluation.encoders import Student, build_vit, class_token_trained
+from cae2pipe.evaluation.encoders import Student, build_vit, trains_class_token
 from cae2pipe.evaluation.features import resolve_feature
 from cae2pipe.evaluation.knn import knn_top1
 from cae2pipe.evaluation.labelled_crops import Labelled, LabelledCrops, feature_of, in_order_of_runs
@@ -57,16 +56,14 @@ class TrainingProbe:
     """Measures students of one run. Every process makes all calls, in the same order.
 
     Args:
-        settings: of the run; ``settings.precision`` is resolved. targets: the set that is trained on. run: the run.
+        settings: of the run; ``settings.precision`` is resolved. targets: the set that is trained on.
 
     Raises:
         SettingsError: the held-out targets do not fit the student. SourceError, ManifestError, DamageError: images or
         targets cannot be read. OutOfMemoryError: a pass does not fit the device.
     """
 
-    def __init__(
-        self, settings: PretrainSettings, targets: TargetSet, run: RunArtifact, *, world: World, report: Report
-    ):
+    def __init__(self, settings: PretrainSettings, targets: TargetSet, *, world: World, report: Report):
         self.settings, self.world, self.report = settings, world, report
         self.batch = batch_for(settings.probe.batch, world.device)
         self.memory = Memory(int(settings.probe.memory_gb * 1e9))
@@ -75,7 +72,8 @@ class TrainingProbe:
         spec = target_spec(settings, targets)
         with seeded("probe"):
             self.model = build_method(settings.method, settings.model, spec.dim).eval().requires_grad_(False)
-            self.images = ImageProbe(self, settings.probe.images, run) if settings.probe.images else None
+            class_token = trains_class_token(settings.loss, targets.teacher.class_token)
+            self.images = ImageProbe(self, settings.probe.images, class_token) if settings.probe.images else None
             self.views = (
                 HeldOutProbe(self, to_path(settings.probe.targets), targets) if settings.probe.targets else None
             )
@@ -152,7 +150,7 @@ class TrainingProbe:
 class ImageProbe:
     """Accuracy of nearest neighbours on labelled images, as ``cae2pipe evaluate knn`` scores the finished run."""
 
-    def __init__(self, probe: TrainingProbe, data: Path, run: RunArtifact):
+    def __init__(self, probe: TrainingProbe, data: Path, class_token: bool):
         self.probe, self.device = probe, probe.world.device
         self.knn = KnnSettings()
         self.crops = LabelledCrops(
@@ -165,7 +163,7 @@ class ImageProbe:
             rejected=probe.name_reject,
         )
         self.vit = build_vit(timm_config(probe.model.encoder))
-        self.class_token = class_token_trained(run)
+        self.class_token = class_token
 
     def encode(self) -> Callable[[Tensor], Tensor]:
         """From crops to features of the student as it is now."""

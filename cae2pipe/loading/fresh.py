@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cae2pipe.artifacts.artifact import is_artifact
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import ManifestError, MismatchError
@@ -46,7 +47,7 @@ class FreshViews:
 
 def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
     """The originals of a target set. Raises MismatchError if they differ, ManifestError if there are none."""
-    root = settings.originals or targets.root / "shards"
+    root = to_path(settings.originals) if settings.originals else targets.root / "shards"
     if not is_artifact(root, "shards"):
         raise ManifestError(
             "fresh views need the shard set that the targets were made from", where=root, fix="--set originals=FOLDER"

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from cae2pipe.artifacts.arguments import checked
+from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.errors import SettingsError
 from cae2pipe.loading.batches import Batch, Plan, without_padding
 from cae2pipe.loading.device import on_device
@@ -19,6 +21,7 @@ from cae2pipe.loading.store_units import StoreUnits
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.paths import of_store
 from cae2pipe.targets.target_set import TargetSet
@@ -87,6 +90,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
             batches are read.
     """
 
+    @checked
     def __init__(
         self,
         targets: TargetSet | str | Path,
@@ -105,9 +109,6 @@ class TargetBatches(IterableDataset[TargetBatch]):
         cache: str | Path | None = None,
         cache_gb: float = 100.0,
     ):
-        for name, value, known in (("layout", layout, ("map", "tokens")), ("pixels", pixels, ("uint8", "float"))):
-            if value not in known:
-                raise SettingsError(f"{name}={value!r} is unknown", where="TargetBatches", fix=f"use one of {known}")
         at_least("batch_size", batch_size, 1)
         at_least("workers", workers, -1)
         at_least("seed", seed, 0)
@@ -125,7 +126,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
             seed=seed,
             drop_last=drop_last,
             scaled=scaled,
-            cache=BlockCache(Path(cache), int(cache_gb * 1e9)) if cache else None,
+            cache=BlockCache(to_local_path(cache), int(cache_gb * 1e9)) if cache else None,
         )
 
     def __repr__(self) -> str:
@@ -141,6 +142,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
         """Views per batch of this rank."""
         return self._plan.batch // self.ranks
 
+    @checked
     def set_epoch(self, epoch: int, batch: int = 0) -> None:
         """Say which epoch the next ``iter()`` gives, and with which of its batches that begins: to resume.
 
@@ -220,7 +222,8 @@ def batch_plan(
     drop = drop_last or samples % batch < ranks
     if samples < (batch if drop else ranks):
         raise SettingsError(
-            f"the set has {samples} images, too few for a batch of {batch_size} on each of {ranks} ranks",
+            f"the set has {counted(samples, 'image')}, too few for a batch of {batch_size} on each of "
+            f"{counted(ranks, 'rank')}",
             where=str(targets.root),
             fix=f"use a batch_size of at most {samples // ranks}, or drop_last=False" if samples >= ranks else None,
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from cae2pipe.comparison.rows import Comparison, Row
 from cae2pipe.reporting.markdown import escaped, markdown_table
 from cae2pipe.runtime.foreign_names import told_apart
+from cae2pipe.runtime.wording import counted
 
 BLANK = "–"
 READ = {"mean": "the mean patch", "class": "the class token"}
@@ -108,10 +109,10 @@ def notes(comparison: Comparison) -> list[str]:
     """Notes below the table."""
     lines = [f"Not finished: {text}" for text in comparison.failed]
     for run, damaged in (item for row in comparison.rows for item in row.damaged.items()):
-        lines.append(f"{run.name}: {damaged} damaged lines of metrics.jsonl are ignored.")
+        lines.append(f"{run.name}: ignored {counted(damaged, 'damaged line')} of metrics.jsonl.")
     lines.append(
-        f"{comparison.done} of {comparison.wanted} scores, {comparison.seeds} "
-        f"seed{'s' if comparison.seeds != 1 else ''}; percent, mean ± standard "
+        f"{comparison.done} of {counted(comparison.wanted, 'score')}, {counted(comparison.seeds, 'seed')}; "
+        "percent, mean ± standard "
         f"deviation over seeds. One variant is above another (>) if their means differ by more than {SURE:g} "
         "standard errors of the difference. loss: each variant's own, mean of the last epoch of the first seed; "
         "kB per view: stored latents; time: training only, over all devices."

@@ -6,7 +6,7 @@ import numpy as np
 
 from cae2pipe.reporting.html import Html, element, figure, image
 from cae2pipe.reporting.pictures import png_uri
-from cae2pipe.reporting.wording import counted
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.coverage import ABSENT, DAMAGED, PRESENT, Coverage
 
 COLUMNS, ROWS = 128, 64

@@ -32,10 +32,9 @@ def shown(rows: Sequence[ScoreRow]) -> list[dict[str, str]]:
 
     rows_shown = []
     for row in rows:
-        (name, value), *_ = row["also"].items()
         cells = {
             "score": f"{NAMES[row['metric']]} {percent(row['score'])}",
-            "also": f"{NAMES[name]} {percent(value)}",
+            "also": ", ".join(f"{NAMES[name]} {percent(value)}" for name, value in row["also"].items()),
             "best": "" if row["best"] is None else percent(row["best"]),
             "protocol": numbers[row["protocol"]],
         }

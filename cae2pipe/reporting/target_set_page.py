@@ -16,8 +16,9 @@ from cae2pipe.reporting.html import Child, Html, bar_list, element, facts, figur
 from cae2pipe.reporting.pictures import ColourBasis, colour_basis
 from cae2pipe.reporting.stored_images import stored_card
 from cae2pipe.reporting.target_set_facts import codec_rows, provenance_rows, teacher_rows, view_rows
-from cae2pipe.reporting.wording import NAMED, counted, listed
+from cae2pipe.reporting.wording import NAMED, listed
 from cae2pipe.runtime.progress import gigabytes
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.coverage import ABSENT, DAMAGED, Coverage
 from cae2pipe.targets.fidelity_profile import FidelityProfile
 from cae2pipe.targets.set_bytes import SetBytes
@@ -110,7 +111,7 @@ def lead(contents: TargetSetContents) -> str:
     coverage = contents.coverage
     return (
         f"Latents of {contents.facts['teacher']['name']} for up to {coverage.views} views of each of "
-        f"{contents.image_count:,} images, stored with codec {contents.identity['settings']['codec']['name']}."
+        f"{counted(contents.image_count, 'image')}, stored with codec {contents.identity['settings']['codec']['name']}."
     )
 
 
@@ -118,7 +119,7 @@ def headline(contents: TargetSetContents) -> Html:
     sizes, coverage = contents.sizes, contents.coverage
     present = float((coverage.cells == 1).mean())
     cards: list[tuple[Child, Child]] = [
-        (f"{sizes.views:,}", f"stored views, of {contents.image_count:,} images"),
+        (f"{sizes.views:,}", f"stored views, of {counted(contents.image_count, 'image')}"),
         (f"{contents.fidelity['mean']:.4f}", "recorded mean cosine between stored latents and the teacher's"),
         (gigabytes(sizes.total), f"on disk: {gigabytes(sizes.total / sizes.views)} per view"),
         (f"{sizes.latents / sizes.fp16:.0%}", "of the bytes of fp16 latents"),
@@ -161,7 +162,10 @@ def fact_rows(contents: TargetSetContents) -> list[tuple[str, Child]]:
         reached = contents.fidelity["mean"]
         text = f"mean cosine {contents.asked:g}; stored {reached:.5f} "
         asked = [("requested fidelity", join_html((text, mark(reached >= contents.asked))))]
-    held = f"{coverage.cells.shape[1]:,} shards of {contents.image_count:,} images, {coverage.views} views each"
+    held = (
+        f"{counted(coverage.cells.shape[1], 'shard')} of {counted(contents.image_count, 'image')}, "
+        f"{counted(coverage.views, 'view')} each"
+    )
     return [
         ("folder", contents.root),
         ("content", held + ("" if coverage.complete else ", incomplete")),

@@ -1,4 +1,4 @@
-"""Numbers and lists of names in words."""
+"""Lists of names in words."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ from collections.abc import Sequence
 
 NAMED = 10
 """Number of names of a list that are shown; the others are counted."""
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """``1 store``, ``1,024 stores``."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def listed(names: Sequence[str]) -> str:

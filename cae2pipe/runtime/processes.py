@@ -121,7 +121,10 @@ def worker_died(exitcode: int | None, gave: bool) -> WorkerError:
     by = f" by {signal.Signals(-exitcode).name}" if exitcode is not None and exitcode < 0 else ""
     memory = ", perhaps because memory ran out" if exitcode in (None, -signal.SIGKILL) else ""
     if exitcode is not None and exitcode >= 0:
-        return WorkerError(f"a worker process ended (exit code {exitcode})", fix=fewer)
+        return WorkerError(
+            f"a worker process ended by an error (exit code {exitcode})",
+            fix="see its output above; then run the same command again; finished work is kept",
+        )
     return WorkerError(f"a worker process was killed{by}{memory}", fix=fewer)
 
 

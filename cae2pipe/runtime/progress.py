@@ -7,9 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
 
 from cae2pipe.runtime.foreign_names import visible
+from cae2pipe.runtime.signals import stopping
+from cae2pipe.runtime.streams import forgiving
+from cae2pipe.runtime.wording import singular
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -22,6 +25,7 @@ ADVANCES = 8
 """Number of the latest advances that the rate covers at least, where they are rarer."""
 
 
+@runtime_checkable
 class Report(Protocol):
     """What stages report to."""
 
@@ -138,7 +142,8 @@ class Tracked:
 
     def amounts(self) -> list[str]:
         """Done of all, rate, time since the phase began, time left; of these what is known."""
-        parts = [] if self.n is None else [f"{self.done}/{self.n} {self.unit}"]
+        unit = singular(self.unit) if self.n == 1 else self.unit
+        parts = [] if self.n is None else [f"{self.done}/{self.n} {unit}"]
         rate = self.rate()
         if rate is not None:
             parts.append(speed(rate, self.unit))
@@ -303,8 +308,11 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Report]:
-    """A report: a panel on stderr if that is a terminal, an output in a notebook, lines on stderr elsewhere."""
+def progress(title: str, *, brief: bool = False) -> Iterator[Report]:
+    """A report: a panel on stderr if that is a terminal, an output in a notebook, lines on stderr elsewhere.
+
+    ``brief``: for what usually takes less than a second. The panel is removed at the end, and there are no lines.
+    """
     if in_notebook():
         from IPython.display import display
 
@@ -320,14 +328,15 @@ def progress(title: str) -> Iterator[Report]:
         return
     from cae2pipe.runtime.terminal import Terminal
 
-    console = Terminal(stderr=True)
+    # rich would end the process, or raise, where the terminal has gone.
+    console = Terminal(file=forgiving(sys.stderr))
     if not sys.stderr.isatty() or console.is_dumb_terminal:
-        yield Lines(title, sys.stderr)
+        yield Silent() if brief else Lines(title, sys.stderr)
         return
     from rich.live import Live
 
     panel = Panel(title, console)
-    with Live(get_renderable=panel.render, console=console, refresh_per_second=4):
+    with Live(get_renderable=panel.render, console=console, refresh_per_second=4, transient=brief):
         try:
             yield panel
         finally:
@@ -375,6 +384,8 @@ class Panel(Tracked):
                 line.add_column(no_wrap=True)
             line.add_row(bar, *([amounts] if beside else []))
             rows += [line] if beside else [line, amounts]
+        if not self.ended and (stop := stopping()):
+            rows.append(Text(stop, "bold yellow"))
         if self.waiting and not self.ended:
             rows.append(Text(visible(self.wait()), "yellow"))
         figures = [Text.assemble((visible(name), "dim"), f" {value}") for name, value in self.figures()]

@@ -26,11 +26,29 @@ class StoppedWaitingError(WorkerError):
 
 
 _current: list[StopRequest] = []
+_raised: list[int] = []
 
 
 def stop_asked() -> bool:
     """Whether a signal has arrived. For code that only waits, and has nothing to finish."""
     return any(request.exception is not None for request in _current)
+
+
+def note_stop(number: int) -> None:
+    """A signal is about to end the command with an exception, which may take seconds to get out of the work."""
+    _raised.append(number)
+
+
+def forget_stop() -> None:
+    """The command has ended."""
+    _raised.clear()
+
+
+def stopping() -> str | None:
+    """What to show while the work stops because of a signal; None while it does not."""
+    if _raised:
+        return "stopping"
+    return "stopping after this step; Ctrl-C again stops at once" if stop_asked() else None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 STDOUT = "standard output"
 
@@ -25,6 +25,16 @@ def prepare_streams() -> None:
     sys.stdout = _opened(1, sys.stdout, False)
     sys.stderr = _opened(2, sys.stderr, True)
     sys.unraisablehook = _keep_interrupts
+
+
+def forgiving(stream: TextIO) -> TextIO:
+    """A stream to the same file or terminal, for progress: errors in writing to it are ignored, also those that the
+    interpreter would meet again at its exit. A stream without a file is returned as it is."""
+    number = _descriptor(stream)
+    if number is None:
+        return stream
+    raw = io.BufferedWriter(_Stream(number, forgiving=True))
+    return io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
 
 
 def finish_streams(error_shown: bool) -> bool:
@@ -71,10 +81,10 @@ def _opened(number: int, stream: Any, forgiving: bool) -> Any:
     )
 
 
-def _descriptor(stream: io.TextIOWrapper) -> int | None:
+def _descriptor(stream: TextIO) -> int | None:
     try:
         return stream.fileno()
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 

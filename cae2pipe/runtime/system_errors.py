@@ -7,6 +7,7 @@ import os
 import re
 
 from cae2pipe.errors import BadInputError, Cae2pipeError, OutOfMemoryError, StorageError
+from cae2pipe.runtime.broken_packages import explain_import
 from cae2pipe.runtime.streams import STDOUT
 
 AGAIN = "then run the same command again; finished work is kept"
@@ -52,13 +53,13 @@ FULL = {
 
 
 def explain_system_error(error: BaseException) -> Cae2pipeError | None:
-    """The error to show instead of one raised by the operating system, or by a library on its behalf; None for any
-    other error, which is a defect."""
+    """The error to show instead of one raised by the operating system, by a library on its behalf, or by a package that
+    cannot be imported; None for any other error, which is a defect."""
     text = str(error)
     if isinstance(error, MemoryError):
         return host_memory()
-    if isinstance(error, OSError):
-        return None if error.errno is None else _os_error(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _os_error(error)
     kind = type(error).__name__  # by name, so that commands without torch do not import it
     if kind == "SafetensorError" and (match := re.search(r"os error (\d+)", text)):
         return _os_error(OSError(int(match[1]), os.strerror(int(match[1]))))
@@ -82,7 +83,7 @@ def explain_system_error(error: BaseException) -> Cae2pipeError | None:
     if isinstance(error, UnicodeEncodeError):
         name = error.object if len(error.object) < 300 else "..."
         return BadInputError(f"a name cannot be written as {error.encoding}: {name!r}", fix="rename it")
-    return None
+    return explain_import(error)
 
 
 def host_memory() -> OutOfMemoryError:

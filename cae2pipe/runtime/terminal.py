@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +23,10 @@ class Terminal(Console):
     def render_str(self, text: str, *, style: str | Style = "", **options: Any) -> Text:
         justify, overflow = options.get("justify"), options.get("overflow")
         return Text(visible(text, keep="\n"), style, justify=justify, overflow=overflow)
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError, whose handler calls this. rich would end the process without a word."""
+        raise sys.exception() or BrokenPipeError
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line, however long: it is never wrapped."""
@@ -40,14 +47,21 @@ class Terminal(Console):
 
 
 def print_table(terminal: Terminal, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows of equal keys as a table; the keys are the headers."""
+    """Print rows of equal keys as a table; the keys are the headers.
+
+    Cells are folded to the terminal's width. In pipes and files, which have none, each row is one line, unless the
+    variable COLUMNS gives a width.
+    """
     table = Table(box=None, pad_edge=False)
     for name in rows[0] if rows else []:
         # Some characters have zero width: a column of width zero would show nothing.
         table.add_column(visible(name), overflow="fold", min_width=1)
     for row in rows:
         table.add_row(*(visible(str(value)) for value in row.values()))
-    terminal.print(table)
+    if not terminal.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        unlimited = terminal.options.update(width=sys.maxsize)
+        table.width = Measurement.get(terminal, unlimited, table).maximum
+    terminal.print(table, crop=False)
 
 
 def print_facts(terminal: Terminal, facts: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -70,13 +71,15 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
 
     Raises:
         Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is
-            raised
-        before the first item is yielded; or a stop was requested while waiting for an item.
+            raised before the first item is yielded; or a stop was requested while waiting for an item.
     """
     if workers == 0:
         yield from _share(source, 0, 1)
         return
     started: list[_Worker] = []
+    # If this generator is still open when the interpreter exits. Positive: before multiprocessing ends the workers with
+    # a signal, after which its resource tracker warns of what they could not clean up.
+    at_exit = Finalize(None, _end, args=(started, GRACE), exitpriority=1)
     grace = GRACE
     try:
         _start(source, workers, preload, started=started)
@@ -102,6 +105,7 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
             grace = 0.0
         raise
     finally:
+        at_exit.cancel()
         _end(started, grace)
 
 

@@ -29,6 +29,7 @@ from cae2pipe.config.extract import ShardSettings
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.runtime.keyed import keyed_permutation
 from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.checking import Checked, checking
 from cae2pipe.shards.entries import Entry, Source
 from cae2pipe.shards.listing import with_listings
@@ -78,14 +79,15 @@ def pack(
         runs = plan_runs(with_listings(source, artifact), settings)
         total = len(source.entries)
         if before and total > before:
-            report.log(f"{total - before} of {total} images in {source.root} are new: adding tars for them")
+            report.log(f"adding tars for {counted(total - before, 'new image')} of {total} in {source.root}")
         whole = artifact.whole()
         missing = {
             name: run for name, run in runs.items() if (name in remake if remake is not None else name not in whole)
         }
         if not missing and artifact.has(REJECTS) and artifact.complete and remake is None:
             finish_shards(artifact)  # a killed run may have left entries in the journal
-            report.log(f"nothing to do: {out} holds all {total - artifact.facts['rejected']} images of {source.root}")
+            held = counted(total - artifact.facts["rejected"], "image")
+            report.log(f"nothing to do: {out} holds {held}, all of {source.root}")
             return ShardSet.open(out)
         report.phase("checking and packing the images")
         report.total(total, "images", done=total - sum(map(len, missing.values())))
@@ -97,13 +99,13 @@ def pack(
                 artifact.add(
                     name,
                     write_run(
-                        artifact.root, name, run, images=counted(islice(checked, len(run)), report), expected=expected
+                        artifact.root, name, run, images=advancing(islice(checked, len(run)), report), expected=expected
                     ),
                 )
         finish_shards(artifact)
         kept, rejected = sum(unit["samples"] for unit in artifact.units.values()), artifact.facts["rejected"]
         more = f"; {rejected} could not be decoded: see {out / 'rejects.jsonl'}" if rejected else ""
-        report.log(f"wrote {kept} images{more}")
+        report.log(f"wrote {counted(kept, 'image')}{more}")
         return ShardSet.open(out)
 
 
@@ -118,7 +120,7 @@ def plan_runs(generations: list[list[Entry]], settings: ShardSettings) -> dict[s
     return runs
 
 
-def counted(images: Iterator[Checked], report: Report) -> Iterator[Checked]:
+def advancing(images: Iterator[Checked], report: Report) -> Iterator[Checked]:
     """The images, with progress shown as they are used."""
     for image in images:
         yield image
@@ -193,7 +195,7 @@ def refuse_empty(artifact: ShardsArtifact) -> None:
         return
     reasons = [reject["reason"] for reject in rejected_images(artifact)]
     raise SourceError(
-        f"none of the {len(reasons)} files can be decoded, e.g.: {reasons[0]}",
+        f"none of the {counted(len(reasons), 'file')} can be decoded, e.g.: {reasons[0]}",
         where=artifact.root / "rejects.jsonl",
         fix="check the source: its files have image names but are not images",
     )

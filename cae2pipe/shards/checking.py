@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +46,8 @@ CHUNK = 8
 """Images that a worker gets at a time."""
 AHEAD = 3
 """Chunks per worker that are read ahead; this bounds memory."""
+GRACE = 2.0
+"""Seconds for each worker of a broken pool to end."""
 
 
 def check_image(piece: FileSlice) -> Checked:
@@ -89,7 +93,7 @@ def checking(workers: int) -> Iterator[Check]:
     """``check_image`` over many pieces, in worker processes (-1: one per core; 0: none).
 
     Raises:
-        WorkerError: a worker was killed.
+        WorkerError: a worker died.
     """
     if workers == 0:
         yield lambda pieces: map(check_image, pieces)
@@ -98,17 +102,36 @@ def checking(workers: int) -> Iterator[Check]:
     context = multiprocessing.get_context("spawn")
     count = worker_count(workers)
     refuse_import_of_main()
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=prepare_worker)
+    processes: set[BaseProcess] = set()
+    gave = False
+
+    def checked(pieces: Iterable[FileSlice]) -> Iterator[Checked]:
+        nonlocal gave
+        for chunk in ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), most=AHEAD * count):
+            gave = True
+            yield from chunk
+
     try:
         with shielded():
             pool.submit(int)  # starts all of them
-        yield lambda pieces: chain.from_iterable(
-            ahead(pool, _check_chunk, ((chunk,) for chunk in _chunks(pieces)), most=AHEAD * count)
-        )
+            processes = set(multiprocessing.active_children()) - others
+        yield checked
     except BrokenProcessPool:
-        raise worker_died(None, gave=True) from None
+        raise worker_died(exit_code(processes), gave) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def exit_code(workers: Iterable[BaseProcess]) -> int | None:
+    """The exit code of the worker that broke a pool, which then ends the others with SIGTERM. None if it is unknown."""
+    codes = []
+    for worker in workers:
+        worker.join(GRACE)
+        codes.append(worker.exitcode)
+    own = [code for code in codes if code not in (None, 0, -signal.SIGTERM)]
+    return next(iter(own), -signal.SIGTERM if -signal.SIGTERM in codes else None)
 
 
 def _chunks(pieces: Iterable[FileSlice]) -> Iterator[list[FileSlice]]:

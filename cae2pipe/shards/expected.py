@@ -11,6 +11,7 @@ from pathlib import Path
 from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.config.base import package_folder
 from cae2pipe.errors import SettingsError, SourceError
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.entries import Source
 
 SHAPE = 'write {"name": ..., "splits": {"train": {"images": N}}, "classes": {"CLASS": "words"}}'
@@ -52,7 +53,7 @@ def check_expected(source: Source, expected: str, split: str | None = None) -> N
     if foreign := sorted(set(source.classes) - names.keys()):
         problems.append(f"unexpected classes ({len(foreign)}): {_some(foreign)}")
     if len(source.entries) != images:
-        problems.append(f"there are {len(source.entries)} images instead of {images}")
+        problems.append(f"it has {counted(len(source.entries), 'image')} instead of {images}")
     if problems:
         raise SourceError(
             f"this is not {reference.name}/{split}: " + "; ".join(problems),

@@ -15,6 +15,7 @@ from pathlib import Path
 from cae2pipe.artifacts.storage import file_size, is_local, read_bytes
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.entries import Found, Source, labelled, make_source
 from cae2pipe.shards.kinds import is_tar, stem
 from cae2pipe.shards.name_lists import listed_names
@@ -55,7 +56,8 @@ def with_ground_truth(source: Source, truth: GroundTruth) -> Source:
     if truth.in_order is not None:
         if len(truth.in_order) != len(images):
             raise SourceError(
-                f"this file has {len(truth.in_order)} labels, but the source has {len(images)} images",
+                f"this file has {counted(len(truth.in_order), 'label')}, but the source has "
+                f"{counted(len(images), 'image')}",
                 where=truth.path,
                 fix="give all images of the file (ImageNet's validation set: 50000)",
             )
@@ -64,7 +66,9 @@ def with_ground_truth(source: Source, truth: GroundTruth) -> Source:
         assert truth.by_name is not None
         if missing := [entry.path for entry in images if _name(entry.path) not in truth.by_name]:
             raise SourceError(
-                f"{len(missing)} images have no label in this file, e.g. {missing[0]}", where=truth.path, fix=FIX_LABELS
+                f"this file has no label for {counted(len(missing), 'image')}, e.g. {missing[0]}",
+                where=truth.path,
+                fix=FIX_LABELS,
             )
         names = [truth.by_name[_name(entry.path)] for entry in images]
     labels = labelled(truth.classes)
@@ -123,7 +127,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
 def _devkit(path: Path, files: dict[str, bytes]) -> GroundTruth:
     try:
         from scipy.io import loadmat
-    except ImportError:
+    except ModuleNotFoundError:
         raise SourceError(
             "scipy is needed to read ImageNet's development kit",
             where=path,

@@ -25,6 +25,7 @@ from cae2pipe.artifacts.manifest_shards import TarUnit
 from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.tar import index_tar, read_tar_range
 
 KIND = "shards"
@@ -77,8 +78,12 @@ class ShardSet:
     remedy: str = REMEDY
 
     def __repr__(self) -> str:
-        classes, tars = len(self.classes), len(self.shards)
-        return f"ShardSet({str(self.root)!r}: {self.images} images, {classes} classes, {tars} tars)"
+        held = (
+            counted(self.images, "image"),
+            counted(len(self.classes), "class", "classes"),
+            counted(len(self.shards), "tar"),
+        )
+        return f"ShardSet({str(self.root)!r}: {', '.join(held)})"
 
     @classmethod
     def open(cls, root: Path) -> ShardSet:

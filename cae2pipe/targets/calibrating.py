@@ -73,7 +73,8 @@ def make_calibration(
     """
     codec = settings.codec
     report.phase(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
-    outputs, jpegs = run_sample(shards, teacher, settings, workers=workers)
+    outputs, jpegs = run_sample(shards, teacher, settings, images=codec.calibration, workers=workers, report=report)
+    report.phase(f"fitting the {codec.name} codec")
 
     def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
         of_teacher = teacher_facts(teacher, outputs[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.encoding import lane_count, run_teacher
@@ -14,17 +15,18 @@ from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
 def run_sample(
-    shards: ShardSet, teacher: Teacher, settings: ExtractSettings, *, workers: int
+    shards: ShardSet, teacher: Teacher, settings: ExtractSettings, *, images: int, workers: int, report: Report
 ) -> tuple[list[TeacherOutput], list[bytes]]:
-    """The teacher's outputs on view 0 of the first images, on the CPU, block by block; and the JPEGs that the set keeps
-    of them: of the views, or of the images that views are replayed from."""
+    """The teacher's outputs on view 0 of the first ``images`` images, up to a whole block, on the CPU, block by block;
+    and the JPEGs that the set keeps of them: of the views, or of the images that views are replayed from."""
     tasks, taken = [], 0
     for shard in shards.shards:
         for number in range(-(-shard.samples // BLOCK)):
-            if taken < settings.codec.calibration:
+            if taken < images:
                 tasks.append(Task(shard, number, (0,)))
                 taken += min(BLOCK, shard.samples - number * BLOCK)
     outputs, jpegs = [], []
+    report.total(taken, "images")
     lanes = lane_count(settings.speed.lanes, teacher.device)
     with closing(render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed), workers)) as rendered:
         for block, output in run_teacher(rendered, teacher, lanes):
@@ -32,4 +34,5 @@ def run_sample(
             check_features(output.tokens, where=where, constant=True)
             outputs.append(output)
             jpegs += block.kept or block.jpegs[0]
+            report.advance(len(block.keys))
     return outputs, jpegs

@@ -8,22 +8,48 @@ from dataclasses import dataclass
 
 import torch
 
+from cae2pipe.shards.shard_set import Shard
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.encoding import encode_tokens
+from cae2pipe.targets.rendering import VIEWS_AT_ONCE, Task
 from cae2pipe.targets.store_layout import StoreLayout
 from cae2pipe.targets.store_writing import pack_block, packed_bytes
 from cae2pipe.teachers.protocol import TeacherOutput
 
 CODECS = ("fp16", "int8", "klt")
 
-SHOWINGS = 20
-"""Epochs for which one view of an image may be shown. Measured by benchmarks/views.py over 200 epochs: the loss on
-other images is 0.846 with 16 views (each shown 12.5 times) and with 32, 0.853 with 8, 0.868 with 4, 0.967 with one."""
+SHARE = 8
+"""Calibration and measurement of the speed each take at most one view in this many of what extraction does."""
+MEASURED = 2048
+"""Maximum number of views from which the speed is measured."""
 
 TAR_BLOCK = 512
 """A tar's members are padded to whole blocks, and each has a header of one block."""
+
+
+def sample_size(total: int, calibration: int) -> int:
+    """Images to try the codecs on, for a set of ``total`` views that is calibrated on up to ``calibration`` images: at
+    least a block."""
+    return min(calibration, max(BLOCK, total // SHARE))
+
+
+def speed_sample(shards: Sequence[Shard], views: int, total: int) -> list[Task]:
+    """What to extract of the shards to measure the speed, for a set of ``total`` views: at least one block of one view,
+    and several items for the workers to share."""
+    budget = min(MEASURED, max(BLOCK, total // SHARE))
+    at_once = max(1, min(VIEWS_AT_ONCE, views, budget // (4 * BLOCK)))
+    found: list[Task] = []
+    for shard in shards:
+        for block in range(-(-shard.samples // BLOCK)):
+            for first in range(0, views, at_once):
+                task = Task(shard, block, tuple(range(first, min(first + at_once, views))))
+                budget -= min(BLOCK, shard.samples - block * BLOCK) * len(task.views)
+                if budget < 0 and found:
+                    return found
+                found.append(task)
+    return found
 
 
 @dataclass(frozen=True)
@@ -85,9 +111,3 @@ def project(
         seconds=images * views / extracted_per_s,
         paid_from_epoch=math.ceil(round(views * teacher_per_s / extracted_per_s, 6)),
     )
-
-
-def recommend_views(epochs: int) -> int:
-    """Views of each image to store for pretraining over ``epochs``, at least 1. An epoch shows one view of each image,
-    and each view may be shown ``SHOWINGS`` times."""
-    return max(1, math.ceil(epochs / SHOWINGS))

@@ -11,6 +11,7 @@ from itertools import groupby
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.images import kept_images
@@ -80,6 +81,7 @@ def make_views(
                 writer.discard()
     meter.ended = time.perf_counter()
     report.log(
-        f"{meter.views} views, {meter.rate():.0f} per second; {meter.bottleneck()} (idle {meter.idle_fraction():.0%})"
+        f"{counted(meter.views, 'view')}, {meter.rate():.0f} per second; {meter.bottleneck()} "
+        f"(idle {meter.idle_fraction():.0%})"
     )
     return meter

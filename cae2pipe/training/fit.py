@@ -6,6 +6,7 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.images.jpeg import device_decoder
 from cae2pipe.methods.registry import check_method
+from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -19,13 +20,14 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
     check_views(targets, settings)
     if settings.data.views is not None and settings.data.views > targets.views:
         raise SettingsError(
-            f"data.views is {settings.data.views}, but the target set has {targets.views} views of each image",
+            f"data.views is {settings.data.views}, but the target set has {counted(targets.views, 'view')} of each "
+            "image",
             where=str(targets.root),
             fix=f"--set data.views={targets.views}, or extract more: --views {settings.data.views}",
         )
     if targets.images < settings.loaded_batch:
         raise SettingsError(
-            f"the target set has {targets.images} images, fewer than one batch of {settings.loaded_batch}",
+            f"the target set has {counted(targets.images, 'image')}, fewer than one batch of {settings.loaded_batch}",
             where=str(targets.root),
             fix=smaller_batch(targets.images, settings, ranks),
         )

@@ -15,6 +15,7 @@ from pydantic_core import from_json
 from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.wording import counted
 
 METRICS_FILE, PROBE_FILE = "metrics.jsonl", "probe.jsonl"
 PLACE = ("step", "epoch")
@@ -108,9 +109,9 @@ def is_number(value: Any) -> bool:
 
 def rescue(path: Path, damaged: int, missing: list[int]) -> str:
     """Keep a damaged file under another name. Returns a message about it."""
-    parts = [f"{damaged} damaged lines"] if damaged else []
+    parts = [counted(damaged, "damaged line")] if damaged else []
     if missing:
-        parts.append(f"no line for {len(missing)} steps ({shown_ranges(missing)})")
+        parts.append(f"no line for {counted(len(missing), 'step')} ({shown_ranges(missing)})")
     said = f"{path}: {', '.join(parts)}"
     copy = next(
         free for number in count() if not (free := path.with_name(f"{path.name}.damaged{number or ''}")).exists()

@@ -64,7 +64,8 @@ def run_steps(
 
     Raises:
         KeyboardInterrupt, Terminated, Requeued: as requested, in this or another process. DivergedError,
-        OutOfMemoryError: from ``training``. CompileError: a step cannot be compiled.
+        OutOfMemoryError: from ``training``. CompileError: a step cannot be compiled. RuntimeError: there were too few
+        items, which is a defect.
     """
     ahead = runs_ahead(world.device)
     pending: Outcome | None = None
@@ -122,10 +123,12 @@ def run_steps(
             training.settle(pending)
         if done > saved:
             save()
-        if stopping or stop.exception or done < limit:
+        if stopping or stop.exception:
             report.log(f"stopped after {done} steps; rerun the same command to resume")
             # Perhaps only another process received the signal.
             raise stop.exception or Terminated
+        if done < limit:
+            raise RuntimeError(f"the items ended after {done} of {limit} steps")
     return done
 
 

@@ -7,6 +7,8 @@ import resource
 import secrets
 import sys
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,6 @@ class Telemetry:
     Args:
         out: the run's folder. settings: the run's. target_dim: D. start, total: first step and total number of steps.
         world: the processes. report: the panel or the log.
-
-    Raises:
-        SettingsError: a tracker is not installed.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Telemetry:
         peak = peak_tflops(world.device, settings.speed.peak_tflops)
         self.peak = peak and peak * 1e12 * world.ranks
         self.metrics = MetricsFile(out / METRICS_FILE, start, report)
-        self.trackers = [make_tracker(name, out, settings, start=start) for name in settings.track]
+        self.trackers = [TRACKERS[name](out, settings, start) for name in settings.track]
         report.total(total, "steps", done=start)
         self.began = self.last = time.monotonic()
         self.start = start
@@ -160,6 +159,7 @@ class Wandb:
     def __init__(self, out: Path, settings: PretrainSettings, start: int):
         import wandb
 
+        self._start = start
         identity = wandb_id(out / "wandb-id.txt")
         self._run = wandb.init(
             project="cae2pipe",
@@ -173,8 +173,10 @@ class Wandb:
     def write(self, line: dict[str, Any], whole: bool = True) -> None:
         known = {name: value for name, value in line.items() if value is not None}
         # Otherwise a step would be held back until the next one, and lost if the run is killed. But wandb drops what
-        # comes for a step after its commit.
-        self._run.log(known, step=line["step"], commit=whole)
+        # comes for a step after its commit, or for one before those that it had when it resumed: a probe that an
+        # earlier process has not made goes with the first step.
+        late = line["step"] < self._start
+        self._run.log(known, step=max(line["step"], self._start), commit=whole and not late)
 
     def close(self) -> None:
         self._run.finish()
@@ -199,13 +201,13 @@ def wandb_id(marker: Path) -> str:
 
 
 TRACKERS: dict[str, type[TensorBoard | Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+"""Trackers, by the names of their packages."""
 
 
-def make_tracker(name: str, out: Path, settings: PretrainSettings, *, start: int) -> TensorBoard | Wandb:
-    """A tracker by name. Raises SettingsError if its package is not installed."""
-    try:
-        return TRACKERS[name](out, settings, start)
-    except ImportError:
-        raise SettingsError(
-            f"{name} is not installed", where="track", fix=f"pip install {name}, or omit it from track"
-        ) from None
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise SettingsError if the package of a tracker is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise SettingsError(
+                f"{name} is not installed", where="track", fix=f"pip install {name}, or omit it from track"
+            )

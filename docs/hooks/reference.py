@@ -61,7 +61,8 @@ def describe(path: tuple[str, ...], command: Any) -> Iterator[str]:
         rows = [(code(names[p.name]), required(p), text(p.help or "")) for p in options]
         yield table(("option", "default", "what"), rows)
     if command.epilog:
-        yield f"```bash\n{command.epilog.removeprefix('Example: ')}\n```"
+        examples = "\n".join(line.removeprefix("Example: ") for line in command.epilog.split("\n\n"))
+        yield f"```bash\n{examples}\n```"
 
 
 def metavar(parameter: Any) -> str:

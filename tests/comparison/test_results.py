@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cae2pipe.artifacts.manifest import seal
 from cae2pipe.cli import app
-from cae2pipe.comparison.scores import COLUMNS, collect
+from cae2pipe.comparison.scores import COLUMNS, collect, headlines, row, score_artifacts
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.errors import ManifestError, SourceError
@@ -112,9 +112,18 @@ def test_markdown_holds_percent_and_no_stray_columns(made):
     rows = collect([made / "a"])
     lines = as_markdown(rows).splitlines()
     assert len(lines) == 7
-    assert f"| top-1 {100 * rows[0]['score']:.1f} | top-5 " in lines[2]
+    assert f"| top-1 {100 * rows[0]['score']:.1f} |  | " in lines[2]
     assert {line.replace("\\|", "").count("|") for line in lines[:4]} == {len(COLUMNS) + 1}
     assert lines[4:] == ["", *(f"{n}. {escaped(row['protocol'])}" for n, row in enumerate(rows, 1))]
+
+
+def test_top_5_is_shown_if_there_are_more_than_five_classes(made):
+    folder, _, result = next(score_artifacts([made]))
+    assert row(result, folder)["also"] == {}
+    many = result.model_copy(update={"classes": 6})
+    assert row(many, folder)["also"] == {"top5": result.figure("top5")}
+    assert "top-5 100.0" in as_markdown([row(many, folder)])
+    assert headlines("segment", 3) == ("miou", "pixel_accuracy")
 
 
 @pytest.mark.parametrize(("folder", "what"), [("nowhere", "no such folder"), ("d", "no finished evaluation")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cae2pipe.demo import run as demo
-from cae2pipe.demo.measures import MEASURES
+from cae2pipe.demo.measures import MEASURES, rows
 from cae2pipe.demo.report import title
 from cae2pipe.demo.student import MeanStudent, mean_over_views, previews_of
 from cae2pipe.errors import DamageError
@@ -131,7 +131,7 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
             return extract_settings(views=values["views"])
         return pretrain_settings(optimizer={"lr": 0.1}) if stage == "pretrain" else None
 
-    scores = iter([0.25, 0.5, 0.75] * 2)
+    scores = iter([0.25, 0.5, 0.75] * 3)
     asked = []
 
     def knn(kind, encoder, data, **_):
@@ -170,3 +170,10 @@ def test_the_demo_says_what_it_runs_and_writes_everything(
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert demo.run_demo(out, "tiny-teacher", "cpu", say=said.append, reports=quiet) == result
     assert (out / "report.html").read_text() == page
+    # Interrupted before the report: the earlier command's time is not known.
+    (out / "result.json").unlink()
+    resumed = demo.run_demo(out, "tiny-teacher", "cpu", say=said.append, reports=quiet)
+    assert resumed == {name: value for name, value in result.items() if name != "seconds"}
+    assert "From the first command" in page
+    assert "From the first command" not in (out / "report.html").read_text()
+    assert "seconds" not in {row["measure"] for row in rows(resumed)}

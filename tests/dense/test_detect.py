@@ -122,7 +122,7 @@ def whole(data, encoder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     report = Silent()
     detect(str(encoder), data, out, settings=settings(), report=report)
-    assert "train: 1 images without objects: not used in training" in report.lines
+    assert "train: 1 image without objects: not used in training" in report.lines
     return out
 
 

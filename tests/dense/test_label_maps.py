@@ -79,7 +79,7 @@ def test_files_in_no_pair_are_told(tmp_path):
     (root / "images" / "train" / "notes.txt").write_text("x")
     train, val = open_label_maps(root, settings())
     assert [note.partition(": ")[2] for note in train.notes] == [
-        "ignored 1 files without an image suffix (1 .txt)",
+        "ignored 1 file without an image suffix (1 .txt)",
         "ignored 1 label maps without an image, e.g. 'b'",
     ]
     assert (len(train), val.notes) == (1, [])

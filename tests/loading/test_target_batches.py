@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -232,8 +233,8 @@ def test_damage_is_named(tmp_path, target_root):
         ({"workers": -2}, "workers=-2"),
         ({"seed": -1}, "seed=-1"),
         ({"views": 3}, "views=3, and the set has 2"),
-        ({"layout": "maps"}, "layout='maps' is unknown"),
-        ({"pixels": "float32"}, "pixels='float32' is unknown"),
+        ({"layout": "maps"}, "layout='maps' is not 'map' or 'tokens'"),
+        ({"pixels": "float32"}, "pixels='float32' is not 'uint8' or 'float'"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"rank": 1}, "rank=1 and ranks=None"),
         ({"rank": 2, "ranks": 2}, "rank=2 and ranks=2"),
@@ -267,3 +268,13 @@ def test_the_example_learns(tmp_path, monkeypatch, capsys, target_root):
 def test_the_example_is_short():
     code = [line for line in EXAMPLE.read_text().split("def main")[1].splitlines() if line.strip()]
     assert len(code) <= 40
+
+
+def test_a_loop_that_is_open_when_the_script_ends_leaves_nothing_to_warn_of(target_root):
+    code = (
+        "import cae2pipe\nif __name__ == '__main__':\n"
+        f"    batches = iter(cae2pipe.TargetBatches({str(target_root)!r}, batch_size=32, workers=2))\n"
+        "    print(len(next(batches).keys))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("32\n", "")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from cae2pipe.reporting.html import bar_list
 from cae2pipe.reporting.pictures import HEAT, heat_map
 from cae2pipe.reporting.target_set_page import FIRST_CLASSES, LAST_CLASSES, class_bars, floor_percent
-from cae2pipe.reporting.wording import counted, listed
+from cae2pipe.reporting.wording import listed
+from cae2pipe.runtime.wording import counted
 from tests.reporting.test_html import read
 
 

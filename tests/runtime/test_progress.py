@@ -1,10 +1,16 @@
 import io
+import os
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import typer
 
+from cae2pipe.commands.shared import exits
 from cae2pipe.runtime.progress import Lines, Notebook, Panel, Report, Silent, Within, duration, progress, speed
+from cae2pipe.runtime.signals import deferred_stop
 from cae2pipe.runtime.terminal import Terminal
 
 
@@ -171,7 +177,7 @@ def test_parts_bear_their_name():
     part.log("done")
     assert file.getvalue().splitlines() == [
         "job: run 2 of 3, training",
-        "job: run 2 of 3, training: 1/1 steps  elapsed 0:00  loss 1",
+        "job: run 2 of 3, training: 1/1 step  elapsed 0:00  loss 1",
         "job: done",
     ]
 
@@ -243,3 +249,83 @@ def test_silent_keeps_the_log():
     silent.phase("b")
     silent.log("a")
     assert silent.lines == ["a"]
+
+
+LOSING_THE_TERMINAL = """
+import sys
+from cae2pipe.runtime.progress import Panel, progress
+
+with progress("job") as report:
+    assert isinstance(report, Panel)
+    report.total(3, "steps")
+    report.log("begun")
+    sys.stdin.readline()
+    for _ in range(3):
+        report.advance()
+        report.log("a line")
+        print("to stderr", file=sys.stderr)
+"""
+
+
+def test_a_terminal_that_goes_does_not_end_the_work():
+    """As of a script that outlives its window."""
+    master, slave = os.openpty()
+    command = [sys.executable, "-c", LOSING_THE_TERMINAL]
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=slave, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(slave)
+    while b"begun" not in os.read(master, 2**16):
+        pass
+    os.close(master)
+    out, _ = child.communicate(b"\n")
+    assert (out, child.returncode) == (b"", 0)
+
+
+def test_one_of_one_is_not_a_plural():
+    file = io.StringIO()
+    report = Lines("job", file, Clock())
+    for unit in ("shards", "batches", "classes"):
+        report.total(1, unit)
+        report.advance()
+    assert [line.split()[2] for line in file.getvalue().splitlines()] == ["shard", "batch", "class"]
+
+
+def test_a_panel_says_at_once_that_the_work_stops():
+    panel, _ = panel_of()
+    panel.total(100, "steps")
+
+    def said() -> list[str]:
+        return [line for line in rendered(panel) if "stopping" in line]
+
+    with deferred_stop():
+        assert said() == []
+        signal.raise_signal(signal.SIGINT)
+        assert said() == ["stopping after this step; Ctrl-C again stops at once"]
+    assert said() == []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:  # workers are ended
+            assert said() == ["stopping"]
+
+    with pytest.raises(typer.Exit), exits():
+        work()
+    assert said() == []
+
+
+@pytest.mark.parametrize("brief", [False, True])
+def test_what_is_brief_has_a_panel_but_no_lines(brief, monkeypatch, capsys):
+    with progress("job", brief=brief) as report:
+        report.phase("reading")
+    assert capsys.readouterr().err == ("" if brief else "job: reading\n")
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("job", brief=brief) as report:
+        report.phase("reading")
+    assert "job: reading" in terminal.getvalue()
+    erased = "\x1b[2K" in terminal.getvalue().split("job: reading")[-1]
+    assert erased == brief

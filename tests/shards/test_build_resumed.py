@@ -116,7 +116,7 @@ def test_new_images_go_into_tars_of_their_own(source, tmp_path):
     (source / "cat/broken.jpg").write_bytes(b"text")
     report = Silent()
     grown = build_shard_set(source, out, chosen(), report=report)
-    assert any("12 of 39 images" in line for line in report.lines)
+    assert any("12 new images of 39" in line for line in report.lines)
     assert grown.images == 24 + 11
     assert {"dog+more0", "dog+more10", "dog+01"} <= samples(grown).keys()
     assert [shard.name for shard in grown.shards] == [f"{n:06d}" for n in range(6)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
 import sys
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from PIL import Image
 
-from cae2pipe.errors import Cae2pipeError, SourceError
+from cae2pipe.errors import SourceError, WorkerError
 from cae2pipe.shards.checking import FileSlice, check_image, checking, read_piece
 
 
@@ -70,7 +71,36 @@ def test_a_piece_of_an_archive_is_read_by_its_range(tmp_path):
     assert caught.value.where == f"{tmp_path / 'a.tar'}, member b.jpg"
 
 
-def test_a_killed_worker_is_an_error_with_a_remedy():
-    with pytest.raises(Cae2pipeError, match="killed") as caught, checking(1):
-        raise BrokenProcessPool
+class Ends:
+    """Ends the worker that unpickles it, with this exit code."""
+
+    def __init__(self, code: int):
+        self.code = code
+
+    def __reduce__(self):
+        return os._exit, (self.code,)
+
+
+def test_a_worker_that_ends_by_an_error_is_not_called_killed(files):
+    before = r"ended before it returned anything \(exit code 3\)"
+    with pytest.raises(WorkerError, match=before) as caught, checking(2) as check:
+        list(check([FileSlice(Ends(3), 0, 1)]))
+    assert "see its output above" in caught.value.fix
+    with pytest.raises(WorkerError, match=r"ended by an error \(exit code 3\)") as caught, checking(1) as check:
+        list(check([*files, FileSlice(Ends(3), 0, 1)]))
+    assert "see its output above" in caught.value.fix
+    assert "memory" not in str(caught.value)
+
+
+def test_a_killed_worker_is_an_error_with_a_remedy(files):
+    def kill_one():
+        others = set(multiprocessing.active_children())
+        with checking(1) as check:
+            for number, _ in enumerate(check(files * 4)):
+                if number == 8:
+                    (worker,) = set(multiprocessing.active_children()) - others
+                    worker.kill()
+
+    with pytest.raises(WorkerError, match="killed by SIGKILL, perhaps because memory ran out") as caught:
+        kill_one()
     assert "--workers" in caught.value.fix

@@ -108,7 +108,7 @@ class TestGroundTruth:
         (tmp_path / "kit.tar.gz").write_bytes(gzip.compress(tar_bytes({"x": b""})))
         assert "does not contain" in refused(archive, labels=tmp_path / "kit.tar.gz").what
         (tmp_path / "s.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1 1 1 1\n")
-        assert "11 images have no label" in refused(archive, labels=tmp_path / "s.csv").what
+        assert "no label for 11 images" in refused(archive, labels=tmp_path / "s.csv").what
         endless = tar_bytes({"x": b"1" * 600}, format=tarfile.PAX_FORMAT, pax_headers={"size": "-1536"})
         (tmp_path / "kit.tar.gz").write_bytes(gzip.compress(endless))
         assert "contradict" in refused(archive, labels=tmp_path / "kit.tar.gz").what
@@ -137,7 +137,7 @@ class TestExpected:
             check_expected(scan(tmp_path / "photos"), self.reference(tmp_path), "val")
         assert caught.value.what == (
             "this is not three/val: 1 of its 3 classes are missing: class1 (words of 1); "
-            "unexpected classes (1): other; there are 9 images instead of 3"
+            "unexpected classes (1): other; it has 9 images instead of 3"
         )
 
     def test_names_of_manifests(self, photo_files, tmp_path):

@@ -9,10 +9,10 @@ import yaml
 from typer.testing import CliRunner
 
 from cae2pipe.cli import app
+from cae2pipe.config.extract import recommend_views
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.estimate_targets import estimate_targets
-from cae2pipe.targets.estimate import recommend_views
 from cae2pipe.targets.target_set import TargetSet
 
 

@@ -13,6 +13,7 @@ from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.compare import GridPlan, Planned, run_part
+from cae2pipe.stages.estimate_targets import estimate_targets
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
@@ -66,6 +67,8 @@ def test_extraction_and_recoding(photos, extract_settings, tmp_path):
         "checking and packing the images",
         "150 images",
         "calibrating the fp16 codec on up to 64 images",
+        "64 images",
+        "fitting the fp16 codec",
         "reducing the images that views are replayed from",
         "150 images",
         "storing views and latents",
@@ -79,6 +82,23 @@ def test_extraction_and_recoding(photos, extract_settings, tmp_path):
         "3 shards",
         "recoding",
         "300 views",
+    ]
+
+
+def test_an_estimate_is_less_work_than_the_extraction(photos, extract_settings):
+    report = Phases()
+    estimate_targets(photos, extract_settings(), report)
+    assert report.seen == [
+        "loading the teacher",
+        "listing the images",
+        "checking the first images",
+        "64 images",
+        "running the teacher on about 64 of 150 images",
+        "64 images",
+        "trying the codecs on them",
+        "3 codecs",
+        "extracting from them to measure the speed",
+        "64 views",  # of 300
     ]
 
 

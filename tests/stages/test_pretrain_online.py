@@ -78,6 +78,7 @@ def test_a_teacher_that_cannot_be_had_is_named(target_root, pretrain_settings, t
     with pytest.raises(TeacherError) as caught:
         pretrain(target_root, tmp_path / "run", pretrain_settings(targets="online"), report=Silent())
     assert "teacher_weights=FILE" in caught.value.fix
+    assert not (tmp_path / "run").exists(), "the run has been begun"
 
 
 def test_other_weights_are_refused(target_root, teacher_file, pretrain_settings, tmp_path):
@@ -92,6 +93,7 @@ def test_other_weights_are_refused(target_root, teacher_file, pretrain_settings,
             pretrain_settings(targets="online", teacher_weights=str(other)),
             report=Silent(),
         )
+    assert not (tmp_path / "run").exists(), "the run has been begun"
 
 
 def test_originals_that_are_missing_or_others_are_refused(
@@ -110,6 +112,7 @@ def test_originals_that_are_missing_or_others_are_refused(
     build_shard_set(photos, tmp_path / "others", shard, report=Silent())
     with pytest.raises(MismatchError, match="not made from this shard set"):
         pretrain(target_root, tmp_path / "run2", settings(tmp_path / "others"), report=Silent())
+    assert not any((tmp_path / name).exists() for name in ("run", "run2")), "the run has been begun"
 
 
 def test_contradictions_are_refused(pretrain_settings):

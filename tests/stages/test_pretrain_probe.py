@@ -242,11 +242,11 @@ def test_the_report_draws_probes(probed, target_root, pretrain_settings, tmp_pat
 def refused(target_root, out, chosen, kind, match):
     with pytest.raises(kind, match=match) as error:
         pretrain(target_root, out, chosen, report=Silent())
-    assert not (out / "metrics.jsonl").exists(), "training had begun"
+    assert not out.exists(), "the run has been begun"
     return error.value
 
 
-def test_what_cannot_be_measured_is_refused_before_training(
+def test_what_cannot_be_measured_is_refused_before_the_run_is_begun(
     target_root, settings, tmp_path, data, extract_settings, teacher_file
 ):
     out = tmp_path / "run"
@@ -259,7 +259,7 @@ def test_what_cannot_be_measured_is_refused_before_training(
     refused(target_root, out, settings(probe={"targets": str(other)}), SettingsError, "teacher mismatch")
 
 
-def test_a_probe_without_room_is_refused_before_training(target_root, settings, tmp_path, monkeypatch):
+def test_a_probe_without_room_is_refused_before_the_run_is_begun(target_root, settings, tmp_path, monkeypatch):
     def full(self, pixels):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -286,6 +286,13 @@ def test_a_probe_that_fails_later_is_named_and_training_continues(
         "no probe after epoch 3: ",
     ]
     assert figures(out) == figures(probed.root)
+
+
+def test_images_that_are_lost_do_not_matter_to_a_finished_run(probed, target_root, settings, tmp_path):
+    out, report = tmp_path / "run", Silent()
+    shutil.copytree(probed.root, out)
+    pretrain(target_root, out, settings(probe={"images": str(tmp_path / "none")}), report=report)
+    assert report.lines[-1].startswith("nothing to do")
 
 
 def test_every_alone_is_refused(target_root, tmp_path):

@@ -104,6 +104,10 @@ def test_a_damaged_checkpoint_is_passed_over(run, target_root, pretrain_settings
 def test_other_settings_are_refused_by_name(run, target_root, pretrain_settings):
     with pytest.raises(MismatchError, match=r"settings\.optimizer\.lr"):
         pretrain(target_root, run, pretrain_settings(optimizer={"lr": 0.1}), report=Silent())
+    epochs = pretrain_settings().epochs + 1
+    with pytest.raises(MismatchError, match=rf"settings\.epochs = {epochs - 1}, and {epochs} is requested") as refused:
+        pretrain(target_root, run, pretrain_settings(epochs=epochs), report=Silent())
+    assert refused.value.fix.startswith("to train longer, start a new run")
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_pat
     found = report_runs(runs(made), [made / "scores"], target_root, out=tmp_path / "out", report=Silent(), device="cpu")
     assert [row.name for row in found.rows] == [
         "seed0 and 1 more",
-        "method=mae, loss.kind=mse, loss.target=pixels, loss.visible=0.0, mask.strategy=random",
-        "data.window=1",
+        "mae (method=mae, loss.kind=mse, loss.target=pixels, loss.visible=0.0, mask.strategy=random)",
+        "half (data.window=1)",
     ]
     assert [len(row.runs) for row in found.rows] == [2, 1, 0]
     assert [len(row.scores.get("knn", [])) for row in found.rows] == [1, 1, 0]
@@ -69,7 +69,7 @@ def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_pat
     assert "http" not in page
     # With pixel targets there are no latents to show, but masks and neighbours.
     assert page.count("Latents of seed0 and 1 more as colours") == 4
-    assert "Latents of method=mae" not in page
+    assert "Latents of mae" not in page
     assert "half (unfinished, epoch 1 of 1)" in page
     assert "random, 6 of 16 masked" in page
     assert "block, 6 of 16 masked" in page
@@ -118,7 +118,7 @@ def test_cached_and_online_runs_and_runs_on_fewer_views_are_other_rows(
     pretrain(target_root, tmp_path / "online", online, report=Silent())
     three = [made / "runs" / "seed0", tmp_path / "online", tmp_path / "view"]
     found = report_runs(three, [], None, out=tmp_path / "out", report=Silent())
-    assert [row.name for row in found.rows[:2]] == ["seed0", "targets=online"]
+    assert [row.name for row in found.rows[:2]] == ["seed0", "online (targets=online)"]
     assert "data.views=1" in found.rows[2].name
 
 

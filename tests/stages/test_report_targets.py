@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import cae2pipe
 from cae2pipe.artifacts.manifest import seal
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.cli import app
 from cae2pipe.config.extract import ShardSettings
-from cae2pipe.errors import DamageError, ManifestError, MismatchError
+from cae2pipe.errors import BadInputError, DamageError, ManifestError, MismatchError, SettingsError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.report_targets import report_targets
@@ -108,6 +109,11 @@ def test_originals_come_from_the_shard_set(stored_root, target_root, photos, tmp
     assert page.text.count("original not available") == 6
     assert f"cae2pipe report {bare} --source SHARDS" in page.text
     assert "listed in the shard set, which is not inside this set" in page.text
+    # Next to it are a set of other shards, and the one that it was made from.
+    shard_images(write_photos(tmp_path / "photos", 1, 2), tmp_path / "a", ShardSettings(), report=Silent())
+    shutil.copytree(target_root / "shards", tmp_path / "b c")
+    page = page_of(bare, tmp_path / "without")
+    assert f"cae2pipe report {bare} --source '{tmp_path / 'b c'}'" in page.text
     page = page_of(bare, tmp_path / "with", source=target_root / "shards")
     assert "--source SHARDS" not in page.text
     assert "original not available" not in page.text
@@ -249,6 +255,7 @@ def test_the_command(target_root, stored_root, trained_run, tmp_path):
     done = run(target_root)
     assert done.exit_code == 0, done.output
     assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout.replace("\n", "")
+    assert "report.html" not in done.stderr
     for arguments, said in (
         ((target_root, trained_run()), "a report is about some runs, or about one target set"),
         ((target_root, stored_root), "a report is about some runs, or about one target set"),
@@ -258,3 +265,54 @@ def test_the_command(target_root, stored_root, trained_run, tmp_path):
         refused = run(*arguments)
         assert refused.exit_code == 2
         assert said in refused.stderr
+
+
+@pytest.mark.parametrize("below", ["", "report", "views/report"])
+def test_a_page_is_not_written_into_a_set_or_a_run(below, target_root, trained_run, tmp_path):
+    before = contents(target_root), contents(trained_run())
+    (tmp_path / "link").symlink_to(target_root)
+    for out in (target_root / below, tmp_path / "link" / below, trained_run() / below):
+        with pytest.raises(BadInputError, match="cannot be written into"):
+            report_targets(target_root, out, report=Silent())
+        with pytest.raises(BadInputError, match="cannot be written into"):
+            cae2pipe.report(trained_run(), out=out, progress=False)
+    assert (contents(target_root), contents(trained_run())) == before
+
+
+def test_a_page_is_not_written_into_a_remote_set(target_root):
+    for path in sorted(target_root.rglob("*")):
+        if path.is_file():
+            to_path(f"memory://written/set/{path.relative_to(target_root)}").write_bytes(path.read_bytes())
+    for out in ("memory://written/set", "memory://written/set/report"):
+        with pytest.raises(BadInputError, match="cannot be written into"):
+            cae2pipe.report_targets(target_root, out=out, progress=False)
+
+
+def test_each_kind_of_folder_is_sent_to_its_report(target_root, trained_run, tmp_path):
+    with pytest.raises(SettingsError, match="this is a target set, not a run") as caught:
+        cae2pipe.report([trained_run(), target_root], out=tmp_path / "page", progress=False)
+    assert "report_targets" in caught.value.fix
+    with pytest.raises(SettingsError, match="this is a run, not a target set") as caught:
+        cae2pipe.report_targets(trained_run(), out=tmp_path / "page", progress=False)
+    assert "call report " in caught.value.fix
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"), [("shards", "of kind 'shards'"), ("empty", "no manifest.json"), ("nowhere", "no such folder")]
+)
+def test_a_folder_of_no_kind_that_has_a_report(folder, said, target_root, tmp_path):
+    (tmp_path / "empty").mkdir()
+    path = {"shards": target_root / "shards"}.get(folder, tmp_path / folder)
+    result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "page")])
+    assert result.exit_code == 2
+    words = " ".join(result.output.split())
+    assert said in words
+    assert "runs of `cae2pipe pretrain`, or one target set of `cae2pipe extract-targets`" in words
+
+
+def test_the_help_has_an_example_of_each_kind():
+    shown = CliRunner().invoke(app, ["report", "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).output
+    *_, runs, targets = [line.strip() for line in shown.splitlines() if line.strip()]
+    assert runs.startswith("Example: cae2pipe report runs/base ")
+    assert targets.startswith("Example: cae2pipe report targets ")

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cae2pipe.config.extract import SHOWINGS, ExtractSettings, recommend_views
+from cae2pipe.shards.shard_set import Shard
 from cae2pipe.shards.tar import write_samples
-from cae2pipe.targets.estimate import SHOWINGS, project, recommend_views, tar_bytes
+from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.estimate import project, sample_size, speed_sample, tar_bytes
 
 
 @pytest.mark.parametrize(
@@ -48,3 +51,24 @@ def test_no_recommended_view_is_shown_too_often_and_none_is_too_many(epochs: int
     assert views >= 1
     assert epochs / views <= SHOWINGS
     assert views == 1 or epochs / (views - 1) > SHOWINGS
+
+
+def test_the_default_is_what_is_recommended_for_300_epochs() -> None:
+    assert ExtractSettings.model_fields["views"].default == recommend_views(300) == 16
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 40), st.integers(1, 10**6))
+def test_an_estimate_runs_the_teacher_on_a_quarter_of_the_views_or_two_blocks(
+    shards: list[int], views: int, calibration: int
+) -> None:
+    total = sum(shards) * views
+    tasks = speed_sample([Shard(f"{i}", n, Path(), "", "") for i, n in enumerate(shards)], views, total)
+    blocks = {(task.shard.name, task.block, view) for task in tasks for view in task.views}
+    assert len(blocks) == sum(len(task.views) for task in tasks) > 0
+    measured = sum(min(BLOCK, shards[int(name)] - block * BLOCK) for name, block, _ in blocks)
+    assert sample_size(total, calibration) + measured <= max(2 * BLOCK, BLOCK + total // 8, total // 4)
+
+
+def test_the_speed_of_a_large_set_is_measured_on_several_items_for_the_workers_to_share() -> None:
+    tasks = speed_sample([Shard(f"{i}", 1024, Path(), "", "") for i in range(3)], 16, 3 * 1024 * 16)
+    assert [len(task.views) for task in tasks] == [8, 8, 8, 8]

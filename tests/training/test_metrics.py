@@ -55,8 +55,8 @@ def test_resuming_keeps_them_and_the_file_as_it_was(make_run, target_root, pretr
     assert [line["loss"] for line in lines] == [line["loss"] for line in whole if line["step"] != 1]
     assert (run / "metrics.jsonl.damaged").read_bytes() == damaged
     [said] = [line for line in report.lines if "metrics.jsonl" in line]
-    assert "1 damaged lines" in said
-    assert "no line for 1 steps (1)" in said
+    assert "1 damaged line," in said
+    assert "no line for 1 step (1)" in said
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\0" * 4000])
@@ -101,7 +101,7 @@ def test_a_report_is_drawn_from_the_good_lines(trained_run, tmp_path):
     path.write_bytes(path.read_bytes().replace(gone, b'"x"'))
     found = gather_runs([run], {}, [])
     assert [len(curve) for curve in found.rows[0].curves.values()] == [2, 2]
-    assert f"{run.name}: 1 damaged lines of metrics.jsonl are ignored." in notes(found)
+    assert f"{run.name}: ignored 1 damaged line of metrics.jsonl." in notes(found)
 
 
 def test_ranges_of_numbers():

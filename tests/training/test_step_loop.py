@@ -116,10 +116,11 @@ def test_the_end_of_an_epoch_can_ask_to_stop(device, tmp_path):
     assert training.saved == [4]
 
 
-def test_items_that_end_early_are_a_stop(tmp_path):
+def test_items_that_end_early_are_a_defect(tmp_path):
+    """No signal: neither an exit code of one, nor a silent end. What is done is kept."""
     training = Noted(tmp_path, {}, epoch=100)
     training.items = lambda: iter(range(3))
-    with pytest.raises(Terminated):
+    with pytest.raises(RuntimeError, match="ended after 3 of 10 steps"):
         looped(training, tmp_path, "ahead")
     assert training.settled == [0, 1, 2]
     assert training.saved == [3]

@@ -10,7 +10,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines
-from cae2pipe.training.telemetry import MACHINE_METRICS, make_tracker, wandb_id
+from cae2pipe.training.telemetry import MACHINE_METRICS, TensorBoard, Wandb, wandb_id
 
 
 class Watching(Silent):
@@ -109,6 +109,44 @@ def test_wandb_resumes_the_same_run(target_root, pretrain_settings, tmp_path, mo
     ]
 
 
+def test_a_probe_of_the_step_before_a_resumed_run_reaches_wandb(pretrain_settings, tmp_path, monkeypatch):
+    """wandb drops what is logged for a step before the one at which it resumes."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = Wandb(tmp_path, pretrain_settings(), start=4)
+    tracker.write({"step": 3, "probe/knn_top1": 0.5})
+    for step in (4, 5):
+        tracker.write({"step": step, "loss": float(step)})
+    tracker.close()
+    wandb.teardown()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    lines = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+    told = [{name: line[name] for name in ("_step", "probe/knn_top1", "loss") if name in line} for line in lines]
+    assert told == [{"_step": 4, "probe/knn_top1": 0.5, "loss": 4.0}, {"_step": 5, "loss": 5.0}]
+
+
+def test_a_probe_of_the_step_before_a_resumed_run_reaches_tensorboard(pretrain_settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = TensorBoard(tmp_path, pretrain_settings(), start=0)
+    for step in range(6):
+        first.write({"step": step, "loss": 1.0})
+    first.close()
+    resumed = TensorBoard(tmp_path, pretrain_settings(), start=4)
+    resumed.write({"step": 3, "probe/knn_top1": 0.5})
+    resumed.write({"step": 4, "loss": 2.0})
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("probe/knn_top1")] == [(3, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [*((n, 1.0) for n in range(4)), (4, 2.0)]
+
+
 def test_an_id_of_wandb_that_is_none(tmp_path):
     assert wandb_id(tmp_path / "id.txt") == wandb_id(tmp_path / "id.txt")
     (tmp_path / "id.txt").write_text("../x")
@@ -116,11 +154,14 @@ def test_an_id_of_wandb_that_is_none(tmp_path):
         wandb_id(tmp_path / "id.txt")
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path, pretrain_settings, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_before_the_run_is_begun(
+    tmp_path, target_root, pretrain_settings, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SettingsError, match="wandb is not installed") as caught:
-        make_tracker("wandb", tmp_path, pretrain_settings(), start=0)
+        pretrain(target_root, tmp_path / "run", pretrain_settings(track=["wandb"]), report=Silent())
     assert "pip install wandb" in caught.value.fix
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_is_told_when_the_next_has_begun_where_work_runs_ahead(
