@@ -24,6 +24,7 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import MismatchError
 from cae2pipe.evaluation.training_probe import TrainingProbe
 from cae2pipe.loading.fresh import fresh_views
+from cae2pipe.loading.order import ORDER
 from cae2pipe.loading.plan import chosen_stores, make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import export_encoder
@@ -225,14 +226,15 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunAr
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
     artifact = RunArtifact.open_or_create(
         out,
-        {"settings": fingerprinted(settings), "targets": targets.artifact.fingerprint},
+        {"settings": fingerprinted(settings), "targets": targets.artifact.fingerprint, "order": ORDER},
         facts={"stores": stores, "teacher": teacher_of(targets)},
         fix="use another output folder, or the settings and target set that this run was started with",
         fixes={
             "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "
-            "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs"
+            "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs",
+            "order": "finish this run with the version of cae2pipe that began it, or start a new one in another folder",
         },
-        called=present_name,
+        called=lambda name: "version of the order of samples" if name == "order" else present_name(name),
     )
     for name, digest in artifact.facts["stores"].items():
         if stores.get(name) != digest:

@@ -22,10 +22,12 @@ class EncoderUnit(TypedDict):
 
 @with_config(OPEN)
 class RunIdentity(TypedDict):
-    """``targets``: the target set's fingerprint."""
+    """``targets``: the target set's fingerprint. ``order``: the version of the order of samples; missing in older runs,
+    which had version 1."""
 
     settings: Values
     targets: Sha256
+    order: NotRequired[Annotated[int, Field(ge=2)]]
 
 
 @with_config(OPEN)
