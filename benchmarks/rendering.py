@@ -83,10 +83,12 @@ def measured() -> dict[str, Any]:
     digest = hashlib.sha256()
     per_s: dict[str, float] = {}
 
-    def timed(part: str, count: int, work: Callable[[], Any]) -> Any:
-        began = time.process_time()
-        result = work()
-        per_s[part] = count / (time.process_time() - began)
+    def timed(part: str, count: int, work: Callable[[], Any], passes: int = 1) -> Any:
+        """The work's result. Its rate is that of the fastest pass."""
+        for _ in range(passes):
+            began = time.process_time()
+            result = work()
+            per_s[part] = max(per_s.get(part, 0), count / (time.process_time() - began))
         return result
 
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +99,7 @@ def measured() -> dict[str, Any]:
         chosen = settings("cpu", scratch, shard={"samples": IMAGES, "speed": {"workers": 0}})
         shards = packed(source, scratch, chosen)
         list(map(check_image, pieces))  # warm
-        timed("originals checked", len(pieces), lambda: list(map(check_image, pieces)))
+        timed("originals checked", len(pieces), lambda: list(map(check_image, pieces)), passes=5)
         for pixels in ("stored", "replayed"):
             view = settings("cpu", scratch, view={"pixels": pixels}).view
             task = Task(shards.shards[0], 0, tuple(range(VIEWS)))
@@ -113,7 +115,7 @@ def measured() -> dict[str, Any]:
                 for (jpeg, draw), row in zip(stored, batch, strict=True):
                     view_into(jpeg, draw, replayed, row)
 
-            timed(f"{pixels} views loaded", len(stored), load)
+            timed(f"{pixels} views loaded", len(stored), load, passes=5)
             for jpeg, _ in stored:
                 digest.update(jpeg)
             for array in (batch, *(part.contiguous().numpy() for part in block.pixels)):

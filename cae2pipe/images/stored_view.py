@@ -41,7 +41,7 @@ def decode_written(data: bytes, out: np.ndarray) -> bool:
     """
     decode = simplejpeg_decoder()
     sides = written_sides(data)
-    if decode is None or sides is None or (out.shape, out.dtype) != ((*sides, 3), np.uint8):
+    if decode is None or sides is None or out.shape != (*sides, 3) or out.dtype != np.uint8:
         return False
     try:
         decode(data, "RGB", buffer=out, strict=True)
