@@ -113,7 +113,7 @@ def render_view(
     contrast change each value by itself, so both are looked up, together where nothing comes between them.
 
     Args:
-        grey: ``image.convert("L")``, if that is at hand: several views of an image can share it.
+        grey: ``image.convert("L")``, which several views of an image can share; None: it is made here.
 
     Raises:
         ImageError: the draw was made for an image of another size.
