@@ -65,6 +65,21 @@ def performance(results: Path) -> str:
     )
 
 
+def rendering(results: Path) -> str:
+    """Images and views per second of processor time, and those of an earlier version."""
+    result = read(results, "rendering")
+    rows = [
+        (
+            row["what"],
+            significant(row["per second and core"]["median"], 3),
+            significant(row["before"]["median"], 3),
+            f"{row['times']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    return table(("what", "per second and core", "before", "times"), rows)
+
+
 def low_rate(results: Path) -> str:
     """Bytes per view of the latent codec and of alternatives, at equal cosines."""
     result = read(results, "codec_low_rate")
@@ -250,6 +265,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "performance": performance,
+    "rendering": rendering,
     "low_rate": low_rate,
     "views": views,
     "training": training,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cae2pipe.errors import Cae2pipeError, ImageError, SettingsError
 from cae2pipe.images.decode import describe_failure
+from cae2pipe.images.stored_view import decode_written, written_sides
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 
 VERIFY = "run `cae2pipe verify`"
@@ -53,12 +54,31 @@ def decode_view(data: bytes, size: int | None = None) -> np.ndarray:
     Raises:
         ImageError: the bytes are not an RGB JPEG, or not of this size.
     """
+    sides = written_sides(data) if size is None else (size, size)
+    if sides is None:
+        return np.asarray(open_jpeg(data))
+    out = np.empty((*sides, 3), dtype=np.uint8)
+    decode_into(data, out)
+    return out
+
+
+def decode_into(data: bytes, out: np.ndarray) -> None:
+    """Decode a stored view into ``out``, uint8 (H, W, 3) and C-contiguous, such as a row of a batch.
+
+    The pixels and errors are Pillow's. ``out`` is undefined after an error.
+
+    Raises:
+        ImageError: the bytes are not an RGB JPEG, or not of this size.
+    """
+    if decode_written(data, out):
+        return
     image = open_jpeg(data)
-    if size is not None and image.size != (size, size):
+    height, width = out.shape[:2]
+    if image.size != (width, height):
         raise ImageError(
-            f"a stored view has {image.width} x {image.height} pixels instead of {size} x {size}", fix=VERIFY
+            f"a stored view has {image.width} x {image.height} pixels instead of {width} x {height}", fix=VERIFY
         )
-    return np.asarray(image)
+    out[...] = np.asarray(image)
 
 
 def decode_jpegs(

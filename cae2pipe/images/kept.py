@@ -11,7 +11,7 @@ from PIL import Image
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import ImageError
-from cae2pipe.images.jpeg import VERIFY, decode_view, open_jpeg
+from cae2pipe.images.jpeg import VERIFY, decode_into, open_jpeg
 from cae2pipe.images.views import ViewDraw, encode_jpeg, render_view, resize
 
 LONGEST = 65500
@@ -33,18 +33,26 @@ def keep_image(image: Image.Image, settings: ViewSettings) -> bytes:
 
 
 def view_pixels(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, *, size: int) -> np.ndarray:
-    """A view's pixels, uint8 (S, S, 3), from the stored JPEG.
+    """A view's pixels, uint8 (S, S, 3), from the stored JPEG; arguments and errors as for ``view_into``."""
+    out = np.empty((size, size, 3), dtype=np.uint8)
+    view_into(jpeg, draw, replayed, out)
+    return out
+
+
+def view_into(jpeg: bytes, draw: np.ndarray, replayed: ViewSettings | None, out: np.ndarray) -> None:
+    """Write a view's pixels into ``out``, uint8 (S, S, 3) and C-contiguous, such as a row of a batch.
 
     Args:
         jpeg: the view, or the image that it is cropped from. draw: its row of draws (11,). replayed: how views are
-            cropped, None if they are stored. size: their side in pixels.
+            cropped, None if they are stored.
 
     Raises:
-        ImageError: not an RGB JPEG, or one of another size.
+        ImageError: not an RGB JPEG, or one of another size. ``out`` is undefined then.
     """
     if replayed is None:
-        return decode_view(jpeg, size)
+        decode_into(jpeg, out)
+        return
     try:
-        return np.asarray(render_view(open_jpeg(jpeg), ViewDraw.from_row(draw), replayed))
+        out[...] = np.asarray(render_view(open_jpeg(jpeg), ViewDraw.from_row(draw), replayed))
     except ImageError as error:
         raise ImageError(error.what, fix=VERIFY) from None

@@ -10,10 +10,11 @@ import io
 import math
 from dataclasses import astuple, dataclass, fields
 from itertools import permutations
+from operator import mul
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageStat
+from PIL import Image
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import ImageError
@@ -27,6 +28,10 @@ TRIES = 10
 
 FLIP, ORDER, FACTORS, ARTIFACTS = 0, 1, slice(2, 5), 5
 """The index of each draw in the key's uniforms. Part of the format: another index gives other views."""
+
+
+LEVELS = bytes(range(256))
+"""A pixel's possible values; as a curve it changes none."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,17 @@ def draw_box(settings: ViewSettings, uniforms: list[float], height: int, *, widt
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> Image.Image:
+def render_view(
+    image: Image.Image, draw: ViewDraw, settings: ViewSettings, grey: Image.Image | None = None
+) -> Image.Image:
     """The view of an RGB image: ``settings.size`` pixels square.
 
     Gives the pixels of the published order, bit for bit, without jittering the whole image: every operation except
-    contrast's mean is per pixel, so only operations before that mean need the pixels outside the box.
+    contrast's mean is per pixel, so only operations before that mean need the pixels outside the box. Brightness and
+    contrast change each value by itself, so both are looked up, together where nothing comes between them.
+
+    Args:
+        grey: ``image.convert("L")``, which several views of an image can share; None: it is made here.
 
     Raises:
         ImageError: the draw was made for an image of another size.
@@ -116,13 +127,20 @@ def render_view(image: Image.Image, draw: ViewDraw, settings: ViewSettings) -> I
     order = ORDERS[draw.order]
     contrast = order.index("contrast")
     for name in order[:contrast]:
-        image = _adjust(image, name, getattr(draw, name))
-    mean = _grey_mean(image)
+        if name == "brightness":
+            image = _look_up(image, _curve(draw.brightness))
+        else:
+            image = _saturate(image, draw.saturation, grey)
+        grey = None
+    curve = _curve(draw.contrast, _mean(grey or image.convert("L")))
     left = draw.source_width - draw.left - draw.width if draw.flip else draw.left
     crop = image.crop((left, draw.top, left + draw.width, draw.top + draw.height))
-    crop = Image.blend(Image.new("RGB", crop.size, (mean, mean, mean)), crop, draw.contrast)
     for name in order[contrast + 1 :]:
-        crop = _adjust(crop, name, getattr(draw, name))
+        if name == "brightness":
+            curve = curve.translate(_curve(draw.brightness))
+        else:
+            crop, curve = _saturate(_look_up(crop, curve), draw.saturation), LEVELS
+    crop = _look_up(crop, curve)
     if draw.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return resize(crop, settings.size, settings.size)
@@ -137,13 +155,23 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return across.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _adjust(image: Image.Image, name: str, factor: float) -> Image.Image:
-    enhancer = ImageEnhance.Brightness if name == "brightness" else ImageEnhance.Color
-    return enhancer(image).enhance(factor)
+def _curve(factor: float, level: int = 0) -> bytes:
+    """What Pillow's blending with a constant image of this level makes of each of the 256 values."""
+    values = Image.frombytes("L", (len(LEVELS), 1), LEVELS)
+    return Image.blend(Image.new("L", values.size, level), values, factor).tobytes()
 
 
-def _grey_mean(image: Image.Image) -> int:
-    return int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
+def _look_up(image: Image.Image, curve: bytes) -> Image.Image:
+    return image if curve == LEVELS else image.point(curve * 3)
+
+
+def _saturate(image: Image.Image, factor: float, grey: Image.Image | None = None) -> Image.Image:
+    return Image.blend((grey or image.convert("L")).convert("RGB"), image, factor)
+
+
+def _mean(grey: Image.Image) -> int:
+    """The mean level, rounded to the nearest."""
+    return int(sum(map(mul, grey.histogram(), LEVELS)) / (grey.width * grey.height) + 0.5)
 
 
 def encode_jpeg(image: Image.Image, settings: ViewSettings) -> bytes:

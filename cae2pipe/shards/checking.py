@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from cae2pipe.artifacts.storage import read_bytes, read_range
 from cae2pipe.errors import ImageError, SourceError
-from cae2pipe.images.decode import decode_rgb
+from cae2pipe.images.decode import check_decodes
 from cae2pipe.runtime.processes import ahead, prepare_worker, refuse_import_of_main, shielded, worker_count, worker_died
 
 
@@ -51,14 +51,14 @@ GRACE = 2.0
 
 
 def check_image(piece: FileSlice) -> Checked:
-    """Read an image and decode it once.
+    """Read an image and check that it decodes.
 
     Raises:
         SourceError: it cannot be read, or its size has changed since the source was scanned.
     """
     data = read_piece(piece)
     try:
-        decode_rgb(data, where=piece.where)
+        check_decodes(data, where=piece.where)
     except ImageError as error:
         return Checked(data, error.what)
     return Checked(data, None)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.images.decode import decode_rgb
-from cae2pipe.images.jpeg import decode_view, open_jpeg
+from cae2pipe.images.jpeg import decode_into, open_jpeg
 from cae2pipe.images.kept import keep_image
 from cae2pipe.images.views import draw_view, encode_jpeg, render_view
 from cae2pipe.runtime.workers import in_order
@@ -90,9 +90,10 @@ class Renderer:
         replayed = settings.pixels == "replayed"
         kept: list[bytes] = []
         jpegs: list[list[bytes]] = [[] for _ in task.views]
-        pixels: list[list[np.ndarray]] = [[] for _ in task.views]
+        shape = (len(samples), settings.size, settings.size, 3)
+        pixels = [np.empty(shape, dtype=np.uint8) for _ in task.views]
         draws: list[list[np.ndarray]] = [[] for _ in task.views]
-        for sample in samples:
+        for row, sample in enumerate(samples):
             if replayed:
                 jpeg = sample.data if self.kept else keep_original(sample, task.shard, settings)
                 image = open_jpeg(jpeg)
@@ -100,17 +101,20 @@ class Renderer:
                     kept.append(jpeg)
             else:
                 image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
+            grey = image.convert("L") if len(task.views) > 1 else None
             for index, view in enumerate(task.views):
                 draw = draw_view(settings, self.seed, sample.key, view=view, height=image.height, width=image.width)
-                rendered = render_view(image, draw, settings)
-                if not replayed:
+                rendered = render_view(image, draw, settings, grey)
+                if replayed:
+                    pixels[index][row] = np.asarray(rendered)
+                else:
                     jpegs[index].append(encode_jpeg(rendered, settings))
-                pixels[index].append(np.asarray(rendered) if replayed else decode_view(jpegs[index][-1]))
+                    decode_into(jpegs[index][-1], pixels[index][row])
                 draws[index].append(draw.to_row())
         labels = np.array([sample.label for sample in samples], dtype=np.int32)
-        stacked = [torch.from_numpy(np.stack(view)).permute(0, 3, 1, 2) for view in pixels]
+        planes = [torch.from_numpy(view).permute(0, 3, 1, 2) for view in pixels]
         keys = [sample.key for sample in samples]
-        return RenderedBlock(task, keys, labels, jpegs, stacked, [np.stack(rows) for rows in draws], kept)
+        return RenderedBlock(task, keys, labels, jpegs, planes, [np.stack(rows) for rows in draws], kept)
 
 
 class Reducer:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
 from cae2pipe.errors import ImageError
-from cae2pipe.images.decode import decode_rgb
+from cae2pipe.images import decode
+from cae2pipe.images.decode import check_decodes, decode_rgb
 
 
 def save(image: Image.Image, kind: str, **options) -> bytes:
@@ -242,6 +243,71 @@ def test_damaged_bytes_give_an_rgb_image_or_an_image_error(data, changes, kept):
         return
     assert image.mode == "RGB"
     assert len(image.tobytes()) == 3 * image.width * image.height
+
+
+def refusal(check, data: bytes) -> str | None:
+    try:
+        check(data, "test.jpg")
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def jpeg_kinds() -> dict[str, bytes]:
+    image = Image.fromarray(picture(45, 61))
+    kinds = {
+        "4:4:4": save(image, "JPEG", subsampling="4:4:4"),
+        "4:2:2": save(image, "JPEG", subsampling="4:2:2"),
+        "4:2:0": save(image, "JPEG", subsampling="4:2:0"),
+        "progressive": save(image, "JPEG", progressive=True),
+        "restarts": save(image, "JPEG", restart_marker_blocks=2),
+        "RGB": save(image, "JPEG", keep_rgb=True),
+        "small": save(image.crop((0, 0, 3, 1)), "JPEG"),
+    }
+    # 4:4:0 and 4:1:1, which Pillow does not write: the sampling factors of luma, exchanged.
+    frame = kinds["4:2:2"].index(b"\xff\xc0") + 11
+    for name, factors in (("4:4:0", 0x12), ("4:1:1", 0x41)):
+        kinds[name] = kinds["4:2:2"][:frame] + bytes((factors,)) + kinds["4:2:2"][frame + 1 :]
+    return kinds
+
+
+@pytest.mark.parametrize("kind", list(jpeg_kinds()))
+def test_jpegs_are_checked_without_being_decoded_at_full_size(monkeypatch, kind):
+    data = jpeg_kinds()[kind]
+    decode_rgb(data, "test.jpg")
+    monkeypatch.setattr(decode, "decode_rgb", None)
+    check_decodes(data, "test.jpg")
+
+
+@pytest.mark.parametrize("kind", ["L", "CMYK", "fractions", "PNG"])
+def test_other_images_are_checked_at_full_size(monkeypatch, kind):
+    image = Image.fromarray(picture())
+    if kind == "PNG":
+        data = save(image, "PNG")
+    else:
+        data = save(image.convert("RGB" if kind == "fractions" else kind), "JPEG", subsampling="4:4:4")
+    if kind == "fractions":  # chroma of 3 x 1 to luma's 1 x 1
+        frame = data.index(b"\xff\xc0")
+        data = data[: frame + 14] + b"\x31" + data[frame + 15 :]
+    seen = []
+    monkeypatch.setattr(decode, "decode_rgb", lambda data, where: seen.append(data))
+    check_decodes(data, "test.jpg")
+    assert seen == [data]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    data=st.sampled_from([save(Image.fromarray(picture()), "PNG"), *jpeg_kinds().values()]),
+    changes=st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), max_size=4),
+    kept=st.floats(0, 1),
+)
+def test_the_check_refuses_what_cannot_be_decoded_in_the_same_words(data, changes, kept):
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    # Half of the files are whole.
+    damaged = bytes(damaged[: int(min(1, 2 * kept) * len(damaged))])
+    assert refusal(check_decodes, damaged) == refusal(decode_rgb, damaged)
 
 
 def test_real_photographs_all_decode(real):

@@ -68,6 +68,7 @@ def test_rendering_is_the_published_order_bit_for_bit(height, width, view, size,
     assert result.mode == "RGB"
     assert result.size == (size, size)
     assert result.tobytes() == render_view_naive(image, draw, chosen).tobytes()
+    assert render_view(image, draw, chosen, image.convert("L")).tobytes() == result.tobytes()
 
 
 @pytest.mark.parametrize("order", range(6))
