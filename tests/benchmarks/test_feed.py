@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from benchmarks import feed, feed_child
+from benchmarks import feed, feed_child, tables
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.targets.target_set import TargetSet
 
-SMALL = feed.Size(2, 64, 2, 0.001, 8, {"originals": 1, "memmap": 1}, size=32, rows=2, dim=8)
+SMALL = feed.Size(2, 64, 2, 0.001, 8, {"originals": 1, "memmap": 1}, 8, 1, size=32, rows=2, dim=8)
 
 
 def here():
@@ -49,14 +49,21 @@ def test_all_loaders_are_measured_on_sets_of_repeated_views(photos, tmp_path, mo
         1000 / ours["images/s per core"]["median"], abs=0.01
     )
 
+    page = tmp_path / "feed-cpu.json"
+    page.write_text(json.dumps({"rows": report.rows, "checks": report.checks}))
+    lines = tables.feed(tmp_path).splitlines()
+    assert lines[2].startswith(f"| {feed.OURS} | 0 | ")
+    assert f" | {100 * ours['waited']:.1f}% | " in lines[2]
+    assert lines[-1].startswith("| slowest batch over the median | ")
+
     # Two windows of two streams, all from one shard, of which the second has bytes of its own.
     assert report.sets[feed.OURS] == report.sets[feed.AGAINST]
-    assert report.sets[feed.OURS]["views"] == 1024
+    assert report.sets[feed.OURS]["views"] == 256
     root = tmp_path / "set-0"
     artifact = TargetsArtifact.open(root)
     assert check_files(artifact) == []
     targets = TargetSet(root)
-    assert len(targets.stores) == 16
+    assert len(targets.stores) == 4
     first, second, third = ((root / targets.stores[name]["tar"]).stat() for name in sorted(targets.stores)[:3])
     assert first.st_ino == third.st_ino != second.st_ino
     # The same photographs and latents in both, whichever code makes them.
