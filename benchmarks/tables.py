@@ -169,6 +169,29 @@ def scale_cell(row: dict[str, Any]) -> str:
     return f"*{text}*" if row.get("extrapolated") else text
 
 
+def feed(results: Path) -> str:
+    """Images per second of a core from loaders, and how a student waits that takes batches at 0.9 of their rate."""
+    if not (results / "feed-cpu.json").exists():
+        return "Nothing has been measured."
+    result = read(results, "feed")
+    rows = [
+        (
+            row["loader"],
+            str(row["workers"]),
+            rate(row["images/s per core"]),
+            f"{100 * row['waited']:.1f}%" if "waited" in row else "",
+            significant(row["slowest / median"], 3, most=1) if "waited" in row else "",
+        )
+        for row in result["rows"]
+    ]
+    claims = [(row["name"], significant(row["value"], 3, most=2), goal(row, "")) for row in result["checks"]]
+    return (
+        table(("loader", "workers", "images/s per core", "waited", "slowest / median batch"), rows)
+        + "\n\n"
+        + table(("what", "figure", "goal"), claims)
+    )
+
+
 def gpu(results: Path) -> str:
     """What was measured on GPUs, a table for each."""
     contents = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
@@ -271,6 +294,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "training": training,
     "hours": hours,
     "scale": scale,
+    "feed": feed,
     "gpu": gpu,
 }
 """Tables by their names in the comments."""

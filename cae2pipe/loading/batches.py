@@ -18,7 +18,7 @@ from torch import Tensor
 from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ImageError
-from cae2pipe.images.kept import view_pixels
+from cae2pipe.images.kept import view_into
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.order import BlockList, real_samples, steps_per_epoch
@@ -141,7 +141,7 @@ def assemble(plan: Plan, epoch: int, step: int, *, streams: range, picked: list[
     """The part of a batch with the given samples of each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
     count, rows = len(flat), len(flat) * plan.repeat
-    pixels = np.zeros((count if plan.decode else 0, plan.size, plan.size, 3), dtype=np.uint8)
+    pixels = np.empty((count if plan.decode else 0, plan.size, plan.size, 3), dtype=np.uint8)
     visible = np.empty((rows, plan.grid**2 - plan.masked), dtype=np.int64)
     masked = np.empty((rows, plan.masked), dtype=np.int64)
     for row in range(rows):
@@ -155,7 +155,9 @@ def assemble(plan: Plan, epoch: int, step: int, *, streams: range, picked: list[
     if plan.decode:
         for row, item in enumerate(flat):
             if item:
-                pixels[row] = _decode(plan, *item, epoch=epoch)
+                _decode(plan, *item, epoch=epoch, out=pixels[row])
+            else:
+                pixels[row] = 0
     drop = np.concatenate(
         [
             keyed_uniforms(len(items) * plan.repeat * plan.drop_columns, "drop", plan.seed, step, stream)
@@ -182,12 +184,14 @@ def assemble(plan: Plan, epoch: int, step: int, *, streams: range, picked: list[
     )
 
 
-def _decode(plan: Plan, piece: Piece, position: int, *, epoch: int) -> np.ndarray:
+def _decode(plan: Plan, piece: Piece, position: int, *, epoch: int, out: np.ndarray) -> None:
+    """Write a sample's pixels into ``out``, uint8 (S, S, 3)."""
     image, key = piece.images[position], piece.keys[position]
     if plan.fresh:
-        return plan.fresh.render(image, key, epoch)
+        out[...] = plan.fresh.render(image, key, epoch)
+        return
     try:
-        return view_pixels(image, piece.draws[position], plan.replayed, size=plan.size)
+        view_into(image, piece.draws[position], plan.replayed, out)
     except ImageError as error:
         raise DamageError(error.what, where=f"key {key}", fix=error.fix) from None
 
@@ -208,7 +212,8 @@ def gather(plan: Plan, items: list[Item | None]) -> dict[str, np.ndarray]:
         axis, shape = loaded[name].sample_axis, loaded[name].shape(len(items))
         if name in SPARES:
             shape = (len(items), max([shape[1], *(item[0].arrays[name].shape[1] for item in items if item)]))
-        result[name] = np.zeros(shape, dtype=loaded[name].dtype)
+        whole = np.zeros if name in SPARES or None in items else np.empty
+        result[name] = whole(shape, dtype=loaded[name].dtype)
         into = np.moveaxis(result[name], axis, 0)
         for row, item in enumerate(items):
             if item:
