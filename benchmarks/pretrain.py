@@ -113,7 +113,7 @@ def measure(
 
     def stream(over: PretrainSettings) -> Iterator[Batch]:
         plan = make_plan(targets, sorted(targets.stores), over, drop_columns=model.drop_columns)
-        return on_device(load_parts(plan, 0, worker_count(-1, most=8)), targets.layout.sample_axes(), device)
+        return on_device(load_parts(plan, 0, worker_count(-1)), targets.layout.sample_axes(), device)
 
     one = next(stream(settings))
     online = settings.model_copy(update={"targets": "online"})

@@ -86,7 +86,8 @@ def extract_targets(
             report.log(f"nothing to do: {out} has {holds} ({counted(len(shards.shards), 'shard')})")
             save_targets(artifact, shards, settings.views)
             return artifact
-        workers = -(-worker_count(settings.speed.workers) // rank.on_machine)
+        asked = settings.speed.workers
+        workers = worker_count(asked) if asked < 0 else -(-asked // rank.on_machine)
         if not (is_shared(out) and is_shared(source)):
             workers = 0  # other processes cannot read what is in this process's memory
         tell_changes(artifact.facts, teacher.device, report)

@@ -141,7 +141,7 @@ class DataSettings(Settings):
     streams: int = Field(default=64, ge=1, le=2**20)
     """Streams that the epoch is split into. Divides the batch; a multiple of the number of processes."""
     window: int = Field(default=4, ge=1, le=2**20)
-    """Size of a stream's shuffle window, in blocks of 64 samples."""
+    """Blocks of 64 samples that a stream mixes at any time. It has about two more in memory."""
     last_batch: Literal["pad", "drop"] = "pad"
     """pad: the last batch is padded with samples of weight 0; drop: it is omitted (released code)."""
     decode: Literal["workers", "device"] = "workers"
@@ -174,7 +174,8 @@ class TrainSpeed(Settings):
     deterministic: bool = False
     """Use torch's deterministic algorithms, so that CUDA runs are reproducible bit for bit. CPU runs always are."""
     workers: int = Field(default=-1, ge=-1, le=1024)
-    """Processes that read and decode blocks; -1: one per core, at most 8; 0: read in the main process."""
+    """Processes that read and decode blocks; -1: one per core, shared among the ranks of a machine; 0: read in
+    the main process."""
     cache: LocalPath | None = None
     """A local folder that caches blocks of a remote target set for later epochs. None: no cache."""
     cache_gb: float = Field(default=100.0, gt=0, le=1e9)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from cae2pipe.loading.order import BlockList, real_samples, steps_per_epoch
 from cae2pipe.loading.stream import Item, Piece, StreamSource
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
+from cae2pipe.runtime.shared_memory import shared_empty
 from cae2pipe.targets.cache import BlockCache
-from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.planes import SPARES, same_width
 from cae2pipe.targets.store_layout import StoreLayout
 
@@ -141,7 +142,8 @@ def assemble(plan: Plan, epoch: int, step: int, *, streams: range, picked: list[
     """The part of a batch with the given samples of each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
     count, rows = len(flat), len(flat) * plan.repeat
-    pixels = np.empty((count if plan.decode else 0, plan.size, plan.size, 3), dtype=np.uint8)
+    whole = shared_empty((count if plan.decode else 0, plan.size, plan.size, 3), "|u1")
+    pixels = whole.numpy()
     visible = np.empty((rows, plan.grid**2 - plan.masked), dtype=np.int64)
     masked = np.empty((rows, plan.masked), dtype=np.int64)
     for row in range(rows):
@@ -169,11 +171,11 @@ def assemble(plan: Plan, epoch: int, step: int, *, streams: range, picked: list[
         epoch=epoch,
         step=step,
         real=real_samples(plan.samples, plan.streams, plan.per_stream, step=step % plan.steps),
-        pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        pixels=whole.permute(0, 3, 1, 2),
         jpegs=torch.from_numpy(packed.copy()),
         sizes=torch.tensor([0 if plan.decode else len(image) for image in images]),
         draws=_draws(plan, flat),
-        arrays=as_tensors(gather(plan, flat)),
+        arrays=gather(plan, flat),
         weights=torch.tensor([float(item is not None) for item in flat]),
         visible=torch.from_numpy(visible),
         masked=torch.from_numpy(masked),
@@ -204,23 +206,33 @@ def _draws(plan: Plan, items: list[Item | None]) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def gather(plan: Plan, items: list[Item | None]) -> dict[str, np.ndarray]:
+def gather(plan: Plan, items: list[Item | None]) -> dict[str, Tensor]:
     """The plan's arrays over the given samples; zeros for padding."""
     loaded = plan.layout.loaded()
+    runs = [
+        (piece, [item[1] for _, item in run if item], run[0][0], run[-1][0] + 1)
+        for piece, run in ((key[1], list(run)) for key, run in groupby(enumerate(items), key=_piece_of))
+        if piece is not None
+    ]
     result = {}
     for name in plan.arrays:
         axis, shape = loaded[name].sample_axis, loaded[name].shape(len(items))
         if name in SPARES:
-            shape = (len(items), max([shape[1], *(item[0].arrays[name].shape[1] for item in items if item)]))
-        whole = np.zeros if name in SPARES or None in items else np.empty
-        result[name] = whole(shape, dtype=loaded[name].dtype)
-        into = np.moveaxis(result[name], axis, 0)
-        for row, item in enumerate(items):
-            if item:
-                # One sample after the other: `take` would copy twice.
-                sample = np.moveaxis(item[0].arrays[name], axis, 0)[item[1]]
-                into[row][: len(sample)] = sample
+            shape = (len(items), max([shape[1], *(piece.arrays[name].shape[1] for piece, *_ in runs)]))
+        result[name] = shared_empty(shape, loaded[name].dtype)
+        into = result[name].numpy()
+        if name in SPARES or None in items:
+            into[...] = 0
+        for piece, positions, first, last in runs:
+            taken = np.take(piece.arrays[name], positions, axis=axis)
+            rows = into[(slice(None),) * axis + (slice(first, last),)]
+            (rows[:, : taken.shape[1]] if name in SPARES else rows)[...] = taken
     return result
+
+
+def _piece_of(numbered: tuple[int, Item | None]) -> tuple[int, Piece | None]:
+    piece = numbered[1][0] if numbered[1] else None
+    return id(piece), piece
 
 
 def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:

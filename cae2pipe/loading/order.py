@@ -185,8 +185,7 @@ def shuffled(
     """The order of a stream's samples in an epoch, in runs: the number of each sample's piece, and its position there.
 
     A sample's place is the start of its piece plus a random distance of up to ``window`` blocks. So samples of about
-    ``window`` consecutive pieces are mixed at any time, a new piece is needed each time that one ends, and no two
-    streams need theirs at the same time.
+    ``window`` consecutive pieces are mixed at any time, and a new piece is needed each time that one ends.
 
     Args:
         sizes: samples of each piece, int (pieces,).

@@ -65,14 +65,17 @@ class StreamSource:
         self._lead = BLOCK * ((plan.window - 1) / 2 + 1 + phase)
 
     def take(self, epoch: int, count: int) -> list[Item | None]:
-        """The next samples of an epoch; None for each that it does not have."""
+        """The next samples of an epoch, by piece and position in it; None for each that it does not have."""
         own = self._epoch(epoch)
+        chosen: list[tuple[int, int]] = []
+        while len(chosen) < count and (run := own.take(count - len(chosen))):
+            chosen += zip(*run, strict=True)
         given: list[Item | None] = []
-        while len(given) < count and (chosen := own.take(count - len(given))):
-            for number, position in zip(*chosen, strict=True):
-                given.append((self._piece(epoch, number), position))
-                if own.give(number):
-                    del self._read[epoch, number]
+        # Samples of a piece follow one another, so that they are gathered together.
+        for number, position in sorted(chosen):
+            given.append((self._piece(epoch, number), position))
+            if own.give(number):
+                del self._read[epoch, number]
         self._position += count
         self._read_ahead()
         return given + [None] * (count - len(given))

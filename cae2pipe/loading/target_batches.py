@@ -27,7 +27,7 @@ from cae2pipe.targets.paths import of_store
 from cae2pipe.targets.target_set import TargetSet
 
 STREAMS = 16
-"""Most streams of a rank, and with them most workers. Each holds ``WINDOW`` blocks in memory."""
+"""Most streams of a rank, and with them most workers. Each has about ``WINDOW`` + 2 blocks in memory."""
 WINDOW = 4
 """Blocks of 64 samples among which a stream shuffles."""
 
@@ -77,7 +77,8 @@ class TargetBatches(IterableDataset[TargetBatch]):
         seed: of the order.
         drop_last: omit the last batch if it is smaller than the others. Otherwise it holds what remains of the
             epoch; no sample is repeated to fill it.
-        workers: processes that read and decode JPEGs; 0: none, in this process; -1: one per core, at most 8.
+        workers: processes that read and decode JPEGs; 0: none, in this process; -1: one per core, shared among
+            the ranks of a machine.
         device: where batches are, and latents are decoded: auto, cpu, cuda, cuda:1, ...
         rank: which share of every epoch this process takes, from 0. By default as torch.distributed or torchrun says.
         ranks: how many shares there are. All get equally many batches. If fewer samples than ranks remain for the last
@@ -115,7 +116,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
         self.targets = targets if isinstance(targets, TargetSet) else TargetSet(targets)
         self.rank, self.ranks = this_rank(rank, ranks)
         self.device = pick_device(str(device), torchrun_rank())
-        self.workers = worker_count(workers, most=8)
+        self.workers = worker_count(workers)
         self.layout, self.scaled, self.pixels = layout, scaled, pixels
         self.epoch, self._first = 0, 0
         self._plan = batch_plan(

@@ -18,6 +18,7 @@ from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from cae2pipe.errors import WorkerError
+from cae2pipe.runtime.ranks import torchrun_rank
 
 T = TypeVar("T")
 
@@ -28,11 +29,12 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def worker_count(setting: int, most: int | None = None) -> int:
-    """Processes for a ``workers`` setting: -1 is one per core that this process may use, at most ``most``."""
+    """Processes for a ``workers`` setting: -1 is one per core that this process may use, at most ``most``. Ranks of one
+    machine share its cores."""
     if setting >= 0:
         return setting
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, most or cores)
+    return min(max(1, cores // torchrun_rank().on_machine), most or cores)
 
 
 def ahead(

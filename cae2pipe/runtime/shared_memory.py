@@ -7,10 +7,15 @@ than one batch of most presets.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import shutil
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from cae2pipe.errors import WorkerError
 from cae2pipe.runtime.progress import gigabytes
@@ -19,6 +24,33 @@ from cae2pipe.runtime.ranks import torchrun_rank
 SHM = Path("/dev/shm")
 PREFETCH = 2
 """Items per worker that may be finished or in progress before the main process takes the first."""
+
+
+_this_process = {"hands over": False}
+
+
+def enter_worker() -> None:
+    """Say that this process hands its items to another one."""
+    _this_process["hands over"] = True
+
+
+def shared_empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor of undefined values, for a numpy type; uint16 as int16. In a worker it lies in shared memory, so that
+    handing it over copies nothing.
+
+    Raises:
+        WorkerError, OSError: there is not enough shared memory.
+    """
+    kind = np.dtype("<i2" if dtype == "<u2" else dtype)
+    size = math.prod(shape) * kind.itemsize
+    if not _this_process["hands over"] or not size:
+        return torch.from_numpy(np.empty(shape, dtype=kind))
+    try:
+        storage = torch.UntypedStorage._new_shared(size, device="cpu")
+    except RuntimeError as error:
+        raise explain_sharing(error, size) from error
+    flat: Tensor = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype=kind)).dtype).set_(storage)
+    return flat.view(shape)
 
 
 def bytes_under_way(item: int, workers: int, items: int | None = None) -> int:

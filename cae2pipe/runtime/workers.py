@@ -30,7 +30,7 @@ import torch
 
 from cae2pipe.errors import Cae2pipeError, WorkerError
 from cae2pipe.runtime.processes import prepare_worker, refuse_import_of_main, shielded, shorten_sockets, worker_died
-from cae2pipe.runtime.shared_memory import PREFETCH, check_room, explain_sharing
+from cae2pipe.runtime.shared_memory import PREFETCH, check_room, enter_worker, explain_sharing
 from cae2pipe.runtime.signals import StoppedWaitingError, stop_asked
 
 PRELOAD = ("cae2pipe.runtime.forkserver_preload", __name__)
@@ -216,6 +216,7 @@ def _join(workers: list[_Worker], seconds: float) -> None:
 
 def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int) -> None:
     prepare_worker()
+    enter_worker()
     torch.set_num_threads(1)
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_send, args=(connection, ready), daemon=True).start()

@@ -82,9 +82,7 @@ class Pretraining:
 
     def items(self) -> Iterator[Batch]:
         world, speed = self.world, self.settings.speed
-        parts = load_parts(
-            self.plan, self.start, worker_count(speed.workers, most=8), rank=world.rank, ranks=world.ranks
-        )
+        parts = load_parts(self.plan, self.start, worker_count(speed.workers), rank=world.rank, ranks=world.ranks)
         backend = "inductor" if compiles(speed.compile, world.device) else None
         batches = on_device(parts, self._step.axes, world.device, backend=backend)
         return with_room(batches, self.settings.loaded_batch // world.ranks, speed)

@@ -53,6 +53,15 @@ def test_worker_count():
     assert worker_count(-1) >= 1
 
 
+@pytest.mark.parametrize(("cores", "ranks", "each"), [(16, 1, 16), (16, 4, 4), (16, 3, 5), (2, 4, 1)])
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, cores, ranks, each):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2 * ranks), ("LOCAL_WORLD_SIZE", ranks)):
+        monkeypatch.setenv(name, str(value))
+    assert worker_count(-1) == each
+    assert worker_count(7) == 7
+
+
 def test_ctrl_c_while_processes_start_is_raised_at_the_end_whatever_thread_takes_it():
     ended = threading.Event()
     thread = threading.Thread(target=ended.wait)
