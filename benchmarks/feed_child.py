@@ -224,9 +224,11 @@ def batches(root: str, workers: int, data: dict[str, int]) -> Generator[Any, Non
     from cae2pipe.config.pretrain import PretrainSettings
     from cae2pipe.loading.device import on_device
     from cae2pipe.loading.loader import load_parts
-    from cae2pipe.loading.plan import make_plan
     from cae2pipe.targets.target_set import TargetSet
 
+    # Where it lies depends on the checkout.
+    names = ("cae2pipe.loading.planning", "cae2pipe.loading.plan")
+    make_plan = importlib.import_module(next(filter(importlib.util.find_spec, names))).make_plan
     targets = TargetSet(Path(root))
     values = {"epochs": 10**6, "data": data, "model": {"image_size": targets.view_size}}
     settings = load(PretrainSettings, "pretrain", "small", overrides=(), values=values)

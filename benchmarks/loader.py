@@ -22,7 +22,7 @@ from benchmarks.sample import copies, photographs, settings
 from cae2pipe.config.base import load
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.loader import load_batches
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.target_set import TargetSet

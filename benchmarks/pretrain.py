@@ -29,7 +29,7 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.loader import load_parts
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, resolve_precision, set_backends
 from cae2pipe.runtime.processes import worker_count

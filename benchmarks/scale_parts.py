@@ -23,9 +23,9 @@ from cae2pipe.artifacts.artifact import ShardsArtifact, TargetsArtifact
 from cae2pipe.artifacts.manifest_kinds import TargetsUnit
 from cae2pipe.config.base import load
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.loading.batches import Plan
 from cae2pipe.loading.order import BlockList, rank_streams, shuffled, stream_pieces, worker_streams
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.plan import Plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.shards.entries import Entry, Source
 from cae2pipe.shards.listing import with_listings
 from cae2pipe.targets.paths import images_index_path, images_name, images_tar_path, store_name, store_path

@@ -36,12 +36,12 @@ from benchmarks.view_picture import draw
 from benchmarks.view_scores import Scorer, bytes_per_view, kept_epochs, standard_error, training_losses
 from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, is_artifact
 from cae2pipe.artifacts.atomic import write_json
-from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import BadInputError, Terminated
 from cae2pipe.loading.order import steps_per_epoch
 from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.progress import Report, progress
+from cae2pipe.stages.pretrain import run_identity
 from cae2pipe.targets.target_set import TargetSet
 
 ARMS = (
@@ -140,8 +140,7 @@ def adopted(bench: Bench, arm: Arm) -> tuple[RunArtifact, PretrainSettings]:
         MismatchError: the run was made with other settings, or from another target set.
     """
     settings = bench.training(arm)
-    targets = TargetsArtifact.open(bench.work / arm.targets)
-    asked = {"settings": fingerprinted(settings), "targets": targets.fingerprint}
+    asked = run_identity(TargetsArtifact.open(bench.work / arm.targets), settings)
     return RunArtifact.open_same(bench.run(arm), asked, fix="use the options that this run was made with"), settings
 
 

@@ -34,7 +34,7 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.evaluation.datasets import open_data
 from cae2pipe.loading.fresh import fresh_views
-from cae2pipe.loading.plan import chosen_stores
+from cae2pipe.loading.planning import chosen_stores
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.device_memory import free_unused

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cae2pipe.artifacts.artifact import MANIFEST, RunArtifact
+from cae2pipe.artifacts.artifact import MANIFEST, RunArtifact, TargetsArtifact
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.manifest_run import RunIdentity
 from cae2pipe.artifacts.storage import file_size
 from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
@@ -25,7 +26,7 @@ from cae2pipe.errors import MismatchError
 from cae2pipe.evaluation.training_probe import TrainingProbe
 from cae2pipe.loading.fresh import fresh_views
 from cae2pipe.loading.order import ORDER
-from cae2pipe.loading.plan import chosen_stores, make_plan
+from cae2pipe.loading.planning import chosen_stores, make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import export_encoder
 from cae2pipe.runtime.device import resolve_precision, set_backends
@@ -221,12 +222,17 @@ def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[
     artifact.save(complete=True)
 
 
+def run_identity(targets: TargetsArtifact, settings: PretrainSettings) -> RunIdentity:
+    """What a run depends on."""
+    return {"settings": fingerprinted(settings), "targets": targets.fingerprint, "order": ORDER}
+
+
 def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
     """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
     artifact = RunArtifact.open_or_create(
         out,
-        {"settings": fingerprinted(settings), "targets": targets.artifact.fingerprint, "order": ORDER},
+        run_identity(targets.artifact, settings),
         facts={"stores": stores, "teacher": teacher_of(targets)},
         fix="use another output folder, or the settings and target set that this run was started with",
         fixes={

@@ -15,7 +15,7 @@ from benchmarks.harness import at_most
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.loader import load_parts
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.world import World
 from cae2pipe.training.objective import compile_objective

@@ -16,7 +16,7 @@ from benchmarks.gpu.steps import build_step
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DivergedError
 from cae2pipe.loading.batches import Batch
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
 from cae2pipe.stages.replay import replay

@@ -24,7 +24,7 @@ from cae2pipe.images.jpeg import device_decoder
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.loader import load_parts
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.compilation import compiles
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.loader import load_batches
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.methods.losses import Prediction
 from cae2pipe.methods.method import Method
 from cae2pipe.targets.target_set import Target, TargetSet

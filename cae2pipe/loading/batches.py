@@ -9,76 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cae2pipe.artifacts.manifest_targets import StoreUnit
-from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.kept import view_into
 from cae2pipe.images.views import DRAW_COLUMNS
-from cae2pipe.loading.fresh import FreshViews
-from cae2pipe.loading.order import BlockList, real_samples, steps_per_epoch
+from cae2pipe.loading.order import real_samples
+from cae2pipe.loading.plan import Plan
 from cae2pipe.loading.stream import Item, Piece, StreamSource
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.runtime.shared_memory import shared_empty
-from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.planes import SPARES, same_width
-from cae2pipe.targets.store_layout import StoreLayout
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that the content of batches depends on; the same in every process.
-
-    ``units`` are what readers need of the stores' manifest entries, by name, ``blocks`` the blocks in sorted order.
-    ``batch`` counts loaded views; each gets ``repeat`` masks. ``arrays`` names the blocked arrays that go to the
-    device; ``guides`` those that guide the masks and stay in the workers. ``replayed``: how views are cut from the
-    images that the set keeps; None if it keeps the views. ``fresh``: views are cut from the originals instead.
-    ``decode``: if False, JPEGs are decoded and views cut on the device.
-    """
-
-    root: Path
-    units: Mapping[str, StoreUnit]
-    blocks: BlockList
-    layout: StoreLayout
-    size: int
-    seed: int
-    epochs: int
-    batch: int
-    streams: int
-    window: int
-    last_batch: str
-    mask_strategy: str
-    grid: int
-    masked: int
-    repeat: int
-    drop_columns: int
-    arrays: tuple[str, ...]
-    guides: tuple[str, ...] = ()
-    decode: bool = True
-    replayed: ViewSettings | None = None
-    fresh: FreshViews | None = None
-    cache: BlockCache | None = None
-
-    @property
-    def samples(self) -> int:
-        """Samples per epoch."""
-        return self.blocks.total
-
-    @property
-    def steps(self) -> int:
-        """Steps per epoch."""
-        return steps_per_epoch(self.samples, self.batch, self.last_batch)
-
-    @property
-    def per_stream(self) -> int:
-        return self.batch // self.streams
 
 
 @dataclass

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cae2pipe.errors import ManifestError
-from cae2pipe.loading.batches import Batch, Plan, batches, join
+from cae2pipe.loading.batches import Batch, batches, join
 from cae2pipe.loading.order import BlockList, rank_streams, worker_streams
+from cae2pipe.loading.plan import Plan
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.targets.paths import of_store
 from cae2pipe.targets.target_set import TargetSet

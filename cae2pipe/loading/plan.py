@@ -1,53 +1,63 @@
-"""The loading plan of a run: the stores of a target set that it trains on, and its settings for batches."""
+"""What the content of batches depends on."""
 
 from __future__ import annotations
 
-from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.loading.batches import Plan
-from cae2pipe.loading.fresh import fresh_views
-from cae2pipe.loading.loader import block_refs
-from cae2pipe.loading.store_units import StoreUnits
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cae2pipe.artifacts.manifest_targets import StoreUnit
+from cae2pipe.config.extract import ViewSettings
+from cae2pipe.loading.fresh import FreshViews
+from cae2pipe.loading.order import BlockList, steps_per_epoch
 from cae2pipe.targets.cache import BlockCache
-from cae2pipe.targets.paths import of_store
-from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.targets.store_layout import StoreLayout
 
 
-def chosen_stores(targets: TargetSet, settings: PretrainSettings) -> list[str]:
-    """Names of the stores to train on: all, or those of the first views."""
-    views = settings.data.views or targets.views
-    return sorted(name for name in targets.stores if of_store(name).view < views)
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the content of batches depends on; the same in every process.
 
-
-def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, *, drop_columns: int) -> Plan:
-    """The loader's plan, from the set and the settings.
-
-    Raises:
-        MismatchError: the originals of fresh views are not those of the set. ManifestError: there are none.
+    ``units`` are what readers need of the stores' manifest entries, by name, ``blocks`` the blocks in sorted order.
+    ``batch`` counts loaded views; each gets ``repeat`` masks. ``arrays`` names the blocked arrays that go to the
+    device; ``guides`` those that guide the masks and stay in the workers. ``replayed``: how views are cut from the
+    images that the set keeps; None if it keeps the views. ``fresh``: views are cut from the originals instead.
+    ``decode``: if False, JPEGs are decoded and views cut on the device.
     """
-    speed = settings.speed
-    latents = settings.targets == "cached" and settings.loss.target != "pixels"
-    arrays = targets.layout.loaded_latents() if latents else ()
-    return Plan(
-        root=targets.root,
-        units=StoreUnits(targets, stores),
-        blocks=block_refs(targets, stores),
-        layout=targets.layout,
-        size=targets.view_size,
-        seed=settings.seed,
-        epochs=settings.epochs,
-        batch=settings.loaded_batch,
-        streams=settings.data.streams,
-        window=settings.data.window,
-        last_batch=settings.data.last_batch,
-        mask_strategy=settings.mask.strategy,
-        grid=settings.model.grid,
-        masked=settings.masked_patches,
-        repeat=settings.mask.repeat,
-        drop_columns=drop_columns,
-        arrays=(*arrays, "norms") if arrays and settings.loss.kind != "cosine" else arrays,
-        guides=("attention",) if settings.mask.strategy == "attention" else (),
-        decode=settings.data.decode == "workers",
-        replayed=targets.replayed,
-        fresh=fresh_views(targets, settings) if settings.views == "fresh" else None,
-        cache=BlockCache(speed.cache, int(speed.cache_gb * 1e9)) if speed.cache else None,
-    )
+
+    root: Path
+    units: Mapping[str, StoreUnit]
+    blocks: BlockList
+    layout: StoreLayout
+    size: int
+    seed: int
+    epochs: int
+    batch: int
+    streams: int
+    window: int
+    last_batch: str
+    mask_strategy: str
+    grid: int
+    masked: int
+    repeat: int
+    drop_columns: int
+    arrays: tuple[str, ...]
+    guides: tuple[str, ...] = ()
+    decode: bool = True
+    replayed: ViewSettings | None = None
+    fresh: FreshViews | None = None
+    cache: BlockCache | None = None
+
+    @property
+    def samples(self) -> int:
+        """Samples per epoch."""
+        return self.blocks.total
+
+    @property
+    def steps(self) -> int:
+        """Steps per epoch."""
+        return steps_per_epoch(self.samples, self.batch, self.last_batch)
+
+    @property
+    def per_stream(self) -> int:
+        return self.batch // self.streams

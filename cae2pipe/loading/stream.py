@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cae2pipe.loading.order import BlockSlice, Pieces, shuffled, stream_pieces
+from cae2pipe.loading.plan import Plan
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.paths import store_name
 from cae2pipe.targets.store import StoreReader
-
-if TYPE_CHECKING:
-    from cae2pipe.loading.batches import Plan
 
 
 @dataclass(frozen=True)

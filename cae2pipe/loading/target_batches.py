@@ -14,9 +14,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.errors import SettingsError
-from cae2pipe.loading.batches import Batch, Plan, without_padding
+from cae2pipe.loading.batches import Batch, without_padding
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.loader import block_refs, load_parts
+from cae2pipe.loading.plan import Plan
 from cae2pipe.loading.store_units import StoreUnits
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.processes import worker_count

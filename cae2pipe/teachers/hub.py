@@ -76,7 +76,7 @@ def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
     raise TeacherError(
         f"the teacher's weights are not cached and cannot be downloaded ({type(reason).__name__})",
         where=f"hub repository {repository}",
-        fix=f"{packed} these weights"
+        fix=f"{packed} these weights; or run `{own}` on a machine with a network and copy the hub cache"
         if preset == "lite0"
         else f"run `{own}` on a machine with a network and copy the hub cache, or --set teacher.weights=FILE; to try "
         f"cae2pipe without a network use the teacher --config lite0, whose weights {packed}",

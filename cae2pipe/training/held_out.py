@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.loading.batches import Batch, Plan
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.batches import Batch
+from cae2pipe.loading.plan import Plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.step import Latents, forward

@@ -9,9 +9,10 @@ from typing import Any
 
 from cae2pipe.config.pretrain import PretrainSettings, TrainSpeed
 from cae2pipe.errors import OutOfMemoryError
-from cae2pipe.loading.batches import Batch, Plan
+from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.loader import load_parts
+from cae2pipe.loading.plan import Plan
 from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report

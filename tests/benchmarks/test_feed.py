@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -16,10 +17,19 @@ from cae2pipe.targets.target_set import TargetSet
 SMALL = feed.Size(2, 64, 2, 0.001, 8, {"originals": 1, "memmap": 1}, 8, 1, size=32, rows=2, dim=8)
 
 
+ONE_AT_A_TIME = threading.Lock()
+"""Tasks replace the teacher of their process."""
+
+
 def here():
     """A child process's tasks in this process, through JSON as there."""
     tasks = feed_child.tasks()
-    return lambda do, **task: json.loads(json.dumps(tasks[do](**json.loads(json.dumps(task)))))
+
+    def ask(do, **task):
+        with ONE_AT_A_TIME:
+            return json.loads(json.dumps(tasks[do](**json.loads(json.dumps(task)))))
+
+    return ask
 
 
 # webdataset leaves the tar open in which it is told to stop.
@@ -44,7 +54,6 @@ def test_all_loaders_are_measured_on_sets_of_repeated_views(photos, tmp_path, mo
     ]
     assert [profile["loader"] for profile in report.profiles] == [feed.OURS, feed.AGAINST]
     spent = dict(report.profiles[0])
-    assert spent["decoding JPEGs"] > 0
     assert sum(value for name, value in spent.items() if name != "loader") == pytest.approx(
         1000 / ours["images/s per core"]["median"], abs=0.01
     )

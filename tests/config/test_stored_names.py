@@ -48,4 +48,7 @@ def test_a_run_keeps_the_names_and_is_told_by_the_present_ones(make_run, target_
     assert run_settings(deep).model.predictor_depth == 2
     with pytest.raises(MismatchError, match=r"settings\.model\.predictor_depth = 2, and 1 is requested"):
         pretrain(target_root, deep, pretrain_settings(), report=Silent())
-    assert [row.name for row in gather_runs([shallow, deep], {}, []).rows] == [shallow.name, "model.predictor_depth=2"]
+    assert [row.name for row in gather_runs([shallow, deep], {}, []).rows] == [
+        shallow.name,
+        f"{deep.name} (model.predictor_depth=2)",
+    ]

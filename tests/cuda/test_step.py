@@ -13,7 +13,7 @@ from cae2pipe.config.base import load, preset_names
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import load_batches
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.methods.registry import METHODS, build_method
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.world import World

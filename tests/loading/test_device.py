@@ -10,10 +10,11 @@ import torch
 
 from cae2pipe.errors import DamageError
 from cae2pipe.images import jpeg
-from cae2pipe.loading.batches import Batch, Plan
+from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.device import decoded, on_device
 from cae2pipe.loading.loader import load_batches, load_parts
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.plan import Plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.targets.store import StoreReader
 from cae2pipe.targets.target_set import TargetSet
 

@@ -5,9 +5,10 @@ import torch
 
 from cae2pipe.artifacts.artifact import open_artifact
 from cae2pipe.errors import DamageError
-from cae2pipe.loading.batches import Batch, Plan
+from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import block_refs, load_batches
-from cae2pipe.loading.plan import chosen_stores, make_plan
+from cae2pipe.loading.plan import Plan
+from cae2pipe.loading.planning import chosen_stores, make_plan
 from cae2pipe.targets.planes import merge_symbols
 from cae2pipe.targets.target_set import TargetSet
 

@@ -9,7 +9,7 @@ import pytest
 
 from cae2pipe.loading import stream as module
 from cae2pipe.loading.order import BlockList
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.loading.stream import Piece, StreamSource
 from cae2pipe.targets import TargetSet
 

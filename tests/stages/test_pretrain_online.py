@@ -4,7 +4,7 @@ import pytest
 
 from cae2pipe.errors import ManifestError, MismatchError, SettingsError, TeacherError
 from cae2pipe.loading.loader import load_batches
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain

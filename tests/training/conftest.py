@@ -4,7 +4,7 @@ import torch
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import load_batches
-from cae2pipe.loading.plan import make_plan
+from cae2pipe.loading.planning import make_plan
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.target_set import TargetSet

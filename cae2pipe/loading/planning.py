@@ -1,0 +1,53 @@
+"""The loading plan of a run: the stores of a target set that it trains on, and its settings for batches."""
+
+from __future__ import annotations
+
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.loading.fresh import fresh_views
+from cae2pipe.loading.loader import block_refs
+from cae2pipe.loading.plan import Plan
+from cae2pipe.loading.store_units import StoreUnits
+from cae2pipe.targets.cache import BlockCache
+from cae2pipe.targets.paths import of_store
+from cae2pipe.targets.target_set import TargetSet
+
+
+def chosen_stores(targets: TargetSet, settings: PretrainSettings) -> list[str]:
+    """Names of the stores to train on: all, or those of the first views."""
+    views = settings.data.views or targets.views
+    return sorted(name for name in targets.stores if of_store(name).view < views)
+
+
+def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings, *, drop_columns: int) -> Plan:
+    """The loader's plan, from the set and the settings.
+
+    Raises:
+        MismatchError: the originals of fresh views are not those of the set. ManifestError: there are none.
+    """
+    speed = settings.speed
+    latents = settings.targets == "cached" and settings.loss.target != "pixels"
+    arrays = targets.layout.loaded_latents() if latents else ()
+    return Plan(
+        root=targets.root,
+        units=StoreUnits(targets, stores),
+        blocks=block_refs(targets, stores),
+        layout=targets.layout,
+        size=targets.view_size,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        batch=settings.loaded_batch,
+        streams=settings.data.streams,
+        window=settings.data.window,
+        last_batch=settings.data.last_batch,
+        mask_strategy=settings.mask.strategy,
+        grid=settings.model.grid,
+        masked=settings.masked_patches,
+        repeat=settings.mask.repeat,
+        drop_columns=drop_columns,
+        arrays=(*arrays, "norms") if arrays and settings.loss.kind != "cosine" else arrays,
+        guides=("attention",) if settings.mask.strategy == "attention" else (),
+        decode=settings.data.decode == "workers",
+        replayed=targets.replayed,
+        fresh=fresh_views(targets, settings) if settings.views == "fresh" else None,
+        cache=BlockCache(speed.cache, int(speed.cache_gb * 1e9)) if speed.cache else None,
+    )
