@@ -212,11 +212,12 @@ def drawn_teacher(size: int, rows: int, dim: int) -> Any:
     return Drawn(info, torch.device("cpu"))
 
 
-def batches(root: str, workers: int, data: dict[str, int]) -> Generator[Any, None, None]:
-    """Endless batches of a target set, as ``pretrain`` takes them on a CPU, for a student of its view size.
+def batches(root: str, workers: int, data: dict[str, int], *, joined: bool = True) -> Generator[Any, None, None]:
+    """Endless batches of a target set, as ``pretrain`` takes them, for a student of its view size.
 
     Args:
         data: ``batch``, ``streams`` and ``window``.
+        joined: as on a CPU. Otherwise each is a list of the workers' parts, which a GPU joins.
     """
     import torch
 
@@ -234,7 +235,7 @@ def batches(root: str, workers: int, data: dict[str, int]) -> Generator[Any, Non
     settings = load(PretrainSettings, "pretrain", "small", overrides=(), values=values)
     plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=DROP_COLUMNS)
     with closing(load_parts(plan, 0, workers)) as parts:
-        yield from on_device(parts, targets.layout.sample_axes(), torch.device("cpu"))
+        yield from on_device(parts, targets.layout.sample_axes(), torch.device("cpu")) if joined else parts
 
 
 def stream(kind: str, root: str, workers: int, data: dict[str, int]) -> Generator[Any, None, None]:
@@ -274,9 +275,9 @@ class Turns:
 
 
 def consume(root: str, workers: int, data: dict[str, int], *, count: int, interval: float) -> list[float]:
-    """The seconds waited for each of ``count`` batches by a student that works for ``interval`` seconds after each. The
-    first batch of all, for which workers start, is not counted; the first steps of all epochs are."""
-    with closing(batches(root, workers, data)) as loader:
+    """The seconds waited for each of ``count`` batches by a student on a GPU that works for ``interval`` seconds after
+    each. The first batch of all, for which workers start, is not counted; the first steps of all epochs are."""
+    with closing(batches(root, workers, data, joined=False)) as loader:
         next(loader)
         waits = []
         for _ in range(count):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,50 @@ PREFETCH = 2
 """Items per worker that may be finished or in progress before the main process takes the first."""
 
 
-_this_process = {"hands over": False}
+class SharedPool:
+    """Shared memory of a worker that is used again for later items: new memory must be cleared by the system first,
+    which takes longer than filling it.
+
+    The main process says which pieces it no longer uses. A piece that it keeps is never used again.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[torch.UntypedStorage] = []
+        self._free: dict[int, list[int]] = {}
+        self._taken: list[int] = []
+
+    def take(self, size: int) -> torch.UntypedStorage:
+        """A piece of ``size`` bytes for the next item. Raises RuntimeError if there is not enough shared memory."""
+        if self._free.get(size):
+            number = self._free[size].pop()
+        else:
+            number = len(self._pieces)
+            self._pieces.append(torch.UntypedStorage._new_shared(size, device="cpu"))
+        self._taken.append(number)
+        return self._pieces[number]
+
+    def used(self) -> list[int]:
+        """Numbers of the pieces that were taken since the last call."""
+        taken, self._taken = self._taken, []
+        return taken
+
+    def free(self, numbers: Sequence[int]) -> None:
+        """Say that pieces may be taken again."""
+        for number in numbers:
+            self._free.setdefault(self._pieces[number].nbytes(), []).append(number)
+
+    def pointers(self) -> dict[int, int]:
+        """Numbers of the pieces that were taken since the last ``used``, by their address."""
+        return {self._pieces[number].data_ptr(): number for number in self._taken}
 
 
-def enter_worker() -> None:
-    """Say that this process hands its items to another one."""
-    _this_process["hands over"] = True
+_pools: list[SharedPool] = []
+
+
+def enter_worker() -> SharedPool:
+    """Say that this process hands its items to another one, and get the pool that ``shared_empty`` then uses."""
+    _pools[:] = [SharedPool()]
+    return _pools[0]
 
 
 def shared_empty(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -43,10 +82,10 @@ def shared_empty(shape: tuple[int, ...], dtype: str) -> Tensor:
     """
     kind = np.dtype("<i2" if dtype == "<u2" else dtype)
     size = math.prod(shape) * kind.itemsize
-    if not _this_process["hands over"] or not size:
+    if not _pools or not size:
         return torch.from_numpy(np.empty(shape, dtype=kind))
     try:
-        storage = torch.UntypedStorage._new_shared(size, device="cpu")
+        storage = _pools[0].take(size)
     except RuntimeError as error:
         raise explain_sharing(error, size) from error
     flat: Tensor = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype=kind)).dtype).set_(storage)

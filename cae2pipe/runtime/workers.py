@@ -16,9 +16,10 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator, Sequence, Sized
+from array import array
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -27,10 +28,11 @@ from multiprocessing.util import Finalize
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef, reduce_storage
 
 from cae2pipe.errors import Cae2pipeError, WorkerError
 from cae2pipe.runtime.processes import prepare_worker, refuse_import_of_main, shielded, shorten_sockets, worker_died
-from cae2pipe.runtime.shared_memory import PREFETCH, check_room, enter_worker, explain_sharing
+from cae2pipe.runtime.shared_memory import PREFETCH, SharedPool, check_room, enter_worker, explain_sharing
 from cae2pipe.runtime.signals import StoppedWaitingError, stop_asked
 
 PRELOAD = ("cae2pipe.runtime.forkserver_preload", __name__)
@@ -111,9 +113,18 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
 
 @dataclass
 class _Worker:
+    """``held``: pieces of the worker's pool that items given by it use, by number, with what tells if they still do."""
+
     process: BaseProcess
     connection: Connection
     gave: bool = False
+    held: list[tuple[int, StorageWeakRef]] = field(default_factory=list)
+
+    def released(self) -> list[int]:
+        """Numbers of pieces that are no longer used; they are forgotten."""
+        free = [number for number, storage in self.held if storage.expired()]
+        self.held = [(number, storage) for number, storage in self.held if number not in free]
+        return free
 
 
 def _share(source: Listed[T] | Streamed[T], worker: int, workers: int) -> Iterator[T]:
@@ -155,7 +166,7 @@ def _receive(worker: _Worker) -> tuple[str, Any, int]:
     kind, value = _fetched(worker, message, began)
     worker.gave = True
     with suppress(OSError):  # it has ended or died: its connection will show that
-        worker.connection.send_bytes(b"")
+        worker.connection.send_bytes(array("i", worker.released()).tobytes())
     return kind, value, int.from_bytes(message[-8:], "little")
 
 
@@ -165,6 +176,7 @@ def _fetched(worker: _Worker, message: bytes, began: float) -> tuple[str, Any]:
     fetches: queue.SimpleQueue[tuple[str, Any] | BaseException] = queue.SimpleQueue()
 
     def fetch() -> None:
+        _fetching.pieces = worker.held
         try:
             fetches.put(pickle.loads(message))
         except BaseException as error:
@@ -216,7 +228,7 @@ def _join(workers: list[_Worker], seconds: float) -> None:
 
 def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int) -> None:
     prepare_worker()
-    enter_worker()
+    pool = enter_worker()
     torch.set_num_threads(1)
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_send, args=(connection, ready), daemon=True).start()
@@ -224,8 +236,8 @@ def _work(connection: Connection, source: Listed[object] | Streamed[object], num
     try:
         for made in count():
             if made >= PREFETCH:
-                connection.recv_bytes()
-            message, last = _next_message(items)
+                pool.free(array("i", connection.recv_bytes()))
+            message, last = _next_message(items, pool)
             ready.put(message)
             if last:
                 break
@@ -244,16 +256,16 @@ def _send(connection: Connection, ready: queue.SimpleQueue[bytes]) -> None:
         os._exit(1)
 
 
-def _next_message(items: Iterator[object]) -> tuple[bytes, bool]:
+def _next_message(items: Iterator[object], pool: SharedPool) -> tuple[bytes, bool]:
     """The next item, the end, or an error in its place; and whether that is the last message."""
     try:
         try:
             item = next(items)
         except StopIteration:
-            return _pack("end", None), True
-        return _pack("item", item), False
+            return _pack("end", None, pool), True
+        return _pack("item", item, pool), False
     except Exception as error:
-        return _pack("error", _portable(error)), True
+        return _pack("error", _portable(error), pool), True
 
 
 def _portable(error: Exception) -> Exception:
@@ -268,29 +280,50 @@ def _portable(error: Exception) -> Exception:
 
 
 class _Pickler(ForkingPickler):
-    """Puts tensors into shared memory, and counts its bytes."""
+    """Puts tensors into shared memory, and counts its bytes. ``pieces``: numbers of the pool's pieces, by address;
+    ``sent``: of those that were met."""
 
-    def __init__(self, file: io.BytesIO):
+    def __init__(self, file: io.BytesIO, pieces: Mapping[int, int]):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.storages: dict[int, int] = {}
+        self.pieces = pieces
+        self.sent: set[int] = set()
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, torch.UntypedStorage):
-            self.storages[value.data_ptr()] = value.nbytes()
-        return NotImplemented
+        if not isinstance(value, torch.UntypedStorage):
+            return NotImplemented
+        self.storages[value.data_ptr()] = value.nbytes()
+        number = self.pieces.get(value.data_ptr())
+        if number is None:
+            return NotImplemented
+        self.sent.add(number)
+        return _rebuild_piece, (number, *reduce_storage(value))
 
 
-def _pack(kind: str, value: object) -> bytes:
+_fetching = threading.local()
+"""``pieces``: where a thread that fetches a message notes the pieces in it."""
+
+
+def _rebuild_piece(
+    number: int, rebuild: Callable[..., torch.UntypedStorage], arguments: tuple[Any, ...]
+) -> torch.UntypedStorage:
+    storage = rebuild(*arguments)
+    _fetching.pieces.append((number, StorageWeakRef(storage)))
+    return storage
+
+
+def _pack(kind: str, value: object, pool: SharedPool) -> bytes:
     """A message, with the bytes of shared memory that it takes at its end, where pickle does not look.
 
     Raises:
         WorkerError, OSError, MemoryError: its tensors cannot be put into shared memory.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = _Pickler(file, pool.pointers())
     try:
         pickler.dump((kind, value))
     except (RuntimeError, OSError) as error:
         raise explain_sharing(error, sum(pickler.storages.values())) from error
+    pool.free([number for number in pool.used() if number not in pickler.sent])
     file.write(sum(pickler.storages.values()).to_bytes(8, "little"))
     return file.getvalue()

@@ -68,7 +68,7 @@ def an_image(kind: str, side: int, **options) -> Callable[[Path], Callable[[], o
 def a_view(folder: Path) -> Callable[[], object]:
     from cae2pipe.images.jpeg import decode_view
 
-    data = saved(Image.new("RGB", (2500, 2500)), "JPEG")
+    data = saved(Image.new("RGB", (5000, 5000)), "JPEG")
     return lambda: decode_view(data)
 
 
