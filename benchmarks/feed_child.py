@@ -227,7 +227,7 @@ def batches(root: str, workers: int, data: dict[str, int], *, joined: bool = Tru
     from cae2pipe.loading.loader import load_parts
     from cae2pipe.targets.target_set import TargetSet
 
-    # Where it lies depends on the checkout.
+    # Its module depends on the checkout.
     names = ("cae2pipe.loading.planning", "cae2pipe.loading.plan")
     make_plan = importlib.import_module(next(filter(importlib.util.find_spec, names))).make_plan
     targets = TargetSet(Path(root))

@@ -252,7 +252,9 @@ def _send(connection: Connection, ready: queue.SimpleQueue[bytes]) -> None:
     try:
         while True:
             connection.send_bytes(ready.get())
-    except BaseException:  # the main process is gone, or must be told that this one failed
+    except OSError:
+        return  # the main process needs no more, which the main thread will notice
+    except BaseException:  # the main process must be told that this one failed
         os._exit(1)
 
 
