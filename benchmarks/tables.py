@@ -190,6 +190,36 @@ def feed(results: Path) -> str:
     )
 
 
+CORES, EPOCHS, IMAGES = 16, 300, 1_281_167
+"""Of the projection: an H100's share of a machine's cores, and ImageNet-1K's training set."""
+
+
+def projection(results: Path) -> str:
+    """What limits pretraining on one H100 with 16 cores, from rates that were measured apart."""
+    if not (results / "feed-cpu.json").exists():
+        return "Nothing has been measured."
+    loaders = [row for row in read(results, "feed")["rows"] if row["loader"] == "this checkout"]
+    per_core = max(loaders, key=lambda row: row["workers"])["images/s per core"]["median"]
+    parts = json.loads((results / "gpu-h100.json").read_text())["parts"]
+    steps = [row for name, part in parts.items() if name.startswith("C-") for row in part["found"].get("rows", [])]
+    rows = []
+    for row in sorted(steps, key=lambda row: -row["images/s"]["median"]):
+        step, fed = row["images/s"]["median"], CORES * per_core
+        hours = EPOCHS * IMAGES / min(step, fed) / 3600
+        rows.append(
+            (
+                row["size"].capitalize(),
+                significant(step, 3),
+                significant(fed, 3),
+                f"{step / per_core:.1f}",
+                "the GPU" if step < fed else "the cores",
+                significant(hours, 2),
+            )
+        )
+    names = ("size", "the step takes", "16 cores load", "cores needed", "limit", "hours of 300 epochs")
+    return table(names, rows)
+
+
 def gpu(results: Path) -> str:
     """What was measured on GPUs, a table for each."""
     contents = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
@@ -293,6 +323,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "hours": hours,
     "scale": scale,
     "feed": feed,
+    "projection": projection,
     "gpu": gpu,
 }
 """Tables by their names in the comments."""
