@@ -295,7 +295,7 @@ def timings(fit: Tensor, test: Tensor, rounds: int) -> dict[str, list[float]]:
         layout = StoreLayout(test.shape[1], test.shape[2], test.shape[1] - 1, False, codec)
 
         def pack(block: Tensor, codec=codec) -> list[bytes]:
-            return pack_symbols(codec.encode(block)["symbols"], codec.level, codec.shuffle)
+            return pack_symbols(codec.encode(block)["symbols"], codec.level)
 
         def unpack(chunks: list[bytes], layout=layout) -> dict[str, Any]:
             return unpack_array(layout, "symbols", chunks, BLOCK)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from cae2pipe.artifacts.artifact import ShardsArtifact, TargetsArtifact, is_artifact, refuse_foreign
@@ -23,7 +22,7 @@ from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration
-from cae2pipe.targets.chunks import BLOCK, SYMBOL_SHUFFLES
+from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.earlier_store import FIX, EarlierStore
 from cae2pipe.targets.images import images_units
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER, SHARDS_FOLDER
@@ -48,9 +47,6 @@ def repack(source: Path, out: Path, *, report: Report, workers: int = -1) -> Tar
     if is_local(out) and is_local(source) and source.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInputError("the output folder is inside the source", where=out, fix="use another output folder")
     calibration = read_calibration(earlier, group="")
-    if calibration.shuffle not in SYMBOL_SHUFFLES:
-        # Planes of bytes are what the shuffle of bytes made of symbols.
-        calibration = replace(calibration, shuffle="noshuffle")
     codec = earlier.identity["settings"]["codec"]
     group = group_entry(earlier.facts["teacher"], codec["name"], codec["level"])
     with writing(out):

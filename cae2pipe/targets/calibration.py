@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cae2pipe.artifacts.manifest_targets import FidelityReached
-from cae2pipe.targets.chunks import BLOCK, SYMBOL_SHUFFLES, Shuffle
+from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import (
     Codec,
     Fp16Codec,
@@ -25,7 +25,6 @@ from cae2pipe.targets.codecs import (
     round_biased,
     rounding_bias,
 )
-from cae2pipe.targets.store_writing import pack_symbols, packed_bytes
 
 MARGIN = 0.96
 """The step is chosen for this share of the allowed cosine distance: other images differ from the held-out ones."""
@@ -34,13 +33,11 @@ MARGIN = 0.96
 @dataclass(frozen=True)
 class Calibration:
     """What encoding and decoding need: ``mean`` (D,), and for klt ``basis`` (D, D), ``step``, ``token_basis`` (T, T)
-    and ``spread`` (T, D), float32, and Blosc's ``shuffle`` for the planes of symbols. Sets that older versions began
-    have no ``token_basis`` and ``spread``."""
+    and ``spread`` (T, D), float32. Sets that older versions began have no ``token_basis`` and ``spread``."""
 
     mean: Tensor
     basis: Tensor | None = None
     step: float | None = None
-    shuffle: Shuffle = "noshuffle"
     token_basis: Tensor | None = None
     spread: Tensor | None = None
 
@@ -121,7 +118,6 @@ def calibrate(
             calibration = Calibration(mean.float(), basis.float(), step)
             if token_basis is not None and spread is not None:
                 calibration = replace(calibration, token_basis=token_basis.float(), spread=spread.float())
-            calibration = find_shuffle(calibration, test[:BLOCK], level)
         chosen = make_codec(codec, calibration, level)
         decoded = chosen.decode(as_tensors(chosen.encode(test)))
         return calibration, summarise(*token_cosines(test, decoded, calibration.mean))
@@ -195,22 +191,6 @@ def find_step(
     return float(torch.tensor(low, dtype=torch.float32))
 
 
-def find_shuffle(calibration: Calibration, block: Tensor, level: int) -> Calibration:
-    """The calibration with the shuffle that compresses a block of unit tokens to fewer bytes.
-
-    With fine steps most symbols fill a byte, and zstd's entropy coder compresses whole bytes best. With coarse steps
-    most bits are zero, and bit shuffling groups them. On a ViT-Ti's tokens no shuffling is smaller at a fidelity of
-    0.999, bit shuffling at 0.99 and below (benchmarks/codec_low_rate.py).
-    """
-    candidates = [replace(calibration, shuffle=shuffle) for shuffle in SYMBOL_SHUFFLES]
-    symbols = make_codec("klt", calibration, level).encode(block)["symbols"]
-
-    def size(candidate: Calibration) -> int:
-        return packed_bytes({"symbols": pack_symbols(symbols, level, candidate.shuffle)})
-
-    return min(candidates, key=size)
-
-
 def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
     """The codec of that name. ``klt`` needs a calibration with basis and step."""
     if name == "fp16":
@@ -219,15 +199,13 @@ def make_codec(name: str, calibration: Calibration, level: int = 1) -> Codec:
         return Int8Codec()
     assert calibration.basis is not None
     assert calibration.step is not None
-    step, shuffle = calibration.step, calibration.shuffle
     if calibration.token_basis is None or calibration.spread is None:
-        return KltCodec(calibration.mean, calibration.basis, step, level=level, shuffle=shuffle)
+        return KltCodec(calibration.mean, calibration.basis, calibration.step, level=level)
     return TokenKltCodec(
         calibration.mean,
         calibration.basis,
         calibration.token_basis,
         spread=calibration.spread,
-        step=step,
+        step=calibration.step,
         level=level,
-        shuffle=shuffle,
     )

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from cae2pipe.errors import TeacherError
-from cae2pipe.targets.chunks import Shuffle
 from cae2pipe.targets.planes import join_planes
 
 
@@ -27,14 +26,12 @@ from cae2pipe.targets.planes import join_planes
 class ArraySpec:
     """How one array of a store is laid out.
 
-    ``sample_axis`` is the axis that runs over samples. ``level`` is the zstd level, or 0 for plain bytes without Blosc;
-    ``shuffle`` is Blosc's.
+    ``sample_axis`` is the axis that runs over samples. ``level`` is the zstd level, or 0 for plain bytes without Blosc.
     """
 
     dtype: str
     sample_axis: int
     level: int
-    shuffle: Shuffle = "bitshuffle"
 
 
 class Codec(Protocol):
@@ -115,24 +112,22 @@ class KltCodec:
         basis: (D, D) float32, orthonormal columns: the principal axes, largest variance first.
         step: width of a quantisation bin.
         level: zstd level.
-        shuffle: Blosc's, of the planes of symbols: none, or of bits.
     """
 
     name = "klt"
     main = "symbols"
 
-    def __init__(self, mean: Tensor, basis: Tensor, step: float, *, level: int = 1, shuffle: Shuffle = "noshuffle"):
+    def __init__(self, mean: Tensor, basis: Tensor, step: float, *, level: int = 1):
         self.mean = mean
         self.basis = basis
         self.step = step
         self.level = level
-        self.shuffle: Shuffle = shuffle
         # Nothing is known about the spread of single components.
         self.wide = len(basis)
         self._placed: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def arrays(self) -> dict[str, ArraySpec]:
-        return {"symbols": ArraySpec("<u2", 1, self.level, self.shuffle)}
+        return {"symbols": ArraySpec("<u2", 1, self.level)}
 
     def encode(self, unit: Tensor) -> dict[str, np.ndarray]:
         """Symbols (D, n, T) uint16. Raises TeacherError if a symbol does not fit; it never wraps around."""
@@ -197,9 +192,8 @@ class TokenKltCodec(KltCodec):
         spread: Tensor,
         step: float,
         level: int = 1,
-        shuffle: Shuffle = "noshuffle",
     ):
-        super().__init__(mean, basis, step, level=level, shuffle=shuffle)
+        super().__init__(mean, basis, step, level=level)
         self.token_basis = token_basis
         self.spread = spread
         self.wide = wide_components(spread, step)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cae2pipe.images.views import DRAW_COLUMNS
-from cae2pipe.targets.chunks import BLOCK, ShardFile, Shuffle, encode_chunk
+from cae2pipe.targets.chunks import BLOCK, SYMBOL_SHUFFLES, ShardFile, encode_chunk
 from cae2pipe.targets.planes import chunk_components, split_symbols
 from cae2pipe.targets.records import HEAD, SAMPLES, Records, pack_records, record_fields
 from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout
@@ -25,18 +25,26 @@ def pack_block(layout: StoreLayout, arrays: Mapping[str, np.ndarray]) -> dict[st
         array = np.asarray(arrays[name], dtype=spec.dtype)
         whole = f"{layout.group}/{name}"
         if name == SYMBOLS:
-            chunks[whole] = pack_symbols(array, spec.level, spec.shuffle)
+            chunks[whole] = pack_symbols(array, spec.level)
         else:
-            chunks[whole] = [encode_chunk(_padded(array, 0), spec.level, spec.shuffle)]
+            chunks[whole] = [encode_chunk(_padded(array, 0), spec.level)]
     return chunks
 
 
-def pack_symbols(symbols: np.ndarray, level: int, shuffle: Shuffle) -> list[bytes]:
-    """The chunks of the symbols (D, n, T) uint16 of a block: low bytes, then high bytes, each by components."""
+def pack_symbols(symbols: np.ndarray, level: int) -> list[bytes]:
+    """The chunks of the symbols (D, n, T) uint16 of a block: low bytes, then high bytes, each by components.
+
+    Each is shuffled by bits or not at all, whichever takes fewer bytes: zstd's entropy coder compresses whole bytes
+    best where they are filled, as of the first components at fine steps, and bits where most are zero. Blosc notes the
+    shuffle in the chunk.
+    """
     planes = split_symbols(_padded(symbols, 1))
     side = chunk_components(len(symbols))
     parts = (_padded(plane[first : first + side], 0, side) for plane in planes for first in range(0, len(plane), side))
-    return [encode_chunk(part, level, shuffle) if part.any() else b"" for part in parts]
+    return [
+        min((encode_chunk(part, level, shuffle) for shuffle in SYMBOL_SHUFFLES), key=len) if part.any() else b""
+        for part in parts
+    ]
 
 
 def packed_bytes(chunks: Chunks) -> int:
@@ -97,7 +105,7 @@ class StoreWriter:
             blosc = BloscCodec(
                 cname="zstd",
                 clevel=spec.level,
-                shuffle=spec.shuffle,
+                shuffle="bitshuffle",
                 blocksize=stored.chunk_bytes,
                 typesize=np.dtype(stored.dtype).itemsize,
             )

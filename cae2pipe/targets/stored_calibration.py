@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.digest import sha256_bytes
-from cae2pipe.artifacts.json_files import parse_json
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.artifacts.storage import read_bytes
 from cae2pipe.config.extract import CodecSettings
@@ -23,7 +22,7 @@ from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate
-from cae2pipe.targets.chunks import SHUFFLES, ChunkError, decode_chunk
+from cae2pipe.targets.chunks import ChunkError, decode_chunk
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
 from cae2pipe.targets.store import REMEDY
 from cae2pipe.targets.store_layout import PATCHES
@@ -68,8 +67,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    attributes = {} if calibration.basis is None else {"shuffle": calibration.shuffle}
-    group = zarr.create_group(path, zarr_format=3, overwrite=True).create_group(PATCHES, attributes=attributes)
+    group = zarr.create_group(path, zarr_format=3, overwrite=True).create_group(PATCHES)
     arrays = {"mean": calibration.mean.numpy()}
     if calibration.basis is not None and calibration.step is not None:
         arrays |= {"basis": calibration.basis.numpy(), "step": np.array([calibration.step], dtype="<f4")}
@@ -137,26 +135,25 @@ def read_calibration(artifact: TargetsArtifact, group: str = PATCHES) -> Calibra
             raise _damage("one of its files has changed since it was written", artifact.root / name, artifact.root)
         if name.startswith(prefix):
             contents[name.removeprefix(prefix)] = data
-    teacher = artifact.facts["teacher"]
-    tokens = teacher["rows"] * teacher["cols"] + teacher["class_token"]
-    rotated = artifact.identity["settings"]["codec"]["name"] == "klt"
+    shape = artifact.facts["groups"][group] if group else artifact.facts["teacher"]
+    codec = artifact.facts["groups"][group]["codec"] if group else artifact.identity["settings"]["codec"]["name"]
     try:
-        calibration = decode_calibration(contents, tokens, teacher["dim"], where=path)
-        if rotated and calibration.basis is None:
+        calibration = decode_calibration(contents, shape["rows"] * shape["cols"] + shape["class_token"], shape["dim"])
+        if codec == "klt" and calibration.basis is None:
             raise ChunkError("the basis, which the klt codec needs, is missing")
-    except (ChunkError, DamageError) as error:
-        raise _damage(str(getattr(error, "what", error)), path, artifact.root) from None
+    except ChunkError as error:
+        raise _damage(str(error), path, artifact.root) from None
     return calibration
 
 
-def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, *, where: object) -> Calibration:
+def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int) -> Calibration:
     """A calibration from the bytes of the files of its Zarr group, by path in it.
 
     Args:
         tokens: T, tokens of a view. dim: D, their dimensions.
 
     Raises:
-        ChunkError: an array is missing, or does not have these dimensions. DamageError: the attributes are not JSON.
+        ChunkError: an array is missing, or does not have these dimensions.
     """
 
     def array(name: str, *shape: int) -> Tensor:
@@ -179,12 +176,7 @@ def decode_calibration(contents: Mapping[str, bytes], tokens: int, dim: int, *, 
     more: dict[str, Any] = {}
     if f"{TOKEN_BASIS}/c/0/0" in contents:
         more = {"token_basis": array(TOKEN_BASIS, tokens, tokens), "spread": array("spread", tokens, dim)}
-    group = parse_json(contents.get("zarr.json", b""), where, fix="", error=DamageError)
-    attributes = group.get("attributes") if isinstance(group, dict) else None
-    shuffle = attributes.get("shuffle") if isinstance(attributes, dict) else None
-    if shuffle not in tuple(SHUFFLES):
-        raise ChunkError(f"the attribute shuffle is not one of {', '.join(SHUFFLES)}")
-    return Calibration(mean, array("basis", dim, dim), step, shuffle, **more)
+    return Calibration(mean, array("basis", dim, dim), step, **more)
 
 
 def _damage(what: str, where: object, root: Path) -> DamageError:

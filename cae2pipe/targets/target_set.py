@@ -2,7 +2,7 @@
 
 OUT/manifest.json
 OUT/codec.zarr/patches               mean (D,), and for klt basis (D, D), step (1,), token_basis (T, T) and
-                                     spread (T, D), without the last two in sets of older versions; attribute `shuffle`
+                                     spread (T, D), without the last two in sets of older versions
 OUT/images/000123.tar                the reduced images of shard 000123, if views are replayed from them
 OUT/images/000123.json               index of that tar
 OUT/views/v00/000123.tar             otherwise: the pixels of view 0 of shard 000123

@@ -47,9 +47,6 @@ def encoded(values: object) -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("zarr.json", b"{}", "attribute shuffle"),
-        ("zarr.json", b"[" * 10_000, "not valid JSON"),
-        ("zarr.json", b'{"attributes": {"shuffle": ["shuffle"]}}', "attribute shuffle"),
         ("step/c/0", encoded([0.0]), "the step is not positive"),
         ("step/c/0", encoded([np.nan]), "step has values that are not finite"),
         ("mean/c/0", encoded(np.zeros(15)), r"mean does not have the shape \(16,\)"),
