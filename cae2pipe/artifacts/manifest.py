@@ -68,6 +68,8 @@ def decode_manifest(data: bytes, where: object, seen: Callable[[str, Unit], None
         for name in ("classes", "teacher", "codec", *(["groups"] if manifest["format"] >= GROUPED else [])):
             if name not in manifest:
                 raise _field(f"{name}: Field required", where)
+        if "patches" not in manifest.get("groups", {"patches": None}):
+            raise _field("groups.patches: Field required", where)
     if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
         raise DamageError(
             "the manifest's identity does not match its fingerprint", where=where, fix="make the folder again"

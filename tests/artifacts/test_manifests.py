@@ -131,12 +131,18 @@ def test_what_is_no_manifest_is_told_apart(text: str, message: str) -> None:
         decode_manifest(text.encode(), "here")
 
 
+GROUP = {"codec": "fp16", "level": 1, "dim": 7, "rows": 0, "cols": 0, "class_token": True, "attention": False}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
         (("units", "v00/000001", "files"), [], r"units\.v00/000001\.files: Input should be an object"),
         (("units", "v00/000001"), "x", r"units\.v00/000001: Input should be an object"),
         (("units", "v00/000001", "samples"), "70", r"v00/000001\.samples: .*valid integer; got '70'"),
+        (("groups",), {"summary": GROUP}, r"groups\.patches: Field required"),
+        (("groups", "patches", "codec"), "zip", r"groups\.patches\.codec: "),
+        (("groups", "../patches"), GROUP, r"groups"),
         (("units", "v00/000001", "samples"), 69, r"v00/000001: samples: the store does not have 69 records"),
         (
             ("units", "v00/000001", "shard"),
