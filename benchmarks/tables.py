@@ -151,9 +151,9 @@ def scale(results: Path) -> str:
     """CPU seconds and memory that manifests and plans take at three sizes."""
     result = read(results, "scale")
     rows = [row for row in result["rows"] if "views" in row["size"]]
-    sizes, whats = (list(dict.fromkeys(row[name] for row in rows)) for name in ("size", "what"))
+    sizes, kinds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("size", "what"))
     cells = {(row["what"], row["size"]): scale_cell(row) for row in rows}
-    return table(("what", *sizes), [(what, *(cells.get((what, size), "") for size in sizes)) for what in whats])
+    return table(("what", *sizes), [(what, *(cells.get((what, size), "") for size in sizes)) for what in kinds])
 
 
 def scale_cell(row: dict[str, Any]) -> str:

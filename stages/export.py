@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cae2pipe.artifacts.artifact import RunArtifact, is_artifact
+from cae2pipe.artifacts.artifact import RunArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.atomic import remove_debris, write_bytes
 from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.comparison.scores import collect
@@ -36,6 +36,12 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
     """
     if kind not in FORMATS:
         raise SettingsError(f"unknown format {kind!r}", where="--format", fix=f"use one of {', '.join(FORMATS)}")
+    if is_artifact(Path(spec)) and not is_artifact(Path(spec), "run"):
+        raise SourceError(
+            f"this is a folder of kind {open_artifact(Path(spec)).kind!r}, not a run",
+            where=spec,
+            fix="give a folder made by `cae2pipe pretrain`",
+        )
     encoder = load_encoder(spec, 0, torch.device("cpu"))
     if not isinstance(encoder, Student) or not encoder.ours:
         raise SettingsError(

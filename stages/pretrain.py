@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cae2pipe.artifacts.artifact import MANIFEST, RunArtifact, TargetsArtifact
+from cae2pipe.artifacts.artifact import MANIFEST, RunArtifact, TargetsArtifact, is_artifact
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
@@ -227,8 +227,26 @@ def run_identity(targets: TargetsArtifact, settings: PretrainSettings) -> RunIde
     return {"settings": fingerprinted(settings), "targets": targets.fingerprint, "order": ORDER}
 
 
+def refuse_earlier_order(out: Path) -> None:
+    """Raise MismatchError if an earlier version, with another order of samples, began the run in this folder."""
+    if not is_artifact(out, "run"):
+        return
+    run = RunArtifact.open(out)
+    if run.identity.get("order", 1) == ORDER:
+        return
+    raise MismatchError(
+        "an earlier version of cae2pipe, which takes samples in another order, "
+        + ("made this run, and it is finished" if run.complete else "began this run"),
+        where=out,
+        fix="evaluate or export it as it is, or start a new run in another folder"
+        if run.complete
+        else "finish it with that version and the target set it was begun with, or start a new run in another folder",
+    )
+
+
 def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
     """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
+    refuse_earlier_order(out)
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
     artifact = RunArtifact.open_or_create(
         out,
@@ -238,9 +256,8 @@ def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunAr
         fixes={
             "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "
             "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs",
-            "order": "finish this run with the version of cae2pipe that began it, or start a new one in another folder",
         },
-        called=lambda name: "version of the order of samples" if name == "order" else present_name(name),
+        called=present_name,
     )
     for name, digest in artifact.facts["stores"].items():
         if stores.get(name) != digest:

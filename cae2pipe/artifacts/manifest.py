@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails, from_json
 from cae2pipe.artifacts.digest import fingerprint, sha256_bytes
 from cae2pipe.artifacts.json_files import check_numbers, parse_json
 from cae2pipe.artifacts.manifest_kinds import KINDS, FactsT, IdentityT, Kind, Manifest, UnitT, manifests
+from cae2pipe.artifacts.manifest_targets import TargetsManifest
 from cae2pipe.artifacts.manifest_text import split, text
 from cae2pipe.artifacts.manifest_values import Unit
 from cae2pipe.artifacts.units import Units
@@ -68,8 +69,8 @@ def decode_manifest(data: bytes, where: object, seen: Callable[[str, Unit], None
         for name in ("classes", "teacher", "codec", *(["groups"] if manifest["format"] >= GROUPED else [])):
             if name not in manifest:
                 raise _field(f"{name}: Field required", where)
-        if "patches" not in manifest.get("groups", {"patches": None}):
-            raise _field("groups.patches: Field required", where)
+        if "groups" in manifest:
+            _check_patches(manifest, where)
     if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
         raise DamageError(
             "the manifest's identity does not match its fingerprint", where=where, fix="make the folder again"
@@ -172,6 +173,26 @@ def _digest_with_blank(data: bytes, line: bytes) -> str:
         digest.update(_line(BLANK))
     digest.update(view[start + len(line) if start >= 0 else 0 :])
     return digest.hexdigest()
+
+
+def _check_patches(manifest: TargetsManifest, where: object) -> None:
+    """Raise ManifestError unless the group of patches is that of the set's teacher and codec."""
+    group = manifest["groups"].get("patches")
+    if group is None:
+        raise _field("groups.patches: Field required", where)
+    teacher, codec = manifest["teacher"], manifest["identity"]["settings"]["codec"]
+    wanted = {
+        "codec": codec["name"],
+        "level": codec["level"],
+        "dim": teacher["dim"],
+        "rows": teacher["rows"],
+        "cols": teacher["cols"],
+        "class_token": teacher["class_token"],
+        "attention": teacher["attention"],
+    }
+    for name, value in wanted.items():
+        if group.get(name) != value:
+            raise _field(f"groups.patches.{name}: the teacher or the codec has {_short(value)}", where)
 
 
 def _refuse(error: ValidationError, data: bytes, where: object) -> NoReturn:

@@ -32,7 +32,7 @@ StoreFile = Annotated[
 ]
 ImagesFile = Annotated[str, Field(pattern=rf"^images/{SHARD}\.(tar|json)$")]
 CodecFile = Annotated[str, Field(pattern=rf"^codec\.zarr{INSIDE_ZARR}$", max_length=120)]
-Samples = Annotated[int, Field(ge=1, lt=2**53)]
+Samples = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 @with_config(STRICT)

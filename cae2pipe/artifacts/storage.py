@@ -12,6 +12,7 @@ import errno
 import functools
 import io
 import os
+import re
 import shutil
 import stat
 import sys
@@ -35,6 +36,10 @@ PASSING = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIM
 
 LOCAL = ("file", "local")
 """Protocols of URLs that name local paths."""
+SHORTENED = re.compile(
+    "(file|local|s3a?|gc?s|az|abfss?|adl|hf|https?|memory|s?ftp|ssh|(web)?hdfs|oci):/", re.IGNORECASE
+)
+"""The beginning of a path that pathlib made of a URL."""
 
 
 def to_path(text: str | os.PathLike[str]) -> Path:
@@ -47,6 +52,12 @@ def to_path(text: str | os.PathLike[str]) -> Path:
         return cast(Path, text)
     text = plain_text(text)
     if "://" not in text:
+        if SHORTENED.match(text):
+            raise BadInputError(
+                "this looks like a URL with one slash too few",
+                where=text,
+                fix="give the URL as a str, with two slashes (a Path drops one), or an absolute path",
+            )
         return Path(text)
     protocol, _, rest = text.partition("://")
     if protocol.lower() in LOCAL:

@@ -20,7 +20,7 @@ from cae2pipe.images.kept import view_into
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.loading.order import real_samples
 from cae2pipe.loading.plan import Plan
-from cae2pipe.loading.stream import Item, Piece, StreamSource
+from cae2pipe.loading.stream import Item, Piece, StreamSource, readers
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.runtime.shared_memory import shared_empty
@@ -75,7 +75,8 @@ def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
     """The parts from ``streams`` of all batches, from global step ``start`` to the end of the last epoch."""
     first = start // plan.steps
     skip = start % plan.steps * plan.per_stream
-    sources = [StreamSource(plan, stream, epoch=first, skip=skip) for stream in streams]
+    reader = readers(plan)
+    sources = [StreamSource(plan, stream, reader, epoch=first, skip=skip) for stream in streams]
     for epoch in range(first, plan.epochs):
         for step in range(start % plan.steps if epoch == first else 0, plan.steps):
             picked = [source.take(epoch, plan.per_stream) for source in sources]

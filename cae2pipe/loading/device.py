@@ -28,7 +28,10 @@ def on_device(
     """
     if device.type != "cuda":
         for parts in steps:
-            yield decoded(join(parts, axes).to(device), device, backend)
+            batch = decoded(join(parts, axes).to(device), device, backend)
+            # Otherwise they would keep their memory while the batch is in use.
+            del parts
+            yield batch
         return
     stream = torch.cuda.Stream(device)
 

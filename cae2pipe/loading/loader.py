@@ -74,6 +74,8 @@ def load_parts(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: in
         assert len(step) == max(1, workers)
         assert len({part.step for part in step}) == 1, "workers are out of step"
         yield step
+        # Otherwise it would keep its memory while the next one is taken.
+        del step
 
 
 def load_batches(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:

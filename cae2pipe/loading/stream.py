@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,26 +31,26 @@ Item = tuple[Piece, int]
 """A sample: its piece, and its position there."""
 
 
+Reader = Callable[[str], StoreReader]
+
+
 class StreamSource:
     """Gives the samples of one stream, epoch by epoch, each once.
 
     Blocks are read in their order, one for every 64 samples that are given, also across the ends of epochs, and at
     other times in other streams: so the work of all streams together is the same in every step. About ``window`` + 2
-    blocks are in memory.
+    blocks' worth of samples are in memory.
 
     Args:
-        plan: the plan of the run. stream: its number.
+        plan: the plan of the run. stream: its number. reader: opens a store by its name; it may keep some open.
         epoch, skip: the first epoch, and the samples of it that have been given already. Blocks of which no sample is
             left are not read.
     """
 
-    def __init__(self, plan: Plan, stream: int, *, epoch: int, skip: int):
+    def __init__(self, plan: Plan, stream: int, reader: Reader, *, epoch: int, skip: int):
         self.plan = plan
         self.stream = stream
-        # A reader holds its store's index and records: about 0.2 MB.
-        self._reader = functools.lru_cache(maxsize=64)(
-            lambda name: StoreReader(plan.root, plan.units[name], plan.layout, cache=plan.cache)
-        )
+        self._reader = reader
         self._first = (epoch, skip)
         self._position = epoch * plan.steps * plan.per_stream + skip
         self._epochs: dict[int, _Epoch] = {}
@@ -145,7 +145,14 @@ class _Epoch:
         return not self.left[number]
 
 
-def read_piece(plan: Plan, piece: BlockSlice, reader: functools._lru_cache_wrapper[StoreReader]) -> Piece:
+def readers(plan: Plan) -> Reader:
+    """Opens the stores of a plan. Some stay open: each holds its store's index and records, about 0.2 MB."""
+    return functools.lru_cache(maxsize=64)(
+        lambda name: StoreReader(plan.root, plan.units[name], plan.layout, cache=plan.cache)
+    )
+
+
+def read_piece(plan: Plan, piece: BlockSlice, reader: Reader) -> Piece:
     """The samples of a piece. Raises DamageError where they cannot be read."""
     ref, own = plan.blocks[piece.index], slice(piece.low, piece.high)
     if plan.fresh:

@@ -114,6 +114,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
         at_least("batch_size", batch_size, 1)
         at_least("workers", workers, -1)
         at_least("seed", seed, 0)
+        at_least("cache_gb", cache_gb, 0)
         self.targets = targets if isinstance(targets, TargetSet) else TargetSet(targets)
         self.rank, self.ranks = this_rank(rank, ranks)
         self.device = pick_device(str(device), torchrun_rank())
@@ -149,10 +150,16 @@ class TargetBatches(IterableDataset[TargetBatch]):
         """Say which epoch the next ``iter()`` gives, and with which of its batches that begins: to resume.
 
         Raises:
-            SettingsError: one of them is negative.
+            SettingsError: one of them is negative, or the epoch has fewer batches.
         """
         at_least("epoch", epoch, 0)
         at_least("batch", batch, 0)
+        if batch > len(self):
+            raise SettingsError(
+                f"batch={batch}, and an epoch has {len(self)} batches",
+                where="set_epoch",
+                fix=f"use at most {len(self)}",
+            )
         self.epoch, self._first = epoch, batch
 
     def __iter__(self) -> Iterator[TargetBatch]:
@@ -185,8 +192,12 @@ class TargetBatches(IterableDataset[TargetBatch]):
         if self.layout == "map":
             patches = tokens[:, int(teacher.class_token) :].transpose(1, 2)
             tokens = patches.unflatten(2, (teacher.rows, teacher.cols))
+        pixels = batch.pixels.float().div_(255) if self.pixels == "float" else batch.pixels
+        if pixels.is_shared() and pixels.device.type == "cpu":
+            # A worker's memory, which it uses again once this process does not: another one may have been given it.
+            pixels = pixels.clone()
         return TargetBatch(
-            pixels=batch.pixels.float().div_(255) if self.pixels == "float" else batch.pixels,
+            pixels=pixels,
             targets=tokens,
             keys=batch.keys,
             labels=torch.tensor(batch.labels, device=self.device),
@@ -280,7 +291,7 @@ def this_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
     return rank, ranks
 
 
-def at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: float, least: int) -> None:
     """Raise SettingsError where an argument is smaller."""
     if value < least:
         raise SettingsError(f"{name}={value}", where="TargetBatches", fix=f"use {least} or more")

@@ -95,7 +95,7 @@ def shared_empty(shape: tuple[int, ...], dtype: str) -> Tensor:
 def bytes_under_way(item: int, workers: int, items: int | None = None) -> int:
     """Largest number of bytes of shared memory in use, if each item takes ``item`` bytes: the items that workers make
     ahead, and those that the main process works on. ``items``: their total number, if known."""
-    most = (PREFETCH + 1) * workers
+    most = (PREFETCH + 2) * workers
     return item * (most if items is None else min(most, items))
 
 

@@ -89,6 +89,14 @@ def same_width(spares: Sequence[Tensor]) -> list[Tensor]:
     return [torch.nn.functional.pad(array, (0, width - array.shape[1])) for array in spares]
 
 
+def with_symbols(arrays: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The arrays with symbols instead of their planes, if there are any."""
+    if LOW not in arrays:
+        return arrays
+    others = {name: array for name, array in arrays.items() if name not in (LOW, HIGH, *SPARES)}
+    return {"symbols": join_planes(arrays), **others}
+
+
 def join_planes(planes: Mapping[str, Tensor]) -> Tensor:
     """The bits of symbols as int16 (D, n, T), from their loaded form on any device."""
     low, wide, at, spare = planes[LOW], planes[HIGH], planes[SPARE_AT], planes[SPARE_BYTES]
@@ -97,6 +105,6 @@ def join_planes(planes: Mapping[str, Tensor]) -> Tensor:
     symbols = torch.cat([head, low[count:].to(torch.int16)])
     sample = torch.arange(len(at), device=at.device).unsqueeze(1).expand_as(at)
     index = at.to(torch.int64)
-    # A place that is not used adds 0, so that the number of bytes changes no shape.
+    # A place that is not used adds 0.
     where = (index // tokens, sample, index % tokens)
     return symbols.index_put(where, spare.to(torch.int16) << 8, accumulate=True)

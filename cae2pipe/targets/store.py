@@ -61,7 +61,7 @@ def _planes(layout: StoreLayout, chunks: Sequence[bytes], count: int) -> dict[st
     firsts = range(0, dim, side)
     spare = []
     for first, low, high in zip(firsts, chunks[: len(firsts)], chunks[len(firsts) :], strict=True):
-        into = planes[LOW][first : first + side]
+        into = planes[LOW][first : first + side]  # fewer in the last one
         if not low:
             into[...] = 0
         elif len(into) == side:
@@ -70,6 +70,8 @@ def _planes(layout: StoreLayout, chunks: Sequence[bytes], count: int) -> dict[st
             into[...] = decode_chunk(low, shape, "|u1", level=level)[: len(into)]
         if high:
             array = decode_chunk(high, shape, "|u1", level=level)
+            if array[len(into) :].any() or array[:, count:].any():
+                raise ChunkError("the padding of a chunk is not zero")
             dense = planes[HIGH][first : first + side]
             dense[...] = array[: len(dense)]
             spare.append((first + len(dense), array[len(dense) :]))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cae2pipe.loading.batches import Batch, split
 from cae2pipe.runtime.world import World
+from cae2pipe.targets.planes import with_symbols
 from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.parallel import full_tensor, no_sync
 
@@ -160,5 +161,6 @@ def forward(module: nn.Module, batch: Batch, latents: Mapping[str, Tensor]) -> T
 
 
 def cached(batch: Batch) -> Mapping[str, Tensor]:
-    """Latents from the store."""
-    return batch.arrays
+    """Latents from the store. Planes are joined here, since the number of single bytes in them varies, and with it the
+    graph that would be compiled."""
+    return with_symbols(batch.arrays)

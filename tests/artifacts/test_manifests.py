@@ -141,6 +141,8 @@ GROUP = {"codec": "fp16", "level": 1, "dim": 7, "rows": 0, "cols": 0, "class_tok
         (("units", "v00/000001"), "x", r"units\.v00/000001: Input should be an object"),
         (("units", "v00/000001", "samples"), "70", r"v00/000001\.samples: .*valid integer; got '70'"),
         (("groups",), {"summary": GROUP}, r"groups\.patches: Field required"),
+        (("groups", "patches", "codec"), "int8", r"groups\.patches\.codec: the teacher or the codec has 'klt'"),
+        (("groups", "patches", "rows"), 2, r"groups\.patches\.rows: the teacher or the codec has 4"),
         (("groups", "patches", "codec"), "zip", r"groups\.patches\.codec: "),
         (("groups", "../patches"), GROUP, r"groups"),
         (("units", "v00/000001", "samples"), 69, r"v00/000001: samples: the store does not have 69 records"),

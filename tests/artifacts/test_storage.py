@@ -142,3 +142,11 @@ def test_no_more_is_read_than_there_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"0123")
     assert read_range(tmp_path / "file", 2, 2**62) == b"23"
     assert read_range(tmp_path / "file", 2**62, 2**62) == b""
+
+
+@pytest.mark.parametrize("text", ["s3:/bucket/set", "file:/tmp/x", "GS:/b", Path("s3://bucket/set"), Path("file:///x")])
+def test_a_url_that_lost_a_slash_is_no_folder(text):
+    with pytest.raises(BadInputError, match="one slash too few"):
+        to_path(text)
+    assert to_path("/tmp/s3:/bucket") == Path("/tmp/s3:/bucket")
+    assert to_path("notes:/x") == Path("notes:/x")

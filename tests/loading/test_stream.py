@@ -58,7 +58,7 @@ def reads(monkeypatch):
 def test_every_step_reads_as_much_as_it_gives(plan, reads, samples, window, last_batch):
     own = plan(samples, last_batch, window)
     counts, step = reads
-    sources = [StreamSource(own, stream, epoch=0, skip=0) for stream in range(STREAMS)]
+    sources = [StreamSource(own, stream, None, epoch=0, skip=0) for stream in range(STREAMS)]
     for epoch in range(2):
         seen: set[str] = set()
         for _ in range(own.steps):
@@ -77,7 +77,7 @@ def test_every_step_reads_as_much_as_it_gives(plan, reads, samples, window, last
 
 def test_few_pieces_are_in_memory(plan, reads):
     own = plan(STREAMS * PER_STREAM * STEPS + 777)
-    source = StreamSource(own, 5, epoch=0, skip=0)
+    source = StreamSource(own, 5, None, epoch=0, skip=0)
     most = 0
     for epoch in range(2):
         for _ in range(own.steps):
@@ -91,10 +91,10 @@ def test_few_pieces_are_in_memory(plan, reads):
 @pytest.mark.parametrize("skipped", [0, 1, 7, STEPS - 1])
 def test_a_resumed_stream_gives_the_same_and_reads_no_piece_in_vain(plan, reads, skipped):
     own = plan(STREAMS * PER_STREAM * STEPS + 777)
-    whole = StreamSource(own, 9, epoch=0, skip=0)
+    whole = StreamSource(own, 9, None, epoch=0, skip=0)
     given = [[(p.keys[at], p.view) for p, at in filter(None, whole.take(0, PER_STREAM))] for _ in range(own.steps)]
     reads[0].clear()
-    resumed = StreamSource(own, 9, epoch=0, skip=skipped * PER_STREAM)
+    resumed = StreamSource(own, 9, None, epoch=0, skip=skipped * PER_STREAM)
     for step in range(skipped, own.steps):
         assert [(p.keys[at], p.view) for p, at in filter(None, resumed.take(0, PER_STREAM))] == given[step]
     left = sum(map(len, given[skipped:]))

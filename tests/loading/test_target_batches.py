@@ -278,3 +278,11 @@ def test_a_loop_that_is_open_when_the_script_ends_leaves_nothing_to_warn_of(targ
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("32\n", "")
+
+
+def test_what_is_given_is_not_a_workers_memory(target_root):
+    """A worker uses its memory again, and cannot know that the script has passed a tensor on to another process."""
+    batches = TargetBatches(target_root, batch_size=12, workers=1)
+    given = [batch.pixels for batch in batches]
+    assert len(given) == 13
+    assert not any(pixels.is_shared() for pixels in given)

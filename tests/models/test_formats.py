@@ -168,3 +168,8 @@ def test_what_is_not_ours_is_refused(tmp_path):
     with pytest.raises(SourceError, match="no such encoder"):
         export(str(tmp_path / "nowhere"), tmp_path / "out", "timm", scores=[])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_set_is_no_encoder(target_root, tmp_path):
+    with pytest.raises(SourceError, match="folder of kind 'targets'"):
+        export(str(target_root), tmp_path / "out", "timm", scores=[])

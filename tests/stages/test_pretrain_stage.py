@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.errors import DamageError, DivergedError, ManifestError, MismatchError, SettingsError
+from cae2pipe.loading.order import ORDER
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.telemetry import MACHINE_METRICS
-from tests.conftest import contents, snapshot
+from tests.conftest import contents, edit_manifest, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,16 @@ def test_the_exported_encoder_gives_the_runs_own_outputs(run, target_root):
     with torch.no_grad():
         ours = model.eval().encoder(pixels, None, None)
         torch.testing.assert_close(exported.forward_features(pixels), ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_run_of_an_earlier_order_is_refused_in_words(make_run, target_root, pretrain_settings, complete):
+    run = make_run()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["identity"].pop("order") == ORDER
+    identity = manifest["identity"]
+    edit_manifest(run, identity=identity, fingerprint=fingerprint(identity), complete=complete)
+    with pytest.raises(MismatchError, match="takes samples in another order") as caught:
+        pretrain(target_root, run, pretrain_settings(), report=Silent())
+    assert ("export it as it is" in caught.value.fix) == complete
+    assert ("finish it with that version" in caught.value.fix) != complete

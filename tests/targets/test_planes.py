@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cae2pipe.targets.calibration import Calibration, make_codec
+from cae2pipe.targets.chunks import ChunkError, encode_chunk
 from cae2pipe.targets.codecs import TokenKltCodec, as_tensors
 from cae2pipe.targets.planes import SPARE_BYTES, SPARES, join_planes, merge_symbols, same_width, split_symbols
 from cae2pipe.targets.records import Records
-from cae2pipe.targets.store import StoreReader
+from cae2pipe.targets.store import StoreReader, unpack_array
 from cae2pipe.targets.store_layout import StoreLayout
 from cae2pipe.targets.store_writing import StoreWriter, pack_block
 
@@ -103,18 +104,15 @@ def test_planes_are_low_and_high_bytes(value):
     assert planes.ravel().tolist() == [value % 256, value // 256]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_planes_compile_to_one_graph_whatever_they_hold(backend):
-    compiled = torch.compile(join_planes, backend=backend, fullgraph=True)
-    torch.manual_seed(0)
-    for filled in (0, 3):
-        planes = {
-            "low": torch.randint(0, 256, (6, 5, 2), dtype=torch.uint8),
-            "high": torch.randint(0, 256, (1, 5, 2), dtype=torch.uint8),
-            "spare_at": torch.zeros(5, 4, dtype=torch.int32),
-            "spare_bytes": torch.zeros(5, 4, dtype=torch.uint8),
-        }
-        planes["spare_at"][:, :filled] = torch.arange(2, 2 + filled)
-        planes["spare_bytes"][:, :filled] = 255
-        with torch.compiler.set_stance("fail_on_recompile" if filled else "default"):
-            assert torch.equal(compiled(planes), join_planes(planes))
+@pytest.mark.parametrize("where", [(128, 0, 0), (0, 10, 1)])
+def test_padding_that_is_not_zero_is_damage(tmp_path, where):
+    """Of components that there are not, or of samples: such a chunk fits its checksum, and no array that it is for."""
+    own = layout(2, 129, 1)
+    symbols = np.full((129, 5, 2), 300, dtype="<u2")
+    chunks = pack_block(own, {"symbols": symbols, "norms": np.ones((5, 2))})["patches/symbols"]
+    last = own.stored("symbols").chunk[1:]
+    part = np.zeros(last, dtype="|u1")
+    part[where if where[0] < last[0] else (last[0] - 1, *where[1:])] = 1
+    chunks[-1] = encode_chunk(part, 1)
+    with pytest.raises(ChunkError, match="padding"):
+        unpack_array(own, "symbols", chunks, 5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cae2pipe.loading.batches import split
+from cae2pipe.targets.planes import SPARE_AT, SPARE_BYTES, SPARES
 from cae2pipe.training.memory import explain_out_of_memory, finer, fitting, upload_advice
 from cae2pipe.training.objective import TERMS, compile_objective
 from cae2pipe.training.step import Flags, forward
@@ -197,3 +198,21 @@ def test_blocks_compiled_one_by_one_share_their_graphs(make, pretrain_settings):
     for batch in batches[:2]:
         step(batch, 1e-3)
     assert counter.frame_count == 2  # the encoder's and the regressor's
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_single_high_bytes_change_no_graph(make, pretrain_settings):
+    from torch._dynamo import reset
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step, batches = make(pretrain_settings())
+    compile_objective(step.objective, step.world, counter)
+    step(batches[0], 1e-3)
+    arrays = batches[1].arrays
+    many = {name: torch.nn.functional.pad(arrays[name], (0, 28)) for name in SPARES}
+    many[SPARE_BYTES][3, 5:20] = 7
+    many[SPARE_AT][3, 5:20] = torch.arange(15, dtype=torch.int32)
+    step(replace(batches[1], arrays={**arrays, **many}), 1e-3)
+    assert counter.frame_count == 1
