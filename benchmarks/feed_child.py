@@ -321,10 +321,12 @@ def profile(root: str, data: dict[str, int], *, count: int) -> dict[str, Any]:
 def place(frame: FrameType | None) -> str:
     """What a frame is counted as."""
     while frame is not None:
+        code, frame = frame.f_code, frame.f_back
+        if code.co_name.startswith("<"):  # a generator expression is counted as the function that it is in
+            continue
         for path, function, what in PLACES:
-            if path in frame.f_code.co_filename and function in (None, frame.f_code.co_name):
+            if path in code.co_filename and function in (None, code.co_name):
                 return what
-        frame = frame.f_back
     return "elsewhere"
 
 
