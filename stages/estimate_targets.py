@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cae2pipe.artifacts.artifact import is_artifact
+from cae2pipe.artifacts.manifest_targets import group_entry
 from cae2pipe.config.extract import ExtractSettings, recommend_views
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
@@ -29,7 +30,7 @@ from cae2pipe.targets.estimate import CODECS, price, project, sample_size, speed
 from cae2pipe.targets.manifest_facts import teacher_facts
 from cae2pipe.targets.rendering import RenderedBlock, Renderer, render_blocks
 from cae2pipe.targets.store_layout import StoreLayout
-from cae2pipe.targets.target_set import group_entry, make_layout
+from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
 

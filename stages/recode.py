@@ -22,7 +22,7 @@ from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.copying import copy_units
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.manifest_targets import StoreUnit
+from cae2pipe.artifacts.manifest_targets import StoreUnit, group_entry
 from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.artifacts.storage import fetch_file, file_size, is_local
@@ -43,7 +43,7 @@ from cae2pipe.targets.store import StoreReader
 from cae2pipe.targets.store_layout import PATCHES, StoreLayout
 from cae2pipe.targets.store_writing import StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import is_calibrated, read_calibration, store_calibration
-from cae2pipe.targets.target_set import TargetSet, group_entry, make_layout
+from cae2pipe.targets.target_set import TargetSet, make_layout
 
 
 def recode(

@@ -14,7 +14,7 @@ from cae2pipe.artifacts.artifact import ShardsArtifact, TargetsArtifact, is_arti
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.copying import copy_units
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.manifest_targets import StoreUnit
+from cae2pipe.artifacts.manifest_targets import StoreUnit, group_entry
 from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.artifacts.storage import fetch_file, is_local
 from cae2pipe.errors import BadInputError, DamageError, ManifestError
@@ -29,7 +29,7 @@ from cae2pipe.targets.paths import CODEC, CODEC_FOLDER, SHARDS_FOLDER
 from cae2pipe.targets.store_layout import PATCHES, StoreLayout
 from cae2pipe.targets.store_writing import StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import read_calibration, write_calibration
-from cae2pipe.targets.target_set import group_entry, make_layout
+from cae2pipe.targets.target_set import make_layout
 
 
 def repack(source: Path, out: Path, *, report: Report, workers: int = -1) -> TargetsArtifact:
@@ -63,7 +63,8 @@ def repack(source: Path, out: Path, *, report: Report, workers: int = -1) -> Tar
             report.log(f"units without all of their files are omitted, {len(lost)} of {len(earlier.units)}: {shown}")
         wanted = sorted(sound - there - {CODEC})
         remove_stages(out, wanted)
-        images = [name for name in wanted if name in images_units(earlier)]
+        kept = images_units(earlier)
+        images = [name for name in wanted if name in kept]
         stores = {name: unit for name in wanted if "view" in (unit := earlier.units[name])}
         if CODEC not in there:
             copy_calibration(artifact, calibration, samples=earlier.units[CODEC]["samples"])

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, from_json
 from cae2pipe.artifacts.digest import fingerprint, sha256_bytes
 from cae2pipe.artifacts.json_files import check_numbers, parse_json
 from cae2pipe.artifacts.manifest_kinds import KINDS, FactsT, IdentityT, Kind, Manifest, UnitT, manifests
-from cae2pipe.artifacts.manifest_targets import TargetsManifest
+from cae2pipe.artifacts.manifest_targets import TargetsManifest, group_entry
 from cae2pipe.artifacts.manifest_text import split, text
 from cae2pipe.artifacts.manifest_values import Unit
 from cae2pipe.artifacts.units import Units
@@ -181,16 +181,7 @@ def _check_patches(manifest: TargetsManifest, where: object) -> None:
     if group is None:
         raise _field("groups.patches: Field required", where)
     teacher, codec = manifest["teacher"], manifest["identity"]["settings"]["codec"]
-    wanted = {
-        "codec": codec["name"],
-        "level": codec["level"],
-        "dim": teacher["dim"],
-        "rows": teacher["rows"],
-        "cols": teacher["cols"],
-        "class_token": teacher["class_token"],
-        "attention": teacher["attention"],
-    }
-    for name, value in wanted.items():
+    for name, value in group_entry(teacher, codec["name"], codec["level"]).items():
         if group.get(name) != value:
             raise _field(f"groups.patches.{name}: the teacher or the codec has {_short(value)}", where)
 

@@ -196,6 +196,19 @@ class TargetsManifest(Common, TargetsFacts):
     ]
 
 
+def group_entry(teacher: TeacherEntry, codec: CodecName, level: int) -> GroupEntry:
+    """The manifest's entry of the group ``patches``."""
+    return {
+        "codec": codec,
+        "level": level,
+        "dim": teacher["dim"],
+        "rows": teacher["rows"],
+        "cols": teacher["cols"],
+        "class_token": teacher["class_token"],
+        "attention": teacher["attention"],
+    }
+
+
 def unit_model(name: str) -> type[StoreUnit | ImagesUnit | CodecUnit]:
     """The model of a unit, by its name."""
     if name == "codec":

@@ -8,6 +8,7 @@ import torch
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.lock import can_lock, holding
+from cae2pipe.artifacts.manifest_targets import group_entry
 from cae2pipe.artifacts.provenance import provenance
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.extract import ExtractSettings
@@ -20,7 +21,7 @@ from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.manifest_facts import codec_facts, teacher_facts
 from cae2pipe.targets.store_layout import PATCHES
 from cae2pipe.targets.stored_calibration import is_calibrated, store_calibration
-from cae2pipe.targets.target_set import group_entry, make_layout
+from cae2pipe.targets.target_set import make_layout
 from cae2pipe.teachers.protocol import Teacher
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cae2pipe.artifacts.manifest_targets import StoreUnit
-from cae2pipe.artifacts.storage import read_bytes
+from cae2pipe.artifacts.storage import file_size, read_bytes, read_range
 from cae2pipe.errors import DamageError
 from cae2pipe.images.views import DRAW_COLUMNS
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
@@ -22,7 +22,7 @@ FIX = (
 
 
 class EarlierStore:
-    """One store. Arrays are read whole, and only once.
+    """One store, read block by block.
 
     Args:
         root: the set's folder. unit: the store's manifest entry. layout: of its latents.
@@ -33,6 +33,7 @@ class EarlierStore:
         self.samples = unit["samples"]
         self.blocks = -(-self.samples // BLOCK)
         self.layout = layout
+        self._spans: dict[str, np.ndarray] = {}
 
     def arrays(self, block: int) -> dict[str, np.ndarray]:
         """The arrays of a block as the codec made them, without padding.
@@ -45,9 +46,10 @@ class EarlierStore:
             shape = self.layout.shape(name, BLOCK)
             path = self.path.joinpath(name, "c", *("0",) * len(shape))
             try:
-                data = read_bytes(path)
-                offset, length = decode_index(data[-index_size(self.blocks) :], self.blocks)[block].tolist()
-                array = decode_chunk(data[offset : offset + length], shape, spec.dtype, level=spec.level)
+                if name not in self._spans:
+                    self._spans[name] = self._read_index(path)
+                data = read_range(path, *self._spans[name][block].tolist())
+                array = decode_chunk(data, shape, spec.dtype, level=spec.level)
             except (ChunkError, OSError) as error:
                 raise _damage(error, path) from None
             result[name] = array[(slice(None),) * spec.sample_axis + (slice(0, count),)]
@@ -65,6 +67,12 @@ class EarlierStore:
             )
         except UnicodeDecodeError as error:
             raise _damage(error, self.path / "keys") from None
+
+    def _read_index(self, path: Path) -> np.ndarray:
+        size, total = index_size(self.blocks), file_size(path)
+        if total is None:
+            raise FileNotFoundError(path)
+        return decode_index(read_range(path, max(0, total - size), size), self.blocks)
 
     def _small(self, name: str, dtype: str, rest: tuple[int, ...] | None) -> np.ndarray:
         path = self.path.joinpath(name, "c", *("0",) * (1 if rest == () else 2))

@@ -26,7 +26,7 @@ from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
 from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity
-from cae2pipe.artifacts.manifest_values import CodecName, GroupEntry, TeacherEntry
+from cae2pipe.artifacts.manifest_values import GroupEntry
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
@@ -287,19 +287,6 @@ def stores_of(artifact: TargetsArtifact) -> Stores:
                 fix="restore manifest.json from a copy, or make the set again",
             )
     return stores
-
-
-def group_entry(teacher: TeacherEntry, codec: CodecName, level: int) -> GroupEntry:
-    """The manifest's entry of the group ``patches``."""
-    return {
-        "codec": codec,
-        "level": level,
-        "dim": teacher["dim"],
-        "rows": teacher["rows"],
-        "cols": teacher["cols"],
-        "class_token": teacher["class_token"],
-        "attention": teacher["attention"],
-    }
 
 
 def make_layout(entry: GroupEntry, calibration: Calibration, group: str = PATCHES) -> StoreLayout:
