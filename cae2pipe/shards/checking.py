@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -115,8 +116,10 @@ def checking(workers: int) -> Iterator[Check]:
 
     try:
         with shielded():
-            pool.submit(int)  # starts all of them
-            processes = set(multiprocessing.active_children()) - others
+            # A task starts a worker only if none is idle, and one started later is neither shielded nor known here.
+            while len(processes) < count:
+                pool.submit(int)
+                processes |= set(multiprocessing.active_children()) - others
         yield checked
     except BrokenProcessPool:
         raise worker_died(exit_code(processes), gave) from None
@@ -127,8 +130,11 @@ def checking(workers: int) -> Iterator[Check]:
 def exit_code(workers: Iterable[BaseProcess]) -> int | None:
     """The exit code of the worker that broke a pool, which then ends the others with SIGTERM. None if it is unknown."""
     codes = []
+    deadline = time.monotonic() + GRACE
     for worker in workers:
-        worker.join(GRACE)
+        # The pool's thread waits for them too: what it has just collected has no exit code here for a moment.
+        while worker.exitcode is None and time.monotonic() < deadline:
+            worker.join(max(0.0, deadline - time.monotonic()))
         codes.append(worker.exitcode)
     own = [code for code in codes if code not in (None, 0, -signal.SIGTERM)]
     return next(iter(own), -signal.SIGTERM if -signal.SIGTERM in codes else None)

@@ -92,6 +92,14 @@ def test_a_worker_that_ends_by_an_error_is_not_called_killed(files):
     assert "memory" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_all_workers_are_there_before_the_first_image(workers):
+    # One that is started later is not protected from Ctrl-C while it starts, and nobody learns why it ended.
+    others = set(multiprocessing.active_children())
+    with checking(workers):
+        assert len(set(multiprocessing.active_children()) - others) == workers
+
+
 def test_a_killed_worker_is_an_error_with_a_remedy(files):
     def kill_one():
         others = set(multiprocessing.active_children())
