@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class TeacherInfo:
 
     ``architecture`` holds what the name alone does not specify (JSON values), ``weights`` is a digest of the loaded
     weights, ``precision`` fp32, bf16 or fp16, ``rows`` x ``cols`` the grid of patches, ``dim`` D. ``mean`` and ``std``
-    are for pixels in [0, 1].
+    are for pixels in [0, 1]. ``summary``: width of the model's own output for the whole image, None if that is the
+    class token or is not wanted. ``layers``: blocks whose tokens are given besides those of the last.
     """
 
     library: str
@@ -36,19 +38,26 @@ class TeacherInfo:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     precision: str
+    summary: int | None = None
+    layers: tuple[int, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """Plain values for the target set's fingerprint."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std), "layers": list(self.layers)}
+        # Sets of before these were known have the fingerprint of those that lack them.
+        return {name: value for name, value in values.items() if value or name not in ("summary", "layers")}
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
     """tokens (B, T, D) float32, the class token first if there is one; attention (B, P) float32 of the last block from
-    the class token to the patches, mean over heads, or None."""
+    the class token to the patches, mean over heads, or None. summary (B, W) float32, or None; layers: (B, T, D) float32
+    by number of the block."""
 
     tokens: Tensor
     attention: Tensor | None
+    summary: Tensor | None = None
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 CPU_BATCH = 8
