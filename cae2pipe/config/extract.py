@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,7 @@ def recommend_views(epochs: int) -> int:
 
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+GridSide = Annotated[int, Field(ge=1, le=1024)]
 
 
 class ShardSpeed(Settings):
@@ -70,6 +71,9 @@ class TeacherSettings(Settings):
     """Channel means of the teacher's input. None: from the model's configuration."""
     std: tuple[float, float, float] | None = None
     """Channel standard deviations of the teacher's input. None: from the model's configuration."""
+    grid: tuple[GridSide, GridSide] | None = added(None, before=None)
+    """Rows and columns of the stored latents: the teacher's patches are averaged by area to this grid, the student's,
+    so that the teacher may see views at a higher resolution. null: the teacher's own grid."""
     precision: Precision = "auto"
     """Arithmetic of the teacher. auto: fp16 on CUDA (as published), fp32 elsewhere."""
 
@@ -84,7 +88,7 @@ class ViewSettings(Settings):
     """How views are drawn (paper Table 8; order as in the released code: jitter, flip, crop)."""
 
     size: int = Field(default=224, ge=16, le=4096)
-    """Side of a view in pixels."""
+    """Side of a view in pixels, as stored and as the teacher sees it; a smaller student reads it reduced."""
     scale: tuple[float, float] = (0.4, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
     ratio: tuple[float, float] = (0.75, 4 / 3)

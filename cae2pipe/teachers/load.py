@@ -11,6 +11,7 @@ from cae2pipe.config.base import build
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import MismatchError, TeacherError
 from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.teachers.token_grid import ResampledTeacher
 from cae2pipe.teachers.weights import check_present
 
 
@@ -18,8 +19,14 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     """The teacher that the settings describe, frozen, on the device.
 
     Raises:
-        TeacherError: unknown model, or weights that are missing, unsafe or do not fit.
+        TeacherError: unknown model, weights that are missing, unsafe or do not fit, or a grid finer than the model's.
     """
+    teacher = model_of(settings, device)
+    return teacher if settings.grid is None else ResampledTeacher(teacher, settings.grid)
+
+
+def model_of(settings: TeacherSettings, device: torch.device) -> Teacher:
+    """The same with the model's own grid."""
     foreign = ("stage",) if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
     if misplaced := [name for name in foreign if getattr(settings, name) is not None]:
         raise TeacherError(

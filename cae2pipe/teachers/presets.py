@@ -44,6 +44,12 @@ def fetch(name: str) -> list[Path]:
 
 def latents_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
     """Rows, columns and dimension of a teacher's latents, without loading its weights."""
+    rows, cols, dim = model_shape(teacher)
+    return (*(teacher.grid or (rows, cols)), dim)
+
+
+def model_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
+    """The same with the model's own grid."""
     import torch
 
     if teacher.kind == "open_clip":
