@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
-from cae2pipe.config.base import build
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import MismatchError, TeacherError
 from cae2pipe.teachers.protocol import Teacher
@@ -27,7 +27,7 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
 
 def model_of(settings: TeacherSettings, device: torch.device) -> Teacher:
     """The same with the model's own grid."""
-    foreign = ("stage",) if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
+    foreign = () if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
     if misplaced := [name for name in foreign if getattr(settings, name) is not None]:
         raise TeacherError(
             f"teacher.{misplaced[0]} does not apply to teacher.kind {settings.kind}",
@@ -57,7 +57,7 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
     Raises:
         TeacherError: it cannot be loaded. MismatchError: the weights differ.
     """
-    settings = build(TeacherSettings, artifact.identity["settings"]["teacher"], where=artifact.root)
+    settings = build_recorded(TeacherSettings, artifact.identity["settings"]["teacher"], where=artifact.root)
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
     try:

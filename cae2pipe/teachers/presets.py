@@ -53,11 +53,10 @@ def model_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
     import torch
 
     if teacher.kind == "open_clip":
-        from cae2pipe.teachers.open_clip import tower_shape
+        from cae2pipe.teachers import open_clip
 
-        shape = tower_shape(teacher)
-        side = teacher.image_size // shape["vision_cfg"]["patch_size"]
-        return side, side, shape["embed_dim"]
+        outputs = open_clip.latents_shape(teacher)
+        return outputs.rows, outputs.cols, outputs.dim
     from cae2pipe.teachers import timm
 
     with torch.device("meta"):
