@@ -131,7 +131,7 @@ class TargetSet(Sequence[Target]):
             raise ManifestError(
                 "this target set has no finished store yet",
                 where=root,
-                fix="run `cae2pipe extract-targets` with the same arguments as before",
+                fix="run the same command again, `cae2pipe extract-targets` or `cae2pipe copy`",
             )
         self.calibration = read_calibration(self.artifact)
         self.damage: list[DamageError] = []
