@@ -54,7 +54,7 @@ def _pin(parts: list[Batch]) -> list[Batch]:
 
 def decoded(batch: Batch, device: torch.device, backend: str | None = None, *, view_size: int | None = None) -> Batch:
     """The batch with its JPEGs decoded on the device and replayed views cut from them, if workers left this to the
-    device. ``view_size``: side of stored views in pixels, which are reduced if the batch's have fewer; None: the batch's.
+    device. ``view_size``: side of stored views in pixels, which are reduced to the batch's; None: the batch's.
 
     Raises:
         DamageError: one is not a JPEG of a view, or not of the image that a view was drawn for. Others as

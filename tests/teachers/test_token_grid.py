@@ -106,7 +106,9 @@ def test_a_loaded_teacher_gives_its_latents_on_the_students_grid(extract_setting
 
 
 def test_a_finer_grid_than_the_teachers_is_refused(extract_settings):
-    with pytest.raises(TeacherError, match="teacher.grid 4 x 5 is finer than the teacher's own grid, 4 x 4") as caught:
+    with pytest.raises(
+        TeacherError, match=r"teacher\.grid 4 x 5 is finer than the teacher's own grid, 4 x 4"
+    ) as caught:
         load_teacher(extract_settings(teacher={"grid": [4, 5]}).teacher, CPU)
     assert "lower teacher.grid" in caught.value.fix
 
