@@ -214,7 +214,7 @@ def _piece_of(numbered: tuple[int, Item | None]) -> tuple[int, Piece | None]:
 def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
     """The whole batch from its parts, in order. ``axes``: which axis of each array runs over samples.
 
-    What workers have made in shared memory lies side by side there, and is not copied.
+    What workers have made in shared memory is adjacent there, and is not copied.
     """
     if len(parts) == 1:
         return parts[0]
@@ -237,7 +237,7 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
 
 
 def joined_tensors(tensors: list[Tensor], axis: int) -> Tensor:
-    """``torch.cat``, or a view of the whole where the tensors lie side by side in memory."""
+    """``torch.cat``, or a view of the whole if the tensors are adjacent in memory."""
     first = tensors[0]
     shape = list(first.shape)
     shape[axis] = sum(tensor.shape[axis] for tensor in tensors)

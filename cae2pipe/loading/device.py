@@ -22,7 +22,7 @@ def on_device(
     """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples. ``backend``: compiler
     for the cutting of replayed views on the device; None: eager.
 
-    The workers' parts lie side by side in memory. For a CUDA device threads copy them into pinned memory, a separate
+    The workers' parts are adjacent in memory. For a CUDA device threads copy them into pinned memory, a separate
     CUDA stream copies them to the device, and the copy of the next batch starts before the current one is returned.
     """
     if device.type != "cuda":
