@@ -144,7 +144,15 @@ def teacher_grid(results: Path) -> str:
         teacher = [f"{row[f'teacher_{name}']:.1f}" for name in ("knn", "linear")]
         sizes = [f"{row[f'kb_{part}_per_view']:.1f}" for part in ("pixels", "latents")]
         lines.append((named[row["arm"]], *sizes, *teacher, *scores))
-    heads = ("the teacher sees", "kB of pixels per view", "of latents", "teacher, kNN", "linear", "student, kNN", "linear")
+    heads = (
+        "the teacher sees",
+        "kB of pixels per view",
+        "of latents",
+        "teacher, kNN",
+        "linear",
+        "student, kNN",
+        "linear",
+    )
     return table(heads, lines)
 
 
