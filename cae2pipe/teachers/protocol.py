@@ -101,8 +101,12 @@ class Teacher(ABC):
             with torch.autocast(self.device.type, DTYPES[self.info.precision], enabled=self.info.precision != "fp32"):
                 parts.append(self.tokens(self.normalise(images)))
         attention = [part.attention for part in parts if part.attention is not None]
+        summary = [part.summary.float() for part in parts if part.summary is not None]
         return TeacherOutput(
-            torch.cat([part.tokens.float() for part in parts]), torch.cat(attention) if attention else None
+            torch.cat([part.tokens.float() for part in parts]),
+            torch.cat(attention) if attention else None,
+            torch.cat(summary) if summary else None,
+            {layer: torch.cat([part.layers[layer].float() for part in parts]) for layer in parts[0].layers},
         )
 
 
