@@ -53,13 +53,12 @@ def random_weights(preset: str, scratch: Path, values: dict[str, Any] | None = N
     from open_clip.model import _build_vision_tower
     from safetensors.torch import save_file
 
-    from cae2pipe.teachers.open_clip import tower_shape
+    from cae2pipe.teachers.open_clip_towers import tower_shape
 
     teacher = build(TeacherSettings, values, preset) if values else load(ExtractSettings, "extract", preset).teacher
     shape = tower_shape(teacher)
-    config = {**shape["vision_cfg"], "image_size": teacher.image_size}
     torch.manual_seed(0)
-    tower = _build_vision_tower(shape["embed_dim"], config, quick_gelu=shape["quick_gelu"])
+    tower = _build_vision_tower(shape["embed_dim"], shape["vision_cfg"], quick_gelu=shape["quick_gelu"])
     with torch.no_grad():
         tower.conv1.weight.mul_(5)  # untrained towers give nearly the same token everywhere
     path = scratch / f"{preset}.safetensors"

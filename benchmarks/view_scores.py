@@ -20,7 +20,7 @@ from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import FAST_RATES, KnnSettings, LinearSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.evaluation.crop_batches import CPU_BATCH
-from cae2pipe.evaluation.encoders import Student, build_vit, class_token_trained
+from cae2pipe.evaluation.encoders import FrozenEncoder, Student, build_vit, class_token_trained
 from cae2pipe.evaluation.knn import knn_top1
 from cae2pipe.evaluation.labelled_crops import Labelled, LabelledCrops, feature_of, in_order_of_runs
 from cae2pipe.evaluation.linear import logits, train_probe
@@ -43,18 +43,15 @@ from cae2pipe.training.step import cached
 CPU = torch.device("cpu")
 
 
-class Scorer:
-    """Scores students on labelled images and on held-out target views.
+class Labels:
+    """Scores encoders on labelled images.
 
     Args:
-        data: a folder with train and val. held_out: fp16 targets of the val images' views.
-        size: side of a student's input in pixels.
-        neighbours: k of kNN.
+        data: a folder with train and val. size: side of an encoder's input in pixels. neighbours: k of kNN.
     """
 
-    def __init__(self, data: Path, held_out: TargetSet, size: int, neighbours: int = 20):
+    def __init__(self, data: Path, size: int, neighbours: int = 20):
         self.data = data
-        self.held_out = held_out
         self.size = size
         self.knn = load(KnnSettings, "evaluate", "knn", overrides=[f"k={neighbours}"])
         # The settings of `cae2pipe evaluate linear --fast`.
@@ -77,13 +74,8 @@ class Scorer:
             rejected=refuse,
         )
 
-    def score(self, run: RunArtifact, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
-        """``held_out_loss``; ``knn`` and, if requested, ``linear`` top-1 accuracy of the class token in percent."""
-        model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
-        model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])
-        vit = build_vit(timm_config(model.encoder))
-        vit.load_state_dict(timm_state(model.encoder))
-        encoder = Student(vit, {}, class_token_trained(run), device=CPU)
+    def accuracies(self, encoder: FrozenEncoder, linear: bool) -> dict[str, float | None]:
+        """``knn`` and, if requested, ``linear`` top-1 accuracy of an encoder's class token in percent."""
         encode = feature_of(encoder, "class", CPU)
         train, val = (
             in_order_of_runs([self.crops.features(split, encode)]) for split in (self.crops.train, self.crops.val)
@@ -91,7 +83,6 @@ class Scorer:
         return {
             "knn": self.knn_accuracy(train, val),
             "linear": self.linear_accuracy(train, val) if linear else None,
-            "held_out_loss": self.held_out_loss(model, settings),
         }
 
     def knn_accuracy(self, train: Labelled, val: Labelled) -> float:
@@ -102,6 +93,27 @@ class Scorer:
         classes = len(self.crops.train.classes)
         probe, _ = train_probe([train[0]], train[1], classes=classes, settings=self.linear, report=Silent())
         return percent(logits(probe, val[0]).argmax(dim=1), val[1])
+
+
+class Scorer(Labels):
+    """Scores students on labelled images and on held-out target views.
+
+    Args:
+        data, size: as for ``Labels``. held_out: fp16 targets of the val images' views.
+    """
+
+    def __init__(self, data: Path, held_out: TargetSet, size: int, neighbours: int = 20):
+        super().__init__(data, size, neighbours)
+        self.held_out = held_out
+
+    def score(self, run: RunArtifact, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
+        """``held_out_loss``; ``knn`` and, if requested, ``linear`` top-1 accuracy of the class token in percent."""
+        model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
+        model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])
+        vit = build_vit(timm_config(model.encoder))
+        vit.load_state_dict(timm_state(model.encoder))
+        accuracies = self.accuracies(Student(vit, {}, class_token_trained(run), device=CPU), linear)
+        return {**accuracies, "held_out_loss": self.held_out_loss(model, settings)}
 
     def held_out_loss(self, model: Method, settings: PretrainSettings) -> float:
         """The run's own objective on views of images not used in training, averaged over all views. Masks are the same

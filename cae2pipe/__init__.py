@@ -13,18 +13,20 @@ from cae2pipe.version import __version__
 
 if TYPE_CHECKING:
     from cae2pipe.api.comparisons import Compared, compare, report, report_targets
-    from cae2pipe.api.folders import inspect, repair, verify
+    from cae2pipe.api.folders import copy, inspect, repair, verify
     from cae2pipe.api.runs import Run, export, load_encoder, pretrain, register_method
     from cae2pipe.api.scores import Score, evaluate
     from cae2pipe.api.settings import presets, settings
     from cae2pipe.api.targets import estimate_targets, extract_targets, recode, shard
     from cae2pipe.loading.target_batches import TargetBatches
     from cae2pipe.shards.shard_set import ShardSet
+    from cae2pipe.stages.copy_set import Copied
     from cae2pipe.stages.report_targets import TargetSetReport
     from cae2pipe.targets.target_set import TargetSet
 
 __all__ = [
     "Compared",
+    "Copied",
     "Run",
     "Score",
     "ShardSet",
@@ -33,6 +35,7 @@ __all__ = [
     "TargetSetReport",
     "__version__",
     "compare",
+    "copy",
     "estimate_targets",
     "evaluate",
     "export",
@@ -53,13 +56,14 @@ __all__ = [
 
 _WHERE = {
     "api.comparisons": ("Compared", "compare", "report", "report_targets"),
-    "api.folders": ("inspect", "repair", "verify"),
+    "api.folders": ("copy", "inspect", "repair", "verify"),
     "api.runs": ("Run", "export", "load_encoder", "pretrain", "register_method"),
     "api.scores": ("Score", "evaluate"),
     "api.settings": ("presets", "settings"),
     "api.targets": ("estimate_targets", "extract_targets", "recode", "shard"),
     "loading.target_batches": ("TargetBatches",),
     "shards.shard_set": ("ShardSet",),
+    "stages.copy_set": ("Copied",),
     "stages.report_targets": ("TargetSetReport",),
     "targets.target_set": ("TargetSet",),
 }

@@ -30,9 +30,10 @@ from cae2pipe.config.base import fingerprinted, load, merge
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
 from cae2pipe.config.extract import CodecSettings
-from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.evaluation.datasets import open_data
+from cae2pipe.evaluation.initialisation import initial_weights
 from cae2pipe.loading.fresh import fresh_views
 from cae2pipe.loading.planning import chosen_stores
 from cae2pipe.methods.registry import build_method
@@ -165,6 +166,7 @@ def plan_grid(
     target_set = TargetSet(targets)
     if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInputError("the output folder is inside the target set", where=out, fix="use another folder")
+    digests: dict[ModelSettings, str | None] = {}
     splits = open_data(data, batch=1)
     measured = [
         [split.identity for split in splits],
@@ -175,8 +177,12 @@ def plan_grid(
         variant = grid.variants[index]
         with variant_named(variant.name):
             check_run(target_set, settings, variant.codec)
+            if settings.model not in digests:
+                init = initial_weights(settings.model)
+                digests[settings.model] = init.digest if init else None
         stores = {name: fingerprint(target_set.stores[name]["files"]) for name in chosen_stores(target_set, settings)}
-        name = run_name(settings, [target_set.artifact.fingerprint, stores], variant.codec)
+        inputs = [target_set.artifact.fingerprint, stores, *filter(None, [digests[settings.model]])]
+        name = run_name(settings, inputs, variant.codec)
         scored_as = f"{name}-{fingerprint(measured)[:8]}"
         runs.append(
             Planned(
@@ -199,10 +205,10 @@ def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple
     return runs
 
 
-def run_name(settings: PretrainSettings, targets: Any, codec: CodecSettings | None) -> str:
-    """The folder name of a run on ``targets``, plain values that identify them. It depends on everything that the
-    result depends on."""
-    made_from = [fingerprinted(settings), targets, codec and fingerprinted(codec)]
+def run_name(settings: PretrainSettings, inputs: Any, codec: CodecSettings | None) -> str:
+    """The folder name of a run on ``inputs``, plain values that identify targets and initial weights. It depends on
+    everything that the result depends on."""
+    made_from = [fingerprinted(settings), inputs, codec and fingerprinted(codec)]
     return f"{settings.method}-s{settings.seed}-{fingerprint(made_from)[:8]}"
 
 

@@ -20,7 +20,7 @@ from cae2pipe.artifacts.staging import remove_stages
 from cae2pipe.artifacts.storage import file_size, is_local, is_shared
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
-from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
+from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun, teacher_as_begun
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
@@ -115,12 +115,16 @@ def extract_targets(
 def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report) -> ExtractSettings:
     """The settings, with values that were not given taken from the set: changed defaults must neither make the original
     command fail nor add views."""
-    updates: dict[str, Any] = {"codec": as_begun(settings.codec, artifact.identity["settings"]["codec"])}
+    stored = artifact.identity["settings"]
+    updates: dict[str, Any] = {
+        "codec": as_begun(settings.codec, stored["codec"]),
+        "teacher": teacher_as_begun(settings.teacher, stored["teacher"], artifact.root),
+    }
     # Sets of early versions do not record their planned content.
     if "views" not in settings.model_fields_set and "wanted" in artifact.facts:
         updates["views"] = artifact.facts["wanted"]["views"]
     begun = settings.model_copy(update=updates)
-    if begun != settings:
+    if (begun.views, begun.codec) != (settings.views, settings.codec):
         report.log(f"using the settings of this set: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
     return begun
 

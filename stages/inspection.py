@@ -99,6 +99,7 @@ def _run(artifact: RunArtifact) -> dict[str, Any]:
     probes = read_probes(artifact.root / PROBE_FILE)
     return {
         "teacher": artifact.facts["teacher"],
+        **({"init": artifact.facts["init"]} if "init" in artifact.facts else {}),
         "stores": len(artifact.facts["stores"]),
         "steps": len(lines),
         "damaged_lines": damaged,

@@ -23,6 +23,7 @@ from cae2pipe.artifacts.storage import file_size
 from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import MismatchError
+from cae2pipe.evaluation.initialisation import InitialWeights, initial_weights
 from cae2pipe.evaluation.training_probe import TrainingProbe
 from cae2pipe.loading.fresh import fresh_views
 from cae2pipe.loading.order import ORDER
@@ -73,13 +74,16 @@ def pretrain_within(
     world.run_on_main(lambda: check_fit(targets, settings, world.ranks))
     precision = resolve_precision(settings.precision, world.device)
     settings = settings.model_copy(update={"precision": precision})
+    if settings.model.init:
+        report.phase("loading the initial weights")
+    init = world.main_first(lambda: initial_weights(settings.model))
     helpers: Helpers | None = None
     if world.run_on_main(lambda: file_size(out / MANIFEST) is None):
         # What is missing must not leave the folder of a run that has not begun.
         helpers = make_helpers(targets, settings, world=world, report=report)
     with ExitStack() as stack:
         world.run_on_main(lambda: stack.enter_context(writing(out)))
-        return _train_run(targets, out, settings, helpers, world=world, report=report)
+        return _train_run(targets, out, settings, helpers, init=init, world=world, report=report)
 
 
 class Helpers(NamedTuple):
@@ -120,10 +124,11 @@ def _train_run(
     settings: PretrainSettings,
     helpers: Helpers | None,
     *,
+    init: InitialWeights | None,
     world: World,
     report: Report,
 ) -> RunArtifact:
-    artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings))
+    artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings, init))
     if artifact.complete and artifact.has("encoder"):
         report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
@@ -132,7 +137,10 @@ def _train_run(
     report.phase("building the model")
     torch.manual_seed(keyed_seed("init", settings.seed))
     spec = target_spec(settings, targets)
-    model = build_method(settings.method, settings.model, spec.dim).to(world.device)
+    model = build_method(settings.method, settings.model, spec.dim)
+    if init:
+        init.apply(model)
+    model = model.to(world.device)
     model.recompute(settings.speed.recompute)
     plan = make_plan(targets, sorted(artifact.facts["stores"]), settings, drop_columns=model.drop_columns)
     objective = make_objective(model, targets, settings).to(world.device).train()
@@ -151,6 +159,8 @@ def _train_run(
     )
     if start:
         report.log(f"resuming from step {start}")
+    elif init:
+        report.log("; ".join([f"starting from {init.name}, weights {init.digest[:16]}", *init.notes]))
     latents: Latents = cached
     if settings.loss.target == "pixels":
         latents = PixelTargets(settings.model.grid, world.device)
@@ -205,9 +215,11 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
     return Checkpoints(out / CHECKPOINTS_FOLDER, run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
 
 
-def begin_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
+def begin_run(
+    out: Path, targets: TargetSet, settings: PretrainSettings, init: InitialWeights | None = None
+) -> RunArtifact:
     """The run's folder, created or opened, without partial files of a killed process."""
-    artifact = open_run(out, targets, settings)
+    artifact = open_run(out, targets, settings, init)
     remove_debris(out)
     return artifact
 
@@ -222,9 +234,12 @@ def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[
     artifact.save(complete=True)
 
 
-def run_identity(targets: TargetsArtifact, settings: PretrainSettings) -> RunIdentity:
+def run_identity(
+    targets: TargetsArtifact, settings: PretrainSettings, init: InitialWeights | None = None
+) -> RunIdentity:
     """What a run depends on."""
-    return {"settings": fingerprinted(settings), "targets": targets.fingerprint, "order": ORDER}
+    identity: RunIdentity = {"settings": fingerprinted(settings), "targets": targets.fingerprint, "order": ORDER}
+    return {**identity, "init": init.digest} if init else identity
 
 
 def refuse_earlier_order(out: Path) -> None:
@@ -244,20 +259,24 @@ def refuse_earlier_order(out: Path) -> None:
     )
 
 
-def open_run(out: Path, targets: TargetSet, settings: PretrainSettings) -> RunArtifact:
+def open_run(
+    out: Path, targets: TargetSet, settings: PretrainSettings, init: InitialWeights | None = None
+) -> RunArtifact:
     """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
     refuse_earlier_order(out)
     stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
     artifact = RunArtifact.open_or_create(
         out,
-        run_identity(targets.artifact, settings),
-        facts={"stores": stores, "teacher": teacher_of(targets)},
+        run_identity(targets.artifact, settings, init),
+        facts={"stores": stores, "teacher": teacher_of(targets), **({"init": init.name} if init else {})},
         fix="use another output folder, or the settings and target set that this run was started with",
         fixes={
             "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "
             "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs",
+            "init": "set model.init to the weights that this run started from, wherever they are now (`cae2pipe "
+            f"inspect {out}` names them; null: there were none), or use another output folder",
         },
-        called=present_name,
+        called=lambda name: "model.init (SHA-256 of the weights)" if name == "init" else present_name(name),
     )
     for name, digest in artifact.facts["stores"].items():
         if stores.get(name) != digest:

@@ -114,7 +114,9 @@ def add_pictures(
     shown = views[:SHOWN]
     model, settings = load_student(run, targets, report)
     if settings.model.image_size != targets.view_size:
-        raise SettingsError(f"image size mismatch: model {settings.model.image_size}, stored views {targets.view_size}")
+        targets = TargetSet(targets.root, image_size=settings.model.image_size)
+        views = sample_views(targets)
+        shown = views[:SHOWN]
     patches_hidden = f"{settings.masked_patches} of {settings.model.grid**2} masked"
     masks = MaskRow(
         f"{settings.mask.strategy}, {patches_hidden}",

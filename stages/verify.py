@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from cae2pipe.artifacts.artifact import MANIFEST, AnyArtifact, open_artifact
 from cae2pipe.artifacts.file_checks import check_file
-from cae2pipe.artifacts.storage import entry_names, file_size
+from cae2pipe.artifacts.storage import entry_names, file_size, file_sizes
+from cae2pipe.artifacts.transfer import MARKS
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.errors import DamageError
 from cae2pipe.runtime.progress import Report
@@ -37,10 +38,14 @@ def verify(path: Path, report: Report) -> Verification:
             result.own.append(problem)
             result.bad.add(unit)
         report.advance()
-    result.own += [
-        DamageError("a file that is not in the manifest", where=path / name, fix="remove it")
-        for name in _strangers(artifact, set(entries))
-    ]
+    strangers = _strangers(artifact, set(entries))
+    if strangers and file_sizes(path / MARKS):
+        again = "run the same `cae2pipe copy` command again"
+        result.own.append(DamageError("the copy to this folder is not finished", where=path, fix=again))
+    else:
+        result.own += [
+            DamageError("a file that is not in the manifest", where=path / name, fix="remove it") for name in strangers
+        ]
     # Keys and counts are read from the files, so the files are checked first.
     if not result.own:
         report.phase("checking that the contents fit together")

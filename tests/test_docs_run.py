@@ -38,6 +38,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "docs/guides/evaluating.md": ("imagenet", "runs/base"),
     "docs/guides/exporting.md": ("runs/base", "scores/base"),
     "docs/guides/extracting.md": ("shards",),
+    "docs/guides/moving-and-sharing.md": ("targets",),
     "docs/guides/pretraining.md": ("targets",),
     "docs/guides/remote-and-many-machines.md": ("shards",),
     "docs/guides/views-and-cost.md": ("shards",),

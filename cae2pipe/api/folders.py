@@ -1,4 +1,4 @@
-"""Python API for any folder that a stage made: what it is, and whether it is intact."""
+"""Python API for any folder that a stage made: what it is, whether it is intact; copies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.artifacts.verification import Verification
+from cae2pipe.stages.copy_set import WORKERS, Copied, copy_set
 from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.repair import repair as run_repair
 from cae2pipe.stages.verify import verify as run_verify
@@ -35,6 +36,36 @@ def verify(path: str | Path, *, progress: Progress = True) -> Verification:
     """
     with reporting(progress, "verify") as report:
         return run_verify(to_path(path), report)
+
+
+@checked
+def copy(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    views: int | None = None,
+    check: bool = False,
+    workers: int = WORKERS,
+    progress: Progress = True,
+) -> Copied:
+    """Copy a shard set or a target set between disks and object stores, or resume that: ``cae2pipe copy``.
+
+    Every file is compared with the manifest on the way. The destination's manifest is written last, so that its readers
+    see what was there before, or everything. A set that has grown is copied again to bring what is new.
+
+    Args:
+        source: the set; a shard set inside a target set is copied with it.
+        destination: a new folder, or one that holds this set or a part of it; a path or a URL.
+        views: of a target set, only this many views of every image.
+        check: also read what is there already, and copy files again that are damaged.
+        workers: threads.
+
+    Raises:
+        MismatchError, ManifestError: the destination holds something else. DamageError: a file of ``source`` is
+            damaged. StorageError: a store does not answer.
+    """
+    with reporting(progress, "copy") as report:
+        return copy_set(to_path(source), to_path(destination), report=report, views=views, check=check, workers=workers)
 
 
 @checked

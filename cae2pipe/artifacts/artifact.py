@@ -138,12 +138,14 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         fix: str,
         fixes: Mapping[str, str] | None = None,
         called: Callable[[str], str] = str,
+        format: int | None = None,
     ) -> Self:
         """Open an artifact to resume it, or start a new one.
 
         Args:
             fix: what to do if the identity differs. fixes: what to do if a certain field differs, by dotted name.
             called: the name for an error of a field of the identity, given its dotted name.
+            format: of a new manifest; None: the newest.
 
         Raises:
             MismatchError: the folder was made with another identity; the first field that differs is named.
@@ -154,8 +156,9 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         with holding(root, "manifest"):
             if file_size(root / MANIFEST) is None:
                 refuse_foreign(root)
-                new = _manifest(kind, FORMATS[kind], identity, units={}, facts=facts, complete=False)
-                _write_manifest(root, kind, FORMATS[kind], manifest=new)
+                form = FORMATS[kind] if format is None else format
+                new = _manifest(kind, form, identity, units={}, facts=facts, complete=False)
+                _write_manifest(root, kind, form, manifest=new)
         return cls.open_same(root, identity, fix, fixes=fixes, called=called)
 
     @classmethod
@@ -384,7 +387,7 @@ def made_by(kind: str | None) -> str:
     return f"give a folder made by `cae2pipe {commands[kind]}`" if kind in commands else "check the path"
 
 
-def refuse_foreign(root: Path) -> None:
+def refuse_foreign(root: Path, fix: str = "give a new or an empty folder") -> None:
     """Raise ManifestError if ``root`` has no manifest but holds files of other programs."""
     if file_size(root / MANIFEST) is not None:
         return
@@ -397,7 +400,7 @@ def refuse_foreign(root: Path) -> None:
         raise ManifestError(
             f"the folder is not empty (it holds {foreign[0]!r}) and has no manifest.json",
             where=root,
-            fix="give a new or an empty folder",
+            fix=fix,
         )
 
 

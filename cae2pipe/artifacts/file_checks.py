@@ -13,15 +13,21 @@ from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.storage import file_size, file_sizes, is_local
 from cae2pipe.errors import DamageError
 
+MISSING = "a file that the manifest lists is missing"
+CHANGED = "the file's content has changed: its SHA-256 differs from the manifest's"
 
-def presence(root: Path) -> Callable[[Mapping[str, FileEntry]], bool]:
+
+def presence(root: Path, listed: Mapping[str, int] | None = None) -> Callable[[Mapping[str, FileEntry]], bool]:
     """A function that says whether files of a folder are there, with the sizes of their entries.
 
     A remote folder is listed once, now. Local files are asked for, a million of them in a second: listing would visit
     every folder of every store.
+
+    Args:
+        listed: a remote folder's ``file_sizes``, if they are known.
     """
     if not is_local(root):
-        sizes = file_sizes(root)
+        sizes = file_sizes(root) if listed is None else listed
         return lambda files: all(sizes.get(path) == entry["bytes"] for path, entry in files.items())
     prefix = f"{root}/"
 
@@ -43,11 +49,11 @@ def presence(root: Path) -> Callable[[Mapping[str, FileEntry]], bool]:
 def check_file(path: Path, entry: FileEntry, *, digests: bool = True) -> DamageError | None:
     size = file_size(path)
     if size is None:
-        what = "a file that the manifest lists is missing"
+        what = MISSING
     elif size != entry["bytes"]:
         what = f"the file has {size} bytes instead of {entry['bytes']}: truncated or replaced"
     elif digests and sha256_file(path) != entry["sha256"]:
-        what = "the file's content has changed: its SHA-256 differs from the manifest's"
+        what = CHANGED
     else:
         return None
     return DamageError(what, where=path)

@@ -23,8 +23,9 @@ class EncoderUnit(TypedDict):
 @with_config(OPEN)
 class RunIdentity(TypedDict):
     """``targets``: the target set's fingerprint. ``order``: the version of the order of samples; missing in older runs,
-    which had version 1."""
+    which had version 1. ``init``: the digest of the weights that the encoder started from; missing for random ones."""
 
+    init: NotRequired[Sha256]
     settings: Values
     targets: Sha256
     order: NotRequired[Annotated[int, Field(ge=2)]]
@@ -40,8 +41,10 @@ class RunTeacher(TeacherEntry):
 
 @with_config(OPEN)
 class RunFacts(TypedDict):
-    """``stores``: the fingerprints of the stores that it was started with."""
+    """``stores``: the fingerprints of the stores that it was started with. ``init``: the name of the weights that the
+    encoder started from, if they were not random."""
 
+    init: NotRequired[str]
     stores: dict[StoreName, Sha256]
     teacher: RunTeacher
 

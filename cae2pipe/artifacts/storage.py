@@ -18,6 +18,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, cast
@@ -36,6 +37,25 @@ PASSING = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIM
 
 LOCAL = ("file", "local")
 """Protocols of URLs that name local paths."""
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "adl": "adlfs",
+    "hf": "huggingface_hub",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+    "oci": "ocifs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "webhdfs": "requests",
+    "hdfs": "pyarrow",
+}
+"""The packages that protocols need."""
 SHORTENED = re.compile(
     "(file|local|s3a?|gc?s|az|abfss?|adl|hf|https?|memory|s?ftp|ssh|(web)?hdfs|oci):/", re.IGNORECASE
 )
@@ -72,11 +92,13 @@ def to_path(text: str | os.PathLike[str]) -> Path:
         remote = UPath(text, use_listings_cache=False)
         _ = remote.fs
     except (ImportError, ValueError) as error:
+        package = PACKAGES.get(protocol.lower())
         raise BadInputError(
             f"this URL cannot be opened: {error}",
             where=text,
-            fix="install the file system's package (s3://: pip install s3fs; gs://: pip install gcsfs), or correct the "
-            "URL",
+            fix=f"pip install {package}, or correct the URL"
+            if package
+            else "correct the URL, or install the package of this file system",
         ) from None
     return cast(Path, remote)
 
@@ -256,11 +278,28 @@ def put_bytes(path: Path, data: bytes) -> None:
     remotely(path, lambda: fs.pipe_file(name, data))
 
 
-def put_file(local: Path, path: Path) -> None:
-    """Upload a file."""
+def put_file(local: Path, path: Path, moved: Callable[[int], None] | None = None) -> None:
+    """Upload a file.
+
+    Args:
+        moved: called with numbers of bytes as they are sent, in another thread perhaps; what it raises ends the upload.
+    """
+    from fsspec.callbacks import DEFAULT_CALLBACK, Callback  # type: ignore[import-untyped]
+
     fs, name = _remote(path)
     _make_parent(fs, name)
-    remotely(path, lambda: fs.put_file(str(local), name))
+    sent = 0
+
+    class Moved(Callback):  # type: ignore[misc]
+        def call(self, hook_name: str | None = None, **named: Any) -> None:
+            nonlocal sent
+            if moved and self.value > sent:  # less: in another try
+                more, sent = self.value - sent, self.value
+                moved(more)
+
+    remotely(path, lambda: fs.put_file(str(local), name, callback=Moved() if moved else DEFAULT_CALLBACK))
+    if moved and (left := local.stat().st_size - sent) > 0:  # a file system that tells nothing
+        moved(left)
 
 
 def fetch_file(path: Path, local: Path) -> None:
@@ -305,14 +344,21 @@ def no_conditional_writes(path: Path) -> StorageError:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove files; missing ones are ignored."""
+    """Remove files, remote ones several at a time; missing ones are ignored."""
+    remote = []
     for path in paths:
         if is_local(path):
             path.unlink(missing_ok=True)
-            continue
-        fs, name = _remote(path)
-        with suppress(FileNotFoundError):
-            remotely(path, functools.partial(fs.rm_file, name))
+        else:
+            remote.append(path)
+    with ThreadPoolExecutor(min(16, max(1, len(remote)))) as pool:
+        list(pool.map(_remove_remote, remote))
+
+
+def _remove_remote(path: Path) -> None:
+    fs, name = _remote(path)
+    with suppress(FileNotFoundError):
+        remotely(path, functools.partial(fs.rm_file, name))
 
 
 def make_folder(path: Path) -> None:

@@ -64,6 +64,9 @@ config_app.command("show", epilog=example("config show pretrain base"))(presets.
 teachers_app.command("list", epilog=example("teachers list"))(presets.teachers_list)
 teachers_app.command("fetch", epilog=example("teachers fetch clip-b16"))(presets.teachers_fetch)
 app.command(epilog=example("inspect targets"))(folders.inspect)
+app.command(epilog=example("copy targets s3://bucket/targets", "copy s3://bucket/targets /scratch/targets"))(
+    folders.copy
+)
 app.command(epilog=example("verify targets --repair --source shards"))(folders.verify)
 
 

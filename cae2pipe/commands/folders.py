@@ -1,4 +1,4 @@
-"""Commands for any folder that a stage made: inspect, verify."""
+"""Commands for any folder that a stage made: inspect, verify, copy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cae2pipe.commands.shared import console, errors, exits, local_path, path_or_url
+from cae2pipe.commands.shared import console, errors, exits, folder_or_url, local_path, path_or_url
 from cae2pipe.errors import FAILURE
 
 
@@ -97,3 +97,32 @@ def _verify_live(path: Path, live: int, weights: Path | None, *, device: str) ->
     if not audit.sound:
         errors.say("these are not the teacher's latents of these views", style="bold red")
         raise typer.Exit(FAILURE)
+
+
+def copy(
+    source: Annotated[
+        Path, typer.Argument(metavar="SET", help="A shard set or a target set (folder or URL).", parser=path_or_url)
+    ],
+    destination: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="Folder or URL (created, or resumed if it holds this set).",
+            parser=folder_or_url,
+        ),
+    ],
+    views: Annotated[int | None, typer.Option(min=1, help="Target sets: only this many views of every image.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also read what is there already, and copy damaged files again.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 8,
+) -> None:
+    """Copy a set between disks and object stores, checking every file against its manifest.
+
+    After an interruption, or if SET has grown, run the same command again.
+    """
+    with exits():
+        from cae2pipe.api import folders
+
+        result = folders.copy(source, destination, views=views, check=check, workers=workers)
+        console.say(result.summary())

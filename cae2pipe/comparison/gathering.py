@@ -63,6 +63,8 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
         seed = settings.pop("seed")
         # Not the set's own fingerprint, which does not depend on the images and the number of views.
         settings["target set"] = fingerprint([artifact.identity["targets"], artifact.facts["stores"]])[:8]
+        if "init" in artifact.identity:
+            settings["model.init"] = f"{artifact.facts.get('init')} {artifact.identity['init'][:8]}"
         key = canonical_json(settings)
         other = groups.setdefault(key, {}).setdefault(seed, run)
         if other != run:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cae2pipe.artifacts.manifest_targets import CodecIdentity
-from cae2pipe.config.base import Settings, added, not_fingerprinted
+from cae2pipe.config.base import Settings, added, build_recorded, not_fingerprinted
 from cae2pipe.config.fields import LocalPath
 
 ENLARGED = 1.28
@@ -26,6 +27,7 @@ def recommend_views(epochs: int) -> int:
 
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+GridSide = Annotated[int, Field(ge=1, le=1024)]
 
 
 class ShardSpeed(Settings):
@@ -62,14 +64,29 @@ class TeacherSettings(Settings):
     """open_clip only, with `vision_cfg`: the projection's width."""
     quick_gelu: bool | None = None
     """open_clip only: force QuickGELU on or off. None: as in the named model."""
-    image_size: int = Field(default=224, ge=16, le=4096)
-    """Side, in pixels, of the teacher's own input; stored views are resized to it."""
+    image_size: int | None = Field(default=None, ge=16, le=4096)
+    """Side, in pixels, of the teacher's own input; stored views are resized to it. null: the model's own."""
     stage: int | None = Field(default=None, ge=-64, le=64)
-    """timm convolutional networks: index of the feature map (as in features_only) that gives the latents."""
+    """timm networks with feature maps: index of the one (as in features_only) that gives the latents."""
+    output: Literal["own", "raw"] = added("own", before="raw")
+    """own: the latents are what the model itself uses: a class token only where its own output reads it, CLIP's
+    projection, the last feature map after its final norm. raw: any class token, timm's CLIP without its projection,
+    feature maps without norm, as in earlier sets."""
+    summary: bool | None = added(None, before=None)
+    """Whether the model's own output for the whole image (pooled, or projected by CLIP's head) is stored besides the
+    patches. null: where there is no class token and the latents are the model's last, unless `output` is raw."""
+    project: bool | None = added(None, before=None)
+    """Whether the head of CLIP, which projects into the space shared with text, is applied to all tokens. null: yes,
+    except for timm's models where `output` is raw."""
+    layers: tuple[int, ...] = added((), before=())
+    """ViTs: blocks, counted from 1, whose tokens are given besides the last block's, after the same final norm."""
     mean: tuple[float, float, float] | None = None
     """Channel means of the teacher's input. None: from the model's configuration."""
     std: tuple[float, float, float] | None = None
     """Channel standard deviations of the teacher's input. None: from the model's configuration."""
+    grid: tuple[GridSide, GridSide] | None = added(None, before=None)
+    """Rows and columns of the stored latents: the teacher's patches are averaged by area to this grid, the student's,
+    so that the teacher may see views at a higher resolution. null: the teacher's own grid."""
     precision: Precision = "auto"
     """Arithmetic of the teacher. auto: fp16 on CUDA (as published), fp32 elsewhere."""
 
@@ -77,6 +94,8 @@ class TeacherSettings(Settings):
     def _divides(self) -> TeacherSettings:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"teacher.std must be above 0, not {self.std}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"teacher.layers must be in ascending order, not {list(self.layers)}")
         return self
 
 
@@ -84,7 +103,7 @@ class ViewSettings(Settings):
     """How views are drawn (paper Table 8; order as in the released code: jitter, flip, crop)."""
 
     size: int = Field(default=224, ge=16, le=4096)
-    """Side of a view in pixels."""
+    """Side of a view in pixels, as stored and as the teacher sees it; a smaller student reads it reduced."""
     scale: tuple[float, float] = (0.4, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -161,6 +180,15 @@ class ExtractSettings(Settings):
     """Seed of the views' random draws."""
     shard: ShardSettings = not_fingerprinted(ShardSettings())
     speed: ExtractSpeed = ExtractSpeed()
+
+
+def teacher_as_begun(teacher: TeacherSettings, stored: Mapping[str, object], where: object) -> TeacherSettings:
+    """The teacher's settings for an existing set: those that were not given are the set's own, since defaults change
+    between versions. ``stored``: the teacher's settings in the set's manifest, ``where`` that is."""
+    begun = build_recorded(TeacherSettings, stored, where)
+    names = ("image_size", "output", "summary", "project", "layers")
+    updates = {name: getattr(begun, name) for name in names if name not in teacher.model_fields_set}
+    return teacher.model_copy(update=updates)
 
 
 def as_begun(codec: CodecSettings, stored: CodecIdentity) -> CodecSettings:

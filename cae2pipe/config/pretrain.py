@@ -22,7 +22,7 @@ class ModelSettings(Settings):
     heads: int = Field(default=12, ge=1, le=1024)
     """Attention heads of the encoder. Small has 6 in the paper, 12 in the released code."""
     image_size: int = Field(default=224, ge=16, le=4096)
-    """Side of the student's input in pixels; must equal the stored views'."""
+    """Side of the student's input in pixels, at most that of the stored views, which are reduced to it when loaded."""
     patch_size: int = Field(default=16, ge=1, le=1024)
     """Side of a patch in pixels."""
     layer_scale: float = Field(default=0.1, gt=0, le=1e3)
@@ -40,6 +40,9 @@ class ModelSettings(Settings):
     """Initial LayerScale of its blocks."""
     head: Literal["fc-ln", "ln-fc"] = "fc-ln"
     """Order of the head shared by encoder and regressor: paper fc-ln, released code ln-fc."""
+    init: str | None = not_fingerprinted(None, min_length=1)
+    """What the encoder starts from, instead of random weights: a run, an encoder.safetensors, timm:NAME or
+    timm:NAME@FILE of a plain ViT of its size, ... as `cae2pipe evaluate` takes them. Positions are resampled."""
 
     @model_validator(mode="after")
     def _fits(self) -> ModelSettings:

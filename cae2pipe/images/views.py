@@ -104,9 +104,14 @@ def draw_box(settings: ViewSettings, uniforms: list[float], height: int, *, widt
 
 
 def render_view(
-    image: Image.Image, draw: ViewDraw, settings: ViewSettings, grey: Image.Image | None = None
+    image: Image.Image,
+    draw: ViewDraw,
+    settings: ViewSettings,
+    grey: Image.Image | None = None,
+    *,
+    size: int | None = None,
 ) -> Image.Image:
-    """The view of an RGB image: ``settings.size`` pixels square.
+    """The view of an RGB image: ``size`` pixels square, by default ``settings.size``.
 
     Gives the pixels of the published order, bit for bit, without jittering the whole image: every operation except
     contrast's mean is per pixel, so only operations before that mean need the pixels outside the box. Brightness and
@@ -143,7 +148,8 @@ def render_view(
     crop = _look_up(crop, curve)
     if draw.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return resize(crop, settings.size, settings.size)
+    side = size or settings.size
+    return resize(crop, side, side)
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -140,7 +140,7 @@ def _decode(plan: Plan, piece: Piece, position: int, *, epoch: int, out: np.ndar
         out[...] = plan.fresh.render(image, key, epoch)
         return
     try:
-        view_into(image, piece.draws[position], plan.replayed, out)
+        view_into(image, piece.draws[position], plan.replayed, out, view_size=plan.view_size)
     except ImageError as error:
         raise DamageError(error.what, where=f"key {key}", fix=error.fix) from None
 

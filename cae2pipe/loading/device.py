@@ -11,16 +11,22 @@ import torch
 from cae2pipe.errors import DamageError, ImageError
 from cae2pipe.images.device_views import render_views
 from cae2pipe.images.jpeg import VERIFY, decode_jpegs
+from cae2pipe.images.reduced import reduced_views
 from cae2pipe.loading.batches import Batch, join
 from cae2pipe.runtime.threads import in_threads
 from cae2pipe.runtime.upload import upload_ahead
 
 
 def on_device(
-    steps: Iterator[list[Batch]], axes: Mapping[str, int], device: torch.device, *, backend: str | None = None
+    steps: Iterator[list[Batch]],
+    axes: Mapping[str, int],
+    device: torch.device,
+    *,
+    backend: str | None = None,
+    view_size: int | None = None,
 ) -> Iterator[Batch]:
     """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples. ``backend``: compiler
-    for the cutting of replayed views on the device; None: eager.
+    for the cutting of replayed views on the device; None: eager. ``view_size``: as in ``decoded``.
 
     Parts are copied to a CUDA device as they come from the workers and joined there: joining hundreds of megabytes per
     step on the host would delay the loop. Threads copy them into pinned memory, a separate CUDA stream copies them to
@@ -28,7 +34,7 @@ def on_device(
     """
     if device.type != "cuda":
         for parts in steps:
-            batch = decoded(join(parts, axes).to(device), device, backend)
+            batch = decoded(join(parts, axes).to(device), device, backend, view_size=view_size)
             # Otherwise they would keep their memory while the batch is in use.
             del parts
             yield batch
@@ -36,7 +42,7 @@ def on_device(
     stream = torch.cuda.Stream(device)
 
     def move(parts: list[Batch]) -> Batch:
-        return decoded(join([part.to(device) for part in parts], axes), device, backend)
+        return decoded(join([part.to(device) for part in parts], axes), device, backend, view_size=view_size)
 
     with closing(in_threads(_pin, ((parts,) for parts in steps), 2, most=3)) as pinned:
         yield from upload_ahead(pinned, move, device, stream=stream)
@@ -46,9 +52,9 @@ def _pin(parts: list[Batch]) -> list[Batch]:
     return [part.map(lambda tensor: tensor.pin_memory()) for part in parts]
 
 
-def decoded(batch: Batch, device: torch.device, backend: str | None = None) -> Batch:
+def decoded(batch: Batch, device: torch.device, backend: str | None = None, *, view_size: int | None = None) -> Batch:
     """The batch with its JPEGs decoded on the device and replayed views cut from them, if workers left this to the
-    device.
+    device. ``view_size``: side of stored views in pixels, which are reduced to the batch's; None: the batch's.
 
     Raises:
         DamageError: one is not a JPEG of a view, or not of the image that a view was drawn for. Others as
@@ -63,12 +69,12 @@ def decoded(batch: Batch, device: torch.device, backend: str | None = None) -> B
         return replace(batch, pixels=whole)
     keys, size, replayed = [batch.keys[row] for row in jpegs], whole.shape[-1], batch.draws.shape[1] > 0
     try:
-        images = decode_jpegs(list(jpegs.values()), keys, device, size=None if replayed else size)
+        images = decode_jpegs(list(jpegs.values()), keys, device, size=None if replayed else view_size or size)
         if replayed:
             names = [f"key {key}" for key in keys]
             pixels = render_views(images, batch.draws[list(jpegs)], size, backend=backend, names=names)
         else:
-            pixels = torch.stack(images)
+            pixels = reduced_views(torch.stack(images), size)
     except ImageError as error:
         raise DamageError(error.what, where=f"step {batch.step}, {error.where}", fix=VERIFY) from None
     if len(jpegs) == len(whole):

@@ -20,8 +20,9 @@ class Plan:
 
     ``units`` are what readers need of the stores' manifest entries, by name, ``blocks`` the blocks in sorted order.
     ``batch`` counts loaded views; each gets ``repeat`` masks. ``arrays`` names the blocked arrays that go to the
-    device; ``guides`` those that guide the masks and stay in the workers. ``replayed``: how views are cut from the
-    images that the set keeps; None if it keeps the views. ``fresh``: views are cut from the originals instead.
+    device; ``guides`` those that guide the masks and stay in the workers. ``size`` is the side of a batch's pixels,
+    ``view_size`` that of the set's views, which are reduced to it. ``replayed``: how views are cut from the images that
+    the set keeps; None if it keeps the views. ``fresh``: views are cut from the originals instead.
     ``decode``: if False, JPEGs are decoded and views cut on the device.
     """
 
@@ -30,6 +31,7 @@ class Plan:
     blocks: BlockList
     layout: StoreLayout
     size: int
+    view_size: int
     seed: int
     epochs: int
     batch: int

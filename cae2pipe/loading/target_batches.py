@@ -25,7 +25,7 @@ from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.paths import of_store
-from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.targets.target_set import TargetSet, reading_size
 
 STREAMS = 16
 """Most streams of a rank, and with them most workers. Each has about ``WINDOW`` + 2 blocks in memory."""
@@ -74,6 +74,8 @@ class TargetBatches(IterableDataset[TargetBatch]):
         scaled: multiply each token by its stored length, which gives the teacher's own latents. Otherwise tokens have
             unit length, up to the codec's error.
         pixels: ``uint8``, or ``float``: from 0 to 1. Neither is normalised by a mean.
+        image_size: side of the pixels, at most the views' own, which are then reduced. None: the ``image_size`` with
+            which the set was opened, that of its views if none was given.
         views: use only the first so many stored views of each image. None: all.
         seed: of the order.
         drop_last: omit the last batch if it is smaller than the others. Otherwise it holds what remains of the
@@ -101,6 +103,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
         layout: Literal["map", "tokens"] = "map",
         scaled: bool = False,
         pixels: Literal["uint8", "float"] = "uint8",
+        image_size: int | None = None,
         views: int | None = None,
         seed: int = 0,
         drop_last: bool = False,
@@ -129,6 +132,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
             seed=seed,
             drop_last=drop_last,
             scaled=scaled,
+            image_size=image_size,
             cache=BlockCache(to_local_path(cache), int(cache_gb * 1e9)) if cache else None,
         )
 
@@ -214,12 +218,13 @@ def batch_plan(
     seed: int,
     drop_last: bool,
     scaled: bool,
+    image_size: int | None,
     cache: BlockCache | None,
 ) -> Plan:
     """What the loader must know. It draws no masks: a grid of one patch, which is visible.
 
     Raises:
-        SettingsError: the set has not so many views, or not enough images for a batch of all ranks.
+        SettingsError: the set has not so many views or pixels, or not enough images for a batch of all ranks.
     """
     if views is not None and not 1 <= views <= targets.views:
         raise SettingsError(
@@ -246,7 +251,8 @@ def batch_plan(
         units=StoreUnits(targets, names),
         blocks=blocks,
         layout=targets.layout,
-        size=targets.view_size,
+        size=targets.image_size if image_size is None else reading_size(targets, image_size),
+        view_size=targets.view_size,
         seed=seed,
         epochs=1,
         batch=batch,

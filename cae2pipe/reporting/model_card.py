@@ -56,6 +56,7 @@ def _training(run: RunArtifact) -> str:
         "method": f"{settings.method} ({PAPER}), recipe {settings.recipe}",
         "teacher": _teacher(run.facts["teacher"]),
         "targets": f"{settings.targets}, target set {run.identity['targets'][:16]}",
+        **({"started from": _init(run)} if "init" in run.facts else {}),
         "epochs": settings.epochs,
         "batch": settings.data.batch,
         "masked patches": f"{masks.count or f'{100 * masks.ratio:g}%'}, {masks.strategy}",
@@ -72,6 +73,10 @@ def _teacher(facts: RunTeacher) -> str:
     if "library" in facts:
         name += f" ({facts['library']}), weights {facts['weights'][:16]}"
     return name
+
+
+def _init(run: RunArtifact) -> str:
+    return f"{run.facts['init']}, weights {run.identity['init'][:16]}"
 
 
 def _channels(values: Sequence[float]) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WINDOW = 60.0
 """Seconds over which the rate is measured."""
+BYTES = "bytes"
+"""The unit that is shown as kB, MB, ..."""
 ADVANCES = 8
 """Number of the latest advances that the rate covers at least, where they are rarer."""
 
@@ -142,8 +144,7 @@ class Tracked:
 
     def amounts(self) -> list[str]:
         """Done of all, rate, time since the phase began, time left; of these what is known."""
-        unit = singular(self.unit) if self.n == 1 else self.unit
-        parts = [] if self.n is None else [f"{self.done}/{self.n} {unit}"]
+        parts = [] if self.n is None else [done_of(self.done, self.n, self.unit)]
         rate = self.rate()
         if rate is not None:
             parts.append(speed(rate, self.unit))
@@ -282,8 +283,17 @@ def four_digits(value: float) -> str:
     return f"{value:.4g}"
 
 
+def done_of(done: int, n: int, unit: str) -> str:
+    """How much is done: ``3/8 files``; ``1.5 GB/12 GB``."""
+    if unit == BYTES:
+        return f"{gigabytes(done)}/{gigabytes(n)}"
+    return f"{done}/{n} {singular(unit) if n == 1 else unit}"
+
+
 def speed(rate: float, unit: str) -> str:
-    """Units per second, or per minute or hour where these are less than one."""
+    """Units per second, or per minute or hour where these are less than one. Of bytes, those in larger units."""
+    if unit == BYTES:
+        return f"{gigabytes(rate)}/s"
     for period, seconds in (("s", 1), ("min", 60), ("h", 3600)):
         if rate * seconds >= 1 or period == "h":
             break

@@ -114,9 +114,12 @@ class TargetSet(Sequence[Target]):
         arrays: type of the arrays in items, ``numpy`` or ``torch``.
         damaged: what to do with views of which a file is missing or differs in size from its manifest entry:
             ``refuse`` the set, or ``omit`` them from ``stores``; ``damage`` then lists the problems.
+        image_size: side of items' pixels, as a student of this size sees them, at most ``view_size``. None:
+            ``view_size``, as the teacher sees them.
 
     Raises:
-        ManifestError: not a target set, or one without calibration or stores.
+        SettingsError: views have fewer pixels than ``image_size``. ManifestError: not a target set, or one without
+        calibration or stores.
         DamageError: the calibration, or a file of a store, is missing or differs in size from its manifest entry.
     """
 
@@ -127,6 +130,7 @@ class TargetSet(Sequence[Target]):
         arrays: Literal["numpy", "torch"] = "numpy",
         *,
         damaged: Literal["refuse", "omit"] = "refuse",
+        image_size: int | None = None,
     ):
         self.root = root = to_path(root)
         self.arrays = arrays
@@ -136,7 +140,7 @@ class TargetSet(Sequence[Target]):
             raise ManifestError(
                 "this target set has no finished store yet",
                 where=root,
-                fix="run `cae2pipe extract-targets` with the same arguments as before",
+                fix="run the same command again, `cae2pipe extract-targets` or `cae2pipe copy`",
             )
         self.groups = read_groups(self.artifact)
         self.calibration = self.groups[PATCHES].calibration
@@ -166,6 +170,7 @@ class TargetSet(Sequence[Target]):
         )
         self.view = recorded_view(self.artifact.identity["settings"])
         self.view_size = self.view.size
+        self.image_size = reading_size(self, image_size)
         self.classes = self.artifact.facts["classes"]
         self.layout = self.groups[PATCHES].layout
         self._names = sorted(self.stores)
@@ -212,7 +217,7 @@ class TargetSet(Sequence[Target]):
 
     def _read(self, name: str, block: int) -> list[Target]:
         stored = self.reader(name, self.groups).block(block)
-        pixels = torch.from_numpy(self.pixels(stored))
+        pixels = torch.from_numpy(self.pixels(stored, size=self.image_size))
         columns = {group: self._tokens(stored, group) for group in self.groups}
         attention = torch.from_numpy(stored.arrays["attention"].copy()) if self.layout.attention else None
         layers = {layer: columns[group] for group in columns if (layer := layer_of(group)) is not None}
@@ -250,15 +255,24 @@ class TargetSet(Sequence[Target]):
         """How views are cut from the images that the set keeps; None where it keeps the views themselves."""
         return self.view if self.view.pixels == "replayed" else None
 
-    def pixels(self, block: StoredBlock, positions: Sequence[int] | None = None) -> np.ndarray:
-        """The views of a block, or those at some positions in it, uint8 (b, H, W, 3).
+    def pixels(
+        self, block: StoredBlock, positions: Sequence[int] | None = None, *, size: int | None = None
+    ) -> np.ndarray:
+        """The views of a block, or those at some positions in it, uint8 (b, size, size, 3); by default of
+        ``view_size``.
 
         Raises:
             ImageError: an image cannot be decoded, or is not the one its draw was made for.
         """
         return np.stack(
             [
-                view_pixels(block.jpegs[position], block.draws[position], self.replayed, size=self.view_size)
+                view_pixels(
+                    block.jpegs[position],
+                    block.draws[position],
+                    self.replayed,
+                    size=size or self.view_size,
+                    view_size=self.view_size,
+                )
                 for position in (range(len(block.jpegs)) if positions is None else positions)
             ]
         )
@@ -312,6 +326,18 @@ class TargetSet(Sequence[Target]):
             if name != PATCHES
         }
         return {PATCHES: self.bytes_per_view()["latents"] - sum(more.values()), **more}
+
+
+def reading_size(targets: TargetSet, image_size: int | None) -> int:
+    """Side of the pixels to read from a set's views: ``image_size``, or the views' own. Raises SettingsError if views
+    have fewer pixels."""
+    if image_size is None or 1 <= image_size <= targets.view_size:
+        return image_size or targets.view_size
+    raise SettingsError(
+        f"image_size={image_size}, and the set's views have {targets.view_size} pixels",
+        where=str(targets.root),
+        fix=f"use 1 to {targets.view_size}",
+    )
 
 
 def stores_of(artifact: TargetsArtifact) -> Stores:

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
-from cae2pipe.config.base import build
+from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import MismatchError, TeacherError
 from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.teachers.token_grid import ResampledTeacher
 from cae2pipe.teachers.weights import check_present
 
 
@@ -18,9 +19,15 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     """The teacher that the settings describe, frozen, on the device.
 
     Raises:
-        TeacherError: unknown model, or weights that are missing, unsafe or do not fit.
+        TeacherError: unknown model, weights that are missing, unsafe or do not fit, or a grid finer than the model's.
     """
-    foreign = ("stage",) if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
+    teacher = model_of(settings, device)
+    return teacher if settings.grid is None else ResampledTeacher(teacher, settings.grid)
+
+
+def model_of(settings: TeacherSettings, device: torch.device) -> Teacher:
+    """The same with the model's own grid."""
+    foreign = () if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
     if misplaced := [name for name in foreign if getattr(settings, name) is not None]:
         raise TeacherError(
             f"teacher.{misplaced[0]} does not apply to teacher.kind {settings.kind}",
@@ -50,7 +57,7 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
     Raises:
         TeacherError: it cannot be loaded. MismatchError: the weights differ.
     """
-    settings = build(TeacherSettings, artifact.identity["settings"]["teacher"], where=artifact.root)
+    settings = build_recorded(TeacherSettings, artifact.identity["settings"]["teacher"], where=artifact.root)
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
     try:

@@ -1,11 +1,7 @@
-"""Visual towers of open_clip: all tokens through the final norm and the projection."""
+"""Visual towers of open_clip's own: all tokens through the final norm and the projection."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +10,10 @@ from torch import Tensor, nn
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
-from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.hub import pretrained_file
+from cae2pipe.teachers.open_clip_towers import build_tower, is_resnet, normalisation, tower_shape
 from cae2pipe.teachers.protocol import (
+    Outputs,
     Teacher,
     TeacherInfo,
     TeacherOutput,
@@ -24,25 +21,36 @@ from cae2pipe.teachers.protocol import (
     class_attention,
     teacher_precision,
 )
-from cae2pipe.teachers.weights import load_strictly, read_weights, safetensors_metadata, weights_digest
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
 
 
 class OpenClipTeacher(Teacher):
-    """A CLIP vision transformer. Its latents are in the space shared with text."""
+    """A CLIP vision transformer: all tokens in the space shared with text, or, where its output does not read its class
+    token, the patches after the final norm."""
 
-    def __init__(self, tower: Any, info: TeacherInfo, device: torch.device):
+    def __init__(self, tower: Any, info: TeacherInfo, device: torch.device, *, project: bool = True):
         super().__init__(info, device)
         self.tower = tower.to(device).eval().requires_grad_(False)
+        self.project = project
         last = self.tower.transformer.resblocks[-1]
-        if isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
+        if info.class_token and isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
             last.register_forward_pre_hook(self._attend)
 
     def tokens(self, pixels: Tensor) -> TeacherOutput:
-        x = self.tower.transformer(self.tower._embeds(pixels))
-        return TeacherOutput(self.tower.ln_post(x) @ self.tower.proj, self._attention)
+        x = self.tower._embeds(pixels)
+        layers = {}
+        if self.info.layers:
+            x, taps = self.tower.transformer.forward_intermediates(x, indices=[n - 1 for n in self.info.layers])
+            layers = {block: self._chosen(tap) for block, tap in zip(self.info.layers, taps, strict=True)}
+        else:
+            x = self.tower.transformer(x)
+        summary = pooled(self.tower, x) if self.info.summary else None
+        return TeacherOutput(self._chosen(x), self._attention, summary, layers)
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        tokens: Tensor = final_norm(self.tower)(x)
+        tokens = tokens if self.info.class_token else tokens[:, 1:]
+        return tokens @ self.tower.proj if self.project else tokens
 
     def _attend(self, block: Any, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0]
@@ -57,94 +65,126 @@ class OpenClipTeacher(Teacher):
         self._attention = class_attention(q, k)
 
 
-def load_open_clip(settings: TeacherSettings, device: torch.device) -> OpenClipTeacher:
+class OpenClipResNet(Teacher):
+    """The last feature map of CLIP's ResNet, before its attention pool."""
+
+    def __init__(self, tower: Any, info: TeacherInfo, device: torch.device):
+        super().__init__(info, device)
+        self.tower = tower.to(device).eval().requires_grad_(False)
+
+    def tokens(self, pixels: Tensor) -> TeacherOutput:
+        x = self.tower.stem(pixels)
+        for part in (self.tower.layer1, self.tower.layer2, self.tower.layer3, self.tower.layer4):
+            x = part(x)
+        summary = self.tower.attnpool(x) if self.info.summary else None
+        return TeacherOutput(x.flatten(2).transpose(1, 2), None, summary)
+
+
+def pooled(tower: Any, x: Tensor) -> Tensor:
+    """What ``encode_image`` gives, (B, W), from the last block's tokens."""
+    own: Tensor = tower._pool(x)[0]
+    return own if tower.proj is None else own @ tower.proj
+
+
+def final_norm(tower: Any) -> Any:
+    """The norm of tokens: the tower's own, or that of its attention pool."""
+    return tower.ln_post if tower.attn_pool is None else tower.attn_pool.ln_k
+
+
+def reads_class_token(tower: Any) -> bool:
+    """Whether the tower's output is its class token."""
+    return tower.attn_pool is None and tower.pool_type == "tok"
+
+
+def load_open_clip(settings: TeacherSettings, device: torch.device) -> Teacher:
     """The visual tower that the settings name.
 
     Raises:
-        TeacherError: unknown model or tag, weights that are missing or do not fit, an activation that differs from the
-            weights' training, or a tower that is not a plain vision transformer.
+        TeacherError: unknown model or tag, weights that are missing or do not fit, or an activation that differs from
+            the weights' training.
     """
     from open_clip import get_pretrained_cfg
-    from open_clip.model import _build_vision_tower
 
     shape = tower_shape(settings)
     pretrained = get_pretrained_cfg(settings.name, settings.pretrained) if settings.pretrained else {}
+    config = shape["vision_cfg"]
+    mean, std = normalisation(settings, pretrained)
+    if config.get("timm_model_name"):
+        from cae2pipe.teachers.open_clip_timm import load_trunk
+
+        return load_trunk(settings, shape, device, mean=mean, std=std)
+    if settings.stage is not None:
+        raise TeacherError("the tower has no feature maps to choose from", where="teacher.stage", fix="omit it")
     check_activation(settings, shape["quick_gelu"], pretrained)
-    config = {**shape["vision_cfg"], "image_size": settings.image_size}
-    check_tower(config, settings)
+    tower = build_tower(shape)
+    outputs = tower_outputs(tower, settings, shape)
     path = settings.weights or pretrained_file(settings)
-    try:
-        tower = _build_vision_tower(shape["embed_dim"], config, quick_gelu=shape["quick_gelu"])
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        reraise_exhaustion(error)
-        raise TeacherError(
-            f"open_clip cannot build this tower: {error}",
-            where="teacher.vision_cfg",
-            fix="its keys must be fields of open_clip's CLIPVisionCfg; see open_clip's model configurations",
-        ) from None
     state = visual_state(read_weights(path))
-    grid = tower.grid_size
     if "positional_embedding" in state:
-        state["positional_embedding"] = resize_positions(state["positional_embedding"], grid)
+        state["positional_embedding"] = resize_positions(state["positional_embedding"], (outputs.rows, outputs.cols))
+    if "attnpool.positional_embedding" in state:
+        name = "attnpool.positional_embedding"
+        state[name] = resize_positions(state[name], (outputs.rows, outputs.cols))
+    # Counters of batches are not weights, and fp16 exports omit them.
+    own = tower.state_dict()
+    state |= {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in state}
     load_strictly(tower, state, where=path)
+    architecture: dict[str, Any] = {**shape, "vision_cfg": config}
+    project = projects_tokens(tower, settings)
+    if not project and outputs.class_token:
+        architecture["projected"] = False
     info = TeacherInfo(
         library="open_clip",
         name=settings.name,
-        architecture={**shape, "vision_cfg": config},
+        architecture=architecture,
         weights=weights_digest(tower),
-        dim=shape["embed_dim"],
-        rows=grid[0],
-        cols=grid[1],
-        class_token=True,
-        image_size=settings.image_size,
-        mean=settings.mean or tuple(pretrained.get("mean", CLIP_MEAN)),
-        std=settings.std or tuple(pretrained.get("std", CLIP_STD)),
+        dim=outputs.dim,
+        rows=outputs.rows,
+        cols=outputs.cols,
+        class_token=outputs.class_token,
+        image_size=config["image_size"],
+        mean=mean,
+        std=std,
         precision=teacher_precision(settings.precision, device),
+        summary=outputs.summary,
+        layers=tuple(settings.layers),
     )
-    return OpenClipTeacher(tower, info, device)
+    if is_resnet(config):
+        return OpenClipResNet(tower, info, device)
+    return OpenClipTeacher(tower, info, device, project=project)
 
 
-def tower_shape(settings: TeacherSettings) -> dict[str, Any]:
-    """``vision_cfg``, ``embed_dim`` and ``quick_gelu``: from the settings, else from the weights file's metadata, else
-    from open_clip's model of that name."""
-    from open_clip import get_model_config, list_models
-
-    if settings.vision_cfg is not None:
-        known = {**described_shape(settings.weights), "vision_cfg": settings.vision_cfg}
-    elif settings.name in list_models():
-        known = get_model_config(settings.name)
-    else:
-        known = described_shape(settings.weights)
-    if not isinstance(known.get("vision_cfg"), dict):
-        nearest = difflib.get_close_matches(settings.name, list_models(), n=1)
+def projects_tokens(tower: Any, settings: TeacherSettings) -> bool:
+    """Whether the projection is applied to all tokens. Raises TeacherError if that is asked of a tower that pools."""
+    plain = hasattr(tower, "transformer") and reads_class_token(tower) and tower.proj is not None
+    if settings.project and not plain:
         raise TeacherError(
-            f"open_clip has no model {settings.name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
-            where="teacher.name",
-            fix="give one of open_clip.list_models(), or teacher.vision_cfg and teacher.embed_dim",
+            f"the tower of {settings.name} pools its tokens before they are projected",
+            where="teacher.project",
+            fix="omit it; teacher.summary gives the projected embedding",
         )
-    embed_dim = settings.embed_dim or known.get("embed_dim")
-    if embed_dim is None:
-        raise TeacherError("the projection's width is unknown", where="teacher.embed_dim", fix="set it")
-    quick_gelu = settings.quick_gelu if settings.quick_gelu is not None else bool(known.get("quick_gelu", False))
-    return {"vision_cfg": dict(known["vision_cfg"]), "embed_dim": embed_dim, "quick_gelu": quick_gelu}
+    return plain and settings.project is not False
 
 
-def described_shape(weights: Path | None) -> dict[str, Any]:
-    """``vision_cfg`` (JSON), ``embed_dim`` and ``quick_gelu`` from a safetensors file's metadata."""
-    metadata = safetensors_metadata(weights) if weights else {}
-    readers: dict[str, Callable[[str], Any]] = {
-        "vision_cfg": json.loads,
-        "embed_dim": int,
-        "quick_gelu": lambda text: text.lower() == "true",
-    }
-    try:
-        return {name: read(metadata[name]) for name, read in readers.items() if name in metadata}
-    except ValueError as error:
+def tower_outputs(tower: Any, settings: TeacherSettings, shape: dict[str, Any]) -> Outputs:
+    """Which latents a tower of open_clip's own gives. Raises TeacherError for layers that it does not have."""
+    config, width = shape["vision_cfg"], shape["embed_dim"]
+    blocks = 0 if is_resnet(config) else len(tower.transformer.resblocks)
+    if wrong := [block for block in settings.layers if not 1 <= block <= blocks]:
         raise TeacherError(
-            f"the file's metadata does not describe a tower: {error}",
-            where=weights,
-            fix="give teacher.vision_cfg, teacher.embed_dim and teacher.quick_gelu, and a file without such metadata",
-        ) from None
+            f"the tower of {settings.name} has no block {wrong[0]}" + (f", only 1 to {blocks}" if blocks else ""),
+            where="teacher.layers",
+            fix="change it",
+        )
+    if is_resnet(config):
+        check_grid(config["image_size"], 32)
+        side = config["image_size"] // 32
+        wanted = settings.summary if settings.summary is not None else settings.output == "own"
+        return Outputs(tower.layer4[-1].bn3.num_features, side, side, False, width if wanted else None)
+    class_token = reads_class_token(tower)
+    wanted = settings.summary if settings.summary is not None else settings.output == "own" and not class_token
+    dim = width if projects_tokens(tower, settings) else tower.conv1.out_channels
+    return Outputs(dim, tower.grid_size[0], tower.grid_size[1], class_token, width if wanted else None)
 
 
 def check_activation(settings: TeacherSettings, quick_gelu: bool, pretrained: dict[str, Any]) -> None:
@@ -161,27 +201,15 @@ def check_activation(settings: TeacherSettings, quick_gelu: bool, pretrained: di
     )
 
 
-def check_tower(config: dict[str, Any], settings: TeacherSettings) -> None:
-    """Refuse towers whose tokens are not those of a plain vision transformer with a class token."""
-    patch = config.get("patch_size", 16)
-    reasons = {
-        "it is a timm tower": bool(config.get("timm_model_name")),
-        "it is a ResNet": isinstance(config.get("layers"), list | tuple),
-        "it pools by attention": bool(config.get("attentional_pool")),
-        "its final norm comes after pooling": bool(config.get("final_ln_after_pool")),
-        "it pools the mean of its patches, so its class token is not trained": config.get("pool_type") == "avg",
-    }
-    if reason := next((text for text, holds in reasons.items() if holds), None):
-        raise TeacherError(
-            f"the tower of {settings.name} does not give a class token and one token per patch: {reason}",
-            where="teacher.name",
-            fix="use a ViT tower; for a timm tower set teacher.kind=timm",
-        )
-    if not isinstance(patch, int) or patch < 1:
-        raise TeacherError(
-            f"the tower's patch_size is {patch!r}", where="teacher.vision_cfg", fix="give a number of pixels"
-        )
-    check_grid(settings.image_size, patch)
+def latents_shape(settings: TeacherSettings) -> Outputs:
+    """Which latents a tower gives, without its weights."""
+    shape = tower_shape(settings)
+    if shape["vision_cfg"].get("timm_model_name"):
+        from cae2pipe.teachers.open_clip_timm import trunk_outputs
+
+        return trunk_outputs(settings, shape)
+    with torch.device("meta"):
+        return tower_outputs(build_tower(shape), settings, shape)
 
 
 def visual_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

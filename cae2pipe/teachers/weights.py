@@ -104,6 +104,12 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: object)
     Raises:
         TeacherError: some are missing, unexpected, or of another shape.
     """
+    check_fit(module, state, where)
+    module.load_state_dict(state)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], where: object) -> None:
+    """Raise TeacherError unless names and shapes are exactly a module's."""
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
@@ -118,7 +124,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: object)
             where=where,
             fix="check that teacher.name (or teacher.vision_cfg) is the model of these weights",
         )
-    module.load_state_dict(state)
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.images.jpeg import device_decoder
 from cae2pipe.methods.registry import check_method
@@ -77,15 +77,46 @@ def check_views(targets: TargetSet, settings: PretrainSettings) -> None:
         raise SettingsError(
             f"grid mismatch: student {grid} x {grid} patches, target set {teacher.rows} x {teacher.cols}",
             where=f"{targets.root}, teacher {teacher.name}",
-            fix=f"set model.image_size / model.patch_size so that the grid is {teacher.rows}, "
-            "or make targets with a teacher that has the student's grid",
+            fix=ways_to_fit(targets, settings.model, own_grid=True),
         )
-    if targets.view_size != settings.model.image_size:
+    if targets.view_size < settings.model.image_size:
         raise SettingsError(
             f"image size mismatch: student {settings.model.image_size} pixels, stored views {targets.view_size}",
             where=str(targets.root),
-            fix=f"--set model.image_size={targets.view_size}",
+            fix=ways_to_fit(targets, settings.model, own_grid=guided or settings.loss.target != "pixels"),
         )
+    if settings.targets == "online" and targets.view_size != settings.model.image_size:
+        raise SettingsError(
+            f"an online teacher sees the student's {settings.model.image_size} pixels, but the stored latents are of "
+            f"views of {targets.view_size}",
+            where=str(targets.root),
+            fix=f"--set targets=cached, or --set model.image_size={targets.view_size}",
+        )
+
+
+def ways_to_fit(targets: TargetSet, model: ModelSettings, *, own_grid: bool) -> str:
+    """How student and target set can be made to fit: the fewest settings of the student, or else one of the set.
+
+    ``own_grid``: whether the student must have the set's grid.
+    """
+    rows, cols, views = targets.teacher.rows, targets.teacher.cols, targets.view_size
+    if not own_grid:
+        return f"--set model.image_size={views - views % model.patch_size}"
+    ways = []
+    if rows == cols <= views:
+        side = rows * model.patch_size
+        if side <= views and side != model.image_size:
+            ways.append(f"--set model.image_size={side}")
+        elif model.image_size <= views and model.image_size % rows == 0:
+            ways.append(f"--set model.patch_size={model.image_size // rows}")
+        else:
+            patch = views // rows
+            ways.append(f"--set model.image_size={rows * patch} --set model.patch_size={patch}")
+    if model.grid == rows == cols:
+        ways.append(f"make targets with --set view.size={model.image_size}")
+    elif model.grid <= min(rows, cols):
+        ways.append(f"make targets with --set teacher.grid=[{model.grid},{model.grid}]")
+    return ", or ".join(ways) or "make targets with a teacher that has the student's grid"
 
 
 def check_parts(settings: PretrainSettings, ranks: int) -> None:

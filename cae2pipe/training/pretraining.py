@@ -85,7 +85,7 @@ class Pretraining:
         world, speed = self.world, self.settings.speed
         parts = load_parts(self.plan, self.start, worker_count(speed.workers), rank=world.rank, ranks=world.ranks)
         backend = "inductor" if compiles(speed.compile, world.device) else None
-        batches = on_device(parts, self._step.axes, world.device, backend=backend)
+        batches = on_device(parts, self._step.axes, world.device, backend=backend, view_size=self.plan.view_size)
         return with_room(batches, self.settings.loaded_batch // world.ranks, speed)
 
     def step(self, item: Batch, flags: Flags) -> Outcome:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.artifacts import storage
+from cae2pipe.artifacts import storage, transfer
 from cae2pipe.artifacts.lock import can_lock, writing
 from cae2pipe.artifacts.storage import file_sizes, put_bytes, read_bytes, remove, to_path
 from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.errors import BadInputError, DamageError, LockedError, StorageError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
+from cae2pipe.stages.copy_set import copy_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.verify import verify
@@ -44,6 +45,25 @@ def test_shard_extract_pretrain_and_verify(
     assert [p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_file()] == [
         p.read_bytes() for p in (tmp_path / "local" / "checkpoints").iterdir() if p.is_file()
     ]
+
+
+def test_a_set_is_copied_there_and_back(bucket, target_root, tmp_path, monkeypatch, moods) -> None:
+    shards_root = target_root / "shards"
+    monkeypatch.setattr(transfer, "PIECE", 5000)  # so that some files count as large
+    there, back = to_path(f"{bucket}/set"), tmp_path / "back"
+    moods.extend([BUSY] * 2)
+    assert copy_set(shards_root, there, report=Silent(), workers=2).complete
+    assert moods == []
+    assert remote_contents(there) == contents(shards_root)
+    assert file_sizes(there / ".locks") == {}
+    assert copy_set(there, to_path(f"{bucket}/other"), report=Silent(), workers=2).complete
+    assert remote_contents(to_path(f"{bucket}/other")) == contents(shards_root)
+    copy_set(there, back, report=Silent(), workers=2)
+    assert contents(back) == contents(shards_root)
+    remove([there / "tars/000001.tar"])
+    with pytest.raises(DamageError, match="is missing"):
+        copy_set(there, tmp_path / "again", report=Silent(), workers=2)
+    assert copy_set(back, there, report=Silent()).brought == 1
 
 
 def test_a_source_on_an_object_store(bucket, photos, tmp_path, extract_settings) -> None:

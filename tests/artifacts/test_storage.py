@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import uuid
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from cae2pipe.artifacts.storage import (
     file_sizes,
     is_local,
     put_bytes,
+    put_file,
     read_bytes,
     read_many,
     read_range,
@@ -50,6 +52,23 @@ def test_paths_stay_paths_and_urls_become_places(remote: Path) -> None:
 def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(BadInputError, match="cannot be opened"):
         to_path("nowhere://x")
+
+
+@pytest.mark.parametrize(("text", "package"), [("gs://bucket/set", "gcsfs"), ("abfs://store/set", "adlfs")])
+def test_the_package_of_a_file_system_is_named(text, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(BadInputError, match="cannot be opened") as caught:
+        to_path(text)
+    assert f"pip install {package}, " in str(caught.value.fix)
+
+
+def test_an_upload_tells_how_far_it_is(remote: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 20_000_000)
+    moved: list[int] = []
+    put_file(tmp_path / "file", remote / "file", moved.append)
+    assert sum(moved) == file_size(remote / "file") == 20_000_000
+    assert len(moved) > 1
 
 
 @pytest.mark.parametrize("text", ["http://", "s3:///", "://x", "memory://"])

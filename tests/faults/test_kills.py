@@ -107,6 +107,7 @@ def jobs(
         "finetune": (Job("finetune", data, Path(), FinetuneSettings(**tuning)), lambda out: None),
         "extract": (Job("extract", photos, Path(), settings), lambda out: None),
         "shard": (Job("shard", photos, Path(), settings), begun),
+        "copy": (Job("copy", target_root, Path(), settings), lambda out: None),
         "recode": (Job("recode", fp16, Path(), settings), lambda out: None),
         "repair": (Job("repair", photos, Path(), settings), damaged),
         "pretrain": (Job("pretrain", target_root, Path(), pretrain_settings(speed=SPEED)), lambda out: None),
@@ -151,7 +152,7 @@ def undisturbed(victim, jobs, tmp_path_factory) -> Callable[[str], tuple[int, di
 
 @pytest.mark.parametrize("point", range(POINTS))
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["extract", "shard", "recode", "repair", "pretrain", "finetune", "compare"])
+@pytest.mark.parametrize("name", ["extract", "shard", "copy", "recode", "repair", "pretrain", "finetune", "compare"])
 def test_the_same_command_goes_on_to_the_same_bytes(victim, jobs, undisturbed, tmp_path, name, fault, point) -> None:
     events, expected = undisturbed(name)
     at = 1 + int(keyed_uniforms(1, "fault", name, fault, point)[0] * events)
@@ -167,7 +168,7 @@ def test_the_same_command_goes_on_to_the_same_bytes(victim, jobs, undisturbed, t
 
 
 def test_undisturbed_runs_are_the_sets_of_other_tests(undisturbed, target_root):
-    for name in ("extract", "repair"):
+    for name in ("extract", "copy", "repair"):
         assert undisturbed(name)[1] == contents(target_root)
 
 

@@ -102,6 +102,7 @@ OUTS = [
     "shard images",
     "extract-targets images",
     "recode set",
+    "copy set",
     "pretrain set",
     "compare table1 set images",
     "export run",
@@ -126,10 +127,11 @@ def test_an_output_folder_without_a_usable_name_is_refused_at_the_start(command,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "shard", "extract-targets"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "shard", "extract-targets", "copy"])
 def test_a_source_without_a_name_is_not_the_current_folder(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, [command, "", *(["out"] if command in ("shard", "extract-targets") else [])])
+    out = [] if command in ("inspect", "verify") else ["out"]
+    result = CliRunner().invoke(app, [command, "", *out])
     assert result.exit_code == 2, result.output
     assert "this name is empty" in " ".join(result.output.replace("│", "").split())
     assert not list(tmp_path.iterdir())

@@ -42,6 +42,7 @@ def do(job: Job) -> None:
     from cae2pipe.runtime.progress import Silent
     from cae2pipe.shards.build import build_shard_set
     from cae2pipe.stages.compare import compare
+    from cae2pipe.stages.copy_set import copy_set
     from cae2pipe.stages.evaluate import evaluate
     from cae2pipe.stages.extract_targets import extract_targets
     from cae2pipe.stages.pretrain import pretrain
@@ -69,6 +70,8 @@ def do(job: Job) -> None:
         extract_targets(job.source, job.out, job.settings, report=report)
     elif job.name == "shard":
         build_shard_set(job.source, job.out, job.settings.shard, report=report)
+    elif job.name == "copy":
+        copy_set(job.source, job.out, report=report, workers=1)
     elif job.name == "recode":
         recode(job.source, job.out, CodecSettings(calibration=64), report=report, workers=1)
     else:

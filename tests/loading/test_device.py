@@ -53,7 +53,7 @@ def test_a_step_of_padding_alone_decodes_to_nothing(plans):
 @pytest.mark.parametrize("place", ["workers", "device"])
 def test_a_view_of_another_size_is_damage_and_named(plans, place):
     with pytest.raises(DamageError, match="32 x 32 pixels instead of 64 x 64") as caught:
-        given(replace(plans[place], size=64))
+        given(replace(plans[place], size=64, view_size=64))
     assert "key class" in caught.value.where
     assert caught.value.fix == "run `cae2pipe verify`"
 

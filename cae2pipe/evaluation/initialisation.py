@@ -1,0 +1,64 @@
+"""Where a student's first weights come from, if not from random numbers: ``model.init``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.errors import SettingsError
+from cae2pipe.evaluation.encoders import FrozenTeacher, Student, display_name, load_encoder
+from cae2pipe.methods.method import Method
+from cae2pipe.models.initial_weights import encoder_weights
+from cae2pipe.teachers.weights import weights_digest
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """``name``: of the encoder, without its folders. ``digest``: SHA-256 over the encoder's weights, whatever file they
+    came from. ``state``, ``notes``: as in ``EncoderWeights``."""
+
+    name: str
+    digest: str
+    state: dict[str, Tensor]
+    notes: list[str]
+
+    def apply(self, method: Method) -> None:
+        """Set the weights of a method's encoder; what they lack, and the method's other modules, keep theirs."""
+        own = method.encoder.state_dict()
+        with torch.no_grad():
+            for name, tensor in self.state.items():
+                own[name].copy_(tensor)
+
+
+def initial_weights(settings: ModelSettings) -> InitialWeights | None:
+    """The weights that ``model.init`` names, on the CPU; None without it.
+
+    Raises:
+        SettingsError: they do not fit the student. SourceError, ManifestError, TeacherError, DamageError: there are no
+        such weights, or they cannot be read.
+    """
+    if settings.init is None:
+        return None
+    spec = settings.init
+    if spec.startswith("random:"):
+        raise SettingsError(
+            "random: names no weights", where=f"model.init {spec}", fix="omit it: students start from random weights"
+        )
+    encoder = load_encoder(spec, 0, torch.device("cpu"))
+    if isinstance(encoder, Student):
+        model, normalise = encoder.model, encoder.normalise
+    else:
+        assert isinstance(encoder, FrozenTeacher)
+        model, normalise = getattr(encoder.teacher, "model", encoder.teacher), encoder.teacher.normalise
+    if not isinstance(model, nn.Module):
+        raise SettingsError(
+            "the student cannot continue from this model: it is not one of timm's",
+            where=f"model.init {spec}",
+            fix="give a plain ViT, such as timm:vit_base_patch16_clip_224.openai",
+        )
+    name = display_name(spec)
+    weights = encoder_weights(model, settings, mean=normalise.mean, std=normalise.std, where=name)
+    return InitialWeights(name, weights_digest(model), weights.state, weights.notes)
