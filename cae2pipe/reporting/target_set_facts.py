@@ -20,6 +20,8 @@ def teacher_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
         ("teacher", f"{made['name']}, of {made['library']}"),
         ("weights", made["weights"]),
         ("latents", f"{patches}{' and a class token' if seen['class_token'] else ''}, {seen['dim']} dimensions each"),
+        *([("summary", f"a summary of {seen['summary']} dimensions")] if "summary" in seen else []),
+        *([("layers", ", ".join(f"block {layer}" for layer in seen["layers"]))] if "layers" in seen else []),
         (
             "attention",
             "the class token's, stored for each patch" if seen["attention"] else "not available from this teacher",
