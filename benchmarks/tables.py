@@ -53,6 +53,7 @@ def performance(results: Path) -> str:
         (f"klt at 0.999: bytes against int8 (1st percentile {klt['p1']:.4f})", check(pareto, "of int8's"), 3, ""),
         ("klt: unpacking, views/s per core", check(pareto, "unpacking"), 3, ""),
         ("int8 blocks: time against plain reading and CRC-32C", check(store, "StoreReader"), 3, ""),
+        ("klt blocks: speed against an earlier format, 512 dimensions", check(store, "earlier"), 3, ""),
         ("block loader, stored views, against full-size photographs, one core", check(loader, "stored"), 2, ""),
         ("block loader, replayed views, against the same", check(loader, "replayed"), 2, ""),
         ("extraction against the teacher's forward, two cores", check(extraction, "extraction"), 2, ""),

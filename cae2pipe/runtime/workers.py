@@ -9,11 +9,14 @@ writes.)
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import io
 import multiprocessing
 import os
 import pickle
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -50,6 +53,11 @@ PATIENCE = 3.0
 """Seconds to wait for the next item after a stop has been requested."""
 GRACE = 2.0
 """Seconds for workers to end on their own."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's ``mallopt``."""
+LARGEST_KEPT, MOST_KEPT = 2**25, 2**28
+"""Bytes of the largest array that a worker makes in freed memory, which is the most that glibc allows, and bytes of
+freed memory that it keeps."""
 
 
 T = TypeVar("T")
@@ -284,6 +292,10 @@ def _work(
     prepare_worker()
     memories: list[Tensor] = []
     torch.set_num_threads(1)
+    if room:
+        keep_freed_memory()
+    # What has been imported stays, and need not be looked through for garbage.
+    gc.freeze()
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_send, args=(connection, ready), daemon=True).start()
     items = _share(source, number, workers)
@@ -308,6 +320,15 @@ def _send(connection: Connection, ready: queue.SimpleQueue[bytes]) -> None:
         return  # the main process needs no more, which the main thread will notice
     except BaseException:  # the main process must be told that this one failed
         os._exit(1)
+
+
+def keep_freed_memory() -> None:
+    """Let this process use freed memory again instead of giving it back: the system must clear new pages first. Does
+    nothing without glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
 
 
 def _next_message(items: Iterator[object]) -> tuple[bytes, bool]:

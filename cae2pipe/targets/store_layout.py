@@ -17,6 +17,7 @@ all of them in chunks of 64 samples. Besides the groups:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -103,7 +104,13 @@ class StoreLayout:
 
     def stored(self, name: str) -> StoredArray:
         """How an array of the group lies in its file."""
-        spec = self.blocked()[name]
+        return self._stored[name]
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, StoredArray]:
+        return {name: self._stored_array(name, spec) for name, spec in self.blocked().items()}
+
+    def _stored_array(self, name: str, spec: ArraySpec) -> StoredArray:
         if name == SYMBOLS:
             part = chunk_components(self.dim)
             return StoredArray("|u1", 2, (2, self.dim, self.tokens), (1, part, self.tokens), spec=spec)
@@ -151,7 +158,7 @@ class StoredArray:
     def shape(self, samples: int) -> tuple[int, ...]:
         return with_samples(self.rest, self.sample_axis, samples)
 
-    @property
+    @functools.cached_property
     def chunk(self) -> tuple[int, ...]:
         """Shape of a chunk."""
         return with_samples(self.part, self.sample_axis, BLOCK)
@@ -160,7 +167,7 @@ class StoredArray:
     def chunk_bytes(self) -> int:
         return math.prod(self.chunk) * np.dtype(self.dtype).itemsize
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int | None, ...]:
         """The number of chunks along each axis; None along that of samples."""
         sides = [-(-whole // part) for whole, part in zip(self.rest, self.part, strict=True)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +126,23 @@ def test_a_memory_that_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
     with pytest.raises(WorkerError, match=r"does not fit into /dev/shm.*No space left") as caught:
         next(in_order(Rounds(3), 2, room=ROOM))
     assert "--shm-size" in str(caught.value.fix)
+
+
+class Passing:
+    """How many new pages each of five items took, which make four large arrays and free them."""
+
+    def share(self, worker: int, workers: int) -> Iterator[int]:
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            arrays = [b"x" * (15 * 2**20) for _ in range(4)]
+            del arrays
+            yield resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is a setting of glibc")
+def test_a_worker_uses_freed_memory_again():
+    first, *_, last = in_order(Passing(), 1, room=ROOM)
+    assert last < first / 10
 
 
 def test_outside_of_a_worker_memory_is_ordinary():
