@@ -71,7 +71,7 @@ def check_views(targets: TargetSet, settings: PretrainSettings) -> None:
         raise SettingsError(
             f"mask.strategy is attention, but {teacher.name} has no attention",
             where=str(targets.root),
-            fix="--set mask.strategy=block, or make targets with a ViT teacher",
+            fix="--set mask.strategy=block, or make targets with a teacher that gives attention, a plain ViT",
         )
     if (guided or settings.loss.target != "pixels") and (teacher.rows, teacher.cols) != (grid, grid):
         raise SettingsError(
