@@ -313,7 +313,8 @@ def test_nothing_is_written_or_removed_through_links(target_root, tmp_path, name
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
-def test_a_disk_that_cannot_be_written(target_root):
+def test_a_disk_that_cannot_be_written(target_root, monkeypatch):
+    monkeypatch.setattr(stage, "free_bytes", lambda path: None)
     with pytest.raises(BadInputError, match="cannot be written"):
         bring(target_root, Path("/proc/nowhere/set"))
 
@@ -330,7 +331,8 @@ def test_disks_without_room(target_root, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stage, "free_bytes", lambda path: 1000)
         with pytest.raises(BadInputError, match="and 1 kB are free"):
-            bring(target_root, tmp_path / "set")
+            bring(target_root, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     assert bring(target_root, tmp_path / "set").complete
     monkeypatch.setattr(stage, "free_bytes", lambda path: 0)
     assert bring(target_root, tmp_path / "set").brought == 0
