@@ -8,6 +8,8 @@ of 224 pixels is. libjpeg's own scaling would halve it again, but devices' decod
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from PIL import Image
@@ -33,9 +35,7 @@ def reduced_views(views: Tensor, size: int) -> Tensor:
     at_once = max(1, GROUP_BYTES // (24 * side * side))
     if not rest:
         return torch.cat([_means(part, factor) for part in views.split(at_once)])
-    first, weights = bicubic_taps(side, size)
-    index = torch.from_numpy((first + np.arange(len(weights))[:, None]).clip(max=side - 1)).to(views.device)
-    scales = torch.from_numpy(weights).to(views.device)
+    index, scales = _taps(side, size, views.device)
     return torch.cat(
         [_weighted(_weighted(part, index, scales).mT, index, scales).mT for part in views.split(at_once)]
     ).contiguous()
@@ -48,6 +48,14 @@ def _means(views: Tensor, factor: int) -> Tensor:
     sums = cells.sum(dim=(3, 5), dtype=torch.int64) + count // 2
     means: Tensor = (sums * (2**24 // count)) >> 24
     return means.to(torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _taps(side: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``bicubic_taps`` as indices, int64 (taps, size), and weights on a device: copied once, not with every batch."""
+    first, weights = bicubic_taps(side, size)
+    index = (first + np.arange(len(weights))[:, None]).clip(max=side - 1)
+    return torch.from_numpy(index).to(device), torch.from_numpy(weights).to(device)
 
 
 def _weighted(pixels: Tensor, index: Tensor, weights: Tensor) -> Tensor:

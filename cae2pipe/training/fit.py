@@ -115,7 +115,7 @@ def ways_to_fit(targets: TargetSet, model: ModelSettings, *, own_grid: bool) -> 
     if model.grid == rows == cols:
         ways.append(f"make targets with --set view.size={model.image_size}")
     elif model.grid <= min(rows, cols):
-        ways.append(f"make targets with --set teacher.grid=[{model.grid},{model.grid}]")
+        ways.append(f"make targets with --set 'teacher.grid=[{model.grid},{model.grid}]'")
     return ", or ".join(ways) or "make targets with a teacher that has the student's grid"
 
 
