@@ -49,7 +49,7 @@ def test_shard_extract_pretrain_and_verify(
 
 def test_a_set_is_copied_there_and_back(bucket, target_root, tmp_path, monkeypatch, moods) -> None:
     shards_root = target_root / "shards"
-    monkeypatch.setattr(transfer, "PIECE", 5000)  # so that some files count as large
+    monkeypatch.setattr(transfer, "PIECE", 50_000)  # so that some files count as large
     there, back = to_path(f"{bucket}/set"), tmp_path / "back"
     moods.extend([BUSY] * 2)
     assert copy_set(shards_root, there, report=Silent(), workers=2).complete
