@@ -244,7 +244,7 @@ def _native_fix(settings: TeacherSettings) -> str:
 
 
 def _summary_width(model: Any, settings: TeacherSettings, x: Tensor, *, wanted: bool) -> int | None:
-    """Width of the summary, or None if there is to be none. ``wanted``: whether it is, where the settings are silent."""
+    """Width of the summary, or None if there is to be none. ``wanted``: whether it is, if the settings do not say."""
     asked = settings.summary if settings.summary is not None else wanted and settings.output == "own"
     if not asked:
         return None

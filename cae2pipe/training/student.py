@@ -67,7 +67,8 @@ def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method,
         DamageError: the run has no readable checkpoint.
     """
     settings = run_settings(run)
-    model = build_method(settings.method, settings.model, target_spec(settings, targets).dim)
+    spec = target_spec(settings, targets)
+    model = build_method(settings.method, settings.model, spec.dim, spec.summary)
     like = {"model": model.state_dict()}
     state = load_checkpoint(run / CHECKPOINTS_FOLDER, report, run=RunArtifact.open(run).fingerprint, like=like)
     if state is None:
