@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,9 +42,6 @@ class TargetBatch(NamedTuple):
     ``pixels`` (B, 3, H, W): uint8, or float32 from 0 to 1. ``targets``: the teacher's latents, float32 (B, D, rows,
     cols) or (B, T, D). ``keys``: of their images. ``labels`` (B,) int64: indices into the set's ``classes``, -1: none.
     ``views`` (B,) int64: which of the stored views of its image each one is. Tensors are on the device asked for.
-
-    If asked for: ``summary`` (B, W) float32, the teacher's own output for the view; ``layers``, as ``targets`` for other
-    blocks of the teacher, by the block's number.
     """
 
     pixels: Tensor
@@ -52,8 +49,22 @@ class TargetBatch(NamedTuple):
     keys: list[str]
     labels: Tensor
     views: Tensor
-    summary: Tensor | None = None
-    layers: Mapping[int, Tensor] = {}
+
+
+class TargetBatchWithGroups(NamedTuple):
+    """The fields of ``TargetBatch``, and other latents of the teacher.
+
+    ``summary`` (B, W) float32: its own output for the view; None if not asked for. ``layers``: as ``targets`` for the
+    tokens of other blocks, by the block's number.
+    """
+
+    pixels: Tensor
+    targets: Tensor
+    keys: list[str]
+    labels: Tensor
+    views: Tensor
+    summary: Tensor | None
+    layers: Mapping[int, Tensor]
 
 
 class TargetBatches(IterableDataset[TargetBatch]):
@@ -81,7 +92,8 @@ class TargetBatches(IterableDataset[TargetBatch]):
             all of them (B, T, D), the class token first, if the teacher has one.
         scaled: multiply each token by its stored length, which gives the teacher's own latents. Otherwise tokens have
             unit length, up to the codec's error.
-        summary: give the teacher's summary too. layers: give the latents of these blocks of the teacher too.
+        summary: give the teacher's summary too. layers: give the latents of these blocks of the teacher too. With either
+            of them, batches are ``TargetBatchWithGroups``.
         pixels: ``uint8``, or ``float``: from 0 to 1. Neither is normalised by a mean.
         image_size: side of the pixels, at most the views' own, which are then reduced. None: the ``image_size`` with
             which the set was opened, that of its views if none was given.
@@ -213,15 +225,18 @@ class TargetBatches(IterableDataset[TargetBatch]):
         if pixels.is_shared() and pixels.device.type == "cpu":
             # A worker's memory, which it uses again once this process does not: another one may have been given it.
             pixels = pixels.clone()
-        return TargetBatch(
+        given = TargetBatch(
             pixels=pixels,
             targets=groups.pop(PATCHES),
             keys=batch.keys,
             labels=torch.tensor(batch.labels, device=self.device),
             views=torch.tensor(batch.views, device=self.device),
-            summary=None if summary is None else summary[:, 0],
-            layers={layer: tokens for group, tokens in groups.items() if (layer := layer_of(group)) is not None},
         )
+        if not self.groups:
+            return given
+        layers = {layer: tokens for group, tokens in groups.items() if (layer := layer_of(group)) is not None}
+        more = TargetBatchWithGroups(*given, None if summary is None else summary[:, 0], layers)
+        return cast(TargetBatch, more)  # the type of those who ask for none
 
     def _tokens(self, batch: Batch, group: str) -> Tensor:
         """The tokens (B, T, D) of a group."""

@@ -129,7 +129,7 @@ def test_one_graph_serves_all_batches(targets, pretrain_settings, graphs) -> Non
     objective, batches = parts_of(targets, settings)
     compile_objective(objective, World(0, 1, torch.device("cpu")))
     for batch in batches:
-        assert math.isfinite(float(forward(objective, batch, cached(batch))[0]))
+        assert forward(objective, batch, cached(batch))[0].isfinite()
     assert graphs.frame_count == 1
 
 
@@ -141,7 +141,7 @@ def test_a_run_resumes_exactly_and_says_that_its_class_token_was_trained(
     for stop in (3, None):
         settings = pretrain_settings(stop_after=stop, speed={"workers": 0 if stop else 2, "checkpoint_minutes": 1e-6})
         pretrain(summary_root, cut, settings, report=Silent())
-    states = [torch.load(checkpoints(run / "checkpoints")[0], weights_only=True)["model"] for run in (whole, cut)]
+    states = [torch.load(checkpoints(run / "checkpoints")[-1], weights_only=True)["model"] for run in (whole, cut)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(name.startswith("summary_head.") for name in states[0])
@@ -211,6 +211,6 @@ def test_batches_give_summaries_and_layers_to_other_loops(targets) -> None:
             tokens = view.layers[2] * view.layer_norms[2][:, None]
             np.testing.assert_allclose(batch.layers[2][row], tokens, rtol=1e-4, atol=1e-4)
     plain = next(iter(TargetBatches(targets, batch_size=40)))
-    assert (plain.summary, plain.layers) == (None, {})
+    assert len(plain) == 5
     maps = next(iter(TargetBatches(targets, batch_size=40, layers=[1])))
     assert maps.layers[1].shape == maps.targets.shape
