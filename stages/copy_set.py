@@ -27,10 +27,11 @@ from cae2pipe.artifacts.artifact import (
     open_artifact,
     refuse_foreign,
 )
-from cae2pipe.artifacts.atomic import remove_debris, remove_empty, write_bytes
+from cae2pipe.artifacts.atomic import remove_any, remove_debris, write_bytes
 from cae2pipe.artifacts.difference import abridged, first_difference
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.file_checks import check_file, presence
+from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest_values import FileEntry, Unit
 from cae2pipe.artifacts.storage import file_size, file_sizes, free_bytes, is_local, read_many, remove
@@ -344,7 +345,7 @@ def copy_unit(plan: Plan, name: str, tally: Tally) -> None:
             error.fix = f"`cae2pipe verify {source}` lists what is damaged there, and with --repair rebuilds it"
             raise
         tally.arrived(entry["bytes"])
-    write_bytes(out / MARKS / name, mark(unit))
+    write_bytes(inside(out, f"{MARKS}/{name}"), mark(unit))
 
 
 def finish(plan: Plan) -> None:
@@ -363,10 +364,10 @@ def finish(plan: Plan) -> None:
         there.add_facts({**source.facts, **there.facts})
         complete = there.complete or has_all(there)
     there.save(complete=complete)
-    out = there.root
-    remove([out / MARKS / name for name in file_sizes(out / MARKS)])
-    if is_local(out):
-        remove_empty(out / MARKS)
+    if is_local(there.root):
+        remove_any(there.root / MARKS)
+    else:
+        remove([there.root / MARKS / name for name in file_sizes(there.root / MARKS)])
 
 
 def has_all(artifact: AnySet) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cae2pipe.artifacts.artifact import is_artifact
 from cae2pipe.config.extract import ExtractSettings, recommend_views
+from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
@@ -25,7 +26,7 @@ from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, sample_size, speed_sample, tar_bytes
 from cae2pipe.targets.groups import Groups
 from cae2pipe.targets.manifest_facts import teacher_facts
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, render_blocks
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render_blocks
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
 
@@ -45,7 +46,8 @@ def estimate_targets(
         ``paid_from_epoch``, the break-even epoch. With ``epochs`` also ``recommended``:
         ``views`` for these ``epochs``, their ``bytes`` and ``seconds`` in total with the codec of ``settings``, how
         often each is shown (``showings``), and how often each would be shown with the ``views`` of ``settings``
-        (``showings_asked``).
+        (``showings_asked``). If a student with the set's grid and patches of the default size reads views reduced, also
+        ``reduced``: its ``size``, and the mean bytes of ``pixels`` per view if views had this size.
 
     Raises:
         SettingsError: less than one epoch.
@@ -68,6 +70,9 @@ def estimate_targets(
         report.phase(f"running the teacher on about {sampled} of {images} images")
         outputs, jpegs = run_sample(shards, teacher, settings, images=sampled, workers=workers, report=report)
         facts = teacher_facts(teacher, outputs[0])
+        student, reduced = facts["rows"] * ModelSettings().patch_size, None
+        if settings.teacher.grid is not None and student < settings.view.size:
+            reduced = reduced_share(shards, jpegs, settings, student)
         report.phase("trying the codecs on them")
         report.total(len(CODECS), "codecs")
         prices = []
@@ -112,6 +117,8 @@ def estimate_targets(
         "verdict": meter.bottleneck(),
         "codecs": rows,
     }
+    if reduced is not None:
+        result["reduced"] = {"size": student, "pixels": round(reduced * pixels(settings.views))}
     if epochs is not None:
         views = recommend_views(epochs)
         whole = project(
@@ -126,6 +133,16 @@ def estimate_targets(
             "showings_asked": epochs / settings.views,
         }
     return result
+
+
+def reduced_share(shards: ShardSet, jpegs: Sequence[bytes], settings: ExtractSettings, size: int) -> float:
+    """Bytes of pixels if views had ``size`` pixels, as a share of what they are now, over one block of images.
+
+    ``jpegs``: what the set keeps of these images, and of others after them."""
+    view = settings.view.model_copy(update={"size": size})
+    block = Renderer(shards, [Task(shards.shards[0], 0, (0,))], view, seed=settings.seed)[0]
+    smaller = block.kept or block.jpegs[0]
+    return tar_bytes(smaller) / tar_bytes(jpegs[: len(smaller)])
 
 
 def sample_shards(source: Path, folder: Path, settings: ExtractSettings, report: Report) -> tuple[ShardSet, int]:

@@ -1,8 +1,9 @@
 """Stored views at the smaller size of a student, with Pillow and, bit for bit alike, in batches on any device.
 
-If the sizes divide, each pixel is the mean of a square of pixels; otherwise bicubic and antialiased like crops. Halving
-448 pixels takes 0.4 ms this way and 1.7 ms bicubically, and both are equally close to a crop rendered at 224. libjpeg's
-own scaling would save another 0.5 ms, but devices' decoders have none that gives the same pixels.
+If the sizes divide, each pixel is the mean of a square of pixels; otherwise bicubic and antialiased like crops. Means
+halve the time to load a view of 448 pixels for a student of 224, and are closer to a crop rendered at 224 than a JPEG
+of 224 pixels is. libjpeg's own scaling would halve it again, but devices' decoders have none that gives the same pixels
+(benchmarks/reduced_views.py).
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def _means(views: Tensor, factor: int) -> Tensor:
     """The mean of each square of ``factor`` x ``factor`` pixels, rounded as in Pillow's Reduce.c."""
     count = factor * factor
     cells = views.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))
-    sums = cells.sum(dim=(3, 5), dtype=torch.int64)
-    return ((sums + count // 2) * (2**24 // count) >> 24).to(torch.uint8)
+    sums = cells.sum(dim=(3, 5), dtype=torch.int64) + count // 2
+    means: Tensor = (sums * (2**24 // count)) >> 24
+    return means.to(torch.uint8)
 
 
 def _weighted(pixels: Tensor, index: Tensor, weights: Tensor) -> Tensor:

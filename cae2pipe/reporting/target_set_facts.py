@@ -13,7 +13,8 @@ Rows = list[tuple[str, str]]
 def teacher_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
     """The teacher. ``identity`` and ``facts`` are the manifest's."""
     made, seen, settings = identity["teacher"], facts["teacher"], identity["settings"]["teacher"]
-    patches = f"{seen['rows']} × {seen['cols']} patches"
+    averaged = ", averaged by area to this grid," if settings.get("grid") else ""
+    patches = f"{seen['rows']} × {seen['cols']} patches{averaged}"
     size = made.get("image_size", settings.get("image_size"))
     return [
         ("teacher", f"{made['name']}, of {made['library']}"),
