@@ -45,6 +45,7 @@ from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Latents, Step, cached
+from cae2pipe.training.target_spec import target_spec
 from cae2pipe.training.telemetry import peak_memory
 
 SIZES = {"tiny": "clip-b16", "small": "clip-b16", "base": "clip-b16", "large": "clip-l14-196"}
@@ -100,7 +101,8 @@ def measure(
     teacher = set_teacher(targets.artifact, weights, device, option="")
     settings = settings_of(size, options.batch, device)
     torch.manual_seed(0)
-    model = build_method(settings.method, settings.model, targets.teacher.dim).to(device)
+    spec = target_spec(settings, targets)
+    model = build_method(settings.method, settings.model, spec.dim, spec.summary).to(device)
     objective = make_objective(model, targets, settings).to(device).train()
     world = World(0, 1, device)
     if device.type == "cuda":
@@ -113,7 +115,7 @@ def measure(
 
     def stream(over: PretrainSettings) -> Iterator[Batch]:
         plan = make_plan(targets, sorted(targets.stores), over, drop_columns=model.drop_columns)
-        return on_device(load_parts(plan, 0, worker_count(-1)), targets.layout.sample_axes(), device)
+        return on_device(load_parts(plan, 0, worker_count(-1)), plan.sample_axes(), device)
 
     one = next(stream(settings))
     online = settings.model_copy(update={"targets": "online"})

@@ -39,6 +39,7 @@ from cae2pipe.training.held_out import held_out_plan, summed_terms
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.objective import make_objective
 from cae2pipe.training.step import cached
+from cae2pipe.training.target_spec import target_spec
 
 CPU = torch.device("cpu")
 
@@ -108,7 +109,8 @@ class Scorer(Labels):
 
     def score(self, run: RunArtifact, settings: PretrainSettings, step: int, linear: bool) -> dict[str, float | None]:
         """``held_out_loss``; ``knn`` and, if requested, ``linear`` top-1 accuracy of the class token in percent."""
-        model = build_method(settings.method, settings.model, self.held_out.teacher.dim)
+        spec = target_spec(settings, self.held_out)
+        model = build_method(settings.method, settings.model, spec.dim, spec.summary)
         model.load_state_dict(read_checkpoint(run.root / "checkpoints", step)["model"])
         vit = build_vit(timm_config(model.encoder))
         vit.load_state_dict(timm_state(model.encoder))

@@ -228,7 +228,8 @@ def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettin
     missing. An online teacher is loaded for this check, which takes seconds and may save hours."""
     check_fit(targets, settings, torchrun_rank().ranks)
     with torch.device("meta"):
-        build_method(settings.method, settings.model, target_spec(settings, targets).dim)
+        spec = target_spec(settings, targets)
+        build_method(settings.method, settings.model, spec.dim, spec.summary)
     if settings.views == "fresh":
         fresh_views(targets, settings)
     if settings.targets == "online":

@@ -48,7 +48,7 @@ from cae2pipe.training.pretraining import Pretraining
 from cae2pipe.training.step import Latents, Step, cached
 from cae2pipe.training.step_loop import run_steps
 from cae2pipe.training.student import teacher_of
-from cae2pipe.training.target_spec import PixelTargets, target_spec
+from cae2pipe.training.target_spec import PixelTargets, TargetSpec, target_spec
 from cae2pipe.training.telemetry import check_trackers
 
 
@@ -100,7 +100,8 @@ def make_helpers(targets: TargetSet, settings: PretrainSettings, *, world: World
     def check() -> None:
         check_trackers(settings.track)
         with torch.device("meta"):
-            build_method(settings.method, settings.model, target_spec(settings, targets).dim)
+            spec = target_spec(settings, targets)
+            build_method(settings.method, settings.model, spec.dim, spec.summary)
         if settings.views == "fresh":
             fresh_views(targets, settings)
 
@@ -137,7 +138,7 @@ def _train_run(
     report.phase("building the model")
     torch.manual_seed(keyed_seed("init", settings.seed))
     spec = target_spec(settings, targets)
-    model = build_method(settings.method, settings.model, spec.dim)
+    model = build_method(settings.method, settings.model, spec.dim, spec.summary)
     if init:
         init.apply(model)
     model = model.to(world.device)
@@ -170,7 +171,7 @@ def _train_run(
         module,
         objective,
         optimizer,
-        axes=targets.layout.sample_axes(),
+        axes=plan.sample_axes(),
         latents=latents,
         accumulation=settings.speed.accumulation,
         clip=settings.optimizer.clip,
@@ -200,7 +201,7 @@ def _train_run(
     report.phase("writing the encoder")
     weights = training_state(model, optimizer)["model"]
     if world.is_main:
-        finish_run(artifact, settings, weights, target_dim=spec.dim)
+        finish_run(artifact, settings, weights, spec)
         report.log(f"wrote {out / 'encoder.safetensors'}")
     return artifact
 
@@ -224,9 +225,9 @@ def begin_run(
     return artifact
 
 
-def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[str, Any], *, target_dim: int) -> None:
+def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[str, Any], spec: TargetSpec) -> None:
     """Export the encoder, and mark the run complete."""
-    model = build_method(settings.method, settings.model, target_dim)
+    model = build_method(settings.method, settings.model, spec.dim, spec.summary)
     model.load_state_dict(weights)
     export_encoder(model.encoder, artifact.root)
     files = {name: file_entry(artifact.root / name) for name in ("encoder.safetensors", "config.json")}

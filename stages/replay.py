@@ -55,10 +55,17 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
     bf16 = (precision or settings.precision) == "bf16"
     set_backends(bf16, deterministic=False)
     try:
-        model = build_method(settings.method, settings.model, context["target_dim"])
+        summary = context.get("summary")
+        model = build_method(settings.method, settings.model, context["target_dim"], summary)
         model.load_state_dict(weights)
         objective = Objective(
-            model, settings.loss, Fp16Codec(), mean=context["mean"], class_token=context["class_token"], bf16=bf16
+            model,
+            settings.loss,
+            Fp16Codec(),
+            mean=context["mean"],
+            class_token=context["class_token"],
+            summary=None if summary is None else Fp16Codec(),
+            bf16=bf16,
         )
         return _again(
             objective.to(chosen_device).train(),
@@ -89,7 +96,10 @@ def _again(
         "terms": dict(zip(TERMS, terms.tolist(), strict=True)),
         "grad_norm": float(norm),
         "recorded": {name: recorded[name] for name in (*TERMS, "grad_norm")},
-        "inputs": [batch.keys[row] for row in _bad_rows(latents["decoded"], batch.weights)],
+        "inputs": [
+            batch.keys[row]
+            for row in sorted({row for latent in latents.values() for row in _bad_rows(latent, batch.weights)})
+        ],
         "samples": _samples(objective, batch, latents),
         "module": broken[0] if broken else None,
         "gradients": [name for name, gradient in gradients.items() if not gradient.isfinite().all()],
@@ -115,7 +125,8 @@ def _samples(objective: Objective, batch: Batch, latents: dict[str, Tensor]) -> 
     rows: list[tuple[float, str, int]] = []
     for row, part in enumerate(split(replace(batch, arrays={}), {}, len(batch.weights))):
         if batch.keys[row]:
-            loss = float(forward(objective, part, {"decoded": latents["decoded"][row : row + 1]})[0]) * batch.real
+            own = {name: latent[row : row + 1] for name, latent in latents.items()}
+            loss = float(forward(objective, part, own)[0]) * batch.real
             rows.append((loss, batch.keys[row], batch.views[row]))
     bad = [row for row in rows if not math.isfinite(row[0])][:20]
     shown = bad or sorted(rows, reverse=True)[:5]

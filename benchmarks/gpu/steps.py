@@ -103,7 +103,8 @@ def build_step(
 ) -> Step:
     """A step on ``device`` with weights drawn on the CPU, where random numbers are the same everywhere."""
     torch.manual_seed(0)
-    model = build_method(settings.method, settings.model, target_spec(settings, targets).dim)
+    spec = target_spec(settings, targets)
+    model = build_method(settings.method, settings.model, spec.dim, spec.summary)
     model.recompute(settings.speed.recompute)
     objective = make_objective(model, targets, settings).to(device).train()
     latents: Latents = cached

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cae2pipe.config.base import Settings, not_fingerprinted
+from cae2pipe.config.base import Settings, added, not_fingerprinted
 from cae2pipe.config.fields import Beta1, LocalPath, PathOrUrl
 
 Recipe = Literal["paper", "official"]
@@ -106,12 +106,25 @@ class LossSettings(Settings):
     """Weight of the visible tokens."""
     masked: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the masked tokens."""
+    summary: bool | None = added(None, before=None)
+    """Whether the student's class token is aligned, as one more visible token and through a head of its own, with the
+    teacher's own output for the whole image. null: if the target set has one (a summary), and no class token."""
 
     @model_validator(mode="after")
     def _some(self) -> LossSettings:
         if self.visible == self.masked == 0:
             raise ValueError("loss.visible and loss.masked are both 0: set one of them above 0")
+        if self.summary and (self.target == "pixels" or not self.visible):
+            raise ValueError(
+                "loss.summary is one of the visible latents: set loss.summary=false"
+                + ("" if self.target == "pixels" else ", or loss.visible above 0")
+            )
         return self
+
+    def aligns_summary(self, class_token: bool, *, stored: bool) -> bool:
+        """Whether a summary is a target. ``class_token``: the teacher has one. ``stored``: a summary is stored."""
+        wanted = not class_token if self.summary is None else self.summary
+        return bool(stored and wanted and self.visible and self.target != "pixels")
 
 
 class OptimizerSettings(Settings):

@@ -71,8 +71,10 @@ class TrainingProbe:
         self.named: set[Path] = set()
         spec = target_spec(settings, targets)
         with seeded("probe"):
-            self.model = build_method(settings.method, settings.model, spec.dim).eval().requires_grad_(False)
-            class_token = trains_class_token(settings.loss, targets.teacher.class_token)
+            self.model = build_method(settings.method, settings.model, spec.dim, spec.summary)
+            self.model = self.model.eval().requires_grad_(False)
+            teacher = targets.teacher
+            class_token = trains_class_token(settings.loss, teacher.class_token, summary=teacher.summary is not None)
             self.images = ImageProbe(self, settings.probe.images, class_token) if settings.probe.images else None
             self.views = (
                 HeldOutProbe(self, to_path(settings.probe.targets), targets) if settings.probe.targets else None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cae2pipe.artifacts.artifact import RunArtifact, is_artifact
+from cae2pipe.artifacts.manifest_values import TeacherEntry
 from cae2pipe.config.pretrain import LossSettings
 from cae2pipe.errors import DamageError, SettingsError
 from cae2pipe.evaluation.encoders import FrozenEncoder, FrozenTeacher, Tokens, load_encoder
@@ -26,8 +27,9 @@ from cae2pipe.training.student import load_method, run_settings
 
 
 def predicted_output(prediction: Prediction) -> Tensor:
-    """A student's prediction (B, D) of its teacher's output for the whole image."""
-    return prediction.class_token[:, 0]
+    """A student's prediction (B, D) of its teacher's output for the whole image: of the summary, or else of the class
+    token."""
+    return (prediction.class_token if prediction.summary is None else prediction.summary)[:, 0]
 
 
 def own_output(output: TeacherOutput, info: TeacherInfo) -> Tensor | None:
@@ -98,7 +100,7 @@ def load_aligned(spec: str, device: torch.device, *, precision: str, report: Rep
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
     if is_artifact(folder, "run"):
         run = RunArtifact.open(folder)
-        refuse_unaligned(run_settings(folder).loss, run.facts["teacher"]["class_token"], spec)
+        refuse_unaligned(run_settings(folder).loss, run.facts["teacher"], spec)
         return aligned_student(folder, device, precision=precision, report=report)
     encoder = load_encoder(spec, 0, device, precision=precision)
     if not isinstance(encoder, FrozenTeacher):
@@ -110,18 +112,26 @@ def load_aligned(spec: str, device: torch.device, *, precision: str, report: Rep
     return AlignedTeacher(encoder, spec)
 
 
-def refuse_unaligned(loss: LossSettings, teacher_has_one: bool, where: object) -> None:
-    """Raise SettingsError if a student's class token is not aligned with one of its teacher."""
+def summary_width(loss: LossSettings, teacher: TeacherEntry) -> int | None:
+    """Width of a run's head for summaries, if it has one. ``teacher``: the entry in the run's manifest."""
+    width = teacher.get("summary")
+    return width if loss.aligns_summary(teacher["class_token"], stored=width is not None) else None
+
+
+def refuse_unaligned(loss: LossSettings, teacher: TeacherEntry, where: object) -> None:
+    """Raise SettingsError if a student's class token is aligned with no output of its teacher for the whole image."""
     reasons = {
         "it was trained on pixels, which have no class token": loss.target == "pixels",
-        "its teacher's targets have no class token": not teacher_has_one,
         "its class token had no loss (loss.visible is 0)": not loss.visible,
+        "its class token was aligned with no class token and no summary": not teacher["class_token"]
+        and summary_width(loss, teacher) is None,
     }
     if reason := next((text for text, holds in reasons.items() if holds), None):
         raise SettingsError(
             f"this run cannot classify zero-shot: {reason}",
             where=where,
-            fix="train with latents of a teacher with a class token, such as clip-b16, and loss.visible above 0",
+            fix="train with latents of a teacher with a class token or a summary, such as clip-b16, and loss.visible "
+            "above 0",
         )
 
 
@@ -132,8 +142,9 @@ def aligned_student(folder: Path, device: torch.device, *, precision: str, repor
         ManifestError: the run is not finished. DamageError: the checkpoint is missing, or not that of the encoder.
     """
     exported = load_encoder(str(folder), 0, device, precision=precision)
-    dim = RunArtifact.open(folder).facts["teacher"]["dim"]
-    method, _ = load_method(folder, dim, report)
+    teacher = RunArtifact.open(folder).facts["teacher"]
+    summary = summary_width(run_settings(folder).loss, teacher)
+    method, _ = load_method(folder, teacher["dim"], report, summary=summary)
     own, written = timm_state(method.encoder), load_file(folder / WEIGHTS)
     if own.keys() != written.keys() or not all(torch.equal(own[name], written[name]) for name in own):
         raise DamageError(
@@ -141,4 +152,4 @@ def aligned_student(folder: Path, device: torch.device, *, precision: str, repor
             where=folder,
             fix="restore the run's last checkpoint from a copy, or train the run again",
         )
-    return AlignedStudent(method, exported, dim, device=device, bf16=precision == "bf16")
+    return AlignedStudent(method, exported, summary or teacher["dim"], device=device, bf16=precision == "bf16")

@@ -24,14 +24,14 @@ from cae2pipe.loading.stream import Item, Piece, StreamSource, readers
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.runtime.shared_memory import RoundArray, round_parts
-from cae2pipe.targets.planes import SPARES, same_width
+from cae2pipe.targets.planes import is_spare, same_width
 
 
 @dataclass
 class Batch:
     """A batch, or the part of it from some streams: b views in the order of their streams, with r masks each.
 
-    pixels (b, 3, S, S) uint8; arrays: the requested arrays of the store over b views, uint16 as int16 bits; weights
+    pixels (b, 3, S, S) uint8; arrays: the requested arrays of the store over b views, by ``array_name``; weights
     (b,) float32, 0 for padding; visible (b r, V) and masked (b r, M) int64 patch indices, sorted, the masks of a view
     in consecutive rows; drop (b r, n) float32 uniforms for drop path; keys: b strings, empty for padding; views: the
     number of each stored view; labels: their classes, -1: none; real: views of the whole global batch that are not
@@ -102,9 +102,9 @@ def shared_arrays(plan: Plan, views: int) -> dict[str, RoundArray]:
     }
     if plan.decode:
         arrays["pixels"] = RoundArray((views, plan.size, plan.size, 3), "|u1")
-    loaded = plan.layout.loaded()
+    loaded = plan.loaded()
     for name in plan.arrays:
-        if name not in SPARES:
+        if not is_spare(name):
             arrays[name] = RoundArray(loaded[name].shape(views), loaded[name].dtype, loaded[name].sample_axis)
     return arrays
 
@@ -182,7 +182,7 @@ def _draws(plan: Plan, items: list[Item | None]) -> Tensor:
 
 def gather(plan: Plan, items: list[Item | None], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The plan's arrays over the given samples, in ``parts`` where they have a place; zeros for padding."""
-    loaded = plan.layout.loaded()
+    loaded = plan.loaded()
     runs = [
         (piece, [item[1] for _, item in run if item], run[0][0], run[-1][0] + 1)
         for piece, run in ((key[1], list(run)) for key, run in groupby(enumerate(items), key=_piece_of))
@@ -191,7 +191,7 @@ def gather(plan: Plan, items: list[Item | None], parts: Mapping[str, Tensor]) ->
     result = {}
     for name in plan.arrays:
         axis = loaded[name].sample_axis
-        if name in SPARES:
+        if is_spare(name):
             width = max([loaded[name].rest[0], *(piece.arrays[name].shape[1] for piece, *_ in runs)])
             result[name] = torch.from_numpy(np.zeros((len(items), width), dtype=loaded[name].dtype))
         else:
@@ -202,7 +202,7 @@ def gather(plan: Plan, items: list[Item | None], parts: Mapping[str, Tensor]) ->
         for piece, positions, first, last in runs:
             taken = np.take(piece.arrays[name], positions, axis=axis)
             rows = into[(slice(None),) * axis + (slice(first, last),)]
-            (rows[:, : taken.shape[1]] if name in SPARES else rows)[...] = taken
+            (rows[:, : taken.shape[1]] if is_spare(name) else rows)[...] = taken
     return result
 
 
@@ -222,7 +222,7 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
     arrays = {}
     for name in parts[0].arrays:
         own = [part.arrays[name] for part in parts]
-        arrays[name] = joined_tensors(same_width(own) if name in SPARES else own, axes[name])
+        arrays[name] = joined_tensors(same_width(own) if is_spare(name) else own, axes[name])
     joined: dict[str, Any] = {name: joined_tensors([getattr(part, name) for part in parts], 0) for name in tensors}
     # As they lie in memory, channels last.
     joined["pixels"] = joined_tensors([part.pixels.permute(0, 2, 3, 1) for part in parts], 0).permute(0, 3, 1, 2)

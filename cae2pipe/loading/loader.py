@@ -82,5 +82,5 @@ def load_parts(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: in
 
 def load_batches(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
     """As ``load_parts``, with the parts of each batch joined."""
-    axes = plan.layout.sample_axes()
+    axes = plan.sample_axes()
     return (join(parts, axes) for parts in load_parts(plan, start, workers, rank=rank, ranks=ranks))

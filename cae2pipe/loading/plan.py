@@ -11,7 +11,7 @@ from cae2pipe.config.extract import ViewSettings
 from cae2pipe.loading.fresh import FreshViews
 from cae2pipe.loading.order import BlockList, steps_per_epoch
 from cae2pipe.targets.cache import BlockCache
-from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_layout import LoadedArray, StoreLayout, loaded_arrays
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Plan:
     """Everything that the content of batches depends on; the same in every process.
 
     ``units`` are what readers need of the stores' manifest entries, by name, ``blocks`` the blocks in sorted order.
-    ``batch`` counts loaded views; each gets ``repeat`` masks. ``arrays`` names the blocked arrays that go to the
-    device; ``guides`` those that guide the masks and stay in the workers. ``size`` is the side of a batch's pixels,
+    ``batch`` counts loaded views; each gets ``repeat`` masks. ``layout`` is that of the patches, ``more`` are those of
+    other groups that are read. ``arrays`` names the blocked arrays that go to the device, as ``array_name`` does;
+    ``guides`` those that guide the masks and stay in the workers. ``size`` is the side of a batch's pixels,
     ``view_size`` that of the set's views, which are reduced to it. ``replayed``: how views are cut from the images that
     the set keeps; None if it keeps the views. ``fresh``: views are cut from the originals instead.
     ``decode``: if False, JPEGs are decoded and views cut on the device.
@@ -44,11 +45,20 @@ class Plan:
     repeat: int
     drop_columns: int
     arrays: tuple[str, ...]
+    more: tuple[StoreLayout, ...] = ()
     guides: tuple[str, ...] = ()
     decode: bool = True
     replayed: ViewSettings | None = None
     fresh: FreshViews | None = None
     cache: BlockCache | None = None
+
+    def loaded(self) -> dict[str, LoadedArray]:
+        """The arrays of all groups that are read."""
+        return loaded_arrays((self.layout, *self.more))
+
+    def sample_axes(self) -> dict[str, int]:
+        """The sample axis of each of them."""
+        return {name: array.sample_axis for name, array in self.loaded().items()}
 
     @property
     def samples(self) -> int:

@@ -8,7 +8,9 @@ from cae2pipe.loading.loader import block_refs
 from cae2pipe.loading.plan import Plan
 from cae2pipe.loading.store_units import StoreUnits
 from cae2pipe.targets.cache import BlockCache
+from cae2pipe.targets.groups import SUMMARY
 from cae2pipe.targets.paths import of_store
+from cae2pipe.targets.store_layout import StoreLayout, loaded_names
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -26,7 +28,12 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
     """
     speed = settings.speed
     latents = settings.targets == "cached" and settings.loss.target != "pixels"
-    arrays = targets.layout.loaded_latents() if latents else ()
+    more: tuple[StoreLayout, ...] = ()
+    if latents and settings.loss.aligns_summary(
+        targets.teacher.class_token, stored=targets.teacher.summary is not None
+    ):
+        more = (targets.groups[SUMMARY].layout,)
+    norms = settings.loss.kind != "cosine"
     return Plan(
         root=targets.root,
         units=StoreUnits(targets, stores),
@@ -45,7 +52,8 @@ def make_plan(targets: TargetSet, stores: list[str], settings: PretrainSettings,
         masked=settings.masked_patches,
         repeat=settings.mask.repeat,
         drop_columns=drop_columns,
-        arrays=(*arrays, "norms") if arrays and settings.loss.kind != "cosine" else arrays,
+        arrays=loaded_names((targets.layout, *more), norms=norms) if latents else (),
+        more=more,
         guides=("attention",) if settings.mask.strategy == "attention" else (),
         decode=settings.data.decode == "workers",
         replayed=targets.replayed,

@@ -148,7 +148,7 @@ class _Epoch:
 def readers(plan: Plan) -> Reader:
     """Opens the stores of a plan. Some stay open: each holds its store's index and records, about 0.2 MB."""
     return functools.lru_cache(maxsize=64)(
-        lambda name: StoreReader(plan.root, plan.units[name], plan.layout, cache=plan.cache)
+        lambda name: StoreReader(plan.root, plan.units[name], plan.layout, more=plan.more, cache=plan.cache)
     )
 
 
@@ -159,7 +159,7 @@ def read_piece(plan: Plan, piece: BlockSlice, reader: Reader) -> Piece:
         originals = plan.fresh.read(ref.shard, ref.block)[own]
         keys, labels = [sample.key for sample in originals], [sample.label for sample in originals]
         return Piece(piece.view, keys, labels, [sample.data for sample in originals], [], {})
-    names, axes = (*plan.arrays, *plan.guides), plan.layout.sample_axes()
+    names, axes = (*plan.arrays, *plan.guides), plan.sample_axes()
     block = reader(store_name(piece.view, ref.shard)).loaded_block(ref.block, names)
     arrays = {name: block.arrays[name][(slice(None),) * axes[name] + (own,)] for name in names}
     return Piece(piece.view, block.keys[own], block.labels[own].tolist(), block.jpegs[own], block.draws[own], arrays)

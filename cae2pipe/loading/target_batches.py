@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cae2pipe.artifacts.arguments import checked
+from cae2pipe.artifacts.manifest_targets import layer_group
 from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.errors import SettingsError
 from cae2pipe.loading.batches import Batch, without_padding
@@ -24,7 +25,9 @@ from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.cache import BlockCache
+from cae2pipe.targets.groups import SUMMARY, layer_of
 from cae2pipe.targets.paths import of_store
+from cae2pipe.targets.store_layout import PATCHES, arrays_of, loaded_names
 from cae2pipe.targets.target_set import TargetSet, reading_size
 
 STREAMS = 16
@@ -46,6 +49,22 @@ class TargetBatch(NamedTuple):
     keys: list[str]
     labels: Tensor
     views: Tensor
+
+
+class TargetBatchWithGroups(NamedTuple):
+    """The fields of ``TargetBatch``, and other latents of the teacher.
+
+    ``summary`` (B, W) float32: its own output for the view; None if not asked for. ``layers``: as ``targets`` for the
+    tokens of other blocks, by the block's number.
+    """
+
+    pixels: Tensor
+    targets: Tensor
+    keys: list[str]
+    labels: Tensor
+    views: Tensor
+    summary: Tensor | None
+    layers: Mapping[int, Tensor]
 
 
 class TargetBatches(IterableDataset[TargetBatch]):
@@ -73,6 +92,8 @@ class TargetBatches(IterableDataset[TargetBatch]):
             all of them (B, T, D), the class token first, if the teacher has one.
         scaled: multiply each token by its stored length, which gives the teacher's own latents. Otherwise tokens have
             unit length, up to the codec's error.
+        summary: give the teacher's summary too. layers: give the latents of these blocks of the teacher too. With one of
+            them, batches are ``TargetBatchWithGroups``.
         pixels: ``uint8``, or ``float``: from 0 to 1. Neither is normalised by a mean.
         image_size: side of the pixels, at most the views' own, which are then reduced. None: the ``image_size`` with
             which the set was opened, that of its views if none was given.
@@ -102,6 +123,8 @@ class TargetBatches(IterableDataset[TargetBatch]):
         batch_size: int = 256,
         layout: Literal["map", "tokens"] = "map",
         scaled: bool = False,
+        summary: bool = False,
+        layers: Sequence[int] = (),
         pixels: Literal["uint8", "float"] = "uint8",
         image_size: int | None = None,
         views: int | None = None,
@@ -123,6 +146,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
         self.device = pick_device(str(device), torchrun_rank())
         self.workers = worker_count(workers)
         self.layout, self.scaled, self.pixels = layout, scaled, pixels
+        self.groups = [*([SUMMARY] if summary else []), *map(layer_group, layers)]
         self.epoch, self._first = 0, 0
         self._plan = batch_plan(
             self.targets,
@@ -131,6 +155,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
             views=views,
             seed=seed,
             drop_last=drop_last,
+            groups=self.groups,
             scaled=scaled,
             image_size=image_size,
             cache=BlockCache(to_local_path(cache), int(cache_gb * 1e9)) if cache else None,
@@ -182,31 +207,42 @@ class TargetBatches(IterableDataset[TargetBatch]):
             return
         plan = replace(self._plan, epochs=epoch + 1)
         parts = load_parts(plan, epoch * plan.steps + first, self.workers, rank=self.rank, ranks=self.ranks)
-        axes = plan.layout.sample_axes()
+        axes = plan.sample_axes()
         for batch in on_device(parts, axes, self.device):
             yield self._given(without_padding(batch, axes))
 
     def _given(self, batch: Batch) -> TargetBatch:
         # A loop may stand under autocast as a whole, which would round the latents.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            tokens = self.targets.layout.codec.decode(batch.arrays)
-            if self.scaled:
-                tokens = tokens * batch.arrays["norms"].float().unsqueeze(-1)
+            groups = {group: self._tokens(batch, group) for group in (PATCHES, *self.groups)}
+        summary = groups.pop(SUMMARY, None)
         teacher = self.targets.teacher
         if self.layout == "map":
-            patches = tokens[:, int(teacher.class_token) :].transpose(1, 2)
-            tokens = patches.unflatten(2, (teacher.rows, teacher.cols))
+            for group, tokens in groups.items():
+                patches = tokens[:, int(teacher.class_token) :].transpose(1, 2)
+                groups[group] = patches.unflatten(2, (teacher.rows, teacher.cols))
         pixels = batch.pixels.float().div_(255) if self.pixels == "float" else batch.pixels
         if self.workers and pixels is batch.pixels and pixels.device.type == "cpu":
             # In memory that holds a whole batch, and is used by workers again once no tensor of this process is in it.
             pixels = pixels.clone()
-        return TargetBatch(
+        given = TargetBatch(
             pixels=pixels,
-            targets=tokens,
+            targets=groups.pop(PATCHES),
             keys=batch.keys,
             labels=torch.tensor(batch.labels, device=self.device),
             views=torch.tensor(batch.views, device=self.device),
         )
+        if not self.groups:
+            return given
+        layers = {layer: tokens for group, tokens in groups.items() if (layer := layer_of(group)) is not None}
+        more = TargetBatchWithGroups(*given, None if summary is None else summary[:, 0], layers)
+        return cast(TargetBatch, more)  # the type of those who ask for none
+
+    def _tokens(self, batch: Batch, group: str) -> Tensor:
+        """The tokens (B, T, D) of a group."""
+        arrays = arrays_of(group, batch.arrays)
+        tokens = self.targets.groups[group].layout.codec.decode(arrays)
+        return tokens * arrays["norms"].float().unsqueeze(-1) if self.scaled else tokens
 
 
 def batch_plan(
@@ -217,6 +253,7 @@ def batch_plan(
     views: int | None,
     seed: int,
     drop_last: bool,
+    groups: Sequence[str] = (),
     scaled: bool,
     image_size: int | None,
     cache: BlockCache | None,
@@ -224,13 +261,20 @@ def batch_plan(
     """What the loader must know. It draws no masks: a grid of one patch, which is visible.
 
     Raises:
-        SettingsError: the set has not so many views or pixels, or not enough images for a batch of all ranks.
+        SettingsError: the set has not so many views or pixels, not these groups of latents, or not enough images for a
+            batch of all ranks.
     """
     if views is not None and not 1 <= views <= targets.views:
         raise SettingsError(
             f"views={views}, and the set has {targets.views} of each image",
             where=str(targets.root),
             fix=f"use 1 to {targets.views}, or None for all",
+        )
+    if lacking := [group for group in groups if group not in targets.groups]:
+        raise SettingsError(
+            f"the set has no latents {lacking[0]!r}",
+            where=str(targets.root),
+            fix=f"it has {', '.join(targets.groups)}; make another with teacher.summary or teacher.layers",
         )
     most = views or targets.views
     names = [name for name in targets.stores if of_store(name).view < most]
@@ -245,7 +289,7 @@ def batch_plan(
             where=str(targets.root),
             fix=f"use a batch_size of at most {samples // ranks}, or drop_last=False" if samples >= ranks else None,
         )
-    arrays = targets.layout.loaded_latents()
+    layouts = [targets.groups[group].layout for group in (PATCHES, *groups)]
     return Plan(
         root=targets.root,
         units=StoreUnits(targets, names),
@@ -264,7 +308,8 @@ def batch_plan(
         masked=0,
         repeat=1,
         drop_columns=0,
-        arrays=(*arrays, "norms") if scaled else arrays,
+        arrays=loaded_names(layouts, norms=scaled),
+        more=tuple(layouts[1:]),
         replayed=targets.replayed,
         cache=cache,
     )

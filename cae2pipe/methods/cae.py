@@ -32,7 +32,7 @@ class CAE(Method):
             raise SettingsError(
                 "method cae needs a regressor", where="model.predictor_depth", fix="--set model.predictor_depth=4"
             )
-        width = settings.predictor_width
+        width = self.token_width = settings.predictor_width
         self.bridge = bridge(settings.width, width)
         self.regressor = predictor_stack(Regressor, settings)
         self.decoder = predictor_stack(MaskedDecoder, settings)
@@ -47,5 +47,9 @@ class CAE(Method):
         alignment = (latents.float() - own.float()).square().mean(dim=-1)
         seen = self.head(tokens)
         return Prediction(
-            seen[:, :1], seen[:, 1:], self.head(self.decoder(latents, masked, third)), ALIGNMENT * alignment
+            seen[:, :1],
+            seen[:, 1:],
+            self.head(self.decoder(latents, masked, third)),
+            ALIGNMENT * alignment,
+            self.summarise(tokens[:, :1]),
         )

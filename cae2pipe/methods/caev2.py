@@ -15,7 +15,7 @@ class CAEv2(Method):
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
-        width = settings.predictor_width
+        width = self.token_width = settings.predictor_width
         # From the encoder to regressor and head, if their widths differ (Tiny).
         self.bridge = bridge(settings.width, width)
         self.regressor = predictor_stack(Regressor, settings) if settings.predictor_depth else None
@@ -27,4 +27,4 @@ class CAEv2(Method):
         seen, hidden = self.head(tokens), None
         if self.regressor is not None:
             hidden = self.head(self.regressor(tokens[:, 1:], visible, masked, drops[1]))
-        return Prediction(seen[:, :1], seen[:, 1:], hidden)
+        return Prediction(seen[:, :1], seen[:, 1:], hidden, summary=self.summarise(tokens[:, :1]))

@@ -23,8 +23,11 @@ class FeatureDistillation(Method):
 
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
+        self.token_width = settings.width
         self.head = latent_head(settings, settings.width, target_dim)
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
-        latents = self.head(self.encoder(pixels, None, drop))
-        return Prediction(latents[:, :1], gather_tokens(latents[:, 1:], visible), gather_tokens(latents[:, 1:], masked))
+        tokens = self.encoder(pixels, None, drop)
+        latents = self.head(tokens)
+        seen, hidden = (gather_tokens(latents[:, 1:], indices) for indices in (visible, masked))
+        return Prediction(latents[:, :1], seen, hidden, summary=self.summarise(tokens[:, :1]))

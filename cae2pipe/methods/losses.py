@@ -16,13 +16,15 @@ from cae2pipe.models.layers import gather_tokens
 class Prediction:
     """Predicted latents: class_token (B, 1, D), visible (B, V, D), masked (B, M, D) or None without a regressor.
 
-    ``extra`` (B, n): an additional loss of the method per token, whose mean is added unweighted.
+    ``extra`` (B, n): an additional loss of the method per token, whose mean is added unweighted. ``summary`` (B, 1, W):
+    of the whole image, where that is a target (``Method.summarise``).
     """
 
     class_token: Tensor
     visible: Tensor
     masked: Tensor | None
     extra: Tensor | None = None
+    summary: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def alignment_loss(
     settings: LossSettings,
     weights: Tensor,
     has_class_token: bool,
+    summary: Tensor | None = None,
     real: Tensor | None = None,
 ) -> LossTerms:
     """Visible plus masked alignment.
@@ -77,24 +80,30 @@ def alignment_loss(
         settings: distance, reduction and weights. ``two_means`` is the paper's sum of two means; ``one_mean`` the
         released code's mean over all tokens. The class token counts as visible. weights: (B,), 0 for padding.
         has_class_token: whether the target's first token is a class token.
+        summary: (B, 1, W), a target of its own width that counts as one more visible token.
         real: as in ``weighted_mean``.
     """
     if settings.target == "layer_norm":
         target = F.layer_norm(target, target.shape[-1:])
+        summary = None if summary is None else F.layer_norm(summary, summary.shape[-1:])
     patches = target[:, 1:] if has_class_token else target
     seen, wanted = prediction.visible, gather_tokens(patches, visible)
     if has_class_token:
         seen = torch.cat([prediction.class_token, seen], dim=1)
         wanted = torch.cat([target[:, :1], wanted], dim=1)
-    visible_loss = weighted_mean(token_distance(settings.kind, seen, wanted), weights, real)
+    distances = token_distance(settings.kind, seen, wanted)
+    if summary is not None:
+        assert prediction.summary is not None, "build_method has given the method a head for it"
+        distances = torch.cat([token_distance(settings.kind, prediction.summary, summary), distances], dim=1)
+    visible_loss = weighted_mean(distances, weights, real)
     if prediction.masked is None:
         return LossTerms(settings.visible * visible_loss, visible_loss, torch.zeros_like(visible_loss))
     hidden = token_distance(settings.kind, prediction.masked, gather_tokens(patches, masked))
     masked_loss = weighted_mean(hidden, weights, real)
     share_visible, share_masked = 1.0, 1.0
     if settings.reduction == "one_mean":
-        count = seen.shape[1] + masked.shape[1]
-        share_visible, share_masked = seen.shape[1] / count, masked.shape[1] / count
+        count = distances.shape[1] + masked.shape[1]
+        share_visible, share_masked = distances.shape[1] / count, masked.shape[1] / count
     total = settings.visible * share_visible * visible_loss + settings.masked * share_masked * masked_loss
     if prediction.extra is not None:
         total = total + weighted_mean(prediction.extra, weights, real)

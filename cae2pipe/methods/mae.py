@@ -34,11 +34,13 @@ class MAE(Method):
             )
         self.bridge = bridge(settings.width, settings.predictor_width)
         self.decoder = predictor_stack(self.decoder_class, settings)
+        self.token_width = settings.predictor_width
         self.head = latent_head(settings, settings.predictor_width, target_dim)
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:
         first, second = self.split_drop(drop)
         tokens = self.bridge(self.encoder(pixels, visible, first))
-        latents = self.head(self.decoder(tokens, visible, masked, second))
+        predicted = self.decoder(tokens, visible, masked, second)
+        latents = self.head(predicted)
         seen, hidden = torch.split(latents[:, 1:], [visible.shape[1], masked.shape[1]], dim=1)
-        return Prediction(latents[:, :1], seen, hidden)
+        return Prediction(latents[:, :1], seen, hidden, summary=self.summarise(predicted[:, :1]))

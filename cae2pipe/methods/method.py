@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
 from cae2pipe.models.encoder import build_encoder
 from cae2pipe.models.layers import EPS, Stack, initialise
@@ -26,14 +27,39 @@ class Method(nn.Module, ABC):
     Args:
         settings: shape of the student.
 
-    ``masks``: masked patches are hidden from it.
+    ``masks``: masked patches are hidden from it. ``token_width``: width of the class token that it gives to
+    ``summarise``; None if it does not predict summaries.
     """
 
     masks = True
+    token_width: int | None = None
 
     def __init__(self, settings: ModelSettings):
         super().__init__()
         self.encoder = build_encoder(settings)
+        self.register_module("summary_head", None)
+
+    def add_summary(self, settings: ModelSettings, width: int) -> None:
+        """Add the head for summaries of ``width`` dimensions, of the same form as that for tokens.
+
+        Raises:
+            SettingsError: the method does not predict summaries.
+        """
+        if self.token_width is None:
+            raise SettingsError(
+                f"the method {type(self).__name__} does not predict the teacher's summary",
+                where="loss.summary",
+                fix="--set loss.summary=false, or give the method token_width and the summary of its Prediction",
+            )
+        self.summary_head = latent_head(settings, self.token_width, width)
+
+    def summarise(self, class_token: Tensor) -> Tensor | None:
+        """The summary (B, 1, W) predicted from the class token (B, 1, ``token_width``) as the head for tokens takes it;
+        None if it is not a target."""
+        if self.summary_head is None:
+            return None
+        summary: Tensor = self.summary_head(class_token)
+        return summary
 
     @property
     def drop_columns(self) -> int:

@@ -24,6 +24,7 @@ class MVP(Method):
     def __init__(self, settings: ModelSettings, target_dim: int):
         super().__init__(settings)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width))
+        self.token_width = settings.width
         self.head = latent_head(settings, settings.width, target_dim)
         truncated_normal(self.mask_token)
 
@@ -33,4 +34,5 @@ class MVP(Method):
         patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         tokens = self.encoder.attend(patches + self.encoder.pos_embed[:, 1:], drop)
         latents = self.head(tokens)
-        return Prediction(latents[:, :1], gather_tokens(latents[:, 1:], visible), gather_tokens(latents[:, 1:], masked))
+        seen, masked_latents = (gather_tokens(latents[:, 1:], indices) for indices in (visible, masked))
+        return Prediction(latents[:, :1], seen, masked_latents, summary=self.summarise(tokens[:, :1]))

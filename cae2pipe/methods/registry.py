@@ -54,11 +54,15 @@ def check_method(name: str) -> None:
         )
 
 
-def build_method(name: str, settings: ModelSettings, target_dim: int) -> Method:
-    """The module of a method, freshly initialised from torch's global generator.
+def build_method(name: str, settings: ModelSettings, target_dim: int, summary: int | None = None) -> Method:
+    """The module of a method, freshly initialised from torch's global generator. ``summary``: its width, if it is a
+    target.
 
     Raises:
-        SettingsError: unknown method, or settings that do not fit it.
+        SettingsError: unknown method, or settings that do not fit it, or a summary, which it does not predict.
     """
     check_method(name)
-    return METHODS[name](settings, target_dim)
+    method = METHODS[name](settings, target_dim)
+    if summary is not None:
+        method.add_summary(settings, summary)
+    return method

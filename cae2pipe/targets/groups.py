@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired
+from typing import Any, NotRequired, final
 
 import torch
 from torch import Tensor
@@ -98,6 +98,7 @@ def reached(cosines: Sequence[Mapping[str, Cosines]]) -> dict[str, FidelityReach
     }
 
 
+@final
 class StoreFacts(TypedDict):
     """What a store's manifest entry says about its latents and pixels."""
 

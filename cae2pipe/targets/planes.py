@@ -24,8 +24,15 @@ SPARE = 4
 """Fewest places for single high bytes per sample."""
 
 LOW, HIGH, SPARE_AT, SPARE_BYTES = "low", "high", "spare_at", "spare_bytes"
+PLANES = (LOW, HIGH, SPARE_AT, SPARE_BYTES)
+"""The loaded form of symbols."""
 SPARES = (SPARE_AT, SPARE_BYTES)
 """Arrays (n, E) whose second axis is as long as a sample needs at most."""
+
+
+def is_spare(name: str) -> bool:
+    """Whether an array is one of ``SPARES``, of any group (``summary/spare_at``)."""
+    return name.rpartition("/")[2] in SPARES
 
 
 def chunk_components(dim: int) -> int:
@@ -90,11 +97,12 @@ def same_width(spares: Sequence[Tensor]) -> list[Tensor]:
 
 
 def with_symbols(arrays: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The arrays with symbols instead of their planes, if there are any."""
-    if LOW not in arrays:
-        return arrays
-    others = {name: array for name, array in arrays.items() if name not in (LOW, HIGH, *SPARES)}
-    return {"symbols": join_planes(arrays), **others}
+    """The arrays, of any groups, with symbols instead of their planes."""
+    for start in [name.removesuffix(LOW) for name in arrays if name.rpartition("/")[2] == LOW]:
+        planes = {plane: arrays[start + plane] for plane in PLANES}
+        others = {name: array for name, array in arrays.items() if name.removeprefix(start) not in PLANES}
+        arrays = {f"{start}symbols": join_planes(planes), **others}
+    return arrays
 
 
 def join_planes(planes: Mapping[str, Tensor]) -> Tensor:

@@ -16,14 +16,11 @@ from cae2pipe.errors import DamageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, decode_chunk, decode_index, index_size
-from cae2pipe.targets.planes import HIGH, LOW, SPARE_AT, SPARE_BYTES, merge_symbols, spare_arrays
+from cae2pipe.targets.planes import HIGH, LOW, PLANES, merge_symbols, spare_arrays
 from cae2pipe.targets.records import SAMPLES, Records, unpack_records
 from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout, array_name, arrays_of
 
 REMEDY = "`cae2pipe verify {root} --repair` rebuilds it; add --source SHARDS if the shard set is elsewhere"
-
-
-PLANES = (LOW, HIGH, SPARE_AT, SPARE_BYTES)
 
 
 @dataclass(frozen=True)

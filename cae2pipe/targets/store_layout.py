@@ -132,6 +132,15 @@ def loaded_arrays(layouts: Iterable[StoreLayout]) -> dict[str, LoadedArray]:
     return {array_name(own.group, name): array for own in layouts for name, array in own.loaded().items()}
 
 
+def loaded_names(layouts: Iterable[StoreLayout], *, norms: bool) -> tuple[str, ...]:
+    """The arrays that the codecs of several groups decode, and if wanted the tokens' norms, by ``array_name``."""
+    return tuple(
+        array_name(own.group, name)
+        for own in layouts
+        for name in (*own.loaded_latents(), *(["norms"] if norms else []))
+    )
+
+
 @dataclass(frozen=True)
 class LoadedArray:
     """An array as loaders read it. ``rest``: its shape without the axis of samples."""

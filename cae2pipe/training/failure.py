@@ -58,12 +58,18 @@ def capture(
         "settings": settings.model_dump_json(),
         "target_dim": target_dim,
         "class_token": step.objective.class_token,
+        "summary": None,
         "mean": step.objective.mean,
         "values": values,
     }
     if world.is_main:
         context["weights"] = weights
-    latents = {"decoded": step.objective.target(step.latents(batch))}
+    given = step.latents(batch)
+    latents = {"decoded": step.objective.target(given)}
+    summary = step.objective.summary_target(given)
+    if summary is not None:
+        context["summary"] = summary.shape[-1]
+        latents["decoded_summary"] = summary
     save_failure(path, batch, latents, context=context)
     error = DivergedError(
         f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
@@ -118,6 +124,7 @@ class FailureRecord(BaseModel):
     settings: str
     target_dim: int = Field(ge=1, le=2**20)
     class_token: bool
+    summary: int | None = Field(default=None, ge=1, le=2**20)
     mean: Tensor
     values: dict[str, float]
     weights: dict[str, Tensor] | None = None

@@ -64,7 +64,7 @@ def check_held_out(held_out: TargetSet, targets: TargetSet, settings: PretrainSe
 
 
 def check_views(targets: TargetSet, settings: PretrainSettings) -> None:
-    """Refuse targets whose views, grid or attention do not fit the student. Raises SettingsError."""
+    """Refuse targets whose views, grid, attention or summary do not fit the student. Raises SettingsError."""
     teacher, grid = targets.teacher, settings.model.grid
     guided = settings.mask.strategy == "attention"
     if guided and not targets.layout.attention:
@@ -72,6 +72,12 @@ def check_views(targets: TargetSet, settings: PretrainSettings) -> None:
             f"mask.strategy is attention, but {teacher.name} has no attention",
             where=str(targets.root),
             fix="--set mask.strategy=block, or make targets with a teacher that gives attention, a plain ViT",
+        )
+    if settings.loss.summary and teacher.summary is None:
+        raise SettingsError(
+            f"loss.summary is true, but the target set has no summary of {teacher.name}",
+            where=str(targets.root),
+            fix="omit loss.summary, or make targets with --set teacher.summary=true",
         )
     if (guided or settings.loss.target != "pixels") and (teacher.rows, teacher.cols) != (grid, grid):
         raise SettingsError(

@@ -14,6 +14,8 @@ from cae2pipe.methods.losses import Prediction, alignment_loss, centred_cosine
 from cae2pipe.models.export import student_normalise
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.codecs import Codec
+from cae2pipe.targets.groups import SUMMARY
+from cae2pipe.targets.store_layout import arrays_of
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.compilation import compile_in_place
 from cae2pipe.training.parallel import blocks_of
@@ -32,17 +34,27 @@ class Objective(nn.Module):
         codec: the codec of the stored latents.
         mean: the targets' mean unit token (D,).
         class_token: whether there is a target for the class token.
+        summary: the codec of stored summaries, if they are targets.
         bf16: compute the model in bfloat16 (autocast); the loss stays in float32.
     """
 
     def __init__(
-        self, model: nn.Module, loss: LossSettings, codec: Codec, *, mean: Tensor, class_token: bool, bf16: bool
+        self,
+        model: nn.Module,
+        loss: LossSettings,
+        codec: Codec,
+        *,
+        mean: Tensor,
+        class_token: bool,
+        summary: Codec | None = None,
+        bf16: bool,
     ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.codec = codec
         self.class_token = class_token
+        self.summary = summary
         self.bf16 = bf16
         self.normalise = student_normalise()
         self.mean: Tensor
@@ -63,16 +75,18 @@ class Objective(nn.Module):
         Args:
             pixels: (B, 3, H, W) uint8.
             latents: the codec's arrays over B views, with ``norms`` (B, T) if lengths count; or ``raw`` (B, T, D), the
-            output of a teacher; or ``decoded``, final targets. visible, masked, drop, weights: as in ``Batch``, with r
+            output of a teacher; or ``decoded``, final targets. Summaries: the arrays of their group (``summary/...``),
+            ``raw_summary`` or ``decoded_summary`` (B, 1, W). visible, masked, drop, weights: as in ``Batch``, with r
             masks per view. real: scalar, the number of images in the global batch that are not padding, counted once
             per mask.
         """
         repeat = len(visible) // len(pixels)
         with torch.no_grad():
-            target = self.target(latents)
+            target, summary = self.target(latents), self.summary_target(latents)
             images = self.normalise(pixels)
             if repeat > 1:  # repeat(1) would copy too: over a gigabyte of pixels at batch 2048
                 target, images, weights = (x.repeat_interleave(repeat, dim=0) for x in (target, images, weights))
+                summary = None if summary is None else summary.repeat_interleave(repeat, dim=0)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             prediction = cast(Prediction, self.model(images, visible, masked, drop))
         loss = alignment_loss(
@@ -83,6 +97,7 @@ class Objective(nn.Module):
             settings=self.loss,
             weights=weights,
             has_class_token=self.class_token,
+            summary=summary,
             real=real,
         )
         with torch.no_grad():
@@ -103,17 +118,40 @@ class Objective(nn.Module):
         if "decoded" in latents:
             return latents["decoded"]
         if "raw" in latents:
-            raw = latents["raw"]
-            return F.normalize(raw, dim=-1) if self.loss.kind == "cosine" else raw
-        target = self.codec.decode(latents)
-        return target * latents["norms"].float().unsqueeze(-1) if "norms" in latents else target
+            return self._of_teacher(latents["raw"])
+        return decoded(self.codec, latents)
+
+    def summary_target(self, latents: Mapping[str, Tensor]) -> Tensor | None:
+        """Summaries (B, 1, W) float32 as ``target`` gives latents; None if they are no targets."""
+        if self.summary is None:
+            return None
+        if "decoded_summary" in latents:
+            return latents["decoded_summary"]
+        if "raw_summary" in latents:
+            return self._of_teacher(latents["raw_summary"])
+        return decoded(self.summary, arrays_of(SUMMARY, latents))
+
+    def _of_teacher(self, raw: Tensor) -> Tensor:
+        return F.normalize(raw, dim=-1) if self.loss.kind == "cosine" else raw
+
+
+def decoded(codec: Codec, arrays: Mapping[str, Tensor]) -> Tensor:
+    """A group's tokens (B, T, D) float32: of unit length, or of original length if there are ``norms``."""
+    target = codec.decode(arrays)
+    return target * arrays["norms"].float().unsqueeze(-1) if "norms" in arrays else target
 
 
 def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSettings) -> Objective:
     """The method with its loss on a set's latents, or on the pixels of its views."""
     spec, bf16 = target_spec(settings, targets), settings.precision == "bf16"
     return Objective(
-        model, settings.loss, targets.layout.codec, mean=spec.mean, class_token=spec.class_token, bf16=bf16
+        model,
+        settings.loss,
+        targets.layout.codec,
+        mean=spec.mean,
+        class_token=spec.class_token,
+        summary=None if spec.summary is None else targets.groups[SUMMARY].layout.codec,
+        bf16=bf16,
     )
 
 
@@ -121,4 +159,6 @@ def compile_objective(objective: Objective, world: World, backend: Any = "induct
     """Compile in place: one graph, or block by block if weights are sharded, as each is gathered separately."""
     # Copying the codec's constants inside the graph would make the second step compile again.
     objective.codec.place(world.device)
+    if objective.summary is not None:
+        objective.summary.place(world.device)
     compile_in_place(blocks_of(objective) if world.parallel == "fsdp" else [objective], backend)

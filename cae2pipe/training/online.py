@@ -20,6 +20,8 @@ class OnlineLatents:
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
         with exact_float32(self.teacher.device):
-            tokens = self.teacher(batch.pixels).tokens
-        # A copy: tensors made in inference mode cannot take part in a backward pass.
-        return {"raw": tokens.clone()}
+            output = self.teacher(batch.pixels)
+        # Copies: tensors made in inference mode cannot take part in a backward pass.
+        if output.summary is None:
+            return {"raw": output.tokens.clone()}
+        return {"raw": output.tokens.clone(), "raw_summary": output.summary.unsqueeze(1).clone()}

@@ -17,11 +17,13 @@ from cae2pipe.targets.target_set import TargetSet
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Target tokens of ``dim`` dimensions, with or without a class token; their mean unit token is ``mean`` (dim,)."""
+    """Target tokens of ``dim`` dimensions, with or without a class token; their mean unit token is ``mean`` (dim,).
+    ``summary``: width of the teacher's summary if it is a target too."""
 
     dim: int
     class_token: bool
     mean: Tensor
+    summary: int | None = None
 
 
 def target_spec(settings: PretrainSettings, targets: TargetSet) -> TargetSpec:
@@ -29,7 +31,9 @@ def target_spec(settings: PretrainSettings, targets: TargetSet) -> TargetSpec:
     if settings.loss.target == "pixels":
         dim = 3 * settings.model.patch_size**2
         return TargetSpec(dim, False, torch.zeros(dim))
-    return TargetSpec(targets.teacher.dim, targets.teacher.class_token, targets.mean)
+    teacher = targets.teacher
+    summary = settings.loss.aligns_summary(teacher.class_token, stored=teacher.summary is not None)
+    return TargetSpec(teacher.dim, teacher.class_token, targets.mean, teacher.summary if summary else None)
 
 
 class PixelTargets:

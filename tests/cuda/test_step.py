@@ -76,7 +76,7 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
         targets = TargetSet(target_root)
         torch.manual_seed(0)
         spec = target_spec(settings, targets)
-        model = build_method(settings.method, settings.model, spec.dim).to(device)
+        model = build_method(settings.method, settings.model, spec.dim, spec.summary).to(device)
         model.recompute(settings.speed.recompute)
         objective = make_objective(model, targets, settings).to(device).train()
         objective.codec.place(device)

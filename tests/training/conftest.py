@@ -11,6 +11,7 @@ from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.objective import make_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Step, cached
+from cae2pipe.training.target_spec import target_spec
 
 CPU = torch.device("cpu")
 
@@ -26,20 +27,21 @@ def make(targets):
 
     def built(settings: PretrainSettings) -> tuple[Step, list[Batch]]:
         torch.manual_seed(0)
-        model = build_method(settings.method, settings.model, targets.teacher.dim)
+        spec = target_spec(settings, targets)
+        model = build_method(settings.method, settings.model, spec.dim, spec.summary)
         model.recompute(settings.speed.recompute)
         objective = make_objective(model, targets, settings).train()
+        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=model.drop_columns)
         step = Step(
             objective,
             objective,
             build_optimizer(model, settings.optimizer),
-            axes=targets.layout.sample_axes(),
+            axes=plan.sample_axes(),
             latents=cached,
             accumulation=settings.speed.accumulation,
             clip=settings.optimizer.clip,
             world=World(0, 1, CPU),
         )
-        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=model.drop_columns)
         return step, list(load_batches(plan, 0, 0))
 
     return built
