@@ -40,7 +40,7 @@ class ModelSettings(Settings):
     """Initial LayerScale of its blocks."""
     head: Literal["fc-ln", "ln-fc"] = "fc-ln"
     """Order of the head shared by encoder and regressor: paper fc-ln, released code ln-fc."""
-    init: str | None = not_fingerprinted(None, min_length=1)
+    init: PathOrUrl | None = not_fingerprinted(None, min_length=1)
     """What the encoder starts from, instead of random weights: a run, an encoder.safetensors, timm:NAME or
     timm:NAME@FILE of a plain ViT of its size, ... as `cae2pipe evaluate` takes them. Positions are resampled."""
 

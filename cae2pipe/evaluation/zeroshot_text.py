@@ -101,7 +101,7 @@ def text_state(state: Mapping[str, Tensor], tower: nn.Module, path: Path) -> dic
     """The text tower's part of a CLIP state, in float32. Raises TeacherError if there is none."""
     prefix = "text."
     own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    # Models of CLIP's original layout hold it beside the visual tower.
+    # Models of CLIP's original layout hold it next to the visual tower.
     own = own or {name: state[name] for name in tower.state_dict() if name in state}
     if not own:
         raise TeacherError("this file has no text tower", where=path)

@@ -175,7 +175,7 @@ def test_the_command_scores_with_a_text_tower(
     folder = tmp_path / "scores" / "zeroshot"
     result = json.loads((folder / "result.json").read_text())
     assert str(tmp_path) not in (folder / "manifest.json").read_text()
-    # Anew, from the stored features and by open_clip.
+    # Again, from the stored features and by open_clip.
     (part,) = (tmp_path / "scores" / "features").glob("*.safetensors")
     features = load_file(part)
     best = (F.normalize(features["class"], dim=1) @ class_embeddings(clip, CLASSES).T).argsort(dim=1, descending=True)

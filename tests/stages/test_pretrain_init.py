@@ -40,7 +40,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def with_init(pretrain_settings, init: Path | str, **over):
-    model = {**over.pop("model", {}), "init": str(init)}
+    model = {**over.pop("model", {}), "init": init}
     return pretrain_settings(model=model, **over)
 
 
