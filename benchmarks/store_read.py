@@ -39,7 +39,7 @@ FIT = 4
 
 
 def build(root: Path, codec: str, unit: torch.Tensor) -> tuple[dict, StoreLayout]:
-    """A store in which every block holds the last 64 of the given unit tokens, and beside it one of an earlier
+    """A store in which every block holds the last 64 of the given unit tokens, and next to it one of an earlier
     format."""
     calibration, _ = calibrate(unit[:-BLOCK], codec, 0.999, level=1)
     layout = StoreLayout(TOKENS, DIM, TOKENS - 1, False, make_codec(codec, calibration))

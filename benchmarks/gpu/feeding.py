@@ -82,7 +82,9 @@ def stream(
     plan = make_plan(
         targets, sorted(targets.stores), build(PretrainSettings, values, "the loader"), drop_columns=columns
     )
-    return on_device(load_parts(plan, 0, workers), targets.layout.sample_axes(), state.place, backend=state.backend)
+    # On a CPU tracing it takes longer than all else here; `views.py` does that.
+    backend = state.backend if state.on_cuda else None
+    return on_device(load_parts(plan, 0, workers), targets.layout.sample_axes(), state.place, backend=backend)
 
 
 def shared_memory() -> int:
@@ -96,12 +98,11 @@ def decoded_by_device(state: State, found: Found, targets: TargetSet, settings: 
     """
     if not state.on_cuda:
         found.skipped["nvJPEG"] = "a CPU decodes with libjpeg"
-    # With another batch size the CPU would compile the rendering again.
     batch = settings.loaded_batch if state.quick else 64
     data = settings.data.model_copy(update={"batch": batch, "streams": 4})
     settings = settings.model_copy(update={"data": data})
     workers = 0 if state.quick else 4  # a worker takes longer to start than to read
-    count = BUSY_BATCHES // (5 if state.quick else 1)
+    count = 3 if state.quick else BUSY_BATCHES
 
     def pixels(decode: str) -> Iterator[Batch]:
         return islice(stream(targets, settings, 0, decode, workers, state), count)
