@@ -35,7 +35,7 @@ from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMe
 from cae2pipe.evaluation.datasets import open_data
 from cae2pipe.evaluation.initialisation import initial_weights
 from cae2pipe.evaluation.zeroshot_classes import class_source
-from cae2pipe.evaluation.zeroshot_encoders import refuse_unaligned
+from cae2pipe.evaluation.zeroshot_encoders import refuse_unaligned, summary_width
 from cae2pipe.loading.fresh import fresh_views
 from cae2pipe.loading.planning import chosen_stores
 from cae2pipe.methods.registry import build_method
@@ -175,19 +175,20 @@ def plan_grid(
     source = None
     if isinstance(zeroshot, ZeroshotSettings):
         source = class_source(zeroshot, splits[1].classes, torch.device("cpu"), Silent())
-        refuse_other_width(source, target_set.teacher.dim, target_set.teacher.name)
     measured = [
         [split.identity for split in splits],
         {kind: fingerprinted(own) for kind, own in evaluations.items()},
         *([source.identity] if source else []),
     ]
-    runs = []
+    runs, teacher = [], target_set.artifact.facts["teacher"]
     for index, settings in expand(grid, small, speed or {}):
         variant = grid.variants[index]
         with variant_named(variant.name):
             check_run(target_set, settings, variant.codec)
             if source:
-                refuse_unaligned(settings.loss, target_set.teacher.class_token, None)
+                refuse_unaligned(settings.loss, teacher, None)
+                width = summary_width(settings.loss, teacher) or teacher["dim"]
+                refuse_other_width(source, width, target_set.teacher.name)
             if settings.model not in digests:
                 init = initial_weights(settings.model)
                 digests[settings.model] = init.digest if init else None
