@@ -16,6 +16,12 @@ from cae2pipe.artifacts.artifact import (
     TargetsArtifact,
     open_artifact,
 )
+from cae2pipe.artifacts.manifest_values import UNKNOWN, Licences
+
+
+def known_licences(licences: Licences) -> dict[str, str]:
+    """The licences of teacher and images, or that they are unknown."""
+    return {"teacher": licences.get("teacher", UNKNOWN), "data": licences.get("data", UNKNOWN)}
 
 
 def inspect_folder(path: Path) -> dict[str, Any]:
@@ -45,6 +51,7 @@ def _shards(artifact: ShardsArtifact) -> dict[str, Any]:
         "images": sum(unit["samples"] for unit in artifact.units.values()),
         "rejected": artifact.facts.get("rejected", 0),
         "classes": len(artifact.identity["classes"]),
+        "licence": artifact.facts.get("licence", UNKNOWN),
         "generations": [unit["images"] for name, unit in sorted(artifact.units.items()) if "images" in unit],
     }
 
@@ -62,6 +69,7 @@ def _targets(artifact: TargetsArtifact) -> dict[str, Any]:
     stored = sum(unit["samples"] for unit in targets.stores.values())
     return {
         "teacher": artifact.facts["teacher"],
+        "licences": known_licences(artifact.facts.get("licences", {})),
         "asked_for": wanted or {"views": views, "images": images},
         "share_made": round(stored / max(1, images * views), 4),
         "images": targets.images,
@@ -83,6 +91,7 @@ def _run(artifact: RunArtifact) -> dict[str, Any]:
     probes = read_probes(artifact.root / PROBE_FILE)
     return {
         "teacher": artifact.facts["teacher"],
+        "licences": known_licences(artifact.facts.get("licences", {})),
         "stores": len(artifact.facts["stores"]),
         "steps": len(lines),
         "damaged_lines": damaged,

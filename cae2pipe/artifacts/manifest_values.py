@@ -78,6 +78,18 @@ class GroupEntry(TypedDict):
 
 
 @with_config(OPEN)
+class Licences(TypedDict):
+    """Licences of the teacher's weights and of the images; those that are unknown are missing."""
+
+    teacher: NotRequired[str]
+    data: NotRequired[str]
+
+
+UNKNOWN = "unknown"
+"""What is shown for a licence that a manifest does not have."""
+
+
+@with_config(OPEN)
 class TeacherEntry(TypedDict):
     """What readers need to know about a teacher."""
 

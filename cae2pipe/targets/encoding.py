@@ -25,7 +25,7 @@ from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.rendering import RenderedBlock
 from cae2pipe.targets.store_layout import StoreLayout
 from cae2pipe.targets.store_writing import pack_block
-from cae2pipe.teachers.check import check_features
+from cae2pipe.teachers.check import check_output
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 Ran = tuple[float, float]
@@ -225,7 +225,8 @@ def _encode(
     within: AbstractContextManager[Any] = torch.cuda.stream(lane.stream) if lane else nullcontext()
     with within:
         output, ran = _forward(teacher, block.pixels[index], lane)
-        check_features(output.tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[index]}")
+        where = f"shard {task.shard.name}, block {task.block}, view {task.views[index]}"
+        check_output(output, teacher.info, block.keys, where)
         arrays, raw, centred = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
     return EncodedBlock(block, index, pack_block(layout, arrays), raw, centred, ran())
 
