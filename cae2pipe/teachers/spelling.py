@@ -126,7 +126,7 @@ def _no_weights(library: str, name: str, tag: str, tags: Sequence[str], *, separ
         f"{library} has no weights {tag!r} of {name}" if tag else f"no weights of {name} are named",
         where=f"teacher {whole}",
         fix=f"give {', or '.join(f'{whole}{separator}{known}' for known in ordered[:4])}"
-        + (f" ({len(ordered)} in all)" if len(ordered) > 4 else "")
+        + (f" ({len(ordered)} in total)" if len(ordered) > 4 else "")
         if tags
         else f"give {whole}@FILE; {library} knows no weights of it",
     )
