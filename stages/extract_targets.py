@@ -15,6 +15,7 @@ from typing import Any
 from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, is_artifact, refuse_foreign
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.lock import holding, writing
+from cae2pipe.artifacts.manifest_values import Licences
 from cae2pipe.artifacts.provenance import tell_changes
 from cae2pipe.artifacts.staging import remove_stages
 from cae2pipe.artifacts.storage import file_size, is_local, is_shared
@@ -36,6 +37,7 @@ from cae2pipe.targets.missing import MissingUnits, check_space, missing_units, w
 from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER
 from cae2pipe.targets.stored_calibration import is_calibrated
 from cae2pipe.targets.target_set import recorded_view
+from cae2pipe.teachers.licences import teacher_licence
 from cae2pipe.teachers.load import load_teacher, named_without_paths
 from cae2pipe.teachers.telling import teacher_lines
 
@@ -73,7 +75,9 @@ def extract_targets(
             refuse_other_pixels(out, settings)
         report.phase("loading the teacher")
         settings = settings.model_copy(update={"teacher": named_without_paths(settings.teacher)})
-        teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
+        device = pick_device(settings.speed.device, rank)
+        stored = TargetsArtifact.open(out).identity["teacher"].get("precision") if begun else None
+        teacher = load_teacher(settings.teacher, device, begun=stored)
         for line in teacher_lines(teacher):
             report.log(line)
         content = {"settings": fingerprinted(settings), "teacher": teacher.info.identity()}
@@ -85,6 +89,7 @@ def extract_targets(
         missing = missing_units(artifact, shards, settings.views, part=part, remake=remake)
         remove_leftovers(out, missing, part)
         artifact.facts |= {"classes": shards.classes, "wanted": wanted(artifact, shards, settings.views)}
+        artifact.facts["licences"] = licences(settings, shards, artifact.facts.get("licences", {}))
         if not missing and is_calibrated(artifact) and (artifact.complete or part != WHOLE) and remake is None:
             holds = f"{counted(settings.views, 'view')} of " + (f"part {part}" if part != WHOLE else "all shards")
             report.log(f"nothing to do: {out} has {holds} ({counted(len(shards.shards), 'shard')})")
@@ -131,6 +136,13 @@ def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report
     if (begun.views, begun.codec) != (settings.views, settings.codec):
         report.log(f"using the settings of this set: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
     return begun
+
+
+def licences(settings: ExtractSettings, shards: ShardSet, known: Licences) -> Licences:
+    """The licences of teacher and images: those that are given or declared now, else those that the set has."""
+    now = {"teacher": teacher_licence(settings.teacher), "data": settings.shard.licence or shards.licence}
+    found: Any = {name: licence for name, licence in now.items() if licence}
+    return {**known, **found}
 
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:

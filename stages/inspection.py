@@ -16,6 +16,13 @@ from cae2pipe.artifacts.artifact import (
     TargetsArtifact,
     open_artifact,
 )
+from cae2pipe.artifacts.manifest_values import UNKNOWN, Licences
+
+
+def known_licences(licences: Licences) -> dict[str, str]:
+    """The licences of teacher and images, or that they are unknown."""
+    return {"teacher": licences.get("teacher", UNKNOWN), "data": licences.get("data", UNKNOWN)}
+
 
 if TYPE_CHECKING:
     from cae2pipe.targets.target_set import TargetSet
@@ -48,6 +55,7 @@ def _shards(artifact: ShardsArtifact) -> dict[str, Any]:
         "images": sum(unit["samples"] for unit in artifact.units.values()),
         "rejected": artifact.facts.get("rejected", 0),
         "classes": len(artifact.identity["classes"]),
+        "licence": artifact.facts.get("licence", UNKNOWN),
         "generations": [unit["images"] for name, unit in sorted(artifact.units.items()) if "images" in unit],
     }
 
@@ -65,6 +73,7 @@ def _targets(artifact: TargetsArtifact) -> dict[str, Any]:
     stored = sum(unit["samples"] for unit in targets.stores.values())
     return {
         "teacher": artifact.facts["teacher"],
+        "licences": known_licences(artifact.facts.get("licences", {})),
         "asked_for": wanted or {"views": views, "images": images},
         "share_made": round(stored / max(1, images * views), 4),
         "images": targets.images,
@@ -100,6 +109,7 @@ def _run(artifact: RunArtifact) -> dict[str, Any]:
     return {
         "teacher": artifact.facts["teacher"],
         **({"init": artifact.facts["init"]} if "init" in artifact.facts else {}),
+        "licences": known_licences(artifact.facts.get("licences", {})),
         "stores": len(artifact.facts["stores"]),
         "steps": len(lines),
         "damaged_lines": damaged,

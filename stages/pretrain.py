@@ -47,7 +47,7 @@ from cae2pipe.training.parallel import wrap_model
 from cae2pipe.training.pretraining import Pretraining
 from cae2pipe.training.step import Latents, Step, cached
 from cae2pipe.training.step_loop import run_steps
-from cae2pipe.training.student import teacher_of
+from cae2pipe.training.student import licences_of, teacher_of
 from cae2pipe.training.target_spec import PixelTargets, TargetSpec, target_spec
 from cae2pipe.training.telemetry import check_trackers
 
@@ -269,7 +269,12 @@ def open_run(
     artifact = RunArtifact.open_or_create(
         out,
         run_identity(targets.artifact, settings, init),
-        facts={"stores": stores, "teacher": teacher_of(targets), **({"init": init.name} if init else {})},
+        facts={
+            "stores": stores,
+            "teacher": teacher_of(targets),
+            "licences": licences_of(targets),
+            **({"init": init.name} if init else {}),
+        },
         fix="use another output folder, or the settings and target set that this run was started with",
         fixes={
             "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "

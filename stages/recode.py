@@ -102,7 +102,7 @@ def recode(
         remove_stages(out, [*missing, *images])
         # Sets of early versions do not record all of this.
         facts = targets.artifact.facts
-        known = {name: value for name, value in facts.items() if name in ("classes", "teacher", "wanted")}
+        known = {name: value for name, value in facts.items() if name in ("classes", "teacher", "wanted", "licences")}
         made_with = {name: value for name, value in facts.items() if name in ("versions", "processor")}
         artifact.add_facts({**known, "extracted": made_with})
         tell_changes(artifact.facts, torch.device("cpu"), report)

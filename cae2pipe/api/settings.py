@@ -43,13 +43,20 @@ def settings(stage: str, config: str | Path, overrides: Overrides = None) -> Set
 
 
 def resolve(
-    kind: type[S], stage: str, config: str | Path | Settings, *, overrides: Overrides, arguments: Mapping[str, Any] = {}
+    kind: type[S],
+    stage: str,
+    config: str | Path | Settings,
+    *,
+    overrides: Overrides,
+    arguments: Mapping[str, Any] = {},
+    replaced: Mapping[str, Any] = {},
 ) -> S:
     """Settings from ``config``, changed by a function's own ``arguments`` and then by ``overrides``.
 
     Args:
         arguments: values by the dotted names of their settings, those that are not None. The option of the same command
             is named after the argument: see ``option``.
+        replaced: sections that take the place of those of ``config``, of which nothing remains.
 
     Raises:
         SettingsError: an unknown preset or setting, or a value that does not fit.
@@ -69,7 +76,7 @@ def resolve(
     elif overrides is not None:
         texts = overrides
     if not isinstance(config, Settings):
-        return load(kind, stage, str(config), overrides=texts, values=changed, options=options)
+        return load(kind, stage, str(config), overrides=texts, values=changed, options=options, replaced=replaced)
     if not isinstance(config, kind):
         raise SettingsError(
             f"expected {kind.__name__}, got {type(config).__name__}",
@@ -77,7 +84,7 @@ def resolve(
             fix=f"give a preset, a YAML file, or what settings({stage!r}, ...) returns",
         )
     # Only values that were given: some defaults depend on how the folder was started.
-    values_given = config.model_dump(exclude_unset=True)
+    values_given = {**config.model_dump(exclude_unset=True), **replaced}
     if texts:
         return load(kind, stage, None, overrides=texts, values=merge(values_given, changed), options=options)
     return build(kind, merge(values_given, changed), where=f"{stage} settings", options=options)

@@ -21,6 +21,7 @@ from cae2pipe.stages.recode import recode as run_recode
 from cae2pipe.stages.repack import repack as run_repack
 from cae2pipe.stages.shard import shard_images
 from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.teachers.spelling import teacher_values
 
 
 @checked
@@ -69,6 +70,7 @@ def extract_settings(
     config: str | Path | Settings,
     overrides: Overrides,
     *,
+    teacher: str | None,
     views: int | None,
     codec: str | None,
     fidelity: float | None,
@@ -83,7 +85,8 @@ def extract_settings(
         "speed.workers": workers,
         "speed.device": device,
     }
-    return resolve(ExtractSettings, "extract", config, overrides=overrides, arguments=arguments)
+    replaced = {} if teacher is None else {"teacher": teacher_values(teacher)}
+    return resolve(ExtractSettings, "extract", config, overrides=overrides, arguments=arguments, replaced=replaced)
 
 
 @checked
@@ -91,6 +94,7 @@ def extract_targets(
     source: str | Path,
     out: str | Path,
     *,
+    teacher: str | None = None,
     config: str | Path | Settings = "clip-b16",
     overrides: Overrides = None,
     views: int | None = None,
@@ -107,7 +111,9 @@ def extract_targets(
     Args:
         source: a shard set or a folder of images; a path or a URL.
         out: the target set, created or resumed.
-        config: teacher preset, YAML file or settings.
+        teacher: ``timm:NAME.TAG``, ``open_clip:NAME/TAG``, ``hf-hub:ORG/NAME``, ``local-dir:PATH`` or a preset, each
+            with ``@FILE`` for local weights; it takes the place of the whole teacher in ``config``.
+        config: preset, YAML file or settings.
         overrides: settings to change.
         views: per image; None: as the set was started, or 16.
         codec: klt, int8 or fp16.
@@ -124,7 +130,14 @@ def extract_targets(
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
     settings = extract_settings(
-        config, overrides, views=views, codec=codec, fidelity=fidelity, workers=workers, device=device
+        config,
+        overrides,
+        teacher=teacher,
+        views=views,
+        codec=codec,
+        fidelity=fidelity,
+        workers=workers,
+        device=device,
     )
     share = parse_part(part)
     with reporting(progress, "extract-targets") as report:
@@ -138,6 +151,7 @@ def extract_targets(
 def estimate_targets(
     source: str | Path,
     *,
+    teacher: str | None = None,
     config: str | Path | Settings = "clip-b16",
     overrides: Overrides = None,
     views: int | None = None,
@@ -156,7 +170,14 @@ def estimate_targets(
     length. Returns and raises as ``cae2pipe.stages.estimate_targets.estimate_targets``.
     """
     settings = extract_settings(
-        config, overrides, views=views, codec=codec, fidelity=fidelity, workers=workers, device=device
+        config,
+        overrides,
+        teacher=teacher,
+        views=views,
+        codec=codec,
+        fidelity=fidelity,
+        workers=workers,
+        device=device,
     )
     with reporting(progress, "estimate") as report:
         return estimate(to_path(source), settings, report, epochs=epochs)

@@ -7,7 +7,17 @@ from typing import Annotated, Literal, NotRequired, final
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from cae2pipe.artifacts.manifest_values import OPEN, STRICT, Common, FileEntry, Sha256, StoreName, TeacherEntry, Values
+from cae2pipe.artifacts.manifest_values import (
+    OPEN,
+    STRICT,
+    Common,
+    FileEntry,
+    Licences,
+    Sha256,
+    StoreName,
+    TeacherEntry,
+    Values,
+)
 
 EncoderFile = Annotated[str, Field(pattern=r"^(encoder\.safetensors|config\.json)$")]
 
@@ -42,11 +52,12 @@ class RunTeacher(TeacherEntry):
 @with_config(OPEN)
 class RunFacts(TypedDict):
     """``stores``: the fingerprints of the stores that it was started with. ``init``: the name of the weights that the
-    encoder started from, if they were not random."""
+    encoder started from, if they were not random. ``licences``: the target set's."""
 
     init: NotRequired[str]
     stores: dict[StoreName, Sha256]
     teacher: RunTeacher
+    licences: NotRequired[Licences]
 
 
 @with_config(OPEN)

@@ -61,7 +61,10 @@ class ShardsIdentity(TypedDict):
 
 @with_config(OPEN)
 class ShardsFacts(TypedDict):
+    """``licence``: of the images, if it was given."""
+
     rejected: NotRequired[Count]
+    licence: NotRequired[str]
 
 
 @with_config(OPEN)

@@ -20,6 +20,7 @@ from cae2pipe.artifacts.manifest_values import (
     FileEntry,
     GroupEntry,
     GroupName,
+    Licences,
     Names,
     Sha256,
     ShardName,
@@ -128,6 +129,7 @@ class TeacherIdentity(TypedDict):
     name: str
     library: str
     weights: str
+    precision: NotRequired[str]
 
 
 @with_config(OPEN)
@@ -192,13 +194,14 @@ class Extracted(TypedDict):
 
 @with_config(OPEN)
 class TargetsFacts(TypedDict):
-    """All but ``wanted`` are present once the set is calibrated."""
+    """All but ``wanted`` and ``licences`` are present once the set is calibrated."""
 
     classes: NotRequired[Names]
     teacher: NotRequired[TeacherEntry]
     codec: NotRequired[CodecFacts]
     groups: NotRequired[dict[GroupName, GroupEntry]]
     wanted: NotRequired[Wanted]
+    licences: NotRequired[Licences]
     versions: NotRequired[dict[str, str]]
     processor: NotRequired[str]
     extracted: NotRequired[Extracted]

@@ -79,6 +79,18 @@ class GroupEntry(TypedDict):
 
 
 @with_config(OPEN)
+class Licences(TypedDict):
+    """Licences of the teacher's weights and of the images; those that are unknown are missing."""
+
+    teacher: NotRequired[str]
+    data: NotRequired[str]
+
+
+UNKNOWN = "unknown"
+"""What is shown for a licence that a manifest does not have."""
+
+
+@with_config(OPEN)
 class TeacherEntry(TypedDict):
     """What readers need to know about a teacher. ``summary``: its width, if there is one. ``layers``: the blocks whose
     tokens are stored besides those of the last."""

@@ -65,7 +65,14 @@ def extract_targets(
         ),
     ],
     out: Out,
-    config: Annotated[str, typer.Option(help="Teacher preset or YAML file.")] = "clip-b16",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="timm:NAME.TAG, open_clip:NAME/TAG, hf-hub:ORG/NAME, local-dir:PATH, or a preset of `teachers list`; "
+            "@FILE for local weights. Replaces the teacher of --config.",
+        ),
+    ] = None,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "clip-b16",
     views: Annotated[
         int | None, typer.Option(help="Views per image (default: 16). Run again with a larger number to add views.")
     ] = None,
@@ -105,6 +112,7 @@ def extract_targets(
         settings = targets.extract_settings(
             config,
             set_,
+            teacher=teacher,
             views=views,
             codec=codec.value if codec else None,
             fidelity=fidelity,

@@ -8,6 +8,9 @@ import typer
 
 from cae2pipe.commands.shared import Set, console, errors, exits
 
+WIDE = 130
+"""Columns from which a line holds a teacher's model as well."""
+
 
 def config_list() -> None:
     """List the presets of every stage."""
@@ -33,16 +36,22 @@ def config_show(
 
 
 def teachers_list() -> None:
-    """List teacher presets and whether their weights are cached."""
+    """List teacher presets: size, input, latents, licence, and whether their weights are here.
+
+    Pipes and wide terminals also show each model as --teacher takes it.
+    """
     with exits():
-        from cae2pipe.runtime.terminal import print_table
+        from cae2pipe.runtime.terminal import line_width, print_table
         from cae2pipe.teachers.presets import list_presets
 
-        print_table(console, list_presets())
+        rows = list_presets()
+        if (line_width(console) or WIDE) < WIDE:
+            rows = [{name: value for name, value in row.items() if name != "model"} for row in rows]
+        print_table(console, rows)
 
 
-def teachers_fetch(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
-    """Download a preset's weights into the local cache, for use without a network."""
+def teachers_fetch(name: Annotated[str, typer.Argument(help="A preset, or a model as --teacher takes it.")]) -> None:
+    """Download a teacher's weights into the local cache, for use without a network."""
     with exits():
         from cae2pipe.teachers.presets import fetch
 

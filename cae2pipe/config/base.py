@@ -215,8 +215,11 @@ def load(
     overrides: Sequence[str] = (),
     values: dict[str, Any] | None = None,
     options: Mapping[str, str] = {},
+    replaced: Mapping[str, Any] = {},
 ) -> S:
     """Preset, then ``values`` (from dedicated ``options``, as in ``build``), then ``--set`` overrides, validated.
+
+    ``replaced``: sections that take the place of the preset's, of which nothing remains.
 
     A preset may have ``recipes: {NAME: {...}}``: settings that apply if ``recipe`` is NAME. Overrides take precedence.
 
@@ -234,7 +237,7 @@ def load(
     for name, part in (("recipes", recipes), (f"recipes.{recipe}", part_of(recipes, recipe))):
         if not isinstance(part, dict):
             raise SettingsError(f"{name} is not a mapping", where=preset, fix="correct the file")
-    raw = merge(merge(raw, part_of(recipes, recipe)), over)
+    raw = merge({**merge(raw, part_of(recipes, recipe)), **replaced}, over)
     return build(kind, raw, where=f"{stage} settings" + (f", preset {preset}" if preset else ""), options=options)
 
 

@@ -28,6 +28,8 @@ def recommend_views(epochs: int) -> int:
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 GridSide = Annotated[int, Field(ge=1, le=1024)]
+Licence = Annotated[str, Field(min_length=1, max_length=200)]
+"""Free text, preferably an SPDX identifier."""
 
 
 class ShardSpeed(Settings):
@@ -44,6 +46,8 @@ class ShardSettings(Settings):
     """Seed of the shuffle over the whole data set."""
     samples: int = Field(default=1024, ge=1, le=10**6)
     """Images per tar. Multiples of 64 fill the blocks of the target set."""
+    licence: Licence | None = not_fingerprinted(None)
+    """Licence of the images, for manifests and model cards. null: unknown."""
     speed: ShardSpeed = ShardSpeed()
 
 
@@ -59,6 +63,8 @@ class TeacherSettings(Settings):
     """The pretrained tag, e.g. openai; unused when `weights` names a file."""
     weights: LocalPath | None = not_fingerprinted(None)
     """A local weights file (safetensors, or a torch file of tensors). Its content enters the fingerprint."""
+    licence: Licence | None = not_fingerprinted(None)
+    """Licence of the weights, for manifests and model cards. null: what timm or the hub declares, else unknown."""
     vision_cfg: dict[str, Any] | None = None
     """open_clip only: the tower's configuration, for weights that fit no named model."""
     embed_dim: int | None = Field(default=None, ge=1, le=65536)
@@ -91,10 +97,16 @@ class TeacherSettings(Settings):
     """Rows and columns of the stored latents: the teacher's patches are averaged by area to this grid, the student's,
     so that the teacher may see views at a higher resolution. null: the teacher's own grid."""
     precision: Precision = "auto"
-    """Arithmetic of the teacher. auto: fp16 on CUDA (as published), fp32 elsewhere."""
+    """Arithmetic of the teacher. auto: on CUDA what is published for its family, bf16 for DINOv3, SigLIP and C-RADIO,
+    fp16 for others; fp32 elsewhere."""
 
     @model_validator(mode="after")
     def _divides(self) -> TeacherSettings:
+        if self.kind == "timm" and self.pretrained and "." in self.name and ":" not in self.name:
+            raise ValueError(
+                f"teacher.name {self.name} has its tag, and teacher.pretrained is {self.pretrained!r} as well, perhaps "
+                f"from the preset: give --teacher timm:{self.name}, or --set teacher.pretrained=null"
+            )
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"teacher.std must be above 0, not {self.std}")
         if list(self.layers) != sorted(set(self.layers)):

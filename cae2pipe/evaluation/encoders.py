@@ -5,9 +5,10 @@ runs/base/encoder.safetensors    the exported file, with config.json in the same
 random:runs/base, random:tiny    the student of a run or of a pretraining preset before training
 random:NAME                      a timm model before training
 caev2_base.pth                   an encoder released by the authors of CAE or CAE v2
-timm:NAME, timm:NAME@FILE        a vision transformer of timm, with the hub's weights or a local file's
+timm:NAME, timm:NAME@FILE        a model of timm, with the hub's weights or a local file's
 open_clip:NAME/TAG, ...@FILE     a vision tower of open_clip, with the hub's weights or a local file's
-teacher:clip-b16[@FILE]          a teacher preset, or a YAML file of extract-targets
+hf-hub:ORG/NAME, local-dir:PATH  a model that a hub repository or a folder describes, as timm writes it
+teacher:clip-b16[@FILE]          a teacher preset, or a YAML file of extract-targets; any of the four above
 targets, teacher:targets[@FILE]  the teacher of a target set; a local file of weights must be named again
 """
 
@@ -24,7 +25,6 @@ from torch import Tensor
 from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, check_files, is_artifact
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
 from cae2pipe.config.base import build_recorded, fingerprinted, load, preset_names, section_of
-from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.config.pretrain import LossSettings, ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
 from cae2pipe.images.normalise import Normalise
@@ -33,12 +33,14 @@ from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.keyed import keyed_seed
 from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.teachers.spelling import LIBRARIES, teacher_settings
 from cae2pipe.teachers.weights import load_strictly, read_weights
 
-KINDS = ("random", "timm", "open_clip", "teacher")
+KINDS = ("random", "teacher", *LIBRARIES)
 FORMS = (
     "a run folder, an encoder.safetensors, a released .pth, random:RUN, random:PRESET, random:NAME, timm:NAME, "
-    "timm:NAME@FILE, open_clip:NAME/TAG, open_clip:NAME@FILE, teacher:PRESET, teacher:FILE.yaml or a target set"
+    "timm:NAME@FILE, open_clip:NAME/TAG, open_clip:NAME@FILE, hf-hub:ORG/NAME, local-dir:PATH, "
+    "teacher:PRESET, teacher:FILE.yaml or a target set"
 )
 
 
@@ -172,7 +174,7 @@ def load_encoder(spec: str, seed: int, device: torch.device, *, precision: str =
         raise SourceError(f"{form}: must be followed by a name", where=spec, fix=f"give {FORMS}")
     if form == "random":
         return random_student(rest, seed, device, precision=precision)
-    return frozen_teacher(form, rest, device)
+    return frozen_teacher(form, rest if form == "teacher" else spec, device)
 
 
 def trained_student(path: Path, device: torch.device, precision: str) -> Student:
@@ -306,49 +308,23 @@ def random_student(name: str, seed: int, device: torch.device, *, precision: str
     )
 
 
-def frozen_teacher(form: str, name: str, device: torch.device) -> FrozenTeacher:
-    """``timm:NAME``, ``open_clip:NAME/TAG``, ``teacher:PRESET`` or ``teacher:TARGETS``, each with ``@FILE`` for local
-    weights."""
+def frozen_teacher(form: str, spelling: str, device: torch.device) -> FrozenTeacher:
+    """A teacher as `cae2pipe.teachers.spelling` writes it or, in the form ``teacher``, that of a target set, with
+    ``@FILE`` for local weights."""
     from cae2pipe.teachers.load import load_teacher, set_teacher
 
-    name, _, file = name.partition("@")
-    weights = Path(file) if file else None
+    name, _, file = spelling.partition("@")
     if form == "teacher" and is_artifact(Path(name), "targets"):
         return FrozenTeacher(
-            set_teacher(TargetsArtifact.open(Path(name)), weights, device, option=f"teacher:{name}@FILE")
+            set_teacher(
+                TargetsArtifact.open(Path(name)), Path(file) if file else None, device, option=f"teacher:{name}@FILE"
+            )
         )
-    if form == "timm":
-        settings = timm_settings(name)
-        fix = "check the name, or use timm:NAME@FILE, or teacher:FILE.yaml with all teacher settings"
-    elif form == "open_clip":
-        settings = open_clip_settings(name)
-        fix = "use open_clip:NAME/TAG or open_clip:NAME@FILE, or teacher:FILE.yaml with all teacher settings"
-    else:
-        settings, fix = load(ExtractSettings, "extract", name).teacher, None
-    if weights:
-        settings = settings.model_copy(update={"weights": weights})
     try:
-        return FrozenTeacher(load_teacher(settings, device))
+        return FrozenTeacher(load_teacher(teacher_settings(spelling), device))
     except TeacherError as error:
-        # Some fixes name settings, which these forms do not have.
-        raise TeacherError(error.what, where=error.where, fix=fix or error.fix) from None
-
-
-def timm_settings(name: str) -> TeacherSettings:
-    """A timm model at its native input size."""
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(name)
-    size = {"image_size": config.input_size[-1]} if config else {}
-    return TeacherSettings(kind="timm", name=name, **size)
-
-
-def open_clip_settings(name: str) -> TeacherSettings:
-    """A vision tower of open_clip, ``NAME`` or ``NAME/TAG``, at its native input size."""
-    from open_clip import get_model_config
-
-    name, _, tag = name.partition("/")
-    config = get_model_config(name) or {}
-    size = config.get("vision_cfg", {}).get("image_size")
-    sized = {"image_size": size} if isinstance(size, int) else {}
-    return TeacherSettings(kind="open_clip", name=name, pretrained=tag or None, **sized)
+        if form == "teacher" or "--set" not in (error.fix or ""):
+            raise
+        # This form has no settings.
+        fix = f"check the name, or use {form}:NAME@FILE, or teacher:FILE.yaml with all teacher settings"
+        raise TeacherError(error.what, where=error.where, fix=fix) from None

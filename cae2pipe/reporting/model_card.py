@@ -14,6 +14,7 @@ from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.models.formats import ExportLayout, Shape
 from cae2pipe.reporting.markdown import escaped
 from cae2pipe.reporting.results import as_markdown
+from cae2pipe.reporting.target_set_facts import licence_rows
 from cae2pipe.version import __version__
 
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
@@ -55,6 +56,7 @@ def _training(run: RunArtifact) -> str:
     rows = {
         "method": f"{settings.method} ({PAPER}), recipe {settings.recipe}",
         "teacher": _teacher(run.facts["teacher"]),
+        **dict(licence_rows(run.facts.get("licences", {}))),
         "targets": f"{settings.targets}, target set {run.identity['targets'][:16]}",
         **({"started from": _init(run)} if "init" in run.facts else {}),
         "epochs": settings.epochs,

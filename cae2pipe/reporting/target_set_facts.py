@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cae2pipe.artifacts.manifest_values import UNKNOWN
 from cae2pipe.config.extract import ViewSettings
 
 Rows = list[tuple[str, str]]
@@ -28,6 +29,15 @@ def teacher_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
         ),
         *([("teacher's input", f"{size} × {size} pixels")] if size else []),
         *([("precision", str(made["precision"]))] if "precision" in made else []),
+        *licence_rows(facts.get("licences", {})),
+    ]
+
+
+def licence_rows(licences: Mapping[str, object]) -> Rows:
+    """The licences of the teacher's weights and of the images, or that they are unknown."""
+    return [
+        ("licence of the teacher", str(licences.get("teacher", UNKNOWN))),
+        ("licence of the images", str(licences.get("data", UNKNOWN))),
     ]
 
 

@@ -46,11 +46,17 @@ class Terminal(Console):
                 self.say(f"  {name} {text}")
 
 
+def line_width(terminal: Terminal) -> int | None:
+    """Columns of a line; None in pipes and files, where lines have no end unless the variable COLUMNS gives one."""
+    if not terminal.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        return None
+    return terminal.width
+
+
 def print_table(terminal: Terminal, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows of equal keys as a table; the keys are the headers.
 
-    Cells are folded to the terminal's width. In pipes and files, which have none, each row is one line, unless the
-    variable COLUMNS gives a width.
+    Cells are folded to ``line_width``; where there is none, each row is one line.
     """
     table = Table(box=None, pad_edge=False)
     for name in rows[0] if rows else []:
@@ -58,7 +64,7 @@ def print_table(terminal: Terminal, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(visible(name), overflow="fold", min_width=1)
     for row in rows:
         table.add_row(*(visible(str(value)) for value in row.values()))
-    if not terminal.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+    if line_width(terminal) is None:
         unlimited = terminal.options.update(width=sys.maxsize)
         table.width = Measurement.get(terminal, unlimited, table).maximum
     terminal.print(table, crop=False)

@@ -73,6 +73,8 @@ def pack(
             facts={"rejected": 0},
             fix="give another output folder, or the source and settings that this one was made from",
         )
+        if settings.licence:
+            artifact.facts["licence"] = settings.licence
         if is_local(out):
             remove_debris(out)
         before = sum(unit["images"] for unit in artifact.units.values() if "images" in unit)

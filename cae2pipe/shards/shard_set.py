@@ -70,12 +70,14 @@ class ImageSample:
 
 @dataclass(frozen=True, repr=False)
 class ShardSet:
-    """The shards in order and the names of their labels. ``remedy``: how to repair damage."""
+    """The shards in order and the names of their labels. ``remedy``: how to repair damage. ``licence``: of the images,
+    if it is known."""
 
     root: Path
     classes: list[str]
     shards: list[Shard]
     remedy: str = REMEDY
+    licence: str | None = None
 
     def __repr__(self) -> str:
         held = (
@@ -96,7 +98,7 @@ class ShardSet:
         # A tar is empty if all of its images were rejected.
         tars = ((name, unit) for name, unit in sorted(artifact.units.items()) if "rejected" in unit)
         shards = [make_shard(root, name, unit) for name, unit in tars if unit["samples"]]
-        return cls(root, artifact.identity["classes"], shards)
+        return cls(root, artifact.identity["classes"], shards, licence=artifact.facts.get("licence"))
 
     @property
     def images(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,9 @@ from cae2pipe.targets.calibration import Calibration, token_cosines
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.groups import Cosines, Group, Groups, group_tokens
 from cae2pipe.targets.rendering import RenderedBlock
-from cae2pipe.targets.store_layout import PATCHES, StoreLayout
+from cae2pipe.targets.store_layout import StoreLayout
 from cae2pipe.targets.store_writing import pack_block
-from cae2pipe.teachers.check import check_features
+from cae2pipe.teachers.check import check_output
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 Ran = tuple[float, float]
@@ -227,20 +227,13 @@ def _encode(
     within: AbstractContextManager[Any] = torch.cuda.stream(lane.stream) if lane else nullcontext()
     with within:
         output, ran = _forward(teacher, block.pixels[index], lane)
-        check_output(output, groups, where)
+        check_output(output, teacher.info, block.keys, where)
         encoded = {name: encode_group(output, group) for name, group in groups.items()}
     chunks: dict[str, list[bytes]] = {}
     for name, (arrays, *_) in encoded.items():
         chunks |= pack_block(groups[name].layout, arrays)
     cosines = {name: (raw, centred) for name, (_, raw, centred) in encoded.items()}
     return EncodedBlock(block, index, chunks, cosines, ran())
-
-
-def check_output(output: TeacherOutput, groups: Iterable[str], where: str, *, constant: bool = False) -> None:
-    """``check_features`` of each group. Raises TeacherError."""
-    for group in groups:
-        named = where if group == PATCHES else f"{where}, {group}"
-        check_features(group_tokens(output, group), where=named, constant=constant)
 
 
 def encode_group(output: TeacherOutput, group: Group) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:

@@ -11,11 +11,13 @@ from cae2pipe.errors import TeacherError
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB, FOLDER = "hf-hub:", "local-dir:"
+"""How timm names models that a hub repository, or a folder, describes in its ``config.json``."""
 
 
 def pretrained_file(teacher: TeacherSettings) -> Path:
     """The hub's file of a teacher's weights: from the local cache, else downloaded. Raises TeacherError."""
-    return hub_file(*hub_source(teacher), preset_of(teacher))
+    return hub_file(*hub_source(teacher), preset_of(teacher) or spell(teacher))
 
 
 def hub_source(teacher: TeacherSettings) -> tuple[str, Sequence[str]]:
@@ -32,9 +34,28 @@ def preset_of(teacher: TeacherSettings) -> str | None:
     return None
 
 
+def repository_of(settings: TeacherSettings) -> str | None:
+    """The hub repository that describes the model itself, if ``teacher.name`` is hf-hub:ORG/NAME."""
+    return settings.name.removeprefix(HUB).partition("@")[0] if settings.name.startswith(HUB) else None
+
+
+def folder_of(settings: TeacherSettings) -> Path | None:
+    """The folder that describes the model itself, if ``teacher.name`` is local-dir:PATH."""
+    return Path(settings.name.removeprefix(FOLDER)) if settings.name.startswith(FOLDER) else None
+
+
 def timm_name(settings: TeacherSettings) -> str:
     """timm's name with its pretrained tag."""
     return f"{settings.name}.{settings.pretrained}" if settings.pretrained else settings.name
+
+
+def spell(settings: TeacherSettings) -> str:
+    """The spelling of a model, without its file."""
+    if settings.name.startswith((HUB, FOLDER)):
+        return settings.name
+    separator = "." if settings.kind == "timm" else "/"
+    tag = f"{separator}{settings.pretrained}" if settings.pretrained else ""
+    return f"{settings.kind}:{settings.name}{tag}"
 
 
 def cached_file(repository: str, names: Sequence[str]) -> Path | None:
@@ -49,7 +70,8 @@ def cached_file(repository: str, names: Sequence[str]) -> Path | None:
 
 
 def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
-    """The first of ``names`` in a hub repository: from the local cache, else downloaded. ``preset`` is for the message.
+    """The first of ``names`` in a hub repository: from the local cache, else downloaded. ``preset``, or the spelling of
+    the model, is for the message.
 
     Raises:
         TeacherError: neither cached nor downloadable.
@@ -115,8 +137,10 @@ def _timm_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
     """
     from timm.models import get_pretrained_cfg
 
-    if settings.name.startswith("hf-hub:"):
-        return settings.name.removeprefix("hf-hub:"), [*TIMM_FILES, *OPEN_CLIP_FILES]
+    if repository := repository_of(settings):
+        return repository, [*TIMM_FILES, *OPEN_CLIP_FILES]
+    if folder := folder_of(settings):
+        raise TeacherError("the weights of a folder are in it, not on the hub", where=folder, fix="use it as it is")
     config = get_pretrained_cfg(timm_name(settings))
     if config is None or not config.hf_hub_id:
         raise TeacherError(

@@ -12,17 +12,19 @@ from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import MismatchError, TeacherError
+from cae2pipe.teachers.precision import resolve_precision
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.teachers.token_grid import ResampledTeacher
 from cae2pipe.teachers.weights import check_present
 
 
-def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
-    """The teacher that the settings describe, frozen, on the device.
+def load_teacher(settings: TeacherSettings, device: torch.device, *, begun: str | None = None) -> Teacher:
+    """The teacher that the settings describe, frozen, on the device. ``begun``: the precision of an existing set.
 
     Raises:
         TeacherError: unknown model, weights that are missing, unsafe or do not fit, or a grid finer than the model's.
     """
+    settings = settings.model_copy(update={"precision": resolve_precision(settings, device, begun)})
     teacher = model_of(settings, device)
     return teacher if settings.grid is None else ResampledTeacher(teacher, settings.grid)
 
@@ -81,7 +83,7 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
     try:
-        teacher = load_teacher(settings, device)
+        teacher = load_teacher(settings, device, begun=artifact.identity["teacher"].get("precision"))
     except TeacherError as error:
         if weights is not None:
             raise

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae2pipe.artifacts.artifact import RunArtifact
+from cae2pipe.artifacts.manifest_values import Licences
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import DamageError
@@ -51,6 +52,11 @@ def teacher_of(targets: TargetSet) -> dict[str, Any]:
     """The entry of a run's manifest about the teacher of its target set."""
     made_by = targets.artifact.identity["teacher"]
     return {**targets.artifact.facts["teacher"], "library": made_by["library"], "weights": made_by["weights"]}
+
+
+def licences_of(targets: TargetSet) -> Licences:
+    """The licences of a target set's teacher and images, as far as they are known."""
+    return targets.artifact.facts.get("licences", {})
 
 
 def same_teacher(run: RunArtifact, targets: TargetSet) -> bool:

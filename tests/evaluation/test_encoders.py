@@ -262,11 +262,16 @@ def test_display_names_hold_no_folders(tmp_path, monkeypatch):
     assert display_name(".") == Path.cwd().name
 
 
-def test_towers_of_open_clip_by_name_and_tag():
-    from cae2pipe.evaluation.encoders import open_clip_settings
-
-    settings = open_clip_settings("ViT-L-14-336-quickgelu/openai")
-    assert (settings.name, settings.pretrained, settings.image_size) == ("ViT-L-14-336-quickgelu", "openai", 336)
-    with pytest.raises(TeacherError, match="no such weights file") as caught:
-        load("open_clip:no-such-tower@none.safetensors")
-    assert "open_clip:NAME/TAG" in caught.value.fix
+@pytest.mark.parametrize("prefix", ["", "teacher:"])
+def test_models_of_libraries_are_spelled_as_teachers_are(prefix, tmp_path):
+    model = timm.create_model("test_vit", pretrained=False)
+    file = tmp_path / "w.safetensors"
+    save_file(model.state_dict(), file)
+    assert load(f"{prefix}timm:test_vit.r160_in1k@{file}").teacher.info.name == "test_vit.r160_in1k"
+    for spelling, message in (
+        ("open_clip:no-such-tower@none.safetensors", "open_clip has no model"),
+        ("open_clip:ViT-B-16/opena", "open_clip has no weights 'opena'"),
+        ("timm:vit_tiny_patch16_224.agreg_in21k", "timm has no weights"),
+    ):
+        with pytest.raises(TeacherError, match=message):
+            load(prefix + spelling)

@@ -144,7 +144,7 @@ def test_weights_come_from_the_hubs_cache(vit, vit_file, hub_cache, pixels):
 def test_weights_that_cannot_be_fetched_name_the_command(hub_cache):
     with pytest.raises(TeacherError, match="not cached") as refused:
         load_teacher(vit_settings(None), CPU)
-    assert "hf download timm/test_vit.r160_in1k model.safetensors" in str(refused.value)
+    assert "`cae2pipe teachers fetch timm:test_vit`" in str(refused.value)
     assert "teacher.weights=FILE" in str(refused.value)
 
 
