@@ -36,7 +36,8 @@ from cae2pipe.targets.missing import MissingUnits, check_space, missing_units, w
 from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER
 from cae2pipe.targets.stored_calibration import is_calibrated
 from cae2pipe.targets.target_set import recorded_view
-from cae2pipe.teachers.load import load_teacher
+from cae2pipe.teachers.load import load_teacher, named_without_paths
+from cae2pipe.teachers.telling import teacher_lines
 
 
 def extract_targets(
@@ -71,7 +72,10 @@ def extract_targets(
             settings = resumed(TargetsArtifact.open(out), settings, report)
             refuse_other_pixels(out, settings)
         report.phase("loading the teacher")
+        settings = settings.model_copy(update={"teacher": named_without_paths(settings.teacher)})
         teacher = load_teacher(settings.teacher, pick_device(settings.speed.device, rank))
+        for line in teacher_lines(teacher):
+            report.log(line)
         content = {"settings": fingerprinted(settings), "teacher": teacher.info.identity()}
         fix = "use another output folder, or the settings this one was made with"
         if begun:

@@ -53,7 +53,8 @@ class TeacherSettings(Settings):
     kind: Literal["open_clip", "timm"]
     """The library that builds the tower."""
     name: str
-    """The model's name in that library, e.g. ViT-B-16-quickgelu."""
+    """The model's name in that library, e.g. ViT-B-16-quickgelu; for timm also hf-hub:ORG/NAME, a hub repository with
+    timm's config.json, or local-dir:PATH, a folder with it."""
     pretrained: str | None = None
     """The pretrained tag, e.g. openai; unused when `weights` names a file."""
     weights: LocalPath | None = not_fingerprinted(None)
@@ -64,6 +65,8 @@ class TeacherSettings(Settings):
     """open_clip only, with `vision_cfg`: the projection's width."""
     quick_gelu: bool | None = None
     """open_clip only: force QuickGELU on or off. None: as in the named model."""
+    model_args: dict[str, Any] = added({}, before={})
+    """timm only: arguments of the architecture for weights that differ from timm's own, such as {init_values: 1e-5}."""
     image_size: int | None = Field(default=None, ge=16, le=4096)
     """Side, in pixels, of the teacher's own input; stored views are resized to it. null: the model's own."""
     stage: int | None = Field(default=None, ge=-64, le=64)

@@ -115,6 +115,8 @@ def _timm_source(settings: TeacherSettings) -> tuple[str, Sequence[str]]:
     """
     from timm.models import get_pretrained_cfg
 
+    if settings.name.startswith("hf-hub:"):
+        return settings.name.removeprefix("hf-hub:"), [*TIMM_FILES, *OPEN_CLIP_FILES]
     config = get_pretrained_cfg(timm_name(settings))
     if config is None or not config.hf_hub_id:
         raise TeacherError(

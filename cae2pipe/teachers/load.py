@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,8 +29,8 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
 
 def model_of(settings: TeacherSettings, device: torch.device) -> Teacher:
     """The same with the model's own grid."""
-    foreign = () if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
-    if misplaced := [name for name in foreign if getattr(settings, name) is not None]:
+    foreign = ("model_args",) if settings.kind == "open_clip" else ("vision_cfg", "embed_dim", "quick_gelu")
+    if misplaced := [name for name in foreign if getattr(settings, name) not in (None, {})]:
         raise TeacherError(
             f"teacher.{misplaced[0]} does not apply to teacher.kind {settings.kind}",
             where="teacher",
@@ -43,7 +45,17 @@ def model_of(settings: TeacherSettings, device: torch.device) -> Teacher:
         return load_open_clip(settings, device)
     from cae2pipe.teachers.timm import load_timm
 
-    return load_timm(settings, device)
+    return load_timm(named_without_paths(settings), device)
+
+
+def named_without_paths(settings: TeacherSettings) -> TeacherSettings:
+    """The settings with a folder's name (``local-dir:PATH``) replaced by what it holds, since fingerprints hold no
+    paths. Raises TeacherError if it holds no model."""
+    if settings.kind != "timm":
+        return settings
+    from cae2pipe.teachers.timm_source import resolved
+
+    return resolved(settings)
 
 
 def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.device, *, option: str) -> Teacher:
@@ -57,7 +69,15 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
     Raises:
         TeacherError: it cannot be loaded. MismatchError: the weights differ.
     """
-    settings = build_recorded(TeacherSettings, artifact.identity["settings"]["teacher"], where=artifact.root)
+    known: Mapping[str, Any] = artifact.identity["teacher"]
+    settings = build_recorded(
+        TeacherSettings,
+        # What a configuration beside the weights said may be missing where they are now.
+        artifact.identity["settings"]["teacher"]
+        | {name: known[name] for name in ("image_size", "mean", "std") if name in known}
+        | {name: known["architecture"][name] for name in ("quick_gelu",) if name in known["architecture"]},
+        where=artifact.root,
+    )
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
     try:

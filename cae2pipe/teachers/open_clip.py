@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.teachers.hub import pretrained_file
-from cae2pipe.teachers.open_clip_towers import build_tower, is_resnet, normalisation, tower_shape
+from cae2pipe.teachers.open_clip_towers import assumed, build_tower, is_resnet, native_size, normalisation, tower_shape
 from cae2pipe.teachers.protocol import (
     Outputs,
     Teacher,
@@ -35,6 +35,7 @@ class OpenClipTeacher(Teacher):
         last = self.tower.transformer.resblocks[-1]
         if info.class_token and isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
             last.register_forward_pre_hook(self._attend)
+            self.attends = True
 
     def tokens(self, pixels: Tensor) -> TeacherOutput:
         x = self.tower._embeds(pixels)
@@ -149,9 +150,13 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> Teacher:
         summary=outputs.summary,
         layers=tuple(settings.layers),
     )
+    teacher: Teacher
     if is_resnet(config):
-        return OpenClipResNet(tower, info, device)
-    return OpenClipTeacher(tower, info, device, project=project)
+        teacher = OpenClipResNet(tower, info, device)
+    else:
+        teacher = OpenClipTeacher(tower, info, device, project=project)
+    teacher.native, teacher.assumed = native_size(settings), assumed(settings)
+    return teacher
 
 
 def projects_tokens(tower: Any, settings: TeacherSettings) -> bool:

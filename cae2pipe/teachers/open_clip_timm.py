@@ -6,6 +6,7 @@ The latents are the trunk's tokens, or its last feature map, as if timm had load
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.hub import pretrained_file
-from cae2pipe.teachers.open_clip_towers import build_tower
+from cae2pipe.teachers.open_clip_towers import assumed, build_tower, native_size
 from cae2pipe.teachers.protocol import Outputs, Teacher, TeacherInfo, teacher_precision
 from cae2pipe.teachers.timm import model_outputs
 from cae2pipe.teachers.timm_models import TimmFeatureMap, TimmViT, trains_class_token
@@ -41,7 +42,7 @@ def load_trunk(
     )
     settings = _staged(sketch, settings, shape)
     outputs = _outputs(sketch, settings, shape)
-    tower = _sized(shape).eval()
+    tower = _sized({**shape, "vision_cfg": shape["vision_cfg"] | {"timm_model_pretrained": False}}).eval()
     path = settings.weights or pretrained_file(settings)
     state = read_weights(path)
     parts: dict[str, dict[str, Tensor]] = {"trunk": {}, "head": {}}
@@ -73,22 +74,28 @@ def load_trunk(
         layers=tuple(settings.layers),
     )
 
-    def pool(x: Tensor) -> Tensor:
-        return _embedding(tower, x)
-
+    teacher: Teacher
     if settings.stage is not None:
         norm = settings.output == "own" and settings.stage == len(tower.trunk.feature_info) - 1
-        return TimmFeatureMap(tower.trunk, settings.stage, info, device=device, norm=norm, pool=pool)
+        teacher = TimmFeatureMap(
+            tower.trunk, settings.stage, info, device=device, norm=norm, pool=partial(_embedding, tower)
+        )
 
-    def projection(tokens: Tensor) -> Tensor:
-        projected: Tensor = tower.head(tower.trunk.head(tokens))
-        return projected
-
-    return TimmViT(tower.trunk, info, device, project=projection if project else None, pool=pool)
+    else:
+        teacher = TimmViT(
+            tower.trunk,
+            info,
+            device,
+            project=partial(_projected, tower) if project else None,
+            pool=partial(_embedding, tower),
+        )
+    teacher.native, teacher.assumed = native_size(settings), assumed(settings)
+    return teacher
 
 
 def trunk_outputs(settings: TeacherSettings, shape: dict[str, Any]) -> Outputs:
     """Which latents the tower gives, without its weights."""
+    shape = {**shape, "vision_cfg": shape["vision_cfg"] | {"timm_model_pretrained": False}}
     with torch.device("meta"):
         tower = _sized(shape).eval()
         return _outputs(tower, _staged(tower, settings, shape), shape)
@@ -146,6 +153,11 @@ def _projects(tower: Any, settings: TeacherSettings) -> bool:
             fix="omit it; teacher.summary gives the projected embedding",
         )
     return plain and settings.project is not False
+
+
+def _projected(tower: Any, tokens: Tensor) -> Tensor:
+    projected: Tensor = tower.head(tower.trunk.head(tokens))
+    return projected
 
 
 def _embedding(tower: Any, x: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
-from cae2pipe.teachers.protocol import check_grid
+from cae2pipe.teachers.protocol import channels, check_grid
 from cae2pipe.teachers.weights import safetensors_metadata
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -39,10 +40,40 @@ def tower_shape(settings: TeacherSettings) -> dict[str, Any]:
     embed_dim = settings.embed_dim or known.get("embed_dim")
     if embed_dim is None:
         raise TeacherError("the projection's width is unknown", where="teacher.embed_dim", fix="set it")
-    quick_gelu = settings.quick_gelu if settings.quick_gelu is not None else bool(known.get("quick_gelu", False))
+    quick_gelu = bool(known.get("quick_gelu", False)) if settings.quick_gelu is None else settings.quick_gelu
+    if settings.quick_gelu is None and settings.pretrained is None:
+        quick_gelu = bool(described_beside(settings).get("model_cfg", {}).get("quick_gelu", quick_gelu))
     config = dict(known["vision_cfg"])
     config["image_size"] = settings.image_size or config.get("image_size", 224)
     return {"vision_cfg": config, "embed_dim": embed_dim, "quick_gelu": quick_gelu}
+
+
+def native_size(settings: TeacherSettings) -> int:
+    """Side of the input in pixels that the named tower was trained for."""
+    size = tower_shape(settings.model_copy(update={"image_size": None}))["vision_cfg"]["image_size"]
+    return int(size)
+
+
+def assumed(settings: TeacherSettings) -> str:
+    """What nothing says about the weights: neither a tag, nor a configuration beside them, nor the settings."""
+    if settings.pretrained or described_beside(settings) or described_shape(settings.weights):
+        return ""
+    open_points = [] if settings.mean and settings.std else ["mean and std"]
+    open_points += ["activation"] if settings.quick_gelu is None else []
+    return " and ".join(open_points)
+
+
+def described_beside(settings: TeacherSettings) -> dict[str, Any]:
+    """``preprocess_cfg`` and ``model_cfg`` of the configuration that open_clip writes beside a weights file; empty if
+    there is none. Sets of before this was read do without it."""
+    if settings.weights is None or settings.output == "raw":
+        return {}
+    path = settings.weights.parent / "open_clip_config.json"
+    if not path.is_file():
+        return {}
+    content = read_json(path, fix="replace it, or move the weights to another folder", error=TeacherError)
+    parts = content if isinstance(content, dict) else {}
+    return {name: parts[name] for name in ("preprocess_cfg", "model_cfg") if isinstance(parts.get(name), dict)}
 
 
 def described_shape(weights: Path | None) -> dict[str, Any]:
@@ -70,6 +101,9 @@ def normalisation(
     model agree, else CLIP's."""
     from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
 
+    if not pretrained and (described := described_beside(settings).get("preprocess_cfg")):
+        mean, std = described.get("mean", CLIP_MEAN), described.get("std", CLIP_STD)
+        return settings.mean or channels(mean, settings.weights), settings.std or channels(std, settings.weights)
     known = [pretrained] if pretrained else []
     known = known or [get_pretrained_cfg(settings.name, tag) for tag in list_pretrained_tags_by_model(settings.name)]
     found = {(tuple(one.get("mean", CLIP_MEAN)), tuple(one.get("std", CLIP_STD))) for one in known}

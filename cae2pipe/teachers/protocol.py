@@ -77,7 +77,15 @@ instead of 64 makes EfficientNet-Lite0 2.9 times as fast, and ViT-Ti/16 1.3 time
 
 
 class Teacher(ABC):
-    """A frozen model. Subclasses define how it gives tokens."""
+    """A frozen model. Subclasses define how it gives tokens.
+
+    ``attends``: whether it gives attention. ``native``: side of the input in pixels that it was trained for.
+    ``assumed``: what of its input or arithmetic nothing says about its weights, for the log.
+    """
+
+    attends = False
+    native: int | None = None
+    assumed: str = ""
 
     def __init__(self, info: TeacherInfo, device: torch.device):
         self.info = info
@@ -147,6 +155,18 @@ def check_grid(image_size: int, patch: int) -> None:
             where="teacher.image_size",
             fix=f"--set teacher.image_size={max(1, round(image_size / patch)) * patch}",
         )
+
+
+def channels(values: Any, where: object) -> tuple[float, float, float]:
+    """Three numbers from a configuration, for the mean or the standard deviation. Raises TeacherError."""
+    if (
+        not isinstance(values, list | tuple)
+        or len(values) != 3
+        or not all(isinstance(value, int | float) for value in values)
+    ):
+        raise TeacherError(f"mean and std must be three numbers, not {values!r}", where=where, fix="correct the file")
+    first, second, third = (float(value) for value in values)
+    return first, second, third
 
 
 def teacher_precision(precision: str, device: torch.device) -> str:

@@ -24,6 +24,7 @@ from cae2pipe.teachers.timm_models import (
     token_features,
     trains_class_token,
 )
+from cae2pipe.teachers.timm_source import keywords, source_of
 from cae2pipe.teachers.timm_weights import Filter, draft, fitted
 from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
 
@@ -34,12 +35,14 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
     Raises:
         TeacherError: unknown model, weights that are missing or do not fit, a model without tokens or feature maps.
     """
+    source = source_of(settings)
     sketch, convert = draft_model(settings)
     outputs = model_outputs(sketch, settings)
     model = build_model(settings)
     load_weights(model, settings, convert)
-    config = model.pretrained_cfg
     architecture: dict[str, Any] = {"stage": settings.stage}
+    if source.args:
+        architecture |= {"name": source.name, "model_args": dict(source.args)}
     projected = projects(model, settings)
     if projected:
         architecture["projected"] = True
@@ -56,16 +59,21 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
         cols=outputs.cols,
         class_token=outputs.class_token,
         image_size=input_size(settings),
-        mean=settings.mean or tuple(config["mean"]),
-        std=settings.std or tuple(config["std"]),
+        mean=settings.mean or source.mean,
+        std=settings.std or source.std,
         precision=teacher_precision(settings.precision, device),
         summary=outputs.summary,
         layers=tuple(settings.layers),
     )
     pool = partial(own_output, model, projected=projected)
+    teacher: Teacher
     if settings.stage is None:
-        return TimmViT(model, info, device, project=projection(model) if projected else None, pool=pool)
-    return TimmFeatureMap(model, settings.stage, info, device=device, norm=norm, pool=pool)
+        teacher = TimmViT(model, info, device, project=projection(model) if projected else None, pool=pool)
+    else:
+        teacher = TimmFeatureMap(model, settings.stage, info, device=device, norm=norm, pool=pool)
+    teacher.native = source.size
+    teacher.assumed = "mean and std" if source.assumed and not (settings.mean and settings.std) else ""
+    return teacher
 
 
 def input_size(settings: TeacherSettings) -> int:
@@ -74,11 +82,8 @@ def input_size(settings: TeacherSettings) -> int:
 
 
 def native_size(settings: TeacherSettings) -> int:
-    """Side of the input in pixels that the model was trained for, according to timm."""
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(timm_name(settings))
-    return int(config.input_size[-1]) if config else 224
+    """Side of the input in pixels that the model was trained for, according to its configuration."""
+    return source_of(settings).size
 
 
 def build_model(settings: TeacherSettings) -> Any:
@@ -96,12 +101,13 @@ def draft_model(settings: TeacherSettings) -> tuple[Any, Filter]:
 
 
 def _built(settings: TeacherSettings, create: Any) -> Any:
-    check_name(settings)
-    name, side = timm_name(settings), input_size(settings)
-    options: dict[str, Any] = {"num_classes": projection_width(settings) or 0}
+    source = source_of(settings)
+    name, side = source.name, input_size(settings)
+    check_name(name)
+    options: dict[str, Any] = keywords(source.args) | {"num_classes": projection_width(settings) or 0}
     sized: dict[str, Any] = {"img_size": side}
     # Models whose feature maps are used work at any size, or are built for one, or take no size at all.
-    tries = [sized] if settings.stage is None else [sized, {}] if side != native_size(settings) else [{}]
+    tries = [sized] if settings.stage is None else [sized, {}] if side != source.size else [{}]
     error: Exception | None = None
     for attempt in tries:
         try:
@@ -118,11 +124,10 @@ def _built(settings: TeacherSettings, create: Any) -> Any:
     ) from None
 
 
-def check_name(settings: TeacherSettings) -> None:
+def check_name(name: str) -> None:
     """Raise TeacherError if timm does not have the model, or no weights of its tag."""
     import timm
 
-    name = timm_name(settings)
     architecture, dot, tag = name.partition(".")
     if architecture not in timm.list_models():
         nearest = difflib.get_close_matches(architecture, timm.list_models(), n=1)
@@ -244,7 +249,7 @@ def _native_fix(settings: TeacherSettings) -> str:
 
 
 def _summary_width(model: Any, settings: TeacherSettings, x: Tensor, *, wanted: bool) -> int | None:
-    """Width of the summary, or None if there is to be none. ``wanted``: whether it is, where the settings are silent."""
+    """Width of the summary, or None if there is none. ``wanted``: whether there is, where the settings are silent."""
     asked = settings.summary if settings.summary is not None else wanted and settings.output == "own"
     if not asked:
         return None
@@ -274,16 +279,13 @@ def projection_width(settings: TeacherSettings) -> int | None:
     Raises:
         TeacherError: it is wanted of weights that have none.
     """
-    from timm.models import get_pretrained_cfg
-
-    name = timm_name(settings)
-    config = get_pretrained_cfg(name)
+    source = source_of(settings)
     # timm gives the projection's width as the number of classes. Labelled sets have no multiple of 64.
-    known = config is not None and any(part in f"{config.architecture}.{config.tag}" for part in ("clip", "pe_core"))
-    width = config.num_classes if known and config.num_classes % 64 == 0 else 0
+    known = any(part in source.name for part in ("clip", "pe_core")) and source.classes % 64 == 0
+    width = source.classes if known else 0
     if settings.project and not width:
         raise TeacherError(
-            f"timm's {name} has no projection of CLIP",
+            f"timm's {source.name} has no projection of CLIP",
             where="teacher.project",
             fix="give a tag whose weights have one, e.g. vit_base_patch16_clip_224.openai, or omit teacher.project",
         )
@@ -308,11 +310,11 @@ def load_weights(model: Any, settings: TeacherSettings, convert: Filter) -> None
         return
     import timm
 
-    path = settings.weights or pretrained_file(settings)
+    source, path = source_of(settings), settings.weights or pretrained_file(settings)
 
     def heads() -> set[str]:
         with torch.device("meta"):
-            return set(timm.create_model(timm_name(settings)).state_dict())
+            return set(timm.create_model(source.name, **keywords(source.args)).state_dict())
 
     state = read_weights(path)
     try:

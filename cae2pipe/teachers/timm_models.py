@@ -37,6 +37,7 @@ class TimmViT(Teacher):
         last = model.blocks[-1]
         if info.class_token and _is_plain(last):
             last.register_forward_pre_hook(self._attend)
+            self.attends = True
 
     def tokens(self, pixels: Tensor) -> TeacherOutput:
         x, taps = token_features(self.model, pixels, self.info.layers)
