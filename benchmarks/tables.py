@@ -53,6 +53,7 @@ def performance(results: Path) -> str:
         (f"klt at 0.999: bytes against int8 (1st percentile {klt['p1']:.4f})", check(pareto, "of int8's"), 3, ""),
         ("klt: unpacking, views/s per core", check(pareto, "unpacking"), 3, ""),
         ("int8 blocks: time against plain reading and CRC-32C", check(store, "StoreReader"), 3, ""),
+        ("klt blocks: speed against an earlier format, 512 dimensions", check(store, "earlier"), 3, ""),
         ("block loader, stored views, against full-size photographs, one core", check(loader, "stored"), 2, ""),
         ("block loader, replayed views, against the same", check(loader, "replayed"), 2, ""),
         ("extraction against the teacher's forward, two cores", check(extraction, "extraction"), 2, ""),
@@ -119,6 +120,40 @@ def views(results: Path) -> str:
             )
         )
     heads = ("views", "fidelity", "kB per image", "showings", "training loss", "held-out loss", "kNN", "linear", "runs")
+    return table(heads, lines)
+
+
+def reduced_views(results: Path) -> str:
+    """Bytes and loading time of views of 448 pixels and of 224."""
+    rows = [row for row in read(results, "reduced_views")["rows"] if not row["what"].startswith("the same")]
+    return table(
+        ("views", "kB per view or image", "loading, ms"),
+        [(row["what"], f"{row['kB']:.0f}", f"{row['ms']['median']:.1f}") for row in rows],
+    )
+
+
+def teacher_grid(results: Path) -> str:
+    """Scores by what the teacher sees: of the teacher, and means over the students of all seeds with their spread."""
+    named = {
+        "own": "112 pixels, as the student",
+        "enlarged": "112 pixels, enlarged to 224",
+        "finer": "224 pixels, reduced for the student",
+    }
+    lines = []
+    for row in read(results, "teacher_grid")["rows"]:
+        scores = [f"{row[f'{name}_mean']:.1f} ± {row[f'{name}_spread']:.1f}" for name in ("knn", "linear")]
+        teacher = [f"{row[f'teacher_{name}']:.1f}" for name in ("knn", "linear")]
+        sizes = [f"{row[f'kb_{part}_per_view']:.1f}" for part in ("pixels", "latents")]
+        lines.append((named[row["arm"]], *sizes, *teacher, *scores))
+    heads = (
+        "the teacher sees",
+        "kB of pixels per view",
+        "of latents",
+        "teacher, kNN",
+        "linear",
+        "student, kNN",
+        "linear",
+    )
     return table(heads, lines)
 
 
@@ -319,6 +354,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "rendering": rendering,
     "low_rate": low_rate,
     "views": views,
+    "reduced_views": reduced_views,
     "training": training,
     "hours": hours,
     "scale": scale,

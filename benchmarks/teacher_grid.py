@@ -45,7 +45,7 @@ from cae2pipe.runtime.progress import Report, progress
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.target_set import TargetSet
 
-CODEC = {"name": "klt", "fidelity": 0.999}
+FIDELITY = 0.999
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def measure(bench: Bench, options: Namespace, report: Report) -> list[dict[str, 
     rows = []
     for seed in range(options.seeds):
         for kind in KINDS:
-            arm = Arm(f"{kind}-s{seed}", kind, options.views, CODEC["fidelity"], seed)
+            arm = Arm(f"{kind}-s{seed}", kind, options.views, FIDELITY, seed)
             train(bench, arm, report)
             scores.setdefault(kind, []).append(student_scores(bench, arm, scorer))
             report.log(f"{arm.name}: {scores[kind][-1]}")
@@ -111,8 +111,8 @@ def measure(bench: Bench, options: Namespace, report: Report) -> list[dict[str, 
 
 def extraction(bench: Bench, name: str) -> ExtractSettings:
     """Stage 1 of an arm."""
-    kind, chosen = KINDS[name], bench.stage_1(bench.stored, CODEC)
-    student = bench.training(Arm("", name, bench.stored, CODEC["fidelity"], 0)).model
+    kind, chosen = KINDS[name], bench.stage_1(bench.stored, {"name": "klt", "fidelity": FIDELITY})
+    student = bench.training(Arm("", name, bench.stored, FIDELITY, 0)).model
     grid = (student.grid, student.grid) if kind.averaged else None
     teacher = {"image_size": kind.teacher * bench.size, "grid": grid}
     return chosen.model_copy(
@@ -181,7 +181,7 @@ def about(bench: Bench, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "epochs": bench.epochs,
         "views": bench.stored,
         "size": bench.size,
-        "fidelity": CODEC["fidelity"],
+        "fidelity": FIDELITY,
         "test_images": images,
         "standard_error": round(statistics.mean(errors), 2) if errors else None,
     }

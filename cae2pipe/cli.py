@@ -62,7 +62,8 @@ def _failed(error: BaseException) -> int:
     explained = explain_system_error(error)
     if explained is None:
         raise error
-    show_error(explained)
+    if not explained.shown_elsewhere:
+        show_error(explained)
     return explained.exit_code
 
 

@@ -24,7 +24,7 @@ class Cae2pipeError(Exception):
 
     exit_code = FAILURE
     shown_elsewhere = False
-    """Another process of the same job reports it to the user."""
+    """The user needs no message: another process of the same job reports it, or the output's reader has ended."""
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None):
         # Exception pickles through self.args: everything is passed on so that errors survive worker processes.

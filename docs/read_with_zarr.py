@@ -1,4 +1,4 @@
-"""The latents of a target set with zarr and numpy alone: python read_with_zarr.py SET [v00/000000]."""
+"""The latents of a target set with zarr and numpy alone: python read_with_zarr.py SET [v00/000000 [patches]]."""
 
 import sys
 
@@ -6,11 +6,14 @@ import numpy as np
 import zarr
 
 
-def read_latents(root: str, store: str = "v00/000000") -> np.ndarray:
-    """Tokens of one view of one shard, (samples, tokens, dimensions) float32, of unit length up to coding error."""
-    group = zarr.open_group(f"{root}/latents/{store}.zarr/patches", mode="r")
+def read_latents(root: str, store: str = "v00/000000", latents: str = "patches") -> np.ndarray:
+    """Tokens of one view of one shard, (samples, tokens, dimensions) float32, of unit length up to coding error.
+
+    ``latents``: patches, or if the set has them summary (one token), layer-03, ...
+    """
+    group = zarr.open_group(f"{root}/latents/{store}.zarr/{latents}", mode="r")
     if group.attrs["codec"] == "klt":
-        codec = zarr.open_group(f"{root}/codec.zarr/patches", mode="r")
+        codec = zarr.open_group(f"{root}/codec.zarr/{latents}", mode="r")
         low, high = group["symbols"][...].astype(np.int32)  # each (dimensions, samples, tokens)
         symbols = low + 256 * high
         bins = ((symbols >> 1) ^ -(symbols & 1)).transpose(1, 0, 2)

@@ -28,21 +28,24 @@ from cae2pipe.comparison.gathering import gather_grid
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.config.base import fingerprinted, load, merge
 from cae2pipe.config.compare import GridSettings
-from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
+from cae2pipe.config.evaluate import EVALUATIONS, AnySettings, ZeroshotSettings
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.evaluation.datasets import open_data
 from cae2pipe.evaluation.initialisation import initial_weights
+from cae2pipe.evaluation.zeroshot_classes import class_source
+from cae2pipe.evaluation.zeroshot_encoders import refuse_unaligned
 from cae2pipe.loading.fresh import fresh_views
 from cae2pipe.loading.planning import chosen_stores
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.device_memory import free_unused
-from cae2pipe.runtime.progress import Report, Within
+from cae2pipe.runtime.progress import Report, Silent, Within
 from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.world import stage_world
 from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.stages.evaluate_zeroshot import evaluate_zeroshot, refuse_other_width
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report import write_report
@@ -74,7 +77,7 @@ class GridPlan:
     grid has complete comparisons."""
 
     runs: list[Planned]
-    evaluations: dict[str, AnySettings]
+    evaluations: dict[str, AnySettings | ZeroshotSettings]
 
 
 def compare(
@@ -152,7 +155,7 @@ def plan_grid(
     """
     if small and not grid.small and not any(variant.small for variant in grid.variants):
         raise SettingsError("this grid has no small scale", where=grid.title, fix="omit --small")
-    evaluations: dict[str, AnySettings] = {}
+    evaluations: dict[str, AnySettings | ZeroshotSettings] = {}
     for scored in grid.evaluate:
         values = merge(scored.set, {"speed": speed} if speed else {})
         evaluations[scored.kind] = load(
@@ -168,15 +171,23 @@ def plan_grid(
         raise BadInputError("the output folder is inside the target set", where=out, fix="use another folder")
     digests: dict[ModelSettings, str | None] = {}
     splits = open_data(data, batch=1)
+    zeroshot = evaluations.get("zeroshot")
+    source = None
+    if isinstance(zeroshot, ZeroshotSettings):
+        source = class_source(zeroshot, splits[1].classes, torch.device("cpu"), Silent())
+        refuse_other_width(source, target_set.teacher.dim, target_set.teacher.name)
     measured = [
         [split.identity for split in splits],
         {kind: fingerprinted(own) for kind, own in evaluations.items()},
+        *([source.identity] if source else []),
     ]
     runs = []
     for index, settings in expand(grid, small, speed or {}):
         variant = grid.variants[index]
         with variant_named(variant.name):
             check_run(target_set, settings, variant.codec)
+            if source:
+                refuse_unaligned(settings.loss, target_set.teacher.class_token, None)
             if settings.model not in digests:
                 init = initial_weights(settings.model)
                 digests[settings.model] = init.digest if init else None
@@ -273,7 +284,11 @@ def run_part(
             with variant_named(grid.variants[run.variant].name):
                 pretrain(recoded(targets, run.codec, out, report=within), folder, run.settings, report=within)
             for kind, settings in plan.evaluations.items():
-                evaluate(kind, str(folder), data, out=out / "scores" / run.scored, settings=settings, report=within)
+                scores = out / "scores" / run.scored
+                if isinstance(settings, ZeroshotSettings):
+                    evaluate_zeroshot(str(folder), data, out=scores, settings=settings, report=within)
+                else:
+                    evaluate(kind, str(folder), data, out=scores, settings=settings, report=within)
         except forgiven as error:
             failed[f"{variant} ({error.what})"] = without_frames(error)
             report.log(f"{variant} failed: {error.what}; continuing with the other runs")

@@ -1,8 +1,8 @@
 """Copy a shard set or a target set between disks and object stores.
 
-Read from top to bottom: open the set, refuse a destination that holds anything else, plan what is missing there, check
-the room, let threads copy it, write the manifest. Every file is compared with the manifest on the way. Readers of the
-destination see what was there before until the last file has arrived: the manifest is written then, and only then.
+Read from top to bottom: open the set, refuse a destination that holds anything else or is too small, plan what is
+missing there, let threads copy it, write the manifest. Every file is compared with the manifest on the way. Readers of
+the destination see what was there before until the last file has arrived: the manifest is written then, and only then.
 Finished units are marked in ``.copying/`` meanwhile, so that the same command resumes without reading them again.
 
 Not named ``copy.py``: if this were the current folder, Python would import it instead of the standard library's.
@@ -11,7 +11,7 @@ Not named ``copy.py``: if this were the current folder, Python would import it i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,10 +27,11 @@ from cae2pipe.artifacts.artifact import (
     open_artifact,
     refuse_foreign,
 )
-from cae2pipe.artifacts.atomic import remove_debris, remove_empty, write_bytes
+from cae2pipe.artifacts.atomic import remove_any, remove_debris, write_bytes
 from cae2pipe.artifacts.difference import abridged, first_difference
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.file_checks import check_file, presence
+from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest_values import FileEntry, Unit
 from cae2pipe.artifacts.storage import file_size, file_sizes, free_bytes, is_local, read_many, remove
@@ -153,12 +154,12 @@ def copy_set(
     refuse_hub(out)
     for artifact, folder in pairs:
         refuse_other(artifact, folder)
+    check_space(pairs, views)
     with ExitStack() as locks:
         for _, folder in reversed(pairs):
             locks.enter_context(writing(folder))
         report.phase("comparing the sets")
         plans = [plan(artifact, folder, views, check) for artifact, folder in pairs]
-        check_space(out, plans, check)
         tally = Tally()
         copy_units(plans, tally, report=report, workers=workers)
         for each in plans:
@@ -239,6 +240,13 @@ def _another(out: Path, how: str) -> MismatchError:
     )
 
 
+def chosen(artifact: AnySet, views: int | None) -> list[str]:
+    """The units to copy, sorted."""
+    return [
+        name for name in sorted(artifact.units) if views is None or not is_store(name) or of_store(name).view < views
+    ]
+
+
 def plan(artifact: AnySet, out: Path, views: int | None, check: bool) -> Plan:
     """Open or create the destination's artifact, and list what it lacks."""
     there = type(artifact).open_or_create(
@@ -246,9 +254,7 @@ def plan(artifact: AnySet, out: Path, views: int | None, check: bool) -> Plan:
     )
     if is_local(out):
         remove_debris(out)
-    names = sorted(artifact.units)
-    if views is not None:
-        names = [name for name in names if not is_store(name) or of_store(name).view < views]
+    names = chosen(artifact, views)
     listed = None if is_local(out) else file_sizes(out)
     marks, present = read_marks(out), presence(out, listed)
 
@@ -271,25 +277,24 @@ def read_marks(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out / MARKS).as_posix(): data for path, data in marks.items()}
 
 
-def check_space(out: Path, plans: list[Plan], check: bool) -> None:
-    """Raise BadInputError if the destination's disk has no room for what is missing."""
+def check_space(pairs: list[tuple[AnySet, Path]], views: int | None) -> None:
+    """Raise BadInputError if the destination's disk has no room for the files that are not there."""
+    out = pairs[-1][1]
     free = free_bytes(out)
-    if free is None or check:
+    if free is None:
         return
-    needed = sum(size for each in plans for name in each.todo for size in _lacking(each, name))
+    needed = 0
+    for artifact, folder in pairs:
+        for name in chosen(artifact, views):
+            for path, entry in artifact.units[name]["files"].items():
+                if file_size(folder / path) != entry["bytes"]:
+                    needed += entry["bytes"]
     if needed > free:
         raise BadInputError(
             f"the copy needs {gigabytes(needed)}, and {gigabytes(free)} are free",
             where=out,
             fix="free some space, give a folder on another disk, or copy fewer --views",
         )
-
-
-def _lacking(plan: Plan, name: str) -> Iterator[int]:
-    """Bytes of a unit's files that are not there."""
-    for path, entry in plan.source.units[name]["files"].items():
-        if not plan.has(path, entry):
-            yield entry["bytes"]
 
 
 def copy_units(plans: list[Plan], tally: Tally, *, report: Report, workers: int) -> None:
@@ -344,7 +349,7 @@ def copy_unit(plan: Plan, name: str, tally: Tally) -> None:
             error.fix = f"`cae2pipe verify {source}` lists what is damaged there, and with --repair rebuilds it"
             raise
         tally.arrived(entry["bytes"])
-    write_bytes(out / MARKS / name, mark(unit))
+    write_bytes(inside(out, f"{MARKS}/{name}"), mark(unit))
 
 
 def finish(plan: Plan) -> None:
@@ -363,10 +368,10 @@ def finish(plan: Plan) -> None:
         there.add_facts({**source.facts, **there.facts})
         complete = there.complete or has_all(there)
     there.save(complete=complete)
-    out = there.root
-    remove([out / MARKS / name for name in file_sizes(out / MARKS)])
-    if is_local(out):
-        remove_empty(out / MARKS)
+    if is_local(there.root):
+        remove_any(there.root / MARKS)
+    else:
+        remove([there.root / MARKS / name for name in file_sizes(there.root / MARKS)])
 
 
 def has_all(artifact: AnySet) -> bool:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cae2pipe.artifacts.artifact import is_artifact
-from cae2pipe.artifacts.manifest_targets import group_entry
 from cae2pipe.config.extract import ExtractSettings, recommend_views
+from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
@@ -22,15 +20,13 @@ from cae2pipe.shards.build import plan_runs, write_run
 from cae2pipe.shards.checking import Checked, check_image
 from cae2pipe.shards.shard_set import ShardSet, make_shard
 from cae2pipe.shards.source import scan
-from cae2pipe.targets.calibration import Calibration
 from cae2pipe.targets.calibration_sample import run_sample
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, sample_size, speed_sample, tar_bytes
+from cae2pipe.targets.groups import Groups
 from cae2pipe.targets.manifest_facts import teacher_facts
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, render_blocks
-from cae2pipe.targets.store_layout import StoreLayout
-from cae2pipe.targets.target_set import make_layout
+from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render_blocks
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
 
@@ -45,11 +41,13 @@ def estimate_targets(
 
     Returns:
         ``images``, ``views``, mean bytes of ``pixels`` per view, ``views_per_s`` and ``teacher_per_s`` on this device,
-        and ``codecs``: for each the bytes of ``latents`` per view, ``bytes`` and ``seconds`` in total, the held-out
-        ``mean`` and ``p1`` cosine, and ``paid_from_epoch``, the break-even epoch. With ``epochs`` also ``recommended``:
+        and ``codecs``: for each the bytes of ``latents`` per view, and if there are several groups of latents of each
+        (``groups``), ``bytes`` and ``seconds`` in total, the held-out ``mean`` and ``p1`` cosine of the patches, and
+        ``paid_from_epoch``, the break-even epoch. With ``epochs`` also ``recommended``:
         ``views`` for these ``epochs``, their ``bytes`` and ``seconds`` in total with the codec of ``settings``, how
         often each is shown (``showings``), and how often each would be shown with the ``views`` of ``settings``
-        (``showings_asked``).
+        (``showings_asked``). If a student with the set's grid and patches of the default size reads views reduced, also
+        ``reduced``: its ``size``, and the mean bytes of ``pixels`` per view if views had this size.
 
     Raises:
         SettingsError: less than one epoch.
@@ -72,21 +70,21 @@ def estimate_targets(
         report.phase(f"running the teacher on about {sampled} of {images} images")
         outputs, jpegs = run_sample(shards, teacher, settings, images=sampled, workers=workers, report=report)
         facts = teacher_facts(teacher, outputs[0])
-        shape = make_layout(group_entry(facts, "fp16", codec.level), Calibration(torch.zeros(facts["dim"])))
+        student, reduced = facts["rows"] * ModelSettings().patch_size, None
+        if settings.teacher.grid is not None and student < settings.view.size:
+            reduced = reduced_share(shards, jpegs, settings, student)
         report.phase("trying the codecs on them")
         report.total(len(CODECS), "codecs")
         prices = []
         for name in CODECS:
-            prices.append(price(outputs, name, shape, fidelity=codec.fidelity, level=codec.level))
+            prices.append(price(outputs, name, facts, fidelity=codec.fidelity, level=codec.level))
             report.advance()
         report.phase("extracting from them to measure the speed")
         chosen = next(priced for priced in prices if priced.codec == codec.name)
-        layout = make_layout(group_entry(facts, codec.name, codec.level), chosen.calibration)
         meter = time_extraction(
             Renderer(shards, speed_sample(shards.shards, settings.views, total), settings.view, seed=settings.seed),
             teacher,
-            layout,
-            calibration=chosen.calibration,
+            chosen.groups,
             settings=settings,
             workers=workers,
             report=report,
@@ -107,7 +105,9 @@ def estimate_targets(
             teacher_per_s=teacher_per_s,
         )
         reached = {"mean": priced.fidelity.mean, "p1": priced.fidelity.p1}
-        rows.append({"codec": priced.codec, "latents": round(priced.latents), **reached, **asdict(whole)})
+        groups = {name: round(size) for name, size in priced.by_group.items()}
+        more = {"groups": groups} if len(groups) > 1 else {}
+        rows.append({"codec": priced.codec, "latents": round(priced.latents), **more, **reached, **asdict(whole)})
     result = {
         "images": images,
         "views": settings.views,
@@ -117,6 +117,8 @@ def estimate_targets(
         "verdict": meter.bottleneck(),
         "codecs": rows,
     }
+    if reduced is not None:
+        result["reduced"] = {"size": student, "pixels": round(reduced * pixels(settings.views))}
     if epochs is not None:
         views = recommend_views(epochs)
         whole = project(
@@ -131,6 +133,16 @@ def estimate_targets(
             "showings_asked": epochs / settings.views,
         }
     return result
+
+
+def reduced_share(shards: ShardSet, jpegs: Sequence[bytes], settings: ExtractSettings, size: int) -> float:
+    """Bytes of pixels if views had ``size`` pixels, as a share of what they are now, over one block of images.
+
+    ``jpegs``: what the set keeps of these images, and of others after them."""
+    view = settings.view.model_copy(update={"size": size})
+    block = Renderer(shards, [Task(shards.shards[0], 0, (0,))], view, seed=settings.seed)[0]
+    smaller = block.kept or block.jpegs[0]
+    return tar_bytes(smaller) / tar_bytes(jpegs[: len(smaller)])
 
 
 def sample_shards(source: Path, folder: Path, settings: ExtractSettings, report: Report) -> tuple[ShardSet, int]:
@@ -157,9 +169,8 @@ def sample_shards(source: Path, folder: Path, settings: ExtractSettings, report:
 def time_extraction(
     renderer: Renderer,
     teacher: Teacher,
-    layout: StoreLayout,
+    groups: Groups,
     *,
-    calibration: Calibration,
     settings: ExtractSettings,
     workers: int,
     report: Report,
@@ -179,7 +190,7 @@ def time_extraction(
         yield from rendered
 
     rendered = begun(render_blocks(renderer, workers))
-    for encoded in encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes):
+    for encoded in encode_ahead(rendered, teacher, groups, meter=meter, lanes=lanes):
         report.advance(len(encoded.rendered.keys))
     meter.ended = time.perf_counter()
     return meter

@@ -6,7 +6,7 @@ Not named ``inspect.py``: if this were the current folder, Python would import i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cae2pipe.artifacts.artifact import (
     AnyArtifact,
@@ -16,6 +16,9 @@ from cae2pipe.artifacts.artifact import (
     TargetsArtifact,
     open_artifact,
 )
+
+if TYPE_CHECKING:
+    from cae2pipe.targets.target_set import TargetSet
 
 
 def inspect_folder(path: Path) -> dict[str, Any]:
@@ -71,6 +74,19 @@ def _targets(artifact: TargetsArtifact) -> dict[str, Any]:
         "codec": artifact.identity["settings"]["codec"]["name"],
         "fidelity": targets.fidelity(),
         "bytes_per_view": {name: round(value, 1) for name, value in targets.bytes_per_view().items()},
+        **({"groups": _groups(targets)} if len(targets.groups) > 1 else {}),
+    }
+
+
+def _groups(targets: TargetSet) -> dict[str, Any]:
+    return {
+        name: {
+            "tokens": targets.groups[name].layout.tokens,
+            "dim": targets.groups[name].layout.dim,
+            "fidelity": targets.fidelity(name),
+            "bytes_per_view": round(size, 1),
+        }
+        for name, size in targets.group_bytes_per_view().items()
     }
 
 

@@ -8,9 +8,8 @@ of workers and after any interruption.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.copying import copy_units
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.manifest_targets import StoreUnit, group_entry
+from cae2pipe.artifacts.manifest_targets import StoreUnit, group_entries
 from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.artifacts.storage import fetch_file, file_size, is_local
@@ -34,16 +33,17 @@ from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
 from cae2pipe.runtime.wording import counted
-from cae2pipe.targets.calibration import Calibration, Fidelity, summarise
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
 from cae2pipe.targets.encoding import encode_unit_tokens
+from cae2pipe.targets.groups import Cosines, Groups, make_groups, reached, read_groups, store_facts
 from cae2pipe.targets.images import images_units
+from cae2pipe.targets.manifest_facts import codec_facts
 from cae2pipe.targets.paths import CODEC
 from cae2pipe.targets.store import StoreReader
-from cae2pipe.targets.store_layout import PATCHES, StoreLayout
+from cae2pipe.targets.store_layout import PATCHES, StoreLayout, array_name, arrays_of
 from cae2pipe.targets.store_writing import StoreWriter, pack_block
-from cae2pipe.targets.stored_calibration import is_calibrated, read_calibration, store_calibration
-from cae2pipe.targets.target_set import TargetSet, make_layout
+from cae2pipe.targets.stored_calibration import Fitted, is_calibrated, store_calibration
+from cae2pipe.targets.target_set import TargetSet
 
 
 def recode(
@@ -164,58 +164,68 @@ def recalibrate(artifact: TargetsArtifact, targets: TargetSet, codec: CodecSetti
         DamageError: the set had a calibration, and it cannot be reproduced.
     """
     report.phase(f"calibrating the {codec.name} codec on up to {codec.calibration} images")
-    sample, taken = [], 0
-    for name in sorted(targets.stores):
-        reader = targets.reader(name)
-        for block in range(reader.blocks if targets.stores[name]["view"] == 0 else 0):
-            if taken < codec.calibration:
-                sample.append(stored_unit(reader, block))
-                taken += len(sample[-1])
 
-    def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
-        of_codec = {"held_out_fidelity": asdict(fidelity), "step": calibration.step}
-        group = group_entry(targets.artifact.facts["teacher"], codec.name, codec.level)
-        return {**provenance(torch.device("cpu")), "codec": of_codec, "groups": {PATCHES: group}}
+    def sample(layout: StoreLayout) -> Tensor:
+        found: list[Tensor] = []
+        for name in sorted(targets.stores):
+            reader = targets.reader(name, [layout.group])
+            for block in range(reader.blocks if targets.stores[name]["view"] == 0 else 0):
+                if sum(map(len, found)) < codec.calibration:
+                    found.append(stored_unit(reader, block, layout))
+        return torch.cat(found)
 
-    store_calibration(artifact, codec, torch.cat(sample), facts=facts, report=report)
+    def facts(fitted: Mapping[str, Fitted]) -> dict[str, Any]:
+        entries = group_entries(targets.artifact.facts["teacher"], codec.name, codec.level)
+        groups = make_groups(entries, {name: calibration for name, (calibration, _) in fitted.items()})
+        of_codec = codec_facts(groups, {name: fidelity for name, (_, fidelity) in fitted.items()})
+        return {**provenance(torch.device("cpu")), "codec": of_codec, "groups": entries}
+
+    samples = ((name, sample(group.layout)) for name, group in targets.groups.items())
+    store_calibration(artifact, codec, samples, facts=facts, report=report)
 
 
-def stored_unit(reader: StoreReader, block: int) -> Tensor:
-    """The unit tokens of a stored block, float32 (b, T, D)."""
-    codec = reader.layout.codec
-    return unit_tokens(codec.decode(as_tensors(reader.arrays(block, list(codec.arrays())))))[0]
+def stored_unit(reader: StoreReader, block: int, layout: StoreLayout) -> Tensor:
+    """The unit tokens of a group of a stored block, float32 (b, T, D)."""
+    codec = layout.codec
+    arrays = reader.arrays(block, [array_name(layout.group, name) for name in codec.arrays()])
+    return unit_tokens(codec.decode(as_tensors(arrays_of(layout.group, arrays))))[0]
 
 
 class RecodedBlock(NamedTuple):
-    """A block of the new store: chunks by array, its samples, raw and centred cosines of its tokens."""
+    """A block of the new store: chunks by array, its samples, and the cosines of its tokens by group."""
 
     chunks: dict[str, list[bytes]]
     samples: int
-    raw: Tensor
-    centred: Tensor
+    cosines: dict[str, Cosines]
 
 
-def recode_block(reader: StoreReader, block: int, layout: StoreLayout, calibration: Calibration) -> RecodedBlock:
-    """Decode and encode a block; norms and attention are copied."""
-    kept = [name for name in ("norms", "attention") if name in layout.blocked()]
-    unit = stored_unit(reader, block)
-    arrays, raw, centred = encode_unit_tokens(unit, layout, calibration)
-    return RecodedBlock(pack_block(layout, {**arrays, **reader.arrays(block, kept)}), len(unit), raw, centred)
+def recode_block(reader: StoreReader, block: int, old: Groups, new: Groups) -> RecodedBlock:
+    """Decode and encode the groups of a block; norms and attention are copied."""
+    chunks: dict[str, list[bytes]] = {}
+    cosines: dict[str, Cosines] = {}
+    samples = 0
+    for name, group in new.items():
+        unit = stored_unit(reader, block, old[name].layout)
+        arrays, raw, centred = encode_unit_tokens(unit, group.layout, group.calibration)
+        kept = [array_name(name, side) for side in ("norms", "attention") if side in group.layout.blocked()]
+        chunks |= pack_block(group.layout, {**arrays, **arrays_of(name, reader.arrays(block, kept))})
+        cosines[name] = raw, centred
+        samples = len(unit)
+    return RecodedBlock(chunks, samples, cosines)
 
 
 def recode_stores(
     artifact: TargetsArtifact, targets: TargetSet, names: list[str], *, workers: int, report: Report
 ) -> None:
     """Write the stores with these names; threads work some blocks ahead."""
-    calibration = read_calibration(artifact)
-    layout = make_layout(artifact.facts["groups"][PATCHES], calibration)
+    groups = read_groups(artifact)
     report.phase("recoding")
     report.total(sum(targets.stores[name]["samples"] for name in names), "views")
-    readers = {name: targets.reader(name) for name in names}
-    tasks = ((readers[name], block, layout, calibration) for name in names for block in range(readers[name].blocks))
+    readers = {name: targets.reader(name, groups) for name in names}
+    tasks = ((readers[name], block, targets.groups, groups) for name in names for block in range(readers[name].blocks))
     with closing(in_threads(recode_block, tasks, workers, most=2 * max(1, workers))) as blocks:
         for name in names:
-            artifact.add(name, recode_store(artifact.root, targets, name, layout=layout, blocks=blocks, report=report))
+            artifact.add(name, recode_store(artifact.root, targets, name, groups=groups, blocks=blocks, report=report))
 
 
 def recode_store(
@@ -223,7 +233,7 @@ def recode_store(
     targets: TargetSet,
     name: str,
     *,
-    layout: StoreLayout,
+    groups: Groups,
     blocks: Iterator[RecodedBlock],
     report: Report,
 ) -> StoreUnit:
@@ -237,17 +247,17 @@ def recode_store(
     with staged(root, name) as stage:
         for tar in own:
             fetch_file(reader.root / tar, stage.path(tar))
-        writer = StoreWriter(stage.path(unit["zarr"]), layout)
-        raw, centred = [], []
+        writer = StoreWriter(stage.path(unit["zarr"]), *(group.layout for group in groups.values()))
+        cosines = []
         try:
             for _ in range(reader.blocks):
                 block = next(blocks)
                 writer.append(block.chunks, block.samples)
-                raw.append(block.raw)
-                centred.append(block.centred)
+                cosines.append(block.cosines)
                 report.advance(block.samples)
-            fidelity = summarise(torch.cat(raw), torch.cat(centred)).entry()
-            writer.finish(reader.records(), {"view": unit["view"], "shard": unit["shard"], "fidelity": fidelity})
+            fidelity = reached(cosines)
+            attributes = {"view": unit["view"], "shard": unit["shard"], "fidelity": fidelity[PATCHES]}
+            writer.finish(reader.records(), attributes)
         finally:
             writer.close()
         if any(stage.entries(tar)[tar] != unit["files"][tar] for tar in own):
@@ -263,7 +273,6 @@ def recode_store(
         "tar": unit["tar"],
         "zarr": unit["zarr"],
         "files": files,
-        "fidelity": fidelity,
-        "bytes": {"latents": layout.latent_bytes(unit["zarr"], files), "pixels": unit["bytes"]["pixels"]},
+        **store_facts(writer.layouts, unit["zarr"], files, fidelity, pixels=unit["bytes"]["pixels"]),
         "recoded": fingerprint(unit["files"]),
     }

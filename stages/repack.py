@@ -24,12 +24,12 @@ from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.earlier_store import FIX, EarlierStore
+from cae2pipe.targets.groups import make_layout
 from cae2pipe.targets.images import images_units
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER, SHARDS_FOLDER
 from cae2pipe.targets.store_layout import PATCHES, StoreLayout
 from cae2pipe.targets.store_writing import StoreWriter, pack_block
 from cae2pipe.targets.stored_calibration import read_calibration, write_calibration
-from cae2pipe.targets.target_set import make_layout
 
 
 def repack(source: Path, out: Path, *, report: Report, workers: int = -1) -> TargetsArtifact:
@@ -85,7 +85,7 @@ def copy_calibration(artifact: TargetsArtifact, calibration: Calibration, *, sam
     # The facts first: a codec without them would count as a finished calibration.
     artifact.save()
     with staged(artifact.root, CODEC) as stage:
-        write_calibration(stage.path(CODEC_FOLDER), calibration)
+        write_calibration(stage.path(CODEC_FOLDER), {PATCHES: calibration})
         artifact.add(CODEC, {"files": stage.commit(CODEC_FOLDER), "samples": samples})
 
 

@@ -39,6 +39,7 @@ from cae2pipe.targets.coverage import class_counts, coverage, one_store_a_shard
 from cae2pipe.targets.fidelity_profile import FidelityProfile, ProfileBuilder
 from cae2pipe.targets.paths import SHARDS_FOLDER
 from cae2pipe.targets.set_bytes import array_shape, set_bytes
+from cae2pipe.targets.store_layout import array_name
 from cae2pipe.targets.stored_image import StoredImage, read_stored_image
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
@@ -142,7 +143,11 @@ def report_targets(
         fidelity=targets.fidelity(),
         stores=targets.stores,
         sizes=set_bytes(targets),
-        array_shapes={name: array_shape(targets, name) for name in targets.layout.blocked()},
+        array_shapes={
+            array_name(group, name): array_shape(targets, array_name(group, name))
+            for group, own in targets.groups.items()
+            for name in own.layout.blocked()
+        },
         coverage=coverage(targets, [shard.name for shard in originals.shards] if originals else ()),
         classes=class_counts(labels, targets.classes) if targets.classes else None,
         unlabelled=int((labels < 0).sum()),

@@ -283,3 +283,13 @@ def snapshot(root: Path) -> dict[str, tuple[bytes, int]]:
 def contents(root: Path) -> dict[str, bytes]:
     """Every file below ``root`` with its bytes."""
     return {name: data for name, (data, _) in snapshot(root).items()}
+
+
+@pytest.fixture(scope="session")
+def summary_root(
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, extract_settings: Callable[..., ExtractSettings]
+) -> Path:
+    """A target set of a teacher without a class token, with a summary and two layers. Read-only."""
+    from tests.pooling_teacher import extract_pooling
+
+    return extract_pooling(photos, tmp_path_factory.mktemp("targets") / "summary", extract_settings())

@@ -91,9 +91,7 @@ def from_memory(targets: TargetSet, blocks: list[RenderedBlock], teacher: Teache
     """Extraction without rendering and writing: teacher, codec and packing, ``count`` blocks at once."""
     meter = Meter()
     total = len(blocks) * (2 if state.quick else 8)
-    for _ in encode_ahead(
-        islice(cycle(blocks), total), teacher, targets.layout, calibration=targets.calibration, meter=meter, lanes=count
-    ):
+    for _ in encode_ahead(islice(cycle(blocks), total), teacher, targets.groups, meter=meter, lanes=count):
         pass
     meter.ended = time.perf_counter()
     return meter

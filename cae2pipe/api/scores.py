@@ -13,9 +13,10 @@ from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.comparison.scores import headlines
 from cae2pipe.config.base import Settings
 from cae2pipe.config.dense import DENSE, DetectSettings, SegmentSettings
-from cae2pipe.config.evaluate import EVALUATIONS, AnySettings
+from cae2pipe.config.evaluate import EVALUATIONS, AnySettings, ZeroshotSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.stages.evaluate import evaluate as run_evaluate
+from cae2pipe.stages.evaluate_zeroshot import evaluate_zeroshot
 
 
 class Score:
@@ -40,7 +41,7 @@ class Score:
 
     @property
     def evaluation(self) -> str:
-        """knn, linear, attentive, finetune, segment or detect."""
+        """knn, linear, attentive, finetune, zeroshot, segment or detect."""
         return str(self.result["evaluation"])
 
     @property
@@ -63,6 +64,9 @@ def evaluate(
     out: str | Path,
     config: str | Path | Settings | None = None,
     overrides: Overrides = None,
+    classes: str | Path | None = None,
+    text: str | None = None,
+    names: str | Path | None = None,
     workers: int | None = None,
     device: str | None = None,
     progress: Progress = True,
@@ -70,12 +74,14 @@ def evaluate(
     """Score an encoder: ``cae2pipe evaluate``.
 
     Args:
-        evaluation: knn, linear, attentive, finetune, segment or detect.
+        evaluation: knn, linear, attentive, finetune, zeroshot, segment or detect.
         encoder: see ``load_encoder``.
-        data: labelled images with train and val; for segment label maps, for detect a folder in COCO's format.
+        data: labelled images with train and val, for zeroshot only val; for segment label maps, for detect a folder in
+            COCO's format.
         out: the folder of scores; this one's is ``out/evaluation``.
         config: preset (None: the evaluation's own), YAML file or settings.
         overrides: settings to change.
+        classes, text, names: of zeroshot: a file of class embeddings, or a text tower and a file of the classes' names.
         workers: processes; -1: one per core, 0: work in this process.
         device: auto, cpu, cuda, cuda:1, ...
 
@@ -88,7 +94,10 @@ def evaluate(
     known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
     if evaluation not in known:
         raise SettingsError(f"there is no evaluation {evaluation!r}", fix=f"use one of {', '.join(known)}")
-    arguments = {"speed.workers": workers, "speed.device": device}
+    own = {"classes": classes, "text": text, "names": names}
+    if foreign := [name for name, value in own.items() if value is not None and evaluation != "zeroshot"]:
+        raise SettingsError(f"{foreign[0]} is only for zeroshot, not for {evaluation}", fix="omit it")
+    arguments = {"speed.workers": workers, "speed.device": device, **own}
     settings = resolve(known[evaluation], "evaluate", config or evaluation, overrides=overrides, arguments=arguments)
     encoder, data = encoder_name(encoder), to_local_path(data)
     folder = to_local_path(out, output=True)
@@ -101,6 +110,8 @@ def evaluate(
                 result = segment(encoder, data, folder, settings=settings, report=report)
             else:
                 result = detect(encoder, data, folder, settings=settings, report=report)
+        elif isinstance(settings, ZeroshotSettings):
+            result = evaluate_zeroshot(encoder, data, out=folder, settings=settings, report=report)
         else:
             assert isinstance(settings, AnySettings)
             result = run_evaluate(evaluation, encoder, data, out=folder, settings=settings, report=report)

@@ -20,7 +20,6 @@ times, host names or absolute paths, so equal inputs give equal bytes.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -31,19 +30,13 @@ from cae2pipe.artifacts.difference import abridged, first_difference
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.file_checks import check_file, presence
 from cae2pipe.artifacts.inside import inside
-from cae2pipe.artifacts.json_files import read_document
 from cae2pipe.artifacts.lock import holding
-from cae2pipe.artifacts.manifest import (
-    AGAIN,
-    FORMATS,
-    GROUPED,
-    LIMIT,
-    decode_manifest,
-    decode_unit,
-    encode_manifest,
-    encode_unit,
-    is_ours,
-)
+from cae2pipe.artifacts.manifest import FORMATS, GROUPED, decode_unit, encode_unit
+from cae2pipe.artifacts.manifest_files import JOURNAL, made_by, manifest_of, read_folder, write_manifest
+from cae2pipe.artifacts.manifest_files import MANIFEST as MANIFEST
+from cae2pipe.artifacts.manifest_files import is_foreign as is_foreign
+from cae2pipe.artifacts.manifest_files import journal_entries as journal_entries
+from cae2pipe.artifacts.manifest_files import refuse_foreign as refuse_foreign
 from cae2pipe.artifacts.manifest_kinds import (
     RUN,
     SCORES,
@@ -62,12 +55,9 @@ from cae2pipe.artifacts.manifest_scores import ResultUnit, ScoresFacts, ScoresId
 from cae2pipe.artifacts.manifest_shards import ShardsFacts, ShardsIdentity
 from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
 from cae2pipe.artifacts.manifest_values import Unit
-from cae2pipe.artifacts.storage import file_size, file_sizes, is_local, make_folder, read_bytes, read_many, remove
+from cae2pipe.artifacts.storage import file_size, is_local, make_folder, remove
 from cae2pipe.artifacts.units import Units
 from cae2pipe.errors import DamageError, ManifestError, MismatchError
-
-MANIFEST = "manifest.json"
-JOURNAL = "journal"
 
 
 class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
@@ -106,7 +96,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         Raises:
             ManifestError: no manifest, or one that is damaged, or of another format or kind.
         """
-        return cls.of(root, *_read(root, cls.rules().name))
+        return cls.of(root, *read_folder(root, cls.rules().name))
 
     @classmethod
     def open_whole(cls, root: Path) -> tuple[Self, set[str]]:
@@ -120,7 +110,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             if there(unit["files"]):
                 found.add(name)
 
-        artifact = cls.of(root, *_read(root, cls.rules().name, check))
+        artifact = cls.of(root, *read_folder(root, cls.rules().name, check))
         for name in artifact.units:
             unit = artifact.units.kept(name)
             if isinstance(unit, dict):  # of the journal, or of a manifest in another layout
@@ -157,8 +147,8 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             if file_size(root / MANIFEST) is None:
                 refuse_foreign(root)
                 form = FORMATS[kind] if format is None else format
-                new = _manifest(kind, form, identity, units={}, facts=facts, complete=False)
-                _write_manifest(root, kind, form, manifest=new)
+                new = manifest_of(kind, form, identity, units={}, facts=facts, complete=False)
+                write_manifest(root, kind, form, manifest=new)
         return cls.open_same(root, identity, fix, fixes=fixes, called=called)
 
     @classmethod
@@ -208,7 +198,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         return fingerprint(self.identity)
 
     def manifest(self) -> dict[str, object]:
-        return _manifest(
+        return manifest_of(
             self.kind, self.format, self.identity, units=self.units, facts=self.facts, complete=self.complete
         )
 
@@ -248,7 +238,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
                 self.facts = self.rules().read_facts({**latest.facts, **self.facts})
             if complete is not None:
                 self.complete = complete(self) if callable(complete) else complete
-            _write_manifest(self.root, self.kind, self.format, manifest=self.manifest())
+            write_manifest(self.root, self.kind, self.format, manifest=self.manifest())
             remove(folded)
         if is_local(self.root):
             remove_empty(self.root / JOURNAL)
@@ -288,7 +278,7 @@ class TargetsArtifact(Artifact[TargetsIdentity, TargetsUnit, TargetsFacts]):
         Raises:
             ManifestError: as ``open``, or the set has today's format.
         """
-        artifact = super().of(root, *_read(root, cls.rules().name))
+        artifact = super().of(root, *read_folder(root, cls.rules().name))
         if artifact.format >= GROUPED:
             raise ManifestError("this target set already has the newest format", where=root, fix="use it as it is")
         return artifact
@@ -332,82 +322,10 @@ def is_artifact(root: Path, kind: str | None = None) -> bool:
     return kind is None or artifact.kind == kind
 
 
-def is_foreign(root: Path) -> bool:
-    """Whether the manifest of ``root`` is a valid JSON file that another program wrote."""
-    return file_size(root / MANIFEST) is not None and is_ours(_manifest_bytes(root)) is False
-
-
 def open_artifact(root: Path) -> AnyArtifact:
     """Read the manifest and journal of a folder of any kind. Raises as ``Artifact.open``."""
-    manifest, journal = _read(root, None)
+    manifest, journal = read_folder(root, None)
     return ARTIFACTS[manifest["kind"]].of(root, manifest, journal)
-
-
-def _read(
-    root: Path, kind: str | None, seen: Callable[[str, Unit], None] | None = None
-) -> tuple[Manifest, dict[Path, bytes]]:
-    """A folder's manifest and the entries of its journal.
-
-    Args:
-        kind: expected, for the error if there is none. seen: as for ``decode_manifest``.
-    """
-    path = root / MANIFEST
-    # The journal first: an entry that is removed meanwhile is in the manifest.
-    journal = read_many(journal_entries(root))
-    if file_size(path) is None:
-        if is_local(path) and os.path.lexists(path):
-            raise ManifestError("this is neither a file nor a link to one", where=path, fix=AGAIN)
-        names = file_sizes(root)
-        if any(name.startswith(("tars/", "images/", "views/", "latents/")) for name in names):
-            raise ManifestError(
-                "this folder has lost its manifest.json, which lists its valid files",
-                where=root,
-                fix="restore the file from a copy, or make the folder again under another path",
-            )
-        folders = sorted((root / name).parent for name in names if name.endswith(f"/{MANIFEST}"))
-        if kind is None and folders:
-            raise ManifestError(
-                "this folder has no manifest.json, but folders inside it have one",
-                where=root,
-                fix=f"give one of them, such as {folders[0]}",
-            )
-        raise ManifestError(
-            "no such folder"
-            if is_local(root) and not root.is_dir()
-            else "this folder has no manifest.json, so it was not made by cae2pipe",
-            where=root,
-            fix=made_by(kind),
-        )
-    return decode_manifest(_manifest_bytes(root), path, seen), journal
-
-
-def made_by(kind: str | None) -> str:
-    """What to do where a folder of a kind was expected."""
-    commands = {"shards": "shard", "targets": "extract-targets", "run": "pretrain", "scores": "evaluate"}
-    return f"give a folder made by `cae2pipe {commands[kind]}`" if kind in commands else "check the path"
-
-
-def refuse_foreign(root: Path, fix: str = "give a new or an empty folder") -> None:
-    """Raise ManifestError if ``root`` has no manifest but holds files of other programs."""
-    if file_size(root / MANIFEST) is not None:
-        return
-    if is_local(root):
-        names = {path.name for path in root.iterdir()} if root.is_dir() else set()
-    else:
-        names = {path.split("/", 1)[0] for path in file_sizes(root)}
-    foreign = sorted(name for name in names if not name.startswith(".") and name not in ("shards", JOURNAL))
-    if foreign:
-        raise ManifestError(
-            f"the folder is not empty (it holds {foreign[0]!r}) and has no manifest.json",
-            where=root,
-            fix=fix,
-        )
-
-
-def journal_entries(root: Path) -> list[Path]:
-    """The journal's files, sorted."""
-    names = (path for path in file_sizes(root / JOURNAL) if path.endswith(".json"))
-    return [root / JOURNAL / name for name in sorted(names) if not name.rsplit("/", 1)[-1].startswith(".")]
 
 
 def check_files(
@@ -421,34 +339,3 @@ def check_files(
             if problem:
                 problems.append(problem)
     return problems
-
-
-def _manifest_bytes(root: Path) -> bytes:
-    return read_document(root / MANIFEST, fix=AGAIN, limit=LIMIT)
-
-
-def _manifest(
-    kind: str,
-    form: int,
-    identity: Mapping[str, object],
-    *,
-    units: Mapping[str, Unit],
-    facts: Mapping[str, object],
-    complete: bool,
-) -> dict[str, object]:
-    return {
-        **facts,
-        "format": form,
-        "kind": kind,
-        "identity": identity,
-        "fingerprint": fingerprint(identity),
-        "units": units,
-        "complete": complete,
-    }
-
-
-def _write_manifest(root: Path, kind: str, form: int, *, manifest: Mapping[str, object]) -> None:
-    path = root / MANIFEST
-    data = encode_manifest(kind, form, manifest, where=path)
-    if file_size(path) != len(data) or read_bytes(path) != data:
-        write_bytes(path, data)

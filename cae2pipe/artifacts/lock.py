@@ -15,7 +15,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from io import BufferedWriter
 from pathlib import Path
 from typing import TypedDict
 
@@ -51,9 +52,11 @@ def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
         LockedError: another process holds this part or one that overlaps it.
         BadInputError: the folder cannot be written, or a symbolic link in it leads out of it.
     """
+    made: list[Path] = []
     if is_local(root):
         for name in (*FILLED, FOLDER, "shards", "metrics.jsonl"):
             refuse_link(root / name)
+        made = [path for path in (root, *root.parents) if not path.exists()]
     with _taken(root, _part_name(part)) as mine:
         if not mine:
             raise _locked(root, part, part)
@@ -62,7 +65,28 @@ def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
             with _taken(root, _part_name(other)) as free:
                 if not free:
                     raise _locked(root, part, other)
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_local(root):
+                _leave_nothing(root, _part_name(part), made)
+            raise
+
+
+def _leave_nothing(root: Path, mine: str, made: list[Path]) -> None:
+    """Remove what a writer that failed has made, if it has written nothing: its locks, and these folders.
+
+    ``mine`` is the lock that it holds. Nothing is removed while another process holds one.
+    """
+    with suppress(OSError, BadInputError), ExitStack() as locks:  # not empty, or not writable
+        if os.listdir(root) != [FOLDER]:  # noqa: PTH208
+            return
+        for name in sorted(os.listdir(root / FOLDER)):  # noqa: PTH208
+            if name != mine and not locks.enter_context(_flock(root, name)):
+                return
+            (root / FOLDER / name).unlink()
+        for folder in (root / FOLDER, *made):
+            folder.rmdir()
 
 
 @contextmanager
@@ -125,24 +149,39 @@ def _taken(root: Path, name: str) -> AbstractContextManager[bool]:
 
 @contextmanager
 def _flock(root: Path, name: str) -> Iterator[bool]:
-    try:
-        (root / FOLDER).mkdir(parents=True, exist_ok=True)
-        # Does not change the file, not even its time.
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
-        file = os.fdopen(os.open(root / FOLDER / name, flags, 0o666), "ab")
-    except (FileExistsError, NotADirectoryError):
-        raise BadInputError("this is a file, not a folder", where=root, fix="give another folder") from None
-    except OSError as error:
-        raise BadInputError(
-            f"this folder cannot be written: {error.strerror}", where=root, fix="give another folder"
-        ) from None
-    with file:
+    file: BufferedWriter | None = None
+    while file is None:
+        file = _open_lock(root, name)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.close()
             yield False
             return
+        # A writer that failed may have removed the file since it was opened.
+        if not os.fstat(file.fileno()).st_nlink:
+            file.close()
+            file = None
+    with file:
         yield True
+
+
+def _open_lock(root: Path, name: str) -> BufferedWriter:
+    # Does not change the file, not even its time.
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    for last in (*[False] * 9, True):
+        try:
+            (root / FOLDER).mkdir(parents=True, exist_ok=True)
+            return os.fdopen(os.open(root / FOLDER / name, flags, 0o666), "ab")
+        except (FileExistsError, NotADirectoryError):
+            raise BadInputError("this is a file, not a folder", where=root, fix="give another folder") from None
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not last:  # another writer has removed the folder just now
+                continue
+            raise BadInputError(
+                f"this folder cannot be written: {error.strerror}", where=root, fix="give another folder"
+            ) from None
+    raise AssertionError
 
 
 @contextmanager

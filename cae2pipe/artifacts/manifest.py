@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, from_json
 from cae2pipe.artifacts.digest import fingerprint, sha256_bytes
 from cae2pipe.artifacts.json_files import check_numbers, parse_json
 from cae2pipe.artifacts.manifest_kinds import KINDS, FactsT, IdentityT, Kind, Manifest, UnitT, manifests
-from cae2pipe.artifacts.manifest_targets import TargetsManifest, group_entry
+from cae2pipe.artifacts.manifest_targets import TargetsManifest, group_entries
 from cae2pipe.artifacts.manifest_text import split, text
 from cae2pipe.artifacts.manifest_values import Unit
 from cae2pipe.artifacts.units import Units
@@ -70,7 +70,7 @@ def decode_manifest(data: bytes, where: object, seen: Callable[[str, Unit], None
             if name not in manifest:
                 raise _field(f"{name}: Field required", where)
         if "groups" in manifest:
-            _check_patches(manifest, where)
+            _check_groups(manifest, where)
     if fingerprint(manifest["identity"]) != manifest["fingerprint"]:
         raise DamageError(
             "the manifest's identity does not match its fingerprint", where=where, fix="make the folder again"
@@ -175,15 +175,16 @@ def _digest_with_blank(data: bytes, line: bytes) -> str:
     return digest.hexdigest()
 
 
-def _check_patches(manifest: TargetsManifest, where: object) -> None:
-    """Raise ManifestError unless the group of patches is that of the set's teacher and codec."""
-    group = manifest["groups"].get("patches")
-    if group is None:
-        raise _field("groups.patches: Field required", where)
+def _check_groups(manifest: TargetsManifest, where: object) -> None:
+    """Raise ManifestError unless the groups are those of the set's teacher and codec."""
     teacher, codec = manifest["teacher"], manifest["identity"]["settings"]["codec"]
-    for name, value in group_entry(teacher, codec["name"], codec["level"]).items():
-        if group.get(name) != value:
-            raise _field(f"groups.patches.{name}: the teacher or the codec has {_short(value)}", where)
+    for group, entry in group_entries(teacher, codec["name"], codec["level"]).items():
+        there = manifest["groups"].get(group)
+        if there is None:
+            raise _field(f"groups.{group}: Field required", where)
+        for name, value in entry.items():
+            if there.get(name) != value:
+                raise _field(f"groups.{group}.{name}: the teacher or the codec has {_short(value)}", where)
 
 
 def _refuse(error: ValidationError, data: bytes, where: object) -> NoReturn:

@@ -33,6 +33,9 @@ class EncoderIdentity(TypedDict):
 
 @with_config(OPEN)
 class ScoresIdentity(TypedDict):
+    """``class_embeddings``: of zero-shot classification, what they depend on."""
+
+    class_embeddings: NotRequired[Values]
     data: Values
     encoder: EncoderIdentity
     evaluation: NotRequired[str]

@@ -56,6 +56,14 @@ class StoreBytes(TypedDict):
 
 
 @with_config(STRICT)
+class GroupReached(TypedDict):
+    """A group of a store besides the patches: fidelity, and bytes of its latents."""
+
+    fidelity: FidelityReached
+    bytes: Count
+
+
+@with_config(STRICT)
 class ImagesBytes(TypedDict):
     pixels: Count
 
@@ -63,7 +71,8 @@ class ImagesBytes(TypedDict):
 @final
 @with_config(STRICT)
 class StoreUnit(TypedDict):
-    """The unit ``v00/000123``: a view of a shard. ``recoded``: the fingerprint of its source, if recoded."""
+    """The unit ``v00/000123``: a view of a shard. ``fidelity`` is that of the patches, ``bytes`` of all groups;
+    ``groups``: the others. ``recoded``: the fingerprint of its source, if recoded."""
 
     files: dict[StoreFile, FileEntry]
     view: Annotated[int, Field(ge=0, lt=10**6)]
@@ -74,6 +83,7 @@ class StoreUnit(TypedDict):
     zarr: str
     fidelity: FidelityReached
     bytes: StoreBytes
+    groups: NotRequired[dict[GroupName, GroupReached]]
     recoded: NotRequired[Sha256]
 
 
@@ -144,12 +154,23 @@ class Expected(TypedDict):
 
 
 @with_config(OPEN)
+class GroupFacts(TypedDict):
+    """The result of calibration on a group besides the patches. ``bytes``: predicted, of a view."""
+
+    held_out_fidelity: FidelityReached
+    step: float | None
+    bytes: NotRequired[Count]
+
+
+@with_config(OPEN)
 class CodecFacts(TypedDict):
-    """The result of calibration. ``step``: klt only."""
+    """The result of calibration: on the patches, and on other ``groups``. ``step``: klt only. ``expected_bytes`` are of
+    all groups."""
 
     held_out_fidelity: FidelityReached
     step: float | None
     expected_bytes: NotRequired[Expected]
+    groups: NotRequired[dict[GroupName, GroupFacts]]
 
 
 @with_config(OPEN)
@@ -207,6 +228,23 @@ def group_entry(teacher: TeacherEntry, codec: CodecName, level: int) -> GroupEnt
         "class_token": teacher["class_token"],
         "attention": teacher["attention"],
     }
+
+
+def group_entries(teacher: TeacherEntry, codec: CodecName, level: int) -> dict[GroupName, GroupEntry]:
+    """The manifest's entries of all groups that a set of this teacher has, ``patches`` first."""
+    patches = group_entry(teacher, codec, level)
+    entries = {"patches": patches}
+    if summary := teacher.get("summary"):
+        pooled: GroupEntry = {**patches, "dim": summary, "rows": 0, "cols": 0, "class_token": True}
+        entries["summary"] = {**pooled, "attention": False}
+    for layer in teacher.get("layers", []):
+        entries[layer_group(layer)] = {**patches, "attention": False}
+    return entries
+
+
+def layer_group(layer: int) -> GroupName:
+    """The group of the tokens of a block of the teacher, by the block's number."""
+    return f"layer-{layer:02d}"
 
 
 def unit_model(name: str) -> type[StoreUnit | ImagesUnit | CodecUnit]:

@@ -66,7 +66,8 @@ class Common(TypedDict):
 
 @with_config(OPEN)
 class GroupEntry(TypedDict):
-    """How a group of latents is stored: codec, dimensions, and tokens: the class token, then a grid of patches."""
+    """How a group of latents is stored: codec, dimensions, and tokens: the class token, then a grid of patches. A
+    summary is one token without patches."""
 
     codec: CodecName
     level: Annotated[int, Field(ge=1, le=9)]
@@ -79,7 +80,8 @@ class GroupEntry(TypedDict):
 
 @with_config(OPEN)
 class TeacherEntry(TypedDict):
-    """What readers need to know about a teacher."""
+    """What readers need to know about a teacher. ``summary``: its width, if there is one. ``layers``: the blocks whose
+    tokens are stored besides those of the last."""
 
     name: str
     dim: Size
@@ -87,3 +89,5 @@ class TeacherEntry(TypedDict):
     cols: Side
     class_token: bool
     attention: bool
+    summary: NotRequired[Size]
+    layers: NotRequired[list[Annotated[int, Field(ge=0, le=99)]]]

@@ -52,6 +52,9 @@ evaluate_app.command("attentive", epilog=example("evaluate attentive runs/base i
 evaluate_app.command("finetune", epilog=example("evaluate finetune runs/base imagenet scores/base"))(
     evaluation.evaluate_finetune
 )
+evaluate_app.command(
+    "zeroshot", epilog=example("evaluate zeroshot runs/base imagenet scores/base --text open_clip:ViT-B-16/openai")
+)(evaluation.evaluate_zeroshot)
 evaluate_app.command("segment", epilog=example("evaluate segment runs/base ade20k scores/base"))(
     evaluation.evaluate_segment
 )

@@ -171,6 +171,12 @@ def _print_estimate(cost: dict[str, Any], codec: CodecSettings) -> None:
         f"{counted(cost['images'], 'image')}, {counted(cost['views'], 'view')} each; this machine makes "
         f"{cost['views_per_s']:.1f} views per second, the teacher alone {cost['teacher_per_s']:.1f}: {cost['verdict']}"
     )
+    if "reduced" in cost:
+        size, pixels = cost["reduced"]["size"], cost["reduced"]["pixels"]
+        console.say(
+            f"pixels take {cost['pixels'] / pixels:.2f} times the {gigabytes(pixels)} of views of {size} pixels, which "
+            "a student with this grid reads of them; the size of the latents depends on the grid alone"
+        )
     if "recommended" in cost:
         advice = cost["recommended"]
         name = f"klt at {codec.fidelity:g}" if codec.name == "klt" else codec.name

@@ -98,6 +98,56 @@ def evaluate_finetune(
     _run_evaluation("finetune", encoder, data, out=out, config=config, set_=set_, workers=workers, device=device)
 
 
+def evaluate_zeroshot(
+    encoder: Encoder,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="A folder with val (or test): class/*.jpg, or a shard set.", parser=local_path
+        ),
+    ],
+    out: LocalOut,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class embeddings (safetensors).", parser=local_path)
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOWER", help="Text tower that embeds the classes: open_clip:NAME/TAG or open_clip:NAME@FILE."
+        ),
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For --text: lines `CLASS NAME, NAME, ...` (default: the names of the class folders).",
+            parser=local_path,
+        ),
+    ] = None,
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "zeroshot",
+    workers: Workers = None,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Accuracy without training: the nearest class embedding in the teacher's space.
+
+    The encoder is a run whose teacher has a class token, or a teacher.
+    """
+    _run_evaluation(
+        "zeroshot",
+        encoder,
+        data,
+        out=out,
+        config=config,
+        set_=set_,
+        workers=workers,
+        device=device,
+        classes=classes,
+        text=text,
+        names=names,
+    )
+
+
 def evaluate_segment(
     encoder: Encoder,
     data: Annotated[
@@ -156,11 +206,14 @@ def _run_evaluation(
     set_: list[str] | None,
     workers: int | None,
     device: str | None,
+    **own: Any,
 ) -> None:
     with exits():
         from cae2pipe.api.scores import evaluate
 
-        score = evaluate(kind, encoder, data, out=out, config=config, overrides=set_, workers=workers, device=device)
+        score = evaluate(
+            kind, encoder, data, out=out, config=config, overrides=set_, workers=workers, device=device, **own
+        )
         # Under torchrun, only one process has it.
         if score:
             _print_score(score.result)
@@ -175,6 +228,9 @@ def _print_score(result: dict[str, Any]) -> None:
     print_table(console, [row | {"train": result["images"]["train"], "val": result["images"]["val"]}])
     if "best" in result:
         console.say(f"best: {result['best']['top1']:.4f} after epoch {result['best']['epoch']}")
+    if "top1_error" in result:
+        errors = (f"{name} {result[f'{name}_error']:.4f}" for name in headlines("zeroshot", result["classes"]))
+        console.say(f"standard error: {', '.join(errors)}")
     console.say(f"protocol: {result['protocol']}")
 
 

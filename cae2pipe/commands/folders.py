@@ -89,6 +89,11 @@ def _verify_live(path: Path, live: int, weights: Path | None, *, device: str) ->
         f"the teacher on {audit.views} stored views: mean cosine {audit.raw:.5f} ({audit.expected:.5f} by the "
         f"manifest), centred {audit.centred:.5f}, worst view {audit.worst:.5f} ({audit.worst_view})"
     )
+    for group, own in audit.more.items():
+        console.say(
+            f"{group}: mean cosine {own.raw:.5f} ({own.expected:.5f} by the manifest), worst view {own.worst:.5f} "
+            f"({own.worst_view})"
+        )
     if not audit.sound:
         errors.say("these are not the teacher's latents of these views", style="bold red")
         raise typer.Exit(FAILURE)

@@ -18,7 +18,7 @@ NOT_HERE = {
 }
 """Pretraining settings that a grid may not set, and why."""
 
-Evaluation = Literal["knn", "linear", "attentive", "finetune"]
+Evaluation = Literal["knn", "linear", "attentive", "finetune", "zeroshot"]
 
 
 class Variant(Settings):

@@ -6,11 +6,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cae2pipe.config.base import Settings
-from cae2pipe.config.fields import Beta1, Beta2, Epochs, Flip
+from cae2pipe.config.base import Settings, not_fingerprinted
+from cae2pipe.config.fields import Beta1, Beta2, Epochs, Flip, LocalPath
 
 Feature = Literal["auto", "class", "mean"]
 Precision = Literal["auto", "fp32", "bf16"]
+PromptSet = Literal["openai", "simple"]
 
 
 class EvaluateSpeed(Settings):
@@ -229,6 +230,34 @@ class FinetuneSettings(Settings):
         return self
 
 
+class ZeroshotSettings(Settings):
+    """Classification by the nearest class embedding in the teacher's space, without training."""
+
+    features: FeatureSettings = FeatureSettings()
+    classes: LocalPath | None = not_fingerprinted(None)
+    """A safetensors file with class embeddings. null: `text` is needed."""
+    text: str | None = not_fingerprinted(None, min_length=1)
+    """The text tower that embeds the classes: open_clip:NAME/TAG, or open_clip:NAME@FILE with local weights."""
+    names: LocalPath | None = not_fingerprinted(None)
+    """A text file with a line `CLASS NAME, NAME, ...` for each class. null: the names of the class folders."""
+    prompts: PromptSet | tuple[str, ...] = "openai"
+    """Prompts, each with {} in place of a name: CLIP's 80 (openai), its best 7 (simple), or a list. The embeddings of
+    all prompts and names of a class are averaged."""
+    speed: EvaluateSpeed = EvaluateSpeed()
+
+    @model_validator(mode="after")
+    def _fits(self) -> ZeroshotSettings:
+        if self.features.feature == "mean":
+            raise ValueError("zero-shot classification uses the class token: set features.feature=auto")
+        if self.classes is not None and self.text is not None:
+            raise ValueError("class embeddings are given twice: give classes (--classes) or text (--text)")
+        if self.names is not None and self.classes is not None:
+            raise ValueError("names are for a text tower: omit them (--names), or give text (--text)")
+        if isinstance(self.prompts, tuple) and not (self.prompts and all("{}" in prompt for prompt in self.prompts)):
+            raise ValueError("prompts must each contain {} in place of the class's name")
+        return self
+
+
 def check_chunks(batch: int, chunk: int) -> None:
     """Raise ValueError if a batch is not a whole number of chunks."""
     if batch % chunk:
@@ -243,10 +272,11 @@ def check_warmup(warmup_epochs: float, epochs: int) -> None:
 
 
 AnySettings = KnnSettings | LinearSettings | AttentiveSettings | FinetuneSettings
-EVALUATIONS: dict[str, type[AnySettings]] = {
+EVALUATIONS: dict[str, type[AnySettings] | type[ZeroshotSettings]] = {
     "knn": KnnSettings,
     "linear": LinearSettings,
     "attentive": AttentiveSettings,
     "finetune": FinetuneSettings,
+    "zeroshot": ZeroshotSettings,
 }
 """Evaluations by name, which is also the name of their preset, or its beginning."""

@@ -82,7 +82,7 @@ class MaskSettings(Settings):
 
     strategy: Literal["block", "random", "attention"] = "block"
     """block: BEiT's random blocks; random: independent patches; attention: patches that the teacher's class token
-    attends to are more likely to stay visible (MILAN); the target set must hold attention (ViT teachers)."""
+    attends to are more likely to stay visible (MILAN); the target set must hold attention (plain ViT teachers)."""
     ratio: float = Field(default=0.5, gt=0, lt=1)
     """Share of patches masked."""
     count: int | None = Field(default=None, ge=1, le=65536)

@@ -91,6 +91,19 @@ def open_data(root: Path, batch: int) -> tuple[Split, Split]:
     return train, val
 
 
+def open_val(root: Path, batch: int) -> Split:
+    """``val`` below ``root`` alone, in runs of up to ``batch`` images.
+
+    Raises:
+        SourceError: it is missing, or has fewer than two classes. ManifestError: a shard set is not finished.
+    """
+    val = open_split(find_part(root, VAL), batch)
+    if len(val.classes) < 2:
+        what = f"there is only one class, {val.classes[0]!r}" if val.classes else "these images have no classes"
+        raise SourceError(what, where=val.root, fix="arrange them as val/CLASS/*.jpg")
+    return val
+
+
 def common_labels(labels: Tensor, own: list[str], common: list[str]) -> Tensor:
     """Labels int64 (N,), indices into ``own``, as indices into ``common``, which contains the same classes."""
     return torch.tensor([common.index(name) for name in own], dtype=torch.int64)[labels]

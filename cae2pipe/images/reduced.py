@@ -1,11 +1,14 @@
 """Stored views at the smaller size of a student, with Pillow and, bit for bit alike, in batches on any device.
 
-If the sizes divide, each pixel is the mean of a square of pixels; otherwise bicubic and antialiased like crops. Halving
-448 pixels takes 0.4 ms this way and 1.7 ms bicubically, and both are equally close to a crop rendered at 224. libjpeg's
-own scaling would save another 0.5 ms, but devices' decoders have none that gives the same pixels.
+If the sizes divide, each pixel is the mean of a square of pixels; otherwise bicubic and antialiased like crops. Means
+halve the time to load a view of 448 pixels for a student of 224, and are closer to a crop rendered at 224 than a JPEG
+of 224 pixels is. libjpeg's own scaling would halve it again, but devices' decoders have none that gives the same pixels
+(benchmarks/reduced_views.py).
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,9 +35,7 @@ def reduced_views(views: Tensor, size: int) -> Tensor:
     at_once = max(1, GROUP_BYTES // (24 * side * side))
     if not rest:
         return torch.cat([_means(part, factor) for part in views.split(at_once)])
-    first, weights = bicubic_taps(side, size)
-    index = torch.from_numpy((first + np.arange(len(weights))[:, None]).clip(max=side - 1)).to(views.device)
-    scales = torch.from_numpy(weights).to(views.device)
+    index, scales = _taps(side, size, views.device)
     return torch.cat(
         [_weighted(_weighted(part, index, scales).mT, index, scales).mT for part in views.split(at_once)]
     ).contiguous()
@@ -44,8 +45,17 @@ def _means(views: Tensor, factor: int) -> Tensor:
     """The mean of each square of ``factor`` x ``factor`` pixels, rounded as in Pillow's Reduce.c."""
     count = factor * factor
     cells = views.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))
-    sums = cells.sum(dim=(3, 5), dtype=torch.int64)
-    return ((sums + count // 2) * (2**24 // count) >> 24).to(torch.uint8)
+    sums = cells.sum(dim=(3, 5), dtype=torch.int64) + count // 2
+    means: Tensor = (sums * (2**24 // count)) >> 24
+    return means.to(torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _taps(side: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``bicubic_taps`` as indices, int64 (taps, size), and weights on a device: copied once, not with every batch."""
+    first, weights = bicubic_taps(side, size)
+    index = (first + np.arange(len(weights))[:, None]).clip(max=side - 1)
+    return torch.from_numpy(index).to(device), torch.from_numpy(weights).to(device)
 
 
 def _weighted(pixels: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from cae2pipe.loading.plan import Plan
 from cae2pipe.loading.stream import Item, Piece, StreamSource, readers
 from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
-from cae2pipe.runtime.shared_memory import shared_empty
+from cae2pipe.runtime.shared_memory import RoundArray, round_parts
 from cae2pipe.targets.planes import SPARES, same_width
 
 
@@ -71,8 +71,12 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
-    """The parts from ``streams`` of all batches, from global step ``start`` to the end of the last epoch."""
+def batches(plan: Plan, streams: range, start: int, served: range | None = None) -> Iterator[Batch]:
+    """The parts from ``streams`` of all batches, from global step ``start`` to the end of the last epoch.
+
+    Args:
+        served: the streams of all workers together, if there are others.
+    """
     first = start // plan.steps
     skip = start % plan.steps * plan.per_stream
     reader = readers(plan)
@@ -80,54 +84,77 @@ def batches(plan: Plan, streams: range, start: int) -> Iterator[Batch]:
     for epoch in range(first, plan.epochs):
         for step in range(start % plan.steps if epoch == first else 0, plan.steps):
             picked = [source.take(epoch, plan.per_stream) for source in sources]
-            yield assemble(plan, epoch, epoch * plan.steps + step, streams=streams, picked=picked)
+            yield assemble(
+                plan, epoch, epoch * plan.steps + step, streams=streams, served=served or streams, picked=picked
+            )
         for source in sources:
             source.end(epoch)
 
 
-def assemble(plan: Plan, epoch: int, step: int, *, streams: range, picked: list[list[Item | None]]) -> Batch:
+def shared_arrays(plan: Plan, views: int) -> dict[str, RoundArray]:
+    """The arrays of ``views`` views that workers fill together."""
+    arrays = {
+        "weights": RoundArray((views,), "<f4"),
+        "sizes": RoundArray((views,), "<i8"),
+        "visible": RoundArray((views, plan.repeat, plan.grid**2 - plan.masked), "<i8"),
+        "masked": RoundArray((views, plan.repeat, plan.masked), "<i8"),
+        "drop": RoundArray((views, plan.repeat, plan.drop_columns), "<f4"),
+    }
+    if plan.decode:
+        arrays["pixels"] = RoundArray((views, plan.size, plan.size, 3), "|u1")
+    loaded = plan.layout.loaded()
+    for name in plan.arrays:
+        if name not in SPARES:
+            arrays[name] = RoundArray(loaded[name].shape(views), loaded[name].dtype, loaded[name].sample_axis)
+    return arrays
+
+
+def assemble(
+    plan: Plan, epoch: int, step: int, *, streams: range, served: range, picked: list[list[Item | None]]
+) -> Batch:
     """The part of a batch with the given samples of each stream; None stands for padding."""
     flat = [item for items in picked for item in items]
-    count, rows = len(flat), len(flat) * plan.repeat
-    whole = shared_empty((count if plan.decode else 0, plan.size, plan.size, 3), "|u1")
-    pixels = whole.numpy()
-    visible = np.empty((rows, plan.grid**2 - plan.masked), dtype=np.int64)
-    masked = np.empty((rows, plan.masked), dtype=np.int64)
-    for row in range(rows):
+    first = (streams.start - served.start) * plan.per_stream
+    arrays = shared_arrays(plan, len(served) * plan.per_stream)
+    parts = round_parts(arrays, range(first, first + len(flat)))
+    rows = {name: parts[name].flatten(0, 1) for name in ("visible", "masked", "drop")}
+    visible, masked = rows["visible"].numpy(), rows["masked"].numpy()
+    for row in range(len(visible)):
         item, turn = flat[row // plan.repeat], row % plan.repeat
         draw = ("mask", plan.seed, epoch, item[0].keys[item[1]] if item else "", *((turn,) if turn else ()))
         attention = item[0].arrays["attention"][item[1]] if item and plan.guides else None
         mask = draw_mask(plan.mask_strategy, plan.grid, plan.grid, plan.masked, *draw, attention=attention)
         visible[row], masked[row] = split_indices(mask)
     images = [item[0].images[item[1]] if item else b"" for item in flat]
-    keys = [item[0].keys[item[1]] if item else "" for item in flat]
     if plan.decode:
+        pixels = parts["pixels"].numpy()
         for row, item in enumerate(flat):
             if item:
                 _decode(plan, *item, epoch=epoch, out=pixels[row])
             else:
                 pixels[row] = 0
-    drop = np.concatenate(
-        [
-            keyed_uniforms(len(items) * plan.repeat * plan.drop_columns, "drop", plan.seed, step, stream)
-            for stream, items in zip(streams, picked, strict=True)
-        ]
-    ).astype(np.float32)
+    drop = [
+        keyed_uniforms(len(items) * plan.repeat * plan.drop_columns, "drop", plan.seed, step, stream)
+        for stream, items in zip(streams, picked, strict=True)
+    ]
+    rows["drop"].numpy().reshape(-1)[:] = np.concatenate(drop)
+    parts["weights"].numpy()[:] = [item is not None for item in flat]
+    parts["sizes"].numpy()[:] = [0 if plan.decode else len(image) for image in images]
     packed = np.frombuffer(b"" if plan.decode else b"".join(images), dtype=np.uint8)
     return Batch(
         epoch=epoch,
         step=step,
         real=real_samples(plan.samples, plan.streams, plan.per_stream, step=step % plan.steps),
-        pixels=whole.permute(0, 3, 1, 2),
+        pixels=parts["pixels"].permute(0, 3, 1, 2) if plan.decode else torch.empty(0, 3, plan.size, plan.size).byte(),
         jpegs=torch.from_numpy(packed.copy()),
-        sizes=torch.tensor([0 if plan.decode else len(image) for image in images]),
+        sizes=parts["sizes"],
         draws=_draws(plan, flat),
-        arrays=gather(plan, flat),
-        weights=torch.tensor([float(item is not None) for item in flat]),
-        visible=torch.from_numpy(visible),
-        masked=torch.from_numpy(masked),
-        drop=torch.from_numpy(drop).reshape(rows, plan.drop_columns),
-        keys=keys,
+        arrays=gather(plan, flat, parts),
+        weights=parts["weights"],
+        visible=rows["visible"],
+        masked=rows["masked"],
+        drop=rows["drop"],
+        keys=[item[0].keys[item[1]] if item else "" for item in flat],
         views=[item[0].view if item else -1 for item in flat],
         labels=[item[0].labels[item[1]] if item else -1 for item in flat],
     )
@@ -153,8 +180,8 @@ def _draws(plan: Plan, items: list[Item | None]) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def gather(plan: Plan, items: list[Item | None]) -> dict[str, Tensor]:
-    """The plan's arrays over the given samples; zeros for padding."""
+def gather(plan: Plan, items: list[Item | None], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plan's arrays over the given samples, in ``parts`` where they have a place; zeros for padding."""
     loaded = plan.layout.loaded()
     runs = [
         (piece, [item[1] for _, item in run if item], run[0][0], run[-1][0] + 1)
@@ -163,12 +190,14 @@ def gather(plan: Plan, items: list[Item | None]) -> dict[str, Tensor]:
     ]
     result = {}
     for name in plan.arrays:
-        axis, shape = loaded[name].sample_axis, loaded[name].shape(len(items))
+        axis = loaded[name].sample_axis
         if name in SPARES:
-            shape = (len(items), max([shape[1], *(piece.arrays[name].shape[1] for piece, *_ in runs)]))
-        result[name] = shared_empty(shape, loaded[name].dtype)
+            width = max([loaded[name].rest[0], *(piece.arrays[name].shape[1] for piece, *_ in runs)])
+            result[name] = torch.from_numpy(np.zeros((len(items), width), dtype=loaded[name].dtype))
+        else:
+            result[name] = parts[name]
         into = result[name].numpy()
-        if name in SPARES or None in items:
+        if None in items:
             into[...] = 0
         for piece, positions, first, last in runs:
             taken = np.take(piece.arrays[name], positions, axis=axis)
@@ -183,7 +212,10 @@ def _piece_of(numbered: tuple[int, Item | None]) -> tuple[int, Piece | None]:
 
 
 def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
-    """The whole batch from its parts, in order. ``axes``: which axis of each array runs over samples."""
+    """The whole batch from its parts, in order. ``axes``: which axis of each array runs over samples.
+
+    What workers have made in shared memory is adjacent there, and is not copied.
+    """
     if len(parts) == 1:
         return parts[0]
     tensors = ("jpegs", "sizes", "draws", "weights", "visible", "masked", "drop")
@@ -191,7 +223,7 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
     for name in parts[0].arrays:
         own = [part.arrays[name] for part in parts]
         arrays[name] = joined_tensors(same_width(own) if name in SPARES else own, axes[name])
-    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
+    joined: dict[str, Any] = {name: joined_tensors([getattr(part, name) for part in parts], 0) for name in tensors}
     # As they lie in memory, channels last.
     joined["pixels"] = joined_tensors([part.pixels.permute(0, 2, 3, 1) for part in parts], 0).permute(0, 3, 1, 2)
     return replace(
@@ -205,12 +237,22 @@ def join(parts: list[Batch], axes: Mapping[str, int]) -> Batch:
 
 
 def joined_tensors(tensors: list[Tensor], axis: int) -> Tensor:
-    """``torch.cat``. On the CPU numpy makes the result: it asks for large pages, which are ready sooner."""
-    if tensors[0].device.type != "cpu":
-        return torch.cat(tensors, dim=axis)
-    shape = list(tensors[0].shape)
+    """``torch.cat``, or a view of the whole if the tensors are adjacent in memory."""
+    first = tensors[0]
+    shape = list(first.shape)
     shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
-    whole = torch.from_numpy(np.empty(shape, dtype=tensors[0].new_empty(0).numpy().dtype))
+    offset, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        there = (tensor.untyped_storage().data_ptr(), tensor.stride(), tensor.storage_offset())
+        if there != (storage, first.stride(), offset):
+            break
+        offset += tensor.shape[axis] * first.stride(axis)
+    else:
+        return first.as_strided(shape, first.stride())
+    if first.device.type != "cpu":
+        return torch.cat(tensors, dim=axis)
+    # numpy asks for large pages, which are ready sooner.
+    whole = torch.from_numpy(np.empty(shape, dtype=first.new_empty(0).numpy().dtype))
     return torch.cat(tensors, dim=axis, out=whole)
 
 

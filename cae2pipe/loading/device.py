@@ -28,9 +28,8 @@ def on_device(
     """Whole, decoded batches on ``device``. ``axes``: which axis of each array runs over samples. ``backend``: compiler
     for the cutting of replayed views on the device; None: eager. ``view_size``: as in ``decoded``.
 
-    Parts are copied to a CUDA device as they come from the workers and joined there: joining hundreds of megabytes per
-    step on the host would delay the loop. Threads copy them into pinned memory, a separate CUDA stream copies them to
-    the device, and the copy of the next batch starts before the current one is returned.
+    The workers' parts are adjacent in memory. For a CUDA device threads copy them into pinned memory, a separate
+    CUDA stream copies them to the device, and the copy of the next batch starts before the current one is returned.
     """
     if device.type != "cuda":
         for parts in steps:
@@ -41,15 +40,14 @@ def on_device(
         return
     stream = torch.cuda.Stream(device)
 
-    def move(parts: list[Batch]) -> Batch:
-        return decoded(join([part.to(device) for part in parts], axes), device, backend, view_size=view_size)
+    def pin(parts: list[Batch]) -> Batch:
+        return join(parts, axes).map(lambda tensor: tensor.pin_memory())
 
-    with closing(in_threads(_pin, ((parts,) for parts in steps), 2, most=3)) as pinned:
+    def move(batch: Batch) -> Batch:
+        return decoded(batch.to(device), device, backend, view_size=view_size)
+
+    with closing(in_threads(pin, ((parts,) for parts in steps), 2, most=3)) as pinned:
         yield from upload_ahead(pinned, move, device, stream=stream)
-
-
-def _pin(parts: list[Batch]) -> list[Batch]:
-    return [part.map(lambda tensor: tensor.pin_memory()) for part in parts]
 
 
 def decoded(batch: Batch, device: torch.device, backend: str | None = None, *, view_size: int | None = None) -> Batch:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cae2pipe.errors import ManifestError
-from cae2pipe.loading.batches import Batch, batches, join
+from cae2pipe.loading.batches import Batch, batches, join, shared_arrays
 from cae2pipe.loading.order import BlockList, rank_streams, worker_streams
 from cae2pipe.loading.plan import Plan
+from cae2pipe.runtime.shared_memory import round_bytes
 from cae2pipe.runtime.workers import in_order
 from cae2pipe.targets.paths import of_store
 from cae2pipe.targets.target_set import TargetSet
@@ -50,7 +51,7 @@ class _Parts:
     start: int
 
     def share(self, worker: int, workers: int) -> Iterator[Batch]:
-        return batches(self.plan, worker_streams(self.served, workers, worker), self.start)
+        return batches(self.plan, worker_streams(self.served, workers, worker), self.start, self.served)
 
 
 def load_parts(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
@@ -66,7 +67,8 @@ def load_parts(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: in
     served = rank_streams(plan.streams, ranks, rank)
     parts = _Parts(plan, served, start)
     workers = min(workers, len(served))
-    iterator = in_order(parts, workers, preload=[__name__])
+    room = round_bytes(shared_arrays(plan, len(served) * plan.per_stream))
+    iterator = in_order(parts, workers, preload=[__name__], room=room)
     while True:
         step = [part for _, part in zip(range(max(1, workers)), iterator, strict=False)]
         if not step:

@@ -197,8 +197,8 @@ class TargetBatches(IterableDataset[TargetBatch]):
             patches = tokens[:, int(teacher.class_token) :].transpose(1, 2)
             tokens = patches.unflatten(2, (teacher.rows, teacher.cols))
         pixels = batch.pixels.float().div_(255) if self.pixels == "float" else batch.pixels
-        if pixels.is_shared() and pixels.device.type == "cpu":
-            # A worker's memory, which it uses again once this process does not: another one may have been given it.
+        if self.workers and pixels is batch.pixels and pixels.device.type == "cpu":
+            # In memory that holds a whole batch, and is used by workers again once no tensor of this process is in it.
             pixels = pixels.clone()
         return TargetBatch(
             pixels=pixels,

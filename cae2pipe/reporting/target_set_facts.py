@@ -13,12 +13,15 @@ Rows = list[tuple[str, str]]
 def teacher_rows(identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
     """The teacher. ``identity`` and ``facts`` are the manifest's."""
     made, seen, settings = identity["teacher"], facts["teacher"], identity["settings"]["teacher"]
-    patches = f"{seen['rows']} × {seen['cols']} patches"
+    averaged = ", averaged by area to this grid," if settings.get("grid") else ""
+    patches = f"{seen['rows']} × {seen['cols']} patches{averaged}"
     size = made.get("image_size", settings.get("image_size"))
     return [
         ("teacher", f"{made['name']}, of {made['library']}"),
         ("weights", made["weights"]),
         ("latents", f"{patches}{' and a class token' if seen['class_token'] else ''}, {seen['dim']} dimensions each"),
+        *([("summary", f"a summary of {seen['summary']} dimensions")] if "summary" in seen else []),
+        *([("layers", ", ".join(f"block {layer}" for layer in seen["layers"]))] if "layers" in seen else []),
         (
             "attention",
             "the class token's, stored for each patch" if seen["attention"] else "not available from this teacher",

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cae2pipe.errors import WorkerError
 from cae2pipe.runtime.progress import gigabytes
@@ -25,71 +30,137 @@ from cae2pipe.runtime.ranks import torchrun_rank
 SHM = Path("/dev/shm")
 PREFETCH = 2
 """Items per worker that may be finished or in progress before the main process takes the first."""
+ALIGNMENT = 4096
 
 
-class SharedPool:
-    """Shared memory of a worker that is used again for later items: new memory must be cleared by the system first,
-    which takes longer than filling it.
+@dataclass(frozen=True)
+class RoundArray:
+    """An array over samples to which every worker adds its own in a round: shape of the whole array, numpy type (uint16
+    is held as int16), and which axis runs over samples."""
 
-    The main process says which pieces it no longer uses. A piece that it keeps is never used again.
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int = 0
+
+    @property
+    def kind(self) -> np.dtype[Any]:
+        return np.dtype("<i2" if self.dtype == "<u2" else self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.kind.itemsize
+
+
+def round_bytes(arrays: Mapping[str, RoundArray]) -> int:
+    """Bytes of memory for all arrays of a round."""
+    return sum(_aligned(array.nbytes) for array in arrays.values())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+_memory: list[Tensor] = []
+"""In a worker whose items share memory: that of the round in progress, uint8."""
+
+
+def use_memory(memory: Tensor) -> None:
+    """Say in which memory this worker makes its next item."""
+    _memory[:] = [memory]
+
+
+def in_round(storage: torch.UntypedStorage) -> bool:
+    """Whether a storage is the memory of the round in progress."""
+    return bool(_memory) and storage.data_ptr() == _memory[0].data_ptr()
+
+
+def round_parts(arrays: Mapping[str, RoundArray], own: range) -> dict[str, Tensor]:
+    """This process's samples of each array, of undefined values: in a worker as parts of the arrays that all workers
+    fill, so that nothing is copied to hand them over or to join them. Elsewhere in memory of their own.
+
+    Args:
+        own: which samples of the round.
     """
-
-    def __init__(self) -> None:
-        self._pieces: list[torch.UntypedStorage] = []
-        self._free: dict[int, list[int]] = {}
-        self._taken: list[int] = []
-
-    def take(self, size: int) -> torch.UntypedStorage:
-        """A piece of ``size`` bytes for the next item. Raises RuntimeError if there is not enough shared memory."""
-        if self._free.get(size):
-            number = self._free[size].pop()
+    parts, offset = {}, 0
+    for name, array in arrays.items():
+        if _memory:
+            flat = _memory[0][offset : offset + array.nbytes]
+            whole = flat.view(torch.from_numpy(np.empty(0, dtype=array.kind)).dtype).view(array.shape)
+            parts[name] = whole.narrow(array.axis, own.start, len(own))
+            offset += _aligned(array.nbytes)
         else:
-            number = len(self._pieces)
-            self._pieces.append(torch.UntypedStorage._new_shared(size, device="cpu"))
-        self._taken.append(number)
-        return self._pieces[number]
-
-    def used(self) -> list[int]:
-        """Numbers of the pieces that were taken since the last call."""
-        taken, self._taken = self._taken, []
-        return taken
-
-    def free(self, numbers: Sequence[int]) -> None:
-        """Say that pieces may be taken again."""
-        for number in numbers:
-            self._free.setdefault(self._pieces[number].nbytes(), []).append(number)
-
-    def pointers(self) -> dict[int, int]:
-        """Numbers of the pieces that were taken since the last ``used``, by their address."""
-        return {self._pieces[number].data_ptr(): number for number in self._taken}
+            shape = (*array.shape[: array.axis], len(own), *array.shape[array.axis + 1 :])
+            parts[name] = torch.from_numpy(np.empty(shape, dtype=array.kind))
+    return parts
 
 
-_pools: list[SharedPool] = []
+class RoundMemory:
+    """Shared memory for the items of all workers in a round. It is used again for a later round once this process has
+    no tensor in it: new memory must be cleared by the system first, which takes longer than filling it.
 
-
-def enter_worker() -> SharedPool:
-    """Say that this process hands its items to another one, and get the pool that ``shared_empty`` then uses."""
-    _pools[:] = [SharedPool()]
-    return _pools[0]
-
-
-def shared_empty(shape: tuple[int, ...], dtype: str) -> Tensor:
-    """A tensor of undefined values, for a numpy type; uint16 as int16. In a worker it lies in shared memory, so that
-    handing it over copies nothing.
-
-    Raises:
-        WorkerError, OSError: there is not enough shared memory.
+    Args:
+        size: bytes per round.
     """
-    kind = np.dtype("<i2" if dtype == "<u2" else dtype)
-    size = math.prod(shape) * kind.itemsize
-    if not _pools or not size:
-        return torch.from_numpy(np.empty(shape, dtype=kind))
-    try:
-        storage = _pools[0].take(size)
-    except RuntimeError as error:
-        raise explain_sharing(error, size) from error
-    flat: Tensor = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype=kind)).dtype).set_(storage)
-    return flat.view(shape)
+
+    def __init__(self, size: int):
+        self.size = size
+        self._files: list[IO[bytes]] = []
+        self._whole: list[np.ndarray] = []
+        self._users: list[StorageWeakRef] = []
+        self._open: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def number(self, turn: int) -> int:
+        """The number of the memory of round ``turn``: as many as were in use before, if it is new.
+
+        Raises:
+            WorkerError, OSError: there is not enough shared memory.
+        """
+        if turn not in self._open:
+            free = (number for number, user in enumerate(self._users) if user.expired())
+            number = next(free, len(self._whole))
+            if number == len(self._whole):
+                self._add()
+            # A storage of this round's own, which shows whether its tensors are still in use.
+            storage = torch.from_numpy(self._whole[number]).untyped_storage()
+            self._users[number:] = [StorageWeakRef(storage), *self._users[number + 1 :]]
+            self._open[turn] = (number, storage)
+        return self._open[turn][0]
+
+    def _add(self) -> None:
+        # Closed by `close`: workers get it whenever they first need it.
+        file = tempfile.TemporaryFile(dir=SHM if SHM.is_dir() else None)  # noqa: SIM115
+        self._files.append(file)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, self.size)
+            else:  # macOS
+                file.truncate(self.size)
+            self._whole.append(mapped(file.fileno()))
+        except OSError as error:
+            raise explain_sharing(error, self.size) from error
+
+    def file(self, number: int) -> int:
+        """The descriptor of a memory's file."""
+        return self._files[number].fileno()
+
+    def storage(self, turn: int) -> torch.UntypedStorage:
+        """The memory of a round in this process."""
+        return self._open[turn][1]
+
+    def complete(self, turn: int) -> None:
+        """Say that all items of a round have been received."""
+        del self._open[turn]
+
+    def close(self) -> None:
+        """Close the files. What is in use stays until it is used no longer."""
+        for file in self._files:
+            file.close()
+        self._open.clear()
+
+
+def mapped(file: int) -> np.ndarray:
+    """The content of a file of shared memory, uint8."""
+    return np.frombuffer(mmap.mmap(file, 0), dtype=np.uint8)
 
 
 def bytes_under_way(item: int, workers: int, items: int | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -39,13 +40,13 @@ def forgiving(stream: TextIO) -> TextIO:
 
 def finish_streams(error_shown: bool) -> bool:
     """Flush the streams; returns whether that succeeded. If not, the user is told, unless an error has been shown
-    already."""
+    already, or the program that reads stdout has ended, as ``head`` does."""
     with suppress(OSError):
         sys.stderr.flush()
     try:
         sys.stdout.flush()
     except OSError as error:
-        if not error_shown:
+        if not error_shown and error.errno != errno.EPIPE:
             sys.stderr.write(f"error: {STDOUT} cannot be written: {error.strerror}\n")
         # The interpreter would try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

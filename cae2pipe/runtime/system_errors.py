@@ -100,7 +100,9 @@ def _os_error(error: OSError) -> Cae2pipeError:
         return host_memory()
     said = error.strerror or os.strerror(number)
     if error.filename == STDOUT:
-        return Cae2pipeError(f"{STDOUT} cannot be written: {said}")
+        unwritten = Cae2pipeError(f"{STDOUT} cannot be written: {said}")
+        unwritten.shown_elsewhere = number == errno.EPIPE  # whoever reads it has seen enough
+        return unwritten
     what = f"{FULL[number]}: {said}" if number in FULL else said
     where = error.filename if error.filename2 is None else f"{error.filename} -> {error.filename2}"
     where = os.fsdecode(where) if isinstance(where, bytes) else where

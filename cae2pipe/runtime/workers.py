@@ -1,38 +1,49 @@
 """Worker processes that return items in order.
 
-Each of N workers has its own connection to the main process and makes every N-th item. No item can be lost: it is put
-into shared memory by the thread that made it, where a failure takes the item's place, and a worker that dies closes
-its connection, whatever it was doing. (torch's DataLoader pickles in a thread whose errors are only printed, and its
-workers write to one pipe, which stays locked if a worker is killed while it writes.)
+Each of N workers has its own connection to the main process and makes every N-th item; N items, one of each, are a
+round. No item can be lost: it is put into shared memory by the thread that made it, where a failure takes the item's
+place, and a worker that dies closes its connection, whatever it was doing. (torch's DataLoader pickles in a thread
+whose errors are only printed, and its workers write to one pipe, which stays locked if a worker is killed while it
+writes.)
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import io
 import multiprocessing
 import os
 import pickle
 import queue
+import sys
 import threading
 import time
 import traceback
-from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterator, Sequence, Sized
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
 from multiprocessing.util import Finalize
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef, reduce_storage
+from torch import Tensor
 
 from cae2pipe.errors import Cae2pipeError, WorkerError
 from cae2pipe.runtime.processes import prepare_worker, refuse_import_of_main, shielded, shorten_sockets, worker_died
-from cae2pipe.runtime.shared_memory import PREFETCH, SharedPool, check_room, enter_worker, explain_sharing
+from cae2pipe.runtime.shared_memory import (
+    PREFETCH,
+    RoundMemory,
+    check_room,
+    explain_sharing,
+    in_round,
+    mapped,
+    use_memory,
+)
 from cae2pipe.runtime.signals import StoppedWaitingError, stop_asked
 
 PRELOAD = ("cae2pipe.runtime.forkserver_preload", __name__)
@@ -42,6 +53,11 @@ PATIENCE = 3.0
 """Seconds to wait for the next item after a stop has been requested."""
 GRACE = 2.0
 """Seconds for workers to end on their own."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's ``mallopt``."""
+LARGEST_KEPT, MOST_KEPT = 2**25, 2**28
+"""Bytes of the largest array that a worker makes in freed memory, which is the most that glibc allows, and bytes of
+freed memory that it keeps."""
 
 
 T = TypeVar("T")
@@ -64,12 +80,18 @@ class Streamed(Protocol[T_co]):
         """The items of worker number ``worker``. Items are yielded in turn, one from each worker."""
 
 
-def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[str] = ()) -> Generator[T, None, None]:
+def in_order(
+    source: Listed[T] | Streamed[T], workers: int, preload: Sequence[str] = (), *, room: int = 0
+) -> Generator[T, None, None]:
     """The items of a source, made by ``workers`` processes (0: in this one) and yielded in order.
 
     Workers are started from a clean server process: fork would copy a CUDA context or a thread pool in a broken
     state. It imports the modules ``preload`` once for all of them. There is one server per process: later calls reuse
     it, and their workers import what it has not preloaded.
+
+    Args:
+        room: bytes of memory that all workers share in a round, from which ``round_parts`` takes. It is used again when
+            no tensor of a round is left.
 
     Raises:
         Exception: what the source raised. WorkerError: a worker died; there is too little shared memory, which is
@@ -83,24 +105,35 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
     # a signal, after which its resource tracker warns of what they could not clean up.
     at_exit = Finalize(None, _end, args=(started, GRACE), exitpriority=1)
     grace = GRACE
+    items = len(source) if isinstance(source, Sized) else None
+    memory = RoundMemory(room) if room else None
     try:
-        _start(source, workers, preload, started=started)
+        check_room(-(-room // workers), workers, items)
+        _start(source, workers, preload, room=room, started=started)
+        for turn in range(PREFETCH):
+            for worker in started:
+                _admit(worker, turn, memory)
         # A list or stream may end in the middle of a round, which then has no item from some workers.
         turns, first = list(started), True
-        while turns:
+        for turn in count():
             for worker in list(turns):
-                kind, value, shared = _receive(worker)
+                kind, value, shared = _receive(worker, memory.storage(turn) if memory else None)
+                _admit(worker, turn + PREFETCH, memory)
                 if kind == "end":
                     turns.remove(worker)
                     continue
                 if kind == "error":
                     raise value
                 if first:
-                    check_room(shared, workers, len(source) if isinstance(source, Sized) else None)
+                    check_room(shared + -(-room // workers), workers, items)
                     first = False
+                if memory and worker is started[-1]:
+                    memory.complete(turn)
                 yield value
                 # Otherwise it would keep its memory while the next one is made.
                 del value
+            if not turns:
+                break
     except BaseException as error:
         # On an interrupt, do not wait for workers that may be stuck.
         if isinstance(error, StoppedWaitingError) or not isinstance(error, (Exception, GeneratorExit)):
@@ -109,22 +142,18 @@ def in_order(source: Listed[T] | Streamed[T], workers: int, preload: Sequence[st
     finally:
         at_exit.cancel()
         _end(started, grace)
+        if memory:
+            memory.close()
 
 
 @dataclass
 class _Worker:
-    """``held``: pieces of the worker's pool that items given by it use, by number, with what tells if they still do."""
+    """``memories``: how many of the memories of rounds it has been given."""
 
     process: BaseProcess
     connection: Connection
     gave: bool = False
-    held: list[tuple[int, StorageWeakRef]] = field(default_factory=list)
-
-    def released(self) -> list[int]:
-        """Numbers of pieces that are no longer used; they are forgotten."""
-        free = [number for number, storage in self.held if storage.expired()]
-        self.held = [(number, storage) for number, storage in self.held if number not in free]
-        return free
+    memories: int = 0
 
 
 def _share(source: Listed[T] | Streamed[T], worker: int, workers: int) -> Iterator[T]:
@@ -134,7 +163,12 @@ def _share(source: Listed[T] | Streamed[T], worker: int, workers: int) -> Iterat
 
 
 def _start(
-    source: Listed[object] | Streamed[object], workers: int, preload: Sequence[str], *, started: list[_Worker]
+    source: Listed[object] | Streamed[object],
+    workers: int,
+    preload: Sequence[str],
+    *,
+    room: int,
+    started: list[_Worker],
 ) -> None:
     refuse_import_of_main()
     shorten_sockets()
@@ -143,7 +177,7 @@ def _start(
     with shielded():
         for number in range(workers):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, source, number, workers), daemon=True)
+            process = context.Process(target=_work, args=(there, source, number, workers, room), daemon=True)
             try:
                 process.start()
             except (EOFError, ConnectionError) as error:
@@ -154,8 +188,36 @@ def _start(
             started.append(_Worker(process, here))
 
 
-def _receive(worker: _Worker) -> tuple[str, Any, int]:
-    """A worker's next message: kind, value, and the bytes of shared memory that the value takes."""
+def _admit(worker: _Worker, turn: int, memory: RoundMemory | None) -> None:
+    """Let a worker make its item of a round, in the memory of that round."""
+    number = memory.number(turn) if memory else 0
+    with suppress(OSError):  # it has ended or died: its connection will show that
+        worker.connection.send_bytes(number.to_bytes(4, "little"))
+        if memory and number == worker.memories:
+            send_handle(worker.connection, memory.file(number), worker.process.pid)
+            worker.memories += 1
+
+
+def _admitted(connection: Connection, memories: list[Tensor], room: int) -> None:
+    """In a worker: wait until it may make its next item."""
+    number = int.from_bytes(connection.recv_bytes(), "little")
+    if not room:
+        return
+    if number == len(memories):
+        file = recv_handle(connection)
+        try:
+            memories.append(torch.from_numpy(mapped(file)))
+        finally:
+            os.close(file)
+    use_memory(memories[number])
+
+
+def _receive(worker: _Worker, storage: torch.UntypedStorage | None) -> tuple[str, Any, int]:
+    """A worker's next message: kind, value, and the bytes of shared memory of its own that the value takes.
+
+    Args:
+        storage: the memory of the round.
+    """
     began = time.monotonic()
     while not wait([worker.connection], POLL):
         _heed_stop(began)
@@ -163,20 +225,18 @@ def _receive(worker: _Worker) -> tuple[str, Any, int]:
         message = worker.connection.recv_bytes()
     except (EOFError, OSError):
         raise _died(worker) from None
-    kind, value = _fetched(worker, message, began)
+    kind, value = _fetched(worker, message, storage, began=began)
     worker.gave = True
-    with suppress(OSError):  # it has ended or died: its connection will show that
-        worker.connection.send_bytes(array("i", worker.released()).tobytes())
     return kind, value, int.from_bytes(message[-8:], "little")
 
 
-def _fetched(worker: _Worker, message: bytes, began: float) -> tuple[str, Any]:
+def _fetched(worker: _Worker, message: bytes, storage: torch.UntypedStorage | None, *, began: float) -> tuple[str, Any]:
     """The content of a message. A thread fetches its shared memory from the worker, which may be stuck; a stop takes
     effect meanwhile."""
     fetches: queue.SimpleQueue[tuple[str, Any] | BaseException] = queue.SimpleQueue()
 
     def fetch() -> None:
-        _fetching.pieces = worker.held
+        _fetching.storage = storage
         try:
             fetches.put(pickle.loads(message))
         except BaseException as error:
@@ -226,21 +286,25 @@ def _join(workers: list[_Worker], seconds: float) -> None:
         worker.process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _work(connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int) -> None:
+def _work(
+    connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int, room: int
+) -> None:
     prepare_worker()
-    pool = enter_worker()
+    memories: list[Tensor] = []
     torch.set_num_threads(1)
+    if room:
+        keep_freed_memory()
+    # What has been imported stays, and need not be looked through for garbage.
+    gc.freeze()
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_send, args=(connection, ready), daemon=True).start()
     items = _share(source, number, workers)
     try:
-        for made in count():
-            if made >= PREFETCH:
-                pool.free(array("i", connection.recv_bytes()))
-            message, last = _next_message(items, pool)
+        last = False
+        while not last:
+            _admitted(connection, memories, room)
+            message, last = _next_message(items)
             ready.put(message)
-            if last:
-                break
         # The main process fetches shared memory from this one, so it must not end before it is told to.
         while True:
             connection.recv_bytes()
@@ -258,16 +322,25 @@ def _send(connection: Connection, ready: queue.SimpleQueue[bytes]) -> None:
         os._exit(1)
 
 
-def _next_message(items: Iterator[object], pool: SharedPool) -> tuple[bytes, bool]:
+def keep_freed_memory() -> None:
+    """Let this process use freed memory again instead of giving it back: the system must clear new pages first. Does
+    nothing without glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
+
+
+def _next_message(items: Iterator[object]) -> tuple[bytes, bool]:
     """The next item, the end, or an error in its place; and whether that is the last message."""
     try:
         try:
             item = next(items)
         except StopIteration:
-            return _pack("end", None, pool), True
-        return _pack("item", item, pool), False
+            return _pack("end", None), True
+        return _pack("item", item), False
     except Exception as error:
-        return _pack("error", _portable(error), pool), True
+        return _pack("error", _portable(error)), True
 
 
 def _portable(error: Exception) -> Exception:
@@ -281,51 +354,42 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-class _Pickler(ForkingPickler):
-    """Puts tensors into shared memory, and counts its bytes. ``pieces``: numbers of the pool's pieces, by address;
-    ``sent``: of those that were met."""
+_fetching = threading.local()
+"""``storage``: for a thread that fetches a message, the memory of its round."""
 
-    def __init__(self, file: io.BytesIO, pieces: Mapping[int, int]):
+
+def _round_storage() -> torch.UntypedStorage:
+    storage: torch.UntypedStorage = _fetching.storage
+    return storage
+
+
+class _Pickler(ForkingPickler):
+    """Puts tensors into shared memory, and counts its bytes, unless they lie in that of the round."""
+
+    def __init__(self, file: io.BytesIO):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.storages: dict[int, int] = {}
-        self.pieces = pieces
-        self.sent: set[int] = set()
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, torch.UntypedStorage):
             return NotImplemented
+        if in_round(value):
+            return _round_storage, ()
         self.storages[value.data_ptr()] = value.nbytes()
-        number = self.pieces.get(value.data_ptr())
-        if number is None:
-            return NotImplemented
-        self.sent.add(number)
-        return _rebuild_piece, (number, *reduce_storage(value))
+        return NotImplemented
 
 
-_fetching = threading.local()
-"""``pieces``: where a thread that fetches a message notes the pieces in it."""
-
-
-def _rebuild_piece(
-    number: int, rebuild: Callable[..., torch.UntypedStorage], arguments: tuple[Any, ...]
-) -> torch.UntypedStorage:
-    storage = rebuild(*arguments)
-    _fetching.pieces.append((number, StorageWeakRef(storage)))
-    return storage
-
-
-def _pack(kind: str, value: object, pool: SharedPool) -> bytes:
+def _pack(kind: str, value: object) -> bytes:
     """A message, with the bytes of shared memory that it takes at its end, where pickle does not look.
 
     Raises:
         WorkerError, OSError, MemoryError: its tensors cannot be put into shared memory.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file, pool.pointers())
+    pickler = _Pickler(file)
     try:
         pickler.dump((kind, value))
     except (RuntimeError, OSError) as error:
         raise explain_sharing(error, sum(pickler.storages.values())) from error
-    pool.free([number for number in pool.used() if number not in pickler.sent])
     file.write(sum(pickler.storages.values()).to_bytes(8, "little"))
     return file.getvalue()

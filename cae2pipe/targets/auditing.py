@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.calibration import token_cosines
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
+from cae2pipe.targets.groups import group_tokens
+from cae2pipe.targets.store_layout import PATCHES, arrays_of
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.protocol import Teacher
 
@@ -25,7 +28,7 @@ TOLERANCE = 1e-3
 class Audit:
     """Cosines between the teacher's tokens now and those stored: means over all, and the worst view's mean.
 
-    ``expected`` is the fidelity that the set's manifest records.
+    ``expected`` is the fidelity that the set's manifest records. All are of the patches; ``more``: of other groups.
     """
 
     views: int
@@ -34,10 +37,12 @@ class Audit:
     worst: float
     worst_view: str
     expected: float
+    more: Mapping[str, Audit] = field(default_factory=dict)
 
     @property
     def sound(self) -> bool:
-        return min(self.raw, self.worst) >= self.expected - TOLERANCE
+        own = min(self.raw, self.worst) >= self.expected - TOLERANCE
+        return own and all(audit.sound for audit in self.more.values())
 
 
 def choose(targets: TargetSet, count: int, seed: int) -> dict[tuple[str, int], list[int]]:
@@ -54,13 +59,22 @@ def choose(targets: TargetSet, count: int, seed: int) -> dict[tuple[str, int], l
 
 @dataclass(frozen=True)
 class LiveViews:
-    """Some stored views of a block: their names, pixels uint8 (n, H, W, 3), and unit tokens (n, T, D): ``true``, the
-    teacher's now, and ``stored``."""
+    """Some stored views of a block: their names, pixels uint8 (n, H, W, 3), and by group the unit tokens (n, T, D), the
+    teacher's now and those stored."""
 
     names: list[str]
     pixels: np.ndarray
-    true: Tensor
-    stored: Tensor
+    tokens: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def true(self) -> Tensor:
+        """The teacher's patches now."""
+        return self.tokens[PATCHES][0]
+
+    @property
+    def stored(self) -> Tensor:
+        """The stored patches."""
+        return self.tokens[PATCHES][1]
 
 
 def run_teacher_on(targets: TargetSet, teacher: Teacher, name: str, *, block: int, positions: list[int]) -> LiveViews:
@@ -69,11 +83,15 @@ def run_teacher_on(targets: TargetSet, teacher: Teacher, name: str, *, block: in
     Raises:
         DamageError: a stored view or its latents cannot be read. ImageError: a view cannot be decoded.
     """
-    stored = targets.reader(name).block(block)
+    stored = targets.reader(name, targets.groups).block(block)
     pixels = targets.pixels(stored, positions)
-    true, _ = unit_tokens(teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(teacher.device)).tokens.cpu())
-    decoded = targets.layout.codec.decode(as_tensors(stored.arrays))[positions]
-    return LiveViews([f"{name}, key {stored.keys[position]}" for position in positions], pixels, true, decoded)
+    output = teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(teacher.device))
+    tokens = {}
+    for group, own in targets.groups.items():
+        true, _ = unit_tokens(group_tokens(output, group).cpu())
+        decoded = own.layout.codec.decode(as_tensors(arrays_of(group, stored.arrays)))[positions]
+        tokens[group] = true, decoded
+    return LiveViews([f"{name}, key {stored.keys[position]}" for position in positions], pixels, tokens)
 
 
 def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, seed: int = 0) -> Audit:
@@ -82,26 +100,31 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, s
     Raises:
         DamageError: a stored view or its latents cannot be read.
     """
-    raws: list[Tensor] = []
-    centreds: list[Tensor] = []
+    cosines: dict[str, list[tuple[Tensor, Tensor]]] = {group: [] for group in targets.groups}
     labels: list[str] = []
     chosen = choose(targets, count, seed)
     report.phase("running the teacher on stored views")
     report.total(sum(map(len, chosen.values())), "views")
     for (name, block), positions in chosen.items():
         live = run_teacher_on(targets, teacher, name, block=block, positions=positions)
-        raw, centred = token_cosines(live.true, live.stored, targets.mean)
-        raws.append(raw.view(len(positions), -1).mean(dim=1))
-        centreds.append(centred.view(len(positions), -1).mean(dim=1))
+        for group, (true, stored) in live.tokens.items():
+            raw, centred = token_cosines(true, stored, targets.groups[group].calibration.mean)
+            by_view = raw.view(len(positions), -1).mean(dim=1), centred.view(len(positions), -1).mean(dim=1)
+            cosines[group].append(by_view)
         labels += live.names
         report.advance(len(positions))
-    raw, centred = torch.cat(raws), torch.cat(centreds)
-    worst = int(raw.argmin())
-    return Audit(
-        views=len(raw),
-        raw=float(raw.mean()),
-        centred=float(centred.mean()),
-        worst=float(raw[worst]),
-        worst_view=labels[worst],
-        expected=targets.fidelity()["mean"],
-    )
+
+    def audited(group: str, more: Mapping[str, Audit]) -> Audit:
+        raw, centred = (torch.cat([pair[part] for pair in cosines[group]]) for part in (0, 1))
+        worst = int(raw.argmin())
+        return Audit(
+            views=len(raw),
+            raw=float(raw.mean()),
+            centred=float(centred.mean()),
+            worst=float(raw[worst]),
+            worst_view=labels[worst],
+            expected=targets.fidelity(group)["mean"],
+            more=more,
+        )
+
+    return audited(PATCHES, {group: audited(group, {}) for group in targets.groups if group != PATCHES})

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.lock import can_lock, holding
-from cae2pipe.artifacts.manifest_targets import group_entry
+from cae2pipe.artifacts.manifest_targets import group_entries
 from cae2pipe.artifacts.provenance import provenance
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import BadInputError
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import ShardSet
-from cae2pipe.targets.calibration import Calibration, Fidelity
 from cae2pipe.targets.calibration_sample import run_sample
 from cae2pipe.targets.codecs import unit_tokens
-from cae2pipe.targets.manifest_facts import codec_facts, teacher_facts
-from cae2pipe.targets.store_layout import PATCHES
-from cae2pipe.targets.stored_calibration import is_calibrated, store_calibration
-from cae2pipe.targets.target_set import make_layout
-from cae2pipe.teachers.protocol import Teacher
+from cae2pipe.targets.groups import group_tokens, groups_in, make_groups
+from cae2pipe.targets.manifest_facts import codec_facts, expect_bytes, teacher_facts
+from cae2pipe.targets.stored_calibration import Fitted, is_calibrated, store_calibration
+from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
 def ensure_calibration(
@@ -77,17 +77,18 @@ def make_calibration(
     outputs, jpegs = run_sample(shards, teacher, settings, images=codec.calibration, workers=workers, report=report)
     report.phase(f"fitting the {codec.name} codec")
 
-    def facts(calibration: Calibration, fidelity: Fidelity) -> dict[str, Any]:
+    def facts(fitted: Mapping[str, Fitted]) -> dict[str, Any]:
         of_teacher = teacher_facts(teacher, outputs[0])
-        group = group_entry(of_teacher, codec.name, codec.level)
-        layout = make_layout(group, calibration)
-        of_codec = codec_facts(outputs, layout, calibration, fidelity=fidelity, pixel_bytes=sum(map(len, jpegs)))
-        return {
-            "teacher": of_teacher,
-            "codec": of_codec,
-            "groups": {PATCHES: group},
-            **provenance(teacher.device),
-        }
+        entries = group_entries(of_teacher, codec.name, codec.level)
+        groups = make_groups(entries, {name: calibration for name, (calibration, _) in fitted.items()})
+        of_codec = codec_facts(groups, {name: fidelity for name, (_, fidelity) in fitted.items()})
+        expect_bytes(of_codec, groups, outputs, pixel_bytes=sum(map(len, jpegs)))
+        return {"teacher": of_teacher, "codec": of_codec, "groups": entries, **provenance(teacher.device)}
 
-    unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    store_calibration(artifact, codec, unit, facts=facts, report=report)
+    store_calibration(artifact, codec, unit_samples(outputs), facts=facts, report=report)
+
+
+def unit_samples(outputs: Sequence[TeacherOutput]) -> Iterator[tuple[str, Tensor]]:
+    """The unit tokens of each group, one after the other: they take as much memory as the outputs themselves."""
+    for group in groups_in(outputs[0]):
+        yield group, torch.cat([unit_tokens(group_tokens(output, group))[0] for output in outputs])

@@ -8,9 +8,9 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.chunks import BLOCK
-from cae2pipe.targets.encoding import lane_count, run_teacher
+from cae2pipe.targets.encoding import check_output, lane_count, run_teacher
+from cae2pipe.targets.groups import groups_in
 from cae2pipe.targets.rendering import Renderer, Task, render_blocks
-from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
@@ -31,7 +31,7 @@ def run_sample(
     with closing(render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed), workers)) as rendered:
         for block, output in run_teacher(rendered, teacher, lanes):
             where = f"shard {block.task.shard.name}, block {block.task.block}"
-            check_features(output.tokens, where=where, constant=True)
+            check_output(output, groups_in(output), where, constant=True)
             outputs.append(output)
             jpegs += block.kept or block.jpegs[0]
             report.advance(len(block.keys))

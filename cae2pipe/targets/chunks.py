@@ -11,6 +11,7 @@ returns wrong data after a flipped bit; the checksum turns damage into an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ def decode_chunk(
     if not is_sound(data):
         raise ChunkError("the chunk's checksum does not match its bytes")
     body = memoryview(data)[:-4]
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     if level:
         if len(body) < 16 or int.from_bytes(body[4:8], "little") != size:
             raise ChunkError("the chunk does not decompress to its array's size")

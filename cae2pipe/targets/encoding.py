@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,9 @@ from cae2pipe.runtime.device_memory import memory_advice
 from cae2pipe.runtime.threads import in_threads
 from cae2pipe.targets.calibration import Calibration, token_cosines
 from cae2pipe.targets.codecs import as_tensors, unit_tokens
+from cae2pipe.targets.groups import Cosines, Group, Groups, group_tokens
 from cae2pipe.targets.rendering import RenderedBlock
-from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_layout import PATCHES, StoreLayout
 from cae2pipe.targets.store_writing import pack_block
 from cae2pipe.teachers.check import check_features
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
@@ -34,14 +35,13 @@ Ran = tuple[float, float]
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """The view ``task.views[index]`` of a block, packed: chunks by array, and raw and centred cosines of its tokens,
-    float32 (b * T,). ``ran``: start and end of the teacher's forward pass, in seconds."""
+    """The view ``task.views[index]`` of a block, packed: chunks by array, and the cosines of its tokens by group.
+    ``ran``: start and end of the teacher's forward pass, in seconds."""
 
     rendered: RenderedBlock
     index: int
     chunks: dict[str, list[bytes]]
-    raw: Tensor
-    centred: Tensor
+    cosines: dict[str, Cosines]
     ran: Ran
 
     @property
@@ -125,13 +125,12 @@ def extraction_memory(lanes: int, precision: str) -> AbstractContextManager[None
 def encode_ahead(
     blocks: Iterator[RenderedBlock],
     teacher: Teacher,
-    layout: StoreLayout,
+    groups: Groups,
     *,
-    calibration: Calibration,
     meter: Meter,
     lanes: int,
 ) -> Iterator[EncodedBlock]:
-    """Every view of every block, in order; ``lanes`` at once.
+    """Every view of every block, in order; ``lanes`` at once. ``groups``: what is stored of the teacher's output.
 
     Raises:
         TeacherError: latents that are not finite, or that the codec cannot hold. OutOfMemoryError: see its message.
@@ -140,13 +139,14 @@ def encode_ahead(
     on_cuda = device.type == "cuda"
     meter.lanes = 1 if on_cuda else lanes
     # Once, before the lanes start: otherwise one lane could replace constants that another still reads.
-    layout.codec.place(device)
+    for group in groups.values():
+        group.layout.codec.place(device)
     lane = Lane(device, _timed_event(torch.cuda.default_stream(device))) if on_cuda else None
 
     def tasks() -> Iterator[tuple[Any, ...]]:
         while (block := _timed_next(blocks, meter)) is not None:
             for index in range(len(block.task.views)):
-                yield block, index, lane, teacher, layout, calibration
+                yield block, index, lane, teacher, groups
 
     with (
         extraction_memory(lanes, teacher.info.precision),
@@ -171,7 +171,9 @@ def run_teacher(
     def run(block: RenderedBlock) -> tuple[RenderedBlock, TeacherOutput]:
         output = teacher(block.pixels[0].to(teacher.device))
         attention = None if output.attention is None else output.attention.cpu()
-        return block, TeacherOutput(output.tokens.cpu(), attention)
+        summary = None if output.summary is None else output.summary.cpu()
+        layers = {layer: tokens.cpu() for layer, tokens in output.layers.items()}
+        return block, TeacherOutput(output.tokens.cpu(), attention, summary, layers)
 
     with extraction_memory(lanes, teacher.info.precision):
         yield from in_threads(run, ((block,) for block in blocks), lanes, most=lanes + 1)
@@ -217,17 +219,34 @@ def _encode(
     index: int,
     lane: Lane | None,
     teacher: Teacher,
-    layout: StoreLayout,
-    calibration: Calibration,
+    groups: Groups,
 ) -> EncodedBlock:
     task = block.task
+    where = f"shard {task.shard.name}, block {task.block}, view {task.views[index]}"
     # A new thread's current device is the first one, whatever the main thread's is; a stream sets its own.
     within: AbstractContextManager[Any] = torch.cuda.stream(lane.stream) if lane else nullcontext()
     with within:
         output, ran = _forward(teacher, block.pixels[index], lane)
-        check_features(output.tokens, where=f"shard {task.shard.name}, block {task.block}, view {task.views[index]}")
-        arrays, raw, centred = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
-    return EncodedBlock(block, index, pack_block(layout, arrays), raw, centred, ran())
+        check_output(output, groups, where)
+        encoded = {name: encode_group(output, group) for name, group in groups.items()}
+    chunks: dict[str, list[bytes]] = {}
+    for name, (arrays, *_) in encoded.items():
+        chunks |= pack_block(groups[name].layout, arrays)
+    cosines = {name: (raw, centred) for name, (_, raw, centred) in encoded.items()}
+    return EncodedBlock(block, index, chunks, cosines, ran())
+
+
+def check_output(output: TeacherOutput, groups: Iterable[str], where: str, *, constant: bool = False) -> None:
+    """``check_features`` of each group. Raises TeacherError."""
+    for group in groups:
+        named = where if group == PATCHES else f"{where}, {group}"
+        check_features(group_tokens(output, group), where=named, constant=constant)
+
+
+def encode_group(output: TeacherOutput, group: Group) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
+    """``encode_tokens`` of a group's part of a teacher's output."""
+    tokens = group_tokens(output, group.layout.group)
+    return encode_tokens(tokens, output.attention, group.layout, calibration=group.calibration)
 
 
 def encode_tokens(

@@ -6,19 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from cae2pipe.artifacts.manifest_targets import group_entries
+from cae2pipe.artifacts.manifest_values import CodecName, TeacherEntry
 from cae2pipe.shards.shard_set import Shard
-from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate, make_codec
+from cae2pipe.targets.calibrating import unit_samples
+from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate
 from cae2pipe.targets.chunks import BLOCK
-from cae2pipe.targets.codecs import unit_tokens
-from cae2pipe.targets.encoding import encode_tokens
+from cae2pipe.targets.groups import Groups, make_groups
+from cae2pipe.targets.manifest_facts import packed_output
 from cae2pipe.targets.rendering import VIEWS_AT_ONCE, Task
-from cae2pipe.targets.store_layout import StoreLayout
-from cae2pipe.targets.store_writing import pack_block, packed_bytes
+from cae2pipe.targets.store_layout import PATCHES
 from cae2pipe.teachers.protocol import TeacherOutput
 
-CODECS = ("fp16", "int8", "klt")
+CODECS: tuple[CodecName, ...] = ("fp16", "int8", "klt")
 
 SHARE = 8
 """Calibration and measurement of the speed each take at most one view in this many of what extraction does."""
@@ -54,12 +54,18 @@ def speed_sample(shards: Sequence[Shard], views: int, total: int) -> list[Task]:
 
 @dataclass(frozen=True)
 class CodecPrice:
-    """One codec on the sample: bytes per view on disk, and the fidelity on images that it was not fitted to."""
+    """One codec on the sample: bytes per view on disk of each group of latents, the fidelity of the patches on images
+    that it was not fitted to, and the calibrated groups."""
 
     codec: str
-    latents: float
+    by_group: dict[str, float]
     fidelity: Fidelity
-    calibration: Calibration
+    groups: Groups
+
+    @property
+    def latents(self) -> float:
+        """Bytes per view of all groups."""
+        return sum(self.by_group.values())
 
 
 @dataclass(frozen=True)
@@ -77,20 +83,19 @@ def tar_bytes(jpegs: Sequence[bytes]) -> float:
 
 
 def price(
-    outputs: Sequence[TeacherOutput], name: str, shape: StoreLayout, *, fidelity: float, level: int
+    outputs: Sequence[TeacherOutput], name: CodecName, teacher: TeacherEntry, *, fidelity: float, level: int
 ) -> CodecPrice:
-    """A codec's price from the teacher's outputs, one per block, on the CPU. ``shape``'s own codec is ignored."""
-    unit = torch.cat([unit_tokens(output.tokens)[0] for output in outputs])
-    calibration, reached = calibrate(unit, name, fidelity, level=level)
-    codec = make_codec(name, calibration, level)
-    layout = StoreLayout(shape.tokens, shape.dim, shape.patches, shape.attention, codec)
+    """A codec's price from the teacher's outputs, one per block, on the CPU. ``teacher``: its entry in a manifest."""
+    calibrations: dict[str, Calibration] = {}
+    reached: dict[str, Fidelity] = {}
+    for group, unit in unit_samples(outputs):
+        calibrations[group], reached[group] = calibrate(unit, name, fidelity, level=level)
+    groups = make_groups(group_entries(teacher, name, level), calibrations)
     # Whole blocks only: the padding of a short one is not representative of a large set.
     whole = [output for output in outputs if len(output.tokens) == BLOCK] or list(outputs)
-    chunks = 0
-    for output in whole:
-        arrays, _, _ = encode_tokens(output.tokens, output.attention, layout, calibration=calibration)
-        chunks += packed_bytes(pack_block(layout, arrays))
-    return CodecPrice(name, chunks / sum(len(output.tokens) for output in whole), reached, calibration)
+    views = sum(len(output.tokens) for output in whole)
+    by_group = {group: sum(packed_output(output, own) for output in whole) / views for group, own in groups.items()}
+    return CodecPrice(name, by_group, reached[PATCHES], groups)
 
 
 def project(

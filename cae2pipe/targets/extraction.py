@@ -14,12 +14,10 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
+from cae2pipe.targets.groups import read_groups
 from cae2pipe.targets.images import kept_images
 from cae2pipe.targets.missing import MissingUnits
 from cae2pipe.targets.rendering import Renderer, block_tasks, render_blocks
-from cae2pipe.targets.store_layout import PATCHES
-from cae2pipe.targets.stored_calibration import read_calibration
-from cae2pipe.targets.target_set import make_layout
 from cae2pipe.targets.view_writing import ShardWriter
 from cae2pipe.teachers.protocol import Teacher
 
@@ -43,8 +41,7 @@ def make_views(
     Raises:
         DamageError: an image cannot be read. TeacherError, OutOfMemoryError: as ``encode_ahead``.
     """
-    calibration = read_calibration(artifact)
-    layout = make_layout(artifact.facts["groups"][PATCHES], calibration)
+    groups = read_groups(artifact)
     replayed = settings.view.pixels == "replayed"
     if replayed:
         # Views are cut from the images that the set keeps, not from the originals.
@@ -57,7 +54,8 @@ def make_views(
     report.total(sum(lacking.shard.samples * len(lacking.views) for lacking in missing), "views")
     rendered = render_blocks(Renderer(shards, tasks, settings.view, seed=settings.seed, kept=replayed), workers)
     meter, lanes = Meter(), lane_count(settings.speed.lanes, teacher.device)
-    encoded = encode_ahead(rendered, teacher, layout, calibration=calibration, meter=meter, lanes=lanes)
+    encoded = encode_ahead(rendered, teacher, groups, meter=meter, lanes=lanes)
+    layouts = [group.layout for group in groups.values()]
     writers: deque[ShardWriter] = deque()
     finishing: deque[Future[None]] = deque()
     # Workers are always terminated here: one that is stuck would keep this process from exiting.
@@ -67,7 +65,7 @@ def make_views(
             for shard, blocks in groupby(encoded, key=lambda block: block.rendered.task.shard):
                 writer = ShardWriter(shard)
                 writers.append(writer)
-                writer.append(blocks, artifact.root, layout, meter=meter, report=report)
+                writer.append(blocks, artifact.root, layouts, meter=meter, report=report)
                 finishing.append(finisher.submit(writer.finish, artifact, shards if replayed else None, report))
                 while finishing and (len(finishing) > 1 or finishing[0].done()):
                     finishing.popleft().result()

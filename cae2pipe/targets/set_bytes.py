@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from cae2pipe.targets.store_layout import PATCHES
+from cae2pipe.targets.store_layout import PATCHES, array_name
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -48,16 +48,17 @@ def set_bytes(targets: TargetSet) -> SetBytes:
             else:
                 other += entry["bytes"]
     views = sum(unit["samples"] for unit in targets.artifact.units.values() if "view" in unit)
-    tokens, dim = targets.teacher.tokens, targets.teacher.dim
+    layouts = [group.layout for group in targets.groups.values()]
+    latents = [array_name(own.group, name) for own in layouts for name in (*own.codec.arrays(), "norms")]
     return SetBytes(
         views=views,
         arrays=dict(sorted(arrays.items(), key=lambda item: (-item[1], item[0]))),
         pixels=pixels,
         other=other,
-        latents=sum(arrays[name] for name in (*targets.layout.codec.arrays(), "norms")),
+        latents=sum(arrays[name] for name in latents),
         # Norms are fp16 with all codecs; int8 has a 2-byte scale per token.
-        fp16=views * 2 * tokens * (dim + 1),
-        int8=views * tokens * (dim + 4),
+        fp16=views * sum(2 * own.tokens * (own.dim + 1) for own in layouts),
+        int8=views * sum(own.tokens * (own.dim + 4) for own in layouts),
     )
 
 
@@ -68,11 +69,14 @@ def _array(path: str, groups: Collection[str]) -> str:
 
 
 def array_shape(targets: TargetSet, name: str) -> str:
-    """Shape and type of one view's part of a blocked array, in words; empty for other arrays."""
-    blocked: dict[str, Any] = dict(targets.layout.blocked())
+    """Shape and type of one view's part of a blocked array, named as by ``array_name``, in words; empty for other
+    arrays."""
+    group, _, name = name.rpartition("/")
+    layout = targets.groups[group or PATCHES].layout
+    blocked: dict[str, Any] = dict(layout.blocked())
     if name not in blocked:
         return ""
     axis = blocked[name].sample_axis
-    shape = [side for index, side in enumerate(targets.layout.shape(name, 1)) if index != axis]
+    shape = [side for index, side in enumerate(layout.shape(name, 1)) if index != axis]
     types = {"<u2": "uint16", "<f2": "float16", "|u1": "uint8", "|i1": "int8"}
     return f"{' × '.join(map(str, shape))} {types[blocked[name].dtype]}"

@@ -18,15 +18,18 @@ from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, decode_chunk, decode_index, index_size
 from cae2pipe.targets.planes import HIGH, LOW, SPARE_AT, SPARE_BYTES, merge_symbols, spare_arrays
 from cae2pipe.targets.records import SAMPLES, Records, unpack_records
-from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout
+from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout, array_name, arrays_of
 
 REMEDY = "`cae2pipe verify {root} --repair` rebuilds it; add --source SHARDS if the shard set is elsewhere"
+
+
+PLANES = (LOW, HIGH, SPARE_AT, SPARE_BYTES)
 
 
 @dataclass(frozen=True)
 class StoredBlock:
     """Up to 64 samples of one view: keys, labels, JPEG bytes (of the view, or of the image that it is cut from), draws
-    (b, 11), and the group's arrays over those samples."""
+    (b, 11), and the arrays over those samples, by ``array_name``."""
 
     keys: list[str]
     labels: np.ndarray
@@ -83,10 +86,19 @@ class StoreReader:
 
     Args:
         root: the set's folder. unit: the store's manifest entry. layout: of the group to read.
+        more: of other groups to read; their arrays are named as by ``array_name``.
         cache: local copies of pieces of remote files.
     """
 
-    def __init__(self, root: Path, unit: StoreUnit, layout: StoreLayout, *, cache: BlockCache | None = None):
+    def __init__(
+        self,
+        root: Path,
+        unit: StoreUnit,
+        layout: StoreLayout,
+        *,
+        more: Sequence[StoreLayout] = (),
+        cache: BlockCache | None = None,
+    ):
         self.root = root
         self._files = unit.get("files", {})
         self._cache = cache
@@ -96,9 +108,11 @@ class StoreReader:
         self.blocks = -(-self.samples // BLOCK)
         self.layout = layout
         # Looked up once, since every block needs it.
-        self._stored = {name: layout.stored(name) for name in layout.blocked()}
+        self._groups = {array_name(own.group, name): (own, name) for own in (layout, *more) for name in own.blocked()}
+        self._stored = {whole: own.stored(name) for whole, (own, name) in self._groups.items()}
         self._paths = {
-            name: root / layout.path(unit["zarr"], name) / stored.data_path for name, stored in self._stored.items()
+            whole: root / own.path(unit["zarr"], name) / self._stored[whole].data_path
+            for whole, (own, name) in self._groups.items()
         }
         self._spans: dict[str, np.ndarray] = {}
         self._rows: np.ndarray | None = None
@@ -119,28 +133,33 @@ class StoreReader:
             raise self._damage(error, str(path)) from None
 
     def arrays(self, block: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """The group's arrays of one block, without its padding, as the codec made them. All of them by default.
+        """The groups' arrays of one block, without its padding, as the codec made them. All of them by default.
 
         Raises:
             DamageError: a chunk is missing, truncated or changed; the message names store and block.
         """
-        names = [name for name in self._stored if names is None or name in names]
-        planes = (LOW, HIGH, SPARE_AT, SPARE_BYTES) if SYMBOLS in names else ()
-        loaded = self.loaded(block, [*names, *planes])
-        return {name: merge_symbols(loaded) if name == SYMBOLS else loaded[name] for name in names}
+        wanted = [name for name in self._stored if names is None or name in names]
+        symbols = {whole: own.group for whole, (own, name) in self._groups.items() if name == SYMBOLS}
+        planes = [array_name(symbols[name], plane) for name in wanted if name in symbols for plane in PLANES]
+        loaded = self.loaded(block, [*wanted, *planes])
+        return {
+            name: merge_symbols(arrays_of(symbols[name], loaded)) if name in symbols else loaded[name]
+            for name in wanted
+        }
 
     def loaded(self, block: int, names: Sequence[str]) -> dict[str, np.ndarray]:
         """As ``arrays``, in the form in which loaders read them: symbols as planes."""
         count = min(BLOCK, self.samples - block * BLOCK)
         result: dict[str, np.ndarray] = {}
-        for name in self._stored:
-            wanted = LOW in names if name == SYMBOLS else name in names
+        for whole, (own, name) in self._groups.items():
+            wanted = array_name(own.group, LOW) in names if name == SYMBOLS else whole in names
             if not wanted:
                 continue
             try:
-                result |= unpack_array(self.layout, name, self._chunks(name, block), count)
+                unpacked = unpack_array(own, name, self._chunks(whole, block), count)
             except (ChunkError, OSError) as error:
-                raise self._damage(error, f"{self._paths[name]}, block {block}") from None
+                raise self._damage(error, f"{self._paths[whole]}, block {block}") from None
+            result |= {array_name(own.group, part): array for part, array in unpacked.items()}
         return result
 
     def jpegs(self, block: int) -> list[bytes]:
@@ -204,7 +223,9 @@ class StoreReader:
         if total < size:
             raise ChunkError("the shard file is truncated")
         spans = decode_index(
-            self._read(path, total - size, size), self.blocks * self._stored[name].chunks, absent=name == SYMBOLS
+            self._read(path, total - size, size),
+            self.blocks * self._stored[name].chunks,
+            absent=self._groups[name][1] == SYMBOLS,
         )
         axis = grid.index(None)
         by_axis = spans.reshape(*(self.blocks if side is None else side for side in grid), 2)

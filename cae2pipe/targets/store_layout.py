@@ -1,7 +1,7 @@
 """One store: the latents of one view of one shard, as a Zarr v3 group, and the tar that its pixels come from.
 
-It has a group for each kind of latents, of which this version writes ``patches``: all tokens of the teacher's last
-layer. Arrays of a group, n samples, T tokens, D dimensions, P patches:
+It has a group for each kind of latents (``targets/groups.py``). Arrays of a group, n samples, T tokens, D dimensions, P
+patches:
 
     symbols (2, D, n, T) | tokens (n, T, D)  the codec's main array (and `scales` for int8); symbols of klt as planes of
                                              low and high bytes, in chunks of up to 128 components
@@ -17,16 +17,19 @@ all of them in chunks of 64 samples. Besides the groups:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import ArraySpec, Codec
 from cae2pipe.targets.planes import HIGH, LOW, SPARE, SPARE_AT, SPARE_BYTES, chunk_components
+
+T = TypeVar("T")
 
 SIDE_LEVEL = 1
 """zstd level of norms and attention: both are small compared with the latents."""
@@ -35,6 +38,18 @@ SIDE_LEVEL = 1
 PATCHES = "patches"
 """The group of the tokens of the teacher's last layer: the class token, if there is one, and the patches."""
 SYMBOLS = "symbols"
+
+
+def array_name(group: str, name: str) -> str:
+    """The name of an array among those of several groups: ``norms``, or ``summary/norms`` in groups but patches."""
+    return name if group == PATCHES else f"{group}/{name}"
+
+
+def arrays_of(group: str, arrays: Mapping[str, T]) -> dict[str, T]:
+    """The arrays of one group, under their own names, among those of several."""
+    start = array_name(group, "")
+    own = {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+    return {name: array for name, array in own.items() if "/" not in name}
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,13 @@ class StoreLayout:
 
     def stored(self, name: str) -> StoredArray:
         """How an array of the group lies in its file."""
-        spec = self.blocked()[name]
+        return self._stored[name]
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, StoredArray]:
+        return {name: self._stored_array(name, spec) for name, spec in self.blocked().items()}
+
+    def _stored_array(self, name: str, spec: ArraySpec) -> StoredArray:
         if name == SYMBOLS:
             part = chunk_components(self.dim)
             return StoredArray("|u1", 2, (2, self.dim, self.tokens), (1, part, self.tokens), spec=spec)
@@ -104,6 +125,11 @@ class StoreLayout:
         """Bytes of the latents (the codec's arrays and the norms) among the files of the store at ``zarr``."""
         arrays = tuple(f"{self.path(zarr, name)}/" for name in (*self.codec.arrays(), "norms"))
         return sum(entry["bytes"] for path, entry in files.items() if path.startswith(arrays))
+
+
+def loaded_arrays(layouts: Iterable[StoreLayout]) -> dict[str, LoadedArray]:
+    """The arrays of several groups as loaders read them, by ``array_name``."""
+    return {array_name(own.group, name): array for own in layouts for name, array in own.loaded().items()}
 
 
 @dataclass(frozen=True)
@@ -132,7 +158,7 @@ class StoredArray:
     def shape(self, samples: int) -> tuple[int, ...]:
         return with_samples(self.rest, self.sample_axis, samples)
 
-    @property
+    @functools.cached_property
     def chunk(self) -> tuple[int, ...]:
         """Shape of a chunk."""
         return with_samples(self.part, self.sample_axis, BLOCK)
@@ -141,7 +167,7 @@ class StoredArray:
     def chunk_bytes(self) -> int:
         return math.prod(self.chunk) * np.dtype(self.dtype).itemsize
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int | None, ...]:
         """The number of chunks along each axis; None along that of samples."""
         sides = [-(-whole // part) for whole, part in zip(self.rest, self.part, strict=True)]

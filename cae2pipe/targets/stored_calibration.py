@@ -1,11 +1,12 @@
-"""A set's calibration on disk: ``codec.zarr``, a Zarr group, checked against the manifest's digests.
+"""A set's calibration on disk: ``codec.zarr``, a Zarr group with one for each group of latents, checked against the
+manifest's digests.
 
 Every array is one chunk, which is read directly: no metadata of a set decides how its bytes are interpreted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,45 +30,61 @@ from cae2pipe.targets.store_layout import PATCHES
 
 TOKEN_BASIS = "token_basis"
 
+Fitted = tuple[Calibration, Fidelity]
+"""A new calibration, and the fidelity that it reaches on held-out images."""
+
 
 def store_calibration(
     artifact: TargetsArtifact,
     codec: CodecSettings,
-    sample: Tensor,
+    samples: Iterable[tuple[str, Tensor]],
     *,
-    facts: Callable[[Calibration, Fidelity], Mapping[str, Any]],
+    facts: Callable[[Mapping[str, Fitted]], Mapping[str, Any]],
     report: Report,
 ) -> None:
     """Fit a set's calibration and store it, or restore the one it had.
 
     Args:
-        sample: unit tokens (N, T, D) of view 0 of the first images.
-        facts: makes the manifest entries from a new calibration and its fidelity on held-out images.
+        samples: groups of latents, one after the other, with unit tokens (N, T, D) of view 0 of the first images.
+        facts: makes the manifest entries from the new calibrations of the groups.
 
     Raises:
         DamageError: the set had a calibration, and it cannot be reproduced.
     """
-    calibration, fidelity = calibrate(
-        sample, codec.name, codec.fidelity, level=codec.level, rotate_tokens=rotates_tokens(artifact)
-    )
+    fitted: dict[str, Fitted] = {}
+    images, rotate = 0, rotates_tokens(artifact)
+    for group, sample in samples:
+        fitted[group] = calibrate(sample, codec.name, codec.fidelity, level=codec.level, rotate_tokens=rotate)
+        images = len(sample)
+    calibrations = {group: calibration for group, (calibration, _) in fitted.items()}
     if CODEC in artifact.units:
-        restore_calibration(artifact, calibration)
+        restore_calibration(artifact, calibrations)
         return
-    artifact.add_facts(facts(calibration, fidelity))
+    artifact.add_facts(facts(fitted))
     # The facts first: a codec without them would count as a finished calibration.
     artifact.save()
     with staged(artifact.root, CODEC) as stage:
-        write_calibration(stage.path(CODEC_FOLDER), calibration)
-        artifact.add(CODEC, {"files": stage.commit(CODEC_FOLDER), "samples": len(sample)})
-    report.log(f"fidelity on held-out images: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}")
+        write_calibration(stage.path(CODEC_FOLDER), calibrations)
+        artifact.add(CODEC, {"files": stage.commit(CODEC_FOLDER), "samples": images})
+    for group, (_, fidelity) in fitted.items():
+        of = "" if group == PATCHES else f", {group}"
+        report.log(
+            f"fidelity on held-out images{of}: mean cosine {fidelity.mean:.5f}, 1st percentile {fidelity.p1:.5f}"
+        )
 
 
-def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Write the local folder ``codec.zarr``, with the calibration of the group ``patches``."""
+def write_calibration(path: Path, calibrations: Mapping[str, Calibration]) -> None:
+    """Write the local folder ``codec.zarr``, with the calibrations of groups of latents by name."""
     import zarr
+
+    root = zarr.create_group(path, zarr_format=3, overwrite=True)
+    for name, calibration in calibrations.items():
+        _write_group(root.create_group(name), calibration)
+
+
+def _write_group(group: Any, calibration: Calibration) -> None:
     from zarr.codecs import Crc32cCodec
 
-    group = zarr.create_group(path, zarr_format=3, overwrite=True).create_group(PATCHES)
     arrays = {"mean": calibration.mean.numpy()}
     if calibration.basis is not None and calibration.step is not None:
         arrays |= {"basis": calibration.basis.numpy(), "step": np.array([calibration.step], dtype="<f4")}
@@ -98,14 +115,14 @@ def is_calibrated(artifact: TargetsArtifact) -> bool:
     return CODEC in artifact.units and not check_files(artifact, [CODEC])
 
 
-def restore_calibration(artifact: TargetsArtifact, calibration: Calibration) -> None:
-    """Restore a lost calibration, if it equals the one that the stores were written with.
+def restore_calibration(artifact: TargetsArtifact, calibrations: Mapping[str, Calibration]) -> None:
+    """Restore lost calibrations, if they equal those that the stores were written with.
 
     Raises:
         DamageError: it differs.
     """
     with staged(artifact.root, CODEC) as stage:
-        write_calibration(stage.path(CODEC_FOLDER), calibration)
+        write_calibration(stage.path(CODEC_FOLDER), calibrations)
         if stage.entries(CODEC_FOLDER) != artifact.units[CODEC]["files"]:
             raise DamageError(
                 "the set's calibration is damaged and cannot be reproduced on this machine",
@@ -122,7 +139,17 @@ def read_calibration(artifact: TargetsArtifact, group: str = PATCHES) -> Calibra
         DamageError: one of its files is missing or has changed since it was written, or does not fit the codec and
         teacher of this set.
     """
-    path, prefix = artifact.root / CODEC_FOLDER, f"{CODEC_FOLDER}/{group}/" if group else f"{CODEC_FOLDER}/"
+    return _decoded(artifact, group, _contents(artifact))
+
+
+def read_calibrations(artifact: TargetsArtifact) -> dict[str, Calibration]:
+    """The calibrations of all groups of latents. Raises as ``read_calibration``."""
+    contents = _contents(artifact)
+    return {group: _decoded(artifact, group, contents) for group in artifact.facts["groups"]}
+
+
+def _contents(artifact: TargetsArtifact) -> dict[str, bytes]:
+    """The files of the calibration. Raises DamageError."""
     contents = {}
     for name, entry in artifact.units[CODEC]["files"].items():
         try:
@@ -133,8 +160,13 @@ def read_calibration(artifact: TargetsArtifact, group: str = PATCHES) -> Calibra
             raise _damage(f"one of its files {what}", artifact.root / name, artifact.root) from None
         if sha256_bytes(data) != entry["sha256"]:
             raise _damage("one of its files has changed since it was written", artifact.root / name, artifact.root)
-        if name.startswith(prefix):
-            contents[name.removeprefix(prefix)] = data
+        contents[name] = data
+    return contents
+
+
+def _decoded(artifact: TargetsArtifact, group: str, files: Mapping[str, bytes]) -> Calibration:
+    path, prefix = artifact.root / CODEC_FOLDER, f"{CODEC_FOLDER}/{group}/" if group else f"{CODEC_FOLDER}/"
+    contents = {name.removeprefix(prefix): data for name, data in files.items() if name.startswith(prefix)}
     shape = artifact.facts["groups"][group] if group else artifact.facts["teacher"]
     codec = artifact.facts["groups"][group]["codec"] if group else artifact.identity["settings"]["codec"]["name"]
     try:

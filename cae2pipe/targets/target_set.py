@@ -3,6 +3,7 @@
 OUT/manifest.json
 OUT/codec.zarr/patches               mean (D,), and for klt basis (D, D), step (1,), token_basis (T, T) and
                                      spread (T, D), without the last two in sets of older versions
+OUT/codec.zarr/summary, layer-03     the same of other groups of latents, if the set has them
 OUT/images/000123.tar                the reduced images of shard 000123, if views are replayed from them
 OUT/images/000123.json               index of that tar
 OUT/views/v00/000123.tar             otherwise: the pixels of view 0 of shard 000123
@@ -13,7 +14,7 @@ OUT/shards/                          the shard set, if extract-targets was given
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -26,20 +27,18 @@ from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
 from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity
-from cae2pipe.artifacts.manifest_values import GroupEntry
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError, ManifestError, SettingsError
 from cae2pipe.images.kept import view_pixels
 from cae2pipe.runtime.wording import counted
-from cae2pipe.targets.calibration import Calibration, make_codec
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
+from cae2pipe.targets.groups import SUMMARY, layer_of, read_groups
 from cae2pipe.targets.paths import CODEC, images_name, of_store
 from cae2pipe.targets.store import REMEDY, StoredBlock, StoreReader
-from cae2pipe.targets.store_layout import PATCHES, StoreLayout
-from cae2pipe.targets.stored_calibration import read_calibration
+from cae2pipe.targets.store_layout import PATCHES, arrays_of
 from cae2pipe.targets.stores import Stores
 
 
@@ -61,13 +60,14 @@ def recorded_view(settings: SettingsIdentity) -> ViewSettings:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What readers must know about the teacher, from the manifest."""
+    """What readers must know about the teacher, from the manifest. ``summary``: its width, None without one."""
 
     name: str
     dim: int
     rows: int
     cols: int
     class_token: bool
+    summary: int | None = None
 
     @property
     def patches(self) -> int:
@@ -85,6 +85,10 @@ class Target(NamedTuple):
     first, if the teacher has one. ``norms`` (T,) float32: their original lengths. ``pixels`` (H, W, 3) uint8: the view.
     ``attention`` (P,) uint8: the teacher's class-to-patch attention, largest value 255; None without one.
     ``label`` is an index into the set's ``classes``; -1: none.
+
+    ``summary`` (W,) float32: the teacher's own output for the view, as stored, of unit length up to the codec's error;
+    ``summary_norm``: its original length; None without one. ``layers`` and ``layer_norms``: as ``tokens`` and ``norms``
+    for other blocks of the teacher, by the block's number.
     """
 
     key: str
@@ -94,6 +98,10 @@ class Target(NamedTuple):
     norms: Any
     pixels: Any
     attention: Any
+    summary: Any = None
+    summary_norm: float | None = None
+    layers: Mapping[int, Any] = {}
+    layer_norms: Mapping[int, Any] = {}
 
 
 class TargetSet(Sequence[Target]):
@@ -134,7 +142,8 @@ class TargetSet(Sequence[Target]):
                 where=root,
                 fix="run the same command again, `cae2pipe extract-targets` or `cae2pipe copy`",
             )
-        self.calibration = read_calibration(self.artifact)
+        self.groups = read_groups(self.artifact)
+        self.calibration = self.groups[PATCHES].calibration
         self.damage: list[DamageError] = []
         for name in sorted(self.artifact.units.keys() - whole):
             for problem in check_files(self.artifact, [name], digests=False):
@@ -152,13 +161,18 @@ class TargetSet(Sequence[Target]):
                 raise self.damage[0]
         teacher = self.artifact.facts["teacher"]
         self.teacher = TeacherFacts(
-            teacher["name"], teacher["dim"], teacher["rows"], teacher["cols"], teacher["class_token"]
+            teacher["name"],
+            teacher["dim"],
+            teacher["rows"],
+            teacher["cols"],
+            teacher["class_token"],
+            teacher.get("summary"),
         )
         self.view = recorded_view(self.artifact.identity["settings"])
         self.view_size = self.view.size
         self.image_size = reading_size(self, image_size)
         self.classes = self.artifact.facts["classes"]
-        self.layout = make_layout(self.artifact.facts["groups"][PATCHES], self.calibration)
+        self.layout = self.groups[PATCHES].layout
         self._names = sorted(self.stores)
         self._kept: tuple[tuple[str, int], list[Target]] | None = None
 
@@ -202,23 +216,39 @@ class TargetSet(Sequence[Target]):
         return self._kept[1][within]
 
     def _read(self, name: str, block: int) -> list[Target]:
-        stored = self.reader(name).block(block)
-        tokens = self.layout.codec.decode(as_tensors(stored.arrays))
-        columns: dict[str, Any] = {
-            "tokens": tokens,
-            "norms": torch.from_numpy(stored.arrays["norms"].astype(np.float32)),
-            "pixels": torch.from_numpy(self.pixels(stored, size=self.image_size)),
-        }
-        if self.layout.attention:
-            columns["attention"] = torch.from_numpy(stored.arrays["attention"].copy())
-        if self.arrays == "numpy":
-            columns = {column: values.numpy() for column, values in columns.items()}
-        columns.setdefault("attention", [None] * len(tokens))
-        view = self.stores[name]["view"]
-        return [
-            Target(key, view, int(label), *(columns[column][within] for column in Target._fields[3:]))
-            for within, (key, label) in enumerate(zip(stored.keys, stored.labels, strict=True))
-        ]
+        stored = self.reader(name, self.groups).block(block)
+        pixels = torch.from_numpy(self.pixels(stored, size=self.image_size))
+        columns = {group: self._tokens(stored, group) for group in self.groups}
+        attention = torch.from_numpy(stored.arrays["attention"].copy()) if self.layout.attention else None
+        layers = {layer: columns[group] for group in columns if (layer := layer_of(group)) is not None}
+
+        def given(values: Tensor) -> Any:
+            return values.numpy() if self.arrays == "numpy" else values
+
+        def target(within: int) -> Target:
+            tokens, norms = columns[PATCHES]
+            summary, length = columns.get(SUMMARY, (None, None))
+            return Target(
+                key=stored.keys[within],
+                view=self.stores[name]["view"],
+                label=int(stored.labels[within]),
+                tokens=given(tokens[within]),
+                norms=given(norms[within]),
+                pixels=given(pixels[within]),
+                attention=None if attention is None else given(attention[within]),
+                summary=None if summary is None else given(summary[within, 0]),
+                summary_norm=None if length is None else float(length[within, 0]),
+                layers={layer: given(own[within]) for layer, (own, _) in layers.items()},
+                layer_norms={layer: given(own[within]) for layer, (_, own) in layers.items()},
+            )
+
+        return [target(within) for within in range(len(stored.keys))]
+
+    def _tokens(self, stored: StoredBlock, group: str) -> tuple[Tensor, Tensor]:
+        """The tokens (b, T, D) and norms (b, T) of a group in a block."""
+        arrays = arrays_of(group, stored.arrays)
+        tokens = self.groups[group].layout.codec.decode(as_tensors(arrays))
+        return tokens, torch.from_numpy(arrays["norms"].astype(np.float32))
 
     @property
     def replayed(self) -> ViewSettings | None:
@@ -262,27 +292,40 @@ class TargetSet(Sequence[Target]):
         """Distinct images, over all shards."""
         return sum({of_store(name).shard: samples for name, samples in self.stores.samples.items()}.values())
 
-    def reader(self, name: str) -> StoreReader:
-        return StoreReader(self.root, self.stores[name], self.layout)
+    def reader(self, name: str, groups: Iterable[str] = ()) -> StoreReader:
+        """Reads a store: the patches, and other groups."""
+        more = [self.groups[group].layout for group in groups if group != PATCHES]
+        return StoreReader(self.root, self.stores[name], self.layout, more=more)
 
-    def fidelity(self) -> dict[str, float]:
-        """Fidelity of the stored views: means over stores, weighted by samples."""
+    def fidelity(self, group: str = PATCHES) -> dict[str, float]:
+        """Fidelity of a group of the stored views: means over stores, weighted by samples."""
         weights = np.array(list(self.stores.samples.values()), dtype=float)
+        there = [
+            unit["fidelity"] if group == PATCHES else unit["groups"][group]["fidelity"] for unit in self.stores.values()
+        ]
         return {
-            name: round(
-                float(np.average([unit["fidelity"][name] for unit in self.stores.values()], weights=weights)), 7
-            )
-            for name in FIGURES
+            name: round(float(np.average([entry[name] for entry in there], weights=weights)), 7) for name in FIGURES
         }
 
     def bytes_per_view(self) -> dict[str, float]:
         """Mean bytes per view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs; a replayed view counts its
-        share of the image), ``fp16`` (latents without a codec)."""
+        share of the image), ``fp16`` (latents without a codec). Latents are those of all groups."""
         samples = sum(unit["samples"] for unit in self.stores.values())
         latents = sum(unit["bytes"]["latents"] for unit in self.stores.values())
         pixels = sum(unit["bytes"]["pixels"] for unit in self.artifact.units.values() if "shard" in unit)
         mean = {"latents": latents / samples, "pixels": pixels / samples}
-        return {**mean, "fp16": float(2 * self.teacher.tokens * (self.teacher.dim + 1))}
+        layouts = [group.layout for group in self.groups.values()]
+        return {**mean, "fp16": float(sum(2 * own.tokens * (own.dim + 1) for own in layouts))}
+
+    def group_bytes_per_view(self) -> dict[str, float]:
+        """The mean bytes of latents per view by group."""
+        samples = sum(unit["samples"] for unit in self.stores.values())
+        more = {
+            name: sum(unit["groups"][name]["bytes"] for unit in self.stores.values()) / samples
+            for name in self.groups
+            if name != PATCHES
+        }
+        return {PATCHES: self.bytes_per_view()["latents"] - sum(more.values()), **more}
 
 
 def reading_size(targets: TargetSet, image_size: int | None) -> int:
@@ -313,16 +356,3 @@ def stores_of(artifact: TargetsArtifact) -> Stores:
                 fix="restore manifest.json from a copy, or make the set again",
             )
     return stores
-
-
-def make_layout(entry: GroupEntry, calibration: Calibration, group: str = PATCHES) -> StoreLayout:
-    """The layout of a group in all stores of a set, from its entry in the manifest."""
-    patches = entry["rows"] * entry["cols"]
-    return StoreLayout(
-        tokens=patches + entry["class_token"],
-        dim=entry["dim"],
-        patches=patches,
-        attention=entry["attention"],
-        codec=make_codec(entry["codec"], calibration, entry["level"]),
-        group=group,
-    )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
-import torch
-from torch import Tensor
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.manifest_targets import StoreUnit
@@ -17,11 +15,11 @@ from cae2pipe.artifacts.staging import StagedUnit
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import Shard, ShardSet, index_samples
 from cae2pipe.shards.tar import write_samples
-from cae2pipe.targets.calibration import summarise
 from cae2pipe.targets.encoding import EncodedBlock, Meter
+from cae2pipe.targets.groups import Cosines, reached, store_facts
 from cae2pipe.targets.paths import images_name, images_tar_path, store_name, store_path, view_tar_path
 from cae2pipe.targets.records import Records
-from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.targets.store_layout import PATCHES, StoreLayout
 from cae2pipe.targets.store_writing import StoreWriter
 
 
@@ -29,15 +27,14 @@ from cae2pipe.targets.store_writing import StoreWriter
 class ViewWriter:
     """One view of one shard while it is written: its store, and what is collected of its blocks until the shard ends.
 
-    ``rendered``: a block's JPEGs (none where views are replayed) and draws, float64 (b, 11). ``raw`` and ``centred``: a
-    block's cosines between true and stored tokens, float32 (b * T,).
+    ``rendered``: a block's JPEGs (none where views are replayed) and draws, float64 (b, 11). ``cosines``: a block's, by
+    group.
     """
 
     stage: StagedUnit
     store: StoreWriter
     rendered: list[tuple[list[bytes], np.ndarray]] = field(default_factory=list)
-    raw: list[Tensor] = field(default_factory=list)
-    centred: list[Tensor] = field(default_factory=list)
+    cosines: list[dict[str, Cosines]] = field(default_factory=list)
 
     @property
     def jpegs(self) -> list[bytes]:
@@ -48,8 +45,7 @@ class ViewWriter:
         rendered = block.rendered
         self.store.append(block.chunks, len(rendered.keys))
         self.rendered.append((rendered.jpegs[block.index], rendered.draws[block.index]))
-        self.raw.append(block.raw)
-        self.centred.append(block.centred)
+        self.cosines.append(block.cosines)
 
     def discard(self) -> None:
         """Close the store, and remove unfinished files."""
@@ -67,7 +63,13 @@ class ShardWriter:
     views: dict[int, ViewWriter] = field(default_factory=dict)
 
     def append(
-        self, blocks: Iterable[EncodedBlock], root: Path, layout: StoreLayout, *, meter: Meter, report: Report
+        self,
+        blocks: Iterable[EncodedBlock],
+        root: Path,
+        layouts: Sequence[StoreLayout],
+        *,
+        meter: Meter,
+        report: Report,
     ) -> None:
         """Append the shard's encoded blocks to the stores of its views in the set ``root``."""
         for block in blocks:
@@ -77,7 +79,7 @@ class ShardWriter:
                 self.labels.append(rendered.labels)
             if view not in self.views:
                 stage = StagedUnit(root, store_name(view, self.shard.name))
-                store = StoreWriter(stage.path(store_path(view, self.shard.name)), layout)
+                store = StoreWriter(stage.path(store_path(view, self.shard.name)), *layouts)
                 self.views[view] = ViewWriter(stage, store)
             self.views[view].append(block)
             report.advance(len(rendered.keys), data_wait=meter.idle_fraction())
@@ -115,9 +117,8 @@ class ShardWriter:
             draws=np.concatenate([draws for _, draws in writer.rendered]),
             members=np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64),
         )
-        fidelity = summarise(torch.cat(writer.raw), torch.cat(writer.centred)).entry()
-        layout = writer.store.layouts[0]
-        writer.store.finish(records, {"view": view, "shard": name, "fidelity": fidelity})
+        fidelity = reached(writer.cosines)
+        writer.store.finish(records, {"view": view, "shard": name, "fidelity": fidelity[PATCHES]})
         files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
         images = artifact.units[images_name(name)] if kept else None
         source = images["source"] if images and "shard" in images else self.shard.sha256
@@ -129,8 +130,7 @@ class ShardWriter:
             "tar": tar,
             "zarr": zarr,
             "files": files,
-            "fidelity": fidelity,
-            "bytes": {"latents": layout.latent_bytes(zarr, files), "pixels": 0 if kept else sum(map(len, jpegs))},
+            **store_facts(writer.store.layouts, zarr, files, fidelity, pixels=0 if kept else sum(map(len, jpegs))),
         }
 
     def discard(self) -> None:

@@ -130,7 +130,8 @@ def _staged(tower: Any, settings: TeacherSettings, shape: dict[str, Any]) -> Tea
 
 def _outputs(tower: Any, settings: TeacherSettings, shape: dict[str, Any]) -> Outputs:
     # The trunk is asked for no summary and no projection, which are the tower's.
-    bare = settings.model_copy(update={"summary": False, "project": False})
+    trunk = {"kind": "timm", "name": shape["vision_cfg"]["timm_model_name"], "pretrained": None, "weights": None}
+    bare = settings.model_copy(update={**trunk, "summary": False, "project": False})
     found = model_outputs(tower.trunk, bare)
     last = settings.stage is None or settings.stage == len(tower.trunk.feature_info) - 1
     wanted = settings.summary if settings.summary is not None else settings.output == "own" and not found.class_token

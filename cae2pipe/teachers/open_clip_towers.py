@@ -13,6 +13,7 @@ from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.protocol import channels, check_grid
+from cae2pipe.teachers.timm_source import whole_patches
 from cae2pipe.teachers.weights import safetensors_metadata
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -44,7 +45,8 @@ def tower_shape(settings: TeacherSettings) -> dict[str, Any]:
     if settings.quick_gelu is None and settings.pretrained is None:
         quick_gelu = bool(described_beside(settings).get("model_cfg", {}).get("quick_gelu", quick_gelu))
     config = dict(known["vision_cfg"])
-    config["image_size"] = settings.image_size or config.get("image_size", 224)
+    native = whole_patches(str(config.get("timm_model_name", "")), config.get("image_size", 224))
+    config["image_size"] = settings.image_size or native
     return {"vision_cfg": config, "embed_dim": embed_dim, "quick_gelu": quick_gelu}
 
 

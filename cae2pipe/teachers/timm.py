@@ -24,7 +24,7 @@ from cae2pipe.teachers.timm_models import (
     token_features,
     trains_class_token,
 )
-from cae2pipe.teachers.timm_source import keywords, source_of
+from cae2pipe.teachers.timm_source import TimmSource, keywords, source_of
 from cae2pipe.teachers.timm_weights import Filter, draft, fitted
 from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
 
@@ -72,8 +72,16 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
     else:
         teacher = TimmFeatureMap(model, settings.stage, info, device=device, norm=norm, pool=pool)
     teacher.native = source.size
-    teacher.assumed = "mean and std" if source.assumed and not (settings.mean and settings.std) else ""
+    teacher.assumed = " and ".join(_assumed(settings, source))
     return teacher
+
+
+def _assumed(settings: TeacherSettings, source: TimmSource) -> list[str]:
+    """What nothing says about a file's weights."""
+    points = ["mean and std"] if source.assumed and not (settings.mean and settings.std) else []
+    if source.assumed and "clip" in source.name and settings.project is None and projection_width(settings) is None:
+        points.append("head (no projection into CLIP's space)")
+    return points
 
 
 def input_size(settings: TeacherSettings) -> int:

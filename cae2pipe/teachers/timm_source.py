@@ -6,6 +6,7 @@ are plain values: none may name a file, a class or a function.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,7 +77,9 @@ def source_of(settings: TeacherSettings) -> TimmSource:
     if config is None:
         return TimmSource(name, 224, IMAGENET_MEAN, IMAGENET_STD, 0, settings.model_args, assumed=True)
     mean, std = channels(config.mean, name), channels(config.std, name)
-    known = TimmSource(name, config.input_size[-1], mean, std, config.num_classes, settings.model_args)
+    known = TimmSource(
+        name, whole_patches(name, config.input_size[-1]), mean, std, config.num_classes, settings.model_args
+    )
     if settings.weights is None or "." in name or settings.output == "raw":
         return known
     beside = settings.weights.parent / CONFIG
@@ -167,6 +170,12 @@ def check_args(args: Mapping[str, Any], where: object) -> None:
             )
         if not _plain(value):
             raise TeacherError(f"the argument {name} is not a plain value", where=where, fix="omit it")
+
+
+def whole_patches(name: str, size: int) -> int:
+    """A model's native size without the pixels that it ignores: 384 with patches of 14 is 378, the same grid."""
+    patch = re.search(r"patch(\d+)", name)
+    return size - size % int(patch[1]) if patch else size
 
 
 def keywords(args: Mapping[str, Any]) -> dict[str, Any]:

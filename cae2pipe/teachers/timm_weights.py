@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,11 +81,10 @@ def fitted(
 
 
 def _converted(model: Any, state: State, convert: Filter, where: Path) -> State:
-    import contextlib
-    import io
-
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a filter of timm prints
+        # timm's filters print, and their interpolation indexes in ways that torch warns about.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return dict(convert(state, model))
     except (RuntimeError, ValueError, KeyError, IndexError, AssertionError, AttributeError, TypeError) as error:
         reraise_exhaustion(error)

@@ -71,7 +71,7 @@ def check_views(targets: TargetSet, settings: PretrainSettings) -> None:
         raise SettingsError(
             f"mask.strategy is attention, but {teacher.name} has no attention",
             where=str(targets.root),
-            fix="--set mask.strategy=block, or make targets with a ViT teacher",
+            fix="--set mask.strategy=block, or make targets with a teacher that gives attention, a plain ViT",
         )
     if (guided or settings.loss.target != "pixels") and (teacher.rows, teacher.cols) != (grid, grid):
         raise SettingsError(
@@ -115,7 +115,7 @@ def ways_to_fit(targets: TargetSet, model: ModelSettings, *, own_grid: bool) -> 
     if model.grid == rows == cols:
         ways.append(f"make targets with --set view.size={model.image_size}")
     elif model.grid <= min(rows, cols):
-        ways.append(f"make targets with --set teacher.grid=[{model.grid},{model.grid}]")
+        ways.append(f"make targets with --set 'teacher.grid=[{model.grid},{model.grid}]'")
     return ", or ".join(ways) or "make targets with a teacher that has the student's grid"
 
 

@@ -61,13 +61,18 @@ def same_teacher(run: RunArtifact, targets: TargetSet) -> bool:
 
 
 def load_student(run: Path, targets: TargetSet, report: Report) -> tuple[Method, PretrainSettings]:
+    """``load_method`` of a run on this target set."""
+    return load_method(run, target_spec(run_settings(run), targets).dim, report)
+
+
+def load_method(run: Path, target_dim: int, report: Report) -> tuple[Method, PretrainSettings]:
     """The student of a run's newest checkpoint, regressor and head included, in eval mode on the CPU.
 
     Raises:
         DamageError: the run has no readable checkpoint.
     """
     settings = run_settings(run)
-    model = build_method(settings.method, settings.model, target_spec(settings, targets).dim)
+    model = build_method(settings.method, settings.model, target_dim)
     like = {"model": model.state_dict()}
     state = load_checkpoint(run / CHECKPOINTS_FOLDER, report, run=RunArtifact.open(run).fingerprint, like=like)
     if state is None:

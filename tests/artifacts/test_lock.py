@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
+import shutil
 import uuid
 from pathlib import Path
 
@@ -75,3 +78,32 @@ def test_file_systems_say_whether_they_can_lock(root: Path, monkeypatch: pytest.
     remote = to_path(f"memory://{uuid.uuid4().hex}")
     monkeypatch.setattr(lock, "create_exclusively", lambda path, data: True)
     assert not can_lock(remote), "a store that ignores the condition"
+
+
+def test_a_writer_that_fails_leaves_what_others_have_made_or_hold(tmp_path):
+    root = tmp_path / "set"
+    with writing(root, WorkShare(1, 2)):
+        with pytest.raises(KeyError), writing(root, WorkShare(2, 2)):
+            raise KeyError
+        with pytest.raises(LockedError), writing(root, WorkShare(1, 4)):
+            pass
+    with pytest.raises(KeyError), writing(root):
+        raise KeyError((root / "file").write_text("x"))
+    assert (root / "file").read_text() == "x"
+    (root / "file").unlink()
+    with pytest.raises(KeyError), writing(root):
+        raise KeyError
+    assert list(root.iterdir()) == [], "the folder was there before"
+
+
+def test_a_lock_that_is_removed_while_it_is_taken_is_taken_again(tmp_path, monkeypatch):
+    real, calls = fcntl.flock, itertools.count()
+
+    def flock(file, how):
+        if next(calls) == 0:  # as by a writer that fails between the two steps
+            shutil.rmtree(tmp_path / lock.FOLDER)
+        real(file, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with writing(tmp_path), pytest.raises(LockedError), writing(tmp_path):
+        pass

@@ -101,7 +101,7 @@ def parts(target_root, pretrain_settings):
 def test_the_decoder_is_called_when_its_stream_has_nothing_left_to_do(calls, parts):
     batches = on_device(*parts, DEVICE)
     first = next(batches)
-    upload = [("copy", "upload")] * 2 + [("synchronize", "upload"), ("decode", "upload"), ("record", "upload")]
+    upload = [("copy", "upload"), ("synchronize", "upload"), ("decode", "upload"), ("record", "upload")]
     # The copy of the second starts before the first is returned.
     assert calls.log[: 2 * len(upload)] == 2 * upload
     handed = [("wait for upload", "main")] + [("keep for", "main")] * count(first)

@@ -101,6 +101,7 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
     "shards": (
         Command("inspect shards"),
         Command("verify shards", sound("shards")),
+        Command("copy shards new", data("new")),
         Command(f"extract-targets shards new {EXTRACT}", data("new")),
         Command("shard images/train shards --workers 0 --set samples=20", out="shards"),
     ),
@@ -110,6 +111,7 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         Command(f"pretrain targets new {PRETRAIN}", encoder),
         Command(f"extract-targets shards targets {EXTRACT}", out="targets"),
         Command("recode targets new --codec int8 --lossy-source --workers 1", data("new")),
+        Command("copy targets new", data("new")),
     ),
     "stored": (
         Command("inspect stored --json"),

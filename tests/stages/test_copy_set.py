@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import cae2pipe
 from cae2pipe.artifacts import transfer
 from cae2pipe.artifacts.artifact import TargetsArtifact, open_artifact
+from cae2pipe.artifacts.atomic import remove_any
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.storage import file_size, file_sizes, is_local, put_bytes, read_bytes, remove, to_path
 from cae2pipe.artifacts.transfer import MARKS
@@ -293,6 +294,31 @@ def test_some_views_and_then_the_others(target_root, place):
     assert held(out) == contents(target_root)
 
 
+@pytest.mark.parametrize("name", [MARKS, "latents", "shards/tars", "images/000001.tar"])
+def test_nothing_is_written_or_removed_through_links(target_root, tmp_path, name):
+    """The last of them is replaced by a file; the others are refused."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    bring(target_root, out := tmp_path / "set")
+    remove_any(out / name)
+    (out / name).symlink_to(tmp_path / "mine" / ("file" if name.endswith(".tar") else ""))
+    shutil.rmtree(out / "codec.zarr")
+    if name.endswith(".tar"):
+        assert bring(target_root, out).complete
+        assert held(out) == contents(target_root)
+    else:
+        with pytest.raises(BadInputError, match="symbolic link"):
+            bring(target_root, out)
+    assert contents(tmp_path / "mine") == {"file": b"x"}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_disk_that_cannot_be_written(target_root, monkeypatch):
+    monkeypatch.setattr(stage, "free_bytes", lambda path: None)
+    with pytest.raises(BadInputError, match="cannot be written"):
+        bring(target_root, Path("/proc/nowhere/set"))
+
+
 def test_one_process_writes_at_a_time(target_root, tmp_path):
     with writing(tmp_path / "set"), pytest.raises(LockedError):
         bring(target_root, tmp_path / "set")
@@ -305,7 +331,8 @@ def test_disks_without_room(target_root, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stage, "free_bytes", lambda path: 1000)
         with pytest.raises(BadInputError, match="and 1 kB are free"):
-            bring(target_root, tmp_path / "set")
+            bring(target_root, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     assert bring(target_root, tmp_path / "set").complete
     monkeypatch.setattr(stage, "free_bytes", lambda path: 0)
     assert bring(target_root, tmp_path / "set").brought == 0

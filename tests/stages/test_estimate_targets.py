@@ -77,6 +77,28 @@ def test_views_are_recommended_for_so_many_epochs(photos, tmp_path, extract_sett
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize("pixels", ["stored", "replayed"])
+def test_it_says_by_how_much_larger_views_grow(photos, tmp_path, extract_settings, monkeypatch, pixels) -> None:
+    costs = []
+
+    def kept(*arguments, **named):
+        costs.append(estimate_targets(*arguments, **named))
+        return costs[-1]
+
+    monkeypatch.setattr("cae2pipe.api.targets.estimate", kept)
+    for view, teacher in ((32, {}), (64, {"image_size": 64, "grid": [2, 2]})):
+        settings = extract_settings(view={"size": view, "pixels": pixels}, teacher=teacher)
+        result = extract_command(photos, tmp_path / "set", settings, tmp_path, "--estimate")
+        assert result.exit_code == 0, result.output
+    plain, fine = costs
+    assert "reduced" not in plain
+    assert fine["reduced"]["size"] == 32
+    assert fine["reduced"]["pixels"] == pytest.approx(plain["pixels"], rel=0.05)
+    assert (fine["pixels"] > plain["pixels"]) == (pixels == "stored")  # these images are too small to be reduced
+    times = fine["pixels"] / fine["reduced"]["pixels"]
+    assert f"pixels take {times:.2f} times the" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [(("--epochs", "300"), "add --estimate"), (("--estimate", "--epochs", "0"), "invalid number of epochs: 0")],

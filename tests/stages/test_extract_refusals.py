@@ -40,6 +40,17 @@ def test_damaged_images_name_their_own_remedy(copy, photos, extract_settings):
     assert f"cae2pipe verify {copy} --repair" in caught.value.fix
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_what_fails_before_anything_is_written_leaves_nothing(target_root, tmp_path, extract_settings, existed):
+    out = tmp_path / "new" / "set"
+    if existed:
+        out.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(TeacherError):
+        extract_targets(target_root / "shards", out, extract_settings(teacher={"weights": "none"}), report=Silent())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("over", "field"),
     [

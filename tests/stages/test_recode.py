@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,10 @@ def test_the_facts_are_saved_before_the_codec(fp16, tmp_path, monkeypatch):
     """A codec without them would count as a finished calibration."""
     write, seen = stored_calibration.write_calibration, []
 
-    def watched(path: Path, calibration: Calibration) -> None:
+    def watched(path: Path, calibrations: Mapping[str, Calibration]) -> None:
         artifact = open_artifact(tmp_path / "set")
         seen.append(("codec" in artifact.facts, "codec" in artifact.units))
-        write(path, calibration)
+        write(path, calibrations)
 
     monkeypatch.setattr(stored_calibration, "write_calibration", watched)
     recode(fp16, tmp_path / "set", KLT, report=Silent())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cae2pipe.errors import SettingsError
+from cae2pipe.evaluation.encoders import load_encoder
 from cae2pipe.images.kept import view_pixels
 from cae2pipe.loading.device import on_device
 from cae2pipe.loading.loader import load_parts
@@ -18,6 +20,7 @@ from cae2pipe.loading.target_batches import TargetBatches
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.repair import repair
 from cae2pipe.stages.report import report_runs
 from cae2pipe.stages.verify import verify, verify_live
 from cae2pipe.targets.target_set import TargetSet
@@ -51,6 +54,21 @@ def test_the_set_is_sound_and_its_teacher_agrees(fine_root, extract_settings):
     audit = verify_live(fine_root, 20, extract_settings().teacher.weights, device="cpu", report=Silent())
     assert audit.sound
     assert audit.raw > 0.9999
+
+
+def test_repair_and_evaluation_use_the_same_grid(fine_root, extract_settings, tmp_path):
+    weights = extract_settings().teacher.weights
+    copy = shutil.copytree(fine_root, tmp_path / "copy")
+    lost = next((copy / "latents" / "v00" / "000001.zarr").rglob("c/0/0/0"))
+    lost.unlink()
+    repair(verify(copy, Silent()), Silent(), weights=weights, device="cpu", workers=0)
+    assert contents(copy) == contents(fine_root)
+    targets = TargetSet(fine_root)
+    encoder = load_encoder(f"teacher:{fine_root}@{weights}", 0, CPU)
+    tokens = encoder.tokens(torch.from_numpy(targets[0].pixels).permute(2, 0, 1)[None]).together()[0]
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(tokens, dim=-1), torch.from_numpy(targets[0].tokens), rtol=0, atol=2e-3
+    )
 
 
 def test_students_see_reduced_views_the_same_wherever_they_are_decoded(fine_root, pretrain_settings):
@@ -124,7 +142,7 @@ def test_a_student_that_does_not_fit_is_told_what_does(
     check_fit(targets, pretrain_settings(model={**model, **advice}), 1)
     grid = model["image_size"] // model["patch_size"]
     assert ("make targets with --set view.size=128" in fix) == (what == "image size")
-    assert (f"make targets with --set teacher.grid=[{grid},{grid}]" in fix) == (grid < targets.teacher.rows)
+    assert (f"make targets with --set 'teacher.grid=[{grid},{grid}]'" in fix) == (grid < targets.teacher.rows)
 
 
 @pytest.mark.parametrize("fine_root", ["stored"], indirect=True)

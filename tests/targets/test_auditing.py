@@ -42,7 +42,7 @@ def test_latents_of_other_views_are_found(target_root, teacher, monkeypatch) -> 
     targets = TargetSet(target_root)
     reader = targets.reader
 
-    def swapped(name: str):
+    def swapped(name: str, *more):
         mine, other = reader(name), reader(name.replace("v00", "vxx").replace("v01", "v00").replace("vxx", "v01"))
         monkeypatch.setattr(mine, "records", other.records)
         return mine

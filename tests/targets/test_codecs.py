@@ -266,7 +266,7 @@ def stored(folder: Path, tokens: int, dim: int) -> Calibration:
 def test_calibrations_of_both_forms_are_kept(rotated, tmp_path):
     unit = images(20, 10, 12)
     calibration, _ = calibrate(unit, "klt", 0.97, level=1, rotate_tokens=rotated)
-    write_calibration(tmp_path / "codec.zarr", calibration)
+    write_calibration(tmp_path / "codec.zarr", {"patches": calibration})
     again = stored(tmp_path / "codec.zarr" / "patches", 10, 12)
     assert (tmp_path / "codec.zarr" / "patches" / "token_basis").exists() == rotated
     codecs = [make_codec("klt", each) for each in (calibration, again)]

@@ -24,7 +24,7 @@ def views(targets: TargetSet, count: int, seed: int) -> LiveViews:
     noise = torch.randn(true.shape, generator=generator) * torch.rand(count, 1, 1, generator=generator) * 0.1
     names = [f"v00/{seed:06d}, key {number}" for number in range(count)]
     pixels = np.zeros((count, 8, 8, 3), dtype=np.uint8)
-    return LiveViews(names, pixels, true, true + noise)
+    return LiveViews(names, pixels, {"patches": (true, true + noise)})
 
 
 def test_figures_are_those_of_all_views_at_once(targets):
@@ -60,7 +60,7 @@ def test_error_in_one_component_is_found_there(targets):
         (live.true - targets.mean).flatten(0, 1).T @ (live.true - targets.mean).flatten(0, 1)
     )
     builder = ProfileBuilder(targets, 1)
-    builder.add(LiveViews(live.names, live.pixels, live.true, live.true + 0.1 * axes[:, -3]))
+    builder.add(LiveViews(live.names, live.pixels, {"patches": (live.true, live.true + 0.1 * axes[:, -3])}))
     profile = builder.profile()
     assert profile is not None
     assert len(values) == len(profile.error)

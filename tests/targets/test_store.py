@@ -82,7 +82,7 @@ def test_zarr_alone_reads_the_store(written):
 def test_each_group_has_its_codec_its_width_and_its_tokens(written):
     root, entry, *_ = written
     pooled = StoreLayout(1, 7, 0, False, make_codec("fp16", Calibration(torch.zeros(7))), group="summary")
-    got = [StoreReader(root, entry, pooled).block(block).arrays["tokens"] for block in range(3)]
+    got = [StoreReader(root, entry, pooled).block(block).arrays["summary/tokens"] for block in range(3)]
     assert np.array_equal(np.concatenate(got).ravel(), np.linspace(0, 1, SAMPLES * 7).astype("<f2"))
 
 

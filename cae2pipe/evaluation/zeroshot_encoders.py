@@ -1,0 +1,144 @@
+"""Encoders whose output for an image lies in the space of their teacher, where class embeddings are.
+
+Of a run this is what its head makes of the class token; of a teacher its own output. Both are given as the class token
+of a ``FrozenEncoder``, so that features are computed and stored as for other evaluations.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cae2pipe.artifacts.artifact import RunArtifact, is_artifact
+from cae2pipe.config.pretrain import LossSettings
+from cae2pipe.errors import DamageError, SettingsError
+from cae2pipe.evaluation.encoders import FrozenEncoder, FrozenTeacher, Tokens, load_encoder
+from cae2pipe.methods.losses import Prediction
+from cae2pipe.methods.method import Method
+from cae2pipe.models.export import WEIGHTS, student_normalise, timm_state
+from cae2pipe.runtime.progress import Report
+from cae2pipe.teachers.protocol import TeacherInfo, TeacherOutput
+from cae2pipe.teachers.weights import weights_digest
+from cae2pipe.training.student import load_method, run_settings
+
+
+def predicted_output(prediction: Prediction) -> Tensor:
+    """A student's prediction (B, D) of its teacher's output for the whole image."""
+    return prediction.class_token[:, 0]
+
+
+def own_output(output: TeacherOutput, info: TeacherInfo) -> Tensor | None:
+    """A teacher's own output (B, D) for the whole image: its summary, or else its class token; None without both."""
+    if output.summary is not None:
+        return output.summary
+    return output.tokens[:, 0] if info.class_token else None
+
+
+class AlignedStudent(FrozenEncoder):
+    """A student with the modules that predict its teacher's latents. All patches are visible to it.
+
+    Args:
+        exported: the run's encoder, whose size and identity it has. bf16: compute in bfloat16 (autocast).
+    """
+
+    resizes = False
+    has_class_token = trained_class_token = True
+
+    def __init__(self, method: Method, exported: FrozenEncoder, dim: int, *, device: torch.device, bf16: bool):
+        self.method = method.to(device).eval().requires_grad_(False)
+        self.identity = {**exported.identity, "method": weights_digest(method)}
+        self.image_size, self.dim, self.bf16 = exported.image_size, dim, bf16
+        self.normalise = student_normalise(device)
+
+    @torch.inference_mode()
+    def tokens(self, pixels: Tensor) -> Tokens:
+        images = self.normalise(pixels)
+        patches = (self.image_size // self.method.encoder.patch_size) ** 2
+        visible = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            prediction: Prediction = self.method(images, visible, visible[:, :0])
+        return Tokens(predicted_output(prediction).float(), prediction.visible.float())
+
+
+class AlignedTeacher(FrozenEncoder):
+    """A teacher, with its own output for the whole image as class token."""
+
+    resizes = True
+    has_class_token = trained_class_token = True
+
+    def __init__(self, frozen: FrozenTeacher, spec: str):
+        self.teacher = frozen.teacher
+        self.identity, self.image_size = frozen.identity, frozen.image_size
+        with torch.inference_mode():
+            black = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.teacher.device)
+            output = own_output(self.teacher(black), self.teacher.info)
+        if output is None:
+            raise SettingsError(
+                "this teacher has no output for the whole image, only patches",
+                where=spec,
+                fix="use a teacher with a class token, such as teacher:clip-b16",
+            )
+        self.dim = output.shape[1]
+
+    def tokens(self, pixels: Tensor) -> Tokens:
+        output = self.teacher(pixels)
+        patches = output.tokens[:, int(self.teacher.info.class_token) :]
+        return Tokens(own_output(output, self.teacher.info), patches)
+
+
+def load_aligned(spec: str, device: torch.device, *, precision: str, report: Report) -> AlignedStudent | AlignedTeacher:
+    """The encoder that ``spec`` names: a run, or a teacher in one of the forms of ``load_encoder``.
+
+    Raises:
+        SettingsError: it predicts no teacher's output for an image. Otherwise as ``load_encoder``.
+    """
+    folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
+    if is_artifact(folder, "run"):
+        run = RunArtifact.open(folder)
+        refuse_unaligned(run_settings(folder).loss, run.facts["teacher"]["class_token"], spec)
+        return aligned_student(folder, device, precision=precision, report=report)
+    encoder = load_encoder(spec, 0, device, precision=precision)
+    if not isinstance(encoder, FrozenTeacher):
+        raise SettingsError(
+            "zero-shot classification needs the head that predicts the teacher's latents, and only a run has it",
+            where=spec,
+            fix="give a run of pretrain, or teacher:PRESET or a target set for the teacher itself",
+        )
+    return AlignedTeacher(encoder, spec)
+
+
+def refuse_unaligned(loss: LossSettings, teacher_has_one: bool, where: object) -> None:
+    """Raise SettingsError if a student's class token is not aligned with one of its teacher."""
+    reasons = {
+        "it was trained on pixels, which have no class token": loss.target == "pixels",
+        "its teacher's targets have no class token": not teacher_has_one,
+        "its class token had no loss (loss.visible is 0)": not loss.visible,
+    }
+    if reason := next((text for text, holds in reasons.items() if holds), None):
+        raise SettingsError(
+            f"this run cannot classify zero-shot: {reason}",
+            where=where,
+            fix="train with latents of a teacher with a class token, such as clip-b16, and loss.visible above 0",
+        )
+
+
+def aligned_student(folder: Path, device: torch.device, *, precision: str, report: Report) -> AlignedStudent:
+    """The student of a finished run with its head, which is in its last checkpoint.
+
+    Raises:
+        ManifestError: the run is not finished. DamageError: the checkpoint is missing, or not that of the encoder.
+    """
+    exported = load_encoder(str(folder), 0, device, precision=precision)
+    dim = RunArtifact.open(folder).facts["teacher"]["dim"]
+    method, _ = load_method(folder, dim, report)
+    own, written = timm_state(method.encoder), load_file(folder / WEIGHTS)
+    if own.keys() != written.keys() or not all(torch.equal(own[name], written[name]) for name in own):
+        raise DamageError(
+            "the newest checkpoint is not the one that the encoder was exported from, so its head is another's",
+            where=folder,
+            fix="restore the run's last checkpoint from a copy, or train the run again",
+        )
+    return AlignedStudent(method, exported, dim, device=device, bf16=precision == "bf16")
