@@ -72,7 +72,7 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
     known: Mapping[str, Any] = artifact.identity["teacher"]
     settings = build_recorded(
         TeacherSettings,
-        # What a configuration beside the weights said may be missing where they are now.
+        # What a configuration next to the weights said may be missing where they are now.
         artifact.identity["settings"]["teacher"]
         | {name: known[name] for name in ("image_size", "mean", "std") if name in known}
         | {name: known["architecture"][name] for name in ("quick_gelu",) if name in known["architecture"]},

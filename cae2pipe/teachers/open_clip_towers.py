@@ -43,7 +43,7 @@ def tower_shape(settings: TeacherSettings) -> dict[str, Any]:
         raise TeacherError("the projection's width is unknown", where="teacher.embed_dim", fix="set it")
     quick_gelu = bool(known.get("quick_gelu", False)) if settings.quick_gelu is None else settings.quick_gelu
     if settings.quick_gelu is None and settings.pretrained is None:
-        quick_gelu = bool(described_beside(settings).get("model_cfg", {}).get("quick_gelu", quick_gelu))
+        quick_gelu = bool(described_nearby(settings).get("model_cfg", {}).get("quick_gelu", quick_gelu))
     config = dict(known["vision_cfg"])
     native = whole_patches(str(config.get("timm_model_name", "")), config.get("image_size", 224))
     config["image_size"] = settings.image_size or native
@@ -57,16 +57,16 @@ def native_size(settings: TeacherSettings) -> int:
 
 
 def assumed(settings: TeacherSettings) -> str:
-    """What nothing says about the weights: neither a tag, nor a configuration beside them, nor the settings."""
-    if settings.pretrained or described_beside(settings) or described_shape(settings.weights):
+    """What nothing says about the weights: neither a tag, nor a configuration next to them, nor the settings."""
+    if settings.pretrained or described_nearby(settings) or described_shape(settings.weights):
         return ""
     open_points = [] if settings.mean and settings.std else ["mean and std"]
     open_points += ["activation"] if settings.quick_gelu is None else []
     return " and ".join(open_points)
 
 
-def described_beside(settings: TeacherSettings) -> dict[str, Any]:
-    """``preprocess_cfg`` and ``model_cfg`` of the configuration that open_clip writes beside a weights file; empty if
+def described_nearby(settings: TeacherSettings) -> dict[str, Any]:
+    """``preprocess_cfg`` and ``model_cfg`` of the configuration that open_clip writes next to a weights file; empty if
     there is none. Sets of before this was read do without it."""
     if settings.weights is None or settings.output == "raw":
         return {}
@@ -103,7 +103,7 @@ def normalisation(
     model agree, else CLIP's."""
     from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
 
-    if not pretrained and (described := described_beside(settings).get("preprocess_cfg")):
+    if not pretrained and (described := described_nearby(settings).get("preprocess_cfg")):
         mean, std = described.get("mean", CLIP_MEAN), described.get("std", CLIP_STD)
         return settings.mean or channels(mean, settings.weights), settings.std or channels(std, settings.weights)
     known = [pretrained] if pretrained else []

@@ -18,7 +18,7 @@ def teacher_lines(teacher: Teacher) -> list[str]:
     lines = [f"teacher: {', '.join(parts)}"]
     if model.assumed:
         lines.append(
-            f"teacher: the {model.assumed} of these weights are assumed: no configuration beside the file, no tag "
+            f"teacher: the {model.assumed} of these weights are assumed: no configuration next to the file, no tag "
             "(teacher.pretrained) and no setting says otherwise"
         )
     return lines

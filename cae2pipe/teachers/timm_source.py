@@ -82,10 +82,10 @@ def source_of(settings: TeacherSettings) -> TimmSource:
     )
     if settings.weights is None or "." in name or settings.output == "raw":
         return known
-    beside = settings.weights.parent / CONFIG
-    if beside.is_file():
+    adjacent = settings.weights.parent / CONFIG
+    if adjacent.is_file():
         try:
-            found = described(beside)
+            found = described(adjacent)
         except TeacherError:  # of another library
             return replace(known, assumed=True)
         if found.name.partition(".")[0] == name:

@@ -127,7 +127,7 @@ def test_mean_and_std_come_from_the_configuration_beside_the_file(folder):
     assert teacher_lines(teacher) == [
         "teacher: test_vit, 96 px (its own 160), 6 x 6 x 64 + class token, mean 0.5 0.5 0.5, std 0.5 0.5 0.5, "
         "fp32, attention",
-        "teacher: the mean and std of these weights are assumed: no configuration beside the file, no tag "
+        "teacher: the mean and std of these weights are assumed: no configuration next to the file, no tag "
         "(teacher.pretrained) and no setting says otherwise",
     ]
     given = settings.model_copy(update={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
@@ -142,11 +142,11 @@ def test_a_tower_of_open_clip_is_described_beside_its_file(extract_settings, tea
         update={"weights": tmp_path / "open_clip_model.safetensors", "quick_gelu": None}
     )
     assert load_teacher(settings, CPU).assumed == "mean and std and activation"
-    beside = {
+    adjacent = {
         "model_cfg": {"quick_gelu": True},
         "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
     }
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(beside))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(adjacent))
     teacher = load_teacher(settings, CPU)
     assert teacher.info.architecture["quick_gelu"] is True
     assert (teacher.info.mean, teacher.assumed) == ((0.1, 0.2, 0.3), "")
