@@ -12,7 +12,7 @@ import timm
 import torch
 
 from benchmarks.harness import at_least, figures, finish, in_turns, median_ratio, parse_options, rate
-from cae2pipe.teachers.timm import feature_map
+from cae2pipe.teachers.timm_models import feature_map
 
 GROUPS = (8, 64)
 MODELS = ("tf_efficientnet_lite0", "vit_tiny_patch16_224")

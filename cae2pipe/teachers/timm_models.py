@@ -154,9 +154,11 @@ def _rows(features: Tensor) -> Tensor:
 
 
 def _refuses_norm(model: Any) -> bool:
+    """Whether a model's forward_intermediates asserts that no norm is asked for. Its norm comes after pooling."""
     from timm.models.hiera import Hiera
+    from timm.models.hieradet_sam2 import HieraDet
 
-    return isinstance(model, Hiera)
+    return isinstance(model, Hiera | HieraDet)
 
 
 def _pooled_norm(model: Any) -> nn.Module | None:
