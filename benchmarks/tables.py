@@ -349,6 +349,37 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
 
 
+def teachers(results: Path) -> str:
+    """How many models of every family work as teachers, and why the others are refused."""
+    if not (results / "teachers-cpu.json").exists():
+        return "Nothing has been measured."
+    result = read(results, "teachers")
+    claims = [(row["name"], significant(row["value"], 3), goal(row, "")) for row in result["checks"]]
+    rows = [
+        (
+            row["library"],
+            row["family"].replace("_", r"\_"),
+            f"{row['work']} of {row['models']}",
+            str(row["tokens"]) if row["library"] == "timm" else "",
+            "; ".join(f"{count}: {reason}" for count, reason in row["refused"]).replace("|", "/").replace("_", r"\_"),
+        )
+        for row in result["rows"]
+    ]
+    heads = ("library", "family", "work", "as tokens, without a stage", "refused")
+    return table(("what", "figure", "goal"), claims) + "\n\n" + table(heads, rows)
+
+
+def teacher_tour(results: Path) -> str:
+    """Ten teachers from images to an exported student."""
+    if not (results / "teacher_tour-cpu.json").exists():
+        return "Nothing has been measured."
+    rows = [
+        (row["family"], f"`{row['teacher']}`", row["library"], row.get("latents", ""), "yes" if row["ended"] else "no")
+        for row in read(results, "teacher_tour")["rows"]
+    ]
+    return table(("family", "teacher", "library", "stored latents", "verified live, trained, exported"), rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "performance": performance,
     "rendering": rendering,
@@ -361,6 +392,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "feed": feed,
     "projection": projection,
     "gpu": gpu,
+    "teachers": teachers,
+    "teacher_tour": teacher_tour,
 }
 """Tables by their names in the comments."""
 
