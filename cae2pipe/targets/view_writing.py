@@ -122,7 +122,8 @@ class ShardWriter:
         files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
         images = artifact.units[images_name(name)] if kept else None
         source = images["source"] if images and "shard" in images else self.shard.sha256
-        return {
+        facts = store_facts(writer.store.layouts, zarr, files, fidelity, pixels=0 if kept else sum(map(len, jpegs)))
+        unit: StoreUnit = {
             "view": view,
             "shard": name,
             "source": source,
@@ -130,8 +131,12 @@ class ShardWriter:
             "tar": tar,
             "zarr": zarr,
             "files": files,
-            **store_facts(writer.store.layouts, zarr, files, fidelity, pixels=0 if kept else sum(map(len, jpegs))),
+            "fidelity": facts["fidelity"],
+            "bytes": facts["bytes"],
         }
+        if "groups" in facts:
+            unit["groups"] = facts["groups"]
+        return unit
 
     def discard(self) -> None:
         """Discard all views."""
