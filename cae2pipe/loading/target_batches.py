@@ -92,8 +92,8 @@ class TargetBatches(IterableDataset[TargetBatch]):
             all of them (B, T, D), the class token first, if the teacher has one.
         scaled: multiply each token by its stored length, which gives the teacher's own latents. Otherwise tokens have
             unit length, up to the codec's error.
-        summary: give the teacher's summary too. layers: give the latents of these blocks of the teacher too. With one
-            of them, batches are ``TargetBatchWithGroups``.
+        summary: give the teacher's summary too. layers: give the latents of these blocks of the teacher too. Then
+            batches are ``TargetBatchWithGroups``.
         pixels: ``uint8``, or ``float``: from 0 to 1. Neither is normalised by a mean.
         image_size: side of the pixels, at most the views' own, which are then reduced. None: the ``image_size`` with
             which the set was opened, that of its views if none was given.
