@@ -12,7 +12,7 @@ token on its 800 val images, of the teacher as the arm uses it and of the studen
 It can be interrupted: everything is made in WORK, existing results are reused, interrupted runs resume, and the result
 is written after every run.
 
-    python -m benchmarks.teacher_grid --work FOLDER [--epochs 60] [--seeds 3]
+    python -m benchmarks.teacher_grid --work FOLDER [--epochs 20] [--seeds 3]
         [--out benchmarks/results/teacher_grid-cpu.json]
 """
 
@@ -65,11 +65,11 @@ def main() -> None:
     options = parse_options(
         __doc__,
         work={"type": Path, "required": True, "help": "folder in which sets, runs and scores are made or reused"},
-        epochs={"type": int, "help": "epochs per run; default 60"},
+        epochs={"type": int, "help": "epochs per run; default 20"},
         seeds={"type": int, "help": "runs per arm; default 3"},
         views={"type": int, "help": "stored views of each image; default 4"},
     )
-    for name, full, quick in (("epochs", 60, 2), ("seeds", 3, 1), ("views", 4, 1)):
+    for name, full, quick in (("epochs", 20, 2), ("seeds", 3, 1), ("views", 4, 1)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else full)
     torch.set_num_threads(1)
