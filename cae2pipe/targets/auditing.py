@@ -29,6 +29,7 @@ class Audit:
     """Cosines between the teacher's tokens now and those stored: means over all, and the worst view's mean.
 
     ``expected`` is the fidelity that the set's manifest records. All are of the patches; ``more``: of other groups.
+    ``allowed``: by how much the worst view may be below the mean besides, where a view has one token.
     """
 
     views: int
@@ -38,10 +39,11 @@ class Audit:
     worst_view: str
     expected: float
     more: Mapping[str, Audit] = field(default_factory=dict)
+    allowed: float = 0.0
 
     @property
     def sound(self) -> bool:
-        own = min(self.raw, self.worst) >= self.expected - TOLERANCE
+        own = min(self.raw, self.worst + self.allowed) >= self.expected - TOLERANCE
         return own and all(audit.sound for audit in self.more.values())
 
 
@@ -116,15 +118,18 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, s
 
     def audited(group: str, more: Mapping[str, Audit]) -> Audit:
         raw, centred = (torch.cat([pair[part] for pair in cosines[group]]) for part in (0, 1))
-        worst = int(raw.argmin())
+        worst, figures = int(raw.argmin()), targets.fidelity(group)
+        # A single token is not a mean over hundreds: codecs leave some well below the 1st percentile.
+        single = targets.groups[group].layout.tokens == 1
         return Audit(
             views=len(raw),
             raw=float(raw.mean()),
             centred=float(centred.mean()),
             worst=float(raw[worst]),
             worst_view=labels[worst],
-            expected=targets.fidelity(group)["mean"],
+            expected=figures["mean"],
             more=more,
+            allowed=4 * (figures["mean"] - figures["p1"]) if single else 0.0,
         )
 
     return audited(PATCHES, {group: audited(group, {}) for group in targets.groups if group != PATCHES})
