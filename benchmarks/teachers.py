@@ -127,11 +127,11 @@ def models(*, quick: bool) -> list[tuple[str, str]]:
     """Library and name of every model: in turns of all series, so that a sweep that is cut off has seen each."""
     import open_clip as library
 
-    series: dict[str, int] = {}
+    series: dict[tuple[str, str], int] = {}
     found = []
     for kind, names in (("open_clip", library.list_models()), ("timm", timm.list_models())):
         for name in names:
-            prefix = re.split(r"[^a-z]", f"{kind}-{name}".lower(), maxsplit=2)[1]
+            prefix = (kind, re.split(r"[^a-z]", name.lower(), maxsplit=1)[0])
             series[prefix] = series.get(prefix, -1) + 1
             found.append((series[prefix], kind, name))
     found.sort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import warnings
 from collections.abc import Callable, Mapping
@@ -40,7 +41,14 @@ def draft(build: Callable[[], Any]) -> tuple[Any, Filter]:
     with torch.device("meta"), mock.patch.object(_builder, "load_pretrained", catch):
         model = build()
     found = caught[0] if caught else None
-    return model.eval(), found or (lambda state, _: state)
+    return model.eval(), _of_two(found) if found else (lambda state, _: state)
+
+
+def _of_two(convert: Callable[..., State]) -> Filter:
+    """A filter of weights and model. Some of timm's older ones take the weights alone."""
+    parameters = inspect.signature(convert).parameters.values()
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return convert if len(positional) != 1 else lambda state, _: convert(state)
 
 
 def fitted(
