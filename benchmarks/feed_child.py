@@ -111,7 +111,7 @@ def make(source: str, out: str, shape: dict[str, int], *, samples: int, copied: 
         "speed": {"device": "cpu", "workers": 0, "lanes": 1},
     }
     settings = load(ExtractSettings, "extract", "clip-b16", overrides=(), values=values)
-    real, stage.load_teacher = stage.load_teacher, lambda *_: drawn_teacher(**shape)
+    real, stage.load_teacher = stage.load_teacher, lambda *_, **__: drawn_teacher(**shape)
     try:
         stage.extract_targets(Path(source), Path(out), settings, report=Silent())
     finally:

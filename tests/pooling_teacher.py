@@ -73,7 +73,7 @@ def pooling(layers: tuple[int, ...] = LAYERS):
     """The commands take this teacher, whatever the settings name."""
     teacher = pooling_teacher(layers)
     names = ("stages.extract_targets", "stages.estimate_targets", "teachers.load")
-    patches = [patch(f"cae2pipe.{name}.load_teacher", lambda *_: teacher) for name in names]
+    patches = [patch(f"cae2pipe.{name}.load_teacher", lambda *_, **__: teacher) for name in names]
     for each in patches:
         each.start()
     try:

@@ -29,7 +29,7 @@ class Audit:
     """Cosines between the teacher's tokens now and those stored: means over all, and the worst view's mean.
 
     ``expected`` is the fidelity that the set's manifest records. All are of the patches; ``more``: of other groups.
-    ``allowed``: by how much the worst view may be below the mean besides, where a view has one token.
+    ``allowed``: by how much the worst view may be below the mean besides; means over few tokens scatter more.
     """
 
     views: int
@@ -119,8 +119,7 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, s
     def audited(group: str, more: Mapping[str, Audit]) -> Audit:
         raw, centred = (torch.cat([pair[part] for pair in cosines[group]]) for part in (0, 1))
         worst, figures = int(raw.argmin()), targets.fidelity(group)
-        # A single token is not a mean over hundreds: codecs leave some well below the 1st percentile.
-        single = targets.groups[group].layout.tokens == 1
+        scatter = (figures["mean"] - figures["p1"]) / targets.groups[group].layout.tokens ** 0.5
         return Audit(
             views=len(raw),
             raw=float(raw.mean()),
@@ -129,7 +128,7 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, s
             worst_view=labels[worst],
             expected=figures["mean"],
             more=more,
-            allowed=4 * (figures["mean"] - figures["p1"]) if single else 0.0,
+            allowed=4 * scatter,
         )
 
     return audited(PATCHES, {group: audited(group, {}) for group in targets.groups if group != PATCHES})

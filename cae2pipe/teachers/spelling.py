@@ -86,6 +86,8 @@ def _open_clip(name: str, *, local: bool) -> dict[str, Any]:
 
     model, _, tag = name.partition("/")
     if model not in list_models():
+        if local and not tag:  # a file may describe its own tower
+            return {"kind": "open_clip", "name": model}
         raise _no_model("open_clip", model, list_models(), lambda found: f"open_clip:{found}{'/' + tag if tag else ''}")
     tags = list_pretrained_tags_by_model(model)
     if tag not in tags and (tag or not local):

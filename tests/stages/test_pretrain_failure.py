@@ -136,7 +136,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 def test_a_batch_that_finds_no_room_is_advised_upon(target_root, pretrain_settings, tmp_path, monkeypatch):
     from cae2pipe.training import pretraining
 
-    def full(*arguments, backend):
+    def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.15 GiB.\nGPU 0 has ...")
         yield
 

@@ -119,7 +119,7 @@ def test_weights_that_do_not_fit_leave_no_folder(target_root, pretrain_settings,
         (tmp_path / "missing", SourceError, "no such encoder"),
         (unfinished, ManifestError, "this run is not finished"),
         ("random:tiny", SettingsError, "names no weights"),
-        ("open_clip:ViT-B-32", Exception, "neither teacher.weights nor teacher.pretrained is set"),
+        ("open_clip:ViT-B-32", Exception, "no weights of ViT-B-32 are named"),
     ):
         with pytest.raises(error, match=said):
             pretrain(target_root, out, with_init(pretrain_settings, init, model={"depth": 3}), report=Silent())

@@ -57,6 +57,7 @@ def test_licences_are_those_that_the_hub_declares(rows):
 
 def test_a_terminal_of_80_columns_shows_all_but_the_models(rows, monkeypatch):
     monkeypatch.setattr("cae2pipe.teachers.presets.list_presets", lambda: list(rows.values()))
+    monkeypatch.delenv("COLUMNS", raising=False)
     wide = CliRunner().invoke(app, ["teachers", "list"]).stdout.splitlines()
     assert len(wide) == 1 + len(preset_names("extract"))
     assert "timm:vit_base_patch16_dinov3.lvd1689m" in "".join(wide)
