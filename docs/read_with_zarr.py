@@ -7,7 +7,7 @@ import zarr
 
 
 def read_latents(root: str, store: str = "v00/000000", latents: str = "patches") -> np.ndarray:
-    """Patches, or a summary or layer-03, of a shard's view: (samples, tokens, dimensions), of length 1 but for coding."""
+    """Patches (or summary, layer-03) of a shard's view: (samples, tokens, dimensions), of length 1 but for coding."""
     group = zarr.open_group(f"{root}/latents/{store}.zarr/{latents}", mode="r")
     if group.attrs["codec"] == "klt":
         codec = zarr.open_group(f"{root}/codec.zarr/{latents}", mode="r")
