@@ -60,7 +60,7 @@ def estimate_targets(
     workers = worker_count(settings.speed.workers)
     with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:
         if is_artifact(source, "shards"):
-            shards = ShardSet.open(source)
+            shards = ShardSet.open_with_images(source)
             images = shards.images
         else:
             report.phase("listing the images")

@@ -159,7 +159,7 @@ def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
 def open_source(source: Path, out: Path, settings: ExtractSettings, *, report: Report) -> ShardSet:
     """The shard set to read: the source itself, or one inside ``out`` made from a folder of images."""
     if is_artifact(source, "shards"):
-        return ShardSet.open(source)
+        return ShardSet.open_with_images(source)
     if is_artifact(source):
         raise SourceError("this folder is not a shard set", where=source, fix="use a shard set or a folder of images")
     with holding(out, "sharding", lambda: report.waits_for("another process to shard the images")):

@@ -23,7 +23,7 @@ from cae2pipe.artifacts.artifact import ShardsArtifact
 from cae2pipe.artifacts.digest import sha256_bytes
 from cae2pipe.artifacts.manifest_shards import TarUnit
 from cae2pipe.artifacts.storage import read_bytes
-from cae2pipe.errors import DamageError
+from cae2pipe.errors import DamageError, SourceError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.tar import index_tar, read_tar_range
@@ -99,6 +99,19 @@ class ShardSet:
         tars = ((name, unit) for name, unit in sorted(artifact.units.items()) if "rejected" in unit)
         shards = [make_shard(root, name, unit) for name, unit in tars if unit["samples"]]
         return cls(root, artifact.identity["classes"], shards, licence=artifact.facts.get("licence"))
+
+    @classmethod
+    def open_with_images(cls, root: Path) -> ShardSet:
+        """The same, for a set that has at least one image so far. Raises SourceError besides."""
+        shards = cls.open(root)
+        if not shards.images:
+            raise SourceError(
+                "this shard set holds no image",
+                where=root,
+                fix="run `cae2pipe shard` with the same arguments as before, to finish it; rejects.jsonl tells which "
+                "images cannot be decoded",
+            )
+        return shards
 
     @property
     def images(self) -> int:

@@ -29,7 +29,8 @@ class Audit:
     """Cosines between the teacher's tokens now and those stored: means over all, and the worst view's mean.
 
     ``expected`` is the fidelity that the set's manifest records. All are of the patches; ``more``: of other groups.
-    ``allowed``: by how much the worst view may be below the mean besides; means over few tokens scatter more.
+    ``allowed``: by how much a sound view may be below the mean besides: the mean of its tokens is not below their first
+    percentile, and where they are few, scatters further.
     """
 
     views: int
@@ -119,7 +120,7 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, s
     def audited(group: str, more: Mapping[str, Audit]) -> Audit:
         raw, centred = (torch.cat([pair[part] for pair in cosines[group]]) for part in (0, 1))
         worst, figures = int(raw.argmin()), targets.fidelity(group)
-        scatter = (figures["mean"] - figures["p1"]) / targets.groups[group].layout.tokens ** 0.5
+        spread = figures["mean"] - figures["p1"]
         return Audit(
             views=len(raw),
             raw=float(raw.mean()),
@@ -128,7 +129,7 @@ def audit(targets: TargetSet, teacher: Teacher, count: int, *, report: Report, s
             worst_view=labels[worst],
             expected=figures["mean"],
             more=more,
-            allowed=4 * scatter,
+            allowed=spread * max(1.0, 4 / targets.groups[group].layout.tokens ** 0.5),
         )
 
     return audited(PATCHES, {group: audited(group, {}) for group in targets.groups if group != PATCHES})

@@ -8,6 +8,7 @@ import pytest
 from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
+from cae2pipe.stages.estimate_targets import estimate_targets
 from cae2pipe.stages.extract_targets import extract_targets
 from tests.conftest import contents, edit_manifest
 
@@ -28,6 +29,20 @@ def test_names_of_a_hostile_shard_set_lead_nowhere(target_root, tmp_path, extrac
         extract_targets(source, tmp_path / "set", extract_settings(), report=Silent())
     assert caught.value.where == str(source / "manifest.json")
     assert contents(tmp_path) == before
+
+
+def test_shards_without_an_image_are_refused(tmp_path, extract_settings):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(b"text")
+    settings, shards = extract_settings(), tmp_path / "shards"
+    with pytest.raises(SourceError, match="decoded"):
+        build_shard_set(tmp_path / "photos", shards, settings.shard, report=Silent())
+    with pytest.raises(SourceError, match="holds no image") as caught:
+        extract_targets(shards, tmp_path / "set", settings, report=Silent())
+    assert caught.value.where == str(shards)
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(SourceError, match="holds no image"):
+        estimate_targets(shards, settings, Silent())
 
 
 def test_damaged_images_name_their_own_remedy(copy, photos, extract_settings):

@@ -7,6 +7,7 @@ import torch
 
 from cae2pipe.errors import MismatchError, TeacherError
 from cae2pipe.runtime.progress import Silent
+from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.verify import verify_live
 from cae2pipe.targets.auditing import audit, choose
 from cae2pipe.targets.target_set import TargetSet
@@ -36,6 +37,15 @@ def test_a_sound_set_reaches_its_fidelity(target_root, teacher) -> None:
     assert result.views == 40
     assert result.raw == pytest.approx(result.expected, abs=2e-4)
     assert result.worst <= result.raw
+
+
+@pytest.mark.parametrize("fidelity", [0.7, 0.97])
+def test_coarse_sets_are_sound_in_every_view(target_root, extract_settings, teacher, tmp_path, fidelity) -> None:
+    # The worst of many views is below the mean of all by more than a teacher's rounding.
+    settings = extract_settings(codec={"fidelity": fidelity}, views=1)
+    extract_targets(target_root / "shards", tmp_path / "set", settings, report=Silent())
+    result = audit(TargetSet(tmp_path / "set"), teacher, 10_000, report=Silent())
+    assert result.sound
 
 
 def test_latents_of_other_views_are_found(target_root, teacher, monkeypatch) -> None:
