@@ -152,9 +152,12 @@ class RoundMemory:
         del self._open[turn]
 
     def close(self) -> None:
-        """Close the files. What is in use stays until it is used no longer."""
+        """Close the files. What is in use stays until it is used no longer; a traceback that keeps this object keeps no
+        memory."""
         for file in self._files:
             file.close()
+        self._whole.clear()
+        self._users.clear()
         self._open.clear()
 
 

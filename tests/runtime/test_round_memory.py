@@ -96,6 +96,7 @@ def test_rounds_that_are_open_have_memory_of_their_own():
     del tensor
     assert [memory.number(turn) for turn in (4, 5)] == [1, 3]
     memory.close()
+    assert open_memories() == 0  # though `memory` remains, as in the traceback of an error
 
 
 def open_memories() -> int:
