@@ -117,7 +117,7 @@ def test_memory_is_given_back_when_the_last_tensor_is_gone():
 
 
 def test_too_little_shared_memory_is_told_before_any_is_taken(monkeypatch):
-    monkeypatch.setattr(shared_memory, "shm_size", lambda: 4 * ROOM - 1)
+    monkeypatch.setattr(shared_memory, "shm_size", lambda: 5 * ROOM - 1)
     with pytest.raises(WorkerError, match=r": 2 may have .* in transit there"):
         next(in_order(Rounds(3), 2, room=ROOM))
 
