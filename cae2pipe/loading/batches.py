@@ -95,7 +95,6 @@ def shared_arrays(plan: Plan, views: int) -> dict[str, RoundArray]:
     """The arrays of ``views`` views that workers fill together."""
     arrays = {
         "weights": RoundArray((views,), "<f4"),
-        "sizes": RoundArray((views,), "<i8"),
         "visible": RoundArray((views, plan.repeat, plan.grid**2 - plan.masked), "<i8"),
         "masked": RoundArray((views, plan.repeat, plan.masked), "<i8"),
         "drop": RoundArray((views, plan.repeat, plan.drop_columns), "<f4"),
@@ -139,7 +138,6 @@ def assemble(
     ]
     rows["drop"].numpy().reshape(-1)[:] = np.concatenate(drop)
     parts["weights"].numpy()[:] = [item is not None for item in flat]
-    parts["sizes"].numpy()[:] = [0 if plan.decode else len(image) for image in images]
     packed = np.frombuffer(b"" if plan.decode else b"".join(images), dtype=np.uint8)
     return Batch(
         epoch=epoch,
@@ -147,7 +145,8 @@ def assemble(
         real=real_samples(plan.samples, plan.streams, plan.per_stream, step=step % plan.steps),
         pixels=parts["pixels"].permute(0, 3, 1, 2) if plan.decode else torch.empty(0, 3, plan.size, plan.size).byte(),
         jpegs=torch.from_numpy(packed.copy()),
-        sizes=parts["sizes"],
+        # In memory of their own, as the JPEGs: a batch keeps them on the host, and must not keep its round there.
+        sizes=torch.tensor([] if plan.decode else [len(image) for image in images], dtype=torch.int64),
         draws=_draws(plan, flat),
         arrays=gather(plan, flat, parts),
         weights=parts["weights"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from cae2pipe.errors import ManifestError
 from cae2pipe.loading.batches import Batch, batches, join, shared_arrays
@@ -70,7 +71,7 @@ def load_parts(plan: Plan, start: int, workers: int, *, rank: int = 0, ranks: in
     room = round_bytes(shared_arrays(plan, len(served) * plan.per_stream))
     iterator = in_order(parts, workers, preload=[__name__], room=room)
     while True:
-        step = [part for _, part in zip(range(max(1, workers)), iterator, strict=False)]
+        step = list(islice(iterator, max(1, workers)))
         if not step:
             return
         assert len(step) == max(1, workers)

@@ -30,6 +30,8 @@ from cae2pipe.runtime.ranks import torchrun_rank
 SHM = Path("/dev/shm")
 PREFETCH = 2
 """Items per worker that may be finished or in progress before the main process takes the first."""
+HELD = 3
+"""Items per worker that the main process may hold: threads copy two into pinned memory, and one has been received."""
 ALIGNMENT = 4096
 
 
@@ -152,9 +154,12 @@ class RoundMemory:
         del self._open[turn]
 
     def close(self) -> None:
-        """Close the files. What is in use stays until it is used no longer."""
+        """Close the files. What is in use stays until it is used no longer; a traceback that keeps this object keeps no
+        memory."""
         for file in self._files:
             file.close()
+        self._whole.clear()
+        self._users.clear()
         self._open.clear()
 
 
@@ -165,8 +170,8 @@ def mapped(file: int) -> np.ndarray:
 
 def bytes_under_way(item: int, workers: int, items: int | None = None) -> int:
     """Largest number of bytes of shared memory in use, if each item takes ``item`` bytes: the items that workers make
-    ahead, and those that the main process works on. ``items``: their total number, if known."""
-    most = (PREFETCH + 2) * workers
+    ahead, and those that the main process holds. ``items``: their total number, if known."""
+    most = (PREFETCH + HELD) * workers
     return item * (most if items is None else min(most, items))
 
 

@@ -10,23 +10,26 @@ writes.)
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import io
 import multiprocessing
 import os
 import pickle
 import queue
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -191,20 +194,39 @@ def _start(
 def _admit(worker: _Worker, turn: int, memory: RoundMemory | None) -> None:
     """Let a worker make its item of a round, in the memory of that round."""
     number = memory.number(turn) if memory else 0
-    with suppress(OSError):  # it has ended or died: its connection will show that
+    with suppress(ConnectionError):  # it has ended or died: its connection will show that
         worker.connection.send_bytes(number.to_bytes(4, "little"))
         if memory and number == worker.memories:
-            send_handle(worker.connection, memory.file(number), worker.process.pid)
+            _send_file(worker.connection, memory.file(number))
             worker.memories += 1
 
 
-def _admitted(connection: Connection, memories: list[Tensor], room: int) -> None:
-    """In a worker: wait until it may make its next item."""
-    number = int.from_bytes(connection.recv_bytes(), "little")
-    if not room:
-        return
+def _send_file(connection: Connection, file: int) -> None:
+    """Send a descriptor, which must stay open until it has been received. (On macOS multiprocessing's ``send_handle``
+    waits for the receiver, and takes the next byte for its answer: here that may be one of an item.)"""
+    with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sender:
+        socket.send_fds(sender, [b"F"], [file])
+
+
+def _received_file(connection: Connection) -> int:
+    """Receive a descriptor.
+
+    Raises:
+        EOFError: the connection was closed. OSError: this process has too many files open.
+    """
+    with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as receiver:
+        data, files, *_ = socket.recv_fds(receiver, 1, 1)
+    if not data:
+        raise EOFError
+    if not files:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return files[0]
+
+
+def _use_round(number: int, memories: list[Tensor], connection: Connection) -> None:
+    """In a worker: make the next item in the memory of this number, which comes first if it is new."""
     if number == len(memories):
-        file = recv_handle(connection)
+        file = _received_file(connection)
         try:
             memories.append(torch.from_numpy(mapped(file)))
         finally:
@@ -287,7 +309,7 @@ def _join(workers: list[_Worker], seconds: float) -> None:
 
 
 def _work(
-    connection: Connection, source: Listed[object] | Streamed[object], number: int, workers: int, room: int
+    connection: Connection, source: Listed[object] | Streamed[object], worker: int, workers: int, room: int
 ) -> None:
     prepare_worker()
     memories: list[Tensor] = []
@@ -298,12 +320,12 @@ def _work(
     gc.freeze()
     ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_send, args=(connection, ready), daemon=True).start()
-    items = _share(source, number, workers)
+    items = _share(source, worker, workers)
     try:
         last = False
         while not last:
-            _admitted(connection, memories, room)
-            message, last = _next_message(items)
+            number = int.from_bytes(connection.recv_bytes(), "little")
+            message, last = _next_message(items, partial(_use_round, number, memories, connection) if room else None)
             ready.put(message)
         # The main process fetches shared memory from this one, so it must not end before it is told to.
         while True:
@@ -331,9 +353,11 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
 
 
-def _next_message(items: Iterator[object]) -> tuple[bytes, bool]:
+def _next_message(items: Iterator[object], prepare: Callable[[], None] | None) -> tuple[bytes, bool]:
     """The next item, the end, or an error in its place; and whether that is the last message."""
     try:
+        if prepare:
+            prepare()
         try:
             item = next(items)
         except StopIteration:

@@ -107,13 +107,13 @@ def test_tensors_that_find_no_place_in_shared_memory_are_an_error_with_a_remedy(
 
 def test_too_little_shared_memory_is_told_before_the_first_item(monkeypatch) -> None:
     assert bytes_under_way(2**20, workers=2, items=5) == 5 * 2**20
-    assert bytes_under_way(100, workers=2) == 800
+    assert bytes_under_way(100, workers=2) == 1000
     monkeypatch.setattr(shared_memory, "shm_size", lambda: 5 * 2**20)
     with pytest.raises(WorkerError, match=r": 2 may have 6\.29 MB in transit there, but its size is 5\.24 MB"):
         next(in_order(Shared(2**30), 2))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(WorkerError, match=r": 2 may have 8\.39 MB"):
+    with pytest.raises(WorkerError, match=r": 2 may have 10\.5 MB"):
         next(in_order(Shared(2**30), 1))
     monkeypatch.undo()
     monkeypatch.setattr(shared_memory, "shm_size", lambda: 5 * 2**20)

@@ -9,6 +9,7 @@ from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.loader import block_refs, load_batches
 from cae2pipe.loading.plan import Plan
 from cae2pipe.loading.planning import chosen_stores, make_plan
+from cae2pipe.runtime.shared_memory import PREFETCH
 from cae2pipe.targets.planes import merge_symbols
 from cae2pipe.targets.target_set import TargetSet
 
@@ -112,6 +113,18 @@ def test_workers_change_nothing(alone, plan, workers):
     others = list(load_batches(plan, 0, workers))
     assert len(others) == len(alone)
     assert all(equal(one, other) for one, other in zip(alone, others, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_copied_batch_does_not_keep_the_memory_of_its_round(targets, pretrain_settings, workers):
+    plan = make_plan(targets, sorted(targets.stores), pretrain_settings(data={"decode": "device"}), drop_columns=4)
+    copies, places = [], set()
+    for batch in load_batches(plan, 0, workers):
+        places.add(batch.weights.untyped_storage().data_ptr())
+        copies.append(batch.map(torch.clone))
+        del batch
+    assert len(copies) == 10
+    assert len(places) <= PREFETCH + 2
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import platform
 import resource
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import reduction
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import torch
 
 from cae2pipe.errors import WorkerError
 from cae2pipe.loading.batches import joined_tensors
-from cae2pipe.runtime import shared_memory
+from cae2pipe.runtime import shared_memory, workers
 from cae2pipe.runtime.shared_memory import PREFETCH, SHM, RoundArray, RoundMemory, round_bytes, round_parts
 from cae2pipe.runtime.workers import in_order
 
@@ -93,6 +96,7 @@ def test_rounds_that_are_open_have_memory_of_their_own():
     del tensor
     assert [memory.number(turn) for turn in (4, 5)] == [1, 3]
     memory.close()
+    assert open_memories() == 0  # though `memory` remains, as in the traceback of an error
 
 
 def open_memories() -> int:
@@ -113,7 +117,7 @@ def test_memory_is_given_back_when_the_last_tensor_is_gone():
 
 
 def test_too_little_shared_memory_is_told_before_any_is_taken(monkeypatch):
-    monkeypatch.setattr(shared_memory, "shm_size", lambda: 4 * ROOM - 1)
+    monkeypatch.setattr(shared_memory, "shm_size", lambda: 5 * ROOM - 1)
     with pytest.raises(WorkerError, match=r": 2 may have .* in transit there"):
         next(in_order(Rounds(3), 2, room=ROOM))
 
@@ -126,6 +130,52 @@ def test_a_memory_that_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
     with pytest.raises(WorkerError, match=r"does not fit into /dev/shm.*No space left") as caught:
         next(in_order(Rounds(3), 2, room=ROOM))
     assert "--shm-size" in str(caught.value.fix)
+
+
+class LikeMacOS(Rounds):
+    """Rounds whose workers acknowledge descriptors, as multiprocessing does on macOS."""
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        reduction.ACKNOWLEDGE = True
+        self.__dict__.update(state)
+
+
+def test_workers_get_memory_while_they_send_items_even_on_macos(monkeypatch):
+    start = workers._start
+
+    def started(*args: object, **named: object) -> None:
+        start(*args, **named)
+        # Not before: the server of processes, which began earlier, does not acknowledge.
+        monkeypatch.setattr(reduction, "ACKNOWLEDGE", True)
+
+    monkeypatch.setattr(workers, "_start", started)
+    kept = [parts["along"] for parts, _ in in_order(LikeMacOS(12), 2, room=ROOM)]
+    assert [int(along[0, 1]) for along in kept] == [number // 2 for number in range(24)]
+
+
+class Exhausted:
+    """Numbers from a worker that may open no more files once it has made the first."""
+
+    def share(self, worker: int, workers: int) -> Iterator[int]:
+        for number in range(3):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+            yield number
+
+
+def test_a_worker_that_cannot_open_its_memory_says_why():
+    items = in_order(Exhausted(), 1, room=ROOM)
+    assert next(items) == 0
+    with pytest.raises(OSError, match="Too many open files"):
+        next(items)
+
+
+def test_a_descriptor_that_cannot_be_sent_is_an_error_and_not_waited_for(monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+    monkeypatch.setattr(socket, "send_fds", full)
+    with pytest.raises(OSError, match="Too many references"):
+        next(in_order(Rounds(3), 1, room=ROOM))
 
 
 class Passing:
