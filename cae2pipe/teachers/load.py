@@ -24,6 +24,7 @@ def load_teacher(settings: TeacherSettings, device: torch.device, *, begun: str 
     Raises:
         TeacherError: unknown model, weights that are missing, unsafe or do not fit, or a grid finer than the model's.
     """
+    settings = named_without_paths(settings)
     settings = settings.model_copy(update={"precision": resolve_precision(settings, device, begun)})
     teacher = model_of(settings, device)
     return teacher if settings.grid is None else ResampledTeacher(teacher, settings.grid)
@@ -47,7 +48,7 @@ def model_of(settings: TeacherSettings, device: torch.device) -> Teacher:
         return load_open_clip(settings, device)
     from cae2pipe.teachers.timm import load_timm
 
-    return load_timm(named_without_paths(settings), device)
+    return load_timm(settings, device)
 
 
 def named_without_paths(settings: TeacherSettings) -> TeacherSettings:

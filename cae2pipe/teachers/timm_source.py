@@ -48,7 +48,8 @@ LAYER_ARGS = {"mlp_layer": ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked", "GatedMlp
 class TimmSource:
     """``name``: an architecture of timm, with a tag if that is known. ``size``: its native input in pixels.
     ``classes``: outputs of its head. ``args``: arguments of its own, as given. ``assumed``: that the normalisation is
-    that of other weights of the architecture, since nothing says which these have."""
+    that of other weights of the architecture, since nothing says which these have. ``tag``: of the weights, where a
+    ``config.json`` gives it."""
 
     name: str
     size: int
@@ -57,6 +58,7 @@ class TimmSource:
     classes: int = 0
     args: Mapping[str, Any] = field(default_factory=dict)
     assumed: bool = False
+    tag: str = ""
 
 
 def source_of(settings: TeacherSettings) -> TimmSource:
@@ -89,7 +91,7 @@ def source_of(settings: TeacherSettings) -> TimmSource:
         except TeacherError:  # of another library
             return replace(known, assumed=True)
         if found.name.partition(".")[0] == name:
-            return replace(known, mean=found.mean, std=found.std, classes=found.classes, assumed=False)
+            return replace(known, mean=found.mean, std=found.std, classes=found.classes, tag=found.tag)
     return replace(known, assumed=True)
 
 
@@ -153,6 +155,7 @@ def described(path: Path, *, args: Mapping[str, Any] = {}) -> TimmSource:
         channels(inner.get("std", IMAGENET_STD), path),
         inner.get("num_classes", 0) if isinstance(inner.get("num_classes", 0), int) else 0,
         {**kept, **args},
+        tag=inner["tag"] if isinstance(inner.get("tag"), str) else "",
     )
     if not isinstance(source.size, int) or not 16 <= source.size <= 4096 or own.get("in_chans", 3) != 3:
         raise TeacherError("this model does not take square RGB images", where=path, fix="use another model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.teachers.check import check_output
-from cae2pipe.teachers.load import load_teacher
+from cae2pipe.teachers.load import load_teacher, named_without_paths
 from cae2pipe.teachers.precision import published_precision, resolve_precision
 from cae2pipe.teachers.protocol import TeacherOutput
 
@@ -51,6 +52,38 @@ def test_a_models_precision_is_its_familys(kind, name, tag, precision, monkeypat
     assert resolve_precision(settings.model_copy(update={"precision": "fp32"}), CUDA, begun="fp16") == "fp32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert resolve_precision(settings, CUDA) == {"bf16": "fp32", "fp16": "fp16"}[precision]
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [
+        ({"architecture": "vit_small_patch14_dinov2"}, "fp16"),
+        ({"architecture": "vit_base_patch16_siglip_224"}, "bf16"),
+        ({"architecture": "convnext_base", "pretrained_cfg": {"tag": "dinov3_lvd1689m"}}, "bf16"),
+        ({"architecture": "convnext_base", "pretrained_cfg": {"tag": "fb_in22k"}}, "fp16"),
+    ],
+)
+def test_a_described_models_precision_is_its_architectures(config, precision, hub_cache, tmp_path):
+    """Neither the path of a folder nor the name of a repository decides."""
+    folder = tmp_path / ("siglip" if precision == "fp16" else "dinov2") / "model"
+    folder.mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    repository = "me/siglip" if precision == "fp16" else "me/x"
+    (hub_cache(repository, "x.safetensors", {}).parent / "config.json").write_text(json.dumps(config))
+    for name in (f"local-dir:{folder}", f"hf-hub:{repository}"):
+        settings = TeacherSettings(kind="timm", name=name)
+        assert published_precision(settings) == precision, name
+        assert published_precision(named_without_paths(settings)) == precision, name
+
+
+def test_a_tower_of_open_clip_has_the_precision_of_its_trunk():
+    trunk = {"timm_model_name": "vit_base_patch16_siglip_224", "image_size": 224}
+    settings = TeacherSettings(kind="open_clip", name="mine", vision_cfg=trunk, embed_dim=768)
+    assert published_precision(settings) == "bf16"
+    plain = {"width": 64, "layers": 2, "patch_size": 16, "image_size": 224}
+    settings = TeacherSettings(kind="open_clip", name="not-siglip", vision_cfg=plain, embed_dim=64)
+    assert published_precision(settings) == "fp16"
 
 
 @pytest.fixture(scope="module")
