@@ -332,6 +332,35 @@ def test_a_head_of_another_step_is_refused(make_run):
         aligned(run)
 
 
+@pytest.mark.parametrize("first", ["knn", "zeroshot"])
+@pytest.mark.parametrize("how", ["no class token", "class token and summary"])
+def test_other_evaluations_in_the_same_folder_do_not_share_its_features(
+    how, first, data, teacher_file, class_file, tmp_path
+):
+    vision = dict(CONFIG["vision_cfg"])
+    over = {"project": False, "summary": True}
+    if how == "no class token":
+        vision["pool_type"], over = "avg", {}
+    teacher = {"kind": "open_clip", "name": "tiny", "weights": str(teacher_file), "image_size": SIZE}
+    teacher |= {"vision_cfg": vision, "embed_dim": DIM, "quick_gelu": False, **over}
+    (tmp_path / "teacher.yaml").write_text(json.dumps({"teacher": teacher}))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part in ("train", "val"):
+        (folder / part).symlink_to(data / "val")
+
+    def score(kind: str, out: str) -> dict:
+        over = {"classes": class_file} if kind == "zeroshot" else {}
+        spec = f"teacher:{tmp_path / 'teacher.yaml'}"
+        return cae2pipe.evaluate(
+            kind, spec, folder, out=tmp_path / out, workers=0, device="cpu", progress=False, **over
+        ).result
+
+    kinds = [first, "zeroshot" if first == "knn" else "knn"]
+    together = [score(kind, "together") for kind in kinds]
+    assert together == [score(kind, kind) for kind in kinds]
+
+
 def test_other_widths_and_other_arguments_are_refused(trained_run, data, class_file, tmp_path):
     narrow = tmp_path / "narrow.safetensors"
     save_file({"embeddings": torch.ones(6, 8)}, narrow)
