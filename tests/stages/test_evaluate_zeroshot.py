@@ -126,6 +126,23 @@ def test_class_embeddings_are_those_of_open_clip(layout, clip, clip_file, tmp_pa
     torch.testing.assert_close(synonyms, F.normalize(both, dim=1), atol=1e-6, rtol=0)
 
 
+def test_the_configuration_next_to_a_file_gives_the_activation(clip_file, tmp_path):
+    spec = f"open_clip:tiny-clip@{shutil.copy(clip_file, tmp_path / 'clip.safetensors')}"
+    plain = class_source(zeroshot(text=spec, prompts=PROMPTS), CLASSES, CPU, Silent())
+    (note,) = plain.notes
+    assert "assumed, without QuickGELU" in note
+    quick = {**CONFIG, "quick_gelu": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": quick, "preprocess_cfg": {}}))
+    told = class_source(zeroshot(text=spec, prompts=PROMPTS), CLASSES, CPU, Silent())
+    assert told.notes == ()
+    assert told.identity != plain.identity
+    model = CLIP(**quick)
+    model.load_state_dict(load_file(clip_file))
+    wanted = class_embeddings(model.eval(), CLASSES)
+    torch.testing.assert_close(told.embed(), wanted, atol=1e-6, rtol=0)
+    assert not torch.allclose(plain.embed(), wanted, atol=1e-4)
+
+
 def test_sets_of_prompts_are_those_of_open_clip():
     assert len(prompts_of("openai")) == 80
     assert prompts_of("openai")[0] == "a bad photo of a {}."
