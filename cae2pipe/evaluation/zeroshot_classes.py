@@ -114,11 +114,13 @@ def from_text(settings: ZeroshotSettings, classes: Sequence[str], device: torch.
     names = read_names(settings.names, classes) if settings.names else spoken_names(classes)
     prompts = prompts_of(settings.prompts)
     tower = load_text_tower(settings.text)
+    identity = {"text": tower.name, "weights": tower.digest, "names": fingerprint(names)}
     return ClassSource(
-        {"text": tower.name, "weights": tower.digest, "names": fingerprint(names)},
+        identity if tower.quick_gelu is None else {**identity, "quick_gelu": tower.quick_gelu},
         tower.width,
         f"text tower {tower.name} ({tower.digest[:8]}), {len(prompts)} prompts",
         lambda: embed_classes(tower, names, prompts, device=device, report=report),
+        tower.notes,
     )
 
 

@@ -74,6 +74,9 @@ class AlignedTeacher(FrozenEncoder):
     def __init__(self, frozen: FrozenTeacher, spec: str):
         self.teacher = frozen.teacher
         self.identity, self.image_size = frozen.identity, frozen.image_size
+        if self.teacher.info.summary is not None:
+            # Otherwise its class token is that of a FrozenTeacher, and stored features serve both.
+            self.identity = {**frozen.identity, "output": "own"}
         with torch.inference_mode():
             black = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.teacher.device)
             output = own_output(self.teacher(black), self.teacher.info)

@@ -20,23 +20,31 @@ from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.progress import Report
 from cae2pipe.teachers.hub import pretrained_file
 from cae2pipe.teachers.open_clip import check_activation
+from cae2pipe.teachers.open_clip_towers import assumed, tower_shape
 from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
 
 FORM = "open_clip:NAME/TAG, or open_clip:NAME@FILE with local weights"
 OTHERWISE = "compute the class embeddings with open_clip, and give them as --classes FILE.safetensors"
+ASSUMED = (
+    "text tower: the activation of these weights is assumed, {} QuickGELU as in open_clip's model of that name: "
+    "neither a configuration next to the file nor a tag says otherwise"
+)
 BATCH = 256
 """Texts that pass the tower together."""
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """``encode`` of open_clip's text tower. ``name``: without folders; ``digest``: of its weights; ``width``: W."""
+    """``encode`` of open_clip's text tower. ``name``: without folders; ``digest``: of its weights; ``width``: W;
+    ``quick_gelu``: its activation, where it is not that of open_clip's model of that name; ``notes``: for the log."""
 
     name: str
     module: nn.Module
     tokenize: Any
     digest: str
     width: int
+    quick_gelu: bool | None = None
+    notes: tuple[str, ...] = ()
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], device: torch.device) -> Tensor:
@@ -73,11 +81,13 @@ def load_text_tower(spec: str) -> TextTower:
     if not text or text.get("hf_model_name"):
         what = "is one of transformers, which open_clip downloads" if text else "does not exist"
         raise SourceError(f"the text tower of {name} {what}", where=f"text {spec}", fix=OTHERWISE)
-    teacher = TeacherSettings(kind="open_clip", name=name, pretrained=tag or None)
-    quick_gelu = bool(config.get("quick_gelu", False))
+    weights = Path(file) if file else None
+    teacher = TeacherSettings(kind="open_clip", name=name, pretrained=tag or None, weights=weights)
     try:
+        # As for the vision tower: a configuration next to the file says which.
+        quick_gelu: bool = tower_shape(teacher)["quick_gelu"]
         check_activation(teacher, quick_gelu, get_pretrained_cfg(name, tag) if tag else {})
-        path = Path(file) if file else pretrained_file(teacher)
+        path = weights or pretrained_file(teacher)
         tower = _build_text_tower(config["embed_dim"], text, quick_gelu=quick_gelu)
         load_strictly(tower, text_state(read_weights(path), tower, path), where=path)
     except TeacherError as error:
@@ -94,7 +104,9 @@ def load_text_tower(spec: str) -> TextTower:
         ) from None
     tower = tower.eval().requires_grad_(False)
     shown = f"open_clip:{model}{'@' if file else ''}{Path(file).name}"
-    return TextTower(shown, tower, tokenize, weights_digest(tower), config["embed_dim"])
+    notes = (ASSUMED.format("with" if quick_gelu else "without"),) if "activation" in assumed(teacher) else ()
+    other = None if quick_gelu == bool(config.get("quick_gelu", False)) else quick_gelu
+    return TextTower(shown, tower, tokenize, weights_digest(tower), config["embed_dim"], other, notes)
 
 
 def text_state(state: Mapping[str, Tensor], tower: nn.Module, path: Path) -> dict[str, Tensor]:

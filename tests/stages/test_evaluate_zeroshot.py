@@ -126,6 +126,23 @@ def test_class_embeddings_are_those_of_open_clip(layout, clip, clip_file, tmp_pa
     torch.testing.assert_close(synonyms, F.normalize(both, dim=1), atol=1e-6, rtol=0)
 
 
+def test_the_configuration_next_to_a_file_gives_the_activation(clip_file, tmp_path):
+    spec = f"open_clip:tiny-clip@{shutil.copy(clip_file, tmp_path / 'clip.safetensors')}"
+    plain = class_source(zeroshot(text=spec, prompts=PROMPTS), CLASSES, CPU, Silent())
+    (note,) = plain.notes
+    assert "assumed, without QuickGELU" in note
+    quick = {**CONFIG, "quick_gelu": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": quick, "preprocess_cfg": {}}))
+    told = class_source(zeroshot(text=spec, prompts=PROMPTS), CLASSES, CPU, Silent())
+    assert told.notes == ()
+    assert told.identity != plain.identity
+    model = CLIP(**quick)
+    model.load_state_dict(load_file(clip_file))
+    wanted = class_embeddings(model.eval(), CLASSES)
+    torch.testing.assert_close(told.embed(), wanted, atol=1e-6, rtol=0)
+    assert not torch.allclose(plain.embed(), wanted, atol=1e-4)
+
+
 def test_sets_of_prompts_are_those_of_open_clip():
     assert len(prompts_of("openai")) == 80
     assert prompts_of("openai")[0] == "a bad photo of a {}."
@@ -330,6 +347,35 @@ def test_a_head_of_another_step_is_refused(make_run):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(DamageError, match="no readable checkpoint"):
         aligned(run)
+
+
+@pytest.mark.parametrize("first", ["knn", "zeroshot"])
+@pytest.mark.parametrize("how", ["no class token", "class token and summary"])
+def test_other_evaluations_in_the_same_folder_do_not_share_its_features(
+    how, first, data, teacher_file, class_file, tmp_path
+):
+    vision = dict(CONFIG["vision_cfg"])
+    over = {"project": False, "summary": True}
+    if how == "no class token":
+        vision["pool_type"], over = "avg", {}
+    teacher = {"kind": "open_clip", "name": "tiny", "weights": str(teacher_file), "image_size": SIZE}
+    teacher |= {"vision_cfg": vision, "embed_dim": DIM, "quick_gelu": False, **over}
+    (tmp_path / "teacher.yaml").write_text(json.dumps({"teacher": teacher}))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part in ("train", "val"):
+        (folder / part).symlink_to(data / "val")
+
+    def score(kind: str, out: str) -> dict:
+        over = {"classes": class_file} if kind == "zeroshot" else {}
+        spec = f"teacher:{tmp_path / 'teacher.yaml'}"
+        return cae2pipe.evaluate(
+            kind, spec, folder, out=tmp_path / out, workers=0, device="cpu", progress=False, **over
+        ).result
+
+    kinds = [first, "zeroshot" if first == "knn" else "knn"]
+    together = [score(kind, "together") for kind in kinds]
+    assert together == [score(kind, kind) for kind in kinds]
 
 
 def test_other_widths_and_other_arguments_are_refused(trained_run, data, class_file, tmp_path):
