@@ -105,7 +105,10 @@ def normalisation(
 
     if not pretrained and (described := described_nearby(settings).get("preprocess_cfg")):
         mean, std = described.get("mean", CLIP_MEAN), described.get("std", CLIP_STD)
-        return settings.mean or channels(mean, settings.weights), settings.std or channels(std, settings.weights)
+        return (
+            settings.mean or channels(mean, settings.weights),
+            settings.std or channels(std, settings.weights, positive=True),
+        )
     known = [pretrained] if pretrained else []
     known = known or [get_pretrained_cfg(settings.name, tag) for tag in list_pretrained_tags_by_model(settings.name)]
     found = {(tuple(one.get("mean", CLIP_MEAN)), tuple(one.get("std", CLIP_STD))) for one in known}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -157,14 +158,17 @@ def check_grid(image_size: int, patch: int) -> None:
         )
 
 
-def channels(values: Any, where: object) -> tuple[float, float, float]:
-    """Three numbers from a configuration, for the mean or the standard deviation. Raises TeacherError."""
+def channels(values: Any, where: object, *, positive: bool = False) -> tuple[float, float, float]:
+    """Three finite numbers from a configuration, for the mean or the standard deviation; ``positive`` ones for the
+    latter. Raises TeacherError."""
     if (
         not isinstance(values, list | tuple)
         or len(values) != 3
-        or not all(isinstance(value, int | float) for value in values)
+        or not all(isinstance(value, int | float) and math.isfinite(value) for value in values)
     ):
         raise TeacherError(f"mean and std must be three numbers, not {values!r}", where=where, fix="correct the file")
+    if positive and min(values) <= 0:
+        raise TeacherError(f"std must be above 0, not {values!r}", where=where, fix="correct the file")
     first, second, third = (float(value) for value in values)
     return first, second, third
 

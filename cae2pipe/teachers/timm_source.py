@@ -78,7 +78,7 @@ def source_of(settings: TeacherSettings) -> TimmSource:
     config = get_pretrained_cfg(name) if _known(name) else None
     if config is None:
         return TimmSource(name, 224, IMAGENET_MEAN, IMAGENET_STD, 0, settings.model_args, assumed=True)
-    mean, std = channels(config.mean, name), channels(config.std, name)
+    mean, std = channels(config.mean, name), channels(config.std, name, positive=True)
     known = TimmSource(
         name, whole_patches(name, config.input_size[-1]), mean, std, config.num_classes, settings.model_args
     )
@@ -152,7 +152,7 @@ def described(path: Path, *, args: Mapping[str, Any] = {}) -> TimmSource:
         config["architecture"],
         size[-1] if isinstance(size, list) else size,
         channels(inner.get("mean", IMAGENET_MEAN), path),
-        channels(inner.get("std", IMAGENET_STD), path),
+        channels(inner.get("std", IMAGENET_STD), path, positive=True),
         inner.get("num_classes", 0) if isinstance(inner.get("num_classes", 0), int) else 0,
         {**kept, **args},
         tag=inner["tag"] if isinstance(inner.get("tag"), str) else "",
