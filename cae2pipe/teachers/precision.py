@@ -29,7 +29,7 @@ def published_precision(settings: TeacherSettings) -> str:
     nothing.
 
     Raises:
-        TeacherError: nothing describes the model, or its hub repository is not at hand.
+        TeacherError: nothing describes the model, or its hub repository is not cached.
     """
     name = _open_clip_name(settings) if settings.kind == "open_clip" else _timm_name(settings)
     return next((precision for pattern, precision in FAMILIES if re.search(pattern, name, re.IGNORECASE)), "fp16")
