@@ -81,7 +81,9 @@ def evaluate(
         out: the folder of scores; this one's is ``out/evaluation``.
         config: preset (None: the evaluation's own), YAML file or settings.
         overrides: settings to change.
-        classes, text, names: of zeroshot: a file of class embeddings, or a text tower and a file of the classes' names.
+        classes: of zeroshot: a file of class embeddings.
+        text: of zeroshot: a text tower of open_clip instead of it.
+        names: of zeroshot, with ``text``: a file of the classes' names.
         workers: processes; -1: one per core, 0: work in this process.
         device: auto, cpu, cuda, cuda:1, ...
 

@@ -118,8 +118,8 @@ class TargetSet(Sequence[Target]):
             ``view_size``, as the teacher sees them.
 
     Raises:
-        SettingsError: views have fewer pixels than ``image_size``. ManifestError: not a target set, or one without
-        calibration or stores.
+        SettingsError: views have fewer pixels than ``image_size``.
+        ManifestError: not a target set, or one without calibration or stores.
         DamageError: the calibration, or a file of a store, is missing or differs in size from its manifest entry.
     """
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cae2pipe.config.base import build, preset_names, read_preset
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import SettingsError, TeacherError
 from cae2pipe.teachers.hub import FOLDER, HUB
+from cae2pipe.teachers.weights import safetensors_metadata
 
 LIBRARIES = ("timm", "open_clip", "hf-hub", "local-dir")
 FORMS = "timm:NAME.TAG, open_clip:NAME/TAG, hf-hub:ORG/NAME, local-dir:PATH, or a preset; @FILE for local weights"
@@ -45,7 +47,7 @@ def teacher_values(text: str) -> dict[str, Any]:
         raise SettingsError(f"{library}: must be followed by a name", where=text, fix=f"give {FORMS}")
     values = {
         "timm": lambda: _timm(name, local=bool(file)),
-        "open_clip": lambda: _open_clip(name, local=bool(file)),
+        "open_clip": lambda: _open_clip(name, file),
         "hf-hub": lambda: _described(HUB, name),
         "local-dir": lambda: _described(FOLDER, name),
     }[library]()
@@ -69,7 +71,6 @@ def _preset(text: str) -> dict[str, Any]:
 
 def _timm(name: str, *, local: bool) -> dict[str, Any]:
     import timm
-    from timm.models import get_pretrained_cfg
 
     architecture, dot, tag = name.partition(".")
     if architecture not in timm.list_models():
@@ -77,28 +78,21 @@ def _timm(name: str, *, local: bool) -> dict[str, Any]:
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
     if (dot and tag not in tags) or not (dot or local or tags):
         raise _no_weights("timm", architecture, tag, tags, separator=".")
-    config = get_pretrained_cfg(name)
-    return {"kind": "timm", "name": name, **({"image_size": config.input_size[-1]} if config else {})}
+    return {"kind": "timm", "name": name}
 
 
-def _open_clip(name: str, *, local: bool) -> dict[str, Any]:
-    from open_clip import get_model_config, list_models, list_pretrained_tags_by_model
+def _open_clip(name: str, file: str) -> dict[str, Any]:
+    from open_clip import list_models, list_pretrained_tags_by_model
 
     model, _, tag = name.partition("/")
     if model not in list_models():
-        if local and not tag:  # a file may describe its own tower
+        if file and "vision_cfg" in safetensors_metadata(Path(file)):  # the file describes its own tower
             return {"kind": "open_clip", "name": model}
         raise _no_model("open_clip", model, list_models(), lambda found: f"open_clip:{found}{'/' + tag if tag else ''}")
     tags = list_pretrained_tags_by_model(model)
-    if tag not in tags and (tag or not local):
+    if tag not in tags and (tag or not file):
         raise _no_weights("open_clip", model, tag, tags, separator="/")
-    size = (get_model_config(model) or {}).get("vision_cfg", {}).get("image_size")
-    return {
-        "kind": "open_clip",
-        "name": model,
-        **({"pretrained": tag} if tag else {}),
-        **({"image_size": size} if isinstance(size, int) else {}),
-    }
+    return {"kind": "open_clip", "name": model, **({"pretrained": tag} if tag else {})}
 
 
 def _described(form: str, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from cae2pipe.api.targets import extract_settings
 from cae2pipe.cli import app
 from cae2pipe.errors import SettingsError, TeacherError
 from cae2pipe.teachers.hub import spell
+from cae2pipe.teachers.presets import latents_shape
 from cae2pipe.teachers.spelling import teacher_settings
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
@@ -21,12 +22,12 @@ DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        (f"timm:{DINOV2}", {"kind": "timm", "name": DINOV2, "image_size": 518}),
+        (f"timm:{DINOV2}", {"kind": "timm", "name": DINOV2, "image_size": None}),
         (f"timm:{DINOV2}@w/x.pth", {"name": DINOV2, "weights": Path("w/x.pth")}),
-        ("timm:vit_tiny_patch16_384@w.safetensors", {"name": "vit_tiny_patch16_384", "image_size": 384}),
+        ("timm:vit_tiny_patch16_384@w.safetensors", {"name": "vit_tiny_patch16_384", "image_size": None}),
         ("open_clip:ViT-B-16/openai", {"kind": "open_clip", "name": "ViT-B-16", "pretrained": "openai"}),
-        ("open_clip:ViT-L-14-336@w.pt", {"pretrained": None, "image_size": 336, "weights": Path("w.pt")}),
-        ("open_clip:ViT-B-16-SigLIP2-256/webli", {"kind": "open_clip", "image_size": 256}),
+        ("open_clip:ViT-L-14-336@w.pt", {"pretrained": None, "image_size": None, "weights": Path("w.pt")}),
+        ("open_clip:ViT-B-16-SigLIP2-256/webli", {"kind": "open_clip", "image_size": None}),
         ("hf-hub:MahmoodLab/UNI2-h", {"kind": "timm", "name": "hf-hub:MahmoodLab/UNI2-h", "weights": None}),
         ("hf-hub:a/b@w.bin", {"name": "hf-hub:a/b", "weights": Path("w.bin")}),
         ("local-dir:runs/a@b", {"kind": "timm", "name": "local-dir:runs/a@b", "weights": None}),
@@ -114,3 +115,9 @@ def test_extraction_takes_a_spelling_with_a_file(photos, tmp_path):
     result = CliRunner().invoke(app, [*words.split()[:-1], "timm:test_vitt"])
     assert result.exit_code == 2
     assert "nearest: 'test_vit" in result.output
+
+
+def test_a_model_whose_own_size_is_no_whole_number_of_patches_takes_the_nearest_below():
+    # 384 pixels with patches of 14, as published for several models of SigLIP.
+    for name in ("timm:vit_so400m_patch14_siglip_384.webli", "open_clip:ViT-SO400M-14-SigLIP-384/webli"):
+        assert latents_shape(teacher_settings(name))[:2] == (27, 27)
