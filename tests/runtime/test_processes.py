@@ -68,9 +68,12 @@ def test_ctrl_c_while_processes_start_is_raised_at_the_end_whatever_thread_takes
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt), shielded():  # noqa: PT012
+            seen: list[int] = []
+            inside = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGINT, lambda number, frame: (seen.append(number), inside(number, frame)))
             os.kill(os.getpid(), signal.SIGINT)
-            # Blocked in this thread, it is taken by the other one.
-            while signal.SIGINT in signal.sigpending():
+            # Blocked in this thread, it is taken by the other one, some time after it is no longer pending.
+            while not seen:
                 thread.join(0.01)
             started = True
         assert started
