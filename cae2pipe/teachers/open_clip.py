@@ -19,7 +19,6 @@ from cae2pipe.teachers.protocol import (
     TeacherOutput,
     check_grid,
     class_attention,
-    teacher_precision,
 )
 from cae2pipe.teachers.weights import load_strictly, read_weights, weights_digest
 
@@ -146,7 +145,7 @@ def load_open_clip(settings: TeacherSettings, device: torch.device) -> Teacher:
         image_size=config["image_size"],
         mean=mean,
         std=std,
-        precision=teacher_precision(settings.precision, device),
+        precision=settings.precision,
         summary=outputs.summary,
         layers=tuple(settings.layers),
     )

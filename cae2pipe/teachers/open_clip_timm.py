@@ -17,7 +17,7 @@ from cae2pipe.errors import TeacherError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.hub import pretrained_file
 from cae2pipe.teachers.open_clip_towers import assumed, build_tower, native_size
-from cae2pipe.teachers.protocol import Outputs, Teacher, TeacherInfo, teacher_precision
+from cae2pipe.teachers.protocol import Outputs, Teacher, TeacherInfo
 from cae2pipe.teachers.timm import model_outputs
 from cae2pipe.teachers.timm_models import TimmFeatureMap, TimmViT, trains_class_token
 from cae2pipe.teachers.timm_weights import draft, fitted
@@ -69,7 +69,7 @@ def load_trunk(
         image_size=shape["vision_cfg"]["image_size"],
         mean=mean,
         std=std,
-        precision=teacher_precision(settings.precision, device),
+        precision=settings.precision,
         summary=outputs.summary,
         layers=tuple(settings.layers),
     )

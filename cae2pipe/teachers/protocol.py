@@ -173,13 +173,6 @@ def channels(values: Any, where: object, *, positive: bool = False) -> tuple[flo
     return first, second, third
 
 
-def teacher_precision(precision: str, device: torch.device) -> str:
-    """``auto``: fp16 on CUDA, as published, unlike trained networks; fp32 elsewhere."""
-    if precision == "auto":
-        return "fp16" if device.type == "cuda" else "fp32"
-    return precision
-
-
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
     """Attention of q (B, H, 1, d) to all of k (B, H, T, d) except the first, mean over heads: (B, T - 1), float32."""
     # Autocast would compute this product in fp16.

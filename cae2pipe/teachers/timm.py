@@ -14,7 +14,7 @@ from cae2pipe.errors import TeacherError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.teachers.hub import pretrained_file, timm_name
 from cae2pipe.teachers.lite0 import LITE0, lite0_state
-from cae2pipe.teachers.protocol import Outputs, Teacher, TeacherInfo, check_grid, teacher_precision
+from cae2pipe.teachers.protocol import Outputs, Teacher, TeacherInfo, check_grid
 from cae2pipe.teachers.timm_models import (
     TimmFeatureMap,
     TimmViT,
@@ -43,7 +43,7 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
     architecture: dict[str, Any] = {"stage": settings.stage}
     if source.args:
         architecture |= {"name": source.name, "model_args": dict(source.args)}
-    projected = projects(model, settings)
+    projected = projection_width(settings) is not None
     if projected:
         architecture["projected"] = True
     norm = norms_map(model, settings)
@@ -61,7 +61,7 @@ def load_timm(settings: TeacherSettings, device: torch.device) -> Teacher:
         image_size=input_size(settings),
         mean=settings.mean or source.mean,
         std=settings.std or source.std,
-        precision=teacher_precision(settings.precision, device),
+        precision=settings.precision,
         summary=outputs.summary,
         layers=tuple(settings.layers),
     )
@@ -204,7 +204,7 @@ def _token_outputs(model: Any, settings: TeacherSettings, pixels: Tensor) -> Out
     if settings.output == "own":
         class_token = trains_class_token(model)
     summary = _summary_width(model, settings, x, wanted=not class_token)
-    dim = projection_width(settings) if projection(model) is not None and projects(model, settings) else None
+    dim = projection_width(settings) if projection(model) is not None else None
     return Outputs(dim or x.shape[-1], grid[0], grid[1], class_token, summary)
 
 
@@ -263,7 +263,7 @@ def _summary_width(model: Any, settings: TeacherSettings, x: Tensor, *, wanted: 
         return None
     try:
         with torch.inference_mode():
-            pooled = own_output(model, x, projected=projects(model, settings))
+            pooled = own_output(model, x, projected=projection_width(settings) is not None)
     except Exception as error:  # heads of some models cannot do without their classifier
         reraise_exhaustion(error)
         pooled = None
@@ -288,9 +288,10 @@ def projection_width(settings: TeacherSettings) -> int | None:
         TeacherError: it is wanted of weights that have none.
     """
     source = source_of(settings)
-    # timm gives the projection's width as the number of classes. Labelled sets have no multiple of 64.
+    # timm gives the projection's width as the number of classes. Its weights for labelled sets have no multiple of 64
+    # classes; others' may, but then not as many as the projection of this architecture.
     known = any(part in source.name for part in ("clip", "pe_core")) and source.classes % 64 == 0
-    width = source.classes if known else 0
+    width = source.classes if known and source.classes in _registered_classes(source.name) else 0
     if settings.project and not width:
         raise TeacherError(
             f"timm's {source.name} has no projection of CLIP",
@@ -301,9 +302,13 @@ def projection_width(settings: TeacherSettings) -> int | None:
     return width if wanted and width else None
 
 
-def projects(model: Any, settings: TeacherSettings) -> bool:
-    """Whether the model's head is a projection that is applied."""
-    return projection_width(settings) is not None
+def _registered_classes(name: str) -> set[int]:
+    """Numbers of classes of timm's weights of an architecture."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    configs = map(get_pretrained_cfg, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+    return {config.num_classes for config in configs if config is not None}
 
 
 def projection(model: Any) -> Any:

@@ -15,10 +15,9 @@ from typing import Any
 from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
-from cae2pipe.teachers.hub import OPEN_CLIP_FILES, TIMM_FILES, hub_file, timm_name
+from cae2pipe.teachers.hub import FOLDER, HUB, OPEN_CLIP_FILES, TIMM_FILES, hub_file, timm_name
 from cae2pipe.teachers.protocol import channels
 
-HUB, FOLDER = "hf-hub:", "local-dir:"
 CONFIG = "config.json"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -16,6 +16,7 @@ from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.teachers.load import load_teacher, named_without_paths
 from cae2pipe.teachers.telling import teacher_lines
+from cae2pipe.teachers.timm import projection_width
 
 CPU = torch.device("cpu")
 ARGS = {"init_values": 0.5, "depth": 2}
@@ -172,3 +173,14 @@ def test_settings_of_before_are_recorded_as_they_were():
     assert set(fingerprinted(TeacherSettings(kind="timm", name="test_vit"))) == before | {"output"}
     for preset in ("clip-b16", "clip-l14", "clip-l14-196", "lite0", "vit-tiny-in21k"):
         assert load(ExtractSettings, "extract", preset).teacher.image_size is not None
+
+
+@pytest.mark.parametrize(("classes", "width"), [(512, 512), (128, None)])
+def test_a_described_head_is_a_projection_only_at_the_width_of_timms(tmp_path, classes, width):
+    """A classifier of 128 classes on CLIP's architecture must not become the latents."""
+    own = {"num_classes": classes, "input_size": [3, 224, 224]}
+    config = {"architecture": "vit_medium_patch32_clip_224", "num_classes": classes, "pretrained_cfg": own}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    named = named_without_paths(TeacherSettings(kind="timm", name=f"local-dir:{tmp_path}"))
+    assert projection_width(named) == width
