@@ -247,9 +247,21 @@ def _receive(worker: _Worker, storage: torch.UntypedStorage | None) -> tuple[str
         message = worker.connection.recv_bytes()
     except (EOFError, OSError):
         raise _died(worker) from None
-    kind, value = _fetched(worker, message, storage, began=began)
+    shared = int.from_bytes(message[-8:], "little")
+    # A new thread starts milliseconds late on busy cores.
+    fetched = _fetched(worker, message, storage, began=began) if shared else _content(message, storage)
     worker.gave = True
-    return kind, value, int.from_bytes(message[-8:], "little")
+    return *fetched, shared
+
+
+def _content(message: bytes, storage: torch.UntypedStorage | None) -> tuple[str, Any]:
+    """What a message says. Fetches shared memory, but that of the round, from the worker."""
+    _fetching.storage = storage
+    try:
+        content: tuple[str, Any] = pickle.loads(message)
+    finally:
+        del _fetching.storage
+    return content
 
 
 def _fetched(worker: _Worker, message: bytes, storage: torch.UntypedStorage | None, *, began: float) -> tuple[str, Any]:
@@ -258,9 +270,8 @@ def _fetched(worker: _Worker, message: bytes, storage: torch.UntypedStorage | No
     fetches: queue.SimpleQueue[tuple[str, Any] | BaseException] = queue.SimpleQueue()
 
     def fetch() -> None:
-        _fetching.storage = storage
         try:
-            fetches.put(pickle.loads(message))
+            fetches.put(_content(message, storage))
         except BaseException as error:
             fetches.put(error)
 
@@ -379,7 +390,7 @@ def _portable(error: Exception) -> Exception:
 
 
 _fetching = threading.local()
-"""``storage``: for a thread that fetches a message, the memory of its round."""
+"""``storage``: while this thread reads a message, the memory of its round."""
 
 
 def _round_storage() -> torch.UntypedStorage:
