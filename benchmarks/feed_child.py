@@ -275,16 +275,20 @@ class Turns:
 
 
 def consume(root: str, workers: int, data: dict[str, int], *, count: int, interval: float) -> list[float]:
-    """The seconds waited for each of ``count`` batches by a student on a GPU that works for ``interval`` seconds after
-    each. The first batch of all, for which workers start, is not counted; the first steps of all epochs are."""
+    """The seconds that a GPU waited for each of ``count`` batches, if it works for ``interval`` seconds on each.
+
+    As in ``pretrain``, the host asks for the next batch while the GPU works on the one before, and never gets further
+    ahead. The first batch of all, for which workers start, is not counted; the first steps of all epochs are."""
     with closing(batches(root, workers, data, joined=False)) as loader:
         next(loader)
+        done = time.perf_counter() + interval
         waits = []
         for _ in range(count):
-            time.sleep(interval)
-            asked = time.perf_counter()
             next(loader)
-            waits.append(time.perf_counter() - asked)
+            came = time.perf_counter()
+            waits.append(max(0.0, came - done))
+            time.sleep(max(0.0, done - came))
+            done = max(came, done) + interval
         return waits
 
 
