@@ -150,6 +150,9 @@ def main(folder: Path) -> None:
         own = folder / str(number)
         own.mkdir()
         reads[name] = prepare(own)
+    # The collector then ignores imported objects.
+    gc.collect()
+    gc.freeze()
     outcomes = {}
     for name, read in reads.items():
         try:

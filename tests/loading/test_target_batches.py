@@ -195,7 +195,7 @@ def test_a_set_that_lacks_views(photos, tmp_path, extract_settings):
     units = TargetSet(tmp_path).stores.values()
     second = sum(unit["samples"] for unit in units if unit["view"] == 1)
     assert 0 < second < 150
-    batches = TargetBatches(tmp_path, batch_size=64)
+    batches = TargetBatches(tmp_path, batch_size=64, workers=0)
     assert Counter(view for _ in range(2) for _, view in seen(batches)) == {0: 300 - second, 1: second}
 
 

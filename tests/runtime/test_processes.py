@@ -63,6 +63,8 @@ def test_ranks_share_the_cores_of_their_machine(monkeypatch, cores, ranks, each)
 
 
 def test_ctrl_c_while_processes_start_is_raised_at_the_end_whatever_thread_takes_it():
+    # A shell starts background jobs with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended = threading.Event()
     thread = threading.Thread(target=ended.wait)
     thread.start()
@@ -80,3 +82,4 @@ def test_ctrl_c_while_processes_start_is_raised_at_the_end_whatever_thread_takes
     finally:
         ended.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import compare as stage
 from cae2pipe.stages.compare import compare, expand, plan_grid, run_name
 from cae2pipe.stages.extract_targets import extract_targets
+from tests import ranks
 from tests.conftest import contents, snapshot
 
 GRID = {
@@ -228,10 +228,9 @@ def test_processes_of_torchrun_share_every_run(target_root, data, tmp_path):
 
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump({**GRID, "seeds": 0}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "cae2pipe", "compare", path, target_root, data, tmp_path / "two", "--workers", "0"]
-    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
+    arguments = ["compare", path, target_root, data, tmp_path / "two", "--workers", "0", "--device", "cpu"]
+    done = ranks.command(*arguments)
+    assert done.codes == [0, 0], done.stderr
     # Logged once, by the leading process.
     assert done.stdout.count("report.html") == 1
     one = compare(grid(seeds=0), "grid", target_root, data=data, out=tmp_path / "one", report=Silent(), speed=SPEED)
@@ -245,9 +244,11 @@ def test_processes_of_torchrun_share_every_run(target_root, data, tmp_path):
         assert [line["devices"] for line in lines] == [1, 2]
 
 
-def test_a_job_that_fails_says_so(target_root, data, tmp_path):
+def test_a_job_that_fails_says_so(target_root, data, tmp_path, monkeypatch):
     import yaml
 
+    # The test above starts jobs as users do; here they need not import everything again.
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: ranks.imported())
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump({**GRID, "evaluate": [{"kind": "knn", "set": {"k": 5000}}], "seeds": 0}))
     arguments = ["compare", str(path), str(target_root), str(data), str(tmp_path / "out"), "--workers", "0"]
@@ -339,18 +340,19 @@ def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, d
     assert "unfinished, epoch" in text
 
 
-def test_other_scores_and_grown_targets_are_other_folders(photos, extract_settings, pretrain_settings, data, tmp_path):
+def test_other_scores_and_grown_targets_are_other_folders(photos, extract_settings, data, tmp_path):
     """One OUT for different evaluations, and for the same set with more views: nothing is mixed up."""
     extract_targets(photos, tmp_path / "set", extract_settings(views=1), report=Silent())
+    one = grid(seeds=0, variants=[{"name": "both"}])
     out = tmp_path / "out"
-    compare(grid(seeds=0), "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)
+    compare(one, "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)
     runs = snapshot(out / "runs")
-    other = grid(seeds=0, evaluate=[{"kind": "knn", "set": {"k": 7}}])
-    assert compare(other, "two", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED).done == 2
+    other = grid(seeds=0, variants=[{"name": "both"}], evaluate=[{"kind": "knn", "set": {"k": 7}}])
+    assert compare(other, "two", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED).done == 1
     assert snapshot(out / "runs") == runs
     extract_targets(photos, tmp_path / "set", extract_settings(views=2), report=Silent())
-    compare(grid(seeds=0), "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)
-    assert len(list((out / "runs").iterdir())) == 4
+    compare(one, "one", tmp_path / "set", data=data, out=out, report=Silent(), speed=SPEED)
+    assert len(list((out / "runs").iterdir())) == 2
 
 
 def test_names_of_reports():

@@ -36,7 +36,7 @@ def steps(monkeypatch) -> weakref.WeakSet:
     return alive
 
 
-def test_twelve_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
+def test_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
     target_root,
     data,  # noqa: F811
     tmp_path,
@@ -56,10 +56,11 @@ def test_twelve_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
             graphs.append(counter.frame_count - before)
 
     monkeypatch.setattr(stage, "pretrain", watched)
-    variants = [{"name": f"{count} hidden", "set": {"mask": {"count": count}}} for count in range(2, 14)]
-    variants[3]["set"]["optimizer"] = WILD
+    variants = [{"name": f"{count} hidden", "set": {"mask": {"count": count}}} for count in range(2, 5)]
+    variants[1]["set"]["optimizer"] = WILD
     common = {**grid().set, "speed": {"compile": True}}
-    with pytest.raises(DivergedError) as caught:
+    # torch stops compiling a function at its limit, whose default is above these three runs.
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(DivergedError) as caught:
         compare(
             grid(variants=variants, seeds=0, set=common),
             "ratios",
@@ -69,8 +70,8 @@ def test_twelve_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
             report=Silent(),
             speed=SPEED,
         )
-    assert graphs == [1] * 12
-    assert alive == [0] * 12
+    assert graphs == [1] * 3
+    assert alive == [0] * 3
     gc.collect()
     assert not steps, "the error that was kept holds a run"
     assert "not finite" in caught.value.what

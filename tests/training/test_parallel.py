@@ -69,10 +69,8 @@ def launched(job, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(target_root, pretrain_settings, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("alone") / "run"
-    pretrain(target_root, out, pretrain_settings(), report=Silent())
-    return out
+def alone(trained_run) -> Path:
+    return trained_run()
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
