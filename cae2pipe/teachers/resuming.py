@@ -1,5 +1,4 @@
-"""Which teacher an existing set goes on with: other spellings of the same model resume it, and changed defaults do not
-matter."""
+"""The teacher of an existing set: other spellings of the same model resume it, and changed defaults do not matter."""
 
 from __future__ import annotations
 

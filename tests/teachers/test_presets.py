@@ -81,3 +81,10 @@ def test_without_a_network_fetching_says_so(hub_cache):
     assert "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k" in str(refused.value)
     with pytest.raises(SettingsError, match=r"unknown teacher .clip-b17. .nearest: .clip-b16"):
         fetch("clip-b17")
+
+
+def test_a_file_that_is_missing_is_not_fetched_from_the_hub(hub_cache, tmp_path):
+    with pytest.raises(TeacherError, match="no such weights file"):
+        fetch(f"clip-b16@{tmp_path / 'w.pt'}")
+    with pytest.raises(TeacherError, match="this is a folder"):
+        fetch(f"timm:test_vit@{tmp_path}")
