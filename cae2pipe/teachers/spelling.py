@@ -13,6 +13,7 @@ another.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,13 @@ def teacher_values(text: str) -> dict[str, Any]:
         SettingsError: not one of the forms; there is no such preset. TeacherError: the library has no such model or
             no such weights; names the nearest.
     """
+    file_url = re.search(r"(?:^|@)(?!(?i:file):)[A-Za-z][A-Za-z0-9+.-]*://", text)
+    if file_url:
+        raise SettingsError(
+            "a teacher is a local file or a name, not a URL",  # which may hold a password, so that it is not shown
+            where=f"teacher {text[: file_url.start()]}".strip(),
+            fix=f"copy what is there to a local path; give {FORMS}",
+        )
     library, colon, rest = text.partition(":")
     if library == "teacher" and rest:
         raise SettingsError("the form teacher: is for encoders", where=f"teacher {rest}", fix=f"give {rest}")
