@@ -21,7 +21,7 @@ from cae2pipe.artifacts.staging import remove_stages
 from cae2pipe.artifacts.storage import file_size, is_local, is_shared
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
-from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun, teacher_as_begun
+from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
 from cae2pipe.errors import MismatchError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
@@ -39,6 +39,7 @@ from cae2pipe.targets.stored_calibration import is_calibrated
 from cae2pipe.targets.target_set import recorded_view
 from cae2pipe.teachers.licences import teacher_licence
 from cae2pipe.teachers.load import load_teacher, named_without_paths
+from cae2pipe.teachers.resuming import canonical, teacher_as_begun
 from cae2pipe.teachers.telling import teacher_lines
 
 
@@ -73,6 +74,8 @@ def extract_targets(
         if begun:
             settings = resumed(TargetsArtifact.open(out), settings, report)
             refuse_other_pixels(out, settings)
+        else:
+            settings = settings.model_copy(update={"teacher": canonical(settings.teacher)})
         report.phase("loading the teacher")
         settings = settings.model_copy(update={"teacher": named_without_paths(settings.teacher)})
         device = pick_device(settings.speed.device, rank)
@@ -127,7 +130,7 @@ def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report
     stored = artifact.identity["settings"]
     updates: dict[str, Any] = {
         "codec": as_begun(settings.codec, stored["codec"]),
-        "teacher": teacher_as_begun(settings.teacher, stored["teacher"], artifact.root),
+        "teacher": teacher_as_begun(settings.teacher, artifact),
     }
     # Sets of early versions do not record their planned content.
     if "views" not in settings.model_fields_set and "wanted" in artifact.facts:

@@ -10,6 +10,8 @@ from cae2pipe.commands.shared import Set, console, errors, exits
 
 WIDE = 130
 """Columns from which a line holds a teacher's model as well."""
+NARROW = 90
+"""Columns below which a line holds neither its precision nor its input, so that no licence is folded."""
 
 
 def config_list() -> None:
@@ -45,8 +47,10 @@ def teachers_list() -> None:
         from cae2pipe.teachers.presets import list_presets
 
         rows = list_presets()
-        if (line_width(console) or WIDE) < WIDE:
-            rows = [{name: value for name, value in row.items() if name != "model"} for row in rows]
+        width = line_width(console) or WIDE
+        dropped = {"model"} if width < WIDE else set()
+        dropped |= {"CUDA", "input"} if width < NARROW else set()
+        rows = [{name: value for name, value in row.items() if name not in dropped} for row in rows]
         print_table(console, rows)
 
 

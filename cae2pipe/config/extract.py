@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cae2pipe.artifacts.manifest_targets import CodecIdentity
-from cae2pipe.config.base import Settings, added, build_recorded, not_fingerprinted
+from cae2pipe.config.base import Settings, added, not_fingerprinted
 from cae2pipe.config.fields import LocalPath
 
 ENLARGED = 1.28
@@ -195,15 +194,6 @@ class ExtractSettings(Settings):
     """Seed of the views' random draws."""
     shard: ShardSettings = not_fingerprinted(ShardSettings())
     speed: ExtractSpeed = ExtractSpeed()
-
-
-def teacher_as_begun(teacher: TeacherSettings, stored: Mapping[str, object], where: object) -> TeacherSettings:
-    """The teacher's settings for an existing set: those that were not given are the set's own, since defaults change
-    between versions. ``stored``: the teacher's settings in the set's manifest, ``where`` that is."""
-    begun = build_recorded(TeacherSettings, stored, where)
-    names = ("image_size", "output", "summary", "project", "layers")
-    updates = {name: getattr(begun, name) for name in names if name not in teacher.model_fields_set}
-    return teacher.model_copy(update=updates)
 
 
 def as_begun(codec: CodecSettings, stored: CodecIdentity) -> CodecSettings:

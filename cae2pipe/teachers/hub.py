@@ -41,7 +41,7 @@ def repository_of(settings: TeacherSettings) -> str | None:
 
 def folder_of(settings: TeacherSettings) -> Path | None:
     """The folder that describes the model itself, if ``teacher.name`` is local-dir:PATH."""
-    return Path(settings.name.removeprefix(FOLDER)) if settings.name.startswith(FOLDER) else None
+    return Path(settings.name.removeprefix(FOLDER)).expanduser() if settings.name.startswith(FOLDER) else None
 
 
 def timm_name(settings: TeacherSettings) -> str:

@@ -57,4 +57,4 @@ def _declared(path: Path) -> str | None:
     content = read_json(path, fix="give --set teacher.licence=...", error=TeacherError)
     config = content.get("pretrained_cfg") if isinstance(content, dict) else None
     licence = config.get("license") if isinstance(config, dict) else None
-    return licence if isinstance(licence, str) and licence else None
+    return licence if isinstance(licence, str) and licence.isprintable() and 1 <= len(licence) <= 200 else None

@@ -78,7 +78,8 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
         # What a configuration next to the weights said may be missing where they are now.
         artifact.identity["settings"]["teacher"]
         | {name: known[name] for name in ("image_size", "mean", "std") if name in known}
-        | {name: known["architecture"][name] for name in ("quick_gelu",) if name in known["architecture"]},
+        | {name: known["architecture"][name] for name in ("quick_gelu",) if name in known["architecture"]}
+        | ({"project": known["architecture"].get("projected", False)} if known["library"] == "timm" else {}),
         where=artifact.root,
     )
     if weights is not None:

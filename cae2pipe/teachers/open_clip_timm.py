@@ -46,10 +46,19 @@ def load_trunk(
     path = settings.weights or pretrained_file(settings)
     state = read_weights(path)
     parts: dict[str, dict[str, Tensor]] = {"trunk": {}, "head": {}}
+    unknown = []
     for name, tensor in state.items():
         part, _, rest = name.removeprefix("visual.").partition(".")
         if part in parts and name.startswith(("visual.", part)):
             parts[part][rest] = tensor.float() if tensor.is_floating_point() else tensor
+        elif name.startswith("visual."):
+            unknown.append(name)
+    if parts["trunk"] and unknown:
+        raise TeacherError(
+            f"the weights do not fit the model: {len(unknown)} unexpected (first: {min(unknown)})",
+            where=path,
+            fix="check that teacher.name is the model of these weights",
+        )
     tower.trunk.load_state_dict(fitted(tower.trunk, parts["trunk"] or state, convert, heads=set, where=path))
     load_strictly(tower.head, parts["head"] if parts["trunk"] else {}, where=path)
     tower = tower.to(device).requires_grad_(False)

@@ -29,6 +29,9 @@ def tower_shape(settings: TeacherSettings) -> dict[str, Any]:
         known = {**described_shape(settings.weights), "vision_cfg": settings.vision_cfg}
     elif settings.name in list_models():
         known = get_model_config(settings.name)
+        if settings.pretrained is None and settings.output != "raw" and settings.weights is not None:
+            told = described_shape(settings.weights)
+            known = known | {name: told[name] for name in ("quick_gelu",) if name in told}
     else:
         known = described_shape(settings.weights)
     if not isinstance(known.get("vision_cfg"), dict):
@@ -88,7 +91,7 @@ def described_shape(weights: Path | None) -> dict[str, Any]:
     }
     try:
         return {name: read(metadata[name]) for name, read in readers.items() if name in metadata}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TeacherError(
             f"the file's metadata does not describe a tower: {error}",
             where=weights,

@@ -13,6 +13,7 @@ from cae2pipe.teachers.licences import teacher_licence
 from cae2pipe.teachers.lite0 import LITE0, lite0_file
 from cae2pipe.teachers.precision import published_precision
 from cae2pipe.teachers.spelling import teacher_settings
+from cae2pipe.teachers.weights import check_present
 
 
 def list_presets() -> list[dict[str, Any]]:
@@ -48,9 +49,11 @@ def fetch(name: str) -> list[Path]:
         name: a preset, or a model as `--teacher` takes it. Of a model of a hub repository its description comes too.
 
     Raises:
-        SettingsError: unknown preset. TeacherError: unknown model, or the weights cannot be downloaded.
+        SettingsError: unknown preset. TeacherError: unknown model, no such file, or the weights cannot be downloaded.
     """
     teacher = teacher_settings(name)
+    if teacher.weights is not None:
+        check_present(teacher.weights)
     repository = repository_of(teacher)
     described = [hub_file(repository, ["config.json"], None)] if repository else []
     return [*described, find(teacher) or pretrained_file(teacher)]

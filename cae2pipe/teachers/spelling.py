@@ -13,7 +13,8 @@ another.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,24 @@ def teacher_values(text: str) -> dict[str, Any]:
         SettingsError: not one of the forms; there is no such preset. TeacherError: the library has no such model or
             no such weights; names the nearest.
     """
+    file_url = re.search(r"(?:^|@)(?!(?i:file):)[A-Za-z][A-Za-z0-9+.-]*://", text)
+    if file_url:
+        raise SettingsError(
+            "a teacher is a local file or a name, not a URL",  # which may hold a password, so that it is not shown
+            where=f"teacher {text[: file_url.start()]}".strip(),
+            fix=f"copy what is there to a local path; give {FORMS}",
+        )
     library, colon, rest = text.partition(":")
+    if library == "teacher" and rest:
+        raise SettingsError("the form teacher: is for encoders", where=f"teacher {rest}", fix=f"give {rest}")
+    if library == "local-dir" and "@" in rest and not Path(rest).expanduser().is_dir():
+        folder, _, file = rest.rpartition("@")
+        if not folder or Path(folder).expanduser().is_dir():
+            raise SettingsError(
+                f"local-dir: takes a folder with its weights, and no @FILE ({file})",
+                where=text,
+                fix=f"give local-dir:{folder or 'PATH'}, with --set teacher.weights=FILE",
+            )
     if not colon or library not in LIBRARIES:
         return _preset(text)
     name, _, file = (rest, "", "") if library == "local-dir" else rest.partition("@")
@@ -88,11 +106,24 @@ def _open_clip(name: str, file: str) -> dict[str, Any]:
     if model not in list_models():
         if file and "vision_cfg" in safetensors_metadata(Path(file)):  # the file describes its own tower
             return {"kind": "open_clip", "name": model}
-        raise _no_model("open_clip", model, list_models(), lambda found: f"open_clip:{found}{'/' + tag if tag else ''}")
+        raise _no_model("open_clip", model, list_models(), _tagged(tag))
     tags = list_pretrained_tags_by_model(model)
     if tag not in tags and (tag or not file):
         raise _no_weights("open_clip", model, tag, tags, separator="/")
     return {"kind": "open_clip", "name": model, **({"pretrained": tag} if tag else {})}
+
+
+def _tagged(tag: str) -> Callable[[str], str]:
+    """The spelling of a model of open_clip, with the tag if it has that."""
+    from open_clip import list_pretrained_tags_by_model
+
+    return lambda model: f"open_clip:{model}" + (f"/{tag}" if tag in list_pretrained_tags_by_model(model) else "")
+
+
+def _nearest_model(name: str, known: Sequence[str]) -> list[str]:
+    """The model that differs in case only, else the nearest."""
+    folded = {each.casefold(): each for each in known}
+    return [folded[near] for near in difflib.get_close_matches(name.casefold(), folded, n=1)]
 
 
 def _described(form: str, name: str) -> dict[str, Any]:
@@ -105,7 +136,7 @@ def _described(form: str, name: str) -> dict[str, Any]:
 
 
 def _no_model(library: str, name: str, known: Sequence[str], spelling: Any) -> TeacherError:
-    nearest = difflib.get_close_matches(name, known, n=1)
+    nearest = _nearest_model(name, known)
     return TeacherError(
         f"{library} has no model {name!r}" + (f" (nearest: {nearest[0]!r})" if nearest else ""),
         where=f"teacher {library}:{name}",

@@ -120,9 +120,17 @@ def _built(settings: TeacherSettings, create: Any) -> Any:
     for attempt in tries:
         try:
             return create(name, **options, **attempt)
-        except (RuntimeError, TypeError, AssertionError, ValueError, AttributeError) as raised:
+        except Exception as raised:  # models raise any type for arguments that do not fit
             reraise_exhaustion(raised)
             error = raised
+    if source.args:
+        given = ", ".join(sorted(source.args))
+        raise TeacherError(
+            f"timm cannot build {name} with the arguments {given}: {error}",
+            where="teacher.model_args",
+            fix="correct them here or in the model's config.json"
+            + (", or set teacher.stage if it is a network with feature maps" if settings.stage is None else ""),
+        ) from None
     if settings.stage is not None:
         raise TeacherError(f"timm cannot build {name}: {error}", where="teacher", fix=_native_fix(settings)) from None
     raise TeacherError(
@@ -291,7 +299,11 @@ def projection_width(settings: TeacherSettings) -> int | None:
     # timm gives the projection's width as the number of classes. Its weights for labelled sets have no multiple of 64
     # classes; others' may, but then not as many as the projection of this architecture.
     known = any(part in source.name for part in ("clip", "pe_core")) and source.classes % 64 == 0
-    width = source.classes if known and source.classes in _registered_classes(source.name) else 0
+    registered = _registered_classes(source.name)
+    width = source.classes if known and source.classes in registered else 0
+    projections = [classes for classes in registered if classes and classes % 64 == 0]
+    if settings.project and not width and "clip" in source.name and len(projections) == 1:
+        width = projections[0]  # nothing tells which weights a file has, but the setting says that they project
     if settings.project and not width:
         raise TeacherError(
             f"timm's {source.name} has no projection of CLIP",

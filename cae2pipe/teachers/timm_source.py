@@ -15,7 +15,8 @@ from typing import Any
 from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
-from cae2pipe.teachers.hub import FOLDER, HUB, OPEN_CLIP_FILES, TIMM_FILES, hub_file, timm_name
+from cae2pipe.teachers.hub import FOLDER, HUB, OPEN_CLIP_FILES, TIMM_FILES, folder_of, hub_file, timm_name
+from cae2pipe.teachers.licences import teacher_licence
 from cae2pipe.teachers.protocol import channels
 
 CONFIG = "config.json"
@@ -79,7 +80,12 @@ def source_of(settings: TeacherSettings) -> TimmSource:
         return TimmSource(name, 224, IMAGENET_MEAN, IMAGENET_STD, 0, settings.model_args, assumed=True)
     mean, std = channels(config.mean, name), channels(config.std, name, positive=True)
     known = TimmSource(
-        name, whole_patches(name, config.input_size[-1]), mean, std, config.num_classes, settings.model_args
+        name,
+        whole_patches(name, config.input_size[-1], settings.model_args),
+        mean,
+        std,
+        config.num_classes,
+        settings.model_args,
     )
     if settings.weights is None or "." in name or settings.output == "raw":
         return known
@@ -103,7 +109,8 @@ def resolved(settings: TeacherSettings) -> TeacherSettings:
     """
     if settings.kind != "timm" or not settings.name.startswith(FOLDER):
         return settings
-    folder = Path(settings.name.removeprefix(FOLDER)).expanduser()
+    folder = folder_of(settings)
+    assert folder is not None
     found = described(folder / CONFIG, args=settings.model_args)
     weights = settings.weights or next(
         (folder / name for name in (*TIMM_FILES, *OPEN_CLIP_FILES) if (folder / name).is_file()), None
@@ -117,6 +124,7 @@ def resolved(settings: TeacherSettings) -> TeacherSettings:
             "name": found.name,
             "pretrained": None,
             "weights": weights,
+            "licence": teacher_licence(settings),
             "model_args": dict(found.args),
             "image_size": settings.image_size or found.size,
             "mean": settings.mean or found.mean,
@@ -144,21 +152,40 @@ def described(path: Path, *, args: Mapping[str, Any] = {}) -> TimmSource:
     own = config.get("model_args", {})
     if not isinstance(own, dict):
         raise TeacherError("model_args is not a mapping", where=path, fix="correct the file")
-    size = own.get("img_size") or (inner.get("input_size") or [3, 224, 224])[-1]
-    kept = {name: value for name, value in own.items() if name not in ("img_size", "num_classes", "in_chans")}
+    name = config["architecture"]
+    kept = {key: value for key, value in own.items() if key not in ("img_size", "num_classes", "in_chans")}
     check_args(kept, where=path)
-    source = TimmSource(
-        config["architecture"],
-        size[-1] if isinstance(size, list) else size,
+    side = _side(own, inner)
+    size = side and whole_patches(name, side, kept)
+    if size is None or not 16 <= size <= 4096 or own.get("in_chans", 3) != 3:
+        raise TeacherError(
+            "this model does not take square RGB images of 16 to 4096 pixels", where=path, fix="use another model"
+        )
+    classes = inner.get("num_classes", 0)
+    return TimmSource(
+        name,
+        size,
         channels(inner.get("mean", IMAGENET_MEAN), path),
         channels(inner.get("std", IMAGENET_STD), path, positive=True),
-        inner.get("num_classes", 0) if isinstance(inner.get("num_classes", 0), int) else 0,
+        classes if isinstance(classes, int) else 0,
         {**kept, **args},
         tag=inner["tag"] if isinstance(inner.get("tag"), str) else "",
     )
-    if not isinstance(source.size, int) or not 16 <= source.size <= 4096 or own.get("in_chans", 3) != 3:
-        raise TeacherError("this model does not take square RGB images", where=path, fix="use another model")
-    return source
+
+
+def _side(own: Mapping[str, Any], inner: Mapping[str, Any]) -> int | None:
+    """Side of the input in pixels that a configuration gives, or None if that is no square of three channels."""
+    given = own.get("img_size")
+    if given is None:
+        shape = inner.get("input_size")
+        shape = [3, 224, 224] if shape is None else shape
+        if not isinstance(shape, list) or len(shape) != 3 or shape[0] != 3:
+            return None
+        given = shape[1:]
+    sides = given if isinstance(given, list) else [given, given]
+    if len(sides) != 2 or sides[0] != sides[1] or any(type(side) is not int for side in sides):
+        return None
+    return int(sides[0])
 
 
 def check_args(args: Mapping[str, Any], where: object) -> None:
@@ -171,13 +198,14 @@ def check_args(args: Mapping[str, Any], where: object) -> None:
                 f"the argument {name} is {value!r}", where=where, fix=f"use one of {', '.join(LAYER_ARGS[name])}"
             )
         if not _plain(value):
-            raise TeacherError(f"the argument {name} is not a plain value", where=where, fix="omit it")
+            raise TeacherError(f"the argument {name} is not a plain value of usual size", where=where, fix="omit it")
 
 
-def whole_patches(name: str, size: int) -> int:
+def whole_patches(name: str, size: int, args: Mapping[str, Any] = {}) -> int:
     """A model's native size without the pixels that it ignores: 384 with patches of 14 is 378, the same grid."""
-    patch = re.search(r"patch(\d+)", name)
-    return size - size % int(patch[1]) if patch else size
+    named = re.search(r"patch(\d+)", name)
+    patch = args.get("patch_size", int(named[1]) if named else 1)
+    return size - size % patch if type(patch) is int and patch > 0 else size
 
 
 def keywords(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,5 +228,7 @@ def _known(name: str) -> bool:
 
 def _plain(value: object) -> bool:
     if isinstance(value, list | tuple):
-        return all(_plain(item) for item in value)
+        return len(value) <= 1024 and all(_plain(item) for item in value)
+    if isinstance(value, int) and abs(value) > 65536:
+        return False  # no model has so many layers or channels, and building it would take all memory
     return value is None or isinstance(value, str | int | float | bool)

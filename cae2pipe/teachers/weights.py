@@ -81,6 +81,12 @@ def inert_types() -> list[Any]:
 
 def check_present(path: Path) -> None:
     """Raise TeacherError if there is no weights file."""
+    if path.is_dir():
+        raise TeacherError(
+            "this is a folder, not a weights file",
+            where=path,
+            fix=f"give a file in it, or --teacher local-dir:{path} if it has timm's config.json",
+        )
     if not path.is_file():
         raise TeacherError("no such weights file", where=path, fix="check teacher.weights")
 

@@ -15,6 +15,7 @@ from cae2pipe.config.extract import ExtractSettings, TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.open_clip import OpenClipTeacher, resize_positions
+from cae2pipe.teachers.open_clip_towers import tower_shape
 
 CPU = torch.device("cpu")
 
@@ -141,6 +142,31 @@ def test_a_files_metadata_can_describe_its_tower(settings, teacher_file, tmp_pat
     save_file(load_file(teacher_file), described, metadata={"vision_cfg": "{", "embed_dim": "16"})
     with pytest.raises(TeacherError, match="metadata does not describe a tower"):
         load_teacher(bare, CPU)
+
+
+def test_a_files_metadata_gives_the_activation_of_a_known_model_too(tmp_path):
+    file = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(1)}, file, metadata={"quick_gelu": "true"})
+    known = TeacherSettings(kind="open_clip", name="ViT-B-16", weights=file)
+    assert tower_shape(known)["quick_gelu"] is True
+    for over in ({"quick_gelu": False}, {"output": "raw"}, {"pretrained": "laion2b_s34b_b88k"}):
+        assert tower_shape(known.model_copy(update=over))["quick_gelu"] is False
+
+
+@pytest.mark.parametrize("layers", [(1,), (1, 2)])
+def test_layers_are_the_models_own_hidden_states_after_norm_and_projection(settings, pixels, layers):
+    teacher = load_teacher(settings(layers=layers), CPU)
+    plain, tower = load_teacher(settings(), CPU), teacher.tower
+    output = teacher(pixels)
+    with torch.inference_mode():
+        x = tower._embeds(normalised(teacher, pixels))
+        for number, block in enumerate(tower.transformer.resblocks, start=1):
+            x = block(x)
+            if number in layers:
+                expected = tower.ln_post(x) @ tower.proj
+                torch.testing.assert_close(output.layers[number], expected, rtol=1e-5, atol=1e-5)
+    assert tuple(output.layers) == layers
+    torch.testing.assert_close(output.tokens, plain(pixels).tokens, rtol=1e-5, atol=1e-5)
 
 
 def test_the_wrong_activation_is_refused_by_name(settings):

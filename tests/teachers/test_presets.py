@@ -64,7 +64,8 @@ def test_a_terminal_of_80_columns_shows_all_but_the_models(rows, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("cae2pipe.commands.presets.console", Terminal(width=80))
     narrow = CliRunner().invoke(app, ["teachers", "list"]).stdout.splitlines()
-    assert narrow[0].split() == ["preset", "size", "input", "latents", "CUDA", "licence", "here"]
+    assert narrow[0].split() == ["preset", "size", "latents", "licence", "here"]
+    assert len(narrow) == len(wide)  # nothing is folded
     assert max(map(len, narrow)) <= 80
 
 
@@ -81,3 +82,10 @@ def test_without_a_network_fetching_says_so(hub_cache):
     assert "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k" in str(refused.value)
     with pytest.raises(SettingsError, match=r"unknown teacher .clip-b17. .nearest: .clip-b16"):
         fetch("clip-b17")
+
+
+def test_a_file_that_is_missing_is_not_fetched_from_the_hub(hub_cache, tmp_path):
+    with pytest.raises(TeacherError, match="no such weights file"):
+        fetch(f"clip-b16@{tmp_path / 'w.pt'}")
+    with pytest.raises(TeacherError, match="this is a folder"):
+        fetch(f"timm:test_vit@{tmp_path}")

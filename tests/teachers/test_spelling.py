@@ -33,12 +33,13 @@ DINOV2 = "vit_small_patch14_dinov2.lvd142m"
         ("local-dir:runs/a@b", {"kind": "timm", "name": "local-dir:runs/a@b", "weights": None}),
         ("dinov3-b16", {"name": "vit_base_patch16_dinov3.lvd1689m", "image_size": 224}),
         ("clip-b16@w.pt", {"pretrained": "openai", "weights": Path("w.pt")}),
+        ("clip-b16@file:///a/w.pt", {"weights": Path("/a/w.pt")}),
     ],
 )
 def test_a_spelling_gives_all_settings_of_its_model(text, values):
     settings = teacher_settings(text)
     assert {name: getattr(settings, name) for name in values} == values
-    if ":" in text and not text.startswith("local-dir"):
+    if ":" in text.partition("@")[0] and not text.startswith("local-dir"):
         assert spell(settings) == text.partition("@")[0]
 
 
@@ -58,6 +59,12 @@ def test_a_spelling_gives_all_settings_of_its_model(text, values):
         ("timm:vit_tiny_patch16_gap_reg4_dinov3", TeacherError, "timm has no model", "give timm:vit_"),
         ("open_clip:ViT-B-61/openai", TeacherError, "nearest: 'ViT-B-16'", "give open_clip:ViT-B-16/openai"),
         ("open_clip:ViT-B-16/datacomp_xl", TeacherError, "no weights 'datacomp_xl'", "ViT-B-16/datacomp_xl_s13b_b90k"),
+        ("open_clip:vit-b-16/openai", TeacherError, "nearest: 'ViT-B-16'", "give open_clip:ViT-B-16/openai"),
+        ("open_clip:ViT-S-61/openai", TeacherError, "nearest: 'ViT-S-16'", "give open_clip:ViT-S-16"),
+        ("clip-b16@https://u:secret@h/x.pt", SettingsError, "not a URL", "copy what is there"),
+        ("s3://u:secret@bucket/x.yaml", SettingsError, "not a URL", "copy what is there"),
+        ("teacher:clip-b16", SettingsError, "is for encoders", "give clip-b16"),
+        ("local-dir:@w.pt", SettingsError, "no @FILE", "local-dir:PATH"),
         ("open_clip:ViT-B-16", TeacherError, "no weights of ViT-B-16 are named", "ViT-B-16/openai"),
     ],
 )
@@ -66,6 +73,8 @@ def test_a_wrong_spelling_is_refused_with_the_nearest_one(text, error, what, fix
         teacher_settings(text)
     assert what in refused.value.what
     assert fix in refused.value.fix
+    assert "ViT-S-16/openai" not in refused.value.fix  # a tag that the model lacks
+    assert "secret" not in str(refused.value)
 
 
 def test_a_file_of_settings_needs_a_section(tmp_path):
