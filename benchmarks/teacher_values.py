@@ -2,9 +2,9 @@
 
 The reference is the model with its head as the library builds it. At its own size it holds the very weights; at another
 one timm's own loader reads the file. Compared are the patches after the final norm; the class token or summary, as what
-the model's own classifier or projection makes of it, which must be the model's own output; and the
-normalisation. Both are given the same normalised images: with random weights some models amplify the last bit
-of their input a thousandfold.
+the model's own classifier or projection makes of it, which must be the model's own output; and the normalisation.
+Both are given the same normalised images: with random weights some models amplify the last bit of their input a
+thousandfold.
 """
 
 from __future__ import annotations

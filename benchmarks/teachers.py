@@ -267,6 +267,7 @@ def checks(shapes: list[Row], values: list[Row]) -> list[Row]:
         at_least("timm's architectures that work", share["timm"], 0.9),
         at_least("open_clip's towers that work", share["open_clip"], 1.0),
         at_most("compared models with other values, silently", sum(not row["equal"] for row in values), 0, 0),
+        at_least("share of the kinds that have been compared", len(values) / max(1, len(representatives(shapes))), 1),
         at_least("compared models", len(values), 1, 0),
     ]
 
