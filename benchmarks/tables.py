@@ -368,7 +368,7 @@ def teachers(results: Path) -> str:
     heads = ("library", "family", "work", "as tokens, without a stage", "refused")
     fixed = [
         (f"`{row['name']}`", row["library"], size, said.removeprefix("refused: ").split("! Mismatching")[0])
-        for row in result["values"]
+        for row in result["settings"]["values"]
         for size, said in row.items()
         if size.isdigit() and isinstance(said, str)
     ]
