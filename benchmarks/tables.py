@@ -366,7 +366,15 @@ def teachers(results: Path) -> str:
         for row in result["rows"]
     ]
     heads = ("library", "family", "work", "as tokens, without a stage", "refused")
-    return table(("what", "figure", "goal"), claims) + "\n\n" + table(heads, rows)
+    fixed = [
+        (f"`{row['name']}`", row["library"], size, said.removeprefix("refused: ").split("! Mismatching")[0])
+        for row in result["settings"]["values"]
+        for size, said in row.items()
+        if size.isdigit() and isinstance(said, str)
+    ]
+    parts = [table(("what", "figure", "goal"), claims), table(heads, rows)]
+    parts += [table(("compared model", "library", "refused at", "reason"), fixed)] if fixed else []
+    return "\n\n".join(parts)
 
 
 def teacher_tour(results: Path) -> str:

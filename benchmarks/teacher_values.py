@@ -3,10 +3,13 @@
 The reference is the model with its head as the library builds it. At its own size it holds the very weights; at another
 one timm's own loader reads the file. Compared are the patches after the final norm; the class token or summary, as what
 the model's own classifier or projection makes of it, which must be the model's own output; and the normalisation.
+Both are given the same normalised images: with random weights some models amplify the last bit of their input a
+thousandfold.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +26,11 @@ from cae2pipe.errors import TeacherError
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.open_clip_towers import tower_shape
 
-PARAMETERS = 200_000_000
-"""Kinds whose smallest model has more are not compared."""
-
 WHOLE = 20_000_000
-"""Models with more are compared with fewer layers, where they take such arguments."""
+"""Models with more parameters are compared with fewer layers, where they take such arguments."""
 
 TOLERANCE = 1e-4
-"""Of the largest difference, as a share of the reference's root mean square: float32 in another order of operations."""
+"""Of the largest difference, as a share of that between two images: float32 in another order of operations."""
 
 CPU = torch.device("cpu")
 
@@ -54,11 +54,17 @@ def compare_timm(row: dict[str, Any]) -> dict[str, Any]:
 def compare_open_clip(row: dict[str, Any]) -> dict[str, Any]:
     """The differences of a tower of open_clip, at its own size: it loads files of no other."""
     name, side = row["name"], row["size"]
-    tower = perturbed(visual_tower(name)).eval()
-    found: dict[str, Any] = {"library": "open_clip", "name": name, "equal": True}
+    settings = TeacherSettings(kind="open_clip", name=name)
+    shape = tower_shape(settings)
+    layers = {"layers": 2} if row["parameters"] > WHOLE and isinstance(shape["vision_cfg"].get("layers"), int) else {}
+    if layers:
+        shape["vision_cfg"] |= layers
+        settings = settings.model_copy(update=shape)
+    tower = perturbed(visual_tower(settings)).eval()
+    found: dict[str, Any] = {"library": "open_clip", "name": name, "equal": True} | ({"args": layers} if layers else {})
     with tempfile.TemporaryDirectory() as folder:
         file = save({f"visual.{key}": value for key, value in tower.state_dict().items()}, Path(folder))
-        settings = TeacherSettings(kind="open_clip", name=name, weights=file)
+        settings = settings.model_copy(update={"weights": file})
         note(found, str(side), lambda: tower_differences(tower, settings))
     return found
 
@@ -84,19 +90,20 @@ def timm_differences(reference: Callable[[], Any], settings: TeacherSettings, si
     pixels = views(side)
     given = teacher(pixels)
     own = reference()
-    images = normalised(pixels, own.pretrained_cfg["mean"], own.pretrained_cfg["std"])
     with torch.inference_mode():
+        images = teacher.normalise(pixels.float())
+        wanted = normalised(pixels, own.pretrained_cfg["mean"], own.pretrained_cfg["std"])
         x, patches = own_patches(own, images, given.tokens.shape[-1])
-        differences = {"patches": difference(given.tokens[:, int(teacher.info.class_token) :], patches)}
-        if given.summary is not None:
+        differences = {
+            "input": difference(images, wanted),
+            "patches": difference(given.tokens[:, int(teacher.info.class_token) :], patches),
+        }
+        single = given.tokens[:, 0] if teacher.info.class_token else given.summary
+        if teacher.info.class_token and given.summary is None and reads_more(own):
+            differences["class token"] = difference(given.tokens[:, 0], x[:, 0])
+        elif single is not None:
             output = own(images)
-            differences["output"] = min(difference(made, output) for made in outputs_from(own, given.summary, output))
-        elif teacher.info.class_token:
-            single, output = given.tokens[:, 0], own(images)
-            if reads_more(own):
-                differences["class token"] = difference(single, x[:, 0])
-            else:
-                differences["output"] = min(difference(made, output) for made in outputs_from(own, single, output))
+            differences["output"] = min(difference(made, output) for made in outputs_from(own, single, patches, output))
     return differences
 
 
@@ -108,38 +115,54 @@ def tower_differences(tower: Any, settings: TeacherSettings) -> dict[str, float]
     pixels = views(teacher.info.image_size)
     given = teacher(pixels)
     with torch.inference_mode():
-        images = normalised(pixels, *normalisation(settings, {}))
+        images = teacher.normalise(pixels.float())
+        wanted = normalised(pixels, *normalisation(settings, {}))
         single = given.summary if given.summary is not None else given.tokens[:, 0]
         embedding = tower(images)
-        differences = {"output": difference(single, embedding[0] if isinstance(embedding, tuple) else embedding)}
+        embedding = embedding[0] if isinstance(embedding, tuple) else embedding
+        differences = {"input": difference(images, wanted), "output": difference(single, embedding)}
         if hasattr(tower, "trunk") and not teacher.info.class_token:
             patches = own_patches(tower.trunk, images, given.tokens.shape[-1])[1]
             differences["patches"] = difference(given.tokens, patches)
     return differences
 
 
-def own_patches(model: Any, images: Tensor, width: int) -> tuple[Tensor, Tensor]:
+LAST_MAPS = {
+    # feature_info names modules that timm does not have, or that give something else.
+    "HighResolutionNet": "incre_modules.3",
+    "PoolingVisionTransformer": "transformers.2",
+    "Xcit": "blocks.-1",
+}
+"""The module whose output is the last feature map, as the library's ``features_only`` counts them, of models whose
+forward_features ends in something else: HRNet in the sum of all its maps; PiT in the class token alone; XCiT in layers
+that make the class token of the patches, and leave of these what nothing reads."""
+
+
+def own_patches(model: Any, images: Tensor, width: int) -> tuple[Any, Tensor]:
     """What a model's forward_features gives, and its patches (B, P, width) after the final norm, position by position.
 
-    Where layers after the last feature map change its width, the map is caught as timm's ``features_only`` does.
+    Where layers after the last feature map change its width, the map is caught at the module that gives it.
     """
-    caught: list[Tensor] = []
-    if getattr(model, "feature_info", None) and "module" in model.feature_info[-1]:
-        last = submodule(model, model.feature_info[-1]["module"])
-        handle = last.register_forward_hook(lambda _, __, output: caught.append(output))
+    kind = type(model).__name__
+    caught: list[Any] = []
+    with last_module(model).register_forward_hook(lambda _, __, output: caught.append(output)):
         x = model.forward_features(images)
-        handle.remove()
-    else:
-        x = model.forward_features(images)
-    if x.ndim == 4 and width not in (x.shape[1], x.shape[-1]) and caught:
+    if kind in LAST_MAPS:
+        features = caught[-1][0] if isinstance(caught[-1], tuple) else caught[-1]
+        return x, model.norm(features) if kind == "Xcit" else features.flatten(2).transpose(1, 2)
+    final = x[-1] if isinstance(x, list) else x
+    if final.ndim == 4 and width not in (final.shape[1], final.shape[-1]) and caught:
         features = caught[-1]
         return x, features.flatten(2).transpose(1, 2) if features.shape[1] == width else features.flatten(1, 2)
-    patches = x
-    if x.ndim == 4:
-        patches = x.permute(0, 2, 3, 1) if x.shape[1] == width else x
+    if final.ndim == 4:
+        patches = final.permute(0, 2, 3, 1) if final.shape[1] == width else final
         patches = patches.flatten(1, 2)
+    elif kind.startswith("EfficientViM"):
+        patches = final.transpose(1, 2)
     else:
-        patches = x[:, getattr(model, "num_prefix_tokens", 0) :]
+        # VOLO, CoaT and CrossViT do not say that they have a class token.
+        single = isinstance(x, list) or kind == "VOLO"
+        patches = final[:, getattr(model, "num_prefix_tokens", int(single)) :]
     after = getattr(model, "fc_norm", None) if isinstance(getattr(model, "norm", None), nn.Identity) else None
     for norm in (after, getattr(getattr(model, "head", None), "norm", None)):
         if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (patches.shape[-1],):
@@ -150,31 +173,48 @@ def own_patches(model: Any, images: Tensor, width: int) -> tuple[Tensor, Tensor]
     return x, patches
 
 
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    """By its name in feature_info, of which some have an underscore for a dot."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return model.get_submodule(name.replace("_", "."))
+def last_module(model: Any) -> nn.Module:
+    """The module that gives the last feature map; the model itself, which no one calls here, if nothing names it."""
+    if name := LAST_MAPS.get(type(model).__name__):
+        *parents, last = name.split(".")
+        return model.get_submodule(".".join(parents))[int(last)]
+    name = (getattr(model, "feature_info", None) or [{}])[-1].get("module", "")
+    for spelled in (name, name.replace("_", ".")):  # some have an underscore for a dot
+        with contextlib.suppress(AttributeError):
+            return model.get_submodule(spelled)
+    return model
 
 
-def outputs_from(model: Any, single: Tensor, output: Tensor) -> list[Tensor]:
+def outputs_from(model: Any, single: Tensor, patches: Tensor, output: Tensor) -> list[Tensor]:
     """What the model may make of a class token or summary: itself, if that is its output, or what its classifier does,
-    or the mean of two classifiers'."""
-    made = [single] if single.shape == output.shape else []
+    or the mean of two classifiers'. The classifiers of some models read several summaries in a row."""
+    kind = type(model).__name__
+    if kind == "VOLO":
+        return [model.head(single) + 0.5 * model.aux_head(patches).max(1)[0]]
+    if kind == "CrossVit":
+        parts = single.split([head.in_features for head in model.head], dim=1)
+        return [sum(head(part) for head, part in zip(model.head, parts, strict=True)) / len(parts)]
+    if kind.startswith("EfficientViM"):
+        parts = single.split([head.in_features for head in model.heads], dim=1)
+        scored = [(model.heads, model.weights)]
+        scored += [(model.heads_dist, model.weights_dist)] if kind.endswith("Distilled") else []
+        made = [
+            sum(head(part) * weight for head, part, weight in zip(heads, parts, weights.softmax(-1), strict=True))
+            for heads, weights in scored
+        ]
+        return [sum(made) / len(made)]
+    found = [single] if single.shape == output.shape else []
     heads = model.get_classifier()
-    heads = list(heads) if isinstance(heads, tuple | list | nn.ModuleList) else [heads]
-    if len(heads) == 2:
+    # Some norm the summary as part of the head, of which the classifier is the last layer.
+    heads = list(heads) if isinstance(heads, tuple) else [heads, getattr(model, "head", None)]
+    if isinstance(model.get_classifier(), tuple):
         heads = [lambda given, heads=heads: (heads[0](given) + heads[1](given)) / 2]
-    try:
-        return made + [head(single) for head in heads]
-    except (RuntimeError, TypeError):
-        try:
-            return [*made, *(head(single[:, :, None, None]).flatten(1) for head in heads)]
-        except (RuntimeError, TypeError):
-            if made:
-                return made
-            raise
+    for head in heads:
+        inner = getattr(head, "fc", head)
+        for apply in (head, inner, lambda given, inner=inner: inner(given[:, :, None, None]).flatten(1)):
+            with contextlib.suppress(RuntimeError, TypeError, IndexError, ValueError):
+                found.append(apply(single))
+    return found
 
 
 def reads_more(model: Any) -> bool:
@@ -223,17 +263,18 @@ def resized(name: str, file: Path, side: int, args: dict[str, Any]) -> Any:
 def another_size(model: Any, side: int) -> int:
     """A size other than its own that any grid allows: a little smaller, if that is enough."""
     patch = getattr(model, "patch_embed", None)
-    step = patch.feat_ratio() if hasattr(patch, "feat_ratio") else 32
+    # DeepSeek's encoder merges three by three patches of 14.
+    step = patch.feat_ratio() if hasattr(patch, "feat_ratio") else 32 if side % 32 == 0 or side % 42 else 42
     step = step if isinstance(step, int) else max(step)
     step *= max(1, 32 // step)
     return side - step if side >= 8 * step else side + step
 
 
-def visual_tower(name: str) -> Any:
+def visual_tower(settings: TeacherSettings) -> Any:
     """The visual tower of a model of open_clip, with random weights."""
     from open_clip.model import _build_vision_tower
 
-    shape = tower_shape(TeacherSettings(kind="open_clip", name=name))
+    shape = tower_shape(settings)
     return _build_vision_tower(shape["embed_dim"], shape["vision_cfg"], quick_gelu=shape["quick_gelu"])
 
 
@@ -253,8 +294,10 @@ def normalised(pixels: Tensor, mean: Any, std: Any) -> Tensor:
 
 
 def difference(given: Tensor, own: Tensor) -> float:
-    """The largest difference as a share of the reference's root mean square; infinite for other shapes, values that
-    are not finite, and a reference that is the same for both images, which would prove nothing."""
+    """The largest difference as a share of the root mean square of what differs between the reference's two images:
+    what is the same for all images proves nothing. Where that is below a twentieth of the reference's own root mean
+    square, of this twentieth: float32 has no more digits. Infinite for other shapes and values that are not finite."""
     if given.shape != own.shape or not bool(own.isfinite().all()) or torch.equal(own[0], own[1]):
         return float("inf")
-    return float((given - own).abs().max() / own.square().mean().sqrt())
+    scale = max(float((own[0] - own[1]).square().mean().sqrt()), float(own.square().mean().sqrt()) / 20)
+    return float((given - own).abs().max()) / scale

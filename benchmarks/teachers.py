@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import teacher_tour
 from benchmarks.harness import at_least, at_most, finish, parse_options
-from benchmarks.teacher_values import PARAMETERS, compare_open_clip, compare_timm, visual_tower
+from benchmarks.teacher_values import compare_open_clip, compare_timm, visual_tower
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
 from cae2pipe.teachers import open_clip, timm_weights
@@ -187,7 +187,7 @@ def open_clip_shape(name: str) -> Row:
     shape = tower_shape(settings)
     config = shape["vision_cfg"]
     with torch.device("meta"):
-        tower = visual_tower(name)
+        tower = visual_tower(settings)
     inner = getattr(tower, "trunk", tower)
     pool = f"pool={getattr(inner, 'global_pool', getattr(inner, 'pool_type', ''))}"
     row |= {
@@ -225,7 +225,7 @@ def representatives(rows: Iterable[Row]) -> list[Row]:
             best = smallest.setdefault(kind, row)
             if cost(row) < cost(best):
                 smallest[kind] = row
-    return sorted((row for row in smallest.values() if row["parameters"] < PARAMETERS), key=cost)
+    return sorted(smallest.values(), key=cost)
 
 
 def cost(row: Row) -> float:
@@ -267,6 +267,7 @@ def checks(shapes: list[Row], values: list[Row]) -> list[Row]:
         at_least("timm's architectures that work", share["timm"], 0.9),
         at_least("open_clip's towers that work", share["open_clip"], 1.0),
         at_most("compared models with other values, silently", sum(not row["equal"] for row in values), 0, 0),
+        at_least("share of the kinds that have been compared", len(values) / max(1, len(representatives(shapes))), 1),
         at_least("compared models", len(values), 1, 0),
     ]
 

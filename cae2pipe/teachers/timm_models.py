@@ -107,12 +107,23 @@ def last_map(model: Any, pixels: Tensor, *, norm: bool) -> tuple[Tensor, Tensor]
     x, maps = model.forward_intermediates(pixels, indices=[len(model.feature_info) - 1], output_fmt="NCHW", norm=own)
     features: Tensor = maps[0]
     if norm:
+        features = _finished(x, features)
         for after in (getattr(getattr(model, "head", None), "norm", None), _pooled_norm(model)):
             if isinstance(after, nn.LayerNorm) and after.normalized_shape == (features.shape[1],):
                 given = features.permute(0, 2, 3, 1)
                 given = F.layer_norm(given, after.normalized_shape, after.weight, after.bias, after.eps)
                 features = given.permute(0, 3, 1, 2)
     return x, features
+
+
+def _finished(x: Any, features: Tensor) -> Tensor:
+    """The last map as forward_features ends in it: timm's forward_intermediates omits the final activation of NFNet and
+    Xception, and gives EfficientViM's map another layer's norm."""
+    if isinstance(x, Tensor) and x.ndim == 4 and x.shape == features.shape:
+        return x
+    if isinstance(x, list) and x[-1].shape == features.flatten(2).shape:
+        return x[-1].unflatten(2, features.shape[2:])
+    return features
 
 
 def token_features(model: Any, pixels: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

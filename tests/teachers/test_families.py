@@ -255,6 +255,19 @@ def test_the_last_map_is_normed_and_the_summary_is_the_models_output(name, other
         assert between.info.architecture.get("norm") is None
 
 
+@pytest.mark.parametrize("name", ["test_nfnet", "efficientvim_m1"])
+def test_the_last_map_is_what_the_head_reads(name, tmp_path):
+    """timm's own intermediates omit NFNet's final activation, and give EfficientViM's map another layer's norm."""
+    model = perturbed(timm.create_model(name))
+    file = saved(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        final = model.forward_features(normalised(images(64)))
+    final = final[-1] if isinstance(final, list) else final
+    teacher = loaded(name, file, 64, stage=len(model.feature_info) - 1)
+    expected = final.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(teacher(images(64)).tokens, expected, rtol=1e-5, atol=1e-5)
+
+
 def args_of(args: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
 
