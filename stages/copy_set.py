@@ -59,6 +59,7 @@ class Copied:
         files: of the copy, with those of a shard set inside. brought: how many of them this call has copied, of that
             many bytes.
         complete: whether it holds everything that the set is to hold: all views of all shards, or all images.
+        views: where it has all that was requested of a complete set, but not all views: how many, and of how many.
     """
 
     path: Path
@@ -67,11 +68,14 @@ class Copied:
     brought: int
     bytes: int
     complete: bool
+    views: tuple[int, int] | None = None
 
     def summary(self) -> str:
         what = f"{counted(self.brought, 'file')} copied, {gigabytes(self.bytes)}" if self.brought else "nothing to copy"
-        state = "complete" if self.complete else "not complete: copy again when the original has more"
-        return f"{self.path}: {what}; this {self.kind} folder has {counted(self.files, 'file')} and is {state}"
+        state = "is complete" if self.complete else "is not complete: copy again when the original has more"
+        if self.views:
+            state = f"holds {self.views[0]} of {counted(self.views[1], 'view')}"
+        return f"{self.path}: {what}; this {self.kind} folder has {counted(self.files, 'file')} and {state}"
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,15 @@ def copy_set(
             finish(each)
     complete = all(each.there.complete for each in plans)
     files = sum(len(unit["files"]) for each in plans for unit in each.there.units.values())
-    return Copied(out, pairs[-1][0].kind, files, tally.brought, tally.bytes, complete)
+    held = None
+    if not complete and all(each.source.complete for each in plans):
+        held = view_count(plans[-1].there), view_count(plans[-1].source)
+    return Copied(out, pairs[-1][0].kind, files, tally.brought, tally.bytes, complete, held)
+
+
+def view_count(artifact: AnySet) -> int:
+    """How many views of its images a target set has."""
+    return len({of_store(name).view for name in artifact.units if is_store(name)})
 
 
 def opened(source: Path, views: int | None) -> AnySet:

@@ -115,7 +115,10 @@ def make_helpers(targets: TargetSet, settings: PretrainSettings, *, world: World
         option = "--set teacher_weights=FILE"
         weights = settings.teacher_weights
         report.phase("loading the teacher")
-        teacher = world.main_first(lambda: set_teacher(targets.artifact, weights, world.device, option=option))
+        # No loss reads earlier blocks.
+        teacher = world.main_first(
+            lambda: set_teacher(targets.artifact, weights, world.device, option=option, layers=False)
+        )
     return Helpers(probe, teacher)
 
 

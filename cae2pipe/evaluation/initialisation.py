@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.encoders import FrozenTeacher, Student, display_name, load_encoder
 from cae2pipe.methods.method import Method
+from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.models.initial_weights import encoder_weights
 from cae2pipe.teachers.weights import weights_digest
 
@@ -18,7 +20,8 @@ from cae2pipe.teachers.weights import weights_digest
 @dataclass(frozen=True)
 class InitialWeights:
     """``name``: of the encoder, without its folders. ``digest``: SHA-256 over the encoder's weights, whatever file they
-    came from. ``state``, ``notes``: as in ``EncoderWeights``."""
+    came from, and over the mean and std of its pixels where they are not the student's. ``state``, ``notes``: as in
+    ``EncoderWeights``."""
 
     name: str
     digest: str
@@ -52,7 +55,8 @@ def initial_weights(settings: ModelSettings) -> InitialWeights | None:
         model, normalise = encoder.model, encoder.normalise
     else:
         assert isinstance(encoder, FrozenTeacher)
-        model, normalise = getattr(encoder.teacher, "model", encoder.teacher), encoder.teacher.normalise
+        teacher = encoder.teacher.unwrapped
+        model, normalise = getattr(teacher, "model", teacher), teacher.normalise
     if not isinstance(model, nn.Module):
         raise SettingsError(
             "the student cannot continue from this model: it is not one of timm's",
@@ -61,4 +65,7 @@ def initial_weights(settings: ModelSettings) -> InitialWeights | None:
         )
     name = display_name(spec)
     weights = encoder_weights(model, settings, mean=normalise.mean, std=normalise.std, where=name)
-    return InitialWeights(name, weights_digest(model), weights.state, weights.notes)
+    digest, pixels = weights_digest(model), (normalise.mean, normalise.std)
+    if pixels != (PIXEL_MEAN, PIXEL_STD):
+        digest = fingerprint([digest, *map(list, pixels)])
+    return InitialWeights(name, digest, weights.state, weights.notes)

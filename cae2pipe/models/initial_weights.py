@@ -2,7 +2,8 @@
 
 The student computes the same function: a bias of k is dropped, since it cancels in the softmax; a branch without
 LayerScale gets one of ones; another normalisation of pixels is folded into the patch embedding; positions are resampled
-as timm does. What cannot be carried over is refused, or noted if training makes up for it.
+as timm does. Only the epsilon of its norms is the student's: another one is noted. What cannot be carried over is
+refused, or noted if training makes up for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
+from cae2pipe.models.layers import EPS
 
 SIZES = ("width", "depth", "heads", "patch_size")
 
@@ -24,7 +26,7 @@ SIZES = ("width", "depth", "heads", "patch_size")
 @dataclass(frozen=True)
 class EncoderWeights:
     """``state``: the weights and positions of an ``Encoder`` by name, float32. Those that the model lacks are omitted.
-    ``notes``: what of the model the student does without, in words."""
+    ``notes``: what of the model the student does without, or computes otherwise, in words."""
 
     state: dict[str, Tensor]
     notes: list[str]
@@ -180,10 +182,14 @@ def block_weights(state: dict[str, Tensor], block: str, width: int) -> dict[str,
 
 
 def notes(model: Any) -> list[str]:
-    """What of a model the student does without, in words."""
+    """What of a model the student does without, or computes otherwise, in words."""
+    norms = [*model.blocks.modules(), model.norm, getattr(model, "fc_norm", None)]
+    other = sorted({norm.eps for norm in norms if isinstance(norm, nn.LayerNorm)} - {EPS})
     registers = model.num_prefix_tokens - (model.cls_token is not None)
     found = {
         f"its {registers} register tokens are dropped, as the student has none": registers > 0,
         "it has no class token, so the student's is drawn": model.cls_token is None,
+        f"the epsilon of its norms is {' or '.join(f'{eps:g}' for eps in other)}, the student's {EPS:g}, so features "
+        "differ slightly": bool(other),
     }
     return [note for note, holds in found.items() if holds]

@@ -61,13 +61,16 @@ def named_without_paths(settings: TeacherSettings) -> TeacherSettings:
     return resolved(settings)
 
 
-def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.device, *, option: str) -> Teacher:
+def set_teacher(
+    artifact: TargetsArtifact, weights: Path | None, device: torch.device, *, option: str, layers: bool = True
+) -> Teacher:
     """The teacher that a target set was made with.
 
     Args:
         artifact: the set's. device: where the teacher runs.
         weights: its weights file, if they came from one: target sets do not store paths.
         option: the option for that file, for the message.
+        layers: whether it also gives the tokens of earlier blocks that the set has.
 
     Raises:
         TeacherError: it cannot be loaded. MismatchError: the weights differ.
@@ -82,6 +85,8 @@ def set_teacher(artifact: TargetsArtifact, weights: Path | None, device: torch.d
         | ({"project": known["architecture"].get("projected", False)} if known["library"] == "timm" else {}),
         where=artifact.root,
     )
+    if not layers:
+        settings = settings.model_copy(update={"layers": ()})
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
     try:

@@ -103,6 +103,11 @@ class Teacher(ABC):
     def _attention(self, attention: Tensor | None) -> None:
         self._seen.attention = attention
 
+    @property
+    def unwrapped(self) -> Teacher:
+        """The teacher whose latents this one changes, if it is a wrapper of another one."""
+        return self
+
     @abstractmethod
     def tokens(self, pixels: Tensor) -> TeacherOutput:
         """Latents of normalised pixels (B, 3, S, S)."""

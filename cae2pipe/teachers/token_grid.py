@@ -50,11 +50,16 @@ class ResampledTeacher(Teacher):
             )
         super().__init__(replace(info, rows=rows, cols=cols), teacher.device)
         self.teacher, self._own = teacher, own
+        self.attends, self.native, self.assumed = teacher.attends, teacher.native, teacher.assumed
         self._across, self._down = (
             area_shares(length, size).to(teacher.device, torch.float32)
             for length, size in ((own[1], cols), (own[0], rows))
         )
         self._mean = rows * cols / (own[0] * own[1])
+
+    @property
+    def unwrapped(self) -> Teacher:
+        return self.teacher.unwrapped
 
     def tokens(self, pixels: Tensor) -> TeacherOutput:
         output = self.teacher.tokens(pixels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -73,6 +75,18 @@ def test_a_class_token_that_is_missing_is_drawn_and_registers_are_dropped():
     encoder, notes, missing = student(model)
     assert (missing, notes) == ([], ["its 4 register tokens are dropped, as the student has none"])
     torch.testing.assert_close(encoder.pos_embed[:, 1:], model.pos_embed)
+
+
+@torch.no_grad()
+def test_another_epsilon_of_the_norms_is_noted():
+    model = vit(norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    encoder, notes, missing = student(model)
+    assert (missing, notes) == (
+        [], ["the epsilon of its norms is 1e-05, the student's 1e-06, so features differ slightly"]
+    )  # fmt: skip
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    wanted = model.forward_features(Normalise(*IMAGENET)(pixels))
+    torch.testing.assert_close(encoder(student_normalise()(pixels)), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

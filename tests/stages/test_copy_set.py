@@ -288,6 +288,8 @@ def test_a_set_that_grows_and_parts_of_a_set(target_root, tmp_path, place):
 def test_some_views_and_then_the_others(target_root, place):
     result = bring(target_root, out := place("set"), views=1)
     assert not result.complete
+    assert "and holds 1 of 2 views" in result.summary()
+    assert "not complete" not in result.summary()
     assert TargetSet(out).views == 1
     assert not verify(out, Silent()).problems
     assert bring(target_root, out, views=2).complete

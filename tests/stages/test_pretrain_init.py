@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.errors import ManifestError, MismatchError, SettingsError, SourceError
+from cae2pipe.evaluation.initialisation import initial_weights
 from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
 from cae2pipe.runtime.progress import Silent
@@ -96,6 +97,29 @@ def test_a_run_resumes_from_moved_weights_to_the_same_bits_and_not_from_others(
     export(str(out), tmp_path / "exported", "timm", scores=[])
     digest = json.loads((out / "manifest.json").read_text())["identity"]["init"]
     assert f"| started from | donor, weights {digest[:16]} |" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_other_mean_and_std_of_the_same_weights_are_others(pretrain_settings, weights, tmp_path):
+    other = Path(shutil.copytree(weights.parent, tmp_path / "donor")) / "config.json"
+    config = json.loads(other.read_text())
+    config["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    other.write_text(json.dumps(config))
+    first, second = (
+        initial_weights(with_init(pretrain_settings, folder).model) for folder in (weights.parent, other.parent)
+    )
+    assert not torch.equal(first.state["patch_embed.weight"], second.state["patch_embed.weight"])
+    assert first.digest != second.digest
+
+
+def test_a_teacher_whose_latents_are_resampled_has_the_weights_of_its_model(pretrain_settings, weights, tmp_path):
+    lines = ["teacher:", "  kind: timm", f"  name: local-dir:{weights.parent}", f"  weights: {weights}"]
+    files = [tmp_path / name for name in ("own.yaml", "coarse.yaml")]
+    files[0].write_text("\n".join([*lines, ""]))
+    files[1].write_text("\n".join([*lines, "  grid: [3, 3]", ""]))
+    own, coarse = (initial_weights(with_init(pretrain_settings, f"teacher:{file}").model) for file in files)
+    assert own.digest == coarse.digest
+    assert all(torch.equal(coarse.state[name], tensor) for name, tensor in own.state.items())
+    assert torch.equal(own.state["norm.weight"], load_file(weights)["norm.weight"])
 
 
 def test_a_run_starts_from_another_run(target_root, pretrain_settings, trained_run, tmp_path):

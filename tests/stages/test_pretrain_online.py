@@ -1,14 +1,17 @@
 """The online teacher: the same targets, and fresh views."""
 
 import pytest
+import torch
 
 from cae2pipe.errors import ManifestError, MismatchError, SettingsError, TeacherError
 from cae2pipe.loading.loader import load_batches
 from cae2pipe.loading.planning import make_plan
 from cae2pipe.runtime.progress import Silent
+from cae2pipe.runtime.world import stage_world
 from cae2pipe.stages.extract_targets import extract_targets
-from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.pretrain import make_helpers, pretrain
 from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.teachers.load import set_teacher
 from cae2pipe.training.metrics import read_lines
 
 
@@ -38,6 +41,23 @@ def test_online_on_stored_views_is_the_cached_run_to_the_codecs_error(
     assert max(abs(a - b) for a, b in zip(half, live, strict=True)) < max(
         abs(a - b) for a, b in zip(coded, live, strict=True)
     )
+
+
+def test_the_online_teacher_computes_no_earlier_blocks(
+    photos, extract_settings, teacher_file, pretrain_settings, tmp_path
+):
+    root = tmp_path / "set"
+    extract_targets(photos, root, extract_settings(teacher={"layers": [1]}, views=1), report=Silent())
+    targets = TargetSet(root)
+    teacher = set_teacher(targets.artifact, teacher_file, torch.device("cpu"), option="")
+    settings = pretrain_settings(targets="online", teacher_weights=str(teacher_file), precision="fp32")
+    with stage_world("cpu", Silent()) as (world, report):
+        online = make_helpers(targets, settings, world=world, report=report).teacher
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert list(teacher(pixels).layers) == [1]
+    output = online(pixels)
+    assert not output.layers
+    assert torch.equal(output.tokens, teacher(pixels).tokens)
 
 
 def test_fresh_views_differ_every_epoch_and_depend_on_the_seed(target_root, teacher_file, pretrain_settings):

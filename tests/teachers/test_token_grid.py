@@ -94,6 +94,8 @@ def test_a_loaded_teacher_gives_its_latents_on_the_students_grid(extract_setting
     chosen = extract_settings(teacher={"precision": precision}).teacher
     own = load_teacher(chosen, CPU)
     coarse = load_teacher(chosen.model_copy(update={"grid": (2, 3)}), CPU)
+    assert (coarse.attends, coarse.native, coarse.assumed) == (own.attends, own.native, own.assumed)
+    assert own.attends
     assert (coarse.info.rows, coarse.info.cols) == (2, 3)
     assert latents_shape(chosen.model_copy(update={"grid": (2, 3)})) == (2, 3, 16)
     pixels = torch.randint(0, 256, (11, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
