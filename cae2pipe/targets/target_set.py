@@ -13,6 +13,7 @@ OUT/shards/                          the shard set, if extract-targets was given
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -297,6 +298,15 @@ class TargetSet(Sequence[Target]):
     def images(self) -> int:
         """Distinct images, over all shards."""
         return sum({of_store(name).shard: samples for name, samples in self.stores.samples.items()}.values())
+
+    def only(self, names: Iterable[str]) -> TargetSet:
+        """The same set with only some of its stores."""
+        narrowed = copy.copy(self)
+        narrowed.stores = self.stores.only(names)
+        narrowed._names = sorted(narrowed.stores)
+        narrowed._kept = None
+        narrowed.__dict__.pop("_ends", None)
+        return narrowed
 
     def reader(self, name: str, groups: Iterable[str] = ()) -> StoreReader:
         """Reads a store: the patches, and other groups."""
