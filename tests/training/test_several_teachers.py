@@ -16,6 +16,7 @@ from cae2pipe.loading.loader import load_batches
 from cae2pipe.loading.planning import make_plan
 from cae2pipe.methods.registry import METHODS, build_method
 from cae2pipe.runtime.progress import Silent
+from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.replay import replay
 from cae2pipe.targets.target_set import TargetSet
@@ -23,6 +24,7 @@ from cae2pipe.training.joint_objective import make_joint_objective
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.standardisation import equal_variance_rotation, standardisation_of, stored_standardisation
 from cae2pipe.training.step import cached, forward
+from cae2pipe.training.student import load_method, load_student, preview_latents
 from cae2pipe.training.target_spec import target_spec
 from cae2pipe.training.telemetry import MACHINE_METRICS
 from tests.conftest import edit_manifest
@@ -256,3 +258,29 @@ def test_what_does_not_fit_is_refused(roots, stored_root, target_root, int8_root
     refused(roots, "held-out targets", probe={"targets": str(roots[0])})
     with pytest.raises(SettingsError, match="the folder of the run is missing"):
         pretrain(roots[:1], roots[1], pretrain_settings(), report=Silent())
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_pictures_take_the_head_of_the_teacher_of_the_set(roots, sets, pretrain_settings, tmp_path, kind):
+    run = tmp_path / "run"
+    pretrain(roots, run, pretrain_settings(loss={"kind": kind}, epochs=4, optimizer={"lr": 0.1}), report=Silent())
+    for targets in sets:
+        model, chosen = load_student(run, targets, Silent())
+        previews = preview_latents(model, chosen, targets, views=targets[:4], device=torch.device("cpu"))
+        assert previews[0].student.shape == (16, targets.teacher.dim)
+        # With the other teacher's head, or standardised, it would be near 0.
+        assert np.mean([preview.cosine for preview in previews]) > 0.1
+    assert list(inspect_folder(run)["teachers"]) == LABELS
+    if kind == "mse":
+        with pytest.raises(SettingsError, match="standardised latents"):
+            load_method(run, 24, Silent())
+
+
+def test_a_model_card_names_all_teachers_and_licences(both):
+    from cae2pipe.stages.export import export
+
+    card = next(path for path in export(str(both), both.parent / "timm", "timm") if path.name == "README.md")
+    text = card.read_text()
+    for label in LABELS:
+        assert f"| teacher {label} |" in text
+    assert text.count("licence unknown") == 2
