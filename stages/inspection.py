@@ -108,6 +108,7 @@ def _run(artifact: RunArtifact) -> dict[str, Any]:
     probes = read_probes(artifact.root / PROBE_FILE)
     return {
         "teacher": artifact.facts["teacher"],
+        **({"teachers": _teachers(artifact)} if "teachers" in artifact.facts else {}),
         **({"init": artifact.facts["init"]} if "init" in artifact.facts else {}),
         "licences": known_licences(artifact.facts.get("licences", {})),
         "stores": len(artifact.facts["stores"]),
@@ -116,6 +117,18 @@ def _run(artifact: RunArtifact) -> dict[str, Any]:
         "last_step": {name: last[name] for name in ("epoch", "loss", "centred_cosine_masked") if name in last},
         **({"last_probe": probes[-1]} if probes else {}),
         "checkpoints": [path.name for path in checkpoints(artifact.root / CHECKPOINTS_FOLDER)],
+    }
+
+
+def _teachers(artifact: RunArtifact) -> dict[str, Any]:
+    """All teachers of a run by their labels, if there are several."""
+    return {
+        known["label"]: {
+            **{name: known[name] for name in ("name", "dim", "class_token")},
+            "licences": known_licences(known["licences"]),
+            "stores": len(known["stores"]),
+        }
+        for known in artifact.facts["teachers"]
     }
 
 

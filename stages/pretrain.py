@@ -8,9 +8,10 @@ only runs with ``targets: online``, as a baseline.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -18,14 +19,15 @@ from cae2pipe.artifacts.artifact import MANIFEST, RunArtifact, TargetsArtifact, 
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.manifest_run import RunIdentity
+from cae2pipe.artifacts.manifest_run import RunIdentity, SeveralTeacher
 from cae2pipe.artifacts.storage import file_size
 from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import MismatchError
+from cae2pipe.errors import MismatchError, SettingsError
 from cae2pipe.evaluation.initialisation import InitialWeights, initial_weights
 from cae2pipe.evaluation.training_probe import TrainingProbe
 from cae2pipe.loading.fresh import fresh_views
+from cae2pipe.loading.joining import Joined, join_sets, labels_of
 from cae2pipe.loading.order import ORDER
 from cae2pipe.loading.planning import chosen_stores, make_plan
 from cae2pipe.methods.registry import build_method
@@ -39,8 +41,9 @@ from cae2pipe.teachers.load import set_teacher
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, restore_training, training_state
 from cae2pipe.training.compilation import compiles
-from cae2pipe.training.fit import check_fit
-from cae2pipe.training.objective import compile_objective, make_objective
+from cae2pipe.training.fit import check_fit, check_joined
+from cae2pipe.training.joint_objective import JointObjective, make_joint_objective
+from cae2pipe.training.objective import Objective, compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.parallel import wrap_model
@@ -52,8 +55,11 @@ from cae2pipe.training.target_spec import PixelTargets, TargetSpec, target_spec
 from cae2pipe.training.telemetry import check_trackers
 
 
-def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, *, report: Report) -> RunArtifact:
-    """Train the run ``out`` on a target set, or resume it; finally export ``encoder.safetensors``.
+def pretrain(
+    targets_root: Path | Sequence[Path], out: Path, settings: PretrainSettings, *, report: Report
+) -> RunArtifact:
+    """Train the run ``out`` on a target set, or on several of other teachers over the same views, or resume it; finally
+    export ``encoder.safetensors``.
 
     Raises:
         SettingsError: the student does not fit the set, or the number of processes the batch. MismatchError: the run
@@ -66,12 +72,22 @@ def pretrain(targets_root: Path, out: Path, settings: PretrainSettings, *, repor
 
 
 def pretrain_within(
-    targets_root: Path, out: Path, settings: PretrainSettings, *, world: World, report: Report
+    targets_root: Path | Sequence[Path], out: Path, settings: PretrainSettings, *, world: World, report: Report
 ) -> RunArtifact:
     """``pretrain`` within an initialised process group."""
-    report.phase("opening the target set")
-    targets = world.main_first(lambda: TargetSet(targets_root))
-    world.run_on_main(lambda: check_fit(targets, settings, world.ranks))
+    roots = [targets_root] if isinstance(targets_root, Path) else list(targets_root)
+    world.run_on_main(lambda: refuse_target_set(out, roots))
+    report.phase("opening the target set" if len(roots) == 1 else "opening the target sets")
+    joined = world.main_first(lambda: join_sets([TargetSet(root) for root in roots]))
+    targets, others = joined.main, joined.others
+
+    def check() -> None:
+        check_joined(joined, settings)
+        check_fit(targets, settings, world.ranks)
+
+    world.run_on_main(check)
+    if joined.note:
+        report.log(joined.note)
     precision = resolve_precision(settings.precision, world.device)
     settings = settings.model_copy(update={"precision": precision})
     if settings.model.init:
@@ -80,10 +96,10 @@ def pretrain_within(
     helpers: Helpers | None = None
     if world.run_on_main(lambda: file_size(out / MANIFEST) is None):
         # What is missing must not leave the folder of a run that has not begun.
-        helpers = make_helpers(targets, settings, world=world, report=report)
+        helpers = make_helpers(targets, settings, others, world=world, report=report)
     with ExitStack() as stack:
         world.run_on_main(lambda: stack.enter_context(writing(out)))
-        return _train_run(targets, out, settings, helpers, init=init, world=world, report=report)
+        return _train_run(joined, out, settings, helpers, init=init, world=world, report=report)
 
 
 class Helpers(NamedTuple):
@@ -93,14 +109,31 @@ class Helpers(NamedTuple):
     teacher: Teacher | None
 
 
-def make_helpers(targets: TargetSet, settings: PretrainSettings, *, world: World, report: Report) -> Helpers:
+def refuse_target_set(out: Path, roots: Sequence[Path]) -> None:
+    """Raise SettingsError if the folder for the run is a target set, one of several without a run after them."""
+    if is_artifact(out, "targets"):
+        raise SettingsError(
+            "this is a target set, and the folder of the run is missing",
+            where=out,
+            fix=f"cae2pipe pretrain {' '.join(map(str, [*roots, out]))} RUN",
+        )
+
+
+def make_helpers(
+    targets: TargetSet,
+    settings: PretrainSettings,
+    others: Sequence[TargetSet] = (),
+    *,
+    world: World,
+    report: Report,
+) -> Helpers:
     """The helpers of a run; what it will open or import later is checked. ``settings.precision`` is resolved. Raises
     as ``pretrain``."""
 
     def check() -> None:
         check_trackers(settings.track)
         with torch.device("meta"):
-            spec = target_spec(settings, targets)
+            spec = target_spec(settings, targets, others)
             build_method(settings.method, settings.model, spec.dim, spec.summary)
         if settings.views == "fresh":
             fresh_views(targets, settings)
@@ -110,7 +143,7 @@ def make_helpers(targets: TargetSet, settings: PretrainSettings, *, world: World
     probe = teacher = None
     if settings.probe.on:
         report.phase("trying the probe")
-        probe = TrainingProbe(settings, targets, world=world, report=report)
+        probe = TrainingProbe(settings, targets, others, world=world, report=report)
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
         weights = settings.teacher_weights
@@ -123,7 +156,7 @@ def make_helpers(targets: TargetSet, settings: PretrainSettings, *, world: World
 
 
 def _train_run(
-    targets: TargetSet,
+    joined: Joined,
     out: Path,
     settings: PretrainSettings,
     helpers: Helpers | None,
@@ -132,22 +165,28 @@ def _train_run(
     world: World,
     report: Report,
 ) -> RunArtifact:
-    artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings, init))
+    targets, others = joined.main, joined.others
+    artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings, init, others))
     if artifact.complete and artifact.has("encoder"):
         report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
     # Before the seed is set: making them must not change what is drawn later.
-    probe, teacher = helpers or make_helpers(targets, settings, world=world, report=report)
+    probe, teacher = helpers or make_helpers(targets, settings, others, world=world, report=report)
     report.phase("building the model")
     torch.manual_seed(keyed_seed("init", settings.seed))
-    spec = target_spec(settings, targets)
+    spec = target_spec(settings, targets, others)
     model = build_method(settings.method, settings.model, spec.dim, spec.summary)
     if init:
         init.apply(model)
     model = model.to(world.device)
     model.recompute(settings.speed.recompute)
-    plan = make_plan(targets, sorted(artifact.facts["stores"]), settings, drop_columns=model.drop_columns)
-    objective = make_objective(model, targets, settings).to(world.device).train()
+    stores = sorted(artifact.facts["stores"])
+    objective: Objective | JointObjective = make_objective(model, targets, settings)
+    if others:
+        objective = make_joint_objective(model, (targets, *others), settings, stores=stores)
+    objective = objective.to(world.device).train()
+    columns = model.drop_columns + (objective.columns if isinstance(objective, JointObjective) else 0)
+    plan = make_plan(targets, stores, settings, drop_columns=columns, others=others)
     compiled = compiles(settings.speed.compile, world.device)
     if compiled:
         compile_objective(objective, world)
@@ -220,10 +259,14 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
 
 
 def begin_run(
-    out: Path, targets: TargetSet, settings: PretrainSettings, init: InitialWeights | None = None
+    out: Path,
+    targets: TargetSet,
+    settings: PretrainSettings,
+    init: InitialWeights | None = None,
+    others: Sequence[TargetSet] = (),
 ) -> RunArtifact:
     """The run's folder, created or opened, without partial files of a killed process."""
-    artifact = open_run(out, targets, settings, init)
+    artifact = open_run(out, targets, settings, init, others)
     remove_debris(out)
     return artifact
 
@@ -239,10 +282,15 @@ def finish_run(artifact: RunArtifact, settings: PretrainSettings, weights: dict[
 
 
 def run_identity(
-    targets: TargetsArtifact, settings: PretrainSettings, init: InitialWeights | None = None
+    targets: TargetsArtifact,
+    settings: PretrainSettings,
+    init: InitialWeights | None = None,
+    others: Sequence[TargetSet] = (),
 ) -> RunIdentity:
     """What a run depends on."""
     identity: RunIdentity = {"settings": fingerprinted(settings), "targets": targets.fingerprint, "order": ORDER}
+    if others:
+        identity["teachers"] = [other.artifact.fingerprint for other in others]
     return {**identity, "init": init.digest} if init else identity
 
 
@@ -264,19 +312,25 @@ def refuse_earlier_order(out: Path) -> None:
 
 
 def open_run(
-    out: Path, targets: TargetSet, settings: PretrainSettings, init: InitialWeights | None = None
+    out: Path,
+    targets: TargetSet,
+    settings: PretrainSettings,
+    init: InitialWeights | None = None,
+    others: Sequence[TargetSet] = (),
 ) -> RunArtifact:
     """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
     refuse_earlier_order(out)
-    stores = {name: fingerprint(targets.stores[name]["files"]) for name in chosen_stores(targets, settings)}
+    names = chosen_stores(targets, settings)
+    stores = digests_of(targets, names)
     artifact = RunArtifact.open_or_create(
         out,
-        run_identity(targets.artifact, settings, init),
+        run_identity(targets.artifact, settings, init, others),
         facts={
             "stores": stores,
             "teacher": teacher_of(targets),
             "licences": licences_of(targets),
             **({"init": init.name} if init else {}),
+            **({"teachers": teachers_of((targets, *others), names)} if others else {}),
         },
         fix="use another output folder, or the settings and target set that this run was started with",
         fixes={
@@ -287,7 +341,15 @@ def open_run(
         },
         called=lambda name: "model.init (SHA-256 of the weights)" if name == "init" else present_name(name),
     )
-    for name, digest in artifact.facts["stores"].items():
+    refuse_changed(targets, artifact.facts["stores"], stores)
+    for known, other in zip(artifact.facts.get("teachers", [])[1:], others, strict=True):
+        refuse_changed(other, known["stores"], digests_of(other, names))
+    return artifact
+
+
+def refuse_changed(targets: TargetSet, recorded: Mapping[str, str], stores: Mapping[str, str]) -> None:
+    """Raise MismatchError if a store that a run started with has changed, or is no longer there."""
+    for name, digest in recorded.items():
         if stores.get(name) != digest:
             what = "is no longer in" if name not in stores else "has changed in"
             raise MismatchError(
@@ -295,4 +357,25 @@ def open_run(
                 where=targets.root,
                 fix="restore the original target set, or start a new run in another folder",
             )
-    return artifact
+
+
+def digests_of(targets: TargetSet, names: Sequence[str]) -> dict[str, str]:
+    """The fingerprints of some stores."""
+    return {name: fingerprint(targets.stores[name]["files"]) for name in names}
+
+
+def teachers_of(sets: Sequence[TargetSet], names: Sequence[str]) -> list[SeveralTeacher]:
+    """The entries of a run's manifest about several teachers. ``names``: of the stores that it trains on."""
+    return [
+        cast(
+            SeveralTeacher,
+            {
+                **teacher_of(each),
+                "label": label,
+                "targets": each.artifact.fingerprint,
+                "licences": licences_of(each),
+                "stores": digests_of(each, names),
+            },
+        )
+        for each, label in zip(sets, labels_of(sets), strict=True)
+    ]

@@ -20,8 +20,10 @@ from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.targets.codecs import Fp16Codec
 from cae2pipe.training.failure import load_failure, no_record
-from cae2pipe.training.objective import TERMS, Objective
+from cae2pipe.training.joint_objective import JointObjective, TeacherAlignment
+from cae2pipe.training.objective import Objective
 from cae2pipe.training.step import forward
+from cae2pipe.training.target_spec import TargetSpec, side_by_side
 
 
 def replay(path: Path, device: str = "auto", precision: str | None = None) -> dict[str, Any]:
@@ -55,18 +57,8 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
     bf16 = (precision or settings.precision) == "bf16"
     set_backends(bf16, deterministic=False)
     try:
-        summary = context.get("summary")
-        model = build_method(settings.method, settings.model, context["target_dim"], summary)
-        model.load_state_dict(weights)
-        objective = Objective(
-            model,
-            settings.loss,
-            Fp16Codec(),
-            mean=context["mean"],
-            class_token=context["class_token"],
-            summary=None if summary is None else Fp16Codec(),
-            bf16=bf16,
-        )
+        objective = _objective(settings, context, bf16)
+        objective.model.load_state_dict(weights)
         return _again(
             objective.to(chosen_device).train(),
             batch.to(chosen_device),
@@ -79,8 +71,42 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
         raise no_record(path, f"its parts do not fit together: {reason}") from error
 
 
+def _objective(settings: PretrainSettings, context: dict[str, Any], bf16: bool) -> Objective | JointObjective:
+    """The objective of a record, with fresh weights. Its latents are decoded, so codecs do not matter."""
+    if "teachers" not in context:
+        summary = context.get("summary")
+        return Objective(
+            build_method(settings.method, settings.model, context["target_dim"], summary),
+            settings.loss,
+            Fp16Codec(),
+            mean=context["mean"],
+            class_token=context["class_token"],
+            summary=None if summary is None else Fp16Codec(),
+            bf16=bf16,
+        )
+    known = context["teachers"]
+    spec = side_by_side(
+        [TargetSpec(each["width"], each["class_token"], each["mean"], each["summary"]) for each in known]
+    )
+    parts = [
+        TeacherAlignment(
+            settings.loss,
+            Fp16Codec(),
+            mean=each["mean"],
+            class_token=each["class_token"],
+            width=each["width"],
+            pooled=each["summary"],
+            weight=each["weight"],
+            summary=None if each["summary"] is None else Fp16Codec(),
+        )
+        for each in known
+    ]
+    model = build_method(settings.method, settings.model, spec.dim, spec.summary)
+    return JointObjective(model, settings.loss, parts, labels=[each["label"] for each in known], bf16=bf16)
+
+
 def _again(
-    objective: Objective, batch: Batch, latents: dict[str, Tensor], *, recorded: dict[str, float]
+    objective: Objective | JointObjective, batch: Batch, latents: dict[str, Tensor], *, recorded: dict[str, float]
 ) -> dict[str, Any]:
     model = objective.model
     broken: list[str] = []
@@ -93,9 +119,9 @@ def _again(
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     return {
         "step": batch.step,
-        "terms": dict(zip(TERMS, terms.tolist(), strict=True)),
+        "terms": dict(zip(objective.terms, terms.tolist(), strict=True)),
         "grad_norm": float(norm),
-        "recorded": {name: recorded[name] for name in (*TERMS, "grad_norm")},
+        "recorded": {name: recorded[name] for name in (*objective.terms, "grad_norm") if name in recorded},
         "inputs": [
             batch.keys[row]
             for row in sorted({row for latent in latents.values() for row in _bad_rows(latent, batch.weights)})
@@ -120,7 +146,7 @@ def _bad_rows(tensor: Tensor, weights: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def _samples(objective: Objective, batch: Batch, latents: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _samples(objective: Objective | JointObjective, batch: Batch, latents: dict[str, Tensor]) -> list[dict[str, Any]]:
     """At most twenty samples whose own loss is not finite; if there are none, the five with the largest loss."""
     rows: list[tuple[float, str, int]] = []
     for row, part in enumerate(split(replace(batch, arrays={}), {}, len(batch.weights))):

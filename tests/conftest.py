@@ -293,3 +293,27 @@ def summary_root(
     from tests.pooling_teacher import extract_pooling
 
     return extract_pooling(photos, tmp_path_factory.mktemp("targets") / "summary", extract_settings())
+
+
+@pytest.fixture(scope="session")
+def wide_root(
+    tmp_path_factory: pytest.TempPathFactory,
+    photos: Path,
+    teacher_file: Path,
+    extract_settings: Callable[..., ExtractSettings],
+) -> Path:
+    """A target set of the views of ``target_root``, of a teacher with a class token and 24 dimensions. Read-only."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from cae2pipe.runtime.progress import Silent
+    from cae2pipe.stages.extract_targets import extract_targets
+
+    folder = tmp_path_factory.mktemp("wide")
+    weights = load_file(teacher_file)
+    generator = torch.Generator().manual_seed(5)
+    weights["visual.proj"] = torch.randn(len(weights["visual.proj"]), 24, generator=generator)
+    save_file(weights, folder / "wide.safetensors")
+    teacher = {"name": "wide", "weights": str(folder / "wide.safetensors"), "embed_dim": 24}
+    extract_targets(photos, folder / "set", extract_settings(teacher=teacher), report=Silent())
+    return folder / "set"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -86,7 +87,7 @@ class Run:
 
 @checked
 def pretrain(
-    targets: str | Path,
+    targets: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     config: str | Path | Settings = "base",
@@ -104,7 +105,7 @@ def pretrain(
     """Train a student from cached targets, or resume it: ``cae2pipe pretrain``.
 
     Args:
-        targets: a target set; a path or a URL.
+        targets: a target set; a path or a URL. Or several, of other teachers over the same views.
         out: the run's folder, which is local.
         config: preset, YAML file or settings.
         overrides: settings to change.
@@ -138,9 +139,13 @@ def pretrain(
             where="probe.every",
             fix="add --probe IMAGES or --probe-targets TARGETS, or omit --every",
         )
+    several = targets if isinstance(targets, list | tuple) else [cast(str | Path, targets)]
+    if not several:
+        raise SettingsError("no target set is given", where="targets", fix="give at least one")
+    roots = [to_path(root) for root in several]
     folder = to_local_path(out, output=True)
     with reporting(progress, "pretrain") as report:
-        train(to_path(targets), folder, settings, report=report)
+        train(roots, folder, settings, report=report)
     return Run(folder)
 
 

@@ -33,11 +33,13 @@ class EncoderUnit(TypedDict):
 @with_config(OPEN)
 class RunIdentity(TypedDict):
     """``targets``: the target set's fingerprint. ``order``: the version of the order of samples; missing in older runs,
-    which had version 1. ``init``: the digest of the weights that the encoder started from; missing for random ones."""
+    which had version 1. ``teachers``: the fingerprints of further target sets, missing if there are none. ``init``: the
+    digest of the weights that the encoder started from; missing for random ones."""
 
     init: NotRequired[Sha256]
     settings: Values
     targets: Sha256
+    teachers: NotRequired[list[Sha256]]
     order: NotRequired[Annotated[int, Field(ge=2)]]
 
 
@@ -50,13 +52,25 @@ class RunTeacher(TeacherEntry):
 
 
 @with_config(OPEN)
+class SeveralTeacher(RunTeacher):
+    """One of several teachers: its label, and fingerprint, licences and stores of its target set."""
+
+    label: Annotated[str, Field(min_length=1, max_length=100)]
+    targets: Sha256
+    licences: Licences
+    stores: dict[StoreName, Sha256]
+
+
+@with_config(OPEN)
 class RunFacts(TypedDict):
     """``stores``: the fingerprints of the stores that it was started with. ``init``: the name of the weights that the
-    encoder started from, if they were not random. ``licences``: the target set's."""
+    encoder started from, if they were not random. ``teachers``: all teachers, if there are several, in the order of
+    their heads; ``teacher``, ``licences`` and ``stores`` are of the first. ``licences``: the target set's."""
 
     init: NotRequired[str]
     stores: dict[StoreName, Sha256]
     teacher: RunTeacher
+    teachers: NotRequired[list[SeveralTeacher]]
     licences: NotRequired[Licences]
 
 

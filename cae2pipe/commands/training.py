@@ -27,9 +27,11 @@ from cae2pipe.commands.shared import (
 
 def pretrain(
     targets: Annotated[
-        Path,
+        list[Path],
         typer.Argument(
-            metavar="TARGETS", help="A target set made by extract-targets (folder or URL).", parser=path_or_url
+            metavar="TARGETS...",
+            help="A target set made by extract-targets (folder or URL); or several, of other teachers over its views.",
+            parser=path_or_url,
         ),
     ],
     out: LocalOut,

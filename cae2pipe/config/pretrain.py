@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -92,6 +92,9 @@ class MaskSettings(Settings):
     an epoch has `repeat` times as many steps, so divide epochs by it for the same work."""
 
 
+TeacherWeight = Annotated[float, Field(gt=0, le=1e6)]
+
+
 class LossSettings(Settings):
     """Visible and masked latent alignment (paper, equations 1 and 2)."""
 
@@ -109,6 +112,13 @@ class LossSettings(Settings):
     summary: bool | None = added(None, before=None)
     """Whether the student's class token is aligned, as one more visible token and through a head of its own, with the
     teacher's own output for the whole image. null: if the target set has one (a summary), and no class token."""
+
+    teachers: dict[str, TeacherWeight] | None = added(None, before=None)
+    """With several target sets: the weight of each teacher's loss, by its label, as `cae2pipe inspect` shows it. 1 for
+    those without one."""
+    drop_teachers: float = added(0.0, before=0.0, ge=0, le=1)
+    """With several target sets: for every image the teacher with the largest loss counts, and each other one is dropped
+    with this probability (UNIC)."""
 
     @model_validator(mode="after")
     def _some(self) -> LossSettings:

@@ -7,7 +7,7 @@ Several processes share the images and views.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,25 +56,36 @@ class TrainingProbe:
     """Measures students of one run. Every process makes all calls, in the same order.
 
     Args:
-        settings: of the run; ``settings.precision`` is resolved. targets: the set that is trained on.
+        settings: of the run; ``settings.precision`` is resolved. targets, others: the sets that are trained on.
 
     Raises:
         SettingsError: the held-out targets do not fit the student. SourceError, ManifestError, DamageError: images or
         targets cannot be read. OutOfMemoryError: a pass does not fit the device.
     """
 
-    def __init__(self, settings: PretrainSettings, targets: TargetSet, *, world: World, report: Report):
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        targets: TargetSet,
+        others: Sequence[TargetSet] = (),
+        *,
+        world: World,
+        report: Report,
+    ):
         self.settings, self.world, self.report = settings, world, report
         self.batch = batch_for(settings.probe.batch, world.device)
         self.memory = Memory(int(settings.probe.memory_gb * 1e9))
         self.group = world.patient_group()
         self.named: set[Path] = set()
-        spec = target_spec(settings, targets)
+        spec = target_spec(settings, targets, others)
         with seeded("probe"):
             self.model = build_method(settings.method, settings.model, spec.dim, spec.summary)
             self.model = self.model.eval().requires_grad_(False)
             teacher = targets.teacher
-            class_token = trains_class_token(settings.loss, teacher.class_token, summary=teacher.summary is not None)
+            class_token = any(
+                trains_class_token(settings.loss, each.class_token, summary=each.summary is not None)
+                for each in (teacher, *(other.teacher for other in others))
+            )
             self.images = ImageProbe(self, settings.probe.images, class_token) if settings.probe.images else None
             self.views = (
                 HeldOutProbe(self, to_path(settings.probe.targets), targets) if settings.probe.targets else None

@@ -15,6 +15,21 @@ from cae2pipe.targets.store_layout import LoadedArray, StoreLayout, loaded_array
 
 
 @dataclass(frozen=True)
+class OtherTeacher:
+    """Another target set over the same views, of which only latents are read: ``layouts`` of its groups; its arrays are
+    named with ``prefix`` in front."""
+
+    prefix: str
+    root: Path
+    units: Mapping[str, StoreUnit]
+    layouts: tuple[StoreLayout, ...]
+
+    def loaded(self) -> dict[str, LoadedArray]:
+        """The arrays of all groups that are read."""
+        return {self.prefix + name: array for name, array in loaded_arrays(self.layouts).items()}
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that the content of batches depends on; the same in every process.
 
@@ -24,7 +39,7 @@ class Plan:
     ``guides`` those that guide the masks and stay in the workers. ``size`` is the side of a batch's pixels,
     ``view_size`` that of the set's views, which are reduced to it. ``replayed``: how views are cut from the images that
     the set keeps; None if it keeps the views. ``fresh``: views are cut from the originals instead.
-    ``decode``: if False, JPEGs are decoded and views cut on the device.
+    ``others``: the sets of further teachers. ``decode``: if False, JPEGs are decoded and views cut on the device.
     """
 
     root: Path
@@ -51,10 +66,14 @@ class Plan:
     replayed: ViewSettings | None = None
     fresh: FreshViews | None = None
     cache: BlockCache | None = None
+    others: tuple[OtherTeacher, ...] = ()
 
     def loaded(self) -> dict[str, LoadedArray]:
         """The arrays of all groups that are read."""
-        return loaded_arrays((self.layout, *self.more))
+        arrays = loaded_arrays((self.layout, *self.more))
+        for other in self.others:
+            arrays |= other.loaded()
+        return arrays
 
     def sample_axes(self) -> dict[str, int]:
         """The sample axis of each of them."""

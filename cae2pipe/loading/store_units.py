@@ -42,7 +42,8 @@ class StoreUnits(Mapping[str, StoreUnit]):
             inside = len(unit["zarr"])
             files = {path[inside:]: entry for path, entry in unit["files"].items() if path.startswith(unit["zarr"])}
             row = {path: entry for path, entry in files.items() if not path.endswith(METADATA)}
-            rows.append({**row, TAR: unit["files"][unit["tar"]]})
+            tar = {TAR: unit["files"][unit["tar"]]} if unit["tar"] in unit["files"] else {}
+            rows.append({**row, **tar})
             self._columns += [path for path in rows[-1] if path not in self._columns]
         sizes = np.full((len(names), len(self._columns)), -1, dtype=np.int64)
         digests = np.zeros((len(names), len(self._columns), 32), dtype=np.uint8)

@@ -31,7 +31,8 @@ Item = tuple[Piece, int]
 """A sample: its piece, and its position there."""
 
 
-Reader = Callable[[str], StoreReader]
+Reader = Callable[..., StoreReader]
+"""Opens a store by its name; a second argument numbers the other teacher whose latents it holds."""
 
 
 class StreamSource:
@@ -147,9 +148,16 @@ class _Epoch:
 
 def readers(plan: Plan) -> Reader:
     """Opens the stores of a plan. Some stay open: each holds its store's index and records, about 0.2 MB."""
-    return functools.lru_cache(maxsize=64)(
-        lambda name: StoreReader(plan.root, plan.units[name], plan.layout, more=plan.more, cache=plan.cache)
-    )
+
+    @functools.lru_cache(maxsize=64 * (1 + len(plan.others)))
+    def opened(name: str, number: int | None = None) -> StoreReader:
+        if number is None:
+            return StoreReader(plan.root, plan.units[name], plan.layout, more=plan.more, cache=plan.cache)
+        other = plan.others[number]
+        first, *more = other.layouts
+        return StoreReader(other.root, other.units[name], first, more=more, cache=plan.cache)
+
+    return opened
 
 
 def read_piece(plan: Plan, piece: BlockSlice, reader: Reader) -> Piece:
@@ -159,7 +167,12 @@ def read_piece(plan: Plan, piece: BlockSlice, reader: Reader) -> Piece:
         originals = plan.fresh.read(ref.shard, ref.block)[own]
         keys, labels = [sample.key for sample in originals], [sample.label for sample in originals]
         return Piece(piece.view, keys, labels, [sample.data for sample in originals], [], {})
-    names, axes = (*plan.arrays, *plan.guides), plan.sample_axes()
-    block = reader(store_name(piece.view, ref.shard)).loaded_block(ref.block, names)
-    arrays = {name: block.arrays[name][(slice(None),) * axes[name] + (own,)] for name in names}
+    names, axes, store = (*plan.arrays, *plan.guides), plan.sample_axes(), store_name(piece.view, ref.shard)
+    block = reader(store).loaded_block(ref.block, names)
+    read = dict(block.arrays)
+    for number, other in enumerate(plan.others):
+        wanted = [name.removeprefix(other.prefix) for name in names if name.startswith(other.prefix)]
+        latents = reader(store, number).loaded(ref.block, wanted)
+        read |= {other.prefix + name: array for name, array in latents.items()}
+    arrays = {name: read[name][(slice(None),) * axes[name] + (own,)] for name in names}
     return Piece(piece.view, block.keys[own], block.labels[own].tolist(), block.jpegs[own], block.draws[own], arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,24 @@ def alignment_loss(
         summary: (B, 1, W), a target of its own width that counts as one more visible token.
         real: as in ``weighted_mean``.
     """
+    seen, hidden = token_losses(
+        prediction, target, visible, masked=masked, settings=settings, has_class_token=has_class_token, summary=summary
+    )
+    return combined(seen, hidden, settings=settings, weights=weights, extra=prediction.extra, real=real)
+
+
+def token_losses(
+    prediction: Prediction,
+    target: Tensor,
+    visible: Tensor,
+    masked: Tensor,
+    *,
+    settings: LossSettings,
+    has_class_token: bool,
+    summary: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Distances of all visible tokens (B, L), class token and summary included, and of the masked ones (B, M), None
+    without a prediction. Arguments as of ``alignment_loss``."""
     if settings.target == "layer_norm":
         target = F.layer_norm(target, target.shape[-1:])
         summary = None if summary is None else F.layer_norm(summary, summary.shape[-1:])
@@ -95,19 +114,69 @@ def alignment_loss(
     if summary is not None:
         assert prediction.summary is not None, "build_method has given the method a head for it"
         distances = torch.cat([token_distance(settings.kind, prediction.summary, summary), distances], dim=1)
-    visible_loss = weighted_mean(distances, weights, real)
     if prediction.masked is None:
+        return distances, None
+    return distances, token_distance(settings.kind, prediction.masked, gather_tokens(patches, masked))
+
+
+def combined(
+    seen: Tensor,
+    hidden: Tensor | None,
+    *,
+    settings: LossSettings,
+    weights: Tensor,
+    extra: Tensor | None = None,
+    real: Tensor | None = None,
+) -> LossTerms:
+    """The loss from distances as ``token_losses`` gives them, and the method's ``extra`` one."""
+    visible_loss = weighted_mean(seen, weights, real)
+    if hidden is None:
         return LossTerms(settings.visible * visible_loss, visible_loss, torch.zeros_like(visible_loss))
-    hidden = token_distance(settings.kind, prediction.masked, gather_tokens(patches, masked))
     masked_loss = weighted_mean(hidden, weights, real)
-    share_visible, share_masked = 1.0, 1.0
-    if settings.reduction == "one_mean":
-        count = distances.shape[1] + masked.shape[1]
-        share_visible, share_masked = distances.shape[1] / count, masked.shape[1] / count
+    share_visible, share_masked = shares(seen, hidden, settings)
     total = settings.visible * share_visible * visible_loss + settings.masked * share_masked * masked_loss
-    if prediction.extra is not None:
-        total = total + weighted_mean(prediction.extra, weights, real)
+    if extra is not None:
+        total = total + weighted_mean(extra, weights, real)
     return LossTerms(total, visible_loss, masked_loss)
+
+
+def shares(seen: Tensor, hidden: Tensor, settings: LossSettings) -> tuple[float, float]:
+    """What the means of visible and masked tokens are multiplied with, besides their weights."""
+    if settings.reduction == "two_means":
+        return 1.0, 1.0
+    count = seen.shape[1] + hidden.shape[1]
+    return seen.shape[1] / count, hidden.shape[1] / count
+
+
+def sample_losses(seen: Tensor, hidden: Tensor | None, settings: LossSettings) -> Tensor:
+    """The loss of every sample (B,), whose mean is that of ``combined``."""
+    if hidden is None:
+        return settings.visible * seen.mean(dim=1)
+    share_visible, share_masked = shares(seen, hidden, settings)
+    total: Tensor = settings.visible * share_visible * seen.mean(dim=1)
+    return total + settings.masked * share_masked * hidden.mean(dim=1)
+
+
+def by_teacher(prediction: Prediction, widths: Sequence[int], summaries: Sequence[int | None]) -> list[Prediction]:
+    """A prediction of several teachers' latents side by side, split into one for each, without ``extra``.
+
+    Args:
+        widths: of their latents. summaries: of their summaries, None where it is no target.
+    """
+
+    def parts(tokens: Tensor | None) -> list[Tensor | None]:
+        return [None] * len(widths) if tokens is None else list(tokens.split(list(widths), dim=-1))
+
+    own = [width for width in summaries if width is not None]
+    pooled = iter(() if prediction.summary is None else prediction.summary.split(own, dim=-1))
+    columns = zip(parts(prediction.class_token), parts(prediction.visible), parts(prediction.masked), strict=True)
+    result = []
+    for number, (class_token, visible, masked) in enumerate(columns):
+        assert class_token is not None
+        assert visible is not None
+        summary = None if summaries[number] is None else next(pooled)
+        result.append(Prediction(class_token, visible, masked, None, summary))
+    return result
 
 
 def centred_cosine(

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from cae2pipe.config.pretrain import ModelSettings
@@ -15,6 +16,25 @@ from cae2pipe.models.encoder import build_encoder
 from cae2pipe.models.layers import EPS, Stack, initialise
 
 T = TypeVar("T")
+
+
+class Widths(int):
+    """The width of the latents of several teachers side by side, the sum of ``parts``: what ``target_dim`` is if there
+    are several. ``latent_head`` then gives each its own head."""
+
+    parts: tuple[int, ...]
+
+    def __new__(cls, parts: Sequence[int]) -> Widths:
+        widths = super().__new__(cls, sum(parts))
+        widths.parts = tuple(parts)
+        return widths
+
+
+class Heads(nn.ModuleList):
+    """A head for each teacher over the same tokens; gives their latents side by side."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.cat([head(tokens) for head in self], dim=-1)
 
 
 class Method(nn.Module, ABC):
@@ -103,8 +123,11 @@ def predictor_stack(kind: Callable[..., T], settings: ModelSettings) -> T:
     )
 
 
-def latent_head(settings: ModelSettings, width: int, target_dim: int) -> nn.Sequential:
-    """From tokens to latents: in the paper Linear, then LayerNorm; in the released code the reverse."""
+def latent_head(settings: ModelSettings, width: int, target_dim: int) -> nn.Sequential | Heads:
+    """From tokens to latents: in the paper Linear, then LayerNorm; in the released code the reverse. Of several
+    teachers (``Widths``): one such head for each."""
+    if isinstance(target_dim, Widths):
+        return Heads(latent_head(settings, width, part) for part in target_dim.parts)
     linear = nn.Linear(width, target_dim)
     if settings.head == "fc-ln":
         head = nn.Sequential(linear, nn.LayerNorm(target_dim, eps=EPS))

@@ -8,6 +8,7 @@ import yaml
 
 from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.manifest_run import RunTeacher
+from cae2pipe.artifacts.manifest_values import UNKNOWN
 from cae2pipe.comparison.scores import ScoreRow
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.pretrain import PretrainSettings
@@ -55,8 +56,7 @@ def _training(run: RunArtifact) -> str:
     loss, masks = settings.loss, settings.mask
     rows = {
         "method": f"{settings.method} ({PAPER}), recipe {settings.recipe}",
-        "teacher": _teacher(run.facts["teacher"]),
-        **dict(licence_rows(run.facts.get("licences", {}))),
+        **_teachers(run),
         "targets": f"{settings.targets}, target set {run.identity['targets'][:16]}",
         **({"started from": _init(run)} if "init" in run.facts else {}),
         "epochs": settings.epochs,
@@ -75,6 +75,18 @@ def _teacher(facts: RunTeacher) -> str:
     if "library" in facts:
         name += f" ({facts['library']}), weights {facts['weights'][:16]}"
     return name
+
+
+def _teachers(run: RunArtifact) -> dict[str, str]:
+    """The rows about the teacher, or about all of several, with licences."""
+    if "teachers" not in run.facts:
+        return {"teacher": _teacher(run.facts["teacher"]), **dict(licence_rows(run.facts.get("licences", {})))}
+    rows = {}
+    for known in run.facts["teachers"]:
+        licence = known["licences"].get("teacher", UNKNOWN)
+        rows[f"teacher {known['label']}"] = f"{_teacher(known)}, licence {licence}"
+    first = run.facts.get("licences", {})
+    return {**rows, "licence of the images": first.get("data", UNKNOWN)}
 
 
 def _init(run: RunArtifact) -> str:

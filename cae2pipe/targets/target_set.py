@@ -13,6 +13,7 @@ OUT/shards/                          the shard set, if extract-targets was given
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from cae2pipe.targets.paths import CODEC, images_name, of_store
 from cae2pipe.targets.store import REMEDY, StoredBlock, StoreReader
 from cae2pipe.targets.store_layout import PATCHES, arrays_of
 from cae2pipe.targets.stores import Stores
+from cae2pipe.teachers.labels import label
 
 
 def recorded_view(settings: SettingsIdentity) -> ViewSettings:
@@ -250,6 +252,11 @@ class TargetSet(Sequence[Target]):
         tokens = self.groups[group].layout.codec.decode(as_tensors(arrays))
         return tokens, torch.from_numpy(arrays["norms"].astype(np.float32))
 
+    @functools.cached_property
+    def label(self) -> str:
+        """Short name of the teacher among several, see ``cae2pipe/teachers/labels.py``."""
+        return label(self.artifact.identity)
+
     @property
     def replayed(self) -> ViewSettings | None:
         """How views are cut from the images that the set keeps; None where it keeps the views themselves."""
@@ -291,6 +298,15 @@ class TargetSet(Sequence[Target]):
     def images(self) -> int:
         """Distinct images, over all shards."""
         return sum({of_store(name).shard: samples for name, samples in self.stores.samples.items()}.values())
+
+    def only(self, names: Iterable[str]) -> TargetSet:
+        """The same set with only some of its stores."""
+        narrowed = copy.copy(self)
+        narrowed.stores = self.stores.only(names)
+        narrowed._names = sorted(narrowed.stores)
+        narrowed._kept = None
+        narrowed.__dict__.pop("_ends", None)
+        return narrowed
 
     def reader(self, name: str, groups: Iterable[str] = ()) -> StoreReader:
         """Reads a store: the patches, and other groups."""

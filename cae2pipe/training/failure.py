@@ -17,7 +17,8 @@ from cae2pipe.errors import DamageError, DivergedError
 from cae2pipe.loading.batches import Batch
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.training.checkpoint import training_state
-from cae2pipe.training.objective import TERMS
+from cae2pipe.training.joint_objective import JointObjective
+from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.step import Outcome, Step
 
 FOLDER = "failures"
@@ -56,20 +57,15 @@ def capture(
     path = failure_path(out, batch.step, world.rank)
     context: dict[str, Any] = {
         "settings": settings.model_dump_json(),
-        "target_dim": target_dim,
-        "class_token": step.objective.class_token,
-        "summary": None,
-        "mean": step.objective.mean,
+        "target_dim": int(target_dim),
         "values": values,
+        **_context(step.objective),
     }
     if world.is_main:
         context["weights"] = weights
-    given = step.latents(batch)
-    latents = {"decoded": step.objective.target(given)}
-    summary = step.objective.summary_target(given)
-    if summary is not None:
-        context["summary"] = summary.shape[-1]
-        latents["decoded_summary"] = summary
+    latents = step.objective.decoded_targets(step.latents(batch))
+    if "decoded_summary" in latents and isinstance(step.objective, Objective):
+        context["summary"] = latents["decoded_summary"].shape[-1]
     save_failure(path, batch, latents, context=context)
     error = DivergedError(
         f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
@@ -80,6 +76,25 @@ def capture(
     )
     error.shown_elsewhere = not world.is_main
     return error
+
+
+def _context(objective: Objective | JointObjective) -> dict[str, Any]:
+    """What a replay must know of the objective besides its weights."""
+    if isinstance(objective, Objective):
+        return {"class_token": objective.class_token, "summary": None, "mean": objective.mean}
+    first = objective.parts[0]
+    teachers = [
+        {
+            "label": label,
+            "width": part.width,
+            "summary": part.pooled,
+            "class_token": part.class_token,
+            "weight": part.weight,
+            "mean": part.mean,
+        }
+        for label, part in zip(objective.labels, objective.parts, strict=True)
+    ]
+    return {"class_token": first.class_token, "summary": None, "mean": first.mean, "teachers": teachers}
 
 
 def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:
@@ -114,6 +129,19 @@ def no_record(path: Path, reason: str) -> DamageError:
     )
 
 
+class FailedTeacher(BaseModel):
+    """One of several teachers in a record."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+    label: str
+    width: int = Field(ge=1, le=2**20)
+    summary: int | None = Field(default=None, ge=1, le=2**20)
+    class_token: bool
+    weight: float = Field(gt=0)
+    mean: Tensor
+
+
 class FailureRecord(BaseModel):
     """The content of a file that ``save_failure`` wrote. Only the leading process's file has ``weights``."""
 
@@ -126,6 +154,7 @@ class FailureRecord(BaseModel):
     class_token: bool
     summary: int | None = Field(default=None, ge=1, le=2**20)
     mean: Tensor
+    teachers: list[FailedTeacher] | None = None
     values: dict[str, float]
     weights: dict[str, Tensor] | None = None
 
@@ -158,4 +187,6 @@ class FailureRecord(BaseModel):
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu()
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in value]
     return {name: _on_cpu(item) for name, item in value.items()} if isinstance(value, dict) else value

@@ -5,9 +5,11 @@ from __future__ import annotations
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.images.jpeg import device_decoder
+from cae2pipe.loading.joining import Joined, labels_of
 from cae2pipe.methods.registry import check_method
 from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.joint_objective import teacher_weights
 
 
 def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:
@@ -31,6 +33,46 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
             where=str(targets.root),
             fix=smaller_batch(targets.images, settings, ranks),
         )
+
+
+def check_joined(joined: Joined, settings: PretrainSettings) -> None:
+    """Refuse settings that do not fit the number of teachers. Raises SettingsError."""
+    sets = (joined.main, *joined.others)
+    loss = settings.loss
+    if not joined.others:
+        if loss.teachers is not None or loss.drop_teachers:
+            name = "loss.drop_teachers" if loss.teachers is None else "loss.teachers"
+            raise SettingsError(
+                f"{name} is for several teachers, and there is one target set",
+                where=str(joined.main.root),
+                fix=f"omit {name}, or give the target sets of all teachers",
+            )
+        return
+    if settings.targets == "online":
+        raise SettingsError(
+            "an online teacher takes the place of one target set, and there are several",
+            where="targets",
+            fix="--set targets=cached, or give one target set",
+        )
+    if loss.target == "pixels":
+        raise SettingsError(
+            "pixel targets have no teacher, and there are several target sets",
+            where="loss.target",
+            fix="give one target set, or omit loss.target=pixels",
+        )
+    if settings.probe.targets is not None:
+        raise SettingsError(
+            "held-out targets are those of one teacher, and there are several",
+            where="probe.targets",
+            fix="omit --probe-targets; --probe IMAGES works with several teachers",
+        )
+    if loss.summary and all(each.teacher.summary is None for each in sets):
+        check_views(joined.main, settings)
+    teacher_weights(loss, labels_of(sets), "loss.teachers")
+    for other in joined.others:
+        # Masks are guided by the first teacher; a summary is aligned where there is one.
+        free = {"mask": settings.mask.model_copy(update={"strategy": "block"})}
+        check_views(other, settings.model_copy(update={**free, "loss": loss.model_copy(update={"summary": None})}))
 
 
 def smaller_batch(images: int, settings: PretrainSettings, ranks: int) -> str:

@@ -25,18 +25,77 @@ TERMS = ("loss", "loss_visible", "loss_masked", "centred_cosine_visible", "centr
 """Outputs of an objective, in order. Only the first has a gradient."""
 
 
-class Objective(nn.Module):
-    """A method with its loss.
+class Alignment(nn.Module):
+    """The targets of one teacher, from its stored latents.
 
     Args:
-        model: the method.
         loss: distance, reduction and weights.
         codec: the codec of the stored latents.
         mean: the targets' mean unit token (D,).
         class_token: whether there is a target for the class token.
         summary: the codec of stored summaries, if they are targets.
-        bf16: compute the model in bfloat16 (autocast); the loss stays in float32.
     """
+
+    def __init__(
+        self,
+        loss: LossSettings,
+        codec: Codec,
+        *,
+        mean: Tensor,
+        class_token: bool,
+        summary: Codec | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss = loss
+        self.codec = codec
+        self.class_token = class_token
+        self.summary = summary
+        self.mean: Tensor
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
+
+    def target(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Latents (B, T, D) float32: of unit length, or of original length if ``norms`` are given."""
+        if "decoded" in latents:
+            return latents["decoded"]
+        if "raw" in latents:
+            return self._of_teacher(latents["raw"])
+        return decoded(self.codec, latents)
+
+    def summary_target(self, latents: Mapping[str, Tensor]) -> Tensor | None:
+        """Summaries (B, 1, W) float32 as ``target`` gives latents; None if they are no targets."""
+        if self.summary is None:
+            return None
+        if "decoded_summary" in latents:
+            return latents["decoded_summary"]
+        if "raw_summary" in latents:
+            return self._of_teacher(latents["raw_summary"])
+        return decoded(self.summary, arrays_of(SUMMARY, latents))
+
+    def _of_teacher(self, raw: Tensor) -> Tensor:
+        return F.normalize(raw, dim=-1) if self.loss.kind == "cosine" else raw
+
+    def decoded_targets(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The final targets, in the form in which ``forward`` takes them as latents."""
+        summary = self.summary_target(latents)
+        return {"decoded": self.target(latents), **({} if summary is None else {"decoded_summary": summary})}
+
+    def place(self, device: torch.device) -> None:
+        """Copy the constants of the codecs to a device."""
+        self.codec.place(device)
+        if self.summary is not None:
+            self.summary.place(device)
+
+
+class Objective(Alignment):
+    """A method with its loss.
+
+    Args:
+        model: the method.
+        bf16: compute the model in bfloat16 (autocast); the loss stays in float32.
+        Others as for ``Alignment``.
+    """
+
+    terms = TERMS
 
     def __init__(
         self,
@@ -49,16 +108,10 @@ class Objective(nn.Module):
         summary: Codec | None = None,
         bf16: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(loss, codec, mean=mean, class_token=class_token, summary=summary)
         self.model = model
-        self.loss = loss
-        self.codec = codec
-        self.class_token = class_token
-        self.summary = summary
         self.bf16 = bf16
         self.normalise = student_normalise()
-        self.mean: Tensor
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
 
     def forward(
         self,
@@ -113,27 +166,6 @@ class Objective(nn.Module):
             )
         return torch.stack([loss.total, loss.visible.detach(), loss.masked.detach(), *cosines])
 
-    def target(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Latents (B, T, D) float32: of unit length, or of original length if ``norms`` are given."""
-        if "decoded" in latents:
-            return latents["decoded"]
-        if "raw" in latents:
-            return self._of_teacher(latents["raw"])
-        return decoded(self.codec, latents)
-
-    def summary_target(self, latents: Mapping[str, Tensor]) -> Tensor | None:
-        """Summaries (B, 1, W) float32 as ``target`` gives latents; None if they are no targets."""
-        if self.summary is None:
-            return None
-        if "decoded_summary" in latents:
-            return latents["decoded_summary"]
-        if "raw_summary" in latents:
-            return self._of_teacher(latents["raw_summary"])
-        return decoded(self.summary, arrays_of(SUMMARY, latents))
-
-    def _of_teacher(self, raw: Tensor) -> Tensor:
-        return F.normalize(raw, dim=-1) if self.loss.kind == "cosine" else raw
-
 
 def decoded(codec: Codec, arrays: Mapping[str, Tensor]) -> Tensor:
     """A group's tokens (B, T, D) float32: of unit length, or of original length if there are ``norms``."""
@@ -155,10 +187,8 @@ def make_objective(model: nn.Module, targets: TargetSet, settings: PretrainSetti
     )
 
 
-def compile_objective(objective: Objective, world: World, backend: Any = "inductor") -> None:
+def compile_objective(objective: Any, world: World, backend: Any = "inductor") -> None:
     """Compile in place: one graph, or block by block if weights are sharded, as each is gathered separately."""
     # Copying the codec's constants inside the graph would make the second step compile again.
-    objective.codec.place(world.device)
-    if objective.summary is not None:
-        objective.summary.place(world.device)
+    objective.place(world.device)
     compile_in_place(blocks_of(objective) if world.parallel == "fsdp" else [objective], backend)

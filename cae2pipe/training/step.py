@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cae2pipe.loading.batches import Batch, split
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.planes import with_symbols
+from cae2pipe.training.joint_objective import JointObjective
 from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.parallel import full_tensor, no_sync
 
@@ -45,15 +46,16 @@ class Outcome:
     lr: float
     figures: Tensor
     arrived: torch.cuda.Event | None
+    terms: tuple[str, ...] = TERMS
 
     def values(self) -> dict[str, float]:
-        """``TERMS`` and ``grad_norm``. Waits for this step, not for later ones."""
+        """The terms and ``grad_norm``. Waits for this step, not for later ones."""
         *terms, norm = on_host(self.figures, self.arrived)
-        return dict(zip(TERMS, terms, strict=False)) | {"grad_norm": norm}
+        return dict(zip(self.terms, terms, strict=False)) | {"grad_norm": norm}
 
     def flags(self) -> Flags:
         """Summed over processes. Waits as ``values`` does."""
-        return Flags(*on_host(self.figures, self.arrived)[len(TERMS) : -1])
+        return Flags(*on_host(self.figures, self.arrived)[len(self.terms) : -1])
 
 
 NO_FLAGS = Flags()
@@ -78,7 +80,7 @@ class Step:
     def __init__(
         self,
         module: nn.Module,
-        objective: Objective,
+        objective: Objective | JointObjective,
         optimizer: torch.optim.Optimizer,
         *,
         axes: Mapping[str, int],
@@ -111,12 +113,12 @@ class Step:
         self.found_inf = torch.maximum(self.found_inf, (~good).float())
         self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
-        return Outcome(batch, lr, *to_host(figures))
+        return Outcome(batch, lr, *to_host(figures), terms=self.objective.terms)
 
     def backward(self, batch: Batch, accumulation: int) -> Tensor:
-        """This process's share of the loss terms (5,); replaces the gradients."""
+        """This process's share of the objective's terms; replaces the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(len(TERMS), device=self.world.device)
+        total = torch.zeros(len(self.objective.terms), device=self.world.device)
         parts = split(batch, self.axes, accumulation)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.loading.batches import Batch
+from cae2pipe.methods.method import Widths
 from cae2pipe.models.export import student_normalise
 from cae2pipe.targets.target_set import TargetSet
 
@@ -18,22 +19,34 @@ from cae2pipe.targets.target_set import TargetSet
 @dataclass(frozen=True)
 class TargetSpec:
     """Target tokens of ``dim`` dimensions, with or without a class token; their mean unit token is ``mean`` (dim,).
-    ``summary``: width of the teacher's summary if it is a target too."""
+    ``summary``: width of the teacher's summary if it is a target too. ``parts``: of every teacher, if there are
+    several; ``dim`` and ``summary`` are then those of all side by side, and the rest is the first one's."""
 
     dim: int
     class_token: bool
     mean: Tensor
     summary: int | None = None
+    parts: tuple[TargetSpec, ...] = ()
 
 
-def target_spec(settings: PretrainSettings, targets: TargetSet) -> TargetSpec:
-    """The targets of a run on a target set."""
+def target_spec(settings: PretrainSettings, targets: TargetSet, others: Sequence[TargetSet] = ()) -> TargetSpec:
+    """The targets of a run on a target set, and on ``others`` of further teachers."""
+    if others:
+        return side_by_side([target_spec(settings, each) for each in (targets, *others)])
     if settings.loss.target == "pixels":
         dim = 3 * settings.model.patch_size**2
         return TargetSpec(dim, False, torch.zeros(dim))
     teacher = targets.teacher
     summary = settings.loss.aligns_summary(teacher.class_token, stored=teacher.summary is not None)
     return TargetSpec(teacher.dim, teacher.class_token, targets.mean, teacher.summary if summary else None)
+
+
+def side_by_side(parts: Sequence[TargetSpec]) -> TargetSpec:
+    """The targets of several teachers."""
+    first = parts[0]
+    summaries = [part.summary for part in parts if part.summary is not None]
+    dim, summary = Widths([part.dim for part in parts]), Widths(summaries) if summaries else None
+    return TargetSpec(dim, first.class_token, first.mean, summary, tuple(parts))
 
 
 class PixelTargets:

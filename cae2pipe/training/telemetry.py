@@ -22,7 +22,6 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.world import World
 from cae2pipe.training.flops import peak_tflops, training_flops
 from cae2pipe.training.metrics import METRICS_FILE, MetricsFile
-from cae2pipe.training.objective import TERMS
 from cae2pipe.training.step import Outcome
 
 MACHINE_METRICS = ("images_per_s", "devices", "data_wait", "mfu", "memory_gb", "left_s")
@@ -83,7 +82,7 @@ class Telemetry:
             "memory_gb": round(peak_memory(self.world.device) / 1e9, 3),
             "left_s": round((now - self.began) / (done - self.start) * (self.total - done), 1),
         }
-        terms = {name: values[name] for name in (*TERMS, "grad_norm")}
+        terms = {name: values[name] for name in (*outcome.terms, "grad_norm")}
         line = {"step": batch.step, "epoch": batch.epoch, **terms, "lr": outcome.lr, "images": images, **clocked}
         self.metrics.write(line)
         for tracker in self.trackers:
@@ -96,6 +95,7 @@ class Telemetry:
             "cos_masked": values["centred_cosine_masked"],
             "lr": outcome.lr,
             "grad_norm": values["grad_norm"],
+            **{name: value for name, value in values.items() if name.startswith("loss/")},
             "epoch": batch.epoch,
             "images_per_s": rate,
             "data_wait": clocked["data_wait"],

@@ -28,7 +28,9 @@ def train(job: dict) -> None:
     end = "done"
     out = Path(job["out"])
     try:
-        pretrain(Path(job["targets"]), out, build(PretrainSettings, job["settings"], "test"), report=Silent())
+        given = job["targets"]
+        roots = list(map(Path, given)) if isinstance(given, list) else Path(given)
+        pretrain(roots, out, build(PretrainSettings, job["settings"], "test"), report=Silent())
     except (Requeued, Terminated) as error:
         end = type(error).__name__
     out.with_name(f"{out.name}-{rank}.end").write_text(end)
