@@ -122,8 +122,8 @@ def _finished(x: Any, features: Tensor) -> Tensor:
     if isinstance(x, Tensor) and x.ndim == 4 and x.shape == features.shape:
         return x
     if isinstance(x, list) and x[-1].shape == features.flatten(2).shape:
-        finished: Tensor = x[-1].unflatten(2, features.shape[2:])
-        return finished
+        final: Tensor = x[-1].reshape(features.shape)
+        return final
     return features
 
 
