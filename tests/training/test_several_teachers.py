@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies
 
+from cae2pipe.comparison.gathering import gather_runs
+from cae2pipe.comparison.scores import read_scores
 from cae2pipe.errors import DivergedError, MismatchError, SettingsError
 from cae2pipe.loading.joining import join_sets, labels_of
 from cae2pipe.loading.loader import load_batches
@@ -292,3 +294,11 @@ def test_a_model_card_names_all_teachers_and_licences(both, tmp_path):
     for label in LABELS:
         assert f"| teacher {label} |" in text
     assert text.count("licence unknown") == 2
+
+
+def test_a_report_tells_runs_of_other_teachers_apart(both, roots, pretrain_settings, tmp_path):
+    pretrain(roots[0], tmp_path / "alone", pretrain_settings(stop_after=1), report=Silent())
+    comparison = gather_runs([both, tmp_path / "alone"], read_scores([]), [])
+    assert len(comparison.rows) == 2
+    # In the manifest of a run of one teacher nothing says that there could be more.
+    assert "teachers" not in (tmp_path / "alone" / "manifest.json").read_text()
