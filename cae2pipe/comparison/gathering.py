@@ -64,9 +64,9 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
         # Not the set's own fingerprint, which does not depend on the images and the number of views.
         settings["target set"] = fingerprint([artifact.identity["targets"], artifact.facts["stores"]])[:8]
         if "teachers" in artifact.facts:
-            known = artifact.facts["teachers"]
-            settings["teachers"] = ", ".join(each["label"] for each in known)
-            settings["target set"] = fingerprint([[each["targets"], each["stores"]] for each in known])[:8]
+            several = artifact.facts["teachers"]
+            settings["teachers"] = ", ".join(each["label"] for each in several)
+            settings["target set"] = fingerprint([[each["targets"], each["stores"]] for each in several])[:8]
         if "init" in artifact.identity:
             settings["model.init"] = f"{artifact.facts.get('init')} {artifact.identity['init'][:8]}"
         key = canonical_json(settings)
