@@ -63,6 +63,10 @@ def gather_runs(runs: Sequence[Path], scores: Mapping[str, list[Finished]], sets
         seed = settings.pop("seed")
         # Not the set's own fingerprint, which does not depend on the images and the number of views.
         settings["target set"] = fingerprint([artifact.identity["targets"], artifact.facts["stores"]])[:8]
+        if "teachers" in artifact.facts:
+            several = artifact.facts["teachers"]
+            settings["teachers"] = ", ".join(each["label"] for each in several)
+            settings["target set"] = fingerprint([[each["targets"], each["stores"]] for each in several])[:8]
         if "init" in artifact.identity:
             settings["model.init"] = f"{artifact.facts.get('init')} {artifact.identity['init'][:8]}"
         key = canonical_json(settings)

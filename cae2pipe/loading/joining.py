@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cae2pipe.artifacts.difference import abridged, first_difference
-from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.errors import MismatchError, SettingsError
 from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.paths import images_name
@@ -97,22 +96,22 @@ def same_store(main: TargetSet, other: TargetSet, name: str) -> bool:
 def store_digests(targets: TargetSet, name: str) -> tuple[str | None, str | None]:
     """SHA-256 of a store's tar and of its records. A set by reference lists files with pixels apart."""
     unit = targets.stores[name]
-    files = listed(unit)
+    files = listed(cast(Mapping[str, Any], unit))
     if unit["tar"] not in files and (images := images_name(unit["shard"])) in targets.artifact.units:
-        files |= listed(targets.artifact.units[images])
+        files |= listed(cast(Mapping[str, Any], targets.artifact.units[images]))
     tar, records = files.get(unit["tar"]), files.get(f"{unit['zarr']}/{SAMPLES}/c/0/0")
     return tar and tar["sha256"], records and records["sha256"]
 
 
-def listed(unit: Mapping[str, Any] | StoreUnit) -> dict[str, Any]:
+def listed(unit: Mapping[str, Any]) -> dict[str, Any]:
     """All files that a unit lists, also those that lie elsewhere."""
     return {**unit.get("pixels", {}), **unit["files"]}
 
 
 def nothing_common(main: TargetSet, other: TargetSet) -> MismatchError:
     """The error for sets without a common store: it says what differs."""
-    views = (each.artifact.identity["settings"]["view"] for each in (main, other))
-    if difference := first_difference(*views, name="view"):
+    one_view, other_view = (each.artifact.identity["settings"]["view"] for each in (main, other))
+    if difference := first_difference(one_view, other_view, "view"):
         name, one, two = difference
         what = f"their views differ: {name} is {abridged(one)} and {abridged(two)}"
     elif not main.stores.keys() & other.stores.keys():

@@ -227,7 +227,8 @@ def make_joint_objective(
     weights = teacher_weights(settings.loss, labels, "loss.teachers")
     teachers = []
     for targets, weight in zip(sets, weights, strict=True):
-        spec, standard = target_spec(settings, targets), (None, None)
+        spec = target_spec(settings, targets)
+        standard: tuple[Standardisation | None, Standardisation | None] = (None, None)
         if standardises(settings.loss):
             pooled = stored_standardisation(targets, SUMMARY, stores) if spec.summary else None
             standard = (stored_standardisation(targets, stores=stores), pooled)

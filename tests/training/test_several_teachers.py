@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies
 
+from cae2pipe.comparison.gathering import gather_runs
+from cae2pipe.comparison.scores import read_scores
 from cae2pipe.errors import DivergedError, MismatchError, SettingsError
 from cae2pipe.loading.joining import join_sets, labels_of
 from cae2pipe.loading.loader import load_batches
 from cae2pipe.loading.planning import make_plan
-from cae2pipe.methods.registry import METHODS, build_method
+from cae2pipe.methods.registry import BUILT_IN, build_method
 from cae2pipe.runtime.progress import Silent
+from cae2pipe.stages.export import export
 from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.replay import replay
@@ -24,7 +27,7 @@ from cae2pipe.training.joint_objective import make_joint_objective
 from cae2pipe.training.metrics import read_lines
 from cae2pipe.training.standardisation import equal_variance_rotation, standardisation_of, stored_standardisation
 from cae2pipe.training.step import cached, forward
-from cae2pipe.training.student import load_method, load_student, preview_latents
+from cae2pipe.training.student import load_method, load_student, run_settings
 from cae2pipe.training.target_spec import target_spec
 from cae2pipe.training.telemetry import MACHINE_METRICS
 from tests.conftest import edit_manifest
@@ -82,8 +85,9 @@ def distance(kind: str, got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor
     return (got - wanted).square().mean(dim=-1)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("kind", ["cosine", "mse"])
+@pytest.mark.parametrize(
+    ("method", "kind"), [*((name, "cosine") for name in sorted(BUILT_IN)), ("cae", "mse"), ("fd", "mse")]
+)
 def test_loss_and_gradients_equal_a_plain_reference(sets, pretrain_settings, method, kind):
     weights = {"wide": 0.5, "tiny": 2.0}
     mask = {"strategy": "attention"} if method == "milan" else {}
@@ -263,24 +267,38 @@ def test_what_does_not_fit_is_refused(roots, stored_root, target_root, int8_root
 @pytest.mark.parametrize("kind", ["cosine", "mse"])
 def test_pictures_take_the_head_of_the_teacher_of_the_set(roots, sets, pretrain_settings, tmp_path, kind):
     run = tmp_path / "run"
-    pretrain(roots, run, pretrain_settings(loss={"kind": kind}, epochs=4, optimizer={"lr": 0.1}), report=Silent())
+    pretrain(roots, run, pretrain_settings(loss={"kind": kind}, stop_after=3), report=Silent())
+    objective, batch = made(sets, run_settings(run))
+    weights = torch.load(run / "checkpoints" / "step-00000003.pt", weights_only=True)["model"]
+    objective.model.load_state_dict(weights)
+    given = objective.normalise(batch.pixels), batch.visible, batch.masked
+    whole = objective.model.eval()(*given)
+    first = 0
     for targets in sets:
-        model, chosen = load_student(run, targets, Silent())
-        previews = preview_latents(model, chosen, targets, views=targets[:4], device=torch.device("cpu"))
-        assert previews[0].student.shape == (16, targets.teacher.dim)
-        # With the other teacher's head, or standardised, it would be near 0.
-        assert np.mean([preview.cosine for preview in previews]) > 0.1
+        model, _ = load_student(run, targets, Silent())
+        got, dim = model(*given).masked, targets.teacher.dim
+        if kind == "mse":
+            mean, matrix = stored_standardisation(targets)
+            got = (got - mean) @ matrix
+        assert torch.allclose(got, whole.masked[..., first : first + dim], atol=1e-3)
+        first += dim
     assert list(inspect_folder(run)["teachers"]) == LABELS
     if kind == "mse":
         with pytest.raises(SettingsError, match="standardised latents"):
             load_method(run, 24, Silent())
 
 
-def test_a_model_card_names_all_teachers_and_licences(both):
-    from cae2pipe.stages.export import export
-
-    card = next(path for path in export(str(both), both.parent / "timm", "timm") if path.name == "README.md")
-    text = card.read_text()
+def test_a_model_card_names_all_teachers_and_licences(both, tmp_path):
+    export(str(both), tmp_path / "timm", "timm", scores=[])
+    text = (tmp_path / "timm" / "README.md").read_text()
     for label in LABELS:
         assert f"| teacher {label} |" in text
     assert text.count("licence unknown") == 2
+
+
+def test_a_report_tells_runs_of_other_teachers_apart(both, roots, pretrain_settings, tmp_path):
+    pretrain(roots[0], tmp_path / "alone", pretrain_settings(stop_after=1), report=Silent())
+    comparison = gather_runs([both, tmp_path / "alone"], read_scores([]), [])
+    assert len(comparison.rows) == 2
+    # In the manifest of a run of one teacher nothing says that there could be more.
+    assert "teachers" not in (tmp_path / "alone" / "manifest.json").read_text()
