@@ -17,7 +17,7 @@ Encoder = Annotated[
     typer.Argument(
         metavar="ENCODER",
         help="A run folder; an encoder.safetensors; a .pth that CAE's authors released; random:RUN, random:PRESET or "
-        "random:NAME, a student or timm model before training; timm:NAME, or timm:NAME@FILE with local weights; "
+        "random:NAME, a student or timm model with random weights; timm:NAME, or timm:NAME@FILE with local weights; "
         "open_clip:NAME/TAG or open_clip:NAME@FILE; teacher:PRESET, teacher:FILE.yaml or a target set, for its teacher "
         "(@FILE as above).",
     ),

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
-from cae2pipe.artifacts.storage import to_local_path, to_path
+from cae2pipe.artifacts.storage import is_shared, to_local_path, to_path
 from cae2pipe.errors import (
     INTERRUPTED,
     REQUEUE,
     TERMINATED,
+    BadInputError,
     Cae2pipeError,
     Requeued,
     Terminated,
@@ -42,7 +43,16 @@ def local_path(text: str | Path) -> Path:
 
 def folder_or_url(text: str | Path) -> Path:
     """A folder or URL of the command line to write to."""
-    return _path(_writable_name(text), to_path)
+    return _path(_writable_name(text), _lasting)
+
+
+def _lasting(text: str | Path) -> Path:
+    path = to_path(text)
+    if not is_shared(path):
+        raise BadInputError(
+            "what is written here is lost when the command ends", where=text, fix="give a folder, or the URL of a store"
+        )
+    return path
 
 
 def local_folder(text: str | Path) -> Path:

@@ -2,8 +2,8 @@
 
 runs/base                        a run of `cae2pipe pretrain`, or any folder with encoder.safetensors and config.json
 runs/base/encoder.safetensors    the exported file, with config.json in the same folder
-random:runs/base, random:tiny    the student of a run or of a pretraining preset before training
-random:NAME                      a timm model before training
+random:runs/base, random:tiny    the student of a run or of a pretraining preset with random weights
+random:NAME                      a timm model with random weights
 caev2_base.pth                   an encoder released by the authors of CAE or CAE v2
 timm:NAME, timm:NAME@FILE        a model of timm, with the hub's weights or a local file's
 open_clip:NAME/TAG, ...@FILE     a vision tower of open_clip, with the hub's weights or a local file's
@@ -92,8 +92,8 @@ class FrozenEncoder(ABC):
 class Student(FrozenEncoder):
     """An exported student, or another vision transformer of timm. Mean and std are from its configuration.
 
-    ``ours``: whether it was trained by this pipeline or CAE's authors, or is such a model before training. On CUDA the
-    forward pass uses bfloat16 autocast unless ``precision`` is fp32.
+    ``ours``: whether it was trained by this pipeline or CAE's authors, or is such a model with random weights. On CUDA
+    the forward pass uses bfloat16 autocast unless ``precision`` is fp32.
     """
 
     resizes = False
@@ -274,7 +274,10 @@ def load_exported(model: Any, path: Path) -> None:
 
 
 def random_student(name: str, seed: int, device: torch.device, *, precision: str) -> Student:
-    """The student of a run or of a preset before training, or a timm model with timm's initialisation."""
+    """The student of a run or of a preset with random weights, or a timm model with timm's.
+
+    A run's weights are random even if it started from others (``model.init``): those are an encoder of their own.
+    """
     import timm
 
     from cae2pipe.models.encoder import build_encoder

@@ -168,6 +168,13 @@ def test_the_command_line_refuses_the_same(command, target_root, tmp_path, monke
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["copy SET memory://x", "recode SET memory://x", "extract-targets SET memory://x"])
+def test_the_command_line_writes_nothing_that_ends_with_it(command, target_root):
+    result = CliRunner().invoke(app, [str(target_root) if word == "SET" else word for word in command.split()])
+    assert result.exit_code == 2
+    assert "is lost when the command ends" in " ".join(result.output.replace("│", "").split())
+
+
 def test_no_run_at_a_file_url():
     with pytest.raises(ManifestError, match="no such folder"):
         cae2pipe.Run("file:///nowhere")
