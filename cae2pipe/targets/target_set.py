@@ -40,6 +40,7 @@ from cae2pipe.targets.paths import CODEC, images_name, of_store
 from cae2pipe.targets.store import REMEDY, StoredBlock, StoreReader
 from cae2pipe.targets.store_layout import PATCHES, arrays_of
 from cae2pipe.targets.stores import Stores
+from cae2pipe.teachers.labels import label
 
 
 def recorded_view(settings: SettingsIdentity) -> ViewSettings:
@@ -249,6 +250,11 @@ class TargetSet(Sequence[Target]):
         arrays = arrays_of(group, stored.arrays)
         tokens = self.groups[group].layout.codec.decode(as_tensors(arrays))
         return tokens, torch.from_numpy(arrays["norms"].astype(np.float32))
+
+    @functools.cached_property
+    def label(self) -> str:
+        """Short name of the teacher among several, see ``cae2pipe/teachers/labels.py``."""
+        return label(self.artifact.identity)
 
     @property
     def replayed(self) -> ViewSettings | None:

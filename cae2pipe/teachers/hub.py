@@ -26,12 +26,13 @@ def hub_source(teacher: TeacherSettings) -> tuple[str, Sequence[str]]:
 
 
 def preset_of(teacher: TeacherSettings) -> str | None:
-    """The preset that names the same weights."""
+    """The preset that names the same weights; of several, preferably one with the same input size."""
+    same = []
     for name in preset_names("extract"):
         other = load(ExtractSettings, "extract", name).teacher
         if (other.kind, other.name, other.pretrained) == (teacher.kind, teacher.name, teacher.pretrained):
-            return name
-    return None
+            same.append((other.image_size != teacher.image_size, name))
+    return min(same)[1] if same else None
 
 
 def repository_of(settings: TeacherSettings) -> str | None:
