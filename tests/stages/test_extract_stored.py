@@ -150,3 +150,14 @@ def test_a_damaged_source_is_refused(source, settings, tmp_path):
     with pytest.raises(DamageError, match=r"damaged|changed"):
         extract(copy, tmp_path / "set", settings())
     assert not TargetsArtifact.open(tmp_path / "set").complete
+
+
+def test_an_estimate_from_a_set_is_that_from_the_originals(kind, source, settings, target_root, extract_settings):
+    from cae2pipe.stages.estimate_targets import estimate_targets
+
+    found = estimate_targets(source, settings(), Silent())
+    over = {"teacher": {"weights": str(settings().teacher.weights), "name": "second"}, "view": {"pixels": kind}}
+    expected = estimate_targets(target_root / "shards", extract_settings(**over), Silent())
+    for name in ("images", "views", "pixels"):
+        assert found[name] == expected[name]
+    assert [row["bytes"] for row in found["codecs"]] == [row["bytes"] for row in expected["codecs"]]
