@@ -26,7 +26,9 @@ from cae2pipe.targets.encoding import Meter, encode_ahead, lane_count
 from cae2pipe.targets.estimate import CODECS, price, project, sample_size, speed_sample, tar_bytes
 from cae2pipe.targets.groups import Groups
 from cae2pipe.targets.manifest_facts import teacher_facts
-from cae2pipe.targets.rendering import RenderedBlock, Renderer, Task, render_blocks
+from cae2pipe.targets.rendering import BlockRenderer, RenderedBlock, Renderer, Task, render_blocks
+from cae2pipe.targets.stored_source import Source, StoredSource, as_source, renderer_of
+from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
 from cae2pipe.teachers.protocol import Teacher
 
@@ -34,7 +36,7 @@ from cae2pipe.teachers.protocol import Teacher
 def estimate_targets(
     source: Path, settings: ExtractSettings, report: Report, *, epochs: int | None = None
 ) -> dict[str, Any]:
-    """Estimate the cost of the target set of a shard set or a folder of images; nothing is written.
+    """Estimate the cost of the target set of a shard set, a folder of images or another target set; nothing is written.
 
     Args:
         epochs: epochs of the planned pretraining; if given, a number of views is recommended.
@@ -50,16 +52,22 @@ def estimate_targets(
         ``reduced``: its ``size``, and the mean bytes of ``pixels`` per view if views had this size.
 
     Raises:
-        SettingsError: less than one epoch.
+        SettingsError: less than one epoch. MismatchError: settings contradict the views of a target set.
     """
     if epochs is not None and epochs < 1:
         raise SettingsError(f"invalid number of epochs: {epochs}", where="--epochs", fix="use at least 1")
     set_backends()
+    stored = StoredSource.of(TargetSet(source)) if is_artifact(source, "targets") else None
+    if stored:
+        settings = as_source(settings, stored.targets)
     report.phase("loading the teacher")
     teacher = load_teacher(settings.teacher, pick_device(settings.speed.device))
     workers = worker_count(settings.speed.workers)
     with tempfile.TemporaryDirectory(prefix="cae2pipe-") as folder:
-        if is_artifact(source, "shards"):
+        shards: Source
+        if stored:
+            shards, images = stored, stored.images
+        elif is_artifact(source, "shards"):
             shards = ShardSet.open_with_images(source)
             images = shards.images
         else:
@@ -71,7 +79,7 @@ def estimate_targets(
         outputs, jpegs = run_sample(shards, teacher, settings, images=sampled, workers=workers, report=report)
         facts = teacher_facts(teacher, outputs[0])
         student, reduced = facts["rows"] * ModelSettings().patch_size, None
-        if settings.teacher.grid is not None and student < settings.view.size:
+        if isinstance(shards, ShardSet) and settings.teacher.grid is not None and student < settings.view.size:
             reduced = reduced_share(shards, jpegs, settings, student)
         report.phase("trying the codecs on them")
         report.total(len(CODECS), "codecs")
@@ -82,7 +90,7 @@ def estimate_targets(
         report.phase("extracting from them to measure the speed")
         chosen = next(priced for priced in prices if priced.codec == codec.name)
         meter = time_extraction(
-            Renderer(shards, speed_sample(shards.shards, settings.views, total), settings.view, seed=settings.seed),
+            renderer_of(shards, speed_sample(shards.shards, settings.views, total), settings),
             teacher,
             chosen.groups,
             settings=settings,
@@ -167,7 +175,7 @@ def sample_shards(source: Path, folder: Path, settings: ExtractSettings, report:
 
 
 def time_extraction(
-    renderer: Renderer,
+    renderer: BlockRenderer,
     teacher: Teacher,
     groups: Groups,
     *,

@@ -22,7 +22,7 @@ from cae2pipe.artifacts.storage import file_size, is_local, is_shared
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
-from cae2pipe.errors import MismatchError, SourceError
+from cae2pipe.errors import BadInputError, MismatchError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
@@ -36,7 +36,8 @@ from cae2pipe.targets.images import make_images
 from cae2pipe.targets.missing import MissingUnits, check_space, missing_units, wanted
 from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER
 from cae2pipe.targets.stored_calibration import is_calibrated
-from cae2pipe.targets.target_set import recorded_view
+from cae2pipe.targets.stored_source import Source, StoredSource, as_source
+from cae2pipe.targets.target_set import TargetSet, recorded_view
 from cae2pipe.teachers.licences import teacher_licence
 from cae2pipe.teachers.load import load_teacher, named_without_paths
 from cae2pipe.teachers.resuming import canonical, teacher_as_begun
@@ -53,10 +54,11 @@ def extract_targets(
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
 ) -> TargetsArtifact:
-    """Make, or resume making, the target set ``out`` from a shard set or a folder of images.
+    """Make, or resume making, the target set ``out`` from a shard set, a folder of images or another target set.
 
     Args:
-        source: a shard set or a folder of images. ``out``: the target set's folder. Both may be URLs of remote storage.
+        source: a shard set, a folder of images, or a target set, whose views are used. ``out``: the target set's
+            folder. Both may be URLs of remote storage.
         part: this process's share of the shards; torchrun's ranks divide it further.
         calibrate_only: stop once the set has its calibration.
         remake: make exactly these units again, even if they look complete.
@@ -67,6 +69,9 @@ def extract_targets(
     rank = torchrun_rank()
     part = part.split(rank.rank, rank.ranks)
     set_backends()
+    with_views = open_stored(source, out)
+    if with_views:
+        settings = as_source(settings, with_views.targets)
     with writing(out, part):
         # Errors should show before hours of sharding.
         refuse_foreign(out)
@@ -87,7 +92,7 @@ def extract_targets(
         fix = "use another output folder, or the settings this one was made with"
         if begun:
             TargetsArtifact.open_same(out, content, fix)
-        shards = open_source(source, out, settings, report=report)
+        shards = with_views or open_source(source, out, settings, report=report)
         artifact = TargetsArtifact.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix)
         missing = missing_units(artifact, shards, settings.views, part=part, remake=remake)
         remove_leftovers(out, missing, part)
@@ -114,7 +119,10 @@ def extract_targets(
         check_space(artifact, missing)
         try:
             reducing = [lacking.shard for lacking in missing if lacking.images]
-            make_images(artifact, shards, reducing, settings=settings.view, workers=workers, report=report)
+            if isinstance(shards, StoredSource):
+                shards.fetch_images(artifact, reducing, report)
+            else:
+                make_images(artifact, shards, reducing, settings=settings.view, workers=workers, report=report)
             if any(lacking.views for lacking in missing):
                 make_views(
                     artifact, shards, missing, teacher=teacher, settings=settings, workers=workers, report=report
@@ -141,7 +149,7 @@ def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report
     return begun
 
 
-def licences(settings: ExtractSettings, shards: ShardSet, known: Licences) -> Licences:
+def licences(settings: ExtractSettings, shards: Source, known: Licences) -> Licences:
     """The licences of teacher and images: those that are given or declared now, else those that the set has."""
     now = {"teacher": teacher_licence(settings.teacher), "data": settings.shard.licence or shards.licence}
     found: Any = {name: licence for name, licence in now.items() if licence}
@@ -159,12 +167,29 @@ def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
         )
 
 
+def open_stored(source: Path, out: Path) -> StoredSource | None:
+    """The source, if it is a target set.
+
+    Raises:
+        BadInputError: ``out`` is in it. DamageError, ManifestError: it is damaged, or has no view yet.
+    """
+    if not is_artifact(source, "targets"):
+        return None
+    if is_local(out) and is_local(source) and source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise BadInputError("the output folder is, or is inside of, the source", where=out, fix="use another folder")
+    return StoredSource.of(TargetSet(source))
+
+
 def open_source(source: Path, out: Path, settings: ExtractSettings, *, report: Report) -> ShardSet:
     """The shard set to read: the source itself, or one inside ``out`` made from a folder of images."""
     if is_artifact(source, "shards"):
         return ShardSet.open_with_images(source)
     if is_artifact(source):
-        raise SourceError("this folder is not a shard set", where=source, fix="use a shard set or a folder of images")
+        raise SourceError(
+            "this folder is neither a shard set nor a target set",
+            where=source,
+            fix="use a shard set, a folder of images, or a target set",
+        )
     with holding(out, "sharding", lambda: report.waits_for("another process to shard the images")):
         report.log(f"sharding {source} into {out / SHARDS_FOLDER}")
         return build_shard_set(source, out / SHARDS_FOLDER, sharding(settings), report=report)
@@ -185,6 +210,7 @@ def remove_leftovers(out: Path, missing: list[MissingUnits], part: WorkShare) ->
     remove_stages(out, [name for lacking in missing for name in lacking.units])
 
 
-def save_targets(artifact: TargetsArtifact, shards: ShardSet, views: int) -> None:
+def save_targets(artifact: TargetsArtifact, shards: Source, views: int) -> None:
     """Write the manifest; the set is complete once every part has finished its share."""
-    artifact.save(complete=lambda merged: CODEC in merged.units and not missing_units(merged, shards, views))
+    whole = not isinstance(shards, StoredSource) or shards.complete(views)
+    artifact.save(complete=lambda merged: whole and CODEC in merged.units and not missing_units(merged, shards, views))

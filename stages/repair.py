@@ -32,8 +32,9 @@ def repair(
     """Rebuild the damaged units of ``result``.
 
     Args:
-        source: for a shard set, also one inside a target set, the images; for other target sets the shard set; for a
-        recoded target set the original target set. labels: the ground truth that was given to ``cae2pipe shard``.
+        source: for a shard set, also one inside a target set, the images; for other target sets the shard set or the
+            target set that they were made from; for a recoded target set the original target set.
+        labels: the ground truth that was given to ``cae2pipe shard``.
         weights: the teacher's weights, if they came from a local file.
 
     Raises:
@@ -77,9 +78,9 @@ def repair_shards(result: Verification, report: Report, source: Path, *, labels:
 def repair_targets(
     result: Verification, report: Report, source: Path, *, weights: Path | None, device: str, workers: int
 ) -> None:
-    if not is_artifact(source, "shards"):
+    if not (is_artifact(source, "shards") or is_artifact(source, "targets")):
         raise BadInputError(
-            "this is not the shard set that the targets were made from",
+            "this is neither the shard set nor the target set that the targets were made from",
             where=source,
             fix="use the original one: --source FOLDER",
         )

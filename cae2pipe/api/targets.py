@@ -109,7 +109,8 @@ def extract_targets(
     """Write views and the teacher's latents of them into a target set: ``cae2pipe extract-targets``.
 
     Args:
-        source: a shard set or a folder of images; a path or a URL.
+        source: a shard set, a folder of images, or a target set, whose views another teacher then sees; a path or a
+            URL.
         out: the target set, created or resumed.
         teacher: ``timm:NAME.TAG``, ``open_clip:NAME/TAG``, ``hf-hub:ORG/NAME``, ``local-dir:PATH`` or a preset, each
             with ``@FILE`` for local weights; it takes the place of the whole teacher in ``config``.

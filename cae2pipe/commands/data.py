@@ -61,7 +61,9 @@ def extract_targets(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="A shard set (folder or URL), or a folder of images.", parser=path_or_url
+            metavar="SOURCE",
+            help="A shard set or a target set (folder or URL), or a folder of images.",
+            parser=path_or_url,
         ),
     ],
     out: Out,

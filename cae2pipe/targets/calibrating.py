@@ -16,18 +16,18 @@ from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.errors import BadInputError
 from cae2pipe.runtime.progress import Report
-from cae2pipe.shards.shard_set import ShardSet
 from cae2pipe.targets.calibration_sample import run_sample
 from cae2pipe.targets.codecs import unit_tokens
 from cae2pipe.targets.groups import group_tokens, groups_in, make_groups
 from cae2pipe.targets.manifest_facts import codec_facts, expect_bytes, teacher_facts
 from cae2pipe.targets.stored_calibration import Fitted, is_calibrated, store_calibration
+from cae2pipe.targets.stored_source import Source
 from cae2pipe.teachers.protocol import Teacher, TeacherOutput
 
 
 def ensure_calibration(
     artifact: TargetsArtifact,
-    shards: ShardSet,
+    shards: Source,
     teacher: Teacher,
     *,
     settings: ExtractSettings,
@@ -60,7 +60,7 @@ def ensure_calibration(
 
 def make_calibration(
     artifact: TargetsArtifact,
-    shards: ShardSet,
+    shards: Source,
     teacher: Teacher,
     *,
     settings: ExtractSettings,

@@ -11,8 +11,9 @@ from cae2pipe.artifacts.storage import free_bytes
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.errors import BadInputError, MismatchError
 from cae2pipe.runtime.progress import gigabytes
-from cae2pipe.shards.shard_set import Shard, ShardSet
+from cae2pipe.shards.shard_set import Shard
 from cae2pipe.targets.paths import images_name, store_name
+from cae2pipe.targets.stored_source import Source, StoredSource
 from cae2pipe.targets.target_set import recorded_view
 
 
@@ -32,7 +33,7 @@ class MissingUnits:
 
 def missing_units(
     artifact: TargetsArtifact,
-    shards: ShardSet,
+    shards: Source,
     views: int,
     *,
     part: WorkShare = WHOLE,
@@ -47,7 +48,8 @@ def missing_units(
     replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
     result = []
     for index, shard in enumerate(shards.shards):
-        names = {view: store_name(view, shard.name) for view in range(views)}
+        own = [view for view in range(views) if not isinstance(shards, StoredSource) or shards.has(view, shard.name)]
+        names = {view: store_name(view, shard.name) for view in own}
         images = images_name(shard.name)
         for name in (*names.values(), images):
             unit = artifact.units.get(name)
@@ -69,10 +71,12 @@ def missing_units(
     return result
 
 
-def wanted(artifact: TargetsArtifact, shards: ShardSet, views: int) -> Wanted:
+def wanted(artifact: TargetsArtifact, shards: Source, views: int) -> Wanted:
     """What the complete set will hold, to show how complete it is."""
     before = artifact.facts.get("wanted")
     most = max(views, before["views"] if before else 0)
+    if isinstance(shards, StoredSource):
+        return shards.planned(most)
     return {"views": most, "shards": len(shards.shards), "images": shards.images}
 
 

@@ -7,8 +7,9 @@ pixels, so the student trains on exactly what the teacher saw.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,8 +53,7 @@ class RenderedBlock:
     """A block's views, and the JPEGs that are kept of them.
 
     For each of ``task.views``: b JPEGs (none if views are replayed), the pixels that the teacher will see, uint8 (b, 3,
-    H, W), and the draws, float64 (b, 11). ``kept``: the images that replayed views are cut from, if they were made
-    here.
+    H, W), and the draws, float64 (b, 11). ``kept``: the images that replayed views are cut from.
     """
 
     task: Task
@@ -63,6 +63,14 @@ class RenderedBlock:
     pixels: list[Tensor]
     draws: list[np.ndarray]
     kept: list[bytes] = field(default_factory=list)
+
+
+class BlockRenderer(Sized, Protocol):
+    """Gives the blocks of tasks by number; picklable for worker processes."""
+
+    tasks: Sequence[Task]
+
+    def __getitem__(self, index: int) -> RenderedBlock: ...
 
 
 class Renderer:
@@ -97,8 +105,7 @@ class Renderer:
             if replayed:
                 jpeg = sample.data if self.kept else keep_original(sample, task.shard, settings)
                 image = open_jpeg(jpeg)
-                if not self.kept:
-                    kept.append(jpeg)
+                kept.append(jpeg)
             else:
                 image = decode_rgb(sample.data, where=f"{task.shard.path}, key {sample.key}")
             grey = image.convert("L") if len(task.views) > 1 else None
@@ -144,7 +151,7 @@ def keep_original(sample: ImageSample, shard: Shard, settings: ViewSettings) -> 
     return keep_image(decode_rgb(sample.data, where=f"{shard.path}, key {sample.key}"), settings)
 
 
-def render_blocks(renderer: Renderer, workers: int) -> Generator[RenderedBlock, None, None]:
+def render_blocks(renderer: BlockRenderer, workers: int) -> Generator[RenderedBlock, None, None]:
     """All tasks' blocks, in order."""
     # Rendering one block is faster than starting a process.
     return in_order(renderer, min(workers, len(renderer)) if len(renderer) > 1 else 0, preload=[__name__])

@@ -13,7 +13,7 @@ from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.artifacts.staging import StagedUnit
 from cae2pipe.runtime.progress import Report
-from cae2pipe.shards.shard_set import Shard, ShardSet, index_samples
+from cae2pipe.shards.shard_set import IndexedSample, Shard, ShardSet, index_samples
 from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.encoding import EncodedBlock, Meter
 from cae2pipe.targets.groups import Cosines, reached, store_facts
@@ -21,6 +21,7 @@ from cae2pipe.targets.paths import images_name, images_tar_path, store_name, sto
 from cae2pipe.targets.records import Records
 from cae2pipe.targets.store_layout import PATCHES, StoreLayout
 from cae2pipe.targets.store_writing import StoreWriter
+from cae2pipe.targets.stored_source import StoredSource
 
 
 @dataclass
@@ -84,39 +85,39 @@ class ShardWriter:
             self.views[view].append(block)
             report.advance(len(rendered.keys), data_wait=meter.idle_fraction())
 
-    def finish(self, artifact: TargetsArtifact, kept: ShardSet | None, report: Report) -> None:
+    def finish(self, artifact: TargetsArtifact, pixels: ShardSet | StoredSource | None, report: Report) -> None:
         """Write the tars of stored views, finish the stores and add the views to the set.
 
         Args:
-            kept: the images that replayed views are cut from; None where views are stored.
+            pixels: the images that replayed views are cut from, or a set that stores these views; None where their
+                tars have to be written.
         """
         for view, writer in sorted(self.views.items()):
             name = store_name(view, self.shard.name)
-            unit = self._finish_view(view, writer, artifact, kept=kept)
+            unit = self._finish_view(view, writer, artifact, pixels=pixels)
             if name in artifact.units and artifact.units[name]["files"] != unit["files"]:
                 report.log(f"{name} differs from its earlier content: runs that started with it cannot be resumed")
             artifact.add(name, unit)
             writer.stage.discard()
 
     def _finish_view(
-        self, view: int, writer: ViewWriter, artifact: TargetsArtifact, *, kept: ShardSet | None
+        self, view: int, writer: ViewWriter, artifact: TargetsArtifact, *, pixels: ShardSet | StoredSource | None
     ) -> StoreUnit:
         """Finish the store of one view, and its tar where views are stored; return the manifest's entry."""
         keys, labels, jpegs = self.keys, np.concatenate(self.labels), writer.jpegs
         name, zarr = self.shard.name, store_path(view, self.shard.name)
-        if kept:
-            tar, index = images_tar_path(name), kept.index(self.shard)
+        kept = isinstance(pixels, ShardSet)
+        tar = images_tar_path(name) if kept else view_tar_path(view, name)
+        if isinstance(pixels, StoredSource):
+            pixels.fetch_tar(view, name, writer.stage)
+            records = pixels.records(view, name)
+        elif pixels:
+            records = self._records(writer, pixels.index(self.shard))
         else:
-            tar = view_tar_path(view, name)
             write_samples(writer.stage.path(tar), zip(keys, labels.tolist(), jpegs, strict=True))
             index = index_samples(writer.stage.path(tar), [google_crc32c.value(jpeg) for jpeg in jpegs])
-        assert [sample.key for sample in index] == keys
-        records = Records(
-            keys,
-            labels,
-            draws=np.concatenate([draws for _, draws in writer.rendered]),
-            members=np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64),
-        )
+            records = self._records(writer, index)
+        assert records.keys == keys
         fidelity = reached(writer.cosines)
         writer.store.finish(records, {"view": view, "shard": name, "fidelity": fidelity[PATCHES]})
         files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
@@ -137,6 +138,15 @@ class ShardWriter:
         if "groups" in facts:
             unit["groups"] = facts["groups"]
         return unit
+
+    def _records(self, writer: ViewWriter, index: Sequence[IndexedSample]) -> Records:
+        """A view's records, given where its samples' pixels are."""
+        return Records(
+            [sample.key for sample in index],
+            np.concatenate(self.labels),
+            draws=np.concatenate([draws for _, draws in writer.rendered]),
+            members=np.array([(sample.offset, sample.size, sample.crc32c) for sample in index], dtype=np.int64),
+        )
 
     def discard(self) -> None:
         """Discard all views."""
