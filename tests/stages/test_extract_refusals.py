@@ -97,9 +97,9 @@ def test_other_weights_are_refused(copy, photos, extract_settings, teacher_file,
         )
 
 
-def test_a_target_set_as_source_is_refused(target_root, tmp_path, extract_settings):
-    with pytest.raises(SourceError, match="not a shard set"):
-        extract_targets(target_root, tmp_path / "set", extract_settings(), report=Silent())
+def test_a_run_as_source_is_refused(trained_run, tmp_path, extract_settings):
+    with pytest.raises(SourceError, match="neither a shard set nor a target set"):
+        extract_targets(trained_run(), tmp_path / "set", extract_settings(), report=Silent())
 
 
 def test_a_foreign_folder_is_left_as_it_is(photos, tmp_path, extract_settings):
