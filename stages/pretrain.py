@@ -75,7 +75,7 @@ def pretrain_within(
     targets_root: Path | Sequence[Path], out: Path, settings: PretrainSettings, *, world: World, report: Report
 ) -> RunArtifact:
     """``pretrain`` within an initialised process group."""
-    roots = [targets_root] if isinstance(targets_root, Path) else list(targets_root)
+    roots = list(targets_root) if isinstance(targets_root, Sequence) else [targets_root]
     world.run_on_main(lambda: refuse_target_set(out, roots))
     report.phase("opening the target set" if len(roots) == 1 else "opening the target sets")
     joined = world.main_first(lambda: join_sets([TargetSet(root) for root in roots]))

@@ -41,7 +41,7 @@ def test_an_argument_of_the_wrong_type_is_named(name):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: cae2pipe.pretrain(None, "out"), "targets=None is not a str or a path"),
+        (lambda: cae2pipe.pretrain(None, "out"), r"targets=None is not a str, a path or a list"),
         (lambda: cae2pipe.TargetSet(3), "root=3 is not a path or a str"),
         (lambda: cae2pipe.TargetBatches("set", batch_size=2.5), "batch_size=2.5 is not a whole number"),
         (lambda: cae2pipe.TargetBatches("set", seed=True), "seed=True is not a whole number"),

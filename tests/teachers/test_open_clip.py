@@ -204,8 +204,7 @@ def test_presets_name_weights_that_open_clip_knows(preset, hub_cache):
     """Without the weights a preset gets as far as the hub's cache, and says how to fill it."""
     with pytest.raises(TeacherError, match="not cached") as refused:
         load_teacher(load(ExtractSettings, "extract", preset).teacher, CPU)
-    named = [name for name in ("clip-b16", "clip-l14") if f"teachers fetch {name}`" in str(refused.value)]
-    assert named == [preset.removesuffix("-196")]
+    assert f"teachers fetch {preset}`" in str(refused.value)
 
 
 def test_pretrained_weights_come_from_the_hubs_cache(settings, teacher_file, pixels, hub_cache, monkeypatch):
