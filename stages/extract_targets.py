@@ -76,6 +76,9 @@ def extract_targets(
         # Errors should show before hours of sharding.
         refuse_foreign(out)
         begun = file_size(out / MANIFEST) is not None
+        if begun and part == WHOLE and not TargetsArtifact.open(out).units:
+            # Its calibration failed: the settings that the error asked for are as good.
+            begun = False
         if begun:
             settings = resumed(TargetsArtifact.open(out), settings, report)
             refuse_other_pixels(out, settings)
@@ -93,7 +96,8 @@ def extract_targets(
         if begun:
             TargetsArtifact.open_same(out, content, fix)
         shards = with_views or open_source(source, out, settings, report=report)
-        artifact = TargetsArtifact.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix)
+        anew = part == WHOLE and not begun
+        artifact = TargetsArtifact.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix, anew=anew)
         missing = missing_units(artifact, shards, settings.views, part=part, remake=remake)
         remove_leftovers(out, missing, part)
         artifact.facts |= {"classes": shards.classes, "wanted": wanted(artifact, shards, settings.views)}

@@ -129,6 +129,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         fixes: Mapping[str, str] | None = None,
         called: Callable[[str], str] = str,
         format: int | None = None,
+        anew: bool = False,
     ) -> Self:
         """Open an artifact to resume it, or start a new one.
 
@@ -136,6 +137,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             fix: what to do if the identity differs. fixes: what to do if a certain field differs, by dotted name.
             called: the name for an error of a field of the identity, given its dotted name.
             format: of a new manifest; None: the newest.
+            anew: start a new one also in place of one without units.
 
         Raises:
             MismatchError: the folder was made with another identity; the first field that differs is named.
@@ -144,7 +146,8 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         make_folder(root)
         kind = cls.rules().name
         with holding(root, "manifest"):
-            if file_size(root / MANIFEST) is None:
+            there = file_size(root / MANIFEST) is not None
+            if not there or (anew and not cls.open(root).units):
                 refuse_foreign(root)
                 form = FORMATS[kind] if format is None else format
                 new = manifest_of(kind, form, identity, units={}, facts=facts, complete=False)

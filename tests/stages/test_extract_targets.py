@@ -10,11 +10,11 @@ import torch
 from cae2pipe.artifacts.artifact import TargetsArtifact, open_artifact
 from cae2pipe.config.base import build
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import DamageError, ManifestError, MismatchError
+from cae2pipe.errors import DamageError, ManifestError, MismatchError, TeacherError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.extract_targets import extract_targets
-from cae2pipe.targets import rendering
+from cae2pipe.targets import calibrating, rendering
 from cae2pipe.targets.target_set import TargetSet
 from tests.conftest import contents, snapshot
 
@@ -191,3 +191,17 @@ def test_manifests_hold_no_paths_times_or_hosts(target_root):
     manifest = json.loads(text)
     assert manifest["format"] == 4
     assert manifest["fidelity" if "fidelity" in manifest else "codec"]
+
+
+def test_a_set_without_a_calibration_takes_other_settings(target_root, photos, tmp_path, extract_settings, monkeypatch):
+    def fails(*_, **__):
+        raise TeacherError("not finite", fix="--set seed=0")
+
+    out = tmp_path / "set"
+    with monkeypatch.context() as patched:
+        patched.setattr(calibrating, "run_sample", fails)
+        with pytest.raises(TeacherError):
+            extract_targets(photos, out, extract_settings(seed=1), report=Silent())
+    assert TargetsArtifact.open(out).identity["settings"]["seed"] == 1
+    extract_targets(photos, out, extract_settings(), report=Silent())
+    assert contents(out) == contents(target_root)
