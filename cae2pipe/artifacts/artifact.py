@@ -137,7 +137,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             fix: what to do if the identity differs. fixes: what to do if a certain field differs, by dotted name.
             called: the name for an error of a field of the identity, given its dotted name.
             format: of a new manifest; None: the newest.
-            anew: start a new one also in place of one without units.
+            anew: replace an artifact without units by a new one.
 
         Raises:
             MismatchError: the folder was made with another identity; the first field that differs is named.
