@@ -129,7 +129,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         fixes: Mapping[str, str] | None = None,
         called: Callable[[str], str] = str,
         format: int | None = None,
-        anew: bool = False,
+        restart: bool = False,
     ) -> Self:
         """Open an artifact to resume it, or start a new one.
 
@@ -137,7 +137,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
             fix: what to do if the identity differs. fixes: what to do if a certain field differs, by dotted name.
             called: the name for an error of a field of the identity, given its dotted name.
             format: of a new manifest; None: the newest.
-            anew: replace an artifact without units by a new one.
+            restart: replace an artifact without units by a new one.
 
         Raises:
             MismatchError: the folder was made with another identity; the first field that differs is named.
@@ -147,7 +147,7 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         kind = cls.rules().name
         with holding(root, "manifest"):
             there = file_size(root / MANIFEST) is not None
-            if not there or (anew and not cls.open(root).units):
+            if not there or (restart and not cls.open(root).units):
                 refuse_foreign(root)
                 form = FORMATS[kind] if format is None else format
                 new = manifest_of(kind, form, identity, units={}, facts=facts, complete=False)
