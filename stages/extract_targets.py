@@ -97,7 +97,9 @@ def extract_targets(
             TargetsArtifact.open_same(out, content, fix)
         shards = with_views or open_source(source, out, settings, report=report)
         restart = part == WHOLE and not begun
-        artifact = TargetsArtifact.open_or_create(out, content, facts={"classes": shards.classes}, fix=fix, restart=restart)
+        artifact = TargetsArtifact.open_or_create(
+            out, content, facts={"classes": shards.classes}, fix=fix, restart=restart
+        )
         missing = missing_units(artifact, shards, settings.views, part=part, remake=remake)
         remove_leftovers(out, missing, part)
         artifact.facts |= {"classes": shards.classes, "wanted": wanted(artifact, shards, settings.views)}
