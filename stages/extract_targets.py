@@ -81,7 +81,7 @@ def extract_targets(
             begun = False
         if begun:
             settings = resumed(TargetsArtifact.open(out), settings, report)
-            refuse_other_pixels(out, settings)
+            refuse_other_pixels(out, settings, with_views is not None)
         else:
             settings = settings.model_copy(update={"teacher": canonical(settings.teacher)})
         report.phase("loading the teacher")
@@ -162,14 +162,16 @@ def licences(settings: ExtractSettings, shards: Source, known: Licences) -> Lice
     return {**known, **found}
 
 
-def refuse_other_pixels(out: Path, settings: ExtractSettings) -> None:
+def refuse_other_pixels(out: Path, settings: ExtractSettings, from_views: bool) -> None:
     """Raise MismatchError if a set's views are replayed and stored ones are requested, or the reverse."""
     there = recorded_view(TargetsArtifact.open(out).identity["settings"]).pixels
     if there != settings.view.pixels:
         raise MismatchError(
             f"view.pixels mismatch: this set {there}, settings {settings.view.pixels}",
             where=out / MANIFEST,
-            fix=f"--set view.pixels={there}, or use another output folder",
+            fix="use the source that this set was made from, or another output folder"
+            if from_views
+            else f"--set view.pixels={there}, or use another output folder",
         )
 
 

@@ -83,7 +83,9 @@ def pretrain_within(
 
     def check() -> None:
         check_joined(joined, settings)
-        check_fit(targets, settings, world.ranks)
+        # Of several sets, those with a summary give one.
+        loss = settings.loss.model_copy(update={"summary": None} if others else {})
+        check_fit(targets, settings.model_copy(update={"loss": loss}), world.ranks)
 
     world.run_on_main(check)
     if joined.note:
@@ -112,10 +114,14 @@ class Helpers(NamedTuple):
 def refuse_target_set(out: Path, roots: Sequence[Path]) -> None:
     """Raise SettingsError if the folder for the run is a target set, one of several without a run after them."""
     if is_artifact(out, "targets"):
+        new = next((root for root in roots if file_size(root / MANIFEST) is None), None)
+        sets = [root for root in (*roots, out) if root != new]
         raise SettingsError(
-            "this is a target set, and the folder of the run is missing",
+            "this is a target set, and the folder of the run is missing"
+            if new is None
+            else f"this is a target set, and {new} is none: the folder of the run comes last",
             where=out,
-            fix=f"cae2pipe pretrain {' '.join(map(str, [*roots, out]))} RUN",
+            fix=f"cae2pipe pretrain {' '.join(map(str, sets))} {new or 'RUN'}",
         )
 
 
@@ -166,7 +172,7 @@ def _train_run(
     report: Report,
 ) -> RunArtifact:
     targets, others = joined.main, joined.others
-    artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, targets, settings, init, others))
+    artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, joined, settings, init))
     if artifact.complete and artifact.has("encoder"):
         report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
@@ -258,15 +264,9 @@ def checkpoints_of(out: Path, settings: PretrainSettings, steps: int, *, run: st
     return Checkpoints(out / CHECKPOINTS_FOLDER, run, speed.keep, minutes=speed.checkpoint_minutes, for_good=for_good)
 
 
-def begin_run(
-    out: Path,
-    targets: TargetSet,
-    settings: PretrainSettings,
-    init: InitialWeights | None = None,
-    others: Sequence[TargetSet] = (),
-) -> RunArtifact:
+def begin_run(out: Path, joined: Joined, settings: PretrainSettings, init: InitialWeights | None = None) -> RunArtifact:
     """The run's folder, created or opened, without partial files of a killed process."""
-    artifact = open_run(out, targets, settings, init, others)
+    artifact = open_run(out, joined, settings, init)
     remove_debris(out)
     return artifact
 
@@ -311,15 +311,10 @@ def refuse_earlier_order(out: Path) -> None:
     )
 
 
-def open_run(
-    out: Path,
-    targets: TargetSet,
-    settings: PretrainSettings,
-    init: InitialWeights | None = None,
-    others: Sequence[TargetSet] = (),
-) -> RunArtifact:
+def open_run(out: Path, joined: Joined, settings: PretrainSettings, init: InitialWeights | None = None) -> RunArtifact:
     """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
     refuse_earlier_order(out)
+    targets, others = joined.main, joined.others
     names = chosen_stores(targets, settings)
     stores = digests_of(targets, names)
     artifact = RunArtifact.open_or_create(
@@ -341,14 +336,15 @@ def open_run(
         },
         called=lambda name: "model.init (SHA-256 of the weights)" if name == "init" else present_name(name),
     )
-    refuse_changed(targets, artifact.facts["stores"], stores)
-    for known, other in zip(artifact.facts.get("teachers", [])[1:], others, strict=True):
-        refuse_changed(other, known["stores"], digests_of(other, names))
+    known = [artifact.facts["stores"], *(other["stores"] for other in artifact.facts.get("teachers", [])[1:])]
+    for each, recorded in zip(joined.whole, known, strict=True):
+        refuse_changed(each, recorded)
     return artifact
 
 
-def refuse_changed(targets: TargetSet, recorded: Mapping[str, str], stores: Mapping[str, str]) -> None:
+def refuse_changed(targets: TargetSet, recorded: Mapping[str, str]) -> None:
     """Raise MismatchError if a store that a run started with has changed, or is no longer there."""
+    stores = digests_of(targets, [name for name in recorded if name in targets.stores])
     for name, digest in recorded.items():
         if stores.get(name) != digest:
             what = "is no longer in" if name not in stores else "has changed in"

@@ -24,10 +24,12 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Joined:
     """Sets with the same stores. Pixels, keys, labels and masks are those of ``main``, the first; from ``others`` only
-    latents are read. ``note``: what was narrowed, for the log; None if nothing was."""
+    latents are read. ``whole``: all sets with all of their stores. ``note``: what was narrowed, for the log; None if
+    nothing was."""
 
     main: TargetSet
     others: tuple[TargetSet, ...] = ()
+    whole: tuple[TargetSet, ...] = ()
     note: str | None = None
 
 
@@ -40,7 +42,7 @@ def join_sets(sets: Sequence[TargetSet]) -> Joined:
     """
     main, *others = sets
     if not others:
-        return Joined(main)
+        return Joined(main, whole=(main,))
     refuse_teacher_twice(sets)
     for other in others:
         if (other.teacher.rows, other.teacher.cols) != (main.teacher.rows, main.teacher.cols):
@@ -53,7 +55,8 @@ def join_sets(sets: Sequence[TargetSet]) -> Joined:
     common = sorted(main.stores)
     for other in others:
         same = [name for name in common if name in other.stores and same_store(main, other, name)]
-        if not same:
+        # Sets that keep equal images may cut other views from them.
+        if not same or drawing(main) != drawing(other):
             raise nothing_common(main, other)
         common = same
     held = [len(each.stores) for each in sets]
@@ -61,7 +64,7 @@ def join_sets(sets: Sequence[TargetSet]) -> Joined:
     if any(count > len(common) for count in held):
         having = ", ".join(f"{name} {count}" for name, count in zip(labels_of(sets), held, strict=True))
         note = f"training on the {counted(len(common), 'store')} that all target sets have (stores: {having})"
-    return Joined(main.only(common), tuple(other.only(common) for other in others), note)
+    return Joined(main.only(common), tuple(other.only(common) for other in others), tuple(sets), note)
 
 
 def labels_of(sets: Sequence[TargetSet]) -> list[str]:
@@ -77,7 +80,9 @@ def refuse_teacher_twice(sets: Sequence[TargetSet]) -> None:
     seen: list[tuple[Any, TargetSet]] = []
     for each in sets:
         identity = each.artifact.identity
-        who = ({**identity["teacher"], "precision": None}, identity["settings"]["teacher"])
+        # The digest of the weights says what their name may say in several ways.
+        unsaid = dict.fromkeys(("name", "pretrained", "precision"))
+        who = ({**identity["teacher"], **unsaid}, {**identity["settings"]["teacher"], **unsaid})
         for known, first in seen:
             if known == who:
                 raise SettingsError(
@@ -86,6 +91,12 @@ def refuse_teacher_twice(sets: Sequence[TargetSet]) -> None:
                     fix="give one target set of each teacher",
                 )
         seen.append((who, each))
+
+
+def drawing(targets: TargetSet) -> dict[str, Any]:
+    """What views depend on besides their images."""
+    settings: Mapping[str, Any] = targets.artifact.identity["settings"]
+    return {"view": targets.view.model_dump(mode="json"), "seed": settings.get("seed", 0)}
 
 
 def same_store(main: TargetSet, other: TargetSet, name: str) -> bool:
@@ -110,8 +121,7 @@ def listed(unit: Mapping[str, Any]) -> dict[str, Any]:
 
 def nothing_common(main: TargetSet, other: TargetSet) -> MismatchError:
     """The error for sets without a common store: it says what differs."""
-    one_view, other_view = (each.artifact.identity["settings"]["view"] for each in (main, other))
-    if difference := first_difference(one_view, other_view, "view"):
+    if difference := first_difference(drawing(main), drawing(other)):
         name, one, two = difference
         what = f"their views differ: {name} is {abridged(one)} and {abridged(two)}"
     elif not main.stores.keys() & other.stores.keys():

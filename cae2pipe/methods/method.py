@@ -29,6 +29,9 @@ class Widths(int):
         widths.parts = tuple(parts)
         return widths
 
+    def __getnewargs__(self) -> tuple[tuple[int, ...]]:  # type: ignore[override]  # for copies
+        return (self.parts,)
+
 
 class Heads(nn.ModuleList):
     """A head for each teacher over the same tokens; gives their latents side by side."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies
 
+from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.comparison.scores import read_scores
 from cae2pipe.errors import DivergedError, MismatchError, SettingsError
@@ -242,8 +243,44 @@ def test_a_set_that_has_changed_is_refused_on_resuming(roots, tmp_path, pretrain
     pretrain([roots[0], other], tmp_path / "run", pretrain_settings(stop_after=2), report=Silent())
     units = json.loads((other / "manifest.json").read_text())["units"]
     edit_manifest(other, units={name: unit for name, unit in units.items() if not name.startswith("v01")})
-    with pytest.raises(MismatchError, match="is no longer in"):
+    with pytest.raises(MismatchError, match="is no longer in") as caught:
         pretrain([roots[0], other], tmp_path / "run", pretrain_settings(), report=Silent())
+    assert caught.value.where == str(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        # Images that are kept once may be equal where the views that are cut from them are not.
+        ({"settings": {"view": {"scale": [0.5, 1.0]}}}, "their views differ: view.scale"),
+        ({"settings": {"seed": 5}}, "their views differ: seed"),
+    ],
+)
+def test_views_that_are_cut_in_another_way_are_not_joined(roots, tmp_path, change, match):
+    with pytest.raises(MismatchError, match=match):
+        join_sets([TargetSet(roots[0]), TargetSet(edited(roots[1], tmp_path / "other", change))])
+
+
+def test_another_name_of_a_teacher_does_not_make_it_another(roots, tmp_path):
+    named = {"teacher": {"name": "alias"}, "settings": {"teacher": {"name": "alias", "pretrained": "tag"}}}
+    with pytest.raises(SettingsError, match="a teacher twice"):
+        join_sets([TargetSet(roots[1]), TargetSet(edited(roots[1], tmp_path / "other", named))])
+
+
+def edited(root: Path, copy: Path, change: dict) -> Path:
+    """A copy of a set with other values in its identity."""
+
+    def merged(old, new):
+        return (
+            {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
+            if isinstance(new, dict)
+            else new
+        )
+
+    shutil.copytree(root, copy)
+    identity = merged(json.loads((copy / "manifest.json").read_text())["identity"], change)
+    edit_manifest(copy, identity=identity, fingerprint=fingerprint(identity))
+    return copy
 
 
 def test_what_does_not_fit_is_refused(roots, stored_root, target_root, int8_root, tmp_path, pretrain_settings):
@@ -260,6 +297,8 @@ def test_what_does_not_fit_is_refused(roots, stored_root, target_root, int8_root
     refused(roots, "no teacher of these target sets", loss={"teachers": {"dino": 1.0}})
     refused(roots[0], "for several teachers", loss={"drop_teachers": 0.5})
     refused(roots, "held-out targets", probe={"targets": str(roots[0])})
+    with pytest.raises(SettingsError, match="comes last"):
+        pretrain([tmp_path / "run", roots[0]], roots[1], pretrain_settings(), report=Silent())
     with pytest.raises(SettingsError, match="the folder of the run is missing"):
         pretrain(roots[:1], roots[1], pretrain_settings(), report=Silent())
 
