@@ -394,6 +394,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "low_rate": low_rate,
     "views": views,
     "reduced_views": reduced_views,
+    "teacher_grid": teacher_grid,
     "training": training,
     "hours": hours,
     "scale": scale,
