@@ -1,5 +1,6 @@
 """Students of two teachers: one of 24 dimensions with a class token, one of 16 without, but with a summary."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from cae2pipe.errors import DivergedError, MismatchError, SettingsError
 from cae2pipe.loading.joining import join_sets, labels_of
 from cae2pipe.loading.loader import load_batches
 from cae2pipe.loading.planning import make_plan
+from cae2pipe.methods.method import Widths
 from cae2pipe.methods.registry import BUILT_IN, build_method
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.export import export
@@ -267,7 +269,16 @@ def test_another_name_of_a_teacher_does_not_make_it_another(roots, tmp_path):
         join_sets([TargetSet(roots[1]), TargetSet(edited(roots[1], tmp_path / "other", named))])
 
 
-def edited(root: Path, copy: Path, change: dict) -> Path:
+def test_a_summary_is_asked_of_the_teachers_that_have_one(roots, tmp_path, pretrain_settings):
+    pretrain(roots, tmp_path / "run", pretrain_settings(loss={"summary": True}, stop_after=1), report=Silent())
+    assert len(figures(tmp_path / "run")) == 1
+
+
+def test_widths_can_be_copied():
+    assert copy.deepcopy(Widths([24, 16])).parts == (24, 16)
+
+
+def edited(root: Path, out: Path, change: dict) -> Path:
     """A copy of a set with other values in its identity."""
 
     def merged(old, new):
@@ -277,10 +288,10 @@ def edited(root: Path, copy: Path, change: dict) -> Path:
             else new
         )
 
-    shutil.copytree(root, copy)
-    identity = merged(json.loads((copy / "manifest.json").read_text())["identity"], change)
-    edit_manifest(copy, identity=identity, fingerprint=fingerprint(identity))
-    return copy
+    shutil.copytree(root, out)
+    identity = merged(json.loads((out / "manifest.json").read_text())["identity"], change)
+    edit_manifest(out, identity=identity, fingerprint=fingerprint(identity))
+    return out
 
 
 def test_what_does_not_fit_is_refused(roots, stored_root, target_root, int8_root, tmp_path, pretrain_settings):
