@@ -75,9 +75,10 @@ class Labels:
             rejected=refuse,
         )
 
-    def accuracies(self, encoder: FrozenEncoder, linear: bool) -> dict[str, float | None]:
-        """``knn`` and, if requested, ``linear`` top-1 accuracy of an encoder's class token in percent."""
-        encode = feature_of(encoder, "class", CPU)
+    def accuracies(self, encoder: FrozenEncoder, linear: bool, feature: str = "class") -> dict[str, float | None]:
+        """``knn`` and, if requested, ``linear`` top-1 accuracy of an encoder's class token in percent, or of the mean
+        of its patches if ``feature`` is mean."""
+        encode = feature_of(encoder, feature, CPU)
         train, val = (
             in_order_of_runs([self.crops.features(split, encode)]) for split in (self.crops.train, self.crops.val)
         )
