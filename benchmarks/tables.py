@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 from typing import Any
+
+from benchmarks.score_tables import teacher_grid, teacher_tour, teachers, views
+from benchmarks.table_parts import check, goal, read, significant, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)((?:(?!<!-- figures).)*?)(\n<!-- figures end -->)", re.DOTALL)
-SIGNS = {">=": "≥", "<=": "≤"}
 
 
 def main() -> None:
@@ -94,35 +94,6 @@ def low_rate(results: Path) -> str:
     return table(("mean cosine", *fidelities), rows)
 
 
-def views(results: Path) -> str:
-    """Scores after the last epoch by number and fidelity of views, means over the runs of all devices and seeds."""
-    contents = [json.loads(path.read_text()) for path in sorted(results.glob("views-*.json"))]
-    epochs, image = contents[0]["settings"]["epochs"], contents[0]["settings"]["pixels_once_kb"]
-    groups: dict[tuple[bool, int, float], list[dict[str, Any]]] = {}
-    for row in (row for each in contents for row in each["rows"] if row["epoch"] == epochs):
-        groups.setdefault((row["arm"].startswith("fresh"), row["views"], -row["fidelity"]), []).append(row)
-    # kB of latents per view: of the most views, since rows are rounded; of sets of several versions, the smallest.
-    view: dict[float, float] = {}
-    for (_, count, minus), rows in sorted(groups.items(), key=lambda item: item[0][1]):
-        view[minus] = min(row["kb_latents"] for row in rows) / count
-    lines = []
-    for (fresh, count, minus), rows in sorted(groups.items()):
-        means = [mean(row[name] for row in rows) for name in ("train_loss", "held_out_loss", "knn", "linear")]
-        lines.append(
-            (
-                f"{count}, a fresh crop in every epoch" if fresh else str(count),
-                f"{-minus:g}",
-                f"{image + count * view[minus]:,.0f}",
-                f"{epochs / count:.3g}",
-                *(f"{value:.3f}" for value in means[:2]),
-                *(f"{value:.1f}" for value in means[2:]),
-                str(len(rows)),
-            )
-        )
-    heads = ("views", "fidelity", "kB per image", "showings", "training loss", "held-out loss", "kNN", "linear", "runs")
-    return table(heads, lines)
-
-
 def reduced_views(results: Path) -> str:
     """Bytes and loading time of views of 448 pixels and of 224."""
     rows = [row for row in read(results, "reduced_views")["rows"] if not row["what"].startswith("the same")]
@@ -130,31 +101,6 @@ def reduced_views(results: Path) -> str:
         ("views", "kB per view or image", "loading, ms"),
         [(row["what"], f"{row['kB']:.0f}", f"{row['ms']['median']:.1f}") for row in rows],
     )
-
-
-def teacher_grid(results: Path) -> str:
-    """Scores by what the teacher sees: of the teacher, and means over the students of all seeds with their spread."""
-    named = {
-        "own": "112 pixels, as the student",
-        "enlarged": "112 pixels, enlarged to 224",
-        "finer": "224 pixels, reduced for the student",
-    }
-    lines = []
-    for row in read(results, "teacher_grid")["rows"]:
-        scores = [f"{row[f'{name}_mean']:.1f} ± {row[f'{name}_spread']:.1f}" for name in ("knn", "linear")]
-        teacher = [f"{row[f'teacher_{name}']:.1f}" for name in ("knn", "linear")]
-        sizes = [f"{row[f'kb_{part}_per_view']:.1f}" for part in ("pixels", "latents")]
-        lines.append((named[row["arm"]], *sizes, *teacher, *scores))
-    heads = (
-        "the teacher sees",
-        "kB of pixels per view",
-        "of latents",
-        "teacher, kNN",
-        "linear",
-        "student, kNN",
-        "linear",
-    )
-    return table(heads, lines)
 
 
 def training(results: Path) -> str:
@@ -315,77 +261,6 @@ def share(row: dict[str, Any]) -> str:
 
 def of(row: dict[str, Any], name: str, what: str) -> str:
     return f"{row[name]:.2f} {what}" if name in row else ""
-
-
-def read(results: Path, name: str) -> dict[str, Any]:
-    """A benchmark's result on a CPU."""
-    result: dict[str, Any] = json.loads((results / f"{name}-cpu.json").read_text())
-    return result
-
-
-def check(result: dict[str, Any], part: str) -> dict[str, Any]:
-    """The check whose name contains ``part``."""
-    row: dict[str, Any] = next(row for row in result["checks"] if part in row["name"])
-    return row
-
-
-def goal(row: dict[str, Any], why: str) -> str:
-    """A check's goal, and whether it was missed."""
-    sign, number = row["goal"].split()
-    return f"{SIGNS[sign]} {float(number):,g}" + ("" if row["ok"] else f", missed{why}")
-
-
-def significant(value: float, digits: int, most: int = 3) -> str:
-    """``digits`` significant digits, but at most ``most`` decimals; with thousands separators, without exponents."""
-    if not value:
-        return "0"
-    places = min(most, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{round(value, places):,.{max(0, places)}f}"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
-
-
-def teachers(results: Path) -> str:
-    """How many models of every family work as teachers, and why the others are refused."""
-    if not (results / "teachers-cpu.json").exists():
-        return "Nothing has been measured."
-    result = read(results, "teachers")
-    claims = [(row["name"], significant(row["value"], 3), goal(row, "")) for row in result["checks"]]
-    rows = [
-        (
-            row["library"],
-            row["family"].replace("_", r"\_"),
-            f"{row['work']} of {row['models']}",
-            str(row["tokens"]) if row["library"] == "timm" else "",
-            "; ".join(f"{count}: {reason}" for count, reason in row["refused"]).replace("|", "/").replace("_", r"\_"),
-        )
-        for row in result["rows"]
-    ]
-    heads = ("library", "family", "work", "as tokens, without a stage", "refused")
-    fixed = [
-        (f"`{row['name']}`", row["library"], size, said.removeprefix("refused: ").split("! Mismatching")[0])
-        for row in result["settings"]["values"]
-        for size, said in row.items()
-        if size.isdigit() and isinstance(said, str)
-    ]
-    parts = [table(("what", "figure", "goal"), claims), table(heads, rows)]
-    parts += [table(("compared model", "library", "refused at", "reason"), fixed)] if fixed else []
-    return "\n\n".join(parts)
-
-
-def teacher_tour(results: Path) -> str:
-    """Ten teachers from images to an exported student."""
-    if not (results / "teacher_tour-cpu.json").exists():
-        return "Nothing has been measured."
-    rows = [
-        (row["family"], f"`{row['teacher']}`", row["library"], row.get("latents", ""), "yes" if row["ended"] else "no")
-        for row in read(results, "teacher_tour")["rows"]
-    ]
-    return table(("family", "teacher", "library", "stored latents", "verified live, trained, exported"), rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tables, teacher_tour, teacher_values, teachers
+from benchmarks import score_tables, teacher_tour, teacher_values, teachers
 from cae2pipe.errors import TeacherError
 
 
@@ -99,13 +99,13 @@ def test_a_tour_ends_with_the_first_command_that_fails(tmp_path, monkeypatch, fa
 
 
 def test_tables_of_teachers_say_what_is_refused(tmp_path: Path):
-    assert tables.teachers(tmp_path) == tables.teacher_tour(tmp_path) == "Nothing has been measured."
+    assert score_tables.teachers(tmp_path) == score_tables.teacher_tour(tmp_path) == "Nothing has been measured."
     family = {"library": "timm", "family": "swin", "models": 3, "work": 1, "tokens": 0, "refused": [[2, "no map"]]}
     check = {"name": "work", "value": 0.5, "goal": ">= 0.9", "ok": False}
     fixed = {"library": "timm", "name": "cait_a", "64": {"patches": 0.0}, "96": "refused: takes 64 pixels! Mismatching"}
     result = {"rows": [family], "checks": [check], "settings": {"values": [fixed]}}
     (tmp_path / "teachers-cpu.json").write_text(json.dumps(result))
-    text = tables.teachers(tmp_path)
+    text = score_tables.teachers(tmp_path)
     assert "| `cait_a` | timm | 96 | takes 64 pixels |" in text
     assert "| timm | swin | 1 of 3 | 0 | 2: no map |" in text
     assert "missed" in text
