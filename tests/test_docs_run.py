@@ -39,6 +39,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "docs/guides/exporting.md": ("runs/base", "scores/base"),
     "docs/guides/extracting.md": ("shards",),
     "docs/guides/moving-and-sharing.md": ("targets",),
+    "docs/guides/own-loop.md": ("clip", "dinov3"),
     "docs/guides/pretraining.md": ("targets",),
     "docs/guides/remote-and-many-machines.md": ("shards",),
     "docs/guides/views-and-cost.md": ("shards",),
@@ -102,12 +103,14 @@ def given(
     write_photos(root / "photos" / "train", classes=3, each=12)
     write_photos(root / "photos" / "val", classes=3, each=4)
     (root / "imagenet").symlink_to("photos")
+    (root / "clip").symlink_to("targets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "package_folder", lambda name: root / name)
         patch.chdir(root)
         run_bash(
             "cae2pipe shard photos/train shards\n"
             "cae2pipe extract-targets shards targets --config clip-b16\n"
+            "cae2pipe extract-targets targets dinov3 --config clip-b16 --set teacher.project=false\n"
             "cae2pipe pretrain targets runs/base --config base\n"
             "cae2pipe evaluate knn runs/base photos scores/base\n",
             {},

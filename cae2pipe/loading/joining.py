@@ -32,6 +32,11 @@ class Joined:
     whole: tuple[TargetSet, ...] = ()
     note: str | None = None
 
+    @property
+    def sets(self) -> tuple[TargetSet, ...]:
+        """All of them, narrowed to the common stores."""
+        return self.main, *self.others
+
 
 def join_sets(sets: Sequence[TargetSet]) -> Joined:
     """The stores that all of some sets have.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.errors import SettingsError
 from cae2pipe.loading.batches import Batch, without_padding
 from cae2pipe.loading.device import on_device
+from cae2pipe.loading.joining import join_sets, labels_of, of_teacher, prefix_of
 from cae2pipe.loading.loader import block_refs, load_parts
-from cae2pipe.loading.plan import Plan
+from cae2pipe.loading.plan import OtherTeacher, Plan
 from cae2pipe.loading.store_units import StoreUnits
+from cae2pipe.loading.target_batch import TargetBatch, TargetBatchOfTeachers, TargetBatchWithGroups
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.ranks import torchrun_rank
@@ -34,37 +37,6 @@ STREAMS = 16
 """Most streams of a rank, and with them most workers. Each has about ``WINDOW`` + 2 blocks in memory."""
 WINDOW = 4
 """Blocks of 64 samples among which a stream shuffles."""
-
-
-class TargetBatch(NamedTuple):
-    """B stored views of a target set.
-
-    ``pixels`` (B, 3, H, W): uint8, or float32 from 0 to 1. ``targets``: the teacher's latents, float32 (B, D, rows,
-    cols) or (B, T, D). ``keys``: of their images. ``labels`` (B,) int64: indices into the set's ``classes``, -1: none.
-    ``views`` (B,) int64: which of the stored views of its image each one is. Tensors are on the device asked for.
-    """
-
-    pixels: Tensor
-    targets: Tensor
-    keys: list[str]
-    labels: Tensor
-    views: Tensor
-
-
-class TargetBatchWithGroups(NamedTuple):
-    """The fields of ``TargetBatch``, and other latents of the teacher.
-
-    ``summary`` (B, W) float32: its own output for the view; None if not asked for. ``layers``: as ``targets`` for the
-    tokens of other blocks, by the block's number.
-    """
-
-    pixels: Tensor
-    targets: Tensor
-    keys: list[str]
-    labels: Tensor
-    views: Tensor
-    summary: Tensor | None
-    layers: Mapping[int, Tensor]
 
 
 class TargetBatches(IterableDataset[TargetBatch]):
@@ -84,16 +56,20 @@ class TargetBatches(IterableDataset[TargetBatch]):
     ``if __name__ == "__main__":`` around what it does. ``torch.utils.data.DataLoader`` takes it with
     ``batch_size=None, num_workers=0``.
 
+    Several sets, of other teachers over the same views, give ``TargetBatchOfTeachers``. ``teachers`` holds the sets by
+    the labels of their teachers; ``targets`` is the first one. Views that only some of them hold are omitted, and a
+    warning says how many stores remain.
+
     Args:
-        targets: a target set, opened or its folder or URL. One that is still being extracted gives what it held when it
-            was opened.
+        targets: a target set, opened or its folder or URL; or a list of those of several teachers. One that is still
+            being extracted gives what it held when it was opened.
         batch_size: views per batch of this rank. ``workers`` share the batch: powers of two serve up to 16 of them.
         layout: ``map``: the patches' latents as a feature map (B, D, rows, cols), without the class token; ``tokens``:
             all of them (B, T, D), the class token first, if the teacher has one.
         scaled: multiply each token by its stored length, which gives the teacher's own latents. Otherwise tokens have
             unit length, up to the codec's error.
         summary: give the teacher's summary too. layers: give the latents of these blocks of the teacher too. Then
-            batches are ``TargetBatchWithGroups``.
+            batches are ``TargetBatchWithGroups``. Of several teachers, those that have them give them.
         pixels: ``uint8``, or ``float``: from 0 to 1. Neither is normalised by a mean.
         image_size: side of the pixels, at most the views' own, which are then reduced. None: the ``image_size`` with
             which the set was opened, that of its views if none was given.
@@ -111,14 +87,15 @@ class TargetBatches(IterableDataset[TargetBatch]):
         cache_gb: gigabytes that the cache may hold; what was read first stays.
 
     Raises:
-        SettingsError: an argument is out of range. ManifestError, DamageError: as ``TargetSet``; DamageError also while
-            batches are read.
+        SettingsError: an argument is out of range, or a teacher is given twice. MismatchError: sets of several teachers
+            have no views in common. ManifestError, DamageError: as ``TargetSet``; DamageError also while batches are
+            read.
     """
 
     @checked
     def __init__(
         self,
-        targets: TargetSet | str | Path,
+        targets: TargetSet | str | Path | Sequence[TargetSet | str | Path],
         *,
         batch_size: int = 256,
         layout: Literal["map", "tokens"] = "map",
@@ -141,7 +118,11 @@ class TargetBatches(IterableDataset[TargetBatch]):
         at_least("workers", workers, -1)
         at_least("seed", seed, 0)
         at_least("cache_gb", cache_gb, 0)
-        self.targets = targets if isinstance(targets, TargetSet) else TargetSet(targets)
+        joined = join_sets(opened(targets))
+        if joined.note:
+            warnings.warn(joined.note, stacklevel=3)
+        self.targets = joined.main
+        self.teachers = dict(zip(labels_of(joined.sets), joined.sets, strict=True))
         self.rank, self.ranks = this_rank(rank, ranks)
         self.device = pick_device(str(device), torchrun_rank())
         self.workers = worker_count(workers)
@@ -149,7 +130,7 @@ class TargetBatches(IterableDataset[TargetBatch]):
         self.groups = [*([SUMMARY] if summary else []), *map(layer_group, layers)]
         self.epoch, self._first = 0, 0
         self._plan = batch_plan(
-            self.targets,
+            joined.sets,
             batch_size,
             self.ranks,
             views=views,
@@ -214,39 +195,68 @@ class TargetBatches(IterableDataset[TargetBatch]):
     def _given(self, batch: Batch) -> TargetBatch:
         # A loop may stand under autocast as a whole, which would round the latents.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            groups = {group: self._tokens(batch, group) for group in (PATCHES, *self.groups)}
-        summary = groups.pop(SUMMARY, None)
-        teacher = self.targets.teacher
-        if self.layout == "map":
-            for group, tokens in groups.items():
-                patches = tokens[:, int(teacher.class_token) :].transpose(1, 2)
-                groups[group] = patches.unflatten(2, (teacher.rows, teacher.cols))
+            latents = {
+                label: self._latents(targets, of_teacher(number, batch.arrays))
+                for number, (label, targets) in enumerate(self.teachers.items())
+            }
         pixels = batch.pixels.float().div_(255) if self.pixels == "float" else batch.pixels
         if self.workers and pixels is batch.pixels and pixels.device.type == "cpu":
             # In memory that holds a whole batch, and is used by workers again once no tensor of this process is in it.
             pixels = pixels.clone()
-        given = TargetBatch(
-            pixels=pixels,
-            targets=groups.pop(PATCHES),
-            keys=batch.keys,
-            labels=torch.tensor(batch.labels, device=self.device),
-            views=torch.tensor(batch.views, device=self.device),
-        )
-        if not self.groups:
-            return given
-        layers = {layer: tokens for group, tokens in groups.items() if (layer := layer_of(group)) is not None}
-        more = TargetBatchWithGroups(*given, None if summary is None else summary[:, 0], layers)
-        return cast(TargetBatch, more)  # the type of those who ask for none
+        labels, views = (torch.tensor(each, device=self.device) for each in (batch.labels, batch.views))
+        given: TargetBatch | TargetBatchWithGroups | TargetBatchOfTeachers
+        if len(latents) > 1:
+            given = TargetBatchOfTeachers(
+                pixels,
+                {label: own[0] for label, own in latents.items()},
+                batch.keys,
+                labels,
+                views,
+                {label: own[1] for label, own in latents.items() if own[1] is not None},
+                {label: own[2] for label, own in latents.items() if own[2]},
+            )
+        else:
+            ((patches, summary, layers),) = latents.values()
+            given = TargetBatch(pixels, patches, batch.keys, labels, views)
+            if self.groups:
+                given = TargetBatchWithGroups(*given, summary, layers)
+        return cast(TargetBatch, given)  # the type of those who ask for no more, of one set
 
-    def _tokens(self, batch: Batch, group: str) -> Tensor:
+    def _latents(
+        self, targets: TargetSet, arrays: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """Patches, summary and layers of one teacher, in the form in which batches hold them."""
+        groups = {group: self._tokens(targets, group, arrays) for group in (PATCHES, *groups_of(targets, self.groups))}
+        summary, teacher = groups.pop(SUMMARY, None), targets.teacher
+        if self.layout == "map":
+            for group, tokens in groups.items():
+                patches = tokens[:, int(teacher.class_token) :].transpose(1, 2)
+                groups[group] = patches.unflatten(2, (teacher.rows, teacher.cols))
+        layers = {layer: tokens for group, tokens in groups.items() if (layer := layer_of(group)) is not None}
+        return groups[PATCHES], None if summary is None else summary[:, 0], layers
+
+    def _tokens(self, targets: TargetSet, group: str, arrays: Mapping[str, Tensor]) -> Tensor:
         """The tokens (B, T, D) of a group."""
-        arrays = arrays_of(group, batch.arrays)
-        tokens = self.targets.groups[group].layout.codec.decode(arrays)
-        return tokens * arrays["norms"].float().unsqueeze(-1) if self.scaled else tokens
+        own = arrays_of(group, arrays)
+        tokens = targets.groups[group].layout.codec.decode(own)
+        return tokens * own["norms"].float().unsqueeze(-1) if self.scaled else tokens
+
+
+def opened(targets: TargetSet | str | Path | Sequence[TargetSet | str | Path]) -> list[TargetSet]:
+    """The sets that an argument names. Raises SettingsError if it is an empty list."""
+    several = targets if isinstance(targets, list | tuple) else [cast(TargetSet | str | Path, targets)]
+    if not several:
+        raise SettingsError("no target set is given", where="TargetBatches", fix="give at least one")
+    return [each if isinstance(each, TargetSet) else TargetSet(each) for each in several]
+
+
+def groups_of(targets: TargetSet, wanted: Sequence[str]) -> list[str]:
+    """The groups of latents besides the patches that are read of a set."""
+    return [group for group in wanted if group in targets.groups]
 
 
 def batch_plan(
-    targets: TargetSet,
+    sets: Sequence[TargetSet],
     batch_size: int,
     ranks: int,
     *,
@@ -258,23 +268,25 @@ def batch_plan(
     image_size: int | None,
     cache: BlockCache | None,
 ) -> Plan:
-    """What the loader must know. It draws no masks: a grid of one patch, which is visible.
+    """What the loader must know of sets with the same stores. It draws no masks: a grid of one patch, always visible.
 
     Raises:
         SettingsError: the set has not so many views or pixels, not these groups of latents, or not enough images for a
             batch of all ranks.
     """
+    targets, *others = sets
     if views is not None and not 1 <= views <= targets.views:
         raise SettingsError(
             f"views={views}, and the set has {targets.views} of each image",
             where=str(targets.root),
             fix=f"use 1 to {targets.views}, or None for all",
         )
-    if lacking := [group for group in groups if group not in targets.groups]:
+    known = list(dict.fromkeys(group for each in sets for group in each.groups))
+    if lacking := [group for group in groups if group not in known]:
         raise SettingsError(
-            f"the set has no latents {lacking[0]!r}",
-            where=str(targets.root),
-            fix=f"it has {', '.join(targets.groups)}; make another with teacher.summary or teacher.layers",
+            f"the set has no latents {lacking[0]!r}" if not others else f"no set has latents {lacking[0]!r}",
+            where=", ".join(str(each.root) for each in sets),
+            fix=f"there are {', '.join(known)}; make another with teacher.summary or teacher.layers",
         )
     most = views or targets.views
     names = [name for name in targets.stores if of_store(name).view < most]
@@ -289,7 +301,10 @@ def batch_plan(
             where=str(targets.root),
             fix=f"use a batch_size of at most {samples // ranks}, or drop_last=False" if samples >= ranks else None,
         )
-    layouts = [targets.groups[group].layout for group in (PATCHES, *groups)]
+    layouts = [tuple(each.groups[group].layout for group in (PATCHES, *groups_of(each, groups))) for each in sets]
+    arrays = [
+        prefix_of(number) + name for number, own in enumerate(layouts) for name in loaded_names(own, norms=scaled)
+    ]
     return Plan(
         root=targets.root,
         units=StoreUnits(targets, names),
@@ -308,10 +323,14 @@ def batch_plan(
         masked=0,
         repeat=1,
         drop_columns=0,
-        arrays=loaded_names(layouts, norms=scaled),
-        more=tuple(layouts[1:]),
+        arrays=tuple(arrays),
+        more=layouts[0][1:],
         replayed=targets.replayed,
         cache=cache,
+        others=tuple(
+            OtherTeacher(prefix_of(number), other.root, StoreUnits(other, names), layouts[number])
+            for number, other in enumerate(others, start=1)
+        ),
     )
 
 

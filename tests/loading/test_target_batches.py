@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shutil
@@ -26,7 +27,7 @@ from cae2pipe.loading.target_batches import STREAMS, streams_of_a_rank
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.cache import folder_bytes
-from tests.conftest import contents
+from tests.conftest import contents, edit_manifest
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "distil_resnet.py"
 
@@ -286,3 +287,77 @@ def test_what_is_given_is_not_a_workers_memory(target_root):
     given = [batch.pixels for batch in batches]
     assert len(given) == 13
     assert all(pixels.untyped_storage().nbytes() == pixels.numel() for pixels in given)
+
+
+@pytest.fixture(scope="module")
+def teachers(wide_root, summary_root) -> dict[str, TargetSet]:
+    """Sets of two teachers over the same views; only the second one has a summary and layers."""
+    return {"wide": TargetSet(wide_root, "torch"), "tiny": TargetSet(summary_root, "torch")}
+
+
+def equal_all(one, other) -> bool:
+    """Whether two batches of several teachers are equal to the bit."""
+    nested = all(
+        torch.equal(tensor, getattr(other, field)[label])
+        for field in ("targets", "summary")
+        for label, tensor in getattr(one, field).items()
+    )
+    layers = all(torch.equal(one.layers["tiny"][number], other.layers["tiny"][number]) for number in one.layers["tiny"])
+    same_rest = torch.equal(one.pixels, other.pixels) and torch.equal(one.views, other.views)
+    return one.keys == other.keys and nested and layers and same_rest
+
+
+@pytest.mark.parametrize(("layout", "scaled"), [("tokens", True), ("map", False)])
+def test_batches_of_several_teachers_hold_what_each_set_does(teachers, layout, scaled):
+    single = {label: {(view.key, view.view): view for view in own} for label, own in teachers.items()}
+    batches = TargetBatches(
+        list(teachers.values()), batch_size=40, layout=layout, scaled=scaled, summary=True, layers=[1]
+    )
+    assert [(label, own.root) for label, own in batches.teachers.items()] == [(k, v.root) for k, v in teachers.items()]
+    assert len(seen(batches)) == 150
+    for batch in batches:
+        assert batch.targets.keys() == teachers.keys()
+        assert (batch.summary.keys(), batch.layers.keys(), batch.layers["tiny"].keys()) == ({"tiny"}, {"tiny"}, {1})
+        for row, place in enumerate(zip(batch.keys, batch.views.tolist(), strict=True)):
+            for label, tensor in batch.targets.items():
+                alone = single[label][place]
+                assert torch.equal(batch.pixels[row].permute(1, 2, 0), alone.pixels)
+                wanted = alone.tokens * alone.norms[:, None] if scaled else alone.tokens
+                given = tensor[row]
+                if layout == "map":
+                    given, wanted = given.flatten(1).T, wanted[int(teachers[label].teacher.class_token) :]
+                torch.testing.assert_close(given, wanted, atol=1e-3, rtol=1e-5)
+            wanted = alone.summary * (float(alone.summary_norm) if scaled else 1)
+            torch.testing.assert_close(batch.summary["tiny"][row], wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_several_teachers_come_in_the_order_of_one_and_are_resumed(teachers, wide_root):
+    roots = [own.root for own in teachers.values()]
+
+    def made(**over) -> TargetBatches:
+        return TargetBatches(roots, batch_size=32, summary=True, layers=[1], **over)
+
+    batches = made()
+    epochs = [list(batches) for _ in range(2)]
+    again = made(workers=2)
+    again.set_epoch(1, batch=3)
+    assert all(equal_all(one, other) for one, other in zip(again, epochs[1][3:], strict=True))
+    assert seen(epochs[0]) == seen(TargetBatches(wide_root, batch_size=32))
+    shares = [list(TargetBatches(roots, batch_size=16, rank=rank, ranks=2)) for rank in range(2)]
+    assert len({key for share in shares for key, _ in seen(share)}) == 150
+
+
+def test_several_teachers_that_do_not_fit_are_refused_or_narrowed(teachers, tmp_path, target_root, int8_root):
+    roots = [own.root for own in teachers.values()]
+    with pytest.raises(SettingsError, match="a teacher twice"):
+        TargetBatches([target_root, int8_root])
+    with pytest.raises(SettingsError, match="no set has latents 'layer-09'"):
+        TargetBatches(roots, layers=[9])
+    with pytest.raises(SettingsError, match="no target set is given"):
+        TargetBatches([])
+    other = Path(shutil.copytree(roots[1], tmp_path / "other"))
+    units = json.loads((other / "manifest.json").read_text())["units"]
+    edit_manifest(other, units={name: unit for name, unit in units.items() if not name.startswith("v01")})
+    with pytest.warns(UserWarning, match=r"the 3 stores that all target sets have \(stores: wide 6, tiny 3\)"):
+        batches = TargetBatches([roots[0], other])
+    assert {view for _ in range(2) for _, view in seen(batches)} == {0}
