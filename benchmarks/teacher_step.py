@@ -39,7 +39,6 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.runtime.world import World
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.joint_objective import make_joint_objective
 from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Step, cached
@@ -109,11 +108,7 @@ def measure(size: str, sets: Sequence[TargetSet], options: Any, device: torch.de
     world = World(0, 1, device)
 
     def steps_of(chosen: Sequence[TargetSet], model: nn.Module, batches: Iterator[Batch]) -> Callable[[], float]:
-        several = len(chosen) > 1
-        objective = (
-            make_joint_objective(model, chosen, settings) if several else make_objective(model, *chosen, settings)
-        )
-        objective.to(device).train()
+        objective = make_objective(model, chosen[0], settings, others=chosen[1:]).to(device).train()
         if device.type == "cuda":
             compile_objective(objective, world)
         axes = {name: axis for targets in chosen for name, axis in targets.layout.sample_axes().items()}

@@ -42,8 +42,7 @@ from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, restore_training, training_state
 from cae2pipe.training.compilation import compiles
 from cae2pipe.training.fit import check_fit, check_joined
-from cae2pipe.training.joint_objective import JointObjective, make_joint_objective
-from cae2pipe.training.objective import Objective, compile_objective, make_objective
+from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.parallel import wrap_model
@@ -187,11 +186,8 @@ def _train_run(
     model = model.to(world.device)
     model.recompute(settings.speed.recompute)
     stores = sorted(artifact.facts["stores"])
-    objective: Objective | JointObjective = make_objective(model, targets, settings)
-    if others:
-        objective = make_joint_objective(model, (targets, *others), settings, stores=stores)
-    objective = objective.to(world.device).train()
-    columns = model.drop_columns + (objective.columns if isinstance(objective, JointObjective) else 0)
+    objective = make_objective(model, targets, settings, others=others, stores=stores).to(world.device).train()
+    columns = model.drop_columns + objective.columns
     plan = make_plan(targets, stores, settings, drop_columns=columns, others=others)
     compiled = compiles(settings.speed.compile, world.device)
     if compiled:

@@ -19,8 +19,8 @@ from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.targets.codecs import Fp16Codec
+from cae2pipe.training.alignment import Alignment
 from cae2pipe.training.failure import load_failure, no_record
-from cae2pipe.training.joint_objective import JointObjective, TeacherAlignment
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.step import forward
 from cae2pipe.training.target_spec import TargetSpec, side_by_side
@@ -71,42 +71,31 @@ def replay(path: Path, device: str = "auto", precision: str | None = None) -> di
         raise no_record(path, f"its parts do not fit together: {reason}") from error
 
 
-def _objective(settings: PretrainSettings, context: dict[str, Any], bf16: bool) -> Objective | JointObjective:
+def _objective(settings: PretrainSettings, context: dict[str, Any], bf16: bool) -> Objective:
     """The objective of a record, with fresh weights. Its latents are decoded, so codecs do not matter."""
-    if "teachers" not in context:
-        summary = context.get("summary")
-        return Objective(
-            build_method(settings.method, settings.model, context["target_dim"], summary),
-            settings.loss,
-            Fp16Codec(),
-            mean=context["mean"],
-            class_token=context["class_token"],
-            summary=None if summary is None else Fp16Codec(),
-            bf16=bf16,
-        )
-    known = context["teachers"]
+    known = context.get("teachers") or [{"width": context["target_dim"], "weight": 1.0, "summary": None, **context}]
     spec = side_by_side(
         [TargetSpec(each["width"], each["class_token"], each["mean"], each["summary"]) for each in known]
     )
     parts = [
-        TeacherAlignment(
+        Alignment(
             settings.loss,
             Fp16Codec(),
             mean=each["mean"],
             class_token=each["class_token"],
-            width=each["width"],
+            summary=None if each["summary"] is None else Fp16Codec(),
             pooled=each["summary"],
             weight=each["weight"],
-            summary=None if each["summary"] is None else Fp16Codec(),
         )
         for each in known
     ]
     model = build_method(settings.method, settings.model, spec.dim, spec.summary)
-    return JointObjective(model, settings.loss, parts, labels=[each["label"] for each in known], bf16=bf16)
+    labels = [each["label"] for each in context.get("teachers") or ()]
+    return Objective(model, settings.loss, parts, labels=labels, bf16=bf16)
 
 
 def _again(
-    objective: Objective | JointObjective, batch: Batch, latents: dict[str, Tensor], *, recorded: dict[str, float]
+    objective: Objective, batch: Batch, latents: dict[str, Tensor], *, recorded: dict[str, float]
 ) -> dict[str, Any]:
     model = objective.model
     broken: list[str] = []
@@ -146,7 +135,7 @@ def _bad_rows(tensor: Tensor, weights: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def _samples(objective: Objective | JointObjective, batch: Batch, latents: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _samples(objective: Objective, batch: Batch, latents: dict[str, Tensor]) -> list[dict[str, Any]]:
     """At most twenty samples whose own loss is not finite; if there are none, the five with the largest loss."""
     rows: list[tuple[float, str, int]] = []
     for row, part in enumerate(split(replace(batch, arrays={}), {}, len(batch.weights))):

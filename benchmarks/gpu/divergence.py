@@ -48,7 +48,7 @@ def diverge(state: State, found: Found, name: str, settings: PretrainSettings, w
             return batch.arrays
         if not before:
             before.append(training_state(step.model, step.optimizer))
-        decoded = step.objective.target(batch.arrays).clone()
+        decoded = step.objective.parts[0].target(batch.arrays).clone()
         decoded[0] = torch.nan
         return {"decoded": decoded}
 

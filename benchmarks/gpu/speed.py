@@ -25,6 +25,7 @@ from cae2pipe.runtime.world import World
 from cae2pipe.targets.codecs import TokenKltCodec
 from cae2pipe.targets.planes import LOW
 from cae2pipe.targets.store_layout import StoreLayout
+from cae2pipe.training.alignment import Alignment
 from cae2pipe.training.compilation import compiler_advice, compiles
 from cae2pipe.training.flops import peak_tflops, training_flops
 from cae2pipe.training.objective import Objective, compile_objective
@@ -155,7 +156,8 @@ def in_memory(
     layout = StoreLayout(tokens, dim, tokens - 1, False, codec)
     bf16 = settings.precision == "bf16"
     mean = torch.nn.functional.normalize(torch.randn(dim), dim=0) / 2
-    objective = Objective(model, settings.loss, codec, mean=mean, class_token=True, bf16=bf16).to(state.place).train()
+    teacher = Alignment(settings.loss, codec, mean=mean, class_token=True)
+    objective = Objective(model, settings.loss, [teacher], bf16=bf16).to(state.place).train()
     world = World(0, 1, state.place)
     if compiled:
         compile_objective(objective, world)

@@ -247,9 +247,8 @@ class HeldOutProbe:
             ranks=world.ranks,
             blocks=settings.probe.blocks,
         )
-        self.objective = make_objective(probe.model, held_out, settings).eval()
-        # Cosines have the same centre as those of training. Not copied in place: the codec may hold the same tensor.
-        self.objective.mean = target_spec(settings, targets).mean
+        # Cosines have the same centre as those of training.
+        self.objective = make_objective(probe.model, targets, settings, read=[held_out]).eval()
         self.latents: Latents = cached
         if settings.loss.target == "pixels":
             self.latents = PixelTargets(settings.model.grid, self.device)

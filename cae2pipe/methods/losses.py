@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,20 @@ class Prediction:
     summary: Tensor | None = None
 
 
+Distances = tuple[Tensor, Tensor | None]
+"""Of all visible tokens (B, L), class token and summary included, and of the masked ones (B, M), None without a
+prediction."""
+
+
 @dataclass(frozen=True)
 class LossTerms:
-    """Scalars: the loss, and the mean distance of visible and of masked tokens before weighting."""
+    """Scalars: the loss, and the mean distance of visible and of masked tokens before weighting. ``distances``: what
+    they are means of."""
 
     total: Tensor
     visible: Tensor
     masked: Tensor
+    distances: Distances
 
 
 def token_distance(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
@@ -99,9 +106,8 @@ def token_losses(
     settings: LossSettings,
     has_class_token: bool,
     summary: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Distances of all visible tokens (B, L), class token and summary included, and of the masked ones (B, M), None
-    without a prediction. Arguments as of ``alignment_loss``."""
+) -> Distances:
+    """The distances of all tokens. Arguments as of ``alignment_loss``."""
     if settings.target == "layer_norm":
         target = F.layer_norm(target, target.shape[-1:])
         summary = None if summary is None else F.layer_norm(summary, summary.shape[-1:])
@@ -131,13 +137,13 @@ def combined(
     """The loss from distances as ``token_losses`` gives them, and the method's ``extra`` one."""
     visible_loss = weighted_mean(seen, weights, real)
     if hidden is None:
-        return LossTerms(settings.visible * visible_loss, visible_loss, torch.zeros_like(visible_loss))
+        return LossTerms(settings.visible * visible_loss, visible_loss, torch.zeros_like(visible_loss), (seen, hidden))
     masked_loss = weighted_mean(hidden, weights, real)
     share_visible, share_masked = shares(seen, hidden, settings)
     total = settings.visible * share_visible * visible_loss + settings.masked * share_masked * masked_loss
     if extra is not None:
         total = total + weighted_mean(extra, weights, real)
-    return LossTerms(total, visible_loss, masked_loss)
+    return LossTerms(total, visible_loss, masked_loss, (seen, hidden))
 
 
 def shares(seen: Tensor, hidden: Tensor, settings: LossSettings) -> tuple[float, float]:
@@ -158,11 +164,14 @@ def sample_losses(seen: Tensor, hidden: Tensor | None, settings: LossSettings) -
 
 
 def by_teacher(prediction: Prediction, widths: Sequence[int], summaries: Sequence[int | None]) -> list[Prediction]:
-    """A prediction of several teachers' latents side by side, split into one for each, without ``extra``.
+    """A prediction of the teachers' latents side by side, split into one for each, without ``extra``.
 
     Args:
         widths: of their latents. summaries: of their summaries, None where it is no target.
     """
+
+    if len(widths) == 1:
+        return [replace(prediction, extra=None)]
 
     def parts(tokens: Tensor | None) -> list[Tensor | None]:
         return [None] * len(widths) if tokens is None else list(tokens.split(list(widths), dim=-1))

@@ -17,7 +17,6 @@ from cae2pipe.errors import DamageError, DivergedError
 from cae2pipe.loading.batches import Batch
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.training.checkpoint import training_state
-from cae2pipe.training.joint_objective import JointObjective
 from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.step import Outcome, Step
 
@@ -63,10 +62,7 @@ def capture(
     }
     if world.is_main:
         context["weights"] = weights
-    latents = step.objective.decoded_targets(step.latents(batch))
-    if "decoded_summary" in latents and isinstance(step.objective, Objective):
-        context["summary"] = latents["decoded_summary"].shape[-1]
-    save_failure(path, batch, latents, context=context)
+    save_failure(path, batch, step.objective.decoded_targets(step.latents(batch)), context=context)
     error = DivergedError(
         f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
         "weights and optimizer are unchanged since the step before",
@@ -78,11 +74,12 @@ def capture(
     return error
 
 
-def _context(objective: Objective | JointObjective) -> dict[str, Any]:
+def _context(objective: Objective) -> dict[str, Any]:
     """What a replay must know of the objective besides its weights."""
-    if isinstance(objective, Objective):
-        return {"class_token": objective.class_token, "summary": None, "mean": objective.mean}
     first = objective.parts[0]
+    context = {"class_token": first.class_token, "summary": first.pooled, "mean": first.mean}
+    if not objective.labels:
+        return context
     teachers = [
         {
             "label": label,
@@ -94,7 +91,7 @@ def _context(objective: Objective | JointObjective) -> dict[str, Any]:
         }
         for label, part in zip(objective.labels, objective.parts, strict=True)
     ]
-    return {"class_token": first.class_token, "summary": None, "mean": first.mean, "teachers": teachers}
+    return {**context, "teachers": teachers}
 
 
 def load_failure(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:

@@ -9,7 +9,7 @@ from cae2pipe.loading.joining import Joined, labels_of
 from cae2pipe.methods.registry import check_method
 from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.joint_objective import teacher_weights
+from cae2pipe.training.objective import teacher_weights
 
 
 def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> None:

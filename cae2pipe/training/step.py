@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from cae2pipe.loading.batches import Batch, split
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.planes import with_symbols
-from cae2pipe.training.joint_objective import JointObjective
 from cae2pipe.training.objective import TERMS, Objective
 from cae2pipe.training.parallel import full_tensor, no_sync
 
@@ -80,7 +79,7 @@ class Step:
     def __init__(
         self,
         module: nn.Module,
-        objective: Objective | JointObjective,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         *,
         axes: Mapping[str, int],

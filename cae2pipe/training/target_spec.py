@@ -42,8 +42,10 @@ def target_spec(settings: PretrainSettings, targets: TargetSet, others: Sequence
 
 
 def side_by_side(parts: Sequence[TargetSpec]) -> TargetSpec:
-    """The targets of several teachers."""
+    """The targets of several teachers, or of one."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     summaries = [part.summary for part in parts if part.summary is not None]
     dim, summary = Widths([part.dim for part in parts]), Widths(summaries) if summaries else None
     return TargetSpec(dim, first.class_token, first.mean, summary, tuple(parts))

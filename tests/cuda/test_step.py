@@ -79,7 +79,7 @@ def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
         model = build_method(settings.method, settings.model, spec.dim, spec.summary).to(device)
         model.recompute(settings.speed.recompute)
         objective = make_objective(model, targets, settings).to(device).train()
-        objective.codec.place(device)
+        objective.parts[0].codec.place(device)
         pixels = settings.loss.target == "pixels"
         step = Step(
             objective,
@@ -165,11 +165,11 @@ def test_losses_on_stored_and_on_raw_latents(kind, target, latents, cuda, make):
     step, batches = make(small("base", f"loss.kind={kind}", f"loss.target={target}"), CPU)
     batch = next(batches)
     assert ("norms" in batch.arrays) is (kind != "cosine")
-    given = {"raw": 3 * step.objective.codec.decode(batch.arrays)} if latents == "raw" else batch.arrays
+    given = {"raw": 3 * step.objective.parts[0].codec.decode(batch.arrays)} if latents == "raw" else batch.arrays
     wanted = forward(step.objective, batch, given)
     with cuda:
         objective = step.objective.to(CUDA)
-        objective.codec.place(CUDA)
+        objective.parts[0].codec.place(CUDA)
         batch, given = batch.to(CUDA), {name: array.to(CUDA) for name, array in given.items()}
         cuda.waits.clear()
         terms = forward(objective, batch, given)
@@ -227,4 +227,4 @@ def test_what_is_placed_for_a_compiled_step_is_what_the_step_looks_up(name, devi
         step, batches = make(small("base"), taken)
         compile_objective(step.objective, step.world)
         step(next(batches).to(taken), 1e-3)
-        assert list(step.objective.codec._placed) == [device]
+        assert list(step.objective.parts[0].codec._placed) == [device]

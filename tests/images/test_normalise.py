@@ -14,6 +14,7 @@ from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.targets.codecs import Fp16Codec
 from cae2pipe.targets.target_set import Target
 from cae2pipe.teachers.protocol import Teacher, TeacherInfo, TeacherOutput
+from cae2pipe.training.alignment import Alignment
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.student import as_pixels
 from cae2pipe.training.target_spec import PixelTargets, unfolded
@@ -71,9 +72,9 @@ def test_a_student_in_pretraining_keeps_its_bits(pretrain_settings):
             tokens = torch.ones(len(images), 1, 4)
             return Prediction(tokens, tokens, tokens)
 
-    objective = Objective(
-        Sees(), pretrain_settings().loss, Fp16Codec(), mean=torch.zeros(4), class_token=True, bf16=False
-    )
+    loss = pretrain_settings().loss
+    own = Alignment(loss, Fp16Codec(), mean=torch.zeros(4), class_token=True)
+    objective = Objective(Sees(), loss, [own], bf16=False)
     patch = torch.zeros(2, 1, dtype=torch.int64)
     objective(PIXELS, {"raw": torch.ones(2, 3, 4)}, patch, patch + 1, patch, torch.ones(2), torch.tensor(2))
     assert torch.equal(objective.model.images, OF_SHARES)

@@ -9,6 +9,7 @@ from cae2pipe.models.masks import draw_mask, split_indices
 from cae2pipe.runtime.keyed import keyed_uniforms
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.codecs import Fp16Codec
+from cae2pipe.training.alignment import Alignment
 from cae2pipe.training.objective import Objective
 from cae2pipe.training.optimizer import build_optimizer, scaled
 from cae2pipe.training.schedule import learning_rate
@@ -52,9 +53,8 @@ def made_up(step: int, masked: int, columns: int) -> Batch:
 def curve(settings) -> list[float]:
     torch.manual_seed(0)
     model = build_method("caev2", settings.model, DIM)
-    objective = Objective(
-        model, settings.loss, Fp16Codec(), mean=torch.zeros(DIM), class_token=True, bf16=False
-    ).train()
+    teacher = Alignment(settings.loss, Fp16Codec(), mean=torch.zeros(DIM), class_token=True)
+    objective = Objective(model, settings.loss, [teacher], bf16=False).train()
     optimizer = build_optimizer(model, settings.optimizer)
     world = World(0, 1, torch.device("cpu"))
     step = Step(

@@ -26,8 +26,8 @@ from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.replay import replay
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.joint_objective import make_joint_objective
 from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.objective import make_objective
 from cae2pipe.training.standardisation import equal_variance_rotation, standardisation_of, stored_standardisation
 from cae2pipe.training.step import cached, forward
 from cae2pipe.training.student import load_method, load_student, run_settings
@@ -70,7 +70,7 @@ def made(sets, chosen):
     torch.manual_seed(0)
     spec = target_spec(chosen, sets[0], sets[1:])
     model = build_method(chosen.method, chosen.model, spec.dim, spec.summary)
-    objective = make_joint_objective(model, sets, chosen).train()
+    objective = make_objective(model, sets[0], chosen, others=sets[1:]).train()
     columns = model.drop_columns + objective.columns
     plan = make_plan(sets[0], sorted(sets[0].stores), chosen, drop_columns=columns, others=sets[1:])
     return objective, next(iter(load_batches(plan, 0, 0)))

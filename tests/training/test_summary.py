@@ -116,8 +116,8 @@ def test_every_method_trains_its_head(targets, pretrain_settings, method) -> Non
 
 def test_an_online_teacher_gives_the_same_target(targets, pretrain_settings) -> None:
     objective, (batch, *_) = parts_of(targets, pretrain_settings())
-    stored = objective.summary_target(cached(batch))
-    live = objective.summary_target(OnlineLatents(pooling_teacher())(batch))
+    stored = objective.parts[0].summary_target(cached(batch))
+    live = objective.parts[0].summary_target(OnlineLatents(pooling_teacher())(batch))
     real = batch.weights > 0
     assert float(torch.cosine_similarity(stored[real], live[real], dim=-1).mean()) > 0.998
 
@@ -185,15 +185,15 @@ def test_what_cannot_be_is_refused(target_root, targets, pretrain_settings) -> N
 
 def test_a_failed_step_is_replayed_with_its_summaries(summary_root, pretrain_settings, tmp_path, monkeypatch) -> None:
     from cae2pipe.errors import DivergedError
-    from cae2pipe.training import objective
+    from cae2pipe.training.alignment import Alignment
 
-    real = objective.Objective.summary_target
+    real = Alignment.summary_target
 
     def broken(self, latents):
         summary = real(self, latents)
         return summary if "decoded_summary" in latents else summary.index_fill(0, torch.tensor([2]), torch.nan)
 
-    monkeypatch.setattr(objective.Objective, "summary_target", broken)
+    monkeypatch.setattr(Alignment, "summary_target", broken)
     with pytest.raises(DivergedError) as caught:
         pretrain(summary_root, tmp_path / "run", pretrain_settings(), report=Silent())
     result = replay(caught.value.where, "cpu")
