@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -60,7 +61,7 @@ def victim() -> Callable[[Job, str, int], tuple[int | None, int]]:
 
 @pytest.fixture(scope="module")
 def jobs(
-    photos, target_root, extract_settings, pretrain_settings, tmp_path_factory
+    photos, target_root, summary_root, extract_settings, pretrain_settings, tmp_path_factory
 ) -> dict[str, tuple[Job, Callable[[Path], None]]]:
     """Every job, with the function that prepares its output folder."""
     settings = extract_settings()
@@ -111,6 +112,16 @@ def jobs(
         "recode": (Job("recode", fp16, Path(), settings), lambda out: None),
         "repair": (Job("repair", photos, Path(), settings), damaged),
         "pretrain": (Job("pretrain", target_root, Path(), pretrain_settings(speed=SPEED)), lambda out: None),
+        "two teachers": (
+            Job(
+                "pretrain",
+                target_root,
+                Path(),
+                pretrain_settings(speed=SPEED, loss={"drop_teachers": 0.5}),
+                more=(summary_root,),
+            ),
+            lambda out: None,
+        ),
     }
 
 
@@ -150,9 +161,12 @@ def undisturbed(victim, jobs, tmp_path_factory) -> Callable[[str], tuple[int, di
     return find
 
 
+NAMES = ("extract", "shard", "copy", "recode", "repair", "pretrain", "finetune", "compare")
+CASES = [*itertools.product(NAMES, FAULTS), ("two teachers", "SIGKILL")]
+
+
 @pytest.mark.parametrize("point", range(POINTS))
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["extract", "shard", "copy", "recode", "repair", "pretrain", "finetune", "compare"])
+@pytest.mark.parametrize(("name", "fault"), CASES)
 def test_the_same_command_goes_on_to_the_same_bytes(victim, jobs, undisturbed, tmp_path, name, fault, point) -> None:
     events, expected = undisturbed(name)
     at = 1 + int(keyed_uniforms(1, "fault", name, fault, point)[0] * events)
@@ -161,7 +175,7 @@ def test_the_same_command_goes_on_to_the_same_bytes(victim, jobs, undisturbed, t
     prepare(job.out)
     code, _ = victim(job, fault, at)
     assert code == EXITS[fault], f"{fault} at event {at} of {events}"
-    if name == "pretrain":  # with another number of workers, which is allowed
+    if job.name == "pretrain":  # with another number of workers, which is allowed
         job = replace(job, settings=job.settings.model_copy(update={"speed": TrainSpeed(**SPEED, workers=point % 2)}))
     do(job)
     assert left_by(job) == expected, f"{fault} at event {at} of {events}"

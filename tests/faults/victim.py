@@ -28,12 +28,13 @@ EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75, "ENOSPC": 
 
 @dataclass(frozen=True)
 class Job:
-    """A command with its inputs and outputs."""
+    """A command with its inputs and outputs. ``more``: further target sets."""
 
     name: str
     source: Path
     out: Path
     settings: ExtractSettings | PretrainSettings | FinetuneSettings | GridSettings
+    more: tuple[Path, ...] = ()
 
 
 def do(job: Job) -> None:
@@ -52,7 +53,7 @@ def do(job: Job) -> None:
 
     report = Silent()
     if isinstance(job.settings, PretrainSettings):
-        pretrain(job.source, job.out, job.settings, report=report)
+        pretrain([job.source, *job.more], job.out, job.settings, report=report)
     elif isinstance(job.settings, GridSettings):
         speed = {"workers": 0, "device": "cpu"}
         compare(
