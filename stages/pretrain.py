@@ -316,9 +316,27 @@ def open_run(out: Path, joined: Joined, settings: PretrainSettings, init: Initia
     artifact = RunArtifact.open_or_create(
         out,
         run_identity(targets.artifact, settings, init, others),
+def refuse_other_order(out: Path, sets: Sequence[TargetSet]) -> None:
+    """Raise MismatchError if the run in this folder was begun with the same sets in another order."""
+    if not is_artifact(out, "run"):
+        return
+    identity = RunArtifact.open(out).identity
+    begun = [identity["targets"], *identity.get("teachers", [])]
+    given = {each.artifact.fingerprint: each for each in sets}
+    if list(given) == begun or sorted(given) != sorted(begun):
+        return
+    ordered = [given[name] for name in begun]
+    raise MismatchError(
+        f"the sets are given in another order: this run was begun with {', '.join(labels_of(ordered))}",
+        where=out,
+        fix=f"cae2pipe pretrain {' '.join(str(each.root) for each in ordered)} {out}",
+    )
+
+
         facts={
             "stores": stores,
             "teacher": teacher_of(targets),
+    refuse_other_order(out, joined.sets)
             "licences": licences_of(targets),
             **({"init": init.name} if init else {}),
             **({"teachers": teachers_of((targets, *others), names)} if others else {}),

@@ -287,3 +287,14 @@ def test_a_reader_that_has_gone_has_seen_enough(command, target_root):
     os.close(writer)
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if not line.startswith("verify: ")] == []
+
+
+def test_a_target_set_without_a_run_misses_the_run(target_root, tmp_path):
+    wide = {"COLUMNS": "400", "TERMINAL_WIDTH": "400"}
+    for words in ([target_root], [target_root, "--config", "small"]):
+        result = runner.invoke(app, ["pretrain", *map(str, words)], env=wide)
+        assert result.exit_code == 2
+        assert f"the folder of the run is missing: cae2pipe pretrain {target_root} RUN" in result.output
+    result = runner.invoke(app, ["pretrain", str(tmp_path / "run")], env=wide)
+    assert result.exit_code == 2
+    assert "Missing argument 'TARGETS..." in result.output

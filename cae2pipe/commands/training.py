@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from cae2pipe.commands.jobs import run_jobs
 from cae2pipe.commands.shared import (
@@ -23,6 +24,26 @@ from cae2pipe.commands.shared import (
     local_path,
     path_or_url,
 )
+
+
+class PretrainCommand(TyperCommand):
+    """Says of a target set alone that the run is missing: the parser takes the last name for the run, and misses the
+    sets."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if error.param is None or error.param.name != "targets":
+                raise
+            from cae2pipe.artifacts.artifact import is_artifact
+
+            only = self.make_parser(ctx).parse_args(given)[0].get("out")
+            if not (isinstance(only, str) and is_artifact(path_or_url(only), "targets")):
+                raise
+            what = f"this is a target set, and the folder of the run is missing: cae2pipe pretrain {only} RUN"
+            raise typer.BadParameter(what, ctx=ctx, param_hint="OUT") from None
 
 
 def pretrain(

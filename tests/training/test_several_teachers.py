@@ -137,9 +137,9 @@ def test_loss_and_gradients_equal_a_plain_reference(sets, pretrain_settings, met
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("stop", [3, 5])
-def test_a_resumed_run_agrees_to_the_bit(roots, both, pretrain_settings, tmp_path, stop):
-    pretrain(roots, tmp_path / "run", pretrain_settings(stop_after=stop), report=Silent())
+def test_a_resumed_run_agrees_to_the_bit(roots, both, pretrain_settings, tmp_path):
+    """Also with another number of workers; ``tests/faults/test_kills.py`` kills one."""
+    pretrain(roots, tmp_path / "run", pretrain_settings(stop_after=3), report=Silent())
     pretrain(roots, tmp_path / "run", pretrain_settings(speed={"workers": 2}), report=Silent())
     assert figures(tmp_path / "run") == figures(both)
     names = ("encoder.safetensors", "manifest.json")
@@ -253,6 +253,12 @@ def test_a_set_that_has_changed_is_refused_on_resuming(roots, tmp_path, pretrain
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+def test_sets_in_another_order_are_refused_on_resuming(roots, both, pretrain_settings):
+    with pytest.raises(MismatchError, match="in another order: this run was begun with wide, tiny") as caught:
+        pretrain(roots[::-1], both, pretrain_settings(), report=Silent())
+    assert caught.value.fix == f"cae2pipe pretrain {roots[0]} {roots[1]} {both}"
+
+
         # Images that are kept once may be equal where the views that are cut from them are not.
         ({"settings": {"view": {"scale": [0.5, 1.0]}}}, "their views differ: view.scale"),
         ({"settings": {"seed": 5}}, "their views differ: seed"),
