@@ -8,6 +8,7 @@ leading one embeds the classes and writes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,18 @@ def evaluate_zeroshot(
         for remark in val.remarks:
             report.log(f"{val.root}: {remark}")
         report.phase("loading the encoder")
-        encoder = world.main_first(lambda: load_aligned(spec, world.device, precision=precision, report=report))
+        encoder = world.main_first(
+            lambda: load_aligned(spec, world.device, precision=precision, report=report, teacher=settings.teacher)
+        )
+        if encoder.label:
+            report.log(f"using the head of teacher {encoder.label}")
         size = resolve_size(settings.features, encoder)
         report.phase("opening the class embeddings")
         sources: list[ClassSource] = []
 
         def identity() -> dict[str, Any]:
             source = class_source(settings, val.classes, world.device, report)
-            refuse_other_width(source, encoder.dim, spec)
+            refuse_other_width(source, encoder.dim, spec, widths=encoder.widths)
             sources.append(source)
             return source.identity
 
@@ -100,12 +105,13 @@ def evaluate_zeroshot(
         embeddings = source.embed()
         predictions = zeroshot_predictions(features, embeddings, world.device)
         log_rejects(val, features.rejected, report)
+        head = f"head of {encoder.label}, " if encoder.label else ""
         images, scores = len(predictions.labels), accuracy(predictions)
         figures = {
             "feature": "class",
             **scores,
             **{f"{name}_error": math.sqrt(share * (1 - share) / images) for name, share in scores.items()},
-            "protocol": f"{source.told}, crop {size} of {round(size / settings.features.crop)}",
+            "protocol": f"{source.told}, {head}crop {size} of {round(size / settings.features.crop)}",
             "classes": len(val.classes),
             "images": {"train": 0, "val": images},
             "rejected": {"train": 0, "val": len(features.rejected)},
@@ -117,11 +123,13 @@ def evaluate_zeroshot(
         return save_result(artifact, display_name(spec), figures, files)
 
 
-def refuse_other_width(source: ClassSource, dim: int, spec: str) -> None:
-    """Raise SettingsError unless class embeddings are as wide as the encoder's output."""
+def refuse_other_width(source: ClassSource, dim: int, spec: str, *, widths: Mapping[str, int] | None = None) -> None:
+    """Raise SettingsError unless class embeddings are as wide as the encoder's output. ``widths``: those of several
+    teachers' outputs, by label."""
     if source.width != dim:
+        ways = [f"--teacher {label}" for label, width in (widths or {}).items() if width == source.width]
         raise SettingsError(
             f"the class embeddings have {source.width} dimensions, the encoder's output {dim}",
             where=f"{spec}, {source.told}",
-            fix="use embeddings of the CLIP model that is the encoder's teacher",
+            fix=" or ".join([*ways, "use embeddings of the CLIP model that is the encoder's teacher"]),
         )

@@ -67,6 +67,7 @@ def evaluate(
     classes: str | Path | None = None,
     text: str | None = None,
     names: str | Path | None = None,
+    teacher: str | None = None,
     workers: int | None = None,
     device: str | None = None,
     progress: Progress = True,
@@ -84,6 +85,7 @@ def evaluate(
         classes: of zeroshot: a file of class embeddings.
         text: of zeroshot: a text tower of open_clip instead of it.
         names: of zeroshot, with ``text``: a file of the classes' names.
+        teacher: of zeroshot, for a run of several teachers: the label of the one whose head is used.
         workers: processes; -1: one per core, 0: work in this process.
         device: auto, cpu, cuda, cuda:1, ...
 
@@ -96,7 +98,7 @@ def evaluate(
     known: dict[str, type[Settings]] = {**EVALUATIONS, **DENSE}
     if evaluation not in known:
         raise SettingsError(f"there is no evaluation {evaluation!r}", fix=f"use one of {', '.join(known)}")
-    own = {"classes": classes, "text": text, "names": names}
+    own = {"classes": classes, "text": text, "names": names, "teacher": teacher}
     if foreign := [name for name, value in own.items() if value is not None and evaluation != "zeroshot"]:
         raise SettingsError(f"{foreign[0]} is only for zeroshot, not for {evaluation}", fix="omit it")
     arguments = {"speed.workers": workers, "speed.device": device, **own}

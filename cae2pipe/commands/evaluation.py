@@ -124,6 +124,13 @@ def evaluate_zeroshot(
             parser=local_path,
         ),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL",
+            help="Of a run of several teachers: whose head is used (default: the first trained with texts).",
+        ),
+    ] = None,
     config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "zeroshot",
     workers: Workers = None,
     device: Device = None,
@@ -145,6 +152,7 @@ def evaluate_zeroshot(
         classes=classes,
         text=text,
         names=names,
+        teacher=teacher,
     )
 
 

@@ -238,6 +238,9 @@ class ZeroshotSettings(Settings):
     """A safetensors file with class embeddings. null: `text` is needed."""
     text: str | None = not_fingerprinted(None, min_length=1)
     """The text tower that embeds the classes: open_clip:NAME/TAG, or open_clip:NAME@FILE with local weights."""
+    teacher: str | None = not_fingerprinted(None, min_length=1)
+    """Of a run of several teachers: the label of the one whose head is used. null: the first that was trained with
+    texts, as CLIP, else the first."""
     names: LocalPath | None = not_fingerprinted(None)
     """A text file with a line `CLASS NAME, NAME, ...` for each class. null: the names of the class folders."""
     prompts: PromptSet | tuple[str, ...] = "openai"

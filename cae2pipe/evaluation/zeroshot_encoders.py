@@ -6,6 +6,7 @@ of a ``FrozenEncoder``, so that features are computed and stored as for other ev
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cae2pipe.artifacts.artifact import RunArtifact, is_artifact
+from cae2pipe.artifacts.manifest_run import RunTeacher, SeveralTeacher
 from cae2pipe.artifacts.manifest_values import TeacherEntry
 from cae2pipe.config.pretrain import LossSettings
 from cae2pipe.errors import DamageError, SettingsError
@@ -43,13 +45,25 @@ class AlignedStudent(FrozenEncoder):
     """A student with the modules that predict its teacher's latents. All patches are visible to it.
 
     Args:
-        exported: the run's encoder, whose size and identity it has. bf16: compute in bfloat16 (autocast).
+        exported: the run's encoder, whose size and identity it has. bf16: compute in bfloat16 (autocast). label: of the
+        teacher, if there are several. widths: of the outputs of all of them, by label.
     """
 
     resizes = False
     has_class_token = trained_class_token = True
 
-    def __init__(self, method: Method, exported: FrozenEncoder, dim: int, *, device: torch.device, bf16: bool):
+    def __init__(
+        self,
+        method: Method,
+        exported: FrozenEncoder,
+        dim: int,
+        *,
+        device: torch.device,
+        bf16: bool,
+        label: str | None = None,
+        widths: Mapping[str, int] | None = None,
+    ):
+        self.label, self.widths = label, widths or {}
         self.method = method.to(device).eval().requires_grad_(False)
         self.identity = {**exported.identity, "method": weights_digest(method)}
         self.image_size, self.dim, self.bf16 = exported.image_size, dim, bf16
@@ -70,6 +84,8 @@ class AlignedTeacher(FrozenEncoder):
 
     resizes = True
     has_class_token = trained_class_token = True
+    label: str | None = None
+    widths: Mapping[str, int] = {}
 
     def __init__(self, frozen: FrozenTeacher, spec: str):
         self.teacher = frozen.teacher
@@ -94,17 +110,26 @@ class AlignedTeacher(FrozenEncoder):
         return Tokens(own_output(output, self.teacher.info), patches)
 
 
-def load_aligned(spec: str, device: torch.device, *, precision: str, report: Report) -> AlignedStudent | AlignedTeacher:
+def load_aligned(
+    spec: str, device: torch.device, *, precision: str, report: Report, teacher: str | None = None
+) -> AlignedStudent | AlignedTeacher:
     """The encoder that ``spec`` names: a run, or a teacher in one of the forms of ``load_encoder``.
 
+    Args:
+        teacher: of a run of several teachers, the label of the one whose head is used; None: as ``chosen_head``.
+
     Raises:
-        SettingsError: it predicts no teacher's output for an image. Otherwise as ``load_encoder``.
+        SettingsError: it predicts no teacher's output for an image, or not that of ``teacher``. Otherwise as
+        ``load_encoder``.
     """
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
     if is_artifact(folder, "run"):
-        run = RunArtifact.open(folder)
-        refuse_unaligned(run_settings(folder).loss, run.facts["teacher"], spec)
-        return aligned_student(folder, device, precision=precision, report=report)
+        facts, loss = RunArtifact.open(folder).facts, run_settings(folder).loss
+        number = chosen_head(facts.get("teachers"), loss, teacher, spec)
+        refuse_unaligned(loss, facts["teachers"][number] if "teachers" in facts else facts["teacher"], spec)
+        return aligned_student(folder, device, precision=precision, report=report, number=number)
+    if teacher is not None:
+        raise one_teacher(spec)
     encoder = load_encoder(spec, 0, device, precision=precision)
     if not isinstance(encoder, FrozenTeacher):
         raise SettingsError(
@@ -121,15 +146,47 @@ def summary_width(loss: LossSettings, teacher: TeacherEntry) -> int | None:
     return width if loss.aligns_summary(teacher["class_token"], stored=width is not None) else None
 
 
+def one_teacher(spec: str) -> SettingsError:
+    """The error for a teacher that is chosen where there is one."""
+    return SettingsError("a teacher is chosen, and this is not a run of several", where=spec, fix="omit --teacher")
+
+
+def chosen_head(teachers: Sequence[SeveralTeacher] | None, loss: LossSettings, wanted: str | None, spec: str) -> int:
+    """Which of a run's teachers is used: the one with the label ``wanted``; by default the first that was trained with
+    texts, else the first, of those whose output for the whole image is predicted.
+
+    Raises:
+        SettingsError: none of them has the label.
+    """
+    if teachers is None:
+        if wanted is not None:
+            raise one_teacher(spec)
+        return 0
+    labels = [each["label"] for each in teachers]
+    if wanted is None:
+        able = [number for number, each in enumerate(teachers) if unaligned(loss, each) is None]
+        return ([number for number in able if trained_with_text(teachers[number])] or able or [0])[0]
+    if wanted not in labels:
+        raise SettingsError(
+            f"this run has no teacher {wanted!r}", where=spec, fix=f"give --teacher one of {', '.join(labels)}"
+        )
+    return labels.index(wanted)
+
+
+def trained_with_text(teacher: RunTeacher) -> bool:
+    """Whether a teacher's output lies in one space with texts, as its entry tells: a model of open_clip, or a CLIP of
+    another library."""
+    return teacher.get("library") == "open_clip" or "clip" in teacher["name"].lower()
+
+
+def output_width(loss: LossSettings, teacher: TeacherEntry) -> int:
+    """Width of a teacher's output for the whole image, as a run predicts it."""
+    return summary_width(loss, teacher) or teacher["dim"]
+
+
 def refuse_unaligned(loss: LossSettings, teacher: TeacherEntry, where: object) -> None:
     """Raise SettingsError if a student's class token is aligned with no output of its teacher for the whole image."""
-    reasons = {
-        "it was trained on pixels, which have no class token": loss.target == "pixels",
-        "its class token had no loss (loss.visible is 0)": not loss.visible,
-        "its class token was aligned with no class token and no summary": not teacher["class_token"]
-        and summary_width(loss, teacher) is None,
-    }
-    if reason := next((text for text, holds in reasons.items() if holds), None):
+    if reason := unaligned(loss, teacher):
         raise SettingsError(
             f"this run cannot classify zero-shot: {reason}",
             where=where,
@@ -138,16 +195,31 @@ def refuse_unaligned(loss: LossSettings, teacher: TeacherEntry, where: object) -
         )
 
 
-def aligned_student(folder: Path, device: torch.device, *, precision: str, report: Report) -> AlignedStudent:
-    """The student of a finished run with its head, which is in its last checkpoint.
+def unaligned(loss: LossSettings, teacher: TeacherEntry) -> str | None:
+    """Why a student's class token is aligned with no output of a teacher; None if it is."""
+    reasons = {
+        "it was trained on pixels, which have no class token": loss.target == "pixels",
+        "its class token had no loss (loss.visible is 0)": not loss.visible,
+        "its class token was aligned with no class token and no summary": not teacher["class_token"]
+        and summary_width(loss, teacher) is None,
+    }
+    return next((text for text, holds in reasons.items() if holds), None)
+
+
+def aligned_student(
+    folder: Path, device: torch.device, *, precision: str, report: Report, number: int = 0
+) -> AlignedStudent:
+    """The student of a finished run with its head, which is in its last checkpoint. ``number``: of several teachers.
 
     Raises:
         ManifestError: the run is not finished. DamageError: the checkpoint is missing, or not that of the encoder.
     """
     exported = load_encoder(str(folder), 0, device, precision=precision)
-    teacher = RunArtifact.open(folder).facts["teacher"]
-    summary = summary_width(run_settings(folder).loss, teacher)
-    method, _ = load_method(folder, teacher["dim"], report, summary=summary)
+    facts, loss = RunArtifact.open(folder).facts, run_settings(folder).loss
+    several = facts.get("teachers", [])
+    teacher = several[number] if several else facts["teacher"]
+    summary = summary_width(loss, teacher)
+    method, _ = load_method(folder, teacher["dim"], report, summary=summary, teacher=number)
     own, written = timm_state(method.encoder), load_file(folder / WEIGHTS)
     if own.keys() != written.keys() or not all(torch.equal(own[name], written[name]) for name in own):
         raise DamageError(
@@ -155,4 +227,12 @@ def aligned_student(folder: Path, device: torch.device, *, precision: str, repor
             where=folder,
             fix="restore the run's last checkpoint from a copy, or train the run again",
         )
-    return AlignedStudent(method, exported, summary or teacher["dim"], device=device, bf16=precision == "bf16")
+    return AlignedStudent(
+        method,
+        exported,
+        output_width(loss, teacher),
+        device=device,
+        bf16=precision == "bf16",
+        label=several[number]["label"] if several else None,
+        widths={each["label"]: output_width(loss, each) for each in several if unaligned(loss, each) is None},
+    )

@@ -22,7 +22,7 @@ from cae2pipe.config.base import build
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import ZeroshotSettings
 from cae2pipe.config.pretrain import ModelSettings
-from cae2pipe.errors import Cae2pipeError, DamageError, SettingsError, SourceError
+from cae2pipe.errors import Cae2pipeError, DamageError, MismatchError, SettingsError, SourceError
 from cae2pipe.evaluation.zeroshot_classes import class_source, read_names
 from cae2pipe.evaluation.zeroshot_encoders import load_aligned
 from cae2pipe.evaluation.zeroshot_text import embed_classes, load_text_tower, prompts_of
@@ -31,7 +31,10 @@ from cae2pipe.models.export import student_normalise
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.compare import compare, plan_grid
 from cae2pipe.stages.evaluate_zeroshot import evaluate_zeroshot
-from cae2pipe.training.student import load_method
+from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.student import load_method, run_settings
+from cae2pipe.training.target_spec import target_spec
 from tests.conftest import DIM, PATCH, SIZE, snapshot, write_photos
 
 CPU = torch.device("cpu")
@@ -422,3 +425,45 @@ def test_a_grid_scores_zero_shot_and_refuses_variants_that_cannot(target_root, p
     with pytest.raises(SettingsError, match="cannot classify zero-shot") as caught:
         plan_grid(build(GridSettings, raw, "test"), target_root, folder, out=out, speed=speed)
     assert caught.value.where == "variant 'masked alone'"
+
+
+def test_the_head_of_one_of_several_teachers(summary_root, wide_root, data, pretrain_settings, tmp_path):
+    """By default of the one trained with texts, though it is the second."""
+    run = tmp_path / "run"
+    pretrain(
+        [summary_root, wide_root], run, pretrain_settings(epochs=1, optimizer={"warmup_epochs": 0}), report=Silent()
+    )
+    classes = tmp_path / "classes.safetensors"
+    save_file({"embeddings": torch.randn(6, 24, generator=torch.Generator().manual_seed(1))}, classes)
+    result = scored(run, data, tmp_path / "scores", classes=classes)
+    assert "head of wide, " in result["protocol"]
+    assert scored(run, data, tmp_path / "scores", classes=classes, teacher="wide") == result
+    with pytest.raises(MismatchError):
+        scored(run, data, tmp_path / "scores", classes=classes, teacher="tiny")
+
+    spec = target_spec(run_settings(run), TargetSet(summary_root), [TargetSet(wide_root)])
+    model = build_method("caev2", run_settings(run).model, spec.dim, spec.summary).eval()
+    checkpoint = torch.load(max((run / "checkpoints").iterdir()), weights_only=True)
+    model.load_state_dict(checkpoint["model"])
+    pixels = torch.randint(256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
+    visible = torch.arange(16).expand(3, -1)
+    with torch.no_grad():
+        whole = model(student_normalise()(pixels), visible, visible[:, :0])
+    for label, wanted in (("wide", whole.class_token[:, 0, 16:]), ("tiny", whole.summary[:, 0])):
+        encoder = load_aligned(str(run), CPU, precision="fp32", report=Silent(), teacher=label)
+        torch.testing.assert_close(encoder.tokens(pixels).class_token, wanted)
+
+    narrow = tmp_path / "narrow.safetensors"
+    save_file({"embeddings": torch.ones(6, DIM)}, narrow)
+    with pytest.raises(SettingsError, match="16 dimensions, the encoder's output 24"):
+        scored(run, data, tmp_path / "other", classes=narrow)
+    with pytest.raises(SettingsError, match="this run has no teacher 'dino'") as caught:
+        scored(run, data, tmp_path / "other", classes=classes, teacher="dino")
+    assert caught.value.fix == "give --teacher one of tiny, wide"
+
+
+def test_a_teacher_is_chosen_of_several_only(trained_run, data, class_file, tmp_path):
+    with pytest.raises(SettingsError, match="not a run of several"):
+        scored(trained_run(), data, tmp_path, classes=class_file, teacher="tiny")
+    with pytest.raises(SettingsError, match="not a run of several"):
+        scored("teacher:clip-b16", data, tmp_path, classes=class_file, teacher="tiny")
