@@ -235,7 +235,7 @@ def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettin
         fresh_views(targets, settings)
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
-        set_teacher(targets.artifact, settings.teacher_weights, torch.device("cpu"), option=option)
+        set_teacher(targets.artifact, settings.weights_of(targets.label), torch.device("cpu"), option=option)
     stored = targets.artifact.identity["settings"]["codec"]["name"]
     if codec and stored != "fp16":
         raise BadInputError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -97,7 +98,8 @@ def pretrain_within(
     helpers: Helpers | None = None
     if world.run_on_main(lambda: file_size(out / MANIFEST) is None):
         # What is missing must not leave the folder of a run that has not begun.
-        helpers = make_helpers(targets, settings, others, world=world, report=report)
+        names = chosen_stores(targets, settings)
+        helpers = make_helpers(targets, settings, others, stores=names, world=world, report=report)
     with ExitStack() as stack:
         world.run_on_main(lambda: stack.enter_context(writing(out)))
         return _train_run(joined, out, settings, helpers, init=init, world=world, report=report)
@@ -107,7 +109,7 @@ class Helpers(NamedTuple):
     """What a run uses besides the target set, if its settings ask for it."""
 
     probe: TrainingProbe | None
-    teacher: Teacher | None
+    teachers: tuple[Teacher, ...]
 
 
 def refuse_target_set(out: Path, roots: Sequence[Path]) -> None:
@@ -129,11 +131,12 @@ def make_helpers(
     settings: PretrainSettings,
     others: Sequence[TargetSet] = (),
     *,
+    stores: Sequence[str],
     world: World,
     report: Report,
 ) -> Helpers:
-    """The helpers of a run; what it will open or import later is checked. ``settings.precision`` is resolved. Raises
-    as ``pretrain``."""
+    """The helpers of a run; what it will open or import later is checked. ``settings.precision`` is resolved.
+    ``stores``: those that are trained on. Raises as ``pretrain``."""
 
     def check() -> None:
         check_trackers(settings.track)
@@ -145,19 +148,25 @@ def make_helpers(
 
     world.run_on_main(check)
     set_backends(settings.precision == "bf16", settings.speed.deterministic, fixed_shapes=True)
-    probe = teacher = None
+    probe, teachers = None, []
     if settings.probe.on:
         report.phase("trying the probe")
-        probe = TrainingProbe(settings, targets, others, world=world, report=report)
+        probe = TrainingProbe(settings, targets, others, stores=stores, world=world, report=report)
     if settings.targets == "online":
-        option = "--set teacher_weights=FILE"
-        weights = settings.teacher_weights
-        report.phase("loading the teacher")
-        # No loss reads earlier blocks.
-        teacher = world.main_first(
-            lambda: set_teacher(targets.artifact, weights, world.device, option=option, layers=False)
-        )
-    return Helpers(probe, teacher)
+        report.phase("loading the teachers" if others else "loading the teacher")
+        sets = (targets, *others)
+        for label, each in zip(labels_of(sets), sets, strict=True):
+            given = f"'teacher_weights={{{label}: FILE}}'" if others else "teacher_weights=FILE"
+            load = partial(
+                set_teacher,
+                each.artifact,
+                settings.weights_of(label),
+                world.device,
+                option=f"--set {given}",
+                layers=False,  # no loss reads earlier blocks
+            )
+            teachers.append(world.main_first(load))
+    return Helpers(probe, tuple(teachers))
 
 
 def _train_run(
@@ -176,7 +185,8 @@ def _train_run(
         report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
     # Before the seed is set: making them must not change what is drawn later.
-    probe, teacher = helpers or make_helpers(targets, settings, others, world=world, report=report)
+    stores = sorted(artifact.facts["stores"])
+    probe, teachers = helpers or make_helpers(targets, settings, others, stores=stores, world=world, report=report)
     report.phase("building the model")
     torch.manual_seed(keyed_seed("init", settings.seed))
     spec = target_spec(settings, targets, others)
@@ -185,7 +195,6 @@ def _train_run(
         init.apply(model)
     model = model.to(world.device)
     model.recompute(settings.speed.recompute)
-    stores = sorted(artifact.facts["stores"])
     objective = make_objective(model, targets, settings, others=others, stores=stores).to(world.device).train()
     columns = model.drop_columns + objective.columns
     plan = make_plan(targets, stores, settings, drop_columns=columns, others=others)
@@ -209,8 +218,8 @@ def _train_run(
     latents: Latents = cached
     if settings.loss.target == "pixels":
         latents = PixelTargets(settings.model.grid, world.device)
-    if teacher:
-        latents = OnlineLatents(teacher)
+    if teachers:
+        latents = OnlineLatents(*teachers)
     step = Step(
         module,
         objective,
@@ -307,15 +316,6 @@ def refuse_earlier_order(out: Path) -> None:
     )
 
 
-def open_run(out: Path, joined: Joined, settings: PretrainSettings, init: InitialWeights | None = None) -> RunArtifact:
-    """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
-    refuse_earlier_order(out)
-    targets, others = joined.main, joined.others
-    names = chosen_stores(targets, settings)
-    stores = digests_of(targets, names)
-    artifact = RunArtifact.open_or_create(
-        out,
-        run_identity(targets.artifact, settings, init, others),
 def refuse_other_order(out: Path, sets: Sequence[TargetSet]) -> None:
     """Raise MismatchError if the run in this folder was begun with the same sets in another order."""
     if not is_artifact(out, "run"):
@@ -333,10 +333,19 @@ def refuse_other_order(out: Path, sets: Sequence[TargetSet]) -> None:
     )
 
 
+def open_run(out: Path, joined: Joined, settings: PretrainSettings, init: InitialWeights | None = None) -> RunArtifact:
+    """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
+    refuse_earlier_order(out)
+    refuse_other_order(out, joined.sets)
+    targets, others = joined.main, joined.others
+    names = chosen_stores(targets, settings)
+    stores = digests_of(targets, names)
+    artifact = RunArtifact.open_or_create(
+        out,
+        run_identity(targets.artifact, settings, init, others),
         facts={
             "stores": stores,
             "teacher": teacher_of(targets),
-    refuse_other_order(out, joined.sets)
             "licences": licences_of(targets),
             **({"init": init.name} if init else {}),
             **({"teachers": teachers_of((targets, *others), names)} if others else {}),

@@ -96,7 +96,7 @@ def pretrain(
     repeat_masks: int | None = None,
     online: bool = False,
     probe: str | Path | None = None,
-    probe_targets: str | Path | None = None,
+    probe_targets: str | Path | Sequence[str | Path] | None = None,
     every: int | None = None,
     workers: int | None = None,
     device: str | None = None,
@@ -114,7 +114,7 @@ def pretrain(
         online: run the teacher in every step instead of reading its latents.
         probe: a folder with train and val, on which kNN accuracy is measured during training.
         probe_targets: a target set of held-out images, made with the same teacher, on which the loss is measured; a
-            path or a URL.
+            path or a URL. Or a list of those of several teachers.
         every: epochs between these measurements.
         workers: processes; -1: one per core, 0: work in this process.
         device: auto, cpu, cuda, cuda:1, ...

@@ -73,8 +73,11 @@ def pretrain(
         ),
     ] = None,
     probe_targets: Annotated[
-        str | None,
-        typer.Option(metavar="TARGETS", help="Measure the loss on this target set of held-out images (same teacher)."),
+        list[str] | None,
+        typer.Option(
+            metavar="TARGETS",
+            help="Measure the loss on this target set of held-out images (same teacher; repeatable: a set of each).",
+        ),
     ] = None,
     every: Annotated[int | None, typer.Option(help="Epochs between these measurements (default: 10).")] = None,
     workers: Workers = None,

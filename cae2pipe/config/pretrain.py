@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -221,8 +222,9 @@ class ProbeSettings(Settings):
 
     images: LocalPath | None = None
     """A folder with train and val, as for `cae2pipe evaluate`: accuracy of nearest neighbours. null: none."""
-    targets: PathOrUrl | None = None
-    """A target set of held-out images, made with the same teacher: loss and cosines on its views. null: none."""
+    targets: PathOrUrl | list[PathOrUrl] | None = None
+    """A target set of held-out images, made with the same teacher: loss and cosines on its views. A list, if there are
+    several teachers: a set of each, over the same views. null: none."""
     every: int = Field(default=10, ge=1, le=10**6)
     """Epochs between measurements; there is always one after the last epoch."""
     k: int = Field(default=20, ge=1, le=10**6)
@@ -237,7 +239,12 @@ class ProbeSettings(Settings):
     @property
     def on(self) -> bool:
         """Whether anything is measured."""
-        return self.images is not None or self.targets is not None
+        return self.images is not None or bool(self.sets)
+
+    @property
+    def sets(self) -> list[str]:
+        """The target sets of held-out images."""
+        return [self.targets] if isinstance(self.targets, str) else self.targets or []
 
 
 class PretrainSettings(Settings):
@@ -267,8 +274,9 @@ class PretrainSettings(Settings):
     """Stop after this many steps, as if interrupted; rerun the same command to resume. For trials."""
     originals: PathOrUrl | None = not_fingerprinted(None)
     """The shard set (folder or URL) that fresh views are cropped from. null: the one inside the target set."""
-    teacher_weights: LocalPath | None = not_fingerprinted(None)
-    """The online teacher's weights, if they came from a local file: target sets do not store paths."""
+    teacher_weights: LocalPath | dict[str, LocalPath] | None = not_fingerprinted(None)
+    """The online teacher's weights, if they came from a local file: target sets do not store paths. Of several teachers
+    the files by label."""
     track: list[Literal["tensorboard", "wandb"]] = not_fingerprinted([])
     """Also write metrics to these trackers."""
     probe: ProbeSettings = not_fingerprinted(ProbeSettings())
@@ -309,6 +317,10 @@ class PretrainSettings(Settings):
                 "lower it"
             )
         return self
+
+    def weights_of(self, label: str) -> Path | None:
+        """The file of a teacher's weights, if one is given."""
+        return self.teacher_weights.get(label) if isinstance(self.teacher_weights, dict) else self.teacher_weights
 
     @property
     def masked_patches(self) -> int:

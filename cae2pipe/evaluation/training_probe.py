@@ -24,6 +24,7 @@ from cae2pipe.evaluation.features import resolve_feature
 from cae2pipe.evaluation.knn import knn_top1
 from cae2pipe.evaluation.labelled_crops import Labelled, LabelledCrops, feature_of, in_order_of_runs
 from cae2pipe.loading.batches import Batch
+from cae2pipe.loading.joining import join_sets
 from cae2pipe.loading.loader import load_batches
 from cae2pipe.methods.registry import build_method
 from cae2pipe.models.export import timm_config, timm_state
@@ -37,9 +38,9 @@ from cae2pipe.runtime.seeded import seeded
 from cae2pipe.runtime.signals import stop_asked
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.fit import check_held_out
+from cae2pipe.training.fit import check_held_out, paired
 from cae2pipe.training.held_out import STREAMS, held_out_plan, summed_terms
-from cae2pipe.training.objective import TERMS, make_objective
+from cae2pipe.training.objective import OF_TEACHER, make_objective
 from cae2pipe.training.parallel import full_tensor
 from cae2pipe.training.probing import Probed
 from cae2pipe.training.step import Latents, cached
@@ -57,6 +58,7 @@ class TrainingProbe:
 
     Args:
         settings: of the run; ``settings.precision`` is resolved. targets, others: the sets that are trained on.
+        stores: those that are trained on.
 
     Raises:
         SettingsError: the held-out targets do not fit the student. SourceError, ManifestError, DamageError: images or
@@ -69,6 +71,7 @@ class TrainingProbe:
         targets: TargetSet,
         others: Sequence[TargetSet] = (),
         *,
+        stores: Sequence[str],
         world: World,
         report: Report,
     ):
@@ -87,9 +90,8 @@ class TrainingProbe:
                 for each in (teacher, *(other.teacher for other in others))
             )
             self.images = ImageProbe(self, settings.probe.images, class_token) if settings.probe.images else None
-            self.views = (
-                HeldOutProbe(self, to_path(settings.probe.targets), targets) if settings.probe.targets else None
-            )
+            roots = list(map(to_path, settings.probe.sets))
+            self.views = HeldOutProbe(self, roots, (targets, *others), stores=stores) if roots else None
         self.check()
 
     def check(self) -> None:
@@ -234,21 +236,31 @@ class ImageProbe:
 class HeldOutProbe:
     """Mean loss and cosines over held-out views, in eval mode, with the same masks every time."""
 
-    def __init__(self, probe: TrainingProbe, root: Path, targets: TargetSet):
-        self.probe, settings, world = probe, probe.settings, probe.world
+    def __init__(
+        self, probe: TrainingProbe, roots: Sequence[Path], sets: Sequence[TargetSet], *, stores: Sequence[str]
+    ):
+        # No teacher is dropped.
+        loss = probe.settings.loss.model_copy(update={"drop_teachers": 0.0})
+        self.probe, world, settings = probe, probe.world, probe.settings.model_copy(update={"loss": loss})
         self.device = world.device
-        held_out = world.main_first(lambda: TargetSet(root))
-        world.run_on_main(lambda: check_held_out(held_out, targets, settings))
+        held_out = world.main_first(lambda: [TargetSet(root) for root in roots])
+        world.run_on_main(lambda: check_held_out(held_out, sets, settings))
+        joined = world.main_first(lambda: join_sets(paired(held_out, sets)))
+        if joined.note:
+            probe.report.log(f"held-out views: {joined.note}")
         self.plan = held_out_plan(
-            held_out,
+            joined.main,
             settings,
             drop_columns=probe.model.drop_columns,
             batch=probe.batch,
             ranks=world.ranks,
             blocks=settings.probe.blocks,
+            others=joined.others,
         )
-        # Cosines have the same centre as those of training.
-        self.objective = make_objective(probe.model, targets, settings, read=[held_out]).eval()
+        # Cosines have the same centre as those of training, and targets the same scale.
+        self.objective = make_objective(
+            probe.model, sets[0], settings, others=sets[1:], stores=stores, read=joined.sets
+        ).eval()
         self.latents: Latents = cached
         if settings.loss.target == "pixels":
             self.latents = PixelTargets(settings.model.grid, self.device)
@@ -276,9 +288,8 @@ class HeldOutProbe:
 
     def figures(self, shares: list[dict[str, Any]]) -> dict[str, float]:
         total = torch.stack([share["views"][0] for share in shares]).sum(dim=0)
-        means = dict(zip(TERMS, (total / shares[0]["views"][1]).tolist(), strict=True))
-        names = ("loss", "centred_cosine_visible", "centred_cosine_masked")
-        return {f"held_out_{name}": means[name] for name in names}
+        means = dict(zip(self.objective.terms, (total / shares[0]["views"][1]).tolist(), strict=True))
+        return {f"held_out_{name}": mean for name, mean in means.items() if name.partition("/")[0] in OF_TEACHER}
 
 
 def copied(module: M, device: torch.device) -> M:

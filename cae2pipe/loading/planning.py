@@ -42,7 +42,7 @@ def make_plan(
     norms = settings.loss.kind != "cosine"
     further = tuple(
         OtherTeacher(prefix_of(number), other.root, StoreUnits(other, stores), read_layouts(other, settings))
-        for number, other in enumerate(others, start=1)
+        for number, other in enumerate(others if latents else (), start=1)
     )
     arrays = loaded_names(layouts, norms=norms) if latents else ()
     for other in further:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.images.jpeg import device_decoder
@@ -48,31 +50,33 @@ def check_joined(joined: Joined, settings: PretrainSettings) -> None:
                 fix=f"omit {name}, or give the target sets of all teachers",
             )
         return
-    if settings.targets == "online":
-        raise SettingsError(
-            "an online teacher takes the place of one target set, and there are several",
-            where="targets",
-            fix="--set targets=cached, or give one target set",
-        )
     if loss.target == "pixels":
         raise SettingsError(
             "pixel targets have no teacher, and there are several target sets",
             where="loss.target",
             fix="give one target set, or omit loss.target=pixels",
         )
-    if settings.probe.targets is not None:
-        raise SettingsError(
-            "held-out targets are those of one teacher, and there are several",
-            where="probe.targets",
-            fix="omit --probe-targets; --probe IMAGES works with several teachers",
-        )
     if loss.summary and all(each.teacher.summary is None for each in sets):
         check_views(joined.main, settings)
-    teacher_weights(loss, labels_of(sets), "loss.teachers")
+    labels = labels_of(sets)
+    teacher_weights(loss, labels, "loss.teachers")
+    if isinstance(settings.teacher_weights, dict) and (
+        unknown := sorted(settings.teacher_weights.keys() - set(labels))
+    ):
+        raise SettingsError(
+            f"teacher_weights gives a file to {unknown[0]!r}, which is no teacher of these target sets",
+            where="teacher_weights",
+            fix=f"use {', '.join(labels)}",
+        )
     for other in joined.others:
-        # Masks are guided by the first teacher; a summary is aligned where there is one.
-        free = {"mask": settings.mask.model_copy(update={"strategy": "block"})}
-        check_views(other, settings.model_copy(update={**free, "loss": loss.model_copy(update={"summary": None})}))
+        check_views(other, of_further_teacher(settings))
+
+
+def of_further_teacher(settings: PretrainSettings) -> PretrainSettings:
+    """What is asked of the views of all teachers but the first, which guides masks. A summary is aligned where there
+    is one."""
+    mask = settings.mask.model_copy(update={"strategy": "block"})
+    return settings.model_copy(update={"mask": mask, "loss": settings.loss.model_copy(update={"summary": None})})
 
 
 def smaller_batch(images: int, settings: PretrainSettings, ranks: int) -> str:
@@ -86,23 +90,50 @@ def smaller_batch(images: int, settings: PretrainSettings, ranks: int) -> str:
     return f"--set data.batch={batch}{changed}, or less; lr scales with the batch"
 
 
-def check_held_out(held_out: TargetSet, targets: TargetSet, settings: PretrainSettings) -> None:
-    """Refuse held-out targets that the student cannot be measured on. Raises SettingsError."""
-    if held_out.root == targets.root or held_out.root.resolve() == targets.root.resolve():
+def check_held_out(held_out: Sequence[TargetSet], sets: Sequence[TargetSet], settings: PretrainSettings) -> None:
+    """Refuse held-out targets that the student cannot be measured on. Raises SettingsError.
+
+    Args:
+        held_out: one set for each of ``sets``, in any order.
+    """
+    trained = {place for each in sets for place in (each.root, each.root.resolve())}
+    if again := next((each for each in held_out if {each.root, each.root.resolve()} & trained), None):
         raise SettingsError(
             "this is the target set that is trained on, so nothing is held out",
-            where=str(held_out.root),
+            where=str(again.root),
             fix="extract targets of other images with the same teacher, and give them as --probe-targets",
         )
-    teachers = ({**each.artifact.identity["teacher"], "precision": None} for each in (held_out, targets))
-    if settings.loss.target != "pixels" and next(teachers) != next(teachers):
-        raise SettingsError(
-            f"teacher mismatch: trained on {targets.teacher.name}, held-out targets of {held_out.teacher.name}, or of "
-            "other weights",
-            where=str(held_out.root),
-            fix="extract them with the teacher of the target set that is trained on",
-        )
-    check_views(held_out, settings)
+    roots, names = ", ".join(str(each.root) for each in held_out), ", ".join(each.label for each in sets)
+    fix = f"give --probe-targets once for each teacher: {names}"
+    if settings.loss.target == "pixels" and len(held_out) > 1:
+        raise SettingsError("pixel targets have no teacher, and there are several held-out sets", where=roots, fix=fix)
+    if settings.loss.target != "pixels":
+        for each in held_out:
+            if not any(one_teacher(each, other) for other in sets):
+                raise SettingsError(
+                    f"teacher mismatch: trained on {', '.join(other.teacher.name for other in sets)}, held-out targets "
+                    f"of {each.teacher.name}, or of other weights",
+                    where=str(each.root),
+                    fix="extract them with the teacher of the target set that is trained on",
+                )
+        for other in sets:
+            if not any(one_teacher(each, other) for each in held_out):
+                raise SettingsError(f"there are no held-out targets of {other.label}", where=roots, fix=fix)
+    for number, each in enumerate(paired(held_out, sets)):
+        check_views(each, of_further_teacher(settings) if number else settings)
+
+
+def one_teacher(held_out: TargetSet, targets: TargetSet) -> bool:
+    """Whether two sets are of the same teacher, perhaps at another precision."""
+    one, other = ({**each.artifact.identity["teacher"], "precision": None} for each in (held_out, targets))
+    return one == other
+
+
+def paired(held_out: Sequence[TargetSet], sets: Sequence[TargetSet]) -> list[TargetSet]:
+    """Held-out sets in the order of the sets of their teachers."""
+    if len(held_out) == 1:
+        return list(held_out)
+    return [each for other in sets for each in held_out if one_teacher(each, other)]
 
 
 def check_views(targets: TargetSet, settings: PretrainSettings) -> None:

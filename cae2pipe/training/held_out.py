@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from cae2pipe.loading.batches import Batch
 from cae2pipe.loading.plan import Plan
 from cae2pipe.loading.planning import make_plan
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.objective import TERMS, Objective
+from cae2pipe.training.objective import Objective
 from cae2pipe.training.step import Latents, forward
 
 STREAMS = 8
@@ -28,13 +28,14 @@ def held_out_plan(
     batch: int,
     ranks: int = 1,
     blocks: int | None = None,
+    others: Sequence[TargetSet] = (),
 ) -> Plan:
     """A plan whose epochs show each view of a held-out set once, under masks of seed 0: the same views and masks for
     all runs with equal mask settings.
 
     Args:
         batch: views per pass of each process, rounded up to a multiple of ``STREAMS``. blocks: largest number of blocks
-        of views, spread over the set; one view of each block comes first. None: all.
+        of views, spread over the set; one view of each block comes first. None: all. others: sets of further teachers.
     """
     per_rank = -(-batch // STREAMS) * STREAMS
     data = {"batch": ranks * per_rank, "streams": ranks * STREAMS, "last_batch": "pad", "decode": "workers"}
@@ -49,7 +50,7 @@ def held_out_plan(
             "speed": settings.speed.model_copy(update={"cache": None}),
         }
     )
-    plan = make_plan(targets, sorted(targets.stores), fixed, drop_columns=drop_columns)
+    plan = make_plan(targets, sorted(targets.stores), fixed, drop_columns=drop_columns, others=others)
     if blocks is None:
         return plan
     chosen = sorted({number * len(plan.blocks) // blocks for number in range(blocks)})
@@ -62,14 +63,14 @@ def held_out_plan(
 
 @torch.no_grad()
 def summed_terms(objective: Objective, batches: Iterable[Batch], latents: Latents) -> tuple[Tensor, int]:
-    """``TERMS`` (5,) float64 on the CPU, summed over views; and the number of views of the batches.
+    """The objective's terms, float64 on the CPU, summed over views; and the number of views of the batches.
 
     If processes share the batches, the sums of all of them must be added; each counts all views.
 
     Args:
         objective: in eval mode. batches: decoded. latents: the source of the targets.
     """
-    total, views = torch.zeros(len(TERMS), dtype=torch.float64), 0
+    total, views = torch.zeros(len(objective.terms), dtype=torch.float64), 0
     for batch in batches:
         total += forward(objective, batch, latents(batch)).cpu().double() * batch.real
         views += batch.real

@@ -18,6 +18,13 @@ SHOWN = {"knn_top1": "kNN", "held_out_loss": "held-out loss", "held_out_centred_
 """Figures that the log shows."""
 
 
+def told(name: str) -> str | None:
+    """What the log calls a figure, perhaps of one of several teachers (``held_out_loss/clip-b16``); None if it does not
+    show it."""
+    figure, _, label = name.partition("/")
+    return SHOWN.get(figure) and " ".join([SHOWN[figure], *(["of", label] if label else [])])
+
+
 @dataclass(frozen=True)
 class Probed:
     """The outcome of a probe, the same in every process: figures, or why there are none."""
@@ -83,7 +90,7 @@ class Probing:
             self.file.write(line)
             self.file.sync()
             self.telemetry.probed(line)
-            shown = [f"{text} {probed.figures[name]:.4f}" for name, text in SHOWN.items() if name in probed.figures]
+            shown = [f"{told(name)} {figure:.4f}" for name, figure in probed.figures.items() if told(name)]
             self.report.log(f"epoch {epoch}: {', '.join(shown)}")
         if self.telemetry:
             self.telemetry.paused(seconds)

@@ -52,7 +52,7 @@ def test_the_online_teacher_computes_no_earlier_blocks(
     teacher = set_teacher(targets.artifact, teacher_file, torch.device("cpu"), option="")
     settings = pretrain_settings(targets="online", teacher_weights=str(teacher_file), precision="fp32")
     with stage_world("cpu", Silent()) as (world, report):
-        online = make_helpers(targets, settings, world=world, report=report).teacher
+        online = make_helpers(targets, settings, stores=[], world=world, report=report).teachers[0]
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert list(teacher(pixels).layers) == [1]
     output = online(pixels)
@@ -146,3 +146,35 @@ def test_contradictions_are_refused(pretrain_settings):
         pretrain_settings(mask={"repeat": 16})
     with pytest.raises(SettingsError, match="cropped by the workers"):
         pretrain_settings(targets="online", views="fresh", data={"decode": "device"})
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_two_online_teachers_are_the_cached_run_to_the_codecs_error(
+    target_root, wide_root, teacher_file, pretrain_settings, tmp_path, kind
+):
+    roots, files = [target_root, wide_root], {"tiny": teacher_file, "wide": wide_root.parent / "wide.safetensors"}
+    once = {"loss": {"kind": kind}, "stop_after": 2}
+    given = {"targets": "online", "teacher_weights": {label: str(file) for label, file in files.items()}}
+    runs = {"online": pretrain_settings(**once, **given), "cached": pretrain_settings(**once)}
+    for name, settings in runs.items():
+        pretrain(roots, tmp_path / name, settings, report=Silent())
+    live, stored = (read_lines(tmp_path / name / "metrics.jsonl") for name in runs)
+    assert len(live) == 2
+    for one, other in zip(live, stored, strict=True):
+        for label in files:
+            assert one[f"loss/{label}"] == pytest.approx(other[f"loss/{label}"], rel=1e-2)
+        assert one["loss"] != other["loss"]
+
+
+def test_each_online_teacher_has_its_file(target_root, wide_root, teacher_file, pretrain_settings, tmp_path):
+    def refused(given: dict, error, match: str) -> str:
+        settings = pretrain_settings(targets="online", teacher_weights=given)
+        with pytest.raises(error, match=match) as caught:
+            pretrain([target_root, wide_root], tmp_path / "run", settings, report=Silent())
+        assert not (tmp_path / "run").exists()
+        return caught.value.fix
+
+    missing = refused({"tiny": str(teacher_file)}, TeacherError, "weights")
+    assert missing == "give the file: --set 'teacher_weights={wide: FILE}'"
+    refused({"wide": str(teacher_file), "tiny": str(teacher_file)}, TeacherError, "visual.proj|shape|fit")
+    assert refused({"dino": str(teacher_file)}, SettingsError, "gives a file to 'dino'") == "use tiny, wide"

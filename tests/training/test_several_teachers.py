@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,18 +23,20 @@ from cae2pipe.methods.method import Widths
 from cae2pipe.methods.registry import BUILT_IN, build_method
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.export import export
+from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.replay import replay
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.metrics import read_lines, read_probes
 from cae2pipe.training.objective import make_objective
 from cae2pipe.training.standardisation import equal_variance_rotation, standardisation_of, stored_standardisation
 from cae2pipe.training.step import cached, forward
-from cae2pipe.training.student import load_method, load_student, run_settings
+from cae2pipe.training.student import load_method, load_student, preview_latents, run_settings
 from cae2pipe.training.target_spec import target_spec
 from cae2pipe.training.telemetry import MACHINE_METRICS
-from tests.conftest import edit_manifest
+from tests.conftest import edit_manifest, write_photos
+from tests.pooling_teacher import extract_pooling
 from tests.ranks import launch
 from tests.training.rank import train
 
@@ -250,15 +253,15 @@ def test_a_set_that_has_changed_is_refused_on_resuming(roots, tmp_path, pretrain
     assert caught.value.where == str(other)
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
 def test_sets_in_another_order_are_refused_on_resuming(roots, both, pretrain_settings):
     with pytest.raises(MismatchError, match="in another order: this run was begun with wide, tiny") as caught:
         pretrain(roots[::-1], both, pretrain_settings(), report=Silent())
     assert caught.value.fix == f"cae2pipe pretrain {roots[0]} {roots[1]} {both}"
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
         # Images that are kept once may be equal where the views that are cut from them are not.
         ({"settings": {"view": {"scale": [0.5, 1.0]}}}, "their views differ: view.scale"),
         ({"settings": {"seed": 5}}, "their views differ: seed"),
@@ -309,11 +312,9 @@ def test_what_does_not_fit_is_refused(roots, stored_root, target_root, int8_root
 
     refused([target_root, int8_root], "a teacher twice")
     refused([stored_root, roots[0]], "no views in common: their views differ: view.pixels", MismatchError)
-    refused(roots, "online teacher", targets="online")
     refused(roots, "pixel targets", loss={"target": "pixels", "kind": "mse"})
     refused(roots, "no teacher of these target sets", loss={"teachers": {"dino": 1.0}})
     refused(roots[0], "for several teachers", loss={"drop_teachers": 0.5})
-    refused(roots, "held-out targets", probe={"targets": str(roots[0])})
     with pytest.raises(SettingsError, match="comes last"):
         pretrain([tmp_path / "run", roots[0]], roots[1], pretrain_settings(), report=Silent())
     with pytest.raises(SettingsError, match="the folder of the run is missing"):
@@ -358,3 +359,58 @@ def test_a_report_tells_runs_of_other_teachers_apart(both, roots, pretrain_setti
     assert len(comparison.rows) == 2
     # In the manifest of a run of one teacher nothing says that there could be more.
     assert "teachers" not in (tmp_path / "alone" / "manifest.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def held_out(wide_root, extract_settings, tmp_path_factory) -> list[Path]:
+    """Sets of both teachers over other images."""
+    folder = tmp_path_factory.mktemp("held")
+    images = write_photos(folder / "images", classes=1, each=20, seed=9)
+    wide = {"name": "wide", "weights": str(wide_root.parent / "wide.safetensors"), "embed_dim": 24}
+    extract_targets(images, folder / "wide", extract_settings(teacher=wide, views=1), report=Silent())
+    return [folder / "wide", extract_pooling(images, folder / "tiny", extract_settings(views=1))]
+
+
+def test_held_out_figures_by_teacher(roots, both, held_out, pretrain_settings, tmp_path):
+    out, report = tmp_path / "run", Silent()
+    loss = {"teachers": {"tiny": 2.0}, "drop_teachers": 0.5}
+    given = {"targets": [str(root) for root in reversed(held_out)]}
+    pretrain(roots, out, pretrain_settings(probe=given, loss=loss), report=report)
+    (last,) = read_probes(out / "probe.jsonl")
+    by_label = [last[f"held_out_loss/{label}"] for label in LABELS]
+    assert last["held_out_loss"] == pytest.approx(by_label[0] + 2 * by_label[1], rel=1e-5)
+    assert any(f"held-out loss of wide {by_label[0]:.4f}" in line for line in report.lines)
+    for label, root, trained_on in zip(LABELS, held_out, roots, strict=True):
+        # Each view by itself, by the code that draws the report's pictures.
+        targets = TargetSet(root)
+        model, chosen = load_student(out, targets, Silent())
+        centred = SimpleNamespace(teacher=targets.teacher, mean=TargetSet(trained_on).mean)
+        views = [targets[index] for index in range(len(targets))]
+        previews = preview_latents(model, chosen, centred, views=views, device=torch.device("cpu"))
+        wanted = sum(preview.cosine for preview in previews) / len(previews)
+        assert last[f"held_out_centred_cosine_masked/{label}"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_held_out_latents_are_standardised_as_those_of_training(sets, held_out, pretrain_settings):
+    chosen = pretrain_settings(loss={"kind": "mse"})
+    spec = target_spec(chosen, sets[0], sets[1:])
+    model = build_method(chosen.method, chosen.model, spec.dim, spec.summary)
+    read = [TargetSet(root) for root in held_out]
+    objective = make_objective(model, sets[0], chosen, others=sets[1:], read=read)
+    for part, trained_on, held in zip(objective.parts, sets, read, strict=True):
+        assert torch.equal(part.tokens_matrix, stored_standardisation(trained_on).matrix)
+        assert part.codec is held.layout.codec
+
+
+def test_held_out_sets_that_do_not_fit_are_refused(roots, held_out, target_root, pretrain_settings, tmp_path):
+    def refused(given: list[Path], match: str) -> None:
+        chosen = pretrain_settings(probe={"targets": [str(root) for root in given]})
+        with pytest.raises(SettingsError, match=match) as caught:
+            pretrain(roots, tmp_path / "run", chosen, report=Silent())
+        assert caught.value.fix
+        assert not (tmp_path / "run").exists()
+
+    refused(held_out[:1], "there are no held-out targets of tiny")
+    refused([*held_out, target_root], "teacher mismatch: trained on wide, pooling, held-out targets of tiny")
+    refused([held_out[0], roots[1]], "nothing is held out")
+    refused([held_out[0], *held_out], "a teacher twice: wide")
