@@ -1,4 +1,4 @@
-"""Tables 1, 2 and 5 of the paper at a scale where they can be told apart: 14 x 14 patches and a small mask ratio.
+"""Tables 1, 2 and 5 of the paper at a scale where they can differ: 14 x 14 patches and a small mask ratio.
 
 The variants of the grids `table1`, `table2` and `table5` of `cae2pipe compare`, at their small scale but with patches
 of 8 pixels (196 of them, as in the paper), masks of a quarter and 40 epochs. 3,000 training images of imagenette, four
