@@ -111,6 +111,11 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
             resolved |= {"precision": precision}
         else:
             size, feature = resolve_size(settings.features, encoder), resolve_feature(settings.features, encoder)
+        if isinstance(settings, AttentiveSettings):
+            resolved |= {"heads": settings.heads or encoder.heads}
+        if isinstance(settings, LinearSettings) and settings.cached_crops == 1:
+            # Nothing is drawn, so scores of earlier versions remain the same ones.
+            resolved["draw"].pop("clip", None)
         root = out / kind
         asked = {
             "evaluation": kind,
@@ -240,7 +245,8 @@ def score_attentive(job: Job, settings: AttentiveSettings) -> Scored | None:
     """One cross-attention block with a learned query, and a linear classifier."""
     dim = measure(job, all_tokens)[-1]
     with seeded("probe", settings.seed):
-        head = AttentiveProbe(dim, len(job.classes), head_count(dim, settings.heads)).to(job.world.device)
+        heads = head_count(dim, settings.heads or job.encoder.heads)
+        head = AttentiveProbe(dim, len(job.classes), heads, eps=settings.eps).to(job.world.device)
     batch, _ = batch_and_steps(job.train.images, settings.batch)
     groups = [{"params": list(head.parameters()), "peak": settings.lr * batch / 8192}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=True)

@@ -49,7 +49,7 @@ def evaluate_linear(
     encoder: Encoder,
     data: Data,
     out: LocalOut,
-    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "linear",
+    config: Annotated[str, typer.Option(help="Preset (linear, linear-tiny) or YAML file.")] = "linear",
     fast: Annotated[
         bool,
         typer.Option(

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cae2pipe.config.base import Settings, not_fingerprinted
-from cae2pipe.config.fields import Beta1, Beta2, Epochs, Flip, LocalPath
+from cae2pipe.config.base import Settings, added, not_fingerprinted
+from cae2pipe.config.fields import Beta1, Beta2, Epochs, Flip, LocalPath, Recipe
 
 Feature = Literal["auto", "class", "mean"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -48,6 +48,9 @@ class DrawSettings(Settings):
     flip: Flip = 0.5
     rand_augment: int = Field(default=0, ge=0, le=10)
     """Magnitude of RandAugment (two operations, deviation 0.5, increasing severity); 0: none."""
+    clip: bool = added(False, before=False)
+    """true: a crop is drawn once, and its sides are clipped to the image's, as MAE and the released code do for linear
+    probes. false: up to ten draws until one fits the image, then the largest central crop, as timm does."""
 
     @model_validator(mode="after")
     def _ranges(self) -> DrawSettings:
@@ -100,8 +103,9 @@ FAST_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 class LinearSettings(Settings):
     """A linear classifier on a frozen encoder (paper, Table 9)."""
 
+    recipe: Recipe = added("paper", before="paper")
     features: FeatureSettings = FeatureSettings()
-    draw: DrawSettings = DrawSettings()
+    draw: DrawSettings = DrawSettings(clip=True)
     cached_crops: int = Field(default=0, ge=0, le=1000)
     """0: new crops of every image in every epoch, as published. n: features of n crops per image are computed once,
     the central one and n - 1 random ones, and epochs use them in turn."""
@@ -111,8 +115,8 @@ class LinearSettings(Settings):
     batch: int = Field(default=16384, ge=2, le=2**24)
     """Images per step. Sets below 16 batches use smaller ones, down to 64, so that an epoch has up to 16 steps."""
     chunk: int = Field(default=256, ge=2, le=2**24)
-    """Images per BatchNorm statistic, like one device's share of a batch (released code). Cached crops are normalised
-    over the whole batch."""
+    """Images per BatchNorm statistic, like one device's share of a batch (2048 or 1024 images in the released scripts).
+    Cached crops are normalised over the whole batch."""
     lr: float = Field(default=0.1, gt=0)
     """Peak learning rate of LARS at a batch of 256; it scales linearly with `batch` as set here."""
     sweep: tuple[float, ...] = ()
@@ -142,7 +146,9 @@ class AttentiveSettings(Settings):
     features: FeatureSettings = FeatureSettings()
     draw: DrawSettings = DrawSettings()
     heads: int | None = Field(default=None, ge=1, le=16384)
-    """Heads of the cross-attention. null: one per 64 dimensions."""
+    """Heads of the cross-attention. null: the student's own; for a teacher's tokens one per 64 dimensions."""
+    eps: float = added(1e-5, before=1e-6, gt=0, le=1)
+    """BatchNorm's epsilon (released code)."""
     epochs: Epochs = 90
     warmup_epochs: float = Field(default=10, ge=0, le=1e6)
     """Epochs of linear warm-up, by step."""
@@ -167,8 +173,7 @@ class AttentiveSettings(Settings):
 class FinetuneSettings(Settings):
     """The whole encoder trained as a classifier (paper, Table 10)."""
 
-    recipe: Literal["paper", "official"] = "paper"
-    """paper: as in the paper; official: as in its authors' scripts. Presets set the fields that differ."""
+    recipe: Recipe = "paper"
     image_size: int | None = Field(default=None, ge=16, le=4096)
     """Side of the input in pixels. null: the encoder's own. For another size, position embeddings are resampled."""
     crop: float = Field(default=0.875, ge=0.1, le=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -24,6 +24,13 @@ def _text(value: Any) -> Any:
 LocalPath = Annotated[Path, BeforeValidator(_local)]
 PathOrUrl = Annotated[str, BeforeValidator(_text)]
 
+Recipe = Annotated[
+    Literal["paper", "official"],
+    Field(
+        description="paper: as in the paper; official: as in its authors' released code. Presets set the fields that "
+        "differ."
+    ),
+]
 Flip = Annotated[float, Field(ge=0, le=1, description="Probability of a horizontal flip.")]
 Epochs = Annotated[int, Field(ge=1, le=10**6, description="Passes over the training images.")]
 WarmupSteps = Annotated[int, Field(ge=0, le=10**9, description="Steps of linear warm-up.")]

@@ -8,9 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cae2pipe.config.base import Settings, added, not_fingerprinted
-from cae2pipe.config.fields import Beta1, LocalPath, PathOrUrl
-
-Recipe = Literal["paper", "official"]
+from cae2pipe.config.fields import Beta1, LocalPath, PathOrUrl, Recipe
 
 
 class ModelSettings(Settings):
@@ -251,7 +249,6 @@ class PretrainSettings(Settings):
     """All settings of `cae2pipe pretrain`."""
 
     recipe: Recipe = "paper"
-    """paper: as in the paper; official: as in its authors' released code. Presets set the fields that differ."""
     method: str = "caev2"
     """The pretraining method: caev2, cae, mvp, mae, milan or fd. Presets of other methods, such as mvp, set the
     matching loss and masks."""

@@ -13,19 +13,22 @@ from cae2pipe.models.truncated_normal import truncated_normal
 
 class AttentiveProbe(nn.Module):
     """Tokens (B, T, D) to logits (B, classes): LayerNorms for query, keys and values, one cross-attention without a
-    residual, BatchNorm without affine, a linear layer."""
+    residual, BatchNorm without affine, a linear layer.
 
-    def __init__(self, dim: int, classes: int, heads: int):
+    Initial weights and ``eps``, BatchNorm's, are as in CAE's released code. The code itself cannot be run: its block
+    does not take the arguments that it is called with.
+    """
+
+    def __init__(self, dim: int, classes: int, heads: int, *, eps: float = 1e-5):
         super().__init__()
         self.query = nn.Parameter(torch.zeros(1, 1, dim))
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(dim, eps=EPS) for _ in range(3))
         self.attention = CrossAttention(dim, heads)
-        self.norm = ChunkNorm(dim)
+        self.norm = ChunkNorm(dim, eps=eps)
         self.head = nn.Linear(dim, classes)
-        truncated_normal(self.query)
         for module in self.attention.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                truncated_normal(module.weight, std=0.02, cut=2)
         nn.init.zeros_(self.attention.proj.bias)
         truncated_normal(self.head.weight, std=0.01, cut=2)
         nn.init.zeros_(self.head.bias)

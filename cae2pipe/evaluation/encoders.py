@@ -70,10 +70,11 @@ class FrozenEncoder(ABC):
     """An encoder to be scored. ``trained_class_token``: whether its class token had a loss.
 
     ``identity`` holds plain values that the scores depend on; ``image_size`` is in pixels; ``resizes``: whether it
-    resizes images of another size to its own.
+    resizes images of another size to its own. ``heads``: of a student's attention; None: not known.
     """
 
     identity: dict[str, Any]
+    heads: int | None = None
     image_size: int
     trained_class_token: bool
     has_class_token: bool
@@ -114,6 +115,8 @@ class Student(FrozenEncoder):
         self.identity = identity if precision == "fp32" else {**identity, "precision": precision}
         self.bf16 = precision == "bf16"
         self.ours = ours
+        counts = (getattr(module, "num_heads", None) for module in model.modules())
+        self.heads = next((count for count in counts if isinstance(count, int)), None)
         config = model.pretrained_cfg
         self.image_size = (model.patch_embed.img_size or config["input_size"][1:])[-1]
         self.has_class_token = getattr(model, "cls_token", None) is not None

@@ -28,10 +28,15 @@ def protocol(settings: AnySettings, size: int) -> str:
     if isinstance(settings, AttentiveSettings):
         return (
             f"SGD, lr {settings.lr:g} x batch / 8192, batch {settings.batch}, {settings.epochs} epochs, "
-            f"new crops every epoch, {crop}"
+            f"new crops every epoch, BatchNorm's epsilon {settings.eps:g}, {crop}"
         )
     rate = f"the best of {len(settings.sweep)} on held-out training images" if settings.sweep else f"{settings.lr:g}"
-    seen = "new crops every epoch"
-    if settings.cached_crops:
-        seen = "features of one central crop" if settings.cached_crops == 1 else f"{settings.cached_crops} cached crops"
+    clipped = " with clipped sides" if settings.draw.clip else ""
+    seen = f"new crops{clipped} every epoch"
+    if settings.chunk != 256:
+        seen += f", BatchNorm over {settings.chunk}"
+    if settings.cached_crops == 1:
+        seen = "features of one central crop"
+    elif settings.cached_crops:
+        seen = f"{settings.cached_crops} cached crops{clipped}"
     return f"LARS, lr {rate} x batch / 256, batch {settings.batch}, {settings.epochs} epochs, {seen}, {crop}"

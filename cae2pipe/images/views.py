@@ -91,16 +91,25 @@ def draw_view(settings: ViewSettings, seed: int, key: str, *, view: int, height:
 
 def draw_box(settings: ViewSettings, uniforms: list[float], height: int, *, width: int) -> tuple[int, int, int, int]:
     """Top, left, height, width of a random resized crop; four uniforms per try."""
-    (small, large), (narrow, wide) = settings.scale, settings.ratio
+    narrow, wide = settings.ratio
     for area_draw, ratio_draw, top_draw, left_draw in zip(*[iter(uniforms)] * 4, strict=True):
-        area = height * width * (small + (large - small) * area_draw)
-        ratio = math.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * ratio_draw)
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        h, w = drawn_sides(settings.scale, settings.ratio, area_draw, ratio_draw=ratio_draw, area=height * width)
         if 0 < w <= width and 0 < h <= height:
             return int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1)), h, w
     ratio = min(max(width / height, narrow), wide)
     w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def drawn_sides(
+    scale: tuple[float, float], ratio: tuple[float, float], area_draw: float, *, ratio_draw: float, area: int
+) -> tuple[int, int]:
+    """Height and width of a random crop of an image of ``area`` pixels: its share of them is uniform in ``scale``, the
+    logarithm of width / height uniform over ``ratio``. The draws are in [0, 1)."""
+    (small, large), (narrow, wide) = scale, ratio
+    pixels = area * (small + (large - small) * area_draw)
+    wider = math.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * ratio_draw)
+    return round(math.sqrt(pixels / wider)), round(math.sqrt(pixels * wider))
 
 
 def render_view(

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cae2pipe.config.evaluate import LinearSettings
+from cae2pipe.config.base import build_recorded, fingerprinted, load
+from cae2pipe.config.evaluate import DrawSettings, FinetuneSettings, LinearSettings
 from cae2pipe.errors import DivergedError, SourceError
 from cae2pipe.evaluation.linear import (
     Probe,
@@ -19,6 +20,7 @@ from cae2pipe.evaluation.linear import (
     logits,
     train_probe,
 )
+from cae2pipe.evaluation.protocols import protocol
 from cae2pipe.evaluation.scores import accuracy, from_scores
 from cae2pipe.runtime.progress import Silent
 
@@ -73,6 +75,37 @@ def test_the_head_is_the_papers():
     assert [name for name, _ in head.named_parameters()] == ["head.weight", "head.bias"]  # BatchNorm without affine
     assert float(head.head.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
     assert not head.head.bias.any()
+
+
+@pytest.mark.parametrize(("preset", "batch", "chunk"), [("linear-tiny", 16384, 2048), ("linear", 8192, 1024)])
+def test_the_scripts_batches_are_recipe_official(preset, batch, chunk):
+    """8 devices with 2048 images each for Tiny, 1024 for Small and Base; the paper has 16384 for all."""
+    paper, official = (
+        load(LinearSettings, "evaluate", preset, overrides=[f"recipe={recipe}"]) for recipe in ("paper", "official")
+    )
+    assert (paper.batch, paper.chunk) == (16384, 256)
+    assert (official.batch, official.chunk) == (batch, chunk)
+    assert official.model_copy(update={"batch": 16384, "chunk": 256, "recipe": "paper"}) == paper
+
+
+def test_crops_are_maes_and_earlier_scores_keep_their_fingerprint():
+    partly = load(LinearSettings, "evaluate", "linear", overrides=["draw.flip=0"])
+    assert partly.draw.clip
+    assert not FinetuneSettings().draw.clip
+    earlier = fingerprinted(LinearSettings(draw=DrawSettings()))
+    assert earlier.keys() == LinearSettings.model_fields.keys() - {"recipe", "speed"}
+    assert "clip" not in earlier["draw"]
+    assert not build_recorded(LinearSettings, earlier, "here").draw.clip
+    assert fingerprinted(LinearSettings())["draw"] == {**earlier["draw"], "clip": True}
+
+
+def test_protocols_name_what_differs():
+    lines = {
+        protocol(LinearSettings(**over), 224)
+        for over in ({}, {"draw": DrawSettings()}, {"chunk": 1024}, {"cached_crops": 3}, {"cached_crops": 1})
+    }
+    assert len(lines) == 5
+    assert any("new crops with clipped sides every epoch, BatchNorm over 1024" in line for line in lines)
 
 
 def test_learning_rates_of_a_full_batch_are_the_papers(monkeypatch):

@@ -79,6 +79,31 @@ def test_colours_are_learnt(kind, exported, data, tmp_path):
     assert any("nothing to do" in line for line in report.lines)
 
 
+def test_without_random_crops_scores_of_earlier_versions_remain(exported, data, tmp_path):
+    """Earlier versions never clipped the sides of crops."""
+
+    def score(*overrides: str) -> Silent:
+        linear = settings("linear", "epochs=2", "cached_crops=1", *overrides)
+        evaluate("linear", str(exported), data, out=tmp_path / "out", settings=linear, report=(report := Silent()))
+        return report
+
+    score("draw.clip=false")
+    assert any("nothing to do" in line for line in score().lines)
+    with pytest.raises(MismatchError, match="cached_crops"):
+        score("cached_crops=2")
+
+
+def test_the_heads_of_an_attentive_probe_are_those_of_the_encoder(exported, data, tmp_path):
+    """The encoder has 2 for 32 dimensions; earlier versions took one for 64."""
+    out, report = tmp_path / "out", Silent()
+    attentive = settings("attentive", "epochs=2")
+    result = evaluate("attentive", str(exported), data, out=out, settings=attentive, report=Silent())
+    assert result["settings"]["heads"] == 2
+    again = settings("attentive", "epochs=2", "heads=2")
+    assert evaluate("attentive", str(exported), data, out=out, settings=again, report=report) == result
+    assert any("nothing to do" in line for line in report.lines)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_and_resumed_it_gives_the_same_bytes(kind, exported, data, tmp_path, monkeypatch):
     """Killed at a step, with a checkpoint before it, some steps old."""
