@@ -42,6 +42,8 @@ from cae2pipe.supervised.schedule import Reader, TrainSchedule, check_share, ful
 from cae2pipe.training.compilation import compiles
 
 LAST, PICTURES = "last.safetensors", "pictures.png"
+REVISION = 2
+"""Revision of both trainings. Folders of another are read, and neither resumed nor taken for the same score."""
 
 Settings = TypeVar("Settings", SegmentSettings, DetectSettings)
 Part = TypeVar("Part", LabelledImages, CocoImages)
@@ -182,6 +184,7 @@ def perform(
         root = out / kind
         asked = {
             "evaluation": kind,
+            "revision": REVISION,
             "settings": fingerprinted(settings) | {"precision": precision},
             "encoder": encoder.identity,
             "data": {"train": train_part.identity, "val": val_part.identity, **more},

@@ -33,7 +33,8 @@ class EncoderIdentity(TypedDict):
 
 @with_config(OPEN)
 class ScoresIdentity(TypedDict):
-    """``class_embeddings``: of zero-shot classification, what they depend on."""
+    """``class_embeddings``: of zero-shot classification, what they depend on. ``revision``: of segmentation and
+    detection, the revision of training; missing: 1."""
 
     class_embeddings: NotRequired[Values]
     data: Values
@@ -41,6 +42,7 @@ class ScoresIdentity(TypedDict):
     evaluation: NotRequired[str]
     feature: NotRequired[str]
     image_size: NotRequired[int]
+    revision: NotRequired[int]
     settings: NotRequired[Values]
 
 

@@ -44,7 +44,7 @@ class SegmentSettings(Settings):
     """Largest share of one class in a training crop; crops with more are redrawn, up to 10 times."""
     flip: Flip = 0.5
     distort: bool = True
-    """Photometric distortion of training crops: brightness, contrast, saturation, hue."""
+    """Photometric distortion of training crops: brightness, contrast, saturation, hue, as in mmsegmentation."""
     stride: int = Field(default=341, ge=1)
     """Stride of the sliding window."""
     decoder_width: int | None = Field(default=None, ge=8, le=16384)
@@ -68,7 +68,7 @@ class SegmentSettings(Settings):
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of the decoder at a batch of 16; it scales linearly with the batch."""
     min_lr: float = Field(default=1e-6, ge=0)
-    """Learning rate at the end, scaled like lr."""
+    """Learning rate at the end, scaled like lr, also by layer_decay."""
     power: float = Field(default=1.0, gt=0, le=1e3)
     """Power of the polynomial decay."""
     layer_decay: float = Field(default=0.65, gt=0, le=1)
@@ -120,10 +120,10 @@ class DetectSettings(Settings):
     """Smallest and largest side of a crop from an image resized to a short side of 400, 500 or 600 pixels (DETR's
     augmentation)."""
     crop: float = Field(default=0.5, ge=0, le=1)
-    """Probability of such a crop."""
+    """Probability of such a crop, which may hold no object."""
     flip: Flip = 0.5
     proposals: int = Field(default=1000, ge=1, le=10**6)
-    """Proposed regions per image; twice as many before suppression in training."""
+    """Proposed regions per image; twice as many in training."""
     rois: int = Field(default=512, ge=4, le=10**6)
     """Regions per image that a stage trains on."""
     positive: float = Field(default=0.25, gt=0, le=1)
@@ -136,7 +136,7 @@ class DetectSettings(Settings):
     """IoU above which the box with the lower score, of two of one class, is suppressed."""
     detections: int = Field(default=100, ge=1, le=10**6)
     """Largest number of reported boxes per image."""
-    drop_path: DropPath = 0.1
+    drop_path: DropPath = 0.2
     layer_scale: InitialLayerScale = 0.1
     epochs: Epochs = 12
     drops: tuple[int, ...] = (8, 11)
@@ -149,6 +149,9 @@ class DetectSettings(Settings):
     number of processes."""
     lr: float = Field(default=3e-4, gt=0)
     """Learning rate of everything but the encoder at a batch of 16; it scales linearly with the batch."""
+    min_lr: float = added(1e-6, before=0.0, ge=0)
+    """Lowest learning rate of any layer after the warm-up, scaled with the batch like lr. A layer whose rate is lower
+    from the start keeps it until the end."""
     layer_decay: float = Field(default=0.8, gt=0, le=1)
     """Factor of the learning rate from the heads to the last block, and from each block to the one before."""
     beta1: Beta1 = 0.9

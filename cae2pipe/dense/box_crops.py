@@ -66,8 +66,8 @@ def cropped_objects(
 
 
 def draw_box_crop(image: Image.Image, objects: Objects, settings: DetectSettings) -> tuple[Image.Image, Objects]:
-    """A training view, drawn from Python's generator: optionally flipped, optionally cropped, resized. A crop that
-    would leave no object is skipped."""
+    """A training view, drawn from Python's generator: optionally flipped, optionally cropped, resized. A crop may
+    leave no object."""
     if random.random() < settings.flip:
         image, objects = flipped_objects(image, objects)
     if random.random() < settings.crop:
@@ -77,9 +77,7 @@ def draw_box_crop(image: Image.Image, objects: Objects, settings: DetectSettings
         width = random.randint(min(first.width, least), min(first.width, most))
         height = random.randint(min(first.height, least), min(first.height, most))
         left, top = random.randint(0, first.width - width), random.randint(0, first.height - height)
-        part, left_over = cropped_objects(first, there, left=left, top=top, width=width, height=height)
-        if len(left_over.labels):
-            image, objects = part, left_over
+        image, objects = cropped_objects(first, there, left=left, top=top, width=width, height=height)
     side = random.choice(settings.short_sides)
     return resized_objects(image, objects, fitted_size(*image.size, (settings.long_side, side)))
 

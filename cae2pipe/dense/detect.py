@@ -87,9 +87,12 @@ class DetectLearner(TunedLearner):
         return torch.stack([loss.float() for loss in losses.values()]).sum()
 
     def rate(self, step: int) -> float:
-        settings = self.settings
-        lr = settings.lr * settings.batch / REFERENCE_BATCH
-        return step_rate(step, self.schedule.steps, settings.warmup_steps, lr=lr, drops=settings.drops)
+        return self.scaled_rate(step, 1.0)
+
+    def scaled_rate(self, step: int, scale: float) -> float:
+        settings, factor = self.settings, self.settings.batch / REFERENCE_BATCH
+        lr, least = settings.lr * factor * scale, settings.min_lr * factor
+        return step_rate(step, self.schedule.steps, settings.warmup_steps, lr=lr, min_lr=least, drops=settings.drops)
 
     def validates(self, epoch: int) -> bool:
         every, last = self.settings.validate_epochs, epoch + 1 == self.schedule.epochs

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from cae2pipe.config.dense import SegmentSettings
+from cae2pipe.dense.distortion import distort
 from cae2pipe.dense.label_maps import LabelledImages
 from cae2pipe.dense.upernet import IGNORED
 from cae2pipe.runtime.seeded import seeded
@@ -30,7 +29,7 @@ def fitted_size(width: int, height: int, scale: tuple[float, float]) -> tuple[in
 def draw_crop(
     image: Image.Image, labels: np.ndarray, settings: SegmentSettings, *, fill: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random crop: resized, cut, flipped, distorted, padded; drawn from Python's, numpy's and torch's generators.
+    """A random crop: resized, cut, flipped, distorted, padded; drawn from Python's generator.
 
     Args:
         image: RGB. labels: uint8 (H, W). fill: colour of the padding.
@@ -54,20 +53,13 @@ def draw_crop(
     if random.random() < settings.flip:
         image, cut = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), cut[:, ::-1]
     if settings.distort:
-        image = _distortion()(image)
+        image = distort(image)
     pixels = np.empty((side, side, 3), dtype=np.uint8)
     pixels[:] = fill
     mask = np.full((side, side), IGNORED, dtype=np.uint8)
     pixels[: cut.shape[0], : cut.shape[1]] = np.asarray(image)
     mask[: cut.shape[0], : cut.shape[1]] = cut
     return pixels, mask
-
-
-@cache
-def _distortion() -> Any:
-    from torchvision.transforms.v2 import RandomPhotometricDistort
-
-    return RandomPhotometricDistort()
 
 
 class LabelCropReader(Reader):

@@ -34,6 +34,7 @@ class Pyramid(nn.Module):
         self.encoder = encoder
         width: int = encoder.embed_dim
         self.width = width
+        self.strides = tuple(encoder.patch_embed.patch_size[0] * share for share in (0.25, 0.5, 1, 2))
         self.scalers = nn.ModuleList(
             [
                 nn.Sequential(
@@ -63,15 +64,13 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups with ``lr_scale``: layer_decay^(L + 1 - i) for the encoder, where i is 0 for its embeddings and
     1 to L for its blocks; 1 for the rest of ``others``, which contains the pyramid. One-dimensional parameters have no
-    weight decay.
+    weight decay. The class token and learned positions do, as in CAE's code, whose test of their names never matches.
     """
     from timm.optim import param_groups_layer_decay
 
     encoder = pyramid.encoder
     # timm counts layers up to the last one with weights, which is a block here.
-    groups: list[dict[str, Any]] = param_groups_layer_decay(
-        encoder, weight_decay, no_weight_decay_list=encoder.no_weight_decay(), layer_decay=layer_decay
-    )
+    groups: list[dict[str, Any]] = param_groups_layer_decay(encoder, weight_decay, layer_decay=layer_decay)
     for group in groups:
         group["lr_scale"] *= layer_decay
     known = {id(parameter) for group in groups for parameter in group["params"]}

@@ -1,12 +1,13 @@
 """Mask R-CNN and Cascade Mask R-CNN on the pyramid of a vision transformer.
 
-Feature pyramid, region proposals, heads and pooling are torchvision's. The stages (CAE's configuration: heads of four
+Feature pyramid, region proposals and heads are torchvision's. The stages (CAE's configuration: heads of four
 convolutions and one linear layer, a GIoU loss) and the cascade are ours.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import (
     FeaturePyramidNetwork,
-    MultiScaleRoIAlign,
     batched_nms,
     clip_boxes_to_image,
     generalized_box_iou_loss,
@@ -30,6 +30,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from cae2pipe.config.dense import DetectSettings
 from cae2pipe.dense.boxes import Weights, decode_boxes, match_boxes, sample_proposals
+from cae2pipe.dense.pooling import BoxPool
 from cae2pipe.dense.pyramid import Pyramid
 from cae2pipe.runtime.device import exact_float32
 
@@ -53,6 +54,20 @@ class L1Proposals(RegionProposalNetwork):
         boxes = F.l1_loss(pred_bbox_deltas[positive].float(), deltas[positive], reduction="sum") / max(1, len(chosen))
         scores = objectness.flatten()[chosen].float()
         return F.binary_cross_entropy_with_logits(scores, truth[chosen]), boxes
+
+
+class StrideAnchors(AnchorGenerator):
+    """torchvision's anchors at multiples of the maps' ``strides``. Its own multiples are quotients of sizes: less than
+    64 pixels on the last map if the one before has an odd number of cells."""
+
+    def __init__(self, strides: Sequence[float]):
+        super().__init__(ANCHORS, ((0.5, 1.0, 2.0),) * len(ANCHORS))
+        self.strides = tuple(strides)
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: Any) -> list[Tensor]:
+        """All anchors (N, 4) of each map. ``strides``, torchvision's, are ignored."""
+        anchors: list[Tensor] = super().grid_anchors(grid_sizes, [[stride, stride] for stride in self.strides])
+        return anchors
 
 
 class ExactHead(RPNHead):
@@ -123,21 +138,19 @@ class MaskRCNN(nn.Module):
         self.settings, self.classes = settings, classes
         self.pyramid = pyramid
         self.fpn = FeaturePyramidNetwork([pyramid.width] * 4, CHANNELS, LastLevelMaxPool())
-        keep = settings.proposals
+        keep, strides = settings.proposals, pyramid.strides
         self.rpn = L1Proposals(
-            AnchorGenerator(ANCHORS, ((0.5, 1.0, 2.0),) * len(ANCHORS)),
+            StrideAnchors([*strides, 2 * strides[-1]]),
             ExactHead(CHANNELS, 3),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
             pre_nms_top_n={"training": 2 * keep, "testing": keep},
-            post_nms_top_n={"training": keep, "testing": keep},
+            post_nms_top_n={"training": 2 * keep, "testing": keep},
             nms_thresh=0.7,
         )
-        names = [str(level) for level in range(4)]
-        self.box_pool = MultiScaleRoIAlign(names, 7, 2)
-        self.mask_pool = MultiScaleRoIAlign(names, 14, 2)
+        self.box_pool, self.mask_pool = BoxPool(7, strides), BoxPool(14, strides)
         stages = zip(settings.stage_iou, settings.stage_weights, strict=True)
         # Mask R-CNN has one box per class; a cascade one box for all classes, as published.
         self.stages = nn.ModuleList(
@@ -194,7 +207,7 @@ class MaskRCNN(nn.Module):
                     for each, target in zip(sampled, targets, strict=True)
                 ]
             )
-            logits, deltas = stage.boxes_and_scores(self.box_pool(features, boxes, sizes))
+            logits, deltas = stage.boxes_and_scores(self.box_pool(features, boxes))
             positive = (labels > 0).nonzero().flatten()
             own = torch.cat(boxes)
             # The background has no box; the output in its position has no loss.
@@ -204,7 +217,7 @@ class MaskRCNN(nn.Module):
             box_loss = generalized_box_iou_loss(decoded[positive], matched[positive], reduction="sum")
             losses[f"class{number}"] = weight * F.cross_entropy(logits, labels)
             losses[f"box{number}"] = weight * self.settings.giou * box_loss / max(1, len(own))
-            losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, sizes=sizes, targets=targets)
+            losses[f"mask{number}"] = weight * self.mask_loss(stage, features, sampled, targets=targets)
             if number + 1 < len(self.stages):
                 # The next stage's sample includes the true boxes anyway.
                 refined = decoded.detach().split([len(each) for each in boxes])
@@ -220,13 +233,12 @@ class MaskRCNN(nn.Module):
         features: OrderedDict[str, Tensor],
         sampled: list[Sample],
         *,
-        sizes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
         """Binary cross-entropy of the true class's mask within each positive proposal."""
         boxes = [each.boxes[each.labels > 0] for each in sampled]
         labels = torch.cat([each.labels[each.labels > 0] for each in sampled])
-        logits = stage.masks(self.mask_pool(features, boxes, sizes), labels)
+        logits = stage.masks(self.mask_pool(features, boxes), labels)
         if not len(labels):
             # All weights take part, so that all processes exchange the same gradients.
             return logits.sum() * 0
@@ -247,7 +259,7 @@ class MaskRCNN(nn.Module):
         scores: list[Tensor] = []
         for stage in self.stages:
             assert isinstance(stage, CascadeStage)
-            logits, deltas = stage.boxes_and_scores(self.box_pool(features, proposals, sizes))
+            logits, deltas = stage.boxes_and_scores(self.box_pool(features, proposals))
             scores.append(logits.softmax(dim=1))
             decoded = stage.decode(deltas, torch.cat(proposals))
             if stage.agnostic:
@@ -259,7 +271,7 @@ class MaskRCNN(nn.Module):
             self.pick(boxes, own, size)
             for boxes, own, size in zip(decoded.split(counts), mean.split(counts), sizes, strict=True)
         ]
-        pooled = self.mask_pool(features, [each["boxes"] for each in picked], sizes)
+        pooled = self.mask_pool(features, [each["boxes"] for each in picked])
         classes = torch.cat([each["labels"] for each in picked])
         drawn = [stage.masks(pooled, classes).sigmoid() for stage in self.stages if isinstance(stage, CascadeStage)]
         masks = torch.stack(drawn).mean(dim=0)
@@ -304,10 +316,10 @@ def training_sample(
 
 
 def masks_within(masks: Tensor, boxes: Tensor) -> Tensor:
-    """Masks (N, H, W) cropped to one box each (N, 4), as (N, 28, 28)."""
+    """Masks (N, H, W) cropped to one box each (N, 4), as (N, 28, 28) of zeros and ones (mmdetection)."""
     places = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype).unsqueeze(1)
     cut: Tensor = roi_align(masks.unsqueeze(1).to(boxes.dtype), torch.cat([places, boxes], dim=1), MASK, aligned=True)
-    return cut[:, 0]
+    return (cut[:, 0] >= 0.5).to(boxes.dtype)
 
 
 def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:

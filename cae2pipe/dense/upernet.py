@@ -20,8 +20,8 @@ class UperNet(nn.Module):
     """Normalised images (B, 3, H, W) to float32 logits (B, classes, H, W); in training also those of the auxiliary
     head.
 
-    The decoder is segmentation-models-pytorch's, which also normalises its input maps. Logits are resized bilinearly to
-    the input's size.
+    The decoder is segmentation-models-pytorch's, without its norms of the input maps, as in mmsegmentation, which also
+    gives the initial weights. Logits are resized bilinearly to the input's size.
 
     Args:
         pyramid: the encoder. classes: number of classes. width: channels of the decoder. dropout: before the
@@ -35,8 +35,12 @@ class UperNet(nn.Module):
         self.pyramid = pyramid
         # The first two entries stand for maps at strides 1 and 2, which UperNet does not read.
         self.decoder = UPerNetDecoder([0, 0, *[pyramid.width] * 4], encoder_depth=5, decoder_channels=width)
+        self.decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in self.decoder.feature_norms)
         self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, classes, 1))
         self.auxiliary = auxiliary_head(pyramid.width, classes, dropout) if auxiliary else None
+        for part in (self.decoder, self.head, self.auxiliary):
+            if part is not None:
+                initialise_convolutions(part)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         # Only the pyramid's call in training may be compiled: in scoring the last batch of windows is smaller.
@@ -59,6 +63,19 @@ def auxiliary_head(width: int, classes: int, dropout: float) -> nn.Sequential:
         nn.Dropout2d(dropout),
         nn.Conv2d(AUXILIARY_WIDTH, classes, 1),
     )
+
+
+def initialise_convolutions(part: nn.Module) -> None:
+    """Draw the weights of a head: normal of std 0.01 and a zero bias in the classifier, which is the only convolution
+    with a bias; He's normal by the number of outputs in the others (mmsegmentation)."""
+    for layer in part.modules():
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        if layer.bias is None:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
 
 
 def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:

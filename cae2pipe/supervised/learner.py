@@ -50,7 +50,11 @@ class TunedLearner(ABC):
 
     @abstractmethod
     def rate(self, step: int) -> float:
-        """The learning rate of a step, which each group scales by its ``lr_scale``."""
+        """The learning rate of a step, of parameters with an ``lr_scale`` of 1."""
+
+    def scaled_rate(self, step: int, scale: float) -> float:
+        """The learning rate of a step, of parameters with this ``lr_scale``."""
+        return self.rate(step) * scale
 
     def step(self, chunks: list[Chunk], step: int, size: int) -> Tensor:
         """See ``loop.Learner``."""
@@ -67,7 +71,7 @@ class TunedLearner(ABC):
         if self.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step) * group["lr_scale"]
+            group["lr"] = self.scaled_rate(step, group["lr_scale"])
         self.optimizer.step()
         return total
 

@@ -31,7 +31,8 @@ def polynomial_rate(step: int, total: int, warmup: int, *, lr: float, min_lr: fl
     return rate * (step + 1) / warmup if step < warmup else rate
 
 
-def step_rate(step: int, steps_per_epoch: int, warmup: int, *, lr: float, drops: Sequence[int]) -> float:
-    """Linear over ``warmup`` steps, then divided by 10 after each of the epochs ``drops`` (paper, Table 12)."""
-    rate = lr * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in drops)
+def step_rate(step: int, steps_per_epoch: int, warmup: int, *, lr: float, min_lr: float, drops: Sequence[int]) -> float:
+    """Linear over ``warmup`` steps, then divided by 10 after each of the epochs ``drops``, but not below ``min_lr``
+    (paper, Table 12). An ``lr`` below ``min_lr`` is kept."""
+    rate = max(lr * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in drops), min(lr, min_lr))
     return rate * (step + 1) / warmup if step < warmup else rate

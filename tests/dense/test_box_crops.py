@@ -52,15 +52,22 @@ def test_twice_flipped_is_as_before(view):
     assert np.array_equal(objects.masks, view[1].masks)
 
 
-def test_drawn_views_keep_an_object_and_the_sizes_asked_for(view):
+def test_drawn_views_have_the_sizes_asked_for(view):
     random.seed(0)
     settings = DetectSettings(short_sides=(48, 64), long_side=100, crop=0.7)
     for _ in range(40):
         image, objects = draw_box_crop(*view, settings)
-        assert len(objects.labels)
         assert max(image.size) <= 100
         assert min(image.size) in (48, 64) or max(image.size) == 100
         agrees(image, objects)
+
+
+def test_crops_may_miss_all_objects(view):
+    """As with mmdetection's ``allow_negative_crop``."""
+    random.seed(0)
+    settings = DetectSettings(short_sides=(48,), long_side=100, crop=1.0, crop_range=(8, 60))
+    counts = [len(draw_box_crop(*view, settings)[1].labels) for _ in range(40)]
+    assert set(counts) == {0, 1, 2}
 
 
 def test_padding_is_below_and_to_the_right():

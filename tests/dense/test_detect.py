@@ -45,6 +45,7 @@ SHORT = [
     "rois=16",
     "crop=0.3",
     "score=0.01",
+    "min_lr=2e-5",
     "detections=5",
     "pictures=2",
 ]
@@ -117,11 +118,23 @@ def outcome(root: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(root).items() if not name.endswith("metrics.jsonl")}
 
 
+RATES: list[dict[float, float]] = []
+"""Of every step of ``whole``: by ``lr_scale``, what was set."""
+
+
 @pytest.fixture(scope="module")
 def whole(data, encoder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
-    report = Silent()
-    detect(str(encoder), data, out, settings=settings(), report=report)
+    report, real = Silent(), DetectLearner.step
+
+    def step(self, chunks, number, size):
+        loss = real(self, chunks, number, size)
+        RATES.append({group["lr_scale"]: group["lr"] for group in self.optimizer.param_groups})
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DetectLearner, "step", step)
+        detect(str(encoder), data, out, settings=settings(), report=report)
     assert "train: 1 image without objects: not used in training" in report.lines
     return out
 
@@ -138,6 +151,17 @@ def test_what_is_left_behind(whole, data, encoder):
     assert any("nothing to do" in line for line in report.lines)
     listed = CliRunner().invoke(app, ["results", str(whole), "--format", "markdown"])
     assert "| AP^b " in listed.stdout
+
+
+def test_no_layer_s_rate_falls_below_the_lowest(whole):
+    """3e-4 at a batch of 16, here 2; one drop after the first epoch, which warms up; layers by 0.8."""
+    assert len(RATES) == 4
+    lowest, peaks = 2e-5 / 8, [3e-4 / 8 * 0.8**depth for depth in range(6)]
+    first, *rest = [sorted(rates.values(), reverse=True) for rates in RATES[1:]]
+    assert first == pytest.approx(peaks)
+    for rates in rest:
+        assert rates == pytest.approx([max(peak / 10, lowest) for peak in peaks])
+        assert rates[0] > lowest == pytest.approx(rates[-1])
 
 
 def test_stopped_and_resumed_it_gives_the_same_bytes(whole, data, encoder, tmp_path, monkeypatch):

@@ -94,11 +94,24 @@ def test_what_a_stage_trains_on_by_hand():
 
 def test_masks_are_cut_out_by_their_boxes():
     mask = torch.zeros(1, 60, 60, dtype=torch.uint8)
-    mask[0, :30] = 1
+    mask[0, :31] = 1
     upper = masks_within(mask, torch.tensor([[10.0, 10, 50, 50]]))[0]
     assert upper.shape == (MASK, MASK)
-    assert (upper[: MASK // 2 - 1] == 1).all()
+    # The row of cells from 30 to 31.4 pixels is covered by more than a half.
+    assert (upper[: MASK // 2 + 1] == 1).all()
     assert (upper[MASK // 2 + 1 :] == 0).all()
+
+
+@torch.no_grad()
+def test_training_has_twice_as_many_proposals(batch):
+    images, sizes, targets = batch
+    model, counts = detector(False), []
+    model.rpn.register_forward_hook(lambda _, args, found: counts.append([len(boxes) for boxes in found[0]]))
+    # Boxes so large and alike would suppress each other.
+    model.rpn.nms_thresh = 1.1
+    model.train()(images, sizes, targets)
+    model.eval()(images, sizes)
+    assert counts == [[60, 60], [30, 30]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,11 +180,11 @@ def test_positions_are_resampled_for_every_input():
     assert encoder.forward_features(torch.ones(1, 3, 96, 160)).shape == (1, 1 + 6 * 10, 24)
 
 
-@pytest.mark.parametrize(("size", "drop"), [("small", 0.1), ("base", 0.1), ("large", 0.2)])
-def test_presets_hold_the_fixed_values_of_table_12_and_one_of_each_grid(size, drop):
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_presets_hold_the_fixed_values_of_table_12_and_one_of_each_grid(size):
     preset = load(DetectSettings, "evaluate", f"detect-{size}")
     assert preset.lr in {1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4}
     assert preset.layer_decay in {0.8, 0.85, 0.95}
     assert (preset.batch, preset.epochs, preset.drops, preset.weight_decay) == (16, 12, (8, 11), 0.05)
-    assert (preset.beta1, preset.beta2, preset.drop_path) == (0.9, 0.999, drop)
+    assert (preset.beta1, preset.beta2, preset.drop_path, preset.min_lr) == (0.9, 0.999, 0.2, 1e-6)
     assert (min(preset.short_sides), max(preset.short_sides), preset.long_side) == (480, 800, 1333)

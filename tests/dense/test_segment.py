@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.cli import app
 from cae2pipe.config.base import load
 from cae2pipe.config.dense import SegmentSettings
@@ -22,7 +24,7 @@ from cae2pipe.errors import MismatchError, OutOfMemoryError, SettingsError, Sour
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate_dense import segment
 from cae2pipe.stages.verify import verify
-from tests.conftest import contents
+from tests.conftest import contents, edit_manifest
 from tests.ranks import command
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +39,9 @@ SHORT = [
     "image_size=32",
     "scale=[64, 32]",
     "stride=20",
-    "decoder_width=16",
-    "lr=0.01",
+    "decoder_width=32",
+    "dropout=0",
+    "lr=0.02",
     "layer_decay=0.9",
     "pictures=2",
     "distort=false",
@@ -106,6 +109,20 @@ def test_colours_are_learnt_and_all_is_left_behind(whole, maps):
     assert any("nothing to do" in line for line in report.lines)
     with pytest.raises(MismatchError, match=r"settings\.steps"):
         segment(str(encoder), maps, out, settings=settings("steps=41"), report=Silent())
+
+
+def test_a_folder_of_the_first_revision_is_read_and_not_taken_for_this_one(whole, maps, tmp_path):
+    """Its manifest has no revision. Its crops had channels swapped, so its score is not what is asked for now."""
+    encoder, out = whole
+    shutil.copytree(out, tmp_path / "out")
+    root = tmp_path / "out" / "segment"
+    identity = json.loads((root / "manifest.json").read_text())["identity"]
+    assert identity.pop("revision") == 2
+    edit_manifest(root, identity=identity, fingerprint=fingerprint(identity))
+    assert verify(root, Silent()).problems == []
+    assert "| mIoU " in CliRunner().invoke(app, ["results", str(tmp_path / "out"), "--format", "markdown"]).stdout
+    with pytest.raises(MismatchError, match=r"made with revision = null, and 2 is requested"):
+        segment(str(encoder), maps, tmp_path / "out", settings=settings(), report=Silent())
 
 
 def test_stopped_and_resumed_it_gives_the_same_bytes(whole, maps, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 
@@ -51,6 +52,23 @@ def test_norms_over_processes_are_not_compiled(graphs, monkeypatch):
     assert graphs.frame_count > 0
     assert seen
     assert not any(seen)
+
+
+def test_heads_begin_as_in_mmsegmentation():
+    """Classifiers of std 0.01 without bias; He's normal by outputs elsewhere; no norm of the maps that are read."""
+    model = segmenter()
+    heads = [*model.decoder.named_modules(), *model.head.named_modules(), *model.auxiliary.named_modules()]
+    classifiers = [layer for _, layer in heads if isinstance(layer, torch.nn.Conv2d) and layer.bias is not None]
+    assert [layer.out_channels for layer in classifiers] == [3, 3]
+    for layer in classifiers:
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.2)
+        assert not layer.bias.any()
+    others = [layer for _, layer in heads if isinstance(layer, torch.nn.Conv2d) and layer.bias is None]
+    for layer in others:
+        wanted = (2 / (layer.out_channels * layer.weight[0, 0].numel())) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(wanted, rel=0.15)
+    assert len(others) == 13
+    assert not any(isinstance(layer, torch.nn.LayerNorm) for _, layer in heads)
 
 
 def test_both_heads_are_trained_on_float32(backends):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cae2pipe.training.schedule import learning_rate
+from cae2pipe.training.schedule import learning_rate, step_rate
 
 
 def test_endpoints():
@@ -23,6 +23,18 @@ def test_halfway_down_the_cosine():
     assert learning_rate(26, 102, 1, warmup_epochs=1 / 102, lr=1.0, min_lr=0.2) == pytest.approx(
         0.2 + 0.4 * (1 + math.cos(math.pi / 4))
     )
+
+
+def test_steps_end_at_the_lowest_rate():
+    """Table 12: divided by 10 after epochs 8 and 11, not below 1e-6; a rate that begins lower is kept."""
+
+    def rates(lr: float) -> list[float]:
+        found = {step: step_rate(step, 10, 4, lr=lr, min_lr=1e-6, drops=(8, 11)) for step in (1, 79, 80, 109, 110, 119)}
+        return list(found.values())
+
+    assert rates(3e-4) == pytest.approx([1.5e-4, 3e-4, 3e-5, 3e-5, 3e-6, 3e-6])
+    assert rates(2e-5) == pytest.approx([1e-5, 2e-5, 2e-6, 2e-6, 1e-6, 1e-6])
+    assert rates(5e-7) == pytest.approx([2.5e-7, *[5e-7] * 5])
 
 
 def test_warm_up_may_be_a_fraction_or_none():
