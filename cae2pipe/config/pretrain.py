@@ -37,6 +37,8 @@ class ModelSettings(Settings):
     """Its attention heads. Large has 16 in the paper, 12 of 85 features in the released code."""
     predictor_layer_scale: float = Field(default=0.1, gt=0, le=1e3)
     """Initial LayerScale of its blocks."""
+    predictor_norm: bool = added(False, before=False)
+    """A final LayerNorm behind the regressor, in front of what reads it, as in CAE. Decoders always have one."""
     head: Literal["fc-ln", "ln-fc"] = "fc-ln"
     """Order of the head shared by encoder and regressor: paper fc-ln, released code ln-fc."""
     init: PathOrUrl | None = not_fingerprinted(None, min_length=1)

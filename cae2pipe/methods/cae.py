@@ -8,9 +8,8 @@ from torch import Tensor
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.methods.method import Method, bridge, latent_head, predictor_stack
+from cae2pipe.methods.method import Method, bridge, latent_head, predictor_stack, regressor_stack
 from cae2pipe.models.decoder import MaskedDecoder
-from cae2pipe.models.regressor import Regressor
 
 ALIGNMENT = 2.0
 """Weight of the alignment loss (CAE's scripts)."""
@@ -22,8 +21,11 @@ class CAE(Method):
 
     Source: Chen et al., 2023, with CLIP's latents in place of DALL-E's tokens; Figure 5 (b) and Table 1, row 1, of the
     paper. Its masked loss is ``loss.masked`` with ``loss.visible`` 0; the mean squared alignment of masked tokens is
-    added with weight 2. Simplified: the decoder is as deep as the regressor, and the encoder's latents of masked
-    patches come from its current weights, without gradient. Visible tokens are reported as the head sees them.
+    added with weight 2. ``settings.predictor_norm``: alignment and decoder read the regressor's latents behind a final
+    LayerNorm, as in CAE; runs of earlier versions have none. Simplified: the decoder is as deep as the regressor; the
+    encoder's latents of masked patches come from its current weights, without gradient, and without drop path, which
+    CAE's scripts leave on there: noise in a target adds nothing but variance. Visible tokens are reported as the head
+    sees them.
     """
 
     def __init__(self, settings: ModelSettings, target_dim: int):
@@ -34,7 +36,7 @@ class CAE(Method):
             )
         width = self.token_width = settings.predictor_width
         self.bridge = bridge(settings.width, width)
-        self.regressor = predictor_stack(Regressor, settings)
+        self.regressor = regressor_stack(settings)
         self.decoder = predictor_stack(MaskedDecoder, settings)
         self.head = latent_head(settings, width, target_dim)
 

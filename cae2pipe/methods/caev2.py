@@ -6,8 +6,7 @@ from torch import Tensor
 
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.methods.losses import Prediction
-from cae2pipe.methods.method import Method, bridge, latent_head, predictor_stack
-from cae2pipe.models.regressor import Regressor
+from cae2pipe.methods.method import Method, bridge, latent_head, regressor_stack
 
 
 class CAEv2(Method):
@@ -18,7 +17,7 @@ class CAEv2(Method):
         width = self.token_width = settings.predictor_width
         # From the encoder to regressor and head, if their widths differ (Tiny).
         self.bridge = bridge(settings.width, width)
-        self.regressor = predictor_stack(Regressor, settings) if settings.predictor_depth else None
+        self.regressor = regressor_stack(settings) if settings.predictor_depth else None
         self.head = latent_head(settings, width, target_dim)
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor, drop: Tensor | None = None) -> Prediction:

@@ -14,6 +14,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.methods.losses import Prediction
 from cae2pipe.models.encoder import build_encoder
 from cae2pipe.models.layers import EPS, Stack, initialise
+from cae2pipe.models.regressor import Regressor
 
 T = TypeVar("T")
 
@@ -114,8 +115,9 @@ class Method(nn.Module, ABC):
         """
 
 
-def predictor_stack(kind: Callable[..., T], settings: ModelSettings) -> T:
-    """A regressor or decoder of the shape that ``predictor_*`` describe, freshly initialised."""
+def predictor_stack(kind: Callable[..., T], settings: ModelSettings, **options: bool) -> T:
+    """A regressor or decoder of the shape that ``predictor_*`` describe, freshly initialised. ``options``: its other
+    arguments."""
     return kind(
         width=settings.predictor_width,
         depth=settings.predictor_depth,
@@ -123,7 +125,13 @@ def predictor_stack(kind: Callable[..., T], settings: ModelSettings) -> T:
         grid=settings.grid,
         layer_scale=settings.predictor_layer_scale,
         drop=settings.drop_path,
+        **options,
     )
+
+
+def regressor_stack(settings: ModelSettings) -> Regressor:
+    """The regressor that the settings describe, freshly initialised."""
+    return predictor_stack(Regressor, settings, final_norm=settings.predictor_norm)
 
 
 def latent_head(settings: ModelSettings, width: int, target_dim: int) -> nn.Sequential | Heads:

@@ -50,15 +50,27 @@ class RegressorBlock(nn.Module):
 class Regressor(Stack):
     """Blocks of cross-attention whose keys and values are the visible latents, never updated, and the mask tokens.
 
-    The released code defines a final norm that it never uses; it is omitted here.
+    ``final_norm``: a LayerNorm behind the blocks, as in CAE. The released code of CAE v2 defines it too, but never uses
+    it.
     """
 
-    def __init__(self, *, width: int, depth: int, heads: int, grid: int, layer_scale: float = 0.1, drop: float = 0.0):
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: int,
+        layer_scale: float = 0.1,
+        drop: float = 0.0,
+        final_norm: bool = False,
+    ):
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
         self.stack((RegressorBlock(width, heads, layer_scale) for _ in range(depth)), drop)
+        self.norm = nn.LayerNorm(width, eps=EPS) if final_norm else nn.Identity()
         self.apply(initialise)
         truncated_normal(self.mask_token)
 
@@ -75,4 +87,5 @@ class Regressor(Stack):
         """
         x = self.mask_token.expand(len(context), masked.shape[1], -1)
         x_positions, context_positions = self.pos_embed[masked], self.pos_embed[visible]
-        return self.run(x, drop, context, x_positions, context_positions)
+        latents: Tensor = self.norm(self.run(x, drop, context, x_positions, context_positions))
+        return latents

@@ -41,6 +41,24 @@ def test_the_name_from_before_is_refused_and_the_present_one_named(stored, tmp_p
         assert caught.value.fix == f"did you mean 'model.{present}'?"
 
 
+def test_runs_of_cae_from_before_its_final_norm_resume_without_it_alone(make_run, target_root, pretrain_settings):
+    preset = load(PretrainSettings, "pretrain", "cae")
+    before = load(PretrainSettings, "pretrain", "cae", overrides=["model.predictor_norm=false"])
+    assert fingerprint(fingerprinted(before))[:16] == "e4d184bb30ffcbb3"
+    assert fingerprinted(before) == {
+        **fingerprinted(preset),
+        "model": {name: v for name, v in fingerprinted(preset)["model"].items() if name != "predictor_norm"},
+    }
+    run = make_run(method="cae")
+    assert "predictor_norm" not in json.loads((run / "manifest.json").read_text())["identity"]["settings"]["model"]
+    state = (run / "encoder.safetensors").read_bytes()
+    pretrain(target_root, run, pretrain_settings(method="cae"), report=Silent())
+    assert (run / "encoder.safetensors").read_bytes() == state
+    assert not run_settings(run).model.predictor_norm
+    with pytest.raises(MismatchError, match=r"settings\.model\.predictor_norm"):
+        pretrain(target_root, run, pretrain_settings(method="cae", model={"predictor_norm": True}), report=Silent())
+
+
 def test_a_run_keeps_the_names_and_is_told_by_the_present_ones(make_run, target_root, pretrain_settings):
     shallow, deep = make_run(), make_run(model={"predictor_depth": 2})
     model = json.loads((deep / "manifest.json").read_text())["identity"]["settings"]["model"]

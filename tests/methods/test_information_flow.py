@@ -121,6 +121,21 @@ def test_every_parameter_is_trained_and_drop_path_is_drawn_from_outside(name, pi
     assert without == []
 
 
+def test_caes_alignment_and_decoder_read_the_regressor_behind_its_norm(pixels):
+    model = build("cae", predictor_norm=True).eval()
+    read = []
+    model.regressor.blocks[-1].register_forward_hook(lambda module, inputs, output: read.append(output))
+    model.decoder.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
+    with torch.no_grad():
+        model.regressor.norm.weight.mul_(2).add_(torch.linspace(0, 1, 12))
+        found = model(pixels, VISIBLE, MASKED).extra
+    norm = model.regressor.norm
+    wanted = torch.nn.functional.layer_norm(read[0], (12,), norm.weight, norm.bias, 1e-6)
+    torch.testing.assert_close(read[1], wanted)
+    own = model.bridge(model.encoder(pixels, MASKED))[:, 1:]
+    torch.testing.assert_close(found, 2 * (wanted - own).square().mean(dim=-1))
+
+
 def test_caes_alignment_alone_sees_masked_pixels_and_gives_the_encoder_no_gradient_for_them(pixels):
     model = build("cae", drop_path=0.0).train()
     before, after = (model(images, VISIBLE, MASKED) for images in (pixels, changed(pixels, MASKED)))

@@ -62,6 +62,13 @@ def test_it_is_the_released_codes_regressor(context):
     )
 
 
+def test_caes_final_norm_comes_behind_the_blocks(context):
+    regressor = build(final_norm=True)
+    norm = regressor.norm
+    wanted = F.layer_norm(by_hand(regressor, context, VISIBLE, MASKED), (WIDTH,), norm.weight, norm.bias, 1e-6)
+    torch.testing.assert_close(regressor(context, VISIBLE, MASKED), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_visible_latents_are_never_changed(context):
     regressor = build(depth=3)
     given = []

@@ -148,3 +148,4 @@ def test_presets_of_rivals():
         assert (settings.loss.target == "layer_norm") is (kind == "smooth_l1")
         assert (settings.loss.visible == 0) is (name != "fd")
         assert (settings.loss.target == "pixels") is (name == "mae-pixels")
+        assert settings.model.predictor_norm is (name == "cae")
