@@ -6,7 +6,7 @@ import pytest
 
 from cae2pipe.config.base import fingerprinted, load, preset_names, show
 from cae2pipe.config.dense import DENSE
-from cae2pipe.config.evaluate import EVALUATIONS, FinetuneSettings, KnnSettings, LinearSettings
+from cae2pipe.config.evaluate import EVALUATIONS, FinetuneSettings, KnnSettings
 from cae2pipe.config.stages import settings_class
 from cae2pipe.errors import SettingsError
 
@@ -30,33 +30,6 @@ def finetune(size: str, *overrides: str) -> FinetuneSettings:
     return load(FinetuneSettings, "evaluate", f"finetune-{size}", overrides=overrides)
 
 
-def test_fine_tuning_presets_are_the_papers_table_10():
-    """Rates, decays and epochs as its text names them."""
-    for size, lr, decay, epochs, magnitude, smoothing, mixup, cutmix, drop in zip(
-        SIZES,
-        (2e-3, 5e-4, 2e-4, 4e-4),
-        (0.75, 0.8, 0.75, 0.8),
-        (100, 200, 100, 50),
-        (10, 9, 9, 9),
-        (0.0, 0.1, 0.1, 0.1),
-        (0.2, 0.8, 0.8, 0.8),
-        (0.0, 1.0, 1.0, 1.0),
-        (0.0, 0.1, 0.1, 0.2),
-        strict=True,
-    ):
-        settings = finetune(size)
-        assert (settings.lr, settings.layer_decay, settings.epochs) == (lr, decay, epochs)
-        assert settings.draw.rand_augment == magnitude
-        assert (settings.smoothing, settings.mixup, settings.cutmix, settings.drop_path) == (
-            smoothing,
-            mixup,
-            cutmix,
-            drop,
-        )
-        assert (settings.batch, settings.warmup_epochs, settings.min_lr) == (1024, 5, 1e-6)
-        assert (settings.beta1, settings.beta2, settings.weight_decay) == (0.9, 0.999, 0.05)
-
-
 def test_official_fine_tuning_is_what_the_scripts_say():
     tiny, small, base = (finetune(size, "recipe=official") for size in SIZES[:3])
     assert (tiny.lr, tiny.layer_decay, tiny.draw.rand_augment, tiny.epochs) == (4e-3, 0.85, 9, 100)
@@ -66,10 +39,9 @@ def test_official_fine_tuning_is_what_the_scripts_say():
     assert (tiny.ema, tiny.clip) == (0.0, None)
 
 
-def test_presets_are_the_published_protocols():
-    knn, linear = load(KnnSettings, "evaluate", "knn"), load(LinearSettings, "evaluate", "linear")
+def test_knn_is_dinos_protocol():
+    knn = load(KnnSettings, "evaluate", "knn")
     assert (knn.k[0], sorted(knn.k), knn.temperature) == (20, [10, 20, 100, 200], 0.07)
-    assert (linear.lr, linear.batch, linear.epochs, linear.warmup_epochs, linear.momentum) == (0.1, 16384, 90, 10, 0.9)
 
 
 def test_one_k_is_enough():

@@ -199,14 +199,10 @@ def test_recipes_differ_where_the_paper_and_the_code_do(size, paper, official):
     assert pretrain("recipe=official", "optimizer.beta2=0.95", preset=size).optimizer.beta2 == 0.95
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
-def test_defaults_are_table_8(size):
-    settings = pretrain(preset=size)
-    o = settings.optimizer
-    assert (o.lr, o.min_lr, o.beta1, o.weight_decay, o.clip, o.warmup_epochs) == (1.5e-3, 1e-5, 0.9, 0.05, 3.0, 10)
-    assert (settings.epochs, settings.data.batch, settings.mask.strategy) == (300, 2048, "block")
-    assert settings.model.drop_path == (0.2 if size == "large" else 0.1)
-    assert settings.model.layer_scale == (1e-5 if size == "large" else 0.1)
+def test_layer_scale_starts_lower_in_large():
+    """As in the released code; the paper is silent."""
+    initial = {size: pretrain(preset=size).model.layer_scale for size in ("tiny", "small", "base", "large")}
+    assert initial == {"tiny": 0.1, "small": 0.1, "base": 0.1, "large": 1e-5}
 
 
 def test_huge_is_the_designs():
