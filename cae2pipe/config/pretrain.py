@@ -110,6 +110,9 @@ class LossSettings(Settings):
     """Weight of the visible tokens."""
     masked: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the masked tokens."""
+    class_token: Literal["visible", "masked", "none"] = added("visible", before="visible")
+    """Among which tokens the class token counts, where the teacher has one: visible, as in the released code; masked
+    (dBOT); none: it has no loss, as in equation 2, and nothing else trains it to describe the image."""
     summary: bool | None = added(None, before=None)
     """Whether the student's class token is aligned, as one more visible token and through a head of its own, with the
     teacher's own output for the whole image. null: if the target set has one (a summary), and no class token."""
@@ -131,6 +134,12 @@ class LossSettings(Settings):
                 + ("" if self.target == "pixels" else ", or loss.visible above 0")
             )
         return self
+
+    @property
+    def aligns_class_token(self) -> bool:
+        """Whether a class token of the teacher is a target."""
+        weight = {"visible": self.visible, "masked": self.masked, "none": 0.0}[self.class_token]
+        return bool(weight and self.target != "pixels")
 
     def aligns_summary(self, class_token: bool, *, stored: bool) -> bool:
         """Whether a summary is a target. ``class_token``: the teacher has one. ``stored``: a summary is stored."""
@@ -310,6 +319,8 @@ class PretrainSettings(Settings):
             raise ValueError("pixel targets have no teacher: set targets=cached, or loss.target=as_is")
         if self.model.predictor_depth == 0 and self.loss.visible == 0:
             raise ValueError("with model.predictor_depth 0 there is no masked loss: set loss.visible above 0")
+        if self.model.predictor_depth == 0 and self.loss.class_token == "masked":
+            raise ValueError("with model.predictor_depth 0 there is no masked loss: set loss.class_token=visible")
         if self.optimizer.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs ({self.optimizer.warmup_epochs}) must be less than epochs ({self.epochs}): "

@@ -208,7 +208,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
 
 
 def class_token_trained(run: RunArtifact) -> bool:
-    """Whether a run's class token had a loss: it counts as visible, and pixel targets have none."""
+    """Whether a run's class token had a loss; pixel targets have none."""
     loss = build_recorded(LossSettings, section_of(run.identity["settings"], "loss", run.root), where=run.root)
     teacher = run.facts["teacher"]
     return trains_class_token(loss, teacher["class_token"], summary=teacher.get("summary") is not None)
@@ -216,8 +216,7 @@ def class_token_trained(run: RunArtifact) -> bool:
 
 def trains_class_token(loss: LossSettings, teacher_has_one: bool, *, summary: bool) -> bool:
     """Whether a student's class token has a loss: from the teacher's, or from its summary, if the set has one."""
-    visible = bool(teacher_has_one and loss.visible and loss.target != "pixels")
-    return visible or loss.aligns_summary(teacher_has_one, stored=summary)
+    return (teacher_has_one and loss.aligns_class_token) or loss.aligns_summary(teacher_has_one, stored=summary)
 
 
 def released_student(path: Path, device: torch.device, precision: str) -> Student:

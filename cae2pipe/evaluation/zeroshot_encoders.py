@@ -190,16 +190,18 @@ def refuse_unaligned(loss: LossSettings, teacher: TeacherEntry, where: object) -
         raise SettingsError(
             f"this run cannot classify zero-shot: {reason}",
             where=where,
-            fix="train with latents of a teacher with a class token or a summary, such as clip-b16, and loss.visible "
-            "above 0",
+            fix="train with latents of a teacher with a class token or a summary, such as clip-b16, loss.visible above "
+            "0 and loss.class_token=visible",
         )
 
 
 def unaligned(loss: LossSettings, teacher: TeacherEntry) -> str | None:
     """Why a student's class token is aligned with no output of a teacher; None if it is."""
+    without = "loss.class_token is none" if loss.class_token == "none" else f"loss.{loss.class_token} is 0"
     reasons = {
         "it was trained on pixels, which have no class token": loss.target == "pixels",
-        "its class token had no loss (loss.visible is 0)": not loss.visible,
+        f"its class token had no loss ({without})": not loss.aligns_class_token
+        and summary_width(loss, teacher) is None,
         "its class token was aligned with no class token and no summary": not teacher["class_token"]
         and summary_width(loss, teacher) is None,
     }

@@ -86,7 +86,9 @@ def alignment_loss(
         target: (B, 1 + P, D) with the class token first, or (B, P, D) where the teacher has none.
         visible, masked: (B, V) and (B, M) patch indices.
         settings: distance, reduction and weights. ``two_means`` is the paper's sum of two means; ``one_mean`` the
-        released code's mean over all tokens. The class token counts as visible. weights: (B,), 0 for padding.
+        released code's mean over all tokens. By default the class token counts as visible, with both: equation 2 has
+        patches alone, but then no loss would reach the token that linear probes read, since the regressor does not see
+        it. It is one of 168, 148, 99 and 79 visible tokens (Tiny to Large). weights: (B,), 0 for padding.
         has_class_token: whether the target's first token is a class token.
         summary: (B, 1, W), a target of its own width that counts as one more visible token.
         real: as in ``weighted_mean``.
@@ -107,22 +109,28 @@ def token_losses(
     has_class_token: bool,
     summary: Tensor | None = None,
 ) -> Distances:
-    """The distances of all tokens. Arguments as of ``alignment_loss``."""
+    """The distances of all tokens. The class token is among those that ``settings.class_token`` names. Arguments as of
+    ``alignment_loss``."""
     if settings.target == "layer_norm":
         target = F.layer_norm(target, target.shape[-1:])
         summary = None if summary is None else F.layer_norm(summary, summary.shape[-1:])
     patches = target[:, 1:] if has_class_token else target
-    seen, wanted = prediction.visible, gather_tokens(patches, visible)
-    if has_class_token:
-        seen = torch.cat([prediction.class_token, seen], dim=1)
-        wanted = torch.cat([target[:, :1], wanted], dim=1)
-    distances = token_distance(settings.kind, seen, wanted)
+    counted = settings.class_token if has_class_token else "none"
+
+    def distance(group: str, predicted: Tensor, indices: Tensor) -> Tensor:
+        wanted = gather_tokens(patches, indices)
+        if group == counted:
+            predicted = torch.cat([prediction.class_token, predicted], dim=1)
+            wanted = torch.cat([target[:, :1], wanted], dim=1)
+        return token_distance(settings.kind, predicted, wanted)
+
+    distances = distance("visible", prediction.visible, visible)
     if summary is not None:
         assert prediction.summary is not None, "build_method has given the method a head for it"
         distances = torch.cat([token_distance(settings.kind, prediction.summary, summary), distances], dim=1)
     if prediction.masked is None:
         return distances, None
-    return distances, token_distance(settings.kind, prediction.masked, gather_tokens(patches, masked))
+    return distances, distance("masked", prediction.masked, masked)
 
 
 def combined(

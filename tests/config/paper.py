@@ -114,6 +114,7 @@ SOURCES = [
             "FC followed by LN": ("model.head", "fc-ln"),
             "Cosine distance": ("loss.kind", "cosine"),
             "Equation 2: a mean over visible and one over masked patches": ("loss.reduction", "two_means"),
+            "Equation 2: visible patches, without the class token": ("loss.class_token", "none"),
             "Equation 1: the weight of the visible loss": ("loss.visible", 1.0),
             "Equation 1: the weight of the masked loss": ("loss.masked", 1.0),
             "The target model sees the images in training": ("targets", "online"),
@@ -255,6 +256,12 @@ DEVIATIONS = [
         "targets",
         "cached",
         "the same latents up to the codec's fidelity; `targets=online` is the paper's",
+    ),
+    Deviation(
+        tuple(f"pretrain {size}" for size in STUDENTS),
+        "loss.class_token",
+        "visible",
+        "as in the released code: without a loss, the token that linear probes read would not be trained",
     ),
     Deviation(
         ("evaluate finetune", *(f"evaluate finetune-{size}" for size in STUDENTS)),

@@ -339,3 +339,42 @@ def test_centred_cosine_tells_a_copy_from_a_constant():
     assert scores["copy"] == pytest.approx((1, 1), abs=1e-5)
     assert scores["constant"][0] > 0.5
     assert scores["constant"][1] == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("group", ["visible", "masked", "none"])
+@pytest.mark.parametrize("reduction", ["two_means", "one_mean"])
+def test_the_class_token_counts_where_it_is_said_to(group, reduction):
+    prediction, target, visible, masked = case()
+    found = alignment_loss(
+        prediction,
+        target,
+        visible,
+        masked=masked,
+        settings=LossSettings(class_token=group, reduction=reduction, masked=3.0),
+        weights=torch.ones(3),
+        has_class_token=True,
+    )
+    seen, hidden = by_hand(prediction, target[:, 1:], visible, masked, "cosine", class_token=False)
+    own = [1 - F.cosine_similarity(prediction.class_token[i, 0], target[i, 0], dim=0).item() for i in range(3)]
+    seen, hidden = (part + own if name == group else part for name, part in (("visible", seen), ("masked", hidden)))
+    share = (1, 1) if reduction == "two_means" else [len(part) / len(seen + hidden) for part in (seen, hidden)]
+    torch.testing.assert_close(found.visible.item(), mean(seen), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.masked.item(), mean(hidden), rtol=1e-5, atol=1e-5)
+    wanted = share[0] * mean(seen) + 3 * share[1] * mean(hidden)
+    torch.testing.assert_close(found.total.item(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "trained"),
+    [
+        ({}, True),
+        ({"visible": 0}, False),
+        ({"class_token": "none"}, False),
+        ({"class_token": "masked"}, True),
+        ({"class_token": "masked", "masked": 0}, False),
+        ({"class_token": "masked", "visible": 0}, True),
+        ({"target": "pixels"}, False),
+    ],
+)
+def test_when_the_class_token_is_trained(loss, trained):
+    assert LossSettings.model_validate(loss).aligns_class_token is trained

@@ -21,10 +21,10 @@ from cae2pipe.cli import app
 from cae2pipe.config.base import build
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import ZeroshotSettings
-from cae2pipe.config.pretrain import ModelSettings
+from cae2pipe.config.pretrain import LossSettings, ModelSettings
 from cae2pipe.errors import Cae2pipeError, DamageError, MismatchError, SettingsError, SourceError
 from cae2pipe.evaluation.zeroshot_classes import class_source, read_names
-from cae2pipe.evaluation.zeroshot_encoders import load_aligned
+from cae2pipe.evaluation.zeroshot_encoders import load_aligned, refuse_unaligned
 from cae2pipe.evaluation.zeroshot_text import embed_classes, load_text_tower, prompts_of
 from cae2pipe.methods.registry import BUILT_IN, build_method
 from cae2pipe.models.export import student_normalise
@@ -336,6 +336,20 @@ def test_settings_that_contradict_each_other(over, said):
 def test_encoders_without_a_trained_head_are_refused(spec, said, trained_run, exported):
     with pytest.raises(SettingsError, match=said):
         aligned(trained_run(**spec) if isinstance(spec, dict) else exported if spec == "exported" else spec)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({"class_token": "none"}, "loss.class_token is none"),
+        ({"class_token": "masked", "masked": 0}, "loss.masked is 0"),
+    ],
+)
+def test_a_class_token_without_a_loss_is_refused_with_the_setting_that_says_so(loss, said):
+    teacher = {"class_token": True, "dim": 8}
+    with pytest.raises(SettingsError, match=rf"had no loss \({said}\)"):
+        refuse_unaligned(LossSettings.model_validate(loss), teacher, "run")
+    refuse_unaligned(LossSettings(class_token="masked", visible=0), teacher, "run")
 
 
 def test_a_head_of_another_step_is_refused(make_run):
