@@ -34,6 +34,8 @@ METHODS = {
     "maskdistill": "maskdistill",
     "mae": "mae",
     "mae-pixels": "mae-pixels",
+    "dbot": "dbot",
+    "dbot-clip": "dbot-clip",
     "milan": "milan",
     "fd": "fd",
 }

@@ -101,9 +101,11 @@ class LossSettings(Settings):
 
     kind: Literal["cosine", "mse", "smooth_l1"] = "cosine"
     """Distance between predicted and target latents (paper Table 3)."""
+    beta: float = added(1.0, before=1.0, gt=0, le=1e3)
+    """The difference at which smooth_l1 turns from quadratic to linear (dBOT: 2)."""
     target: Literal["as_is", "layer_norm", "pixels"] = "as_is"
     """as_is: the teacher's latents; layer_norm: the same, with each token normalised over its channels to mean 0 and
-    variance 1 (FD, MaskDistill); pixels: each patch's own pixels, normalised alike, without a teacher (MAE)."""
+    variance 1 (FD, MaskDistill, dBOT); pixels: each patch's own pixels, normalised alike, without a teacher (MAE)."""
     reduction: Literal["two_means", "one_mean"] = "two_means"
     """two_means: mean over visible plus mean over masked tokens; one_mean: one mean over all of them."""
     visible: float = Field(default=1.0, ge=0, le=1e6)

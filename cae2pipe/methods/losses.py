@@ -44,17 +44,17 @@ class LossTerms:
     distances: Distances
 
 
-def token_distance(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
+def token_distance(kind: str, prediction: Tensor, target: Tensor, *, beta: float = 1.0) -> Tensor:
     """Distance of every token, (B, L, D) twice to (B, L), in float32 (paper, Table 3).
 
-    ``cosine``: 1 - cos. ``mse`` and ``smooth_l1``: means over the channels.
+    ``cosine``: 1 - cos. ``mse`` and ``smooth_l1``: means over the channels; ``beta`` is where the latter turns linear.
     """
     prediction, target = prediction.float(), target.float()
     if kind == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
     if kind == "mse":
         return F.mse_loss(prediction, target, reduction="none").mean(dim=-1)
-    return F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=-1)
+    return F.smooth_l1_loss(prediction, target, reduction="none", beta=beta).mean(dim=-1)
 
 
 def weighted_mean(values: Tensor, weights: Tensor, real: Tensor | None = None) -> Tensor:
@@ -122,12 +122,13 @@ def token_losses(
         if group == counted:
             predicted = torch.cat([prediction.class_token, predicted], dim=1)
             wanted = torch.cat([target[:, :1], wanted], dim=1)
-        return token_distance(settings.kind, predicted, wanted)
+        return token_distance(settings.kind, predicted, wanted, beta=settings.beta)
 
     distances = distance("visible", prediction.visible, visible)
     if summary is not None:
         assert prediction.summary is not None, "build_method has given the method a head for it"
-        distances = torch.cat([token_distance(settings.kind, prediction.summary, summary), distances], dim=1)
+        pooled = token_distance(settings.kind, prediction.summary, summary, beta=settings.beta)
+        distances = torch.cat([pooled, distances], dim=1)
     if prediction.masked is None:
         return distances, None
     return distances, distance("masked", prediction.masked, masked)

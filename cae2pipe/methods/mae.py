@@ -18,8 +18,9 @@ class MAE(Method):
     Source: He et al., 2022; Figure 5 (d) of the paper. Decoder depth, width and heads are ``predictor_*``. Targets are
     CLIP's latents, or with ``loss: {target: pixels, kind: mse}`` the patches' own normalised pixels, as published,
     without a teacher. With ``loss.visible`` 0, as in MAE, only masked tokens have a loss; with 1 also the decoder's
-    visible tokens. Simplified: with LayerScale and without a bias of k, as all encoders here; with pixels the class
-    token has no loss.
+    visible tokens. dBOT (Liu et al., 2024) is the same graph with ``loss: {kind: smooth_l1, beta: 2, target:
+    layer_norm, class_token: masked}``, and latents from in front of its teacher's final norm. Simplified: with
+    LayerScale and without a bias of k, as all encoders here; with pixels the class token has no loss.
     """
 
     decoder_class: type[Decoder | PromptingDecoder] = Decoder

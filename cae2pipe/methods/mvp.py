@@ -16,9 +16,9 @@ class MVP(Method):
     """Mask tokens replace masked patches inside the encoder (BEiT), whose output is aligned with CLIP's.
 
     Source: MVP (Wei et al., 2022), Figure 5 (c) of the paper; MaskDistill (Peng et al., 2022) is the same architecture
-    with a smooth-L1 loss on layer-normalised targets (``loss: {kind: smooth_l1, target: layer_norm}``). With
-    ``loss.visible`` 0, as published, only masked tokens have a loss; with 1 all tokens. Simplified: fixed sin-cos
-    positions, no relative bias.
+    with a smooth-L1 loss on layer-normalised targets (``loss: {kind: smooth_l1, target: layer_norm}``); dBOT taught by
+    CLIP (Liu et al., 2024) is MVP with fewer masked patches. With ``loss.visible`` 0, as published, only masked tokens
+    have a loss; with 1 all tokens. Simplified: fixed sin-cos positions, no relative bias.
     """
 
     def __init__(self, settings: ModelSettings, target_dim: int):

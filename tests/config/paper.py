@@ -236,7 +236,8 @@ OTHERS = {
         "demo": "for trials",
         "huge": "not in the paper",
         **dict.fromkeys(
-            ("cae", "mvp", "maskdistill", "mae", "mae-pixels", "milan", "fd"), "a rival, which extends base"
+            ("cae", "mvp", "maskdistill", "mae", "mae-pixels", "dbot", "dbot-clip", "milan", "fd"),
+            "a rival, which extends base",
         ),
     },
     "evaluate": {"knn": "DINO's protocol", "zeroshot": "CLIP's prompts"},

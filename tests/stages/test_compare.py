@@ -69,6 +69,8 @@ def test_every_preset_is_valid_at_both_scales():
             found = names(settings, small=small)
             assert len(set(found)) == len(found) == len(settings.variants) * len(settings.seeds)
             assert all((run.model.width == 96) is small for _, run in expand(settings, small, {}))
+            # A variant's own decoder does not go into the small scale.
+            assert not small or {run.model.predictor_width for _, run in expand(settings, small, {})} == {96}
 
 
 def test_the_papers_grids_share_runs():

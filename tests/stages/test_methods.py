@@ -10,12 +10,13 @@ import pytest
 import timm
 import torch
 
-from cae2pipe.config.base import load
+from cae2pipe.config.base import load, merge
+from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import KnnSettings
-from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.config.pretrain import LossSettings, PretrainSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.methods import registry
-from cae2pipe.methods.losses import Prediction
+from cae2pipe.methods.losses import Prediction, alignment_loss
 from cae2pipe.methods.method import Method, latent_head
 from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.models.layers import gather_tokens
@@ -46,10 +47,12 @@ def toy(monkeypatch):
     registry.register("toy", Toy)
 
 
+DBOT = {"kind": "smooth_l1", "beta": 2.0, "target": "layer_norm", "class_token": "masked", "visible": 0.0}
 PIXELS = {"loss": {"target": "pixels", "kind": "mse", "visible": 0.0}, "mask": {"strategy": "random"}}
 VARIANTS = {
     **{name: {"method": name} for name in [*registry.METHODS, "toy"]},
     "maskdistill": {"method": "mvp", "loss": {"kind": "smooth_l1", "target": "layer_norm", "visible": 0.0}},
+    "dbot": {"method": "mae", "loss": DBOT},
     "milan": {"method": "milan", "loss": {"reduction": "one_mean"}, "mask": {"strategy": "attention"}},
     "mae-pixels": {"method": "mae", **PIXELS},
 }
@@ -134,6 +137,52 @@ def test_masks_need_a_teacher_with_attention(target_root, pretrain_settings, tmp
         check_fit(targets, settings, 1)
 
 
+def test_dbots_presets_are_its_released_codes():
+    """Its main branch, and its branch beit for teachers such as CLIP."""
+    own, taught = (load(PretrainSettings, "pretrain", name) for name in ("dbot", "dbot-clip"))
+    decoder = own.model.predictor_depth, own.model.predictor_width, own.model.predictor_heads
+    assert (own.mask.strategy, own.masked_patches, decoder, own.model.drop_path) == ("random", 147, (8, 512, 16), 0.2)
+    assert own.loss == LossSettings.model_validate(DBOT)
+    assert (taught.mask.strategy, taught.masked_patches, taught.model.drop_path) == ("block", 78, 0.1)
+
+
+def test_the_rivals_of_the_grid_are_the_presets():
+    """Apart from MVP on all tokens, which is no preset."""
+    grid = load(GridSettings, "compare", "rivals")
+    names = {
+        "MAE on latents": "mae",
+        "MAE on pixels": "mae-pixels",
+        "CAE v2": "base",
+        "dBOT taught by CLIP": "dbot-clip",
+    }
+    for variant in grid.variants:
+        if variant.name != "MVP, all tokens":
+            preset = load(PretrainSettings, "pretrain", names.get(variant.name, variant.name.lower()))
+            assert load(PretrainSettings, "pretrain", grid.config, values=merge(grid.set, variant.set)) == preset
+
+
+def test_dbots_loss_is_that_of_its_code():
+    """Smooth-L1 with beta 2 between predictions and normalised targets of class token and masked patches."""
+    draw = torch.Generator().manual_seed(0)
+    prediction = Prediction(*(4 * torch.randn(2, count, 6, generator=draw) for count in (1, 3, 2)))
+    target = torch.randn(2, 6, 6, generator=draw)
+    visible, masked = torch.tensor([[0, 2, 4], [1, 2, 3]]), torch.tensor([[1, 3], [0, 4]])
+    found = alignment_loss(
+        prediction,
+        target,
+        visible,
+        masked=masked,
+        settings=LossSettings.model_validate(DBOT),
+        weights=torch.ones(2),
+        has_class_token=True,
+    )
+    wanted = torch.stack([target[row, [0, *(1 + index for index in masked[row].tolist())]] for row in range(2)])
+    wanted = (wanted - wanted.mean(dim=-1, keepdim=True)) / wanted.std(dim=-1, correction=0, keepdim=True)
+    gap = (torch.cat([prediction.class_token, prediction.masked], dim=1) - wanted).abs()
+    by_hand = torch.where(gap < 2, gap**2 / 4, gap - 1).mean()
+    torch.testing.assert_close(found.total, by_hand, rtol=1e-4, atol=1e-4)
+
+
 def test_presets_of_rivals():
     for name, method, kind in (
         ("cae", "cae", "cosine"),
@@ -141,6 +190,8 @@ def test_presets_of_rivals():
         ("maskdistill", "mvp", "smooth_l1"),
         ("mae", "mae", "cosine"),
         ("mae-pixels", "mae", "mse"),
+        ("dbot", "mae", "smooth_l1"),
+        ("dbot-clip", "mvp", "cosine"),
         ("fd", "fd", "smooth_l1"),
     ):
         settings = load(PretrainSettings, "pretrain", name)
