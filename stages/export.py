@@ -14,7 +14,7 @@ from cae2pipe.comparison.scores import collect
 from cae2pipe.errors import SettingsError, SourceError
 from cae2pipe.evaluation.encoders import Student, display_name, load_encoder
 from cae2pipe.models.export import WEIGHTS
-from cae2pipe.models.formats import FORMATS, ExportLayout, Shape
+from cae2pipe.models.formats import FORMATS, TABLE, ExportLayout, Shape
 from cae2pipe.reporting.model_card import model_card
 
 CARD = "README.md"
@@ -50,6 +50,13 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
             fix="use a run folder, an encoder.safetensors or a released .pth",
         )
     model = encoder.model
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if f"blocks.0.{TABLE}" in state and kind != "timm":
+        raise SettingsError(
+            f"the format {kind} has no relative positions, and this encoder was trained with them",
+            where="--format",
+            fix="use --format timm",
+        )
     shape = Shape(
         image_size=model.patch_embed.img_size[0],
         patch_size=model.patch_embed.patch_size[0],
@@ -58,9 +65,9 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
         heads=model.blocks[0].attn.num_heads,
         mean=encoder.normalise.mean,
         std=encoder.normalise.std,
-        layer_scale="blocks.0.ls1.gamma" in model.state_dict(),
+        layer_scale="blocks.0.ls1.gamma" in state or "blocks.0.gamma_1" in state,
+        relative_positions=f"blocks.0.{TABLE}" in state,
     )
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     layout = FORMATS[kind](state, shape)
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
     run = RunArtifact.open(folder) if is_artifact(folder, "run") else None

@@ -55,7 +55,8 @@ class SegmentSettings(Settings):
     """Dropout before the classifiers."""
     drop_path: DropPath = 0.1
     relative_positions: bool = True
-    """Add a relative position bias to each block's attention, initially zero."""
+    """Add a relative position bias to each block's attention, initially zero. An encoder pretrained with one keeps it
+    in any case."""
     layer_scale: InitialLayerScale = 0.1
     steps: int = Field(default=160000, ge=1, le=10**9)
     """Steps of training."""

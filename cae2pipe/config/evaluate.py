@@ -190,7 +190,8 @@ class FinetuneSettings(Settings):
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Largest drop path rate; rates rise linearly from 0 over the depth."""
     relative_positions: bool = True
-    """Add a relative position bias to each block's attention, initially zero (released code)."""
+    """Add a relative position bias to each block's attention, initially zero (released code). An encoder pretrained
+    with one keeps it in any case."""
     layer_scale: float | None = Field(default=0.1, gt=0, le=1e3)
     """LayerScale for an encoder without it, as older versions of cae2pipe exported them: the weights before it are
     divided by it. null: no LayerScale is added. An encoder with LayerScale keeps its learnt values."""

@@ -24,6 +24,9 @@ class ModelSettings(Settings):
     """Side of the student's input in pixels, at most that of the stored views, which are reduced to it when loaded."""
     patch_size: int = Field(default=16, ge=1, le=1024)
     """Side of a patch in pixels."""
+    relative_positions: bool = added(False, before=False)
+    """Besides the fixed positions, a learnt bias by relative position in each attention of encoder and regressor, zero
+    at first (paper, B.3, for detection). It needs memory for a bias of every head and pair of visible tokens."""
     layer_scale: float = Field(default=0.1, gt=0, le=1e3)
     """Initial LayerScale of the encoder's blocks (1e-5 for Large)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)

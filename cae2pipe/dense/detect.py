@@ -42,7 +42,7 @@ class Detector(Normalised):
 
 def build_detector(backbone: Normalised, classes: int, settings: DetectSettings) -> Detector:
     """Heads on an encoder from ``prepared_encoder``, which is changed to accept images of any size."""
-    take_any_size(backbone.model)
+    take_any_size(backbone.model, max(settings.long_side, *settings.short_sides))
     with seeded("heads", settings.seed):
         model = MaskRCNN(Pyramid(backbone.model), classes, settings).to(backbone.normalise.shift.device)
     return Detector(model, backbone.normalise)

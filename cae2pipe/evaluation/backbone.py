@@ -7,6 +7,7 @@ from cae2pipe.models.trainable import (
     add_relative_positions,
     check_trainable,
     freeze_fixed_positions,
+    plain_vit,
     resize_input,
     set_drop_path,
     unfold_layer_scale,
@@ -29,7 +30,7 @@ def prepared_encoder(
     Args:
         spec: the encoder as the user named it. image_size: side of the input; None: the encoder's own. layer_scale:
         initial value for one of our encoders without LayerScale. drop_path: largest rate. relative_positions: whether
-        each block gets a bias by relative position.
+        each block gets a bias by relative position; an encoder that was trained with one keeps it anyway.
 
     Raises:
         SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.
@@ -39,6 +40,7 @@ def prepared_encoder(
     else:
         assert isinstance(encoder, FrozenTeacher)
         model, normalise = getattr(encoder.teacher, "model", encoder.teacher), encoder.teacher.normalise
+    model, tables = plain_vit(model)
     check_trainable(model, spec)
     model.requires_grad_(True)
     freeze_fixed_positions(model)
@@ -47,6 +49,6 @@ def prepared_encoder(
     if layer_scale and isinstance(encoder, Student) and encoder.ours:
         unfold_layer_scale(model, layer_scale)
     set_drop_path(model, drop_path)
-    if relative_positions:
-        add_relative_positions(model, spec)
+    if relative_positions or tables:
+        add_relative_positions(model, spec, tables)
     return Normalised(model, normalise)

@@ -131,7 +131,9 @@ def predictor_stack(kind: Callable[..., T], settings: ModelSettings, **options: 
 
 def regressor_stack(settings: ModelSettings) -> Regressor:
     """The regressor that the settings describe, freshly initialised."""
-    return predictor_stack(Regressor, settings, final_norm=settings.predictor_norm)
+    return predictor_stack(
+        Regressor, settings, final_norm=settings.predictor_norm, relative_positions=settings.relative_positions
+    )
 
 
 def latent_head(settings: ModelSettings, width: int, target_dim: int) -> nn.Sequential | Heads:

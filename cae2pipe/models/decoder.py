@@ -33,7 +33,7 @@ class MaskedDecoder(Stack):
 
     def forward(self, latents: Tensor, masked: Tensor, drop: Tensor | None = None) -> Tensor:
         """Decoded latents (B, M, W) of latents (B, M, W) of the patches ``masked`` (B, M)."""
-        decoded: Tensor = self.norm(self.run(latents + self.pos_embed[masked], drop))
+        decoded: Tensor = self.norm(self.run(latents + self.pos_embed[masked], drop, None))
         return decoded
 
 
@@ -61,7 +61,7 @@ class Decoder(MaskedDecoder):
         seen = tokens[:, 1:] + self.pos_embed[visible]
         hidden = self.mask_token.to(tokens.dtype) + self.pos_embed[masked]
         x = torch.cat([tokens[:, :1].to(seen.dtype), seen, hidden.to(seen.dtype)], dim=1)
-        decoded: Tensor = self.norm(self.run(x, drop))
+        decoded: Tensor = self.norm(self.run(x, drop, None))
         return decoded
 
 

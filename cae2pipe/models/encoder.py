@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cae2pipe.config.pretrain import ModelSettings
@@ -17,6 +18,7 @@ from cae2pipe.models.layers import (
     initialise,
 )
 from cae2pipe.models.positions import sincos_positions
+from cae2pipe.models.relative_positions import chosen_pairs, relative_index, table_rows
 from cae2pipe.models.truncated_normal import truncated_normal
 
 
@@ -30,24 +32,26 @@ def build_encoder(settings: ModelSettings) -> Encoder:
         patch_size=settings.patch_size,
         layer_scale=settings.layer_scale,
         drop=settings.drop_path,
+        relative_positions=settings.relative_positions,
     )
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with LayerScale and drop path. The caller gives its factors: (B, 2) or None."""
+    """Pre-norm attention and MLP, each with LayerScale and drop path. The caller gives its factors, (B, 2) or None, and
+    the tokens' pairs if ``offsets``, the rows of the table of relative positions, is above 0."""
 
-    def __init__(self, width: int, heads: int, layer_scale: float):
+    def __init__(self, width: int, heads: int, layer_scale: float, offsets: int = 0):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=EPS)
-        self.attn = SelfAttention(width, heads)
+        self.attn = SelfAttention(width, heads, offsets)
         self.ls1 = LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor, drop: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, pairs: Tensor | None, drop: Tensor | None) -> Tensor:
         first, second = (None, None) if drop is None else drop.unbind(1)
-        x = x + drop_path(self.ls1(self.attn(self.norm1(x))), first)
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x), pairs)), first)
         return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second)
 
 
@@ -59,6 +63,7 @@ class Encoder(Stack):
         image_size, patch_size: in pixels.
         layer_scale: initial LayerScale.
         drop: largest drop path rate.
+        relative_positions: whether each block has a bias by relative position in addition, zero at first.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Encoder(Stack):
         patch_size: int = 16,
         layer_scale: float = 0.1,
         drop: float = 0.0,
+        relative_positions: bool = False,
     ):
         super().__init__()
         self.width, self.heads = width, heads
@@ -81,7 +87,11 @@ class Encoder(Stack):
         positions = torch.cat([torch.zeros(1, width), sincos_positions(grid, grid, width)])
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions.unsqueeze(0))
-        self.stack((Block(width, heads, layer_scale) for _ in range(depth)), drop)
+        index = relative_index(grid, grid, reach=grid, class_token=True) if relative_positions else None
+        self.pairs: Tensor | None
+        self.register_buffer("pairs", index, persistent=False)
+        offsets = table_rows(grid, class_token=True) if relative_positions else 0
+        self.stack((Block(width, heads, layer_scale, offsets) for _ in range(depth)), drop)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.apply(initialise)
         truncated_normal(self.patch_embed.weight)
@@ -102,16 +112,20 @@ class Encoder(Stack):
         x = self.embed(pixels) + self.pos_embed[:, 1:]
         if visible is not None:
             x = gather_tokens(x, visible)
-        return self.attend(x, drop)
+        return self.attend(x, drop, visible)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Patch embeddings (B, P, W) of pixels (B, 3, H, W), without positions."""
         patches: Tensor = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         return patches
 
-    def attend(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
+    def attend(self, x: Tensor, drop: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Prepends the class token to patches with positions (B, L, W), and applies all blocks and the final norm: (B,
-        1 + L, W). ``drop`` as in ``forward``."""
+        1 + L, W). ``drop`` and ``visible`` as in ``forward``."""
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        tokens: Tensor = self.norm(self.run(x, drop))
+        pairs = self.pairs
+        if pairs is not None and visible is not None:
+            tokens_of = F.pad(visible + 1, (1, 0))
+            pairs = chosen_pairs(pairs, tokens_of, tokens_of)
+        tokens: Tensor = self.norm(self.run(x, drop, pairs))
         return tokens

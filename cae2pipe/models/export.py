@@ -13,7 +13,7 @@ from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.images.normalise import Normalise
 from cae2pipe.models.description import TimmConfig
 from cae2pipe.models.encoder import Block, Encoder
-from cae2pipe.models.formats import Shape, config_of
+from cae2pipe.models.formats import TABLE, Shape, config_of
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -36,7 +36,8 @@ def export_encoder(encoder: Encoder, folder: Path) -> None:
 
 @torch.no_grad()
 def timm_state(encoder: Encoder) -> dict[str, Tensor]:
-    """Weights under timm's names, float32 on the CPU. The biases of q and v become one bias with zeros for k."""
+    """Weights under timm's names, float32 on the CPU: those of its plain ViT, where the biases of q and v become one
+    bias with zeros for k, or with relative positions those of its BEiT, which has them."""
     assert encoder.patch_embed.bias is not None
     state: dict[str, Tensor] = {
         "cls_token": encoder.cls_token,
@@ -52,18 +53,22 @@ def timm_state(encoder: Encoder) -> dict[str, Tensor]:
             "norm1.weight": block.norm1.weight,
             "norm1.bias": block.norm1.bias,
             "attn.qkv.weight": block.attn.qkv.weight,
-            "attn.qkv.bias": block.attn.qkv_bias(),
             "attn.proj.weight": block.attn.proj.weight,
             "attn.proj.bias": block.attn.proj.bias,
-            "ls1.gamma": block.ls1.gamma,
             "norm2.weight": block.norm2.weight,
             "norm2.bias": block.norm2.bias,
             "mlp.fc1.weight": block.mlp.fc1.weight,
             "mlp.fc1.bias": block.mlp.fc1.bias,
             "mlp.fc2.weight": block.mlp.fc2.weight,
             "mlp.fc2.bias": block.mlp.fc2.bias,
-            "ls2.gamma": block.ls2.gamma,
         }
+        table = block.attn.relative_position_bias_table
+        if table is None:
+            parts["attn.qkv.bias"] = block.attn.qkv_bias()
+            parts |= {"ls1.gamma": block.ls1.gamma, "ls2.gamma": block.ls2.gamma}
+        else:
+            parts |= {"attn.q_bias": block.attn.q_bias, "attn.v_bias": block.attn.v_bias}
+            parts |= {"gamma_1": block.ls1.gamma, "gamma_2": block.ls2.gamma, TABLE: table}
         state |= {f"blocks.{number}.{name}": tensor for name, tensor in parts.items()}
     return {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
 
@@ -80,5 +85,6 @@ def timm_config(encoder: Encoder) -> TimmConfig:
             mean=PIXEL_MEAN,
             std=PIXEL_STD,
             layer_scale=True,
+            relative_positions=encoder.pairs is not None,
         )
     )

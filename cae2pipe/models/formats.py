@@ -16,10 +16,14 @@ from torch import Tensor
 from cae2pipe.models.description import TimmConfig
 from cae2pipe.models.layers import EPS
 
+TABLE = "attn.relative_position_bias_table"
+"""The name of a block's biases by relative position in timm's BEiT."""
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of an encoder: pixels, blocks, input normalisation. ``layer_scale``: whether blocks have LayerScale."""
+    """Shape of an encoder: pixels, blocks, input normalisation. ``layer_scale``, ``relative_positions``: whether blocks
+    have LayerScale, and biases by relative position."""
 
     image_size: int
     patch_size: int
@@ -29,6 +33,7 @@ class Shape:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     layer_scale: bool
+    relative_positions: bool = False
 
     @property
     def patches(self) -> int:
@@ -54,8 +59,10 @@ class ExportLayout:
 
 def config_of(shape: Shape) -> TimmConfig:
     """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
+    # timm's plain ViT has no biases by relative position. Its BEiT, without them, is the same network.
+    beit = {"global_pool": "token", "use_abs_pos_emb": True, "use_rel_pos_bias": True}
     return {
-        "architecture": "vit_base_patch16_224",
+        "architecture": "beit_base_patch16_224" if shape.relative_positions else "vit_base_patch16_224",
         "num_classes": 0,
         "num_features": shape.width,
         "global_pool": "token",
@@ -67,6 +74,7 @@ def config_of(shape: Shape) -> TimmConfig:
             "num_heads": shape.heads,
             # Only enables LayerScale; its values are in the weights.
             **({"init_values": 1e-5} if shape.layer_scale else {}),
+            **(beit if shape.relative_positions else {}),
         },
         "pretrained_cfg": {
             "num_classes": 0,

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
+from cae2pipe.models.formats import TABLE
 from cae2pipe.models.layers import EPS
+from cae2pipe.models.relative_positions import resized_table
+from cae2pipe.models.trainable import plain_vit
 
 SIZES = ("width", "depth", "heads", "patch_size")
 
@@ -43,8 +46,15 @@ def encoder_weights(
     Raises:
         SettingsError: it is not a vision transformer as the student is, or of another shape.
     """
+    model, tables = plain_vit(model)
     refuse_other_model(model, where)
     refuse_other_size(model, settings, where)
+    if tables and not settings.relative_positions:
+        raise SettingsError(
+            "these weights have relative positions, the student none",
+            where=f"model.init {where}",
+            fix="--set model.relative_positions=true",
+        )
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     own = {f"patch_embed.{name}": tensor for name, tensor in patch_embedding(model, mean, std).items()}
     own["pos_embed"] = positions(model, settings.grid)
@@ -55,6 +65,8 @@ def encoder_weights(
     own |= {f"norm.{name}": state[f"{norm}.{name}"] for name in ("weight", "bias")}
     for number in range(len(model.blocks)):
         own |= block_weights(state, f"blocks.{number}.", settings.width)
+        if tables:
+            own[f"blocks.{number}.{TABLE}"] = resized_table(tables[number].float(), settings.grid, settings.grid)
     return EncoderWeights(own, notes(model))
 
 

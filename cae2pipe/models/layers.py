@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cae2pipe.models.relative_positions import score_bias
+
 EPS = 1e-6
 """Epsilon of every LayerNorm (released code)."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
-    """Multi-head attention of q (B, Q, C) over k and v (B, K, C), to (B, Q, C). C is a multiple of ``heads``."""
+def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Multi-head attention of q (B, Q, C) over k and v (B, K, C), to (B, Q, C). C is a multiple of ``heads``. ``bias``:
+    (B, H, Q, K), or without B, is added to the scores."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
@@ -82,7 +86,7 @@ class Stack(nn.Module):
         """Columns of drop path uniforms that ``forward`` takes."""
         return 2 * len(self.blocks)
 
-    def run(self, x: Tensor, drop: Tensor | None, *context: Tensor) -> Tensor:
+    def run(self, x: Tensor, drop: Tensor | None, *context: Tensor | None) -> Tensor:
         """All blocks applied to a residual stream (B, L, W). ``drop``: (B, drop_columns) uniforms; with None or in eval
         mode no drop path. ``context``: further inputs of every block."""
         factors = None if drop is None or not self.training else drop_factors(drop, self.drop_rates)
@@ -100,34 +104,54 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class SelfAttention(nn.Module):
+class Biased(nn.Module):
+    """Attention with a table of biases by relative position, zero at first, if ``offsets``, its rows, is above 0."""
+
+    relative_position_bias_table: Tensor | None
+
+    def add_table(self, offsets: int, heads: int) -> None:
+        self.register_parameter(
+            "relative_position_bias_table", nn.Parameter(torch.zeros(offsets, heads)) if offsets else None
+        )
+
+    def bias(self, pairs: Tensor | None) -> Tensor | None:
+        """``score_bias`` of the pairs; None without a table."""
+        table = self.relative_position_bias_table
+        if table is None:
+            return None
+        assert pairs is not None, "a stack with tables gives its blocks the pairs"
+        return score_bias(table, pairs)
+
+
+class SelfAttention(Biased):
     """Multi-head self-attention (B, L, W) to (B, L, W), with biases on q and v only."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, offsets: int = 0):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
+        self.add_table(offsets, heads)
 
     def qkv_bias(self) -> Tensor:
         """The bias of the joint projection (3 W,): zero for k, whose bias would cancel in the softmax."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pairs: Tensor | None = None) -> Tensor:
         q, k, v = F.linear(x, self.qkv.weight, self.qkv_bias()).chunk(3, dim=-1)
-        projected: Tensor = self.proj(attend(q, k, v, heads=self.heads))
+        projected: Tensor = self.proj(attend(q, k, v, heads=self.heads, bias=self.bias(pairs)))
         return projected
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Biased):
     """Multi-head attention of q (B, Q, W) over k, v (B, K, W), with biases on q and v only.
 
     A head has width // heads features: if that leaves a remainder, q, k and v are narrower than the stream.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, offsets: int = 0):
         super().__init__()
         self.heads = heads
         inner = width // heads * heads
@@ -137,11 +161,12 @@ class CrossAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(inner))
         self.v_bias = nn.Parameter(torch.zeros(inner))
         self.proj = nn.Linear(inner, width)
+        self.add_table(offsets, heads)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pairs: Tensor | None = None) -> Tensor:
         q = F.linear(q, self.q.weight, self.q_bias)
         v = F.linear(v, self.v.weight, self.v_bias)
-        projected: Tensor = self.proj(attend(q, self.k(k), v, heads=self.heads))
+        projected: Tensor = self.proj(attend(q, self.k(k), v, heads=self.heads, bias=self.bias(pairs)))
         return projected
 
 

@@ -15,34 +15,41 @@ from cae2pipe.models.layers import (
     initialise,
 )
 from cae2pipe.models.positions import sincos_positions
+from cae2pipe.models.relative_positions import chosen_pairs, relative_index, table_rows
 from cae2pipe.models.truncated_normal import truncated_normal
 
 
 class RegressorBlock(nn.Module):
-    """Mask tokens attend to visible latents and to each other. The caller gives the factors of drop path: (B, 2) or
-    None.
+    """Mask tokens attend to visible latents and to each other. The caller gives the factors of drop path, (B, 2) or
+    None, and the pairs of tokens if ``offsets``, the rows of the table of relative positions, is above 0.
 
     As in the released code, the norm before the MLP replaces the stream itself.
     """
 
-    def __init__(self, width: int, heads: int, layer_scale: float):
+    def __init__(self, width: int, heads: int, layer_scale: float, offsets: int = 0):
         super().__init__()
         self.norm_q = nn.LayerNorm(width, eps=EPS)
         self.norm_k = nn.LayerNorm(width, eps=EPS)
         self.norm_v = nn.LayerNorm(width, eps=EPS)
-        self.attn = CrossAttention(width, heads)
+        self.attn = CrossAttention(width, heads, offsets)
         self.ls1 = LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width, layer_scale)
 
     def forward(
-        self, x: Tensor, context: Tensor, x_positions: Tensor, context_positions: Tensor, drop: Tensor | None
+        self,
+        x: Tensor,
+        context: Tensor,
+        x_positions: Tensor,
+        context_positions: Tensor,
+        pairs: Tensor | None,
+        drop: Tensor | None,
     ) -> Tensor:
         first, second = (None, None) if drop is None else drop.unbind(1)
         both = torch.cat([context, x], dim=1)
         positions = torch.cat([context_positions, x_positions], dim=1)
-        attended = self.attn(self.norm_q(x + x_positions), self.norm_k(both + positions), self.norm_v(both))
+        attended = self.attn(self.norm_q(x + x_positions), self.norm_k(both + positions), self.norm_v(both), pairs)
         x = self.norm2(x + drop_path(self.ls1(attended), first))
         return x + drop_path(self.ls2(self.mlp(x)), second)
 
@@ -51,7 +58,7 @@ class Regressor(Stack):
     """Blocks of cross-attention whose keys and values are the visible latents, never updated, and the mask tokens.
 
     ``final_norm``: a LayerNorm behind the blocks, as in CAE. The released code of CAE v2 defines it too, but never uses
-    it.
+    it. ``relative_positions``: each block has a bias by relative position in addition, zero at first.
     """
 
     def __init__(
@@ -64,12 +71,17 @@ class Regressor(Stack):
         layer_scale: float = 0.1,
         drop: float = 0.0,
         final_norm: bool = False,
+        relative_positions: bool = False,
     ):
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
-        self.stack((RegressorBlock(width, heads, layer_scale) for _ in range(depth)), drop)
+        index = relative_index(grid, grid, reach=grid, class_token=False) if relative_positions else None
+        self.pairs: Tensor | None
+        self.register_buffer("pairs", index, persistent=False)
+        offsets = table_rows(grid, class_token=False) if relative_positions else 0
+        self.stack((RegressorBlock(width, heads, layer_scale, offsets) for _ in range(depth)), drop)
         self.norm = nn.LayerNorm(width, eps=EPS) if final_norm else nn.Identity()
         self.apply(initialise)
         truncated_normal(self.mask_token)
@@ -87,5 +99,8 @@ class Regressor(Stack):
         """
         x = self.mask_token.expand(len(context), masked.shape[1], -1)
         x_positions, context_positions = self.pos_embed[masked], self.pos_embed[visible]
-        latents: Tensor = self.norm(self.run(x, drop, context, x_positions, context_positions))
+        pairs = self.pairs
+        if pairs is not None:
+            pairs = chosen_pairs(pairs, masked, torch.cat([visible, masked], dim=1))
+        latents: Tensor = self.norm(self.run(x, drop, context, x_positions, context_positions, pairs))
         return latents

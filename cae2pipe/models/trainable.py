@@ -5,14 +5,17 @@ All changes are in place and preserve the function of the network, except for th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cae2pipe.errors import SettingsError
+from cae2pipe.models.formats import TABLE
 from cae2pipe.models.positions import sincos_positions
-from cae2pipe.models.relative_positions import relative_bias
+from cae2pipe.models.relative_positions import relative_bias, relative_index, resized_table
 from cae2pipe.models.truncated_normal import truncated_normal
 
 
@@ -29,6 +32,37 @@ def check_trainable(model: Any, where: object) -> None:
         fix="use a run, an exported or released encoder, or timm:NAME of a vit_ or deit_ model; OpenAI's CLIP is "
         "timm:vit_base_patch16_clip_quickgelu_224.openai",
     )
+
+
+def plain_vit(model: Any) -> tuple[Any, list[Tensor] | None]:
+    """A BEiT of timm with fixed or learnt positions besides its relative ones, as encoders with relative positions are
+    exported, as timm's plain vision transformer, and the blocks' tables; any other model as it is, and None."""
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import vit_base_patch16_224
+
+    state = model.state_dict() if type(model) is Beit else {}
+    if f"blocks.0.{TABLE}" not in state or "pos_embed" not in state or isinstance(model.norm, nn.Identity):
+        return model, None
+    tables = [state.pop(f"blocks.{number}.{TABLE}") for number in range(len(model.blocks))]
+    for number in range(len(model.blocks)):
+        attn = f"blocks.{number}.attn."
+        q, v = (state.pop(f"{attn}{name}_bias") for name in ("q", "v"))
+        state[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    plain = vit_base_patch16_224(
+        img_size=model.patch_embed.img_size,
+        patch_size=model.patch_embed.patch_size,
+        embed_dim=model.embed_dim,
+        depth=len(model.blocks),
+        num_heads=model.blocks[0].attn.num_heads,
+        init_values=1e-5,
+        num_classes=0,
+    )
+    scales = (("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"))
+    for theirs, ours in scales:
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    plain.load_state_dict(state)
+    plain.pretrained_cfg = model.pretrained_cfg
+    return plain.to(model.cls_token.device), tables
 
 
 def resize_input(model: Any, size: int) -> None:
@@ -75,9 +109,10 @@ def unfold_layer_scale(model: Any, initial: float) -> None:
             linear.bias.div_(initial)
 
 
-def add_relative_positions(model: Any, where: object) -> None:
+def add_relative_positions(model: Any, where: object, tables: Sequence[Tensor] | None = None) -> None:
     """Give each block a table of biases by relative position, which is added to its attention scores and starts at zero
-    (released code). Raises SettingsError for models with more than a class token before the patches."""
+    (released code), or as one of ``tables``, of the same or of another grid (resampled as in BEiT). Raises
+    SettingsError for models with more than a class token before the patches."""
     from timm.layers import RelPosBias
 
     if model.num_prefix_tokens > 1:
@@ -86,18 +121,21 @@ def add_relative_positions(model: Any, where: object) -> None:
             where=where,
             fix="--set relative_positions=false",
         )
-    for block in model.blocks:
-        bias = RelPosBias(model.patch_embed.grid_size, block.attn.num_heads, model.num_prefix_tokens)
+    grid = model.patch_embed.grid_size
+    for number, block in enumerate(model.blocks):
+        bias = RelPosBias(grid, block.attn.num_heads, model.num_prefix_tokens)
         nn.init.zeros_(bias.relative_position_bias_table)
+        if tables is not None:
+            bias.relative_position_bias_table = nn.Parameter(resized_table(tables[number], *grid))
         block.attn.relative_positions = bias.to(block.attn.proj.weight.device)
         block.attn.register_forward_pre_hook(_with_bias, with_kwargs=True)
 
 
 def _with_bias(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     positions = attention.relative_positions
-    bias = relative_bias(
-        positions.relative_position_bias_table, positions.relative_position_index, positions.bias_shape[0]
-    )
+    index = positions.relative_position_index
+    tokens = math.isqrt(index.numel())
+    bias = relative_bias(positions.relative_position_bias_table, index.view(tokens, tokens))
     return args, {**options, "attn_mask": bias}
 
 
@@ -141,8 +179,9 @@ def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> l
     return groups
 
 
-def take_any_size(model: Any) -> None:
-    """Accept images of any size, padded to whole patches; positions are resampled bicubically for each."""
+def take_any_size(model: Any, largest: int = 1333) -> None:
+    """Accept images of any size up to ``largest`` pixels, padded to whole patches; positions are resampled bicubically
+    for each. Tables of relative positions grow once, to the largest grid; smaller ones use the middle of them."""
     from timm.layers.format import Format
 
     model.dynamic_img_size = True
@@ -151,3 +190,19 @@ def take_any_size(model: Any) -> None:
     # Tokens keep the grid shape until positions are added.
     model.patch_embed.flatten = False
     model.patch_embed.output_fmt = Format.NHWC
+    positions = [block.attn.relative_positions for block in model.blocks if hasattr(block.attn, "relative_positions")]
+    if not positions:
+        return
+    reach = max(*model.patch_embed.grid_size, -(-largest // model.patch_embed.patch_size[0]))
+    for each in positions:
+        each.relative_position_bias_table = nn.Parameter(resized_table(each.relative_position_bias_table, reach, reach))
+        # From here on it depends on the input; as a buffer it would be sent between processes.
+        del each.relative_position_index
+
+    def choose(module: Any, inputs: Any, patches: Tensor) -> None:
+        rows, cols = patches.shape[1:3]
+        index = relative_index(rows, cols, reach=reach, class_token=True).to(patches.device)
+        for each in positions:
+            each.relative_position_index = index
+
+    model.patch_embed.register_forward_hook(choose)

@@ -139,3 +139,45 @@ def test_bf16_autocast_stays_near_fp32(pixels):
     assert rough.dtype == torch.float32  # the residual stream and its norms are never narrowed
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.1)
     assert not torch.equal(rough, exact)
+
+
+def offsets_by_hand(table: torch.Tensor, query: int, key: int) -> torch.Tensor:
+    """The biases (heads,) of a pair of tokens on the 4 x 4 grid, of which 0 is the class token (BEiT)."""
+    if query == 0 or key == 0:
+        return table[49 + (2 if query == key else 0 if query == 0 else 1)]
+    (row, col), (other_row, other_col) = divmod(query - 1, 4), divmod(key - 1, 4)
+    return table[(row - other_row + 3) * 7 + col - other_col + 3]
+
+
+@torch.no_grad()
+def test_relative_positions_bias_the_scores_of_visible_tokens(pixels):
+    encoder = build(depth=1, relative_positions=True)
+    plain = build(depth=1)
+    torch.testing.assert_close(encoder(pixels, VISIBLE), plain(pixels, VISIBLE))
+    block = encoder.blocks[0]
+    table = torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    given = []
+    block.register_forward_hook(lambda module, inputs, output: given.append((inputs[0], output)))
+    encoder(pixels, VISIBLE)
+    (before, after), size = given[0], WIDTH // 3
+    for sample, tokens in enumerate([[0, *(p + 1 for p in row)] for row in VISIBLE.tolist()]):
+        x = before[sample]
+        q, k, v = (block.norm1(x) @ block.attn.qkv.weight.T + block.attn.qkv_bias()).chunk(3, dim=-1)
+        bias = torch.stack([torch.stack([offsets_by_hand(table, a, b) for b in tokens]) for a in tokens])
+        heads = []
+        for head in range(3):
+            part = slice(head * size, (head + 1) * size)
+            scores = q[:, part] @ k[:, part].T / size**0.5 + bias[..., head]
+            heads.append(scores.softmax(dim=-1) @ v[:, part])
+        x = x + block.ls1(block.attn.proj(torch.cat(heads, dim=1)))
+        torch.testing.assert_close(after[sample], x + block.ls2(block.mlp(block.norm2(x))), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_with_relative_positions_all_patches_visible_is_no_mask(pixels):
+    encoder = build(relative_positions=True)
+    for block in encoder.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    torch.testing.assert_close(encoder(pixels, torch.arange(16).expand(2, -1)), encoder(pixels))
+    turned, straight = encoder(pixels, VISIBLE.flip(1)), encoder(pixels, VISIBLE)
+    torch.testing.assert_close(turned[:, 1:], straight[:, 1:].flip(1))

@@ -10,10 +10,12 @@ from cae2pipe.models.encoder import Encoder
 from cae2pipe.models.export import export_encoder
 from tests.faults.short_of_memory import limited
 
+TINY = {"width": 60, "depth": 3, "heads": 5, "image_size": 32, "patch_size": 8}
 SHAPES = {
-    "odd heads": {"width": 60, "depth": 3, "heads": 5, "image_size": 32, "patch_size": 8},
+    "odd heads": TINY,
     "tiny": {"width": 192, "depth": 12, "heads": 12},
     "patch 14": {"width": 32, "depth": 1, "heads": 2, "image_size": 56, "patch_size": 14},
+    "relative positions": {**TINY, "relative_positions": True},
 }
 
 
@@ -25,7 +27,7 @@ def trained(**shape) -> Encoder:
         for name, parameter in encoder.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-            elif name == "cls_token":
+            elif name == "cls_token" or name.endswith("table"):
                 torch.nn.init.normal_(parameter)
     return encoder.eval()
 

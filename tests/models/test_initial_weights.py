@@ -13,7 +13,7 @@ from cae2pipe.config.pretrain import ModelSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.images.normalise import Normalise
 from cae2pipe.models.encoder import build_encoder
-from cae2pipe.models.export import student_normalise
+from cae2pipe.models.export import student_normalise, timm_config, timm_state
 from cae2pipe.models.initial_weights import encoder_weights
 
 SETTINGS = ModelSettings(width=32, depth=2, heads=2, image_size=32, patch_size=8)
@@ -120,3 +120,23 @@ def test_the_fix_gives_a_student_that_fits():
         student(model)
     assert caught.value.fix == ("--set model.width=48 --set model.depth=3 --set model.heads=4 --set model.patch_size=4")
     student(model, settings=ModelSettings(width=48, depth=3, heads=4, patch_size=4, image_size=32))
+
+
+@torch.no_grad()
+def test_relative_positions_go_on():
+    settings = SETTINGS.model_copy(update={"relative_positions": True})
+    donor = build_encoder(settings).eval()
+    for block in donor.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    config = timm_config(donor)
+    model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    model.load_state_dict(timm_state(donor))
+    encoder, _, missing = student(model, settings=settings)
+    pixels = torch.randn(2, 3, 32, 32)
+    assert missing == []
+    torch.testing.assert_close(encoder(pixels), donor(pixels), rtol=1e-4, atol=1e-5)
+    with pytest.raises(SettingsError, match="have relative positions, the student none") as caught:
+        student(model)
+    assert caught.value.fix == "--set model.relative_positions=true"
+    # A plain ViT leaves the tables at zero.
+    assert all("table" in name for name in student(vit(), settings=settings)[2])

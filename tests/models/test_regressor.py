@@ -46,13 +46,31 @@ def by_hand(regressor: Regressor, context, visible, masked):
             heads = []
             for head in range(HEADS):
                 part = slice(head * size, (head + 1) * size)
-                heads.append((q[:, part] @ k[:, part].T / size**0.5).softmax(dim=-1) @ v[:, part])
+                scores = q[:, part] @ k[:, part].T / size**0.5
+                if attn.relative_position_bias_table is not None:
+                    scores = scores + offsets(attn.relative_position_bias_table[:, head], visible, masked, sample)
+                heads.append(scores.softmax(dim=-1) @ v[:, part])
             x = x + block.ls1.gamma * (torch.cat(heads, dim=1) @ attn.proj.weight.T + attn.proj.bias)
             x = norm(block.norm2, x)
             hidden = F.gelu(x @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
             x = x + block.ls2.gamma * (hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
         result.append(x)
     return torch.stack(result)
+
+
+def offsets(table, visible, masked, sample):
+    """The biases from each masked patch to the visible and the masked ones."""
+    keys = [*visible[sample].tolist(), *masked[sample].tolist()]
+    pairs = [[(q // GRID - k // GRID, q % GRID - k % GRID) for k in keys] for q in masked[sample].tolist()]
+    return torch.stack([torch.stack([table[(down + 3) * 7 + right + 3] for down, right in row]) for row in pairs])
+
+
+def test_relative_positions_bias_its_scores(context):
+    regressor = build(relative_positions=True)
+    assert regressor.blocks[1].attn.relative_position_bias_table.shape == (49, HEADS)
+    torch.testing.assert_close(
+        regressor(context, VISIBLE, MASKED), by_hand(regressor, context, VISIBLE, MASKED), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_it_is_the_released_codes_regressor(context):

@@ -15,9 +15,11 @@ from cae2pipe.models.trainable import (
     check_trainable,
     freeze_fixed_positions,
     layer_decay_groups,
+    plain_vit,
     resize_input,
     set_classifier,
     set_drop_path,
+    take_any_size,
     unfold_layer_scale,
 )
 
@@ -70,6 +72,56 @@ def test_folded_layer_scale_unfolds_into_the_same_function(model, older):
     unfold_layer_scale(older, 0.1)
     torch.testing.assert_close(older.forward_features(PIXELS), wanted, rtol=1e-4, atol=1e-5)
     assert all(float(block.ls2.gamma.mean()) == pytest.approx(0.1) for block in older.blocks)
+
+
+@pytest.fixture
+def related() -> Encoder:
+    """An encoder that was trained with relative positions."""
+    torch.manual_seed(0)
+    encoder = Encoder(width=32, depth=3, heads=2, image_size=32, patch_size=8, relative_positions=True).eval()
+    for block in encoder.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table)
+        torch.nn.init.normal_(block.attn.q_bias)
+    return encoder
+
+
+@torch.no_grad()
+def test_learnt_relative_positions_are_what_training_starts_from(related):
+    """At the encoder's own size in any case; at another, biases of near patches stay."""
+    exported = build_vit(timm_config(related), timm_state(related))
+    model, tables = plain_vit(exported)
+    check_trainable(model, "here")
+    add_relative_positions(model, "here", tables)
+    torch.testing.assert_close(model.forward_features(PIXELS), related(PIXELS), rtol=1e-4, atol=1e-5)
+    larger, _ = plain_vit(exported)
+    resize_input(larger, 64)
+    add_relative_positions(larger, "here", tables)
+    found = larger.blocks[1].attn.relative_positions.relative_position_bias_table[:-3].view(15, 15, 2)
+    wanted = tables[1][:-3].view(7, 7, 2)
+    torch.testing.assert_close(found[6:9, 6:9], wanted[2:5, 2:5], rtol=1e-4, atol=1e-4)
+    assert torch.equal(larger.blocks[1].attn.relative_positions.relative_position_bias_table[-3:], tables[1][-3:])
+    assert plain_vit(model) == (model, None)
+
+
+def test_images_of_any_size_have_learnt_relative_positions(related):
+    """As in detection. An image of the encoder's own size is seen as before; tables are trained at any size."""
+    model, tables = plain_vit(build_vit(timm_config(related), timm_state(related)))
+    add_relative_positions(model, "here", tables)
+    take_any_size(model, 30)  # no smaller than the encoder's own
+    torch.testing.assert_close(model.forward_features(PIXELS), related(PIXELS), rtol=1e-4, atol=1e-5)
+    model, tables = plain_vit(build_vit(timm_config(related), timm_state(related)))
+    add_relative_positions(model, "here", tables)
+    take_any_size(model, 60)
+    table = model.blocks[0].attn.relative_positions.relative_position_bias_table
+    assert table.shape == (15 * 15 + 3, 2)
+    for side in (40, 60):
+        features = model.forward_features(torch.randn(1, 3, 32, side))
+        assert features.shape == (1, 1 + 4 * -(-side // 8), 32)
+        features.square().sum().backward()
+    touched = table.grad[:-3].view(15, 15, 2).abs().sum(dim=2) > 0
+    # Four rows of patches have offsets of up to 3, eight columns of up to 7.
+    assert touched[4:11].all()
+    assert not touched[:4].any()
 
 
 @torch.no_grad()

@@ -12,9 +12,11 @@ import torch
 
 from cae2pipe.config.base import load, merge
 from cae2pipe.config.compare import GridSettings
-from cae2pipe.config.evaluate import KnnSettings
+from cae2pipe.config.evaluate import FinetuneSettings, KnnSettings
 from cae2pipe.config.pretrain import LossSettings, PretrainSettings
 from cae2pipe.errors import SettingsError
+from cae2pipe.evaluation.encoders import load_encoder
+from cae2pipe.evaluation.finetune import build_classifier
 from cae2pipe.methods import registry
 from cae2pipe.methods.losses import Prediction, alignment_loss
 from cae2pipe.methods.method import Method, latent_head
@@ -22,10 +24,12 @@ from cae2pipe.models.export import PIXEL_MEAN, PIXEL_STD
 from cae2pipe.models.layers import gather_tokens
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.stages.export import export
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.fit import check_fit
 from cae2pipe.training.metrics import read_lines
+from cae2pipe.training.student import load_method
 from cae2pipe.training.target_spec import PixelTargets, unfolded
 
 
@@ -48,6 +52,7 @@ def toy(monkeypatch):
 
 
 DBOT = {"kind": "smooth_l1", "beta": 2.0, "target": "layer_norm", "class_token": "masked", "visible": 0.0}
+FAST = {"scale_lr": False, "lr": 3e-3, "warmup_epochs": 0}
 PIXELS = {"loss": {"target": "pixels", "kind": "mse", "visible": 0.0}, "mask": {"strategy": "random"}}
 VARIANTS = {
     **{name: {"method": name} for name in [*registry.METHODS, "toy"]},
@@ -61,8 +66,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_trains_goes_on_exports_and_is_scored(name, target_root, pretrain_settings, photos, tmp_path):
-    fast = {"scale_lr": False, "lr": 3e-3, "warmup_epochs": 0}
-    over = {**VARIANTS[name], "model": {"predictor_width": 16}, "optimizer": fast}
+    over = {**VARIANTS[name], "model": {"predictor_width": 16}, "optimizer": FAST}
     whole, out = tmp_path / "whole", tmp_path / "out"
     pretrain(target_root, whole, pretrain_settings(**over), report=Silent())
     pretrain(target_root, out, pretrain_settings(**over, stop_after=4), report=Silent())
@@ -200,3 +204,33 @@ def test_presets_of_rivals():
         assert (settings.loss.visible == 0) is (name != "fd")
         assert (settings.loss.target == "pixels") is (name == "mae-pixels")
         assert settings.model.predictor_norm is (name == "cae")
+
+
+def test_relative_positions_are_trained_and_go_along(trained_run, tmp_path):
+    """CAE, whose alignment target and regressor have them too."""
+    run = trained_run(method="cae", model={"relative_positions": True, "predictor_norm": True}, optimizer=FAST)
+    method, _ = load_method(run, 16, Silent())
+    tables = {name: tensor for name, tensor in method.named_parameters() if name.endswith("bias_table")}
+    assert [name.split(".")[0] for name in tables] == ["encoder", "encoder", "regressor"]
+    assert all(table.abs().max() > 0 for table in tables.values())
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoder = load_encoder(str(run), 0, torch.device("cpu"))
+    with torch.no_grad():
+        wanted = method.encoder(encoder.normalise(pixels))
+    torch.testing.assert_close(encoder.tokens(pixels).together(), wanted, rtol=1e-4, atol=1e-5)
+    for kind in ("hf", "open_clip"):
+        with pytest.raises(SettingsError, match=f"the format {kind} has no relative positions"):
+            export(str(run), tmp_path / kind, kind, scores=[])
+    export(str(run), tmp_path / "timm", "timm", scores=[])
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(encoder.normalise(pixels)), wanted, rtol=1e-4, atol=1e-5)
+    # Fine-tuning goes on from them, also where it would add none.
+    own = load(FinetuneSettings, "evaluate", "finetune", overrides=["relative_positions=false", "drop_path=0"])
+    classifier = build_classifier(encoder, 3, own, spec=str(run)).eval()
+    table = classifier.model.blocks[1].attn.relative_positions.relative_position_bias_table
+    assert torch.equal(table, method.encoder.blocks[1].attn.relative_position_bias_table)
+    assert table.requires_grad
+    with torch.no_grad():
+        blocks = classifier.model.forward_features(encoder.normalise(pixels))  # its norm comes after pooling
+        torch.testing.assert_close(method.encoder.norm(blocks), wanted, rtol=1e-4, atol=1e-5)
