@@ -225,7 +225,7 @@ def test_relative_positions_are_trained_and_go_along(trained_run, tmp_path):
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
     with torch.no_grad():
         torch.testing.assert_close(model.forward_features(encoder.normalise(pixels)), wanted, rtol=1e-4, atol=1e-5)
-    # Fine-tuning goes on from them, also where it would add none.
+    # Fine-tuning starts with them, also where it would add none.
     own = load(FinetuneSettings, "evaluate", "finetune", overrides=["relative_positions=false", "drop_path=0"])
     classifier = build_classifier(encoder, 3, own, spec=str(run)).eval()
     table = classifier.model.blocks[1].attn.relative_positions.relative_position_bias_table
