@@ -35,7 +35,6 @@ METHODS = {
     "mae": "mae",
     "mae-pixels": "mae-pixels",
     "dbot": "dbot",
-    "dbot-clip": "dbot-clip",
     "milan": "milan",
     "fd": "fd",
 }
