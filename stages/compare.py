@@ -1,4 +1,4 @@
-"""A comparison of many pretraining runs on one target set: train and score what is missing, write one report.
+"""A comparison of many pretraining runs on the same views: train and score what is missing, write one report.
 
 Every run is made by `pretrain` and every score by `evaluate`, each in its own folder. Both resume, and skip finished
 work, and so does this stage. A folder is named after its inputs, so grids in one OUT share common runs:
@@ -11,7 +11,7 @@ OUT/reports/table2/report.html          the results of one grid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact
+from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, is_artifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
 from cae2pipe.artifacts.storage import is_local
@@ -27,16 +27,17 @@ from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.comparison.gathering import gather_grid
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.config.base import fingerprinted, load, merge
-from cae2pipe.config.compare import GridSettings
+from cae2pipe.config.compare import GridSettings, Variant, for_sets
 from cae2pipe.config.evaluate import EVALUATIONS, AnySettings, ZeroshotSettings
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import BadInputError, Cae2pipeError, DivergedError, OutOfMemoryError, SettingsError
 from cae2pipe.evaluation.datasets import open_data
 from cae2pipe.evaluation.initialisation import initial_weights
-from cae2pipe.evaluation.zeroshot_classes import class_source
-from cae2pipe.evaluation.zeroshot_encoders import refuse_unaligned, summary_width
+from cae2pipe.evaluation.zeroshot_classes import ClassSource, class_source
+from cae2pipe.evaluation.zeroshot_encoders import chosen_head, output_width, refuse_unaligned
 from cae2pipe.loading.fresh import fresh_views
+from cae2pipe.loading.joining import Joined, join_sets, labels_of
 from cae2pipe.loading.planning import chosen_stores
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.device import pick_device, set_backends
@@ -46,12 +47,13 @@ from cae2pipe.runtime.ranks import torchrun_rank
 from cae2pipe.runtime.world import stage_world
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.evaluate_zeroshot import evaluate_zeroshot, refuse_other_width
-from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.pretrain import digests_of, pretrain, teachers_of
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.report import write_report
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import set_teacher
-from cae2pipe.training.fit import check_fit
+from cae2pipe.training.fit import check_sets
+from cae2pipe.training.student import refuse_standardised
 from cae2pipe.training.target_spec import target_spec
 
 OPTIONS = {f"speed.{name}": f"{name} (--{name})" for name in ("device", "workers")}
@@ -61,7 +63,7 @@ OPTIONS = {f"speed.{name}": f"{name} (--{name})" for name in ("device", "workers
 @dataclass(frozen=True)
 class Planned:
     """One run of a grid: the index of its variant, its seed, the names of its folders below runs and scores, its
-    settings, and the codec that the target set is recoded with for it, if any."""
+    settings, the codec that the target sets are recoded with for it, if any, and the indices of its sets."""
 
     variant: int
     seed: int
@@ -69,13 +71,19 @@ class Planned:
     scored: str
     settings: PretrainSettings
     codec: CodecSettings | None
+    sets: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
 class GridPlan:
-    """The plan of a grid: its runs and the evaluations of each. Runs are ordered seed by seed, so that an interrupted
-    grid has complete comparisons."""
+    """The plan of a grid.
 
+    ``grid``: with variants as ``for_sets`` makes them. ``joined``: the target sets, with the stores that all have.
+    ``runs``: ordered seed by seed, so that an interrupted grid has complete comparisons. ``evaluations``: of each run.
+    """
+
+    grid: GridSettings
+    joined: Joined
     runs: list[Planned]
     evaluations: dict[str, AnySettings | ZeroshotSettings]
 
@@ -83,7 +91,7 @@ class GridPlan:
 def compare(
     grid: GridSettings,
     name: str,
-    targets: Path,
+    targets: Path | Sequence[Path],
     *,
     data: Path,
     out: Path,
@@ -97,9 +105,9 @@ def compare(
     Under torchrun the processes share every run; only the leading one gets the result, the others None.
 
     Args:
-        name: of the grid and of its report's folder. targets: the target set. data: labelled images, as for
-        evaluations. small: use the grid's small scale. part: this process's share of the runs. speed: ``device`` and
-        ``workers`` for all runs.
+        name: of the grid and of its report's folder. targets: the target set, or several of other teachers over the
+        same views. data: labelled images, as for evaluations. small: use the grid's small scale. part: this process's
+        share of the runs. speed: ``device`` and ``workers`` for all runs.
 
     Raises:
         As ``plan_grid``, ``recode``, ``pretrain`` and ``evaluate``. If a run diverges or does not fit the device, the
@@ -110,11 +118,9 @@ def compare(
     with stage_world(speed.get("device", "auto"), report) as (world, report):
         report.phase("checking the grid")
         plan = world.main_first(lambda: plan_grid(grid, targets, data, out=out, small=small, speed=speed))
-        failed = run_part(grid, plan, targets, data=data, out=out, report=report, part=part)
+        failed = run_part(plan, data=data, out=out, report=report, part=part)
         if world.is_main:
-            result = write_grid(
-                grid, name, plan, targets=targets, out=out, report=report, device=world.device, failed=failed
-            )
+            result = write_grid(name, plan, out=out, report=report, device=world.device, failed=failed)
     if failed:
         raise next(iter(failed.values()))
     return result
@@ -123,7 +129,7 @@ def compare(
 def report_grid(
     grid: GridSettings,
     name: str,
-    targets: Path,
+    targets: Path | Sequence[Path],
     *,
     data: Path,
     out: Path,
@@ -134,12 +140,12 @@ def report_grid(
     """Write the report of a grid's results so far, without running anything. Arguments as in ``compare``."""
     plan = plan_grid(grid, targets, data, out=out, small=small, speed=speed)
     device = pick_device((speed or {}).get("device", "auto"))
-    return write_grid(grid, name, plan, targets=targets, out=out, report=report, device=device)
+    return write_grid(name, plan, out=out, report=report, device=device)
 
 
 def plan_grid(
     grid: GridSettings,
-    targets: Path,
+    targets: Path | Sequence[Path],
     data: Path,
     *,
     out: Path,
@@ -149,9 +155,10 @@ def plan_grid(
     """The plan of a grid, checked before anything is trained.
 
     Raises:
-        SettingsError: settings of a variant or of an evaluation do not fit each other or the target set.
+        SettingsError: settings of a variant or of an evaluation do not fit each other or the target sets.
         ManifestError, DamageError: not a target set that can be read. SourceError: not labelled images.
-        BadInputError: codecs are compared, but the target set's latents are not fp16.
+        MismatchError: the target sets have no views in common.
+        BadInputError: codecs are compared, but a target set's latents are not fp16.
     """
     if small and not grid.small and not any(variant.small for variant in grid.variants):
         raise SettingsError("this grid has no small scale", where=grid.title, fix="omit --small")
@@ -166,9 +173,10 @@ def plan_grid(
             values=values,
             options=OPTIONS if speed else {},
         )
-    target_set = TargetSet(targets)
-    if is_local(targets) and targets.resolve() in (out.resolve(), *out.resolve().parents):
-        raise BadInputError("the output folder is inside the target set", where=out, fix="use another folder")
+    roots = list(targets) if isinstance(targets, Sequence) else [targets]
+    refuse_misplaced(roots, data, out)
+    joined = join_sets([TargetSet(root) for root in roots])
+    plan = GridPlan(for_sets(grid, labels_of(joined.whole)), joined, [], evaluations)
     digests: dict[ModelSettings, str | None] = {}
     splits = open_data(data, batch=1)
     zeroshot = evaluations.get("zeroshot")
@@ -180,28 +188,66 @@ def plan_grid(
         {kind: fingerprinted(own) for kind, own in evaluations.items()},
         *([source.identity] if source else []),
     ]
-    runs, teacher = [], target_set.artifact.facts["teacher"]
-    for index, settings in expand(grid, small, speed or {}):
-        variant = grid.variants[index]
+    for index, settings in expand(plan.grid, small, speed or {}):
+        variant = plan.grid.variants[index]
+        chosen = places(variant)
+        own = [plan.joined.sets[place] for place in chosen]
         with variant_named(variant.name):
-            check_run(target_set, settings, variant.codec)
-            if source:
-                refuse_unaligned(settings.loss, teacher, None)
-                width = summary_width(settings.loss, teacher) or teacher["dim"]
-                refuse_other_width(source, width, target_set.teacher.name)
+            settings = weighted(settings, variant, labels_of(own))
+            check_run(own, settings, variant.codec)
+            if source and isinstance(zeroshot, ZeroshotSettings):
+                check_zeroshot(own, settings, zeroshot, source)
             if settings.model not in digests:
                 init = initial_weights(settings.model)
                 digests[settings.model] = init.digest if init else None
-        stores = {name: fingerprint(target_set.stores[name]["files"]) for name in chosen_stores(target_set, settings)}
-        inputs = [target_set.artifact.fingerprint, stores, *filter(None, [digests[settings.model]])]
+        stores = chosen_stores(own[0], settings)
+        made_from = [[each.artifact.fingerprint, digests_of(each, stores)] for each in own]
+        inputs = [*(made_from if len(own) > 1 else made_from[0]), *filter(None, [digests[settings.model]])]
         name = run_name(settings, inputs, variant.codec)
-        scored_as = f"{name}-{fingerprint(measured)[:8]}"
-        runs.append(
+        plan.runs.append(
             Planned(
-                variant=index, seed=settings.seed, name=name, scored=scored_as, settings=settings, codec=variant.codec
+                variant=index,
+                seed=settings.seed,
+                name=name,
+                scored=f"{name}-{fingerprint(measured)[:8]}",
+                settings=settings,
+                codec=variant.codec,
+                sets=chosen,
             )
         )
-    return GridPlan(runs, evaluations)
+    return plan
+
+
+def refuse_misplaced(targets: Sequence[Path], data: Path, out: Path) -> None:
+    """Refuse a target set in the place of images or of the output folder, and an output folder inside of one. Raises
+    BadInputError."""
+    for place in (data, out):
+        if is_artifact(place, "targets"):
+            sets = " ".join(map(str, dict.fromkeys([*targets, place])))
+            raise SettingsError(
+                "this is a target set: labelled images and the output folder come after all target sets",
+                where=place,
+                fix=f"cae2pipe compare GRID {sets} DATA OUT",
+            )
+    for root in targets:
+        if is_local(root) and root.resolve() in (out.resolve(), *out.resolve().parents):
+            raise BadInputError("the output folder is inside the target set", where=out, fix="use another folder")
+
+
+def places(variant: Variant) -> tuple[int, ...]:
+    """The indices of the target sets of a variant that ``for_sets`` made."""
+    assert isinstance(variant.sets, tuple)
+    return tuple(position - 1 for position in variant.sets)
+
+
+def weighted(settings: PretrainSettings, variant: Variant, labels: Sequence[str]) -> PretrainSettings:
+    """The settings with the variant's weights, under the labels of its teachers. A weight of 1 is not named, so that
+    equal runs have equal settings."""
+    if variant.weights is None:
+        return settings
+    weights = {label: weight for label, weight in zip(labels, variant.weights, strict=True) if weight != 1}
+    loss = settings.loss.model_copy(update={"teachers": weights or None})
+    return settings.model_copy(update={"loss": loss})
 
 
 def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple[int, PretrainSettings]]:
@@ -224,26 +270,42 @@ def run_name(settings: PretrainSettings, inputs: Any, codec: CodecSettings | Non
     return f"{settings.method}-s{settings.seed}-{fingerprint(made_from)[:8]}"
 
 
-def check_run(targets: TargetSet, settings: PretrainSettings, codec: CodecSettings | None) -> None:
-    """Refuse a run that does not fit the target set, its method or its codec, or whose teacher or originals are
+def check_run(sets: Sequence[TargetSet], settings: PretrainSettings, codec: CodecSettings | None) -> None:
+    """Refuse a run that does not fit its target sets, its method or its codec, or whose teacher or originals are
     missing. An online teacher is loaded for this check, which takes seconds and may save hours."""
-    check_fit(targets, settings, torchrun_rank().ranks)
+    targets, *others = sets
+    check_sets(Joined(targets, tuple(others)), settings, torchrun_rank().ranks)
     with torch.device("meta"):
-        spec = target_spec(settings, targets)
+        spec = target_spec(settings, targets, others)
         build_method(settings.method, settings.model, spec.dim, spec.summary)
     if settings.views == "fresh":
         fresh_views(targets, settings)
     if settings.targets == "online":
         option = "--set teacher_weights=FILE"
-        set_teacher(targets.artifact, settings.weights_of(targets.label), torch.device("cpu"), option=option)
-    stored = targets.artifact.identity["settings"]["codec"]["name"]
-    if codec and stored != "fp16":
-        raise BadInputError(
-            f"a comparison of codecs needs fp16 latents, but this set is stored with {stored}, whose error would be "
-            "added to theirs",
-            where=targets.root,
-            fix="use a set extracted with --codec fp16",
-        )
+        for label, each in zip(labels_of(sets), sets, strict=True):
+            set_teacher(each.artifact, settings.weights_of(label), torch.device("cpu"), option=option)
+    for each in sets:
+        stored = each.artifact.identity["settings"]["codec"]["name"]
+        if codec and stored != "fp16":
+            raise BadInputError(
+                f"a comparison of codecs needs fp16 latents, but this set is stored with {stored}, whose error would "
+                "be added to theirs",
+                where=each.root,
+                fix="use a set extracted with --codec fp16",
+            )
+
+
+def check_zeroshot(
+    sets: Sequence[TargetSet], settings: PretrainSettings, scored: ZeroshotSettings, source: ClassSource
+) -> None:
+    """Refuse a run that cannot be scored with class embeddings. Raises SettingsError."""
+    teachers = teachers_of(sets, [])
+    several = len(sets) > 1
+    if several:
+        refuse_standardised(settings.loss, None)
+    number = chosen_head(teachers if several else None, settings.loss, scored.teacher, "evaluate.zeroshot")
+    refuse_unaligned(settings.loss, teachers[number], None)
+    refuse_other_width(source, output_width(settings.loss, teachers[number]), sets[number].teacher.name)
 
 
 @contextmanager
@@ -258,14 +320,7 @@ def variant_named(name: str) -> Iterator[None]:
 
 
 def run_part(
-    grid: GridSettings,
-    plan: GridPlan,
-    targets: Path,
-    *,
-    data: Path,
-    out: Path,
-    report: Report,
-    part: WorkShare | None = None,
+    plan: GridPlan, *, data: Path, out: Path, report: Report, part: WorkShare | None = None
 ) -> dict[str, Cae2pipeError]:
     """Train and score a part of a grid's runs. Returns the errors of those that could not be finished.
 
@@ -273,18 +328,23 @@ def run_part(
     and then the others could not continue.
     """
     forgiven = (DivergedError, OutOfMemoryError) if torchrun_rank().ranks == 1 else (DivergedError,)
+    if plan.joined.note:
+        report.log(plan.joined.note)
+    stores = sorted(plan.joined.main.stores)
     # Variants with equal settings share one run.
     distinct = list({run.name: run for run in plan.runs}.values())
     own = [run for index, run in enumerate(distinct) if part is None or part.owns(index)]
     failed: dict[str, Cae2pipeError] = {}
     for number, run in enumerate(own, 1):
-        variant = f"{grid.variants[run.variant].name}, seed {run.seed}"
+        named = plan.grid.variants[run.variant].name
+        variant = f"{named}, seed {run.seed}"
         report.log(f"run {number} of {len(own)}: {variant} ({run.name})")
         within = Within(report, f"run {number} of {len(own)}")
         folder = out / "runs" / run.name
         try:
-            with variant_named(grid.variants[run.variant].name):
-                pretrain(recoded(targets, run.codec, out, report=within), folder, run.settings, report=within)
+            with variant_named(named):
+                roots = [recoded(plan.joined.sets[place].root, run.codec, out, report=within) for place in run.sets]
+                pretrain(roots, folder, run.settings, report=within, stores=stores)
             for kind, settings in plan.evaluations.items():
                 scores = out / "scores" / run.scored
                 if isinstance(settings, ZeroshotSettings):
@@ -306,11 +366,9 @@ def without_frames(error: Cae2pipeError) -> Cae2pipeError:
 
 
 def write_grid(
-    grid: GridSettings,
     name: str,
     plan: GridPlan,
     *,
-    targets: Path,
     out: Path,
     report: Report,
     device: torch.device,
@@ -319,10 +377,13 @@ def write_grid(
     """Write the report of a grid's results so far, under a lock: several parts may end at the same time."""
     set_backends()
     with holding(out / "reports", name, lambda: report.waits_for("another process to write the report")):
-        sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
+        copies = (path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))
         runs = [(run.variant, run.name, run.scored) for run in plan.runs]
-        result = gather_grid(grid, runs, out, sets=sets, failed=list(failed or {}))
-        write_report(result, targets, out / "reports" / name, report=report, device=device)
+        sets = [*(each.root for each in plan.joined.sets), *copies]
+        result = gather_grid(
+            plan.grid, runs, out, sets=sets, labels=labels_of(plan.joined.sets), failed=list(failed or {})
+        )
+        write_report(result, plan.joined.sets, out / "reports" / name, report=report, device=device)
     return result
 
 

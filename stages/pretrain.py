@@ -8,7 +8,7 @@ only runs with ``targets: online``, as a baseline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from cae2pipe.teachers.load import set_teacher
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, restore_training, training_state
 from cae2pipe.training.compilation import compiles
-from cae2pipe.training.fit import check_fit, check_joined
+from cae2pipe.training.fit import check_sets
 from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.online import OnlineLatents
 from cae2pipe.training.optimizer import build_optimizer
@@ -56,10 +56,18 @@ from cae2pipe.training.telemetry import check_trackers
 
 
 def pretrain(
-    targets_root: Path | Sequence[Path], out: Path, settings: PretrainSettings, *, report: Report
+    targets_root: Path | Sequence[Path],
+    out: Path,
+    settings: PretrainSettings,
+    *,
+    report: Report,
+    stores: Collection[str] | None = None,
 ) -> RunArtifact:
     """Train the run ``out`` on a target set, or on several of other teachers over the same views, or resume it; finally
     export ``encoder.safetensors``.
+
+    Args:
+        stores: train on no others than these; None: on all that the sets have in common.
 
     Raises:
         SettingsError: the student does not fit the set, or the number of processes the batch. MismatchError: the run
@@ -68,26 +76,27 @@ def pretrain(
     """
     speed = settings.speed
     with stage_world(speed.device, report, parallel=speed.parallel, patience=None) as (world, report):
-        return pretrain_within(targets_root, out, settings, world=world, report=report)
+        return pretrain_within(targets_root, out, settings, world=world, report=report, stores=stores)
 
 
 def pretrain_within(
-    targets_root: Path | Sequence[Path], out: Path, settings: PretrainSettings, *, world: World, report: Report
+    targets_root: Path | Sequence[Path],
+    out: Path,
+    settings: PretrainSettings,
+    *,
+    world: World,
+    report: Report,
+    stores: Collection[str] | None = None,
 ) -> RunArtifact:
     """``pretrain`` within an initialised process group."""
     roots = list(targets_root) if isinstance(targets_root, Sequence) else [targets_root]
     world.run_on_main(lambda: refuse_target_set(out, roots))
     report.phase("opening the target set" if len(roots) == 1 else "opening the target sets")
     joined = world.main_first(lambda: join_sets([TargetSet(root) for root in roots]))
+    if stores is not None:
+        joined = joined.only(stores)
     targets, others = joined.main, joined.others
-
-    def check() -> None:
-        check_joined(joined, settings)
-        # Of several sets, those with a summary give one.
-        loss = settings.loss.model_copy(update={"summary": None} if others else {})
-        check_fit(targets, settings.model_copy(update={"loss": loss}), world.ranks)
-
-    world.run_on_main(check)
+    world.run_on_main(lambda: check_sets(joined, settings, world.ranks))
     if joined.note:
         report.log(joined.note)
     precision = resolve_precision(settings.precision, world.device)

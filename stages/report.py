@@ -6,6 +6,7 @@ Nothing is trained here. Pictures are made from stored views, with the students'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from cae2pipe.artifacts.atomic import write_bytes
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.comparison.rows import Comparison
 from cae2pipe.comparison.scores import read_scores
+from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import Cae2pipeError, SettingsError
+from cae2pipe.loading.joining import labels_of
 from cae2pipe.reporting.comparison_page import comparison_html
 from cae2pipe.reporting.comparison_text import comparison_markdown
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_views
@@ -64,73 +67,87 @@ def report_runs(
     check_output(out)
     comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
-    write_report(comparison, targets, out, report=report, device=pick_device(device))
+    sets = [] if targets is None else [TargetSet(targets)]
+    write_report(comparison, sets, out, report=report, device=pick_device(device))
     return comparison
 
 
 def write_report(
-    comparison: Comparison, targets: Path | None, out: Path, *, report: Report, device: torch.device
+    comparison: Comparison, sets: Sequence[TargetSet], out: Path, *, report: Report, device: torch.device
 ) -> None:
-    """Write the report of a comparison."""
-    gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device=device)
+    """Write the report of a comparison. ``sets``: target sets for pictures, with the same views."""
+    gallery = make_gallery(comparison, sets, report, device=device) if sets else Gallery()
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
     report.log(f"{comparison.done} of {counted(comparison.wanted, 'score')}")
 
 
-def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:
+@dataclass(frozen=True)
+class Shown:
+    """A target set and some of its views, for pictures of the teacher that ``name`` stands for."""
+
+    name: str
+    targets: TargetSet
+    views: Sequence[Target]
+
+
+def make_gallery(comparison: Comparison, sets: Sequence[TargetSet], report: Report, *, device: torch.device) -> Gallery:
     """Pictures of the first seed of every variant. Variants without pictures are listed with the reason."""
-    views = sample_views(targets)
+    names = ["teacher"] if len(sets) == 1 else [f"teacher {name}" for name in labels_of(sets)]
+    shown = [Shown(name, targets, sample_views(targets)) for name, targets in zip(names, sets, strict=True)]
+    views = shown[0].views
     queries = [len(views) * number // QUERIES for number in range(QUERIES)]
-    teacher = F.normalize(patches(targets, views).mean(dim=1), dim=-1)
     gallery = Gallery(views=[view.pixels for view in views], queries=queries)
-    gallery.neighbours.append(NeighbourRow("teacher", nearest_views(teacher, queries, NEAREST)))
+    for one in shown:
+        teacher = F.normalize(patches(one.targets, one.views).mean(dim=1), dim=-1)
+        gallery.neighbours.append(NeighbourRow(one.name, nearest_views(teacher, queries, NEAREST)))
     for row in comparison.rows:
         if row.runs:
             report.phase(f"pictures of {row.name}")
             try:
-                add_pictures(gallery, row.name, row.runs[0], targets=targets, views=views, report=report, device=device)
+                add_pictures(gallery, row.name, row.runs[0], shown=shown, report=report, device=device)
             except Cae2pipeError as error:
                 gallery.left_out.append(f"{row.name} ({error.what})")
     return gallery
 
 
 def add_pictures(
-    gallery: Gallery,
-    name: str,
-    run: Path,
-    *,
-    targets: TargetSet,
-    views: Sequence[Target],
-    report: Report,
-    device: torch.device,
+    gallery: Gallery, name: str, run: Path, *, shown: Sequence[Shown], report: Report, device: torch.device
 ) -> None:
-    """Add a run's masks, its student's predictions, and its encoder's nearest neighbours."""
+    """Add a run's masks, its student's predictions of every teacher that it learned from, and its encoder's nearest
+    neighbours."""
     artifact = RunArtifact.open(run)
-    if not same_teacher(artifact, targets):
-        used, there = artifact.facts["teacher"]["name"], targets.teacher.name
+    own = [one for one in shown if same_teacher(artifact, one.targets)]
+    if not own:
+        used, there = artifact.facts["teacher"]["name"], ", ".join(one.targets.teacher.name for one in shown)
         other = " (other weights or settings)" if used == there else ""
         raise SettingsError(f"teacher mismatch: run used {used}, target set has {there}{other}")
-    shown = views[:SHOWN]
-    model, settings = load_student(run, targets, report)
-    if settings.model.image_size != targets.view_size:
-        targets = TargetSet(targets.root, image_size=settings.model.image_size)
-        views = sample_views(targets)
-        shown = views[:SHOWN]
+    for number, one in enumerate(own):
+        targets, views = one.targets, one.views
+        model, settings = load_student(run, targets, report)
+        if settings.model.image_size != targets.view_size:
+            targets = TargetSet(targets.root, image_size=settings.model.image_size).only(targets.stores)
+            views = sample_views(targets)
+        if settings.loss.target != "pixels":
+            whose = name if model.masks else f"{name} (sees all patches)"
+            previews = preview_latents(model, settings, targets, views=views[:SHOWN], device=device)
+            gallery.previews.setdefault(one.name, {})[whose] = previews
+        if number == 0:
+            add_masks(gallery, settings, views[:SHOWN], masks=model.masks)
+            features = image_features(model, views, device)
+            gallery.neighbours.append(NeighbourRow(name, nearest_views(features, gallery.queries, NEAREST)))
+
+
+def add_masks(gallery: Gallery, settings: PretrainSettings, views: Sequence[Target], *, masks: bool) -> None:
+    """Add the masks of a run, unless its method has none or the same kind is there already."""
     patches_hidden = f"{settings.masked_patches} of {settings.model.grid**2} masked"
-    masks = MaskRow(
+    row = MaskRow(
         f"{settings.mask.strategy}, {patches_hidden}",
-        [view.pixels for view in shown],
-        [mask_of(settings, view) for view in shown],
+        [view.pixels for view in views],
+        [mask_of(settings, view) for view in views],
     )
-    if model.masks and masks.name not in [row.name for row in gallery.masks]:
-        gallery.masks.append(masks)
-    if settings.loss.target != "pixels":
-        whose = name if model.masks else f"{name} (sees all patches)"
-        gallery.previews[whose] = preview_latents(model, settings, targets, views=shown, device=device)
-    gallery.neighbours.append(
-        NeighbourRow(name, nearest_views(image_features(model, views, device), gallery.queries, NEAREST))
-    )
+    if masks and row.name not in [known.name for known in gallery.masks]:
+        gallery.masks.append(row)
 
 
 def sample_views(targets: TargetSet) -> list[Target]:

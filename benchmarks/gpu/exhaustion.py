@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +19,6 @@ from benchmarks.gpu.state import State
 from benchmarks.harness import at_most
 from cae2pipe.config.base import build
 from cae2pipe.config.compare import GridSettings
-from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import OutOfMemoryError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import compare, pretrain
@@ -125,16 +123,16 @@ def grid(state: State, found: Found) -> None:
     before: list[dict[str, float]] = []
     real = compare.pretrain
 
-    def watched(root: Path, folder: Path, run: PretrainSettings, *, report: Any) -> Any:
+    def watched(*arguments: Any, **named: Any) -> Any:
         steps = sum(type(thing) is Step for thing in gc.get_objects())
         held = torch.cuda.memory_allocated(state.place) / 1e6 if state.on_cuda else 0.0
         before.append({"steps": steps, "device_mb": round(held, 1)})
-        return real(root, folder, run, report=report)
+        return real(*arguments, **named)
 
     release(state)
     with patch.object(compare, "pretrain", watched):
-        plan = compare.plan_grid(settings, targets, data, out=out, speed=speed)
-        failed = compare.run_part(settings, plan, targets, data=data, out=out, report=Silent())
+        plan = compare.plan_grid(settings, [targets], data, out=out, speed=speed)
+        failed = compare.run_part(plan, data=data, out=out, report=Silent())
     found.facts["before each run"] = before
     kinds = [type(error) for error in failed.values()]
     found.check("the first run is told as out of memory, the second ends", kinds == [OutOfMemoryError])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cae2pipe.api.path_lists import Paths, local_paths, optional_local, optional_path
+from cae2pipe.api.path_lists import Paths, local_paths, optional_local, optional_path, target_roots
 from cae2pipe.api.settings import Overrides, given, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
@@ -50,7 +51,7 @@ def report_name(grid: str, small: bool) -> str:
 @checked
 def compare(
     grid: str | Path | Settings,
-    targets: str | Path,
+    targets: str | Path | Sequence[str | Path],
     data: str | Path,
     *,
     out: str | Path,
@@ -66,7 +67,8 @@ def compare(
 
     Args:
         grid: preset, YAML file or settings.
-        targets: a target set.
+        targets: a target set; or several, of other teachers over the same views. Variants that name no ``sets`` train
+            from all of them.
         data: labelled images with train and val.
         out: the folder of runs, scores and reports; grids may share one.
         overrides: settings of the grid to change.
@@ -89,7 +91,7 @@ def compare(
         comparison = run_compare(
             settings,
             called,
-            to_path(targets),
+            target_roots(targets),
             data=to_local_path(data),
             out=folder,
             report=report,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from cae2pipe.artifacts.storage import to_local_path, to_path
+from cae2pipe.errors import SettingsError
 
 OnePath = str | os.PathLike[str]
 Paths = OnePath | Iterable[OnePath]
@@ -20,6 +22,19 @@ def local_paths(given: Paths) -> list[Path]:
     """
     several = [given] if isinstance(given, str | os.PathLike) else given
     return [to_local_path(path) for path in several]
+
+
+def target_roots(given: OnePath | Sequence[OnePath]) -> list[Path]:
+    """The paths or URLs of one or several target sets.
+
+    Raises:
+        SettingsError: there are none. Otherwise as ``to_path``.
+    """
+    # Not every path of fsspec is an os.PathLike.
+    several = given if isinstance(given, list | tuple) else [cast(OnePath, given)]
+    if not several:
+        raise SettingsError("no target set is given", where="targets", fix="give at least one")
+    return [to_path(root) for root in several]
 
 
 def optional_path(given: OnePath | None) -> Path | None:

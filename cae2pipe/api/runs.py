@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from cae2pipe.api.path_lists import Paths, encoder_name, local_paths
+from cae2pipe.api.path_lists import Paths, encoder_name, local_paths, target_roots
 from cae2pipe.api.settings import Overrides, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.artifact import RunArtifact
-from cae2pipe.artifacts.storage import to_local_path, to_path
+from cae2pipe.artifacts.storage import to_local_path
 from cae2pipe.config.base import Settings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import ManifestError, SettingsError
@@ -139,10 +139,7 @@ def pretrain(
             where="probe.every",
             fix="add --probe IMAGES or --probe-targets TARGETS, or omit --every",
         )
-    several = targets if isinstance(targets, list | tuple) else [cast(str | Path, targets)]
-    if not several:
-        raise SettingsError("no target set is given", where="targets", fix="give at least one")
-    roots = [to_path(root) for root in several]
+    roots = target_roots(targets)
     folder = to_local_path(out, output=True)
     with reporting(progress, "pretrain") as report:
         train(roots, folder, settings, report=report)

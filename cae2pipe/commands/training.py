@@ -180,12 +180,18 @@ def compare(
         str,
         typer.Argument(
             metavar="GRID",
-            help="Preset (table1 to table5, figure2, figure3, rivals, views, fidelity; `cae2pipe config list`) or YAML "
-            "file.",
+            help="Preset (table1 to table5, figure2, figure3, rivals, views, fidelity, teachers; `cae2pipe config "
+            "list`) or YAML file.",
         ),
     ],
     targets: Annotated[
-        Path, typer.Argument(metavar="TARGETS", help="A target set made by extract-targets.", parser=path_or_url)
+        list[Path],
+        typer.Argument(
+            metavar="TARGETS...",
+            help="A target set made by extract-targets; or several, of other teachers over its views. Students then "
+            "learn from all of them, but where the grid names the sets of a variant, as `teachers` does.",
+            parser=path_or_url,
+        ),
     ],
     data: Annotated[
         Path,
@@ -212,7 +218,7 @@ def compare(
     device: Device = None,
     set_: Set = None,
 ) -> None:
-    """Train and score many variants on one target set; ends with OUT/reports/GRID/report.html and report.md.
+    """Train and score many variants on the same views; ends with OUT/reports/GRID/report.html and report.md.
 
     Rerun the same command to resume. Finished runs and scores are reused, also those of other grids.
     """
@@ -236,7 +242,7 @@ def compare(
 
 def _compare_jobs(
     grid: str,
-    targets: Path,
+    targets: list[Path],
     data: Path,
     *,
     out: Path,
@@ -277,7 +283,7 @@ def _compare_jobs(
 
 def _compare_part(
     settings: Any,
-    targets: Path,
+    targets: list[Path],
     data: Path,
     out: Path,
     part: Any,
@@ -292,7 +298,7 @@ def _compare_part(
     own = {**speed, "device": device} if device else speed
     plan = plan_grid(settings, targets, data, out=out, small=small, speed=own)
     report = Lines(f"compare {part}", sys.stderr)
-    failed = run_part(settings, plan, targets, data=data, out=out, report=report, part=part)
+    failed = run_part(plan, data=data, out=out, report=report, part=part)
     if failed:
         raise next(iter(failed.values()))
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from cae2pipe.artifacts.artifact import RunArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.digest import canonical_json, fingerprint
-from cae2pipe.comparison.rows import CURVES, PROBES, Comparison, Finished, Row
+from cae2pipe.artifacts.manifest_run import SeveralTeacher
+from cae2pipe.artifacts.manifest_values import UNKNOWN
+from cae2pipe.comparison.rows import CURVES, PROBES, Comparison, Finished, Row, Taught
 from cae2pipe.comparison.scores import read_scores
 from cae2pipe.config.base import recorded
 from cae2pipe.config.compare import BYTES, GridSettings, numeric_setting
@@ -28,20 +30,24 @@ def gather_grid(
     out: Path,
     *,
     sets: Sequence[Path],
+    labels: Sequence[str] = (),
     failed: Sequence[str] = (),
 ) -> Comparison:
     """All results of a grid below ``out``.
 
     Args:
         planned: for each run the number of its variant, its folder's name below runs, and the one below scores.
-        sets: the target sets used for training. failed: jobs that could not be finished.
+        sets: the target sets used for training. labels: of the teachers, by the positions in
+        ``Variant.sets``. failed: jobs that could not be finished.
     """
     rows = [Row(variant.name, paper=variant.paper, line=variant.line) for variant in grid.variants]
     known = {open_artifact(path).fingerprint: path for path in sets}
     for variant, name, scored in planned:
         folders = [out / "scores" / scored / scored_by.kind for scored_by in grid.evaluate]
         scores = read_scores([folder for folder in folders if is_artifact(folder, "scores")])
-        add_run(rows[variant], out / "runs" / name, scores, sets=known, along=grid.along)
+        own = grid.variants[variant].sets
+        called = [labels[position - 1] for position in own] if isinstance(own, tuple) and labels else []
+        add_run(rows[variant], out / "runs" / name, scores, sets=known, along=grid.along, labels=called)
     kinds = [scored_by.kind for scored_by in grid.evaluate]
     columns, protocols = fill_columns(rows, kinds)
     wanted = len(planned) * len(kinds)
@@ -144,15 +150,25 @@ def row_names(rows: Sequence[Mapping[str, object]]) -> list[str]:
     ]
 
 
-def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], *, sets: Mapping[str, Path], along: str) -> None:
-    """Add a run to the row of its variant. ``sets``: target sets by fingerprint."""
+def add_run(
+    row: Row,
+    run: Path,
+    scores: Mapping[str, list[Finished]],
+    *,
+    sets: Mapping[str, Path],
+    along: str,
+    labels: Sequence[str] = (),
+) -> None:
+    """Add a run to the row of its variant. ``sets``: target sets by fingerprint. ``labels``: of the run's teachers, as
+    the comparison calls them."""
     if not is_artifact(run, "run"):
         return
     artifact = RunArtifact.open(run)
     settings = run_settings(run)
-    targets = sets.get(artifact.identity["targets"])
-    if targets and row.latents is None and settings.targets == "cached" and settings.loss.target != "pixels":
-        row.latents = TargetSet(targets).bytes_per_view()["latents"]
+    if not row.teachers and settings.loss.target != "pixels":
+        row.teachers = taught(artifact, settings, sets, labels)
+        sizes = [teacher.latents for teacher in row.teachers]
+        row.latents = None if None in sizes else sum(filter(None, sizes))
     row.along = row.latents if along == BYTES else numeric_setting(settings, along) if along else None
     lines, damaged = read_metrics(run / METRICS_FILE, (*CURVES, "images", "images_per_s"))
     if damaged:
@@ -173,6 +189,32 @@ def add_run(row: Row, run: Path, scores: Mapping[str, list[Finished]], *, sets: 
     if lines:
         row.hours.append(device_hours(lines))
     row.results.append(scores.get(artifact.units["encoder"]["files"][WEIGHTS]["sha256"], []))
+
+
+def taught(
+    artifact: RunArtifact, settings: PretrainSettings, sets: Mapping[str, Path], labels: Sequence[str]
+) -> list[Taught]:
+    """The teachers of a run. Arguments as for ``add_run``; without ``labels`` a single teacher has the model's name."""
+    facts, weights = artifact.facts, settings.loss.teachers or {}
+    only: SeveralTeacher = {
+        **facts["teacher"],
+        "label": facts["teacher"]["name"],
+        "targets": artifact.identity["targets"],
+        "licences": facts.get("licences", {}),
+        "stores": facts["stores"],
+    }
+    found = []
+    for number, known in enumerate(facts.get("teachers", [only])):
+        root = sets.get(known["targets"])
+        found.append(
+            Taught(
+                label=labels[number] if labels else known["label"],
+                weight=weights.get(known["label"], 1.0),
+                licence=known["licences"].get("teacher", UNKNOWN),
+                latents=TargetSet(root).bytes_per_view()["latents"] if root and settings.targets == "cached" else None,
+            )
+        )
+    return found
 
 
 def device_hours(lines: Sequence[dict[str, Any]]) -> float:

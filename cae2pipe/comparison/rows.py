@@ -28,6 +28,17 @@ class Finished:
     feature: str
 
 
+@dataclass(frozen=True)
+class Taught:
+    """A teacher of a run: its label, the weight of its loss, the licence of its weights, and the bytes per view of its
+    stored latents, if its target set is known."""
+
+    label: str
+    weight: float
+    licence: str
+    latents: float | None
+
+
 @dataclass
 class Row:
     """One variant, over its seeds.
@@ -35,7 +46,8 @@ class Row:
     ``scores`` by column, one per seed, in 0..1; ``paper``: the paper's own, in percent; ``runs``: folders of finished
     runs; ``unfinished``: other folders, with their progress; ``curves``: means by epoch of the first run, by name as in
     ``CURVES``; ``probes``: the first run's probes, by name as in ``PROBES``, as (epochs done, figure); ``hours``:
-    device hours of each finished run; ``latents``: bytes per view of stored latents, if the target set is known;
+    device hours of each finished run; ``teachers``: those of its runs, the first one's set being the main one; empty
+    for pixel targets; ``latents``: bytes per view of stored latents, of all teachers, if the target sets are known;
     ``features``: features of the encoder that each column's scores use; ``along``: position on the comparison's axis,
     ``line``: the curve it belongs to; ``results``: finished evaluations, run by run; ``damaged``: how many lines of
     ``metrics.jsonl`` are unreadable, for each run that has such lines.
@@ -49,6 +61,7 @@ class Row:
     curves: dict[str, list[float]] = field(default_factory=dict)
     probes: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     hours: list[float] = field(default_factory=list)
+    teachers: list[Taught] = field(default_factory=list)
     latents: float | None = None
     features: dict[str, str] = field(default_factory=dict)
     along: float | None = None

@@ -6,8 +6,8 @@ sets is the same if its name, the SHA-256 of the tar with its pixels, and that o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from cae2pipe.artifacts.difference import abridged, first_difference
@@ -36,6 +36,11 @@ class Joined:
     def sets(self) -> tuple[TargetSet, ...]:
         """All of them, narrowed to the common stores."""
         return self.main, *self.others
+
+    def only(self, stores: Collection[str]) -> Joined:
+        """The same with only some of the stores, which the caller has chosen: without a note."""
+        narrowed = tuple(other.only(stores) for other in self.others)
+        return replace(self, main=self.main.only(stores), others=narrowed, note=None)
 
 
 def join_sets(sets: Sequence[TargetSet]) -> Joined:

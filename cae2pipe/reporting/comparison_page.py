@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cae2pipe.comparison.rows import CURVES, PROBES, Comparison, Row
 from cae2pipe.config.compare import BYTES
-from cae2pipe.reporting.comparison_text import cells, findings, folders, notes
+from cae2pipe.reporting.comparison_text import cells, findings, folders, notes, teacher_cells
 from cae2pipe.reporting.gallery import Gallery, gallery_html
 from cae2pipe.reporting.html import Child, Html, element, figure, join_html, page, table
 from cae2pipe.reporting.plots import Points, curves, dots
@@ -23,6 +23,7 @@ def comparison_html(comparison: Comparison, gallery: Gallery) -> str:
         element("div", table(headers, children, class_="scores"), class_="card"),
         *(element("p", line) for line in findings(comparison)),
         *(element("p", line, class_="small") for line in notes(comparison)),
+        *teachers_table(comparison),
         *score_plots(comparison),
         *curve_plots(comparison),
         *gallery_html(gallery),
@@ -30,6 +31,12 @@ def comparison_html(comparison: Comparison, gallery: Gallery) -> str:
         table(["variant", "folders"], [[row.name, folders(row)] for row in comparison.rows]),
     ]
     return page(comparison.title, join_html([Html(part) for part in body], "\n"))
+
+
+def teachers_table(comparison: Comparison) -> list[Html]:
+    """The teachers of the runs, if there are several."""
+    headers, rows = teacher_cells(comparison)
+    return [element("h2", "Teachers"), table(headers, [list(row) for row in rows])] if rows else []
 
 
 def card(plot: Html, caption: str) -> Html:

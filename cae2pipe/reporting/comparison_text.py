@@ -85,7 +85,9 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     papers = [column for column in comparison.columns if any(column in row.paper for row in comparison.rows)]
     long = any(hours >= 1 for row in comparison.rows for hours in row.hours)
     time = "device h per run" if long else "device min per run"
-    headers = ["variant", *comparison.columns, *(f"{column}, paper" for column in papers), "loss", "kB per view", time]
+    several = teachers_differ(comparison)
+    headers = ["variant", *(["teachers"] if several else []), *comparison.columns]
+    headers += [*(f"{column}, paper" for column in papers), "loss", "kB per view", time]
     rows = []
     for row in comparison.rows:
         scores = [score_cell(comparison, row, column) for column in comparison.columns]
@@ -94,8 +96,31 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         loss = f"{losses[-1]:.3f}" if losses else BLANK
         size = BLANK if row.latents is None else f"{row.latents / 1000:.1f}"
         took = f"{statistics.fmean(row.hours) * (1 if long else 60):.3g}" if row.hours else BLANK
-        rows.append([row.name, *scores, *paper, loss, size, took])
+        rows.append([row.name, *([teachers_cell(row)] if several else []), *scores, *paper, loss, size, took])
     return told_apart(headers, range(1, len(headers) + 1)), rows
+
+
+def teachers_differ(comparison: Comparison) -> bool:
+    """Whether runs have several teachers, or other ones than other runs."""
+    known = [[teacher.label for teacher in row.teachers] for row in comparison.rows if row.teachers]
+    return any(len(labels) > 1 or labels != known[0] for labels in known)
+
+
+def teachers_cell(row: Row) -> str:
+    """The labels of a row's teachers, with weights other than 1."""
+    named = [one.label + ("" if one.weight == 1 else f" x {one.weight:g}") for one in row.teachers]
+    return ", ".join(named) or BLANK
+
+
+def teacher_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the table of all teachers, each with its stored latents and its licence. No rows if all runs
+    have the same single teacher."""
+    rows: list[list[str]] = []
+    for one in (one for row in comparison.rows for one in row.teachers):
+        cells = [one.label, BLANK if one.latents is None else f"{one.latents / 1000:.1f}", one.licence]
+        if cells not in rows:
+            rows.append(cells)
+    return ["teacher", "kB per view", "licence"], rows if teachers_differ(comparison) else []
 
 
 def score_cell(comparison: Comparison, row: Row, column: str) -> str:
@@ -137,5 +162,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     lines = [f"# {escaped(comparison.title)}", "", *([escaped(about), ""] if about else [])]
     lines += [*markdown_table(headers, rows), ""]
     lines += [*(f"- {escaped(line)}" for line in (*findings(comparison), *notes(comparison))), ""]
+    headers, rows = teacher_cells(comparison)
+    lines += [*markdown_table(headers, rows), ""] if rows else []
     lines += markdown_table(["variant", "runs"], [[row.name, folders(row)] for row in comparison.rows])
     return "\n".join(lines).rstrip() + "\n"

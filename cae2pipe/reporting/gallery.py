@@ -47,11 +47,11 @@ class NeighbourRow:
 
 @dataclass
 class Gallery:
-    """Content of the gallery. ``previews``: by student, all on the same views. ``neighbours`` and ``queries`` are
-    indices into ``views``."""
+    """Content of the gallery. ``previews``: by teacher and student, all on the same views. ``neighbours`` and
+    ``queries`` are indices into ``views``."""
 
     masks: list[MaskRow] = field(default_factory=list)
-    previews: dict[str, list[LatentPreview]] = field(default_factory=dict)
+    previews: dict[str, dict[str, list[LatentPreview]]] = field(default_factory=dict)
     views: list[Picture] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
     neighbours: list[NeighbourRow] = field(default_factory=list)
@@ -80,12 +80,12 @@ def gallery_html(gallery: Gallery) -> list[Html]:
             element("h2", "Latents of teacher and students"),
             element(
                 "p",
-                "Colours are the first three principal components of the teacher's latents, the same in all pictures: "
-                "similar colours mean similar latents. Students see only the visible patches (with the masks above). "
-                "They predict the latents of all patches, or only of visible ones (black: no prediction). "
-                "Below each picture: the centred cosine with the teacher on masked patches.",
+                "Colours are the first three principal components of the teacher's latents, the same in all pictures "
+                "next to them: similar colours mean similar latents. Students see only the visible patches (with the "
+                "masks above). They predict the latents of all patches, or only of visible ones (black: no "
+                "prediction). Below each picture: the centred cosine with the teacher on masked patches.",
             ),
-            latent_table(gallery.previews),
+            *(latent_table(whose, previews) for whose, previews in gallery.previews.items()),
         ]
     if gallery.neighbours:
         parts += [
@@ -116,15 +116,15 @@ def mask_table(rows: Sequence[MaskRow]) -> Html:
     return grid([], cells)
 
 
-def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
-    """One row per view: the view, the teacher's latents, and the prediction of every student."""
+def latent_table(teacher: str, by_student: dict[str, list[LatentPreview]]) -> Html:
+    """One row per view: the view, the latents of ``teacher``, and the prediction of every student."""
     some = next(iter(by_student.values()))
     basis = colour_basis(np.concatenate([preview.teacher for preview in some]))
     cells: list[list[Child]] = []
     for index, one in enumerate(some):
         line: list[Child] = [
             photograph(resized_picture(one.view, SIDE, SIDE), "A stored view"),
-            latents(one.teacher, one.mask.shape, basis, whose="the teacher"),
+            latents(one.teacher, one.mask.shape, basis, whose=f"the {teacher}"),
         ]
         for name, previews in by_student.items():
             own = previews[index]
@@ -133,7 +133,7 @@ def latent_table(by_student: dict[str, list[LatentPreview]]) -> Html:
                 element("div", shown, element("figcaption", BLANK if math.isnan(own.cosine) else f"{own.cosine:.2f}"))
             )
         cells.append(line)
-    return grid(["view", "teacher", *by_student], cells)
+    return grid(["view", teacher, *by_student], cells)
 
 
 def neighbour_table(gallery: Gallery, number: int) -> Html:

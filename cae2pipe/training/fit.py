@@ -37,6 +37,15 @@ def check_fit(targets: TargetSet, settings: PretrainSettings, ranks: int) -> Non
         )
 
 
+def check_sets(joined: Joined, settings: PretrainSettings, ranks: int) -> None:
+    """Refuse settings that do not fit one or several sets, as ``check_joined`` and ``check_fit``. Raises
+    SettingsError."""
+    check_joined(joined, settings)
+    # Of several sets, those with a summary give one.
+    loss = settings.loss.model_copy(update={"summary": None} if joined.others else {})
+    check_fit(joined.main, settings.model_copy(update={"loss": loss}), ranks)
+
+
 def check_joined(joined: Joined, settings: PretrainSettings) -> None:
     """Refuse settings that do not fit the number of teachers. Raises SettingsError."""
     sets = (joined.main, *joined.others)

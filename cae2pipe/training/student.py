@@ -16,7 +16,7 @@ from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.manifest_run import SeveralTeacher
 from cae2pipe.artifacts.manifest_values import Licences
 from cae2pipe.config.base import build_recorded
-from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.config.pretrain import LossSettings, PretrainSettings
 from cae2pipe.errors import DamageError, SettingsError
 from cae2pipe.methods.method import Heads, Method
 from cae2pipe.methods.registry import build_method
@@ -110,12 +110,8 @@ def load_method(
     settings = run_settings(run)
     known = RunArtifact.open(run).facts.get("teachers")
     if known:
-        if standardises(settings.loss) and standard is None:
-            raise SettingsError(
-                f"this run learned standardised latents of several teachers (loss.kind is {settings.loss.kind})",
-                where=run,
-                fix="use a run with loss.kind=cosine, or one of a single teacher",
-            )
+        if standard is None:
+            refuse_standardised(settings.loss, run)
         spec = recorded_spec(settings, known)
         target_dim, summary = spec.dim, spec.summary
     model = build_method(settings.method, settings.model, target_dim, summary)
@@ -127,6 +123,16 @@ def load_method(
     if known:
         keep_teacher(model, spec, teacher, standard, where=run)
     return model.eval(), settings
+
+
+def refuse_standardised(loss: LossSettings, where: object) -> None:
+    """Raise SettingsError if runs of several teachers with this loss do not predict the teachers' own latents."""
+    if standardises(loss):
+        raise SettingsError(
+            f"this run learned standardised latents of several teachers (loss.kind is {loss.kind})",
+            where=where,
+            fix="use a run with loss.kind=cosine, or one of a single teacher",
+        )
 
 
 def recorded_spec(settings: PretrainSettings, teachers: Sequence[SeveralTeacher]) -> TargetSpec:

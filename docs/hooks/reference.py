@@ -207,13 +207,15 @@ def assignments(values: dict[str, Any], prefix: str = "") -> str:
 def grids() -> str:
     """The grids that come with the package."""
     from cae2pipe.config.base import load, preset_names
-    from cae2pipe.config.compare import GridSettings
+    from cae2pipe.config.compare import GridSettings, for_sets
 
     rows = []
     for name in preset_names("compare"):
         grid = load(GridSettings, "compare", name)
-        runs = len(grid.variants) * len(grid.seeds)
-        rows.append((code(name), text(grid.title), str(runs), ", ".join(code(scored.kind) for scored in grid.evaluate)))
+        several = any(variant.repeated for variant in grid.variants)
+        runs = len(for_sets(grid, ("a", "b") if several else ("a",)).variants) * len(grid.seeds)
+        told = f"{runs} on two target sets" if several else str(runs)
+        rows.append((code(name), text(grid.title), told, ", ".join(code(scored.kind) for scored in grid.evaluate)))
     return table(("grid", "title", "runs", "scores"), rows)
 
 

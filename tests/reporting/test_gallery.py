@@ -30,7 +30,7 @@ def test_neighbours_are_those_of_the_highest_cosine_and_never_the_query():
 def test_the_page_holds_what_there_is():
     gallery = Gallery(
         masks=[MaskRow("block, <1 of 4> hidden", VIEWS[:2], [MASK, MASK])],
-        previews={"both": [preview(0), preview(1)], "other": [preview(0), preview(1)]},
+        previews={"teacher": {"both": [preview(0), preview(1)], "other": [preview(0), preview(1)]}},
         views=VIEWS,
         queries=[0],
         neighbours=[NeighbourRow("teacher", [[1, 2]]), NeighbourRow("both", [[3, 4]])],

@@ -13,11 +13,11 @@ from cae2pipe.api.comparisons import report_name
 from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.cli import app
 from cae2pipe.config.base import build, load, preset_names
-from cae2pipe.config.compare import GridSettings
+from cae2pipe.config.compare import GridSettings, for_sets
 from cae2pipe.errors import BadInputError, DivergedError, SettingsError
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import compare as stage
-from cae2pipe.stages.compare import compare, expand, plan_grid, run_name
+from cae2pipe.stages.compare import compare, expand, plan_grid, run_name, weighted
 from cae2pipe.stages.extract_targets import extract_targets
 from tests import ranks
 from tests.conftest import contents, snapshot
@@ -58,8 +58,15 @@ def grid(**over) -> GridSettings:
 
 
 def names(found: GridSettings, targets: str = "targets", small: bool = False) -> list[str]:
-    runs = expand(found, small, {})
-    return [run_name(settings, targets, found.variants[place].codec) for place, settings in runs]
+    """The names of its runs; of a grid that has rows for each target set, on two of them."""
+    labels = [targets, "another"] if any(variant.repeated for variant in found.variants) else [targets]
+    found = for_sets(found, labels)
+    made = []
+    for place, settings in expand(found, small, {}):
+        own = [labels[position - 1] for position in found.variants[place].sets]
+        settings = weighted(settings, found.variants[place], own)
+        made.append(run_name(settings, own, found.variants[place].codec))
+    return made
 
 
 def test_every_preset_is_valid_at_both_scales():
@@ -67,7 +74,8 @@ def test_every_preset_is_valid_at_both_scales():
         settings = load(GridSettings, "compare", preset)
         for small in (False, True):
             found = names(settings, small=small)
-            assert len(set(found)) == len(found) == len(settings.variants) * len(settings.seeds)
+            variants = 5 if preset == "teachers" else len(settings.variants)
+            assert len(set(found)) == len(found) == variants * len(settings.seeds)
             assert all((run.model.width == 96) is small for _, run in expand(settings, small, {}))
             # A variant's own decoder does not go into the small scale.
             assert not small or {run.model.predictor_width for _, run in expand(settings, small, {})} == {96}
@@ -114,11 +122,11 @@ def test_a_kill_in_the_middle_and_the_same_command_finishes_without_redoing(targ
     class Killed(BaseException):
         pass
 
-    def killed(targets, folder, settings, *, report):
+    def killed(targets, folder, settings, **named):
         if len(trained) == 2:
             raise Killed
         trained.append(folder.name)
-        return real(targets, folder, settings, report=report)
+        return real(targets, folder, settings, **named)
 
     monkeypatch.setattr(stage, "pretrain", killed)
     with pytest.raises(Killed):

@@ -80,9 +80,9 @@ def test_runs_are_compiled_once_each_and_one_model_is_there_at_a_time(
 def test_memory_that_ends_in_one_run_is_free_for_the_next(target_root, data, tmp_path, monkeypatch, steps):  # noqa: F811
     real, alive = stage.pretrain, []
 
-    def watched(targets, out, settings, *, report):
+    def watched(*arguments, **named):
         alive.append(len(steps))
-        return real(targets, out, settings, report=report)
+        return real(*arguments, **named)
 
     def ended(self, batch, accumulation):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")

@@ -11,6 +11,7 @@ from cae2pipe.config.base import build
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.extract import CodecSettings
+from cae2pipe.loading.joining import join_sets
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.compare import GridPlan, Planned, run_part
 from cae2pipe.stages.estimate_targets import estimate_targets
@@ -19,6 +20,7 @@ from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.stages.verify import verify
+from cae2pipe.targets.target_set import TargetSet
 
 KNN = build(KnnSettings, {"k": [5], "speed": {"workers": 0, "device": "cpu"}}, "test")
 PRETRAIN = [
@@ -151,6 +153,7 @@ def test_a_run_of_a_grid_says_which_it_is(target_root, pretrain_settings, tmp_pa
     grid = build(GridSettings, values, "test")
     run = Planned(variant=0, seed=0, name="run", scored="scored", settings=pretrain_settings(), codec=None)
     report = Phases()
-    run_part(grid, GridPlan([run], {}), target_root, data=Path(), out=tmp_path, report=report)
+    plan = GridPlan(grid, join_sets([TargetSet(target_root)]), [run], {})
+    run_part(plan, data=Path(), out=tmp_path, report=report)
     own = [f"run 1 of 1, {name}" if not name.startswith(("wait", "10 ")) else name for name in PRETRAIN]
     assert report.seen == own
