@@ -22,6 +22,7 @@ import torch
 from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import holding
+from cae2pipe.artifacts.manifest_targets import listed
 from cae2pipe.artifacts.storage import is_local
 from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.comparison.gathering import gather_grid
@@ -184,6 +185,7 @@ def plan_grid(
     for index, settings in expand(grid, small, speed or {}):
         variant = grid.variants[index]
         with variant_named(variant.name):
+            settings = with_pixels(target_set, settings)
             check_run(target_set, settings, variant.codec)
             if source:
                 refuse_unaligned(settings.loss, teacher, None)
@@ -192,7 +194,7 @@ def plan_grid(
             if settings.model not in digests:
                 init = initial_weights(settings.model)
                 digests[settings.model] = init.digest if init else None
-        stores = {name: fingerprint(target_set.stores[name]["files"]) for name in chosen_stores(target_set, settings)}
+        stores = {name: fingerprint(listed(target_set.stores[name])) for name in chosen_stores(target_set, settings)}
         inputs = [target_set.artifact.fingerprint, stores, *filter(None, [digests[settings.model]])]
         name = run_name(settings, inputs, variant.codec)
         scored_as = f"{name}-{fingerprint(measured)[:8]}"
@@ -215,6 +217,18 @@ def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple
             with variant_named(variant.name):
                 runs.append((index, load(PretrainSettings, "pretrain", grid.config, overrides=(), values=values)))
     return runs
+
+
+def with_pixels(targets: TargetSet, settings: PretrainSettings) -> PretrainSettings:
+    """The settings of a run, which say where the pixels of a set by reference lie: also for sets recoded from it.
+
+    Raises:
+        SettingsError: it is not known.
+    """
+    if not targets.artifact.by_reference:
+        return settings
+    pixels = TargetSet(targets.root, pixels=settings.data.pixels).pixels_root
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"pixels": str(pixels)})})
 
 
 def run_name(settings: PretrainSettings, inputs: Any, codec: CodecSettings | None) -> str:
@@ -322,7 +336,8 @@ def write_grid(
         sets = [targets, *(path.parent for path in sorted((out / "targets").glob(f"*/{MANIFEST}")))]
         runs = [(run.variant, run.name, run.scored) for run in plan.runs]
         result = gather_grid(grid, runs, out, sets=sets, failed=list(failed or {}))
-        write_report(result, targets, out / "reports" / name, report=report, device=device)
+        pixels = plan.runs[0].settings.data.pixels
+        write_report(result, targets, out / "reports" / name, report=report, device=device, pixels=pixels)
     return result
 
 

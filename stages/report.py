@@ -48,11 +48,13 @@ def report_runs(
     out: Path,
     report: Report,
     device: str = "auto",
+    pixels: Path | None = None,
 ) -> Comparison:
     """Write ``report.html`` and ``report.md`` of some runs into ``out``.
 
     Args:
         scores: folders with their evaluations, at any depth. targets: the target set for pictures; None: no pictures.
+        pixels: the folder with the pixels of a target set by reference.
 
     Raises:
         ManifestError: a folder is not a run, or ``targets`` is not a target set. SettingsError: a run is given twice.
@@ -64,15 +66,23 @@ def report_runs(
     check_output(out)
     comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
-    write_report(comparison, targets, out, report=report, device=pick_device(device))
+    write_report(comparison, targets, out, report=report, device=pick_device(device), pixels=pixels)
     return comparison
 
 
 def write_report(
-    comparison: Comparison, targets: Path | None, out: Path, *, report: Report, device: torch.device
+    comparison: Comparison,
+    targets: Path | None,
+    out: Path,
+    *,
+    report: Report,
+    device: torch.device,
+    pixels: Path | str | None = None,
 ) -> None:
     """Write the report of a comparison."""
-    gallery = Gallery() if targets is None else make_gallery(comparison, TargetSet(targets), report, device=device)
+    gallery = Gallery()
+    if targets is not None:
+        gallery = make_gallery(comparison, TargetSet(targets, pixels=pixels), report, device=device)
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
     report.log(f"{comparison.done} of {counted(comparison.wanted, 'score')}")
@@ -80,6 +90,7 @@ def write_report(
 
 def make_gallery(comparison: Comparison, targets: TargetSet, report: Report, *, device: torch.device) -> Gallery:
     """Pictures of the first seed of every variant. Variants without pictures are listed with the reason."""
+    _ = targets.pixels_root  # a folder that has to be given is no reason for a page without pictures
     views = sample_views(targets)
     queries = [len(views) * number // QUERIES for number in range(QUERIES)]
     teacher = F.normalize(patches(targets, views).mean(dim=1), dim=-1)
@@ -114,7 +125,7 @@ def add_pictures(
     shown = views[:SHOWN]
     model, settings = load_student(run, targets, report)
     if settings.model.image_size != targets.view_size:
-        targets = TargetSet(targets.root, image_size=settings.model.image_size)
+        targets = TargetSet(targets.root, image_size=settings.model.image_size, pixels=targets.pixels_root)
         views = sample_views(targets)
         shown = views[:SHOWN]
     patches_hidden = f"{settings.masked_patches} of {settings.model.grid**2} masked"
