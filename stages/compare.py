@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,9 @@ def plan_grid(
     roots = list(targets) if isinstance(targets, Sequence) else [targets]
     refuse_misplaced(roots, data, out)
     joined = join_sets([TargetSet(root) for root in roots])
-    plan = GridPlan(for_sets(grid, labels_of(joined.whole)), joined, [], evaluations)
+    grid = for_sets(grid, labels_of(joined.whole))
+    expanded = expand(grid, small, speed or {})
+    plan = GridPlan(grid, located(joined, expanded[0][1].data.pixels), [], evaluations)
     digests: dict[ModelSettings, str | None] = {}
     splits = open_data(data, batch=1)
     zeroshot = evaluations.get("zeroshot")
@@ -188,12 +190,12 @@ def plan_grid(
         {kind: fingerprinted(own) for kind, own in evaluations.items()},
         *([source.identity] if source else []),
     ]
-    for index, settings in expand(plan.grid, small, speed or {}):
+    for index, settings in expanded:
         variant = plan.grid.variants[index]
         chosen = places(variant)
         own = [plan.joined.sets[place] for place in chosen]
         with variant_named(variant.name):
-            settings = weighted(settings, variant, labels_of(own))
+            settings = with_pixels(own[0], weighted(settings, variant, labels_of(own)))
             check_run(own, settings, variant.codec)
             if source and isinstance(zeroshot, ZeroshotSettings):
                 check_zeroshot(own, settings, zeroshot, source)
@@ -261,6 +263,35 @@ def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple
             with variant_named(variant.name):
                 runs.append((index, load(PretrainSettings, "pretrain", grid.config, overrides=(), values=values)))
     return runs
+
+
+def located(joined: Joined, given: str | None) -> Joined:
+    """The same sets, all of which know the folder with their pixels: as given, or that of another set, since all have
+    the same pixels.
+
+    Raises:
+        SettingsError: it is not known, or given and no set is one by reference.
+    """
+    if not any(each.artifact.by_reference for each in joined.sets):
+        TargetSet(joined.main.root, pixels=given)
+        return joined
+    folder = given or next((each.pixels_folder for each in joined.sets if each.pixels_folder), None)
+
+    def opened(targets: TargetSet) -> TargetSet:
+        if not targets.artifact.by_reference:
+            return targets
+        again = TargetSet(targets.root, pixels=folder)
+        _ = again.pixels_root
+        return again.only(targets.stores)
+
+    main, *others = map(opened, joined.sets)
+    return replace(joined, main=main, others=tuple(others))
+
+
+def with_pixels(targets: TargetSet, settings: PretrainSettings) -> PretrainSettings:
+    """The settings of a run, which say where the pixels of its first set lie: also for sets recoded from it."""
+    pixels = str(targets.pixels_root) if targets.artifact.by_reference else None
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"pixels": pixels})})
 
 
 def run_name(settings: PretrainSettings, inputs: Any, codec: CodecSettings | None) -> str:

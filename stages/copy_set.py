@@ -5,6 +5,8 @@ missing there, let threads copy it, write the manifest. Every file is compared w
 the destination see what was there before until the last file has arrived: the manifest is written then, and only then.
 Finished units are marked in ``.copying/`` meanwhile, so that the same command resumes without reading them again.
 
+A shard set inside a target set is copied with it, and so are the sets of added teachers.
+
 Not named ``copy.py``: if this were the current folder, Python would import it instead of the standard library's.
 """
 
@@ -40,7 +42,8 @@ from cae2pipe.errors import BadInputError, Cae2pipeError, DamageError, MismatchE
 from cae2pipe.runtime.progress import BYTES, Report, gigabytes
 from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.shard_set import REJECTS
-from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER, is_store, of_store
+from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER, TEACHERS_FOLDER, is_store, of_store
+from cae2pipe.targets.shared_pixels import added_sets
 
 POLL = 0.2
 """Seconds between updates of the progress."""
@@ -56,7 +59,7 @@ class Copied:
 
     Args:
         path: the copy. kind: ``targets`` or ``shards``.
-        files: of the copy, with those of a shard set inside. brought: how many of them this call has copied, of that
+        files: of the copy, with those of sets inside. brought: how many of them this call has copied, of that
             many bytes.
         complete: whether it holds everything that the set is to hold: all views of all shards, or all images.
         views: where it has all that was requested of a complete set, but not all views: how many, and of how many.
@@ -139,7 +142,8 @@ def copy_set(
     check: bool = False,
     workers: int = WORKERS,
 ) -> Copied:
-    """Copy, or resume copying, the set ``source`` to ``out``; a shard set inside a target set is copied with it.
+    """Copy, or resume copying, the set ``source`` to ``out``. The shard set inside a target set, and the sets of added
+    teachers, are copied with it.
 
     Args:
         views: of a target set, only this many views of every image.
@@ -152,6 +156,8 @@ def copy_set(
         LockedError: another process writes ``out``.
     """
     pairs = [(opened(source, views), out)]
+    for folder in added_sets(source) if pairs[0][0].kind == "targets" else ():
+        pairs.insert(0, (TargetsArtifact.open(folder), out / TEACHERS_FOLDER / folder.name))
     if is_artifact(source / SHARDS_FOLDER, "shards"):
         pairs.insert(0, (ShardsArtifact.open(source / SHARDS_FOLDER), out / SHARDS_FOLDER))
     refuse_overlap(source, out)

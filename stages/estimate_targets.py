@@ -27,6 +27,7 @@ from cae2pipe.targets.estimate import CODECS, price, project, sample_size, speed
 from cae2pipe.targets.groups import Groups
 from cae2pipe.targets.manifest_facts import teacher_facts
 from cae2pipe.targets.rendering import BlockRenderer, RenderedBlock, Renderer, Task, render_blocks
+from cae2pipe.targets.shared_pixels import refers_to_nothing
 from cae2pipe.targets.stored_source import Source, StoredSource, as_source, renderer_of
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.load import load_teacher
@@ -34,12 +35,20 @@ from cae2pipe.teachers.protocol import Teacher
 
 
 def estimate_targets(
-    source: Path, settings: ExtractSettings, report: Report, *, epochs: int | None = None
+    source: Path,
+    settings: ExtractSettings,
+    report: Report,
+    *,
+    epochs: int | None = None,
+    by_reference: bool = False,
+    pixels: Path | None = None,
 ) -> dict[str, Any]:
     """Estimate the cost of the target set of a shard set, a folder of images or another target set; nothing is written.
 
     Args:
         epochs: epochs of the planned pretraining; if given, a number of views is recommended.
+        by_reference: whether the set will refer to the pixels of the source, a target set, and not hold them.
+        pixels: the folder with the pixels of a source that is by reference itself.
 
     Returns:
         ``images``, ``views``, mean bytes of ``pixels`` per view, ``views_per_s`` and ``teacher_per_s`` on this device,
@@ -57,7 +66,9 @@ def estimate_targets(
     if epochs is not None and epochs < 1:
         raise SettingsError(f"invalid number of epochs: {epochs}", where="--epochs", fix="use at least 1")
     set_backends()
-    stored = StoredSource.of(TargetSet(source)) if is_artifact(source, "targets") else None
+    stored = StoredSource.of(TargetSet(source, pixels=pixels)) if is_artifact(source, "targets") else None
+    if by_reference and not stored:
+        raise refers_to_nothing(source)
     if stored:
         settings = as_source(settings, stored.targets)
     report.phase("loading the teacher")
@@ -98,9 +109,9 @@ def estimate_targets(
             report=report,
         )
 
-    def pixels(views: int) -> float:
+    def pixel_bytes(views: int) -> float:
         """Bytes per view: its own, or its share of the image that ``views`` views are cut from."""
-        return tar_bytes(jpegs) / (views if settings.view.pixels == "replayed" else 1)
+        return 0.0 if by_reference else tar_bytes(jpegs) / (views if settings.view.pixels == "replayed" else 1)
 
     teacher_per_s = meter.views / meter.teacher
     rows = []
@@ -108,7 +119,7 @@ def estimate_targets(
         whole = project(
             images,
             settings.views,
-            pixels(settings.views) + priced.latents,
+            pixel_bytes(settings.views) + priced.latents,
             extracted_per_s=meter.rate(),
             teacher_per_s=teacher_per_s,
         )
@@ -119,18 +130,22 @@ def estimate_targets(
     result = {
         "images": images,
         "views": settings.views,
-        "pixels": round(pixels(settings.views)),
+        "pixels": round(pixel_bytes(settings.views)),
         "views_per_s": meter.rate(),
         "teacher_per_s": teacher_per_s,
         "verdict": meter.bottleneck(),
         "codecs": rows,
     }
     if reduced is not None:
-        result["reduced"] = {"size": student, "pixels": round(reduced * pixels(settings.views))}
+        result["reduced"] = {"size": student, "pixels": round(reduced * pixel_bytes(settings.views))}
     if epochs is not None:
         views = recommend_views(epochs)
         whole = project(
-            images, views, pixels(views) + chosen.latents, extracted_per_s=meter.rate(), teacher_per_s=teacher_per_s
+            images,
+            views,
+            pixel_bytes(views) + chosen.latents,
+            extracted_per_s=meter.rate(),
+            teacher_per_s=teacher_per_s,
         )
         result["recommended"] = {
             "epochs": epochs,

@@ -15,6 +15,7 @@ from typing import Any
 from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, is_artifact, refuse_foreign
 from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.lock import holding, writing
+from cae2pipe.artifacts.manifest import REFERRING
 from cae2pipe.artifacts.manifest_values import Licences
 from cae2pipe.artifacts.provenance import tell_changes
 from cae2pipe.artifacts.staging import remove_stages
@@ -22,7 +23,7 @@ from cae2pipe.artifacts.storage import file_size, is_local, is_shared
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
-from cae2pipe.errors import BadInputError, MismatchError, SourceError
+from cae2pipe.errors import BadInputError, MismatchError, SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
@@ -35,11 +36,12 @@ from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
 from cae2pipe.targets.missing import MissingUnits, check_space, missing_units, wanted
 from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER
+from cae2pipe.targets.shared_pixels import is_added, refers_to_nothing
 from cae2pipe.targets.stored_calibration import is_calibrated
 from cae2pipe.targets.stored_source import Source, StoredSource, as_source
 from cae2pipe.targets.target_set import TargetSet, recorded_view
 from cae2pipe.teachers.licences import teacher_licence
-from cae2pipe.teachers.load import load_teacher, named_without_paths
+from cae2pipe.teachers.load import LoadedTeacher, load_teacher, named_without_paths
 from cae2pipe.teachers.resuming import canonical, teacher_as_begun
 from cae2pipe.teachers.telling import teacher_lines
 
@@ -53,6 +55,9 @@ def extract_targets(
     part: WorkShare = WHOLE,
     calibrate_only: bool = False,
     remake: Collection[str] | None = None,
+    by_reference: bool = False,
+    pixels: Path | None = None,
+    loaded: LoadedTeacher | None = None,
 ) -> TargetsArtifact:
     """Make, or resume making, the target set ``out`` from a shard set, a folder of images or another target set.
 
@@ -62,6 +67,10 @@ def extract_targets(
         part: this process's share of the shards; torchrun's ranks divide it further.
         calibrate_only: stop once the set has its calibration.
         remake: make exactly these units again, even if they look complete.
+        by_reference: list the files with pixels of the source, a target set, but do not hold them. A set that has been
+            begun stays as it is.
+        pixels: the folder with the pixels of a source that is by reference itself.
+        loaded: the teacher, if it has been loaded.
 
     Raises:
         SourceError, TeacherError, MismatchError, ManifestError, LockedError: see their messages.
@@ -69,7 +78,7 @@ def extract_targets(
     rank = torchrun_rank()
     part = part.split(rank.rank, rank.ranks)
     set_backends()
-    with_views = open_stored(source, out)
+    with_views = open_stored(source, out, pixels, adding=loaded is not None)
     if with_views:
         settings = as_source(settings, with_views.targets)
     with writing(out, part):
@@ -82,13 +91,19 @@ def extract_targets(
         if begun:
             settings = resumed(TargetsArtifact.open(out), settings, report)
             refuse_other_pixels(out, settings, with_views is not None)
+            by_reference = refers(out, asked=by_reference)
         else:
             settings = settings.model_copy(update={"teacher": canonical(settings.teacher)})
-        report.phase("loading the teacher")
+        if by_reference and not with_views:
+            raise refers_to_nothing(source)
         settings = settings.model_copy(update={"teacher": named_without_paths(settings.teacher)})
         device = pick_device(settings.speed.device, rank)
         stored = TargetsArtifact.open(out).identity["teacher"].get("precision") if begun else None
-        teacher = load_teacher(settings.teacher, device, begun=stored)
+        if loaded and loaded.of == (settings.teacher, stored):
+            teacher = loaded.teacher
+        else:
+            report.phase("loading the teacher")
+            teacher = load_teacher(settings.teacher, device, begun=stored)
         for line in teacher_lines(teacher):
             report.log(line)
         content = {"settings": fingerprinted(settings), "teacher": teacher.info.identity()}
@@ -97,8 +112,9 @@ def extract_targets(
             TargetsArtifact.open_same(out, content, fix)
         shards = with_views or open_source(source, out, settings, report=report)
         restart = part == WHOLE and not begun
+        form = REFERRING if by_reference else None
         artifact = TargetsArtifact.open_or_create(
-            out, content, facts={"classes": shards.classes}, fix=fix, restart=restart
+            out, content, facts={"classes": shards.classes}, fix=fix, format=form, restart=restart
         )
         missing = missing_units(artifact, shards, settings.views, part=part, remake=remake)
         remove_leftovers(out, missing, part)
@@ -122,7 +138,7 @@ def extract_targets(
         if calibrate_only:
             report.log("calibration finished (--calibrate-only)")
             return artifact
-        check_space(artifact, missing)
+        check_space(artifact, shards, missing)
         try:
             reducing = [lacking.shard for lacking in missing if lacking.images]
             if isinstance(shards, StoredSource):
@@ -175,17 +191,37 @@ def refuse_other_pixels(out: Path, settings: ExtractSettings, from_views: bool) 
         )
 
 
-def open_stored(source: Path, out: Path) -> StoredSource | None:
-    """The source, if it is a target set.
+def open_stored(source: Path, out: Path, pixels: Path | None, *, adding: bool) -> StoredSource | None:
+    """The source, if it is a target set. ``adding``: whether a teacher is added to it.
 
     Raises:
-        BadInputError: ``out`` is in it. DamageError, ManifestError: it is damaged, or has no view yet.
+        BadInputError: ``out`` is in it, and not an added teacher. DamageError, ManifestError: it is damaged, or has no
+        view yet. SettingsError: ``pixels`` is needed or does not apply.
     """
     if not is_artifact(source, "targets"):
+        if pixels is not None:
+            raise SettingsError("the source is no target set", where="pixels (--pixels)", fix="omit it")
         return None
-    if is_local(out) and is_local(source) and source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise BadInputError("the output folder is, or is inside of, the source", where=out, fix="use another folder")
-    return StoredSource.of(TargetSet(source))
+    inside = is_local(out) and is_local(source) and source.resolve() in (out.resolve(), *out.resolve().parents)
+    if inside and not (is_added(out, source) and (adding or file_size(out / MANIFEST) is not None)):
+        raise BadInputError(
+            "the output folder is, or is inside of, the source",
+            where=out,
+            fix="use another folder, or omit it and give --add to add a teacher to the source",
+        )
+    return StoredSource.of(TargetSet(source, pixels=pixels))
+
+
+def refers(out: Path, *, asked: bool) -> bool:
+    """Whether a set that has been begun is by reference. Raises MismatchError if that is asked, and it is not."""
+    there = TargetsArtifact.open(out).by_reference
+    if asked and not there:
+        raise MismatchError(
+            "this set holds its pixels itself, and --by-reference is given",
+            where=out / MANIFEST,
+            fix="omit --by-reference, or use another output folder",
+        )
+    return there
 
 
 def open_source(source: Path, out: Path, settings: ExtractSettings, *, report: Report) -> ShardSet:

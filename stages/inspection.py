@@ -80,11 +80,42 @@ def _targets(artifact: TargetsArtifact) -> dict[str, Any]:
         "views": targets.views,
         "shards_with_view": {str(view): count for view, count in sorted(shards.items())},
         "pixels": targets.view.pixels,
+        **({"pixels_elsewhere": _referred(artifact)} if artifact.by_reference else {}),
         "codec": artifact.identity["settings"]["codec"]["name"],
         "fidelity": targets.fidelity(),
         "bytes_per_view": {name: round(value, 1) for name, value in targets.bytes_per_view().items()},
         **({"groups": _groups(targets)} if len(targets.groups) > 1 else {}),
+        **({"added_teachers": added} if (added := _added(artifact)) else {}),
     }
+
+
+def _referred(artifact: TargetsArtifact) -> dict[str, int]:
+    """The files with pixels that a set by reference lists."""
+    from cae2pipe.targets.shared_pixels import shared_pixels
+
+    files = shared_pixels(artifact).values()
+    return {"files": len(files), "bytes": sum(entry["bytes"] for entry in files)}
+
+
+def _added(artifact: TargetsArtifact) -> dict[str, Any]:
+    """The sets of added teachers by their labels."""
+    from cae2pipe.targets.paths import is_store
+    from cae2pipe.targets.shared_pixels import added_sets
+
+    known = {}
+    for folder in added_sets(artifact.root):
+        added = TargetsArtifact.open(folder)
+        files = [entry["bytes"] for unit in added.units.values() for entry in unit["files"].values()]
+        known[folder.name] = {
+            "name": added.identity["teacher"]["name"],
+            "complete": added.complete,
+            "fingerprint": added.fingerprint,
+            "licences": known_licences(added.facts.get("licences", {})),
+            "stores": sum(map(is_store, added.units)),
+            "files": len(files),
+            "bytes": sum(files),
+        }
+    return known
 
 
 def _groups(targets: TargetSet) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.digest import file_entry, fingerprint
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest_run import RunIdentity, SeveralTeacher
+from cae2pipe.artifacts.manifest_targets import listed
 from cae2pipe.artifacts.storage import file_size
 from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
@@ -92,11 +93,21 @@ def pretrain_within(
     roots = list(targets_root) if isinstance(targets_root, Sequence) else [targets_root]
     world.run_on_main(lambda: refuse_target_set(out, roots))
     report.phase("opening the target set" if len(roots) == 1 else "opening the target sets")
-    joined = world.main_first(lambda: join_sets([TargetSet(root) for root in roots]))
+    # Of the others only latents are read.
+    pixels = [settings.data.pixels, *[None] * (len(roots) - 1)]
+    joined = world.main_first(
+        lambda: join_sets([TargetSet(root, pixels=folder) for root, folder in zip(roots, pixels, strict=True)])
+    )
     if stores is not None:
         joined = joined.only(stores)
     targets, others = joined.main, joined.others
-    world.run_on_main(lambda: check_sets(joined, settings, world.ranks))
+
+    def check() -> None:
+        check_sets(joined, settings, world.ranks)
+        if settings.views != "fresh":
+            _ = targets.pixels_root
+
+    world.run_on_main(check)
     if joined.note:
         report.log(joined.note)
     precision = resolve_precision(settings.precision, world.device)
@@ -388,8 +399,8 @@ def refuse_changed(targets: TargetSet, recorded: Mapping[str, str]) -> None:
 
 
 def digests_of(targets: TargetSet, names: Sequence[str]) -> dict[str, str]:
-    """The fingerprints of some stores."""
-    return {name: fingerprint(targets.stores[name]["files"]) for name in names}
+    """The fingerprints of some stores; the same wherever their pixels lie."""
+    return {name: fingerprint(listed(targets.stores[name])) for name in names}
 
 
 def teachers_of(sets: Sequence[TargetSet], names: Sequence[str]) -> list[SeveralTeacher]:

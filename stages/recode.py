@@ -1,9 +1,9 @@
 """Convert a target set to another codec or fidelity, without the teacher.
 
-The pixels of the views are the same files (hard links if both sets are on one disk). Latents are decoded, encoded again
-and written as in extraction. A codec is calibrated once, on the same images as in an extraction. All arithmetic that
-determines bytes runs on the CPU with one thread per block, so the same set recodes to the same bytes, with any number
-of workers and after any interruption.
+The pixels of the views are the same files (hard links if both sets are on one disk); a set by reference gives another
+one. Latents are decoded, encoded again and written as in extraction. A codec is calibrated once, on the same images as
+in an extraction. All arithmetic that determines bytes runs on the CPU with one thread per block, so the same set gives
+the same bytes, with any number of workers and after any interruption.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cae2pipe.artifacts.atomic import remove_debris
 from cae2pipe.artifacts.copying import copy_units
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.lock import writing
-from cae2pipe.artifacts.manifest_targets import StoreUnit, group_entries
+from cae2pipe.artifacts.manifest_targets import StoreUnit, group_entries, listed
 from cae2pipe.artifacts.provenance import provenance, tell_changes
 from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.artifacts.storage import fetch_file, file_size, is_local
@@ -91,7 +91,14 @@ def recode(
             },
             facts={"classes": targets.classes},
             fix="use another output folder, or the set and settings this one was made from",
+            format=targets.artifact.format,
         )
+        if artifact.by_reference != targets.artifact.by_reference:
+            raise MismatchError(
+                "of the source and of this set, one holds its pixels and the other is by reference",
+                where=out,
+                fix="use another output folder, or the set this one was made from",
+            )
         missing = missing_stores(artifact, targets)
         images = missing_images(artifact, targets)
         if remake is not None:
@@ -138,7 +145,7 @@ def missing_stores(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
     whole = artifact.whole()
     for name, unit in targets.stores.items():
         own = artifact.units.get(name)
-        if own and "view" in own and own["recoded"] != fingerprint(unit["files"]):
+        if own and "view" in own and own["recoded"] != fingerprint(listed(unit)):
             raise MismatchError(
                 f"store {name} of the source differs from the one that this set was recoded from",
                 where=targets.root,
@@ -153,7 +160,7 @@ def missing_images(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:
     return [
         name
         for name, unit in images_units(targets.artifact).items()
-        if name not in whole or artifact.units[name]["files"] != unit["files"]
+        if name not in whole or listed(artifact.units[name]) != listed(unit)
     ]
 
 
@@ -243,7 +250,7 @@ def recode_store(
         blocks: the blocks of this store, followed by those of others.
     """
     unit, reader = targets.stores[name], targets.reader(name)
-    own = [unit["tar"]] if targets.replayed is None else []
+    own = [unit["tar"]] if targets.replayed is None and not targets.artifact.by_reference else []
     with staged(root, name) as stage:
         for tar in own:
             fetch_file(reader.root / tar, stage.path(tar))
@@ -265,7 +272,8 @@ def recode_store(
                 "the source's tar is damaged", where=reader.tar, fix=f"cae2pipe verify {reader.root} --repair"
             )
         files = stage.commit(*own, unit["zarr"])
-    return {
+    facts = store_facts(writer.layouts, unit["zarr"], files, fidelity, pixels=unit["bytes"]["pixels"])
+    new: StoreUnit = {
         "view": unit["view"],
         "shard": unit["shard"],
         "source": unit["source"],
@@ -273,6 +281,12 @@ def recode_store(
         "tar": unit["tar"],
         "zarr": unit["zarr"],
         "files": files,
-        **store_facts(writer.layouts, unit["zarr"], files, fidelity, pixels=unit["bytes"]["pixels"]),
-        "recoded": fingerprint(unit["files"]),
+        "fidelity": facts["fidelity"],
+        "bytes": facts["bytes"],
+        "recoded": fingerprint(listed(unit)),
     }
+    if "groups" in facts:
+        new["groups"] = facts["groups"]
+    if targets.replayed is None and "pixels" in unit:
+        new["pixels"] = unit["pixels"]
+    return new

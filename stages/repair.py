@@ -17,6 +17,7 @@ from cae2pipe.shards.source import scan
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.recode import recode
 from cae2pipe.targets.paths import SHARDS_FOLDER
+from cae2pipe.targets.shared_pixels import parent_set
 
 
 def repair(
@@ -41,8 +42,26 @@ def repair(
         BadInputError: the source is needed but was not given, or folders of this kind cannot be repaired.
         MismatchError: the source has changed since the set was made. DamageError: the calibration cannot be restored.
     """
-    for inner in result.inner:
+    shards = [inner for inner in result.inner if inner.kind == "shards"]
+    for inner in shards:
         repair(inner, report, source=source, labels=labels, weights=weights, device=device, workers=workers)
+    _repair_own(result, report, source, labels=labels, weights=weights, device=device, workers=workers)
+    # Their pixels are those of this set.
+    for inner in result.inner:
+        if inner not in shards:
+            repair(inner, report, weights=weights, device=device, workers=workers)
+
+
+def _repair_own(
+    result: Verification,
+    report: Report,
+    source: Path | None,
+    *,
+    labels: Path | None,
+    weights: Path | None,
+    device: str,
+    workers: int,
+) -> None:
     if not result.bad:
         if result.kind in ("shards", "targets") and journal_entries(result.path):
             with writing(result.path):  # keeps what a killed run had finished
@@ -58,9 +77,10 @@ def repair(
         codec = build(CodecSettings, TargetsArtifact.open(result.path).identity["settings"]["codec"], where=result.path)
         recode(original, result.path, codec, report=report, lossy_source=True, workers=workers, remake=result.bad)
     elif result.kind == "targets":
-        inside = result.path / SHARDS_FOLDER
-        shards = inside if is_artifact(inside, "shards") else _given(source, result.path, "the shard set")
-        repair_targets(result, report, shards, weights=weights, device=device, workers=workers)
+        known = [parent_set(result.path), result.path / SHARDS_FOLDER, None if source else result.pixels]
+        made_from = next((path for path in known if path and is_artifact(path)), None)
+        made_from = made_from or _given(source, result.path, "the shard set")
+        repair_targets(result, report, made_from, weights=weights, device=device, workers=workers)
     else:
         raise BadInputError(
             f"a {result.kind} folder cannot be repaired",
@@ -91,7 +111,9 @@ def repair_targets(
     asked = artifact.facts.get("wanted")
     more = {"views": asked["views"] if asked else views, "speed": {"workers": workers, "device": device}}
     settings = build(ExtractSettings, {**raw, **more}, where=result.path)
-    extract_targets(source, result.path, settings, report=report, remake=result.bad)
+    referring = is_artifact(source, "targets") and TargetsArtifact.open(source).by_reference
+    pixels = result.pixels if referring else None
+    extract_targets(source, result.path, settings, report=report, remake=result.bad, pixels=pixels)
 
 
 def _given(source: Path | None, path: Path, what: str) -> Path:

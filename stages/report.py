@@ -51,11 +51,13 @@ def report_runs(
     out: Path,
     report: Report,
     device: str = "auto",
+    pixels: Path | None = None,
 ) -> Comparison:
     """Write ``report.html`` and ``report.md`` of some runs into ``out``.
 
     Args:
         scores: folders with their evaluations, at any depth. targets: the target set for pictures; None: no pictures.
+        pixels: the folder with the pixels of a target set by reference.
 
     Raises:
         ManifestError: a folder is not a run, or ``targets`` is not a target set. SettingsError: a run is given twice.
@@ -67,7 +69,7 @@ def report_runs(
     check_output(out)
     comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
     set_backends()
-    sets = [] if targets is None else [TargetSet(targets)]
+    sets = [] if targets is None else [TargetSet(targets, pixels=pixels)]
     write_report(comparison, sets, out, report=report, device=pick_device(device))
     return comparison
 
@@ -93,6 +95,8 @@ class Shown:
 
 def make_gallery(comparison: Comparison, sets: Sequence[TargetSet], report: Report, *, device: torch.device) -> Gallery:
     """Pictures of the first seed of every variant. Variants without pictures are listed with the reason."""
+    for each in sets:
+        _ = each.pixels_root  # a folder that has to be given is no reason for a page without pictures
     names = ["teacher"] if len(sets) == 1 else [f"teacher {name}" for name in labels_of(sets)]
     shown = [Shown(name, targets, sample_views(targets)) for name, targets in zip(names, sets, strict=True)]
     views = shown[0].views
@@ -126,7 +130,8 @@ def add_pictures(
         targets, views = one.targets, one.views
         model, settings = load_student(run, targets, report)
         if settings.model.image_size != targets.view_size:
-            targets = TargetSet(targets.root, image_size=settings.model.image_size).only(targets.stores)
+            size, stores = settings.model.image_size, targets.stores
+            targets = TargetSet(targets.root, image_size=size, pixels=targets.pixels_root).only(stores)
             views = sample_views(targets)
         if settings.loss.target != "pixels":
             whose = name if model.masks else f"{name} (sees all patches)"

@@ -39,6 +39,7 @@ from cae2pipe.targets.coverage import class_counts, coverage, one_store_a_shard
 from cae2pipe.targets.fidelity_profile import FidelityProfile, ProfileBuilder
 from cae2pipe.targets.paths import SHARDS_FOLDER
 from cae2pipe.targets.set_bytes import array_shape, set_bytes
+from cae2pipe.targets.shared_pixels import parent_set
 from cae2pipe.targets.store_layout import array_name
 from cae2pipe.targets.stored_image import StoredImage, read_stored_image
 from cae2pipe.targets.target_set import TargetSet
@@ -100,6 +101,7 @@ def report_targets(
     live: int = 0,
     weights: Path | None = None,
     device: str = "auto",
+    pixels: Path | None = None,
 ) -> TargetSetReport:
     """Write ``report.html`` about a target set into ``out``. Equal sets and arguments give equal bytes.
 
@@ -108,6 +110,7 @@ def report_targets(
         source: the shard set that it was made from (default: the one inside the target set, if there is one).
         live: number of stored views to run the teacher on again, for the fidelity by component and token.
         weights: the teacher's weights file, if they came from one. device: where the teacher runs.
+        pixels: the folder with the pixels of a set by reference.
 
     Raises:
         ManifestError: not a target set, or not a shard set. MismatchError: another source, or other weights.
@@ -117,7 +120,8 @@ def report_targets(
     if live < 0:
         raise SettingsError(f"{live} stored views", where="live", fix="give 0, or the number of views")
     check_output(out)
-    targets = TargetSet(root, damaged="omit")
+    targets = TargetSet(root, damaged="omit", pixels=pixels)
+    _ = targets.pixels_root
     problems = [f"{problem.where}: {problem.what}" for problem in targets.damage]
     originals = open_originals(targets, source, problems)
     profile = None
@@ -177,7 +181,7 @@ def open_originals(targets: TargetSet, source: Path | None, problems: list[str])
     Raises:
         MismatchError: ``source`` is another one. ManifestError, DamageError: ``source`` is not an intact shard set.
     """
-    path = source or targets.root / SHARDS_FOLDER
+    path = source or (parent_set(targets.root) or targets.root) / SHARDS_FOLDER
     if source is None and file_size(path / MANIFEST) is None:
         return None
     try:

@@ -296,6 +296,19 @@ def summary_root(
 
 
 @pytest.fixture(scope="session")
+def second_file(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path) -> Path:
+    """Other weights of the teacher's tower."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(5)
+    path = tmp_path_factory.mktemp("second") / "second.safetensors"
+    weights = load_file(teacher_file)
+    save_file({name: t + 0.05 * torch.randn(t.shape, generator=generator) for name, t in weights.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def wide_root(
     tmp_path_factory: pytest.TempPathFactory,
     photos: Path,

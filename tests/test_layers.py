@@ -95,6 +95,7 @@ def test_packages_import_what_is_below_them():
 
 
 RUN_BY = {
+    "add_teacher": {"extract_targets"},
     "compare": {"evaluate", "evaluate_zeroshot", "pretrain", "recode", "report"},
     "repair": {"extract_targets", "recode"},
 }

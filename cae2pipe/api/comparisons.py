@@ -108,6 +108,7 @@ def report(
     *,
     out: str | Path = "report",
     targets: str | Path | None = None,
+    pixels: str | Path | None = None,
     scores: Paths = (),
     device: str = "auto",
     progress: Progress = True,
@@ -118,6 +119,7 @@ def report(
         runs: folders of ``pretrain``, finished or not.
         out: the folder of ``report.html`` and ``report.md``.
         targets: a target set for pictures.
+        pixels: the folder or URL with the pixels of a target set by reference.
         scores: folders with evaluations of the runs, at any depth.
 
     Raises:
@@ -141,6 +143,7 @@ def report(
             out=to_path(out),
             report=told,
             device=device,
+            pixels=optional_path(pixels),
         )
     return Compared(to_path(out) / HTML, comparison)
 
@@ -154,6 +157,7 @@ def report_targets(
     live: int = 0,
     teacher_weights: str | Path | None = None,
     device: str = "auto",
+    pixels: str | Path | None = None,
     progress: Progress = True,
 ) -> TargetSetReport:
     """Write one page about a target set: ``cae2pipe report TARGETS``. The set may be incomplete or damaged.
@@ -163,11 +167,14 @@ def report_targets(
         source: the shard set that it was made from, for originals and rejected images; None: the one inside it.
         live: number of stored views to run the teacher on, for fidelity by component and token.
         teacher_weights: a local file, if the teacher's weights came from one. device: where the teacher runs.
+        pixels: the folder or URL with the pixels of a set by reference; by default that of an open set.
 
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    root = to_path(targets)
+    root, folder = to_path(targets), optional_path(pixels)
+    if folder is None and isinstance(targets, TargetSet):
+        folder = targets.pixels_folder
     if is_artifact(root, "run"):
         raise SettingsError("this is a run, not a target set", where=root, fix="call report for a page about it")
     with reporting(progress, "report") as told:
@@ -179,4 +186,5 @@ def report_targets(
             live=live,
             weights=optional_local(teacher_weights),
             device=device,
+            pixels=folder,
         )

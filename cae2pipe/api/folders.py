@@ -27,15 +27,19 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 @checked
-def verify(path: str | Path, *, progress: Progress = True) -> Verification:
+def verify(path: str | Path, *, pixels: str | Path | None = None, progress: Progress = True) -> Verification:
     """Check every file of a folder against its manifest: ``cae2pipe verify``. ``problems`` of the result lists what is
     wrong; it is empty if the folder is intact.
+
+    Args:
+        path: the folder or URL.
+        pixels: of a target set by reference, the folder or URL with its pixels, which are checked with it.
 
     Raises:
         ManifestError: the folder was not made by cae2pipe.
     """
     with reporting(progress, "verify") as report:
-        return run_verify(to_path(path), report)
+        return run_verify(to_path(path), report, optional_path(pixels))
 
 
 @checked
@@ -54,7 +58,7 @@ def copy(
     see what was there before, or everything. A set that has grown is copied again to bring what is new.
 
     Args:
-        source: the set; a shard set inside a target set is copied with it.
+        source: the set; a shard set and added teachers inside a target set are copied with it.
         destination: a new folder, or one that holds this set or a part of it; a path or a URL.
         views: of a target set, only this many views of every image.
         check: also read what is there already, and copy files again that are damaged.
@@ -82,7 +86,7 @@ def repair(
     """Rebuild exactly what is damaged, and check again: ``cae2pipe verify --repair``.
 
     Args:
-        source: the images or the shard set that the folder was made from.
+        source: the images, the shard set or the target set that the folder was made from.
         labels: the ground truth that was given to ``shard``.
         teacher_weights: the teacher's weights, if they came from a local file.
 
@@ -99,4 +103,4 @@ def repair(
             device=device,
             workers=workers,
         )
-        return run_verify(outcome.path, report) if outcome.problems else outcome
+        return run_verify(outcome.path, report, outcome.pixels) if outcome.problems else outcome

@@ -15,11 +15,13 @@ from cae2pipe.config.base import Settings, build
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.shards.shard_set import ShardSet
+from cae2pipe.stages.add_teacher import add_teacher
 from cae2pipe.stages.estimate_targets import estimate_targets as estimate
 from cae2pipe.stages.extract_targets import extract_targets as extract
 from cae2pipe.stages.recode import recode as run_recode
 from cae2pipe.stages.repack import repack as run_repack
 from cae2pipe.stages.shard import shard_images
+from cae2pipe.targets.paths import is_store
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.teachers.spelling import teacher_values
 
@@ -92,7 +94,7 @@ def extract_settings(
 @checked
 def extract_targets(
     source: str | Path,
-    out: str | Path,
+    out: str | Path | None,
     *,
     teacher: str | None = None,
     config: str | Path | Settings = "clip-b16",
@@ -100,6 +102,9 @@ def extract_targets(
     views: int | None = None,
     codec: str | None = None,
     fidelity: float | None = None,
+    by_reference: bool = False,
+    add: bool = False,
+    pixels: str | Path | None = None,
     part: str = "1/1",
     calibrate_only: bool = False,
     workers: int | None = None,
@@ -111,7 +116,7 @@ def extract_targets(
     Args:
         source: a shard set, a folder of images, or a target set, whose views another teacher then sees; a path or a
             URL.
-        out: the target set, created or resumed.
+        out: the target set, created or resumed; None with ``add``.
         teacher: ``timm:NAME.TAG``, ``open_clip:NAME/TAG``, ``hf-hub:ORG/NAME``, ``local-dir:PATH`` or a preset, each
             with ``@FILE`` for local weights; it takes the place of the whole teacher in ``config``.
         config: preset, YAML file or settings.
@@ -119,6 +124,9 @@ def extract_targets(
         views: per image; None: as the set was started, or 16.
         codec: klt, int8 or fp16.
         fidelity: klt's mean cosine.
+        by_reference: list the pixels of ``source``, a target set, by digest, and do not hold them.
+        add: add the teacher to ``source``, a target set: a set by reference in its folder ``teachers/LABEL``.
+        pixels: the folder or URL with the pixels of a ``source`` that is by reference itself.
         part: ``K/N``, one of N shares of the work.
         calibrate_only: calibrate the codec and stop.
         workers: processes; -1: one per core, 0: work in this process.
@@ -140,12 +148,34 @@ def extract_targets(
         workers=workers,
         device=device,
     )
-    share = parse_part(part)
-    with reporting(progress, "extract-targets") as report:
-        made = extract(
-            to_path(source), to_path(out), settings, report=report, part=share, calibrate_only=calibrate_only
+    share, root, folder = parse_part(part), to_path(source), optional_path(pixels)
+    if (out is None) != add:
+        raise SettingsError(
+            "a teacher that is added has its folder inside of the source, and an output folder is given"
+            if add
+            else "the output folder is missing",
+            where="out (OUT)",
+            fix="omit it, or omit add (--add)"
+            if add
+            else "give it, or add the teacher to a target set with add (--add)",
         )
-    return TargetSet(made.root) if any("view" in unit for unit in made.units.values()) else None
+    with reporting(progress, "extract-targets") as report:
+        if out is None:
+            made = add_teacher(root, settings, report=report, part=share, calibrate_only=calibrate_only, pixels=folder)
+        else:
+            made = extract(
+                root,
+                to_path(out),
+                settings,
+                report=report,
+                part=share,
+                calibrate_only=calibrate_only,
+                by_reference=by_reference,
+                pixels=folder,
+            )
+    if not any(map(is_store, made.units)):
+        return None
+    return TargetSet(made.root, pixels=TargetSet(root, pixels=folder).pixels_root if made.by_reference else None)
 
 
 @checked
@@ -159,6 +189,8 @@ def estimate_targets(
     codec: str | None = None,
     fidelity: float | None = None,
     epochs: int | None = None,
+    by_reference: bool = False,
+    pixels: str | Path | None = None,
     workers: int | None = None,
     device: str | None = None,
     progress: Progress = True,
@@ -168,7 +200,8 @@ def estimate_targets(
     Nothing is written.
 
     Arguments as in ``extract_targets``. With ``epochs``, a number of views is recommended for a pretraining of that
-    length. Returns and raises as ``cae2pipe.stages.estimate_targets.estimate_targets``.
+    length. With ``by_reference``, also for ``add``, pixels take no bytes. Returns and raises as
+    ``cae2pipe.stages.estimate_targets.estimate_targets``.
     """
     settings = extract_settings(
         config,
@@ -181,7 +214,14 @@ def estimate_targets(
         device=device,
     )
     with reporting(progress, "estimate") as report:
-        return estimate(to_path(source), settings, report, epochs=epochs)
+        return estimate(
+            to_path(source),
+            settings,
+            report,
+            epochs=epochs,
+            by_reference=by_reference,
+            pixels=optional_path(pixels),
+        )
 
 
 @checked

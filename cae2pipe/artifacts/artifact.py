@@ -31,7 +31,7 @@ from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.file_checks import check_file, presence
 from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.lock import holding
-from cae2pipe.artifacts.manifest import FORMATS, GROUPED, decode_unit, encode_unit
+from cae2pipe.artifacts.manifest import FORMATS, GROUPED, REFERRING, decode_unit, encode_unit
 from cae2pipe.artifacts.manifest_files import JOURNAL, made_by, manifest_of, read_folder, write_manifest
 from cae2pipe.artifacts.manifest_files import MANIFEST as MANIFEST
 from cae2pipe.artifacts.manifest_files import is_foreign as is_foreign
@@ -273,6 +273,11 @@ class TargetsArtifact(Artifact[TargetsIdentity, TargetsUnit, TargetsFacts]):
                 fix=f"cae2pipe recode {root} NEW --repack converts it, losslessly and without the teacher",
             )
         return artifact
+
+    @property
+    def by_reference(self) -> bool:
+        """Whether the set lists its files with pixels, which lie elsewhere, but does not hold them."""
+        return self.format >= REFERRING
 
     @classmethod
     def open_earlier(cls, root: Path) -> Self:

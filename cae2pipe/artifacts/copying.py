@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from cae2pipe.artifacts.artifact import Artifact
 from cae2pipe.artifacts.manifest_kinds import FactsT, IdentityT, UnitT
@@ -29,12 +30,19 @@ def copy_units(
         DamageError: a file of the source is missing or has changed.
     """
     for name in names:
-        unit = source.units[name]
-        with staged(artifact.root, name) as stage:
-            for path in unit["files"]:
-                fetch_file(source.root / path, stage.path(path))
-            if stage.entries(*unit["files"]) != unit["files"]:
-                raise DamageError("stored data are damaged", where=f"{source.root}, {name}", fix=fix)
-            stage.commit(*unit["files"])
-        artifact.add(name, unit)
+        copy_unit(artifact, source.root, name, unit=source.units[name], fix=fix)
         report.advance()
+
+
+def copy_unit(artifact: Artifact[IdentityT, UnitT, FactsT], source: Path, name: str, *, unit: UnitT, fix: str) -> None:
+    """Copy a unit, whose files lie in the folder ``source``. Raises as ``copy_units``."""
+    with staged(artifact.root, name) as stage:
+        try:
+            for path in unit["files"]:
+                fetch_file(source / path, stage.path(path))
+        except FileNotFoundError:
+            raise DamageError("stored data are missing", where=f"{source}, {name}", fix=fix) from None
+        if stage.entries(*unit["files"]) != unit["files"]:
+            raise DamageError("stored data are damaged", where=f"{source}, {name}", fix=fix)
+        stage.commit(*unit["files"])
+    artifact.add(name, unit)

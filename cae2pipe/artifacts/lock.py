@@ -54,7 +54,7 @@ def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
     """
     made: list[Path] = []
     if is_local(root):
-        for name in (*FILLED, FOLDER, "shards", "metrics.jsonl"):
+        for name in (*FILLED, FOLDER, "shards", "teachers", "metrics.jsonl"):
             refuse_link(root / name)
         made = [path for path in (root, *root.parents) if not path.exists()]
     with _taken(root, _part_name(part)) as mine:

@@ -25,6 +25,10 @@ from cae2pipe.errors import Cae2pipeError, DamageError, ManifestError
 FORMATS = {"shards": 2, "targets": 4, "run": 2, "scores": 2}
 """The newest format of each kind, used for new folders. Older folders are read, and keep their format, but for target
 sets: before format 4 their stores had one group of arrays, which only ``recode --repack`` reads."""
+REFERRING = 5
+"""The format of target sets by reference, whose pixels lie elsewhere. Others have format 4, as before."""
+NEWEST = {**FORMATS, "targets": REFERRING}
+"""The newest format of each kind that is read."""
 DIGESTED = {"shards": 2, "targets": 3, "run": 2, "scores": 2}
 """The first formats whose manifests and journal entries have a digest."""
 GROUPED = 4
@@ -63,7 +67,7 @@ def decode_manifest(data: bytes, where: object, seen: Callable[[str, Unit], None
         _refuse(error, data, where)
     except ValueError as error:
         raise ManifestError(f"the manifest cannot be used: {error}", where=where, fix=AGAIN) from None
-    if manifest["format"] > FORMATS[manifest["kind"]]:
+    if manifest["format"] > NEWEST[manifest["kind"]]:
         raise _other_format(manifest["kind"], manifest["format"], where)
     if manifest["kind"] == "targets" and "codec" in manifest["units"]:
         for name in ("classes", "teacher", "codec", *(["groups"] if manifest["format"] >= GROUPED else [])):
@@ -107,7 +111,7 @@ def _unit_by_unit(data: bytes, seen: Callable[[str, Unit], None] | None) -> Mani
 def _as_a_whole(data: bytes, where: object) -> Manifest:
     """A manifest in any layout. Raises ValidationError, or ManifestError for a unit that contradicts itself."""
     manifest = manifests().validate_json(data)
-    known = manifest["format"] <= FORMATS[manifest["kind"]]
+    known = manifest["format"] <= NEWEST[manifest["kind"]]
     if known and (contradiction := KINDS[manifest["kind"]].contradictory(manifest)):
         name, problem = contradiction
         raise _field(f"units.{name}: {problem}", where)
@@ -195,7 +199,7 @@ def _refuse(error: ValidationError, data: bytes, where: object) -> NoReturn:
     kind, form = value["kind"], value["format"]
     if not isinstance(kind, str) or kind not in FORMATS:
         raise ManifestError(f"kind: {_short(kind)} is unknown to this version of cae2pipe", where=where, fix=AGAIN)
-    if type(form) is not int or not 1 <= form <= FORMATS[kind]:
+    if type(form) is not int or not 1 <= form <= NEWEST[kind]:
         raise _other_format(kind, form, where)
     errors = error.errors(include_url=False, include_context=False)
     if missing := sorted(str(e["loc"][1]) for e in errors if len(e["loc"]) == 2 and e["type"] == "missing"):
@@ -213,7 +217,7 @@ def _refuse(error: ValidationError, data: bytes, where: object) -> NoReturn:
 
 def _other_format(kind: str, form: object, where: object) -> ManifestError:
     return ManifestError(
-        f"the manifest has format {_short(form)}, and this version of cae2pipe reads format {FORMATS[kind]}",
+        f"the manifest has format {_short(form)}, and this version of cae2pipe reads format {NEWEST[kind]}",
         where=where,
         fix="use the version of cae2pipe that wrote it (newer formats need a newer version)",
     )

@@ -17,6 +17,8 @@ from cae2pipe.errors import ManifestError
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal"
+INNER = ("shards", "teachers")
+"""Folders inside a target set that hold other artifacts: its shard set, and sets of added teachers."""
 
 
 def is_foreign(root: Path) -> bool:
@@ -76,7 +78,7 @@ def refuse_foreign(root: Path, fix: str = "give a new or an empty folder") -> No
         names = {path.name for path in root.iterdir()} if root.is_dir() else set()
     else:
         names = {path.split("/", 1)[0] for path in file_sizes(root)}
-    foreign = sorted(name for name in names if not name.startswith(".") and name not in ("shards", JOURNAL))
+    foreign = sorted(name for name in names if not name.startswith(".") and name not in (*INNER, JOURNAL))
     if foreign:
         raise ManifestError(
             f"the folder is not empty (it holds {foreign[0]!r}) and has no manifest.json",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NotRequired, final
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NotRequired, final
 
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
@@ -73,9 +74,11 @@ class ImagesBytes(TypedDict):
 @with_config(STRICT)
 class StoreUnit(TypedDict):
     """The unit ``v00/000123``: a view of a shard. ``fidelity`` is that of the patches, ``bytes`` of all groups;
-    ``groups``: the others. ``recoded``: the fingerprint of its source, if recoded."""
+    ``groups``: the others. ``recoded``: the fingerprint of its source, if recoded. ``pixels``: the files of a set by
+    reference that lie elsewhere."""
 
     files: dict[StoreFile, FileEntry]
+    pixels: NotRequired[dict[StoreFile, FileEntry]]
     view: Annotated[int, Field(ge=0, lt=10**6)]
     shard: ShardName
     source: Sha256
@@ -91,9 +94,10 @@ class StoreUnit(TypedDict):
 @final
 @with_config(STRICT)
 class ImagesUnit(TypedDict):
-    """The unit ``images/000123``: the images that a shard's replayed views are cropped from."""
+    """The unit ``images/000123``: the images that a shard's replayed views are cropped from. ``pixels``: as above."""
 
     files: dict[ImagesFile, FileEntry]
+    pixels: NotRequired[dict[ImagesFile, FileEntry]]
     shard: ShardName
     source: Sha256
     samples: Samples
@@ -220,6 +224,11 @@ class TargetsManifest(Common, TargetsFacts):
     ]
 
 
+def listed(unit: Mapping[str, Any]) -> dict[str, FileEntry]:
+    """All files that a unit lists, also those that lie elsewhere."""
+    return {**unit.get("pixels", {}), **unit["files"]}
+
+
 def group_entry(teacher: TeacherEntry, codec: CodecName, level: int) -> GroupEntry:
     """The manifest's entry of the group ``patches``."""
     return {
@@ -271,8 +280,10 @@ def _of_store(name: str, unit: StoreUnit) -> str | None:
     if name != f"v{unit['view']:02d}/{shard}" or zarr != f"latents/{name}.zarr":
         return "view, shard, zarr: they do not match the unit's name"
     stored = tar == f"views/{name}.tar"
-    if (not stored and tar != f"images/{shard}.tar") or stored != (tar in files):
+    if (not stored and tar != f"images/{shard}.tar") or stored != (tar in listed(unit)):
         return "tar: it does not match the unit's name"
+    if "pixels" in unit and (unit["pixels"].keys() != {tar} or tar in files):
+        return "pixels: they are not the unit's"
     own = files.keys() - {tar}
     # In sorted order, all paths between two with this prefix have it too.
     if not (own and min(own).startswith(f"{zarr}/") and max(own).startswith(f"{zarr}/")):
@@ -293,13 +304,13 @@ def _of_images(name: str, unit: ImagesUnit) -> str | None:
     tar = unit["tar"]
     if name != f"images/{unit['shard']}" or tar != f"{name}.tar":
         return "shard, tar: they do not match the unit's name"
-    if unit["files"].keys() != {tar, f"{name}.json"}:
+    if unit.get("pixels", unit["files"]).keys() != {tar, f"{name}.json"} or ("pixels" in unit and unit["files"]):
         return f"files: expected {tar} and {name}.json"
     return _too_small(unit)
 
 
 def _too_small(unit: StoreUnit | ImagesUnit) -> str | None:
-    tar = unit["files"].get(unit["tar"])
+    tar = listed(unit).get(unit["tar"])
     if tar is not None and unit["samples"] * SAMPLE_BYTES > tar["bytes"]:
         return f"samples: the tar is too small for {unit['samples']}"
     return None

@@ -271,6 +271,23 @@ def entry_names(root: Path) -> list[str]:
     return entries
 
 
+def folder_names(root: Path) -> list[str]:
+    """The names of the folders in a folder, sorted; [] if there is no such folder."""
+    if is_local(root):
+        return sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    fs, name = _remote(root)
+    try:
+        listing = remotely(root, lambda: fs.ls(name, detail=True))
+    except FileNotFoundError:
+        return []
+    return sorted(info["name"].rstrip("/").rpartition("/")[2] for info in listing if info["type"] == "directory")
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Whether both are existing local paths of one file system, so that files of one can be hard links in the other."""
+    return is_local(one) and is_local(other) and one.stat().st_dev == other.stat().st_dev
+
+
 def put_bytes(path: Path, data: bytes) -> None:
     """Write a remote file: whole or not at all, as object stores do."""
     fs, name = _remote(path)

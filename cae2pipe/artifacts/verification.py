@@ -12,7 +12,8 @@ from cae2pipe.runtime.wording import counted
 @dataclass
 class Verification:
     """The result of ``verify``: ``problems`` of this folder, the units (``bad``) that they are in, and the result for
-    the shard set inside, if there is one."""
+    the shard set inside, if there is one, and the sets of added teachers. ``pixels``: the folder with the pixels of a
+    set by reference."""
 
     path: Path
     kind: str
@@ -20,6 +21,7 @@ class Verification:
     own: list[Cae2pipeError] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)
     inner: list[Verification] = field(default_factory=list)
+    pixels: Path | None = None
 
     @property
     def problems(self) -> list[Cae2pipeError]:

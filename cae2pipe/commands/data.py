@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cae2pipe.commands.shared import Device, Out, Set, Workers, console, exits, path_or_url
+from cae2pipe.commands.shared import Device, Out, Pixels, Set, Workers, console, exits, folder_or_url, path_or_url
 
 if TYPE_CHECKING:
     from cae2pipe.config.extract import CodecSettings
@@ -66,7 +66,14 @@ def extract_targets(
             parser=path_or_url,
         ),
     ],
-    out: Out,
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUT",
+            help="Output folder or URL (created, or resumed if it exists); none with --add.",
+            parser=folder_or_url,
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -82,6 +89,21 @@ def extract_targets(
     fidelity: Annotated[
         float | None, typer.Option(help="klt: mean cosine to reach on held-out images (default: 0.97).")
     ] = None,
+    by_reference: Annotated[
+        bool,
+        typer.Option(
+            "--by-reference",
+            help="List the pixels of SOURCE, a target set, by digest, but do not hold them: OUT has latents alone.",
+        ),
+    ] = False,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add",
+            help="Add the teacher to SOURCE, a target set: a set by reference in SOURCE/teachers/LABEL. Takes no OUT.",
+        ),
+    ] = False,
+    pixels: Pixels = None,
     workers: Workers = None,
     device: Device = None,
     part: Annotated[str, typer.Option(help="K/N: only the K-th of N shares, e.g. 3/8 on the third of 8 machines.")] = (
@@ -101,6 +123,10 @@ def extract_targets(
 
     Under torchrun (torchrun --nproc-per-node N -m cae2pipe extract-targets ...) the ranks share the work.
     """
+    if out is None and not (add or estimate):
+        raise typer.BadParameter("the argument OUT is missing; only --add and --estimate take none")
+    if out is not None and add:
+        raise typer.BadParameter("--add takes no OUT: the teacher's set is in SOURCE/teachers/LABEL")
     with exits():
         from cae2pipe.api import targets
         from cae2pipe.errors import SettingsError
@@ -122,9 +148,21 @@ def extract_targets(
             device=device,
         )
         if estimate:
-            _print_estimate(targets.estimate_targets(source, config=settings, epochs=epochs), settings.codec)
+            cost = targets.estimate_targets(
+                source, config=settings, epochs=epochs, by_reference=by_reference or add, pixels=pixels
+            )
+            _print_estimate(cost, settings.codec)
         else:
-            targets.extract_targets(source, out, config=settings, part=part, calibrate_only=calibrate_only)
+            targets.extract_targets(
+                source,
+                out,
+                config=settings,
+                by_reference=by_reference,
+                add=add,
+                pixels=pixels,
+                part=part,
+                calibrate_only=calibrate_only,
+            )
 
 
 def recode(
@@ -149,7 +187,7 @@ def recode(
 ) -> None:
     """Make a target set with another codec or fidelity from an existing one, without the teacher.
 
-    If both are on the same disk, pixels are hard-linked, not copied.
+    If both are on the same disk, pixels are hard-linked, not copied. A set by reference gives another one.
     """
     with exits():
         from cae2pipe.api.targets import recode

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cae2pipe.commands.shared import console, errors, exits, folder_or_url, local_path, path_or_url
+from cae2pipe.commands.shared import Pixels, console, errors, exits, folder_or_url, local_path, path_or_url
 from cae2pipe.errors import FAILURE
 
 
@@ -42,7 +42,8 @@ def verify(
     source: Annotated[
         Path | None,
         typer.Option(
-            help="With --repair: the images or the shard set that the folder was made from.", parser=path_or_url
+            help="With --repair: the images, the shard set or the target set that the folder was made from.",
+            parser=path_or_url,
         ),
     ] = None,
     labels: Annotated[
@@ -57,13 +58,14 @@ def verify(
             help="With --live or --repair: the teacher's weights, if they came from a local file.", parser=local_path
         ),
     ] = None,
+    pixels: Pixels = None,
     device: Annotated[str, typer.Option(help="With --live or --repair: auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Check every file of a folder against its manifest: presence, size, SHA-256, counts and keys."""
     with exits():
         from cae2pipe.api import folders
 
-        result = folders.verify(path)
+        result = folders.verify(path, pixels=pixels)
         for problem in result.problems:
             errors.problem(problem)
         if repair:
@@ -76,15 +78,15 @@ def verify(
         if result.problems:
             raise typer.Exit(FAILURE)
         if live:
-            _verify_live(path, live, teacher_weights, device=device)
+            _verify_live(path, live, teacher_weights, pixels=pixels, device=device)
 
 
-def _verify_live(path: Path, live: int, weights: Path | None, *, device: str) -> None:
+def _verify_live(path: Path, live: int, weights: Path | None, *, pixels: Path | None, device: str) -> None:
     from cae2pipe.runtime.progress import progress
     from cae2pipe.stages.verify import verify_live
 
     with progress("verify") as report:
-        audit = verify_live(path, live, weights, device=device, report=report)
+        audit = verify_live(path, live, weights, device=device, report=report, pixels=pixels)
     console.say(
         f"the teacher on {audit.views} stored views: mean cosine {audit.raw:.5f} ({audit.expected:.5f} by the "
         f"manifest), centred {audit.centred:.5f}, worst view {audit.worst:.5f} ({audit.worst_view})"
@@ -118,6 +120,8 @@ def copy(
     workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 8,
 ) -> None:
     """Copy a set between disks and object stores, checking every file against its manifest.
+
+    Teachers that were added to a target set are copied with it.
 
     After an interruption, or if SET has grown, run the same command again.
     """

@@ -94,6 +94,16 @@ LocalOut = Annotated[
 ]
 
 
+Pixels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Of a target set by reference: the folder (or URL) with its pixels.",
+        parser=path_or_url,
+    ),
+]
+
+
 STOPS = {
     KeyboardInterrupt: ("interrupted", INTERRUPTED),
     Terminated: ("terminated", TERMINATED),

@@ -15,6 +15,7 @@ from cae2pipe.commands.jobs import run_jobs
 from cae2pipe.commands.shared import (
     Device,
     LocalOut,
+    Pixels,
     Set,
     Workers,
     console,
@@ -319,6 +320,7 @@ def report(
         Path | None,
         typer.Option(help="For runs: a target set for pictures of masks, latents and neighbours.", parser=path_or_url),
     ] = None,
+    pixels: Pixels = None,
     scores: Annotated[
         list[Path] | None,
         typer.Option(help="For runs: a folder with evaluations of them, at any depth (repeatable).", parser=local_path),
@@ -359,11 +361,19 @@ def report(
         refuse_given(of_sets if target_set is None else of_runs, "runs" if target_set is None else "a target set")
         if target_set is not None:
             shown = comparisons.report_targets(
-                target_set, out=out, source=source, live=live, teacher_weights=teacher_weights, device=device or "auto"
+                target_set,
+                out=out,
+                source=source,
+                live=live,
+                teacher_weights=teacher_weights,
+                device=device or "auto",
+                pixels=pixels,
             )
             console.say(f"report: {shown.page}")
         else:
-            compared = comparisons.report(paths, out=out, targets=targets, scores=scores or (), device=device or "auto")
+            compared = comparisons.report(
+                paths, out=out, targets=targets, pixels=pixels, scores=scores or (), device=device or "auto"
+            )
             print_comparison(compared.comparison, out)
 
 

@@ -188,6 +188,9 @@ class DataSettings(Settings):
     decode: Literal["workers", "device"] = "workers"
     """Where JPEGs are decoded and replayed views cropped: in the workers, as for the teacher; or on the device
     (torchcodec; on CUDA by nvJPEG, whose pixels differ slightly), if there are too few CPU cores."""
+    pixels: PathOrUrl | None = not_fingerprinted(None)
+    """The folder (or URL) with the pixels of a target set by reference: the set that it was made from. null: the set
+    holds them itself, or is TARGETS/teachers/LABEL."""
 
     @model_validator(mode="after")
     def _divides(self) -> DataSettings:
@@ -239,6 +242,8 @@ class ProbeSettings(Settings):
     targets: PathOrUrl | list[PathOrUrl] | None = None
     """A target set of held-out images, made with the same teacher: loss and cosines on its views. A list, if there are
     several teachers: a set of each, over the same views. null: none."""
+    pixels: PathOrUrl | None = None
+    """The folder (or URL) with the pixels of these views, if their set is by reference. null: as for data.pixels."""
     every: int = Field(default=10, ge=1, le=10**6)
     """Epochs between measurements; there is always one after the last epoch."""
     k: int = Field(default=20, ge=1, le=10**6)

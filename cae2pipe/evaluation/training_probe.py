@@ -233,6 +233,12 @@ class ImageProbe:
         return {"knn_top1": top1, "k": k}
 
 
+def opened(root: Path, pixels: str | None, sets: int) -> TargetSet:
+    """One of ``sets`` sets of held-out views. ``pixels``: the folder with those of sets by reference."""
+    targets = TargetSet(root)
+    return TargetSet(root, pixels=pixels) if pixels and (targets.artifact.by_reference or sets == 1) else targets
+
+
 class HeldOutProbe:
     """Mean loss and cosines over held-out views, in eval mode, with the same masks every time."""
 
@@ -243,7 +249,7 @@ class HeldOutProbe:
         loss = probe.settings.loss.model_copy(update={"drop_teachers": 0.0})
         self.probe, world, settings = probe, probe.world, probe.settings.model_copy(update={"loss": loss})
         self.device = world.device
-        held_out = world.main_first(lambda: [TargetSet(root) for root in roots])
+        held_out = world.main_first(lambda: [opened(root, settings.probe.pixels, len(roots)) for root in roots])
         world.run_on_main(lambda: check_held_out(held_out, sets, settings))
         joined = world.main_first(lambda: join_sets(paired(held_out, sets)))
         if joined.note:

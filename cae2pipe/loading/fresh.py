@@ -16,6 +16,8 @@ from cae2pipe.images.views import draw_view, render_view
 from cae2pipe.runtime.keyed import keyed_seed
 from cae2pipe.shards.shard_set import ImageSample, Shard, ShardSet
 from cae2pipe.targets.chunks import BLOCK
+from cae2pipe.targets.paths import SHARDS_FOLDER
+from cae2pipe.targets.shared_pixels import parent_set
 from cae2pipe.targets.target_set import TargetSet
 
 
@@ -47,7 +49,8 @@ class FreshViews:
 
 def fresh_views(targets: TargetSet, settings: PretrainSettings) -> FreshViews:
     """The originals of a target set. Raises MismatchError if they differ, ManifestError if there are none."""
-    root = to_path(settings.originals) if settings.originals else targets.root / "shards"
+    inside = parent_set(targets.root) or targets.root
+    root = to_path(settings.originals) if settings.originals else inside / SHARDS_FOLDER
     if not is_artifact(root, "shards"):
         raise ManifestError(
             "fresh views need the shard set that the targets were made from", where=root, fix="--set originals=FOLDER"

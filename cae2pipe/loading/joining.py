@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from cae2pipe.artifacts.difference import abridged, first_difference
+from cae2pipe.artifacts.manifest_targets import listed
 from cae2pipe.errors import MismatchError, SettingsError
 from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.paths import images_name
 from cae2pipe.targets.records import SAMPLES
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.teachers.labels import label
+from cae2pipe.teachers.labels import label, teacher_key
 
 T = TypeVar("T")
 
@@ -89,10 +90,7 @@ def refuse_teacher_twice(sets: Sequence[TargetSet]) -> None:
     """Raise SettingsError if two sets hold the latents of one teacher."""
     seen: list[tuple[Any, TargetSet]] = []
     for each in sets:
-        identity = each.artifact.identity
-        # The digest of the weights says what their name may say in several ways.
-        unsaid = dict.fromkeys(("name", "pretrained", "precision"))
-        who = ({**identity["teacher"], **unsaid}, {**identity["settings"]["teacher"], **unsaid})
+        who = teacher_key(each.artifact.identity)
         for known, first in seen:
             if known == who:
                 raise SettingsError(
@@ -117,16 +115,11 @@ def same_store(main: TargetSet, other: TargetSet, name: str) -> bool:
 def store_digests(targets: TargetSet, name: str) -> tuple[str | None, str | None]:
     """SHA-256 of a store's tar and of its records. A set by reference lists files with pixels apart."""
     unit = targets.stores[name]
-    files = listed(cast(Mapping[str, Any], unit))
+    files = listed(unit)
     if unit["tar"] not in files and (images := images_name(unit["shard"])) in targets.artifact.units:
-        files |= listed(cast(Mapping[str, Any], targets.artifact.units[images]))
+        files |= listed(targets.artifact.units[images])
     tar, records = files.get(unit["tar"]), files.get(f"{unit['zarr']}/{SAMPLES}/c/0/0")
     return tar and tar["sha256"], records and records["sha256"]
-
-
-def listed(unit: Mapping[str, Any]) -> dict[str, Any]:
-    """All files that a unit lists, also those that lie elsewhere."""
-    return {**unit.get("pixels", {}), **unit["files"]}
 
 
 def nothing_common(main: TargetSet, other: TargetSet) -> MismatchError:

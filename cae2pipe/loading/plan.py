@@ -40,6 +40,7 @@ class Plan:
     ``view_size`` that of the set's views, which are reduced to it. ``replayed``: how views are cut from the images that
     the set keeps; None if it keeps the views. ``fresh``: views are cut from the originals instead.
     ``others``: the sets of further teachers. ``decode``: if False, JPEGs are decoded and views cut on the device.
+    ``pixels``: the folder that pixels lie in; None: ``root``.
     """
 
     root: Path
@@ -67,6 +68,7 @@ class Plan:
     fresh: FreshViews | None = None
     cache: BlockCache | None = None
     others: tuple[OtherTeacher, ...] = ()
+    pixels: Path | None = None
 
     def loaded(self) -> dict[str, LoadedArray]:
         """The arrays of all groups that are read."""

@@ -35,6 +35,7 @@ def make_plan(
 
     Raises:
         MismatchError: the originals of fresh views are not those of the set. ManifestError: there are none.
+        SettingsError: nobody said where the pixels of a set by reference lie.
     """
     speed = settings.speed
     latents = settings.targets == "cached" and settings.loss.target != "pixels"
@@ -73,6 +74,7 @@ def make_plan(
         fresh=fresh_views(targets, settings) if settings.views == "fresh" else None,
         cache=BlockCache(speed.cache, int(speed.cache_gb * 1e9)) if speed.cache else None,
         others=further,
+        pixels=None if settings.views == "fresh" else targets.pixels_root,
     )
 
 

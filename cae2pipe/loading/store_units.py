@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from cae2pipe.artifacts.manifest_targets import StoreUnit
+from cae2pipe.artifacts.manifest_targets import StoreUnit, listed
 from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.storage import is_local
 from cae2pipe.targets.paths import images_tar_path, of_store, store_path, view_tar_path
@@ -31,7 +31,7 @@ class StoreUnits(Mapping[str, StoreUnit]):
         self._names = np.array(sorted(names), dtype=bytes)
         self._samples = np.array([targets.stores.samples[name] for name in sorted(names)], dtype=np.int32)
         self._columns: list[str] = []
-        if not is_local(targets.root):
+        if not (is_local(targets.root) and is_local(targets.pixels_folder or targets.root)):
             self._sizes, self._digests = self._gather(targets, sorted(names))
 
     def _gather(self, targets: TargetSet, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +42,7 @@ class StoreUnits(Mapping[str, StoreUnit]):
             inside = len(unit["zarr"])
             files = {path[inside:]: entry for path, entry in unit["files"].items() if path.startswith(unit["zarr"])}
             row = {path: entry for path, entry in files.items() if not path.endswith(METADATA)}
-            tar = {TAR: unit["files"][unit["tar"]]} if unit["tar"] in unit["files"] else {}
+            tar = {TAR: listed(unit)[unit["tar"]]} if unit["tar"] in listed(unit) else {}
             rows.append({**row, **tar})
             self._columns += [path for path in rows[-1] if path not in self._columns]
         sizes = np.full((len(names), len(self._columns)), -1, dtype=np.int64)

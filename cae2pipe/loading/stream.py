@@ -152,7 +152,8 @@ def readers(plan: Plan) -> Reader:
     @functools.lru_cache(maxsize=64 * (1 + len(plan.others)))
     def opened(name: str, number: int | None = None) -> StoreReader:
         if number is None:
-            return StoreReader(plan.root, plan.units[name], plan.layout, more=plan.more, cache=plan.cache)
+            own = plan.units[name]
+            return StoreReader(plan.root, own, plan.layout, more=plan.more, cache=plan.cache, pixels=plan.pixels)
         other = plan.others[number]
         first, *more = other.layouts
         return StoreReader(other.root, other.units[name], first, more=more, cache=plan.cache)

@@ -331,6 +331,7 @@ def batch_plan(
             OtherTeacher(prefix_of(number), other.root, StoreUnits(other, names), layouts[number])
             for number, other in enumerate(others, start=1)
         ),
+        pixels=targets.pixels_root,
     )
 
 

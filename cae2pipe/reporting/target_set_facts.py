@@ -41,13 +41,14 @@ def licence_rows(licences: Mapping[str, object]) -> Rows:
     ]
 
 
-def view_rows(view: ViewSettings, seed: object) -> Rows:
+def view_rows(view: ViewSettings, seed: object, *, by_reference: bool = False) -> Rows:
     """How views are drawn and stored."""
     low, high = view.scale
     narrow, wide = view.ratio
     crops = f"crops of {low:.0%} to {high:.0%} of the image, {narrow:.3g} to {wide:.3g} times as wide as high"
     replayed = view.pixels == "replayed"
     kept = "each image once; views are cropped from it when they are loaded" if replayed else "each view"
+    kept += ", in another target set" if by_reference else ""
     return [
         ("views", f"{view.size} × {view.size} pixels, {crops}"),
         ("augmentation", f"flipped with probability {view.flip:g}, colour jitter {view.jitter:g}"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cae2pipe.artifacts.manifest import REFERRING
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.reporting.coverage_grid import coverage_grid
 from cae2pipe.reporting.fidelity_section import fidelity_section
@@ -170,7 +171,11 @@ def fact_rows(contents: TargetSetContents) -> list[tuple[str, Child]]:
         ("folder", contents.root),
         ("content", held + ("" if coverage.complete else ", incomplete")),
         *teacher_rows(contents.identity, contents.facts),
-        *view_rows(contents.view, contents.identity["settings"].get("seed", "not recorded")),
+        *view_rows(
+            contents.view,
+            contents.identity["settings"].get("seed", "not recorded"),
+            by_reference=contents.format >= REFERRING,
+        ),
         *codec_rows(contents.identity, contents.facts),
         *asked,
         *provenance_rows(contents.facts, format=contents.format, fingerprint=contents.fingerprint),

@@ -44,7 +44,8 @@ def make_views(
     """
     groups = read_groups(artifact)
     # Replayed views are cut from the images that the set keeps, not from the originals.
-    kept = kept_images(artifact) if settings.view.pixels == "replayed" else None
+    root = shards.pixels if isinstance(shards, StoredSource) and artifact.by_reference else artifact.root
+    kept = kept_images(artifact, root) if settings.view.pixels == "replayed" else None
     stored = shards if isinstance(shards, StoredSource) and kept is None else None
     by_name = {shard.name: shard for shard in (kept or shards).shards}
     tasks = [

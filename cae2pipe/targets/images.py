@@ -7,11 +7,12 @@ like the originals of a shard set.
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 
 import google_crc32c
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
-from cae2pipe.artifacts.manifest_targets import ImagesUnit
+from cae2pipe.artifacts.manifest_targets import ImagesUnit, listed
 from cae2pipe.artifacts.staging import staged
 from cae2pipe.config.extract import ViewSettings
 from cae2pipe.errors import DamageError
@@ -30,14 +31,15 @@ def images_units(artifact: TargetsArtifact) -> dict[str, ImagesUnit]:
     return {name: unit for name, unit in sorted(artifact.units.items()) if "shard" in unit and "view" not in unit}
 
 
-def kept_images(artifact: TargetsArtifact) -> ShardSet:
-    """Those images as a shard set."""
+def kept_images(artifact: TargetsArtifact, root: Path) -> ShardSet:
+    """Those images as a shard set. ``root``: the folder that they lie in."""
     shards = []
     for unit in images_units(artifact).values():
         tar, index = images_tar_path(unit["shard"]), images_index_path(unit["shard"])
-        digests = (unit["files"][path]["sha256"] for path in (tar, index))
-        shards.append(Shard(unit["shard"], unit["samples"], artifact.root / tar, *digests))
-    return ShardSet(artifact.root, artifact.facts["classes"], shards, REMEDY.format(root=artifact.root))
+        files = listed(unit)
+        digests = (files[path]["sha256"] for path in (tar, index))
+        shards.append(Shard(unit["shard"], unit["samples"], root / tar, *digests))
+    return ShardSet(root, artifact.facts["classes"], shards, REMEDY.format(root=root))
 
 
 def make_images(

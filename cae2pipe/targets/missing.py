@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.manifest_targets import Wanted
-from cae2pipe.artifacts.storage import free_bytes
+from cae2pipe.artifacts.storage import free_bytes, on_one_disk
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.errors import BadInputError, MismatchError
 from cae2pipe.runtime.progress import gigabytes
@@ -84,8 +84,8 @@ TAR_OVERHEAD = 2048
 """Minimum bytes per sample that a tar adds to the JPEG: two headers, the label, padding."""
 
 
-def check_space(artifact: TargetsArtifact, missing: list[MissingUnits]) -> None:
-    """Refuse to start what the disk has no room for.
+def check_space(artifact: TargetsArtifact, shards: Source, missing: list[MissingUnits]) -> None:
+    """Refuse to start what the disk has no room for. Pixels take none where they are hard links, or lie elsewhere.
 
     Raises:
         BadInputError: the disk is too small; the message names required and free space.
@@ -93,12 +93,11 @@ def check_space(artifact: TargetsArtifact, missing: list[MissingUnits]) -> None:
     free = free_bytes(artifact.root)
     expected = artifact.facts["codec"]["expected_bytes"]
     replayed = recorded_view(artifact.identity["settings"]).pixels == "replayed"
+    shared = isinstance(shards, StoredSource) and (artifact.by_reference or on_one_disk(shards.pixels, artifact.root))
+    pixels = 0 if shared else expected["pixels"] + TAR_OVERHEAD
     needed = sum(
         lacking.shard.samples
-        * (
-            len(lacking.views) * expected["latents"]
-            + (lacking.images if replayed else len(lacking.views)) * (expected["pixels"] + TAR_OVERHEAD)
-        )
+        * (len(lacking.views) * expected["latents"] + (lacking.images if replayed else len(lacking.views)) * pixels)
         for lacking in missing
     )
     if free is not None and needed > free:

@@ -12,6 +12,8 @@ CODEC = "codec"
 CODEC_FOLDER = "codec.zarr"
 SHARDS_FOLDER = "shards"
 """The shard set, where ``extract-targets`` was given a folder of images."""
+TEACHERS_FOLDER = "teachers"
+"""The sets of teachers that were added, each in a folder named by its label."""
 IMAGES_FOLDER, VIEWS_FOLDER, LATENTS_FOLDER = "images", "views", "latents"
 
 

@@ -18,6 +18,7 @@ from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, decode_chunk, decode_index, index_size
 from cae2pipe.targets.planes import HIGH, LOW, PLANES, merge_symbols, spare_arrays
 from cae2pipe.targets.records import SAMPLES, Records, unpack_records
+from cae2pipe.targets.shared_pixels import no_pixels
 from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout, array_name, arrays_of
 
 REMEDY = "`cae2pipe verify {root} --repair` rebuilds it; add --source SHARDS if the shard set is elsewhere"
@@ -85,6 +86,7 @@ class StoreReader:
         root: the set's folder. unit: the store's manifest entry. layout: of the group to read.
         more: of other groups to read; their arrays are named as by ``array_name``.
         cache: local copies of pieces of remote files.
+        pixels: the folder with the pixels. None: ``root``, or of a set by reference unknown.
     """
 
     def __init__(
@@ -95,11 +97,16 @@ class StoreReader:
         *,
         more: Sequence[StoreLayout] = (),
         cache: BlockCache | None = None,
+        pixels: Path | None = None,
     ):
         self.root = root
-        self._files = unit.get("files", {})
+        self.pixels = pixels or root
+        referred = unit.get("pixels", {})
+        self._files = {**unit.get("files", {}), **referred}
         self._cache = cache
-        self.tar = root / unit["tar"]
+        self._tar = unit["tar"]
+        self._unknown = pixels is None and self._tar in referred
+        self.tar = self.pixels / self._tar
         self.path: Path = root / unit["zarr"]
         self.samples: int = unit["samples"]
         self.blocks = -(-self.samples // BLOCK)
@@ -164,6 +171,7 @@ class StoreReader:
 
         Raises:
             DamageError: the tar is missing or too short, or a JPEG's bytes have changed.
+            SettingsError: nobody said where the pixels of a set by reference lie.
         """
         return self._jpegs(self.records(block), block)
 
@@ -180,17 +188,20 @@ class StoreReader:
         return StoredBlock(records.keys, records.labels, self._jpegs(records, block), records.draws, arrays)
 
     def _jpegs(self, records: Records, block: int) -> list[bytes]:
+        if self._unknown:
+            raise no_pixels(self.root, self._tar)
         members = records.members
         start, end = int(members[0, 0]), int(members[-1, :2].sum())
         try:
             data = self._read(self.tar, start, end - start)
         except (ChunkError, OSError) as error:
-            raise self._damage(error, f"{self.tar}, block {block}") from None
+            raise self._damage(error, f"{self.tar}, block {block}", self.pixels) from None
         jpegs = []
         for key, (offset, length, checksum) in zip(records.keys, members.tolist(), strict=True):
             jpeg = data[offset - start : offset - start + length]
             if google_crc32c.value(jpeg) != checksum:
-                raise self._damage(ChunkError("a JPEG's checksum does not match"), f"{self.tar}, key {key}")
+                changed = ChunkError("a JPEG's checksum does not match")
+                raise self._damage(changed, f"{self.tar}, key {key}", self.pixels)
             jpegs.append(jpeg)
         return jpegs
 
@@ -230,7 +241,7 @@ class StoreReader:
 
     def _entry(self, path: Path) -> FileEntry:
         """The manifest's entry of a file. Raises ChunkError if there is none."""
-        entry = self._files.get(path.relative_to(self.root).as_posix())
+        entry = self._files.get(self._tar if path == self.tar else path.relative_to(self.root).as_posix())
         if entry is None:
             raise ChunkError("the manifest does not list this file")
         return entry
@@ -240,13 +251,13 @@ class StoreReader:
             return _read(path, offset, length)
         return self._cache.read(self._entry(path)["sha256"], offset, length, fetch=lambda: _read(path, offset, length))
 
-    def _damage(self, error: Exception, where: str) -> DamageError:
+    def _damage(self, error: Exception, where: str, root: Path | None = None) -> DamageError:
         reraise_exhaustion(error)
         what = "a file is missing" if isinstance(error, FileNotFoundError) else str(error)
         return DamageError(
             f"stored data are damaged: {what}",
             where=where,
-            fix=REMEDY.format(root=self.root),
+            fix=REMEDY.format(root=root or self.root),
         )
 
 

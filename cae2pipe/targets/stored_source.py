@@ -1,7 +1,8 @@
 """A target set as the source of an extraction: another teacher sees the views that the set stores.
 
 Stored views are decoded, replayed ones are cut again from the images that the set keeps, so a second set differs from
-one made from the originals in nothing. Pixels are the same files: hard links where both sets are on one disk.
+one made from the originals in nothing. Pixels are the same files: hard links where both sets are on one disk. A set by
+reference lists them, and does not hold them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
-from cae2pipe.artifacts.copying import copy_units
-from cae2pipe.artifacts.manifest_targets import StoreUnit, Wanted
+from cae2pipe.artifacts.copying import copy_unit
+from cae2pipe.artifacts.manifest_targets import ImagesUnit, StoreUnit, Wanted, listed
 from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.staging import StagedUnit
 from cae2pipe.artifacts.storage import fetch_file
@@ -44,10 +45,11 @@ class StoredSource:
     @classmethod
     def of(cls, targets: TargetSet) -> StoredSource:
         units = {of_store(name).shard: targets.stores[name] for name in sorted(targets.stores)}
-        kept = kept_images(targets.artifact).shards if targets.replayed else []
+        root = targets.pixels_root
+        kept = kept_images(targets.artifact, root).shards if targets.replayed else []
         indices = {shard.name: shard.index_sha256 for shard in kept}
         shards = [
-            Shard(name, unit["samples"], targets.root / unit["tar"], unit["source"], indices.get(name, ""))
+            Shard(name, unit["samples"], root / unit["tar"], unit["source"], indices.get(name, ""))
             for name, unit in sorted(units.items())
         ]
         return cls(targets, shards)
@@ -55,6 +57,11 @@ class StoredSource:
     @property
     def root(self) -> Path:
         return self.targets.root
+
+    @property
+    def pixels(self) -> Path:
+        """The folder that its pixels lie in."""
+        return self.targets.pixels_root
 
     @property
     def classes(self) -> list[str]:
@@ -90,10 +97,11 @@ class StoredSource:
             return Renderer(self._kept(), tasks, settings.view, seed=settings.seed, kept=True)
         names = {store_name(view, task.shard.name) for task in tasks for view in task.views}
         units = {name: self.targets.stores[name] for name in names}
-        return StoredRenderer(self.root, units, self.targets.layout, tasks, size=settings.view.size)
+        layout, size = self.targets.layout, settings.view.size
+        return StoredRenderer(self.root, units, layout, tasks, size=size, pixels=self.pixels)
 
     def _kept(self) -> ShardSet:
-        return kept_images(self.targets.artifact)
+        return kept_images(self.targets.artifact, self.pixels)
 
     def records(self, view: int, shard: str) -> Records:
         """What a store says of its samples. Raises DamageError."""
@@ -107,13 +115,18 @@ class StoredSource:
         """
         unit = self.targets.stores[store_name(view, shard)]
         tar = unit["tar"]
-        fix = f"cae2pipe verify {self.root} --repair"
+        path, fix = self.pixels / tar, f"cae2pipe verify {self.pixels} --repair"
         try:
-            fetch_file(self.root / tar, stage.path(tar))
+            fetch_file(path, stage.path(tar))
         except FileNotFoundError:
-            raise DamageError("the source's tar is missing", where=self.root / tar, fix=fix) from None
-        if stage.entries(tar)[tar] != unit["files"][tar]:
-            raise DamageError("the source's tar is damaged", where=self.root / tar, fix=fix)
+            raise DamageError("the source's tar is missing", where=path, fix=fix) from None
+        if stage.entries(tar)[tar] != listed(unit)[tar]:
+            raise DamageError("the source's tar is damaged", where=path, fix=fix)
+
+    def referred(self, view: int, shard: str) -> dict[str, FileEntry]:
+        """The entry of the tar of a stored view, for a set by reference."""
+        unit = self.targets.stores[store_name(view, shard)]
+        return {unit["tar"]: listed(unit)[unit["tar"]]}
 
     def fetch_images(self, artifact: TargetsArtifact, shards: Sequence[Shard], report: Report) -> None:
         """Give a set the images of some shards that replayed views are cut from.
@@ -126,7 +139,7 @@ class StoredSource:
         names = [images_name(shard.name) for shard in shards]
         source = self.targets.artifact
         for name in names:
-            if name in artifact.units and artifact.units[name]["files"] != source.units[name]["files"]:
+            if name in artifact.units and listed(artifact.units[name]) != listed(source.units[name]):
                 raise MismatchError(
                     f"{name} of the source differs from the images that this set's views were cut from",
                     where=artifact.root,
@@ -134,7 +147,28 @@ class StoredSource:
                 )
         report.phase("taking over the images that views are replayed from")
         report.total(len(names), "shards")
-        copy_units(artifact, source, names, fix=f"cae2pipe verify {self.root} --repair", report=report)
+        kept = self._kept() if source.by_reference else None
+        shards_of = {shard.name: shard for shard in kept.shards} if kept else {}
+        for shard, name in zip(shards, names, strict=True):
+            unit = source.units[name]
+            assert "shard" in unit
+            assert "view" not in unit
+            if artifact.by_reference:
+                artifact.add(name, referring(unit))
+            else:
+                whole: ImagesUnit = {**unit, "files": listed(unit)}
+                if kept:
+                    index = kept.index(shards_of[shard.name])
+                    whole["bytes"] = {"pixels": sum(sample.size for sample in index)}
+                    whole.pop("pixels")
+                fix = f"cae2pipe verify {self.pixels} --repair"
+                copy_unit(artifact, self.pixels, name, unit=whole, fix=fix)
+            report.advance()
+
+
+def referring(unit: ImagesUnit) -> ImagesUnit:
+    """The entry of a shard's images in a set by reference."""
+    return {**unit, "files": {}, "pixels": listed(unit), "bytes": {"pixels": 0}}
 
 
 Source = ShardSet | StoredSource
@@ -153,11 +187,18 @@ class StoredRenderer:
 
     Args:
         root: the set's folder. units: the manifest's entries of the stores that the tasks name. layout: of its patches.
-        size: side of the views in pixels.
+        size: side of the views in pixels. pixels: the folder that these lie in.
     """
 
     def __init__(
-        self, root: Path, units: Mapping[str, StoreUnit], layout: StoreLayout, tasks: Sequence[Task], *, size: int
+        self,
+        root: Path,
+        units: Mapping[str, StoreUnit],
+        layout: StoreLayout,
+        tasks: Sequence[Task],
+        *,
+        size: int,
+        pixels: Path,
     ):
         self.root = root
         # Loaders of remote files need the entries of those that are read; the rest would only fill messages.
@@ -165,6 +206,7 @@ class StoredRenderer:
         self.layout = layout
         self.tasks = tasks
         self.size = size
+        self.pixels = pixels
         self._readers: dict[str, StoreReader] = {}
 
     def __len__(self) -> int:
@@ -192,7 +234,7 @@ class StoredRenderer:
             if len(self._readers) >= 64:
                 self._readers.clear()
             unit: Any = self.units[name]
-            self._readers[name] = StoreReader(self.root, unit, self.layout)
+            self._readers[name] = StoreReader(self.root, unit, self.layout, pixels=self.pixels)
         return self._readers[name]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,7 +243,7 @@ class StoredRenderer:
 
 def _read_of(unit: StoreUnit) -> dict[str, FileEntry]:
     """The entries of the files with a view's pixels and records."""
-    return {path: entry for path, entry in unit["files"].items() if path == unit["tar"] or "/samples/" in path}
+    return {path: entry for path, entry in listed(unit).items() if path == unit["tar"] or "/samples/" in path}
 
 
 def as_source(settings: ExtractSettings, targets: TargetSet) -> ExtractSettings:

@@ -41,7 +41,12 @@ class Stores(Mapping[str, StoreUnit]):
         if not self._replayed:
             return unit
         images = self._artifact.units[images_name(of_store(name).shard)]
-        return {**unit, "files": {**unit["files"], **images["files"]}}
+        assert "view" not in images
+        assert "shard" in images
+        whole: StoreUnit = {**unit, "files": {**unit["files"], **images["files"]}}
+        if "pixels" in images:
+            whole["pixels"] = images["pixels"]
+        return whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

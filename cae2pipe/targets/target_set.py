@@ -9,6 +9,7 @@ OUT/images/000123.json               index of that tar
 OUT/views/v00/000123.tar             otherwise: the pixels of view 0 of shard 000123
 OUT/latents/v00/000123.zarr          the latents of the same samples in the same order
 OUT/shards/                          the shard set, if extract-targets was given a folder of images
+OUT/teachers/LABEL/                  the set of an added teacher over the same views; its pixels are those above
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.artifact import TargetsArtifact, check_files
 from cae2pipe.artifacts.manifest import AGAIN
-from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity
+from cae2pipe.artifacts.manifest_targets import FIGURES, SettingsIdentity, StoreUnit
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import ViewSettings
@@ -38,6 +39,7 @@ from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.groups import SUMMARY, layer_of, read_groups
 from cae2pipe.targets.paths import CODEC, images_name, of_store
+from cae2pipe.targets.shared_pixels import find_pixels, no_pixels
 from cae2pipe.targets.store import REMEDY, StoredBlock, StoreReader
 from cae2pipe.targets.store_layout import PATCHES, arrays_of
 from cae2pipe.targets.stores import Stores
@@ -118,9 +120,11 @@ class TargetSet(Sequence[Target]):
             ``refuse`` the set, or ``omit`` them from ``stores``; ``damage`` then lists the problems.
         image_size: side of items' pixels, as a student of this size sees them, at most ``view_size``. None:
             ``view_size``, as the teacher sees them.
+        pixels: of a set by reference, the folder or URL that its pixels lie in; without it only latents can be read.
+            That of an added teacher is known.
 
     Raises:
-        SettingsError: views have fewer pixels than ``image_size``.
+        SettingsError: views have fewer pixels than ``image_size``; or ``pixels`` holds none of the set's pixels.
         ManifestError: not a target set, or one without calibration or stores.
         DamageError: the calibration, or a file of a store, is missing or differs in size from its manifest entry.
     """
@@ -133,6 +137,7 @@ class TargetSet(Sequence[Target]):
         *,
         damaged: Literal["refuse", "omit"] = "refuse",
         image_size: int | None = None,
+        pixels: Path | str | None = None,
     ):
         self.root = root = to_path(root)
         self.arrays = arrays
@@ -152,12 +157,14 @@ class TargetSet(Sequence[Target]):
                 self.damage.append(DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root)))
                 if damaged == "refuse" or name == CODEC:
                     raise self.damage[-1]
+        self.pixels_folder, elsewhere = find_pixels(self.artifact, None if pixels is None else to_path(pixels))
+        self.damage += elsewhere
+        if elsewhere and damaged == "refuse":
+            raise elsewhere[0]
         if self.damage:
             lost = {problem.where for problem in self.damage}
             self.stores = self.stores.only(
-                name
-                for name, unit in self.stores.items()
-                if lost.isdisjoint(str(root / path) for path in unit["files"])
+                name for name, unit in self.stores.items() if lost.isdisjoint(map(str, self._paths(unit)))
             )
             if not self.stores:
                 raise self.damage[0]
@@ -177,6 +184,22 @@ class TargetSet(Sequence[Target]):
         self.layout = self.groups[PATCHES].layout
         self._names = sorted(self.stores)
         self._kept: tuple[tuple[str, int], list[Target]] | None = None
+
+    def _paths(self, unit: StoreUnit) -> list[Path]:
+        """The files of a store, without those that are in an unknown folder."""
+        referred = [self.pixels_folder / path for path in unit.get("pixels", {})] if self.pixels_folder else []
+        return [*(self.root / path for path in unit["files"]), *referred]
+
+    @property
+    def pixels_root(self) -> Path:
+        """The folder that the set's pixels lie in: its own or, of a set by reference, another one.
+
+        Raises:
+            SettingsError: it is not known.
+        """
+        if self.pixels_folder is None:
+            raise no_pixels(self.root, self.stores[self._names[0]]["tar"])
+        return self.pixels_folder
 
     def __fspath__(self) -> str:
         return str(self.root)
@@ -311,7 +334,7 @@ class TargetSet(Sequence[Target]):
     def reader(self, name: str, groups: Iterable[str] = ()) -> StoreReader:
         """Reads a store: the patches, and other groups."""
         more = [self.groups[group].layout for group in groups if group != PATCHES]
-        return StoreReader(self.root, self.stores[name], self.layout, more=more)
+        return StoreReader(self.root, self.stores[name], self.layout, more=more, pixels=self.pixels_folder)
 
     def fidelity(self, group: str = PATCHES) -> dict[str, float]:
         """Fidelity of a group of the stored views: means over stores, weighted by samples."""
@@ -325,7 +348,8 @@ class TargetSet(Sequence[Target]):
 
     def bytes_per_view(self) -> dict[str, float]:
         """Mean bytes per view: ``latents`` (codec's arrays and norms), ``pixels`` (JPEGs; a replayed view counts its
-        share of the image), ``fp16`` (latents without a codec). Latents are those of all groups."""
+        share of the image; 0 if they lie elsewhere), ``fp16`` (latents without a codec). Latents are those of all
+        groups."""
         samples = sum(unit["samples"] for unit in self.stores.values())
         latents = sum(unit["bytes"]["latents"] for unit in self.stores.values())
         pixels = sum(unit["bytes"]["pixels"] for unit in self.artifact.units.values() if "shard" in unit)

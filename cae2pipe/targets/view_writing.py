@@ -108,8 +108,12 @@ class ShardWriter:
         name, zarr = self.shard.name, store_path(view, self.shard.name)
         kept = isinstance(pixels, ShardSet)
         tar = images_tar_path(name) if kept else view_tar_path(view, name)
+        referred = {}
         if isinstance(pixels, StoredSource):
-            pixels.fetch_tar(view, name, writer.stage)
+            if artifact.by_reference:
+                referred = pixels.referred(view, name)
+            else:
+                pixels.fetch_tar(view, name, writer.stage)
             records = pixels.records(view, name)
         elif pixels:
             records = self._records(writer, pixels.index(self.shard))
@@ -120,10 +124,11 @@ class ShardWriter:
         assert records.keys == keys
         fidelity = reached(writer.cosines)
         writer.store.finish(records, {"view": view, "shard": name, "fidelity": fidelity[PATCHES]})
-        files = writer.stage.commit(zarr) if kept else writer.stage.commit(tar, zarr)
+        held = not (kept or referred)
+        files = writer.stage.commit(tar, zarr) if held else writer.stage.commit(zarr)
         images = artifact.units[images_name(name)] if kept else None
         source = images["source"] if images and "shard" in images else self.shard.sha256
-        facts = store_facts(writer.store.layouts, zarr, files, fidelity, pixels=0 if kept else sum(map(len, jpegs)))
+        facts = store_facts(writer.store.layouts, zarr, files, fidelity, pixels=sum(map(len, jpegs)) if held else 0)
         unit: StoreUnit = {
             "view": view,
             "shard": name,
@@ -137,6 +142,8 @@ class ShardWriter:
         }
         if "groups" in facts:
             unit["groups"] = facts["groups"]
+        if referred:
+            unit["pixels"] = referred
         return unit
 
     def _records(self, writer: ViewWriter, index: Sequence[IndexedSample]) -> Records:

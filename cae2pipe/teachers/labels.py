@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import Any
 
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.manifest_targets import TargetsIdentity
@@ -33,6 +34,13 @@ def label(identity: TargetsIdentity, taken: Collection[str] = ()) -> str:
     settings = build_recorded(TeacherSettings, identity["settings"]["teacher"], where="identity.settings.teacher")
     name = preset_of(settings) or safe(settings.name) or "teacher"
     return f"{name}-{fingerprint(identity['teacher'])[:DIGITS]}" if name in taken else name
+
+
+def teacher_key(identity: TargetsIdentity) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What tells the teacher of a target set from other teachers. Equal weights may have several names."""
+    # The digest of the weights says what their name may say in several ways.
+    unsaid = dict.fromkeys(("name", "pretrained", "precision"))
+    return {**identity["teacher"], **unsaid}, {**identity["settings"]["teacher"], **unsaid}
 
 
 def safe(name: str) -> str:

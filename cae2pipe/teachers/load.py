@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,13 @@ from cae2pipe.teachers.precision import resolve_precision
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.teachers.token_grid import ResampledTeacher
 from cae2pipe.teachers.weights import check_present
+
+
+class LoadedTeacher(NamedTuple):
+    """A teacher, and what it was loaded ``of``: its settings, and the precision of an existing set."""
+
+    of: tuple[TeacherSettings, str | None]
+    teacher: Teacher
 
 
 def load_teacher(settings: TeacherSettings, device: torch.device, *, begun: str | None = None) -> Teacher:

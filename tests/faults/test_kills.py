@@ -61,10 +61,10 @@ def victim() -> Callable[[Job, str, int], tuple[int | None, int]]:
 
 @pytest.fixture(scope="module")
 def jobs(
-    photos, target_root, summary_root, extract_settings, pretrain_settings, tmp_path_factory
+    photos, target_root, summary_root, extract_settings, pretrain_settings, second_file, tmp_path_factory
 ) -> dict[str, tuple[Job, Callable[[Path], None]]]:
     """Every job, with the function that prepares its output folder."""
-    settings = extract_settings()
+    settings, second = extract_settings(), {"weights": str(second_file), "name": "second"}
     fp16 = tmp_path_factory.mktemp("fp16") / "set"
     extract_targets(photos, fp16, extract_settings(codec={"name": "fp16"}), report=Silent())
     few = tmp_path_factory.mktemp("few") / "photos"
@@ -81,6 +81,9 @@ def jobs(
             data = bytearray((out / name).read_bytes())
             data[len(data) // 2] ^= 1
             (out / name).write_bytes(data)
+
+    def first(out: Path) -> None:
+        shutil.copytree(target_root, out)
 
     data = tmp_path_factory.mktemp("labelled")
     write_photos(data / "train", 3, each=6)
@@ -107,6 +110,7 @@ def jobs(
         "compare": (Job("compare", compared, Path(), build(GridSettings, grid, "test")), lambda out: None),
         "finetune": (Job("finetune", data, Path(), FinetuneSettings(**tuning)), lambda out: None),
         "extract": (Job("extract", photos, Path(), settings), lambda out: None),
+        "add": (Job("add", photos, Path(), extract_settings(teacher=second)), first),
         "shard": (Job("shard", photos, Path(), settings), begun),
         "copy": (Job("copy", target_root, Path(), settings), lambda out: None),
         "recode": (Job("recode", fp16, Path(), settings), lambda out: None),
@@ -163,6 +167,8 @@ def undisturbed(victim, jobs, tmp_path_factory) -> Callable[[str], tuple[int, di
 
 NAMES = ("extract", "shard", "copy", "recode", "repair", "pretrain", "finetune", "compare")
 CASES = [*itertools.product(NAMES, FAULTS), ("two teachers", "SIGKILL")]
+if POINTS > 1:  # adding a teacher is an extraction, which is tried anyway
+    CASES += itertools.product(["add"], FAULTS)
 
 
 @pytest.mark.parametrize("point", range(POINTS))

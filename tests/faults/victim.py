@@ -42,6 +42,7 @@ def do(job: Job) -> None:
     from cae2pipe.config.extract import CodecSettings
     from cae2pipe.runtime.progress import Silent
     from cae2pipe.shards.build import build_shard_set
+    from cae2pipe.stages.add_teacher import add_teacher
     from cae2pipe.stages.compare import compare
     from cae2pipe.stages.copy_set import copy_set
     from cae2pipe.stages.evaluate import evaluate
@@ -69,6 +70,8 @@ def do(job: Job) -> None:
         evaluate("finetune", str(job.source / "encoder"), job.source, out=job.out, settings=job.settings, report=report)
     elif job.name == "extract":
         extract_targets(job.source, job.out, job.settings, report=report)
+    elif job.name == "add":
+        add_teacher(job.out, job.settings, report=report)
     elif job.name == "shard":
         build_shard_set(job.source, job.out, job.settings.shard, report=report)
     elif job.name == "copy":

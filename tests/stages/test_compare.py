@@ -331,6 +331,19 @@ def test_data_and_places_are_looked_at_first(target_root, data, tmp_path):
         plan_grid(grid(), target_root, data, out=tmp_path / "out", small=True)
 
 
+def test_every_run_knows_where_pixels_are_that_the_set_refers_to(
+    target_root, data, extract_settings, second_file, tmp_path
+):
+    second = extract_settings(teacher={"weights": str(second_file), "name": "second"}, views=1)
+    extract_targets(target_root, tmp_path / "set", second, report=Silent(), by_reference=True)
+    with pytest.raises(SettingsError, match="holds latents alone") as caught:
+        plan_grid(grid(), tmp_path / "set", data, out=tmp_path / "out")
+    assert "--set set.data.pixels=FOLDER" in caught.value.fix
+    given = grid(set={**GRID["set"], "data": {**GRID["set"]["data"], "pixels": str(target_root)}})
+    runs = plan_grid(given, tmp_path / "set", data, out=tmp_path / "out").runs
+    assert {run.settings.data.pixels for run in runs} == {str(target_root)}
+
+
 def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, data, tmp_path):
     wild = {"name": "wild", "set": {"optimizer": {"lr": 1e30, "scale_lr": False, "clip": 1e30}, "epochs": 3}}
     out = tmp_path / "out"

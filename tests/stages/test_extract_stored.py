@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.work_share import parse_part
@@ -18,15 +16,6 @@ from cae2pipe.stages.repair import repair
 from cae2pipe.stages.verify import verify
 from cae2pipe.targets.target_set import TargetSet
 from tests.conftest import contents
-
-
-@pytest.fixture(scope="module")
-def second_file(tmp_path_factory, teacher_file) -> Path:
-    """Other weights of the same tower."""
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("second") / "second.safetensors"
-    save_file({name: t + 0.05 * torch.randn(t.shape) for name, t in load_file(teacher_file).items()}, path)
-    return path
 
 
 @pytest.fixture(scope="module")

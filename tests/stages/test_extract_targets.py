@@ -179,8 +179,8 @@ def test_the_journal_of_a_killed_run_counts(target_root, photos, tmp_path, extra
 def test_sets_of_later_formats_are_refused(copy):
     assert open_artifact(copy).format == 4
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 5}))
-    with pytest.raises(ManifestError, match="format 5, and this version of cae2pipe reads format 4"):
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 6}))
+    with pytest.raises(ManifestError, match="format 6, and this version of cae2pipe reads format 5"):
         TargetSet(copy)
 
 

@@ -1,0 +1,148 @@
+"""Add a teacher to a target set: a set by reference in ``TARGETS/teachers/LABEL``, whose pixels are those of the set.
+
+The first set stays as it is, byte for byte, so runs that began with it resume. The added teacher has an identity of its
+own, and its set is made, resumed and grown by ``extract_targets``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, is_artifact
+from cae2pipe.artifacts.difference import first_difference
+from cae2pipe.artifacts.inside import inside
+from cae2pipe.artifacts.manifest_targets import TargetsIdentity
+from cae2pipe.artifacts.work_share import WHOLE, WorkShare
+from cae2pipe.config.base import fingerprinted
+from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.errors import MismatchError, SettingsError
+from cae2pipe.runtime.device import pick_device, set_backends
+from cae2pipe.runtime.progress import Report
+from cae2pipe.runtime.ranks import torchrun_rank
+from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.targets.paths import TEACHERS_FOLDER, is_store
+from cae2pipe.targets.shared_pixels import added_sets, parent_set
+from cae2pipe.targets.stored_source import as_source
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.teachers.labels import label, teacher_key
+from cae2pipe.teachers.load import LoadedTeacher, load_teacher, named_without_paths
+from cae2pipe.teachers.resuming import canonical, teacher_as_begun
+
+
+def add_teacher(
+    source: Path,
+    settings: ExtractSettings,
+    *,
+    report: Report,
+    part: WorkShare = WHOLE,
+    calibrate_only: bool = False,
+    pixels: Path | None = None,
+) -> TargetsArtifact:
+    """Make, resume or grow the set of another teacher of the views of ``source``, inside of it.
+
+    Args:
+        part, calibrate_only: as of ``extract_targets``.
+        pixels: the folder with the pixels of ``source``, if it is by reference itself.
+
+    Raises:
+        SettingsError: ``source`` is no target set, or that of an added teacher. MismatchError: the teacher is that of
+        the set, or was added with other settings. BadInputError: a link leads out of ``source``. Otherwise as
+        ``extract_targets``.
+    """
+    refuse_others(source)
+    set_backends()
+    targets = TargetSet(source, pixels=pixels)
+    chosen = as_source(settings, targets)
+    report.phase("loading the teacher")
+    place = place_of(targets, chosen)
+    inside(source, f"{TEACHERS_FOLDER}/{place.folder.name}/{MANIFEST}")
+    artifact = extract_targets(
+        source,
+        place.folder,
+        settings,
+        report=report,
+        part=part,
+        calibrate_only=calibrate_only,
+        by_reference=True,
+        pixels=pixels,
+        loaded=place.loaded,
+    )
+    if any(map(is_store, artifact.units)):
+        report.log(next_step(targets, artifact, pixels))
+    return artifact
+
+
+def next_step(targets: TargetSet, added: TargetsArtifact, pixels: Path | None) -> str:
+    """What can be done with an added teacher, for the log. ``pixels``: the folder that had to be named for them."""
+    teacher = added.facts["teacher"]
+    grid, first = (teacher["rows"], teacher["cols"]), (targets.teacher.rows, targets.teacher.cols)
+    if grid == first:
+        named = f" --set data.pixels={pixels}" if pixels else ""
+        return f"train from both: cae2pipe pretrain {targets.root} {added.root} RUN{named}"
+    cells = "[{},{}]".format(*first)
+    return (
+        f"its grid is {grid[0]} x {grid[1]}, that of the first set {first[0]} x {first[1]}: to train from both, "
+        f"add it with --set 'teacher.grid={cells}' instead"
+    )
+
+
+def refuse_others(source: Path) -> None:
+    """Raise SettingsError unless a teacher can be added to this set."""
+    if not is_artifact(source, "targets"):
+        raise SettingsError(
+            "a teacher is added to a target set, and this is none",
+            where=source,
+            fix="give a target set, or an output folder instead of --add",
+        )
+    if (parent := parent_set(source)) is not None:
+        raise SettingsError(
+            "this is the set of an added teacher", where=source, fix=f"add the teacher to the first set: {parent}"
+        )
+
+
+class Place(NamedTuple):
+    """The folder of an added teacher, and the teacher."""
+
+    folder: Path
+    loaded: LoadedTeacher
+
+
+def place_of(targets: TargetSet, settings: ExtractSettings) -> Place:
+    """Where a set holds, or will hold, the latents of another teacher.
+
+    Raises:
+        MismatchError: the teacher is that of the set, or was added with other settings.
+    """
+    device = pick_device(settings.speed.device, torchrun_rank())
+    added = {folder: TargetsArtifact.open(folder) for folder in added_sets(targets.root)}
+    for folder, artifact in added.items():
+        begun = named_without_paths(teacher_as_begun(settings.teacher, artifact))
+        if fingerprinted(begun) == artifact.identity["settings"]["teacher"]:
+            precision = artifact.identity["teacher"].get("precision")
+            teacher = load_teacher(begun, device, begun=precision)
+            if teacher.info.identity() == artifact.identity["teacher"]:
+                return Place(folder, LoadedTeacher((begun, precision), teacher))
+    new = named_without_paths(canonical(settings.teacher))
+    teacher = load_teacher(new, device)
+    loaded = LoadedTeacher((new, None), teacher)
+    described: Any = {"settings": {"teacher": fingerprinted(new)}, "teacher": teacher.info.identity()}
+    identity = cast(TargetsIdentity, described)
+    if teacher_key(identity) == teacher_key(targets.artifact.identity):
+        raise MismatchError(
+            f"this is the set's own teacher, {targets.label}", where=targets.root, fix="give another --teacher"
+        )
+    for folder, artifact in added.items():
+        if teacher_key(identity) == teacher_key(artifact.identity):
+            if not artifact.units:  # its calibration failed: other settings are as good
+                return Place(folder, loaded)
+            there: Any = {"settings": {"teacher": artifact.identity["settings"]["teacher"]}}
+            there["teacher"] = artifact.identity["teacher"]
+            name, old, now = first_difference(there, described) or ("", "", "")
+            raise MismatchError(
+                f"this teacher is already added, as {folder.name}, with {name} = {old!r} instead of {now!r}",
+                where=folder,
+                fix="give the same --teacher and settings as then, or remove this folder",
+            )
+    name = label(identity, [targets.label, *(folder.name for folder in added)])
+    return Place(targets.root / TEACHERS_FOLDER / name, loaded)
