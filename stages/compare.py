@@ -178,7 +178,9 @@ def plan_grid(
     joined = join_sets([TargetSet(root) for root in roots])
     grid = for_sets(grid, labels_of(joined.whole))
     expanded = expand(grid, small, speed or {})
-    plan = GridPlan(grid, located(joined, expanded[0][1].data.pixels), [], evaluations)
+    with settings_of_grid():
+        joined = located(joined, expanded[0][1].data.pixels)
+    plan = GridPlan(grid, joined, [], evaluations)
     digests: dict[ModelSettings, str | None] = {}
     splits = open_data(data, batch=1)
     zeroshot = evaluations.get("zeroshot")
@@ -343,9 +345,19 @@ def check_zeroshot(
 def variant_named(name: str) -> Iterator[None]:
     """Within it, errors name the variant, and settings in the form that a grid takes."""
     try:
-        yield
+        with settings_of_grid():
+            yield
     except BadInputError as error:
         error.where = f"variant {name!r}" + (f", {error.where}" if error.where else "")
+        raise
+
+
+@contextmanager
+def settings_of_grid() -> Iterator[None]:
+    """Within it, errors name settings in the form that a grid takes."""
+    try:
+        yield
+    except BadInputError as error:
         error.fix = error.fix and error.fix.replace("--set ", "--set set.")
         raise
 

@@ -258,7 +258,8 @@ def test_a_job_that_fails_says_so(target_root, data, tmp_path, monkeypatch):
     import yaml
 
     # The test above starts jobs as users do; here they need not import everything again.
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: ranks.imported())
+    context = ranks.imported()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump({**GRID, "evaluate": [{"kind": "knn", "set": {"k": 5000}}], "seeds": 0}))
     arguments = ["compare", str(path), str(target_root), str(data), str(tmp_path / "out"), "--workers", "0"]
@@ -342,6 +343,11 @@ def test_every_run_knows_where_pixels_are_that_the_set_refers_to(
     given = grid(set={**GRID["set"], "data": {**GRID["set"]["data"], "pixels": str(target_root)}})
     runs = plan_grid(given, tmp_path / "set", data, out=tmp_path / "out").runs
     assert {run.settings.data.pixels for run in runs} == {str(target_root)}
+    # Sets that are compared have the same pixels.
+    each = grid(variants=[{"name": "{each} alone", "sets": "each"}], seeds=0)
+    plan = plan_grid(each, [target_root, tmp_path / "set"], data, out=tmp_path / "out")
+    assert [run.settings.data.pixels for run in plan.runs] == [None, str(target_root)]
+    assert {len(found.pixels(found.reader("v00/000000").block(0))) for found in plan.joined.sets} == {64}
 
 
 def test_a_run_that_diverges_does_not_keep_others_from_being_made(target_root, data, tmp_path):
