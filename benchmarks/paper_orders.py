@@ -33,9 +33,9 @@ from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import Terminated
 from cae2pipe.evaluation.encoders import load_encoder
+from cae2pipe.evaluation.grid_plan import expand, run_name
 from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.progress import Report, progress
-from cae2pipe.stages.compare import expand, run_name
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 

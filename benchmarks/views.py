@@ -41,8 +41,8 @@ from cae2pipe.errors import BadInputError, Terminated
 from cae2pipe.loading.order import steps_per_epoch
 from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.progress import Report, progress
-from cae2pipe.stages.pretrain import run_identity
 from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.run_record import run_identity
 
 ARMS = (
     "v1-s0,v8-s0,v32-s0,fresh-s0,v2-s0,v4-s0,v16-s0,v1-s1,v8-s1,v32-s1,fresh-s1,v32-k99-s0,v32-k97-s0,v32-k90-s0,"

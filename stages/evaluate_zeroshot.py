@@ -8,7 +8,6 @@ leading one embeds the classes and writes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.evaluate import ZeroshotSettings
-from cae2pipe.errors import SettingsError
 from cae2pipe.evaluation.crop_batches import batch_for
 from cae2pipe.evaluation.crops import CentralCrop
 from cae2pipe.evaluation.datasets import open_val
@@ -26,7 +24,7 @@ from cae2pipe.evaluation.features import extract_features, log_rejects, resolve_
 from cae2pipe.evaluation.result_store import open_scores, save_result
 from cae2pipe.evaluation.scores import accuracy, per_class, write_predictions
 from cae2pipe.evaluation.zeroshot import zeroshot_predictions
-from cae2pipe.evaluation.zeroshot_classes import ClassSource, class_source, write_classes
+from cae2pipe.evaluation.zeroshot_classes import ClassSource, class_source, refuse_other_width, write_classes
 from cae2pipe.evaluation.zeroshot_encoders import load_aligned
 from cae2pipe.runtime.device import resolve_precision, set_backends
 from cae2pipe.runtime.progress import Report
@@ -121,15 +119,3 @@ def evaluate_zeroshot(
         write_classes(root / CLASSES, embeddings, val.classes)
         files[CLASSES] = file_entry(root / CLASSES)
         return save_result(artifact, display_name(spec), figures, files)
-
-
-def refuse_other_width(source: ClassSource, dim: int, spec: str, *, widths: Mapping[str, int] | None = None) -> None:
-    """Raise SettingsError unless class embeddings are as wide as the encoder's output. ``widths``: those of several
-    teachers' outputs, by label."""
-    if source.width != dim:
-        ways = [f"--teacher {label}" for label, width in (widths or {}).items() if width == source.width]
-        raise SettingsError(
-            f"the class embeddings have {source.width} dimensions, the encoder's output {dim}",
-            where=f"{spec}, {source.told}",
-            fix=" or ".join([*ways, "use embeddings of the CLIP model that is the encoder's teacher"]),
-        )

@@ -259,9 +259,10 @@ def _compare_jobs(
     from cae2pipe.config.base import load
     from cae2pipe.config.compare import GridSettings
     from cae2pipe.errors import Cae2pipeError
+    from cae2pipe.evaluation.grid_plan import plan_grid
     from cae2pipe.runtime.progress import progress
     from cae2pipe.runtime.ranks import torchrun_rank
-    from cae2pipe.stages.compare import plan_grid, report_grid
+    from cae2pipe.stages.compare import report_grid
 
     if torchrun_rank().ranks > 1:
         raise typer.BadParameter("--jobs splits the runs itself: start it without torchrun")
@@ -293,8 +294,9 @@ def _compare_part(
     small: bool,
     speed: dict[str, Any],
 ) -> None:
+    from cae2pipe.evaluation.grid_plan import plan_grid
     from cae2pipe.runtime.progress import Lines
-    from cae2pipe.stages.compare import plan_grid, run_part
+    from cae2pipe.stages.compare import run_part
 
     own = {**speed, "device": device} if device else speed
     plan = plan_grid(settings, targets, data, out=out, small=small, speed=own)

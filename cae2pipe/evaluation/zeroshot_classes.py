@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,3 +182,15 @@ def write_classes(path: Path, embeddings: Tensor, classes: Sequence[str]) -> Non
     import json
 
     write_safetensors(path, {EMBEDDINGS: embeddings.contiguous()}, {NAMES: json.dumps(list(classes))})
+
+
+def refuse_other_width(source: ClassSource, dim: int, spec: str, *, widths: Mapping[str, int] | None = None) -> None:
+    """Raise SettingsError unless class embeddings are as wide as the encoder's output. ``widths``: those of several
+    teachers' outputs, by label."""
+    if source.width != dim:
+        ways = [f"--teacher {label}" for label, width in (widths or {}).items() if width == source.width]
+        raise SettingsError(
+            f"the class embeddings have {source.width} dimensions, the encoder's output {dim}",
+            where=f"{spec}, {source.told}",
+            fix=" or ".join([*ways, "use embeddings of the CLIP model that is the encoder's teacher"]),
+        )

@@ -15,9 +15,10 @@ from cae2pipe.cli import app
 from cae2pipe.config.base import build, load, preset_names
 from cae2pipe.config.compare import GridSettings, for_sets
 from cae2pipe.errors import BadInputError, DivergedError, SettingsError
+from cae2pipe.evaluation.grid_plan import expand, plan_grid, run_name, weighted
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import compare as stage
-from cae2pipe.stages.compare import compare, expand, plan_grid, run_name, weighted
+from cae2pipe.stages.compare import compare
 from cae2pipe.stages.extract_targets import extract_targets
 from tests import ranks
 from tests.conftest import contents, snapshot

@@ -15,8 +15,9 @@ from cae2pipe.cli import app
 from cae2pipe.config.base import build, load
 from cae2pipe.config.compare import GridSettings, for_sets
 from cae2pipe.errors import BadInputError, MismatchError, SettingsError
+from cae2pipe.evaluation.grid_plan import plan_grid
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.compare import compare, plan_grid
+from cae2pipe.stages.compare import compare
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet

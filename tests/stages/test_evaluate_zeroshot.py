@@ -23,13 +23,14 @@ from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import ZeroshotSettings
 from cae2pipe.config.pretrain import LossSettings, ModelSettings
 from cae2pipe.errors import Cae2pipeError, DamageError, MismatchError, SettingsError, SourceError
+from cae2pipe.evaluation.grid_plan import plan_grid
 from cae2pipe.evaluation.zeroshot_classes import class_source, read_names
 from cae2pipe.evaluation.zeroshot_encoders import load_aligned, refuse_unaligned
 from cae2pipe.evaluation.zeroshot_text import embed_classes, load_text_tower, prompts_of
 from cae2pipe.methods.registry import BUILT_IN, build_method
 from cae2pipe.models.export import student_normalise
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.compare import compare, plan_grid
+from cae2pipe.stages.compare import compare
 from cae2pipe.stages.evaluate_zeroshot import evaluate_zeroshot
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet

@@ -11,9 +11,10 @@ from cae2pipe.config.base import build
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.evaluate import KnnSettings
 from cae2pipe.config.extract import CodecSettings
+from cae2pipe.evaluation.grid_plan import GridPlan, Planned
 from cae2pipe.loading.joining import join_sets
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.compare import GridPlan, Planned, run_part
+from cae2pipe.stages.compare import run_part
 from cae2pipe.stages.estimate_targets import estimate_targets
 from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.extract_targets import extract_targets

@@ -1,0 +1,144 @@
+"""What a run's manifest records, and whether a folder's run is the one that the settings and sets describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, is_artifact
+from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.artifacts.manifest_run import RunIdentity, SeveralTeacher
+from cae2pipe.artifacts.manifest_targets import listed
+from cae2pipe.config.base import fingerprinted, present_name
+from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.errors import MismatchError
+from cae2pipe.loading.joining import Joined, labels_of
+from cae2pipe.loading.order import ORDER
+from cae2pipe.loading.planning import chosen_stores
+from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.training.student import licences_of, teacher_of
+
+
+class Initial(Protocol):
+    """Initial weights: their name without folders, and their SHA-256."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+def run_identity(
+    targets: TargetsArtifact,
+    settings: PretrainSettings,
+    init: Initial | None = None,
+    others: Sequence[TargetSet] = (),
+) -> RunIdentity:
+    """What a run depends on."""
+    identity: RunIdentity = {"settings": fingerprinted(settings), "targets": targets.fingerprint, "order": ORDER}
+    if others:
+        identity["teachers"] = [other.artifact.fingerprint for other in others]
+    return {**identity, "init": init.digest} if init else identity
+
+
+def refuse_earlier_order(out: Path) -> None:
+    """Raise MismatchError if an earlier version, with another order of samples, began the run in this folder."""
+    if not is_artifact(out, "run"):
+        return
+    run = RunArtifact.open(out)
+    if run.identity.get("order", 1) == ORDER:
+        return
+    raise MismatchError(
+        "an earlier version of cae2pipe, which takes samples in another order, "
+        + ("made this run, and it is finished" if run.complete else "began this run"),
+        where=out,
+        fix="evaluate or export it as it is, or start a new run in another folder"
+        if run.complete
+        else "finish it with that version and the target set it was begun with, or start a new run in another folder",
+    )
+
+
+def refuse_other_order(out: Path, sets: Sequence[TargetSet]) -> None:
+    """Raise MismatchError if the run in this folder was begun with the same sets in another order."""
+    if not is_artifact(out, "run"):
+        return
+    identity = RunArtifact.open(out).identity
+    begun = [identity["targets"], *identity.get("teachers", [])]
+    given = {each.artifact.fingerprint: each for each in sets}
+    if list(given) == begun or sorted(given) != sorted(begun):
+        return
+    ordered = [given[name] for name in begun]
+    raise MismatchError(
+        f"the sets are given in another order: this run was begun with {', '.join(labels_of(ordered))}",
+        where=out,
+        fix=f"cae2pipe pretrain {' '.join(str(each.root) for each in ordered)} {out}",
+    )
+
+
+def open_run(out: Path, joined: Joined, settings: PretrainSettings, init: Initial | None = None) -> RunArtifact:
+    """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
+    refuse_earlier_order(out)
+    refuse_other_order(out, joined.sets)
+    targets, others = joined.main, joined.others
+    names = chosen_stores(targets, settings)
+    stores = digests_of(targets, names)
+    artifact = RunArtifact.open_or_create(
+        out,
+        run_identity(targets.artifact, settings, init, others),
+        facts={
+            "stores": stores,
+            "teacher": teacher_of(targets),
+            "licences": licences_of(targets),
+            **({"init": init.name} if init else {}),
+            **({"teachers": teachers_of((targets, *others), names)} if others else {}),
+        },
+        fix="use another output folder, or the settings and target set that this run was started with",
+        fixes={
+            "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "
+            "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs",
+            "init": "set model.init to the weights that this run started from, wherever they are now (`cae2pipe "
+            f"inspect {out}` names them; null: there were none), or use another output folder",
+        },
+        called=lambda name: "model.init (SHA-256 of the weights)" if name == "init" else present_name(name),
+    )
+    known = [artifact.facts["stores"], *(other["stores"] for other in artifact.facts.get("teachers", [])[1:])]
+    for each, recorded in zip(joined.whole, known, strict=True):
+        refuse_changed(each, recorded)
+    return artifact
+
+
+def refuse_changed(targets: TargetSet, recorded: Mapping[str, str]) -> None:
+    """Raise MismatchError if a store that a run started with has changed, or is no longer there."""
+    stores = digests_of(targets, [name for name in recorded if name in targets.stores])
+    for name, digest in recorded.items():
+        if stores.get(name) != digest:
+            what = "is no longer in" if name not in stores else "has changed in"
+            raise MismatchError(
+                f"store {name}, which this run started with, {what} the target set",
+                where=targets.root,
+                fix="restore the original target set, or start a new run in another folder",
+            )
+
+
+def digests_of(targets: TargetSet, names: Sequence[str]) -> dict[str, str]:
+    """The fingerprints of some stores; the same wherever their pixels lie."""
+    return {name: fingerprint(listed(targets.stores[name])) for name in names}
+
+
+def teachers_of(sets: Sequence[TargetSet], names: Sequence[str]) -> list[SeveralTeacher]:
+    """The entries of a run's manifest about several teachers. ``names``: of the stores that it trains on."""
+    return [
+        cast(
+            SeveralTeacher,
+            {
+                **teacher_of(each),
+                "label": label,
+                "targets": each.artifact.fingerprint,
+                "licences": licences_of(each),
+                "stores": digests_of(each, names),
+            },
+        )
+        for each, label in zip(sets, labels_of(sets), strict=True)
+    ]
