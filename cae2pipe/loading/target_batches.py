@@ -62,7 +62,8 @@ class TargetBatches(IterableDataset[TargetBatch]):
 
     Args:
         targets: a target set, opened or its folder or URL; or a list of those of several teachers. One that is still
-            being extracted gives what it held when it was opened.
+            being extracted gives what it held when it was opened. One by reference is given opened, with
+            its ``pixels``, unless it is not the first.
         batch_size: views per batch of this rank. ``workers`` share the batch: powers of two serve up to 16 of them.
         layout: ``map``: the patches' latents as a feature map (B, D, rows, cols), without the class token; ``tokens``:
             all of them (B, T, D), the class token first, if the teacher has one.
