@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks.table_parts import goal, read, significant, table
@@ -114,24 +114,6 @@ def spread(row: Mapping[str, Any], name: str) -> str:
         return ""
     deviation = row[f"{name}_spread"]
     return f"{row[f'{name}_mean']:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
-
-
-def paper_orders(results: Path) -> str:
-    """The variants of tables 1, 2 and 5 of the paper, means over the seeds with their spread."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in read(results, "paper_orders")["rows"]:
-        groups.setdefault((row["grid"], row["variant"]), []).append(row)
-    lines = []
-    for (grid, variant), rows in sorted(groups.items(), key=lambda item: item[0][0]):
-        found = [(mean(values), stdev(values) if len(values) > 1 else None) for values in by_score(rows)]
-        cells = [f"{value:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}") for value, deviation in found]
-        lines.append((f"`{grid}`", variant, *cells, str(len(rows))))
-    return table(("grid", "variant", "kNN", "linear", "seeds"), lines)
-
-
-def by_score(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Values of kNN and of the linear probe."""
-    return [[row[name] for row in rows] for name in ("knn", "linear")]
 
 
 def teachers(results: Path) -> str:

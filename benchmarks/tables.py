@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.score_tables import teacher_grid, teacher_tour, teachers, views
+from benchmarks.score_tables import several_teachers, teacher_grid, teacher_step, teacher_tour, teachers, views
 from benchmarks.table_parts import check, goal, read, significant, table
 
 ROOT = Path(__file__).parents[1]
@@ -270,6 +270,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "views": views,
     "reduced_views": reduced_views,
     "teacher_grid": teacher_grid,
+    "several_teachers": several_teachers,
+    "teacher_step": teacher_step,
     "training": training,
     "hours": hours,
     "scale": scale,
