@@ -48,6 +48,9 @@ from cae2pipe.supervised.remedies import Trained, cpu_remedy
 from cae2pipe.supervised.schedule import TrainSchedule, all_images, check_share, full_batches
 from cae2pipe.training.compilation import compiles
 
+ATTENTIVE_REVISION = 2
+"""Of the attentive probe's training. Before, 1, it began from other weights."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -125,6 +128,8 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
             "image_size": size,
             "data": {"train": train_split.identity, "val": val_split.identity},
         }
+        if isinstance(settings, AttentiveSettings):
+            asked["revision"] = ATTENTIVE_REVISION
         world.run_on_main(lambda: stack.enter_context(writing(out)))
         artifact, result = world.run_on_main(lambda: open_scores(root, asked))
         if result:

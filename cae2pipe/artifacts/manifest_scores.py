@@ -33,8 +33,8 @@ class EncoderIdentity(TypedDict):
 
 @with_config(OPEN)
 class ScoresIdentity(TypedDict):
-    """``class_embeddings``: of zero-shot classification, what they depend on. ``revision``: of segmentation and
-    detection, the revision of training; missing: 1."""
+    """``class_embeddings``: of zero-shot classification, what they depend on. ``revision``: of attentive
+    probes, segmentation and detection, the revision of training; missing: 1."""
 
     class_embeddings: NotRequired[Values]
     data: Values

@@ -136,6 +136,12 @@ SOURCES = [
         },
     ),
     Source(
+        name="Appendix B.3, pretraining for detection",
+        stage="pretrain",
+        presets={size: size for size in STUDENTS},
+        rows={"Relative positions": ("model.relative_positions", True)},
+    ),
+    Source(
         name="Table 9",
         stage="evaluate",
         presets={"linear": "base", "linear-tiny": "tiny"},
@@ -263,6 +269,12 @@ DEVIATIONS = [
         "loss.class_token",
         "visible",
         "as in the released code: without a loss, the token that linear probes read would not be trained",
+    ),
+    Deviation(
+        tuple(f"pretrain {size}" for size in STUDENTS),
+        "model.relative_positions",
+        False,
+        "for detection alone, and neither in Table 8 nor in the released code; rotary positions are not built",
     ),
     Deviation(
         ("evaluate finetune", *(f"evaluate finetune-{size}" for size in STUDENTS)),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.config.base import load
 from cae2pipe.config.evaluate import EVALUATIONS
 from cae2pipe.errors import CompileError, DivergedError, MismatchError, SettingsError, SourceError, Terminated
@@ -22,7 +23,7 @@ from cae2pipe.stages.evaluate import evaluate
 from cae2pipe.stages.verify import verify
 from cae2pipe.training import checkpoint
 from cae2pipe.training.metrics import read_lines
-from tests.conftest import contents
+from tests.conftest import contents, edit_manifest
 from tests.ranks import command
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,12 @@ def test_the_heads_of_an_attentive_probe_are_those_of_the_encoder(exported, data
     again = settings("attentive", "epochs=2", "heads=2")
     assert evaluate("attentive", str(exported), data, out=out, settings=again, report=report) == result
     assert any("nothing to do" in line for line in report.lines)
+    # Of the first revision, whose probe began from other weights.
+    identity = json.loads((out / "attentive" / "manifest.json").read_text())["identity"]
+    assert identity.pop("revision") == 2
+    edit_manifest(out / "attentive", identity=identity, fingerprint=fingerprint(identity))
+    with pytest.raises(MismatchError, match="revision"):
+        evaluate("attentive", str(exported), data, out=out, settings=again, report=Silent())
 
 
 @pytest.mark.parametrize("kind", KINDS)
