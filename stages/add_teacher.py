@@ -13,6 +13,7 @@ from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, is_artifact
 from cae2pipe.artifacts.difference import first_difference
 from cae2pipe.artifacts.inside import inside
 from cae2pipe.artifacts.manifest_targets import TargetsIdentity
+from cae2pipe.artifacts.storage import is_local
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ExtractSettings
@@ -69,26 +70,22 @@ def add_teacher(
         loaded=place.loaded,
     )
     if any(map(is_store, artifact.units)):
-        report.log(next_step(targets, artifact, pixels))
+        named = f" --set data.pixels={pixels}" if pixels else ""
+        report.log(f"train from both: cae2pipe pretrain {targets.root} {artifact.root} RUN{named}")
     return artifact
 
 
-def next_step(targets: TargetSet, added: TargetsArtifact, pixels: Path | None) -> str:
-    """What can be done with an added teacher, for the log. ``pixels``: the folder that had to be named for them."""
-    teacher = added.facts["teacher"]
-    grid, first = (teacher["rows"], teacher["cols"]), (targets.teacher.rows, targets.teacher.cols)
-    if grid == first:
-        named = f" --set data.pixels={pixels}" if pixels else ""
-        return f"train from both: cae2pipe pretrain {targets.root} {added.root} RUN{named}"
-    cells = "[{},{}]".format(*first)
-    return (
-        f"its grid is {grid[0]} x {grid[1]}, that of the first set {first[0]} x {first[1]}: to train from both, "
-        f"add it with --set 'teacher.grid={cells}' instead"
-    )
+def check_added(source: Path, settings: ExtractSettings, pixels: Path | None = None) -> None:
+    """Raise what ``add_teacher`` would, before anything is made: for estimates."""
+    refuse_others(source)
+    targets = TargetSet(source, pixels=pixels)
+    place_of(targets, as_source(settings, targets))
 
 
 def refuse_others(source: Path) -> None:
     """Raise SettingsError unless a teacher can be added to this set."""
+    if is_local(source) and not source.exists():
+        raise SettingsError("there is no such target set", where=source, fix="check the path of SOURCE")
     if not is_artifact(source, "targets"):
         raise SettingsError(
             "a teacher is added to a target set, and this is none",
@@ -112,7 +109,8 @@ def place_of(targets: TargetSet, settings: ExtractSettings) -> Place:
     """Where a set holds, or will hold, the latents of another teacher.
 
     Raises:
-        MismatchError: the teacher is that of the set, or was added with other settings.
+        MismatchError: the teacher is that of the set, or was added with other settings. SettingsError: its grid is not
+        that of the set.
     """
     device = pick_device(settings.speed.device, torchrun_rank())
     added = {folder: TargetsArtifact.open(folder) for folder in added_sets(targets.root)}
@@ -144,5 +142,13 @@ def place_of(targets: TargetSet, settings: ExtractSettings) -> Place:
                 where=folder,
                 fix="give the same --teacher and settings as then, or remove this folder",
             )
+    grid, first = (teacher.info.rows, teacher.info.cols), (targets.teacher.rows, targets.teacher.cols)
+    if grid != first:
+        raise SettingsError(
+            f"the grid of this teacher is {grid[0]} x {grid[1]}, that of the set {first[0]} x {first[1]}: no student "
+            "learns from both",
+            where=targets.root,
+            fix=f"--set 'teacher.grid=[{first[0]},{first[1]}]', or give an OUT and --by-reference in place of --add",
+        )
     name = label(identity, [targets.label, *(folder.name for folder in added)])
     return Place(targets.root / TEACHERS_FOLDER / name, loaded)

@@ -168,7 +168,7 @@ def _remedy(artifact: AnyArtifact) -> str:
         return f"cae2pipe verify {artifact.root} --repair --source TARGETS"
     if isinstance(artifact, TargetsArtifact):
         known = parent_set(artifact.root) or file_size(artifact.root / SHARDS_FOLDER / MANIFEST) is not None
-        shards = "" if known else " --source TARGETS" if artifact.by_reference else " --source SHARDS"
+        shards = "" if known else " --pixels TARGETS" if artifact.by_reference else " --source SHARDS"
         return f"cae2pipe verify {artifact.root} --repair{shards}"
     again = {"run": "pretrain", "scores": "evaluate"}[artifact.kind]
     return f"delete it, then rerun `cae2pipe {again}` with the same arguments"

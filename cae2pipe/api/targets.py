@@ -15,7 +15,7 @@ from cae2pipe.config.base import Settings, build
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
 from cae2pipe.errors import SettingsError
 from cae2pipe.shards.shard_set import ShardSet
-from cae2pipe.stages.add_teacher import add_teacher
+from cae2pipe.stages.add_teacher import add_teacher, check_added
 from cae2pipe.stages.estimate_targets import estimate_targets as estimate
 from cae2pipe.stages.extract_targets import extract_targets as extract
 from cae2pipe.stages.recode import recode as run_recode
@@ -190,6 +190,7 @@ def estimate_targets(
     fidelity: float | None = None,
     epochs: int | None = None,
     by_reference: bool = False,
+    add: bool = False,
     pixels: str | Path | None = None,
     workers: int | None = None,
     device: str | None = None,
@@ -200,7 +201,7 @@ def estimate_targets(
     Nothing is written.
 
     Arguments as in ``extract_targets``. With ``epochs``, a number of views is recommended for a pretraining of that
-    length. With ``by_reference``, also for ``add``, pixels take no bytes. Returns and raises as
+    length. With ``by_reference`` and ``add`` pixels take no bytes. Returns and raises as
     ``cae2pipe.stages.estimate_targets.estimate_targets``.
     """
     settings = extract_settings(
@@ -213,13 +214,15 @@ def estimate_targets(
         workers=workers,
         device=device,
     )
+    if add:
+        check_added(to_path(source), settings, optional_path(pixels))
     with reporting(progress, "estimate") as report:
         return estimate(
             to_path(source),
             settings,
             report,
             epochs=epochs,
-            by_reference=by_reference,
+            by_reference=by_reference or add,
             pixels=optional_path(pixels),
         )
 

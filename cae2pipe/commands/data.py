@@ -149,7 +149,7 @@ def extract_targets(
         )
         if estimate:
             cost = targets.estimate_targets(
-                source, config=settings, epochs=epochs, by_reference=by_reference or add, pixels=pixels
+                source, config=settings, epochs=epochs, by_reference=by_reference, add=add, pixels=pixels
             )
             _print_estimate(cost, settings.codec)
         else:

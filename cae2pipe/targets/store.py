@@ -21,7 +21,10 @@ from cae2pipe.targets.records import SAMPLES, Records, unpack_records
 from cae2pipe.targets.shared_pixels import no_pixels
 from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout, array_name, arrays_of
 
-REMEDY = "`cae2pipe verify {root} --repair` rebuilds it; add --source SHARDS if the shard set is elsewhere"
+REMEDY = (
+    "`cae2pipe verify {root} --repair` rebuilds it; add --source SHARDS if the shard set is elsewhere, "
+    "--pixels FOLDER if the pixels are"
+)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
 from cae2pipe.errors import SettingsError
@@ -69,6 +70,12 @@ def check_joined(joined: Joined, settings: PretrainSettings) -> None:
         check_views(joined.main, settings)
     labels = labels_of(sets)
     teacher_weights(loss, labels, "loss.teachers")
+    if settings.targets == "online" and isinstance(settings.teacher_weights, Path):
+        raise SettingsError(
+            "teacher_weights is one file, and there are several teachers",
+            where="teacher_weights",
+            fix=f"--set 'teacher_weights={{{labels[0]}: FILE, {labels[1]}: FILE}}', of those whose weights are local",
+        )
     if isinstance(settings.teacher_weights, dict) and (
         unknown := sorted(settings.teacher_weights.keys() - set(labels))
     ):

@@ -12,7 +12,7 @@ from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.errors import BadInputError, MismatchError, SettingsError
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.add_teacher import add_teacher
+from cae2pipe.stages.add_teacher import add_teacher, check_added
 from cae2pipe.stages.copy_set import copy_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.inspection import inspect_folder
@@ -131,6 +131,19 @@ def test_teachers_that_are_there_are_refused(copy, settings, extract_settings, s
         add(copy / "teachers/second", settings())
     with pytest.raises(BadInputError, match="give --add to add a teacher"):
         extract_targets(copy, copy / "teachers/x", settings(), report=Silent())
+    assert snapshot(copy) == before
+
+
+def test_what_cannot_be_added_is_refused_before_anything_is_made(copy, settings, tmp_path):
+    chosen = settings()
+    coarse = chosen.model_copy(update={"teacher": chosen.teacher.model_copy(update={"grid": (1, 1)})})
+    before = snapshot(copy)
+    for attempt in (lambda: add(copy, coarse), lambda: check_added(copy, coarse)):
+        with pytest.raises(SettingsError, match="the grid of this teacher is 1 x 1, that of the set 4 x 4") as caught:
+            attempt()
+        assert "teacher.grid=[4,4]" in caught.value.fix
+    with pytest.raises(SettingsError, match="no such target set"):
+        check_added(tmp_path / "nothing", chosen)
     assert snapshot(copy) == before
 
 

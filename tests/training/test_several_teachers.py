@@ -312,6 +312,7 @@ def test_what_does_not_fit_is_refused(roots, stored_root, target_root, int8_root
 
     refused([target_root, int8_root], "a teacher twice")
     refused([stored_root, roots[0]], "no views in common: their views differ: view.pixels", MismatchError)
+    refused(roots, "is one file", targets="online", teacher_weights=str(tmp_path / "weights.safetensors"))
     refused(roots, "pixel targets", loss={"target": "pixels", "kind": "mse"})
     refused(roots, "no teacher of these target sets", loss={"teachers": {"dino": 1.0}})
     refused(roots[0], "for several teachers", loss={"drop_teachers": 0.5})
