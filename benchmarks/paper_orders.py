@@ -15,27 +15,22 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.harness import finish, parse_options, write_result
 from benchmarks.teacher_grid import FIDELITY
-from benchmarks.view_arms import Bench, all_images, quick_images
+from benchmarks.view_arms import Bench, fill_in, interruptible, make_bench
 from benchmarks.view_scores import CPU, Labels
 from benchmarks.views import leave
 from cae2pipe.config.base import fingerprinted, load, merge
 from cae2pipe.config.compare import GridSettings
 from cae2pipe.config.extract import ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import Terminated
 from cae2pipe.evaluation.encoders import load_encoder
 from cae2pipe.evaluation.grid_plan import expand, run_name
-from cae2pipe.runtime.device import set_backends
-from cae2pipe.runtime.progress import Report, progress
+from cae2pipe.runtime.progress import Report
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 
@@ -63,20 +58,9 @@ def main() -> None:
         seeds={"type": int, "help": "runs per variant; default 3"},
         views={"type": int, "help": "stored views of each image; default 4"},
     )
-    for name, full, quick in (("seeds", 3, 1), ("views", 4, 1)):
-        if getattr(options, name) is None:
-            setattr(options, name, quick if options.quick else full)
-    torch.set_num_threads(1)
-    set_backends()
-    work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    data = quick_images(work) if options.quick else all_images()
-    bench = Bench(work, data, 32 if options.quick else 112, 0, 0, options.views, options.device, options.quick)
-    with progress("paper_orders") as report:
-        try:
-            rows = measure(bench, options, report)
-        except (KeyboardInterrupt, Terminated):
-            sys.exit("stopped; rerun the same command to resume")
+    fill_in(options, seeds=(3, 1), views=(4, 1))
+    bench = make_bench(options, 0)
+    rows = interruptible("paper_orders", lambda report: measure(bench, options, report))
     finish(options, "paper_orders", rows, [], about(options), ("torch", "timm"))
 
 

@@ -98,7 +98,7 @@ def teacher_step(results: Path) -> str:
     rows = [
         (
             row["size"].capitalize(),
-            *(f"{significant(row[f'{name} ms']['median'], 3):}" for name in ("one", "head", "two")),
+            *(significant(row[f"{name} ms"]["median"], 3) for name in ("one", "head", "two")),
             f"{row['ratio']:.3f}",
         )
         for row in read(results, "teacher_step")["rows"]

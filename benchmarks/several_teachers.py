@@ -20,27 +20,22 @@ from __future__ import annotations
 
 import signal
 import statistics
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.harness import finish, parse_options, write_result
 from benchmarks.sample import teacher_of
 from benchmarks.teacher_grid import FIDELITY, remembered
-from benchmarks.view_arms import Arm, Bench, all_images, quick_images
+from benchmarks.view_arms import Arm, Bench, fill_in, interruptible, make_bench
 from benchmarks.view_scores import CPU, Labels, bytes_per_view, standard_error
 from benchmarks.views import leave
 from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact
 from cae2pipe.config.base import load
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import Terminated
 from cae2pipe.evaluation.encoders import FrozenEncoder, FrozenTeacher, load_encoder
-from cae2pipe.runtime.device import set_backends
-from cae2pipe.runtime.progress import Report, progress
+from cae2pipe.runtime.progress import Report
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.targets.target_set import TargetSet
@@ -57,21 +52,9 @@ def main() -> None:
         seeds={"type": int, "help": "runs per arm; default 3"},
         views={"type": int, "help": "stored views of each image; default 4"},
     )
-    for name, full, quick in (("epochs", 40, 2), ("seeds", 3, 1), ("views", 4, 1)):
-        if getattr(options, name) is None:
-            setattr(options, name, quick if options.quick else full)
-    torch.set_num_threads(1)
-    set_backends()
-    work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    data = quick_images(work) if options.quick else all_images()
-    side = 32 if options.quick else 112
-    bench = Bench(work, data, side, options.epochs, options.epochs, options.views, options.device, options.quick)
-    with progress("several_teachers") as report:
-        try:
-            rows = measure(bench, options, report)
-        except (KeyboardInterrupt, Terminated):
-            sys.exit("stopped; rerun the same command to resume")
+    fill_in(options, epochs=(40, 2), seeds=(3, 1), views=(4, 1))
+    bench = make_bench(options, options.epochs)
+    rows = interruptible("several_teachers", lambda report: measure(bench, options, report))
     finish(options, "several_teachers", rows, [], about(bench, rows), ("torch", "timm"))
 
 

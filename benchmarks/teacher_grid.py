@@ -21,27 +21,22 @@ from __future__ import annotations
 import json
 import signal
 import statistics
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.harness import finish, parse_options, write_result
 from benchmarks.sample import teacher_of
-from benchmarks.view_arms import Arm, Bench, all_images, quick_images, train
+from benchmarks.view_arms import Arm, Bench, fill_in, interruptible, make_bench, train
 from benchmarks.view_scores import CPU, Labels, bytes_per_view, standard_error
 from benchmarks.views import leave
 from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact
 from cae2pipe.artifacts.atomic import write_json
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import Terminated
 from cae2pipe.evaluation.encoders import FrozenTeacher, load_encoder
-from cae2pipe.runtime.device import set_backends
-from cae2pipe.runtime.progress import Report, progress
+from cae2pipe.runtime.progress import Report
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.targets.target_set import TargetSet
 
@@ -69,21 +64,9 @@ def main() -> None:
         seeds={"type": int, "help": "runs per arm; default 3"},
         views={"type": int, "help": "stored views of each image; default 4"},
     )
-    for name, full, quick in (("epochs", 20, 2), ("seeds", 3, 1), ("views", 4, 1)):
-        if getattr(options, name) is None:
-            setattr(options, name, quick if options.quick else full)
-    torch.set_num_threads(1)
-    set_backends()
-    work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    data = quick_images(work) if options.quick else all_images()
-    side = 32 if options.quick else 112
-    bench = Bench(work, data, side, options.epochs, options.epochs, options.views, options.device, options.quick)
-    with progress("teacher_grid") as report:
-        try:
-            rows = measure(bench, options, report)
-        except (KeyboardInterrupt, Terminated):
-            sys.exit("stopped; rerun the same command to resume")
+    fill_in(options, epochs=(20, 2), seeds=(3, 1), views=(4, 1))
+    bench = make_bench(options, options.epochs)
+    rows = interruptible("teacher_grid", lambda report: measure(bench, options, report))
     finish(options, "teacher_grid", rows, [], about(bench, rows), ("torch", "timm"))
 
 

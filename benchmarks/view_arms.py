@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,11 +25,14 @@ from cae2pipe.config.base import load
 from cae2pipe.config.extract import CodecSettings, ExtractSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import LockedError, Terminated
+from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.progress import Report, progress
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.stages.recode import recode
 from cae2pipe.targets.target_set import TargetSet
+
+T = TypeVar("T")
 
 NAME = re.compile(r"(?:v(?P<views>\d+)(?:-k(?P<digits>\d+))?|fresh)-s(?P<seed>\d+)")
 HELD_OUT_VIEWS = 4
@@ -125,6 +129,32 @@ class Bench:
     def holds(self, root: Path, views: int) -> bool:
         """Whether a target set is finished and has ``views`` views."""
         return is_artifact(root, "targets") and open_artifact(root).complete and TargetSet(root).views >= views
+
+
+def fill_in(options: Namespace, **values: tuple[int, int]) -> None:
+    """Set the options that were not given: to the first of their values, or with ``--quick`` to the second."""
+    for name, (full, quick) in values.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else full)
+
+
+def make_bench(options: Namespace, epochs: int) -> Bench:
+    """The inputs of an experiment on views of 112 pixels, with ``--quick`` of 32 and few images, on one core."""
+    torch.set_num_threads(1)
+    set_backends()
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    data = quick_images(work) if options.quick else all_images()
+    return Bench(work, data, 32 if options.quick else 112, epochs, epochs, options.views, options.device, options.quick)
+
+
+def interruptible(name: str, work: Callable[[Report], T]) -> T:
+    """The result of ``work``, with its progress; ends the process if it is stopped."""
+    with progress(name) as report:
+        try:
+            return work(report)
+        except (KeyboardInterrupt, Terminated):
+            sys.exit("stopped; rerun the same command to resume")
 
 
 def all_images() -> Path:

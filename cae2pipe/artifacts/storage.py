@@ -1,8 +1,8 @@
 """Storage: local paths, and URLs of any file system that fsspec knows (s3://, gs://, hf://, memory://).
 
 A path is a ``pathlib.Path`` or, for a URL, a ``upath.UPath``, which has the same methods; annotations say ``Path`` for
-both. All access to remote bytes goes through the functions here: they read exact ranges, retry transient errors, and
-explain the others. Credentials and endpoints come from where fsspec looks for them (AWS_PROFILE, AWS_ENDPOINT_URL,
+both. All access to remote bytes goes through the functions here: they read exact ranges, and retry or explain errors
+(``retries``). Credentials and endpoints come from where fsspec looks for them (AWS_PROFILE, AWS_ENDPOINT_URL,
 ~/.config/fsspec, ...), never from a manifest.
 """
 
@@ -16,24 +16,15 @@ import re
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 from urllib.parse import unquote
 
+from cae2pipe.artifacts.retries import remotely
 from cae2pipe.errors import BadInputError, StorageError
-
-T = TypeVar("T")
-
-WAITS = (0.2, 1.0, 3.0, 10.0)
-"""Seconds before each retry of a remote call."""
-
-PASSING = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.EAGAIN}
-"""The errors that fsspec's file systems raise for 500, 503, SlowDown and broken connections."""
-
 
 LOCAL = ("file", "local")
 """Protocols of URLs that name local paths."""
@@ -392,55 +383,6 @@ def free_bytes(path: Path) -> int | None:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def remotely(path: Path, call: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
-    """The call's result, retried on transient errors.
-
-    Raises:
-        FileNotFoundError, FileExistsError: as they are; callers know what they mean.
-        BadInputError: wrong or missing credentials. StorageError: everything else.
-    """
-    for wait in (*WAITS, None):
-        try:
-            return call()
-        except (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, ValueError, MemoryError):
-            raise
-        except Exception as error:  # every file system has its own error classes
-            if wait is None or not may_pass(error):
-                raise explain(path, error) from None
-            sleep(wait)
-    raise AssertionError
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether an error is transient: timeouts, refused or broken connections, 500, 503."""
-    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        return False
-    if isinstance(error, TimeoutError | ConnectionError):
-        return True
-    if any(word in type(error).__name__ for word in ("Timeout", "Connect", "HTTPClient", "IncompleteRead")):
-        return True
-    return isinstance(error, OSError) and error.errno in PASSING
-
-
-def explain(path: Path, error: Exception) -> StorageError | BadInputError:
-    """What a remote file system's error means to the user."""
-    kind, text = type(error).__name__, " ".join(str(error).split())
-    if isinstance(error, PermissionError) or "Credentials" in kind:
-        return BadInputError(
-            f"the storage refuses access: {text or kind}",
-            where=path,
-            fix="check the credentials (for s3://: AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and "
-            "their permissions",
-        )
-    if may_pass(error):
-        return StorageError(
-            f"the storage did not answer in {len(WAITS) + 1} tries: {text or kind}",
-            where=path,
-            fix="run the same command again when it does; finished work is kept",
-        )
-    return StorageError(f"the storage failed: {kind}: {text}", where=path, fix="check the URL and the storage")
 
 
 def _remote(path: Path) -> tuple[Any, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.artifacts import storage, transfer
+from cae2pipe.artifacts import retries, transfer
 from cae2pipe.artifacts.lock import can_lock, writing
 from cae2pipe.artifacts.storage import file_sizes, put_bytes, read_bytes, remove, to_path
 from cae2pipe.artifacts.work_share import WorkShare
@@ -118,7 +118,7 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(bucket, moods) -> Non
 
 
 def test_a_server_that_stays_busy_is_explained(bucket, moods, monkeypatch) -> None:
-    monkeypatch.setattr(storage, "WAITS", ())
+    monkeypatch.setattr(retries, "WAITS", ())
     path = to_path(f"{bucket}/file")
     put_bytes(path, b"content")
     monkeypatch.setattr(path.fs, "retries", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import uuid
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cae2pipe.artifacts import storage
+from cae2pipe.artifacts import retries
 from cae2pipe.artifacts.digest import sha256_file
+from cae2pipe.artifacts.retries import remotely
 from cae2pipe.artifacts.storage import (
     create_exclusively,
     fetch_file,
@@ -23,7 +25,6 @@ from cae2pipe.artifacts.storage import (
     read_bytes,
     read_many,
     read_range,
-    remotely,
     remove,
     to_path,
 )
@@ -98,7 +99,7 @@ def test_a_file_is_created_exclusively_once(remote: Path) -> None:
 
 def test_what_may_pass_is_tried_again_and_then_succeeds() -> None:
     waits: list[float] = []
-    answers = [TimeoutError("slow"), OSError(storage.errno.EBUSY, "SlowDown"), ConnectionResetError()]
+    answers = [TimeoutError("slow"), OSError(errno.EBUSY, "SlowDown"), ConnectionResetError()]
 
     def call() -> str:
         if answers:
@@ -106,7 +107,7 @@ def test_what_may_pass_is_tried_again_and_then_succeeds() -> None:
         return "done"
 
     assert remotely(Path("x"), call, waits.append) == "done"
-    assert waits == list(storage.WAITS[:3])
+    assert waits == list(retries.WAITS[:3])
 
 
 def test_what_does_not_pass_is_explained_after_all_tries() -> None:
@@ -117,7 +118,7 @@ def test_what_does_not_pass_is_explained_after_all_tries() -> None:
 
     with pytest.raises(StorageError, match="did not answer in 5 tries: no answer") as caught:
         remotely(Path("x"), call, waits.append)
-    assert waits == list(storage.WAITS)
+    assert waits == list(retries.WAITS)
     assert "same command" in str(caught.value.fix)
 
 

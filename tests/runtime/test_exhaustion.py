@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cae2pipe.artifacts.artifact import open_artifact
-from cae2pipe.artifacts.storage import remotely
+from cae2pipe.artifacts.retries import remotely
 from cae2pipe.errors import StorageError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from tests.faults.short_of_memory import READERS, limited

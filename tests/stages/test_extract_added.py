@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cae2pipe.api.targets import estimate_targets
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.errors import BadInputError, MismatchError, SettingsError
 from cae2pipe.runtime.progress import Silent
-from cae2pipe.stages.add_teacher import add_teacher, check_added
+from cae2pipe.stages.add_teacher import add_teacher
 from cae2pipe.stages.copy_set import copy_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.inspection import inspect_folder
@@ -138,12 +139,12 @@ def test_what_cannot_be_added_is_refused_before_anything_is_made(copy, settings,
     chosen = settings()
     coarse = chosen.model_copy(update={"teacher": chosen.teacher.model_copy(update={"grid": (1, 1)})})
     before = snapshot(copy)
-    for attempt in (lambda: add(copy, coarse), lambda: check_added(copy, coarse)):
+    for attempt in (lambda: add(copy, coarse), lambda: estimate_targets(copy, config=coarse, add=True, progress=False)):
         with pytest.raises(SettingsError, match="the grid of this teacher is 1 x 1, that of the set 4 x 4") as caught:
             attempt()
         assert "teacher.grid=[4,4]" in caught.value.fix
     with pytest.raises(SettingsError, match="no such target set"):
-        check_added(tmp_path / "nothing", chosen)
+        estimate_targets(tmp_path / "nothing", config=chosen, add=True, progress=False)
     assert snapshot(copy) == before
 
 
