@@ -6,11 +6,18 @@ The command line prints them without a traceback and ends with ``exit_code``.
 
 from __future__ import annotations
 
+import shlex
+
 FAILURE = 1
 BAD_INPUT = 2
 REQUEUE = 75
 INTERRUPTED = 130
 TERMINATED = 143
+
+
+def command(*arguments: object) -> str:
+    """A command of cae2pipe with these arguments, quoted for a shell: for fixes and logs."""
+    return shlex.join(["cae2pipe", *map(str, arguments)])
 
 
 class Cae2pipeError(Exception):

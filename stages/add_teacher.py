@@ -17,7 +17,7 @@ from cae2pipe.artifacts.storage import is_local
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import MismatchError, SettingsError
+from cae2pipe.errors import MismatchError, SettingsError, command
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.ranks import torchrun_rank
@@ -70,8 +70,8 @@ def add_teacher(
         loaded=place.loaded,
     )
     if any(map(is_store, artifact.units)):
-        named = f" --set data.pixels={pixels}" if pixels else ""
-        report.log(f"train from both: cae2pipe pretrain {targets.root} {artifact.root} RUN{named}")
+        named = ("--set", f"data.pixels={pixels}") if pixels else ()
+        report.log(f"train from both: {command('pretrain', targets.root, artifact.root, 'RUN', *named)}")
     return artifact
 
 

@@ -38,7 +38,7 @@ from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest_values import FileEntry, Unit
 from cae2pipe.artifacts.storage import file_size, file_sizes, free_bytes, is_local, read_many, remove
 from cae2pipe.artifacts.transfer import MARKS, copy_file
-from cae2pipe.errors import BadInputError, Cae2pipeError, DamageError, MismatchError, SettingsError
+from cae2pipe.errors import BadInputError, Cae2pipeError, DamageError, MismatchError, SettingsError, command
 from cae2pipe.runtime.progress import BYTES, Report, gigabytes
 from cae2pipe.runtime.wording import counted
 from cae2pipe.shards.shard_set import REJECTS
@@ -364,7 +364,7 @@ def copy_unit(plan: Plan, name: str, tally: Tally) -> None:
         try:
             copy_file(source, out, path, entry=entry, moved=tally.moved)
         except DamageError as error:
-            error.fix = f"`cae2pipe verify {source}` lists what is damaged there, and with --repair rebuilds it"
+            error.fix = f"`{command('verify', source)}` lists what is damaged there, and with --repair rebuilds it"
             raise
         tally.arrived(entry["bytes"])
     write_bytes(inside(out, f"{MARKS}/{name}"), mark(unit))

@@ -22,7 +22,7 @@ from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.storage import file_size
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import SettingsError
+from cae2pipe.errors import SettingsError, command
 from cae2pipe.evaluation.initialisation import InitialWeights, initial_weights
 from cae2pipe.evaluation.training_probe import TrainingProbe
 from cae2pipe.loading.fresh import fresh_views
@@ -138,7 +138,7 @@ def refuse_target_set(out: Path, roots: Sequence[Path]) -> None:
             if new is None
             else f"this is a target set, and {new} is none: the folder of the run comes last",
             where=out,
-            fix=f"cae2pipe pretrain {' '.join(map(str, sets))} {new or 'RUN'}",
+            fix=command("pretrain", *sets, new or "RUN"),
         )
 
 

@@ -27,7 +27,7 @@ from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.artifacts.storage import fetch_file, file_size, is_local
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import CodecSettings, as_begun
-from cae2pipe.errors import BadInputError, DamageError, MismatchError
+from cae2pipe.errors import BadInputError, DamageError, MismatchError, command
 from cae2pipe.runtime.device import set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
@@ -121,7 +121,7 @@ def recode(
             if images:
                 report.phase("copying the images")
                 report.total(len(images), "shards")
-            fix = f"cae2pipe verify {source} --repair"
+            fix = command("verify", source, "--repair")
             copy_units(artifact, targets.artifact, images, fix=fix, report=report)
             if missing:
                 recode_stores(artifact, targets, missing, workers=worker_count(workers), report=report)
@@ -268,9 +268,8 @@ def recode_store(
         finally:
             writer.close()
         if any(stage.entries(tar)[tar] != unit["files"][tar] for tar in own):
-            raise DamageError(
-                "the source's tar is damaged", where=reader.tar, fix=f"cae2pipe verify {reader.root} --repair"
-            )
+            fix = command("verify", reader.root, "--repair")
+            raise DamageError("the source's tar is damaged", where=reader.tar, fix=fix)
         files = stage.commit(*own, unit["zarr"])
     facts = store_facts(writer.layouts, unit["zarr"], files, fidelity, pixels=unit["bytes"]["pixels"])
     new: StoreUnit = {

@@ -17,7 +17,7 @@ from cae2pipe.artifacts.lock import writing
 from cae2pipe.artifacts.manifest_targets import StoreUnit, group_entry
 from cae2pipe.artifacts.staging import remove_stages, staged
 from cae2pipe.artifacts.storage import fetch_file, is_local
-from cae2pipe.errors import BadInputError, DamageError, ManifestError
+from cae2pipe.errors import BadInputError, DamageError, ManifestError, command
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.threads import in_threads
@@ -156,5 +156,5 @@ def copy_shards(source: Path, out: Path, *, report: Report) -> None:
     names = sorted(shards.units.keys() - copied.whole())
     report.phase("copying the shard set")
     report.total(len(names), "files")
-    copy_units(copied, shards, names, fix=f"cae2pipe verify {source} --repair", report=report)
+    copy_units(copied, shards, names, fix=command("verify", source, "--repair"), report=report)
     copied.save(complete=shards.complete)

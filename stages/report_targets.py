@@ -5,7 +5,6 @@ The set is only read. It may be incomplete; what is damaged is named on the page
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from cae2pipe.errors import (
     ManifestError,
     MismatchError,
     SettingsError,
+    command,
 )
 from cae2pipe.images.decode import decode_rgb
 from cae2pipe.reporting.output_folder import check_output
@@ -316,10 +316,10 @@ def commands(
     recoded = "recoded" in targets.artifact.identity
     made_from = ["--source", "TARGETS"] if recoded else [] if inside else ["--source", shards]
     return {
-        "source": line("report", root, *given, "--source", shards),
-        "live": line("report", root, *given, "--live", LIVE),
-        "extend": line("recode", "TARGETS", root) if recoded else line("extract-targets", "SOURCE", root),
-        "repair": line("verify", root, "--repair", *made_from),
+        "source": command("report", root, *given, "--source", shards),
+        "live": command("report", root, *given, "--live", LIVE),
+        "extend": command("recode", "TARGETS", root) if recoded else command("extract-targets", "SOURCE", root),
+        "repair": command("verify", root, "--repair", *made_from),
     }
 
 
@@ -332,7 +332,3 @@ def shards_next_to(targets: TargetSet, root: Path) -> Path | None:
             if is_artifact(path, "shards") and not differing_shards(targets, ShardSet.open(path)):
                 return root.parent / path.name
     return None
-
-
-def line(*arguments: object) -> str:
-    return shlex.join(["cae2pipe", *map(str, arguments)])

@@ -13,7 +13,7 @@ from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.storage import entry_names, file_size, file_sizes
 from cae2pipe.artifacts.transfer import MARKS
 from cae2pipe.artifacts.verification import Verification
-from cae2pipe.errors import DamageError, SettingsError
+from cae2pipe.errors import DamageError, SettingsError, command
 from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.paths import (
     CODEC_FOLDER,
@@ -75,7 +75,7 @@ def _verify(
         report.advance()
     for name, entry in sorted(elsewhere.items()):
         if problem := check_file(pixels / name, entry):
-            problem.fix = f"cae2pipe verify {pixels} --repair, if this is the folder with the set's pixels"
+            problem.fix = f"{command('verify', pixels, '--repair')}, if this is the folder with the set's pixels"
             result.own.append(problem)
         report.advance()
     strangers = _strangers(artifact, set(entries))
@@ -163,12 +163,12 @@ def _check_contents(artifact: AnyArtifact, pixels: Path) -> Iterator[tuple[str, 
 
 def _remedy(artifact: AnyArtifact) -> str:
     if artifact.kind == "shards":
-        return f"cae2pipe verify {artifact.root} --repair --source IMAGES"
+        return command("verify", artifact.root, "--repair", "--source", "IMAGES")
     if "recoded" in artifact.identity:
-        return f"cae2pipe verify {artifact.root} --repair --source TARGETS"
+        return command("verify", artifact.root, "--repair", "--source", "TARGETS")
     if isinstance(artifact, TargetsArtifact):
         known = parent_set(artifact.root) or file_size(artifact.root / SHARDS_FOLDER / MANIFEST) is not None
-        shards = "" if known else " --pixels TARGETS" if artifact.by_reference else " --source SHARDS"
-        return f"cae2pipe verify {artifact.root} --repair{shards}"
+        shards = () if known else ("--pixels", "TARGETS") if artifact.by_reference else ("--source", "SHARDS")
+        return command("verify", artifact.root, "--repair", *shards)
     again = {"run": "pretrain", "scores": "evaluate"}[artifact.kind]
     return f"delete it, then rerun `cae2pipe {again}` with the same arguments"

@@ -57,7 +57,7 @@ from cae2pipe.artifacts.manifest_targets import TargetsFacts, TargetsIdentity
 from cae2pipe.artifacts.manifest_values import Unit
 from cae2pipe.artifacts.storage import file_size, is_local, make_folder, remove
 from cae2pipe.artifacts.units import Units
-from cae2pipe.errors import DamageError, ManifestError, MismatchError
+from cae2pipe.errors import DamageError, ManifestError, MismatchError, command
 
 
 class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
@@ -270,7 +270,7 @@ class TargetsArtifact(Artifact[TargetsIdentity, TargetsUnit, TargetsFacts]):
             raise ManifestError(
                 f"this target set has format {artifact.format}, and this version of cae2pipe reads format {GROUPED}",
                 where=root,
-                fix=f"cae2pipe recode {root} NEW --repack converts it, losslessly and without the teacher",
+                fix=f"{command('recode', root, 'NEW', '--repack')} converts it, losslessly and without the teacher",
             )
         return artifact
 

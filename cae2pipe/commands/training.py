@@ -39,11 +39,12 @@ class PretrainCommand(TyperCommand):
             if error.param is None or error.param.name != "targets":
                 raise
             from cae2pipe.artifacts.artifact import is_artifact
+            from cae2pipe.errors import command
 
             only = self.make_parser(ctx).parse_args(given)[0].get("out")
             if not (isinstance(only, str) and is_artifact(path_or_url(only), "targets")):
                 raise
-            what = f"this is a target set, and the folder of the run is missing: cae2pipe pretrain {only} RUN"
+            what = f"this is a target set, and the folder of the run is missing: {command('pretrain', only, 'RUN')}"
             raise typer.BadParameter(what, ctx=ctx, param_hint="OUT") from None
 
 

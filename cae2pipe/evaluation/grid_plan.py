@@ -18,7 +18,7 @@ from cae2pipe.config.compare import GridSettings, Variant, for_sets
 from cae2pipe.config.evaluate import EVALUATIONS, AnySettings, ZeroshotSettings
 from cae2pipe.config.extract import CodecSettings
 from cae2pipe.config.pretrain import ModelSettings, PretrainSettings
-from cae2pipe.errors import BadInputError, SettingsError
+from cae2pipe.errors import BadInputError, SettingsError, command
 from cae2pipe.evaluation.datasets import open_data
 from cae2pipe.evaluation.initialisation import initial_weights
 from cae2pipe.evaluation.zeroshot_classes import ClassSource, class_source, refuse_other_width
@@ -152,11 +152,10 @@ def refuse_misplaced(targets: Sequence[Path], data: Path, out: Path) -> None:
     BadInputError."""
     for place in (data, out):
         if is_artifact(place, "targets"):
-            sets = " ".join(map(str, dict.fromkeys([*targets, place])))
             raise SettingsError(
                 "this is a target set: labelled images and the output folder come after all target sets",
                 where=place,
-                fix=f"cae2pipe compare GRID {sets} DATA OUT",
+                fix=command("compare", "GRID", *dict.fromkeys([*targets, place]), "DATA", "OUT"),
             )
     for root in targets:
         if is_local(root) and root.resolve() in (out.resolve(), *out.resolve().parents):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from cae2pipe.artifacts.difference import abridged, first_difference
 from cae2pipe.artifacts.manifest_targets import listed
-from cae2pipe.errors import MismatchError, SettingsError
+from cae2pipe.errors import MismatchError, SettingsError, command
 from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.paths import images_name
 from cae2pipe.targets.records import SAMPLES
@@ -134,7 +134,7 @@ def nothing_common(main: TargetSet, other: TargetSet) -> MismatchError:
     return MismatchError(
         f"the target sets have no views in common: {what}",
         where=f"{main.root}, {other.root}",
-        fix=f"make the second from the stored views of the first: cae2pipe extract-targets {main.root} OUT",
+        fix=f"make the second from the stored views of the first: {command('extract-targets', main.root, 'OUT')}",
     )
 
 

@@ -23,7 +23,7 @@ from cae2pipe.shards.tar import write_samples
 from cae2pipe.targets.chunks import BLOCK
 from cae2pipe.targets.paths import images_index_path, images_name, images_tar_path
 from cae2pipe.targets.rendering import Reducer
-from cae2pipe.targets.store import REMEDY
+from cae2pipe.targets.store import rebuild_fix
 
 
 def images_units(artifact: TargetsArtifact) -> dict[str, ImagesUnit]:
@@ -39,7 +39,7 @@ def kept_images(artifact: TargetsArtifact, root: Path) -> ShardSet:
         files = listed(unit)
         digests = (files[path]["sha256"] for path in (tar, index))
         shards.append(Shard(unit["shard"], unit["samples"], root / tar, *digests))
-    return ShardSet(root, artifact.facts["classes"], shards, REMEDY.format(root=root))
+    return ShardSet(root, artifact.facts["classes"], shards, rebuild_fix(root))
 
 
 def make_images(

@@ -11,7 +11,7 @@ from cae2pipe.artifacts.artifact import MANIFEST, AnyArtifact, TargetsArtifact
 from cae2pipe.artifacts.file_checks import check_file, presence
 from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.storage import file_size, file_sizes, folder_names, is_local
-from cae2pipe.errors import DamageError, SettingsError
+from cae2pipe.errors import DamageError, SettingsError, command
 from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.paths import TEACHERS_FOLDER
 
@@ -80,7 +80,8 @@ def find_pixels(artifact: TargetsArtifact, given: Path | None) -> tuple[Path | N
             where=given,
             fix=f"give the folder of the target set that it was made from: {SAY}",
         )
-    fix = f"give the folder with the right pixels: {SAY}; or, if they are damaged: cae2pipe verify {folder} --repair"
+    repair = command("verify", folder, "--repair")
+    fix = f"give the folder with the right pixels: {SAY}; or, if they are damaged: {repair}"
     problems = []
     for path, entry in lacking.items():
         if problem := check_file(folder / path, entry, digests=False):

@@ -12,7 +12,7 @@ import numpy as np
 from cae2pipe.artifacts.manifest_targets import StoreUnit
 from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.storage import file_size, is_local, read_bytes, read_range
-from cae2pipe.errors import DamageError
+from cae2pipe.errors import DamageError, command
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.targets.cache import BlockCache
 from cae2pipe.targets.chunks import BLOCK, ChunkError, decode_chunk, decode_index, index_size
@@ -21,10 +21,13 @@ from cae2pipe.targets.records import SAMPLES, Records, unpack_records
 from cae2pipe.targets.shared_pixels import no_pixels
 from cae2pipe.targets.store_layout import SYMBOLS, StoreLayout, array_name, arrays_of
 
-REMEDY = (
-    "`cae2pipe verify {root} --repair` rebuilds it; add --source SHARDS if the shard set is elsewhere, "
-    "--pixels FOLDER if the pixels are"
-)
+
+def rebuild_fix(root: Path) -> str:
+    """The remedy for what is missing or damaged in the target set ``root``."""
+    return (
+        f"`{command('verify', root, '--repair')}` rebuilds it; add --source SHARDS if the shard set is elsewhere, "
+        "--pixels FOLDER if the pixels are"
+    )
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ class StoreReader:
         return DamageError(
             f"stored data are damaged: {what}",
             where=where,
-            fix=REMEDY.format(root=root or self.root),
+            fix=rebuild_fix(root or self.root),
         )
 
 

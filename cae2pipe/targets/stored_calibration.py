@@ -25,7 +25,7 @@ from cae2pipe.runtime.progress import Report
 from cae2pipe.targets.calibration import Calibration, Fidelity, calibrate
 from cae2pipe.targets.chunks import ChunkError, decode_chunk
 from cae2pipe.targets.paths import CODEC, CODEC_FOLDER
-from cae2pipe.targets.store import REMEDY
+from cae2pipe.targets.store import rebuild_fix
 from cae2pipe.targets.store_layout import PATCHES
 
 TOKEN_BASIS = "token_basis"
@@ -215,5 +215,5 @@ def _damage(what: str, where: object, root: Path) -> DamageError:
     return DamageError(
         f"the set's calibration, without which no latent can be decoded, is damaged: {what}",
         where=where,
-        fix=REMEDY.format(root=root),
+        fix=rebuild_fix(root),
     )

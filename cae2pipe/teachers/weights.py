@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import pickle
 import re
+import shlex
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,7 +86,7 @@ def check_present(path: Path) -> None:
         raise TeacherError(
             "this is a folder, not a weights file",
             where=path,
-            fix=f"give a file in it, or --teacher local-dir:{path} if it has timm's config.json",
+            fix=f"give a file in it, or --teacher {shlex.quote(f'local-dir:{path}')} if it has timm's config.json",
         )
     if not path.is_file():
         raise TeacherError("no such weights file", where=path, fix="check teacher.weights")

@@ -13,7 +13,7 @@ from torch import Tensor
 from cae2pipe.artifacts.storage import open_file
 from cae2pipe.artifacts.tensors import write_torch
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import DamageError, DivergedError
+from cae2pipe.errors import DamageError, DivergedError, command
 from cae2pipe.loading.batches import Batch
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.training.checkpoint import training_state
@@ -67,7 +67,7 @@ def capture(
         f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {batch.step}: not finite; "
         "weights and optimizer are unchanged since the step before",
         where=path,
-        fix=f"`cae2pipe replay {path}` repeats the step and says where it fails; if the data are fine, "
+        fix=f"`{command('replay', path)}` repeats the step and says where it fails; if the data are fine, "
         "lower optimizer.lr",
     )
     error.shown_elsewhere = not world.is_main

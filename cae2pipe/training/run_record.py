@@ -12,7 +12,7 @@ from cae2pipe.artifacts.manifest_run import RunIdentity, SeveralTeacher
 from cae2pipe.artifacts.manifest_targets import listed
 from cae2pipe.config.base import fingerprinted, present_name
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.errors import MismatchError
+from cae2pipe.errors import MismatchError, command
 from cae2pipe.loading.joining import Joined, labels_of
 from cae2pipe.loading.order import ORDER
 from cae2pipe.loading.planning import chosen_stores
@@ -73,7 +73,7 @@ def refuse_other_order(out: Path, sets: Sequence[TargetSet]) -> None:
     raise MismatchError(
         f"the sets are given in another order: this run was begun with {', '.join(labels_of(ordered))}",
         where=out,
-        fix=f"cae2pipe pretrain {' '.join(str(each.root) for each in ordered)} {out}",
+        fix=command("pretrain", *(each.root for each in ordered), out),
     )
 
 
@@ -98,8 +98,8 @@ def open_run(out: Path, joined: Joined, settings: PretrainSettings, init: Initia
         fixes={
             "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "
             "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs",
-            "init": "set model.init to the weights that this run started from, wherever they are now (`cae2pipe "
-            f"inspect {out}` names them; null: there were none), or use another output folder",
+            "init": "set model.init to the weights that this run started from, wherever they are now "
+            f"(`{command('inspect', out)}` names them; null: there were none), or use another output folder",
         },
         called=lambda name: "model.init (SHA-256 of the weights)" if name == "init" else present_name(name),
     )
