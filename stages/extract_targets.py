@@ -8,12 +8,14 @@ split.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cae2pipe.artifacts.artifact import MANIFEST, TargetsArtifact, is_artifact, refuse_foreign
 from cae2pipe.artifacts.atomic import remove_debris
+from cae2pipe.artifacts.difference import Difference
 from cae2pipe.artifacts.lock import holding, writing
 from cae2pipe.artifacts.manifest import REFERRING
 from cae2pipe.artifacts.manifest_values import Licences
@@ -23,6 +25,7 @@ from cae2pipe.artifacts.storage import file_size, is_local, is_shared
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
+from cae2pipe.config.resuming import completed_as, resuming
 from cae2pipe.errors import BadInputError, MismatchError, SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
@@ -36,7 +39,7 @@ from cae2pipe.targets.extraction import make_views
 from cae2pipe.targets.images import make_images
 from cae2pipe.targets.missing import MissingUnits, check_space, missing_units, wanted
 from cae2pipe.targets.paths import CODEC, SHARDS_FOLDER
-from cae2pipe.targets.shared_pixels import is_added, refers_to_nothing
+from cae2pipe.targets.shared_pixels import is_added, parent_set, refers_to_nothing
 from cae2pipe.targets.stored_calibration import is_calibrated
 from cae2pipe.targets.stored_source import Source, StoredSource, as_source
 from cae2pipe.targets.target_set import TargetSet, recorded_view
@@ -107,14 +110,14 @@ def extract_targets(
         for line in teacher_lines(teacher):
             report.log(line)
         content = {"settings": fingerprinted(settings), "teacher": teacher.info.identity()}
-        fix = "use another output folder, or the settings this one was made with"
+        completed, fix = completed_as(ExtractSettings), partial(set_remedy, out=out, from_views=bool(with_views))
         if begun:
-            TargetsArtifact.open_same(out, content, fix)
+            TargetsArtifact.open_same(out, content, fix, completed=completed)
         shards = with_views or open_source(source, out, settings, report=report)
         restart = part == WHOLE and not begun
         form = REFERRING if by_reference else None
         artifact = TargetsArtifact.open_or_create(
-            out, content, facts={"classes": shards.classes}, fix=fix, format=form, restart=restart
+            out, content, facts={"classes": shards.classes}, fix=fix, completed=completed, format=form, restart=restart
         )
         missing = missing_units(artifact, shards, settings.views, part=part, remake=remake)
         remove_leftovers(out, missing, part)
@@ -176,6 +179,14 @@ def licences(settings: ExtractSettings, shards: Source, known: Licences) -> Lice
     now = {"teacher": teacher_licence(settings.teacher), "data": settings.shard.licence or shards.licence}
     found: Any = {name: licence for name, licence in now.items() if licence}
     return {**known, **found}
+
+
+def set_remedy(differences: Sequence[Difference], out: Path, from_views: bool) -> str:
+    """What to do if a set was begun with other settings. ``from_views``: its views are those of its source."""
+    added = parent_set(out) is not None
+    other = "remove this folder, to add the teacher again" if added else "use another output folder"
+    without = ("teacher", "view") if from_views else ("teacher",)
+    return resuming(differences, f"{other}, or the settings this one was made with", without)
 
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings, from_views: bool) -> None:

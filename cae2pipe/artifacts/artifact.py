@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Generic, Self
 
 from cae2pipe.artifacts.atomic import remove_empty, write_bytes
-from cae2pipe.artifacts.difference import abridged, first_difference
+from cae2pipe.artifacts.difference import Fix, abridged, differences
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.file_checks import check_file, presence
 from cae2pipe.artifacts.inside import inside
@@ -125,8 +125,8 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         identity: Mapping[str, object],
         *,
         facts: Mapping[str, object],
-        fix: str,
-        fixes: Mapping[str, str] | None = None,
+        fix: Fix,
+        completed: Callable[[Mapping[str, object]], Mapping[str, object]] = dict,
         called: Callable[[str], str] = str,
         format: int | None = None,
         restart: bool = False,
@@ -134,7 +134,8 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
         """Open an artifact to resume it, or start a new one.
 
         Args:
-            fix: what to do if the identity differs. fixes: what to do if a certain field differs, by dotted name.
+            fix: what to do if the identity differs.
+            completed: identities as they are compared: with what manifests of older versions do not say.
             called: the name for an error of a field of the identity, given its dotted name.
             format: of a new manifest; None: the newest.
             restart: replace an artifact without units by a new one.
@@ -152,26 +153,26 @@ class Artifact(ABC, Generic[IdentityT, UnitT, FactsT]):
                 form = FORMATS[kind] if format is None else format
                 new = manifest_of(kind, form, identity, units={}, facts=facts, complete=False)
                 write_manifest(root, kind, form, manifest=new)
-        return cls.open_same(root, identity, fix, fixes=fixes, called=called)
+        return cls.open_same(root, identity, fix, completed=completed, called=called)
 
     @classmethod
     def open_same(
         cls,
         root: Path,
         identity: Mapping[str, object],
-        fix: str,
+        fix: Fix,
         *,
-        fixes: Mapping[str, str] | None = None,
+        completed: Callable[[Mapping[str, object]], Mapping[str, object]] = dict,
         called: Callable[[str], str] = str,
     ) -> Self:
         """Open an artifact that was made with this identity. Raises as ``open_or_create``."""
         artifact = cls.open(root)
-        if difference := first_difference(artifact.identity, identity):
-            name, old, now = difference
+        if found := list(differences(completed(artifact.identity), completed(identity))):
+            name, old, now = found[0]
             raise MismatchError(
                 f"this folder was made with {called(name)} = {abridged(old)}, and {abridged(now)} is requested now",
                 where=root / MANIFEST,
-                fix=(fixes or {}).get(name, fix),
+                fix=fix if isinstance(fix, str) else fix(found),
             )
         return artifact
 

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 
-def first_difference(old: object, new: object, name: str = "") -> tuple[str, object, object] | None:
-    """The first field, in sorted order, in which two nested dictionaries differ: (dotted name, old, new) or None."""
+class Difference(NamedTuple):
+    """A field in which two nested dictionaries differ: its dotted name and both values, None where it is missing."""
+
+    name: str
+    old: object
+    new: object
+
+
+Fix = str | Callable[[Sequence[Difference]], str]
+"""What to do about differences, which may depend on them."""
+
+
+def differences(old: object, new: object, name: str = "") -> Iterator[Difference]:
+    """All fields in which two nested dictionaries differ, sorted by name."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            difference = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-            if difference:
-                return difference
-        return None
-    return None if _plain(old) == _plain(new) else (name, old, new)
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif _plain(old) != _plain(new):
+        yield Difference(name, old, new)
+
+
+def first_difference(old: object, new: object) -> Difference | None:
+    """The first field, in sorted order, in which two nested dictionaries differ."""
+    return next(differences(old, new), None)
 
 
 def abridged(value: object) -> str:

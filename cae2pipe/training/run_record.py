@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
 from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, is_artifact
+from cae2pipe.artifacts.difference import Difference
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.manifest_run import RunIdentity, SeveralTeacher
 from cae2pipe.artifacts.manifest_targets import listed
-from cae2pipe.config.base import fingerprinted, present_name
+from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.pretrain import PretrainSettings
+from cae2pipe.config.resuming import completed_as, resuming
 from cae2pipe.errors import MismatchError, command
 from cae2pipe.loading.joining import Joined, labels_of
 from cae2pipe.loading.order import ORDER
@@ -94,19 +97,30 @@ def open_run(out: Path, joined: Joined, settings: PretrainSettings, init: Initia
             **({"init": init.name} if init else {}),
             **({"teachers": teachers_of((targets, *others), names)} if others else {}),
         },
-        fix="use another output folder, or the settings and target set that this run was started with",
-        fixes={
-            "settings.epochs": "to train longer, start a new run with more epochs in another output folder (a run "
-            "cannot be extended: its learning rate falls over all epochs); to resume this one, use its own epochs",
-            "init": "set model.init to the weights that this run started from, wherever they are now "
-            f"(`{command('inspect', out)}` names them; null: there were none), or use another output folder",
-        },
-        called=lambda name: "model.init (SHA-256 of the weights)" if name == "init" else present_name(name),
+        fix=partial(run_remedy, out=out),
+        completed=completed_as(PretrainSettings),
+        called=lambda name: "model.init (SHA-256 of the weights)" if name == "init" else name,
     )
     known = [artifact.facts["stores"], *(other["stores"] for other in artifact.facts.get("teachers", [])[1:])]
     for each, recorded in zip(joined.whole, known, strict=True):
         refuse_changed(each, recorded)
     return artifact
+
+
+def run_remedy(differences: Sequence[Difference], out: Path) -> str:
+    """What to do if a run was begun with other settings or inputs."""
+    name = differences[0].name
+    if name == "settings.epochs":
+        return (
+            "to train longer, start a new run with more epochs in another output folder (a run cannot be extended: its "
+            "learning rate falls over all epochs); to resume this one, use its own epochs"
+        )
+    if name == "init":
+        return (
+            "set model.init to the weights that this run started from, wherever they are now "
+            f"(`{command('inspect', out)}` names them; null: there were none), or use another output folder"
+        )
+    return resuming(differences, "use another output folder, or the settings and target set that this run began with")
 
 
 def refuse_changed(targets: TargetSet, recorded: Mapping[str, str]) -> None:

@@ -55,8 +55,9 @@ def test_runs_of_cae_from_before_its_final_norm_resume_without_it_alone(make_run
     pretrain(target_root, run, pretrain_settings(method="cae"), report=Silent())
     assert (run / "encoder.safetensors").read_bytes() == state
     assert not run_settings(run).model.predictor_norm
-    with pytest.raises(MismatchError, match=r"settings\.model\.predictor_norm"):
+    with pytest.raises(MismatchError, match=r"settings\.model\.predictor_norm = false, and true is req") as caught:
         pretrain(target_root, run, pretrain_settings(method="cae", model={"predictor_norm": True}), report=Silent())
+    assert str(caught.value.fix).startswith("--set model.predictor_norm=false resumes it; or use another output folder")
 
 
 def test_a_run_keeps_the_names_and_is_told_by_the_present_ones(make_run, target_root, pretrain_settings):
@@ -64,8 +65,9 @@ def test_a_run_keeps_the_names_and_is_told_by_the_present_ones(make_run, target_
     model = json.loads((deep / "manifest.json").read_text())["identity"]["settings"]["model"]
     assert model["regressor_depth"] == 2
     assert run_settings(deep).model.predictor_depth == 2
-    with pytest.raises(MismatchError, match=r"settings\.model\.predictor_depth = 2, and 1 is requested"):
+    with pytest.raises(MismatchError, match=r"settings\.model\.predictor_depth = 2, and 1 is requested") as caught:
         pretrain(target_root, deep, pretrain_settings(), report=Silent())
+    assert str(caught.value.fix).startswith("--set model.predictor_depth=2 resumes it")
     assert [row.name for row in gather_runs([shallow, deep], {}, []).rows] == [
         shallow.name,
         f"{deep.name} (model.predictor_depth=2)",

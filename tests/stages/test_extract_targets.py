@@ -88,8 +88,9 @@ def test_a_set_of_other_defaults_is_resumed_with_its_own(copy, photos, extract_s
     assert contents(copy) == before
     assert "using the settings of this set: --views 2 --fidelity 0.999" in said
     # Given values take precedence.
-    with pytest.raises(MismatchError, match=r"codec\.fidelity"):
+    with pytest.raises(MismatchError, match=r"codec\.fidelity") as caught:
         extract_targets(photos, copy, extract_settings(codec={"fidelity": given.codec.fidelity}), report=Silent())
+    assert str(caught.value.fix).startswith("--set codec.fidelity=0.999 resumes it")
 
 
 def test_a_fidelity_that_means_nothing_to_a_codec_is_not_asked_for_again(photos, tmp_path, extract_settings):
