@@ -38,7 +38,8 @@ from cae2pipe.targets.encoding import encode_unit_tokens
 from cae2pipe.targets.groups import Cosines, Groups, make_groups, reached, read_groups, store_facts
 from cae2pipe.targets.images import images_units
 from cae2pipe.targets.manifest_facts import codec_facts
-from cae2pipe.targets.paths import CODEC
+from cae2pipe.targets.paths import CODEC, TEACHERS_FOLDER
+from cae2pipe.targets.shared_pixels import added_sets
 from cae2pipe.targets.store import StoreReader
 from cae2pipe.targets.store_layout import PATCHES, StoreLayout, array_name, arrays_of
 from cae2pipe.targets.store_writing import StoreWriter, pack_block
@@ -78,6 +79,11 @@ def recode(
         )
     if is_local(out) and is_local(source) and source.resolve() in out.resolve().parents:
         raise BadInputError("the output folder is inside the source", where=out, fix="use another output folder")
+    if added := added_sets(source):
+        report.log(
+            f"not recoded with the set: its added teachers, {', '.join(folder.name for folder in added)}; for each "
+            f"in turn: {command('recode', added[0], out / TEACHERS_FOLDER / added[0].name)}"
+        )
     with writing(out):
         refuse_foreign(out)
         if file_size(out / MANIFEST) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from safetensors.torch import load_file, save_file
 from cae2pipe.api.targets import estimate_targets
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.work_share import parse_part
+from cae2pipe.config.extract import CodecSettings
 from cae2pipe.errors import BadInputError, MismatchError, SettingsError
+from cae2pipe.loading.joining import join_sets
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.add_teacher import add_teacher
 from cae2pipe.stages.copy_set import copy_set
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.inspection import inspect_folder
 from cae2pipe.stages.pretrain import pretrain
+from cae2pipe.stages.recode import recode
 from cae2pipe.stages.repair import repair
 from cae2pipe.stages.report_targets import report_targets
 from cae2pipe.stages.verify import verify
@@ -186,3 +190,18 @@ def test_a_copy_has_them(copy, both, tmp_path):
     assert copy_set(copy, tmp_path / "copy", report=Silent()).brought == 0
     copy_set(copy, tmp_path / "one", report=Silent(), views=1)
     assert TargetSet(tmp_path / "one/teachers/second").views == 1
+
+
+def test_recoding_says_that_added_teachers_stay_behind_and_how_they_follow(both, tmp_path):
+    report, out = Silent(), tmp_path / "the recoded"
+    codec = CodecSettings(fidelity=0.99, calibration=64)
+    recode(both, out, codec, lossy_source=True, report=report, workers=0)
+    (line,) = [line for line in report.lines if "added teachers" in line]
+    assert "not recoded with the set: its added teachers, second; " in line
+    words = shlex.split(line[line.index("cae2pipe recode ") :])
+    recode(Path(words[2]), Path(words[3]), codec, lossy_source=True, report=(later := Silent()), workers=0)
+    assert not any("added teachers" in line for line in later.lines)
+    assert list(inspect_folder(out)["added_teachers"]) == ["second"]
+    joined = join_sets([TargetSet(out), TargetSet(out / "teachers/second")])
+    assert len(joined.main.stores) == len(TargetSet(both).stores)
+    assert not verify(out, Silent()).problems
