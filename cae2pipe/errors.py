@@ -62,6 +62,10 @@ class BadInputError(Cae2pipeError):
     exit_code = BAD_INPUT
 
 
+class ReadOnlyError(BadInputError):
+    """An output folder cannot be written."""
+
+
 class SettingsError(BadInputError):
     """A setting is unknown, out of range, or contradicts another."""
 

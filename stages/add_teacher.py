@@ -17,7 +17,7 @@ from cae2pipe.artifacts.storage import is_local
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ExtractSettings
-from cae2pipe.errors import MismatchError, SettingsError, command
+from cae2pipe.errors import MismatchError, ReadOnlyError, SettingsError, command
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.progress import Report
 from cae2pipe.runtime.ranks import torchrun_rank
@@ -48,8 +48,8 @@ def add_teacher(
 
     Raises:
         SettingsError: ``source`` is no target set, or that of an added teacher. MismatchError: the teacher is that of
-        the set, or was added with other settings. BadInputError: a link leads out of ``source``. Otherwise as
-        ``extract_targets``.
+        the set, or was added with other settings. ReadOnlyError: ``source`` cannot be written. BadInputError: a link
+        leads out of ``source``. Otherwise as ``extract_targets``.
     """
     refuse_others(source)
     set_backends()
@@ -58,17 +58,21 @@ def add_teacher(
     report.phase("loading the teacher")
     place = place_of(targets, chosen)
     inside(source, f"{TEACHERS_FOLDER}/{place.folder.name}/{MANIFEST}")
-    artifact = extract_targets(
-        source,
-        place.folder,
-        settings,
-        report=report,
-        part=part,
-        calibrate_only=calibrate_only,
-        by_reference=True,
-        pixels=pixels,
-        loaded=place.loaded,
-    )
+    try:
+        artifact = extract_targets(
+            source,
+            place.folder,
+            settings,
+            report=report,
+            part=part,
+            calibrate_only=calibrate_only,
+            by_reference=True,
+            pixels=pixels,
+            loaded=place.loaded,
+        )
+    except ReadOnlyError as error:
+        error.fix = "give an OUT and --by-reference in place of --add: the set stays as it is, and OUT has the latents"
+        raise
     if any(map(is_store, artifact.units)):
         named = ("--set", f"data.pixels={pixels}") if pixels else ()
         report.log(f"train from both: {command('pretrain', targets.root, artifact.root, 'RUN', *named)}")

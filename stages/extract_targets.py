@@ -184,9 +184,9 @@ def licences(settings: ExtractSettings, shards: Source, known: Licences) -> Lice
 def set_remedy(differences: Sequence[Difference], out: Path, from_views: bool) -> str:
     """What to do if a set was begun with other settings. ``from_views``: its views are those of its source."""
     added = parent_set(out) is not None
-    other = "remove this folder, to add the teacher again" if added else "use another output folder"
+    other = "remove this folder to add the teacher again, or use" if added else "use another output folder, or"
     without = ("teacher", "view") if from_views else ("teacher",)
-    return resuming(differences, f"{other}, or the settings this one was made with", without)
+    return resuming(differences, f"{other} the settings this one was made with", without)
 
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings, from_views: bool) -> None:

@@ -33,7 +33,7 @@ from cae2pipe.artifacts.storage import (
     remove,
 )
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
-from cae2pipe.errors import BadInputError, Cae2pipeError, LockedError, ManifestError, StorageError
+from cae2pipe.errors import BadInputError, Cae2pipeError, LockedError, ManifestError, ReadOnlyError, StorageError
 
 FOLDER = ".locks"
 STALE = 120.0
@@ -50,7 +50,7 @@ def writing(root: Path, part: WorkShare = WHOLE) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds this part or one that overlaps it.
-        BadInputError: the folder cannot be written, or a symbolic link in it leads out of it.
+        ReadOnlyError: the folder cannot be written. BadInputError: a symbolic link in it leads out of it.
     """
     made: list[Path] = []
     if is_local(root):
@@ -178,7 +178,7 @@ def _open_lock(root: Path, name: str) -> BufferedWriter:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not last:  # another writer has removed the folder just now
                 continue
-            raise BadInputError(
+            raise ReadOnlyError(
                 f"this folder cannot be written: {error.strerror}", where=root, fix="give another folder"
             ) from None
     raise AssertionError

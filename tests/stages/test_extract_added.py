@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -13,7 +15,7 @@ from cae2pipe.api.targets import estimate_targets
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.work_share import parse_part
 from cae2pipe.config.extract import CodecSettings
-from cae2pipe.errors import BadInputError, MismatchError, SettingsError
+from cae2pipe.errors import BadInputError, MismatchError, ReadOnlyError, SettingsError
 from cae2pipe.loading.joining import join_sets
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.add_teacher import add_teacher
@@ -136,7 +138,27 @@ def test_teachers_that_are_there_are_refused(copy, settings, extract_settings, s
         add(copy / "teachers/second", settings())
     with pytest.raises(BadInputError, match="give --add to add a teacher"):
         extract_targets(copy, copy / "teachers/x", settings(), report=Silent())
+    with pytest.raises(MismatchError, match=r"settings.codec.fidelity = 0.999, and 0.9 is requested") as caught:
+        add(copy, settings(codec={"fidelity": 0.9}))
+    assert caught.value.fix.startswith("--set codec.fidelity=0.999 resumes it; or remove this folder to add")
     assert snapshot(copy) == before
+
+
+def test_a_set_that_cannot_be_written_gets_no_teacher_but_gives_its_views(original, settings, tmp_path, monkeypatch):
+    opened, folder = os.open, original / "teachers/second"
+
+    def read_only(path, *arguments, **options):
+        if folder in Path(path).parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        with pytest.raises(ReadOnlyError, match="cannot be written: Read-only file system") as caught:
+            add(original, settings())
+    assert caught.value.fix.startswith("give an OUT and --by-reference in place of --add")
+    extract_targets(original, tmp_path / "out", settings(), by_reference=True, report=Silent())
+    assert len(TargetSet(tmp_path / "out", pixels=original)) == len(TargetSet(original))
 
 
 def test_what_cannot_be_added_is_refused_before_anything_is_made(copy, settings, tmp_path):
