@@ -63,27 +63,36 @@ def refuse_earlier_order(out: Path) -> None:
     )
 
 
-def refuse_other_order(out: Path, sets: Sequence[TargetSet]) -> None:
-    """Raise MismatchError if the run in this folder was begun with the same sets in another order."""
+def refuse_other_sets(out: Path, sets: Sequence[TargetSet]) -> None:
+    """Raise MismatchError if the run in this folder was begun with other sets, or with these in another order."""
     if not is_artifact(out, "run"):
         return
-    identity = RunArtifact.open(out).identity
-    begun = [identity["targets"], *identity.get("teachers", [])]
+    run = RunArtifact.open(out)
+    labels = {each["targets"]: each["label"] for each in run.facts.get("teachers", [])}
+    others = {name: name[:8] for name in run.identity.get("teachers", [])}
+    begun = {run.identity["targets"]: run.facts["teacher"]["name"]} | others | labels
     given = {each.artifact.fingerprint: each for each in sets}
-    if list(given) == begun or sorted(given) != sorted(begun):
+    if list(given) == list(begun):
         return
-    ordered = [given[name] for name in begun]
-    raise MismatchError(
-        f"the sets are given in another order: this run was begun with {', '.join(labels_of(ordered))}",
-        where=out,
-        fix=command("pretrain", *(each.root for each in ordered), out),
-    )
+    lost = [name for fingerprint, name in begun.items() if fingerprint not in given]
+    new = [str(each.root) for fingerprint, each in given.items() if fingerprint not in begun]
+    what = f"this run was begun with the targets of {', '.join(begun.values())}"
+    if lost and new:
+        what += f", and not with {', '.join(new)}"
+        fix = "give the target sets that this run was begun with"
+    elif lost:
+        what += f", and those of {', '.join(lost)} are missing"
+        fix = "give all of these target sets"
+    else:
+        what += f" alone, without {', '.join(new)}" if new else ", in this order"
+        fix = command("pretrain", *(given[fingerprint].root for fingerprint in begun), out)
+    raise MismatchError(what, where=out, fix=f"{fix}; or use another output folder")
 
 
 def open_run(out: Path, joined: Joined, settings: PretrainSettings, init: Initial | None = None) -> RunArtifact:
     """The run's artifact. A new one records its stores; an existing one must find them unchanged."""
     refuse_earlier_order(out)
-    refuse_other_order(out, joined.sets)
+    refuse_other_sets(out, joined.sets)
     targets, others = joined.main, joined.others
     names = chosen_stores(targets, settings)
     stores = digests_of(targets, names)

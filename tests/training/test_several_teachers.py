@@ -253,10 +253,22 @@ def test_a_set_that_has_changed_is_refused_on_resuming(roots, tmp_path, pretrain
     assert caught.value.where == str(other)
 
 
-def test_sets_in_another_order_are_refused_on_resuming(roots, both, pretrain_settings):
-    with pytest.raises(MismatchError, match="in another order: this run was begun with wide, tiny") as caught:
-        pretrain(roots[::-1], both, pretrain_settings(), report=Silent())
-    assert caught.value.fix == f"cae2pipe pretrain {roots[0]} {roots[1]} {both}"
+def test_other_sets_and_another_order_are_refused_on_resuming(roots, both, pretrain_settings, tmp_path):
+    alone, settings = tmp_path / "alone", pretrain_settings(stop_after=1)
+    pretrain(roots[0], alone, settings, report=Silent())
+    foreign = edited(roots[1], tmp_path / "foreign", {"settings": {"codec": {"fidelity": 0.75}}})
+    begun, right = "this run was begun with the targets of wide", f"cae2pipe pretrain {roots[0]} {roots[1]} {both}; or"
+    for run, sets, said, fix in (
+        (both, roots[::-1], f"{begun}, tiny, in this order", right),
+        (both, roots[:1], f"{begun}, tiny, and those of tiny are missing", "give all of these target sets"),
+        (both, [roots[0], foreign], f"{begun}, tiny, and not with {foreign}", "give the target sets that"),
+        (alone, roots, f"{begun} alone, without {roots[1]}", f"cae2pipe pretrain {roots[0]} {alone}; or"),
+    ):
+        with pytest.raises(MismatchError) as caught:
+            pretrain(sets, run, settings, report=Silent())
+        assert caught.value.what == said
+        assert caught.value.fix.startswith(fix)
+        assert caught.value.where == str(run)
 
 
 @pytest.mark.parametrize(
