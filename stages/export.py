@@ -51,9 +51,10 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
         )
     model = encoder.model
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if f"blocks.0.{TABLE}" in state and kind != "timm":
+    positions = {"relative": f"blocks.0.{TABLE}" in state, "rotary": getattr(model, "rope", None) is not None}
+    if kind != "timm" and (more := next((name for name, has in positions.items() if has), None)):
         raise SettingsError(
-            f"the format {kind} has no relative positions, and this encoder was trained with them",
+            f"the format {kind} has no {more} positions, and this encoder was trained with them",
             where="--format",
             fix="use --format timm",
         )
@@ -66,7 +67,8 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
         mean=encoder.normalise.mean,
         std=encoder.normalise.std,
         layer_scale="blocks.0.ls1.gamma" in state or "blocks.0.gamma_1" in state,
-        relative_positions=f"blocks.0.{TABLE}" in state,
+        relative_positions=positions["relative"],
+        rotary_positions=positions["rotary"],
     )
     layout = FORMATS[kind](state, shape)
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)

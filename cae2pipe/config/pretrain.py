@@ -27,6 +27,9 @@ class ModelSettings(Settings):
     relative_positions: bool = added(False, before=False)
     """Besides the fixed positions, a learnt bias by relative position in each attention of encoder and regressor, zero
     at first (paper, B.3, for detection). It needs memory for a bias of every head and pair of visible tokens."""
+    rotary_positions: bool = added(False, before=False)
+    """Besides the fixed positions, rotary ones in each attention of encoder and regressor, as in EVA-02 (paper, B.3,
+    for detection). Not together with relative ones: no model of timm has both."""
     layer_scale: float = Field(default=0.1, gt=0, le=1e3)
     """Initial LayerScale of the encoder's blocks (1e-5 for Large)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
@@ -71,6 +74,16 @@ class ModelSettings(Settings):
             raise ValueError(
                 f"the student would have {weights / 1e9:.0f} billion weights: lower model.width or model.depth"
             )
+        if self.rotary_positions:
+            if self.relative_positions:
+                raise ValueError("no model of timm has relative and rotary positions: set one of them to false")
+            heads = {
+                "model.heads": self.width // self.heads,
+                "model.predictor_heads": self.predictor_width // self.predictor_heads if self.predictor_depth else 0,
+            }
+            for name, features in heads.items():
+                if features % 4:
+                    raise ValueError(f"{name}: rotary positions need heads of a multiple of 4 features, not {features}")
         if self.width % 4 or self.predictor_width % 4:
             raise ValueError("widths must be multiples of 4, for sin-cos positions")
         return self

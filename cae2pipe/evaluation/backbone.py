@@ -5,6 +5,7 @@ from __future__ import annotations
 from cae2pipe.evaluation.encoders import FrozenEncoder, FrozenTeacher, Student
 from cae2pipe.models.trainable import (
     add_relative_positions,
+    add_rotary_positions,
     check_trainable,
     freeze_fixed_positions,
     plain_vit,
@@ -30,7 +31,8 @@ def prepared_encoder(
     Args:
         spec: the encoder as the user named it. image_size: side of the input; None: the encoder's own. layer_scale:
         initial value for one of our encoders without LayerScale. drop_path: largest rate. relative_positions: whether
-        each block gets a bias by relative position; an encoder that was trained with one keeps it anyway.
+        each block gets a bias by relative position; an encoder that was trained with one keeps it anyway, and so
+        does one with rotary positions.
 
     Raises:
         SettingsError: it is not a plain vision transformer of timm, or the settings do not fit it.
@@ -40,7 +42,7 @@ def prepared_encoder(
     else:
         assert isinstance(encoder, FrozenTeacher)
         model, normalise = getattr(encoder.teacher, "model", encoder.teacher), encoder.teacher.normalise
-    model, tables = plain_vit(model)
+    model, tables, reach = plain_vit(model)
     check_trainable(model, spec)
     model.requires_grad_(True)
     freeze_fixed_positions(model)
@@ -49,6 +51,8 @@ def prepared_encoder(
     if layer_scale and isinstance(encoder, Student) and encoder.ours:
         unfold_layer_scale(model, layer_scale)
     set_drop_path(model, drop_path)
+    if reach:
+        add_rotary_positions(model, reach)
     if relative_positions or tables:
         add_relative_positions(model, spec, tables)
     return Normalised(model, normalise)

@@ -132,7 +132,11 @@ def predictor_stack(kind: Callable[..., T], settings: ModelSettings, **options: 
 def regressor_stack(settings: ModelSettings) -> Regressor:
     """The regressor that the settings describe, freshly initialised."""
     return predictor_stack(
-        Regressor, settings, final_norm=settings.predictor_norm, relative_positions=settings.relative_positions
+        Regressor,
+        settings,
+        final_norm=settings.predictor_norm,
+        relative_positions=settings.relative_positions,
+        rotary_positions=settings.rotary_positions,
     )
 
 

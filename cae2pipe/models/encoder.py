@@ -17,8 +17,8 @@ from cae2pipe.models.layers import (
     gather_tokens,
     initialise,
 )
+from cae2pipe.models.places import GridPlaces, Places
 from cae2pipe.models.positions import sincos_positions
-from cae2pipe.models.relative_positions import chosen_pairs, relative_index, table_rows
 from cae2pipe.models.truncated_normal import truncated_normal
 
 
@@ -33,12 +33,14 @@ def build_encoder(settings: ModelSettings) -> Encoder:
         layer_scale=settings.layer_scale,
         drop=settings.drop_path,
         relative_positions=settings.relative_positions,
+        rotary_positions=settings.rotary_positions,
     )
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with LayerScale and drop path. The caller gives its factors, (B, 2) or None, and
-    the tokens' pairs if ``offsets``, the rows of the table of relative positions, is above 0."""
+    the tokens' places if there are relative or rotary positions. ``offsets``: rows of the table of relative ones; 0:
+    none."""
 
     def __init__(self, width: int, heads: int, layer_scale: float, offsets: int = 0):
         super().__init__()
@@ -49,9 +51,9 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor, pairs: Tensor | None, drop: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, places: Places | None, drop: Tensor | None) -> Tensor:
         first, second = (None, None) if drop is None else drop.unbind(1)
-        x = x + drop_path(self.ls1(self.attn(self.norm1(x), pairs)), first)
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x), places)), first)
         return x + drop_path(self.ls2(self.mlp(self.norm2(x))), second)
 
 
@@ -64,6 +66,7 @@ class Encoder(Stack):
         layer_scale: initial LayerScale.
         drop: largest drop path rate.
         relative_positions: whether each block has a bias by relative position in addition, zero at first.
+        rotary_positions: whether each block turns queries and keys by their patches' rows and columns in addition.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Encoder(Stack):
         layer_scale: float = 0.1,
         drop: float = 0.0,
         relative_positions: bool = False,
+        rotary_positions: bool = False,
     ):
         super().__init__()
         self.width, self.heads = width, heads
@@ -87,11 +91,14 @@ class Encoder(Stack):
         positions = torch.cat([torch.zeros(1, width), sincos_positions(grid, grid, width)])
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions.unsqueeze(0))
-        index = relative_index(grid, grid, reach=grid, class_token=True) if relative_positions else None
-        self.pairs: Tensor | None
-        self.register_buffer("pairs", index, persistent=False)
-        offsets = table_rows(grid, class_token=True) if relative_positions else 0
-        self.stack((Block(width, heads, layer_scale, offsets) for _ in range(depth)), drop)
+        self.places = GridPlaces(
+            grid,
+            class_token=True,
+            relative=relative_positions,
+            rotary=rotary_positions,
+            features=width // heads,
+        )
+        self.stack((Block(width, heads, layer_scale, self.places.offsets) for _ in range(depth)), drop)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.apply(initialise)
         truncated_normal(self.patch_embed.weight)
@@ -123,9 +130,6 @@ class Encoder(Stack):
         """Prepends the class token to patches with positions (B, L, W), and applies all blocks and the final norm: (B,
         1 + L, W). ``drop`` and ``visible`` as in ``forward``."""
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        pairs = self.pairs
-        if pairs is not None and visible is not None:
-            tokens_of = F.pad(visible + 1, (1, 0))
-            pairs = chosen_pairs(pairs, tokens_of, tokens_of)
-        tokens: Tensor = self.norm(self.run(x, drop, pairs))
+        own = None if visible is None else F.pad(visible + 1, (1, 0))
+        tokens: Tensor = self.norm(self.run(x, drop, self.places(own, own)))
         return tokens

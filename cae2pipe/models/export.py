@@ -37,7 +37,7 @@ def export_encoder(encoder: Encoder, folder: Path) -> None:
 @torch.no_grad()
 def timm_state(encoder: Encoder) -> dict[str, Tensor]:
     """Weights under timm's names, float32 on the CPU: those of its plain ViT, where the biases of q and v become one
-    bias with zeros for k, or with relative positions those of its BEiT, which has them."""
+    bias with zeros for k, or with relative or rotary positions those of its BEiT and its EVA, which have them."""
     assert encoder.patch_embed.bias is not None
     state: dict[str, Tensor] = {
         "cls_token": encoder.cls_token,
@@ -63,12 +63,14 @@ def timm_state(encoder: Encoder) -> dict[str, Tensor]:
             "mlp.fc2.bias": block.mlp.fc2.bias,
         }
         table = block.attn.relative_position_bias_table
-        if table is None:
+        if table is None and encoder.places.turns is None:
             parts["attn.qkv.bias"] = block.attn.qkv_bias()
             parts |= {"ls1.gamma": block.ls1.gamma, "ls2.gamma": block.ls2.gamma}
         else:
             parts |= {"attn.q_bias": block.attn.q_bias, "attn.v_bias": block.attn.v_bias}
-            parts |= {"gamma_1": block.ls1.gamma, "gamma_2": block.ls2.gamma, TABLE: table}
+            parts |= {"gamma_1": block.ls1.gamma, "gamma_2": block.ls2.gamma}
+            if table is not None:
+                parts[TABLE] = table
         state |= {f"blocks.{number}.{name}": tensor for name, tensor in parts.items()}
     return {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
 
@@ -85,6 +87,7 @@ def timm_config(encoder: Encoder) -> TimmConfig:
             mean=PIXEL_MEAN,
             std=PIXEL_STD,
             layer_scale=True,
-            relative_positions=encoder.pairs is not None,
+            relative_positions=encoder.places.pairs is not None,
+            rotary_positions=encoder.places.turns is not None,
         )
     )

@@ -22,8 +22,8 @@ TABLE = "attn.relative_position_bias_table"
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of an encoder: pixels, blocks, input normalisation. ``layer_scale``, ``relative_positions``: whether blocks
-    have LayerScale, and biases by relative position."""
+    """Shape of an encoder: pixels, blocks, input normalisation. ``layer_scale``, ``relative_positions``,
+    ``rotary_positions``: whether blocks have LayerScale, biases by relative position, and rotary positions."""
 
     image_size: int
     patch_size: int
@@ -34,6 +34,7 @@ class Shape:
     std: tuple[float, ...]
     layer_scale: bool
     relative_positions: bool = False
+    rotary_positions: bool = False
 
     @property
     def patches(self) -> int:
@@ -59,10 +60,22 @@ class ExportLayout:
 
 def config_of(shape: Shape) -> TimmConfig:
     """timm's ``config.json``: the architecture with its arguments, and how to prepare its input."""
-    # timm's plain ViT has no biases by relative position. Its BEiT, without them, is the same network.
-    beit = {"global_pool": "token", "use_abs_pos_emb": True, "use_rel_pos_bias": True}
+    # timm's plain ViT has neither biases by relative position nor rotary positions. Its BEiT and its EVA, without them,
+    # are the same network.
+    architecture, more = "vit_base_patch16_224", {}
+    if shape.relative_positions:
+        architecture = "beit_base_patch16_224"
+        more = {"global_pool": "token", "use_abs_pos_emb": True, "use_rel_pos_bias": True}
+    elif shape.rotary_positions:
+        architecture = "eva_giant_patch14_224"
+        more = {
+            "global_pool": "token",
+            "mlp_ratio": 4.0,
+            "use_rot_pos_emb": True,
+            "ref_feat_shape": shape.image_size // shape.patch_size,
+        }
     return {
-        "architecture": "beit_base_patch16_224" if shape.relative_positions else "vit_base_patch16_224",
+        "architecture": architecture,
         "num_classes": 0,
         "num_features": shape.width,
         "global_pool": "token",
@@ -74,7 +87,7 @@ def config_of(shape: Shape) -> TimmConfig:
             "num_heads": shape.heads,
             # Only enables LayerScale; its values are in the weights.
             **({"init_values": 1e-5} if shape.layer_scale else {}),
-            **(beit if shape.relative_positions else {}),
+            **more,
         },
         "pretrained_cfg": {
             "num_classes": 0,

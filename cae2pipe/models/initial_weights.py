@@ -46,7 +46,7 @@ def encoder_weights(
     Raises:
         SettingsError: it is not a vision transformer as the student is, or of another shape.
     """
-    model, tables = plain_vit(model)
+    model, tables, reach = plain_vit(model)
     refuse_other_model(model, where)
     refuse_other_size(model, settings, where)
     if tables and not settings.relative_positions:
@@ -54,6 +54,13 @@ def encoder_weights(
             "these weights have relative positions, the student none",
             where=f"model.init {where}",
             fix="--set model.relative_positions=true",
+        )
+    if bool(reach) != settings.rotary_positions:
+        has = "these weights have rotary positions, the student none"
+        raise SettingsError(
+            has if reach else "the student has rotary positions, these weights none",
+            where=f"model.init {where}",
+            fix=f"--set model.rotary_positions={'true' if reach else 'false'}",
         )
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     own = {f"patch_embed.{name}": tensor for name, tensor in patch_embedding(model, mean, std).items()}
@@ -67,7 +74,8 @@ def encoder_weights(
         own |= block_weights(state, f"blocks.{number}.", settings.width)
         if tables:
             own[f"blocks.{number}.{TABLE}"] = resized_table(tables[number].float(), settings.grid, settings.grid)
-    return EncoderWeights(own, notes(model))
+    other = [f"its rotary positions span {reach} patches, the student's {settings.grid}, so features differ"]
+    return EncoderWeights(own, notes(model) + other * (reach not in (None, settings.grid)))
 
 
 def refuse_other_model(model: Any, where: object) -> None:

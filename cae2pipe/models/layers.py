@@ -9,16 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cae2pipe.models.places import Places
 from cae2pipe.models.relative_positions import score_bias
+from cae2pipe.models.rotary_positions import turned
 
 EPS = 1e-6
 """Epsilon of every LayerNorm (released code)."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int, bias: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, heads: int, bias: Tensor | None = None, places: Places | None = None
+) -> Tensor:
     """Multi-head attention of q (B, Q, C) over k and v (B, K, C), to (B, Q, C). C is a multiple of ``heads``. ``bias``:
-    (B, H, Q, K), or without B, is added to the scores."""
+    (B, H, Q, K), or without B, is added to the scores. ``places``: of which the rotations turn q and k."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if places and places.queries is not None and places.keys is not None:
+        q, k = turned(q, places.queries), turned(k, places.keys)
     mask = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
@@ -56,7 +62,7 @@ def drop_rates(largest: float, depth: int) -> Tensor:
     return torch.tensor(rates).repeat_interleave(2)
 
 
-def run_block(block: nn.Module, again: bool, *inputs: Tensor | None) -> Tensor:
+def run_block(block: nn.Module, again: bool, *inputs: Tensor | Places | None) -> Tensor:
     """A block's output; ``again``: keep only its inputs, and recompute the rest in the backward pass."""
     if not again:
         output: Tensor = block(*inputs)
@@ -86,7 +92,7 @@ class Stack(nn.Module):
         """Columns of drop path uniforms that ``forward`` takes."""
         return 2 * len(self.blocks)
 
-    def run(self, x: Tensor, drop: Tensor | None, *context: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, drop: Tensor | None, *context: Tensor | Places | None) -> Tensor:
         """All blocks applied to a residual stream (B, L, W). ``drop``: (B, drop_columns) uniforms; with None or in eval
         mode no drop path. ``context``: further inputs of every block."""
         factors = None if drop is None or not self.training else drop_factors(drop, self.drop_rates)
@@ -114,11 +120,12 @@ class Biased(nn.Module):
             "relative_position_bias_table", nn.Parameter(torch.zeros(offsets, heads)) if offsets else None
         )
 
-    def bias(self, pairs: Tensor | None) -> Tensor | None:
+    def bias(self, places: Places | None) -> Tensor | None:
         """``score_bias`` of the pairs; None without a table."""
         table = self.relative_position_bias_table
         if table is None:
             return None
+        pairs = places.pairs if places else None
         assert pairs is not None, "a stack with tables gives its blocks the pairs"
         return score_bias(table, pairs)
 
@@ -139,9 +146,9 @@ class SelfAttention(Biased):
         """The bias of the joint projection (3 W,): zero for k, whose bias would cancel in the softmax."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
-    def forward(self, x: Tensor, pairs: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
         q, k, v = F.linear(x, self.qkv.weight, self.qkv_bias()).chunk(3, dim=-1)
-        projected: Tensor = self.proj(attend(q, k, v, heads=self.heads, bias=self.bias(pairs)))
+        projected: Tensor = self.proj(attend(q, k, v, heads=self.heads, bias=self.bias(places), places=places))
         return projected
 
 
@@ -163,10 +170,11 @@ class CrossAttention(Biased):
         self.proj = nn.Linear(inner, width)
         self.add_table(offsets, heads)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, pairs: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Places | None = None) -> Tensor:
         q = F.linear(q, self.q.weight, self.q_bias)
         v = F.linear(v, self.v.weight, self.v_bias)
-        projected: Tensor = self.proj(attend(q, self.k(k), v, heads=self.heads, bias=self.bias(pairs)))
+        bias = self.bias(places)
+        projected: Tensor = self.proj(attend(q, self.k(k), v, heads=self.heads, bias=bias, places=places))
         return projected
 
 

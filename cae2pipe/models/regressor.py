@@ -14,14 +14,15 @@ from cae2pipe.models.layers import (
     drop_path,
     initialise,
 )
+from cae2pipe.models.places import GridPlaces, Places
 from cae2pipe.models.positions import sincos_positions
-from cae2pipe.models.relative_positions import chosen_pairs, relative_index, table_rows
 from cae2pipe.models.truncated_normal import truncated_normal
 
 
 class RegressorBlock(nn.Module):
     """Mask tokens attend to visible latents and to each other. The caller gives the factors of drop path, (B, 2) or
-    None, and the pairs of tokens if ``offsets``, the rows of the table of relative positions, is above 0.
+    None, and the tokens' places if there are relative or rotary positions. ``offsets``: rows of the table of relative
+    ones; 0: none.
 
     As in the released code, the norm before the MLP replaces the stream itself.
     """
@@ -43,13 +44,13 @@ class RegressorBlock(nn.Module):
         context: Tensor,
         x_positions: Tensor,
         context_positions: Tensor,
-        pairs: Tensor | None,
+        places: Places | None,
         drop: Tensor | None,
     ) -> Tensor:
         first, second = (None, None) if drop is None else drop.unbind(1)
         both = torch.cat([context, x], dim=1)
         positions = torch.cat([context_positions, x_positions], dim=1)
-        attended = self.attn(self.norm_q(x + x_positions), self.norm_k(both + positions), self.norm_v(both), pairs)
+        attended = self.attn(self.norm_q(x + x_positions), self.norm_k(both + positions), self.norm_v(both), places)
         x = self.norm2(x + drop_path(self.ls1(attended), first))
         return x + drop_path(self.ls2(self.mlp(x)), second)
 
@@ -59,6 +60,7 @@ class Regressor(Stack):
 
     ``final_norm``: a LayerNorm behind the blocks, as in CAE. The released code of CAE v2 defines it too, but never uses
     it. ``relative_positions``: each block has a bias by relative position in addition, zero at first.
+    ``rotary_positions``: each block turns queries and keys by their patches' rows and columns in addition.
     """
 
     def __init__(
@@ -72,16 +74,20 @@ class Regressor(Stack):
         drop: float = 0.0,
         final_norm: bool = False,
         relative_positions: bool = False,
+        rotary_positions: bool = False,
     ):
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, grid, width))
-        index = relative_index(grid, grid, reach=grid, class_token=False) if relative_positions else None
-        self.pairs: Tensor | None
-        self.register_buffer("pairs", index, persistent=False)
-        offsets = table_rows(grid, class_token=False) if relative_positions else 0
-        self.stack((RegressorBlock(width, heads, layer_scale, offsets) for _ in range(depth)), drop)
+        self.places = GridPlaces(
+            grid,
+            class_token=False,
+            relative=relative_positions,
+            rotary=rotary_positions,
+            features=width // heads,
+        )
+        self.stack((RegressorBlock(width, heads, layer_scale, self.places.offsets) for _ in range(depth)), drop)
         self.norm = nn.LayerNorm(width, eps=EPS) if final_norm else nn.Identity()
         self.apply(initialise)
         truncated_normal(self.mask_token)
@@ -99,8 +105,6 @@ class Regressor(Stack):
         """
         x = self.mask_token.expand(len(context), masked.shape[1], -1)
         x_positions, context_positions = self.pos_embed[masked], self.pos_embed[visible]
-        pairs = self.pairs
-        if pairs is not None:
-            pairs = chosen_pairs(pairs, masked, torch.cat([visible, masked], dim=1))
-        latents: Tensor = self.norm(self.run(x, drop, context, x_positions, context_positions, pairs))
+        places = self.places(masked, torch.cat([visible, masked], dim=1))
+        latents: Tensor = self.norm(self.run(x, drop, context, x_positions, context_positions, places))
         return latents

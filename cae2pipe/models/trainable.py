@@ -6,8 +6,8 @@ All changes are in place and preserve the function of the network, except for th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from cae2pipe.errors import SettingsError
 from cae2pipe.models.formats import TABLE
 from cae2pipe.models.positions import sincos_positions
 from cae2pipe.models.relative_positions import relative_bias, relative_index, resized_table
+from cae2pipe.models.rotary_positions import rotations
 from cae2pipe.models.truncated_normal import truncated_normal
 
 
@@ -34,20 +35,29 @@ def check_trainable(model: Any, where: object) -> None:
     )
 
 
-def plain_vit(model: Any) -> tuple[Any, list[Tensor] | None]:
-    """A BEiT of timm with fixed or learnt positions besides its relative ones, as encoders with relative positions are
-    exported, as timm's plain vision transformer, and the blocks' tables; any other model as it is, and None."""
+class Plain(NamedTuple):
+    """A plain vision transformer of timm, and what it was trained with besides."""
+
+    model: Any
+    tables: list[Tensor] | None = None
+    """The blocks' biases by relative position."""
+    reach: int | None = None
+    """Rows and columns of the grid that its rotary positions are scaled to."""
+
+
+def plain_vit(model: Any) -> Plain:
+    """A BEiT or EVA of timm as encoders with relative or rotary positions are exported, as timm's plain vision
+    transformer; any other model as it is."""
     from timm.models.beit import Beit
     from timm.models.vision_transformer import vit_base_patch16_224
 
-    state = model.state_dict() if type(model) is Beit else {}
-    if f"blocks.0.{TABLE}" not in state or "pos_embed" not in state or isinstance(model.norm, nn.Identity):
-        return model, None
-    tables = [state.pop(f"blocks.{number}.{TABLE}") for number in range(len(model.blocks))]
-    for number in range(len(model.blocks)):
-        attn = f"blocks.{number}.attn."
-        q, v = (state.pop(f"{attn}{name}_bias") for name in ("q", "v"))
-        state[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    reach = rotary_reach(model)
+    state = model.state_dict() if type(model) is Beit or reach else {}
+    related = f"blocks.0.{TABLE}" in state
+    if not (related or reach) or "pos_embed" not in state or isinstance(model.norm, nn.Identity):
+        return Plain(model)
+    numbers = range(len(model.blocks))
+    tables = [state.pop(f"blocks.{number}.{TABLE}") for number in numbers] if related else None
     plain = vit_base_patch16_224(
         img_size=model.patch_embed.img_size,
         patch_size=model.patch_embed.patch_size,
@@ -57,12 +67,42 @@ def plain_vit(model: Any) -> tuple[Any, list[Tensor] | None]:
         init_values=1e-5,
         num_classes=0,
     )
-    scales = (("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"))
-    for theirs, ours in scales:
+    for number in numbers:
+        attn = f"blocks.{number}.attn."
+        if (q := state.pop(f"{attn}q_bias", None)) is not None:
+            state[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), state.pop(f"{attn}v_bias")])
+    for theirs, ours in (("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma")):
         state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    if shapes(state) != shapes(plain.state_dict()):
+        return Plain(model)
     plain.load_state_dict(state)
     plain.pretrained_cfg = model.pretrained_cfg
-    return plain.to(model.cls_token.device), tables
+    return Plain(plain.to(model.cls_token.device), tables, reach)
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shape of each tensor."""
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def rotary_reach(model: Any) -> int | None:
+    """Rows and columns of the grid that rotary positions of a timm model are scaled to; None if it has none, or others
+    than ours."""
+    from timm.models.eva import Eva
+
+    rope: Any = model.rope if type(model) is Eva else None
+    reach = getattr(rope, "ref_feat_shape", None)
+    if not reach or reach[0] != reach[1]:
+        return None
+    head, (rows, cols) = model.embed_dim // model.blocks[0].attn.num_heads, model.patch_embed.grid_size
+    own = _for_timm(rotations(rows, cols, head, reach=reach[0], class_token=False))
+    theirs = rope.get_embed([rows, cols]).cpu()
+    return int(reach[0]) if theirs.shape == own.shape and torch.allclose(theirs, own, atol=1e-5) else None
+
+
+def _for_timm(turns: Tensor) -> Tensor:
+    """``rotations`` as timm takes them: sines, then cosines, (N, 2 D)."""
+    return torch.cat([turns[1], turns[0]], dim=1)
 
 
 def resize_input(model: Any, size: int) -> None:
@@ -139,6 +179,30 @@ def _with_bias(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -
     return args, {**options, "attn_mask": bias}
 
 
+def add_rotary_positions(model: Any, reach: int) -> None:
+    """Have each block turn queries and keys of patches by their ``rotations``. Before ``add_relative_positions``.
+
+    Args:
+        reach: rows and columns of the grid that positions are scaled to: that of pretraining.
+    """
+    from timm.layers import AttentionRope
+
+    rows, cols = model.patch_embed.grid_size
+    for block in model.blocks:
+        plain = block.attn
+        attn: Any = AttentionRope(model.embed_dim, plain.num_heads, num_prefix_tokens=model.num_prefix_tokens)
+        attn.qkv, attn.proj = plain.qkv, plain.proj
+        attn.rotary_reach = reach
+        turns = rotations(rows, cols, attn.head_dim, reach=reach, class_token=False)
+        attn.register_buffer("turns", _for_timm(turns).to(plain.proj.weight.device), persistent=False)
+        attn.register_forward_pre_hook(_with_turns, with_kwargs=True)
+        block.attn = attn
+
+
+def _with_turns(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**options, "rope": attention.turns}
+
+
 def set_drop_path(model: Any, largest: float) -> None:
     """Set drop path in every block, with a rate that rises linearly from 0 over the depth."""
     from timm.layers import DropPath
@@ -181,7 +245,8 @@ def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> l
 
 def take_any_size(model: Any, largest: int = 1333) -> None:
     """Accept images of any size up to ``largest`` pixels, padded to whole patches; positions are resampled bicubically
-    for each. Tables of relative positions grow once, to the largest grid; smaller ones use the middle of them."""
+    for each, and so are rotary ones. Tables of relative positions grow once, to the largest grid; smaller ones use the
+    middle of them."""
     from timm.layers.format import Format
 
     model.dynamic_img_size = True
@@ -190,19 +255,27 @@ def take_any_size(model: Any, largest: int = 1333) -> None:
     # Tokens keep the grid shape until positions are added.
     model.patch_embed.flatten = False
     model.patch_embed.output_fmt = Format.NHWC
-    positions = [block.attn.relative_positions for block in model.blocks if hasattr(block.attn, "relative_positions")]
-    if not positions:
-        return
+    attentions = [block.attn for block in model.blocks]
+    related = [attn.relative_positions for attn in attentions if hasattr(attn, "relative_positions")]
+    rotary = [attn for attn in attentions if hasattr(attn, "turns")]
     reach = max(*model.patch_embed.grid_size, -(-largest // model.patch_embed.patch_size[0]))
-    for each in positions:
+    # From here on these depend on the input; as buffers they would be sent between processes.
+    for each in related:
         each.relative_position_bias_table = nn.Parameter(resized_table(each.relative_position_bias_table, reach, reach))
-        # From here on it depends on the input; as a buffer it would be sent between processes.
         del each.relative_position_index
+    for attn in rotary:
+        del attn.turns
 
     def choose(module: Any, inputs: Any, patches: Tensor) -> None:
         rows, cols = patches.shape[1:3]
-        index = relative_index(rows, cols, reach=reach, class_token=True).to(patches.device)
-        for each in positions:
-            each.relative_position_index = index
+        if related:
+            index = relative_index(rows, cols, reach=reach, class_token=True).to(patches.device)
+            for each in related:
+                each.relative_position_index = index
+        if rotary:
+            turns = rotations(rows, cols, rotary[0].head_dim, reach=rotary[0].rotary_reach, class_token=False)
+            for attn in rotary:
+                attn.turns = _for_timm(turns).to(patches.device)
 
-    model.patch_embed.register_forward_hook(choose)
+    if related or rotary:
+        model.patch_embed.register_forward_hook(choose)

@@ -72,6 +72,8 @@ def test_every_field_is_documented(kind):
         ("mask.ratio=0.9999", "masks 196 of 196 patches", None),
         ("model.patch_size=15", "not a multiple of model.patch_size", None),
         ("model.heads=7", "not a multiple of model.heads", None),
+        ("model={rotary_positions: true, relative_positions: true}", "set one of them to false", None),
+        ("model={rotary_positions: true, predictor_heads: 11}", "model.predictor_heads: rotary positions need", None),
         ("optimizer.warmup_epochs=300", "must be less than epochs", None),
         ("optimizer.lr=.nan", "optimizer.lr", "--set"),
         ("loss={visible: 0, masked: 0}", "set one of them above 0", None),

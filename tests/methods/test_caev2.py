@@ -171,7 +171,13 @@ def test_without_a_regressor_nothing_masked_is_predicted(pixels):
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize(
     "over",
-    [{}, {"predictor_width": 12, "relative_positions": True}, {"predictor_depth": 0}, {"head": "ln-fc"}],
+    [
+        {},
+        {"predictor_width": 12, "relative_positions": True},
+        {"rotary_positions": True},
+        {"predictor_depth": 0},
+        {"head": "ln-fc"},
+    ],
 )
 def test_every_parameter_is_trained(pixels, class_token, over):
     model = build(**over)
@@ -192,7 +198,9 @@ def test_every_parameter_is_trained(pixels, class_token, over):
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("over", [{}, {"predictor_width": 12}, {"relative_positions": True}, {"head": "ln-fc"}])
+@pytest.mark.parametrize(
+    "over", [{}, {"predictor_width": 12}, {"relative_positions": True}, {"rotary_positions": True}, {"head": "ln-fc"}]
+)
 def test_bf16_autocast(pixels, over):
     model = build(**over)
     exact = model(pixels, VISIBLE, MASKED)
@@ -202,9 +210,9 @@ def test_bf16_autocast(pixels, over):
         torch.testing.assert_close(getattr(rough, name).float(), getattr(exact, name), rtol=0.05, atol=0.15)
 
 
-@pytest.mark.parametrize("relative_positions", [False, True])
-def test_it_compiles_without_graph_breaks(pixels, relative_positions):
-    model = build(predictor_width=12, relative_positions=relative_positions)
+@pytest.mark.parametrize("over", [{}, {"relative_positions": True}, {"rotary_positions": True}])
+def test_it_compiles_without_graph_breaks(pixels, over):
+    model = build(predictor_width=16, **over)
     drop = torch.rand(2, model.drop_columns)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     got, wanted = compiled(pixels, VISIBLE, MASKED, drop), model(pixels, VISIBLE, MASKED, drop)

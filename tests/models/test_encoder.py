@@ -173,10 +173,43 @@ def test_relative_positions_bias_the_scores_of_visible_tokens(pixels):
         torch.testing.assert_close(after[sample], x + block.ls2(block.mlp(block.norm2(x))), rtol=1e-4, atol=1e-4)
 
 
+def turned_by_hand(x, tokens):
+    """Features in pairs as complex numbers, turned by the row of a token's patch, the last of them by its column."""
+    pairs = torch.view_as_complex(x.unflatten(1, (-1, 2)).contiguous())
+    count = pairs.shape[1] // 2
+    result = []
+    for number, token in enumerate(tokens):
+        row, col = divmod(token - 1, 4) if token else (0, 0)
+        angles = [place * 10000 ** (-band / count) for place in (row, col) for band in range(count)]
+        result.append(pairs[number] * torch.exp(1j * torch.tensor(angles)))
+    return torch.view_as_real(torch.stack(result)).flatten(1)
+
+
 @torch.no_grad()
-def test_with_relative_positions_all_patches_visible_is_no_mask(pixels):
-    encoder = build(relative_positions=True)
-    for block in encoder.blocks:
+def test_rotary_positions_turn_queries_and_keys_of_visible_patches(pixels):
+    encoder = build(depth=1, rotary_positions=True)
+    block = encoder.blocks[0]
+    given = []
+    block.register_forward_hook(lambda module, inputs, output: given.append((inputs[0], output)))
+    encoder(pixels, VISIBLE)
+    (before, after), size = given[0], WIDTH // 3
+    for sample, tokens in enumerate([[0, *(p + 1 for p in row)] for row in VISIBLE.tolist()]):
+        x = before[sample]
+        q, k, v = (block.norm1(x) @ block.attn.qkv.weight.T + block.attn.qkv_bias()).chunk(3, dim=-1)
+        heads = []
+        for head in range(3):
+            part = slice(head * size, (head + 1) * size)
+            scores = turned_by_hand(q[:, part], tokens) @ turned_by_hand(k[:, part], tokens).T / size**0.5
+            heads.append(scores.softmax(dim=-1) @ v[:, part])
+        x = x + block.ls1(block.attn.proj(torch.cat(heads, dim=1)))
+        torch.testing.assert_close(after[sample], x + block.ls2(block.mlp(block.norm2(x))), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("more", ["relative_positions", "rotary_positions"])
+@torch.no_grad()
+def test_with_more_positions_all_patches_visible_is_no_mask(pixels, more):
+    encoder = build(**{more: True})
+    for block in encoder.blocks if more == "relative_positions" else ():
         torch.nn.init.normal_(block.attn.relative_position_bias_table)
     torch.testing.assert_close(encoder(pixels, torch.arange(16).expand(2, -1)), encoder(pixels))
     turned, straight = encoder(pixels, VISIBLE.flip(1)), encoder(pixels, VISIBLE)

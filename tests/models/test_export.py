@@ -16,6 +16,7 @@ SHAPES = {
     "tiny": {"width": 192, "depth": 12, "heads": 12},
     "patch 14": {"width": 32, "depth": 1, "heads": 2, "image_size": 56, "patch_size": 14},
     "relative positions": {**TINY, "relative_positions": True},
+    "rotary positions": {**TINY, "rotary_positions": True},
 }
 
 

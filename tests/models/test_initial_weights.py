@@ -123,6 +123,28 @@ def test_the_fix_gives_a_student_that_fits():
 
 
 @torch.no_grad()
+def test_rotary_positions_go_on():
+    settings = SETTINGS.model_copy(update={"rotary_positions": True})
+    donor = build_encoder(settings).eval()
+    config = timm_config(donor)
+    model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    model.load_state_dict(timm_state(donor))
+    encoder, notes, missing = student(model, settings=settings)
+    pixels = torch.randn(2, 3, 32, 32)
+    assert (notes, missing) == ([], [])
+    torch.testing.assert_close(encoder(pixels), donor(pixels), rtol=1e-4, atol=1e-5)
+    _, (note,), _ = student(model, settings=settings.model_copy(update={"image_size": 64}))
+    assert note.startswith("its rotary positions span 4 patches, the student's 8")
+    for donated, given, said, value in (
+        (model, SETTINGS, "these weights have rotary positions, the student none", "true"),
+        (vit(), settings, "the student has rotary positions, these weights none", "false"),
+    ):
+        with pytest.raises(SettingsError, match=said) as caught:
+            student(donated, settings=given)
+        assert caught.value.fix == f"--set model.rotary_positions={value}"
+
+
+@torch.no_grad()
 def test_relative_positions_go_on():
     settings = SETTINGS.model_copy(update={"relative_positions": True})
     donor = build_encoder(settings).eval()

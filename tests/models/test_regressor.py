@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,8 @@ def context() -> torch.Tensor:
 def by_hand(regressor: Regressor, context, visible, masked):
     """The released code's block, written out: attention head by head, no shared code."""
     table = sincos_positions(GRID, GRID, WIDTH)
-    size = WIDTH // HEADS
+    count = regressor.blocks[0].attn.heads
+    size = WIDTH // count
     result = []
     for sample in range(len(context)):
         x = regressor.mask_token[0, 0].repeat(masked.shape[1], 1)
@@ -44,9 +47,13 @@ def by_hand(regressor: Regressor, context, visible, masked):
             k = norm(block.norm_k, both + where) @ attn.k.weight.T
             v = norm(block.norm_v, both) @ attn.v.weight.T + attn.v_bias
             heads = []
-            for head in range(HEADS):
+            for head in range(count):
                 part = slice(head * size, (head + 1) * size)
-                scores = q[:, part] @ k[:, part].T / size**0.5
+                query, key = q[:, part], k[:, part]
+                if regressor.places.turns is not None:
+                    query = turned_by_hand(query, masked[sample].tolist())
+                    key = turned_by_hand(key, [*visible[sample].tolist(), *masked[sample].tolist()])
+                scores = query @ key.T / size**0.5
                 if attn.relative_position_bias_table is not None:
                     scores = scores + offsets(attn.relative_position_bias_table[:, head], visible, masked, sample)
                 heads.append(scores.softmax(dim=-1) @ v[:, part])
@@ -68,6 +75,25 @@ def offsets(table, visible, masked, sample):
 def test_relative_positions_bias_its_scores(context):
     regressor = build(relative_positions=True)
     assert regressor.blocks[1].attn.relative_position_bias_table.shape == (49, HEADS)
+    torch.testing.assert_close(
+        regressor(context, VISIBLE, MASKED), by_hand(regressor, context, VISIBLE, MASKED), rtol=1e-4, atol=1e-4
+    )
+
+
+def turned_by_hand(x, patches):
+    """Heads of four features: the first two are turned by the patch's row, the others by its column, in radians."""
+    result = []
+    for feature, patch in zip(x, patches, strict=True):
+        turned = []
+        for (a, b), place in zip(feature.view(2, 2), divmod(patch, GRID), strict=True):
+            cos, sin = math.cos(place), math.sin(place)
+            turned += [a * cos - b * sin, a * sin + b * cos]
+        result.append(torch.stack(turned))
+    return torch.stack(result)
+
+
+def test_rotary_positions_turn_its_queries_and_keys(context):
+    regressor = build(heads=WIDTH // 4, rotary_positions=True)
     torch.testing.assert_close(
         regressor(context, VISIBLE, MASKED), by_hand(regressor, context, VISIBLE, MASKED), rtol=1e-4, atol=1e-4
     )

@@ -12,6 +12,7 @@ from cae2pipe.models.export import timm_config, timm_state
 from cae2pipe.models.formats import folded
 from cae2pipe.models.trainable import (
     add_relative_positions,
+    add_rotary_positions,
     check_trainable,
     freeze_fixed_positions,
     layer_decay_groups,
@@ -89,27 +90,28 @@ def related() -> Encoder:
 def test_learnt_relative_positions_are_what_training_starts_from(related):
     """At the encoder's own size in any case; at another, biases of near patches stay."""
     exported = build_vit(timm_config(related), timm_state(related))
-    model, tables = plain_vit(exported)
+    model, tables, reach = plain_vit(exported)
+    assert reach is None
     check_trainable(model, "here")
     add_relative_positions(model, "here", tables)
     torch.testing.assert_close(model.forward_features(PIXELS), related(PIXELS), rtol=1e-4, atol=1e-5)
-    larger, _ = plain_vit(exported)
+    larger = plain_vit(exported).model
     resize_input(larger, 64)
     add_relative_positions(larger, "here", tables)
     found = larger.blocks[1].attn.relative_positions.relative_position_bias_table[:-3].view(15, 15, 2)
     wanted = tables[1][:-3].view(7, 7, 2)
     torch.testing.assert_close(found[6:9, 6:9], wanted[2:5, 2:5], rtol=1e-4, atol=1e-4)
     assert torch.equal(larger.blocks[1].attn.relative_positions.relative_position_bias_table[-3:], tables[1][-3:])
-    assert plain_vit(model) == (model, None)
+    assert plain_vit(model) == (model, None, None)
 
 
 def test_images_of_any_size_have_learnt_relative_positions(related):
     """As in detection. An image of the encoder's own size is seen as before; tables are trained at any size."""
-    model, tables = plain_vit(build_vit(timm_config(related), timm_state(related)))
+    model, tables, _ = plain_vit(build_vit(timm_config(related), timm_state(related)))
     add_relative_positions(model, "here", tables)
     take_any_size(model, 30)  # no smaller than the encoder's own
     torch.testing.assert_close(model.forward_features(PIXELS), related(PIXELS), rtol=1e-4, atol=1e-5)
-    model, tables = plain_vit(build_vit(timm_config(related), timm_state(related)))
+    model, tables, _ = plain_vit(build_vit(timm_config(related), timm_state(related)))
     add_relative_positions(model, "here", tables)
     take_any_size(model, 60)
     table = model.blocks[0].attn.relative_positions.relative_position_bias_table
@@ -122,6 +124,62 @@ def test_images_of_any_size_have_learnt_relative_positions(related):
     # Four rows of patches have offsets of up to 3, eight columns of up to 7.
     assert touched[4:11].all()
     assert not touched[:4].any()
+
+
+@pytest.fixture
+def rotary() -> Encoder:
+    """An encoder that was trained with rotary positions."""
+    torch.manual_seed(0)
+    encoder = Encoder(width=32, depth=3, heads=2, image_size=32, patch_size=8, rotary_positions=True).eval()
+    for block in encoder.blocks:
+        torch.nn.init.normal_(block.attn.q_bias)
+    return encoder
+
+
+@torch.no_grad()
+def test_rotary_positions_stay_with_and_without_relative_ones_and_span_a_larger_grid(rotary):
+    exported = build_vit(timm_config(rotary), timm_state(rotary))
+    wanted = rotary(PIXELS)
+    assert not torch.allclose(wanted, Encoder(width=32, depth=3, heads=2, image_size=32, patch_size=8)(PIXELS))
+    model, tables, reach = plain_vit(exported)
+    assert (tables, reach) == (None, 4)
+    check_trainable(model, "here")
+    add_rotary_positions(model, reach)
+    torch.testing.assert_close(model.forward_features(PIXELS), wanted, rtol=1e-4, atol=1e-5)
+    add_relative_positions(model, "here")
+    torch.testing.assert_close(model.forward_features(PIXELS), wanted, rtol=1e-4, atol=1e-5)
+    # At another size as timm computes it.
+    larger = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    model = plain_vit(exported).model
+    resize_input(model, 64)
+    add_rotary_positions(model, reach)
+    exported.set_input_size((64, 64))
+    torch.testing.assert_close(model.forward_features(larger), exported.forward_features(larger), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_any_size_have_rotary_positions(rotary):
+    """As in detection: each image is seen as by an encoder of its size, and all is trained."""
+    model, _, reach = plain_vit(build_vit(timm_config(rotary), timm_state(rotary)))
+    add_rotary_positions(model, reach)
+    add_relative_positions(model, "here")
+    take_any_size(model, 64)
+    torch.testing.assert_close(model.forward_features(PIXELS), rotary(PIXELS), rtol=1e-4, atol=1e-5)
+    images = torch.randn(2, 3, 64, 64)
+    exported = build_vit(timm_config(rotary), timm_state(rotary))
+    exported.set_input_size((64, 64))
+    torch.testing.assert_close(model.forward_features(images), exported.forward_features(images), rtol=1e-3, atol=1e-4)
+    model.requires_grad_(True)
+    model.forward_features(torch.randn(1, 3, 40, 30)).square().sum().backward()
+    assert all(block.attn.qkv.weight.grad.abs().sum() > 0 for block in model.blocks)
+
+
+def test_other_rotary_models_are_left_as_they_are():
+    config = timm_config(Encoder(width=32, depth=1, heads=2, image_size=32, patch_size=8, rotary_positions=True))
+    others = {"ref_feat_shape": None, "rope_temperature": 99.0, "rope_grid_offset": 1.0, "mlp_ratio": 3}
+    for name, value in others.items():
+        arguments = {**config["model_args"], name: value}
+        eva = timm.create_model(config["architecture"], num_classes=0, **arguments)
+        assert plain_vit(eva) == (eva, None, None)
 
 
 @torch.no_grad()
