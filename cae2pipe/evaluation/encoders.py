@@ -186,7 +186,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
         return released_student(path, device, precision)
     folder = path.parent if path.name == WEIGHTS else path
     if not folder.is_dir():
-        raise SourceError("no such encoder", where=path, fix=f"give {FORMS}")
+        raise no_student("no such encoder", path)
     run = RunArtifact.open(folder) if is_artifact(folder, "run") else None
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         if run:
@@ -195,7 +195,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
                 where=folder,
                 fix="rerun `cae2pipe pretrain` with the same arguments until it has finished",
             )
-        raise SourceError(f"this folder does not contain {WEIGHTS} and {CONFIG}", where=folder, fix=f"give {FORMS}")
+        raise no_student(f"this folder does not contain {WEIGHTS} and {CONFIG}", path)
     if run:
         for problem in check_files(run, [name for name in run.units if name == "encoder"]):
             problem.fix = "delete it, then run `cae2pipe pretrain` as before"
@@ -205,6 +205,13 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
     class_token = class_token_trained(run) if run else True
     digests = {"sha256": sha256_file(folder / WEIGHTS), "config": fingerprint(config)}
     return Student(model, digests, class_token, device=device, precision=precision)
+
+
+def no_student(what: str, path: Path) -> SourceError:
+    """The error for a path that is no student. timm's folders, such as those of `export`, have a prefix."""
+    folder = path if path.is_dir() else path.parent
+    timms = all((folder / name).is_file() for name in ("model.safetensors", CONFIG))
+    return SourceError(what, where=path, fix=f"give local-dir:{folder}" if timms else f"give {FORMS}")
 
 
 def class_token_trained(run: RunArtifact) -> bool:

@@ -160,6 +160,12 @@ def test_the_command_twice_and_over_something_else(source, tmp_path):
     assert other.exit_code == 2
     assert "not empty" in other.stderr
     assert run(source).exit_code == 2
+    # An exported folder is an encoder too, under its own prefix.
+    for given in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        with pytest.raises(SourceError) as caught:
+            load_encoder(str(given), 0, torch.device("cpu"))
+        assert caught.value.fix == f"give local-dir:{tmp_path / 'out'}"
+    load_encoder(f"local-dir:{tmp_path / 'out'}", 0, torch.device("cpu"))
 
 
 def test_what_is_not_ours_is_refused(tmp_path):
