@@ -12,7 +12,7 @@ from cae2pipe.artifacts.atomic import remove_debris, write_bytes
 from cae2pipe.artifacts.tensors import write_safetensors
 from cae2pipe.comparison.scores import collect
 from cae2pipe.errors import SettingsError, SourceError
-from cae2pipe.evaluation.encoders import Student, display_name, load_encoder
+from cae2pipe.evaluation.encoders import Student, display_name, load_encoder, timm_folder
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.models.formats import FORMATS, TABLE, ExportLayout, Shape
 from cae2pipe.reporting.model_card import model_card
@@ -41,6 +41,10 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
             f"this is a folder of kind {open_artifact(Path(spec)).kind!r}, not a run",
             where=spec,
             fix="give a folder made by `cae2pipe pretrain`",
+        )
+    if folder := timm_folder(Path(spec)):
+        raise SourceError(
+            "this is an exported encoder", where=spec, fix=f"use local-dir:{folder} as it is, or export its run again"
         )
     encoder = load_encoder(spec, 0, torch.device("cpu"))
     if not isinstance(encoder, Student) or not encoder.ours:

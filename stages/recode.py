@@ -79,11 +79,6 @@ def recode(
         )
     if is_local(out) and is_local(source) and source.resolve() in out.resolve().parents:
         raise BadInputError("the output folder is inside the source", where=out, fix="use another output folder")
-    if added := added_sets(source):
-        report.log(
-            f"not recoded with the set: its added teachers, {', '.join(folder.name for folder in added)}; for each "
-            f"in turn: {command('recode', added[0], out / TEACHERS_FOLDER / added[0].name)}"
-        )
     with writing(out):
         refuse_foreign(out)
         if file_size(out / MANIFEST) is not None:
@@ -139,7 +134,18 @@ def recode(
                     and not missing_images(merged, targets)
                 )
             )
-        return artifact
+    for folder in added_sets(source) if remake is None else ():
+        report.log(f"not recoded with the set, its added teacher {folder.name}: {recoding(folder, out, codec)}")
+    return artifact
+
+
+def recoding(added: Path, out: Path, codec: CodecSettings) -> str:
+    """The command that recodes the set of an added teacher into ``out``."""
+    lossy = TargetsArtifact.open(added).identity["settings"]["codec"]["name"] != "fp16"
+    options = ["--codec", codec.name]
+    options += ["--fidelity", f"{codec.fidelity:g}"] if codec.name == "klt" else []
+    options += ["--lossy-source"] if lossy else []
+    return command("recode", added, out / TEACHERS_FOLDER / added.name, *options)
 
 
 def missing_stores(artifact: TargetsArtifact, targets: TargetSet) -> list[str]:

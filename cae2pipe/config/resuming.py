@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from cae2pipe.artifacts.difference import Difference
 from cae2pipe.config.base import Settings, recorded
+from cae2pipe.config.yaml_core import read_yaml
 
 SECTION = "settings"
 MOST, LONGEST = 4, 200
@@ -26,14 +28,33 @@ def completed_as(kind: type[Settings]) -> Callable[[Mapping[str, object]], dict[
     return completed
 
 
-def resuming(differences: Sequence[Difference], fix: str, without: Sequence[str] = ()) -> str:
+def resuming(kind: type[Settings], differences: Sequence[Difference], fix: str, without: Sequence[str] = ()) -> str:
     """``fix``, after the options that give a folder's own settings, if those are all that differs.
 
     Args:
-        without: sections that options cannot restore, such as a teacher's.
+        kind: of the settings. without: sections that options cannot restore, such as a teacher's.
     """
     own = {name.removeprefix(f"{SECTION}."): old for name, old, _ in differences if name.startswith(f"{SECTION}.")}
-    if not len(differences) == len(own) <= MOST or any(name.split(".")[0] in without for name in own):
+    names = [name for name in own if is_setting(kind, name) and name.split(".")[0] not in without]
+    if not len(differences) == len(names) <= MOST:
         return fix
-    options = shlex.join([part for name, old in own.items() for part in ("--set", f"{name}={json.dumps(old)}")])
+    options = shlex.join([part for name in names for part in ("--set", f"{name}={as_yaml(own[name])}")])
     return fix if len(options) > LONGEST else f"{options} resumes it; or {fix}"
+
+
+def is_setting(kind: type[Settings], name: str) -> bool:
+    """Whether a dotted name is that of a single setting: not of a section, nor of an entry of a mapping."""
+    first, _, rest = name.partition(".")
+    inner = kind.model_fields[first].annotation if first in kind.model_fields else None
+    if isinstance(inner, type) and issubclass(inner, Settings):
+        return bool(rest) and is_setting(inner, rest)
+    return first in kind.model_fields and not rest
+
+
+def as_yaml(value: object) -> str:
+    """A value as ``--set`` reads it back."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            if read_yaml(value) == value:
+                return value
+    return json.dumps(value)

@@ -15,6 +15,7 @@ targets, teacher:targets[@FILE]  the teacher of a target set; a local file of we
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from cae2pipe.artifacts.artifact import RunArtifact, TargetsArtifact, check_files, is_artifact
 from cae2pipe.artifacts.digest import fingerprint, sha256_file
+from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.config.base import build_recorded, fingerprinted, load, preset_names, section_of
 from cae2pipe.config.pretrain import LossSettings, ModelSettings, PretrainSettings
 from cae2pipe.errors import ManifestError, SourceError, TeacherError
@@ -186,7 +188,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
         return released_student(path, device, precision)
     folder = path.parent if path.name == WEIGHTS else path
     if not folder.is_dir():
-        raise no_student("no such encoder", path)
+        raise no_student("this file is no encoder that is known" if path.exists() else "no such encoder", path)
     run = RunArtifact.open(folder) if is_artifact(folder, "run") else None
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         if run:
@@ -209,9 +211,19 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
 
 def no_student(what: str, path: Path) -> SourceError:
     """The error for a path that is no student. timm's folders, such as those of `export`, have a prefix."""
+    folder = timm_folder(path)
+    return SourceError(what, where=path, fix=f"give local-dir:{folder}" if folder else f"give {FORMS}")
+
+
+def timm_folder(path: Path) -> Path | None:
+    """The folder of timm that ``path`` is, or is the weights of; None if there is none."""
     folder = path if path.is_dir() else path.parent
-    timms = all((folder / name).is_file() for name in ("model.safetensors", CONFIG))
-    return SourceError(what, where=path, fix=f"give local-dir:{folder}" if timms else f"give {FORMS}")
+    if not all((folder / name).is_file() for name in ("model.safetensors", CONFIG)):
+        return None
+    with suppress(SourceError, OSError):
+        config = read_json(folder / CONFIG, fix="", error=SourceError)
+        return folder if isinstance(config, dict) and "architecture" in config else None
+    return None
 
 
 def class_token_trained(run: RunArtifact) -> bool:

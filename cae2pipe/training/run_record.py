@@ -74,18 +74,22 @@ def refuse_other_sets(out: Path, sets: Sequence[TargetSet]) -> None:
     given = {each.artifact.fingerprint: each for each in sets}
     if list(given) == list(begun):
         return
-    lost = [name for fingerprint, name in begun.items() if fingerprint not in given]
-    new = [str(each.root) for fingerprint, each in given.items() if fingerprint not in begun]
+    lost = {fingerprint: name for fingerprint, name in begun.items() if fingerprint not in given}
+    new = {fingerprint: str(each.root) for fingerprint, each in given.items() if fingerprint not in begun}
     what = f"this run was begun with the targets of {', '.join(begun.values())}"
     if lost and new:
-        what += f", and not with {', '.join(new)}"
+        # They may be of the same teacher.
+        begun_with = ", ".join(f"{name[:8]} of {teacher}" for name, teacher in lost.items())
+        what = f"this run was begun with other target sets: {begun_with}, in place of "
+        what += ", ".join(f"{name[:8]} in {root}" for name, root in new.items())
         fix = "give the target sets that this run was begun with"
     elif lost:
-        what += f", and those of {', '.join(lost)} are missing"
+        what += f", and those of {', '.join(lost.values())} are missing"
         fix = "give all of these target sets"
     else:
-        what += f" alone, without {', '.join(new)}" if new else ", in this order"
-        fix = command("pretrain", *(given[fingerprint].root for fingerprint in begun), out)
+        what += f" alone, without {', '.join(new.values())}" if new else ", in this order"
+        paths = (given[fingerprint].root for fingerprint in begun)
+        fix = f"`{command('pretrain', *paths, out)}` with the same options"
     raise MismatchError(what, where=out, fix=f"{fix}; or use another output folder")
 
 
@@ -129,7 +133,11 @@ def run_remedy(differences: Sequence[Difference], out: Path) -> str:
             "set model.init to the weights that this run started from, wherever they are now "
             f"(`{command('inspect', out)}` names them; null: there were none), or use another output folder"
         )
-    return resuming(differences, "use another output folder, or the settings and target set that this run began with")
+    return resuming(
+        PretrainSettings,
+        differences,
+        "use another output folder, or the settings and target set that this run began with",
+    )
 
 
 def refuse_changed(targets: TargetSet, recorded: Mapping[str, str]) -> None:

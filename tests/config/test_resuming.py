@@ -7,9 +7,9 @@ import shlex
 import pytest
 
 from cae2pipe.artifacts.difference import differences
-from cae2pipe.config.base import fingerprinted, load, merge
+from cae2pipe.config.base import fingerprinted, load, merge, parse_override
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.config.resuming import completed_as, resuming
+from cae2pipe.config.resuming import as_yaml, completed_as, resuming
 
 
 def settings(*overrides: str) -> PretrainSettings:
@@ -18,7 +18,8 @@ def settings(*overrides: str) -> PretrainSettings:
 
 def proposed(begun: PretrainSettings, now: PretrainSettings, targets: str = "a") -> str:
     old, new = {"settings": fingerprinted(begun), "targets": "a"}, {"settings": fingerprinted(now), "targets": targets}
-    return resuming(list(differences(*map(completed_as(PretrainSettings), (old, new)))), "elsewhere", ("optimizer",))
+    found = list(differences(*map(completed_as(PretrainSettings), (old, new))))
+    return resuming(PretrainSettings, found, "elsewhere", ("optimizer",))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,18 @@ def test_other_inputs_sections_and_many_settings_are_not_restored_by_options():
     assert proposed(settings("optimizer.lr=0.5"), settings()) == "elsewhere"
     many = ["seed=7", "epochs=30", "mask.ratio=0.3", "loss.visible=0.5", "data.streams=16"]
     assert proposed(settings(*many), settings()) == "elsewhere"
+
+
+def test_entries_of_a_mapping_are_not_restored_by_options():
+    """Labels of teachers have dots, and an option cannot remove an entry."""
+    for begun in ("loss.teachers={a.b: 2.0, c: 1.0}", "loss.teachers={c: 1.0}"):
+        assert proposed(settings(begun), settings("loss.teachers={a.b: 1.0, c: 1.0}")) == "elsewhere"
+
+
+def test_values_are_written_as_they_are_read():
+    assert as_yaml("random") == "random"
+    for value in ("1", "null", "a: b", " a", "", None, True, 0.25, [1, 2], "[", "x#y", "x #y"):
+        assert parse_override(f"a.b={as_yaml(value)}") == {"a": {"b": value}}
 
 
 def test_a_setting_that_was_not_recorded_has_its_earlier_value():

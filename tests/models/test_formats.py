@@ -165,6 +165,9 @@ def test_the_command_twice_and_over_something_else(source, tmp_path):
         with pytest.raises(SourceError) as caught:
             load_encoder(str(given), 0, torch.device("cpu"))
         assert caught.value.fix == f"give local-dir:{tmp_path / 'out'}"
+        with pytest.raises(SourceError, match="this is an exported encoder") as caught:
+            export(str(given), tmp_path / "again", "hf", scores=[])
+        assert f"local-dir:{tmp_path / 'out'} as it is" in caught.value.fix
     load_encoder(f"local-dir:{tmp_path / 'out'}", 0, torch.device("cpu"))
 
 

@@ -257,12 +257,17 @@ def test_other_sets_and_another_order_are_refused_on_resuming(roots, both, pretr
     alone, settings = tmp_path / "alone", pretrain_settings(stop_after=1)
     pretrain(roots[0], alone, settings, report=Silent())
     foreign = edited(roots[1], tmp_path / "foreign", {"settings": {"codec": {"fidelity": 0.75}}})
-    begun, right = "this run was begun with the targets of wide", f"cae2pipe pretrain {roots[0]} {roots[1]} {both}; or"
+    begun, right = (
+        "this run was begun with the targets of wide",
+        f"`cae2pipe pretrain {roots[0]} {roots[1]} {both}` with the same",
+    )
+    names = [TargetSet(root).artifact.fingerprint[:8] for root in (roots[1], foreign)]
+    other = f"this run was begun with other target sets: {names[0]} of tiny, in place of {names[1]}"
     for run, sets, said, fix in (
         (both, roots[::-1], f"{begun}, tiny, in this order", right),
         (both, roots[:1], f"{begun}, tiny, and those of tiny are missing", "give all of these target sets"),
-        (both, [roots[0], foreign], f"{begun}, tiny, and not with {foreign}", "give the target sets that"),
-        (alone, roots, f"{begun} alone, without {roots[1]}", f"cae2pipe pretrain {roots[0]} {alone}; or"),
+        (both, [roots[0], foreign], f"{other} in {foreign}", "give the target sets that"),
+        (alone, roots, f"{begun} alone, without {roots[1]}", f"`cae2pipe pretrain {roots[0]} {alone}` with the same"),
     ):
         with pytest.raises(MismatchError) as caught:
             pretrain(sets, run, settings, report=Silent())
