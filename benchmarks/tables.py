@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper_tables import paper_orders
 from benchmarks.score_tables import several_teachers, teacher_grid, teacher_step, teacher_tour, teachers, views
 from benchmarks.table_parts import check, goal, read, significant, table
 
@@ -270,6 +271,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "views": views,
     "reduced_views": reduced_views,
     "teacher_grid": teacher_grid,
+    "paper_orders": paper_orders,
     "several_teachers": several_teachers,
     "teacher_step": teacher_step,
     "training": training,

@@ -62,6 +62,10 @@ class Bench:
     device: str
     quick: bool
 
+    @property
+    def test_images(self) -> int:
+        return sum(1 for path in (self.data / "val").rglob("*") if path.is_file())
+
     def run(self, arm: Arm) -> Path:
         return self.work / "runs" / arm.name
 

@@ -21,7 +21,7 @@ from cae2pipe.config.evaluate import FAST_RATES, KnnSettings, LinearSettings
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.evaluation.crop_batches import CPU_BATCH
 from cae2pipe.evaluation.encoders import FrozenEncoder, Student, build_vit, class_token_trained
-from cae2pipe.evaluation.knn import knn_top1
+from cae2pipe.evaluation.knn import knn_predictions
 from cae2pipe.evaluation.labelled_crops import Labelled, LabelledCrops, feature_of, in_order_of_runs
 from cae2pipe.evaluation.linear import logits, train_probe
 from cae2pipe.loading.batches import Batch
@@ -78,23 +78,26 @@ class Labels:
     def accuracies(self, encoder: FrozenEncoder, linear: bool, feature: str = "class") -> dict[str, float | None]:
         """``knn`` and, if requested, ``linear`` top-1 accuracy of an encoder's class token in percent, or of the mean
         of its patches if ``feature`` is mean."""
+        right = self.right(encoder, linear, feature)
+        return {"linear": None, **{name: percent(each) for name, each in right.items()}}
+
+    def right(self, encoder: FrozenEncoder, linear: bool, feature: str = "class") -> dict[str, Tensor]:
+        """Which images of val are classified correctly, by score: bool (N,). Arguments as of ``accuracies``."""
         encode = feature_of(encoder, feature, CPU)
         train, val = (
             in_order_of_runs([self.crops.features(split, encode)]) for split in (self.crops.train, self.crops.val)
         )
-        return {
-            "knn": self.knn_accuracy(train, val),
-            "linear": self.linear_accuracy(train, val) if linear else None,
-        }
+        found = {"knn": self.knn_classes(train, val[0]) == val[1]}
+        return {**found, "linear": self.linear_classes(train, val[0]) == val[1]} if linear else found
 
-    def knn_accuracy(self, train: Labelled, val: Labelled) -> float:
-        classes = len(self.crops.train.classes)
-        return 100 * knn_top1(*train, *val, classes=classes, k=self.knn.k[0], temperature=self.knn.temperature)
+    def knn_classes(self, train: Labelled, val: Tensor) -> Tensor:
+        k, classes = self.knn.k[0], len(self.crops.train.classes)
+        return knn_predictions(*train, val, classes=classes, k=[k], temperature=self.knn.temperature)[k][0][:, 0]
 
-    def linear_accuracy(self, train: Labelled, val: Labelled) -> float:
+    def linear_classes(self, train: Labelled, val: Tensor) -> Tensor:
         classes = len(self.crops.train.classes)
         probe, _ = train_probe([train[0]], train[1], classes=classes, settings=self.linear, report=Silent())
-        return percent(logits(probe, val[0]).argmax(dim=1), val[1])
+        return logits(probe, val).argmax(dim=1)
 
 
 class Scorer(Labels):
@@ -133,9 +136,9 @@ class Scorer(Labels):
         return self._batches
 
 
-def percent(predicted: Tensor, labels: Tensor) -> float:
-    """Percentage of correct classes among N, int64 (N,)."""
-    return 100 * float((predicted == labels).float().mean())
+def percent(right: Tensor) -> float:
+    """Percentage of what is true, bool (N,)."""
+    return 100 * float(right.float().mean())
 
 
 def standard_error(score: float, images: int) -> float:
