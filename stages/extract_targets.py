@@ -25,7 +25,7 @@ from cae2pipe.artifacts.storage import file_size, is_local, is_shared
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
-from cae2pipe.config.resuming import completed_as, resuming
+from cae2pipe.config.resume_options import completed_as, resuming
 from cae2pipe.errors import BadInputError, MismatchError, SettingsError, SourceError
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count

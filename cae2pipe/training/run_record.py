@@ -14,7 +14,7 @@ from cae2pipe.artifacts.manifest_run import RunIdentity, SeveralTeacher
 from cae2pipe.artifacts.manifest_targets import listed
 from cae2pipe.config.base import fingerprinted
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.config.resuming import completed_as, resuming
+from cae2pipe.config.resume_options import completed_as, resuming
 from cae2pipe.errors import MismatchError, command
 from cae2pipe.loading.joining import Joined, labels_of
 from cae2pipe.loading.order import ORDER

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 SPARE = 16 * 2**20
-"""Bytes that can still be allocated: enough for Python, too few for the files read here."""
+"""Bytes that can still be allocated, up to a PIECE more: enough for Python, too few for the files read here."""
 
 LARGE = 2 * SPARE
 PIECE = SPARE // 4
@@ -128,10 +128,10 @@ def an_exported_model(folder: Path) -> Callable[[], object]:
 
 
 READERS = {
-    "an image": an_image("PNG", 2500),
+    "an image": an_image("PNG", 3000),
     # Pillow's messages are "broken data stream" and "could not create decoder object".
-    "a progressive JPEG": an_image("JPEG", 2500, progressive=True),
-    "a WebP": an_image("WEBP", 2500, quality=5),
+    "a progressive JPEG": an_image("JPEG", 3000, progressive=True),
+    "a WebP": an_image("WEBP", 3000, quality=5),
     "a view": a_view,
     "a label map": a_label_map,
     "weights of torch": weights(".pt"),

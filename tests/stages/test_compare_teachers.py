@@ -14,7 +14,7 @@ from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.cli import app
 from cae2pipe.config.base import build, load
 from cae2pipe.config.compare import GridSettings, for_sets
-from cae2pipe.errors import BadInputError, MismatchError, SettingsError
+from cae2pipe.errors import BadInputError, MismatchError, SettingsError, command
 from cae2pipe.evaluation.grid_plan import plan_grid
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.compare import compare
@@ -207,4 +207,4 @@ def test_sets_that_do_not_fit_the_grid_or_each_other(shipped, roots, stored_root
     assert "come after all target sets" in done.output.replace("\n", " ")
     with pytest.raises(SettingsError, match="come after all target sets") as caught:
         plan_grid(shipped, roots[:1], data, out=roots[1])
-    assert caught.value.fix == f"cae2pipe compare GRID {roots[0]} {roots[1]} DATA OUT"
+    assert caught.value.fix == command("compare", "GRID", *roots, "DATA", "OUT")

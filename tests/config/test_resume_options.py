@@ -9,7 +9,7 @@ import pytest
 from cae2pipe.artifacts.difference import differences
 from cae2pipe.config.base import fingerprinted, load, merge, parse_override
 from cae2pipe.config.pretrain import PretrainSettings
-from cae2pipe.config.resuming import as_yaml, completed_as, resuming
+from cae2pipe.config.resume_options import as_yaml, completed_as, resuming
 
 
 def settings(*overrides: str) -> PretrainSettings:
