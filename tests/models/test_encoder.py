@@ -149,30 +149,6 @@ def offsets_by_hand(table: torch.Tensor, query: int, key: int) -> torch.Tensor:
     return table[(row - other_row + 3) * 7 + col - other_col + 3]
 
 
-@torch.no_grad()
-def test_relative_positions_bias_the_scores_of_visible_tokens(pixels):
-    encoder = build(depth=1, relative_positions=True)
-    plain = build(depth=1)
-    torch.testing.assert_close(encoder(pixels, VISIBLE), plain(pixels, VISIBLE))
-    block = encoder.blocks[0]
-    table = torch.nn.init.normal_(block.attn.relative_position_bias_table)
-    given = []
-    block.register_forward_hook(lambda module, inputs, output: given.append((inputs[0], output)))
-    encoder(pixels, VISIBLE)
-    (before, after), size = given[0], WIDTH // 3
-    for sample, tokens in enumerate([[0, *(p + 1 for p in row)] for row in VISIBLE.tolist()]):
-        x = before[sample]
-        q, k, v = (block.norm1(x) @ block.attn.qkv.weight.T + block.attn.qkv_bias()).chunk(3, dim=-1)
-        bias = torch.stack([torch.stack([offsets_by_hand(table, a, b) for b in tokens]) for a in tokens])
-        heads = []
-        for head in range(3):
-            part = slice(head * size, (head + 1) * size)
-            scores = q[:, part] @ k[:, part].T / size**0.5 + bias[..., head]
-            heads.append(scores.softmax(dim=-1) @ v[:, part])
-        x = x + block.ls1(block.attn.proj(torch.cat(heads, dim=1)))
-        torch.testing.assert_close(after[sample], x + block.ls2(block.mlp(block.norm2(x))), rtol=1e-4, atol=1e-4)
-
-
 def turned_by_hand(x, tokens):
     """Features in pairs as complex numbers, turned by the row of a token's patch, the last of them by its column."""
     pairs = torch.view_as_complex(x.unflatten(1, (-1, 2)).contiguous())
@@ -185,11 +161,9 @@ def turned_by_hand(x, tokens):
     return torch.view_as_real(torch.stack(result)).flatten(1)
 
 
-@torch.no_grad()
-def test_rotary_positions_turn_queries_and_keys_of_visible_patches(pixels):
-    encoder = build(depth=1, rotary_positions=True)
-    block = encoder.blocks[0]
-    given = []
+def check_attention(encoder, pixels, scores_of) -> None:
+    """The only block gives what its attention does with scores by hand: of a head's q, k, its number and the tokens."""
+    (block,), given = encoder.blocks, []
     block.register_forward_hook(lambda module, inputs, output: given.append((inputs[0], output)))
     encoder(pixels, VISIBLE)
     (before, after), size = given[0], WIDTH // 3
@@ -199,10 +173,31 @@ def test_rotary_positions_turn_queries_and_keys_of_visible_patches(pixels):
         heads = []
         for head in range(3):
             part = slice(head * size, (head + 1) * size)
-            scores = turned_by_hand(q[:, part], tokens) @ turned_by_hand(k[:, part], tokens).T / size**0.5
-            heads.append(scores.softmax(dim=-1) @ v[:, part])
+            heads.append(scores_of(q[:, part], k[:, part], head, tokens).softmax(dim=-1) @ v[:, part])
         x = x + block.ls1(block.attn.proj(torch.cat(heads, dim=1)))
         torch.testing.assert_close(after[sample], x + block.ls2(block.mlp(block.norm2(x))), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_relative_positions_bias_the_scores_of_visible_tokens(pixels):
+    encoder = build(depth=1, relative_positions=True)
+    plain = build(depth=1)
+    torch.testing.assert_close(encoder(pixels, VISIBLE), plain(pixels, VISIBLE))
+    table = torch.nn.init.normal_(encoder.blocks[0].attn.relative_position_bias_table)
+
+    def scores(q, k, head, tokens):
+        bias = torch.stack([torch.stack([offsets_by_hand(table, a, b)[head] for b in tokens]) for a in tokens])
+        return q @ k.T / q.shape[1] ** 0.5 + bias
+
+    check_attention(encoder, pixels, scores)
+
+
+@torch.no_grad()
+def test_rotary_positions_turn_queries_and_keys_of_visible_patches(pixels):
+    def scores(q, k, head, tokens):
+        return turned_by_hand(q, tokens) @ turned_by_hand(k, tokens).T / q.shape[1] ** 0.5
+
+    check_attention(build(depth=1, rotary_positions=True), pixels, scores)
 
 
 @pytest.mark.parametrize("more", ["relative_positions", "rotary_positions"])

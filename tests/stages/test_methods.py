@@ -206,61 +206,39 @@ def test_presets_of_rivals():
         assert settings.model.predictor_norm is (name == "cae")
 
 
-def test_rotary_positions_are_trained_and_go_along(trained_run, tmp_path):
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_more_positions_are_trained_and_go_along(trained_run, tmp_path, positions):
     """CAE, whose alignment target and regressor have them too."""
-    run = trained_run(method="cae", model={"rotary_positions": True, "predictor_norm": True}, optimizer=FAST)
+    run = trained_run(method="cae", model={f"{positions}_positions": True, "predictor_norm": True}, optimizer=FAST)
     method, _ = load_method(run, 16, Silent())
-    assert method.encoder.places.turns is not None
-    assert method.regressor.places.turns is not None
+    tables = {name: tensor for name, tensor in method.named_parameters() if name.endswith("bias_table")}
+    if positions == "relative":
+        assert [name.split(".")[0] for name in tables] == ["encoder", "encoder", "regressor"]
+        assert all(table.abs().max() > 0 for table in tables.values())
+    else:
+        assert not tables
+        assert all(part.places.turns is not None for part in (method.encoder, method.regressor))
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     encoder = load_encoder(str(run), 0, torch.device("cpu"))
     with torch.no_grad():
         wanted = method.encoder(encoder.normalise(pixels))
     torch.testing.assert_close(encoder.tokens(pixels).together(), wanted, rtol=1e-4, atol=1e-5)
     for kind in ("hf", "open_clip"):
-        with pytest.raises(SettingsError, match=f"the format {kind} has no rotary positions"):
+        with pytest.raises(SettingsError, match=f"the format {kind} has no {positions} positions"):
             export(str(run), tmp_path / kind, kind, scores=[])
     export(str(run), tmp_path / "timm", "timm", scores=[])
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
     with torch.no_grad():
         torch.testing.assert_close(model.forward_features(encoder.normalise(pixels)), wanted, rtol=1e-4, atol=1e-5)
-    # Fine-tuned with relative positions besides, which begin at zero.
-    own = load(FinetuneSettings, "evaluate", "finetune", overrides=["drop_path=0"])
+    # Fine-tuning starts with them, with learnt biases also where it would add none. To rotary ones it adds zeros.
+    added = f"relative_positions={str(positions == 'rotary').lower()}"
+    own = load(FinetuneSettings, "evaluate", "finetune", overrides=[added, "drop_path=0"])
     classifier = build_classifier(encoder, 3, own, spec=str(run)).eval()
     attn = classifier.model.blocks[1].attn
+    table = attn.relative_positions.relative_position_bias_table
+    assert torch.equal(table, tables.get("encoder.blocks.1.attn.relative_position_bias_table", torch.zeros_like(table)))
     with torch.no_grad():
         blocks = classifier.model.forward_features(encoder.normalise(pixels))  # its norm comes after pooling
         torch.testing.assert_close(method.encoder.norm(blocks), wanted, rtol=1e-4, atol=1e-5)
     classifier.model(encoder.normalise(pixels)).square().sum().backward()
-    for weight in (attn.qkv.weight, attn.relative_positions.relative_position_bias_table):
-        assert weight.grad.abs().sum() > 0
-
-
-def test_relative_positions_are_trained_and_go_along(trained_run, tmp_path):
-    """CAE, whose alignment target and regressor have them too."""
-    run = trained_run(method="cae", model={"relative_positions": True, "predictor_norm": True}, optimizer=FAST)
-    method, _ = load_method(run, 16, Silent())
-    tables = {name: tensor for name, tensor in method.named_parameters() if name.endswith("bias_table")}
-    assert [name.split(".")[0] for name in tables] == ["encoder", "encoder", "regressor"]
-    assert all(table.abs().max() > 0 for table in tables.values())
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    encoder = load_encoder(str(run), 0, torch.device("cpu"))
-    with torch.no_grad():
-        wanted = method.encoder(encoder.normalise(pixels))
-    torch.testing.assert_close(encoder.tokens(pixels).together(), wanted, rtol=1e-4, atol=1e-5)
-    for kind in ("hf", "open_clip"):
-        with pytest.raises(SettingsError, match=f"the format {kind} has no relative positions"):
-            export(str(run), tmp_path / kind, kind, scores=[])
-    export(str(run), tmp_path / "timm", "timm", scores=[])
-    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model.forward_features(encoder.normalise(pixels)), wanted, rtol=1e-4, atol=1e-5)
-    # Fine-tuning starts with them, also where it would add none.
-    own = load(FinetuneSettings, "evaluate", "finetune", overrides=["relative_positions=false", "drop_path=0"])
-    classifier = build_classifier(encoder, 3, own, spec=str(run)).eval()
-    table = classifier.model.blocks[1].attn.relative_positions.relative_position_bias_table
-    assert torch.equal(table, method.encoder.blocks[1].attn.relative_position_bias_table)
-    assert table.requires_grad
-    with torch.no_grad():
-        blocks = classifier.model.forward_features(encoder.normalise(pixels))  # its norm comes after pooling
-        torch.testing.assert_close(method.encoder.norm(blocks), wanted, rtol=1e-4, atol=1e-5)
+    assert all(weight.grad.abs().sum() > 0 for weight in (attn.qkv.weight, table))
