@@ -20,7 +20,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import finish, parse_options, write_result
+from benchmarks.harness import parse_options, print_table, write_result
 from benchmarks.paired import packed
 from benchmarks.teacher_grid import FIDELITY
 from benchmarks.view_arms import Bench, fill_in, interruptible, make_bench
@@ -63,7 +63,9 @@ def main() -> None:
     fill_in(options, seeds=(3, 1), views=(4, 1))
     bench = make_bench(options, 0)
     rows = interruptible("paper_orders", lambda report: measure(bench, options, report))
-    finish(options, "paper_orders", rows, [], about(bench), ("torch", "timm"))
+    print_table("paper_orders", [{name: row[name] for name in row if name != "right"} for row in rows])
+    if options.out:
+        write_result(options, "paper_orders", rows, [], about(bench), ("torch", "timm"))
 
 
 def measure(bench: Bench, options: Namespace, report: Report) -> list[dict[str, Any]]:
