@@ -158,14 +158,13 @@ def arm_row(bench: Bench, name: str, teacher: dict[str, float], students: Sequen
 
 def about(bench: Bench, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Settings of the result. ``standard_error``: of an accuracy, by the number of test images, in points."""
-    images = sum(1 for path in (bench.data / "val").rglob("*") if path.is_file())
-    errors = [standard_error(row["linear_mean"], images) for row in rows]
+    errors = [standard_error(row["linear_mean"], bench.test_images) for row in rows]
     return {
         "epochs": bench.epochs,
         "views": bench.stored,
         "size": bench.size,
         "fidelity": FIDELITY,
-        "test_images": images,
+        "test_images": bench.test_images,
         "standard_error": round(statistics.mean(errors), 2) if errors else None,
     }
 

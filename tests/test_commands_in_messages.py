@@ -20,7 +20,9 @@ from cae2pipe.stages.pretrain import refuse_target_set
 from cae2pipe.stages.verify import verify
 from cae2pipe.targets.target_set import TargetSet
 
-SOURCES = sorted((Path(__file__).parents[1] / "cae2pipe").rglob("*.py"))
+ROOT = Path(__file__).parents[1] / "cae2pipe"
+SOURCES = sorted(path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern))
+"""Not by rglob, which does not enter the link to the stages."""
 COMMANDS = "|".join(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 UNQUOTED = re.compile(rf"cae2pipe (?:{COMMANDS})\b[^`\n]*? \{{\}}")
 """A command in an f-string, one of whose arguments is a value."""
@@ -46,6 +48,7 @@ def proposed(fix: str | None) -> list[str]:
 
 
 def test_no_message_puts_a_value_into_a_command_unquoted():
+    assert ROOT / "stages" / "verify.py" in SOURCES
     found = [
         f"{path.name}:{node.lineno}: {text}"
         for path in SOURCES

@@ -120,11 +120,6 @@ def section_of(values: Mapping[str, object], name: str, where: object) -> Mappin
     return inner
 
 
-def present_name(name: str) -> str:
-    """The current name of a setting, given its dotted name in a manifest."""
-    return ".".join(PRESENT_NAMES.get(part, part) for part in name.split("."))
-
-
 def package_folder(name: str) -> Path:
     """A folder of data files in the package, such as ``configs``."""
     return Path(str(importlib.resources.files("cae2pipe"))) / name
