@@ -131,7 +131,7 @@ def evaluate(kind: str, spec: str, data: Path, *, out: Path, settings: AnySettin
         if isinstance(settings, AttentiveSettings):
             asked["revision"] = ATTENTIVE_REVISION
         world.run_on_main(lambda: stack.enter_context(writing(out)))
-        artifact, result = world.run_on_main(lambda: open_scores(root, asked))
+        artifact, result = world.run_on_main(lambda: open_scores(root, asked, type(settings)))
         if result:
             report.log(f"nothing to do: {root} already has this score, top1 {result['top1']:.4f}")
             return result if world.is_main else {}

@@ -189,7 +189,7 @@ def perform(
             "encoder": encoder.identity,
             "data": {"train": train_part.identity, "val": val_part.identity, **more},
         }
-        artifact, result = world.run_on_main(lambda: open_scores(root, asked))
+        artifact, result = world.run_on_main(lambda: open_scores(root, asked, type(settings)))
         if result:
             report.log(f"nothing to do: {root} already has this score, {headline[0]} {result[headline[1]]:.4f}")
             return result if world.is_main else {}

@@ -21,7 +21,7 @@ from cae2pipe.comparison.rows import Comparison
 from cae2pipe.comparison.scores import read_scores
 from cae2pipe.config.pretrain import PretrainSettings
 from cae2pipe.errors import Cae2pipeError, SettingsError
-from cae2pipe.loading.joining import labels_of
+from cae2pipe.loading.joining import join_sets, labels_of, located
 from cae2pipe.reporting.comparison_page import comparison_html
 from cae2pipe.reporting.comparison_text import comparison_markdown
 from cae2pipe.reporting.gallery import Gallery, MaskRow, NeighbourRow, nearest_views
@@ -46,7 +46,7 @@ BLOCKS = 8
 def report_runs(
     runs: Sequence[Path],
     scores: Sequence[Path],
-    targets: Path | None,
+    targets: Sequence[Path],
     *,
     out: Path,
     report: Report,
@@ -56,20 +56,22 @@ def report_runs(
     """Write ``report.html`` and ``report.md`` of some runs into ``out``.
 
     Args:
-        scores: folders with their evaluations, at any depth. targets: the target set for pictures; None: no pictures.
-        pixels: the folder with the pixels of a target set by reference.
+        scores: folders with their evaluations, at any depth.
+        targets: the sets for pictures, of several teachers over the same views; none: no pictures.
+        pixels: the folder with the pixels of target sets by reference.
 
     Raises:
-        ManifestError: a folder is not a run, or ``targets`` is not a target set. SettingsError: a run is given twice.
-        SourceError: a folder of scores does not exist. BadInputError: as ``check_output``.
+        ManifestError: a folder is not a run, or one of ``targets`` is not a target set. SettingsError: a run is given
+        twice, or as ``join_sets``. MismatchError: as ``join_sets``. SourceError: a folder of scores does not exist.
+        BadInputError: as ``check_output``.
     """
     resolved = [run.resolve() for run in runs]
     if len(set(resolved)) < len(resolved):
         raise SettingsError("a run is given twice", where=", ".join(map(str, runs)), fix="give each run once")
     check_output(out)
-    comparison = gather_runs(runs, read_scores(scores), [] if targets is None else [targets])
+    comparison = gather_runs(runs, read_scores(scores), targets)
     set_backends()
-    sets = [] if targets is None else [TargetSet(targets, pixels=pixels)]
+    sets = located(join_sets([TargetSet(root) for root in targets]), pixels).sets if targets else ()
     write_report(comparison, sets, out, report=report, device=pick_device(device))
     return comparison
 

@@ -107,7 +107,7 @@ def report(
     runs: Paths,
     *,
     out: str | Path = "report",
-    targets: str | Path | None = None,
+    targets: str | Path | Sequence[str | Path] | None = None,
     pixels: str | Path | None = None,
     scores: Paths = (),
     device: str = "auto",
@@ -118,7 +118,7 @@ def report(
     Args:
         runs: folders of ``pretrain``, finished or not.
         out: the folder of ``report.html`` and ``report.md``.
-        targets: a target set for pictures.
+        targets: a target set for pictures; or several, of other teachers over its views.
         pixels: the folder or URL with the pixels of a target set by reference.
         scores: folders with evaluations of the runs, at any depth.
 
@@ -139,7 +139,7 @@ def report(
         comparison = report_runs(
             folders,
             local_paths(scores),
-            optional_path(targets),
+            target_roots(targets) if targets else [],
             out=to_path(out),
             report=told,
             device=device,

@@ -320,8 +320,12 @@ def report(
         Path, typer.Option(help="Folder (or URL) for report.html and, for runs, report.md.", parser=folder_or_url)
     ] = Path("report"),
     targets: Annotated[
-        Path | None,
-        typer.Option(help="For runs: a target set for pictures of masks, latents and neighbours.", parser=path_or_url),
+        list[Path] | None,
+        typer.Option(
+            help="For runs: a target set for pictures of masks, latents and neighbours (repeatable: a set of each "
+            "teacher).",
+            parser=path_or_url,
+        ),
     ] = None,
     pixels: Pixels = None,
     scores: Annotated[
@@ -375,7 +379,7 @@ def report(
             console.say(f"report: {shown.page}")
         else:
             compared = comparisons.report(
-                paths, out=out, targets=targets, pixels=pixels, scores=scores or (), device=device or "auto"
+                paths, out=out, targets=targets or (), pixels=pixels, scores=scores or (), device=device or "auto"
             )
             print_comparison(compared.comparison, out)
 

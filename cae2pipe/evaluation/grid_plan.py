@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cae2pipe.evaluation.initialisation import initial_weights
 from cae2pipe.evaluation.zeroshot_classes import ClassSource, class_source, refuse_other_width
 from cae2pipe.evaluation.zeroshot_encoders import chosen_head, output_width, refuse_unaligned
 from cae2pipe.loading.fresh import fresh_views
-from cae2pipe.loading.joining import Joined, join_sets, labels_of
+from cae2pipe.loading.joining import Joined, join_sets, labels_of, located
 from cae2pipe.loading.planning import chosen_stores
 from cae2pipe.methods.registry import build_method
 from cae2pipe.runtime.progress import Silent
@@ -189,29 +189,6 @@ def expand(grid: GridSettings, small: bool, speed: dict[str, Any]) -> list[tuple
             with variant_named(variant.name):
                 runs.append((index, load(PretrainSettings, "pretrain", grid.config, overrides=(), values=values)))
     return runs
-
-
-def located(joined: Joined, given: str | None) -> Joined:
-    """The same sets, all of which know the folder with their pixels: as given, or that of another set, since all have
-    the same pixels.
-
-    Raises:
-        SettingsError: it is not known, or given and no set is one by reference.
-    """
-    if not any(each.artifact.by_reference for each in joined.sets):
-        TargetSet(joined.main.root, pixels=given)
-        return joined
-    folder = given or next((each.pixels_folder for each in joined.sets if each.pixels_folder), None)
-
-    def opened(targets: TargetSet) -> TargetSet:
-        if not targets.artifact.by_reference:
-            return targets
-        again = TargetSet(targets.root, pixels=folder)
-        _ = again.pixels_root
-        return again.only(targets.stores)
-
-    main, *others = map(opened, joined.sets)
-    return replace(joined, main=main, others=tuple(others))
 
 
 def with_pixels(targets: TargetSet, settings: PretrainSettings) -> PretrainSettings:

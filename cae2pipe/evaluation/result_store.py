@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from cae2pipe.artifacts.artifact import MANIFEST, ScoresArtifact, is_artifact
 from cae2pipe.artifacts.atomic import remove_debris, write_json
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.file_checks import check_file
+from cae2pipe.config.base import Settings
+from cae2pipe.config.resume_options import completed_as, resuming
 from cae2pipe.training.checkpoint import CHECKPOINTS_FOLDER
 from cae2pipe.training.metrics import METRICS_FILE
 
@@ -19,14 +22,25 @@ BULKY = ("losses", "history", "per_class", "settings")
 """Entries of ``result.json`` that the manifest omits."""
 
 
-def open_scores(root: Path, asked: dict[str, Any]) -> tuple[ScoresArtifact, dict[str, Any] | None]:
+def open_scores(
+    root: Path, asked: dict[str, Any], kind: type[Settings]
+) -> tuple[ScoresArtifact, dict[str, Any] | None]:
     """The artifact of an evaluation, created or opened, and its result if it exists.
+
+    Args:
+        kind: of the evaluation's settings.
 
     Raises:
         MismatchError: the folder holds another evaluation.
     """
     forget_idle(root)
-    artifact = ScoresArtifact.open_or_create(root, asked, facts={}, fix="give another output folder")
+    artifact = ScoresArtifact.open_or_create(
+        root,
+        asked,
+        facts={},
+        fix=partial(resuming, kind, fix="give another output folder"),
+        completed=completed_as(kind),
+    )
     remove_debris(root)
     result = stored_result(artifact)
     if result:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cae2pipe.artifacts.difference import abridged, first_difference
@@ -76,6 +77,29 @@ def join_sets(sets: Sequence[TargetSet]) -> Joined:
         having = ", ".join(f"{name} {count}" for name, count in zip(labels_of(sets), held, strict=True))
         note = f"training on the {counted(len(common), 'store')} that all target sets have (stores: {having})"
     return Joined(main.only(common), tuple(other.only(common) for other in others), tuple(sets), note)
+
+
+def located(joined: Joined, given: str | Path | None) -> Joined:
+    """The same sets, all of which know the folder with their pixels: as given, or that of another set, since all have
+    the same pixels.
+
+    Raises:
+        SettingsError: it is not known, or given and no set is one by reference.
+    """
+    if not any(each.artifact.by_reference for each in joined.sets):
+        TargetSet(joined.main.root, pixels=given)
+        return joined
+    folder = given or next((each.pixels_folder for each in joined.sets if each.pixels_folder), None)
+
+    def opened(targets: TargetSet) -> TargetSet:
+        if not targets.artifact.by_reference:
+            return targets
+        again = TargetSet(targets.root, pixels=folder)
+        _ = again.pixels_root
+        return again.only(targets.stores)
+
+    main, *others = map(opened, joined.sets)
+    return replace(joined, main=main, others=tuple(others))
 
 
 def labels_of(sets: Sequence[TargetSet]) -> list[str]:

@@ -100,7 +100,7 @@ def test_pages_fit_a_phone_and_a_desktop(target_root, trained_run, teacher_file,
     root, run = tmp_path / LONG, tmp_path / f"run-{LONG}"
     root.symlink_to(target_root)
     run.symlink_to(trained_run())
-    report_runs([run], [], target_root, out=tmp_path / "runs", report=Silent(), device="cpu")
+    report_runs([run], [], [target_root], out=tmp_path / "runs", report=Silent(), device="cpu")
     report_targets(root, tmp_path / "set", report=Silent(), live=8, weights=teacher_file, device="cpu")
     pages = {"demo": page_of_demo} | {
         name: (tmp_path / name / "report.html").read_text(encoding="utf-8") for name in ("runs", "set")

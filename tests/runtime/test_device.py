@@ -107,7 +107,7 @@ def test_reports(target_root, pretrain_settings, tmp_path, left_over, monkeypatc
         return load_student(*arguments)
 
     monkeypatch.setattr("cae2pipe.stages.report.load_student", watched)
-    report_runs([tmp_path / "run"], [], target_root, out=tmp_path / "report", report=Silent(), device="cpu")
+    report_runs([tmp_path / "run"], [], [target_root], out=tmp_path / "report", report=Silent(), device="cpu")
     assert settings_seen == [EXACT]
 
 

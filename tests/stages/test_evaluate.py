@@ -73,15 +73,44 @@ def test_a_lost_result_is_made_again(exported, data, tmp_path, damage):
     assert contents(out) == before
 
 
+OWN = "give another output folder"
+
+
 @pytest.mark.parametrize(
-    ("override", "field"),
-    [("temperature=0.1", "settings.temperature"), ("features.feature=mean", "feature = "), ("k=[1]", "settings.k")],
+    ("override", "field", "fix"),
+    [
+        ("temperature=0.1", "settings.temperature", f"--set temperature=0.07 resumes it; or {OWN}"),
+        ("k=[1]", "settings.k", f"--set 'k=[5, 1]' resumes it; or {OWN}"),
+        ("features.feature=mean", "feature = ", OWN),
+    ],
 )
-def test_other_settings_are_refused_by_name(exported, data, tmp_path, override, field):
+def test_other_settings_are_refused_by_name(exported, data, tmp_path, override, field, fix):
     evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=Silent())
     with pytest.raises(MismatchError) as caught:
         evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(override), report=Silent())
     assert field in caught.value.what
+    assert caught.value.fix == fix
+
+
+@pytest.mark.parametrize(("given", "old", "now"), [("", "1e-06", "1e-05"), ("eps=1e-6", "1e-05", "1e-06")])
+def test_a_score_of_before_a_setting_existed_has_its_earlier_value(exported, data, tmp_path, given, old, now):
+    """``eps=1e-6``, the constant of earlier versions, is not recorded."""
+    attentive = ["attentive", str(exported), str(data), str(tmp_path / "out"), "--device", "cpu"]
+    attentive += ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "batch=9"]
+
+    def run(*eps: str):
+        return CliRunner().invoke(app, ["evaluate", *attentive, *(part for each in eps for part in ("--set", each))])
+
+    first = run() if given else run("eps=1e-6")
+    assert first.exit_code == 0, first.output
+    refused = run(*filter(None, [given]))
+    assert refused.exit_code == 2
+    words = " ".join(refused.output.split())
+    assert f"made with settings.eps = {old}, and {now} is requested now" in words
+    assert f"--set eps={old} resumes it" in words
+    again = run(f"eps={old}")
+    assert again.exit_code == 0, again.output
+    assert "nothing to do" in again.output
 
 
 def test_another_encoder_and_other_data_are_refused(exported, data, tmp_path, trained_run):

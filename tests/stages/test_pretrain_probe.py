@@ -233,7 +233,7 @@ def test_the_cost_is_told_once(probed):
 
 
 def test_the_report_draws_probes(probed, target_root, pretrain_settings, tmp_path):
-    report_runs([probed.root], [], None, out=tmp_path / "report", report=Silent())
+    report_runs([probed.root], [], [], out=tmp_path / "report", report=Silent())
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Accuracy of nearest neighbours during training" in page
     assert "Loss on held-out views during training" in page

@@ -111,7 +111,7 @@ def test_a_run_on_reduced_views_resumes_exactly_and_is_reported(fine_root, pretr
             pretrain(fine_root, tmp_path / name, settings.model_copy(update={"stop_after": stop}), report=Silent())
     whole, resumed = (contents(tmp_path / name)["encoder.safetensors"] for name in ("whole", "resumed"))
     assert whole == resumed
-    report_runs([tmp_path / "whole"], [], fine_root, out=tmp_path / "report", report=Silent(), device="cpu")
+    report_runs([tmp_path / "whole"], [], [fine_root], out=tmp_path / "report", report=Silent(), device="cpu")
     page = next((tmp_path / "report").glob("*.html")).read_text()
     assert page.count("Latents of whole as colours") == 4
     assert "mismatch" not in page

@@ -55,7 +55,8 @@ def runs(made: Path) -> list[Path]:
 
 
 def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_path):
-    found = report_runs(runs(made), [made / "scores"], target_root, out=tmp_path / "out", report=Silent(), device="cpu")
+    scores = [made / "scores"]
+    found = report_runs(runs(made), scores, [target_root], out=tmp_path / "out", report=Silent(), device="cpu")
     assert [row.name for row in found.rows] == [
         "seed0 and 1 more",
         "mae (method=mae, loss.kind=mse, loss.target=pixels, loss.visible=0.0, mask.strategy=random)",
@@ -74,12 +75,12 @@ def test_seeds_share_a_row_and_scores_find_their_runs(made, target_root, tmp_pat
     assert "random, 6 of 16 masked" in page
     assert "block, 6 of 16 masked" in page
     before = contents(tmp_path / "out")
-    report_runs(runs(made), [made / "scores"], target_root, out=tmp_path / "out", report=Silent(), device="cpu")
+    report_runs(runs(made), scores, [target_root], out=tmp_path / "out", report=Silent(), device="cpu")
     assert contents(tmp_path / "out") == before
 
 
 def test_without_targets_and_scores_there_are_losses(made, tmp_path):
-    found = report_runs(runs(made)[:2], [], None, out=tmp_path / "out", report=Silent())
+    found = report_runs(runs(made)[:2], [], [], out=tmp_path / "out", report=Silent())
     assert found.columns == []
     assert "Nearest neighbours" not in (tmp_path / "out" / "report.html").read_text()
     assert "| seed0 and 1 more |" in (tmp_path / "out" / "report.md").read_text()
@@ -94,7 +95,7 @@ def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
     edit_manifest(tmp_path / "other", teacher={**teacher, "name": "elsewhere"})
     chosen = [tmp_path / "bare", tmp_path / "other"]
     for run in chosen:
-        report_runs([run], [], target_root, out=tmp_path / "out" / run.name, report=Silent(), device="cpu")
+        report_runs([run], [], [target_root], out=tmp_path / "out" / run.name, report=Silent(), device="cpu")
     bare, other = ((tmp_path / "out" / run.name / "report.html").read_text() for run in chosen)
     assert "No pictures of: bare (the run has no readable checkpoint)" in bare
     assert "teacher mismatch: run used elsewhere, target set has " in other
@@ -102,10 +103,10 @@ def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
 
 def test_what_is_no_run_is_refused(made, target_root, tmp_path):
     with pytest.raises(ManifestError, match="expected 'run'"):
-        report_runs([target_root], [], None, out=tmp_path / "out", report=Silent())
+        report_runs([target_root], [], [], out=tmp_path / "out", report=Silent())
     with pytest.raises(SettingsError, match="twice"):
         report_runs(
-            [made / "runs" / "seed0", made / "runs" / ".." / "runs" / "seed0"], [], None, out=tmp_path, report=Silent()
+            [made / "runs" / "seed0", made / "runs" / ".." / "runs" / "seed0"], [], [], out=tmp_path, report=Silent()
         )
 
 
@@ -117,7 +118,7 @@ def test_cached_and_online_runs_and_runs_on_fewer_views_are_other_rows(
     online = pretrain_settings(**once, targets="online", teacher_weights=str(teacher_file))
     pretrain(target_root, tmp_path / "online", online, report=Silent())
     three = [made / "runs" / "seed0", tmp_path / "online", tmp_path / "view"]
-    found = report_runs(three, [], None, out=tmp_path / "out", report=Silent())
+    found = report_runs(three, [], [], out=tmp_path / "out", report=Silent())
     assert [row.name for row in found.rows[:2]] == ["seed0", "online (targets=online)"]
     assert "data.views=1" in found.rows[2].name
 
@@ -125,7 +126,7 @@ def test_cached_and_online_runs_and_runs_on_fewer_views_are_other_rows(
 def test_a_copy_of_a_run_is_no_second_seed(made, tmp_path):
     shutil.copytree(made / "runs" / "seed0", tmp_path / "copy")
     with pytest.raises(SettingsError, match=r"the same run \(seed 0\)"):
-        report_runs([made / "runs" / "seed0", tmp_path / "copy"], [], None, out=tmp_path / "out", report=Silent())
+        report_runs([made / "runs" / "seed0", tmp_path / "copy"], [], [], out=tmp_path / "out", report=Silent())
 
 
 def test_scores_that_cannot_be_read_are_not_passed_over(made, tmp_path):
@@ -133,15 +134,15 @@ def test_scores_that_cannot_be_read_are_not_passed_over(made, tmp_path):
     manifest = tmp_path / "scores" / "deep" / "seed0" / "knn" / "manifest.json"
     manifest.write_text("{")
     with pytest.raises(ManifestError, match="not valid JSON"):
-        report_runs(runs(made), [tmp_path / "scores"], None, out=tmp_path / "out", report=Silent())
+        report_runs(runs(made), [tmp_path / "scores"], [], out=tmp_path / "out", report=Silent())
     with pytest.raises(SourceError, match="no such folder"):
-        report_runs(runs(made), [tmp_path / "typo"], None, out=tmp_path / "out", report=Silent())
+        report_runs(runs(made), [tmp_path / "typo"], [], out=tmp_path / "out", report=Silent())
 
 
 def test_out_may_not_be_a_file(made, tmp_path):
     (tmp_path / "out").write_text("x")
     with pytest.raises(BadInputError, match="this is a file"):
-        report_runs(runs(made), [], None, out=tmp_path / "out", report=Silent())
+        report_runs(runs(made), [], [], out=tmp_path / "out", report=Silent())
 
 
 def test_the_command(made, target_root, tmp_path):

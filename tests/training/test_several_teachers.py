@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies
+from typer.testing import CliRunner
 
 from cae2pipe.artifacts.digest import fingerprint
+from cae2pipe.cli import app
 from cae2pipe.comparison.gathering import gather_runs
 from cae2pipe.comparison.scores import read_scores
 from cae2pipe.errors import DivergedError, MismatchError, SettingsError
@@ -369,6 +371,18 @@ def test_a_model_card_names_all_teachers_and_licences(both, tmp_path):
     for label in LABELS:
         assert f"| teacher {label} |" in text
     assert text.count("licence unknown") == 2
+
+
+def test_a_report_shows_the_latents_of_every_set_that_it_is_given(both, roots, tmp_path):
+    sets = [part for root in roots for part in ("--targets", str(root))]
+    told = CliRunner().invoke(app, ["report", str(both), *sets, "--out", str(tmp_path), "--device", "cpu"])
+    assert told.exit_code == 0, told.output
+    page = (tmp_path / "report.html").read_text()
+    shown = [page.count(f"Latents of the teacher {label} as colours") for label in LABELS]
+    assert shown == [shown[0]] * len(LABELS) != [0] * len(LABELS)
+    told = CliRunner().invoke(app, ["report", str(both), *sets[:2], *sets[:2], "--out", str(tmp_path)])
+    assert told.exit_code == 2
+    assert "a teacher twice" in told.output
 
 
 def test_a_report_tells_runs_of_other_teachers_apart(both, roots, pretrain_settings, tmp_path):
