@@ -238,7 +238,7 @@ def check_zeroshot(
     if several:
         refuse_standardised(settings.loss, None)
     number = chosen_head(teachers if several else None, settings.loss, scored.teacher, "evaluate.zeroshot")
-    refuse_unaligned(settings.loss, teachers[number], None)
+    refuse_unaligned(settings.loss, teachers[number], None, teachers)
     refuse_other_width(source, output_width(settings.loss, teachers[number]), sets[number].teacher.name)
 
 

@@ -126,7 +126,8 @@ def load_aligned(
     if is_artifact(folder, "run"):
         facts, loss = RunArtifact.open(folder).facts, run_settings(folder).loss
         number = chosen_head(facts.get("teachers"), loss, teacher, spec)
-        refuse_unaligned(loss, facts["teachers"][number] if "teachers" in facts else facts["teacher"], spec)
+        several = facts.get("teachers", [])
+        refuse_unaligned(loss, several[number] if several else facts["teacher"], spec, several)
         return aligned_student(folder, device, precision=precision, report=report, number=number)
     if teacher is not None:
         raise one_teacher(spec)
@@ -184,14 +185,22 @@ def output_width(loss: LossSettings, teacher: TeacherEntry) -> int:
     return summary_width(loss, teacher) or teacher["dim"]
 
 
-def refuse_unaligned(loss: LossSettings, teacher: TeacherEntry, where: object) -> None:
-    """Raise SettingsError if a student's class token is aligned with no output of its teacher for the whole image."""
+def refuse_unaligned(
+    loss: LossSettings, teacher: TeacherEntry, where: object, several: Sequence[SeveralTeacher] = ()
+) -> None:
+    """Raise SettingsError if a student's class token is aligned with no output of its teacher for the whole image.
+
+    ``several``: the run's teachers, from which another one can be chosen.
+    """
     if reason := unaligned(loss, teacher):
+        able = [each["label"] for each in several if unaligned(loss, each) is None]
         raise SettingsError(
-            f"this run cannot classify zero-shot: {reason}",
+            f"this run cannot classify zero-shot{' with this teacher' if able else ''}: {reason}",
             where=where,
-            fix="train with latents of a teacher with a class token or a summary, such as clip-b16, loss.visible above "
-            "0 and loss.class_token=visible",
+            fix=f"give --teacher {' or '.join(able)}"
+            if able
+            else "train with latents of a teacher with a class token or a summary, such as clip-b16, loss.visible "
+            "above 0 and loss.class_token=visible",
         )
 
 

@@ -406,7 +406,9 @@ def test_other_widths_and_other_arguments_are_refused(trained_run, data, class_f
         cae2pipe.evaluate("knn", trained_run(), data, out=tmp_path / "scores", text="open_clip:a/b")
 
 
-def test_a_grid_scores_zero_shot_and_refuses_variants_that_cannot(target_root, wide_root, photos, class_file, tmp_path):
+def test_a_grid_scores_zero_shot_and_refuses_variants_that_cannot(
+    target_root, wide_root, summary_root, photos, class_file, tmp_path
+):
     folder = tmp_path / "data"
     folder.mkdir()
     for part in ("train", "val"):
@@ -440,6 +442,11 @@ def test_a_grid_scores_zero_shot_and_refuses_variants_that_cannot(target_root, w
     with pytest.raises(SettingsError, match="cannot classify zero-shot") as caught:
         plan_grid(build(GridSettings, raw, "test"), target_root, folder, out=out, speed=speed)
     assert caught.value.where == "variant 'masked alone'"
+    raw["variants"] = [{"name": "no summary", "set": {"loss": {"summary": False}}}]
+    raw["evaluate"][0]["set"]["teacher"] = "tiny"
+    with pytest.raises(SettingsError, match="cannot classify zero-shot with this teacher") as caught:
+        plan_grid(build(GridSettings, raw, "test"), [summary_root, wide_root], folder, out=out, speed=speed)
+    assert caught.value.fix == "give --teacher wide"
     raw["variants"] = [{"name": "MSE", "set": {"loss": {"kind": "mse"}}}]
     with pytest.raises(SettingsError, match="standardised latents of several teachers"):
         plan_grid(build(GridSettings, raw, "test"), [target_root, wide_root], folder, out=out, speed=speed)
