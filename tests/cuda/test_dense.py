@@ -28,12 +28,18 @@ BF16, FP32 = torch.bfloat16, torch.float32
 PRECISIONS = {"fp32": False, "bf16": True}
 
 
+POSITIONS = ["fixed", "relative", "rotary"]
+
+
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> str:
-    torch.manual_seed(3)
-    root = tmp_path_factory.mktemp("encoder")
-    export_encoder(Encoder(width=32, depth=4, heads=2, image_size=32, patch_size=8), root)
-    return str(root)
+def encoders(tmp_path_factory) -> dict[str, str]:
+    """Exported encoders, by the positions that they were trained with."""
+    root = tmp_path_factory.mktemp("encoders")
+    for name in POSITIONS:
+        torch.manual_seed(3)
+        given = {} if name == "fixed" else {f"{name}_positions": True}
+        export_encoder(Encoder(width=32, depth=4, heads=2, image_size=32, patch_size=8, **given), root / name)
+    return {name: str(root / name) for name in POSITIONS}
 
 
 def backbone(encoder: str, device: torch.device, size: int | None, relative_positions: bool) -> Normalised:
@@ -65,8 +71,11 @@ def segment_learner(encoder: str, device: torch.device, bf16: bool) -> SegmentLe
     return SegmentLearner(segmenter, settings, schedule, bf16=bf16, compiled=False, world=world, val=val)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_step_of_segmentation(precision, encoder, cuda):
+@pytest.mark.parametrize(
+    ("positions", "precision"), [("fixed", "fp32"), ("fixed", "bf16"), ("relative", "bf16"), ("rotary", "bf16")]
+)
+def test_a_step_of_segmentation(positions, precision, encoders, cuda):
+    encoder = encoders[positions]
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2, 2, 3, 48, 48), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, 3, (2, 2, 48, 48), generator=draw)
@@ -115,8 +124,12 @@ def box_chunk(number: int) -> BoxChunk:
 
 # torchvision's error for fake boxes, of which it cannot know how many are left.
 @pytest.mark.filterwarnings("ignore:.*create_unbacked_symint:FutureWarning")
-@pytest.mark.parametrize(("cascade", "precision"), [(False, "fp32"), (True, "bf16")])
-def test_a_step_of_detection(cascade, precision, encoder, cuda, monkeypatch):
+@pytest.mark.parametrize(
+    ("positions", "cascade", "precision"),
+    [("fixed", False, "fp32"), ("fixed", True, "bf16"), ("relative", False, "bf16"), ("rotary", False, "bf16")],
+)
+def test_a_step_of_detection(positions, cascade, precision, encoders, cuda, monkeypatch):
+    encoder = encoders[positions]
     monkeypatch.setattr(rcnn, "CHANNELS", 16)
     bf16 = PRECISIONS[precision]
     chunks = [box_chunk(0), box_chunk(1)]

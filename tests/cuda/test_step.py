@@ -18,7 +18,7 @@ from cae2pipe.methods.registry import METHODS, build_method
 from cae2pipe.runtime.device import pick_device
 from cae2pipe.runtime.world import World
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.training.objective import TERMS, compile_objective, make_objective
+from cae2pipe.training.objective import compile_objective, make_objective
 from cae2pipe.training.optimizer import build_optimizer
 from cae2pipe.training.step import Flags, Step, cached, forward
 from cae2pipe.training.target_spec import PixelTargets, target_spec
@@ -69,36 +69,38 @@ def presets() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture
-def make(target_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
-    """A step, made as the stage makes it, and batches on the host."""
+def make(target_root, wide_root, summary_root) -> Callable[..., tuple[Step, Iterator[Batch]]]:
+    """A step, made as the stage makes it, and batches on the host. ``several``: with two teachers, one of which has
+    summaries."""
 
-    def made(settings: PretrainSettings, device: torch.device) -> tuple[Step, Iterator[Batch]]:
-        targets = TargetSet(target_root)
+    def made(settings: PretrainSettings, device: torch.device, several: bool = False) -> tuple[Step, Iterator[Batch]]:
+        targets, *others = map(TargetSet, (wide_root, summary_root) if several else (target_root,))
         torch.manual_seed(0)
-        spec = target_spec(settings, targets)
+        spec = target_spec(settings, targets, others)
         model = build_method(settings.method, settings.model, spec.dim, spec.summary).to(device)
         model.recompute(settings.speed.recompute)
-        objective = make_objective(model, targets, settings).to(device).train()
-        objective.parts[0].codec.place(device)
+        objective = make_objective(model, targets, settings, others=others).to(device).train()
+        objective.place(device)
         pixels = settings.loss.target == "pixels"
+        columns = model.drop_columns + objective.columns
+        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=columns, others=others)
         step = Step(
             objective,
             objective,
             build_optimizer(model, settings.optimizer),
-            axes=targets.layout.sample_axes(),
+            axes=plan.sample_axes(),
             latents=PixelTargets(settings.model.grid, device) if pixels else cached,
             accumulation=settings.speed.accumulation,
             clip=settings.optimizer.clip,
             world=World(0, 1, device),
         )
-        plan = make_plan(targets, sorted(targets.stores), settings, drop_columns=model.drop_columns)
         return step, iter(load_batches(plan, 0, 0))
 
     return made
 
 
 def check_on_device(step: Step) -> None:
-    """All state after a step is on the device, in float32."""
+    """All state after a step is on the device, and all but indices in float32."""
     tensors: dict[str, Tensor] = dict(step.objective.named_parameters()) | dict(step.objective.named_buffers())
     for name, parameter in step.model.named_parameters():
         tensors[f"gradient of {name}"] = parameter.grad
@@ -106,23 +108,24 @@ def check_on_device(step: Step) -> None:
             tensors[f"{moment} of {name}"] = tensor
     tensors["spoilt"] = step.found_inf
     kinds = {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
-    assert kinds == dict.fromkeys(tensors, (CUDA, FP32))
+    indices = {name for name in kinds if name.endswith("places.pairs")}
+    assert kinds == dict.fromkeys(tensors, (CUDA, FP32)) | dict.fromkeys(indices, (CUDA, torch.int64))
 
 
-def compare(cuda, make, settings: PretrainSettings) -> None:
-    """A step gives the same figures on the device and on the CPU."""
-    plain, batches = make(settings, CPU)
+def compare(cuda, make, settings: PretrainSettings, **given: bool) -> None:
+    """A step gives the same figures on the device and on the CPU. ``given``: to ``make``."""
+    plain, batches = make(settings, CPU, **given)
     batch = next(batches)
     wanted = plain.backward(batch, 1).tolist()
     with cuda:
-        step, _ = make(settings, CUDA)
+        step, _ = make(settings, CUDA, **given)
         batch = batch.to(CUDA)
         cuda.waits.clear()
         outcome = step(batch, 1e-3, Flags(waited=0.5, stop=True))
         assert cuda.waits == []
         check_on_device(step)
     values = outcome.values()
-    assert [values[name] for name in TERMS] == pytest.approx(wanted, **NEAR[settings.precision])
+    assert [values[name] for name in step.objective.terms] == pytest.approx(wanted, **NEAR[settings.precision])
     assert outcome.flags() == (0.5, 1.0, 0.0)
 
 
@@ -155,6 +158,22 @@ def test_parts_of_a_batch_with_repeated_masks_and_recomputation(preset, cuda, ma
     assert settings.loaded_batch == 16
     compare(cuda, make, settings)
     check_products(cuda, settings)
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("preset", ["base", "cae", "mae-pixels"])
+def test_positions_that_attention_knows(positions, preset, cuda, make):
+    settings = small(preset, f"model.{positions}_positions=true", "speed.recompute=true", "precision=bf16", rows=32)
+    compare(cuda, make, settings)
+    check_products(cuda, settings)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+@pytest.mark.parametrize("preset", ["base", "fd"])
+def test_several_teachers(kind, preset, cuda, make):
+    """Of unlike widths, in parts of a batch, with teachers dropped at random."""
+    varied = (f"loss.kind={kind}", "loss.drop_teachers=0.5", "loss.teachers={wide: 2}", "speed.accumulation=2")
+    compare(cuda, make, small(preset, *varied, "precision=bf16", rows=32), several=True)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
