@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from cae2pipe.config.base import load
-from cae2pipe.config.evaluate import EVALUATIONS
+from cae2pipe.config.base import build, load
+from cae2pipe.config.evaluate import EVALUATIONS, ZeroshotSettings
 from cae2pipe.loading import device
 from cae2pipe.runtime import upload
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.evaluate import evaluate
+from cae2pipe.stages.evaluate_zeroshot import evaluate_zeroshot
 from cae2pipe.stages.extract_targets import extract_targets
 from cae2pipe.stages.pretrain import pretrain
 from cae2pipe.training.metrics import read_lines, read_probes
-from tests.conftest import write_photos
+from tests.conftest import DIM, write_photos
 
 BF16, FP32 = torch.bfloat16, torch.float32
 COLOURS = {"bright": (230, 220, 40), "dark": (20, 30, 60)}
@@ -86,11 +87,33 @@ def test_neighbours_are_the_same(exported, data, cuda, tmp_path):
     with cuda:
         got = score("cuda:1")
     assert set(cuda.products) == {FP32}
+    same_predictions(got, wanted)
+
+
+def same_predictions(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
     for name in wanted:
         if name == "confidence":
             np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4)
         else:
             assert np.array_equal(got[name], wanted[name])
+
+
+def test_zero_shot_scores_are_the_same(trained_run, data, cuda, machine, tmp_path):
+    run, classes = trained_run(), tmp_path / "classes.safetensors"
+    save_file({"embeddings": torch.randn(2, DIM, generator=torch.Generator().manual_seed(1))}, classes)
+
+    def score(device: str) -> dict[str, np.ndarray]:
+        values = {"classes": str(classes), "features": {"precision": "fp32"}, "speed": {"workers": 0, "device": device}}
+        settings = build(ZeroshotSettings, values, "test")
+        evaluate_zeroshot(str(run), data, out=tmp_path / device, settings=settings, report=Silent())
+        with np.load(tmp_path / device / "zeroshot" / "predictions.npz") as file:
+            return dict(file)
+
+    wanted = score("cpu")
+    with cuda:
+        got = score("cuda:1")
+    assert machine.current == 1
+    same_predictions(got, wanted)
 
 
 # Copying fake tensors, with which the average of weights starts, needs their address.
