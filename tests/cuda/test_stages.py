@@ -59,13 +59,15 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def test_a_run_stops_goes_on_and_ends(target_root, pretrain_settings, cuda, machine, tmp_path):
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_a_run_stops_goes_on_and_ends(teachers, wide_root, summary_root, pretrain_settings, cuda, machine, tmp_path):
+    roots = [wide_root, summary_root][:teachers]
     speed = {"device": "cuda:1", "compile": False, "accumulation": 2}
     fast = {"epochs": 1, "optimizer": {"warmup_epochs": 0}, "data": {"batch": 64}}
     with cuda:
-        pretrain(target_root, tmp_path, pretrain_settings(**fast, speed=speed, stop_after=1), report=Silent())
+        pretrain(roots, tmp_path, pretrain_settings(**fast, speed=speed, stop_after=1), report=Silent())
         assert not (tmp_path / "encoder.safetensors").exists()
-        pretrain(target_root, tmp_path, pretrain_settings(**fast, speed=speed), report=Silent())
+        pretrain(roots, tmp_path, pretrain_settings(**fast, speed=speed), report=Silent())
     assert machine.current == 1
     lines = list(read_lines(tmp_path / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [0, 1, 2]
