@@ -75,6 +75,50 @@ def test_teachers(kind, precision, teachers, cuda):
             assert cosine == pytest.approx(1, abs=1e-5 if precision == "fp32" else 5e-3)
 
 
+# By architecture: rotary or relative positions, registers, pooling by attention, feature maps; and other settings.
+FAMILIES = {
+    "vit_small_patch16_dinov3": {"layers": (1,)},
+    "vit_base_patch16_siglip_224": {"grid": (3, 3)},
+    "vit_pe_core_tiny_patch16_384": {},
+    "eva02_base_patch16_clip_224": {"project": False},
+    "vit_base_patch16_radio_v3": {"grid": (3, 3)},
+    "beitv2_base_patch16_224": {"layers": (1,)},
+    "convnext_atto": {"stage": 3},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_teachers_of_today(name, cuda, tmp_path):
+    """The views are enlarged to the teacher's size on the device; latents and the summary are the CPU's."""
+    vit = not name.startswith("convnext")
+    shape = {"depth": 2, "embed_dim": 64, "num_heads": 2} if vit else {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 16]}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **shape, **({"img_size": 96} if vit else {}))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    settings = TeacherSettings(
+        kind="timm",
+        name=name,
+        weights=tmp_path / "model.safetensors",
+        image_size=96,
+        model_args=shape,
+        precision="fp32",
+        **FAMILIES[name],
+    )
+    wanted = load_teacher(settings, CPU)(pixels(2, 48))
+    with cuda:
+        teacher = load_teacher(settings.model_copy(update={"precision": "bf16"}), CUDA)
+        images = pixels(2, 48).to(CUDA)
+        cuda.waits.clear()
+        output = teacher(images)
+        assert cuda.waits == []
+        got = output.tokens, output.summary
+    for tensor, expected in zip(got, (wanted.tokens, wanted.summary), strict=True):
+        assert (tensor is None) is (expected is None)
+        if tensor is not None:
+            assert (tensor.device, tensor.dtype) == (CUDA, torch.float32)
+            assert F.cosine_similarity(on_cpu(tensor), expected, dim=-1).mean().item() == pytest.approx(1, abs=5e-3)
+
+
 def test_a_teacher_in_the_step(teachers, cuda):
     """Its latents take part in a backward pass, which is impossible for tensors from inference mode."""
     with cuda:
