@@ -186,7 +186,7 @@ def set_remedy(differences: Sequence[Difference], out: Path, from_views: bool) -
     added = parent_set(out) is not None
     other = "remove this folder to add the teacher again, or use" if added else "use another output folder, or"
     without = ("teacher", "view") if from_views else ("teacher",)
-    return resuming(ExtractSettings, differences, f"{other} the settings this one was made with", without)
+    return resuming(ExtractSettings, differences, f"{other} the settings this one was made with", without=without)
 
 
 def refuse_other_pixels(out: Path, settings: ExtractSettings, from_views: bool) -> None:

@@ -71,7 +71,12 @@ def report_runs(
     check_output(out)
     comparison = gather_runs(runs, read_scores(scores), targets)
     set_backends()
-    sets = located(join_sets([TargetSet(root) for root in targets]), pixels).sets if targets else ()
+    sets: Sequence[TargetSet] = ()
+    if targets:
+        joined = located(join_sets([TargetSet(root) for root in targets]), pixels)
+        sets = joined.sets
+        if joined.note:
+            report.log(joined.note)
     write_report(comparison, sets, out, report=report, device=pick_device(device))
     return comparison
 
@@ -81,6 +86,8 @@ def write_report(
 ) -> None:
     """Write the report of a comparison. ``sets``: target sets for pictures, with the same views."""
     gallery = make_gallery(comparison, sets, report, device=device) if sets else Gallery()
+    for name in gallery.left_out:
+        report.log(f"no pictures of {name}")
     write_bytes(out / MARKDOWN, comparison_markdown(comparison).encode())
     write_bytes(out / HTML, comparison_html(comparison, gallery).encode())
     report.log(f"{comparison.done} of {counted(comparison.wanted, 'score')}")

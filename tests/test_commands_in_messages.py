@@ -19,6 +19,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.pretrain import refuse_target_set
 from cae2pipe.stages.verify import verify
 from cae2pipe.targets.target_set import TargetSet
+from cae2pipe.teachers.labels import spelling
 
 ROOT = Path(__file__).parents[1] / "cae2pipe"
 SOURCES = sorted(path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern))
@@ -80,7 +81,8 @@ def test_the_proposed_repair_repairs(copy, teacher_file):
 
 def test_commands_with_several_sets_are_quoted(copy):
     fix = str(nothing_common(TargetSet(copy), TargetSet(copy)).fix)
-    assert proposed(fix) == ["extract-targets", str(copy), "OUT"]
+    teacher = spelling(TargetSet(copy).artifact.identity)
+    assert proposed(fix) == ["extract-targets", str(copy), "OUT", "--teacher", teacher]
     with pytest.raises(SettingsError, match="the folder of the run is missing") as caught:
         refuse_target_set(copy, [copy])
     assert proposed(caught.value.fix) == ["pretrain", str(copy), str(copy), "RUN"]

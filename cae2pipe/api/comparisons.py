@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cae2pipe.api.path_lists import Paths, local_paths, optional_local, optional_path, target_roots
+from cae2pipe.api.path_lists import Paths, known_pixels, local_paths, optional_local, optional_path, target_roots
 from cae2pipe.api.settings import Overrides, given, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
@@ -84,7 +84,8 @@ def compare(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    settings = resolve(GridSettings, "compare", grid, overrides=overrides)
+    located = {"set.data.pixels": known_pixels(targets)}
+    settings = resolve(GridSettings, "compare", grid, overrides=overrides, arguments=located)
     called = name or report_name("grid" if isinstance(grid, Settings) else str(grid), small)
     folder = to_local_path(out, output=True)
     with reporting(progress, "compare") as report:
@@ -119,7 +120,7 @@ def report(
         runs: folders of ``pretrain``, finished or not.
         out: the folder of ``report.html`` and ``report.md``.
         targets: a target set for pictures; or several, of other teachers over its views.
-        pixels: the folder or URL with the pixels of a target set by reference.
+        pixels: the folder or URL with the pixels of target sets by reference; by default that of an open set.
         scores: folders with evaluations of the runs, at any depth.
 
     Raises:
@@ -143,7 +144,7 @@ def report(
             out=to_path(out),
             report=told,
             device=device,
-            pixels=optional_path(pixels),
+            pixels=known_pixels(targets, pixels),
         )
     return Compared(to_path(out) / HTML, comparison)
 
@@ -172,9 +173,7 @@ def report_targets(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
-    root, folder = to_path(targets), optional_path(pixels)
-    if folder is None and isinstance(targets, TargetSet):
-        folder = targets.pixels_folder
+    root = to_path(targets)
     if is_artifact(root, "run"):
         raise SettingsError("this is a run, not a target set", where=root, fix="call report for a page about it")
     with reporting(progress, "report") as told:
@@ -186,5 +185,5 @@ def report_targets(
             live=live,
             weights=optional_local(teacher_weights),
             device=device,
-            pixels=folder,
+            pixels=known_pixels(targets, pixels),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.api.path_lists import optional_local, optional_path
+from cae2pipe.api.path_lists import known_pixels, optional_local, optional_path
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
 from cae2pipe.artifacts.storage import to_path
@@ -33,13 +33,14 @@ def verify(path: str | Path, *, pixels: str | Path | None = None, progress: Prog
 
     Args:
         path: the folder or URL.
-        pixels: of a target set by reference, the folder or URL with its pixels, which are checked with it.
+        pixels: of a target set by reference, the folder or URL with its pixels, which are checked with it; by default
+            that of an open set.
 
     Raises:
         ManifestError: the folder was not made by cae2pipe.
     """
     with reporting(progress, "verify") as report:
-        return run_verify(to_path(path), report, optional_path(pixels))
+        return run_verify(to_path(path), report, known_pixels(path, pixels))
 
 
 @checked

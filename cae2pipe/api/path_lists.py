@@ -9,6 +9,7 @@ from typing import cast
 
 from cae2pipe.artifacts.storage import to_local_path, to_path
 from cae2pipe.errors import SettingsError
+from cae2pipe.targets.target_set import TargetSet
 
 OnePath = str | os.PathLike[str]
 Paths = OnePath | Iterable[OnePath]
@@ -35,6 +36,15 @@ def target_roots(given: OnePath | Sequence[OnePath]) -> list[Path]:
     if not several:
         raise SettingsError("no target set is given", where="targets", fix="give at least one")
     return [to_path(root) for root in several]
+
+
+def known_pixels(targets: OnePath | Sequence[OnePath] | None, given: OnePath | None = None) -> Path | None:
+    """The folder or URL with the pixels of sets by reference: as given, or that of an open one among ``targets``."""
+    if given is not None:
+        return to_path(given)
+    several = targets if isinstance(targets, list | tuple) else [targets]
+    opened = [each for each in several if isinstance(each, TargetSet) and each.artifact.by_reference]
+    return next((each.pixels_folder for each in opened if each.pixels_folder), None)
 
 
 def optional_path(given: OnePath | None) -> Path | None:

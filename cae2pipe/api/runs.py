@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cae2pipe.api.path_lists import Paths, encoder_name, local_paths, target_roots
+from cae2pipe.api.path_lists import Paths, encoder_name, known_pixels, local_paths, target_roots
 from cae2pipe.api.settings import Overrides, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
@@ -122,12 +122,15 @@ def pretrain(
     Raises:
         Cae2pipeError: says what is wrong, where, and how to fix it.
     """
+    first = targets[0] if isinstance(targets, list | tuple) and targets else targets
     arguments = {
         "epochs": epochs,
         "targets": "online" if online else None,
         "mask.repeat": repeat_masks,
         "probe.images": probe,
         "probe.targets": probe_targets,
+        "probe.pixels": known_pixels(probe_targets),
+        "data.pixels": known_pixels(first),
         "probe.every": every,
         "speed.workers": workers,
         "speed.device": device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.api.path_lists import optional_path
+from cae2pipe.api.path_lists import known_pixels, optional_path
 from cae2pipe.api.settings import Overrides, given, option, resolve
 from cae2pipe.api.telling import Progress, reporting
 from cae2pipe.artifacts.arguments import checked
@@ -148,7 +148,7 @@ def extract_targets(
         workers=workers,
         device=device,
     )
-    share, root, folder = parse_part(part), to_path(source), optional_path(pixels)
+    share, root, folder = parse_part(part), to_path(source), known_pixels(source, pixels)
     if (out is None) != add:
         raise SettingsError(
             "a teacher that is added has its folder inside of the source, and an output folder is given"
@@ -215,7 +215,7 @@ def estimate_targets(
         device=device,
     )
     if add:
-        check_added(to_path(source), settings, optional_path(pixels))
+        check_added(to_path(source), settings, known_pixels(source, pixels))
     with reporting(progress, "estimate") as report:
         return estimate(
             to_path(source),
@@ -223,7 +223,7 @@ def estimate_targets(
             report,
             epochs=epochs,
             by_reference=by_reference or add,
-            pixels=optional_path(pixels),
+            pixels=known_pixels(source, pixels),
         )
 
 

@@ -28,18 +28,25 @@ def completed_as(kind: type[Settings]) -> Callable[[Mapping[str, object]], dict[
     return completed
 
 
-def resuming(kind: type[Settings], differences: Sequence[Difference], fix: str, without: Sequence[str] = ()) -> str:
+def resuming(
+    kind: type[Settings],
+    differences: Sequence[Difference],
+    fix: str,
+    *,
+    without: Sequence[str] = (),
+    does: str = "resumes it",
+) -> str:
     """``fix``, after the options that give a folder's own settings, if those are all that differs.
 
     Args:
-        kind: of the settings. without: sections that options cannot restore, such as a teacher's.
+        kind: of the settings. without: sections that options cannot restore, such as a teacher's. does: what they do.
     """
     own = {name.removeprefix(f"{SECTION}."): old for name, old, _ in differences if name.startswith(f"{SECTION}.")}
     names = [name for name in own if is_setting(kind, name) and name.split(".")[0] not in without]
     if not len(differences) == len(names) <= MOST:
         return fix
     options = shlex.join([part for name in names for part in ("--set", f"{name}={as_yaml(own[name])}")])
-    return fix if len(options) > LONGEST else f"{options} resumes it; or {fix}"
+    return fix if len(options) > LONGEST else f"{options} {does}; or {fix}"
 
 
 def is_setting(kind: type[Settings], name: str) -> bool:

@@ -38,6 +38,8 @@ from cae2pipe.training.target_spec import target_spec
 
 OPTIONS = {f"speed.{name}": f"{name} (--{name})" for name in ("device", "workers")}
 """How messages call the settings that are given for all runs."""
+CHOOSE = "set teacher of the zeroshot evaluation to"
+"""How they say that a teacher of several is chosen."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,8 @@ def check_zeroshot(
     several = len(sets) > 1
     if several:
         refuse_standardised(settings.loss, None)
-    number = chosen_head(teachers if several else None, settings.loss, scored.teacher, "evaluate.zeroshot")
-    refuse_unaligned(settings.loss, teachers[number], None, teachers)
+    number = chosen_head(teachers if several else None, settings.loss, scored.teacher, "evaluate.zeroshot", CHOOSE)
+    refuse_unaligned(settings.loss, teachers[number], None, teachers if several else (), CHOOSE)
     refuse_other_width(source, output_width(settings.loss, teachers[number]), sets[number].teacher.name)
 
 

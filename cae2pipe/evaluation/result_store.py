@@ -38,7 +38,7 @@ def open_scores(
         root,
         asked,
         facts={},
-        fix=partial(resuming, kind, fix="give another output folder"),
+        fix=partial(resuming, kind, fix="give another output folder", does="gives its score"),
         completed=completed_as(kind),
     )
     remove_debris(root)

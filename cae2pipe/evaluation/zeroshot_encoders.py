@@ -25,7 +25,10 @@ from cae2pipe.models.export import WEIGHTS, student_normalise, timm_state
 from cae2pipe.runtime.progress import Report
 from cae2pipe.teachers.protocol import TeacherInfo, TeacherOutput
 from cae2pipe.teachers.weights import weights_digest
-from cae2pipe.training.student import load_method, run_settings
+from cae2pipe.training.student import load_method, refuse_standardised, run_settings
+
+CHOOSE = "give --teacher"
+"""How fixes say that a teacher of several is chosen."""
 
 
 def predicted_output(prediction: Prediction) -> Tensor:
@@ -125,6 +128,8 @@ def load_aligned(
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
     if is_artifact(folder, "run"):
         facts, loss = RunArtifact.open(folder).facts, run_settings(folder).loss
+        if "teachers" in facts:
+            refuse_standardised(loss, spec)
         number = chosen_head(facts.get("teachers"), loss, teacher, spec)
         several = facts.get("teachers", [])
         refuse_unaligned(loss, several[number] if several else facts["teacher"], spec, several)
@@ -152,9 +157,15 @@ def one_teacher(spec: str) -> SettingsError:
     return SettingsError("a teacher is chosen, and this is not a run of several", where=spec, fix="omit --teacher")
 
 
-def chosen_head(teachers: Sequence[SeveralTeacher] | None, loss: LossSettings, wanted: str | None, spec: str) -> int:
+def chosen_head(
+    teachers: Sequence[SeveralTeacher] | None,
+    loss: LossSettings,
+    wanted: str | None,
+    spec: str,
+    choose: str = CHOOSE,
+) -> int:
     """Which of a run's teachers is used: the one with the label ``wanted``; by default the first that was trained with
-    texts, else the first, of those whose output for the whole image is predicted.
+    texts, else the first, of those whose output for the whole image is predicted. ``choose``: how one is chosen.
 
     Raises:
         SettingsError: none of them has the label.
@@ -169,7 +180,7 @@ def chosen_head(teachers: Sequence[SeveralTeacher] | None, loss: LossSettings, w
         return ([number for number in able if trained_with_text(teachers[number])] or able or [0])[0]
     if wanted not in labels:
         raise SettingsError(
-            f"this run has no teacher {wanted!r}", where=spec, fix=f"give --teacher one of {', '.join(labels)}"
+            f"this run has no teacher {wanted!r}", where=spec, fix=f"{choose} one of {', '.join(labels)}"
         )
     return labels.index(wanted)
 
@@ -186,18 +197,22 @@ def output_width(loss: LossSettings, teacher: TeacherEntry) -> int:
 
 
 def refuse_unaligned(
-    loss: LossSettings, teacher: TeacherEntry, where: object, several: Sequence[SeveralTeacher] = ()
+    loss: LossSettings,
+    teacher: TeacherEntry,
+    where: object,
+    several: Sequence[SeveralTeacher] = (),
+    choose: str = CHOOSE,
 ) -> None:
     """Raise SettingsError if a student's class token is aligned with no output of its teacher for the whole image.
 
-    ``several``: the run's teachers, from which another one can be chosen.
+    ``several``: the run's teachers, from which another one can be chosen; ``choose``: how.
     """
     if reason := unaligned(loss, teacher):
         able = [each["label"] for each in several if unaligned(loss, each) is None]
         raise SettingsError(
             f"this run cannot classify zero-shot{' with this teacher' if able else ''}: {reason}",
             where=where,
-            fix=f"give --teacher {' or '.join(able)}"
+            fix=f"{choose} {' or '.join(able)}"
             if able
             else "train with latents of a teacher with a class token or a summary, such as clip-b16, loss.visible "
             "above 0 and loss.class_token=visible",

@@ -18,7 +18,7 @@ from cae2pipe.runtime.wording import counted
 from cae2pipe.targets.paths import images_name
 from cae2pipe.targets.records import SAMPLES
 from cae2pipe.targets.target_set import TargetSet
-from cae2pipe.teachers.labels import label, teacher_key
+from cae2pipe.teachers.labels import label, spelling, teacher_key
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def join_sets(sets: Sequence[TargetSet]) -> Joined:
     note = None
     if any(count > len(common) for count in held):
         having = ", ".join(f"{name} {count}" for name, count in zip(labels_of(sets), held, strict=True))
-        note = f"training on the {counted(len(common), 'store')} that all target sets have (stores: {having})"
+        note = f"using the {counted(len(common), 'store')} that all target sets have (stores: {having})"
     return Joined(main.only(common), tuple(other.only(common) for other in others), tuple(sets), note)
 
 
@@ -155,10 +155,14 @@ def nothing_common(main: TargetSet, other: TargetSet) -> MismatchError:
         what = "they have no shard in common"
     else:
         what = "they were made from other images, or from other shards of them"
+    teacher = ("--teacher", spelling(other.artifact.identity))
+    pixels = ("--pixels", main.pixels_folder or "FOLDER") if main.artifact.by_reference else ()
+    again = command("extract-targets", main.root, "OUT", *teacher, *pixels)
     return MismatchError(
         f"the target sets have no views in common: {what}",
         where=f"{main.root}, {other.root}",
-        fix=f"make the second from the stored views of the first: {command('extract-targets', main.root, 'OUT')}",
+        fix=f"make the second from the stored views of the first: `{again}`, with @FILE behind the teacher if its "
+        "weights are a local file",
     )
 
 

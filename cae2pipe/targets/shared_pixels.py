@@ -68,6 +68,8 @@ def find_pixels(artifact: TargetsArtifact, given: Path | None) -> tuple[Path | N
     files, folder = shared_pixels(artifact), given or parent_set(root)
     if folder is None:
         return None, []
+    if given is not None and is_local(given) and not given.exists():
+        raise SettingsError("there is no such folder", where=given, fix=f"check the path of {SAY}")
     sizes = None if is_local(folder) else file_sizes(folder)
     there = presence(folder, sizes)
     lacking = {path: entry for path, entry in files.items() if not there({path: entry})}

@@ -10,7 +10,7 @@ from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.artifacts.manifest_targets import TargetsIdentity
 from cae2pipe.config.base import build_recorded
 from cae2pipe.config.extract import TeacherSettings
-from cae2pipe.teachers.hub import preset_of
+from cae2pipe.teachers.hub import preset_of, spell
 
 LONGEST = 48
 """Characters of a label, without the digits that tell it from another."""
@@ -31,9 +31,20 @@ def label(identity: TargetsIdentity, taken: Collection[str] = ()) -> str:
     Raises:
         SettingsError: the recorded settings of the teacher are invalid.
     """
-    settings = build_recorded(TeacherSettings, identity["settings"]["teacher"], where="identity.settings.teacher")
+    settings = recorded_teacher(identity)
     name = preset_of(settings) or safe(settings.name) or "teacher"
     return f"{name}-{fingerprint(identity['teacher'])[:DIGITS]}" if name in taken else name
+
+
+def spelling(identity: TargetsIdentity) -> str:
+    """What ``--teacher`` takes for a target set's teacher, without a local file of weights. Raises as ``label``."""
+    settings = recorded_teacher(identity)
+    return preset_of(settings) or spell(settings)
+
+
+def recorded_teacher(identity: TargetsIdentity) -> TeacherSettings:
+    """The settings of a target set's teacher. Raises SettingsError if they are invalid."""
+    return build_recorded(TeacherSettings, identity["settings"]["teacher"], where="identity.settings.teacher")
 
 
 def teacher_key(identity: TargetsIdentity) -> tuple[dict[str, Any], dict[str, Any]]:

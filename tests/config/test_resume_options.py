@@ -19,7 +19,7 @@ def settings(*overrides: str) -> PretrainSettings:
 def proposed(begun: PretrainSettings, now: PretrainSettings, targets: str = "a") -> str:
     old, new = {"settings": fingerprinted(begun), "targets": "a"}, {"settings": fingerprinted(now), "targets": targets}
     found = list(differences(*map(completed_as(PretrainSettings), (old, new))))
-    return resuming(PretrainSettings, found, "elsewhere", ("optimizer",))
+    return resuming(PretrainSettings, found, "elsewhere", without=("optimizer",))
 
 
 @pytest.mark.parametrize(

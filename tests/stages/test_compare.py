@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import cae2pipe
 from cae2pipe.api.comparisons import report_name
 from cae2pipe.artifacts.work_share import WorkShare
 from cae2pipe.cli import app
@@ -20,6 +21,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import compare as stage
 from cae2pipe.stages.compare import compare
 from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.targets.target_set import TargetSet
 from tests import ranks
 from tests.conftest import contents, snapshot
 
@@ -334,7 +336,7 @@ def test_data_and_places_are_looked_at_first(target_root, data, tmp_path):
 
 
 def test_every_run_knows_where_pixels_are_that_the_set_refers_to(
-    target_root, data, extract_settings, second_file, tmp_path
+    target_root, data, extract_settings, second_file, tmp_path, monkeypatch
 ):
     second = extract_settings(teacher={"weights": str(second_file), "name": "second"}, views=1)
     extract_targets(target_root, tmp_path / "set", second, report=Silent(), by_reference=True)
@@ -343,6 +345,12 @@ def test_every_run_knows_where_pixels_are_that_the_set_refers_to(
     assert "--set set.data.pixels=FOLDER" in caught.value.fix
     given = grid(set={**GRID["set"], "data": {**GRID["set"]["data"], "pixels": str(target_root)}})
     runs = plan_grid(given, tmp_path / "set", data, out=tmp_path / "out").runs
+    assert {run.settings.data.pixels for run in runs} == {str(target_root)}
+    # In Python an open set knows it.
+    opened, taken = TargetSet(tmp_path / "set", pixels=target_root), []
+    monkeypatch.setattr("cae2pipe.api.comparisons.run_compare", lambda settings, *_, **__: taken.append(settings))
+    cae2pipe.compare(grid(), opened, data, out=tmp_path / "out", progress=False)
+    runs = plan_grid(taken[0], opened.root, data, out=tmp_path / "out").runs
     assert {run.settings.data.pixels for run in runs} == {str(target_root)}
     # Sets that are compared have the same pixels.
     each = grid(variants=[{"name": "{each} alone", "sets": "each"}], seeds=0)

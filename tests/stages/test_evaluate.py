@@ -79,8 +79,8 @@ OWN = "give another output folder"
 @pytest.mark.parametrize(
     ("override", "field", "fix"),
     [
-        ("temperature=0.1", "settings.temperature", f"--set temperature=0.07 resumes it; or {OWN}"),
-        ("k=[1]", "settings.k", f"--set 'k=[5, 1]' resumes it; or {OWN}"),
+        ("temperature=0.1", "settings.temperature", f"--set temperature=0.07 gives its score; or {OWN}"),
+        ("k=[1]", "settings.k", f"--set 'k=[5, 1]' gives its score; or {OWN}"),
         ("features.feature=mean", "feature = ", OWN),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_score_of_before_a_setting_existed_has_its_earlier_value(exported, dat
     assert refused.exit_code == 2
     words = " ".join(refused.output.split())
     assert f"made with settings.eps = {old}, and {now} is requested now" in words
-    assert f"--set eps={old} resumes it" in words
+    assert f"--set eps={old} gives its score" in words
     again = run(f"eps={old}")
     assert again.exit_code == 0, again.output
     assert "nothing to do" in again.output

@@ -446,7 +446,7 @@ def test_a_grid_scores_zero_shot_and_refuses_variants_that_cannot(
     raw["evaluate"][0]["set"]["teacher"] = "tiny"
     with pytest.raises(SettingsError, match="cannot classify zero-shot with this teacher") as caught:
         plan_grid(build(GridSettings, raw, "test"), [summary_root, wide_root], folder, out=out, speed=speed)
-    assert caught.value.fix == "give --teacher wide"
+    assert caught.value.fix == "set teacher of the zeroshot evaluation to wide"
     raw["variants"] = [{"name": "MSE", "set": {"loss": {"kind": "mse"}}}]
     with pytest.raises(SettingsError, match="standardised latents of several teachers"):
         plan_grid(build(GridSettings, raw, "test"), [target_root, wide_root], folder, out=out, speed=speed)
@@ -485,6 +485,15 @@ def test_the_head_of_one_of_several_teachers(summary_root, wide_root, data, pret
     with pytest.raises(SettingsError, match="this run has no teacher 'dino'") as caught:
         scored(run, data, tmp_path / "other", classes=classes, teacher="dino")
     assert caught.value.fix == "give --teacher one of tiny, wide"
+
+
+def test_standardised_latents_are_refused_before_another_teacher_is_proposed(
+    summary_root, wide_root, pretrain_settings, tmp_path
+):
+    chosen = pretrain_settings(loss={"kind": "mse", "summary": False}, stop_after=1)
+    pretrain([summary_root, wide_root], tmp_path, chosen, report=Silent())
+    with pytest.raises(SettingsError, match="standardised latents of several teachers"):
+        load_aligned(str(tmp_path), CPU, precision="fp32", report=Silent(), teacher="tiny")
 
 
 def test_a_teacher_is_chosen_of_several_only(trained_run, data, class_file, tmp_path):

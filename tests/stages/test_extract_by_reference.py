@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import cae2pipe
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.artifacts.storage import to_path
 from cae2pipe.artifacts.work_share import parse_part
@@ -130,8 +131,23 @@ def test_without_the_folder_every_reader_of_pixels_says_what_to_give(sets, pretr
         assert not (tmp_path / name).exists()
 
 
+def test_python_functions_take_the_pixels_that_an_open_set_knows(sets, pretrain_settings, tmp_path):
+    source, _, referring, settings = sets("replayed")
+    opened, quiet = TargetSet(referring, pixels=source), {"progress": False}
+    chosen = pretrain_settings(epochs=1, optimizer={"warmup_epochs": 0})
+    run = cae2pipe.pretrain([opened], tmp_path / "run", config=chosen, **quiet)
+    page = cae2pipe.report(run.path, targets=opened, out=tmp_path / "runs", device="cpu", **quiet).page
+    assert "Latents of the teacher as colours" in page.read_text()
+    assert cae2pipe.report_targets(opened, out=tmp_path / "set", device="cpu", **quiet).page.is_file()
+    assert cae2pipe.verify(opened, **quiet).problems == []
+    again = cae2pipe.extract_targets(opened, tmp_path / "again", config=settings, by_reference=True, **quiet)
+    assert np.array_equal(again[0].pixels, opened[0].pixels)
+
+
 def test_other_pixels_are_refused(sets, tmp_path):
     source, whole, referring, _ = sets("stored")
+    with pytest.raises(SettingsError, match="there is no such folder"):
+        TargetSet(referring, pixels=tmp_path / "nowhere")
     with pytest.raises(SettingsError, match="this folder has none of the"):
         TargetSet(referring, pixels=whole / "latents")
     other = Path(shutil.copytree(source, tmp_path / "other"))

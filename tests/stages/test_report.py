@@ -94,8 +94,10 @@ def test_what_no_picture_can_be_made_of_is_named(made, target_root, tmp_path):
     teacher = json.loads((taught / "manifest.json").read_text())["teacher"]
     edit_manifest(tmp_path / "other", teacher={**teacher, "name": "elsewhere"})
     chosen = [tmp_path / "bare", tmp_path / "other"]
+    report = Silent()
     for run in chosen:
-        report_runs([run], [], [target_root], out=tmp_path / "out" / run.name, report=Silent(), device="cpu")
+        report_runs([run], [], [target_root], out=tmp_path / "out" / run.name, report=report, device="cpu")
+    assert "no pictures of bare (the run has no readable checkpoint)" in report.lines
     bare, other = ((tmp_path / "out" / run.name / "report.html").read_text() for run in chosen)
     assert "No pictures of: bare (the run has no readable checkpoint)" in bare
     assert "teacher mismatch: run used elsewhere, target set has " in other

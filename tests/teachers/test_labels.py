@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cae2pipe.artifacts.artifact import TargetsArtifact
 from cae2pipe.config.base import fingerprinted, preset_names
-from cae2pipe.teachers.labels import LONGEST, label, safe
+from cae2pipe.teachers.labels import LONGEST, label, safe, spelling
 from cae2pipe.teachers.spelling import teacher_settings
 
 
@@ -20,6 +20,13 @@ def identity(spelling: str, **teacher: str) -> dict:
 @pytest.mark.parametrize("preset", preset_names("extract"))
 def test_a_preset_is_its_own_label(preset):
     assert label(identity(preset)) == preset
+
+
+@pytest.mark.parametrize(
+    "given", [*preset_names("extract"), "timm:vit_small_patch14_dinov2.lvd142m", "hf-hub:Some/Model"]
+)
+def test_a_teacher_is_spelled_as_the_command_line_takes_it(given):
+    assert teacher_settings(spelling(identity(given))) == teacher_settings(given)
 
 
 def test_other_models_are_called_by_the_last_part_of_their_name():
