@@ -114,10 +114,10 @@ def _built(settings: TeacherSettings, create: Any) -> Any:
     check_name(name)
     options: dict[str, Any] = keywords(source.args) | {"num_classes": projection_width(settings) or 0}
     sized: dict[str, Any] = {"img_size": side}
-    # Models whose feature maps are used work at any size, or are built for one, or take no size at all.
     # Views have one size. A ViT that takes any would make its rotary positions on the host again for every batch, and
     # the host would wait for the device.
     fixed = sized | {"dynamic_img_size": False}
+    # Models whose feature maps are used work at any size, or are built for one, or take no size at all.
     tries = [fixed, sized] if settings.stage is None else [sized, {}] if side != source.size else [{}]
     error: Exception | None = None
     for attempt in tries:
