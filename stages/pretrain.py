@@ -198,6 +198,7 @@ def _train_run(
     targets, others = joined.main, joined.others
     artifact: RunArtifact = world.run_on_main(lambda: begin_run(out, joined, settings, init))
     if artifact.complete and artifact.has("encoder"):
+        world.run_on_main(artifact.save)  # a killed run may have left entries in the journal
         report.log(f"nothing to do: {out} has a finished run of {settings.epochs} epochs")
         return artifact
     # Before the seed is set: making them must not change what is drawn later.

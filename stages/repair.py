@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from cae2pipe.artifacts.artifact import ShardsArtifact, TargetsArtifact, is_artifact, journal_entries, open_artifact
+from cae2pipe.artifacts.atomic import find_debris, remove_debris
 from cae2pipe.artifacts.lock import writing
+from cae2pipe.artifacts.storage import is_local
 from cae2pipe.artifacts.verification import Verification
 from cae2pipe.config.base import build, recorded
 from cae2pipe.config.extract import CodecSettings, ExtractSettings, ShardSettings
@@ -63,9 +65,8 @@ def _repair_own(
     workers: int,
 ) -> None:
     if not result.bad:
-        if result.kind in ("shards", "targets") and journal_entries(result.path):
-            with writing(result.path):  # keeps what a killed run had finished
-                open_artifact(result.path).save()
+        if result.kind in ("shards", "targets"):
+            tidy(result.path)
         return
     count = counted(len(result.bad), "damaged unit")
     report.log(f"rebuilding {count} in {result.path}: {', '.join(sorted(result.bad))}")
@@ -87,6 +88,16 @@ def _repair_own(
             where=result.path,
             fix="delete the damaged files, and rerun the command that made the folder",
         )
+
+
+def tidy(root: Path) -> None:
+    """Keep what a killed process had finished in an intact set, and remove what it had not."""
+    local = is_local(root)
+    if journal_entries(root) or (local and find_debris(root)):
+        with writing(root):
+            if local:
+                remove_debris(root)
+            open_artifact(root).save()
 
 
 def repair_shards(result: Verification, report: Report, source: Path, *, labels: Path | None, workers: int) -> None:

@@ -78,8 +78,8 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, text.encode("utf-8") + b"\n")
 
 
-def remove_debris(root: Path) -> list[Path]:
-    """Remove unfinished files of a killed process from ``root``, and return their paths.
+def find_debris(root: Path) -> list[Path]:
+    """The unfinished files of a killed process in ``root``.
 
     Only folders of ``FILLED`` are searched, except those that another command writes, by their manifest or locks.
     """
@@ -94,6 +94,12 @@ def remove_debris(root: Path) -> list[Path]:
             and not name.startswith(TEMPORARY)
             and not any((base / name / mark).exists() for mark in ("manifest.json", ".locks"))
         ]
+    return debris
+
+
+def remove_debris(root: Path) -> list[Path]:
+    """Remove what ``find_debris`` finds, and return the paths."""
+    debris = find_debris(root)
     for path in debris:
         remove_any(path)
     return debris

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cae2pipe.artifacts.artifact import MANIFEST, ScoresArtifact, is_artifact
+from cae2pipe.artifacts.artifact import ScoresArtifact, is_artifact
 from cae2pipe.artifacts.atomic import remove_debris, write_json
 from cae2pipe.artifacts.digest import file_entry
 from cae2pipe.artifacts.file_checks import check_file
@@ -33,11 +33,14 @@ def open_scores(
     Raises:
         MismatchError: the folder holds another evaluation.
     """
-    forget_idle(root)
+    idle = is_idle(root)
+    if idle:
+        (root / METRICS_FILE).unlink(missing_ok=True)
     artifact = ScoresArtifact.open_or_create(
         root,
         asked,
         facts={},
+        restart=idle,
         fix=partial(resuming, kind, fix="give another output folder", does="gives its score"),
         completed=completed_as(kind),
     )
@@ -49,16 +52,14 @@ def open_scores(
     return artifact, result
 
 
-def forget_idle(root: Path) -> None:
-    """Remove the manifest of an attempt without results (after refused settings, for example), so that the folder can
-    be reused."""
-    if (
+def is_idle(root: Path) -> bool:
+    """Whether a folder holds an attempt that has nothing to resume from (after refused settings, or stopped before its
+    result was recorded), so that any other may replace it."""
+    return (
         is_artifact(root, "scores")
         and not ScoresArtifact.open(root).units
         and not any((root / CHECKPOINTS_FOLDER).glob("*"))
-    ):
-        (root / MANIFEST).unlink()
-        (root / METRICS_FILE).unlink(missing_ok=True)
+    )
 
 
 def stored_result(artifact: ScoresArtifact) -> dict[str, Any] | None:

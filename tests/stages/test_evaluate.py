@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from cae2pipe.cli import app
 from cae2pipe.errors import MismatchError, SettingsError, SourceError
+from cae2pipe.evaluation import result_store
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages import evaluate as stage
@@ -71,6 +72,24 @@ def test_a_lost_result_is_made_again(exported, data, tmp_path, damage):
     damage(out / "linear" / "result.json")
     assert evaluate("linear", str(exported), data, out=out, settings=linear(), report=Silent()) == result
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("stopped_at", ["write_json", "file_entry"])
+@pytest.mark.parametrize("then", ["temperature=0.07", "temperature=0.1"])
+def test_a_stop_before_the_result_is_recorded(exported, data, tmp_path, monkeypatch, stopped_at, then):
+    """The predictions are there, and nothing is listed yet: the same command goes on, or another one does."""
+    wanted = evaluate("knn", str(exported), data, out=tmp_path / "whole", settings=knn(then), report=Silent())
+    with monkeypatch.context() as patched:
+        patched.setattr(result_store, stopped_at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(), report=Silent())
+    assert (tmp_path / "out" / "knn" / "predictions.npz").exists()
+    assert evaluate("knn", str(exported), data, out=tmp_path / "out", settings=knn(then), report=Silent()) == wanted
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 OWN = "give another output folder"

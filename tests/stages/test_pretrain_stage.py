@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cae2pipe.artifacts.artifact import RunArtifact
 from cae2pipe.artifacts.digest import fingerprint
 from cae2pipe.errors import DamageError, DivergedError, ManifestError, MismatchError, SettingsError
 from cae2pipe.loading.order import ORDER
@@ -51,6 +52,15 @@ def test_a_second_run_does_nothing_and_says_so(run, target_root, pretrain_settin
     pretrain(target_root, run, pretrain_settings(), report=report)
     assert snapshot(run) == before
     assert any("nothing to do" in line for line in report.lines)
+
+
+def test_a_run_killed_at_its_last_write_is_tidied(run, target_root, pretrain_settings, tmp_path):
+    """The manifest has the encoder, and so has the journal still."""
+    out = shutil.copytree(run, tmp_path / "run")
+    artifact = RunArtifact.open(out)
+    artifact.add("encoder", artifact.units["encoder"])
+    pretrain(target_root, out, pretrain_settings(), report=Silent())
+    assert contents(out) == contents(run)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 7])

@@ -82,6 +82,16 @@ def test_exactly_the_damaged_is_made_again(copy, photos, teacher_file, name, how
     assert all(number in path for path in touched)
 
 
+@pytest.mark.parametrize("folder", ["", "shards"])
+def test_what_a_killed_repair_left_unfinished_is_removed(copy, folder):
+    before = contents(copy)
+    left = copy / folder / "journal" / ".tmp-000000.json"
+    left.parent.mkdir()
+    left.write_text("{")
+    repair(verify(copy, Silent()), Silent())
+    assert contents(copy) == before
+
+
 def test_a_stored_view_is_made_again(stored, photos, teacher_file):
     before = snapshot(stored)
     damage(stored / "views/v01/000001.tar", "changed")
