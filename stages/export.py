@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from cae2pipe.artifacts.artifact import RunArtifact, is_artifact, open_artifact
 from cae2pipe.artifacts.atomic import remove_debris, write_bytes
@@ -25,7 +29,7 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
 
     Args:
         spec: a run folder, an exported file or a released checkpoint, as for ``load_encoder``.
-        out: the output folder; files of an earlier export are replaced.
+        out: the output folder; those of an earlier export of the same encoder are replaced.
         kind: one of ``FORMATS``.
         scores: folders with evaluations to show on the card.
 
@@ -77,11 +81,18 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
     layout = FORMATS[kind](state, shape)
     folder = Path(spec).parent if Path(spec).name == WEIGHTS else Path(spec)
     run = RunArtifact.open(folder) if is_artifact(folder, "run") else None
-    card = model_card(display_name(spec), layout, shape, run=run, scores=collect(scores) if scores else [])
-    refuse_others(out, layout)
+    card = model_card(
+        display_name(spec),
+        layout,
+        shape,
+        run=run,
+        scores=collect(scores) if scores else [],
+        class_token=encoder.trained_class_token,
+    )
+    weights = {name: tensor.contiguous() for name, tensor in layout.state.items()}
+    refuse_others(out, layout, weights)
     out.mkdir(parents=True, exist_ok=True)
     remove_debris(out)
-    weights = {name: tensor.contiguous() for name, tensor in layout.state.items()}
     write_safetensors(out / layout.weights, weights, layout.metadata)
     for name, content in layout.files.items():
         write_bytes(out / name, (json.dumps(content, indent=1) + "\n").encode())
@@ -89,8 +100,8 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
     return [out / name for name in (layout.weights, *layout.files, CARD)]
 
 
-def refuse_others(out: Path, layout: ExportLayout) -> None:
-    """Raise SourceError if a folder holds anything but an earlier export of the same format."""
+def refuse_others(out: Path, layout: ExportLayout, weights: Mapping[str, Tensor]) -> None:
+    """Raise SourceError if a folder holds anything but an earlier export of the same encoder and format."""
     ours = {layout.weights, *layout.files, CARD}
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     foreign = sorted(name for name in names - ours if not name.startswith("."))
@@ -100,3 +111,18 @@ def refuse_others(out: Path, layout: ExportLayout) -> None:
             where=out,
             fix="use a new or an empty folder",
         )
+    if names and not same_weights(out / layout.weights, weights):
+        raise SourceError(
+            "this folder holds an export of another encoder, or in another format",
+            where=out,
+            fix="use a new or an empty folder",
+        )
+
+
+def same_weights(path: Path, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a file of safetensors holds exactly these tensors. A damaged one does not."""
+    try:
+        there = load_file(path)
+    except SafetensorError:
+        return False
+    return there.keys() == weights.keys() and all(torch.equal(there[name], weights[name]) for name in weights)

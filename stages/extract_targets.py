@@ -8,6 +8,7 @@ split.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,9 @@ from cae2pipe.artifacts.staging import remove_stages
 from cae2pipe.artifacts.storage import file_size, is_local, is_shared
 from cae2pipe.artifacts.work_share import WHOLE, WorkShare
 from cae2pipe.config.base import fingerprinted
-from cae2pipe.config.extract import ExtractSettings, ShardSettings, as_begun
+from cae2pipe.config.extract import ExtractSettings, ShardSettings, TeacherSettings, as_begun
 from cae2pipe.config.resume_options import completed_as, resuming
-from cae2pipe.errors import BadInputError, MismatchError, SettingsError, SourceError
+from cae2pipe.errors import BadInputError, MismatchError, SettingsError, SourceError, command
 from cae2pipe.runtime.device import pick_device, set_backends
 from cae2pipe.runtime.processes import worker_count
 from cae2pipe.runtime.progress import Report
@@ -43,9 +44,10 @@ from cae2pipe.targets.shared_pixels import is_added, parent_set, refers_to_nothi
 from cae2pipe.targets.stored_calibration import is_calibrated
 from cae2pipe.targets.stored_source import Source, StoredSource, as_source
 from cae2pipe.targets.target_set import TargetSet, recorded_view
+from cae2pipe.teachers.labels import recorded_teacher, spelled, spelling
 from cae2pipe.teachers.licences import teacher_licence
 from cae2pipe.teachers.load import LoadedTeacher, load_teacher, named_without_paths
-from cae2pipe.teachers.resuming import canonical, teacher_as_begun
+from cae2pipe.teachers.resuming import canonical, same_model, teacher_as_begun
 from cae2pipe.teachers.telling import teacher_lines
 
 
@@ -161,10 +163,9 @@ def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report
     """The settings, with values that were not given taken from the set: changed defaults must neither make the original
     command fail nor add views."""
     stored = artifact.identity["settings"]
-    updates: dict[str, Any] = {
-        "codec": as_begun(settings.codec, stored["codec"]),
-        "teacher": teacher_as_begun(settings.teacher, artifact),
-    }
+    teacher = teacher_as_begun(settings.teacher, artifact)
+    refuse_other_teacher(artifact, teacher)
+    updates: dict[str, Any] = {"codec": as_begun(settings.codec, stored["codec"]), "teacher": teacher}
     # Sets of early versions do not record their planned content.
     if "views" not in settings.model_fields_set and "wanted" in artifact.facts:
         updates["views"] = artifact.facts["wanted"]["views"]
@@ -172,6 +173,21 @@ def resumed(artifact: TargetsArtifact, settings: ExtractSettings, report: Report
     if (begun.views, begun.codec) != (settings.views, settings.codec):
         report.log(f"using the settings of this set: --views {begun.views} --fidelity {begun.codec.fidelity:g}")
     return begun
+
+
+def refuse_other_teacher(artifact: TargetsArtifact, teacher: TeacherSettings) -> None:
+    """Raise MismatchError, before the teacher is loaded, if a set was begun with another model."""
+    if same_model(teacher, recorded_teacher(artifact.identity)):
+        return
+    root, own, other = artifact.root, spelling(artifact.identity), spelled(teacher)
+    add = command("extract-targets", root, "--teacher", other, "--add")
+    raise MismatchError(
+        f"this set was made with the teacher {own} (settings.teacher.name), and {other} is requested now",
+        where=root / MANIFEST,
+        fix=f"--teacher {shlex.quote(own)} resumes it; "
+        + ("use" if parent_set(root) else f"`{add}` adds the other teacher; or use")
+        + " another output folder",
+    )
 
 
 def licences(settings: ExtractSettings, shards: Source, known: Licences) -> Licences:

@@ -14,6 +14,7 @@ targets, teacher:targets[@FILE]  the teacher of a target set; a local file of we
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
@@ -212,7 +213,9 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
 def no_student(what: str, path: Path) -> SourceError:
     """The error for a path that is no student. timm's folders, such as those of `export`, have a prefix."""
     folder = timm_folder(path)
-    return SourceError(what, where=path, fix=f"give local-dir:{folder}" if folder else f"give {FORMS}")
+    return SourceError(
+        what, where=path, fix=f"give {shlex.quote(f'local-dir:{folder}')}" if folder else f"give {FORMS}"
+    )
 
 
 def timm_folder(path: Path) -> Path | None:

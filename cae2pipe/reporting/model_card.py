@@ -18,17 +18,27 @@ from cae2pipe.reporting.results import as_markdown
 from cae2pipe.reporting.target_set_facts import licence_rows
 from cae2pipe.version import __version__
 
+UNTRAINED = (
+    "**The class token had no loss in training: use the mean of the patch tokens.** "
+    "`cae2pipe evaluate` scores it with `--set features.feature=mean`."
+)
 PAPER = "CAE v2: Context Autoencoder with CLIP Latent Alignment"
 
 
 def model_card(
-    name: str, layout: ExportLayout, shape: Shape, *, run: RunArtifact | None, scores: Sequence[ScoreRow]
+    name: str,
+    layout: ExportLayout,
+    shape: Shape,
+    *,
+    run: RunArtifact | None,
+    scores: Sequence[ScoreRow],
+    class_token: bool = True,
 ) -> str:
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 
     Args:
         name: name of the encoder. run: the artifact of the run that trained it, if known. scores: rows as ``results``
-        collects them.
+        collects them. class_token: whether the class token had a loss in training.
     """
     matter = yaml.safe_dump(
         {"library_name": layout.library, "pipeline_tag": "image-feature-extraction", "tags": ["cae2pipe", "vit"]},
@@ -43,6 +53,7 @@ def model_card(
         f"{shape.image_size}, and normalised with mean {_channels(shape.mean)} and standard deviation "
         f"{_channels(shape.std)} of pixels in [0, 1].",
         f"```python\n{layout.usage}\n```",
+        *([] if class_token else [UNTRAINED]),
     ]
     if run:
         parts += ["## Training", _training(run)]

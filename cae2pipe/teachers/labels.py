@@ -38,7 +38,11 @@ def label(identity: TargetsIdentity, taken: Collection[str] = ()) -> str:
 
 def spelling(identity: TargetsIdentity) -> str:
     """What ``--teacher`` takes for a target set's teacher, without a local file of weights. Raises as ``label``."""
-    settings = recorded_teacher(identity)
+    return spelled(recorded_teacher(identity))
+
+
+def spelled(settings: TeacherSettings) -> str:
+    """What ``--teacher`` takes for a model: the name of its preset, if it has one."""
     return preset_of(settings) or spell(settings)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from cae2pipe.artifacts.json_files import read_json
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import TeacherError
+from cae2pipe.models.export import WEIGHTS
 from cae2pipe.teachers.hub import FOLDER, HUB, OPEN_CLIP_FILES, TIMM_FILES, folder_of, hub_file, timm_name
 from cae2pipe.teachers.licences import teacher_licence
 from cae2pipe.teachers.protocol import channels
@@ -113,7 +114,7 @@ def resolved(settings: TeacherSettings) -> TeacherSettings:
     assert folder is not None
     found = described(folder / CONFIG, args=settings.model_args)
     weights = settings.weights or next(
-        (folder / name for name in (*TIMM_FILES, *OPEN_CLIP_FILES) if (folder / name).is_file()), None
+        (folder / name for name in (*TIMM_FILES, *OPEN_CLIP_FILES, WEIGHTS) if (folder / name).is_file()), None
     )
     if weights is None:
         raise TeacherError(

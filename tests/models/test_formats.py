@@ -26,6 +26,7 @@ from cae2pipe.runtime.progress import Silent
 from cae2pipe.stages.export import export
 from cae2pipe.targets.target_set import TargetSet
 from cae2pipe.training.student import load_student
+from tests.conftest import contents
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -169,6 +170,27 @@ def test_the_command_twice_and_over_something_else(source, tmp_path):
             export(str(given), tmp_path / "again", "hf", scores=[])
         assert f"local-dir:{tmp_path / 'out'} as it is" in caught.value.fix
     load_encoder(f"local-dir:{tmp_path / 'out'}", 0, torch.device("cpu"))
+
+
+def test_another_encoder_or_format_takes_no_place_of_an_export(source, make_run, tmp_path):
+    export(str(source), tmp_path / "out", "timm", scores=[])
+    before = contents(tmp_path / "out")
+    for spec, kind in ((make_run(), "timm"), (source, "hf")):
+        with pytest.raises(SourceError, match="an export of another encoder, or in another format"):
+            export(str(spec), tmp_path / "out", kind, scores=[])
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("visible", [0.0, 1.0])
+def test_a_card_says_whether_the_class_token_was_trained(make_run, tmp_path, visible):
+    export(str(make_run(loss={"visible": visible})), tmp_path / "out", "timm", scores=[])
+    assert ("The class token had no loss" in (tmp_path / "out" / "README.md").read_text()) is not bool(visible)
+
+
+def test_a_run_is_a_folder_of_timm(make_run):
+    run, pixels = make_run(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    own, timms = (load_encoder(spec, 0, torch.device("cpu")) for spec in (str(run), f"local-dir:{run}"))
+    torch.testing.assert_close(timms.tokens(pixels).patches, own.tokens(pixels).patches, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_ours_is_refused(tmp_path):

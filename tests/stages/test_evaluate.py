@@ -77,7 +77,7 @@ def test_a_lost_result_is_made_again(exported, data, tmp_path, damage):
 @pytest.mark.parametrize("stopped_at", ["write_json", "file_entry"])
 @pytest.mark.parametrize("then", ["temperature=0.07", "temperature=0.1"])
 def test_a_stop_before_the_result_is_recorded(exported, data, tmp_path, monkeypatch, stopped_at, then):
-    """The predictions are there, and nothing is listed yet: the same command goes on, or another one does."""
+    """The predictions are there, and nothing is listed yet: the same command resumes, or another one starts."""
     wanted = evaluate("knn", str(exported), data, out=tmp_path / "whole", settings=knn(then), report=Silent())
     with monkeypatch.context() as patched:
         patched.setattr(result_store, stopped_at, interrupted)

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 
-from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError
+from cae2pipe.config.extract import ExtractSettings
+from cae2pipe.errors import DamageError, ManifestError, MismatchError, SourceError, TeacherError, command
 from cae2pipe.runtime.progress import Silent
 from cae2pipe.shards.build import build_shard_set
 from cae2pipe.stages.estimate_targets import estimate_targets
 from cae2pipe.stages.extract_targets import extract_targets
+from cae2pipe.teachers.spelling import teacher_settings
 from tests.conftest import contents, edit_manifest
 
 
@@ -83,6 +85,16 @@ def test_other_settings_are_refused_by_name(copy, photos, extract_settings, over
     assert field in caught.value.what
     assert caught.value.fix
     assert contents(copy) == before
+
+
+@pytest.mark.parametrize("given", ["clip-b16", "timm:vit_base_patch14_dinov2.lvd142m"])
+def test_another_teacher_is_refused_before_it_is_loaded(copy, photos, given):
+    """Its weights are not here. What the set's own teacher has set is not looked for in it."""
+    chosen = ExtractSettings(teacher=teacher_settings(given))
+    with pytest.raises(MismatchError, match="was made with the teacher open_clip:tiny") as caught:
+        extract_targets(photos, copy, chosen, report=Silent())
+    assert caught.value.fix.startswith("--teacher open_clip:tiny resumes it")
+    assert f"`{command('extract-targets', copy, '--teacher', given, '--add')}`" in caught.value.fix
 
 
 def test_other_weights_are_refused(copy, photos, extract_settings, teacher_file, tmp_path):
