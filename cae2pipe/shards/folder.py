@@ -44,6 +44,9 @@ def scan_folder(root: Path, files: dict[str, int | None], images: Collection[str
             where=root,
             fix=f"give one of them, e.g. {root / example}",
         )
+    if not files and not is_local(root):
+        # Object stores have no empty folders, and some file systems say the same if their server does not answer.
+        raise SourceError("nothing is there, or its server does not answer", where=root, fix="check the URL")
     if not images:
         raise SourceError(
             f"no images here: {describe_kinds(map(kind, sorted(files)))}" if files else "this folder is empty",

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cae2pipe.artifacts.storage import to_path
 from cae2pipe.config.extract import ShardSettings, ShardSpeed
 from cae2pipe.errors import SourceError
 from cae2pipe.runtime.progress import Silent
@@ -324,3 +325,10 @@ def test_names_that_the_locale_cannot_read(tmp_path):
     )
     assert "this locale, whose encoding is ascii, cannot read the name" in result.stdout
     assert "LC_ALL=C.UTF-8" in result.stdout
+
+
+@pytest.mark.parametrize("url", ["http://localhost:1/images.tar", "http://localhost:1/images", "memory://nowhere"])
+def test_a_url_with_nothing_behind_it(url):
+    """Nothing listens on port 1, and http's file system does not say so."""
+    with pytest.raises(SourceError, match="nothing is there, or its server does not answer"):
+        scan(to_path(url))
