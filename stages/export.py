@@ -20,6 +20,7 @@ from cae2pipe.evaluation.encoders import Student, display_name, load_encoder, ti
 from cae2pipe.models.export import WEIGHTS
 from cae2pipe.models.formats import FORMATS, TABLE, ExportLayout, Shape
 from cae2pipe.reporting.model_card import model_card
+from cae2pipe.teachers.hub import local_dir
 
 CARD = "README.md"
 
@@ -48,7 +49,7 @@ def export(spec: str, out: Path, kind: str, *, scores: list[Path]) -> list[Path]
         )
     if folder := timm_folder(Path(spec)):
         raise SourceError(
-            "this is an exported encoder", where=spec, fix=f"use local-dir:{folder} as it is, or export its run again"
+            "this is an exported encoder", where=spec, fix=f"use {local_dir(folder)} as it is, or export its run again"
         )
     encoder = load_encoder(spec, 0, torch.device("cpu"))
     if not isinstance(encoder, Student) or not encoder.ours:

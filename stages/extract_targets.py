@@ -180,11 +180,12 @@ def refuse_other_teacher(artifact: TargetsArtifact, teacher: TeacherSettings) ->
     if same_model(teacher, recorded_teacher(artifact.identity)):
         return
     root, own, other = artifact.root, spelling(artifact.identity), spelled(teacher)
-    add = command("extract-targets", root, "--teacher", other, "--add")
+    file = f"@{teacher.weights}" if teacher.weights else ""
+    add = command("extract-targets", root, "--teacher", f"{other}{file}", "--add")
     raise MismatchError(
         f"this set was made with the teacher {own} (settings.teacher.name), and {other} is requested now",
         where=root / MANIFEST,
-        fix=f"--teacher {shlex.quote(own)} resumes it; "
+        fix=f"--teacher {shlex.quote(own)} resumes it (with @FILE behind it if its weights are a local file); "
         + ("use" if parent_set(root) else f"`{add}` adds the other teacher; or use")
         + " another output folder",
     )

@@ -14,7 +14,6 @@ targets, teacher:targets[@FILE]  the teacher of a target set; a local file of we
 
 from __future__ import annotations
 
-import shlex
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from cae2pipe.models.description import FIX, TimmConfig, read_description
 from cae2pipe.models.export import CONFIG, WEIGHTS
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
 from cae2pipe.runtime.keyed import keyed_seed
+from cae2pipe.teachers.hub import local_dir
 from cae2pipe.teachers.protocol import Teacher
 from cae2pipe.teachers.spelling import LIBRARIES, teacher_settings
 from cae2pipe.teachers.weights import load_strictly, read_weights
@@ -213,9 +213,7 @@ def trained_student(path: Path, device: torch.device, precision: str) -> Student
 def no_student(what: str, path: Path) -> SourceError:
     """The error for a path that is no student. timm's folders, such as those of `export`, have a prefix."""
     folder = timm_folder(path)
-    return SourceError(
-        what, where=path, fix=f"give {shlex.quote(f'local-dir:{folder}')}" if folder else f"give {FORMS}"
-    )
+    return SourceError(what, where=path, fix=f"give {local_dir(folder) if folder else FORMS}")
 
 
 def timm_folder(path: Path) -> Path | None:

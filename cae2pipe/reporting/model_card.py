@@ -32,7 +32,7 @@ def model_card(
     *,
     run: RunArtifact | None,
     scores: Sequence[ScoreRow],
-    class_token: bool = True,
+    class_token: bool,
 ) -> str:
     """The text of ``README.md``, in Markdown with the front matter that model hubs read.
 

@@ -46,6 +46,11 @@ def folder_of(settings: TeacherSettings) -> Path | None:
     return Path(settings.name.removeprefix(FOLDER)).expanduser() if settings.name.startswith(FOLDER) else None
 
 
+def local_dir(folder: Path | str) -> str:
+    """How a command names a model that a folder describes, quoted for a shell."""
+    return shlex.quote(f"{FOLDER}{folder}")
+
+
 def timm_name(settings: TeacherSettings) -> str:
     """timm's name with its pretrained tag."""
     return f"{settings.name}.{settings.pretrained}" if settings.pretrained else settings.name

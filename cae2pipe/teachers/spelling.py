@@ -21,7 +21,7 @@ from typing import Any
 from cae2pipe.config.base import build, preset_names, read_preset
 from cae2pipe.config.extract import TeacherSettings
 from cae2pipe.errors import SettingsError, TeacherError
-from cae2pipe.teachers.hub import FOLDER, HUB
+from cae2pipe.teachers.hub import FOLDER, HUB, local_dir
 from cae2pipe.teachers.weights import safetensors_metadata
 
 LIBRARIES = ("timm", "open_clip", "hf-hub", "local-dir")
@@ -56,7 +56,7 @@ def teacher_values(text: str) -> dict[str, Any]:
             raise SettingsError(
                 f"local-dir: takes a folder with its weights, and no @FILE ({file})",
                 where=text,
-                fix=f"give local-dir:{folder or 'PATH'}, with --set teacher.weights=FILE",
+                fix=f"give {local_dir(folder or 'PATH')}, with --set teacher.weights=FILE",
             )
     if not colon or library not in LIBRARIES:
         return _preset(text)

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import pickle
 import re
-import shlex
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from cae2pipe.errors import TeacherError
 from cae2pipe.runtime.exhaustion import reraise_exhaustion
+from cae2pipe.teachers.hub import local_dir
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def check_present(path: Path) -> None:
         raise TeacherError(
             "this is a folder, not a weights file",
             where=path,
-            fix=f"give a file in it, or --teacher {shlex.quote(f'local-dir:{path}')} if it has timm's config.json",
+            fix=f"give a file in it, or --teacher {local_dir(path)} if it has timm's config.json",
         )
     if not path.is_file():
         raise TeacherError("no such weights file", where=path, fix="check teacher.weights")

@@ -10,6 +10,11 @@ from cae2pipe.stages.report import report_runs
 from cae2pipe.stages.report_targets import report_targets
 
 
+def without_pictures(page: str) -> str:
+    """A page's text and figures. Its pictures may differ by rounding."""
+    return re.sub(r'src="data:[^"]*"', "", page)
+
+
 def test_pictures_of_a_run_of_two_teachers(wide_root, summary_root, pretrain_settings, cuda, machine, tmp_path):
     roots, run = [wide_root, summary_root], tmp_path / "run"
     pretrain(roots, run, pretrain_settings(epochs=1, optimizer={"warmup_epochs": 0}), report=Silent())
@@ -20,7 +25,8 @@ def test_pictures_of_a_run_of_two_teachers(wide_root, summary_root, pretrain_set
         pages.append((tmp_path / device / "report.html").read_text())
     assert machine.current == 1
     assert "No pictures of" not in pages[1]
-    assert pages[0].count("as colours") == pages[1].count("as colours") > 0
+    assert "as colours" in pages[0]
+    assert without_pictures(pages[0]) == without_pictures(pages[1])
 
 
 def test_a_live_teacher(target_root, teacher_file, cuda, machine, tmp_path):
@@ -30,5 +36,4 @@ def test_a_live_teacher(target_root, teacher_file, cuda, machine, tmp_path):
             report_targets(target_root, tmp_path / device, report=Silent(), live=8, weights=teacher_file, device=device)
         pages.append((tmp_path / device / "report.html").read_text())
     assert machine.current == 1
-    texts = [re.sub(r'src="data:[^"]*"', "", page) for page in pages]
-    assert texts[0] == texts[1]
+    assert without_pictures(pages[0]) == without_pictures(pages[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -170,6 +171,18 @@ def test_the_command_twice_and_over_something_else(source, tmp_path):
             export(str(given), tmp_path / "again", "hf", scores=[])
         assert f"local-dir:{tmp_path / 'out'} as it is" in caught.value.fix
     load_encoder(f"local-dir:{tmp_path / 'out'}", 0, torch.device("cpu"))
+
+
+def test_an_exported_folder_is_named_as_a_shell_takes_it(source, tmp_path):
+    out = tmp_path / "it's my export"
+    export(str(source), out, "timm", scores=[])
+    quoted = shlex.quote(f"local-dir:{out}")
+    with pytest.raises(SourceError) as caught:
+        load_encoder(str(out), 0, torch.device("cpu"))
+    assert caught.value.fix == f"give {quoted}"
+    with pytest.raises(SourceError) as caught:
+        export(str(out), tmp_path / "again", "hf", scores=[])
+    assert caught.value.fix.startswith(f"use {quoted} as it is")
 
 
 def test_another_encoder_or_format_takes_no_place_of_an_export(source, make_run, tmp_path):

@@ -87,7 +87,7 @@ def test_other_settings_are_refused_by_name(copy, photos, extract_settings, over
     assert contents(copy) == before
 
 
-@pytest.mark.parametrize("given", ["clip-b16", "timm:vit_base_patch14_dinov2.lvd142m"])
+@pytest.mark.parametrize("given", ["clip-b16", "timm:vit_base_patch14_dinov2.lvd142m", "lite0@my weights.pth"])
 def test_another_teacher_is_refused_before_it_is_loaded(copy, photos, given):
     """Its weights are not here. What the set's own teacher has set is not looked for in it."""
     chosen = ExtractSettings(teacher=teacher_settings(given))
